@@ -1,0 +1,57 @@
+# make setup    the virtual environment .venv, the project in it, and the demo model
+# make test     every test
+# make demo     the example
+# make lint     style, types, and which room may import which
+# make clean    remove what the targets above made in this folder
+
+.PHONY: setup test demo lint packages clean
+
+PYTHON = python3
+PY = .venv/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check -qq
+
+# Models and data are local files: no hub is asked, no usage is reported.
+export HF_HUB_OFFLINE = 1
+export VLLM_NO_USAGE_STATS = 1
+
+setup: .venv/project.stamp
+	@$(PY) -m examples.demo.model
+
+# The stamps are written last, so a set-up that was cut short is done again from the start.
+.venv/packages.stamp: requirements/lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "KVShare needs Python 3.11 or newer: make setup PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@echo "Installing $$(grep -c == requirements/lock.txt) packages, a minute or two ..."
+	$(PIP) install --no-deps --no-compile -r requirements/lock.txt
+	@touch $@
+
+.venv/project.stamp: .venv/packages.stamp pyproject.toml
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Waiting threads sleep: engines, daemons and tests share few cores.
+test: export OMP_WAIT_POLICY = PASSIVE
+test: setup
+	$(PY) -m pytest
+
+demo: setup
+	$(PY) -m examples.demo.run
+
+lint: setup packages
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+# Every package folder must be listed in pyproject.toml, or it is missing from a built wheel.
+packages:
+	@find kvshare_store connectors -name __init__.py | sed 's|/__init__.py$$||' | \
+	sed 's|^connectors|kvshare_connectors|; s|/|.|g' | while read -r package; do \
+		grep -q "^    \"$$package\",$$" pyproject.toml || \
+			{ echo "pyproject.toml: package $$package is not listed"; exit 1; }; \
+	done
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,71 @@
+"""The interface of a tier. `kvshare_store.testing.tiers.TierTests` is its law."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.tensors.frame import Block
+
+
+class TierProperties(NamedTuple):
+    """What callers may rely on; they ask, they never test the type."""
+
+    persistent: bool
+    """Blocks survive the process."""
+    shared: bool
+    """Other processes see the blocks."""
+    max_concurrency: int
+    """Calls worth having in flight at once."""
+
+
+class TierUse(msgspec.Struct, frozen=True):
+    """What a tier holds, counted from what is there. Bytes."""
+
+    bytes: int
+    budget: int
+    blocks: int
+
+
+class Tier(ABC):
+    """Blocks by name. Every method may be called concurrently from one event loop.
+
+    Errors: `MissingBlockError` (not there), `CorruptBlockError` (there, but other bytes than the
+    name says), `NoSpaceError` (the budget is full), `StorageError` (the medium refused).
+    """
+
+    name: str
+    properties: TierProperties
+
+    @abstractmethod
+    async def put(self, name: str, block: Block) -> None:
+        """Store a block. Idempotent. The buffer of `block.data` is not kept after the return."""
+
+    @abstractmethod
+    async def get(self, name: str) -> Block:
+        """The verified block, in a buffer that belongs to the caller."""
+
+    @abstractmethod
+    async def delete(self, name: str) -> bool:
+        """Remove a block; False if it was not there."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes the block takes here, or None if it is not here. Never waits."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every block here, the least recently used first."""
+
+    @abstractmethod
+    def touch(self, name: str) -> None:
+        """Count a use of the block; unknown names are ignored."""
+
+    @abstractmethod
+    def use(self) -> TierUse:
+        """Bytes, budget and blocks now."""
+
+    async def close(self) -> None:  # noqa: B027 - most tiers have nothing to let go of
+        """Release what the tier holds; blocks of a persistent tier stay."""

@@ -1,0 +1,80 @@
+"""What the commands share: their options, the configuration these make, and the daemon's client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvshare_store.config import FIELDS, StoreConfig, load_config
+from kvshare_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvshare_store.cli.remote import Daemon
+
+FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}."
+
+HomeOption = Annotated[
+    str | None,
+    typer.Option("--home", metavar="DIR", help="Home directory of the store.", show_default=False),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file with settings.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="One setting; may be repeated. Wins over environment and file.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def configured(
+    home: str | None, file: Path | None, settings: Sequence[str] | None = None
+) -> StoreConfig:
+    """The configuration that the options ask for; `--home` is short for `--set home=`."""
+    explicit = parse_settings(settings or ())
+    if home is not None:
+        explicit["home"] = home
+    config = load_config(explicit, file=file)
+    if not config.home.strip():
+        raise ConfigError("home is empty; name a folder with --home or KVSHARE_HOME")
+    return config
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """`field=value` texts as a dictionary; the last one wins."""
+    parsed = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--set {setting}: write --set field=value")
+        parsed[name.strip()] = value
+    return parsed
+
+
+def connected(config: StoreConfig) -> AbstractContextManager[Daemon]:
+    """The daemon of a home; says at once when there is none."""
+    from kvshare_store.cli import remote  # noqa: PLC0415 - seconds, not for --help
+
+    return remote.connected(config)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def console() -> Console:
+    """Standard output for people."""
+    return Console(highlight=False, markup=False, emoji=False)

@@ -1,0 +1,84 @@
+"""Numbers, times and foreign text, as people read them in a terminal."""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+
+_SIZES = ("KiB", "MiB", "GiB", "TiB")
+_AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Signs that make text read in another order than it is stored."""
+_BAR = 20
+_ID = 12
+
+
+def size(nbytes: int) -> str:
+    """`1.5 MiB`."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    power = min((nbytes.bit_length() - 1) // 10, len(_SIZES))
+    return f"{nbytes / 1024**power:,.1f} {_SIZES[power - 1]}"
+
+
+def share(part: int, whole: int) -> str:
+    """`12.5 %`, or a dash where there is no whole."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    return "< 0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
+
+
+def bar(part: int, whole: int) -> str:
+    """A bar of fixed width; anything at all shows at least one cell."""
+    cells = round(_BAR * min(part, whole) / whole) if whole else 0
+    filled = max(cells, 1) if part else 0
+    return "█" * filled + "░" * (_BAR - filled)
+
+
+def age(created: float, now: float | None = None) -> str:
+    """`5 min`: how long ago that was."""
+    seconds = max(0.0, (time.time() if now is None else now) - created)
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return "0 s"
+
+
+def milliseconds(seconds: float) -> str:
+    """`12.3 ms`."""
+    return f"{seconds * 1e3:,.2f} ms"
+
+
+def short(name: str) -> str:
+    """The beginning of an id or block name: enough to find it again."""
+    return name[:_ID]
+
+
+def provenance(generation: int) -> str:
+    """`exact`, or from which generation of edits the rows come."""
+    return f"edited, generation {generation}" if generation else "exact"
+
+
+def printable(text: str) -> str:
+    """Prompts come from strangers: whatever could steer a terminal becomes a visible sign."""
+    return "".join(_visible(char) for char in text)
+
+
+def _visible(char: str) -> str:
+    if char in "\n\t" or (unicodedata.category(char) != "Cc" and char not in _BIDI):
+        return char
+    return chr(0x2400 + ord(char)) if ord(char) < 0x20 else "\N{REPLACEMENT CHARACTER}"
+
+
+def one_line(text: str) -> str:
+    """Text with its line ends and runs of blanks joined."""
+    return " ".join(printable(text).split())
+
+
+def shortened(text: str, limit: int, *, head: bool = True, tail: bool = True) -> str:
+    """At most about `limit` characters: the beginning, the end, or both of a long text."""
+    if len(text) <= limit:
+        return text
+    part = limit // (head + tail)
+    return (text[:part] if head else "") + " … " + (text[-part:] if tail else "")

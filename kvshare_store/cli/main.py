@@ -1,0 +1,57 @@
+"""`kvshare`: every command, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from kvshare_store.cli import clear, ls, serve, show, stats, stop, vllm
+from kvshare_store.cli.common import FIELDS_HELP
+from kvshare_store.errors import KVShareError
+
+app = typer.Typer(
+    name="kvshare",
+    help="Reuse the KV cache of similar, not only identical, prompts.",
+    epilog="Settings: command line, then KVSHARE_<FIELD>, then the YAML file, then defaults.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command("serve", epilog=FIELDS_HELP)(serve.command)
+app.add_typer(vllm.app, name="vllm")
+app.command("stats")(stats.command)
+app.command("ls")(ls.command)
+app.command("show")(show.command)
+app.command("clear")(clear.command)
+app.command("stop")(stop.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command; an error is one line on standard error and an exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given or ["--help"], prog_name="kvshare", standalone_mode=False)
+    except KVShareError as error:
+        _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        _fail(f"{error.format_message()} (see {_help_of(given)})", 2)
+    except typer.Abort:
+        _fail("stopped, nothing was changed", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"kvshare: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _help_of(given: Sequence[str]) -> str:
+    names = [command.name for command in app.registered_commands]
+    return f"kvshare {given[0]} --help" if given and given[0] in names else "kvshare --help"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`kvshare serve`: run the daemon of a home in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
+from kvshare_store.cli.format import size
+from kvshare_store.config import StoreConfig
+
+
+def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Run the daemon of a home until it is stopped.
+
+    Engines start one by themselves; run it by hand to choose its budgets or to watch it.
+    """
+    run(configured(home, config, set_))
+
+
+def run(config: StoreConfig) -> None:
+    """Serve in this process; log to standard error."""
+    # the cores belong to the engine: what the daemon computes, it computes on one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from kvshare_store.daemon import protocol, server  # noqa: PLC0415 - seconds, not for --help
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    server.log.setLevel(logging.INFO)
+    daemon = server.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, daemon.stop)
+    socket = protocol.socket_path(config.home_path)
+    server.log.info("kvshare: %s", start_line(config, str(socket)))
+    daemon.serve()
+
+
+def start_line(config: StoreConfig, socket: str) -> str:
+    """What a daemon says about itself once it serves."""
+    disk = size(config.disk_bytes) if config.disk else "off"
+    return (
+        f"serving {config.home_path} on {socket}, host {size(config.host_bytes)}, disk {disk}, "
+        f"policy {config.policy}"
+    )

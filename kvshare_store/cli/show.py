@@ -1,0 +1,151 @@
+"""`kvshare show NODE`: one stored prompt, its edits against its parent, and where its rows lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    configured,
+    connected,
+    console,
+    print_json,
+)
+from kvshare_store.cli.format import age, printable, provenance, short, shortened
+
+Node = Mapping[str, Any]
+
+_KEPT_CHARS = 120
+_TEXT_CHARS = 400
+
+NodeArgument = Annotated[
+    str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
+]
+TextOption = Annotated[bool, typer.Option("--text", help="Print the whole prompt and no more.")]
+
+
+def command(
+    node: NodeArgument,
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    text: TextOption = False,
+) -> None:
+    """Show one stored prompt: provenance, edits against its parent, blocks."""
+    with connected(configured(home, config)) as daemon:
+        found = daemon.node(node)
+    if json:
+        print_json(found)
+        return
+    out = console()
+    if text:
+        typer.echo(printable(found["text"]) if out.is_terminal else found["text"])
+        return
+    for part in parts(found, marked=out.color_system is None):
+        out.print(part)
+
+
+def parts(node: Node, *, marked: bool = False) -> Iterable[RenderableType]:
+    """What is shown of a node, from top to bottom. `marked`: signs stand in for colours."""
+    yield summary_table(node)
+    if node["edits"]:
+        yield Text(f"\nedits against {short(node['parent'])}", style="bold")
+        yield Padding(edits_text(node["edits"], marked=marked), (0, 0, 0, 2))
+    else:
+        yield Text("\ntext", style="bold")
+        yield Padding(Text(shortened(printable(node["text"]), _TEXT_CHARS)), (0, 0, 0, 2))
+    yield Text("\npath from the root", style="bold")
+    yield path_tree(node)
+    yield Text()
+    yield blocks_table(node["blocks"])
+
+
+def summary_table(node: Node) -> Table:
+    """What the node is."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    exact = node["exact_rows"]
+    edited = node["generation"] > 0
+    table.add_row("node", Text(node["id"], style="cyan"))
+    table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']})")
+    table.add_row("tokens", f"{node['tokens']:,}, of which {exact:,} exact from the start")
+    table.add_row(
+        "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
+    )
+    table.add_row("parent", _parent(node))
+    table.add_row("stored", f"{age(node['created'])} ago")
+    return table
+
+
+def _parent(node: Node) -> str:
+    parent: str = node["parent"] or "none"
+    return parent if parent in ("none", *node["path"]) else f"{parent} (no longer stored)"
+
+
+def edits_text(edits: Sequence[Mapping[str, Any]], *, marked: bool = False) -> Text:
+    """The edits in one running text: deleted red and struck, inserted green, kept dim and short."""
+    text = Text()
+    for index, edit in enumerate(edits):
+        if edit["kind"] == "keep":
+            first, last = index == 0, index == len(edits) - 1
+            kept = shortened(printable(edit["removed"]), _KEPT_CHARS, head=not first, tail=not last)
+            text.append(kept, style="dim")
+            continue
+        if edit["removed"]:
+            text.append(_changed(edit["removed"], "[-", "-]", marked), style="red strike")
+        if edit["added"]:
+            text.append(_changed(edit["added"], "{+", "+}", marked), style="green")
+    return text
+
+
+def _changed(words: str, left: str, right: str, marked: bool) -> str:
+    """Changed text in full; a change of line ends must be visible too."""
+    shown = printable(words).replace("\n", "↵\n")
+    return f"{left}{shown}{right}" if marked else shown
+
+
+def path_tree(node: Node) -> Tree:
+    """From the oldest ancestor to the node, and its children."""
+    root, *rest = [_place(name, node["id"]) for name in node["path"]]
+    tree = at = Tree(root, guide_style="dim")
+    for label in rest:
+        at = at.add(label)
+    for child in node["children"]:
+        at.add(Text(short(child), style="cyan dim"))
+    return tree
+
+
+def _place(name: str, here: str) -> Text:
+    if name != here:
+        return Text(short(name), style="cyan")
+    return Text.assemble((short(name), "bold cyan"), (" (this node)", "dim"))
+
+
+def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
+    """Blocks in the order of the node, and who else points into them."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("block", style="cyan", no_wrap=True)
+    table.add_column("tier")
+    table.add_column("rows of this node", justify="right")
+    table.add_column("shared by", justify="right")
+    for block in blocks:
+        table.add_row(
+            short(block["name"]), block["tier"], str(block["rows"]), _users(block["users"])
+        )
+    return table
+
+
+def _users(count: int) -> str:
+    return f"{count} nodes" if count > 1 else "nobody else"

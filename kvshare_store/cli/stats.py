@@ -1,0 +1,137 @@
+"""`kvshare stats`: what a daemon has counted since it started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    configured,
+    connected,
+    console,
+    print_json,
+)
+from kvshare_store.cli.format import bar, milliseconds, share, size
+
+Counts = Mapping[str, Any]
+
+
+def command(home: HomeOption = None, config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Show lookups, reused tokens, tiers, errors and times of a running daemon."""
+    chosen = configured(home, config)
+    with connected(chosen) as daemon:
+        stats = daemon.stats()
+    if json:
+        print_json(stats)
+        return
+    out = console()
+    out.print(headline(str(chosen.home_path), stats), soft_wrap=True)
+    for table in tables(stats):
+        out.print()
+        out.print(table)
+
+
+def headline(home: str, stats: Counts) -> str:
+    """One line about what is there."""
+    return (
+        f"{home}: {stats['nodes']:,} nodes, {stats['blocks']:,} blocks, "
+        f"{stats['leases']:,} leases; "
+        f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored"
+    )
+
+
+def tables(stats: Counts) -> Iterable[Table]:
+    """Every table that has something to say."""
+    yield lookups_table(stats)
+    yield tokens_table(stats)
+    yield tiers_table(stats["tiers"])
+    yield times_table(stats["seconds"])
+    if stats["declined"]:
+        yield counts_table("why lookups ended without reuse", stats["declined"], "yellow")
+    if stats["errors"]:
+        yield counts_table("errors", stats["errors"], "red")
+
+
+def lookups_table(stats: Counts) -> Table:
+    """How lookups ended."""
+    rows = {
+        "exact prefix": ("hits_exact", "green"),
+        "edited": ("hits_edited", "cyan"),
+        "miss": ("misses", "yellow"),
+    }
+    return _shares_table("lookups", stats["lookups"], stats, rows)
+
+
+def tokens_table(stats: Counts) -> Table:
+    """What became of the requested tokens."""
+    rows = {
+        "reused, exact prefix": ("tokens_reused_exact", "green"),
+        "reused, edited": ("tokens_reused_edited", "cyan"),
+        "computed": ("tokens_recomputed", "yellow"),
+    }
+    return _shares_table("tokens", stats["tokens_requested"], stats, rows)
+
+
+def tiers_table(tiers: Mapping[str, Mapping[str, int]]) -> Table:
+    """Bytes of each tier beside its budget."""
+    table = _table("tiers")
+    table.add_column("blocks", justify="right")
+    table.add_column("used", justify="right")
+    table.add_column("budget", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    for name, use in tiers.items():
+        used, budget = use["bytes"], use["budget"]
+        cells = (f"{use['blocks']:,}", size(used), size(budget), share(used, budget))
+        table.add_row(name, *cells, _bar(used, budget, "red" if used > 0.95 * budget else "blue"))
+    return table
+
+
+def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
+    """Median and 99th percentile of what the daemon does."""
+    table = _table("times")
+    table.add_column("p50", justify="right")
+    table.add_column("p99", justify="right")
+    for name, values in seconds.items():
+        table.add_row(name, milliseconds(values["p50"]), milliseconds(values["p99"]))
+    return table
+
+
+def counts_table(title: str, counts: Mapping[str, int], style: str) -> Table:
+    """Labelled counters, the largest first."""
+    table = _table(title)
+    table.add_column("", justify="right", style=style)
+    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _shares_table(
+    title: str, whole: int, stats: Counts, rows: Mapping[str, tuple[str, str]]
+) -> Table:
+    table = _table(f"{title}: {whole:,}")
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    for label, (name, style) in rows.items():
+        count = stats[name]
+        table.add_row(label, f"{count:,}", share(count, whole), _bar(count, whole, style))
+    return table
+
+
+def _table(title: str) -> Table:
+    """A table whose first column's head is its title."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column(title, min_width=22, no_wrap=True)
+    return table
+
+
+def _bar(part: int, whole: int, style: str) -> Text:
+    return Text(bar(part, whole), style=style)

@@ -1,0 +1,85 @@
+"""What the daemon tells people about its nodes, in plain types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvshare_store.errors import PlanError
+from kvshare_store.lookup.text import decode
+from kvshare_store.store import Store
+from kvshare_store.tree.edits import Edit, Tokens
+from kvshare_store.tree.node import Node
+
+_PREVIEW_TOKENS = 24
+
+
+def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
+    """Summaries of the nodes, the most recently used first."""
+    newest = list(store.tree)[::-1][:limit]
+    return [_summary(store, node) for node in newest]
+
+
+def show_node(store: Store, beginning: str) -> dict[str, Any]:
+    """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
+    found = [node for node in store.tree if node.id.startswith(beginning)]
+    if len(found) != 1:
+        raise PlanError(
+            f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"
+        )
+    node = found[0]
+    parent = store.tree.get(node.parent) if node.parent else None
+    return {
+        **_summary(store, node),
+        "edits": [_edit(store, node, parent, edit) for edit in node.edits] if parent else [],
+        "text": _text(store, node, 0, node.length),
+        "path": [ancestor.id for ancestor in store.tree.path(node.id)],
+        "children": store.tree.children(node.id),
+        "blocks": [
+            {
+                "name": name,
+                "tier": store.blocks.tier_of(name) or "gone",
+                "rows": sum(s.length for s in node.segments if s.block == index),
+                "users": len(store.tree.users(name)),
+            }
+            for index, name in enumerate(node.blocks)
+        ],
+    }
+
+
+def _summary(store: Store, node: Node) -> dict[str, Any]:
+    namespace = store.namespace(node.namespace)
+    return {
+        "id": node.id,
+        "namespace": node.namespace[:12],
+        "model": namespace.model if namespace else "",
+        "tokens": node.length,
+        "exact_rows": node.exact_rows,
+        "generation": node.generation,
+        "parent": node.parent,
+        "created": node.created,
+        "preview": _text(store, node, 0, _PREVIEW_TOKENS),
+    }
+
+
+def _edit(store: Store, node: Node, parent: Node, edit: Edit) -> dict[str, Any]:
+    removed = "" if edit.kind == "insert" else _text(store, parent, edit.start, edit.stop)
+    return {
+        "kind": edit.kind,
+        "start": edit.start,
+        "stop": edit.stop,
+        "removed": removed,
+        "added": _words(store, node.namespace, np.asarray(edit.tokens, np.int32)),
+    }
+
+
+def _text(store: Store, node: Node, start: int, stop: int) -> str:
+    return _words(store, node.namespace, node.tokens[start:stop])
+
+
+def _words(store: Store, digest: str, tokens: Tokens) -> str:
+    """Tokens as text, or as numbers where the namespace names no tokenizer."""
+    namespace = store.namespace(digest)
+    text = decode(namespace, tokens) if namespace is not None else None
+    return text if text is not None else " ".join(map(str, tokens.tolist()))

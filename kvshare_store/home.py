@@ -1,0 +1,132 @@
+"""The home directory: one owner at a time, everything under it readable by that user only."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from kvshare_store.blocks.arena import Arena, remove_abandoned
+from kvshare_store.blocks.io_loop import IoLoop
+from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.wrappers import CountingTier
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import BusyError, HomeError, KVShareError
+from kvshare_store.tree.catalog import Catalog
+
+FORMAT = "1"
+_BEFORE_FORMAT = {"lock", "daemon.log", "config.yaml", "kvshare.sock"}
+"""What may be in a home before its first owner marks it."""
+
+
+def arena_path(home: Path) -> Path:
+    """Where the arena of a home is: shared memory where the system has it."""
+    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
+    return _arena_folder() / f"{_prefix()}{name}"
+
+
+def _arena_folder() -> Path:
+    shared = Path("/dev/shm")  # noqa: S108 - the file is created exclusively, mode 0600
+    return shared if shared.is_dir() else Path(tempfile.gettempdir())
+
+
+def _prefix() -> str:
+    return f"kvshare-{os.getuid()}-"
+
+
+class Home:
+    """An opened home: its lock, tiers and catalogue."""
+
+    def __init__(
+        self,
+        lock: int,
+        io: IoLoop,
+        host: HostTier,
+        disk: Tier | None,
+        catalog: Catalog | None,
+    ) -> None:
+        self._lock = lock
+        self.io = io
+        self.host = host
+        self.disk = disk
+        self.catalog = catalog
+
+    @classmethod
+    def open(cls, config: StoreConfig) -> Home:
+        """Take the home over; `BusyError` if another process has it, `HomeError` if unusable."""
+        home = config.home_path
+        lock = _lock(home)
+        io = IoLoop()
+        arena: Arena | None = None
+        try:
+            _check_format(home)
+            remove_abandoned(_arena_folder(), _prefix())
+            arena = Arena.create(arena_path(home), config.host_bytes)
+            disk = catalog = None
+            if config.disk:
+                opened = DiskTier.open(home, config.disk_bytes, config.compression)
+                disk = CountingTier(io.run(opened))
+                catalog = Catalog(home / "catalog")
+        except KVShareError:
+            if arena is not None:
+                arena.close(unlink=True)
+            io.close()
+            os.close(lock)
+            raise
+        return cls(lock, io, HostTier(arena), disk, catalog)
+
+    def close(self) -> None:
+        """Let go of the home."""
+        self.io.close()
+        os.close(self._lock)
+
+
+def _foreign(home: Path) -> bool:
+    """Whether a folder without the format mark holds anything that is not ours."""
+    names = {entry.name for entry in home.iterdir()}
+    return "format" not in names and bool(names - _BEFORE_FORMAT)
+
+
+def _lock(home: Path) -> int:
+    try:
+        if home.is_dir() and _foreign(home):
+            raise HomeError(
+                f"home {home} holds other files and no store; choose an empty or a new folder"
+            )
+        if not home.exists():
+            home.mkdir(parents=True, mode=0o700)
+        descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except HomeError:  # which is an OSError too
+        raise
+    except OSError as error:
+        raise HomeError(
+            f"home {home} cannot be used: {error.strerror}; choose another with --home or "
+            "KVSHARE_HOME"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise BusyError(
+            f"home {home} belongs to a running store; stop it, or choose another home"
+        ) from error
+    return descriptor
+
+
+def _check_format(home: Path) -> None:
+    """The first owner writes the format down; a later release refuses what it cannot read."""
+    mark = home / "format"
+    try:
+        found = mark.read_text().strip() if mark.exists() else ""
+        if not found:  # a new home, or one whose first owner was killed at this very moment
+            mark.write_text(FORMAT)
+            mark.chmod(0o600)
+            found = FORMAT
+    except OSError as error:
+        raise HomeError(f"home {home} cannot be used: {error.strerror}") from error
+    if found != FORMAT:
+        raise HomeError(f"home {home} has format {found!r}, this release reads {FORMAT!r}")

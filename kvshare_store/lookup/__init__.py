@@ -1,0 +1,1 @@
+"""A prompt in, a plan out."""

@@ -1,0 +1,136 @@
+"""Vectors that nominate donors. They never decide: alignment does.
+
+`kvshare_store.testing.embedders.EmbedderTests` is the law of this interface.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.errors import UnsupportedError
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
+from kvshare_store.tree.edits import Tokens
+
+Vector = npt.NDArray[np.float32]
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_GRAMS = (2, 3)
+_WINDOW_CHARACTERS = 900
+_WINDOW_STEP = 700
+_MAX_WINDOWS = 8
+
+
+def unit(vector: npt.NDArray[Any]) -> Vector:
+    """Scaled to length 1; zeros stay zeros."""
+    norm = float(np.linalg.norm(vector))
+    return (vector / norm if norm else vector).astype(np.float32)
+
+
+def lexical_vector(tokens: Tokens) -> Vector:
+    """Signed feature hashing of token 2- and 3-grams into 384 dimensions, L2-normalised.
+
+    `tokens`: int32 ids. Needs no model and gives the same vector in every process.
+    """
+    ids = tokens.astype(np.uint64) + np.uint64(1)
+    sums = np.zeros(VECTOR_DIMENSIONS)
+    for length in _GRAMS:
+        if len(ids) < length:
+            continue
+        hashed = np.zeros(len(ids) - length + 1, np.uint64)
+        for offset in range(length):
+            hashed = (hashed ^ ids[offset : offset + len(hashed)]) * _MIX
+            hashed ^= hashed >> np.uint64(29)
+        signs = np.where(hashed >> np.uint64(63), 1.0, -1.0)
+        sums += np.bincount(
+            (hashed % np.uint64(VECTOR_DIMENSIONS)).astype(np.int64),
+            signs,
+            VECTOR_DIMENSIONS,
+        )
+    return unit(sums)
+
+
+class TextEmbedder(ABC):
+    """Text to a unit vector of 384 float32. Thread-safe."""
+
+    name: str
+
+    @abstractmethod
+    def embed(self, text: str) -> Vector:
+        """The vector of `text`; of zeros for text without content. Deterministic."""
+
+
+class SentenceEmbedder(TextEmbedder):
+    """Any sentence-transformers model; models of another width are projected to 384.
+
+    Long prompts: overlapping windows over the text, evenly chosen, mean-pooled.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise UnsupportedError(
+                "text embeddings need `pip install kvshare-store[semantic]`, or semantic: never"
+            ) from error
+        self.name = model
+        self._lock = threading.Lock()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._model: Any = SentenceTransformer(str(packaged_model(model)), device="cpu")
+        self._projection = _projection(self._encode(["width"]).shape[1])
+
+    def embed(self, text: str) -> Vector:
+        if not text.strip():
+            return np.zeros(VECTOR_DIMENSIONS, np.float32)
+        pooled = unit(self._encode(windows(text)).mean(axis=0))
+        return pooled if self._projection is None else unit(pooled @ self._projection)
+
+    def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        with self._lock:
+            encoded = self._model.encode(
+                texts,
+                show_progress_bar=False,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+            )
+        return np.asarray(encoded, np.float32)
+
+
+def windows(text: str) -> list[str]:
+    """Up to 8 overlapping windows that together span the text."""
+    starts = list(range(0, max(1, len(text) - (_WINDOW_CHARACTERS - _WINDOW_STEP)), _WINDOW_STEP))
+    if len(starts) > _MAX_WINDOWS:
+        picked = np.linspace(0, len(starts) - 1, _MAX_WINDOWS).round().astype(int)
+        starts = [starts[at] for at in picked]
+    return [text[start : start + _WINDOW_CHARACTERS] for start in starts]
+
+
+def _projection(width: int) -> npt.NDArray[np.float32] | None:
+    """A fixed random projection to 384 dimensions: cosines survive it well enough to nominate."""
+    if width == VECTOR_DIMENSIONS:
+        return None
+    generator = np.random.default_rng(384)
+    return generator.standard_normal((width, VECTOR_DIMENSIONS)).astype(np.float32)
+
+
+def packaged_model(name: str) -> str | Path:
+    """The folder of a model that a Python package ships, or the name itself."""
+    spec = importlib.util.find_spec(name.replace("-", "_")) if "/" not in name else None
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        if folder.is_dir():
+            return folder
+    return name
+
+
+def text_embeddings_installed() -> bool:
+    """Whether the `semantic` extra is there."""
+    return importlib.util.find_spec("sentence_transformers") is not None

@@ -1,0 +1,139 @@
+"""The quality policy: which of the rows that could be reused are recomputed all the same.
+
+Recomputing only what was edited is fast and lets the old value show through wherever unedited text
+depends on it; a contiguous window after each edit and the end of the prompt repair most of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.config import PolicyName, StoreConfig, policy_names
+from kvshare_store.errors import ConfigError
+from kvshare_store.plan import Run
+from kvshare_store.tree.edits import Tokens
+
+Mask = npt.NDArray[np.bool_]
+
+
+class ReusePolicy(msgspec.Struct, frozen=True):
+    """What a plan recomputes beyond the edited tokens. Lengths in tokens."""
+
+    name: PolicyName
+    edited: bool = True
+    """May rows be reused outside the exact prefix?"""
+    edit_window: int = 0
+    """Tokens recomputed after each edit."""
+    delimiters: bool = False
+    """Recompute delimiter tokens after the first edit: models keep summaries there."""
+    min_run: int = 1
+    """Reused runs shorter than this are recomputed."""
+    tail: int = 1
+    """Tokens recomputed at the end of the prompt."""
+    max_generation: int = 1
+    """Highest generation of a node made with this policy (1: donors are exact)."""
+
+
+PRESETS: dict[str, ReusePolicy] = {
+    "off": ReusePolicy("off", edited=False),
+    "exact": ReusePolicy("exact", edited=False),
+    "faithful": ReusePolicy(
+        "faithful",
+        edit_window=48,
+        delimiters=True,
+        min_run=24,
+        tail=32,
+        max_generation=1,
+    ),
+    "balanced": ReusePolicy("balanced", edit_window=16, min_run=12, tail=16, max_generation=2),
+    "aggressive": ReusePolicy("aggressive", min_run=2, max_generation=4),
+}
+"""`aggressive` recomputes placeholders only: the paper as written."""
+
+
+def configured_policy(config: StoreConfig) -> ReusePolicy:
+    """The preset that the configuration names, with the values it overrides."""
+    names = ("edit_window", "delimiters", "min_run", "tail", "max_generation")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return msgspec.structs.replace(PRESETS[config.policy], **given)
+
+
+def stricter_policy(configured: ReusePolicy, asked: str | None) -> ReusePolicy:
+    """What a request gets that asks for policy `asked`: never laxer than the configured one."""
+    if asked is None:
+        return configured
+    names = policy_names()
+    if asked not in names:
+        raise ConfigError(f"policy {asked!r} is not one of {', '.join(names)}")
+    if names.index(asked) >= names.index(configured.name):
+        return configured
+    preset = PRESETS[asked]
+    return ReusePolicy(
+        preset.name,
+        edited=preset.edited and configured.edited,
+        edit_window=max(preset.edit_window, configured.edit_window),
+        delimiters=preset.delimiters or configured.delimiters,
+        min_run=max(preset.min_run, configured.min_run),
+        tail=max(preset.tail, configured.tail),
+        max_generation=min(preset.max_generation, configured.max_generation),
+    )
+
+
+def kept_positions(
+    policy: ReusePolicy,
+    request: Tokens,
+    donor_of: npt.NDArray[np.int64],
+    source_of: npt.NDArray[np.int64],
+    exact: int,
+    delimiters: Collection[int] = (),
+) -> Mask:
+    """Which positions of the request are filled from stored rows.
+
+    `donor_of[i]` is the donor that covers position i (-1: none) and `source_of[i]` its position
+    there. Positions below `exact` are always kept; the last position never is, because the engine
+    must compute it to sample.
+    """
+    length = len(request)
+    keep = donor_of >= 0
+    if not policy.edited:
+        keep[exact:] = False
+    keep &= ~_after_edits(keep, donor_of, source_of, policy.edit_window)
+    if policy.delimiters and len(delimiters):
+        # the exact prefix ends where the first edit is, also where that only removed text
+        keep[exact:] &= ~np.isin(request[exact:], np.fromiter(delimiters, np.int64))
+    keep[max(0, length - policy.tail) :] = False
+    for run in runs_of(keep):
+        if run.length < policy.min_run:
+            keep[run.start : run.stop] = False
+    keep[:exact] = True
+    keep[length - 1 :] = False
+    return keep
+
+
+def _after_edits(
+    covered: Mask,
+    donor_of: npt.NDArray[np.int64],
+    source_of: npt.NDArray[np.int64],
+    window: int,
+) -> Mask:
+    """Positions within `window` tokens after a change: text inserted, removed, or another donor."""
+    follows = np.ones(len(covered), np.bool_)
+    follows[1:] = (donor_of[1:] == donor_of[:-1]) & (source_of[1:] == source_of[:-1] + 1)
+    if len(covered):
+        follows[0] = source_of[0] == 0
+    # a position right after a gap, or one whose left neighbour in the donor is another token
+    seams = np.flatnonzero(covered & ~follows)
+    near = np.zeros(len(covered) + 1, np.int64)
+    np.add.at(near, seams, 1)
+    np.add.at(near, np.minimum(seams + window, len(covered)), -1)
+    return np.cumsum(near[:-1]) > 0
+
+
+def runs_of(mask: Mask) -> list[Run]:
+    """Maximal runs of True, ascending."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
+    return [Run(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -1,0 +1,46 @@
+"""Who may share with whom. A namespace is a wall: it filters, and it is checked again on read."""
+
+from __future__ import annotations
+
+import functools
+
+import blake3
+import msgspec
+
+from kvshare_store.tensors.layout import KVLayout
+
+
+class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything two requests must agree on before rows of one may serve the other.
+
+    All fields are compared by equality only; none is interpreted. `tenant` comes from the server
+    side (vLLM's `cache_salt`), never from a field that a client can set freely.
+    """
+
+    model: str
+    layout: KVLayout
+    revision: str = ""
+    kv_dtype: str = "auto"
+    rope: str = ""
+    lora: str = ""
+    ranks: str = "tp1"
+    tenant: str = ""
+    tokenizer: str = msgspec.field(default="")
+    """Where a tokenizer for display and text embeddings may be found. Not part of the wall."""
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits naming this namespace; the same in every process."""
+        return _digest(self)
+
+    def for_tenant(self, tenant: str, lora: str = "") -> Namespace:
+        """The same model for another tenant or adapter."""
+        if tenant == self.tenant and lora == self.lora:
+            return self
+        return msgspec.structs.replace(self, tenant=tenant, lora=lora)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(namespace: Namespace) -> str:
+    wall = msgspec.structs.replace(namespace, tokenizer="")
+    return blake3.blake3(msgspec.msgpack.encode(wall)).hexdigest()

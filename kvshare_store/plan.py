@@ -1,0 +1,134 @@
+"""ReusePlan: which rows of which blocks fill which positions, and what is left to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+
+class Run(NamedTuple):
+    """Positions `start … stop-1` of a request."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """How many positions."""
+        return self.stop - self.start
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """A run of request positions filled from the rows of one block.
+
+    `source` is the position the first row's K was rotated for when it was computed. A span is
+    `exact` when it belongs to the exact prefix; then `source == start`.
+    """
+
+    start: int
+    length: int
+    source: int
+    block: int
+    """Index into the plan's (or node's) blocks."""
+    row: int
+    """First row inside that block."""
+    exact: bool = False
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        return self.start + self.length
+
+    def clip(self, start: int, stop: int) -> Span | None:
+        """The part of this span inside `start … stop-1`, or None."""
+        first, last = max(self.start, start), min(self.stop, stop)
+        if first >= last:
+            return None
+        skip = first - self.start
+        return Span(
+            first,
+            last - first,
+            self.source + skip,
+            self.block,
+            self.row + skip,
+            self.exact,
+        )
+
+
+class BlockRef(msgspec.Struct, frozen=True, array_like=True):
+    """Where a leased block lies: `offset` bytes into the arena (-1: not resident)."""
+
+    name: str
+    rows: int
+    nbytes: int
+    offset: int = -1
+
+
+class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to one lookup. Either it has spans and a lease, or `declined` says why not."""
+
+    namespace: str
+    tokens: int
+    """Length of the request."""
+    exact: int = 0
+    """Length of the exact prefix."""
+    spans: tuple[Span, ...] = ()
+    blocks: tuple[BlockRef, ...] = ()
+    donors: tuple[str, ...] = ()
+    generation: int = 0
+    """Provenance of the request's KV when this plan is used (0 = exact)."""
+    lease: str = ""
+    arena: str = ""
+    """Path of the shared-memory file that `BlockRef.offset` points into."""
+    saving_ms: float = 0.0
+    policy: str = ""
+    declined: str = ""
+
+    @property
+    def reused(self) -> int:
+        """Positions filled from stored rows."""
+        return sum(span.length for span in self.spans)
+
+    @property
+    def stop(self) -> int:
+        """One past the last reused position; what follows is ordinary prefill."""
+        return self.spans[-1].stop if self.spans else 0
+
+    def placeholders(self, start: int = 0) -> list[Run]:
+        """Runs from `start` up to `stop` that the engine must compute, ascending."""
+        return gaps(self.spans, start, self.stop)
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a plan. Tokens, bytes, seconds; `failed` is a reason code or empty."""
+
+    exact: int = 0
+    edited: int = 0
+    recomputed: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    failed: str = ""
+
+
+def gaps(spans: Iterable[Span], start: int, stop: int) -> list[Run]:
+    """Positions of `start … stop-1` that no span covers. `spans` ascend and do not overlap."""
+    return list(_gaps(spans, start, stop))
+
+
+def _gaps(spans: Iterable[Span], start: int, stop: int) -> Iterator[Run]:
+    at = start
+    for span in spans:
+        if span.start > at:
+            yield Run(at, min(span.start, stop))
+        at = max(at, span.stop)
+        if at >= stop:
+            return
+    if at < stop:
+        yield Run(at, stop)
+
+
+def clip_spans(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The parts of `spans` inside `start … stop-1`."""
+    return [clipped for span in spans if (clipped := span.clip(start, stop)) is not None]

@@ -1,0 +1,1 @@
+"""What a row is: its layout, its position, its bytes."""

@@ -1,0 +1,19 @@
+"""Law books for whoever implements an interface of KVShare, and tools to break things with.
+
+    from kvshare_store.testing.tiers import TierTests
+
+    class TestMyTier(TierTests):
+        async def make_tier(self, folder, budget):
+            return MyTier(folder, budget)
+
+Needs pytest and hypothesis, which nothing else in the package does.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    "kvshare_store.testing.embedders",
+    "kvshare_store.testing.machines",
+    "kvshare_store.testing.oracle",
+    "kvshare_store.testing.tiers",
+)

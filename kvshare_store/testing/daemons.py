@@ -1,0 +1,149 @@
+"""A real daemon in a process of its own, to be killed; and a client that checks its rows."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import socket_path
+from kvshare_store.daemon.spawn import answers, spawn_daemon
+from kvshare_store.errors import KVShareError, LeaseError
+from kvshare_store.home import arena_path
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.testing.oracle import RowBook, Rows, check_partition, gather, rows_for
+
+START_S = 60.0
+
+
+class Daemon:
+    """`kvshare serve` for a configuration. As a context manager it is started and ended."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+        self.process = spawn_daemon(self.config)
+        path, deadline = socket_path(self.config.home_path), time.monotonic() + START_S
+        while not answers(path):
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.02)
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return (self.config.home_path / "daemon.log").read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL: no code of its own runs any more."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(START_S)
+            self.process = None
+
+    def end(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        code = self.process.wait(START_S)
+        self.process = None
+        return code
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        arena_path(self.config.home_path).unlink(missing_ok=True)
+
+
+class ClientDriver:
+    """What `testing.oracle.Driver` is for a Store, over the socket and the mapped arena."""
+
+    def __init__(self, client: Client, namespace: Namespace, book: RowBook | None = None) -> None:
+        self.client = client
+        self.namespace = namespace
+        self.book = book or RowBook(namespace.layout)
+
+    def load(self, plan: ReusePlan) -> Rows:
+        """The rows of a plan, copied out; `LeaseError` if they were not there all the time."""
+        rows = gather(plan, self.namespace.layout, lambda ref: self.client.rows_of(plan.arena, ref))
+        self.client.check(plan.arena, plan.blocks)
+        return rows
+
+    def plan(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
+        """A checked plan; `finish` it."""
+        plan = self.client.plan(list(tokens), self.namespace, timeout=timeout)
+        check_partition(plan)
+        if not plan.declined:
+            self.book.check(tokens, plan, self.load(plan))
+        return plan
+
+    def finish(self, plan: ReusePlan) -> None:
+        """The request has used the plan."""
+        edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
+        self.client.finish(plan.lease, Outcome(plan.exact, edited, missing))
+
+    def serve(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
+        """Plan, check and finish."""
+        plan = self.plan(tokens, timeout)
+        if not plan.declined:
+            self.finish(plan)
+        return plan
+
+    def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
+        """Fill the slots that are staged for a prompt and commit it."""
+        array = np.asarray(tokens, np.int32)
+        reuse = Reuse() if plan is None else reuse_of(plan)
+        staged = self.client.stage(array, self.namespace, reuse)
+        if staged.known:
+            return None
+        exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
+        rows = rows_for(tokens, self.namespace.layout, exact=exact, salt=staged.id)
+        fresh = [at for run in staged.fresh for at in range(run.start, run.stop)]
+        self.book.write(tokens, rows, fresh, exact)
+        at = 0
+        for slot in staged.slots:
+            target = self.namespace.layout.words(self.client.slot(staged, slot), slot.rows)
+            target[:] = rows[:, :, fresh[at : at + slot.rows]]
+            at += slot.rows
+        return self.client.commit(staged.id)
+
+    def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
+        """One request of an engine for which every failure of the store is a miss."""
+        try:
+            plan = self.plan(tokens)
+        except LeaseError:
+            return None
+        try:
+            if plan.declined:
+                self.save(tokens)
+            else:
+                self.finish(plan)
+                self.save(tokens, plan)
+        except KVShareError:
+            return plan
+        return plan

@@ -1,0 +1,92 @@
+"""Node: one prompt in the DELTA tree, and where every row of it lies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import blake3
+import msgspec
+import numpy as np
+
+from kvshare_store.errors import PlanError
+from kvshare_store.plan import Span, gaps
+from kvshare_store.tree.edits import Edit, Tokens
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """One stored prompt. Its segments cover every position of it exactly once.
+
+    A segment has the fields of a `Span`; its `block` indexes this node's `blocks`. Rows that the
+    node shares with its parent are segments into the parent's blocks; only fresh rows are its own.
+    """
+
+    id: str
+    namespace: str
+    token_bytes: bytes
+    parent: str | None = None
+    edits: tuple[Edit, ...] = ()
+    segments: tuple[Span, ...]
+    blocks: tuple[str, ...]
+    exact_rows: int
+    """Leading rows that were computed in their own full context."""
+    generation: int = 0
+    created: float = msgspec.field(default_factory=time.time)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Token ids, int32, read-only."""
+        return np.frombuffer(self.token_bytes, np.int32)
+
+    @property
+    def length(self) -> int:
+        """How many tokens, and so rows."""
+        return len(self.token_bytes) // 4
+
+    @property
+    def exact(self) -> bool:
+        """Provenance: every row was computed in its own full context."""
+        return self.generation == 0
+
+
+def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:
+    """The same prompt with the same provenance is the same node, whoever saves it."""
+    hasher = blake3.blake3(f"{namespace}:{int(exact)}:".encode())
+    hasher.update(tokens.tobytes())
+    return hasher.hexdigest(length=16)
+
+
+def check_segments(segments: Sequence[Span], length: int, blocks: int) -> None:
+    """`PlanError` unless the segments cover `length` positions once and stay within `blocks`."""
+    at = 0
+    for segment in segments:
+        if segment.start != at or segment.length < 1 or not 0 <= segment.block < blocks:
+            raise PlanError(f"segment {segment} does not continue the node at {at}")
+        if segment.row < 0 or segment.source < 0:
+            raise PlanError(f"segment {segment} points before the start")
+        at = segment.stop
+    if at != length:
+        missing = gaps(segments, 0, length)
+        raise PlanError(f"segments cover {at} of {length} positions; missing {missing[:3]}")
+
+
+def spans_from(node: Node, source: int, length: int, start: int, *, exact: bool) -> list[Span]:
+    """Spans that fill request positions from `start` with rows `source … source+length-1`.
+
+    `block` indexes the node's blocks; `source` of each span is where its K was first rotated for.
+    """
+    found = []
+    for segment in node.segments:
+        clipped = segment.clip(source, source + length)
+        if clipped is not None:
+            found.append(
+                Span(
+                    clipped.start - source + start,
+                    clipped.length,
+                    clipped.source,
+                    clipped.block,
+                    clipped.row,
+                    exact,
+                )
+            )
+    return found
