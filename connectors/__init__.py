@@ -1,0 +1,1 @@
+"""Engines that KVShare serves, one package each."""

@@ -1,0 +1,170 @@
+"""KVShareConnector: what vLLM's `--kv-transfer-config` names. Both roles, each in its process."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kvshare_connectors.vllm.capability import decline_reason
+from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.settings import settings_of
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from kvshare_store.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from kvshare_connectors.vllm.planning import Planning
+    from kvshare_connectors.vllm.worker import Worker
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+log = logging.getLogger("kvshare")
+
+
+class KVShareConnector(KVConnectorBase_V1):
+    """Loads edited KV before the forward, saves fresh KV after it.
+
+    A model that KVShare does not serve gets an idle connector and one line in the log: requests are
+    then computed in full. A wrong setting stops the engine with one clear line.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._vllm = vllm_config
+        self._kv_cache = kv_cache_config
+        self.config = settings_of(vllm_config)
+        self._unserved = self._reason()
+        self.planning: Planning | None = None
+        self._worker: Worker | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._open_scheduler_side()
+
+    def _reason(self) -> str | None:
+        reason = decline_reason(self._vllm)
+        if reason is None and len(self._kv_cache.kv_cache_groups) != 1:
+            reason = "mamba_or_hybrid"
+        return reason
+
+    def _open_scheduler_side(self) -> None:
+        from kvshare_connectors.vllm.identity import namespace_of  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.planning import Planning  # noqa: PLC0415
+
+        from kvshare_store.daemon.link import open_link  # noqa: PLC0415
+
+        if self._unserved is not None:
+            log.warning("kvshare: this model is served without reuse: %s", self._unserved)
+            return
+        if self._vllm.kv_transfer_config.kv_load_failure_policy != "recompute":
+            raise ConfigError(
+                'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed '
+                "load is a miss and not a failed request"
+            )
+        namespace = namespace_of(self._vllm, self._kv_cache)
+        size = self._vllm.cache_config.block_size
+        self.planning = Planning(self.config, namespace, open_link(self.config), size)
+
+    # --- worker side ----------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from kvshare_connectors.vllm.capability import model_rope  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.paged_cache import PagedCache  # noqa: PLC0415
+        from kvshare_connectors.vllm.worker import Worker  # noqa: PLC0415
+
+        if self._unserved is not None:
+            return
+        context = self._vllm.compilation_config.static_forward_context
+        cache = PagedCache.from_context(context, kv_caches)
+        self._worker = Worker(self.config, cache, model_rope(self._vllm))
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.step_begins()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.load(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are complete before the forward begins."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Rows are taken once a prompt is complete, in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.after_forward(self._step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        finished = set(self._step().finished_loads) if self._worker is not None else set()
+        return None, finished or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def _step(self) -> KVShareMetadata:
+        step = self._get_connector_metadata()
+        if not isinstance(step, KVShareMetadata):
+            raise UnsupportedError(f"unexpected connector metadata {type(step).__name__}")
+        return step
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if self.planning is not None:
+            self.planning.close()
+
+    # --- scheduler side -------------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        if self.planning is not None:
+            self.planning.bind_block_pool(gpu_block_pool)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self.planning is None:
+            return 0, False
+        return self.planning.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if self.planning is not None:
+            self.planning.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self.planning is None:
+            return KVShareMetadata()
+        return self.planning.build_metadata(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if self.planning is not None:
+            self.planning.worker_output(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self.planning is not None:
+            self.planning.finished(request)
+        return False, None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache may lose anything: a request never fails for it."""
+        return False

@@ -1,0 +1,57 @@
+"""What the scheduler side tells the worker side each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import BlockRef, Run, Span
+from kvshare_store.staging import Reuse
+
+
+@dataclass
+class LoadSpec:
+    """Rows to write into a request's paged blocks before this step's forward."""
+
+    request_id: str
+    lease: str
+    arena: str
+    spans: list[Span]
+    """Clipped to what vLLM's own prefix cache left; ascending."""
+    blocks: tuple[BlockRef, ...]
+    block_ids: list[int]
+    """The request's paged blocks."""
+    start: int
+    """First position that is loaded or computed; the blocks from here on are the request's own."""
+    exact: int
+    """Reused positions that belong to the exact prefix."""
+    recomputed: int
+    """Positions of the prompt, from `start` on, that the engine computes."""
+
+
+@dataclass
+class SaveSpec:
+    """A prompt that is complete after this step's forward."""
+
+    request_id: str
+    namespace: Namespace
+    tokens: bytes
+    """int32."""
+    reuse: Reuse
+    fresh: list[Run]
+    """Positions whose rows the store does not have."""
+    block_ids: list[int]
+
+
+@dataclass
+class KVShareMetadata(KVConnectorMetadata):
+    """One step."""
+
+    loads: list[LoadSpec] = field(default_factory=list)
+    saves: list[SaveSpec] = field(default_factory=list)
+    finished_loads: list[str] = field(default_factory=list)
+    """Parked requests whose last placeholder run is in this step, or that were aborted."""
+    prefilled: int = 0
+    """Prompt tokens computed by this step when it is a pure prefill of some length, else 0."""

@@ -1,0 +1,249 @@
+"""Rows in and out of vLLM's paged KV cache, over all layers of a model.
+
+A slot is `block_id * block_size + offset`. What lies inside a block is `paged_formats`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from kvshare_connectors.vllm.paged_formats import Format, format_of
+from kvshare_connectors.vllm.raw_blocks import RawBlocks, SpareBuffers, check_range
+from torch import Tensor
+
+from kvshare_store.errors import NamespaceError, UnsupportedError
+from kvshare_store.tensors.layout import DTypeName, KVLayout
+
+_DTYPES: dict[torch.dtype, DTypeName] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_SPARE_BYTES = 256 << 20
+_WORD = torch.int64
+
+
+class PagedCache:
+    """The paged KV cache of all attention layers of a model, addressed by slots and block ids.
+
+    Build it with `from_context`. `write` and `snapshot` belong on the engine's thread, between
+    its forward passes; what `snapshot` returns may be unpacked anywhere, at any time.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        form: Format,
+        *,
+        block_size: int | None = None,
+        spare_bytes: int = _SPARE_BYTES,
+    ) -> None:
+        self._layers = list(layers)
+        self._format = form
+        cache: Tensor = self._layers[0].kv_cache
+        blocks, heads, self._kernel_block_size, width = cache.shape
+        self.layout = KVLayout(len(self._layers), heads, width // 2, _DTYPES[cache.dtype])
+        self.device = cache.device
+        self.slots = blocks * self._kernel_block_size
+        self.block_size = block_size or self._kernel_block_size
+        if self.block_size % self._kernel_block_size:
+            raise UnsupportedError(
+                f"blocks of {self.block_size} tokens are not made of whole kernel blocks of"
+                f" {self._kernel_block_size}"
+            )
+        self._joined = _join([layer.kv_cache for layer in self._layers])
+        self._spare = SpareBuffers(spare_bytes)
+
+    @classmethod
+    def from_context(
+        cls,
+        static_forward_context: dict[str, Any],
+        kv_caches: dict[str, Tensor],
+        *,
+        block_size: int | None = None,
+        spare_bytes: int = _SPARE_BYTES,
+    ) -> Self:
+        """From vLLM's attention layers, once their caches are bound (`register_kv_caches`).
+
+        `static_forward_context`: layer name → attention layer, of the compilation config.
+        `kv_caches`: what vLLM registered; only its names are used, the tensors are taken from
+        the layers. `block_size`: tokens of a scheduler block, where a backend's kernel blocks
+        are smaller. `spare_bytes`: snapshot buffers kept between snapshots, in bytes.
+
+        Raises `UnsupportedError` for a layout or an attention KVShare does not serve.
+        """
+        names = sorted(kv_caches, key=_layer_index)
+        if not names:
+            raise UnsupportedError("the model has no KV cache")
+        if len({_layer_index(name) for name in names}) < len(names):
+            raise UnsupportedError(f"a layer has several KV caches: {names}")
+        layers = []
+        for name in names:
+            layer = static_forward_context.get(name)
+            if layer is None:
+                raise UnsupportedError(f"{name} has a KV cache but is no attention layer")
+            _refuse_unserved(name, layer)
+            layers.append(layer)
+        kinds = {
+            (layer.kv_cache.shape, layer.kv_cache.dtype, type(format_of(name, layer)))
+            for name, layer in zip(names, layers, strict=True)
+        }
+        if len(kinds) > 1:
+            raise UnsupportedError(f"the layers' KV caches differ: {sorted(map(str, kinds))}")
+        form = format_of(names[0], layers[0])
+        return cls(layers, form, block_size=block_size, spare_bytes=spare_bytes)
+
+    def write(self, rows: Tensor, slots: Tensor) -> None:
+        """Put canonical rows `[L, 2, T, H, D]` of this layout into slots (int64 `[T]`).
+
+        Rows whose slot is -1 are skipped. Raises `NamespaceError` if the rows are of another
+        layout, `PlanError` if a slot is outside the cache; nothing is written then.
+        """
+        if rows.shape != self.layout.shape(len(slots)) or _DTYPES.get(rows.dtype) != (
+            self.layout.dtype
+        ):
+            raise NamespaceError(
+                f"rows {list(rows.shape)} {rows.dtype} for {len(slots)} slots do not fit"
+                f" {self.layout}"
+            )
+        if not len(slots):
+            return
+        check_range("slot", slots, -1, self.slots)  # the kernels do not check
+        if self._joined is not None and self.device.type == "cpu" and rows.is_contiguous():
+            self._write_joined(self._joined, rows, slots)
+            return
+        rows, slots = rows.to(self.device), slots.to(self.device)
+        for layer, (keys, values) in zip(self._layers, rows, strict=True):
+            layer.impl.do_kv_cache_update(
+                layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
+            )
+
+    def _write_joined(self, joined: _Joined, rows: Tensor, slots: Tensor) -> None:
+        """Write all layers in one call, as if their caches were one.
+
+        Canonical rows are taken as `2 * L * T` tokens: first a layer's K, then its V. V of the
+        token at i is K of the "token" at i + T, and the slots of V itself are -1.
+        """
+        tokens = len(slots)
+        every = torch.full((len(self._layers), 2, tokens), -1)
+        first_slots = joined.first_blocks[:, None] * self._kernel_block_size
+        every[:, 0] = torch.where(slots < 0, -1, first_slots + slots)
+        flat = rows.flatten(0, 2)
+        layer = self._layers[0]
+        layer.impl.do_kv_cache_update(
+            layer, flat[:-tokens], flat[tokens:], joined.cache, every.flatten()[:-tokens]
+        )
+
+    def snapshot(self, block_ids: Sequence[int]) -> RawBlocks:
+        """Copy these blocks of all layers as they are, to be unpacked later.
+
+        The copy stays on the cache's device and does not look inside the blocks. Raises
+        `PlanError` if a block id is outside the cache.
+        """
+        ids = torch.tensor(block_ids, dtype=torch.int64)
+        if len(ids):
+            check_range("block id", ids, 0, self.slots // self.block_size)
+        split = self.block_size // self._kernel_block_size
+        ids = (ids[:, None] * split + torch.arange(split)).flatten().to(self.device)
+        cache: Tensor = self._layers[0].kv_cache
+        shape = (len(self._layers), len(ids), *cache.shape[1:])
+        nbytes = cache[0].numel() * cache.itemsize * len(self._layers) * len(ids)
+        buffer = self._spare.take(nbytes, self.device)
+        copies = buffer[:nbytes].view(cache.dtype).view(shape)
+        if len(ids) and self._joined is not None:
+            self._joined.copy_blocks(ids, copies)
+        elif len(ids):
+            for layer, copy in zip(self._layers, copies, strict=True):
+                torch.index_select(layer.kv_cache, 0, ids, out=copy)
+        return RawBlocks(copies, self._format, self.layout, buffer, self._spare)
+
+    def read(self, slots: Tensor) -> Tensor:
+        """Canonical rows `[L, 2, T, H, D]` of the tokens in `slots` (int64 `[T]`), copied."""
+        if not len(slots):
+            return torch.empty(self.layout.shape(0), dtype=self._layers[0].kv_cache.dtype)
+        check_range("slot", slots, 0, self.slots)
+        used, index = torch.unique(slots // self.block_size, return_inverse=True)
+        with self.snapshot(used.tolist()) as raw:
+            return raw.rows(index * self.block_size + slots % self.block_size)
+
+
+class _Joined(NamedTuple):
+    """The caches of all layers as one.
+
+    One operation on it does what would be one for every layer. That matters on a busy machine,
+    where each operation waits until all of PyTorch's threads have had their turn.
+    """
+
+    cache: Tensor
+    """`[blocks of all layers, H, N, 2 * D]`."""
+    first_blocks: Tensor
+    """int64 `[L]`: where the blocks of every layer begin."""
+
+    def copy_blocks(self, ids: Tensor, copies: Tensor) -> None:
+        """Copy these blocks of every layer to `copies` `[L, len(ids), H, N, 2 * D]`.
+
+        By (block, head) and in wide words: `index_select` splits the copy of a single row of
+        2**15 elements over the threads, and then waits for them at each row.
+        """
+        heads = self.cache.shape[1]
+        blocks = (self.first_blocks[:, None] + ids).flatten()
+        wanted = (blocks[:, None] * heads + torch.arange(heads, device=ids.device)).flatten()
+        matrix, out = (
+            side.view(-1, side.shape[-2] * side.shape[-1]).view(_WORD)
+            for side in (self.cache, copies)
+        )
+        torch.index_select(matrix, 0, wanted, out=out)
+
+
+def _join(caches: Sequence[Tensor]) -> _Joined | None:
+    """None unless the caches are dense parts of one allocation, as vLLM makes them for the CPU."""
+    first = min(caches, key=Tensor.storage_offset)
+    start, block = int(first.storage_offset()), first[0].numel()
+    apart = [int(cache.storage_offset()) - start for cache in caches]
+    if (
+        not all(cache.is_contiguous() for cache in caches)
+        or len({cache.untyped_storage().data_ptr() for cache in caches}) > 1
+        or any(distance % block for distance in apart)
+        or any(size * first.itemsize % _WORD.itemsize for size in (start, first[0, 0].numel()))
+    ):
+        return None
+    blocks = max(apart) // block + len(first)
+    cache = first.as_strided((blocks, *first.shape[1:]), first.stride())
+    first_blocks = torch.tensor([distance // block for distance in apart], device=cache.device)
+    return _Joined(cache, first_blocks)
+
+
+def _layer_index(name: str) -> int:
+    """The position of a layer in the model: the one number in its name."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    if len(numbers) != 1:
+        raise UnsupportedError(f"cannot tell the place of layer {name!r} in the model")
+    return int(numbers[0])
+
+
+def _refuse_unserved(name: str, layer: Any) -> None:
+    """Raise `UnsupportedError` unless the layer's rows are plain K and V of every token.
+
+    The model's config should have been declined before; this looks at what was really built.
+    """
+    cache = layer.kv_cache
+    if not isinstance(cache, Tensor) or cache.ndim != 4:
+        raise UnsupportedError(f"{name}: the KV cache is no [blocks, heads, tokens, K | V] tensor")
+    if cache.dtype not in _DTYPES:
+        raise UnsupportedError(f"{name}: KV cache dtype {cache.dtype} is not supported")
+    if cache.shape[3] != 2 * layer.head_size or cache.shape[1] != layer.num_kv_heads:
+        raise UnsupportedError(
+            f"{name}: KV cache {list(cache.shape)} is not K and V of {layer.num_kv_heads} heads"
+            f" of dimension {layer.head_size}"
+        )
+    if layer.sliding_window is not None:
+        raise UnsupportedError(f"{name}: sliding-window attention is not supported")
+    if layer.kv_sharing_target_layer_name is not None:
+        raise UnsupportedError(f"{name}: KV shared between layers is not supported")
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        raise UnsupportedError(f"{name}: ALiBi is not supported")
+    if layer.attn_type != "decoder":
+        raise UnsupportedError(f"{name}: {layer.attn_type} attention is not supported")
