@@ -1,0 +1,44 @@
+"""What every test may rely on: Hypothesis profiles, and skips that can be forbidden."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from kvshare_store.home import arena_path
+
+_UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+# The default run is the same for everybody; chance is for those who look for new cases.
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=200, deadline=None, print_blob=True)
+settings.register_profile(
+    "nightly", max_examples=2000, deadline=None, suppress_health_check=_UNHURRIED
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[bool, str], None]:
+    """`require(present, what)`: skip without `what`; with KVSHARE_REQUIRE_ALL=1 fail instead."""
+
+    def check(present: bool, what: str) -> None:
+        if present:
+            return
+        if os.environ.get("KVSHARE_REQUIRE_ALL") == "1":
+            pytest.fail(f"{what} is missing, and KVSHARE_REQUIRE_ALL=1 asks for everything")
+        pytest.skip(f"{what} is missing")
+
+    return check
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home for one store. Also removes the arena that a killed daemon leaves behind."""
+    folder = tmp_path / "home"
+    yield folder
+    arena_path(folder).unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""Prompts for the engine tests: real text of the demo, as token ids."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's imports warn of things that are not ours to change
+    import vllm.v1.core.sched.scheduler
+    import vllm.v1.worker.cpu_model_runner  # noqa: F401
+
+from examples.demo.families import FAMILIES
+from examples.demo.model import prepare_model
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[[str], list[int]]:
+    """Text to token ids, in the model's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(prepare_model()))
+
+    def tokens(text: str) -> list[int]:
+        message = [{"role": "user", "content": text}]
+        return list(
+            tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        )
+
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
+    """Donor and followers of each demo family, as token ids."""
+    return {
+        family.name: [encode(family.donor), *(encode(text) for text in family.followers)]
+        for family in FAMILIES
+    }
+
+
+@pytest.fixture(scope="session")
+def fresh(families: dict[str, list[list[int]]]) -> Callable[[int], list[int]]:
+    """Prompts of a given length that have no text in common with any given before."""
+    few_shot_last = sorted(families, key=lambda name: name == "few_shot")
+    text = [token for name in few_shot_last for token in families[name][0]]
+    used = 0
+
+    def take(length: int) -> list[int]:
+        nonlocal used
+        used = used + length if used + length <= len(text) else length
+        return text[used - length : used]
+
+    return take

@@ -1,0 +1,376 @@
+"""A real vLLM engine in the process of the test, with KVShare in it and both its sides at hand."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch._dynamo
+from kvshare_connectors.vllm.metadata import LoadSpec
+from kvshare_connectors.vllm.planning import Planning, RequestState
+from kvshare_connectors.vllm.worker import Worker
+
+from examples.demo.model import prepare_model
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client
+from kvshare_store.plan import ReusePlan, Span, clip_spans
+
+BLOCK = 32
+TOLERANCE = 1e-4
+"""What two fp32 computations of the same log-probability may differ by."""
+
+Keep = list[tuple[int, int]]
+"""Positions `start … stop-1` that a plan may reuse."""
+
+
+@dataclass
+class Answer:
+    """What one request got."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    cached: int = 0
+    """Prompt tokens that vLLM counts as cached: from its own prefix cache or from the store."""
+
+    def agrees(self, other: Answer) -> bool:
+        """The same greedy tokens, and log-probabilities as two computations in fp32 give them."""
+        return self.tokens == other.tokens and self.difference(other) < TOLERANCE
+
+    def difference(self, other: Answer) -> float:
+        """Largest difference of a log-probability that both report."""
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        shared = (abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
+        return max(shared, default=float("inf"))
+
+
+@dataclass
+class Step:
+    """What the scheduler gave the runner to do."""
+
+    tokens: int
+    """Computed in this step, placeholder runs included."""
+    rows: int
+    """Of the batch, virtual ones included."""
+    runs: list[tuple[str, int, int]] = field(default_factory=list)
+    """Virtual rows: id of the request, first position, length."""
+
+
+class Engine:
+    """`LLM` with KVShare. One at a time in a process; `close` it."""
+
+    def __init__(
+        self, home: Path, *, kvshare: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        # Threads that wait for each other are slow where others use the processor too, and vLLM
+        # compiles an operation of its sampler, which costs more than it saves here.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        torch.set_num_threads(1)
+        torch._dynamo.config.disable = True
+        from vllm import LLM
+
+        self.home = home
+        self._ids = itertools.count()
+        self._answers: dict[str, list[Answer]] = {}
+        extra = {
+            "kvshare.home": str(home),
+            "kvshare.semantic": "never",
+            "kvshare.host_bytes": "512MiB",
+            "kvshare.min_saving_ms": 0,
+            "kvshare.plan_deadline_ms": 10_000,
+            "kvshare.idle_exit_s": 5,
+        }
+        extra |= {f"kvshare.{name}": value for name, value in (kvshare or {}).items()}
+        defaults = {
+            "model": str(prepare_model()),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 2048,
+            "max_num_seqs": 64,
+            "block_size": BLOCK,
+            "kv_cache_memory_bytes": 512 << 20,
+            "enable_prefix_caching": False,
+            "max_logprobs": 50,
+            "scheduler_cls": "kvshare_connectors.vllm.KVShareScheduler",
+            "kv_transfer_config": {
+                "kv_connector": "KVShareConnector",
+                "kv_connector_module_path": "kvshare_connectors.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": extra,
+            },
+        }
+        self.llm = LLM(**(defaults | settings))
+        self.core = self.llm.llm_engine
+        self.client = Client(home)
+        self.steps: list[Step] = []
+        self._watch_steps()
+        self.free_at_start = self.free_blocks
+
+    def _watch_steps(self) -> None:
+        schedule = self.scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            scheduled = output.num_scheduled_tokens
+            runs = [
+                (new.req_id.split("/kvshare-")[0], new.num_computed_tokens, scheduled[new.req_id])
+                for new in output.scheduled_new_reqs
+                if "/kvshare-" in new.req_id
+            ]
+            self.steps.append(Step(sum(scheduled.values()), len(scheduled), runs))
+            return output
+
+        self.scheduler.schedule = watched
+
+    @property
+    def scheduler(self) -> Any:
+        """vLLM's scheduler, ours."""
+        return self.core.engine_core.engine_core.scheduler
+
+    @property
+    def planning(self) -> Planning:
+        """The connector's scheduler side."""
+        return self.scheduler.connector.planning
+
+    @property
+    def worker(self) -> Worker:
+        """The connector's worker side."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    @property
+    def pool(self) -> Any:
+        """vLLM's pool of paged blocks."""
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def free_blocks(self) -> int:
+        """Paged blocks that no request holds."""
+        return int(self.pool.get_num_free_blocks())
+
+    @property
+    def daemon(self) -> int:
+        """Process id of the daemon."""
+        return self.client.greet().pid
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 4,
+        policy: str | None = None,
+        params: dict[str, Any] | None = None,
+        salt: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Queue a greedy request; returns its id. `params`: its whole `kv_transfer_params`."""
+        from vllm import SamplingParams
+
+        name = f"request-{next(self._ids)}"
+        params = {"kvshare.policy": policy} if policy else params
+        extra = {"kv_transfer_params": params} if params is not None else None
+        defaults = {
+            "temperature": 0.0,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "logprobs": 20,
+        }
+        wanted = SamplingParams(**(defaults | sampling), extra_args=extra)
+        text: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+        if salt is not None:
+            text["cache_salt"] = salt
+        self.core.add_request(name, text, wanted)
+        return name
+
+    def abort(self, name: str) -> None:
+        """The client of a request has gone."""
+        self.core.abort_request([name])
+
+    def step(self) -> Step:
+        """One step of the engine; what it did."""
+        before = len(self.steps)
+        self._finished(self.core.step())
+        return self.steps[-1] if len(self.steps) > before else Step(0, 0)
+
+    def drain(self, seconds: float = 120.0) -> dict[str, list[Answer]]:
+        """Step until nothing is left; the answers by request id, one for each of `n`."""
+        deadline = time.monotonic() + seconds
+        while self.core.has_unfinished_requests():
+            assert time.monotonic() < deadline, "the engine makes no progress"
+            self._finished(self.core.step())
+        answers, self._answers = self._answers, {}
+        return answers
+
+    def _finished(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.finished:
+                cached = output.num_cached_tokens or 0
+                self._answers[output.request_id] = [_answer(d, cached) for d in output.outputs]
+
+    def ask(self, prompt: Sequence[int], **options: Any) -> Answer:
+        """One request on its own."""
+        name = self.add(prompt, **options)
+        return self.drain()[name][0]
+
+    def store(self, prompt: Sequence[int], **options: Any) -> Answer:
+        """One request on its own, and wait until its rows are stored and durable."""
+        answer = self.ask(prompt, **options)
+        self.settle()
+        return answer
+
+    def settle(self) -> None:
+        """Wait until the saver has worked off its queue and the daemon has committed."""
+        self.core.step()  # what the last request left behind goes out with the next step
+        self.worker.saver.wait()
+        self.client.flush()
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.scheduler.reset_prefix_cache()
+
+    def clear(self) -> None:
+        """Empty vLLM's own prefix cache and the store."""
+        self.forget()
+        self.settle()
+        self.client.call(protocol.Clear())
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the daemon, once everything told to it is counted."""
+        self.settle()
+        return self.client.stats()
+
+    @contextmanager
+    def counted(self) -> Iterator[Counter[str]]:
+        """What the daemon's counters gain; filled at the end. Nested ones are `group.name`."""
+        gained: Counter[str] = Counter()
+        before = _flat(self.stats())
+        yield gained
+        after = _flat(self.stats())
+        gained.update({name: count - before.get(name, 0) for name, count in after.items()})
+
+    def check_idle(self) -> None:
+        """Nothing is left behind: no request, no paged block, no plan, no lease."""
+        stats = self.stats()
+        assert not self.scheduler.requests
+        assert self.free_blocks == self.free_at_start
+        assert not self.planning._states
+        assert not self.planning.parked
+        assert stats["leases"] == 0
+
+    @contextmanager
+    def budget(self, tokens: int | None = None, rows: int | None = None) -> Iterator[None]:
+        """A step may compute only so many tokens, in so many rows."""
+        scheduler = self.scheduler
+        names = ("max_num_scheduled_tokens", "max_num_running_reqs", "max_num_active_reqs")
+        before = {name: getattr(scheduler, name) for name in names}
+        wanted = dict(zip(names, (tokens, rows, rows), strict=True))
+        for name in names:
+            setattr(scheduler, name, wanted[name] or before[name])
+        try:
+            yield
+        finally:
+            for name in names:
+                setattr(scheduler, name, before[name])
+
+    @contextmanager
+    def room(self, blocks: int) -> Iterator[None]:
+        """Only so many paged blocks are there."""
+        taken = self.pool.get_new_blocks(self.free_blocks - blocks)
+        try:
+            yield
+        finally:
+            self.pool.free_blocks(taken)
+
+    @contextmanager
+    def keeping(self, keep: Keep | Callable[[int], Keep], noise: float = 50.0) -> Iterator[None]:
+        """Plans of stored prompts may reuse `keep` only; everywhere else lies noise at first.
+
+        `keep`: positions, or what gives them for the length of a prompt. Since the rows reused are
+        the prompt's own, partial prefill must give full prefill's answer.
+        """
+        planning, worker = self.planning, self.worker
+        collect, load = planning.collect, worker._load
+
+        def fewer(state: RequestState, seconds: float) -> None:
+            settled = state.settled
+            collect(state, seconds)
+            if state.plan is not None and not settled:
+                parts = keep(state.length) if callable(keep) else keep
+                state.plan = state.stored = _only(state.plan, parts)
+
+        def noisy(spec: LoadSpec) -> int:
+            own = torch.arange(spec.start, spec.spans[-1].stop)
+            slots = torch.tensor(spec.block_ids)[own // BLOCK] * BLOCK + own % BLOCK
+            rows = torch.randn(worker._cache.layout.shape(len(own))) * noise
+            worker._cache.write(rows.to(torch.float32), slots)
+            return load(spec)
+
+        planning.collect, worker._load = fewer, noisy
+        try:
+            yield
+        finally:
+            planning.collect, worker._load = collect, load
+
+    def close(self) -> None:
+        """Stop engine and daemon and forget vLLM's globals."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
+        self.core.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()
+        del self.llm, self.core
+        cleanup_dist_env_and_memory()
+        self.client.stop()
+        self.client.close()
+
+
+def random_runs(length: int, seed: int) -> Keep:
+    """Runs that keep about half of the prompt, cut at random places."""
+    generator = random.Random(seed)
+    cuts = sorted(generator.sample(range(1, length - 1), 2 * generator.randint(2, 12)))
+    return list(zip(cuts[::2], cuts[1::2], strict=True))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Poll until the condition holds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{condition.__name__} did not hold in {seconds} s"
+        time.sleep(0.05)
+
+
+def _only(plan: ReusePlan, keep: Keep) -> ReusePlan:
+    spans = [part for start, stop in keep for part in clip_spans(plan.spans, start, stop)]
+    edited = tuple(Span(s.start, s.length, s.source, s.block, s.row, s.start == 0) for s in spans)
+    return msgspec.structs.replace(plan, spans=edited, exact=0, generation=1)
+
+
+def _flat(stats: dict[str, Any]) -> dict[str, int]:
+    """Counters only; `{"declined": {"no_donor": 1}}` becomes `declined.no_donor`."""
+    flat = {name: value for name, value in stats.items() if isinstance(value, int)}
+    for group in ("declined", "errors"):
+        flat |= {f"{group}.{name}": value for name, value in stats[group].items()}
+    return flat
+
+
+def _answer(output: Any, cached: int) -> Answer:
+    steps = output.logprobs or []
+    return Answer(
+        list(output.token_ids),
+        [{token: entry.logprob for token, entry in step.items()} for step in steps],
+        cached,
+    )

@@ -1,0 +1,119 @@
+"""`kvshare vllm serve`: the OpenAI server as a user starts it, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.demo.families import FAMILIES
+from examples.demo.model import prepare_model
+from kvshare_store.daemon.client import Client
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+START_S = 180
+Ask = Callable[..., str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """Ask the running server; the keyword arguments go into the body of the request."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    settings = {"home": home, "semantic": "never", "host_bytes": "256MiB", "idle_exit_s": 5}
+    kvshare = [
+        part for name, value in settings.items() for part in (f"--kvshare.{name}", str(value))
+    ]
+    command = [
+        sys.executable, "-m", "kvshare_store.cli.main", "vllm", "serve", str(prepare_model()),
+        *kvshare, "--kvshare.min_saving_ms", "0",
+        "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
+        "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20),
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+    def post(text: str, **body: Any) -> str:
+        message = {"model": "demo", "temperature": 0, "max_tokens": 8}
+        message |= {"messages": [{"role": "user", "content": text}]} | body
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(message).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+
+    try:
+        wait_for(port, server, log)
+        yield post
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"no server after {START_S} s: {log.read_text()[-4000:]}")
+
+
+def stored(home: Path, nodes: int) -> dict[str, Any]:
+    """Stats once that many prompts are stored."""
+    with Client(home) as client:
+        deadline = time.monotonic() + 30
+        while client.stats()["nodes"] < nodes and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return client.stats()
+
+
+def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "support_ticket")
+    ask(family.donor)
+    assert stored(home, 1)["nodes"] == 1
+    edited = ask(family.followers[0], cache_salt=None)
+    after = stored(home, 2)
+    assert after["hits_edited"] == 1
+    assert after["tokens_reused_edited"] > 300
+    plain = ask(family.followers[0], kv_transfer_params={"kvshare.policy": "off"})
+    assert stored(home, 2)["declined"]["policy_off"] == 1
+    assert edited.split()[:2] == plain.split()[:2]
+
+
+def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "support_ticket")
+    before = stored(home, 2)
+    ask(family.donor, cache_salt="another tenant")
+    after = stored(home, before["nodes"] + 1)
+    assert after["misses"] == before["misses"] + 1
+    assert after["nodes"] == before["nodes"] + 1

@@ -1,0 +1,59 @@
+"""Small stores: rows of 64 bytes, blocks of 8 rows, everything worth saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.namespace import Namespace
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.oracle import Driver, RowBook
+
+SMALL = {
+    "block_tokens": 8,
+    "host_bytes": 1 << 20,
+    "disk_bytes": 1 << 24,
+    "min_prompt_tokens": 8,
+    "min_saving_ms": 0.0,
+    "policy": "aggressive",
+    "semantic": "never",
+    "plan_deadline_ms": 20_000.0,
+}
+
+Open = Callable[..., Driver]
+
+
+@pytest.fixture
+def namespace() -> Namespace:
+    return Namespace("model", KVLayout(2, 1, 4, "float32"))
+
+
+@pytest.fixture
+def config(home: Path) -> Callable[..., StoreConfig]:
+    """`config(field=value)`: the small settings with changes."""
+    return lambda **changes: StoreConfig(**{"home": str(home)} | SMALL | changes)
+
+
+@pytest.fixture
+def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator[Open]:
+    """`driver(field=value)` opens the home's store; stores left open are closed at the end.
+
+    All of them know the rows that any of them saved.
+    """
+    opened: list[Store] = []
+    book = RowBook(namespace.layout)
+
+    def open_(**changes: Any) -> Driver:
+        while opened:
+            opened.pop().close()
+        opened.append(Store(config(**changes)))
+        return Driver(opened[0], namespace, book)
+
+    yield open_
+    for store in opened:
+        store.close()

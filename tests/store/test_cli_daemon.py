@@ -1,0 +1,249 @@
+"""The commands against a real daemon that holds two prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from kvshare_store.cli.main import main
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import ShowNode
+from kvshare_store.daemon.spawn import spawn_daemon
+from kvshare_store.home import arena_path
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Span
+from kvshare_store.staging import Reuse
+from kvshare_store.tensors.layout import KVLayout
+
+NAMESPACE = Namespace("org/model", KVLayout(2, 2, 8, "float32"))
+PARENT = list(range(100, 240))
+CHILD = [*PARENT[:64], 7, 8, 9, *PARENT[70:]]
+"""The parent with six tokens after the first block replaced by three."""
+START_S = 60.0
+SETTINGS = ("semantic=never", "host_bytes=64MiB", "disk_bytes=128MiB", "policy=faithful")
+
+
+def run(*arguments: str | Path, answer: str = "") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "stdin", io.StringIO(answer)),
+        mock.patch.dict(os.environ, COLUMNS="120"),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def serving(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """`kvshare serve`, until the end of the block."""
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "serve", "--home", str(home)]
+    for setting in SETTINGS:
+        command += ["--set", setting]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSHARE_")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    with process, ended(process):
+        wait_for_socket(home, process)
+        yield process
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """No process outlives its test."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for_socket(home: Path, process: subprocess.Popen[Any]) -> None:
+    """Return once the daemon listens."""
+    deadline = time.monotonic() + START_S
+    while not (home / "kvshare.sock").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def save(client: Client, tokens: Sequence[int], reuse: Reuse | None = None) -> str:
+    """Store a prompt with made-up rows."""
+    staged = client.stage(np.asarray(tokens, np.int32), NAMESPACE, reuse or Reuse())
+    random = np.random.default_rng(len(tokens))
+    for slot in staged.slots:
+        client.slot(staged, slot)[:] = random.bytes(slot.nbytes)
+    node = client.commit(staged.id)
+    assert node is not None
+    return node
+
+
+def fill(home: Path) -> tuple[str, str]:
+    """Ids of a parent, and of a child that shares the parent's first block and one edited row."""
+    with Client(home) as client:
+        parent = save(client, PARENT)
+        blocks = client.call(ShowNode(parent))["blocks"]
+        spans = (Span(0, 64, 0, 0, 0, True), Span(67, 1, 70, 1, 6))
+        child = save(
+            client, CHILD, Reuse(spans, (blocks[0]["name"], blocks[1]["name"]), (parent,), 1)
+        )
+        client.flush()
+    return parent, child
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, str]]:
+    """Home of a daemon with two nodes, and their ids."""
+    home = tmp_path_factory.mktemp("cli") / "home"
+    with serving(home):
+        yield home, *fill(home)
+    arena_path(home).unlink(missing_ok=True)
+
+
+Stored = tuple[Path, str, str]
+
+
+def test_stats_as_json(store: Stored) -> None:
+    """In a process of its own: nothing but the document may be on standard output."""
+    home = store[0]
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--json", "--home", home]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    with Client(home) as client:
+        assert json.loads(found.stdout) == client.stats()
+    stats = json.loads(found.stdout)
+    assert (stats["nodes"], stats["leases"], stats["errors"]) == (2, 0, {})
+    assert stats["tiers"]["host"]["budget"] == 64 * 2**20
+    assert stats["tiers"]["disk"]["blocks"] == stats["blocks"]
+
+
+def test_stats_for_people(store: Stored) -> None:
+    code, out, err = run("stats", "--home", store[0])
+    assert (code, err) == (0, "")
+    assert "2 nodes" in out
+    assert "64.0 MiB" in out
+    assert "exact prefix" in out
+
+
+def test_ls(store: Stored) -> None:
+    home, parent, child = store
+    code, out, err = run("ls", "--home", home)
+    assert (code, err) == (0, "")
+    newest, oldest = out.splitlines()[-2:]
+    assert newest.startswith(child[:12])
+    assert f"edited (1)   {parent[:12]}" in newest
+    assert oldest.startswith(parent[:12])
+    assert " ".join(map(str, PARENT[:5])) in oldest  # no tokenizer: the prompt as numbers
+    assert [node["id"] for node in json.loads(run("ls", "--json", "--home", home)[1])] == [
+        child,
+        parent,
+    ]
+
+
+def test_ls_says_what_it_leaves_out(store: Stored) -> None:
+    out = run("ls", "--limit", "1", "--home", store[0])[1]
+    assert "1 of 2 nodes" in out
+    assert store[1][:12] + "  " not in out.splitlines()[2][:14]
+
+
+def test_show(store: Stored) -> None:
+    home, parent, child = store
+    code, out, err = run("show", child[:8], "--home", home)
+    assert (code, err) == (0, "")
+    assert "edited, generation 1" in out
+    assert "137, of which 67 exact from the start" in out
+    removed, added = " ".join(map(str, PARENT[64:70])), "7 8 9"
+    assert f"[-{removed}-]{{+{added}+}}" in out
+    assert f"{parent[:12]}\n└── {child[:12]} (this node)" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[1:] for row in rows[-4:]] == [
+        ["host", "64", "2", "nodes"],
+        ["host", "1", "2", "nodes"],
+        ["host", "64", "nobody", "else"],
+        ["host", "8", "nobody", "else"],
+    ]
+
+
+def test_show_json_and_text(store: Stored) -> None:
+    home, parent, child = store
+    node: dict[str, Any] = json.loads(run("show", parent, "--json", "--home", home)[1])
+    assert (node["id"], node["children"], node["edits"]) == (parent, [child], [])
+    assert run("show", child, "--text", "--home", home)[1] == " ".join(map(str, CHILD)) + "\n"
+
+
+def test_show_what_is_not_there(store: Stored) -> None:
+    code, out, err = run("show", "zzzz", "--home", store[0])
+    assert (code, out) == (1, "")
+    assert err == "kvshare: 0 nodes begin with 'zzzz'; `kvshare ls` shows their ids\n"
+
+
+def test_a_second_daemon_is_refused(store: Stored) -> None:
+    code, out, err = run("serve", "--home", store[0], "--set", "host_bytes=1MiB")
+    assert (code, out) == (4, "")
+    assert err.count("\n") == 1
+    assert "belongs to a running store; stop it, or choose another home" in err
+
+
+def test_clear_and_stop(home: Path) -> None:
+    with serving(home) as process:
+        fill(home)
+        assert run("clear", "--home", home, answer="n\n")[0] == 1
+        code, _, err = run("clear", "--home", home)
+        assert (code, err) == (1, "kvshare: stopped, nothing was changed\n")
+        assert "2 nodes" in run("stats", "--home", home)[1]
+
+        code, out, _ = run("clear", "--home", home, answer="y\n")
+        assert (code, out.splitlines()[-1].rpartition("]: ")[2]) == (0, "2 nodes removed.")
+        assert run("ls", "--home", home)[1] == f"No nodes in {home} yet.\n"
+        assert run("clear", "--home", home) == (0, "0 nodes removed.\n", "")
+
+        code, out, err = run("stop", "--home", home)
+        assert (code, err) == (0, "")
+        assert out == f"The daemon of {home} (process {process.pid}) has stopped.\n"
+        assert process.wait(timeout=10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == (
+            f"kvshare: serving {home} on {home}/kvshare.sock, host 64.0 MiB, disk 128.0 MiB, "
+            "policy faithful\n"
+        )
+    assert run("stop", "--home", home)[0] == 7
+
+
+def test_clear_without_asking(home: Path) -> None:
+    with serving(home):
+        fill(home)
+        assert run("clear", "--yes", "--home", home) == (0, "2 nodes removed.\n", "")
+
+
+def test_a_spawned_daemon_has_the_settings_of_its_client(home: Path) -> None:
+    config = StoreConfig(
+        home=str(home), host_bytes=2**20, disk=False, policy="aggressive", delimiters=False,
+        min_saving_ms=0.5, semantic="never",
+    )  # fmt: skip
+    process = spawn_daemon(config)
+    with ended(process):
+        wait_for_socket(home, process)
+        with Client(home) as client:
+            assert client.greet().policy == "aggressive"
+            tiers = client.stats()["tiers"]
+        assert list(tiers) == ["host"]
+        assert tiers["host"]["budget"] == 2**20
+        assert run("stop", "--home", home)[0] == 0
+        assert process.wait(timeout=10) == 0
+    assert "disk off, policy aggressive" in (home / "daemon.log").read_text()

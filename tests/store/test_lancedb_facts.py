@@ -1,0 +1,280 @@
+"""What LanceDB does that the catalogue relies on or works around.
+
+An upgrade that changes one of these fails here and not in somebody's store.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from kvshare_store.errors import StorageError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Span
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
+from kvshare_store.tree.node import Node
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("value", pa.int64()),
+        pa.field("vector", pa.list_(pa.float32(), 4)),
+    ]
+)
+
+
+def rows(*ids: str, value: int = 0) -> pa.Table:
+    made = [{"id": name, "value": value, "vector": [1.0, 0.0, 0.0, 0.0]} for name in ids]
+    return pa.Table.from_pylist(made, SCHEMA)
+
+
+def merge(table: Any, data: pa.Table) -> None:
+    job = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+    job.execute(data)
+
+
+def ids(table: Any) -> list[str]:
+    return [row["id"] for row in table.search().limit(None).to_list()]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Any:
+    made = lancedb.connect(str(tmp_path)).create_table("t", schema=SCHEMA)
+    made.set_unenforced_primary_key("id")
+    return made
+
+
+# --- merging ------------------------------------------------------------------------------------
+
+
+def test_merging_a_key_again_replaces_its_row(table: Any) -> None:
+    merge(table, rows("a", "b", value=1))
+    merge(table, rows("b", "c", value=2))
+    found = {row["id"]: row["value"] for row in table.search().limit(None).to_list()}
+    assert found == {"a": 1, "b": 2, "c": 2}
+
+
+def test_concurrent_merges_of_a_declared_key_leave_one_row(table: Any, tmp_path: Path) -> None:
+    """Without the declared, non-nullable key this duplicates rows silently."""
+
+    def work(value: int) -> None:
+        own = lancedb.connect(str(tmp_path)).open_table("t")
+        merge(own, rows("same", value=value))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, value) for value in range(8)]:
+            assert done.exception() is None or "conflict" in str(done.exception()).lower()
+    table.checkout_latest()
+    assert ids(table) == ["same"]
+
+
+def test_a_null_key_is_refused(table: Any) -> None:
+    nullable = pa.schema([SCHEMA.field(0).with_nullable(True), *list(SCHEMA)[1:]])
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        merge(table, pa.Table.from_pylist([{"id": None, "value": 1, "vector": None}], nullable))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_a_scan_without_a_limit_returns_everything_and_a_search_ten_rows(table: Any) -> None:
+    table.add(rows(*(f"{at:02d}" for at in range(25))))
+    assert len(table.search([1.0, 0, 0, 0]).to_list()) == 10
+    assert len(table.search().limit(None).to_list()) == 25
+    batches = list(table.search().limit(None).to_batches(7))
+    assert sum(batch.num_rows for batch in batches) == 25
+
+
+def test_rows_come_back_in_the_order_of_commits(table: Any) -> None:
+    expected = []
+    for at in range(12):
+        names = [f"{97 - at}-{n}" for n in range(3)]
+        merge(table, rows(*names))
+        expected += names
+    assert ids(table) == expected
+    table.delete("id = '90-1'")
+    expected.remove("90-1")
+    table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+    assert ids(table) == expected
+
+
+def test_another_handle_is_stale_until_it_checks_out_the_latest(table: Any, tmp_path: Path) -> None:
+    other = lancedb.connect(str(tmp_path)).open_table("t")
+    assert other.count_rows() == 0
+    table.add(rows("a"))
+    assert other.count_rows() == 0
+    other.checkout_latest()
+    assert other.count_rows() == 1
+
+
+def test_a_reopened_table_has_everything_that_was_committed(table: Any, tmp_path: Path) -> None:
+    merge(table, rows("a"))
+    table.delete("id = 'a'")
+    merge(table, rows("b"))
+    again = lancedb.connect(str(tmp_path)).open_table("t")
+    assert ids(again) == ["b"]
+    assert again.schema.names == SCHEMA.names
+
+
+# --- deleting -----------------------------------------------------------------------------------
+
+
+def test_deleting_ids_that_are_not_there(table: Any) -> None:
+    merge(table, rows("a", "b"))
+    table.delete("id IN ('a', 'zz')")
+    assert ids(table) == ["b"]
+
+
+def test_deleted_rows_stay_on_disk_until_old_versions_are_cleaned_up(
+    table: Any, tmp_path: Path
+) -> None:
+    secret = "very-secret-identifier"
+    table.add(rows(secret, "kept"))
+
+    def on_disk() -> bool:
+        files = (file for file in tmp_path.rglob("*") if file.is_file())
+        return any(secret.encode() in file.read_bytes() for file in files)
+
+    table.delete(f"id = '{secret}'")
+    assert on_disk()
+    time.sleep(0.01)
+    table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+    assert not on_disk()
+    assert ids(table) == ["kept"]
+
+
+def test_cleaning_up_everything_warns_when_told_zero(table: Any) -> None:
+    table.add(rows("a"))
+    with pytest.warns(UserWarning, match="removes every version"):
+        table.optimize(cleanup_older_than=timedelta(0))
+
+
+def test_where_is_sql_text(table: Any) -> None:
+    """So ids are put into it only as hex digits."""
+    merge(table, rows("a", "b"))
+    table.delete("id = 'x' OR 'a' = 'a'")
+    assert ids(table) == []
+
+
+# --- vectors ------------------------------------------------------------------------------------
+
+
+def test_zero_vectors_are_never_found_by_cosine(table: Any) -> None:
+    data = [
+        {"id": "zero", "value": 0, "vector": [0.0] * 4},
+        {"id": "unit", "value": 0, "vector": [1.0, 0, 0, 0]},
+    ]
+    table.add(pa.Table.from_pylist(data, SCHEMA))
+    found = table.search([1.0, 0, 0, 0]).distance_type("cosine").limit(5).to_list()
+    assert [row["id"] for row in found] == ["unit"]
+
+
+def test_a_distance_range_from_zero_drops_exact_matches(table: Any) -> None:
+    """Cosine distances of equal vectors are a little below zero."""
+    vector = (np.asarray([3, 1, 4, 1], np.float32) / np.sqrt(27)).tolist()
+    table.add(pa.Table.from_pylist([{"id": "same", "value": 0, "vector": vector}], SCHEMA))
+    search = table.search(vector).distance_type("cosine").limit(5)
+    assert [row["id"] for row in search.to_list()] == ["same"]
+    ranged = table.search(vector).distance_type("cosine").distance_range(0.0, 0.5).limit(5)
+    below = search.to_list()[0]["_distance"] < 0
+    assert [row["id"] for row in ranged.to_list()] == ([] if below else ["same"])
+
+
+def test_nan_is_refused(table: Any) -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        table.add([{"id": "nan", "value": 0, "vector": [float("nan")] * 4}])
+
+
+# --- the catalogue that is built on this --------------------------------------------------------
+
+
+def make_node(name: str, length: int = 6) -> Node:
+    return Node(
+        id=name,
+        namespace="ab" * 32,
+        token_bytes=np.arange(length, dtype=np.int32).tobytes(),
+        segments=(Span(0, length, 0, 0, 0),),
+        blocks=("cd" * 32,),
+        exact_rows=length,
+    )
+
+
+def vectors(semantic: bool = False) -> Vectors:
+    unit = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[3]
+    return Vectors(unit, unit if semantic else None)
+
+
+def test_nodes_survive_with_and_without_a_text_vector(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    catalog.add([(make_node("aa"), vectors()), (make_node("bb"), vectors(semantic=True))])
+    catalog.add([(make_node("cc"), vectors())])
+    for opened in (catalog, Catalog(tmp_path)):
+        found = {node.id: found for node, found in opened.load()}
+        assert list(found) == ["aa", "bb", "cc"]
+        assert found["aa"].semantic is None
+        assert found["bb"].semantic is not None
+        assert found["bb"].semantic[3] == 1.0
+        assert found["cc"].lexical[3] == 1.0
+
+
+def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    for length in (6, 7):
+        catalog.add([(make_node("aa", length), vectors())])
+    assert catalog.count() == 1
+    assert [node.length for node, _ in catalog.load()] == [7]
+
+
+def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvshare_store.tree.catalog._READ_ROWS", 10)
+    catalog = Catalog(tmp_path)
+    names = [f"{at:04x}" for at in range(35)]
+    catalog.add([(make_node(name), vectors()) for name in names])
+    assert [node.id for node, _ in catalog.load()] == names
+    catalog.delete(names[5:30])
+    catalog.compact()
+    assert [node.id for node, _ in Catalog(tmp_path).load()] == names[:5] + names[30:]
+
+
+def test_only_hex_digits_reach_the_sql_text(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    catalog.add([(make_node("aa"), vectors())])
+    for name in ("x' OR 'a' = 'a", "zz", ""):
+        with pytest.raises(ValueError, match="invalid literal"):
+            catalog.delete([name])
+    catalog.delete([])
+    assert catalog.count() == 1
+
+
+def test_cleared_rows_are_gone_from_the_files(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    catalog.add([(make_node("deadbeefdeadbeef"), vectors())])
+    catalog.clear()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not any(b"deadbeefdeadbeef" in file.read_bytes() for file in files)
+    assert Catalog(tmp_path).count() == 0
+
+
+def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]
+    for space in (*spaces, *spaces):
+        catalog.add_namespace(space)
+    assert Catalog(tmp_path).namespaces() == spaces
+
+
+def test_what_lancedb_refuses_is_a_storage_error(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    broken = Vectors(np.zeros(7, np.float32), None)
+    with pytest.raises(StorageError):
+        catalog.add([(make_node("aa"), broken)])
+    assert catalog.count() == 0

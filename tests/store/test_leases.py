@@ -1,0 +1,365 @@
+"""Leases and reservations end, whatever happens to the client; until then their rows stay."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvshare_store.blocks.leases import Lease, LeaseBook
+from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.wrappers import WrapperTier
+from kvshare_store.errors import LeaseError, NoSpaceError
+from kvshare_store.namespace import Namespace
+from kvshare_store.staging import Staged
+from kvshare_store.store import Store
+from kvshare_store.tensors.frame import Block
+from kvshare_store.testing.faulty import SlowTier
+from kvshare_store.testing.oracle import Driver, gather, prompt
+
+Open = Callable[..., Driver]
+SLOT = 64 + 8 * 64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def clocked(store: Store) -> Clock:
+    """Let leases go by a clock of the test's."""
+    clock = Clock()
+    store.blocks.leases = LeaseBook(clock)
+    return clock
+
+
+def held(store: Store) -> tuple[int, int]:
+    """Open leases, and bytes of reserved slots."""
+    stats = store.stats()
+    sealed = sum(store.blocks.host.size(name) or 0 for name in store.blocks.host.names())
+    return stats["leases"], stats["tiers"]["host"]["bytes"] - sealed
+
+
+# --- every way to end ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["finish", "abort", "expiry", "death"])
+def test_a_lease_ends(driver: Open, way: str) -> None:
+    engine = driver(lease_seconds=10.0)
+    clock = clocked(engine.store)
+    engine.save(prompt(1, 40))
+    plan = engine.plan(prompt(1, 40), owner="client")
+    assert held(engine.store) == (1, 0)
+    engine.store.reap({"another"})
+    assert held(engine.store) == (1, 0)
+    if way == "finish":
+        engine.finish(plan)
+    elif way == "abort":
+        engine.finish(plan, failed="aborted")
+    elif way == "expiry":
+        clock.now += 9.9
+        engine.store.reap()
+        assert held(engine.store) == (1, 0), "not yet"
+        clock.now += 0.4 + engine.store.config.plan_deadline_ms / 1e3
+        engine.store.reap()
+    else:
+        engine.store.reap({"client"})
+    assert held(engine.store) == (0, 0)
+    engine.finish(plan)  # too late to count
+    stats = engine.store.stats()
+    reasons = {"finish": {}, "abort": {"aborted": 1}}
+    assert stats["declined"] == reasons.get(way, {"lease_expired": 1})
+    assert stats["lookups"] == 1 == stats["hits_exact"] + stats["misses"]
+
+
+@pytest.mark.parametrize("way", ["commit", "abandon", "expiry", "death", "refused commit"])
+def test_a_reservation_ends(driver: Open, way: str) -> None:
+    engine = driver(lease_seconds=0.05 if way == "expiry" else 60.0)
+    store = engine.store
+    staged = store.stage(prompt(1, 40), engine.namespace, owner="client")
+    assert held(store) == (0, 5 * SLOT)
+    if way == "commit":
+        store.commit(staged.id)
+    elif way == "abandon":
+        store.abandon(staged.id)
+    elif way == "expiry":
+        time.sleep(0.06)
+        store.reap()
+    elif way == "death":
+        store.reap({"another"})
+        assert held(store) == (0, 5 * SLOT)
+        store.reap({"client"})
+    else:
+        store.blocks.cancel(staged.slots[0].offset)
+        with pytest.raises(LeaseError):
+            store.commit(staged.id)
+    assert held(store) == (0, 0)
+    if way != "commit":
+        with pytest.raises(LeaseError):
+            store.commit(staged.id)
+        assert engine.save(prompt(1, 40)), "the prompt is free again"
+
+
+def test_saves_of_the_dead_do_not_keep_others_from_saving(driver: Open) -> None:
+    engine = driver()
+    engine.store.stage(prompt(1, 40), engine.namespace, owner="client")
+    assert engine.stage(prompt(1, 40)).known
+    engine.store.reap({"client"})
+    assert engine.save(prompt(1, 40))
+
+
+# --- while it lasts -----------------------------------------------------------------------------
+
+
+def test_leased_rows_outlive_eviction_and_pressure(driver: Open) -> None:
+    engine = driver(host_bytes=12 * SLOT)
+    engine.save(prompt(0, 40))
+    plan = engine.plan(prompt(0, 40))
+    engine.store.evict(nodes=1)
+    for seed in range(1, 12):
+        engine.save(prompt(seed, 40))
+        engine.store.flush()
+        engine.check(prompt(0, 40), plan)
+    assert set(engine.store.tree.blocks()).isdisjoint(ref.name for ref in plan.blocks)
+    engine.finish(plan)
+    engine.store.flush()
+    names = engine.store.blocks.names()
+    assert not names & {ref.name for ref in plan.blocks}, "nobody needs them any more"
+    with pytest.raises(LeaseError):
+        engine.store.rows_of(plan, 0)
+
+
+def test_a_second_lease_keeps_what_the_first_lets_go(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    first, second = engine.plan(prompt(1, 40)), engine.plan(prompt(1, 40))
+    engine.store.clear()
+    engine.finish(first)
+    engine.store.flush()
+    engine.check(prompt(1, 40), second)
+    engine.finish(second)
+    engine.store.flush()
+    assert engine.store.blocks.names() == set()
+
+
+class LateTier(WrapperTier):
+    """Has read the block long before it hands it over."""
+
+    async def get(self, name: str) -> Block:
+        block = await self.inner.get(name)
+        await asyncio.sleep(0.3)
+        return block
+
+
+@pytest.mark.parametrize("tier", [lambda disk: SlowTier(disk, get=0.3), LateTier])
+def test_a_lease_that_got_no_rows_still_lets_deleted_blocks_go(
+    driver: Open, tier: Callable[[Tier], Tier]
+) -> None:
+    """The nodes go while a slow promotion holds their blocks; nothing is left behind."""
+    driver().save(prompt(1, 40))
+    engine = driver()
+    store = engine.store
+    assert store.blocks.disk is not None
+    store.blocks.disk = tier(store.blocks.disk)
+    plans: list[Any] = []
+    planning = threading.Thread(
+        target=lambda: plans.append(engine.plan(prompt(1, 40), deadline_ms=100.0))
+    )
+    planning.start()
+    while not len(store.blocks.leases):
+        time.sleep(1e-3)
+    store.evict(nodes=1)
+    store.flush()
+    planning.join(10)
+    assert plans[0].declined == "not_resident"
+    store.flush()
+    assert store.blocks.disk.names() == []
+    time.sleep(0.4)  # the promotion that was late ends as well
+    store.flush()
+    assert store.blocks.names() == set()
+
+
+def test_a_lease_is_not_shorter_than_the_wait_for_its_rows(driver: Open) -> None:
+    driver().save(prompt(1, 40))
+    engine = driver(lease_seconds=0.05)
+    assert engine.store.blocks.disk is not None
+    engine.store.blocks.disk = SlowTier(engine.store.blocks.disk, get=0.2)
+    done = threading.Event()
+
+    def reap_all_the_time() -> None:
+        while not done.wait(0.01):
+            engine.store.reap()
+
+    reaper = threading.Thread(target=reap_all_the_time)
+    reaper.start()
+    try:
+        plan = engine.store.plan(prompt(1, 40), engine.namespace, deadline_ms=2000.0)
+    finally:
+        done.set()
+        reaper.join(10)
+    assert plan.exact == 39
+    assert held(engine.store)[0] == 1
+    engine.check(prompt(1, 40), plan)
+    engine.finish(plan)
+
+
+# --- a slot belongs to one save -----------------------------------------------------------------
+
+
+class Beside:
+    """Another thread that stages saves whenever it can get at the store."""
+
+    def __init__(self, store: Store, namespace: Namespace) -> None:
+        self.staged: list[Staged] = []
+        self._store, self._namespace = store, namespace
+        self._threads: list[threading.Thread] = []
+
+    def stage(self, tokens: list[int]) -> None:
+        """Stage now; go on after a moment if the store is locked."""
+        self._threads.append(threading.Thread(target=self._stage, args=(tokens,)))
+        self._threads[-1].start()
+        self._threads[-1].join(0.3)
+
+    def _stage(self, tokens: list[int]) -> None:
+        with contextlib.suppress(NoSpaceError):
+            self.staged.append(self._store.stage(tokens, self._namespace))
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+
+
+def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver(host_bytes=9 * SLOT)
+    store = engine.store
+    shared = prompt(1, 16)
+    engine.save(shared + prompt(2, 24))
+    first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
+    abandon, other = store._saving.abandon, Beside(store, engine.namespace)
+
+    def abandon_while_another_stages(staged_id: str) -> None:
+        other.stage(prompt(4, 16))
+        abandon(staged_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._saving, "abandon", abandon_while_another_stages)
+        assert store.commit(first.id)
+    other.join()
+    staged = [save for save in other.staged if not save.known]
+    assert len(staged) == 1
+    assert store.blocks.holds(staged[0].slots), "its slots were taken away again"
+
+
+def test_an_expired_slot_is_not_shared_with_the_next_save(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver(lease_seconds=0.05, host_bytes=6 * SLOT)
+    store = engine.store
+    expired = engine.stage(prompt(1, 40))
+    time.sleep(0.06)
+    reap, other = store.blocks.reap, Beside(store, engine.namespace)
+
+    def reap_while_another_stages(dead: set[str]) -> list[Lease]:
+        ended = reap(dead)
+        other.stage(prompt(2, 40))
+        return ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.blocks, "reap", reap_while_another_stages)
+        store.reap()
+    other.join()
+    assert len(other.staged) == 1
+    with pytest.raises(LeaseError):
+        store.commit(expired.id)
+    assert store.stats()["nodes"] == 0
+
+
+# --- under many threads -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_threads(driver: Open, disk: bool) -> None:
+    """Several engines plan, load, save, evict and reap at once; every row they load is right."""
+    engine = driver(host_bytes=60 * SLOT, disk=disk, disk_bytes=300_000, lease_seconds=30.0)
+    store = engine.store
+    shared = prompt(0, 48)
+    errors: list[BaseException] = []
+    stop = time.monotonic() + 4.0
+
+    def serve(number: int) -> None:
+        mine = Driver(store, engine.namespace, engine.book)
+        step = 0
+        try:
+            while time.monotonic() < stop:
+                step += 1
+                tokens = shared[: 8 * (step % 6)] + prompt(step % 9, 40)
+                if step % 3 == 0:
+                    tokens[20:21] = [number, step % 5]
+                _serve_one(mine, tokens, keep=step % 7 == 0)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            errors.append(error)
+
+    def disturb() -> None:
+        try:
+            while time.monotonic() < stop:
+                store.reap({"dies"})
+                store.evict(nodes=1)
+                time.sleep(0.02)
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(at,)) for at in range(3)]
+    threads.append(threading.Thread(target=disturb))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors, errors[0]
+    store.reap({"dies"})
+    store.flush()
+    assert held(store) == (0, 0)
+    stats = store.stats()
+    ended = stats["hits_exact"] + stats["hits_edited"] + stats["misses"]
+    assert stats["lookups"] == ended > 50
+    assert stats["hits_exact"] + stats["hits_edited"] > 10
+    assert set(stats["errors"]) <= {"missing", "no_space"}
+    wanted = store.tree.blocks()
+    assert set(store.blocks.host.names()) <= wanted
+    if store.blocks.disk is not None:
+        assert set(store.blocks.disk.names()) == wanted
+        again = driver(host_bytes=60 * SLOT, disk_bytes=300_000)
+        assert again.store.tree.blocks() == wanted
+
+
+def _serve_one(engine: Driver, tokens: list[int], *, keep: bool) -> None:
+    """One request; `keep`: its client dies without a word."""
+    store, owner = engine.store, "dies" if keep else "lives"
+    plan = store.plan(tokens, engine.namespace, owner=owner)
+    if not plan.declined:
+        try:
+            rows = gather(
+                plan,
+                engine.namespace.layout,
+                lambda ref: store.rows_of(plan, plan.blocks.index(ref)),
+            )
+            for at in range(len(plan.blocks)):
+                store.rows_of(plan, at)  # still here after the copy
+        except LeaseError:
+            assert keep, "rows left under a living lease"
+            return
+        engine.book.check(tokens, plan, rows)
+        if keep:
+            return
+        engine.finish(plan)
+    with contextlib.suppress(NoSpaceError):  # memory full of rows in use: nothing is saved
+        engine.save(tokens, None if plan.declined else plan)

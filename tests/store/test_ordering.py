@@ -1,0 +1,208 @@
+"""What a crash leaves, step by step: the home is copied after each step, and every copy must open.
+
+Bytes before metadata on the way in, metadata before bytes on the way out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kvshare_store.blocks.tiers import disk as disk_tier
+from kvshare_store.config import StoreConfig
+from kvshare_store.store import Store
+from kvshare_store.testing.oracle import Driver, prompt
+
+pytestmark = pytest.mark.fault
+
+Open = Callable[..., Driver]
+Config = Callable[..., StoreConfig]
+
+OLD, NEW = prompt(1, 40), prompt(2, 24)
+CHILD = [*OLD[:20], 7, *OLD[21:]]
+
+
+class Copy(NamedTuple):
+    """The home as a crash right after `step` would have left it."""
+
+    step: str
+    home: Path
+
+
+class Crashes:
+    """Copies the home after every step that changes it."""
+
+    def __init__(self, home: Path, folder: Path) -> None:
+        self.copies: list[Copy] = []
+        self._over = False
+        self._home, self._folder = home, folder
+
+    def copy(self, step: str) -> None:
+        """The crash happens now."""
+        if self._over:
+            return
+        target = self._folder / f"{len(self.copies):02d}"
+        shutil.copytree(self._home, target)
+        self.copies.append(Copy(step, target))
+
+    def after(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
+        """The function with a crash right after it."""
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            self.copy(step)
+            return result
+
+        return wrapped
+
+    def around(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
+        """The coroutine function with a crash before and after it."""
+
+        async def wrapped(*args: Any, **options: Any) -> Any:
+            self.copy(f"before {step}")
+            result = await function(*args, **options)
+            self.copy(f"after {step}")
+            return result
+
+        return wrapped
+
+    def end(self) -> list[Copy]:
+        """No crashes any more; all copies so far."""
+        self._over = True
+        return self.copies
+
+    @property
+    def steps(self) -> list[str]:
+        """What was copied after, repetitions once."""
+        return list(dict.fromkeys(copy.step for copy in self.copies))
+
+
+@pytest.fixture
+def crashes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Driver], Crashes]]:
+    """`crashes(engine)`: from now on the home is copied after every step."""
+
+    def watch(engine: Driver) -> Crashes:
+        engine.store.flush()
+        found = Crashes(home, tmp_path / "copies")
+        catalog = engine.store.shelf.catalog
+        monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
+        monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
+        files = disk_tier.aiofiles.os
+        monkeypatch.setattr(files, "replace", found.around(files.replace, "block renamed"))
+        monkeypatch.setattr(files, "remove", found.around(files.remove, "block removed"))
+        return found
+
+    yield watch
+    monkeypatch.undo()
+
+
+def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iterator[Driver]:
+    """The store that finds the copy; afterwards files, tree and catalogue must agree."""
+    with Store(config(home=str(copy.home), **changes)) as store:
+        yield Driver(store, original.namespace, original.book)
+        store.flush()
+        files = {file.stem for file in (copy.home / "blocks").glob("*/*")}
+        assert files == store.tree.blocks(), copy.step
+        assert not list((copy.home / "tmp").iterdir()), copy.step
+        assert store.stats()["errors"] == {}, copy.step
+
+
+def test_saving(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
+    engine = driver()
+    engine.save(OLD)
+    found = crashes(engine)
+    engine.save(NEW)
+    engine.store.flush()
+    assert found.steps == ["before block renamed", "after block renamed", "row added"]
+    assert len(found.copies) == 7
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39, copy.step
+            plan = again.serve(NEW)
+            assert plan.exact == (23 if copy.step == "row added" else 0), copy.step
+            again.save(NEW)
+            assert again.serve(NEW).exact == 23
+
+
+def test_saving_a_child(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
+    engine = driver()
+    engine.save(OLD)
+    found = crashes(engine)
+    engine.serve_and_save(CHILD)
+    engine.store.flush()
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39
+            assert again.serve(CHILD).reused == 38 + (copy.step == "row added")
+
+
+def test_evicting(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
+    engine = driver()
+    engine.save(OLD)
+    engine.save(NEW)
+    found = crashes(engine)
+    engine.store.evict(nodes=1)
+    engine.store.flush()
+    assert found.steps == ["row deleted", "before block removed", "after block removed"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(NEW).exact == 23
+            assert again.plan(OLD).declined == "no_donor"
+
+
+def test_making_room_on_disk(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes]
+) -> None:
+    engine = driver(disk_bytes=26_000)
+    engine.save(OLD)
+    found = crashes(engine)
+    engine.save(NEW + prompt(3, 16))
+    engine.store.flush()
+    assert found.steps == [
+        "row deleted",
+        "before block removed",
+        "after block removed",
+        "before block renamed",
+        "after block renamed",
+        "row added",
+    ]
+    for copy in found.end():
+        for again in opened(copy, config, engine, disk_bytes=26_000):
+            plan = again.serve(NEW)
+            assert plan.exact == (23 if copy.step == "row added" else 0), copy.step
+            assert again.serve(OLD).exact == 0
+
+
+def test_an_exact_node_replaces_an_edited_one(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes]
+) -> None:
+    engine = driver()
+    engine.save(OLD)
+    engine.serve_and_save(CHILD)
+    found = crashes(engine)
+    engine.save(CHILD)
+    engine.store.flush()
+    order = [step for step in found.steps if step.startswith("row")]
+    assert order == ["row deleted", "row added"] or order == ["row added", "row deleted"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39
+            assert again.serve(CHILD).reused >= 38, copy.step
+
+
+def test_clearing(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
+    engine = driver()
+    engine.save(OLD)
+    engine.serve_and_save(CHILD)
+    found = crashes(engine)
+    engine.store.clear()
+    assert found.steps == ["row deleted", "before block removed", "after block removed"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.plan(OLD).declined == "empty_store"

@@ -1,0 +1,579 @@
+"""Store.plan, save, commit, evict, stats: what they answer and what they count."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvshare_store.errors import ConfigError, LeaseError, NamespaceError, PlanError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, Span
+from kvshare_store.staging import Reuse, Staged, reuse_of
+from kvshare_store.store import Store
+from kvshare_store.testing.faulty import SlowTier
+from kvshare_store.testing.oracle import Driver, prompt, rows_for
+from kvshare_store.tree.edits import apply_edits
+
+Open = Callable[..., Driver]
+ROW = 64
+
+
+def edited(tokens: list[int], at: int, gone: int, added: list[int]) -> list[int]:
+    return tokens[:at] + added + tokens[at + gone :]
+
+
+def identity(store: Store) -> None:
+    """Every lookup ended once, or is still open."""
+    stats = store.stats()
+    ended = stats["hits_exact"] + stats["hits_edited"] + stats["misses"]
+    assert stats["lookups"] == ended + stats["leases"]
+    assert sum(stats["declined"].values()) == stats["misses"]
+
+
+# --- plan and load ------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_served_again(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    assert engine.plan(tokens).declined == "empty_store"
+    assert engine.save(tokens)
+    plan = engine.serve(tokens)
+    assert (plan.exact, plan.reused, plan.generation, plan.policy) == (39, 39, 0, "aggressive")
+    stats = engine.store.stats()
+    assert stats["lookups"] == 2
+    assert (stats["hits_exact"], stats["hits_edited"], stats["misses"]) == (1, 0, 1)
+    assert stats["declined"] == {"empty_store": 1}
+    assert stats["tokens_requested"] == 80
+    assert stats["tokens_reused_exact"] == 39
+    assert stats["tokens_recomputed"] == 41
+    assert stats["bytes_loaded"] == 39 * ROW
+    assert stats["bytes_stored"] == 40 * ROW
+    assert (stats["nodes"], stats["blocks"], stats["leases"]) == (1, 5, 0)
+    assert all(stats["seconds"][name]["p50"] > 0 for name in ("lookup", "load", "save"))
+    identity(engine.store)
+
+
+def test_an_edited_prompt_is_served_from_the_original(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 3, [7, 8])
+    plan = engine.serve(changed)
+    assert (plan.exact, plan.generation, plan.reused) == (30, 1, 76)
+    assert engine.store.stats()["hits_edited"] == 1
+    assert engine.store.stats()["tokens_reused_edited"] == 46
+    identity(engine.store)
+
+
+def test_what_came_from_edits_is_never_an_exact_prefix(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 0, [7, 8])
+    node = engine.store.tree.get(engine.serve_and_save(changed) or "")
+    assert node is not None
+    # the two inserted tokens were computed in their own full context, what follows was not
+    assert (node.exact, node.generation, node.exact_rows) == (False, 1, 32)
+    again = engine.serve(changed, policy="exact")
+    assert (again.exact, again.reused) == (32, 32)
+    engine.save(changed)
+    exact = engine.serve(changed, policy="exact")
+    assert (exact.exact, exact.reused, exact.generation) == (81, 81, 0)
+
+
+def test_an_exact_node_takes_the_place_of_the_edited_one(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 1, [7])
+    approximate = engine.serve_and_save(changed)
+    exact = engine.save(changed)
+    engine.store.flush()
+    assert approximate not in engine.store.tree
+    assert exact in engine.store.tree
+    assert engine.store.stats()["nodes"] == 2
+    assert engine.stage(changed).known
+    plan = engine.plan(edited(tokens, 20, 1, [9]))
+    staged = engine.stage(changed, None)
+    assert staged.known, "the exact node makes saving the edited one pointless"
+    engine.finish(plan)
+
+
+def test_a_child_stores_only_its_fresh_rows(driver: Open) -> None:
+    engine = driver(edit_window=2)
+    tokens = prompt(1, 160)
+    parent = engine.save(tokens)
+    before = engine.store.stats()
+    changed = edited(tokens, 100, 4, [1, 2, 3])
+    plan = engine.plan(changed)
+    fresh = plan.tokens - plan.reused
+    assert fresh == 3 + 2 + 1
+    engine.finish(plan)
+    child = engine.store.tree.get(engine.save(changed, plan) or "")
+    after = engine.store.stats()
+    assert after["bytes_stored"] - before["bytes_stored"] == fresh * ROW
+    assert after["blocks"] - before["blocks"] == 1
+    assert child is not None
+    assert child.parent == parent
+    there = engine.store.tree.get(parent or "")
+    assert there is not None
+    assert apply_edits(child.edits, there.tokens).tolist() == changed
+    assert engine.store.tree.children(there.id) == [child.id]
+
+
+def test_a_row_moved_twice_still_points_to_where_it_was_computed(driver: Open) -> None:
+    engine = driver(max_generation=3)
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    first = edited(tokens, 30, 0, [7, 7, 7])
+    second = edited(first, 10, 0, [8, 8])
+    engine.serve_and_save(first)
+    engine.store.evict(nodes=1)  # the original leaves the tree, its blocks stay with the child
+    plan = engine.plan(second)
+    assert plan.generation == 2
+    assert {span.start - span.source for span in plan.spans if span.start > 40} == {5}
+    engine.finish(plan)
+
+
+def test_generations_stop_at_the_cap(driver: Open) -> None:
+    engine = driver(max_generation=2)
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    chain = [tokens]
+    for step in range(4):
+        chain.append(edited(chain[-1], 10 * step + 5, 1, [step]))
+        engine.serve_and_save(chain[-1])
+        engine.store.evict(nodes=1)
+    generations = [node.generation for node in engine.store.tree]
+    assert max(generations, default=0) <= 2
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[1.5], [-1], [2**31], [[1, 2]], ["a"]],
+    ids=["float", "negative", "large", "2d", "text"],
+)
+def test_what_is_no_prompt_is_no_lookup(driver: Open, namespace: Namespace, tokens: Any) -> None:
+    engine = driver()
+    with pytest.raises(PlanError):
+        engine.store.plan(tokens, namespace)
+    with pytest.raises(PlanError):
+        engine.store.stage(tokens, namespace)
+    assert engine.store.stats()["lookups"] == 0
+
+
+def test_prompts_may_come_as_lists_and_as_arrays(driver: Open, namespace: Namespace) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    for given in (tokens, tuple(tokens), np.asarray(tokens), np.asarray(tokens, np.int32)[:]):
+        plan = engine.store.plan(given, namespace)
+        assert plan.exact == 39
+        engine.finish(plan)
+
+
+def _everything_on_disk(home: Path) -> dict[Path, tuple[int, int]]:
+    files = (path for path in home.rglob("*") if path.is_file())
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def test_planning_writes_nothing(driver: Open, namespace: Namespace, home: Path) -> None:
+    engine = driver()
+    tokens = prompt(1, 60)
+    engine.save(tokens)
+    engine.store.flush()
+    before = _everything_on_disk(home)
+    engine.serve(tokens)
+    engine.serve(edited(tokens, 20, 1, [5]))
+    engine.serve(prompt(2, 60))
+    for tenant in range(5):
+        engine.store.plan(tokens, namespace.for_tenant(str(tenant)))
+    engine.store.flush()
+    assert _everything_on_disk(home) == before
+
+
+# --- policies -----------------------------------------------------------------------------------
+
+
+def test_a_request_may_be_stricter_and_never_laxer(driver: Open) -> None:
+    engine = driver(policy="balanced")
+    tokens = prompt(1, 200)
+    engine.save(tokens)
+    changed = edited(tokens, 50, 1, [5])
+    usual = engine.serve(changed)
+    assert usual.policy == "balanced"
+    lax = engine.serve(changed, policy="aggressive")
+    assert (lax.policy, lax.spans) == ("balanced", usual.spans)
+    faithful = engine.serve(changed, policy="faithful")
+    assert faithful.policy == "faithful"
+    assert faithful.reused < usual.reused
+    exact = engine.serve(changed, policy="exact")
+    assert (exact.exact, exact.reused) == (50, 50)
+    assert engine.serve(changed, policy="off").declined == "policy_off"
+    with pytest.raises(ConfigError):
+        engine.plan(changed, policy="reckless")
+    identity(engine.store)
+
+
+def test_no_saving_is_declined(driver: Open) -> None:
+    engine = driver(min_saving_ms=5.0)
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    engine.store.cost.prefill.value = 1e6
+    assert engine.plan(tokens).declined == "no_saving"
+    engine.store.cost.prefill.value = 1e3
+    assert engine.serve(tokens).exact == 39
+
+
+def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    much = Outcome(exact=39, nbytes=1 << 30, seconds=7.0)
+    before = {name: rate.value for name, rate in engine.store.cost.load.items()}
+    engine.store.finish(engine.plan(tokens), much)
+    assert engine.store.cost.load["host"].value != before["host"]
+    assert engine.store.cost.load["disk"].value == before["disk"]
+    engine = driver()
+    engine.serve(tokens[:20])  # only these blocks come up
+    before = {name: rate.value for name, rate in engine.store.cost.load.items()}
+    engine.store.finish(engine.plan(tokens), much)
+    # the first blocks were in memory, the others were not
+    assert engine.store.cost.load["host"].value == before["host"]
+    assert engine.store.cost.load["disk"].value != before["disk"]
+
+
+# --- save and commit ----------------------------------------------------------------------------
+
+
+def test_slots_are_filled_by_hand(driver: Open, namespace: Namespace) -> None:
+    engine = driver()
+    tokens = prompt(1, 20)
+    staged = engine.store.stage(tokens, namespace)
+    assert [slot.rows for slot in staged.slots] == [8, 8, 4]
+    assert staged.rows == 20
+    rows = rows_for(tokens, namespace.layout)
+    at = 0
+    for slot in staged.slots:
+        target = namespace.layout.words(engine.store.slot(slot), slot.rows)
+        target[:] = rows[:, :, at : at + slot.rows]
+        at += slot.rows
+    engine.book.write(tokens, rows, range(20), 20)
+    assert engine.plan(tokens).declined == "empty_store"
+    assert engine.store.commit(staged.id)
+    assert engine.serve(tokens).exact == 19
+
+
+def test_a_prompt_is_stored_once(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    first = engine.stage(tokens)
+    assert engine.stage(tokens) == Staged(known=True), "somebody is saving it already"
+    engine.store.commit(first.id)
+    assert engine.stage(tokens) == Staged(known=True)
+    assert engine.store.stats()["bytes_stored"] == 40 * ROW
+    assert engine.stage(tokens[:7]).known, "short prompts are not stored"
+
+
+def test_an_abandoned_save_leaves_nothing(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    staged = engine.stage(tokens)
+    assert engine.store.stats()["tiers"]["host"]["bytes"] > 0
+    engine.store.abandon(staged.id)
+    engine.store.abandon(staged.id)
+    assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
+    with pytest.raises(LeaseError):
+        engine.store.commit(staged.id)
+    with pytest.raises(LeaseError):
+        engine.store.slot(staged.slots[0])
+    assert engine.save(tokens)
+
+
+def test_a_commit_happens_once(driver: Open) -> None:
+    engine = driver()
+    staged = engine.stage(prompt(1, 40))
+    assert engine.store.commit(staged.id)
+    with pytest.raises(LeaseError):
+        engine.store.commit(staged.id)
+    engine.store.abandon(staged.id)
+    assert engine.serve(prompt(1, 40)).exact == 39
+
+
+@pytest.mark.parametrize("rows", [0, 1, 39, 41])
+def test_the_wrong_number_of_rows(driver: Open, namespace: Namespace, rows: int) -> None:
+    engine = driver()
+    with pytest.raises(NamespaceError):
+        engine.store.save(prompt(1, 40), namespace, bytes(rows * ROW))
+    assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
+    assert engine.save(prompt(1, 40))
+
+
+def test_equal_blocks_are_stored_once(driver: Open, home: Path) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    engine.save(tokens[:16] + prompt(2, 24))  # saved in full, without a plan
+    engine.store.flush()
+    assert engine.store.stats()["blocks"] == 8
+    assert len(list((home / "blocks").glob("*/*"))) == 8
+    assert engine.store.stats()["tiers"]["host"]["blocks"] == 8
+
+
+def test_rows_that_left_meanwhile_make_no_node(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 1, [7])
+    plan = engine.plan(changed)
+    staged = engine.stage(changed, plan)
+    engine.finish(plan)
+    engine.store.clear()
+    assert engine.store.commit(staged.id) is None
+    stats = engine.store.stats()
+    assert stats["nodes"] == 0
+    assert stats["errors"] == {"missing": 1}
+    engine.store.flush()
+    assert stats["tiers"]["host"]["bytes"] == 0
+    assert engine.save(changed)
+
+
+def test_a_plan_keeps_the_rows_that_its_request_builds_on(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 1, [7])
+    plan = engine.plan(changed)
+    engine.store.clear()
+    assert engine.save(changed, plan)
+    engine.finish(plan)
+    engine.store.flush()
+    assert engine.serve(changed).reused > 70
+
+
+def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
+    """The deletion was ordered before the block came back, and is carried out after."""
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    engine.store.flush()
+    gate = _hold_the_committer(engine.store)
+    engine.store.evict(nodes=1)
+    engine.save(tokens)
+    gate()
+    engine.store.flush()
+    assert engine.store.stats()["errors"] == {}
+    assert engine.serve(tokens).exact == 39
+    assert driver().serve(tokens).exact == 39
+
+
+def _hold_the_committer(store: Store) -> Callable[[], None]:
+    """Stop the committer thread before its next piece of work; the result lets it go on."""
+    go = threading.Event()
+    carry_out = store.shelf.committer._do
+
+    def wait_then_do(batch: Any) -> None:
+        assert go.wait(30)
+        carry_out(batch)
+
+    store.shelf.committer._do = wait_then_do  # type: ignore[method-assign]
+    return go.set
+
+
+# --- saves that contradict themselves -----------------------------------------------------------
+
+
+def test_edited_rows_cannot_make_an_exact_node(driver: Open, namespace: Namespace) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 1, [7])
+    plan = engine.plan(changed)
+    posing = msgspec.structs.replace(reuse_of(plan), generation=0)
+    staged = engine.store.stage(changed, namespace, posing)
+    with pytest.raises(PlanError):
+        engine.store.commit(staged.id)
+    engine.finish(plan)
+    assert engine.store.stats()["nodes"] == 1
+    assert engine.save(changed), "the failed save left the prompt free"
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        (Span(0, 50, 0, 0, 0, True),),
+        (Span(0, 8, 0, 9, 0, True),),
+        (Span(8, 8, 8, 1, 0), Span(0, 8, 0, 0, 0)),
+        (Span(8, 8, 0, 1, 0, True),),
+    ],
+    ids=["too long", "no such block", "out of order", "moved yet exact"],
+)
+def test_reuse_that_does_not_fit(
+    driver: Open, namespace: Namespace, spans: tuple[Span, ...]
+) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    plan = engine.plan(prompt(1, 40))
+    reuse = Reuse(spans, tuple(ref.name for ref in plan.blocks), plan.donors, plan.generation)
+    before = engine.store.stats()["tiers"]["host"]["bytes"]
+    with pytest.raises(PlanError):
+        engine.store.stage(prompt(1, 32) + prompt(2, 8), namespace, reuse)
+    engine.finish(plan)
+    assert engine.store.stats()["tiers"]["host"]["bytes"] == before
+
+
+# --- namespaces ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tenant": "b"},
+        {"lora": "adapter"},
+        {"revision": "2"},
+        {"model": "other"},
+        {"ranks": "tp2:0"},
+        {"rope": "yarn"},
+        {"kv_dtype": "fp8"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_namespaces_never_share(driver: Open, namespace: Namespace, change: dict[str, str]) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    other = Driver(engine.store, msgspec.structs.replace(namespace, **change))
+    assert other.plan(tokens).declined == "empty_store"
+    assert other.save(tokens), "what one namespace knows, the other must store for itself"
+    engine.store.flush()
+    mine, theirs = list(engine.store.tree)
+    assert not set(mine.blocks) & set(theirs.blocks)
+    assert other.serve(tokens).exact == 39
+    assert engine.store.evict(namespace=namespace.digest) == 1
+    assert engine.plan(tokens).declined == "empty_store"
+    assert other.serve(tokens).exact == 39
+
+
+def test_rows_of_another_namespace_cannot_be_built_on(driver: Open, namespace: Namespace) -> None:
+    engine = driver()
+    tokens = prompt(1, 40)
+    engine.save(tokens)
+    plan = engine.plan(tokens)
+    stranger = namespace.for_tenant("stranger")
+    staged = engine.store.stage(tokens, stranger, reuse_of(plan))
+    with pytest.raises(NamespaceError):
+        engine.store.commit(staged.id)
+    engine.finish(plan)
+    assert engine.store.plan(tokens, stranger).declined == "empty_store"
+
+
+def test_another_tokenizer_is_the_same_namespace(driver: Open, namespace: Namespace) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    same = Driver(engine.store, msgspec.structs.replace(namespace, tokenizer="/x"), engine.book)
+    assert same.serve(prompt(1, 40)).exact == 39
+
+
+# --- evict and forget ---------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_node_goes_first(driver: Open, home: Path) -> None:
+    engine = driver()
+    for seed in range(4):
+        engine.save(prompt(seed, 40))
+    engine.serve(prompt(0, 40))
+    engine.stage(prompt(1, 40))  # somebody wanted to save it again: that is a use
+    assert engine.store.evict(nodes=2) == 2
+    engine.store.flush()
+    assert [engine.serve(prompt(seed, 40)).exact for seed in range(4)] == [39, 39, 0, 0]
+    assert len(list((home / "blocks").glob("*/*"))) == 10
+    assert engine.store.evict(nodes=10) == 2
+    assert engine.store.evict(nodes=10) == 0
+    engine.store.flush()
+    assert list((home / "blocks").glob("*/*")) == []
+
+
+def test_shared_blocks_stay_with_the_last_node(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    changed = edited(tokens, 30, 1, [7])
+    engine.serve_and_save(changed)
+    engine.store.evict(nodes=1)
+    engine.store.flush()
+    assert engine.store.stats()["nodes"] == 1
+    assert engine.serve(changed).reused == 79
+    assert driver().serve(changed).reused == 79
+
+
+def test_max_nodes(driver: Open) -> None:
+    engine = driver(max_nodes=3)
+    for seed in range(6):
+        engine.save(prompt(seed, 20))
+    assert engine.store.stats()["nodes"] == 3
+    assert [engine.serve(prompt(seed, 20)).exact for seed in range(6)] == [0, 0, 0, 19, 19, 19]
+
+
+def test_clear(driver: Open, home: Path) -> None:
+    engine = driver()
+    for seed in range(3):
+        engine.save(prompt(seed, 40))
+    plan = engine.plan(prompt(0, 40))
+    assert engine.store.clear() == 3
+    engine.check(prompt(0, 40), plan)
+    engine.finish(plan)
+    engine.store.flush()
+    stats = engine.store.stats()
+    assert (stats["nodes"], stats["blocks"]) == (0, 0)
+    assert [tier["bytes"] for tier in stats["tiers"].values()] == [0, 0]
+    assert list((home / "blocks").glob("*/*")) == []
+    assert driver().plan(prompt(1, 40)).declined == "empty_store"
+
+
+# --- what requests say when they end ------------------------------------------------------------
+
+
+def test_a_plan_that_failed_is_a_miss(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    plan = engine.plan(prompt(1, 40))
+    engine.store.finish(plan, Outcome(failed="aborted", recomputed=40))
+    stats = engine.store.stats()
+    assert (stats["hits_exact"], stats["misses"]) == (0, 1)
+    assert stats["declined"] == {"aborted": 1}
+    assert stats["tokens_recomputed"] == 40
+    assert stats["tokens_reused_exact"] == 0
+    identity(engine.store)
+
+
+def test_finishing_twice_counts_once(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    plan = engine.plan(prompt(1, 40))
+    engine.finish(plan)
+    engine.finish(plan)
+    engine.store.finish("no such lease", Outcome())
+    assert engine.store.stats()["hits_exact"] == 1
+    identity(engine.store)
+
+
+def test_rows_that_are_late_are_a_miss_and_there_the_next_time(driver: Open) -> None:
+    driver().save(prompt(1, 40))
+    engine = driver()
+    store = engine.store
+    assert store.blocks.disk is not None
+    slow = SlowTier(store.blocks.disk, get=0.2)
+    store.blocks.disk = slow
+    plan = engine.plan(prompt(1, 40), deadline_ms=1.0)
+    assert plan.declined == "not_resident"
+    assert store.stats()["leases"] == 0
+    identity(store)
+    slow.seconds["get"] = 0.0
+    assert engine.serve(prompt(1, 40)).exact == 39

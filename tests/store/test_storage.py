@@ -1,0 +1,510 @@
+"""Restarts, budgets, damage: what the storage holds and what the store makes of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.blocks.tiers.wrappers import CountingTier
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import (
+    BusyError,
+    CorruptBlockError,
+    HomeError,
+    NoSpaceError,
+    StorageError,
+)
+from kvshare_store.home import arena_path
+from kvshare_store.namespace import Namespace
+from kvshare_store.store import Store
+from kvshare_store.testing.faulty import FaultyTier, SlowTier
+from kvshare_store.testing.oracle import Driver, prompt
+from kvshare_store.testing.tiers import damage_file
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
+
+Open = Callable[..., Driver]
+Config = Callable[..., StoreConfig]
+SLOT = 64 + 8 * 64
+"""What a block of eight rows takes in shared memory."""
+
+
+def files(home: Path) -> set[str]:
+    """Names of the blocks on disk."""
+    return {file.stem for file in (home / "blocks").glob("*/*")}
+
+
+def faulty(store: Store) -> FaultyTier:
+    """Put a tier that can fail in front of the disk."""
+    assert store.blocks.disk is not None
+    tier = FaultyTier(store.blocks.disk)
+    store.blocks.disk = tier
+    return tier
+
+
+def agrees(engine: Driver, home: Path) -> None:
+    """Files, tree and catalogue tell one story."""
+    engine.store.flush()
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+    assert files(home) == engine.store.tree.blocks()
+    assert {node.id for node, _ in catalog.load()} == {node.id for node in engine.store.tree}
+
+
+# --- restart ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_restart_finds_everything(driver: Open, home: Path, compression: str) -> None:
+    engine = driver(compression=compression)
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    engine.serve_and_save([*tokens[:30], 7, *tokens[31:]])
+    engine.save(prompt(2, 20))
+    before = [
+        (node.id, node.parent, node.edits, node.segments, node.blocks, node.generation)
+        for node in engine.store.tree
+    ]
+    engine = driver(compression=compression)
+    after = [
+        (node.id, node.parent, node.edits, node.segments, node.blocks, node.generation)
+        for node in engine.store.tree
+    ]
+    assert sorted(after) == sorted(before)
+    assert engine.serve(tokens).exact == 79
+    assert engine.serve([*tokens[:30], 7, *tokens[31:]]).reused == 79
+    assert engine.serve(prompt(2, 20)).exact == 19
+    assert engine.serve([*tokens[:50], 9, *tokens[51:]]).generation == 1
+    agrees(engine, home)
+
+
+def test_what_was_compressed_is_read_without_compression(driver: Open) -> None:
+    driver(compression="zstd").save(prompt(1, 40))
+    assert driver(compression="none").serve(prompt(1, 40)).exact == 39
+
+
+def test_a_home_of_another_model_is_no_use_and_no_harm(driver: Open, namespace: Namespace) -> None:
+    driver().save(prompt(1, 40))
+    engine = driver()
+    other = Driver(engine.store, Namespace("another", namespace.layout))
+    assert other.plan(prompt(1, 40)).declined == "empty_store"
+    assert engine.serve(prompt(1, 40)).exact == 39
+
+
+def test_nothing_survives_without_a_disk(driver: Open, home: Path) -> None:
+    engine = driver(disk=False)
+    engine.save(prompt(1, 40))
+    assert engine.serve(prompt(1, 40)).exact == 39
+    assert set(engine.store.stats()["tiers"]) == {"host"}
+    engine = driver(disk=False)
+    assert engine.plan(prompt(1, 40)).declined == "empty_store"
+    assert not (home / "blocks").exists()
+
+
+# --- the host budget ----------------------------------------------------------------------------
+
+
+def test_blocks_are_demoted_and_come_back_from_disk(driver: Open) -> None:
+    engine = driver(host_bytes=10 * SLOT)
+    for seed in range(4):
+        engine.save(prompt(seed, 40))
+        engine.store.flush()
+    counting = engine.store.blocks.disk
+    assert isinstance(counting, CountingTier)
+    stats = engine.store.stats()
+    assert stats["nodes"] == 4
+    assert stats["tiers"]["host"]["blocks"] == 10
+    assert stats["tiers"]["disk"]["blocks"] == 20
+    engine.serve(prompt(2, 40))
+    engine.serve(prompt(3, 40))
+    assert counting.calls["get"] == 0, "the newest are in memory"
+    assert engine.serve(prompt(0, 40)).exact == 39
+    assert counting.calls["get"] == 5
+    assert engine.serve(prompt(0, 40)).exact == 39
+    assert counting.calls["get"] == 5
+    assert engine.serve(prompt(3, 40)).exact == 39
+    assert counting.calls["get"] == 5, "prompt 2 was the least recently used"
+
+
+def test_memory_full_of_rows_in_use_refuses_saves_and_goes_on(driver: Open) -> None:
+    engine = driver(host_bytes=10 * SLOT)
+    for seed in range(2):
+        engine.save(prompt(seed, 40))
+        engine.store.flush()
+    held = [engine.plan(prompt(seed, 40)) for seed in range(2)]
+    with pytest.raises(NoSpaceError):
+        engine.stage(prompt(5, 16))
+    assert engine.store.stats()["errors"] == {"no_space": 1}
+    for seed, plan in enumerate(held):
+        engine.check(prompt(seed, 40), plan)
+        engine.finish(plan)
+    assert engine.save(prompt(5, 16))
+    assert engine.serve(prompt(0, 40)).exact == 39
+
+
+def test_rows_that_are_only_in_memory_do_not_leave_it(driver: Open) -> None:
+    engine = driver(host_bytes=6 * SLOT)
+    store = engine.store
+    assert store.blocks.disk is not None
+    store.blocks.disk = SlowTier(store.blocks.disk, put=0.3)
+    engine.save(prompt(1, 40))
+    with pytest.raises(NoSpaceError):
+        engine.stage(prompt(2, 40))
+    store.flush()
+    assert engine.save(prompt(2, 40)), "what is durable makes room"
+    store.flush()
+    assert [engine.serve(prompt(seed, 40)).exact for seed in (1, 2)] == [39, 39]
+
+
+def test_a_save_that_does_not_fit_gives_back_what_it_got(driver: Open) -> None:
+    engine = driver(host_bytes=4 * SLOT)
+    with pytest.raises(NoSpaceError):
+        engine.stage(prompt(1, 40))
+    assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
+    assert engine.save(prompt(1, 32))
+
+
+def test_a_plan_that_does_not_fit_in_memory_is_declined(driver: Open) -> None:
+    driver(host_bytes=20 * SLOT).save(prompt(1, 80))
+    engine = driver(host_bytes=5 * SLOT)
+    assert engine.plan(prompt(1, 80)).declined == "not_resident"
+    assert engine.store.stats()["leases"] == 0
+    assert engine.serve(prompt(1, 80)[:30]).exact == 29
+
+
+def test_without_a_disk_the_oldest_nodes_go(driver: Open) -> None:
+    engine = driver(disk=False, host_bytes=10 * SLOT)
+    for seed in range(4):
+        engine.save(prompt(seed, 40))
+    engine.store.flush()
+    assert engine.store.stats()["nodes"] == 2
+    assert [engine.serve(prompt(seed, 40)).exact for seed in range(4)] == [0, 0, 39, 39]
+    assert engine.store.stats()["tiers"]["host"]["blocks"] == 10
+
+
+# --- the disk budget ----------------------------------------------------------------------------
+
+
+def test_the_disk_budget_is_kept_by_forgetting_the_oldest(driver: Open, home: Path) -> None:
+    budget = 60_000
+    engine = driver(disk_bytes=budget)
+    for seed in range(20):
+        engine.save(prompt(seed, 40))
+        agrees(engine, home)
+        assert sum(file.stat().st_size for file in (home / "blocks").glob("*/*")) <= budget
+    kept = engine.store.stats()["nodes"]
+    assert 1 < kept < 20
+    found = [engine.serve(prompt(seed, 40)).exact == 39 for seed in range(20)]
+    assert found == [seed >= 20 - kept for seed in range(20)]
+    assert engine.store.stats()["errors"] == {}
+    assert driver(disk_bytes=budget).serve(prompt(19, 40)).exact == 39
+
+
+def test_nodes_leave_lookup_before_their_blocks_leave_the_disk(driver: Open, home: Path) -> None:
+    engine = driver(disk_bytes=60_000)
+    tier = faulty(engine.store)
+    delete, seen = tier.inner.delete, []
+
+    async def watched(name: str) -> bool:
+        seen.append(engine.store.tree.users(name))
+        return await delete(name)
+
+    tier.inner.delete = watched  # type: ignore[method-assign]
+    for seed in range(20):
+        engine.save(prompt(seed, 40))
+    engine.store.flush()
+    assert seen
+    assert seen == [set()] * len(seen)
+
+
+def test_a_prompt_larger_than_the_disk_pushes_nobody_out(driver: Open, home: Path) -> None:
+    engine = driver(disk_bytes=60_000)
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    engine.save(prompt(2, 8 * 40))
+    agrees(engine, home)
+    assert engine.store.stats()["errors"] == {"no_space": 1}
+    assert engine.serve(prompt(1, 40)).exact == 39
+    assert engine.plan(prompt(2, 8 * 40)).declined == "no_donor"
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["first", "middle", "last", "truncated", "empty", "gone"])
+def test_a_damaged_block_is_a_miss_and_its_nodes_are_forgotten(
+    driver: Open, home: Path, damage: str
+) -> None:
+    engine = driver()
+    tokens = prompt(1, 80)
+    engine.save(tokens)
+    engine.serve_and_save([*tokens[:60], 7, *tokens[61:]])
+    engine.save(prompt(2, 40))
+    first = next(node for node in engine.store.tree if node.exact and node.length == 80).blocks[0]
+    engine = driver()
+    file = home / "blocks" / first[:2] / f"{first}.kvb"
+    if damage == "gone":
+        file.unlink()
+    else:
+        damage_file(file, damage)
+    assert engine.plan(tokens).declined == "not_resident"
+    stats = engine.store.stats()
+    assert stats["errors"] == {"missing" if damage == "gone" else "corrupt": 1}
+    assert stats["nodes"] == 1, "both nodes with rows in that block are gone"
+    agrees(engine, home)
+    assert engine.plan(tokens).declined == "no_donor"
+    assert engine.serve(prompt(2, 40)).exact == 39
+    assert engine.save(tokens), "computed again, it is stored again"
+    assert driver().serve(tokens).exact == 79
+
+
+def test_a_block_that_is_in_memory_outlives_its_file_until_a_restart(
+    driver: Open, home: Path
+) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    shutil.rmtree(home / "blocks")
+    assert engine.serve(prompt(1, 40)).exact == 39
+    engine = driver()
+    assert engine.plan(prompt(1, 40)).declined == "empty_store"
+    assert engine.store.stats()["errors"] == {"missing": 1}
+    assert engine.save(prompt(1, 40))
+
+
+def test_blocks_that_no_node_needs_are_collected_at_the_start(driver: Open, home: Path) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    some = sorted((home / "blocks").glob("*/*"))[0]
+    stray = home / "blocks" / "ab" / ("ab" * 32 + ".kvb")
+    engine.store.close()
+    stray.parent.mkdir(exist_ok=True)
+    shutil.copy(some, stray)
+    (home / "tmp" / "unfinished").write_bytes(b"half")
+    engine = driver()
+    agrees(engine, home)
+    assert not stray.exists()
+    assert list((home / "tmp").iterdir()) == []
+
+
+# --- a disk that does not do as it is told ------------------------------------------------------
+
+
+def test_a_full_disk_stops_saving_not_serving(driver: Open, home: Path) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    disk = faulty(engine.store)
+    disk.fail_always("put", NoSpaceError("No space left on device"))
+    assert engine.save(prompt(2, 40)), "it can be used at once"
+    engine.store.flush()
+    assert engine.plan(prompt(2, 40)).declined == "no_donor", "and is forgotten when that fails"
+    assert engine.serve(prompt(1, 40)).exact == 39
+    assert engine.store.stats()["errors"] == {"no_space": 1}
+    agrees(engine, home)
+    disk.fail_always("put", None)
+    assert engine.save(prompt(2, 40))
+    agrees(engine, home)
+    assert engine.serve(prompt(2, 40)).exact == 39
+
+
+def test_every_block_is_written_or_none_counts(driver: Open, home: Path) -> None:
+    for failing in range(5):
+        engine = driver()
+        disk = faulty(engine.store)
+        disk.fail("put", StorageError("Input/output error"), skip=failing)
+        engine.save(prompt(10 + failing, 40))
+        agrees(engine, home)
+        assert disk.calls["put"] == 5
+        assert engine.plan(prompt(10 + failing, 40)).declined == "empty_store"
+        assert engine.store.stats()["errors"] == {"storage": 1}
+        assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
+
+
+def test_a_failed_save_is_over_when_its_last_write_is(driver: Open, home: Path) -> None:
+    """Rows are written in place: they must not be given away while some write goes on."""
+    engine = driver()
+    store = engine.store
+    assert store.blocks.disk is not None
+    disk = store.blocks.disk = FaultyTier(SlowTier(store.blocks.disk, put=0.3))
+    disk.fail("put", NoSpaceError("full"))
+    engine.save(prompt(1, 40))
+    store.flush()
+    engine.save(prompt(2, 40))
+    agrees(engine, home)
+    assert engine.serve(prompt(2, 40)).exact == 39
+    assert driver().serve(prompt(2, 40)).exact == 39
+    assert len(files(home)) == 5
+
+
+def test_a_disk_that_cannot_read_is_a_miss_until_it_can(driver: Open) -> None:
+    driver().save(prompt(1, 40))
+    engine = driver()
+    disk = faulty(engine.store)
+    disk.fail_always("get", StorageError("Input/output error"))
+    assert engine.plan(prompt(1, 40)).declined == "not_resident"
+    assert engine.store.stats()["nodes"] == 1, "the block may be there the next time"
+    disk.fail_always("get", None)
+    assert engine.serve(prompt(1, 40)).exact == 39
+
+
+def test_a_disk_that_cannot_delete_leaves_garbage_for_the_next_start(
+    driver: Open, home: Path
+) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    disk = faulty(engine.store)
+    disk.fail_always("delete", StorageError("Read-only file system"))
+    engine.store.evict(nodes=1)
+    engine.store.flush()
+    assert len(files(home)) == 5
+    assert engine.store.stats()["errors"] == {"storage": 5}
+    assert engine.plan(prompt(1, 40)).declined == "empty_store"
+    agrees(driver(), home)
+    assert files(home) == set()
+
+
+@pytest.mark.parametrize("call", ["add", "delete", "compact"])
+def test_a_catalogue_that_refuses_does_not_stop_the_store(
+    driver: Open, monkeypatch: pytest.MonkeyPatch, home: Path, call: str
+) -> None:
+    monkeypatch.setattr("kvshare_store.committer._COMPACT_EVERY", 1)
+    engine = driver()
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+
+    def refuse(*_: object) -> None:
+        raise StorageError("catalogue refused: no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(catalog, call, refuse)
+        engine.save(prompt(1, 40))
+        engine.store.flush()
+        engine.store.evict(nodes=1)
+        engine.store.flush()
+    assert engine.save(prompt(2, 40))
+    engine.store.flush()
+    assert engine.serve(prompt(2, 40)).exact == 39
+    engine = driver()
+    assert engine.serve(prompt(2, 40)).exact == 39
+    agrees(engine, home)
+
+
+# --- the home -----------------------------------------------------------------------------------
+
+
+def test_a_home_has_one_owner(driver: Open, config: Config) -> None:
+    driver()
+    with pytest.raises(BusyError, match="belongs to a running store"):
+        Store(config())
+
+
+def test_another_process_cannot_open_it_either(driver: Open, home: Path) -> None:
+    driver()
+    code = (
+        "import sys\nfrom kvshare_store.config import StoreConfig\n"
+        "from kvshare_store.store import Store\n"
+        "from kvshare_store.errors import BusyError\n"
+        "try:\n    Store(StoreConfig(home=sys.argv[1], host_bytes=4096, semantic='never'))\n"
+        "except BusyError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(home)]
+    environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    answer = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    assert "belongs to a running store" in answer.stdout
+    assert arena_path(home).exists(), "the one that was refused did not take the arena away"
+
+
+def test_a_closed_home_is_free_again(driver: Open, home: Path) -> None:
+    for _ in range(3):
+        driver().store.close()
+        assert not arena_path(home).exists()
+        driver()
+
+
+def test_everything_in_it_is_the_owners(driver: Open, home: Path) -> None:
+    before = os.umask(0)
+    try:
+        engine = driver()
+        engine.save(prompt(1, 40))
+        engine.store.flush()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert stat.S_IMODE(arena_path(home).stat().st_mode) == 0o600
+    for file in (home / "blocks").glob("*/*"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    for name in ("blocks", "tmp", "quarantine", "catalog"):
+        assert stat.S_IMODE((home / name).stat().st_mode) == 0o700
+
+
+def test_a_home_of_another_format_is_refused(driver: Open, config: Config, home: Path) -> None:
+    driver().store.close()
+    (home / "format").write_text("99")
+    with pytest.raises(HomeError, match="format '99'"):
+        Store(config())
+    (home / "format").write_text("1")
+    driver()
+
+
+def test_a_start_that_was_cut_short_is_no_other_format(home: Path, driver: Open) -> None:
+    home.mkdir()
+    (home / "format").touch()
+    assert driver().save(prompt(1, 40))
+
+
+def test_a_home_that_cannot_be(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(HomeError) as caught:
+            Store(config(home=str(home)))
+        assert "\n" not in str(caught.value)
+
+
+def test_too_little_shared_memory_for_the_budget(config: Config, home: Path) -> None:
+    with pytest.raises(HomeError, match="lower host_bytes"):
+        Store(config(host_bytes=1 << 60))
+    Store(config()).close()
+
+
+def test_a_damaged_catalogue_is_said_so(driver: Open, config: Config, home: Path) -> None:
+    driver().save(prompt(1, 40))
+    driver().store.close()
+    for file in (home / "catalog").rglob("*"):
+        if file.is_file() and file.suffix in (".lance", ".manifest"):
+            file.write_bytes(b"damaged")
+    with pytest.raises(HomeError, match="catalog"):
+        Store(config())
+
+
+def test_a_node_that_cannot_be_read_is_said_so(driver: Open, config: Config, home: Path) -> None:
+    driver().save(prompt(1, 40))
+    driver().store.close()
+    vector = [0.0] * VECTOR_DIMENSIONS
+    row = {"id": "ab", "namespace": "n", "node": b"later", "lexical": vector, "semantic": vector}
+    Catalog(home / "catalog")._nodes.add([row])
+    for _ in range(2):  # and the home is not left locked
+        with pytest.raises(StorageError, match="node ab is unreadable"):
+            Store(config())
+
+
+def test_rows_are_verified_where_they_are_read(driver: Open, home: Path) -> None:
+    """The bytes that a damaged block would have given are never in shared memory."""
+    driver().save(prompt(1, 40))
+    engine = driver()
+    for file in (home / "blocks").glob("*/*"):
+        damage_file(file, "last")
+    engine.plan(prompt(1, 40))
+    assert engine.store.blocks.host.names() == []
+    assert engine.store.stats()["errors"] == {CorruptBlockError.kind: 5}
+    assert len(list((home / "quarantine").iterdir())) == 5

@@ -1,0 +1,122 @@
+"""Every tier and every wrapper obeys the law; a new one that has no class here fails a test."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.blocks.arena import Arena
+from kvshare_store.blocks.tiers import disk, host, wrappers
+from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.wrappers import CountingTier, WrapperTier
+from kvshare_store.errors import MissingBlockError, NoSpaceError, StorageError
+from kvshare_store.testing import faulty
+from kvshare_store.testing.faulty import FaultyTier, SlowTier
+from kvshare_store.testing.tiers import (
+    ABSENT,
+    PersistentTierTests,
+    TierTests,
+    make_block,
+    same,
+)
+
+
+class TestHostTier(TierTests):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return HostTier(Arena.create(folder / uuid.uuid4().hex, budget))
+
+
+class _OnDisk(PersistentTierTests):
+    def file_of(self, folder: Path, name: str) -> Path:
+        return folder / "blocks" / name[:2] / f"{name}.kvb"
+
+    def unfinished(self, folder: Path) -> Path:
+        return folder / "tmp" / "0123"
+
+    def quarantined(self, folder: Path) -> list[Path]:
+        return list((folder / "quarantine").iterdir())
+
+
+class TestDiskTier(_OnDisk):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return await DiskTier.open(folder, budget)
+
+
+class TestCompressedDiskTier(_OnDisk):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return await DiskTier.open(folder, budget, "zstd")
+
+
+class TestCountingTier(_OnDisk):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return CountingTier(await DiskTier.open(folder, budget))
+
+    def test_it_counts(self, tmp_path: Path) -> None:
+        async def scenario(tier: Tier) -> None:
+            assert isinstance(tier, CountingTier)
+            name, block = make_block(1)
+            await tier.put(name, block)
+            await tier.get(name)
+            with pytest.raises(MissingBlockError):
+                await tier.get(ABSENT)
+            assert tier.calls == {"put": 1, "get": 2}
+            assert tier.bytes == {"put": len(block.data), "get": len(block.data)}
+            assert tier.errors == {"missing": 1}
+
+        self.law(tmp_path, scenario)
+
+
+class TestFaultyTier(_OnDisk):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return FaultyTier(await DiskTier.open(folder, budget))
+
+    def test_it_fails_when_told_to(self, tmp_path: Path) -> None:
+        async def scenario(tier: Tier) -> None:
+            assert isinstance(tier, FaultyTier)
+            name, block = make_block(1)
+            tier.fail("put", NoSpaceError("full"), skip=1, times=2)
+            await tier.put(name, block)
+            for _ in range(2):
+                with pytest.raises(NoSpaceError):
+                    await tier.put(name, block)
+            await tier.put(name, block)
+            tier.fail_always("get", StorageError("broken"))
+            for _ in range(3):
+                with pytest.raises(StorageError):
+                    await tier.get(name)
+            tier.fail_always("get", None)
+            assert same(await tier.get(name), block)
+            assert tier.calls == {"put": 4, "get": 4}
+
+        self.law(tmp_path, scenario)
+
+
+class TestSlowTier(_OnDisk):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return SlowTier(await DiskTier.open(folder, budget), put=1e-3, get=1e-3, delete=1e-3)
+
+
+class TestSlowHostTier(TierTests):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        return SlowTier(HostTier(Arena.create(folder / uuid.uuid4().hex, budget)), get=1e-3)
+
+
+def test_every_tier_has_a_class_here() -> None:
+    here = {
+        HostTier: TestHostTier,
+        DiskTier: TestDiskTier,
+        CountingTier: TestCountingTier,
+        FaultyTier: TestFaultyTier,
+        SlowTier: TestSlowTier,
+    }
+    found = {
+        kind
+        for module in (disk, host, wrappers, faulty)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Tier)
+    }
+    assert found - {Tier, WrapperTier} == set(here)

@@ -1,0 +1,531 @@
+"""The command line without a daemon: options, bad input, vLLM's arguments, what people read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from kvshare_store.cli import common, format, ls, serve, show, stats, vllm
+from kvshare_store.cli.main import main
+from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.errors import ConfigError
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting and no colour from whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("KVSHARE_")]:
+        monkeypatch.delenv(name)
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def run(*arguments: str | Path) -> Result:
+    """Exit code, standard output and standard error of one command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+def rendered(*parts: Any, width: int = 120) -> str:
+    """What a terminal without colours shows."""
+    console = Console(
+        file=io.StringIO(), width=width, highlight=False, markup=False, color_system=None
+    )
+    for part in parts:
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# --- start-up -------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from kvshare_store.cli.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])\n"
+        "heavy = {'torch', 'lancedb', 'vllm', 'pyarrow', 'numpy', 'zmq', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    for command in ("serve", "stats", "ls", "show", "clear", "stop", "vllm"):
+        assert f" {command} " in out
+
+
+def test_serve_help_names_every_field() -> None:
+    _, out, _ = run("serve", "--help")
+    assert all(field in out for field in FIELDS)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_set_wins_over_environment_over_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kvshare.yaml"
+    file.write_text("policy: exact\ntail: 1\nmin_run: 2\nhome: /from/file\n")
+    monkeypatch.setenv("KVSHARE_POLICY", "faithful")
+    monkeypatch.setenv("KVSHARE_TAIL", "3")
+    config = common.configured(None, file, ["policy=aggressive"])
+    assert (config.policy, config.tail, config.min_run) == ("aggressive", 3, 2)
+    assert config.home == "/from/file"
+    assert common.configured("/here", file, ["home=/there"]).home == "/here"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_setting_can_be_passed_as_text(field: str) -> None:
+    given_ = StoreConfig(
+        home="/a b=c",
+        disk=False,
+        delimiters=False,
+        policy="faithful",
+        edit_window=0,
+        min_saving_ms=0.5,
+        compression="zstd",
+    )
+    value = getattr(given_, field)
+    if value is not None:
+        assert getattr(common.configured(None, None, [f"{field}={value}"]), field) == value
+
+
+def test_the_last_setting_of_a_field_wins() -> None:
+    assert common.parse_settings(["tail=1", "tail=2", "home=a=b"]) == {"tail": "2", "home": "a=b"}
+
+
+def test_the_start_line_says_where_and_how_much() -> None:
+    config = StoreConfig(home="/h", host_bytes=64 * 2**20, disk=False, policy="exact")
+    line = serve.start_line(config, "/h/kvshare.sock")
+    assert line == "serving /h on /h/kvshare.sock, host 64.0 MiB, disk off, policy exact"
+
+
+# --- bad input: one clear line, the right exit code -----------------------------------------------
+
+
+def one_line(result: Result, code: int) -> str:
+    """The line on standard error; nothing else may be said."""
+    found, out, err = result
+    assert (found, out) == (code, "")
+    assert err.startswith("kvshare: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--set", "polcy=exact"], "unknown setting 'polcy'; known: home,"),
+        (["serve", "--set", "policy=lax"], "policy"),
+        (["serve", "--set", "block_tokens=many"], "block_tokens"),
+        (["serve", "--set", "disk=perhaps"], "disk"),
+        (["serve", "--set", "host_bytes=0"], "host_bytes must be greater than zero"),
+        (["serve", "--set", "disk_bytes=0"], "disk_bytes must be greater than zero"),
+        (["serve", "--set", "host_bytes=lots"], "host_bytes: 'lots' is not a size"),
+        (["serve", "--set", "tail=-1"], "tail must not be negative"),
+        (["serve", "--set", "policy"], "write --set field=value"),
+        (["serve", "--set", "=exact"], "write --set field=value"),
+        (["serve", "--home", ""], "home is empty"),
+        (["serve", "--config", "/no/such.yaml"], "/no/such.yaml cannot be read"),
+        (["stats", "--config", "/no/such.yaml"], "/no/such.yaml cannot be read"),
+        (["stats", "--bogus"], "--bogus (see kvshare stats --help)"),
+        (["ls", "--limit", "0"], "--limit"),
+        (["ls", "--limit", "few"], "--limit"),
+        (["show"], "NODE"),
+        (["frobnicate"], "frobnicate"),
+        (["vllm"], "kvshare --help"),
+        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "unknown setting --kvshare.polcy"),
+        (["vllm", "serve", "m", "--kvshare.policy", "lax"], "policy"),
+        (["vllm", "serve", "m", "--kvshare.policy"], "--kvshare.policy needs a value"),
+        (["vllm", "serve", "m", "--kvshare.policy", "--port", "1"], "needs a value"),
+        (["vllm", "serve", "m", "--kvshare.home="], "--kvshare.home needs a value"),
+        (["vllm", "serve", "m", "--kvshare.host_bytes", "0"], "host_bytes must be greater"),
+    ],
+)
+def test_bad_settings(arguments: list[str], words: str) -> None:
+    assert words in one_line(run(*arguments), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("polcy: exact\n", "unknown setting 'polcy'"),
+        ("tail: many\n", "tail"),
+        ("policy: [exact\n", "is not YAML"),
+        ("- policy\n", "must hold 'field: value' lines"),
+        ("home: ''\n", "home is empty"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "stats"])
+def test_bad_file(command: str, text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "kvshare.yaml"
+    file.write_text(text)
+    assert words in one_line(run(command, "--config", file), 2)
+
+
+def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSHARE_HOST_BYTES", "lots")
+    assert "host_bytes" in one_line(run("stats"), 2)
+
+
+@pytest.mark.parametrize("below", [".", "below"])
+def test_unusable_home(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    line = one_line(run("serve", "--home", file / below), 3)
+    assert str(file) in line
+    assert "choose another with --home" in line
+
+
+def test_home_of_another_format(home: Path) -> None:
+    home.mkdir()
+    (home / "format").write_text("999")
+    assert "format '999'" in one_line(run("serve", "--home", home, "--set", "host_bytes=1MiB"), 3)
+
+
+def test_more_memory_than_there_is(home: Path) -> None:
+    line = one_line(run("serve", "--home", home, "--set", "host_bytes=100000TiB"), 3)
+    assert "lower host_bytes" in line
+
+
+def test_socket_in_use(home: Path) -> None:
+    home.mkdir()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(home / "kvshare.sock"))
+        other.listen()
+        line = one_line(run("serve", "--home", home, "--set", "host_bytes=1MiB"), 4)
+    assert "kvshare.sock is in use" in line
+
+
+@pytest.mark.parametrize("command", [["stats"], ["ls"], ["show", "ab"], ["clear"], ["stop"]])
+def test_no_daemon(command: list[str], home: Path, tmp_path: Path) -> None:
+    line = one_line(run(*command, "--home", home), 7)
+    assert f"no daemon serves {home}; start one: kvshare serve --home {home}" in line
+    (tmp_path / "file").touch()
+    one_line(run(*command, "--home", tmp_path / "file"), 7)
+
+
+def test_a_socket_that_a_dead_daemon_left(home: Path) -> None:
+    home.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(home / "kvshare.sock"))
+    assert "no daemon serves" in one_line(run("stats", "--home", home), 7)
+
+
+def test_errors_reach_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--home", tmp_path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "no daemon serves" in one_line((found.returncode, found.stdout, found.stderr), 7)
+
+
+# --- vllm serve -----------------------------------------------------------------------------------
+
+
+def arguments_for(*given_: str) -> list[str]:
+    return vllm.vllm_arguments(vllm.part(given_), environ={})
+
+
+def option(arguments: Sequence[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_vllm_gets_scheduler_and_connector() -> None:
+    arguments = arguments_for("org/model", "--kvshare.policy", "faithful", "--port", "8000")
+    assert arguments[:4] == ["serve", "org/model", "--port", "8000"]
+    assert option(arguments, "--scheduler-cls") == "kvshare_connectors.vllm.KVShareScheduler"
+    assert json.loads(option(arguments, "--kv-transfer-config")) == {
+        "kv_connector": "KVShareConnector",
+        "kv_connector_module_path": "kvshare_connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kvshare.policy": "faithful"},
+    }
+
+
+def test_settings_are_typed_and_paths_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k.yaml").write_text("tail: 5\n")
+    arguments = arguments_for(
+        "m", "--kvshare.home=here", "--kvshare.host-bytes", "1GiB", "--kvshare.config", "k.yaml",
+        "--kvshare.disk=False", "--kvshare.edit_window", "8",
+    )  # fmt: skip
+    transfer = json.loads(option(arguments, "--kv-transfer-config"))
+    assert transfer["kv_connector_extra_config"] == {
+        "kvshare.home": str(tmp_path / "here"),
+        "kvshare.host_bytes": 2**30,
+        "kvshare.config": str(tmp_path / "k.yaml"),
+        "kvshare.disk": False,
+        "kvshare.edit_window": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheduler"),
+    [
+        ([], "KVShareScheduler"),
+        (["--async-scheduling"], "KVShareAsyncScheduler"),
+        (["--async_scheduling"], "KVShareAsyncScheduler"),
+        (["--no-async-scheduling"], "KVShareScheduler"),
+        (["--async-scheduling", "--no-async-scheduling"], "KVShareScheduler"),
+        (["--no-async-scheduling", "--async-scheduling"], "KVShareAsyncScheduler"),
+    ],
+)
+def test_async_scheduling(flags: list[str], scheduler: str) -> None:
+    arguments = arguments_for("m", *flags)
+    assert option(arguments, "--scheduler-cls").rpartition(".")[2] == scheduler
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        ["--scheduler-cls", "x.Y"],
+        ["--scheduler_cls=x.Y"],
+        ["--kv-transfer-config", "{}"],
+        ["--kv_transfer_config={}"],
+        ["--kv-transfer-config.kv_connector", "X"],
+        ["--kv-transfer", "{}"],
+    ],
+)
+def test_flags_that_the_user_sets_are_not_overruled_in_silence(theirs: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--kvshare\.print shows"):
+        arguments_for("m", *theirs)
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda text: not text.startswith("--"))))
+def test_everything_else_is_untouched(theirs: list[str]) -> None:
+    arguments = arguments_for("m", *theirs[:2], "--kvshare.tail", "3", *theirs[2:])
+    assert arguments[: len(theirs) + 2] == ["serve", "m", *theirs]
+
+
+def test_print_shows_the_command_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    code, out, err = run("vllm", "serve", "m", "-tp", "2", "-O3", "--kvshare.print", "--help=all")
+    assert (code, err) == (0, "")
+    words = shlex.split(out)
+    assert words[:5] == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert words[5:11] == ["m", "-tp", "2", "-O3", "--help=all", "--scheduler-cls"]
+    assert out.count("\n") == 1
+
+
+def no_such_distribution(name: str) -> None:
+    raise metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "started"),
+    [
+        (lambda name: None, ["vllm.entrypoints.cli.main", "serve", "m"]),
+        (no_such_distribution, ["vllm.entrypoints.openai.api_server", "--model", "m"]),
+    ],
+)
+def test_vllm_replaces_this_process(
+    distribution: Callable[[str], None], started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(vllm, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(vllm.metadata, "distribution", distribution)
+    monkeypatch.setattr(vllm.os, "execv", lambda path, command: calls.append((path, command)))
+    assert run("vllm", "serve", "m", "--port", "1")[0] == 0
+    [(path, command)] = calls
+    assert path == command[0] == sys.executable
+    assert command[3 : 5 + len(started)] == [*started, "--port", "1"]
+
+
+def test_vllm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    assert "pip install vllm" in one_line(run("vllm", "serve", "m"), 6)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_vllm_serve_help(arguments: list[str]) -> None:
+    code, out, _ = run("vllm", "serve", *arguments)
+    assert code == 0
+    assert "--kvshare.print" in out
+    assert "min_saving_ms" in out
+
+
+# --- what people read -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 * 2**29, "1.5 GiB"),
+        (2**51, "2,048.0 TiB"),
+    ],
+)
+def test_sizes(nbytes: int, shown: str) -> None:
+    assert format.size(nbytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(-5, "0 s"), (0.2, "0 s"), (59, "59 s"), (60, "1 min"), (7300, "2 h"), (200_000, "2 d")],
+)
+def test_ages(seconds: float, shown: str) -> None:
+    assert format.age(1000.0, 1000.0 + seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "filled", "percent"),
+    [
+        (0, 0, 0, "-"),
+        (0, 9, 0, "0.0 %"),
+        (1, 10_000, 1, "< 0.1 %"),
+        (1, 2, 10, "50.0 %"),
+        (3, 2, 20, "150.0 %"),
+    ],
+)
+def test_bars(part: int, whole: int, filled: int, percent: str) -> None:
+    assert format.bar(part, whole) == "█" * filled + "░" * (20 - filled)
+    assert format.share(part, whole) == percent
+
+
+def test_prompts_cannot_steer_the_terminal() -> None:
+    assert format.printable("a\x1b[31m\x00\x9b\u202eb\n\tc") == "a␛[31m␀��b\n\tc"
+    assert format.one_line("a\n\n b\tc ") == "a b c"
+
+
+def test_long_text_is_shortened() -> None:
+    text = "x" * 50 + "y" * 50
+    assert format.shortened(text, 100) == text
+    assert format.shortened(text, 8) == "xxxx … yyyy"
+    assert format.shortened(text, 8, head=False) == " … yyyyyyyy"
+    assert format.shortened(text, 8, tail=False) == "xxxxxxxx … "
+
+
+STATS: dict[str, Any] = {
+    "lookups": 8, "hits_exact": 2, "hits_edited": 4, "misses": 2,
+    "tokens_requested": 10_000, "tokens_reused_exact": 1_000, "tokens_reused_edited": 6_000,
+    "tokens_recomputed": 3_000, "bytes_loaded": 3 * 2**20, "bytes_stored": 5 * 2**30,
+    "declined": {"too_short": 1, "no_donor": 12}, "errors": {"corrupt": 3},
+    "nodes": 1234, "blocks": 99, "leases": 1,
+    "tiers": {"host": {"bytes": 2**29, "budget": 2**30, "blocks": 7}},
+    "seconds": {"lookup": {"p50": 0.0012, "p99": 0.02}},
+}  # fmt: skip
+
+
+def test_stats_are_readable() -> None:
+    out = rendered(stats.headline("/h", STATS), *stats.tables(STATS))
+    for words in (
+        "/h: 1,234 nodes, 99 blocks, 1 leases; 3.0 MiB loaded, 5.0 GiB stored",
+        "lookups: 8",
+        "tokens: 10,000",
+    ):
+        assert words in out
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    for row in (
+        "edited 4 50.0 % ██████████░░░░░░░░░░",
+        "reused, edited 6,000 60.0 % ████████████░░░░░░░░",
+        "host 7 512.0 MiB 1.0 GiB 50.0 % ██████████░░░░░░░░░░",
+        "lookup 1.20 ms 20.00 ms",
+        "corrupt 3",
+    ):
+        assert row in rows
+    assert rows.index("no_donor 12") < rows.index("too_short 1")
+
+
+def test_stats_of_an_idle_daemon_leave_out_what_is_empty() -> None:
+    out = rendered(*stats.tables({**STATS, "declined": {}, "errors": {}, "lookups": 0}))
+    assert "errors" not in out
+    assert "without reuse" not in out
+
+
+NODE: dict[str, Any] = {
+    "id": "b" * 32, "namespace": "n" * 12, "model": "org/model", "tokens": 1500, "exact_rows": 600,
+    "generation": 2, "parent": "a" * 32, "created": 0.0, "preview": "Dear [bold]all[/bold],\nhello",
+    "text": "t" * 1000,
+    "edits": [
+        {"kind": "keep", "start": 0, "stop": 9, "removed": "k" * 500 + " end", "added": ""},
+        {"kind": "replace", "start": 9, "stop": 10, "removed": "old", "added": "new\n"},
+        {"kind": "keep", "start": 10, "stop": 12, "removed": " middle ", "added": ""},
+        {"kind": "insert", "start": 12, "stop": 12, "removed": "", "added": "[red]\x1b[31m"},
+        {"kind": "delete", "start": 12, "stop": 13, "removed": "gone", "added": ""},
+    ],
+    "path": ["a" * 32, "b" * 32], "children": ["c" * 32],
+    "blocks": [
+        {"name": "1" * 64, "tier": "host", "rows": 64, "users": 3},
+        {"name": "2" * 64, "tier": "disk", "rows": 6, "users": 1},
+    ],
+}  # fmt: skip
+
+
+def test_nodes_are_listed_one_a_line() -> None:
+    out = rendered(ls.nodes_table([NODE, {**NODE, "generation": 0, "parent": None}]), width=100)
+    _, _, first, second = out.splitlines()
+    assert " ".join(first.split()).startswith("bbbbbbbbbbbb 1,500 600 edited (2) aaaaaaaaaaaa")
+    assert "Dear [bold]all" in first
+    assert " exact        -  " in second
+
+
+def test_a_node_shows_what_was_edited() -> None:
+    out = rendered(*show.parts(NODE, marked=True))
+    assert "edited, generation 2" in out
+    assert " end[-old-]{+new↵" in out
+    assert "+} middle {+[red]␛[31m+}[-gone-]" in out
+    assert "k" * 200 not in out
+    assert "└── bbbbbbbbbbbb (this node)" in out
+    assert "cccccccccccc" in out
+    assert "3 nodes" in out
+    assert "nobody else" in out
+    assert "\x1b" not in out
+
+
+def test_edits_have_colours() -> None:
+    text = show.edits_text(NODE["edits"])
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["old"] == styles["gone"] == "red strike"
+    assert styles["new↵\n"] == "green"
+    assert styles[" middle "] == "dim"
+
+
+def test_a_root_shows_its_text() -> None:
+    root = {**NODE, "parent": None, "edits": [], "generation": 0, "path": ["b" * 32]}
+    out = rendered(*show.parts(root))
+    assert "edits against" not in out
+    assert "ttt" in out
+    assert len(out) < 2000
+
+
+def test_a_parent_that_was_evicted_is_named_as_gone() -> None:
+    orphan = {**NODE, "edits": [], "path": ["b" * 32]}
+    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(orphan))

@@ -1,0 +1,143 @@
+"""The committer's thread: order, batches, and that nothing it meets leaves callers waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvshare_store.committer import Addition, Committer, Removal
+from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+from kvshare_store.plan import Span
+from kvshare_store.tree.catalog import Vectors
+from kvshare_store.tree.node import Node
+
+
+def addition(name: str) -> Addition:
+    node = Node(
+        id=name,
+        namespace="n",
+        token_bytes=b"",
+        segments=(Span(0, 1, 0, 0, 0),),
+        blocks=(f"block of {name}",),
+        exact_rows=1,
+    )
+    return Addition(node, Vectors(np.zeros(1, np.float32), None))
+
+
+class Catalogue:
+    """Writes down what it is told."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+        self.error: KVShareError | None = None
+
+    def add(self, rows: list[Addition]) -> None:
+        if self.error is not None:
+            raise self.error
+        self._log.append("rows " + " ".join(row.node.id for row in rows))
+
+    def delete(self, ids: list[str]) -> None:
+        self._log.append("rows gone " + " ".join(ids))
+
+    def compact(self) -> None:
+        self._log.append("compact")
+
+
+class Desk:
+    """A committer whose steps are written down in `log`."""
+
+    def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
+        self.log: list[str] = []
+        self.catalogue = Catalogue(self.log)
+        self.start = threading.Event()
+        self._make_durable = make_durable
+        catalogue: Any = self.catalogue
+        self.committer = Committer(
+            catalogue,
+            self._durable,
+            lambda work: work,
+            lambda names: self.log.append("blocks gone " + " ".join(names)),
+            lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
+        )
+
+    def _durable(self, node: Node) -> None:
+        assert self.start.wait(30)
+        if self._make_durable is not None:
+            self._make_durable(node)
+        self.log.append(f"durable {node.id}")
+
+    def run(self, *work: Addition | Removal) -> list[str]:
+        for piece in work:
+            self.committer.order(piece)
+        self.start.set()
+        self.committer.flush()
+        return self.log
+
+
+def test_bytes_before_rows_and_rows_before_bytes() -> None:
+    desk = Desk()
+    log = desk.run(addition("a"), addition("b"), Removal(("a",), ("block of a",)), addition("c"))
+    flat = [step for step in log if step != "rows b"]
+    assert flat.index("durable a") < next(at for at, s in enumerate(flat) if s.startswith("rows a"))
+    assert flat[-4:] == ["rows gone a", "blocks gone block of a", "durable c", "rows c"]
+    desk.committer.close()
+
+
+def test_what_waits_is_committed_in_one_go() -> None:
+    desk = Desk()
+    log = desk.run(*(addition(str(at)) for at in range(10)))
+    assert sum(step.startswith("rows ") for step in log) <= 2
+    desk.committer.close()
+
+
+def test_one_that_fails_does_not_take_others_along() -> None:
+    def full(node: Node) -> None:
+        if node.id == "b":
+            raise NoSpaceError("full")
+
+    desk = Desk(full)
+    log = desk.run(addition("a"), addition("b"), addition("c"))
+    assert "failed b: no_space" in log
+    assert " ".join(step for step in log if step.startswith("rows")).split() in (
+        ["rows", "a", "c"],
+        ["rows", "a", "rows", "c"],
+    )
+    desk.committer.close()
+
+
+def test_rows_that_are_refused_fail_their_nodes() -> None:
+    desk = Desk()
+    desk.catalogue.error = StorageError("refused")
+    assert "failed a: storage" in desk.run(addition("a"))
+    desk.catalogue.error = None
+    assert desk.run(addition("b"))[-1] == "rows b"
+    desk.committer.close()
+
+
+def test_closing_finishes_what_was_ordered() -> None:
+    desk = Desk()
+    desk.start.set()
+    for at in range(100):
+        desk.committer.order(addition(str(at)))
+    desk.committer.close()
+    committed = [name for step in desk.log if step.startswith("rows") for name in step.split()[1:]]
+    assert committed == [str(at) for at in range(100)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_died() -> None:
+    def broken(node: Node) -> None:
+        raise ZeroDivisionError("a bug")
+
+    desk = Desk(broken)
+    desk.committer.order(addition("a"))
+    desk.committer.order(addition("b"))
+    desk.start.set()
+    desk.committer._thread.join(30)
+    desk.committer.order(addition("c"))
+    with pytest.raises(StorageError, match="restart the store"):
+        desk.committer.flush()

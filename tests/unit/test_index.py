@@ -1,0 +1,119 @@
+"""What nominates donors, against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_store.lookup.index import PrefixChain, VectorMatrix
+from kvshare_store.plan import Span
+from kvshare_store.tree.node import Node, node_id
+
+RUN = 3
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # many shared beginnings
+
+
+def make_node(tokens: list[int], exact_rows: int) -> Node:
+    array = np.asarray(tokens, np.int32)
+    return Node(
+        id=node_id("n", array, exact_rows == len(tokens)),
+        namespace="n",
+        token_bytes=array.tobytes(),
+        segments=(Span(0, len(tokens), 0, 0, 0),),
+        blocks=("b",),
+        exact_rows=exact_rows,
+        generation=int(exact_rows < len(tokens)),
+    )
+
+
+def shared_runs(tokens: list[int], node: Node) -> int:
+    other = node.tokens.tolist()[: node.exact_rows]
+    same = 0
+    while same < min(len(tokens), len(other)) and tokens[same] == other[same]:
+        same += 1
+    return same // RUN
+
+
+@given(
+    st.lists(st.tuples(prompts, st.integers(0, 14)), max_size=12),
+    st.lists(st.integers(0, 11), max_size=8),
+    prompts,
+)
+def test_the_chain_nominates_who_shares_most(
+    saved: list[tuple[list[int], int]], removed: list[int], request: list[int]
+) -> None:
+    chain = PrefixChain(RUN)
+    nodes = {}
+    for tokens, exact_rows in saved:
+        node = make_node(tokens, min(exact_rows, len(tokens)))
+        if node.id not in nodes:
+            nodes[node.id] = node
+            chain.add(node)
+    for at in removed:
+        if at < len(saved):
+            tokens, exact_rows = saved[at]
+            gone = nodes.pop(make_node(tokens, min(exact_rows, len(tokens))).id, None)
+            if gone is not None:
+                chain.remove(gone)
+    nominated = chain.nominate(np.asarray(request, np.int32))
+    best = max((shared_runs(request, node) for node in nodes.values()), default=0)
+    assert bool(nominated) == (best > 0)
+    assert len(nominated) == len(set(nominated)) <= 8
+    assert all(shared_runs(request, nodes[node_id]) == best for node_id in nominated)
+
+
+def test_the_newest_is_nominated_first() -> None:
+    chain = PrefixChain(RUN)
+    nodes = [make_node([1, 1, 1, at], 4) for at in range(12)]
+    for node in nodes:
+        chain.add(node)
+    nominated = chain.nominate(np.asarray([1, 1, 1, 5], np.int32))
+    assert nominated == [node.id for node in nodes[:3:-1]]
+
+
+def test_removing_everything_leaves_nothing() -> None:
+    chain = PrefixChain(RUN)
+    nodes = [make_node([1, 1, 1, 1, 1, 1, at], 7) for at in range(5)]
+    for node in nodes:
+        chain.add(node)
+    for node in nodes:
+        chain.remove(node)
+    assert chain.nominate(np.ones(9, np.int32)) == []
+    assert not chain._entries
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=120),
+    st.integers(1, 12),
+    st.integers(0, 1000),
+)
+def test_the_matrix_against_brute_force(
+    changes: list[tuple[bool, int]], count: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    matrix, plain = VectorMatrix(), {}
+    for adds, number in changes:
+        name = f"node-{number}"
+        if adds:
+            plain[name] = generator.standard_normal(384).astype(np.float32)
+            matrix.add(name, plain[name])
+        else:
+            plain.pop(name, None)
+            matrix.remove(name)
+        assert len(matrix) == len(plain)
+    query = generator.standard_normal(384).astype(np.float32)
+    expected = sorted(((float(v @ query), name) for name, v in plain.items()), reverse=True)
+    found = matrix.nearest(query, count)
+    assert [name for name, _ in found] == [name for _, name in expected[:count]]
+    np.testing.assert_allclose(
+        [score for _, score in found], [score for score, _ in expected[:count]], rtol=1e-4
+    )
+
+
+def test_the_matrix_grows_past_its_first_rows() -> None:
+    matrix = VectorMatrix()
+    eye = np.eye(384, dtype=np.float32)
+    for at in range(300):
+        matrix.add(str(at), eye[at])
+    assert all(matrix.nearest(eye[at], 1)[0] == (str(at), 1.0) for at in range(0, 300, 37))

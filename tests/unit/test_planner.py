@@ -1,0 +1,401 @@
+"""The planner: which rows of which donor, and why none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.embedders import lexical_vector
+from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import PRESETS, ReusePolicy
+from kvshare_store.plan import Span
+from kvshare_store.tree.catalog import Vectors
+from kvshare_store.tree.delta_tree import DeltaTree
+from kvshare_store.tree.node import Node
+
+ROW_BYTES = 64
+LAX = ReusePolicy("aggressive", min_run=2, max_generation=4)
+
+
+def text(seed: int, length: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 30_000, length)]
+
+
+class Shelf:
+    """Nodes by hand, with a planner over them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.config = StoreConfig(
+            **{"block_tokens": 8, "min_prompt_tokens": 8, "min_saving_ms": 0.0} | settings
+        )
+        self.tree, self.cost = DeltaTree(), CostModel()
+        self.index = NamespaceIndex(self.config.block_tokens)
+        self.planner = Planner(self.config, self.tree, self.cost)
+
+    def add(
+        self,
+        tokens: list[int],
+        *,
+        generation: int = 0,
+        exact_rows: int | None = None,
+        semantic: np.ndarray | None = None,
+        sources: int = 0,
+    ) -> Node:
+        """One block per 8 tokens; `sources` shifts where the edited rows were computed."""
+        array = np.asarray(tokens, np.int32)
+        exact = len(tokens) if exact_rows is None else exact_rows
+        name = f"{len(self.tree)}"
+        segments = []
+        for start in range(0, len(tokens), 8):
+            stop = min(start + 8, len(tokens))
+            for low, high in ((start, min(stop, max(start, exact))), (max(start, exact), stop)):
+                if low < high:
+                    source = low if high <= exact else low + sources
+                    segments.append(Span(low, high - low, source, start // 8, low - start))
+        node = Node(
+            id=name,
+            namespace="n",
+            token_bytes=array.tobytes(),
+            segments=tuple(segments),
+            blocks=tuple(f"{name}/{at}" for at in range(-(-len(tokens) // 8))),
+            exact_rows=exact,
+            generation=generation,
+        )
+        self.tree.add(node)
+        self.index.add(node, Vectors(lexical_vector(array), semantic))
+        return node
+
+    def plan(
+        self,
+        request: list[int],
+        policy: ReusePolicy = LAX,
+        tier_of: Callable[[str], str | None] = lambda name: "host",
+        semantic: Callable[[], np.ndarray | None] = lambda: None,
+        delimiters: tuple[int, ...] = (),
+    ) -> Draft:
+        draft = self.planner.draft(
+            np.asarray(request, np.int32),
+            self.index,
+            policy,
+            tier_of=tier_of,
+            row_bytes=ROW_BYTES,
+            semantic=semantic,
+            delimiters=delimiters,
+        )
+        self.check(request, draft)
+        return draft
+
+    def check(self, request: list[int], draft: Draft) -> None:
+        """What holds of every plan: the rows are those of the same tokens in the donor."""
+        at = 0
+        for span in draft.spans:
+            assert span.start >= at
+            assert span.length > 0
+            at = span.stop
+            node, block = draft.blocks[span.block].split("/")
+            donor = self.tree.get(node)
+            assert donor is not None
+            assert node in draft.donors
+            first = 8 * int(block) + span.row
+            assert span.row + span.length <= 8
+            there = donor.tokens[first : first + span.length].tolist()
+            assert there == request[span.start : span.stop]
+            root = {s.start + i: s.source + i for s in donor.segments for i in range(s.length)}
+            assert span.source == root[first]
+            assert not span.exact or (first == span.start == span.source)
+            assert not span.exact or first + span.length <= donor.exact_rows
+        assert not draft.spans or at < len(request)
+        exact = [i for span in draft.spans if span.exact for i in range(span.start, span.stop)]
+        assert exact == list(range(draft.exact))
+        assert bool(draft.spans) != bool(draft.declined)
+
+
+def reused(draft: Draft) -> int:
+    return sum(span.length for span in draft.spans)
+
+
+# --- the exact prefix ---------------------------------------------------------------------------
+
+
+def test_an_identical_prompt_is_all_exact_but_for_its_last_token() -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    draft = shelf.plan(text(1, 40))
+    assert (draft.exact, reused(draft), draft.generation) == (39, 39, 0)
+
+
+@pytest.mark.parametrize("policy", ["exact", "faithful", "balanced", "aggressive"])
+def test_a_longer_and_a_shorter_prompt(policy: str) -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    longer = shelf.plan([*text(1, 40), *text(2, 20)], PRESETS[policy])
+    assert (longer.exact, reused(longer)) == (40, 40)
+    shorter = shelf.plan(text(1, 40)[:21], PRESETS[policy])
+    assert (shorter.exact, reused(shorter)) == (20, 20)
+
+
+def test_the_longest_prefix_wins() -> None:
+    shelf = Shelf()
+    request = text(1, 64)
+    shelf.add(request[:20] + text(2, 20))
+    best = shelf.add(request[:50] + text(3, 20))
+    shelf.add(request[:30] + text(4, 20))
+    draft = shelf.plan(request, PRESETS["exact"])
+    assert (draft.exact, draft.donors) == (50, (best.id,))
+
+
+def test_an_exact_prefix_ends_where_the_donor_was_edited() -> None:
+    shelf = Shelf()
+    request = text(1, 40)
+    shelf.add(request, generation=1, exact_rows=21, sources=5)
+    draft = shelf.plan(request, PRESETS["exact"])
+    assert (draft.exact, reused(draft), draft.generation) == (21, 21, 0)
+    more = shelf.plan(request)
+    assert (more.exact, reused(more), more.generation) == (21, 39, 2)
+    assert all(span.source == span.start + 5 for span in more.spans if not span.exact)
+
+
+def test_exact_rows_are_preferred_to_edited_ones() -> None:
+    shelf = Shelf()
+    request = text(1, 40)
+    shelf.add(request[:24] + text(2, 16))
+    shelf.add(request, generation=1, exact_rows=0)
+    assert shelf.plan(request).exact == 24
+
+
+# --- edited rows --------------------------------------------------------------------------------
+
+
+def test_an_edit_in_the_middle() -> None:
+    shelf = Shelf()
+    donor = text(1, 80)
+    shelf.add(donor)
+    request = donor[:30] + text(2, 5) + donor[33:]
+    draft = shelf.plan(request)
+    assert (draft.exact, draft.generation) == (30, 1)
+    assert [at for s in draft.spans for at in range(s.start, s.stop)] == [
+        *range(30),
+        *range(35, 81),
+    ]
+
+
+def test_a_window_follows_the_edit() -> None:
+    shelf = Shelf()
+    donor = text(1, 120)
+    shelf.add(donor)
+    draft = shelf.plan([*donor[:30], 7, *donor[31:]], PRESETS["balanced"])
+    covered = [at for s in draft.spans for at in range(s.start, s.stop)]
+    assert covered == [*range(30), *range(31 + 16, 120 - 16)]
+
+
+def test_text_that_moved_is_found_where_it_went() -> None:
+    shelf = Shelf()
+    first, second, third = text(1, 60), text(2, 60), text(3, 60)
+    shelf.add(first + second + third)
+    draft = shelf.plan(first + third + second)
+    assert reused(draft) == 179
+    assert {span.source - span.start for span in draft.spans} == {0, 60, -60}
+
+
+def test_several_donors_cover_what_one_does_not() -> None:
+    shelf = Shelf()
+    parts = [text(seed, 60) for seed in range(4)]
+    for at, part in enumerate(parts):
+        shelf.add(text(100 + at, 10) + part + text(200 + at, 10))
+    request = [token for part in parts for token in [*part, 1]]
+    draft = shelf.plan(request)
+    assert set(draft.donors) == {"0", "1", "2", "3"}
+    assert reused(draft) == 240
+    two = Shelf(max_donors=2)
+    for at, part in enumerate(parts):
+        two.add(text(100 + at, 10) + part + text(200 + at, 10))
+    assert len(two.plan(request).donors) == 2
+
+
+def test_donors_are_named_by_how_much_they_give() -> None:
+    shelf = Shelf()
+    small = shelf.add(text(1, 50) + text(8, 8))
+    large = shelf.add(text(9, 8) + text(2, 90))
+    draft = shelf.plan(text(1, 50) + text(2, 90) + [5])
+    assert draft.donors == (large.id, small.id)
+
+
+def test_the_semantic_vector_is_asked_only_when_the_others_leave_most() -> None:
+    asked = []
+    vector = np.zeros(384, np.float32)
+    vector[0] = 1.0
+
+    def semantic() -> np.ndarray:
+        asked.append(True)
+        return vector
+
+    shelf = Shelf(candidates=1)
+    wanted = text(1, 60)
+    # twenty prompts that look more alike than the one that has the wanted text
+    hidden = shelf.add(text(3, 400) + wanted, semantic=vector)
+    for seed in range(4):
+        shelf.add(text(20 + seed, 60) + wanted[:9])
+    draft = shelf.plan(wanted[:9] + text(5, 300) + wanted, semantic=semantic)
+    assert asked
+    assert hidden.id in draft.donors
+    asked.clear()
+    shelf.plan(text(3, 400) + wanted[:30], semantic=semantic)
+    assert not asked
+
+
+# --- generations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cap", "generation"), [(0, None), (1, None), (2, None), (3, 3), (4, 3)])
+def test_generations_are_capped(cap: int, generation: int | None) -> None:
+    shelf = Shelf()
+    donor = text(1, 80)
+    shelf.add(donor, generation=2, exact_rows=0)
+    policy = msgspec.structs.replace(LAX, max_generation=cap)
+    draft = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
+    if generation is None:
+        assert draft.declined == "no_donor"
+    else:
+        assert draft.generation == generation
+
+
+def test_without_generations_only_exact_rows_are_served() -> None:
+    shelf = Shelf()
+    donor = text(1, 80)
+    shelf.add(donor)
+    policy = msgspec.structs.replace(LAX, max_generation=0)
+    draft = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
+    assert (draft.exact, reused(draft), draft.generation) == (40, 40, 0)
+
+
+def test_the_highest_generation_of_the_edited_donors_counts() -> None:
+    shelf = Shelf()
+    first, second = text(1, 60), text(2, 60)
+    shelf.add(text(7, 9) + first, generation=1, exact_rows=0)
+    shelf.add(text(8, 9) + second, generation=3, exact_rows=0)
+    assert shelf.plan(first + second + [1]).generation == 4
+    assert shelf.plan([5, *first, 1]).generation == 2
+
+
+# --- reasons to decline -------------------------------------------------------------------------
+
+
+def test_policy_off() -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    assert shelf.plan(text(1, 40), PRESETS["off"]).declined == "policy_off"
+
+
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_short_prompt(length: int) -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    assert shelf.plan(text(1, 40)[:length]).declined == "short_prompt"
+
+
+def test_a_single_token_is_short_whatever_was_configured() -> None:
+    shelf = Shelf(min_prompt_tokens=0)
+    shelf.add(text(1, 40))
+    assert shelf.plan(text(1, 1)).declined == "short_prompt"
+
+
+def test_empty_store() -> None:
+    assert Shelf().plan(text(1, 40)).declined == "empty_store"
+
+
+@pytest.mark.parametrize("policy", ["exact", "balanced"])
+def test_no_donor(policy: str) -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    assert shelf.plan(text(2, 40), PRESETS[policy]).declined == "no_donor"
+
+
+def test_nothing_kept() -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 20) + text(2, 20))
+    request = text(3, 20) + text(1, 20)
+    assert shelf.plan(request, PRESETS["faithful"]).declined == "nothing_kept"
+    assert reused(shelf.plan(request)) == 19
+
+
+def test_blocks_gone() -> None:
+    shelf = Shelf()
+    shelf.add(text(1, 40))
+    assert shelf.plan(text(1, 40), tier_of=lambda name: None).declined == "blocks_gone"
+
+
+def test_no_saving() -> None:
+    shelf = Shelf(min_saving_ms=5.0)
+    shelf.add(text(1, 40))
+    shelf.cost.prefill.value = 39 / 0.006
+    draft = shelf.plan(text(1, 40))
+    assert draft.saving_ms == pytest.approx(6.0, abs=0.1)
+    shelf.cost.load["disk"].value = 39 * ROW_BYTES / 0.002
+    assert shelf.plan(text(1, 40), tier_of=lambda name: "disk").declined == "no_saving"
+    shelf.cost.prefill.value = 39 / 0.004
+    assert shelf.plan(text(1, 40)).declined == "no_saving"
+
+
+# --- everything at once -------------------------------------------------------------------------
+
+
+@st.composite
+def shelves(draw: st.DrawFn) -> tuple[Shelf, list[int], ReusePolicy]:
+    """Some prompts made of shared paragraphs, and a request made of the same."""
+    paragraphs = [text(seed, 24) for seed in range(5)]
+
+    def prompt() -> list[int]:
+        tokens: list[int] = []
+        for which in draw(st.lists(st.integers(0, 4), min_size=1, max_size=4)):
+            tokens += paragraphs[which][draw(st.integers(0, 4)) : draw(st.integers(18, 24))]
+        for _ in range(draw(st.integers(0, 3))):
+            at = draw(st.integers(0, len(tokens)))
+            tokens[at : at + draw(st.integers(0, 3))] = draw(
+                st.lists(st.integers(40_000, 50_000), max_size=3)
+            )
+        return tokens
+
+    shelf = Shelf()
+    for _ in range(draw(st.integers(1, 5))):
+        tokens = prompt()
+        generation = draw(st.integers(0, 3))
+        exact_rows = draw(st.integers(0, len(tokens))) if generation else len(tokens)
+        shelf.add(tokens, generation=generation, exact_rows=exact_rows, sources=generation)
+    policy = msgspec.structs.replace(
+        PRESETS[draw(st.sampled_from(["exact", "faithful", "balanced", "aggressive"]))],
+        edit_window=draw(st.integers(0, 6)),
+        min_run=draw(st.integers(0, 6)),
+        tail=draw(st.integers(0, 6)),
+    )
+    return shelf, prompt(), policy
+
+
+@given(shelves())
+def test_every_plan_is_sound(case: tuple[Shelf, list[int], ReusePolicy]) -> None:
+    """`Shelf.check` compares rows with the donor; here: caps, and that planning is pure."""
+    shelf, request, policy = case
+    before = [node.id for node in shelf.tree]
+    draft = shelf.plan(request, policy)
+    assert [node.id for node in shelf.tree] == before
+    assert shelf.plan(request, policy) == draft
+    assert draft.generation <= policy.max_generation
+    assert len(draft.donors) <= shelf.config.max_donors
+    best = 0
+    for node in shelf.tree:
+        same = 0
+        limit = min(node.exact_rows, len(request) - 1)
+        while same < limit and node.tokens[same] == request[same]:
+            same += 1
+        best = max(best, same)
+    assert draft.exact <= best
+    if not draft.declined:
+        assert draft.exact >= best // 8 * 8 or len(shelf.tree) > 8
