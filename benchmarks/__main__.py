@@ -1,0 +1,60 @@
+"""The commands: `python -m benchmarks NAME --data DIR`, `all`, `report`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.result import Options, run
+
+MEASUREMENTS: dict[str, str] = {}
+"""Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+Data = Annotated[Path, typer.Option(help="Folder with the data sets.", envvar="KVSHARE_DATA")]
+Out = Annotated[Path, typer.Option(help="Where JSON and plots go.")]
+
+
+@app.command("run")
+def run_one(
+    names: Annotated[list[str], typer.Argument(help="Measurements, or `all`.")],
+    data: Data,
+    out: Out = Path("docs/benchmarks"),
+    n: Annotated[int | None, typer.Option(help="Sample size.")] = None,
+    seed: int = 0,
+    model: Annotated[str | None, typer.Option(help="Hugging Face folder or name.")] = None,
+    short: Annotated[bool, typer.Option(help="Fewer samples and settings.")] = False,
+) -> None:
+    """Run measurements; each prints a table and writes JSON and a plot."""
+    wanted = list(MEASUREMENTS) if names == ["all"] else names
+    unknown = [name for name in wanted if name not in MEASUREMENTS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]}: choose from {', '.join(MEASUREMENTS)}")
+    options = Options(data=data, out=out, n=n, seed=seed, model=model, short=short)
+    for name in wanted:
+        module = import_module(f"benchmarks.{MEASUREMENTS[name]}")
+        run(module.measure, getattr(module, "draw", None), options, _command(name, options))
+
+
+def _command(name: str, options: Options) -> str:
+    """The line that reruns a measurement, with the data folder left for the reader to name."""
+    words = ["python", "-m", "benchmarks", "run", name, "--data", "DATA"]
+    if options.n is not None:
+        words += ["--n", str(options.n)]
+    if options.seed:
+        words += ["--seed", str(options.seed)]
+    if options.model is not None:
+        words += ["--model", options.model]
+    if options.short:
+        words += ["--short"]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(app())
