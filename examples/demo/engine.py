@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -59,15 +60,20 @@ def arm_settings(arm: str, home: str) -> dict[str, Any]:
     caching = {"enable_prefix_caching": arm in ("prefix", "kvshare")}
     if arm in ("full", "prefix"):
         return caching
+    return caching | kvshare_settings(home=home, policy="balanced")
+
+
+def kvshare_settings(**store: Any) -> dict[str, Any]:
+    """What turns KVShare on in a vLLM engine, with these settings of the store."""
     transfer = {
         "kv_connector": "KVShareConnector",
         "kv_connector_module_path": "kvshare_connectors.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"kvshare.home": home, "kvshare.policy": "balanced"},
+        "kv_connector_extra_config": {f"kvshare.{name}": value for name, value in store.items()},
     }
     scheduler = "kvshare_connectors.vllm.KVShareScheduler"
-    return caching | {"kv_transfer_config": transfer, "scheduler_cls": scheduler}
+    return {"kv_transfer_config": transfer, "scheduler_cls": scheduler}
 
 
 def serve_arm(options: argparse.Namespace) -> None:
@@ -106,25 +112,45 @@ def send(stream: IO[str], message: dict[str, Any]) -> None:
 def answer(
     llm: "LLM", request_id: str, text: str, salt: str, max_tokens: int, chat: bool
 ) -> Answer:
-    """Serve one prompt greedily; the clock runs from handing it over to its first token."""
+    """Serve one prompt greedily."""
+    return serve(llm, request_id, tokens_of(llm, text, chat), salt, max_tokens)
+
+
+def serve(
+    llm: "LLM",
+    request_id: str,
+    tokens: Sequence[int],
+    salt: str,
+    max_tokens: int,
+    *,
+    policy: str | None = None,
+    on_first: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Serve these tokens greedily; the clock runs from handing them over to the first token.
+
+    `policy` is what the request asks of KVShare; `on_first` is called when the clock has stopped.
+    """
     from vllm import SamplingParams, TokensPrompt
 
     engine = llm.llm_engine
-    prompt = TokensPrompt(prompt_token_ids=tokens_of(llm, text, chat), cache_salt=salt)
+    prompt = TokensPrompt(prompt_token_ids=list(tokens), cache_salt=salt)
+    extra = {"kv_transfer_params": {"kvshare.policy": policy}} if policy else None
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
     first: float | None = None
     output: Any = None
     began = time.perf_counter()
-    engine.add_request(request_id, prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
+    engine.add_request(request_id, prompt, sampling)
     while engine.has_unfinished_requests():
         for output in engine.step():
             if first is None and output.outputs[0].token_ids:
                 first = time.perf_counter() - began
+                on_first()
     engine.step()  # one more, as a server's loop does: the engine tidies up after the request
     if first is None or output is None:
         raise DemoError("the engine gave no token")
     completion = output.outputs[0]
-    tokens, cached = len(prompt["prompt_token_ids"]), output.num_cached_tokens or 0
-    return Answer(first, tokens, cached, list(completion.token_ids), completion.text)
+    cached = output.num_cached_tokens or 0
+    return Answer(first, len(tokens), cached, list(completion.token_ids), completion.text)
 
 
 def tokens_of(llm: "LLM", text: str, chat: bool) -> list[int]:
@@ -139,17 +165,13 @@ def tokens_of(llm: "LLM", text: str, chat: bool) -> list[int]:
 # --- outside --------------------------------------------------------------------------------------
 
 
-class Arm:
-    """One engine from outside: a process that takes prompts and gives answers."""
+class EngineProcess:
+    """A process that runs one engine: takes lines of JSON and answers each with one."""
 
-    def __init__(
-        self, name: str, model: Path, home: str, log: IO[str], *, compiled: bool = False
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], log: IO[str]) -> None:
         self.name = name
-        command = [sys.executable, "-m", "examples.demo.engine", "--arm", name]
-        command += ["--model", str(model), "--home", home]
         self._process = subprocess.Popen(
-            command + ["--compile"] * compiled,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -160,15 +182,6 @@ class Arm:
     def ready(self) -> str:
         """Wait until the engine has started; its version."""
         return str(self._receive()["version"])
-
-    def ask(self, text: str, salt: str, max_tokens: int = 1, *, chat: bool = True) -> Answer:
-        """Have one prompt answered."""
-        command = {"text": text, "salt": salt, "max_tokens": max_tokens, "chat": chat}
-        return Answer(**self._call(command))
-
-    def forget(self) -> None:
-        """Empty the engine's own prefix cache."""
-        self._call({"forget": True})
 
     def _call(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -205,6 +218,26 @@ class Arm:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Arm(EngineProcess):
+    """One engine of the demo from outside: takes prompts and gives answers."""
+
+    def __init__(
+        self, name: str, model: Path, home: str, log: IO[str], *, compiled: bool = False
+    ) -> None:
+        command = [sys.executable, "-m", "examples.demo.engine", "--arm", name]
+        command += ["--model", str(model), "--home", home]
+        super().__init__(name, command + ["--compile"] * compiled, log)
+
+    def ask(self, text: str, salt: str, max_tokens: int = 1, *, chat: bool = True) -> Answer:
+        """Have one prompt answered."""
+        command = {"text": text, "salt": salt, "max_tokens": max_tokens, "chat": chat}
+        return Answer(**self._call(command))
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        self._call({"forget": True})
 
 
 def parse_arguments() -> argparse.Namespace:
