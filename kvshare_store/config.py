@@ -62,7 +62,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     min_prompt_tokens: int = 32
     """Shorter prompts are neither looked up nor stored."""
     min_saving_ms: float = 2.0
-    """Plans that save less are declined."""
+    """Plans that save less are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
     """The engine never waits longer than this for a plan."""
     lease_seconds: float = 60.0
@@ -91,7 +91,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
         for name in ("edit_window", "min_run", "tail", "max_generation", "min_prompt_tokens",
-                     "min_saving_ms", "idle_exit_s"):  # fmt: skip
+                     "idle_exit_s"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvshare_store.errors import UnsupportedError
+from kvshare_store.errors import PlanError, UnsupportedError
 from kvshare_store.plan import BlockRef, Span
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
@@ -54,9 +54,12 @@ class Editor:
     ) -> EditedRows:
         """Rows of all `spans`, side by side in ascending order.
 
-        `rows_of` gives a block's bytes in canonical order. `UnsupportedError` if a span moved and
-        the model's rotary table is not known.
+        `rows_of` gives a block's bytes in canonical order. `PlanError` if a span reaches beyond its
+        block; `UnsupportedError` if one moved and the model's rotary table is not known.
         """
+        for span in spans:
+            if span.row + span.length > blocks[span.block].rows:
+                raise PlanError(f"span {span} reaches beyond its block")
         rows = self._buffer(sum(span.length for span in spans))
         # plain copies by numpy: a parallel region for each span costs more than the copy
         words = rows.view(self._words).numpy()

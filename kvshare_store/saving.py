@@ -48,7 +48,13 @@ class Saving:
         """Ids of the nodes that the staged saves will become."""
 
     def stage(self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str) -> Staged:
-        """Reserve slots for the rows of a prompt that are not stored yet."""
+        """Reserve slots for the rows of a prompt that are not stored yet.
+
+        A client (`owner`) saves one prompt at a time: what it began before and never ended is
+        abandoned here, when it certainly writes to those slots no more.
+        """
+        if owner:
+            self._abandon_all_of({owner})
         check_reuse(reuse, len(request))
         self._shelf.register(namespace)
         tree = self._shelf.tree
@@ -61,7 +67,7 @@ class Saving:
                 return Staged(known=True)
             self._saving.add(name)
         try:
-            slots = self._reserve(namespace, reuse, len(request), owner)
+            slots = self._reserve(namespace, reuse, len(request))
         except KVShareError as error:
             self._metrics.error(error.kind)
             with self._shelf.lock:
@@ -72,14 +78,13 @@ class Saving:
             self._saves[staged.id] = Save(namespace, request, reuse, staged, owner)
         return staged
 
-    def _reserve(self, namespace: Namespace, reuse: Reuse, length: int, owner: str) -> list[Slot]:
+    def _reserve(self, namespace: Namespace, reuse: Reuse, length: int) -> list[Slot]:
         fresh = length - sum(span.length for span in reuse.spans)
         slots: list[Slot] = []
         try:
             for rows in block_sizes(fresh, self._config.block_tokens):
                 nbytes = rows * namespace.layout.row_bytes
-                offset = self._blocks.reserve(nbytes, owner, self._config.lease_seconds)
-                slots.append(Slot(offset, rows, nbytes))
+                slots.append(Slot(self._blocks.reserve(nbytes), rows, nbytes))
         except NoSpaceError:
             for slot in slots:
                 self._blocks.cancel(slot.offset)
@@ -111,14 +116,13 @@ class Saving:
                     self._blocks.cancel(slot.offset)
 
     def reap(self, dead_owners: set[str]) -> None:
-        """Abandon saves whose client is gone or whose slots have expired."""
+        """Abandon saves whose client is gone. Time alone ends none: a client that is merely slow
+        would go on writing into a slot that is somebody else's by then."""
+        self._abandon_all_of(dead_owners)
+
+    def _abandon_all_of(self, owners: set[str]) -> None:
         with self._shelf.lock:
-            stale = [
-                staged_id
-                for staged_id, save in self._saves.items()
-                if save.owner in dead_owners or not self._blocks.holds(save.staged.slots)
-            ]
-            for staged_id in stale:
+            for staged_id in [i for i, save in self._saves.items() if save.owner in owners]:
                 self.abandon(staged_id)
 
     # --- commit ------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ class Saving:
         """The slots are filled: the prompt becomes a node. None if a shared block is gone."""
         save = self._saves.get(staged_id)
         if save is None:
-            raise LeaseError("the staged save is unknown or has expired; save again")
+            raise LeaseError("the staged save is unknown or has ended; save again")
         with self._metrics.timed("save"):
             try:
                 fresh = [self._sealed(save, slot) for slot in save.staged.slots]
@@ -135,7 +139,7 @@ class Saving:
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._shelf.lock:
                     if staged_id not in self._saves:
-                        raise LeaseError("the staged save expired while it was committed")
+                        raise LeaseError("the staged save ended while it was committed")
                     try:
                         self._add(save, node, vectors, fresh)
                     finally:

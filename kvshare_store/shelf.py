@@ -13,7 +13,13 @@ from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.committer import Addition, Committer, Removal
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, MissError, MissingBlockError, NoSpaceError
+from kvshare_store.errors import (
+    ConfigError,
+    KVShareError,
+    MissError,
+    MissingBlockError,
+    NoSpaceError,
+)
 from kvshare_store.home import Home
 from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.lookup.semantic import Semantic
@@ -133,6 +139,8 @@ class Shelf:
 
     def evict(self, nodes: int, namespace: str | None = None) -> int:
         """Forget the least recently used nodes, or all of one namespace; returns how many."""
+        if nodes < 0:
+            raise ConfigError(f"cannot evict {nodes} nodes")
         with self.lock:
             chosen = [node.id for node in self.tree if namespace in (None, node.namespace)]
             chosen = chosen if namespace is not None else chosen[:nodes]

@@ -221,7 +221,8 @@ class Store:
     ) -> Staged:
         """Reserve slots for the rows of this prompt that are not stored yet.
 
-        Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. `NoSpaceError`
+        Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. The slots stay
+        reserved until then, or until `owner` stages another prompt or is reaped. `NoSpaceError`
         when the host budget is full of rows in use.
         """
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
@@ -238,7 +239,7 @@ class Store:
         """The slots are filled: the prompt becomes a node. Returns its id.
 
         It can be reused at once and is durable soon after (`flush` waits for that). None if rows it
-        builds on left the store meanwhile. `LeaseError` if the staged save has expired.
+        builds on left the store meanwhile. `LeaseError` if the staged save has ended already.
         """
         return self._saving.commit(staged_id)
 
@@ -280,9 +281,9 @@ class Store:
         return count
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
-        """End leases and staged saves that expired or whose client is gone."""
+        """End leases that expired, and whatever clients hold that are gone."""
         dead = dead_owners or set()
-        with self.shelf.lock:  # a slot that expires must not be given to another save in between
+        with self.shelf.lock:
             for lease in self.blocks.reap(dead):
                 opened = self._closed(lease)
                 if opened is not None:

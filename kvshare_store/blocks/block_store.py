@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
@@ -22,15 +21,6 @@ from kvshare_store.errors import KVShareError, LeaseError, NoSpaceError
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
-
-
-class Reservation(NamedTuple):
-    """A slot that a client fills. It is given back if it is not sealed before `expires`."""
-
-    offset: int
-    nbytes: int
-    owner: str
-    expires: float
 
 
 class BlockStore:
@@ -53,25 +43,29 @@ class BlockStore:
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: dict[int, Reservation] = {}
+        self._reserved: dict[int, int] = {}
+        """Bytes of each slot that is being filled, by its offset."""
         self._promotions: dict[str, Future[None]] = {}
 
     # --- writing ------------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int, owner: str, seconds: float) -> int:
-        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go."""
+    def reserve(self, nbytes: int) -> int:
+        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go.
+
+        Nobody else gets the slot until it is sealed or cancelled: whoever fills it may be slow, and
+        what it still writes must not land in another block.
+        """
         with self._lock:
             offset = self._allocate(nbytes)
-            expires = time.monotonic() + seconds
-            self._reserved[offset] = Reservation(offset, nbytes, owner, expires)
+            self._reserved[offset] = nbytes
             return offset
 
     def reserved(self, offset: int) -> memoryview:
         """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
-        reservation = self._reserved.get(offset)
-        if reservation is None:
-            raise LeaseError("the reserved slot has expired; save again")
-        return self.host.arena.rows(offset, reservation.nbytes)
+        nbytes = self._reserved.get(offset)
+        if nbytes is None:
+            raise LeaseError("the slot is no longer reserved; save again")
+        return self.host.arena.rows(offset, nbytes)
 
     def holds(self, slots: Iterable[Any]) -> bool:
         """Whether every slot (anything with an `offset`) is still reserved."""
@@ -81,11 +75,11 @@ class BlockStore:
         """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
         with self._lock:
             if self._reserved.pop(offset, None) is None:
-                raise LeaseError("the reserved slot has expired; save again")
+                raise LeaseError("the slot is no longer reserved; save again")
             self.host.seal(offset, name, block)
 
     def cancel(self, offset: int) -> None:
-        """Give a reserved slot back; one that has expired is ignored."""
+        """Give a reserved slot back; one that is not reserved is ignored."""
         with self._lock:
             if self._reserved.pop(offset, None) is not None:
                 self.host.cancel(offset)
@@ -168,7 +162,7 @@ class BlockStore:
             return self.leases.end(lease_id)
 
     def reap(self, dead_owners: set[str]) -> list[Lease]:
-        """End what has expired or whose client is gone; returns the leases that were ended."""
+        """End leases that have expired or whose client is gone; returns them."""
         with self._lock:
             ended = self.leases.expired()
             ended += [
@@ -179,10 +173,6 @@ class BlockStore:
             ]
             for lease in ended:
                 self.leases.end(lease.id)
-            now = time.monotonic()
-            for slot in list(self._reserved.values()):
-                if slot.expires <= now or slot.owner in dead_owners:
-                    self.cancel(slot.offset)
             return ended
 
     # --- making room --------------------------------------------------------------------------

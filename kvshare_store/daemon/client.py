@@ -161,7 +161,11 @@ class Client:
         self.call(protocol.Finish(lease, outcome))
 
     def stage(self, tokens: Tokens, namespace: Namespace, reuse: Reuse) -> Staged:
-        """As `Store.stage`; fill `slot(...)` of each, then `commit`."""
+        """As `Store.stage`; fill `slot(...)` of each, then `commit`.
+
+        One at a time: what this client staged before and did not commit is abandoned, and the
+        memory that `slot` gave for it must not be written any more.
+        """
         return self.stage_bytes(tokens.tobytes(), namespace, reuse)
 
     def stage_bytes(self, tokens: bytes, namespace: Namespace, reuse: Reuse) -> Staged:

@@ -73,18 +73,20 @@ class Link:
         self.client.forget(request_id)
         self._fail(DeadlineError("the daemon did not plan in time"))
 
-    def tell(self, message: protocol.Request) -> None:
-        """Send without wanting an answer; lost if the daemon is away."""
-        if self.client.greeted and time.monotonic() >= self._paused_until:
-            try:
-                self.client.tell(message)
-            except KVShareError as error:
-                self._fail(error)
+    def tell(self, message: protocol.Request) -> bool:
+        """Send without wanting an answer; False, and lost, if the daemon is away."""
+        if not self.client.greeted or time.monotonic() < self._paused_until:
+            return False
+        try:
+            self.client.tell(message)
+        except KVShareError as error:
+            self._fail(error)
+            return False
+        return True
 
     def _welcome_back(self) -> None:
-        for kind in self.failures:
-            self.tell(protocol.Failed(kind))
-        self.failures.clear()
+        while self.failures and self.tell(protocol.Failed(self.failures[0])):
+            del self.failures[0]
 
     def _fail(self, error: KVShareError) -> None:
         if not self.failures:

@@ -63,6 +63,8 @@ class Server:
             self.store.close()
             raise
         self._sessions: dict[bytes, Session] = {}
+        self._clients: dict[str, int] = {}
+        """Process id of each client that is not known to be dead."""
         self._answers: queue.Queue[list[bytes]] = queue.Queue()
         self._lookups = ThreadPoolExecutor(1, "kvshare-lookup")
         self._saves = ThreadPoolExecutor(1, "kvshare-save")
@@ -122,7 +124,7 @@ class Server:
                         self._receive(self._router.recv_multipart())
                 if time.monotonic() - reaped > 1.0:
                     reaped = time.monotonic()
-                    self._lookups.submit(self._reap)
+                    self._reap()
                     self._exit_when_idle()
         finally:
             self.close()
@@ -200,6 +202,7 @@ class Server:
         if len(self._sessions) > _SESSIONS_KEPT:
             self._sessions.clear()  # whoever is alive says hello again
         self._sessions[peer] = Session(message.client, message.pid)
+        self._clients[message.client] = message.pid
         return protocol.Welcome(
             protocol.VERSION,
             os.getpid(),
@@ -231,14 +234,12 @@ class Server:
     # --- housekeeping -----------------------------------------------------------------------------
 
     def _reap(self) -> None:
-        gone = {
-            peer: session
-            for peer, session in list(self._sessions.items())
-            if session.pid and not _alive(session.pid)
-        }
-        for peer in gone:
-            self._sessions.pop(peer, None)
-        self.store.reap({session.client for session in gone.values()})
+        """End what the dead hold, after everything that they had sent is done."""
+        gone = {client for client, pid in self._clients.items() if pid and not _alive(pid)}
+        self._sessions = {p: s for p, s in self._sessions.items() if s.client not in gone}
+        for client in gone:
+            del self._clients[client]
+        self._saves.submit(self.store.reap, gone)
 
     def _exit_when_idle(self) -> None:
         if not self._path.exists():

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.edits import Tokens
 
+log = logging.getLogger("kvshare")
+
 _DELIMITERS = ("\n", "\n\n", "Ċ", "ĊĊ", "<0x0A>", "<|im_end|>", "<|im_start|>")
 
 
 @functools.lru_cache(maxsize=16)
 def _tokenizer(folder: str) -> Any | None:
-    """The fast tokenizer in a model folder, or None when there is none or no library for it."""
+    """The fast tokenizer in a model folder; None, and a warning, if there is none to be read."""
     path = Path(folder) / "tokenizer.json"
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional: `kvshare-store[semantic]`
     except ImportError:
         return None
-    return Tokenizer.from_file(str(path)) if folder and path.is_file() else None
+    if not folder or not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001 - what it raises for a file it cannot parse
+        log.warning("kvshare: %s cannot be used, so prompts have no text: %s", path, error)
+        return None
 
 
 def decode(namespace: Namespace, tokens: Tokens) -> str | None:

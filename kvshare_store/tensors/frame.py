@@ -96,7 +96,11 @@ def _decompress(header: FrameHeader, body: memoryview) -> memoryview:
         data = body
     else:
         try:
-            data = memoryview(zstandard.decompress(body, max_output_size=header.raw_bytes))
+            # asked first: a damaged length must not make the decompressor allocate that much
+            if zstandard.frame_content_size(body) != header.raw_bytes:
+                raise CorruptBlockError("payload and header disagree about its size")
+            whole = zstandard.ZstdDecompressor()
+            data = memoryview(whole.decompress(body, allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise CorruptBlockError(f"payload does not decompress: {error}") from error
     if len(data) != header.raw_bytes:

@@ -127,7 +127,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.books = {space.digest: RowBook(self.row_layout) for space in self.namespaces}
         self.prompts: list[tuple[int, ...]] = []
         self.open: list[Open] = []
-        self.staged: list[Staged] = []
+        self.staged: list[tuple[str, Staged]] = []
+        """Saves that nobody has ended, with their owners."""
         self.lookups = 0
         self.salt = 0
         self.store = self._opened()
@@ -282,19 +283,21 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=prompts, space=st.integers(0, 1), owner=st.sampled_from(["", "dies"]))
     def stage_only(self, which: Which, space: int, owner: str) -> None:
         """A save that somebody began and may never end."""
+        if owner:  # one save at a time
+            self.staged = [(other, save) for other, save in self.staged if other != owner]
         try:
             staged = self.store.stage(self._prompt(which), self.namespaces[space], owner=owner)
         except NoSpaceError:
             return
         if not staged.known:
-            self.staged.append(staged)
+            self.staged.append((owner, staged))
 
     @rule(which=st.integers(0, 50))
     def abandon(self, which: int) -> None:
         """It ends after all."""
         if not self.staged:
             return
-        self.store.abandon(self.staged.pop(which % len(self.staged)).id)
+        self.store.abandon(self.staged.pop(which % len(self.staged))[1].id)
 
     # --- what takes things away -----------------------------------------------------------------
 
@@ -334,8 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Whatever the owner `dies` holds is released."""
         self.store.reap({"dies"})
         self.open = [opened for opened in self.open if opened.owner != "dies"]
-        alive = self.store.blocks
-        self.staged = [staged for staged in self.staged if alive.holds(staged.slots)]
+        self.staged = [(owner, save) for owner, save in self.staged if owner != "dies"]
 
     @rule()
     def leases_expire(self) -> None:
@@ -407,7 +409,7 @@ class StoreMachine(RuleBasedStateMachine):
             names = {_name(space, self.row_layout, data) for space in self.namespaces}
             assert name in names, "the bytes in shared memory are not the block's"
             taken.append((ref.offset, start + ref.nbytes))
-        for staged in self.staged:
+        for _, staged in self.staged:
             assert self.store.blocks.holds(staged.slots)
             taken += [(s.offset, s.offset + _SLOT_LABEL_BYTES + s.nbytes) for s in staged.slots]
         taken.sort()

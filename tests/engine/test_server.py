@@ -48,7 +48,7 @@ def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     ]
     command = [
         sys.executable, "-m", "kvshare_store.cli.main", "vllm", "serve", str(prepare_model()),
-        *kvshare, "--kvshare.min_saving_ms", "0",
+        *kvshare, "--kvshare.min_saving_ms=-1e9",
         "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
         "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20),

@@ -78,7 +78,7 @@ class Other:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Other]]:
     home = tmp_path_factory.mktemp("home")
     laxer = {"home": str(home), "policy": "aggressive", "semantic": "never"}
-    memory = {"host_bytes": "256MiB", "min_saving_ms": 0, "idle_exit_s": 5}
+    memory = {"host_bytes": "256MiB", "min_saving_ms": -1e9, "idle_exit_s": 5}
     ensure_daemon(load_config(laxer | memory)).close()
     other = Other(home)
     try:

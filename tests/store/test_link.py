@@ -114,6 +114,16 @@ def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreC
         link._process.wait(PATIENCE_S)
 
 
+def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
+    link.failures = ["timeout", "unavailable"]
+    link._paused_until = time.monotonic() + 60
+    link._welcome_back()
+    assert link.failures == ["timeout", "unavailable"]
+    link._paused_until = 0.0
+    link._welcome_back()
+    assert link.failures == []
+
+
 def test_a_home_that_cannot_be_used_is_said_at_once(
     config: Callable[..., StoreConfig], tmp_path: Path
 ) -> None:

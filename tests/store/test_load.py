@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import LeaseError, UnsupportedError
+from kvshare_store.errors import LeaseError, PlanError, UnsupportedError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
@@ -102,6 +103,16 @@ def test_without_a_rotary_table_nothing_moves(filled: Store) -> None:
         stats = store.stats()
         assert (stats["leases"], stats["hits_edited"]) == (0, 0)
         assert stats["declined"] == {"unsupported": 1}
+
+
+def test_a_span_beyond_its_block_is_refused(filled: Store) -> None:
+    """As a client with a bug may claim; rows of the next block must not be taken instead."""
+    with filled as store:
+        plan = store.plan(TOKENS, NAMESPACE)
+        last = plan.spans[-1]
+        beyond = msgspec.structs.replace(last, row=plan.blocks[last.block].rows - last.length + 1)
+        with pytest.raises(PlanError, match="beyond its block"):
+            store.load(msgspec.structs.replace(plan, spans=(*plan.spans[:-1], beyond)))
 
 
 def test_rows_that_left_are_not_loaded(filled: Store) -> None:

@@ -90,6 +90,9 @@ def crashes(
     def watch(engine: Driver) -> Crashes:
         engine.store.flush()
         found = Crashes(home, tmp_path / "copies")
+        # one write at a time, or files come and go while the home is copied
+        one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
+        monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
         catalog = engine.store.shelf.catalog
         monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]

@@ -577,3 +577,11 @@ def test_rows_that_are_late_are_a_miss_and_there_the_next_time(driver: Open) -> 
     identity(store)
     slow.seconds["get"] = 0.0
     assert engine.serve(prompt(1, 40)).exact == 39
+
+
+def test_evicting_fewer_than_none(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    with pytest.raises(ConfigError, match="-1"):
+        engine.store.evict(nodes=-1)
+    assert engine.store.stats()["nodes"] == 1

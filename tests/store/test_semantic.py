@@ -131,8 +131,13 @@ def test_always_without_the_library_is_said_at_once(
         assert store.stats()["nodes"] == 1
 
 
-def test_without_a_tokenizer_there_is_no_text(config: Config) -> None:
-    space = Namespace("m", KVLayout(2, 1, 4, "float32"), tokenizer="/no/such/folder")
+@pytest.mark.parametrize("content", [None, "not JSON", '{"version": "1.0"}'])
+def test_without_a_tokenizer_there_is_no_text(
+    config: Config, tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    space = Namespace("m", KVLayout(2, 1, 4, "float32"), tokenizer=str(tmp_path))
     with Store(config(semantic="never", delimiters=True)) as store:
         engine = Driver(store, space)
         engine.save(range(40))

@@ -123,10 +123,11 @@ def test_every_truncation_is_noticed(codec: frame.Codec) -> None:
             decode_frame(good[:length], name)
 
 
-def test_bytes_after_the_rows_are_noticed() -> None:
+@codecs
+def test_bytes_after_the_rows_are_noticed(codec: frame.Codec) -> None:
     block = make_block()
     with pytest.raises(CorruptBlockError):
-        decode_frame(frame_of(block) + b"\0", block_name(block))
+        decode_frame(frame_of(block, codec) + b"\0", block_name(block))
 
 
 @given(st.binary(max_size=200))

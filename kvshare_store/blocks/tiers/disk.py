@@ -112,7 +112,9 @@ class DiskTier(Tier):
         self._add(name, size)
 
     async def _write(self, path: Path, head: bytes, payload: Any) -> None:
-        path.parent.mkdir(exist_ok=True, mode=0o700)
+        if not path.parent.exists():
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            await asyncio.to_thread(_fsync_folder, path.parent.parent)
         temporary = self._folder / "tmp" / uuid.uuid4().hex
         try:
             async with aiofiles.open(temporary, "wb", opener=_owner_only) as file:
