@@ -1,0 +1,1 @@
+"""Every baseline behind one interface: a prompt and earlier prompts in, a filled cache out."""
