@@ -1,13 +1,15 @@
 # make setup    the virtual environment .venv, the project in it, and the demo model
 # make test     every test
 # make demo     the example
+# make bench-setup   what the benchmarks compare with, in .venv-bench
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup test demo lint packages clean
+.PHONY: setup bench-setup test demo lint packages clean
 
 PYTHON = python3
 PY = .venv/bin/python
+BENCH_SITE = $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 
 # Models and data are local files: no hub is asked, no usage is reported.
@@ -28,6 +30,16 @@ setup: .venv/project.stamp
 
 .venv/project.stamp: .venv/packages.stamp pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The packages that KVShare is compared with live apart: they see .venv, nothing there sees them.
+bench-setup: setup .venv-bench/packages.stamp
+
+.venv-bench/packages.stamp: requirements/bench.txt .venv/packages.stamp
+	$(PY) -m venv --clear --without-pip .venv-bench
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $(BENCH_SITE)/base.pth
+	$(PIP) --python .venv-bench/bin/python install --no-deps --no-compile -r requirements/bench.txt
 	@touch $@
 
 # Waiting threads sleep: engines, daemons and tests share few cores.
@@ -53,5 +65,5 @@ packages:
 	done
 
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,9 @@ import typer
 
 from benchmarks.result import Options, run
 
-MEASUREMENTS: dict[str, str] = {}
+MEASUREMENTS: dict[str, str] = {
+    "ttft": "ttft",
+}
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)

@@ -1,0 +1,111 @@
+"""One engine of a benchmark, in a process of its own.
+
+    python -m benchmarks.engine_main SETTINGS
+
+`SETTINGS` is JSON: the arguments of `vllm.LLM`. Commands come on stdin, a line of JSON each with
+the name of one of `Commands`' methods under `do`; each is answered with a line on stdout. The
+process ends when stdin closes. `benchmarks.engines.Engine` is the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.timers import PARTS, Timers, time_engine
+from examples.demo.engine import send, serve, take_stdout
+
+
+class Commands:
+    """What an engine is told to do."""
+
+    def __init__(self, llm: Any, timers: Timers) -> None:
+        self._llm = llm
+        self._engine = llm.llm_engine
+        self._timers = timers
+        self._served = 0
+
+    def ask(
+        self, tokens: list[int], salt: str, max_tokens: int, policy: str | None
+    ) -> dict[str, Any]:
+        """Serve one prompt alone: an `Answer`, and the seconds of each part before the token."""
+        self._served += 1
+        self._timers.take()
+        parts: dict[str, float] = {}
+        answer = serve(
+            self._llm,
+            f"ask-{self._served}",
+            tokens,
+            salt,
+            max_tokens,
+            policy=policy,
+            on_first=lambda: parts.update(self._timers.take()),
+        )
+        named = {part: parts.get(part, 0.0) for part in PARTS if part != "rest"}
+        named["rest"] = answer.ttft_s - sum(named.values())
+        return asdict(answer) | {"parts": named}
+
+    def replay(self, arrivals: list[float], prompts: list[list[int]], **options: Any) -> Any:
+        """Serve prompts that arrive at these seconds: TTFT of each, and when the last one ended."""
+        from vllm import SamplingParams, TokensPrompt
+
+        engine, sampling = self._engine, SamplingParams(temperature=0, ignore_eos=True)
+        sampling.max_tokens = options["max_tokens"]
+        waiting = list(enumerate(zip(arrivals, prompts, strict=True)))[::-1]
+        ttfts: dict[str, float] = {}
+        due: dict[str, float] = {}
+        start = time.perf_counter()
+        while waiting or engine.has_unfinished_requests():
+            now = time.perf_counter() - start
+            while waiting and waiting[-1][1][0] <= now:
+                number, (arrival, tokens) = waiting.pop()
+                name = f"replay-{self._served}-{number}"
+                due[name] = arrival
+                prompt = TokensPrompt(prompt_token_ids=tokens, cache_salt=options["salt"])
+                engine.add_request(name, prompt, sampling.clone())
+            if not engine.has_unfinished_requests():
+                time.sleep(max(0.0, waiting[-1][1][0] - (time.perf_counter() - start)))
+                continue
+            for output in engine.step():
+                if output.request_id not in ttfts and output.outputs[0].token_ids:
+                    now = time.perf_counter() - start
+                    ttfts[output.request_id] = now - due[output.request_id]
+        self._served += 1
+        seconds = time.perf_counter() - start
+        engine.step()
+        return {"ttfts": [ttfts[name] for name in due], "seconds": seconds}
+
+    def forget(self) -> bool:
+        """Empty the engine's own prefix cache."""
+        return bool(self._llm.reset_prefix_cache())
+
+    def settle(self) -> bool:
+        """Wait until what KVShare saves in the background has reached the daemon."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        self._engine.step()
+        get_kv_transfer_group()._worker.saver.wait()
+        return True
+
+
+def main() -> None:
+    """Start the engine and answer commands until stdin closes."""
+    replies = take_stdout()
+    settings = json.loads(sys.argv[1])
+    connector = settings.get("kv_transfer_config", {}).get("kv_connector", "")
+    timers = Timers()
+    time_engine(timers, kvshare=connector == "KVShareConnector")
+    import vllm
+
+    commands = Commands(vllm.LLM(**settings), timers)
+    send(replies, {"version": vllm.__version__})
+    for line in sys.stdin:
+        command = json.loads(line)
+        send(replies, {"result": getattr(commands, command.pop("do"))(**command)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""vLLM engines that take turns: one process for each arm, all loaded, one works, the others sleep.
+
+Every time that is compared with another one is measured within seconds of it, in changing order,
+so that a machine that gets slower or faster meanwhile does so for all arms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import psutil
+
+from examples.demo.engine import SETTINGS, DemoError, EngineProcess, kvshare_settings
+from examples.demo.model import prepare_model
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.protocol import socket_path
+from kvshare_store.daemon.spawn import answers, ensure_daemon
+
+LONGEST = 8192
+"""Tokens of a sequence: what the demo model was made for."""
+_GONE_S = 30.0
+_QUIET_S = 0.1
+
+
+class Timed(msgspec.Struct):
+    """What one engine made of one prompt."""
+
+    ttft_s: float
+    tokens: int
+    cached: int
+    """Prompt tokens that vLLM did not compute before the request's own rows, as vLLM says."""
+    token_ids: list[int]
+    text: str
+    parts: dict[str, float]
+    """Seconds of each of `timers.PARTS`; their sum is `ttft_s`."""
+
+
+class Replayed(msgspec.Struct):
+    """What one engine made of requests that arrived at given times."""
+
+    ttfts: list[float]
+    """Seconds from arrival to first token, in order of arrival."""
+    seconds: float
+    """From the first moment to the end of the last request."""
+
+
+class Engine(EngineProcess):
+    """One engine from outside."""
+
+    def __init__(
+        self, name: str, settings: dict[str, Any], log: IO[str], python: str = sys.executable
+    ) -> None:
+        super().__init__(name, [python, "-m", "benchmarks.engine_main", json.dumps(settings)], log)
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    def _do(self, name: str, **arguments: Any) -> Any:
+        return self._call({"do": name, **arguments})["result"]
+
+    def ask(
+        self, tokens: Sequence[int], salt: str, *, max_tokens: int = 1, policy: str | None = None
+    ) -> Timed:
+        """Have one prompt answered, alone on the machine."""
+        result = self._do(
+            "ask", tokens=list(tokens), salt=salt, max_tokens=max_tokens, policy=policy
+        )
+        return msgspec.convert(result, Timed)
+
+    def replay(
+        self, arrivals: list[float], prompts: list[list[int]], salt: str, max_tokens: int
+    ) -> Replayed:
+        """Have prompts answered that arrive at these seconds."""
+        options = {"salt": salt, "max_tokens": max_tokens}
+        result = self._do("replay", arrivals=arrivals, prompts=prompts, **options)
+        return msgspec.convert(result, Replayed)
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        self._do("forget")
+
+    def settle(self) -> None:
+        """KVShare only: wait until everything saved has reached the daemon."""
+        self._do("settle")
+
+
+class Home:
+    """A store of the benchmark's own, seen from outside the engines."""
+
+    def __init__(self, folder: str, **fields: Any) -> None:
+        self.fields: dict[str, Any] = {"home": folder, "idle_exit_s": 60.0, **fields}
+        self._config = StoreConfig(**self.fields)
+        self._client = ensure_daemon(self._config)
+
+    def settings(self) -> dict[str, Any]:
+        """What an engine needs to use this store."""
+        return kvshare_settings(**self.fields)
+
+    def stats(self) -> dict[str, Any]:
+        """All counters of the daemon."""
+        return self._client.stats()
+
+    def flush(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._client.flush()
+
+    def wait_idle(self) -> None:
+        """Wait until the daemon has done what it does in the background, such as embedding."""
+        process = psutil.Process(self._client.greet().pid)
+        while _busy(process, _QUIET_S):
+            pass
+
+    def processor_seconds(self) -> float:
+        """Seconds of processor time that the daemon has used so far."""
+        times = psutil.Process(self._client.greet().pid).cpu_times()
+        return float(times.user + times.system)
+
+    def restart(self) -> None:
+        """Empty the host tier: a new daemon, and files that the system has to read from disk."""
+        self._client.flush()
+        self._stop()
+        for path in self._config.home_path.glob("blocks/*/*"):
+            _forget_pages(path)
+        self._client = ensure_daemon(self._config)
+
+    def _stop(self) -> None:
+        self._client.stop()
+        self._client.close()
+        deadline = time.monotonic() + _GONE_S
+        while answers(socket_path(self._config.home_path)):
+            if time.monotonic() > deadline:
+                raise DemoError(f"the daemon has not ended in {_GONE_S:.0f} s")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End the daemon."""
+        self._stop()
+
+
+def _busy(process: psutil.Process, seconds: float) -> bool:
+    """Whether a process uses more of a core than its housekeeping does, for so long."""
+    before = sum(process.cpu_times()[:2])
+    time.sleep(seconds)
+    return sum(process.cpu_times()[:2]) - before > 0.2 * seconds
+
+
+def _forget_pages(path: Path) -> None:
+    """Ask the system to drop its copy of a file that is on disk already."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def temporary_home(**fields: Any) -> Iterator[Home]:
+    """A store with these settings that ends with the benchmark."""
+    with tempfile.TemporaryDirectory(prefix="kvshare-bench-") as folder:
+        home = Home(folder, **fields)
+        try:
+            yield home
+        finally:
+            home.close()
+
+
+def engine_settings(model: str, *, caching: bool, **more: Any) -> dict[str, Any]:
+    """What all arms have in common, and what this one has beside it."""
+    common = SETTINGS | {
+        "model": model,
+        "enforce_eager": True,
+        "max_model_len": LONGEST,
+        "max_num_batched_tokens": LONGEST,
+        "kv_cache_memory_bytes": 1 << 29,
+        "enable_prefix_caching": caching,
+        "async_scheduling": False,  # off for all: the default differs with the scheduler class
+    }
+    return common | more
+
+
+def model_folder(model: str | None) -> tuple[str, str]:
+    """Path and name of the model that the options ask for."""
+    folder = model or str(prepare_model())
+    return folder, Path(folder).name
+
+
+@contextmanager
+def started(
+    settings: dict[str, dict[str, Any]], pythons: dict[str, str] | None = None
+) -> Iterator[dict[str, Engine]]:
+    """Engines by name, all ready. What they print goes to a file that is shown if one dies."""
+    pythons = pythons or {}
+    with ExitStack() as stack:
+        log = stack.enter_context(tempfile.NamedTemporaryFile("w+", suffix=".log"))
+        engines = {
+            name: stack.enter_context(
+                Engine(name, arguments, log.file, pythons.get(name, sys.executable))
+            )
+            for name, arguments in settings.items()
+        }
+        try:
+            for engine in engines.values():
+                engine.ready()
+            yield engines
+        except DemoError as error:
+            words = Path(log.name).read_text().splitlines()[-15:]
+            raise DemoError("\n".join([str(error), *words])) from error
+
+
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """The names in an order that begins with another one each turn, forwards and backwards."""
+    first = turn % len(names)
+    order = [*names[first:], *names[:first]]
+    return order if turn // len(names) % 2 == 0 else order[::-1]

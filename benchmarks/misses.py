@@ -1,0 +1,185 @@
+"""What a miss costs: prompts that nothing stored resembles, with and without KVShare.
+
+Two engines without KVShare are measured as well; what they differ in is the noise.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+from rich.progress import track
+
+from benchmarks.engines import (
+    Engine,
+    Home,
+    engine_settings,
+    in_turn,
+    model_folder,
+    started,
+    temporary_home,
+)
+from benchmarks.result import Cell, Options, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TARGET = 0.02
+_LONGEST = 2048
+_ARMS = ("plain", "plain again", "kvshare")
+_BUCKETS = (32, 128, 512, _LONGEST + 1)
+
+
+class Triple(NamedTuple):
+    """One prompt, served by every arm within seconds."""
+
+    tokens: int
+    seconds: dict[str, float]
+    parts: dict[str, float]
+    """Of KVShare's."""
+    hit: bool
+    """KVShare found something to reuse after all."""
+    background: float
+    """Processor seconds that KVShare used for this prompt after its token: engine and daemon."""
+
+    def ratio(self, arm: str) -> float:
+        """This arm's time beside the first plain engine's."""
+        return self.seconds[arm] / self.seconds["plain"]
+
+
+def prompts(data: Path, tokenizer: Any) -> Iterator[list[int]]:
+    """Distinct real prompts of 32 to 2,048 tokens, without a chat template.
+
+    A template's first tokens are the same for all, and would be a hit.
+    """
+    for version in ("2.0", "0.1"):
+        for line in (data / "arena-hard" / f"question_v{version}.jsonl").open():
+            row = json.loads(line)
+            text = row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if _BUCKETS[0] <= len(tokens) <= _LONGEST:
+                yield tokens
+
+
+def measure(options: Options) -> Result:
+    """Serve every prompt with every arm, beginning with another one each time."""
+    folder, name = model_folder(options.model)
+    with temporary_home() as home:
+        plain = engine_settings(folder, caching=True)
+        settings = dict.fromkeys(_ARMS[:2], plain)
+        settings["kvshare"] = engine_settings(folder, caching=True, **home.settings())
+        with started(settings) as engines:
+            from transformers import AutoTokenizer
+
+            found = prompts(options.data, AutoTokenizer.from_pretrained(folder))
+            warm, count = 8, options.size(300, 40)
+            sent = [tokens for tokens, _ in zip(found, range(warm + count), strict=False)]
+            triples = [
+                _serve(engines, home, tokens, turn)
+                for turn, tokens in enumerate(track(sent, "Serving prompts"))
+            ][warm:]
+    return _result(triples, options, name)
+
+
+def _serve(engines: dict[str, Engine], home: Home, tokens: list[int], turn: int) -> Triple:
+    salt, seconds, parts = uuid.uuid4().hex, {}, {}
+    before, background = home.stats(), 0.0
+    for arm in in_turn(_ARMS, turn):
+        # one salt for all of KVShare's: the store it looks into grows with every prompt
+        timed = engines[arm].ask(tokens, "all" if arm == "kvshare" else salt)
+        seconds[arm] = timed.ttft_s
+        if arm == "kvshare":
+            parts = timed.parts
+            background = _settle(engines[arm], home)
+    after = home.stats()
+    hit = any(after[name] > before[name] for name in ("hits_exact", "hits_edited"))
+    return Triple(len(tokens), seconds, parts, hit, background)
+
+
+def _settle(engine: Engine, home: Home) -> float:
+    """Wait until the prompt is stored and the daemon idle; processor seconds that this took."""
+    process = psutil.Process(engine.pid)
+    before = sum(process.cpu_times()[:2]) + home.processor_seconds()
+    engine.settle()
+    home.flush()
+    home.wait_idle()
+    return sum(process.cpu_times()[:2]) + home.processor_seconds() - before
+
+
+def _result(triples: list[Triple], options: Options, model: str) -> Result:
+    misses = [triple for triple in triples if not triple.hit]
+    edges = list(pairwise(_BUCKETS))
+    groups = {f"{a} to {b - 1} tokens": [t for t in misses if a <= t.tokens < b] for a, b in edges}
+    groups["all"] = misses
+    overhead = median(triple.ratio("kvshare") for triple in misses) - 1
+    noise = [triple.ratio("plain again") - 1 for triple in misses]
+    return Result(
+        name="misses",
+        title="Time to first token of misses, KVShare beside plain vLLM",
+        n={"misses": len(misses), "hits left out": len(triples) - len(misses)},
+        seed=options.seed,
+        model=model,
+        noise_floor=f"a second plain engine: median {median(noise):+.1%}, {_spread(noise)}",
+        columns=["prompts", "arm", "n", "ms", "times plain", "middle half"],
+        rows=[
+            row
+            for title, group in groups.items()
+            if len(group) > 1
+            for row in _rows(title, group)
+        ],
+        paper="not measured",
+        notes=[
+            "what KVShare adds before the token, median ms: "
+            + ", ".join(
+                f"{part} {median(t.parts[part] for t in misses) * 1e3:.2f}"
+                for part in ("lookup", "plan", "snapshot")
+            ),
+            "processor time for storing and embedding the prompt after its token, on no request's "
+            f"way while the machine has time: median {_background(misses):.0f} ms per prompt",
+            "prefix caching is on for every arm; KVShare's store grows with every prompt",
+        ],
+        targets=[
+            ("miss overhead ≤ 2 %, median", f"{overhead:+.1%}, n = {len(misses)}",
+             overhead <= TARGET)
+        ],
+        series={"ratios": {arm: sorted(t.ratio(arm) for t in misses) for arm in _ARMS[1:]}},
+    )  # fmt: skip
+
+
+def _background(triples: list[Triple]) -> float:
+    return median(triple.background for triple in triples) * 1e3
+
+
+def _spread(values: list[float]) -> str:
+    low, _, high = quantiles(values, n=4)
+    return f"middle half {low:+.1%} to {high:+.1%}"
+
+
+def _rows(title: str, triples: list[Triple]) -> Iterator[list[Cell]]:
+    for arm in _ARMS:
+        ms = median(triple.seconds[arm] for triple in triples) * 1e3
+        ratios = [triple.ratio(arm) for triple in triples]
+        low, _, high = quantiles(ratios, n=4)
+        yield [title, arm, len(triples), ms, f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
+
+
+def draw(made: Result) -> Figure:
+    """Share of prompts below each ratio, for KVShare and for the noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    styles = {"kvshare": "-", "plain again": ":"}
+    for arm, ratios in made.series["ratios"].items():
+        share = [(index + 1) / len(ratios) for index in range(len(ratios))]
+        axes.plot(ratios, share, styles[arm], color="black", label=arm)
+    axes.axvline(1 + TARGET, color="grey", linewidth=0.8)
+    axes.set(xlabel="time to first token, times plain", ylabel="share of prompts", xlim=(0.8, 1.3))
+    axes.legend()
+    return figure
