@@ -9,6 +9,7 @@ import importlib.util
 import threading
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,19 @@ class SentenceEmbedder(TextEmbedder):
         self._projection = _projection(self._encode(["width"]).shape[1])
 
     def embed(self, text: str) -> Vector:
-        if not text.strip():
-            return np.zeros(VECTOR_DIMENSIONS, np.float32)
-        pooled = unit(self._encode(windows(text)).mean(axis=0))
-        return pooled if self._projection is None else unit(pooled @ self._projection)
+        vector: Vector = self.embed_many([text])[0]
+        return vector
+
+    def embed_many(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """The vectors of several texts, float32 [texts, 384], encoded in batches of like length."""
+        pieces = [windows(text) if text.strip() else [] for text in texts]
+        rows = np.zeros((len(texts), VECTOR_DIMENSIONS), np.float32)
+        encoded = iter(self._encode([piece for each in pieces for piece in each]))
+        for row, each in zip(rows, pieces, strict=True):
+            if each:
+                pooled = unit(np.stack([next(encoded) for _ in each]).mean(axis=0))
+                row[:] = pooled if self._projection is None else unit(pooled @ self._projection)
+        return rows
 
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
         with self._lock:
