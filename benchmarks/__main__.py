@@ -14,6 +14,9 @@ from benchmarks.result import Options, run
 
 MEASUREMENTS: dict[str, str] = {
     "ttft": "ttft",
+    "load": "load",
+    "misses": "misses",
+    "lmcache": "lmcache",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 

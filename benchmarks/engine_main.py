@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -91,11 +92,27 @@ class Commands:
         return True
 
 
+def guard_dispatcher() -> None:
+    """Let vLLM look through LMCache's modules for kernels.
+
+    It takes `vars` of everything it finds to be a dict; an object of LMCache's has one that is not.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def plain_vars(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = plain_vars  # a name of the module comes before the builtin one
+
+
 def main() -> None:
     """Start the engine and answer commands until stdin closes."""
     replies = take_stdout()
     settings = json.loads(sys.argv[1])
     connector = settings.get("kv_transfer_config", {}).get("kv_connector", "")
+    if connector.startswith("LMCache"):
+        guard_dispatcher()
     timers = Timers()
     time_engine(timers, kvshare=connector == "KVShareConnector")
     import vllm

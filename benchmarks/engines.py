@@ -28,6 +28,7 @@ from kvshare_store.daemon.spawn import answers, ensure_daemon
 LONGEST = 8192
 """Tokens of a sequence: what the demo model was made for."""
 _GONE_S = 30.0
+_PATIENCE_S = 300.0
 _QUIET_S = 0.1
 
 
@@ -113,7 +114,7 @@ class Home:
 
     def flush(self) -> None:
         """Wait until what was saved is on disk."""
-        self._client.flush()
+        self._client.flush(_PATIENCE_S)
 
     def wait_idle(self) -> None:
         """Wait until the daemon has done what it does in the background, such as embedding."""
@@ -128,7 +129,7 @@ class Home:
 
     def restart(self) -> None:
         """Empty the host tier: a new daemon, and files that the system has to read from disk."""
-        self._client.flush()
+        self._client.flush(_PATIENCE_S)
         self._stop()
         for path in self._config.home_path.glob("blocks/*/*"):
             _forget_pages(path)

@@ -185,7 +185,10 @@ def measure(options: Options) -> Result:
         lengths = dict.fromkeys(lengths, options.n)
     prompts = SHORT_PROMPTS if options.short else PROMPTS
     folder, name = model_folder(options.model)
-    with temporary_home(policy="aggressive", max_generation=1) as home:
+    # a request may ask for a stricter policy than the configured one, never for a laxer one;
+    # edited followers must not serve others, and embeddings have a measurement of their own
+    fields = {"policy": "aggressive", "max_generation": 1, "semantic": "never"}
+    with temporary_home(**fields) as home:
         settings = {
             "full": engine_settings(folder, caching=False),
             "prefix": engine_settings(folder, caching=True),

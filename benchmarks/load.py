@@ -1,0 +1,193 @@
+"""Throughput and time to first token while requests keep arriving, some of them reusable.
+
+Requests arrive at random (Poisson); every arm serves the same prompts at the same moments, one arm
+after the other, and begins with empty caches.
+"""
+
+from __future__ import annotations
+
+import uuid
+from random import Random
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.progress import track
+
+from benchmarks.edited import SCATTERED, Texts, follower, long_texts
+from benchmarks.engines import (
+    Engine,
+    Home,
+    Replayed,
+    engine_settings,
+    in_turn,
+    model_folder,
+    started,
+    temporary_home,
+)
+from benchmarks.result import Options, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ARMS = ("plain", "prefix", "kvshare")
+_LOADS = (0.5, 0.8, 1.1)
+"""Arrivals a second, as a share of what plain vLLM can serve."""
+_LENGTHS = (512, 768, 1024, 1536)
+_DONORS = 6
+_SHARES = (0.75, 0.9, 0.95)
+_ANSWER = 8
+
+
+class Traffic(NamedTuple):
+    """What arrives: half of it resembles one of the donors, half is new."""
+
+    donors: list[list[int]]
+    prompts: list[list[int]]
+    arrivals: list[float]
+    """Seconds, were the rate one request a second."""
+
+
+class Phase(NamedTuple):
+    """One rate, served by every arm."""
+
+    load: float
+    rate: float
+    """Requests a second."""
+    replayed: dict[str, Replayed]
+
+
+def traffic(texts: Texts, count: int, generator: Random) -> Traffic:
+    """`count` requests and the prompts that were stored before them."""
+    donors = [texts.take(_LENGTHS[number % len(_LENGTHS)]) for number in range(_DONORS)]
+    prompts = []
+    for number in range(count):
+        if number % 2:
+            prompts.append(texts.take(generator.choice(_LENGTHS)))
+        else:
+            donor, share = generator.choice(donors), generator.choice(_SHARES)
+            prompts.append(follower(donor, share, SCATTERED, texts))
+    generator.shuffle(prompts)
+    arrivals, now = [], 0.0
+    for _ in prompts:
+        now += generator.expovariate(1.0)
+        arrivals.append(now)
+    return Traffic(donors, prompts, arrivals)
+
+
+def measure(options: Options) -> Result:
+    """Serve the same traffic at several rates."""
+    folder, name = model_folder(options.model)
+    count = options.size(80, 16)
+    loads = _LOADS[1:2] if options.short else _LOADS
+    with temporary_home() as home:
+        settings = {
+            "plain": engine_settings(folder, caching=False),
+            "prefix": engine_settings(folder, caching=True),
+            "kvshare": engine_settings(folder, caching=True, **home.settings()),
+        }
+        with started(settings) as engines:
+            from transformers import AutoTokenizer
+
+            texts = long_texts(options.data, AutoTokenizer.from_pretrained(folder))
+            generator = Random(options.seed)
+            capacity = _capacity(engines["plain"], texts, generator)
+            phases = []
+            for turn, load in enumerate(track(loads, "Rates")):
+                sent = traffic(texts, count, generator)
+                rate = load * capacity
+                replayed = {
+                    arm: _serve(engines[arm], arm, home, sent, rate) for arm in in_turn(_ARMS, turn)
+                }
+                phases.append(Phase(load, rate, replayed))
+    return _result(phases, capacity, options, name)
+
+
+def _capacity(plain: Engine, texts: Texts, generator: Random) -> float:
+    """Requests of this kind a second that plain vLLM serves when all are there at once."""
+    sent = traffic(texts, 10, generator)
+    plain.replay([0.0] * 2, sent.prompts[:2], "warm-up", _ANSWER)
+    prompts = sent.prompts[2:]
+    return len(prompts) / plain.replay([0.0] * len(prompts), prompts, "capacity", _ANSWER).seconds
+
+
+def _serve(engine: Engine, arm: str, home: Home, sent: Traffic, rate: float) -> Replayed:
+    """Donors first, one by one; then the traffic."""
+    engine.forget()
+    salt = uuid.uuid4().hex
+    if arm != "plain":
+        for donor in sent.donors:
+            engine.ask(donor, salt)
+        # every path once: a plan with placeholders, a miss
+        engine.ask(sent.donors[0][:-8] + sent.donors[1][:8], salt)
+    if arm == "kvshare":
+        engine.settle()
+        home.flush()
+        home.wait_idle()
+    arrivals = [arrival / rate for arrival in sent.arrivals]
+    replayed = engine.replay(arrivals, sent.prompts, salt, _ANSWER)
+    if arm == "kvshare":  # what it still has to store must not slow the next arm down
+        engine.settle()
+        home.flush()
+        home.wait_idle()
+    return replayed
+
+
+def _result(phases: list[Phase], capacity: float, options: Options, model: str) -> Result:
+    return Result(
+        name="load",
+        title="Requests that keep arriving, half of them similar to stored prompts",
+        n={"requests per rate and arm": len(phases[0].replayed["plain"].ttfts)},
+        seed=options.seed,
+        model=model,
+        noise_floor="none: every arm serves each rate once; the machine's noise is in `misses`",
+        columns=["load", "requests/s", "arm", "served/s", "p50 ms", "p99 ms", "p50 times plain",
+                 "p99 times plain"],
+        rows=[
+            [
+                f"{phase.load:.0%}", phase.rate, arm, len(ttfts) / phase.replayed[arm].seconds,
+                *(value * 1e3 for value in _quantiles(ttfts)),
+                *(ours / plain for ours, plain in zip(
+                    _quantiles(ttfts), _quantiles(phase.replayed["plain"].ttfts), strict=True)),
+            ]
+            for phase in phases
+            for arm in _ARMS
+            for ttfts in [phase.replayed[arm].ttfts]
+        ],
+        paper="not measured",
+        notes=[
+            f"load is the share of what plain vLLM serves at once, {capacity:.2f} requests/s; "
+            f"{_ANSWER} tokens are generated for each",
+            f"prompts of {_LENGTHS[0]} to {_LENGTHS[-1]} tokens; half are new, half have "
+            f"{_SHARES[0]:.0%}, {_SHARES[1]:.0%} or {_SHARES[2]:.0%} in common with one of "
+            f"{_DONORS} stored prompts, changed at {SCATTERED} places",
+            "KVShare stores and embeds every prompt while it serves, on the same cores",
+            "with so few requests p99 is the slowest or the second slowest of them",
+        ],
+        series={"ttfts": [
+            {"load": phase.load, **{arm: phase.replayed[arm].ttfts for arm in _ARMS}}
+            for phase in phases
+        ]},
+    )  # fmt: skip
+
+
+def _quantiles(ttfts: list[float]) -> tuple[float, float]:
+    """p50 and p99."""
+    ranked = sorted(ttfts)
+    return median(ranked), ranked[round(0.99 * (len(ranked) - 1))]
+
+
+def draw(made: Result) -> Figure:
+    """Share of requests that have their first token by a given time, for each rate."""
+    from matplotlib.figure import Figure
+
+    phases = made.series["ttfts"]
+    figure = Figure(figsize=(4 * len(phases), 3.5))
+    styles = {"plain": ":", "prefix": "--", "kvshare": "-"}
+    for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
+        for arm, style in styles.items():
+            ranked = sorted(phase[arm])
+            share = [(index + 1) / len(ranked) for index in range(len(ranked))]
+            axes.plot(ranked, share, style, color="black", label=arm)
+        axes.set(xscale="log", xlabel="seconds to first token", title=f"load {phase['load']:.0%}")
+        axes.legend()
+    return figure
