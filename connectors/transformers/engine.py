@@ -33,13 +33,17 @@ class RowEngine:
         self.dtype: torch.dtype = model.dtype
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> RowEngine:
-        """The model of a Hugging Face folder or name, on the CPU or the first GPU."""
+    def load(cls, folder: str | Path, dtype: torch.dtype | None = None) -> RowEngine:
+        """The model of a Hugging Face folder or name, on the first GPU or the CPU.
+
+        Without `dtype` it is bf16 on a GPU and fp32 on a CPU, where few have fast bf16.
+        """
         from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available()
+        dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-        return cls(model.to(device))
+        return cls(model.to("cuda" if on_gpu else "cpu"))
 
     def cache(self, slots: int, batch: int = 1) -> RowCache:
         """An empty cache for this model."""

@@ -17,6 +17,7 @@ TINY: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 256,
     "pad_token_id": 0,
+    "initializer_range": 0.2,
 }
 FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
 LLAMA3 = {

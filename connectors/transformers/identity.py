@@ -1,0 +1,43 @@
+"""From a loaded model to a namespace: all that must be equal before rows are shared."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import blake3
+import torch
+from kvshare_connectors.transformers.capability import layout_of, rope_parameters
+
+from kvshare_store.namespace import Namespace
+
+_ELEMENTS = 1 << 16
+"""Of each weight, evenly spaced: what trains or merges weights changes them everywhere."""
+ENGINE = "transformers"
+
+
+def namespace_of(model: Any, tokenizer: str = "") -> Namespace:
+    """The namespace of a loaded model, for no tenant.
+
+    The engine is part of it: rows that vLLM computed differ from these in their last bits, and an
+    exact prefix is promised to the bit.
+    """
+    return Namespace(
+        model=model.config.name_or_path or type(model).__name__,
+        revision=fingerprint(model),
+        layout=layout_of(model),
+        rope=json.dumps(rope_parameters(model.config), sort_keys=True, default=str),
+        ranks=ENGINE,
+        tokenizer=tokenizer,
+    )
+
+
+def fingerprint(model: Any) -> str:
+    """Names, shapes and contents of the weights as they are loaded, adapters included."""
+    hasher = blake3.blake3(repr(type(model)).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        hasher.update(f"{name}:{list(weight.shape)}:{weight.dtype}:".encode())
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, -(-flat.numel() // _ELEMENTS))].contiguous().cpu()
+        hasher.update(sample.view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest(length=16)
