@@ -72,7 +72,7 @@ class RowEngine:
             raise PlanError("positions beyond the cache or beyond the model's context")
         positions = positions.to(self.device)
         cache.aim(positions)
-        at = torch.tensor(logits_at, device=self.device) % tokens.shape[1]
+        at = torch.tensor(logits_at, device=self.device)
         with during or contextlib.nullcontext():
             output = self.model(
                 input_ids=tokens.to(self.device),

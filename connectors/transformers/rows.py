@@ -44,7 +44,7 @@ class RowCache(Cache):
 
     def aim(self, positions: Tensor) -> None:
         """The next rows of every layer go to `positions`, int64 `[batch, new]`."""
-        self._at = positions
+        self._at = positions.to(self.rows.device)
         self._stop = int(positions.max()) + 1
 
     def mask(self, dtype: torch.dtype) -> Tensor:
