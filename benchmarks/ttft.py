@@ -9,8 +9,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.progress import Progress
 
@@ -25,16 +24,15 @@ from benchmarks.engines import (
     started,
     temporary_home,
 )
-from benchmarks.result import Cell, Options, Result
+from benchmarks.result import Options, Result
+from benchmarks.ttft_table import DEADLINE_MS, Key, Sample, draw, result
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["draw", "measure"]
 
 LENGTHS = {256: 5, 512: 5, 1024: 5, 2048: 3, 4096: 3, 8160: 1}
 """Tokens of a prompt, and how often everything is measured at that length."""
 SHORT_LENGTHS = {512: 2, 2048: 1}
 POLICIES = ("balanced", "faithful", "aggressive")
-TARGET_LENGTHS, TARGET_RECOMPUTED, TARGET_SHARE = (2048, 4096), 0.10, 0.65
 
 
 class Prompt(NamedTuple):
@@ -47,7 +45,7 @@ class Prompt(NamedTuple):
     prefix: bool
     """Whether prefix caching serves it too."""
     host: Sequence[str]
-    """Policies that serve it with all rows in the host tier; `exact` last: it stores exact rows."""
+    """Policies that serve it with all rows in the host tier."""
     disk: Sequence[str] = ()
     """Policies that serve it with all rows on disk only."""
 
@@ -71,34 +69,6 @@ SHORT_PROMPTS = (
     Prompt(0.90, SCATTERED, True, ("balanced", "aggressive"), ("balanced",)),
     Prompt(0.95, 1, False, ("balanced",)),
 )
-
-
-class Key(NamedTuple):
-    """One row of the table."""
-
-    length: int
-    share: float
-    edits: str
-    arm: str
-
-
-class Sample(NamedTuple):
-    """One prompt served by one arm, beside full prefill of the same prompt."""
-
-    timed: Timed
-    full: Timed
-    recomputed: float
-    """Share of the prompt's tokens that were computed."""
-
-    @property
-    def times_full(self) -> float:
-        """Time to first token as a multiple of full prefill's."""
-        return self.timed.ttft_s / self.full.ttft_s
-
-    @property
-    def of_ideal(self) -> float:
-        """Speed-up as a share of the one if time went with the tokens computed."""
-        return self.recomputed / self.times_full
 
 
 class Grid:
@@ -126,7 +96,7 @@ class Grid:
         self._store(base, salt)
         yield
         for prompt in prompts:
-            self._serve(prompt, follower(base, prompt.share, prompt.places, self.texts), salt)
+            self._serve(prompt, base, salt)
             yield
 
     def _store(self, base: list[int], salt: str) -> None:
@@ -141,18 +111,21 @@ class Grid:
         self.home.flush()
         self.home.wait_idle()
 
-    def _serve(self, prompt: Prompt, tokens: list[int], salt: str) -> None:
-        """All arms in turn. Exact rows of the prompt itself would serve everyone after them."""
+    def _serve(self, prompt: Prompt, base: list[int], salt: str) -> None:
+        """All arms in turn, each with new text of its own.
+
+        KVShare stores every prompt; what it has computed for one policy would serve the next one.
+        """
         self._turn += 1
-        edited = [f"host {policy}" for policy in prompt.host if policy != "exact"]
-        edited += [f"disk {policy}" for policy in prompt.disk if policy != "exact"]
-        last = [f"{tier} exact" for tier in ("disk", "host") if "exact" in getattr(prompt, tier)]
-        arms = in_turn(["full", *["prefix"] * prompt.prefix, *edited], self._turn) + last
+        arms = ["full", *["prefix"] * prompt.prefix]
+        arms += [f"host {policy}" for policy in prompt.host]
+        arms += [f"disk {policy}" for policy in prompt.disk]
         served: dict[str, tuple[Timed, float]] = {}
-        for arm in arms:
+        for arm in in_turn(arms, self._turn):
+            tokens = follower(base, prompt.share, prompt.places, self.texts)
             served[arm] = self._ask(arm, tokens, f"{self._run}-{salt}")
         for arm, (timed, recomputed) in served.items():
-            key = Key(len(tokens), prompt.share, prompt.edits, arm)
+            key = Key(len(base), prompt.share, prompt.edits, arm)
             self.samples[key].append(Sample(timed, served["full"][0], recomputed))
 
     def _ask(self, arm: str, tokens: list[int], salt: str) -> tuple[Timed, float]:
@@ -188,7 +161,7 @@ def measure(options: Options) -> Result:
     # a request may ask for a stricter policy than the configured one, never for a laxer one;
     # edited followers must not serve others, and embeddings have a measurement of their own
     fields = {"policy": "aggressive", "max_generation": 1, "semantic": "never"}
-    with temporary_home(**fields) as home:
+    with temporary_home(plan_deadline_ms=DEADLINE_MS, **fields) as home:
         settings = {
             "full": engine_settings(folder, caching=False),
             "prefix": engine_settings(folder, caching=True),
@@ -206,140 +179,4 @@ def measure(options: Options) -> Result:
                 for length in (size for size, times in lengths.items() if repetition < times):
                     for _ in grid.measure(length, prompts, repetition):
                         progress.advance(task)
-    return result(grid, options, name)
-
-
-# --- from samples to a table ----------------------------------------------------------------------
-
-
-def result(grid: Grid, options: Options, model: str) -> Result:
-    """The table and the target."""
-    samples = {key: grid.samples[key] for key in sorted(grid.samples)}
-    return Result(
-        name="ttft",
-        title="Time to first token by length, share in common, tier and policy",
-        n={"prompts": sum(len(s) for key, s in samples.items() if key.arm == "full")},
-        seed=options.seed,
-        model=model,
-        noise_floor=_noise(samples),
-        columns=["tokens", "in common", "edits", "arm", "n", "computed", "ms", "times full",
-                 "min to max", "of ideal"],
-        rows=[_row(key, values) for key, values in samples.items()],
-        paper="a good balance of TTFT and accuracy, in words only; no time is given",
-        notes=[*_parts_in_words(samples), _declines(grid.declined)],
-        targets=[_target(samples)],
-        series={"parts": _parts(samples), "ideal": _ideal(samples)},
-    )  # fmt: skip
-
-
-def _row(key: Key, values: list[Sample]) -> list[Cell]:
-    times = sorted(sample.times_full for sample in values)
-    computed = median(sample.recomputed for sample in values)
-    shown = key.arm if key.arm in ("full", "prefix") else f"kvshare {key.arm}"
-    return [
-        key.length, f"{key.share:.0%}", key.edits, shown, len(values), f"{computed:.1%}",
-        median(sample.timed.ttft_s for sample in values) * 1e3, median(times),
-        f"{times[0]:.2f} to {times[-1]:.2f}",
-        None if key.arm == "full" else median(sample.of_ideal for sample in values),
-    ]  # fmt: skip
-
-
-def _noise(samples: dict[Key, list[Sample]]) -> str:
-    """Full prefill of different prompts of one length, against their median."""
-    spread = []
-    for length in {key.length for key in samples}:
-        times = [
-            sample.timed.ttft_s
-            for key, values in samples.items()
-            if key.length == length and key.arm == "full"
-            for sample in values
-        ]
-        spread += [abs(time / median(times) - 1) for time in times]
-    return (
-        f"full prefill of other prompts of the same length: median deviation {median(spread):.1%}"
-    )
-
-
-def _target(samples: dict[Key, list[Sample]]) -> tuple[str, str, bool]:
-    cells = [
-        median(sample.of_ideal for sample in values)
-        for key, values in samples.items()
-        if key.length in TARGET_LENGTHS
-        and key.arm.startswith("host")
-        and median(sample.recomputed for sample in values) <= TARGET_RECOMPUTED
-    ]
-    what = "≥ 65 % of the ideal TTFT at 2k to 4k tokens with ≤ 10 % recomputed, host tier"
-    if not cells:
-        return what, "no prompt with so little recomputed", False
-    measured = f"median of {len(cells)} settings {median(cells):.0%}, lowest {min(cells):.0%}"
-    return what, measured, median(cells) >= TARGET_SHARE
-
-
-def _declines(declined: dict[str, int]) -> str:
-    counted = ", ".join(f"{reason} {count}" for reason, count in declined.items() if count)
-    return f"KVShare declined: {counted or 'nothing'}"
-
-
-# --- where the time goes --------------------------------------------------------------------------
-
-_PARTS_OF = (0.90, "scattered", "balanced")
-
-
-def _parts(samples: dict[Key, list[Sample]]) -> dict[str, dict[str, float]]:
-    """Milliseconds of each part at 90 % in common, by `tokens tier`; medians."""
-    share, edits, policy = _PARTS_OF
-    made = {}
-    for key, values in samples.items():
-        tier, _, name = key.arm.partition(" ")
-        if (key.share, key.edits, name) == (share, edits, policy):
-            parts = values[0].timed.parts
-            made[f"{key.length} {tier}"] = {
-                part: median(sample.timed.parts[part] for sample in values) * 1e3 for part in parts
-            }
-    return made
-
-
-def _parts_in_words(samples: dict[Key, list[Sample]]) -> list[str]:
-    return [
-        f"{name}, balanced, 90 % in common, ms: "
-        + ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
-        for name, parts in _parts(samples).items()
-    ]
-
-
-def _ideal(samples: dict[Key, list[Sample]]) -> dict[str, list[tuple[int, float]]]:
-    """Share of the ideal by length, for each share in common; balanced, host, scattered."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for key, values in samples.items():
-        if key.arm == "host balanced" and key.edits == "scattered":
-            point = (key.length, median(sample.of_ideal for sample in values))
-            lines.setdefault(f"{key.share:.0%}", []).append(point)
-    return lines
-
-
-def draw(made: Result) -> Figure:
-    """Share of the ideal by length, and where the time goes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4))
-    left, right = figure.subplots(1, 2)
-    styles = zip(("o-", "s--", "^:", "d-."), sorted(made.series["ideal"].items()), strict=False)
-    for style, (share, points) in styles:
-        left.plot(*zip(*points, strict=True), style, color="black", label=f"{share} in common")
-    left.axhline(TARGET_SHARE, color="grey", linewidth=0.8)
-    left.set(xscale="log", xlabel="tokens of the prompt", ylabel="share of the ideal speed-up")
-    left.set_ylim(bottom=0)
-    left.legend()
-    hatches = ("", "//", "xx", "..", "\\\\", "oo", "--", "++", "**")
-    parts: dict[str, dict[str, float]] = made.series["parts"]
-    bottom = [0.0] * len(parts)
-    for index, part in enumerate(next(iter(parts.values()), {})):
-        sizes = [values[part] / sum(values.values()) for values in parts.values()]
-        grey = str(1 - index / 12)
-        right.bar(list(parts), sizes, bottom=bottom, color=grey, hatch=hatches[index],
-                  edgecolor="black", linewidth=0.5, label=part)  # fmt: skip
-        bottom = [below + size for below, size in zip(bottom, sizes, strict=True)]
-    right.tick_params(axis="x", rotation=60)
-    right.set_ylabel("share of the time to first token")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return result(grid.samples, grid.declined, options, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engines, lmcache, load, misses, ttft
+from benchmarks import engines, lmcache, load, misses, ttft_table
 from benchmarks.edited import SCATTERED, Texts, TextsError, follower
 from benchmarks.engines import Engine, Timed, in_turn
 from benchmarks.peers import PeerMissingError, make_importable, python_with
@@ -181,28 +181,31 @@ def timed(seconds: float, tokens: int = 2048, token_ids: tuple[int, ...] = (1,))
 
 
 def test_the_share_of_the_ideal_is_speed_up_times_what_was_computed() -> None:
-    sample = ttft.Sample(timed(0.2), timed(1.0), 0.1)
+    sample = ttft_table.Sample(timed(0.2), timed(1.0), 0.1)
     assert sample.times_full == pytest.approx(0.2)
     assert sample.of_ideal == pytest.approx(0.5)
 
 
 def test_only_settings_that_the_target_is_about_decide_it() -> None:
-    def key(length: int, arm: str) -> ttft.Key:
-        return ttft.Key(length, 0.9, "scattered", arm)
+    def key(length: int, arm: str) -> ttft_table.Key:
+        return ttft_table.Key(length, 0.9, "scattered", arm)
 
-    good, bad = ttft.Sample(timed(0.1), timed(1.0), 0.08), ttft.Sample(timed(0.9), timed(1.0), 0.08)
-    much = ttft.Sample(timed(0.9), timed(1.0), 0.5)
+    good, bad = (
+        ttft_table.Sample(timed(0.1), timed(1.0), 0.08),
+        ttft_table.Sample(timed(0.9), timed(1.0), 0.08),
+    )
+    much = ttft_table.Sample(timed(0.9), timed(1.0), 0.5)
     samples = {
         key(2048, "host balanced"): [good],
         key(2048, "host faithful"): [much],
         key(2048, "disk balanced"): [bad],
         key(256, "host balanced"): [bad],
     }
-    _, measured, reached = ttft._target(samples)
+    _, measured, reached = ttft_table._target(samples)
     assert reached
     assert measured == "median of 1 settings 80%, lowest 80%"
-    assert not ttft._target({key(4096, "host aggressive"): [bad]})[2]
-    assert not ttft._target({key(2048, "host faithful"): [much]})[2]
+    assert not ttft_table._target({key(4096, "host aggressive"): [bad]})[2]
+    assert not ttft_table._target({key(2048, "host faithful"): [much]})[2]
 
 
 def test_misses_that_were_hits_are_left_out() -> None:
