@@ -26,6 +26,11 @@ Data = Annotated[Path, typer.Option(help="Folder with the data sets.", envvar="K
 Out = Annotated[Path, typer.Option(help="Where JSON and plots go.")]
 
 
+@app.callback()
+def main() -> None:
+    """Measure what KVShare reports."""
+
+
 @app.command("run")
 def run_one(
     names: Annotated[list[str], typer.Argument(help="Measurements, or `all`.")],
