@@ -17,6 +17,9 @@ MEASUREMENTS: dict[str, str] = {
     "load": "load",
     "misses": "misses",
     "lmcache": "lmcache",
+    "table1": "table1",
+    "probes": "probes",
+    "rag": "rag",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 

@@ -53,9 +53,7 @@ def paired_bootstrap(
     differences = []
     for _ in range(resamples):
         drawn = random.integers(len(parts), size=len(parts))
-        differences.append(
-            metric.total(parts[drawn].sum(0)) - metric.total(baseline[drawn].sum(0))
-        )
+        differences.append(metric.total(parts[drawn].sum(0)) - metric.total(baseline[drawn].sum(0)))
     low, high = np.quantile(differences, [0.025, 0.975])
     return Interval(
         metric.total(parts.sum(0)) - metric.total(baseline.sum(0)), float(low), float(high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from benchmarks.scores import bleu, normalized, paired_bootstrap, rouge_l, token_f1
 
 ANSWERS = ["the cat sat on the mat today", "a dog ran far away from home", "no"]

@@ -1,0 +1,86 @@
+"""Which methods are compared, and what every measurement of answers needs around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from kvshare_connectors.transformers.engine import RowEngine
+from kvshare_connectors.transformers.identity import namespace_of
+
+from benchmarks.chats import Chat
+from benchmarks.methods.base import Method, Prefilled
+from benchmarks.methods.cacheblend import cacheblend, dhd
+from benchmarks.methods.epic import Epic
+from benchmarks.methods.kvshare import kvshare, prefix
+from benchmarks.result import Options
+from kvshare_store.lookup.text import delimiter_ids
+
+
+class Arm:
+    """The answers of one method with one kind of donors."""
+
+    def __init__(self, method: str, donors: str, size: int) -> None:
+        self.method = method
+        self.donors = donors
+        self.answers = [""] * size
+        self.reused = [0] * size
+        """Rows of each prompt that came from donors."""
+
+    def take(self, index: int, prefilled: Prefilled, answer: str) -> None:
+        """Note the answer to one prompt."""
+        self.answers[index] = answer
+        self.reused[index] = prefilled.reused
+
+
+def engine_for(options: Options, dtype: torch.dtype = torch.float32) -> tuple[RowEngine, Chat, str]:
+    """The engine, the tokenizer and the name of the model that the options ask for."""
+    from transformers.utils import logging
+
+    from examples.demo.model import NAME, prepare_model
+
+    logging.disable_progress_bar()
+    folder = options.model or str(prepare_model())
+    return RowEngine.load(folder, dtype), Chat(folder), options.model or NAME
+
+
+def chunked_prefill(engine: RowEngine, prompt: Sequence[int]) -> Prefilled:
+    """Full compute in two chunks: exact, and rounded otherwise than in one."""
+    cache = engine.cache(len(prompt))
+    tokens, positions = torch.tensor([list(prompt)]), torch.arange(len(prompt))[None]
+    half = len(prompt) // 2
+    engine.compute(cache, tokens[:, :half], positions[:, :half])
+    logits = engine.compute(cache, tokens[:, half:], positions[:, half:])
+    return Prefilled(cache, logits[0, 0], 0, len(prompt))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; what it gives is called with how much was done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def lineup(engine: RowEngine) -> list[Method]:
+    """The methods of every table: ours from the strictest on, then the others'."""
+    delimiters = delimiters_of(engine)
+    return [
+        prefix(),
+        kvshare("faithful", delimiters),
+        kvshare("balanced", delimiters),
+        kvshare("aggressive", delimiters),
+        *(cacheblend(share) for share in (0.05, 0.15, 0.30)),
+        Epic(16),
+        dhd(0.15),
+    ]
+
+
+def delimiters_of(engine: RowEngine) -> frozenset[int]:
+    """The tokens that the policies' `delimiters` is about, as the store finds them."""
+    folder = str(engine.model.config.name_or_path)
+    return delimiter_ids(namespace_of(engine.model, folder))

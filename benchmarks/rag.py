@@ -1,0 +1,244 @@
+"""Retrieval prompts: CacheBlend's MuSiQue sample. Is F1 kept when the passages were seen before?
+
+Donors are an earlier request of somebody who asked something else: `shuffled` had the same passages
+in another order, `replaced` had the same order, with some passages that the request does not have.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from benchmarks import data
+from benchmarks.answers import drafted
+from benchmarks.chats import Chat, sampled
+from benchmarks.lineup import Arm, chunked_prefill, engine_for, lineup, progress
+from benchmarks.methods.base import Prefilled, donor_of, full_compute, generate, teacher_forced
+from benchmarks.result import Cell, Options, Result
+from benchmarks.scores import Metric, paired_bootstrap, token_f1
+
+if TYPE_CHECKING:
+    from kvshare_connectors.transformers.engine import RowEngine
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from benchmarks.methods.base import Method
+
+NEW = 32
+"""Tokens of an answer at most, as in CacheBlend's evaluation."""
+WORDS = 80
+"""Words kept of each passage: those around which the question's words are densest."""
+REPLACED = 3
+"""Passages of ten that a `replaced` donor does not share with the request."""
+FULL, NOISE = "full", "full, in two chunks"
+SHUFFLED, REPLACING = "shuffled", "replaced"
+ASK = (
+    "Answer the question from the passages. Answer within 5 words.\n\n{passages}\n\n"
+    "Question: {question}\nAnswer within 5 words."
+)
+
+
+class Asked(NamedTuple):
+    """A request and what was asked before it."""
+
+    request: tuple[int, ...]
+    donors: dict[str, tuple[int, ...]]
+    answers: tuple[str, ...]
+
+
+def measure(options: Options) -> Result:
+    """Every method's answers, their F1 and their agreement with full compute."""
+    engine, chat, model = engine_for(options)
+    asked = requests(chat, data.musique(options.data), options.size(12, 2), options.seed)
+    arms: dict[tuple[str, str], Arm] = {}
+    divergence: dict[tuple[str, str], list[float]] = {}
+    methods = lineup(engine)
+    with progress("Asking about passages", len(asked)) as step:
+        for index, one in enumerate(asked):
+            for key, (ready, answer, kl) in _answer(engine, chat, methods, one).items():
+                arm = arms.setdefault(key, Arm(*key, len(asked)))
+                arm.take(index, ready, answer)
+                divergence.setdefault(key, []).append(kl)
+            step(1)
+    return _result(asked, arms, divergence, chat, options, model)
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def requests(chat: Chat, questions: Sequence[data.Question], n: int, seed: int) -> list[Asked]:
+    """`n` requests with their donors. Another question's passages replace; another one is asked."""
+    draw = random.Random(seed)
+    some = sampled(questions, n + 1, seed)
+    asked = []
+    for one, other in pairwise(some):
+        passages = [excerpt(text, one.question) for text in one.passages]
+        shuffled = draw.sample(passages, len(passages))
+        replaced = list(passages)
+        for at in draw.sample(range(len(passages)), REPLACED):
+            replaced[at] = excerpt(other.passages[at], other.question)
+        asked.append(
+            Asked(
+                chat.prompt(question_about(passages, one.question)),
+                {
+                    SHUFFLED: chat.prompt(question_about(shuffled, other.question)),
+                    REPLACING: chat.prompt(question_about(replaced, other.question)),
+                },
+                one.answers,
+            )
+        )
+    return asked
+
+
+def question_about(passages: Sequence[str], question: str) -> str:
+    """What the user writes."""
+    return ASK.format(passages="\n\n".join(passages), question=question)
+
+
+def excerpt(text: str, question: str) -> str:
+    """The `WORDS` words in a row that hold most of the question's words; the first such place."""
+    words = text.split()
+    wanted = {word for word in re.findall(r"\w+", question.lower()) if len(word) > 3}
+    hits = [bool(wanted & set(re.findall(r"\w+", word.lower()))) for word in words]
+    starts = range(max(1, len(words) - WORDS + 1))
+    best = max(starts, key=lambda start: (sum(hits[start : start + WORDS]), -start))
+    return " ".join(words[best : best + WORDS])
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def _answer(
+    engine: RowEngine, chat: Chat, methods: Sequence[Method], asked: Asked
+) -> dict[tuple[str, str], tuple[Prefilled, str, float]]:
+    """Every arm's prefill, answer, and mean KL over the tokens of full compute's answer."""
+    full = full_compute(engine, asked.request)
+    draft = generate(engine, [full], NEW, chat.stop)[0]
+    forced = draft or [chat.stop[0]]
+    truth = teacher_forced(engine, full, forced)
+    ready = {(FULL, ""): full, (NOISE, ""): chunked_prefill(engine, asked.request)}
+    for kind, tokens in asked.donors.items():
+        donor = donor_of(engine, tokens)
+        for method in methods:
+            ready[method.name, kind] = method.prefill(engine, asked.request, [donor])
+    answers = drafted(engine, list(ready.values()), [draft] * len(ready), NEW, chat.stop, batch=4)
+    return {
+        key: (one, chat.text(answer), _kl(truth, teacher_forced(engine, one, forced)))
+        for (key, one), answer in zip(ready.items(), answers, strict=True)
+    }
+
+
+def _kl(truth: Tensor, other: Tensor) -> float:
+    """Mean divergence of next-token distributions from those of full compute, in nats."""
+    divergence = (truth.exp() * (truth - other)).sum(-1)
+    return float(torch.clamp(divergence, min=0).mean())
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def _result(
+    asked: list[Asked],
+    arms: dict[tuple[str, str], Arm],
+    divergence: dict[tuple[str, str], list[float]],
+    chat: Chat,
+    options: Options,
+    model: str,
+) -> Result:
+    metric = token_f1()
+    by_tokens = token_f1(chat.tokens)
+    references = [one.answers for one in asked]
+    full = arms[FULL, ""].answers
+    lengths = [len(one.request) for one in asked]
+    rows: list[list[Cell]] = []
+    series = {}
+    for key in sorted(arms, key=lambda key: ["", SHUFFLED, REPLACING].index(key[1])):
+        arm = arms[key]
+        gap = paired_bootstrap(
+            metric,
+            metric.parts(arm.answers, references),
+            metric.parts(full, references),
+            seed=options.seed,
+        )
+        f1 = [_total(one, arm.answers, references) for one in (metric, by_tokens)]
+        same = [a == b for a, b in zip(arm.answers, full, strict=True)]
+        near = _total(metric, arm.answers, [(answer,) for answer in full])
+        kl = sum(divergence[key]) / len(asked)
+        reused = sum(arm.reused) / sum(lengths)
+        interval = f"{gap.low:+.1f}…{gap.high:+.1f}{' *' if gap.clear else ''}"
+        agreement = sum(same) / len(same)
+        rows.append([arm.method, arm.donors or "-", *f1, interval, agreement, near, kl, reused])
+        series[" ".join(key).strip()] = [kl, reused, arm.method, arm.donors]
+    return Result(
+        name="rag",
+        title="MuSiQue, ten passages and a question",
+        n={"questions": len(asked), "tokens of a prompt (mean)": sum(lengths) // len(lengths)},
+        seed=options.seed,
+        model=f"{model}, float32",
+        noise_floor=(
+            f"full compute in two chunks: {rows[1][5]:.0%} of the answers are the same, "
+            f"KL {rows[1][7]:.2g}"
+        ),
+        columns=[
+            "method",
+            "donors",
+            "F1, words",
+            "F1, tokens",
+            "F1 minus full",
+            "same answer",
+            "F1 to full's answer",
+            "KL",
+            "tokens reused",
+        ],
+        rows=rows,
+        notes=_notes(),
+        series=series,
+    )
+
+
+def _total(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    return metric.total(metric.parts(answers, references).sum(0))
+
+
+def _notes() -> list[str]:
+    return [
+        "Questions and passages are CacheBlend's own sample (inputs/musique_s.json of its "
+        f"repository). Each passage is cut to the {WORDS} words that share most with the question, "
+        "without a look at the answer: at full length a prompt has 6,000 tokens, which takes this "
+        "machine minutes. F1 is on words as in SQuAD (Rajpurkar et al. 2016) and on the model's "
+        "tokens as in CacheBlend's scripts, both after SQuAD's normalisation, 0 to 100.",
+        "The donor asks another question about the same passages in another order (shuffled), or "
+        f"in the same order with {REPLACED} of them other ones (replaced). CacheBlend and EPIC "
+        "were made for chunks that were computed alone; here a donor's rows have seen its context.",
+        "A model of 135M parameters finds few of the answers, so F1 says little. KL is the mean "
+        "divergence of the next token's distribution over the tokens of full compute's answer.",
+        "`F1 minus full`: where 95 % of the differences lie in a paired bootstrap over questions; "
+        "* marks those that leave out zero.",
+    ]
+
+
+def draw(result: Result) -> Figure:
+    """Divergence by share reused; a marker for each donor, a name for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, donors in zip(axes, (SHUFFLED, REPLACING), strict=True):
+        for kl, reused, method, of in result.series.values():
+            if of != donors:
+                continue
+            ours = method.startswith("kvshare")
+            axis.plot(reused, kl, "s" if ours else "o", color="black", markersize=6,
+                      markerfacecolor="black" if ours else "white")  # fmt: skip
+            axis.annotate(method, (reused, kl), (5, 4), textcoords="offset points", fontsize=8)
+        axis.set_title(f"{donors} passages, n = {result.n['questions']}", fontsize=10)
+        axis.set_xlabel("share of tokens reused")
+        axis.set_xlim(-0.05, 1.15)
+        axis.set_yscale("symlog", linthresh=1e-3)
+    axes[0].set_ylabel("mean KL from full compute (nats)")
+    return figure
