@@ -133,7 +133,9 @@ def serve(
     from vllm import SamplingParams, TokensPrompt
 
     engine = llm.llm_engine
-    prompt = TokensPrompt(prompt_token_ids=list(tokens), cache_salt=salt)
+    prompt = TokensPrompt(prompt_token_ids=list(tokens))
+    if salt:
+        prompt["cache_salt"] = salt
     extra = {"kv_transfer_params": {"kvshare.policy": policy}} if policy else None
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
     first: float | None = None

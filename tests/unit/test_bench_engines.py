@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engines, lmcache, load, misses, ttft_table
+from benchmarks import beside, engines, load, misses, ttft_table
 from benchmarks.edited import SCATTERED, Texts, TextsError, follower
 from benchmarks.engines import Engine, Timed, in_turn
 from benchmarks.peers import PeerMissingError, make_importable, python_with
@@ -234,15 +234,51 @@ def test_traffic_is_half_new_and_the_same_for_one_seed() -> None:
     assert sum(share >= 0.74 for share in shares) == 10
 
 
+class FakeEngine:
+    """Answers every prompt in one second and writes down how it was asked."""
+
+    def __init__(self, name: str, calls: list[tuple[str, str]]) -> None:
+        self.name, self.calls = name, calls
+
+    def ask(self, tokens: list[int], salt: str, *, max_tokens: int) -> Timed:
+        self.calls.append((self.name, salt))
+        return timed(1.0, len(tokens))
+
+    def settle(self) -> None:
+        self.calls.append((self.name, "settled"))
+
+
+class FakeHome:
+    def flush(self) -> None: ...
+
+    def wait_idle(self) -> None: ...
+
+
+@pytest.mark.parametrize("salted", [True, False])
+def test_each_kind_of_prompt_goes_to_every_arm(
+    monkeypatch: pytest.MonkeyPatch, salted: bool
+) -> None:
+    monkeypatch.setattr(beside, "_STORED_S", 0.0)
+    calls: list[tuple[str, str]] = []
+    arms = {name: FakeEngine(name, calls) for name in ("plain", "prefix", "peer", "kvshare")}
+    peer = beside.Peer("peer", {}, sys.executable, salted)
+    samples = list(beside._serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
+    assert [sample.kind for sample in samples] == ["miss", "again", "similar"]
+    asked = [name for name, salt in calls if salt != "settled"]
+    assert asked == list(arms) * 3
+    assert len({salt for name, salt in calls if name == "kvshare" and salt != "settled"}) == 1
+    assert all(bool(salt) is salted for name, salt in calls if name == "peer")
+
+
 def test_answers_are_compared_with_plain_ones() -> None:
     served = {"plain": timed(1.0), "prefix": timed(0.5), "lmcache": timed(0.25),
               "kvshare": timed(0.2, token_ids=(2,))}  # fmt: skip
-    samples = [lmcache.Sample(kind, served) for kind in ("miss", "again", "similar")] * 2
-    made = lmcache._result(samples, Options(data=Path()), "model")
+    samples = [beside.Sample(kind, served) for kind in ("miss", "again", "similar")] * 2
+    made = beside.table("lmcache", "title", [], samples, Options(data=Path(), model="model"))
     row = next(row for row in made.rows if row[:2] == ["similar", "kvshare"])
     assert row[4] == "0.200"
     assert row[-1] == "0 of 2"
-    lmcache.draw(made)
+    beside.draw(made)
 
 
 @pytest.mark.slow

@@ -1,0 +1,172 @@
+"""Another system's engine beside plain vLLM, prefix caching and KVShare, on the same prompts.
+
+Each prompt is served three times: as a miss, again, and changed.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.progress import track
+
+from benchmarks.edited import SCATTERED, Texts, follower, long_texts
+from benchmarks.engines import (
+    Engine,
+    Home,
+    Timed,
+    engine_settings,
+    in_turn,
+    model_folder,
+    started,
+    temporary_home,
+)
+from benchmarks.result import Cell, Options, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ANSWER = 16
+LENGTHS = (768, 1024, 1536, 2048)
+SHARE = 0.9
+_KINDS = ("miss", "again", "similar")
+_STORED_S = 1.0
+"""Others store in the background and do not say when they are done."""
+
+
+class Peer(NamedTuple):
+    """The other system."""
+
+    name: str
+    settings: dict[str, Any]
+    """Of its engine, beside those that all have."""
+    python: str
+    """That can import it."""
+    salted: bool = True
+    """Whether it can find prompts that have a `cache_salt`."""
+
+
+class Sample(NamedTuple):
+    """One prompt of one kind, served by every arm within seconds."""
+
+    kind: str
+    timed: dict[str, Timed]
+
+    def ratio(self, arm: str) -> float:
+        """This arm's time to first token beside plain vLLM's."""
+        return self.timed[arm].ttft_s / self.timed["plain"].ttft_s
+
+    def same(self, arm: str) -> bool:
+        """Whether this arm gave the tokens that plain vLLM gives."""
+        return self.timed[arm].token_ids == self.timed["plain"].token_ids
+
+
+def compare(peer: Peer, options: Options) -> list[Sample]:
+    """Serve every prompt by every arm in turn."""
+    folder, _ = model_folder(options.model)
+    with temporary_home() as home:
+        settings = {
+            "plain": engine_settings(folder, caching=False),
+            "prefix": engine_settings(folder, caching=True),
+            peer.name: engine_settings(folder, caching=False, **peer.settings),
+            "kvshare": engine_settings(folder, caching=False, **home.settings()),
+        }
+        with started(settings, {peer.name: peer.python}) as engines:
+            from transformers import AutoTokenizer
+
+            texts = long_texts(options.data, AutoTokenizer.from_pretrained(folder))
+            return [
+                sample
+                for turn in track(range(-1, options.size(24, 4)), "Serving prompts")
+                for sample in _serve(engines, peer, home, texts, turn)
+                if turn >= 0  # the first one warms up
+            ]
+
+
+def _serve(
+    engines: dict[str, Engine], peer: Peer, home: Home, texts: Texts, turn: int
+) -> Iterator[Sample]:
+    base = texts.take(LENGTHS[turn % len(LENGTHS)])
+    changed = follower(base, SHARE, SCATTERED, texts)
+    salt = uuid.uuid4().hex
+    for kind, prompt in zip(_KINDS, (base, base, changed), strict=True):
+        served = {}
+        for arm in in_turn(list(engines), turn):
+            own = salt if arm != peer.name or peer.salted else ""
+            served[arm] = engines[arm].ask(prompt, own, max_tokens=ANSWER)
+        engines["kvshare"].settle()
+        home.flush()
+        home.wait_idle()
+        time.sleep(_STORED_S)
+        yield Sample(kind, served)
+
+
+def table(
+    name: str, title: str, notes: list[str], samples: list[Sample], options: Options
+) -> Result:
+    """A row for each kind of prompt and arm."""
+    arms = list(samples[0].timed)
+    return Result(
+        name=name,
+        title=title,
+        n={"prompts": len(samples) // len(_KINDS)},
+        seed=options.seed,
+        model=model_folder(options.model)[1],
+        noise_floor=_noise(samples),
+        columns=["prompt", "arm", "n", "ms", "/ plain", "middle half", "same tokens"],
+        rows=[_row(kind, arm, samples) for kind in _KINDS for arm in arms],
+        paper="not measured",
+        notes=[
+            *notes,
+            f"similar: {SHARE:.0%} of the tokens in common, changed at {SCATTERED} places",
+            f"same tokens: the {ANSWER} greedy tokens equal plain vLLM's, bf16",
+            f"prompts of {', '.join(map(str, LENGTHS))} tokens; prefix caching only where it says",
+        ],
+        series={"ratios": {kind: {arm: _ratios(samples, kind, arm) for arm in arms}
+                           for kind in _KINDS}},
+    )  # fmt: skip
+
+
+def _ratios(samples: list[Sample], kind: str, arm: str) -> list[float]:
+    return [sample.ratio(arm) for sample in samples if sample.kind == kind]
+
+
+def _noise(samples: list[Sample]) -> str:
+    """Plain vLLM serves the same prompt twice: as a miss and again."""
+    times = {
+        kind: [sample.timed["plain"].ttft_s for sample in samples if sample.kind == kind]
+        for kind in ("miss", "again")
+    }
+    ratios = [again / miss for miss, again in zip(times["miss"], times["again"], strict=True)]
+    return f"plain vLLM, the same prompt again: median {median(ratios):.3f} times"
+
+
+def _row(kind: str, arm: str, samples: list[Sample]) -> list[Cell]:
+    of_kind = [sample for sample in samples if sample.kind == kind]
+    ratios = _ratios(samples, kind, arm)
+    low, _, high = quantiles(ratios, n=4)
+    same = sum(sample.same(arm) for sample in of_kind)
+    ms = round(median(sample.timed[arm].ttft_s for sample in of_kind) * 1e3)
+    return [kind, arm, len(ratios), ms, f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}",
+            f"{same} of {len(of_kind)}"]  # fmt: skip
+
+
+def draw(made: Result) -> Figure:
+    """Time to first token beside plain vLLM's, by kind of prompt and arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    greys = ("white", "lightgrey", "grey", "black")
+    arms = list(made.series["ratios"][_KINDS[0]])
+    for place, (arm, grey) in enumerate(zip(arms, greys, strict=True)):
+        at = [kind + (place - 1.5) * 0.2 for kind in range(len(_KINDS))]
+        middle = [median(made.series["ratios"][kind][arm]) for kind in _KINDS]
+        axes.bar(at, middle, 0.2, color=grey, edgecolor="black", label=arm)
+    axes.set_xticks(range(len(_KINDS)), _KINDS)
+    axes.set_ylabel("time to first token, times plain")
+    axes.legend()
+    return figure
