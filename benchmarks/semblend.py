@@ -24,8 +24,8 @@ def measure(options: Options) -> Result:
         samples = compare(peer, options)
     notes = [
         f"{VERSIONS}; mode semantic_span_experimental (its default only records what it could "
-        f"reuse), spans from {_SPAN} tokens on, similarity from {_SIMILARITY} on, KV on disk, as it "
-        "does by default",
+        f"reuse), spans from {_SPAN} tokens on, similarity from {_SIMILARITY} on, KV on disk "
+        "as by default",
         "sent without cache_salt: with one it finds donors but never their KV, because it stores "
         "them by a request object that has no cache_salt in vLLM 0.32",
         "on stock vLLM it serves one contiguous span, which must begin where vLLM's own prefix "

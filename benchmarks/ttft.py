@@ -25,7 +25,7 @@ from benchmarks.engines import (
     temporary_home,
 )
 from benchmarks.result import Options, Result
-from benchmarks.ttft_table import DEADLINE_MS, Key, Sample, draw, result
+from benchmarks.ttft_table import DEADLINE_MS, TARGET_LENGTHS, Key, Sample, draw, result
 
 __all__ = ["draw", "measure"]
 
@@ -64,11 +64,16 @@ PROMPTS = (
     Prompt(0.90, 1, True, (*POLICIES, "exact")),
     Prompt(0.95, 1, False, POLICIES),
 )
-SHORT_PROMPTS = (
+FEW_PROMPTS = (
     Prompt(0.0, 1, True, ("balanced",)),
     Prompt(0.90, SCATTERED, True, ("balanced", "aggressive"), ("balanced",)),
     Prompt(0.95, 1, False, ("balanced",)),
 )
+
+
+def prompts_of(length: int, *, short: bool) -> tuple[Prompt, ...]:
+    """What is served at this length; the longest prompts take too long for everything."""
+    return FEW_PROMPTS if short or length > max(TARGET_LENGTHS) else PROMPTS
 
 
 class Grid:
@@ -156,7 +161,6 @@ def measure(options: Options) -> Result:
     lengths = SHORT_LENGTHS if options.short else LENGTHS
     if options.n is not None:
         lengths = dict.fromkeys(lengths, options.n)
-    prompts = SHORT_PROMPTS if options.short else PROMPTS
     folder, name = model_folder(options.model)
     # a request may ask for a stricter policy than the configured one, never for a laxer one;
     # edited followers must not serve others, and embeddings have a measurement of their own
@@ -172,11 +176,12 @@ def measure(options: Options) -> Result:
 
             texts = long_texts(options.data, AutoTokenizer.from_pretrained(folder))
             grid = Grid(engines, home, texts)
-            steps = sum(lengths.values()) * (len(prompts) + 1)
+            prompts = {size: prompts_of(size, short=options.short) for size in lengths}
+            steps = sum(times * (len(prompts[size]) + 1) for size, times in lengths.items())
             task = progress.add_task("Serving prompts", total=steps)
             grid.warm_up()
             for repetition in range(max(lengths.values())):
                 for length in (size for size, times in lengths.items() if repetition < times):
-                    for _ in grid.measure(length, prompts, repetition):
+                    for _ in grid.measure(length, prompts[length], repetition):
                         progress.advance(task)
     return result(grid.samples, grid.declined, options, name)
