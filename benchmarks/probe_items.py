@@ -3,8 +3,10 @@
 After arXiv 2609.17983. A record names a value once, in the sentence that is edited. *Direct*
 questions ask for that value. *Derived* ones ask for what an unedited sentence says by pointing back
 to it ("... in that same city"), whose rows, computed beside the old value, may still hold it. That
-sentence follows at once (near) or after at least 250 tokens (far). Filler before, between and after
-is real text on something else, so that nothing is within the tail of the prompt.
+sentence follows at once (near) or after at least 250 tokens (far). *Rival* questions are derived
+ones, and the old value stays in the prompt, said of somebody else just before: looking for the only
+city in the text is then no way to the answer. Filler before, between and after is real text on
+something else, so that nothing is within the tail of the prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from benchmarks.chats import Chat
 
 BEFORE, NEAR_GAP, FAR_GAP, AFTER = 30, 0, 260, 90
 """Tokens of filler before the record, between its two sentences, and after it."""
+QUESTIONS = ("direct", "derived", "rival")
 MAX_SPAN = 6
 """Tokens of an edited value at most."""
 
@@ -106,7 +109,7 @@ class Probe(NamedTuple):
 
     kind: str
     question: str
-    """`direct` or `derived`."""
+    """`direct`, `derived` or `rival`."""
     distance: str
     """`near` or `far`."""
     same_length: bool
@@ -119,19 +122,19 @@ class Probe(NamedTuple):
 
 
 def probes(chat: Chat, filler: Filler, pairs: int, seed: int) -> list[Probe]:
-    """Eight probes for each of `pairs` changed facts: question, distance, length of the value."""
+    """Twelve probes for each of `pairs` changed facts: question, distance, length of the value."""
     draw = random.Random(seed)
     made = []
     for index in range(pairs):
         record = RECORDS[index % len(RECORDS)]
-        name, other = draw.sample(NAMES, 2)
+        people = draw.sample(NAMES, 3)
         for same_length in (True, False):
             old, new = _values(chat, record.kind, same_length, draw)
             for distance, gap in (("near", NEAR_GAP), ("far", FAR_GAP)):
                 around = filler.take(BEFORE), filler.take(gap), filler.take(AFTER)
-                for question in ("direct", "derived"):
+                for question in QUESTIONS:
                     texts = [
-                        _prompt(chat, record, value, name, other, around, question)
+                        _prompt(chat, record, value, old, people, around, question)
                         for value in (new, old)
                     ]
                     first_new, first_old = (chat.tokens(" " + value)[0] for value in (new, old))
@@ -148,13 +151,16 @@ def _prompt(
     chat: Chat,
     record: Record,
     value: str,
-    name: str,
-    other: str,
+    old: str,
+    people: Sequence[str],
     around: tuple[str, str, str],
     question: str,
 ) -> tuple[int, ...]:
     before, between, after = around
+    name, other, third = people
     fact = record.fact.format(value, name=name)
+    if question == "rival":
+        fact = f"{record.fact.format(old, name=third)} {fact}"
     derived = record.derived.format(name=name, other=other)
     asked = record.direct_question if question == "direct" else record.derived_question
     begun = record.direct_answer if question == "direct" else record.derived_answer

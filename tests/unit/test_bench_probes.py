@@ -10,6 +10,7 @@ import pytest
 from benchmarks.probe_items import (
     FAR_GAP,
     MAX_SPAN,
+    QUESTIONS,
     RECORDS,
     VALUES,
     Filler,
@@ -46,8 +47,8 @@ def made() -> list[Probe]:
 
 def test_every_combination_is_there_once_for_each_fact(made):
     combinations = {(p.question, p.distance, p.same_length) for p in made}
-    assert combinations == set(product(["direct", "derived"], ["near", "far"], [True, False]))
-    assert len(made) == 8 * PAIRS
+    assert combinations == set(product(QUESTIONS, ["near", "far"], [True, False]))
+    assert len(made) == 12 * PAIRS
 
 
 def test_request_and_donor_differ_in_one_short_span(made):
@@ -59,11 +60,13 @@ def test_request_and_donor_differ_in_one_short_span(made):
         assert (len(request) == len(donor)) == probe.same_length
 
 
-def test_the_answers_begin_differently_and_each_is_in_its_own_prompt_only(made):
+def test_the_answers_begin_differently_and_each_is_in_its_own_prompt(made):
     for probe in made:
         assert probe.new != probe.old
         assert probe.new in probe.request
         assert probe.old in probe.donor
+        # a rival keeps the old value in the request, said of somebody else
+        assert (probe.old in probe.request) == (probe.question == "rival")
 
 
 def test_a_far_record_is_at_least_250_tokens_from_what_depends_on_it(made):
