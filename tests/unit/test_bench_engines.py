@@ -158,6 +158,29 @@ def test_what_a_dead_engine_printed_is_shown(
         pass
 
 
+@pytest.mark.slow
+def test_a_restart_empties_the_host_tier_and_nothing_else() -> None:
+    from kvshare_store.daemon.client import Client
+    from kvshare_store.namespace import Namespace
+    from kvshare_store.tensors.layout import KVLayout
+    from kvshare_store.testing.daemons import ClientDriver
+
+    namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
+    small = {"host_bytes": 1 << 20, "min_prompt_tokens": 8, "min_saving_ms": 0.0}
+    with engines.temporary_home(semantic="never", plan_deadline_ms=20_000.0, **small) as home:
+        with Client(home.fields["home"]) as client:
+            driver = ClientDriver(client, namespace)
+            driver.save(range(100))
+            home.restart()
+            after = home.stats()
+            assert after["nodes"] == 1
+            assert after["tiers"]["host"]["blocks"] == 0
+            assert after["tiers"]["disk"]["blocks"] > 0
+            assert driver.serve([*range(100), 1]).exact == 100
+        assert home.stats()["tiers"]["host"]["blocks"] > 0
+        home.wait_idle()
+
+
 def test_arms_share_their_settings() -> None:
     plain = engines.engine_settings("model", caching=False)
     assert engines.engine_settings("model", caching=True) == plain | {"enable_prefix_caching": True}
