@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvshare_connectors.transformers.decode import generate, teacher_forced
+from kvshare_connectors.transformers.decode import generate, teacher_forced, teacher_forced_batch
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.rows import RowCache
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "full_compute",
     "generate",
     "teacher_forced",
+    "teacher_forced_batch",
 ]
 
 

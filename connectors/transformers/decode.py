@@ -68,12 +68,23 @@ def generate(
 
 
 def teacher_forced(engine: RowEngine, ready: Ready, continuation: Sequence[int]) -> Tensor:
-    """Log-probabilities of each token of `continuation`, float32 `[len(continuation), vocab]`."""
-    logits = [ready.logits[None]]
+    """Log-probabilities before each token of `continuation`: `[len(continuation), vocab]`."""
+    return teacher_forced_batch(engine, [ready], continuation)[0]
+
+
+def teacher_forced_batch(
+    engine: RowEngine, prompts: Sequence[Ready], continuation: Sequence[int]
+) -> Tensor:
+    """Log-probabilities before each token of one continuation of all prompts, as one batch.
+
+    float32 `[prompts, len(continuation), vocab]`. The prompts' own caches are left as they are.
+    """
+    logits = [torch.stack([ready.logits for ready in prompts])[:, None]]
     if len(continuation) > 1:
-        length = ready.cache.slots
-        fed = torch.tensor([list(continuation[:-1])])
-        cache = stacked(engine, [ready], fed.shape[1])
-        positions = torch.arange(length, length + fed.shape[1])[None]
-        logits.append(engine.compute(cache, fed, positions, logits_at=range(fed.shape[1]))[0])
-    return torch.cat(logits).log_softmax(-1)[: len(continuation)]
+        fed = torch.tensor([list(continuation[:-1])] * len(prompts))
+        new = fed.shape[1]
+        cache = stacked(engine, prompts, new)
+        lengths = torch.tensor([ready.cache.slots for ready in prompts])
+        positions = lengths[:, None] + torch.arange(new)
+        logits.append(engine.compute(cache, fed, positions, logits_at=range(new)))
+    return torch.cat(logits, 1).log_softmax(-1)[:, : len(continuation)]

@@ -1,0 +1,218 @@
+"""Agreement with full compute: the frontier of tokens reused against KL, over similar prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from benchmarks.agreement_grid import grid
+from benchmarks.agreement_pairs import SHARE, SimilarPair, Split, similar_pairs
+from benchmarks.agreement_scores import CONTINUATION, Score, floors, scores
+from benchmarks.chats import Chat
+from benchmarks.result import Cell, Options, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FLOOR_EVERY = 3
+"""The noise floor is computed on every third pair: bf16 is slow on most CPUs."""
+COLUMNS = [
+    "method",
+    "reused",
+    "reused, pooled",
+    "of alignable",
+    "first token same",
+    "KL first",
+    "KL 16",
+    "± (s.e.)",
+    "agree 16",
+    "x bf16 twice",
+    "x bf16/fp32",
+]
+
+
+def measure(options: Options) -> Result:
+    """The frontier on the half of the pairs that no parameter was chosen on."""
+    return frontier(options, "report", name="agreement", n=options.size(300, 8), wide=False)
+
+
+def frontier(options: Options, split: Split, *, name: str, n: int, wide: bool) -> Result:
+    """All methods of the grid on `n` pairs of a half."""
+    from kvshare_connectors.transformers.engine import RowEngine
+    from kvshare_connectors.transformers.identity import namespace_of
+
+    from examples.demo.model import prepare_model
+    from kvshare_store.lookup.text import delimiter_ids
+
+    model = options.model or str(prepare_model())
+    pairs = similar_pairs(options.data, Chat(model), split, n)
+    exact = RowEngine.load(model, torch.float32)
+    delimiters = delimiter_ids(namespace_of(exact.model, model))
+    methods = grid(delimiters, wide=wide, short=options.short)
+    found = list(
+        chain.from_iterable(
+            track(scores(exact, pairs, methods), "Filling and forcing", total=len(pairs))
+        )
+    )
+    few = pairs[::_FLOOR_EVERY]
+    rough = RowEngine.load(model, torch.bfloat16)
+    noise = list(
+        chain.from_iterable(track(floors(exact, rough, few), "Noise floor", total=len(few)))
+    )
+    return result_of(options, pairs, found, noise, name=name, split=split)
+
+
+def result_of(
+    options: Options,
+    pairs: Sequence[SimilarPair],
+    found: Sequence[Score],
+    noise: Sequence[Score],
+    *,
+    name: str,
+    split: Split,
+) -> Result:
+    """The table: a row for each method, and the two noise floors above them."""
+    floor = {key: mean(kept, "kl") for key, kept in by_method(noise).items()}
+    alignable = {pair.id: pair.alignable for pair in pairs}
+    rows = [row(kept, floor, alignable) for kept in by_method([*noise, *found]).values()]
+    floor_pairs = len(noise) // max(1, len(floor))
+    return Result(
+        name=name,
+        title=f"Agreement with full compute over {CONTINUATION} forced tokens ({split} half)",
+        n={"pairs": len(pairs), "pairs for the noise floor": floor_pairs},
+        seed=options.seed,
+        model=f"{options.model or 'SmolLM2-135M-Instruct'}, fp32, transformers",
+        noise_floor="mean KL over 16 tokens: "
+        + ", ".join(f"{key} {value:.4f}" for key, value in floor.items()),
+        columns=COLUMNS,
+        rows=rows,
+        paper="The paper reports no such number, only BLEU and Rouge-L of answers (Table 1).",
+        notes=notes(pairs),
+        targets=targets(rows),
+        series={"floor": floor, "per_pair": per_pair(found)},
+    )
+
+
+def by_method(found: Iterable[Score]) -> dict[str, list[Score]]:
+    """Scores of each method, in the order in which methods first appear."""
+    kept: dict[str, list[Score]] = {}
+    for one in found:
+        kept.setdefault(one.method, []).append(one)
+    return kept
+
+
+def mean(kept: Sequence[Score], field: str) -> float:
+    """Mean over pairs."""
+    return float(np.mean([getattr(one, field) for one in kept]))
+
+
+def row(kept: Sequence[Score], floor: dict[str, float], alignable: dict[str, float]) -> list[Cell]:
+    """One line of the table; both denominators of the KL are there, and both of the reuse."""
+    shares = [one.reused / one.tokens for one in kept]
+    tokens = sum(one.tokens for one in kept)
+    reusable = sum(one.tokens * alignable[one.pair] for one in kept)
+    reused = sum(one.reused for one in kept)
+    kl = mean(kept, "kl")
+    return [
+        kept[0].method,
+        float(np.mean(shares)),
+        reused / tokens,
+        reused / reusable,
+        mean(kept, "first_same"),
+        mean(kept, "kl_first"),
+        kl,
+        float(np.std([one.kl for one in kept]) / len(kept) ** 0.5),
+        mean(kept, "agree"),
+        *(kl / floor[key] for key in ("bf16 twice", "bf16 against fp32")),
+    ]
+
+
+def targets(rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str, bool]]:
+    """What the presets were to reach."""
+    found = []
+    for preset, times, share in (("balanced", 5.0, 0.75), ("faithful", 2.0, 0.0)):
+        line: Any = next((r for r in rows if r[0] == f"kvshare {preset}"), None)
+        if line is None:
+            continue
+        reached = line[1] >= share and line[9] <= times
+        least = f" at >= {share:.0%} reused" if share else ""
+        found.append(
+            (
+                f"{preset}: KL 16 <= {times:.0f} x noise floor{least}",
+                f"{line[9]:.1f} x bf16 twice, {line[10]:.1f} x bf16/fp32, {line[1]:.1%} reused",
+                bool(reached),
+            )
+        )
+    return found
+
+
+def notes(pairs: Sequence[SimilarPair]) -> list[str]:
+    """What a reader must know of the sample and the columns."""
+    lengths = [len(pair.prompt) for pair in pairs]
+    return [
+        f"Pairs: human turns of ShareGPT, each as a prompt of its own in the chat template, with an"
+        f" earlier one that covers >= {SHARE:.0%} of its tokens in runs of >= 8, not identical and"
+        " edited somewhere (>= 16 aligned tokens after the first edit). Mean aligned"
+        f" {np.mean([pair.alignable for pair in pairs]):.1%}; {min(lengths)} to {max(lengths)}"
+        f" tokens, median {np.median(lengths):.0f}.",
+        "Methods in fp32 against full compute in fp32, one donor. 'reused' is the mean of each"
+        " prompt's share, 'pooled' counts tokens of all prompts together.",
+        "'x bf16 twice': KL 16 as a multiple of full compute in bf16 against itself with the prompt"
+        " in two chunks; 'x bf16/fp32': of bf16 against fp32.",
+        "CacheBlend, EPIC and DHD choose among the rows that our alignment keeps; DHD is our"
+        " reading of an abstract. Their 'reused' is a mean over the layers.",
+    ]
+
+
+def per_pair(found: Sequence[Score]) -> dict[str, list[list[float]]]:
+    """For each method the share reused and the KL of every pair."""
+    return {
+        name: [[round(one.reused / one.tokens, 4), round(one.kl, 6)] for one in kept]
+        for name, kept in by_method(found).items()
+    }
+
+
+_MARKS = {
+    "kvshare": ("*", "KVShare presets"),
+    "window": ("o", "window after edits"),
+    "cacheblend": ("s", "CacheBlend (HKVD)"),
+    "epic": ("^", "EPIC (LegoLink)"),
+    "dhd": ("v", "DHD, our reading"),
+    "blend": ("D", "window + HKVD"),
+}
+
+
+def draw(result: Result) -> Figure:
+    """Tokens reused against KL, with both noise floors as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5))
+    axes = figure.subplots()
+    seen: set[str] = set()
+    for line in result.rows:
+        name, reused, kl = str(line[0]), line[1], line[6]
+        kind = "blend" if "+ hkvd" in name else name.split()[0]
+        if kind not in _MARKS or not isinstance(kl, float) or kl <= 0:
+            continue
+        mark, label = _MARKS[kind]
+        fill = "black" if kind == "kvshare" else "white"
+        axes.plot(
+            [reused], [kl], mark, color="black", markerfacecolor=fill, markersize=8,
+            label=None if kind in seen else label,
+        )  # fmt: skip
+        seen.add(kind)
+        short = name.removeprefix("kvshare ").removeprefix("window ").removeprefix(f"{kind} ")
+        axes.annotate(short, (reused, kl), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    for (key, value), style in zip(result.series["floor"].items(), ("--", ":"), strict=True):
+        axes.axhline(value, color="black", linestyle=style, linewidth=1, label=f"noise: {key}")
+    axes.set_yscale("log")
+    axes.set_xlabel("share of tokens reused (mean over prompts)")
+    axes.set_ylabel("KL to full compute, mean over 16 tokens (nats)")
+    axes.set_title(result.title, fontsize=10)
+    axes.legend(fontsize=7)
+    return figure

@@ -1,0 +1,88 @@
+"""The methods and parameters whose frontier is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+
+from benchmarks.methods.base import Method
+from benchmarks.methods.cacheblend import blended, cacheblend, dhd
+from benchmarks.methods.epic import Epic
+from benchmarks.methods.kvshare import KVShare, kvshare, prefix
+from kvshare_store.lookup.policy import PRESETS, ReusePolicy
+
+
+def windowed(
+    window: int,
+    *,
+    tail: int = 1,
+    min_run: int = 2,
+    delimiters: bool = False,
+) -> ReusePolicy:
+    """The paper's policy with other parameters."""
+    return msgspec.structs.replace(
+        PRESETS["aggressive"],
+        edit_window=window,
+        tail=tail,
+        min_run=min_run,
+        delimiters=delimiters,
+    )
+
+
+def spelled(policy: ReusePolicy) -> str:
+    """A policy's parameters in a few letters: window, tail, min_run, delimiters."""
+    parts = [f"window {policy.edit_window}"]
+    if policy.tail > 1:
+        parts.append(f"tail {policy.tail}")
+    if policy.min_run > 2:
+        parts.append(f"min_run {policy.min_run}")
+    return ", ".join([*parts, *(["delimiters"] if policy.delimiters else [])])
+
+
+def presets(delimiters: Collection[int]) -> list[Method]:
+    """The policies as they are shipped; the first reuses prefixes only."""
+    named = ("aggressive", "balanced", "faithful")
+    return [prefix(), *(kvshare(name, delimiters) for name in named)]
+
+
+def published() -> list[Method]:
+    """Selection rules that others published."""
+    blends = [cacheblend(share) for share in (0.05, 0.15, 0.30)]
+    epics = [Epic(k) for k in (8, 16, 32)]
+    deviations = [dhd(share) for share in (0.05, 0.15, 0.30)]
+    return [*blends, cacheblend(0.15, "v"), *epics, *deviations]
+
+
+def windows(delimiters: Collection[int], *, wide: bool) -> list[Method]:
+    """Our own knobs; `wide` is the grid that the presets were chosen from."""
+    policies = [windowed(window) for window in (4, 8, 16, 32, 64)]
+    policies += [windowed(8, delimiters=True), windowed(8, tail=8, delimiters=True)]
+    if wide:
+        policies += [windowed(window, delimiters=True) for window in (4, 16, 32)]
+        policies += [windowed(8, tail=8), windowed(16, tail=8), windowed(16, tail=32)]
+        policies += [windowed(4, tail=8, delimiters=True), windowed(16, tail=8, delimiters=True)]
+        policies += [windowed(32, tail=32), windowed(32, tail=32, delimiters=True)]
+        policies += [windowed(8, min_run=16), windowed(16, min_run=32)]
+        policies += [windowed(48, tail=32, min_run=48), windowed(64, tail=32, delimiters=True)]
+    return [KVShare(spelled(policy), policy, delimiters) for policy in policies]
+
+
+def combined(delimiters: Collection[int], *, wide: bool) -> list[Method]:
+    """Windows after edits, and HKVD among what they leave."""
+    pairs = [(windowed(4), 0.05), (windowed(8), 0.05), (windowed(8, delimiters=True), 0.05)]
+    if wide:
+        pairs += [(windowed(4), 0.1), (windowed(8), 0.15), (windowed(16, tail=8), 0.1)]
+    return [blended(policy, spelled(policy), share, delimiters) for policy, share in pairs]
+
+
+def grid(delimiters: Collection[int], *, wide: bool = False, short: bool = False) -> list[Method]:
+    """All methods of a run."""
+    if short:
+        return [*presets(delimiters), cacheblend(0.15), Epic(16), dhd(0.15)]
+    return [
+        *presets(delimiters),
+        *published(),
+        *windows(delimiters, wide=wide),
+        *combined(delimiters, wide=wide),
+    ]

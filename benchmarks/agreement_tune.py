@@ -1,0 +1,13 @@
+"""The wide grid on the other half of the pairs: where the presets' parameters come from."""
+
+from __future__ import annotations
+
+from benchmarks.agreement import draw, frontier
+from benchmarks.result import Options, Result
+
+__all__ = ["draw", "measure"]
+
+
+def measure(options: Options) -> Result:
+    """More settings on fewer pairs; nothing of this half is reported as an achievement."""
+    return frontier(options, "tune", name="agreement-tune", n=options.size(100, 4), wide=True)
