@@ -117,3 +117,25 @@ def test_the_matrix_grows_past_its_first_rows() -> None:
     for at in range(300):
         matrix.add(str(at), eye[at])
     assert all(matrix.nearest(eye[at], 1)[0] == (str(at), 1.0) for at in range(0, 300, 37))
+
+
+def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((6_000, 384)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    matrix = VectorMatrix()
+    for at, row in enumerate(rows):
+        matrix.add(str(at), row)
+    for at in range(0, 6_000, 3):
+        matrix.remove(str(at))
+    matrix.add("1", rows[0])  # replaced where there is a sketch of the old one
+    kept = [at for at in range(6_000) if at % 3 and at != 1]
+    assert len(matrix) == len(kept) + 1
+    for at in kept[::97]:
+        like = rows[at] + 1.5 * rows[(at * 7) % 6_000]  # cosines of 0.55 and 0.83
+        (name, cosine), *_ = matrix.nearest(rows[at], 8)
+        assert (name, round(cosine, 5)) == (str(at), 1.0)
+        names = [name for name, _ in matrix.nearest(like / np.linalg.norm(like), 8)]
+        assert str(at) in names
+    assert matrix.nearest(rows[0], 1)[0][0] == "1"
+    assert str(3) not in [name for name, _ in matrix.nearest(rows[3], 100)]
