@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks NAME --data DIR`, `all`, `report`."""
+"""The commands: `python -m benchmarks run NAME --data DIR`, `report`, `fetch SET --to DIR`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import typer
 from benchmarks.result import Options, run
 
 MEASUREMENTS: dict[str, str] = {
+    "figure2": "figure2",
+    "figure4": "figure4",
     "ttft": "ttft",
     "load": "load",
     "misses": "misses",
+    "misses_store": "misses_store",
+    "steady": "steady",
+    "scale": "scale",
     "lmcache": "lmcache",
     "semblend": "semblend",
     "table1": "table1",
@@ -56,6 +61,32 @@ def run_one(
     for name in wanted:
         module = import_module(f"benchmarks.{MEASUREMENTS[name]}")
         run(module.measure, getattr(module, "draw", None), options, _command(name, options))
+
+
+@app.command("report")
+def write_report(out: Out = Path("docs/benchmarks")) -> None:
+    """Make `index.md` from the JSON files in a folder."""
+    from benchmarks.report import ReportError, report
+
+    try:
+        typer.echo(report(out, list(MEASUREMENTS)))
+    except ReportError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command("fetch")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="A data set.")],
+    to: Annotated[Path, typer.Option(help="The folder that `--data` will name.")],
+) -> None:
+    """Bring a data set into place."""
+    from benchmarks.data import DataError
+    from benchmarks.fetch import fetch
+
+    try:
+        typer.echo(f"{fetch(name, to):,} rows")
+    except DataError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _command(name: str, options: Options) -> str:

@@ -17,7 +17,7 @@ _HOW = {
     "musique": "copy inputs/musique_s.json from the repository YaoJiayi/CacheBlend",
     "minilongbench": "copy pred_data/example/*.json from the repository MiniLongBench",
     "mooncake": "copy FAST25-release/traces/*.jsonl from the repository kvcache-ai/Mooncake",
-    "arena-hard": "python -m benchmarks fetch arena-hard --to DIR (needs datasets and a network)",
+    "arena-hard": "copy data/arena-hard-v*/question.jsonl of lmarena/arena-hard-auto",
     "qqp": "copy examples/benchmark/*.json.gz from the repository zilliztech/GPTCache",
 }
 

