@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TARGET = 0.02
 _LONGEST = 2048
 _ARMS = ("plain", "plain again", "kvshare")
+_ADDED = ("lookup", "plan", "snapshot")
 _BUCKETS = (32, 128, 512, _LONGEST + 1)
 
 
@@ -47,6 +48,11 @@ class Triple(NamedTuple):
     """KVShare found something to reuse after all."""
     background: float
     """Processor seconds that KVShare used for this prompt after its token: engine and daemon."""
+
+    @property
+    def added(self) -> float:
+        """Share of KVShare's time that it spent in parts which plain vLLM does not have."""
+        return sum(self.parts[part] for part in _ADDED) / self.seconds["kvshare"]
 
     def ratio(self, arm: str) -> float:
         """This arm's time beside the first plain engine's."""
@@ -138,7 +144,14 @@ def _result(triples: list[Triple], options: Options, model: str) -> Result:
             "what KVShare adds before the token, median ms: "
             + ", ".join(
                 f"{part} {median(t.parts[part] for t in misses) * 1e3:.2f}"
-                for part in ("lookup", "plan", "snapshot")
+                for part in _ADDED
+            ),
+            "these parts as a share of the time to first token, which says the same with less "
+            "noise, median: "
+            + ", ".join(
+                f"{title} {median(triple.added for triple in group):.1%}"
+                for title, group in groups.items()
+                if group
             ),
             "processor time for storing and embedding the prompt after its token, on no request's "
             f"way while the machine has time: median {_background(misses):.0f} ms per prompt",
