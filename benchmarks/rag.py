@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from kvshare_connectors.transformers.engine import RowEngine
 
 from benchmarks import data
 from benchmarks.answers import drafted
@@ -23,7 +24,6 @@ from benchmarks.result import Cell, Options, Result
 from benchmarks.scores import Metric, paired_bootstrap, token_f1
 
 if TYPE_CHECKING:
-    from kvshare_connectors.transformers.engine import RowEngine
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -35,7 +35,7 @@ WORDS = 80
 """Words kept of each passage: those around which the question's words are densest."""
 REPLACED = 3
 """Passages of ten that a `replaced` donor does not share with the request."""
-FULL, NOISE = "full", "full, in two chunks"
+FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
 SHUFFLED, REPLACING = "shuffled", "replaced"
 ASK = (
     "Answer the question from the passages. Answer within 5 words.\n\n{passages}\n\n"
@@ -54,13 +54,14 @@ class Asked(NamedTuple):
 def measure(options: Options) -> Result:
     """Every method's answers, their F1 and their agreement with full compute."""
     engine, chat, model = engine_for(options)
-    asked = requests(chat, data.musique(options.data), options.size(12, 2), options.seed)
+    asked = requests(chat, data.musique(options.data), options.size(20, 1), options.seed)
     arms: dict[tuple[str, str], Arm] = {}
     divergence: dict[tuple[str, str], list[float]] = {}
+    half, _, _ = engine_for(options, torch.bfloat16)
     methods = lineup(engine)
     with progress("Asking about passages", len(asked)) as step:
         for index, one in enumerate(asked):
-            for key, (ready, answer, kl) in _answer(engine, chat, methods, one).items():
+            for key, (ready, answer, kl) in _answer(engine, half, chat, methods, one).items():
                 arm = arms.setdefault(key, Arm(*key, len(asked)))
                 arm.take(index, ready, answer)
                 divergence.setdefault(key, []).append(kl)
@@ -114,7 +115,7 @@ def excerpt(text: str, question: str) -> str:
 
 
 def _answer(
-    engine: RowEngine, chat: Chat, methods: Sequence[Method], asked: Asked
+    engine: RowEngine, half: RowEngine, chat: Chat, methods: Sequence[Method], asked: Asked
 ) -> dict[tuple[str, str], tuple[Prefilled, str, float]]:
     """Every arm's prefill, answer, and mean KL over the tokens of full compute's answer."""
     full = full_compute(engine, asked.request)
@@ -127,10 +128,14 @@ def _answer(
         for method in methods:
             ready[method.name, kind] = method.prefill(engine, asked.request, [donor])
     answers = drafted(engine, list(ready.values()), [draft] * len(ready), NEW, chat.stop, batch=4)
-    return {
+    seen = {
         key: (one, chat.text(answer), _kl(truth, teacher_forced(engine, one, forced)))
         for (key, one), answer in zip(ready.items(), answers, strict=True)
     }
+    again = full_compute(half, asked.request)
+    answer = drafted(half, [again], [draft], NEW, chat.stop)[0]
+    seen[BF16, ""] = again, chat.text(answer), _kl(truth, teacher_forced(half, again, forced))
+    return seen
 
 
 def _kl(truth: Tensor, other: Tensor) -> float:
@@ -182,7 +187,7 @@ def _result(
         model=f"{model}, float32",
         noise_floor=(
             f"full compute in two chunks: {rows[1][5]:.0%} of the answers are the same, "
-            f"KL {rows[1][7]:.2g}"
+            f"KL {rows[1][7]:.2g}; in bf16: {rows[2][5]:.0%}, KL {rows[2][7]:.2g}"
         ),
         columns=[
             "method",
@@ -223,22 +228,24 @@ def _notes() -> list[str]:
 
 
 def draw(result: Result) -> Figure:
-    """Divergence by share reused; a marker for each donor, a name for each method."""
+    """Divergence from full compute by method, one panel for a kind of donor."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    points = list(result.series.values())
+    least = 1e-6
+    noise = result.series[BF16][0]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     for axis, donors in zip(axes, (SHUFFLED, REPLACING), strict=True):
-        for kl, reused, method, of in result.series.values():
-            if of != donors:
-                continue
-            ours = method.startswith("kvshare")
-            axis.plot(reused, kl, "s" if ours else "o", color="black", markersize=6,
-                      markerfacecolor="black" if ours else "white")  # fmt: skip
-            axis.annotate(method, (reused, kl), (5, 4), textcoords="offset points", fontsize=8)
+        some = [point for point in points if point[3] == donors]
+        for at, (kl, _, method, _) in enumerate(some):
+            filled = "black" if method.startswith("kvshare") else "white"
+            axis.plot(max(kl, least), at, "o", color="black", markerfacecolor=filled)
+        labels = [f"{method}, {reused:.0%} reused" for _, reused, method, _ in some]
+        axis.set_yticks(range(len(some)), labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(noise, color="0.5", linewidth=0.8, linestyle="--")
+        axis.set_xscale("log")
         axis.set_title(f"{donors} passages, n = {result.n['questions']}", fontsize=10)
-        axis.set_xlabel("share of tokens reused")
-        axis.set_xlim(-0.05, 1.15)
-        axis.set_yscale("symlog", linthresh=1e-3)
-    axes[0].set_ylabel("mean KL from full compute (nats)")
+        axis.set_xlabel("mean KL from full compute (nats); dashed: full compute in bf16")
     return figure
