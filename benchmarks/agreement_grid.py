@@ -46,9 +46,11 @@ def presets(delimiters: Collection[int]) -> list[Method]:
     return [prefix(), *(kvshare(name, delimiters) for name in named)]
 
 
-def published() -> list[Method]:
+def published(*, wide: bool) -> list[Method]:
     """Selection rules that others published."""
     blends = [cacheblend(share) for share in (0.05, 0.15, 0.30)]
+    if not wide:
+        return [*blends, Epic(16), dhd(0.15)]
     epics = [Epic(k) for k in (8, 16, 32)]
     deviations = [dhd(share) for share in (0.05, 0.15, 0.30)]
     return [*blends, cacheblend(0.15, "v"), *epics, *deviations]
@@ -56,23 +58,25 @@ def published() -> list[Method]:
 
 def windows(delimiters: Collection[int], *, wide: bool) -> list[Method]:
     """Our own knobs; `wide` is the grid that the presets were chosen from."""
-    policies = [windowed(window) for window in (4, 8, 16, 32, 64)]
-    policies += [windowed(8, delimiters=True), windowed(8, tail=8, delimiters=True)]
+    policies = [windowed(window) for window in (8, 16, 32, 64)]
+    policies += [windowed(8, delimiters=True), windowed(16, min_run=32), windowed(32, tail=32)]
     if wide:
-        policies += [windowed(window, delimiters=True) for window in (4, 16, 32)]
-        policies += [windowed(8, tail=8), windowed(16, tail=8), windowed(16, tail=32)]
-        policies += [windowed(4, tail=8, delimiters=True), windowed(16, tail=8, delimiters=True)]
-        policies += [windowed(32, tail=32), windowed(32, tail=32, delimiters=True)]
-        policies += [windowed(8, min_run=16), windowed(16, min_run=32)]
-        policies += [windowed(48, tail=32, min_run=48), windowed(64, tail=32, delimiters=True)]
+        policies += [windowed(4), windowed(48), windowed(8, min_run=16), windowed(16, min_run=16)]
+        policies += [windowed(8, tail=8), windowed(8, tail=8, delimiters=True)]
+        policies += [windowed(16, tail=8, delimiters=True), windowed(16, tail=16)]
+        policies += [windowed(16, delimiters=True), windowed(32, min_run=32)]
+        policies += [windowed(16, tail=16, min_run=32), windowed(32, tail=16, min_run=32)]
+        policies += [windowed(32, tail=32, delimiters=True), windowed(48, tail=32, min_run=48)]
+        policies += [windowed(64, tail=32, min_run=64), windowed(64, tail=32, delimiters=True)]
     return [KVShare(spelled(policy), policy, delimiters) for policy in policies]
 
 
 def combined(delimiters: Collection[int], *, wide: bool) -> list[Method]:
     """Windows after edits, and HKVD among what they leave."""
-    pairs = [(windowed(4), 0.05), (windowed(8), 0.05), (windowed(8, delimiters=True), 0.05)]
+    pairs = [(windowed(8), 0.05)]
     if wide:
-        pairs += [(windowed(4), 0.1), (windowed(8), 0.15), (windowed(16, tail=8), 0.1)]
+        pairs += [(windowed(4), 0.05), (windowed(4), 0.1), (windowed(16, min_run=32), 0.05)]
+        pairs += [(windowed(8, delimiters=True), 0.05), (windowed(8), 0.15)]
     return [blended(policy, spelled(policy), share, delimiters) for policy, share in pairs]
 
 
@@ -82,7 +86,7 @@ def grid(delimiters: Collection[int], *, wide: bool = False, short: bool = False
         return [*presets(delimiters), cacheblend(0.15), Epic(16), dhd(0.15)]
     return [
         *presets(delimiters),
-        *published(),
+        *published(wide=wide),
         *windows(delimiters, wide=wide),
         *combined(delimiters, wide=wide),
     ]

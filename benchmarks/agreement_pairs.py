@@ -20,7 +20,7 @@ Split = Literal["tune", "report"]
 
 _CHARACTERS = 100, 6000
 TOKENS = 64, 1024
-SHARE = 0.7
+SHARE = 0.8
 """Least share of the prompt that aligns with the donor in runs of at least `_RUN` tokens."""
 _RUN = 8
 _AFTER_EDIT = 16
