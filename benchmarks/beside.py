@@ -80,7 +80,7 @@ def compare(peer: Peer, options: Options) -> list[Sample]:
             texts = long_texts(options.data, AutoTokenizer.from_pretrained(folder))
             return [
                 sample
-                for turn in track(range(-1, options.size(24, 4)), "Serving prompts")
+                for turn in track(range(-1, max(2, options.size(24, 4))), "Serving prompts")
                 for sample in _serve(engines, peer, home, texts, turn)
                 if turn >= 0  # the first one warms up
             ]

@@ -84,7 +84,7 @@ def measure(options: Options) -> Result:
             from transformers import AutoTokenizer
 
             found = prompts(options.data, AutoTokenizer.from_pretrained(folder))
-            warm, count = 8, options.size(300, 40)
+            warm, count = 8, max(2, options.size(300, 40))
             sent = [tokens for tokens, _ in zip(found, range(warm + count), strict=False)]
             triples = [
                 _serve(engines, home, tokens, turn)
