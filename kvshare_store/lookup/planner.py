@@ -28,6 +28,8 @@ _FLOOR = 0.02
 """Lexical cosines below this are chance."""
 _MOSTLY = 0.5
 """Semantic vectors are asked when the others leave more than this uncovered."""
+_PLACES = 8
+"""Places in a donor that are tried for a passage that occurs in it more often."""
 
 
 class Draft(NamedTuple):
@@ -236,9 +238,29 @@ def _fill_gaps(cover: Cover, node: Node, gaps: list[Run], shortest: int) -> None
     """Let `node` fill gaps from anywhere in it: text that moved, or that only this donor has."""
     shared = cover.shared_grams(node)
     for gap in gaps:
-        if shared[gap.start : gap.stop - GRAM + 1].any():
-            found = align(cover.request[gap.start : gap.stop], node.tokens)
-            cover.add(node, [m._replace(start=gap.start + m.start) for m in found], shortest)
+        for run in runs_of(shared[gap.start : gap.stop - GRAM + 1]):
+            start, stop = gap.start + run.start, gap.start + run.stop + GRAM - 1
+            if stop - start >= shortest:
+                found = _found_in(cover.request[start:stop], node.tokens, shortest)
+                cover.add(node, [m._replace(start=start + m.start) for m in found], shortest)
+
+
+def _found_in(piece: Tokens, donor: Tokens, shortest: int) -> list[Match]:
+    """Runs of `piece` that occur in `donor`, the longest first found from left to right.
+
+    An edit script would miss them: it would rather replace what stands in the same place.
+    """
+    ours, theirs = gram_hashes(piece), gram_hashes(donor)
+    matches = []
+    at = 0
+    while at + shortest <= len(piece):
+        places = np.flatnonzero(theirs == ours[at])[:_PLACES]
+        lengths = [common_prefix(piece[at:], donor[place:]) for place in places]
+        longest = max(lengths, default=0)
+        if longest >= shortest:
+            matches.append(Match(at, int(places[lengths.index(longest)]), longest))
+        at += max(longest - GRAM + 1, 1) if longest < shortest else longest
+    return matches
 
 
 def _spans(cover: Cover, keep: npt.NDArray[np.bool_]) -> tuple[list[Span], list[str], list[int]]:

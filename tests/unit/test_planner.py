@@ -399,3 +399,14 @@ def test_every_plan_is_sound(case: tuple[Shelf, list[int], ReusePolicy]) -> None
     assert draft.exact <= best
     if not draft.declined:
         assert draft.exact >= best // 8 * 8 or len(shelf.tree) > 8
+
+
+def test_text_that_moved_far_is_found() -> None:
+    # replacing all of it in place is a shorter script than moving a part of it
+    shelf = Shelf()
+    donor = text(1, 96)
+    shelf.add(donor)
+    draft = shelf.plan(text(2, 60) + donor[:36])
+    assert [(s.start, s.stop, s.source) for s in draft.spans] == [
+        (60 + at, min(68 + at, 95), at) for at in range(0, 36, 8)
+    ]
