@@ -9,14 +9,14 @@ queries, keys and values and makes the choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from kvshare_connectors.transformers.attention import attending, grouped_attention
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.rows import RowCache
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvshare_store.errors import UnsupportedError
@@ -69,21 +69,19 @@ class Narrowing(AbstractContextManager["Narrowing"]):
         self._counts, self._rule = dict(counts), rule
         self._stored = cache.rows.clone()
         self._rows = torch.arange(cache.slots)
-        self._hooks: list[Any] = []
+        self._undo = ExitStack()
         self.computed: list[int] = []
 
     def __enter__(self) -> Narrowing:
-        config = self._engine.model.config
         ALL_ATTENTION_FUNCTIONS.register(_NAME, self._attend)
-        config._attn_implementation = _NAME
+        self._undo.enter_context(attending(self._engine.model, _NAME))
         for layer in self._engine.model.model.layers:
-            self._hooks.append(layer.register_forward_pre_hook(self._drop, with_kwargs=True))
+            hook = layer.register_forward_pre_hook(self._drop, with_kwargs=True)
+            self._undo.callback(hook.remove)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._engine.model.config._attn_implementation = "sdpa"
-        for hook in self._hooks:
-            hook.remove()
+        self._undo.close()
 
     @property
     def mean_computed(self) -> float:
@@ -116,7 +114,7 @@ class Narrowing(AbstractContextManager["Narrowing"]):
             self._cache.rows[layer, :, 0, at] = self._stored[layer, :, 0, at]
             self._rows = self._rows[self._going]
         self.computed.append(len(self._rows))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return grouped_attention(module, query, key, value, mask, **kwargs)
 
     def _choose(
         self, layer: int, query: Tensor, keys: Tensor, wanted: int, scaling: float

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvshare_connectors.transformers.attention import NAME as GROUPED
+from kvshare_connectors.transformers.attention import attending
 from kvshare_connectors.transformers.capability import decline_reason, layout_of, rope_of
 from kvshare_connectors.transformers.rows import RowCache
 from torch import Tensor
@@ -27,6 +29,9 @@ class RowEngine:
         if reason := decline_reason(model.config):
             raise UnsupportedError(f"KVShare does not serve this model: {reason}")
         self.model = model.eval()
+        # what else a user chose, such as eager attention for its soft cap, is left alone
+        own = model.config._attn_implementation
+        self._attention = GROUPED if own == "sdpa" else own
         self.layout = layout_of(model)
         self.rope = rope_of(model)
         self.device: torch.device = model.device
@@ -73,7 +78,7 @@ class RowEngine:
         positions = positions.to(self.device)
         cache.aim(positions)
         at = torch.tensor(logits_at, device=self.device)
-        with during or contextlib.nullcontext():
+        with attending(self.model, self._attention), during or contextlib.nullcontext():
             output = self.model(
                 input_ids=tokens.to(self.device),
                 attention_mask=cache.mask(self.dtype),
