@@ -145,7 +145,7 @@ def _result(phases: list[Phase], capacity: float, options: Options, model: str) 
         rows=[
             [
                 f"{phase.load:.0%}", phase.rate, arm, len(ttfts) / phase.replayed[arm].seconds,
-                *(value * 1e3 for value in _quantiles(ttfts)),
+                *(round(value * 1e3) for value in _quantiles(ttfts)),
                 *(ours / plain for ours, plain in zip(
                     _quantiles(ttfts), _quantiles(phase.replayed["plain"].ttfts), strict=True)),
             ]

@@ -176,7 +176,7 @@ def _spread(values: list[float]) -> str:
 
 def _rows(title: str, triples: list[Triple]) -> Iterator[list[Cell]]:
     for arm in _ARMS:
-        ms = median(triple.seconds[arm] for triple in triples) * 1e3
+        ms = round(median(triple.seconds[arm] for triple in triples) * 1e3)
         ratios = [triple.ratio(arm) for triple in triples]
         low, _, high = quantiles(ratios, n=4)
         yield [title, arm, len(triples), ms, f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
