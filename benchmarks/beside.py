@@ -168,5 +168,5 @@ def draw(made: Result) -> Figure:
         axes.bar(at, middle, 0.2, color=grey, edgecolor="black", label=arm)
     axes.set_xticks(range(len(_KINDS)), _KINDS)
     axes.set_ylabel("time to first token, times plain")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
