@@ -15,6 +15,9 @@ _MAX_CELLS = 1 << 27
 _ANCHOR = 16
 """Tokens of an anchor: long enough that a chance repeat is not unique on both sides."""
 
+_PLACES = 8
+"""Places in a donor that are tried for a passage that occurs in it more often."""
+
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -39,6 +42,18 @@ def gram_hashes(tokens: Tokens) -> npt.NDArray[np.uint64]:
     return hashed
 
 
+def occur_in(
+    grams: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.bool_]:
+    """Which of `grams` are among `others`; np.isin takes several times longer for a few hundred."""
+    if not len(others):
+        return np.zeros(len(grams), np.bool_)
+    ordered = np.sort(others)
+    places = np.searchsorted(ordered, grams)
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(places, len(ordered) - 1)] == grams
+    return found
+
+
 def align(request: Tokens, donor: Tokens) -> list[Match]:
     """Equal runs in ascending order on both sides, of a script with the fewest edits.
 
@@ -56,6 +71,24 @@ def align(request: Tokens, donor: Tokens) -> list[Match]:
             Match(len(request) - tail, len(donor) - tail, tail),
         ]
     )
+
+
+def passages(piece: Tokens, donor: Tokens, shortest: int) -> list[Match]:
+    """Runs of `piece` that occur in `donor`, the longest first found from left to right.
+
+    An edit script would miss them: it would rather replace what stands in the same place.
+    """
+    ours, theirs = gram_hashes(piece), gram_hashes(donor)
+    matches = []
+    at = 0
+    while at + shortest <= len(piece):
+        places = np.flatnonzero(theirs == ours[at])[:_PLACES]
+        lengths = [common_prefix(piece[at:], donor[place:]) for place in places]
+        longest = max(lengths, default=0)
+        if longest >= shortest:
+            matches.append(Match(at, int(places[lengths.index(longest)]), longest))
+        at += max(longest - GRAM + 1, 1) if longest < shortest else longest
+    return matches
 
 
 def _align_middle(request: Tokens, donor: Tokens) -> list[Match]:

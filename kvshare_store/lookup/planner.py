@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.align import GRAM, align, common_prefix, gram_hashes
+from kvshare_store.lookup.align import (
+    GRAM,
+    align,
+    common_prefix,
+    gram_hashes,
+    occur_in,
+    passages,
+)
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import Vector, lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
@@ -28,8 +35,6 @@ _FLOOR = 0.02
 """Lexical cosines below this are chance."""
 _MOSTLY = 0.5
 """Semantic vectors are asked when the others leave more than this uncovered."""
-_PLACES = 8
-"""Places in a donor that are tried for a passage that occurs in it more often."""
 
 
 class Draft(NamedTuple):
@@ -64,7 +69,7 @@ class Cover:
     def shared_grams(self, node: Node) -> npt.NDArray[np.bool_]:
         """Whether the gram from each position of the request on occurs anywhere in the node."""
         if node.id not in self._shared:
-            self._shared[node.id] = np.isin(self._grams, gram_hashes(node.tokens))
+            self._shared[node.id] = occur_in(self._grams, gram_hashes(node.tokens))
         return self._shared[node.id]
 
     def add(self, node: Node, matches: Iterable[Match], shortest: int = 1) -> None:
@@ -241,26 +246,8 @@ def _fill_gaps(cover: Cover, node: Node, gaps: list[Run], shortest: int) -> None
         for run in runs_of(shared[gap.start : gap.stop - GRAM + 1]):
             start, stop = gap.start + run.start, gap.start + run.stop + GRAM - 1
             if stop - start >= shortest:
-                found = _found_in(cover.request[start:stop], node.tokens, shortest)
+                found = passages(cover.request[start:stop], node.tokens, shortest)
                 cover.add(node, [m._replace(start=start + m.start) for m in found], shortest)
-
-
-def _found_in(piece: Tokens, donor: Tokens, shortest: int) -> list[Match]:
-    """Runs of `piece` that occur in `donor`, the longest first found from left to right.
-
-    An edit script would miss them: it would rather replace what stands in the same place.
-    """
-    ours, theirs = gram_hashes(piece), gram_hashes(donor)
-    matches = []
-    at = 0
-    while at + shortest <= len(piece):
-        places = np.flatnonzero(theirs == ours[at])[:_PLACES]
-        lengths = [common_prefix(piece[at:], donor[place:]) for place in places]
-        longest = max(lengths, default=0)
-        if longest >= shortest:
-            matches.append(Match(at, int(places[lengths.index(longest)]), longest))
-        at += max(longest - GRAM + 1, 1) if longest < shortest else longest
-    return matches
 
 
 def _spans(cover: Cover, keep: npt.NDArray[np.bool_]) -> tuple[list[Span], list[str], list[int]]:
