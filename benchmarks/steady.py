@@ -74,7 +74,14 @@ def in_order(texts: Sequence[Tokens], count: int) -> Stream:
     return Stream("ShareGPT in order", list(texts[:count]))
 
 
-def serve(stream: Stream, home: Path, host_bytes: int, *, disk: bool, name: str) -> list[float]:
+class Served(NamedTuple):
+    """Share of each request's tokens that was served, and what the store held in the end."""
+
+    shares: list[float]
+    nodes: int | None = None
+
+
+def serve(stream: Stream, home: Path, host_bytes: int, *, disk: bool, name: str) -> Served:
     """Share of each request's tokens that a real store served; every prompt is saved after it.
 
     The store may write what is queued every `_PAUSE` requests: an engine takes longer for those.
@@ -98,8 +105,7 @@ def serve(stream: Stream, home: Path, host_bytes: int, *, disk: bool, name: str)
                 continue  # too large for what is free; the store counts it
             if not staged.known:
                 store.commit(staged.id)
-        print(store.stats()["declined"], store.stats()["errors"], len(store.tree))
-    return shares
+        return Served(shares, len(store.tree))
 
 
 def prefix_lru(stream: Stream, budget_bytes: int) -> list[float]:
@@ -142,12 +148,12 @@ def measure(options: Options) -> Result:
     for stream in streams:
         sizes[f"requests ({stream.name})"] = len(stream.prompts)
         budget = stream.working_set // SHARE
-        for name, shares in _arms(stream, budget):
+        for name, (shares, nodes) in _arms(stream, budget):
             windows = [
                 float(np.mean(shares[at : at + WINDOW])) for at in range(0, len(shares), WINDOW)
             ]
             series[f"{stream.name}: {name}"] = windows
-            rows.append(_row(stream.name, name, windows))
+            rows.append([stream.name, name, *_cells(windows), nodes])
     return Result(
         name="steady",
         title=f"Steady state: reuse per window of {WINDOW} requests, host budget a quarter",
@@ -155,7 +161,15 @@ def measure(options: Options) -> Result:
         seed=options.seed,
         model="none (random rows of 128 bytes; tokens: SmolLM2-135M-Instruct)",
         noise_floor="none: `edited repeats` draws texts evenly, so what moves is chance or decay",
-        columns=["requests", "store", "first window", "2nd quarter", "last quarter", "lowest"],
+        columns=[
+            "requests",
+            "store",
+            "first window",
+            "2nd quarter",
+            "last quarter",
+            "lowest",
+            "prompts held",
+        ],
         rows=rows,
         notes=_NOTES,
         series=series,
@@ -175,7 +189,7 @@ _NOTES = [
 ]
 
 
-def _arms(stream: Stream, budget: int) -> list[tuple[str, list[float]]]:
+def _arms(stream: Stream, budget: int) -> list[tuple[str, Served]]:
     arms = []
     for name, host, disk in (
         ("room for all", stream.working_set * 2, False),
@@ -184,15 +198,15 @@ def _arms(stream: Stream, budget: int) -> list[tuple[str, list[float]]]:
     ):
         with tempfile.TemporaryDirectory(prefix="kvshare-steady-") as home:
             arms.append((name, serve(stream, Path(home), host, disk=disk, name=name)))
-    arms.append(("prefix cache, a quarter", prefix_lru(stream, budget)))
+    arms.append(("prefix cache, a quarter", Served(prefix_lru(stream, budget))))
     return arms
 
 
-def _row(stream: str, name: str, windows: list[float]) -> list[Cell]:
+def _cells(windows: list[float]) -> list[Cell]:
     quarter = max(1, len(windows) // 4)
     second, last = windows[quarter : 2 * quarter], windows[-quarter:]
     lowest = min(windows[quarter:], default=windows[0])
-    return [stream, name, windows[0], float(np.mean(second or last)), float(np.mean(last)), lowest]
+    return [windows[0], float(np.mean(second or last)), float(np.mean(last)), lowest]
 
 
 def draw(result: Result) -> Figure:
@@ -205,7 +219,7 @@ def draw(result: Result) -> Figure:
     names = list(dict.fromkeys(str(row[0]) for row in result.rows))
     for axes, stream in zip(panels, names, strict=True):
         lines = [(k, v) for k, v in result.series.items() if k.startswith(f"{stream}: ")]
-        for (label, windows), (line, marker) in zip(lines, styles, strict=True):
+        for (label, windows), (line, marker) in zip(lines, styles, strict=False):
             at = [WINDOW * (index + 1) for index in range(len(windows))]
             heights = [100 * share for share in windows]
             axes.plot(

@@ -1,0 +1,210 @@
+"""Scale on paper: what a cluster of 8 to 1,024 engines would save, from rates measured or assumed.
+
+What can be checked is: the share of tokens that engines find in caches of their own and in a shared
+store, by a formula and by replaying a production trace.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from rich.progress import track
+
+from benchmarks.data import Arrival, mooncake
+from benchmarks.result import Cell, Options, Result, read
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ENGINES = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Parameter(NamedTuple):
+    """A number that goes into the model, and where it comes from."""
+
+    what: str
+    value: float
+    source: str
+
+
+class Rates(NamedTuple):
+    """Everything the model needs."""
+
+    prefill: Parameter
+    row_bytes: Parameter
+    remote: Parameter
+    edited: Parameter
+    lookup: Parameter
+    requests: Parameter
+
+    def net(self, bandwidth: Parameter) -> float:
+        """Share of a reused token's prefill that is left after loading its row."""
+        load = self.row_bytes.value / bandwidth.value
+        return max(0.0, 1 - load * self.prefill.value)
+
+
+def rates(out: Path) -> Rates:
+    """Measured where `out` has the results, assumed otherwise."""
+    return Rates(
+        Parameter("prefill of an engine, tokens/s", 10_000.0, "assumed: 7B model on one GPU"),
+        Parameter("bytes of a row", 57_344.0, "shape of Qwen2.5-7B in bf16"),
+        Parameter("loading from another machine, bytes/s", 3e9, "assumed: 25 Gbit/s"),
+        _edited(out / "figure4.json"),
+        _lookup(out / "misses_store.json"),
+        Parameter("requests of an engine, 1/s", 1.0, "assumed"),
+    )
+
+
+def _edited(path: Path) -> Parameter:
+    what = "share reusable after edits, of what prefixes leave"
+    if not path.exists():
+        return Parameter(what, 0.1, "assumed: figure4 was not measured")
+    rows = {(row[0], row[1]): row for row in read(path).rows}
+    prefix = float(rows[("prefix caching", "all turns")][3] or 0)
+    balanced = float(rows[("KVShare: balanced", "all turns")][3] or 0)
+    return Parameter(what, max(0.0, balanced - prefix) / (1 - prefix), "figure4, all tokens")
+
+
+def _lookup(path: Path) -> Parameter:
+    what = "a lookup at the largest store measured, ms"
+    if not path.exists():
+        return Parameter(what, 5.0, "assumed: misses_store was not measured")
+    row = [row for row in read(path).rows if row[0] == "lexical"][-1]
+    source = f"misses_store, mean processor time at {row[1]:,} nodes"
+    return Parameter(what, float(row[3] or 0), source)
+
+
+def prefix_hits(arrivals: Sequence[Arrival], engine_of: Sequence[int]) -> float:
+    """Share of blocks that follow only blocks their engine has seen before. Nothing is evicted.
+
+    `engine_of[i]` serves request i; one engine for all stands for a shared store.
+    """
+    seen: set[tuple[int, int]] = set()
+    hits = total = 0
+    for arrival, engine in zip(arrivals, engine_of, strict=True):
+        total += len(arrival.blocks)
+        for block in arrival.blocks:
+            if (engine, block) not in seen:
+                break
+            hits += 1
+        seen.update((engine, block) for block in arrival.blocks)
+    return hits / max(1, total)
+
+
+def predicted_hits(arrivals: Sequence[Arrival], engines: int) -> float:
+    """The same by formula: of k earlier requests with a block, one went to the same engine."""
+    before: Counter[int] = Counter()
+    found = 0.0
+    total = 0
+    for arrival in arrivals:
+        total += len(arrival.blocks)
+        found += sum(1 - (1 - 1 / engines) ** before[block] for block in arrival.blocks)
+        before.update(arrival.blocks)
+    return found / max(1, total)
+
+
+class Line(NamedTuple):
+    """One size of cluster: shares of prompt tokens; `saved_*` are shares of all prefill time."""
+
+    engines: int
+    own: float
+    own_predicted: float
+    shared: float
+    saved_own: float
+    saved_shared: float
+    saved_edited: float
+    lookup_cores: float
+
+
+def line_of(arrivals: Sequence[Arrival], engines: int, used: Rates, seed: int) -> Line:
+    """What a cluster of `engines` would find and save; requests go to engines by chance."""
+    chance = np.random.default_rng(seed)
+    own = prefix_hits(arrivals, chance.integers(engines, size=len(arrivals)).tolist())
+    shared = prefix_hits(arrivals, [0] * len(arrivals))
+    # what the engine has itself needs no loading; the rest of what is shared comes from elsewhere
+    saved_shared = own + (shared - own) * used.net(used.remote)
+    edited = (1 - shared) * used.edited.value * used.net(used.remote)
+    cores = engines * used.requests.value * used.lookup.value / 1e3
+    return Line(
+        engines, own, predicted_hits(arrivals, engines), shared,
+        own, saved_shared, saved_shared + edited, cores,
+    )  # fmt: skip
+
+
+def measure(options: Options) -> Result:
+    """Replay the conversation trace for each size of cluster."""
+    arrivals = mooncake(options.data, "conversation")
+    arrivals = arrivals[: options.size(len(arrivals), 3_000)]
+    used = rates(options.out)
+    lines = [
+        line_of(arrivals, engines, used, options.seed)
+        for engines in track(ENGINES, "Replaying the trace")
+    ]
+    off = max(abs(line.own - line.own_predicted) for line in lines)
+    rows: list[list[Cell]] = [
+        [*line, (line.saved_edited - line.saved_own) * line.engines] for line in lines
+    ]
+    return Result(
+        name="scale",
+        title="Scale on paper: prefill saved by a shared store, Mooncake's conversation trace",
+        n={"requests": len(arrivals), "blocks of 512 tokens": sum(len(a.blocks) for a in arrivals)},
+        seed=options.seed,
+        model="none: a calculation over a trace",
+        noise_floor=f"formula and replay differ by up to {100 * off:.1f} points",
+        columns=[
+            "engines",
+            "own cache",
+            "by formula",
+            "shared store",
+            "saved, own",
+            "saved, shared",
+            "saved, with edits",
+            "cores for lookups",
+            "engines' prefill gained",
+        ],
+        rows=rows,
+        notes=[*_NOTES, *(f"{p.what}: {p.value:,.4g} ({p.source})." for p in used)],
+    )
+
+
+_NOTES = [
+    "`own cache`, `shared store`: share of prompt tokens that follow only known blocks, when each "
+    "engine keeps what it computed, or all share one store. Nothing is evicted, so both are upper "
+    "lines. `by formula`: 1 - (1 - 1/engines)^k for a block that was requested k times before.",
+    "One trace is split over more and more engines, requests to engines by chance; a router that "
+    "knows what engines hold would lift `own cache`.",
+    "`saved`: share of all prefill time, loading subtracted. `with edits` adds what figure4 found "
+    "after prefixes, as if this traffic were like ShareGPT: the trace has no text to check it.",
+    "`engines' prefill gained`: (saved with edits - saved by own caches) * engines, for engines "
+    "that do nothing but prefill.",
+]  # fmt: skip
+
+
+def draw(result: Result) -> Figure:
+    """Shares saved against the number of engines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    engines = [int(row[0] or 0) for row in result.rows]
+    drawn = (
+        ("own cache, replayed", 1, "-", "o"),
+        ("own cache, by formula", 2, ":", "x"),
+        ("saved with a shared store", 5, "--", "s"),
+        ("saved with edits too", 6, "-.", "^"),
+    )
+    for label, column, line, marker in drawn:
+        heights = [100 * float(row[column] or 0) for row in result.rows]
+        axes.plot(engines, heights, line, marker=marker, color="black", label=label, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(engines, [str(count) for count in engines])
+    axes.set_xlabel("engines that share the trace")
+    axes.set_ylabel("% of prefill")
+    axes.set_ylim(0)
+    axes.legend(fontsize=8)
+    axes.set_title("Prefill saved, on paper")
+    return figure
