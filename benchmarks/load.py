@@ -188,6 +188,7 @@ def draw(made: Result) -> Figure:
             ranked = sorted(phase[arm])
             share = [(index + 1) / len(ranked) for index in range(len(ranked))]
             axes.plot(ranked, share, style, color="black", label=arm)
-        axes.set(xscale="log", xlabel="seconds to first token", title=f"load {phase['load']:.0%}")
+        axes.set(xlabel="seconds to first token", title=f"load {phase['load']:.0%}")
+        axes.set(ylabel="share of requests", xlim=(0, None))
         axes.legend()
     return figure

@@ -181,6 +181,9 @@ def draw(made: Result) -> Figure:
     left.axhline(TARGET_SHARE, color="grey", linewidth=0.8)
     left.set(xscale="log", xlabel="tokens of the prompt", ylabel="share of the ideal speed-up")
     left.set_ylim(bottom=0)
+    lengths = sorted({at for line in made.series["ideal"].values() for at, _ in line})
+    left.set_xticks(lengths, [str(length) for length in lengths])
+    left.minorticks_off()
     left.legend()
     hatches = ("", "//", "xx", "..", "\\\\", "oo", "--", "++", "**")
     parts: dict[str, dict[str, float]] = made.series["parts"]
