@@ -2,10 +2,12 @@
 # make test     every test
 # make demo     the example
 # make bench-setup   what the benchmarks compare with, in .venv-bench
+# make bench DATA=DIR   a short form of every measurement, and the page of results
+# make docs     the page of results from what was measured, and whether links lead somewhere
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup bench-setup test demo lint packages clean
+.PHONY: setup bench-setup test demo bench docs lint packages clean
 
 PYTHON = python3
 PY = .venv/bin/python
@@ -49,6 +51,17 @@ test: setup
 
 demo: setup
 	$(PY) -m examples.demo.run
+
+# Each measurement has a process of its own; one that fails is named at the end, the others run.
+bench: export OMP_WAIT_POLICY = PASSIVE
+bench: setup bench-setup
+	@test -d "$(DATA)" || { echo "make bench DATA=DIR: see docs/benchmarks/data.md"; exit 1; }
+	$(PY) -m benchmarks run all --short --data "$(DATA)"; status=$$?; \
+		$(PY) -m benchmarks report && exit $$status
+
+docs: setup
+	$(PY) -m benchmarks report
+	$(PY) -m benchmarks.links
 
 lint: setup packages
 	.venv/bin/ruff check .

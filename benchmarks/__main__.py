@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -58,9 +59,24 @@ def run_one(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]}: choose from {', '.join(MEASUREMENTS)}")
     options = Options(data=data, out=out, n=n, seed=seed, model=model, short=short)
-    for name in wanted:
-        module = import_module(f"benchmarks.{MEASUREMENTS[name]}")
-        run(module.measure, getattr(module, "draw", None), options, _command(name, options))
+    if len(wanted) > 1:
+        raise typer.Exit(_run_apart(wanted, options))
+    (name,) = wanted
+    module = import_module(f"benchmarks.{MEASUREMENTS[name]}")
+    run(module.measure, getattr(module, "draw", None), options, _command(name, options))
+
+
+def _run_apart(names: list[str], options: Options) -> int:
+    """Several measurements, each in a process of its own: one that fails stops no other."""
+    failed = []
+    for name in names:
+        words = shlex.split(_command(name, options))[1:]
+        words[words.index("DATA")] = str(options.data)
+        if subprocess.run([sys.executable, *words, "--out", str(options.out)]).returncode:
+            failed.append(name)
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+    return int(bool(failed))
 
 
 @app.command("report")
