@@ -23,7 +23,7 @@ _PLANES = 768
 _SHORTLIST = 1_024
 """Sketched vectors that are compared in full: at 100,000 nodes 99 % of those with a cosine of 0.3
 to one of the eight nearest are among them."""
-_NOT_SKETCHED = 2_048
+_NOT_SKETCHED = 512
 """So many vectors are compared without sketches before they get theirs, all at once."""
 
 
@@ -122,22 +122,22 @@ class VectorMatrix:
         """The `count` best ids with their cosines, best first."""
         if not self._ids:
             return []
-        compared = np.arange(self._sketched, len(self._ids))
-        if self._sketched:
-            compared = np.concatenate((self._shortlist(vector, max(count, _SHORTLIST)), compared))
-        scores = np.einsum("ij,j->i", self._rows[compared], vector)
+        listed = self._shortlist(vector, max(count, _SHORTLIST))
+        rest = self._rows[self._sketched : len(self._ids)]
+        scores = np.concatenate((_products(self._rows[listed], vector), _products(rest, vector)))
         count = min(count, len(scores))
         best = np.argpartition(scores, -count)[-count:]
         best = best[np.argsort(-scores[best])]
-        return [(self._ids[compared[at]], float(scores[at])) for at in best]
+        places = np.concatenate((listed, np.arange(self._sketched, len(self._ids))))
+        return [(self._ids[places[at]], float(scores[at])) for at in best]
 
     def _shortlist(self, vector: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
         """The `count` sketched rows, or all, whose sketches differ least from the vector's."""
+        if count >= self._sketched:
+            return np.arange(self._sketched)
         differing = np.zeros(self._sketched, np.uint16)
         for theirs, ours in zip(self._sketches, _sketch(vector[None])[:, 0], strict=True):
             differing += np.bitwise_count(theirs[: self._sketched] ^ ours)
-        if count >= self._sketched:
-            return np.arange(self._sketched)
         return np.argpartition(differing, count)[:count]
 
     def _sketch_the_rest(self) -> None:
@@ -145,6 +145,13 @@ class VectorMatrix:
         fresh = _sketch(self._rows[self._sketched : len(self._ids)])
         self._sketches = np.concatenate((self._sketches[:, : self._sketched], fresh), axis=1)
         self._sketched = len(self._ids)
+
+
+def _products(
+    rows: npt.NDArray[np.float32], vector: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    products: npt.NDArray[np.float32] = np.einsum("ij,j->i", rows, vector)
+    return products
 
 
 def _sketch(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
