@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
+FAITHFUL, AGGRESSIVE = "kvshare faithful", "kvshare aggressive"
 CELLS = [(question, distance) for question in QUESTIONS for distance in ("near", "far")]
+READING = (
+    "How to read it: models of 8B parameters follow the old value in derived probes when only the "
+    "edit is recomputed (the paper above). Where `aggressive` gives the new value here, the model "
+    "looked the value up in the edited sentence, whose rows are fresh, and the probe cannot tell "
+    "a careful policy from a careless one: `recovered` shows how much of the old value is left."
+)
 ENOUGH = 10
 """Probes that the model must be able to do before greedy answers are counted."""
 
@@ -115,6 +122,10 @@ def table(found: list[Probed], tuned: list[Probed], options: Options, model: str
         arm: {cell: Summary.of(some, arm, says_new) for cell in CELLS if (some := _of(able, cell))}
         for arm in (able[0].arms if able else [])
     }
+    series = {
+        arm: {f"{q} {d}": [s.new, s.recovered, s.n] for (q, d), s in by_cell.items()}
+        for arm, by_cell in summaries.items()
+    }
     columns = ["method", *(f"{question} {distance}" for question, distance in CELLS)]
     columns += ["not direct, same length", "other length", "tokens reused"]
     rows: list[list[Cell]] = []
@@ -147,11 +158,8 @@ def table(found: list[Probed], tuned: list[Probed], options: Options, model: str
             "0.01-0.24 near; every policy 0.98-1.00 of direct probes."
         ),
         notes=_notes(able, found, tune_able, says_new),
-        targets=_targets(summaries),
-        series={
-            arm: {f"{q} {d}": [s.new, s.recovered, s.n] for (q, d), s in by_cell.items()}
-            for arm, by_cell in summaries.items()
-        },
+        targets=targets_of(series),
+        series=series,
     )
 
 
@@ -171,23 +179,27 @@ def _noise(summaries: dict[str, dict[tuple[str, str], Summary]]) -> str:
     return "share with the new value when full compute is run again: " + "; ".join(parts)
 
 
-def _targets(
-    summaries: dict[str, dict[tuple[str, str], Summary]],
-) -> list[tuple[str, str, bool]]:
-    """`faithful` on derived probes against full compute in bf16, whose rounding is the noise."""
+def targets_of(series: dict[str, dict[str, list[float]]]) -> list[tuple[str, str, bool]]:
+    """`faithful` where text depends on the edit, held against the rounding of bf16.
+
+    Too few probes reach nothing. What placeholders alone give stands beside it: where that is as
+    good, the probe cannot tell policies apart.
+    """
     targets = []
-    for cell in CELLS[2:]:
-        ours = summaries.get("kvshare faithful", {}).get(cell)
-        noise = summaries.get(BF16, {}).get(cell)
-        if ours is None or noise is None:
+    for question, distance in CELLS:
+        cell = f"{question} {distance}"
+        arms = [series.get(arm, {}).get(cell) for arm in (FAITHFUL, BF16, AGGRESSIVE)]
+        if question == "direct" or None in arms:
             continue
-        low, high = wilson(ours.new, ours.n)
+        (share, _, n), (noise, *_), (bare, *_) = arms
+        low, high = wilson(share, int(n))
+        few = "" if n >= ENOUGH else f", too few to tell (fewer than {ENOUGH})"
         targets.append(
             (
-                f"{cell[0]} probes, {cell[1]}: faithful says the new value as often as full",
-                f"{ours.new:.2f} [{low:.2f}, {high:.2f}] beside {noise.new:.2f} in bf16, "
-                f"n = {ours.n}",
-                high >= noise.new,
+                f"{question} probes, {distance}: faithful gives the new value as often as full",
+                f"{share:.2f} [{low:.2f}, {high:.2f}] beside {noise:.2f} in bf16, n = {n}{few}; "
+                f"placeholders only: {bare:.2f}",
+                high >= noise and not few,
             )
         )
     return targets
@@ -209,6 +221,7 @@ def _notes(
         "answer. Cells: share with the new value / margin recovered, a ratio of sums: "
         "(method - stale) / (oracle - stale).",
         "Rival: derived, with the old value also in the request, said of somebody else.",
+        READING,
     ]
     for arm in tuned[0].arms if tuned else ():
         shares = []

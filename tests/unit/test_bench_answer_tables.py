@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.probe_items import Probe
-from benchmarks.probe_table import CELLS, ENOUGH, Probed, Seen, Summary, counted, said_new, wilson
+from benchmarks.probe_table import (
+    AGGRESSIVE,
+    BF16,
+    CELLS,
+    ENOUGH,
+    FAITHFUL,
+    Probed,
+    Seen,
+    Summary,
+    counted,
+    said_new,
+    targets_of,
+    wilson,
+)
 from benchmarks.table1 import BLOCK, _blocks
 
 
@@ -58,3 +71,19 @@ def test_the_interval_of_a_share():
     low, high = wilson(1.0, 10)
     assert high == pytest.approx(1.0)
     assert low == pytest.approx(0.722, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "reached"), [(1.0, 10, True), (1.0, 9, False), (0.4, 10, False)]
+)
+def test_a_target_is_reached_within_noise_and_never_by_few_probes(share, n, reached):
+    arms = {FAITHFUL: share, BF16: 1.0, AGGRESSIVE: 0.1}
+    series = {
+        arm: {"direct near": [1.0, 1.0, n], "derived far": [new, 0.9, n]}
+        for arm, new in arms.items()
+    }
+    [(what, measured, verdict)] = targets_of(series)
+    assert "derived probes, far" in what
+    assert "placeholders only: 0.10" in measured
+    assert verdict is reached
+    assert ("too few" in measured) == (n < ENOUGH)
