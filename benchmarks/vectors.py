@@ -20,7 +20,7 @@ from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
 
 Matrix = npt.NDArray[np.float32]
 
-_TEXTS_AT_ONCE = 256
+_TEXTS_AT_ONCE = 64
 """Texts encoded between two writes to the cache."""
 
 
