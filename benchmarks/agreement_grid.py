@@ -59,15 +59,16 @@ def published(*, wide: bool) -> list[Method]:
 def windows(delimiters: Collection[int], *, wide: bool) -> list[Method]:
     """Our own knobs; `wide` is the grid that the presets were chosen from."""
     policies = [windowed(window) for window in (8, 16, 32, 64)]
-    policies += [windowed(8, delimiters=True), windowed(16, min_run=32), windowed(32, tail=32)]
+    policies += [windowed(8, delimiters=True), windowed(64, tail=32, min_run=64)]
     if wide:
+        policies += [windowed(16, min_run=32), windowed(32, tail=32), windowed(96, tail=32)]
         policies += [windowed(4), windowed(48), windowed(8, min_run=16), windowed(16, min_run=16)]
         policies += [windowed(8, tail=8), windowed(8, tail=8, delimiters=True)]
         policies += [windowed(16, tail=8, delimiters=True), windowed(16, tail=16)]
         policies += [windowed(16, delimiters=True), windowed(32, min_run=32)]
         policies += [windowed(16, tail=16, min_run=32), windowed(32, tail=16, min_run=32)]
         policies += [windowed(32, tail=32, delimiters=True), windowed(48, tail=32, min_run=48)]
-        policies += [windowed(64, tail=32, min_run=64), windowed(64, tail=32, delimiters=True)]
+        policies += [windowed(64, tail=32, delimiters=True)]
     return [KVShare(spelled(policy), policy, delimiters) for policy in policies]
 
 
