@@ -198,7 +198,7 @@ def draw(result: Result) -> Figure:
     axes = figure.subplots()
     seen: set[str] = set()
     for line in result.rows:
-        name, reused, kl = str(line[0]), line[1], line[6]
+        name, reused, kl = str(line[0]), line[2], line[6]
         kind = "blend" if "+ hkvd" in name else name.split()[0]
         if kind not in _MARKS or not isinstance(kl, float) or kl <= 0:
             continue
@@ -214,7 +214,7 @@ def draw(result: Result) -> Figure:
     for (key, value), style in zip(result.series["floor"].items(), ("--", ":"), strict=True):
         axes.axhline(value, color="black", linestyle=style, linewidth=1, label=f"noise: {key}")
     axes.set_yscale("log")
-    axes.set_xlabel("share of tokens reused (mean over prompts)")
+    axes.set_xlabel("share of tokens reused (all prompts together)")
     axes.set_ylabel("KL to full compute, mean over 16 tokens (nats)")
     axes.set_title(result.title, fontsize=10)
     axes.legend(fontsize=7)
