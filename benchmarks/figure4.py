@@ -172,7 +172,8 @@ _NOTES = [
     "`reusable`: what alignment finds, in runs of ≥ 4 tokens, from prompts that were all computed "
     "in full. The policies recompute more for the sake of the answer and build on what they "
     "stored before, edits included.",
-    "Prefix caching and block matching keep everything for ever, in blocks of 16 tokens.",
+    "Prefix caching and block matching keep everything for ever, in blocks of 16 tokens. Policy "
+    "`exact` finds prefixes by runs of 64 tokens, so it misses shorter ones that caching has.",
     "No plan is declined for its cost, and no store evicts: see `steady` for that.",
 ]
 
