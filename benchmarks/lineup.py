@@ -66,18 +66,18 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def lineup(engine: RowEngine) -> list[Method]:
-    """The methods of every table: ours from the strictest on, then the others'."""
+def lineup(engine: RowEngine, *, short: bool = False) -> list[Method]:
+    """The methods of every table, ours from the strictest on; the short form has one other."""
     delimiters = delimiters_of(engine)
-    return [
+    ours = [
         prefix(),
         kvshare("faithful", delimiters),
         kvshare("balanced", delimiters),
         kvshare("aggressive", delimiters),
-        *(cacheblend(share) for share in (0.05, 0.15, 0.30)),
-        Epic(16),
-        dhd(0.15),
     ]
+    if short:
+        return [*ours, cacheblend(0.15)]
+    return [*ours, *(cacheblend(share) for share in (0.05, 0.15, 0.30)), Epic(16), dhd(0.15)]
 
 
 def delimiters_of(engine: RowEngine) -> frozenset[int]:

@@ -47,7 +47,7 @@ def _probed(
     filler = Filler(chat, [text.text for text in texts])
     made = probes(chat, filler, pairs, 2 * options.seed + tune)
     made = [probe for probe in made if not tune or probe.question != "direct"]
-    methods = _candidates(engine) if tune else lineup(engine)
+    methods = _candidates(engine) if tune else lineup(engine, short=options.short)
     found = []
     last: tuple[Donor, Donor] | None = None
     with progress("Tuning" if tune else "Probing", len(made)) as step:

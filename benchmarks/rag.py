@@ -58,7 +58,7 @@ def measure(options: Options) -> Result:
     arms: dict[tuple[str, str], Arm] = {}
     divergence: dict[tuple[str, str], list[float]] = {}
     half, _, _ = engine_for(options, torch.bfloat16)
-    methods = lineup(engine)
+    methods = lineup(engine, short=options.short)
     with progress("Asking about passages", len(asked)) as step:
         for index, one in enumerate(asked):
             for key, (ready, answer, kl) in _answer(engine, half, chat, methods, one).items():

@@ -59,7 +59,7 @@ class Asked:
 def measure(options: Options) -> Result:
     """Every method's answers to every task, scored."""
     engine, chat, model = engine_for(options)
-    n = options.size(60, 4)
+    n = options.size(25, 2)
     translated, signature = bleu()
     tasks = [
         (translation(options.data, "zh-en", n, options.seed), translated),
@@ -67,7 +67,7 @@ def measure(options: Options) -> Result:
         (summaries(options.data, n, options.seed), rouge_l()),
     ]
     asked = [_asked(task, metric, chat) for task, metric in tasks]
-    methods = lineup(engine)
+    methods = lineup(engine, short=options.short)
     total = sum(len(one.prompts) for one in asked)
     with progress("Answering", total) as step:
         for one in asked:
