@@ -261,7 +261,7 @@ def _notes(signature: str) -> list[str]:
         "`minus full` is where 95 % of the differences lie in a paired bootstrap over prompts "
         "(1,000 resamples); * marks those that leave out zero. Of thirty such "
         "intervals, one or two do so by chance.",
-        "A model of 135M parameters hardly translates: a BLEU near 1 is that of text that has a few "
+        "A model of 135M parameters hardly translates: a BLEU near 1 is that of text that has few "
         "words in common with the reference by chance, and a change of it says nothing about a "
         "loss of quality; neither does Rouge-L at a small n. The column that does "
         "is the share of answers that are, letter for letter, those of full compute.",
