@@ -247,5 +247,5 @@ def draw(result: Result) -> Figure:
         axis.axvline(noise, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xscale("log")
         axis.set_title(f"{donors} passages, n = {result.n['questions']}", fontsize=10)
-        axis.set_xlabel("mean KL from full compute (nats); dashed: full compute in bf16")
+        axis.set_xlabel("mean KL (nats); dashed: full, bf16")
     return figure
