@@ -41,18 +41,12 @@ class ReusePolicy(msgspec.Struct, frozen=True):
 PRESETS: dict[str, ReusePolicy] = {
     "off": ReusePolicy("off", edited=False),
     "exact": ReusePolicy("exact", edited=False),
-    "faithful": ReusePolicy(
-        "faithful",
-        edit_window=48,
-        delimiters=True,
-        min_run=24,
-        tail=32,
-        max_generation=1,
-    ),
-    "balanced": ReusePolicy("balanced", edit_window=16, min_run=12, tail=16, max_generation=2),
+    "faithful": ReusePolicy("faithful", edit_window=64, min_run=64, tail=32, max_generation=1),
+    "balanced": ReusePolicy("balanced", edit_window=32, min_run=12, max_generation=2),
     "aggressive": ReusePolicy("aggressive", min_run=2, max_generation=4),
 }
-"""`aggressive` recomputes placeholders only: the paper as written."""
+"""`aggressive` recomputes placeholders only: the paper as written. The other two come from the
+frontier of tokens reused against KL (docs/design/policies.md)."""
 
 
 def configured_policy(config: StoreConfig) -> ReusePolicy:
@@ -102,13 +96,14 @@ def kept_positions(
     if not policy.edited:
         keep[exact:] = False
     keep &= ~_after_edits(keep, donor_of, source_of, policy.edit_window)
-    if policy.delimiters and len(delimiters):
-        # the exact prefix ends where the first edit is, also where that only removed text
-        keep[exact:] &= ~np.isin(request[exact:], np.fromiter(delimiters, np.int64))
     keep[max(0, length - policy.tail) :] = False
     for run in runs_of(keep):
         if run.length < policy.min_run:
             keep[run.start : run.stop] = False
+    if policy.delimiters and len(delimiters):
+        # after short runs have gone: the lines of code and lists are shorter than `min_run`. The
+        # exact prefix ends where the first edit is, also where that only removed text
+        keep[exact:] &= ~np.isin(request[exact:], np.fromiter(delimiters, np.int64))
     keep[:exact] = True
     keep[length - 1 :] = False
     return keep

@@ -192,7 +192,8 @@ def test_a_window_follows_the_edit() -> None:
     shelf = Shelf()
     donor = text(1, 120)
     shelf.add(donor)
-    draft = shelf.plan([*donor[:30], 7, *donor[31:]], PRESETS["balanced"])
+    policy = ReusePolicy("balanced", edit_window=16, tail=16, max_generation=2)
+    draft = shelf.plan([*donor[:30], 7, *donor[31:]], policy)
     covered = [at for s in draft.spans for at in range(s.start, s.stop)]
     assert covered == [*range(30), *range(31 + 16, 120 - 16)]
 

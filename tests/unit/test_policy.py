@@ -82,8 +82,6 @@ def reference(policy: ReusePolicy, cover: Covered, delimiters: Collection[int]) 
         near = range(max(0, at - policy.edit_window + 1), at + 1)
         if any(covered(edge) and seam(edge) for edge in near):
             keep[at] = False
-        if policy.delimiters and at >= cover.exact and cover.request[at] in delimiters:
-            keep[at] = False
         if at >= length - policy.tail:
             keep[at] = False
     for at in range(length):
@@ -91,6 +89,9 @@ def reference(policy: ReusePolicy, cover: Covered, delimiters: Collection[int]) 
             stop = next((end for end in range(at, length) if not keep[end]), length)
             if stop - at < policy.min_run:
                 keep[at:stop] = [False] * (stop - at)
+    for at in range(cover.exact, length):
+        if policy.delimiters and cover.request[at] in delimiters:
+            keep[at] = False
     return [(at < cover.exact or keep[at]) and at < length - 1 for at in range(length)]
 
 
@@ -166,6 +167,13 @@ def test_delimiters_are_refreshed_after_a_deletion_too() -> None:
     policy = ReusePolicy("faithful", delimiters=True)
     found = kept(policy, cover, {3, 12, 25})
     assert [at for at, keep in enumerate(found) if not keep] == [12, 20, 25, 30]
+
+
+def test_short_lines_are_no_short_runs() -> None:
+    cover = line((0, 0, 10), (-1, -1, 2), (0, 12, 30))
+    policy = ReusePolicy("faithful", delimiters=True, min_run=12)
+    found = kept(policy, cover, {18, 24, 30, 36})
+    assert [at for at, keep in enumerate(found) if not keep] == [10, 11, 18, 24, 30, 36, 41]
 
 
 # --- who may ask for what -----------------------------------------------------------------------
