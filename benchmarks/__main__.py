@@ -17,6 +17,7 @@ MEASUREMENTS: dict[str, str] = {
     "figure2": "figure2",
     "figure4": "figure4",
     "ttft": "ttft",
+    "shapes": "shapes",
     "load": "load",
     "misses": "misses",
     "misses_store": "misses_store",
