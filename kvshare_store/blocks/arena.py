@@ -11,9 +11,9 @@ import fcntl
 import mmap
 import os
 import stat
-from bisect import bisect_left
 from pathlib import Path
 
+from kvshare_store.blocks import huge_pages
 from kvshare_store.errors import HomeError, LeaseError, NoSpaceError
 from kvshare_store.plan import BlockRef
 
@@ -21,6 +21,7 @@ ALIGN = 64
 LABEL_BYTES = 64
 _NAME_BYTES = 32
 _NO_LABEL = bytes(_NAME_BYTES)
+_ZEROS = bytes(1 << 20)
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -31,15 +32,21 @@ def slot_bytes(nbytes: int) -> int:
 class Arena:
     """A mapped arena file. `create` owns it, `attach` shares it."""
 
-    def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
+    def __init__(self, path: Path, descriptor: int, nbytes: int, *, huge: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
         self._descriptor = descriptor
-        self._view = memoryview(mmap.mmap(descriptor, nbytes))
+        self._map = mmap.mmap(descriptor, nbytes)
+        self._view = memoryview(self._map)
+        self.huge_pages = huge and huge_pages.advise(self._map)
+        """Whether the system was asked for huge pages and did not refuse."""
 
     @classmethod
-    def create(cls, path: Path, nbytes: int) -> Arena:
-        """A new arena readable by its owner only; `HomeError` when memory is too small for it."""
+    def create(cls, path: Path, nbytes: int, *, huge: bool = False) -> Arena:
+        """A new arena readable by its owner only; `HomeError` when memory is too small for it.
+
+        `huge`: in huge pages where the file system has them; without them it is slower, no more.
+        """
         try:
             path.unlink(missing_ok=True)  # what a killed owner left would count as taken
             room = os.statvfs(path.parent)
@@ -48,7 +55,7 @@ class Arena:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)  # says that the owner lives
                 os.ftruncate(descriptor, nbytes)
-                return cls(path, descriptor, nbytes)
+                return cls(path, descriptor, nbytes, huge=huge and huge_pages.offered(path.parent))
         except OSError as error:
             raise HomeError(f"arena {path} cannot be made: {error.strerror}") from error
         raise HomeError(
@@ -81,7 +88,10 @@ class Arena:
     def ensure(self, offset: int, nbytes: int) -> None:
         """Back the slot with real memory now, where running out is an error and not a signal."""
         try:
-            os.posix_fallocate(self._descriptor, offset, slot_bytes(nbytes))
+            if self.huge_pages:  # a file's allocation knows nothing of what the mapping was advised
+                huge_pages.populate(self._map, offset, slot_bytes(nbytes))
+            else:
+                os.posix_fallocate(self._descriptor, offset, slot_bytes(nbytes))
         except OSError as error:
             raise NoSpaceError(f"shared memory is full: {error.strerror}") from error
 
@@ -98,6 +108,41 @@ class Arena:
     def set_label(self, offset: int, name: str) -> None:
         """Name the slot; the empty name marks it as nobody's."""
         self._view[offset : offset + _NAME_BYTES] = bytes.fromhex(name) if name else _NO_LABEL
+
+    def move(self, source: int, target: int, nbytes: int) -> None:
+        """Label and rows of a slot go to a lower offset; the two places may overlap.
+
+        The old label goes first, so a reader whose lease has ended finds out that it is too late.
+        """
+        self.ensure(target, nbytes)
+        name = self.label(source)
+        self.set_label(source, "")
+        self.set_label(target, "")
+        self.rows(target, nbytes)[:] = self.rows(source, nbytes)
+        self.set_label(target, name)
+
+    def wipe(self, offset: int, nbytes: int) -> None:
+        """Zero a range that no slot holds; the system gets whole pages back where it takes them."""
+        first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            if first < last:
+                self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+            else:
+                last = first = offset
+        except (OSError, AttributeError):  # a file system or a platform that cannot
+            last = first = offset
+        for start, stop in ((offset, first), (last, offset + nbytes)):
+            for at in range(start, stop, len(_ZEROS)):
+                self._view[at : min(at + len(_ZEROS), stop)] = _ZEROS[: stop - at]
+
+    def wipe_edges(self, offset: int, nbytes: int) -> None:
+        """Zero what rows of `nbytes` bytes leave of their slot, before and after them."""
+        for start, stop in (
+            (offset + _NAME_BYTES, offset + LABEL_BYTES),
+            (offset + LABEL_BYTES + nbytes, offset + slot_bytes(nbytes)),
+        ):
+            self._view[start:stop] = bytes(stop - start)
 
     def check(self, ref: BlockRef) -> None:
         """`LeaseError` unless the slot still holds the block that the plan named."""
@@ -147,51 +192,3 @@ class Arenas:
         """Let go of every mapping."""
         for arena in self._mapped.values():
             arena.close()
-
-
-class Allocator:
-    """First fit over a sorted free list that joins neighbours. Offsets and sizes in bytes."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.used = 0
-        self._starts = [0]
-        self._sizes = [nbytes]
-        self._taken: dict[int, int] = {}
-
-    def allocate(self, size: int) -> int | None:
-        """Offset of a free range of `size` bytes, or None."""
-        for index, free in enumerate(self._sizes):
-            if free >= size:
-                offset = self._starts[index]
-                self._shrink(index, size)
-                self._taken[offset] = size
-                self.used += size
-                return offset
-        return None
-
-    def _shrink(self, index: int, size: int) -> None:
-        if self._sizes[index] == size:
-            del self._starts[index], self._sizes[index]
-        else:
-            self._starts[index] += size
-            self._sizes[index] -= size
-
-    def free(self, offset: int) -> None:
-        """Give a range back; `KeyError` if it is not allocated."""
-        size = self._taken.pop(offset)
-        self.used -= size
-        at = bisect_left(self._starts, offset)
-        if at < len(self._starts) and offset + size == self._starts[at]:
-            size += self._sizes[at]
-            del self._starts[at], self._sizes[at]
-        if at > 0 and self._starts[at - 1] + self._sizes[at - 1] == offset:
-            self._sizes[at - 1] += size
-        else:
-            self._starts.insert(at, offset)
-            self._sizes.insert(at, size)
-
-    @property
-    def largest(self) -> int:
-        """The largest range that can still be allocated."""
-        return max(self._sizes, default=0)

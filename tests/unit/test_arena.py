@@ -1,4 +1,4 @@
-"""The arena: its allocator against a byte map, its file, and the labels that guard readers."""
+"""The arena: its file, and the labels that guard readers."""
 
 from __future__ import annotations
 
@@ -10,62 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.arena import Allocator, Arena, Arenas, remove_abandoned, slot_bytes
+from kvshare_store.blocks import huge_pages
+from kvshare_store.blocks.arena import Arena, Arenas, remove_abandoned, slot_bytes
 from kvshare_store.errors import HomeError, LeaseError, NoSpaceError
 from kvshare_store.plan import BlockRef
 
 NAME, OTHER = "ab" * 32, "cd" * 32
-
-
-# --- allocator ----------------------------------------------------------------------------------
-
-
-def free_runs(taken: list[bool]) -> list[tuple[int, int]]:
-    found, at = [], 0
-    while at < len(taken):
-        stop = at
-        while stop < len(taken) and not taken[stop]:
-            stop += 1
-        if stop > at:
-            found.append((at, stop - at))
-        at = max(stop, at + 1)
-    return found
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 50)), max_size=120))
-def test_the_allocator_against_a_byte_map(steps: list[tuple[bool, int, int]]) -> None:
-    allocator = Allocator(200)
-    taken = [False] * 200
-    held: list[tuple[int, int]] = []
-    for allocates, size, which in steps:
-        if allocates:
-            offset = allocator.allocate(size)
-            fitting = [start for start, length in free_runs(taken) if length >= size]
-            assert (offset is None) == (not fitting)
-            if offset is not None:
-                assert offset == fitting[0]
-                assert not any(taken[offset : offset + size])
-                taken[offset : offset + size] = [True] * size
-                held.append((offset, size))
-        elif held:
-            offset, size = held.pop(which % len(held))
-            allocator.free(offset)
-            taken[offset : offset + size] = [False] * size
-        assert allocator.used == sum(taken)
-        assert allocator.largest == max((length for _, length in free_runs(taken)), default=0)
-    for offset, _ in held:
-        allocator.free(offset)
-    assert (allocator.used, allocator.largest) == (0, 200)
-    assert allocator.allocate(200) == 0
-
-
-def test_freeing_twice_is_an_error() -> None:
-    allocator = Allocator(100)
-    offset = allocator.allocate(10)
-    assert offset is not None
-    allocator.free(offset)
-    with pytest.raises(KeyError):
-        allocator.free(offset)
 
 
 @given(st.integers(0, 10_000))
@@ -205,3 +155,60 @@ def test_an_arena_goes_with_its_owner_even_when_that_was_killed(tmp_path: Path) 
     remove_abandoned(tmp_path, "kvshare-")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kvshare-living", "other-file"]
     living.close(unlink=True)
+
+
+# --- huge pages ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the system says about shared memory, in files of the test's."""
+    (tmp_path / "enabled").write_text("always within_size [advise] never deny force\n")
+    mounts = [
+        "22 1 0:20 / / rw - ext4 /dev/root rw",
+        f"31 22 0:27 / {tmp_path} rw,nosuid - tmpfs tmpfs rw,size=1g,huge=advise",
+        f"32 22 0:28 / {tmp_path}/plain rw - tmpfs tmpfs rw",
+    ]
+    (tmp_path / "mounts").write_text("\n".join(mounts))
+    monkeypatch.setattr(huge_pages, "_SYSTEM", tmp_path / "enabled")
+    monkeypatch.setattr(huge_pages, "_MOUNTS", tmp_path / "mounts")
+    return tmp_path
+
+
+def test_huge_pages_are_offered_by_the_mount_or_forced_by_the_system(system: Path) -> None:
+    assert huge_pages.offered(system)
+    assert huge_pages.offered(system / "folder")
+    assert not huge_pages.offered(system / "plain")
+    assert not huge_pages.offered(Path("/elsewhere"))
+    for word, everywhere in (("force", True), ("deny", False)):
+        (system / "enabled").write_text(f"always [{word}]")
+        assert huge_pages.offered(system) is everywhere
+        assert huge_pages.offered(system / "plain") is everywhere
+    (system / "enabled").unlink()
+    assert not huge_pages.offered(system)
+
+
+def test_an_arena_works_with_huge_pages_or_without(
+    system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offered in (True, False):
+        monkeypatch.setattr(huge_pages, "offered", lambda folder, offered=offered: offered)
+        arena = Arena.create(system / "arena", 1 << 22, huge=True)
+        assert offered or not arena.huge_pages
+        arena.ensure(1 << 20, 5)
+        arena.rows(1 << 20, 5)[:] = b"hello"
+        arena.close(unlink=True)
+    assert not Arena.create(system / "arena", 1 << 22).huge_pages
+
+
+def test_memory_that_cannot_be_had_is_an_error_with_huge_pages_too(
+    system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena.create(system / "arena", 1 << 22, huge=True)
+    if not arena.huge_pages:
+        pytest.skip("the system has no huge pages for shared memory")
+    os.truncate(arena.path, 1 << 20)  # what lies behind the end of the file cannot be backed
+    arena.ensure(0, 5)
+    with pytest.raises(NoSpaceError):
+        arena.ensure(1 << 21, 5)
+    arena.close(unlink=True)

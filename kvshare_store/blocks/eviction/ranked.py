@@ -1,0 +1,152 @@
+"""Policies that sort names by a rank: LRU, and the cost-aware one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from math import sqrt
+from typing import NamedTuple
+
+from sortedcontainers import SortedList
+
+from kvshare_store.blocks.eviction.base import EvictionPolicy
+
+
+class _Place(NamedTuple):
+    """Where a name stands; names of one rank stand in the order of their last use."""
+
+    rank: float
+    turn: int
+    name: str
+
+
+class _Ranked(EvictionPolicy):
+    """Names sorted by a rank, the lowest goes first."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, _Place] = {}
+        self._order: SortedList[_Place] = SortedList()
+        self._turns = count()
+
+    def _place(self, name: str, rank: float) -> None:
+        self._drop(name)
+        place = self._places[name] = _Place(rank, next(self._turns), name)
+        self._order.add(place)
+
+    def _drop(self, name: str) -> _Place | None:
+        place = self._places.pop(name, None)
+        if place is not None:
+            self._order.remove(place)
+        return place
+
+    def victims(self) -> Iterator[str]:
+        now = next(self._turns)
+        last: _Place | None = None
+        while True:  # looked up anew each time: the order may have changed since
+            later = self._order.irange(last, None, (False, True))
+            last = next((place for place in later if place.turn < now), None)
+            if last is None:
+                return
+            yield last.name
+
+    def remove(self, name: str) -> None:
+        self._drop(name)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+
+class LRU(_Ranked):
+    """The least recently used name goes first."""
+
+    def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
+        if name not in self._places:
+            self._place(name, 0.0)
+
+    def touch(self, name: str) -> None:
+        """Count a use; an unknown name is added."""
+        self._place(name, 0.0)
+
+
+@dataclass(slots=True)
+class _Worth:
+    nbytes: int
+    cost: float
+    uses: int = 1
+
+
+class CostAware(_Ranked):
+    """Greedy-Dual-Size-Frequency with a memory: rank = clock + √uses * cost / bytes.
+
+    The clock is the rank of the last name that was evicted, so whatever is no longer used sinks
+    below what comes in, however often it was used once. What comes back soon after it was evicted
+    keeps its uses.
+    """
+
+    MOST_USES = 3
+    """Each use says less about being used once more; from the third on, nothing."""
+    MEMORY = 2
+    """The evicted names that are remembered stand for this many times the bytes that were held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._worths: dict[str, _Worth] = {}
+        self._evicted: OrderedDict[str, _Worth] = OrderedDict()
+        self._nbytes = self._most = self._evicted_bytes = 0
+        self._clock = 0.0
+        self._offered = ""
+
+    def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
+        known = self._worths.get(name)
+        if known is None:
+            worth = _Worth(nbytes, cost)
+            if (before := self._evicted.pop(name, None)) is not None:
+                self._evicted_bytes -= before.nbytes
+                worth.uses = min(before.uses + 1, self.MOST_USES)
+        elif (known.nbytes, known.cost) == (nbytes, cost):
+            return
+        else:
+            worth = _Worth(nbytes, cost, known.uses)
+            self._nbytes -= known.nbytes
+        self._worths[name] = worth
+        self._nbytes += nbytes
+        self._most = max(self._most, self._nbytes)
+        self._rank(name, worth)
+
+    def touch(self, name: str) -> None:
+        worth = self._worths.get(name)
+        if worth is not None:
+            worth.uses = min(worth.uses + 1, self.MOST_USES)
+            self._rank(name, worth)
+
+    def _rank(self, name: str, worth: _Worth) -> None:
+        self._place(name, self._clock + sqrt(worth.uses) * worth.cost / max(1, worth.nbytes))
+
+    def victims(self) -> Iterator[str]:
+        for name in self:
+            self._offered = name
+            yield name
+
+    def __iter__(self) -> Iterator[str]:
+        return super().victims()
+
+    def remove(self, name: str) -> None:
+        place = self._drop(name)
+        if place is None:
+            return
+        worth = self._worths.pop(name)
+        self._nbytes -= worth.nbytes
+        if name == self._offered:  # evicted; a name deleted for another reason says nothing
+            self._clock = max(self._clock, place.rank)
+            self._remember(name, worth)
+
+    def _remember(self, name: str, worth: _Worth) -> None:
+        self._evicted[name] = worth
+        self._evicted_bytes += worth.nbytes
+        while self._evicted_bytes > self.MEMORY * self._most:
+            self._evicted_bytes -= self._evicted.popitem(last=False)[1].nbytes

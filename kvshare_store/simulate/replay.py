@@ -1,0 +1,142 @@
+"""What a machine with a host and a disk tier would have served of a trace, and from where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kvshare_store.blocks.eviction import EvictionPolicy, make_policy
+from kvshare_store.simulate.traces import Chunk, Request
+
+UNLIMITED = "unlimited"
+"""The row of a cache that never evicts: no policy can do better."""
+
+Cost = Callable[[int, int], float]
+"""What recomputing a run costs, by its first position and its tokens."""
+
+
+def by_tokens(position: int, tokens: int) -> float:
+    """Every token costs the same, wherever it stands."""
+    return float(tokens)
+
+
+class Served(msgspec.Struct):
+    """What became of the requests so far. Everything but `requests` is in tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+    host: int = 0
+    disk: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all tokens that were found in either tier."""
+        return (self.host + self.disk) / max(1, self.tokens)
+
+    def since(self, earlier: Served) -> Served:
+        """What was served after an earlier moment."""
+        return Served(
+            self.requests - earlier.requests,
+            self.tokens - earlier.tokens,
+            self.host - earlier.host,
+            self.disk - earlier.disk,
+        )
+
+
+class Shelf:
+    """Names in one tier, up to a budget in bytes."""
+
+    def __init__(self, policy: EvictionPolicy, budget: float) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._sizes: dict[str, int] = {}
+        self._used = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def touch(self, name: str) -> None:
+        """Count a use."""
+        self._policy.touch(name)
+
+    def add(self, name: str, nbytes: int, cost: float) -> list[tuple[str, int]]:
+        """Put a name in; returns what had to go. What is larger than the budget stays out."""
+        if nbytes > self._budget:
+            return []
+        gone = []
+        if self._used + nbytes > self._budget:
+            for victim in self._policy.victims():
+                size = self._sizes.pop(victim)
+                self._policy.remove(victim)
+                self._used -= size
+                gone.append((victim, size))
+                if self._used + nbytes <= self._budget:
+                    break
+        self._policy.add(name, nbytes, cost)
+        self._sizes[name] = nbytes
+        self._used += nbytes
+        return gone
+
+
+class Machine:
+    """Two tiers, each with a policy of its own. Saved rows go to both, a hit on disk comes back to
+    the host, and what leaves the host goes to disk unless it is there."""
+
+    def __init__(
+        self,
+        policy: str,
+        host_bytes: float,
+        disk_bytes: float,
+        row_bytes: int,
+        cost: Cost = by_tokens,
+    ) -> None:
+        self._host = Shelf(_policy(policy), host_bytes)
+        self._disk = Shelf(_policy(policy), disk_bytes)
+        self._row_bytes = row_bytes
+        self._cost = cost
+        self.policy = policy
+        self.served = Served()
+
+    def serve(self, request: Request) -> None:
+        """Count what the tiers have of a request, from its beginning to the first gap, and keep
+        all of it."""
+        self.served.requests += 1
+        self.served.tokens += sum(chunk.tokens for chunk in request)
+        for chunk in request:
+            if chunk.name in self._host:
+                self.served.host += chunk.tokens
+            elif chunk.name in self._disk:
+                self.served.disk += chunk.tokens
+            else:
+                break
+        self._keep(request)
+
+    def _keep(self, request: Sequence[Chunk]) -> None:
+        position = sum(chunk.tokens for chunk in request)
+        for chunk in reversed(request):  # the end of a prompt is of no use without its beginning
+            position -= chunk.tokens
+            nbytes, cost = chunk.tokens * self._row_bytes, self._cost(position, chunk.tokens)
+            if chunk.name in self._disk:
+                self._disk.touch(chunk.name)
+            else:
+                self._disk.add(chunk.name, nbytes, cost)
+            if chunk.name in self._host:
+                self._host.touch(chunk.name)
+            else:
+                for name, size in self._host.add(chunk.name, nbytes, cost):
+                    if name not in self._disk:
+                        self._disk.add(name, size, cost * size / nbytes)
+
+
+def _policy(name: str) -> EvictionPolicy:
+    return make_policy("lru" if name == UNLIMITED else name)
+
+
+def machines(
+    policies: Sequence[str], host_bytes: int, disk_bytes: int, row_bytes: int
+) -> list[Machine]:
+    """One machine a policy, and one that keeps everything."""
+    limited = [Machine(policy, host_bytes, disk_bytes, row_bytes) for policy in policies]
+    return [*limited, Machine(UNLIMITED, math.inf, 0, row_bytes)]
