@@ -11,16 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvshare_store.blocks.tiers.device import DTYPES
 from kvshare_store.errors import PlanError, UnsupportedError
 from kvshare_store.plan import BlockRef, Span
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 class EditedRows(NamedTuple):
@@ -42,7 +37,7 @@ class Editor:
         self.layout = layout
         self._device = device
         self._rope = rope
-        self._dtype = _DTYPES[layout.dtype]
+        self._dtype = DTYPES[layout.dtype]
         self._words = torch.uint32 if layout.itemsize == 4 else torch.uint16
         self._scratch = torch.empty(0, dtype=self._dtype)
 
@@ -51,25 +46,26 @@ class Editor:
         spans: Sequence[Span],
         blocks: Sequence[BlockRef],
         rows_of: Callable[[BlockRef], Any],
+        on_device: Callable[[str], torch.Tensor | None] = lambda name: None,
     ) -> EditedRows:
         """Rows of all `spans`, side by side in ascending order.
 
-        `rows_of` gives a block's bytes in canonical order. `PlanError` if a span reaches beyond its
-        block; `UnsupportedError` if one moved and the model's rotary table is not known.
+        `rows_of` gives a block's bytes in canonical order; `on_device` its rows, where they are on
+        the editor's device already. `PlanError` if a span reaches beyond its block;
+        `UnsupportedError` if one moved and the model's rotary table is not known.
         """
         for span in spans:
             if span.row + span.length > blocks[span.block].rows:
                 raise PlanError(f"span {span} reaches beyond its block")
-        rows = self._buffer(sum(span.length for span in spans))
-        # plain copies by numpy: a parallel region for each span costs more than the copy
-        words = rows.view(self._words).numpy()
-        views = [self.layout.words(rows_of(block), block.rows) for block in blocks]
+        resident = [on_device(block.name) for block in blocks]
+        rows = self._gathered(spans, blocks, rows_of, resident)
+        rows = rows.to(self._device)  # rows move where they are used: a GPU does it in no time
         at = 0
         for span in spans:
-            source = views[span.block][:, :, span.row : span.row + span.length]
-            words[:, :, at : at + span.length] = source
+            held = resident[span.block]
+            if held is not None:
+                rows[:, :, at : at + span.length] = held[:, :, span.row : span.row + span.length]
             at += span.length
-        rows = rows.to(self._device)  # rows move where they are used: a GPU does it in no time
         target = _positions((span.start, span.length) for span in spans)
         if any(span.source != span.start for span in spans):
             if self._rope is None:
@@ -77,6 +73,30 @@ class Editor:
             sources = _positions((span.source, span.length) for span in spans)
             self._rope.move(rows[:, 0], sources, target)
         return EditedRows(rows, target)
+
+    def _gathered(
+        self,
+        spans: Sequence[Span],
+        blocks: Sequence[BlockRef],
+        rows_of: Callable[[BlockRef], Any],
+        resident: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Rows of all spans in host memory; those of resident blocks are left as they are."""
+        rows = self._buffer(sum(span.length for span in spans))
+        # plain copies by numpy: a parallel region for each span costs more than the copy
+        words = rows.view(self._words).numpy()
+        views = [
+            self.layout.words(rows_of(block), block.rows) if held is None else None
+            for block, held in zip(blocks, resident, strict=True)
+        ]
+        at = 0
+        for span in spans:
+            view = views[span.block]
+            if view is not None:
+                source = view[:, :, span.row : span.row + span.length]
+                words[:, :, at : at + span.length] = source
+            at += span.length
+        return rows
 
     def tensor(self, buffer: Any, rows: int) -> torch.Tensor:
         """A canonical view of `rows` rows in a writable bytes-like object."""

@@ -28,6 +28,7 @@ class ErrorKind(StrEnum):
     TIMEOUT = "timeout"
     UNSUPPORTED = "unsupported"
     INTERNAL = "internal"
+    SHORT = "short"
 
 
 class KVShareError(Exception):
@@ -108,6 +109,12 @@ class CorruptBlockError(MissError):
     """Bytes do not match the name of the block, or are no frame at all."""
 
     kind = ErrorKind.CORRUPT
+
+
+class ShortBlockError(CorruptBlockError):
+    """A block ends before its header says it does: a torn write, or a read that was cut off."""
+
+    kind = ErrorKind.SHORT
 
 
 class LeaseError(MissError):

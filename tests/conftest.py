@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from kvshare_store.home import arena_path
+from tests.needs import need
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -25,15 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(scope="session")
 def require() -> Callable[[bool, str], None]:
     """`require(present, what)`: skip without `what`; with KVSHARE_REQUIRE_ALL=1 fail instead."""
-
-    def check(present: bool, what: str) -> None:
-        if present:
-            return
-        if os.environ.get("KVSHARE_REQUIRE_ALL") == "1":
-            pytest.fail(f"{what} is missing, and KVSHARE_REQUIRE_ALL=1 asks for everything")
-        pytest.skip(f"{what} is missing")
-
-    return check
+    return need
 
 
 @pytest.fixture

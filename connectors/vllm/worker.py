@@ -17,6 +17,7 @@ import torch
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.raw_blocks import RawBlocks
+from kvshare_connectors.vllm.resident import Resident
 
 from kvshare_store.blocks.arena import Arena, Arenas
 from kvshare_store.config import StoreConfig
@@ -56,6 +57,7 @@ class Worker:
         self._cache = cache
         self._editor = Editor(cache.layout, rope, cache.device)
         self._arenas = Arenas()
+        self._resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache)
         self._failed_blocks: set[int] = set()
         self._started = 0.0
@@ -88,10 +90,14 @@ class Worker:
         for index in used:
             arena.check(spec.blocks[index])
         edited = self._editor.edit(
-            spec.spans, spec.blocks, lambda ref: arena.rows(ref.offset, ref.nbytes)
+            spec.spans,
+            spec.blocks,
+            lambda ref: arena.rows(ref.offset, ref.nbytes),
+            self._resident.rows,
         )
         for index in used:  # still the same blocks, so what was copied is what was planned
             arena.check(spec.blocks[index])
+        self._resident.used(arena, [spec.blocks[index] for index in used])
         self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
         return edited.rows.numel() * edited.rows.element_size()
 
@@ -107,6 +113,7 @@ class Worker:
 
     def after_forward(self, step: KVShareMetadata) -> None:
         """Copy the fresh rows of prompts that are complete now, and hand the rest to the saver."""
+        self._resident.fill()
         if step.prefilled:
             seconds = time.perf_counter() - self._started
             self.saver.tell(protocol.Observe(step.prefilled, seconds))

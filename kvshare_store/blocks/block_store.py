@@ -6,21 +6,27 @@ outside it.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import Lease, LeaseBook
-from kvshare_store.blocks.tiers.base import Tier, TierUse
+from kvshare_store.blocks.levels import Level, Levels
+from kvshare_store.blocks.tiers.base import TierUse
 from kvshare_store.blocks.tiers.host import HostTier
-from kvshare_store.errors import KVShareError, LeaseError, NoSpaceError
+from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
+
+_DIRTY_SHARE = 0.75
+"""Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
+saving faster than the tiers below can write would leave no room to bring stored rows back."""
+_WRITING_BACK = 64
+"""Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
 
 
 class BlockStore:
@@ -30,13 +36,13 @@ class BlockStore:
     def __init__(
         self,
         host: HostTier,
-        disk: Tier | None,
+        below: Sequence[Level],
         io: IoLoop,
         lock: threading.RLock,
         metrics: Metrics,
     ) -> None:
         self.host = host
-        self.disk = disk
+        self.levels = Levels(below, metrics)
         self.leases = LeaseBook()
         self.on_lost: Callable[[list[str]], None] = lambda names: None
         self.in_use: Callable[[str], bool] = lambda name: False
@@ -45,6 +51,11 @@ class BlockStore:
         self._metrics = metrics
         self._reserved: dict[int, int] = {}
         """Bytes of each slot that is being filled, by its offset."""
+        self._dirty: dict[str, int] = {}
+        """Bytes of each block that no tier below the host holds yet, its slot included."""
+        self._persisting: frozenset[str] = frozenset()
+        """Blocks that are being written below at this moment, from where they lie in the host."""
+        self._writing_back = 0
         self._promotions: dict[str, Future[None]] = {}
 
     # --- writing ------------------------------------------------------------------------------
@@ -56,9 +67,19 @@ class BlockStore:
         what it still writes must not land in another block.
         """
         with self._lock:
+            self._check_dirty(nbytes)
             offset = self._allocate(nbytes)
             self._reserved[offset] = nbytes
             return offset
+
+    def _check_dirty(self, nbytes: int) -> None:
+        dirty = sum(self._dirty.values())
+        taken = dirty + sum(map(slot_bytes, self._reserved.values()))
+        if dirty and taken + slot_bytes(nbytes) > self.host.arena.nbytes * _DIRTY_SHARE:
+            raise NoSpaceError(
+                f"{dirty:,} bytes of the host tier wait to be written below; "
+                "raise host_bytes, or save more slowly"
+            )
 
     def reserved(self, offset: int) -> memoryview:
         """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
@@ -76,7 +97,9 @@ class BlockStore:
         with self._lock:
             if self._reserved.pop(offset, None) is None:
                 raise LeaseError("the slot is no longer reserved; save again")
-            self.host.seal(offset, name, block)
+            self.host.seal(offset, name, block, leased=not self._may_go(name))
+            if self.levels and self.levels.holder(name) is None:
+                self._dirty[name] = slot_bytes(len(block.data))
 
     def cancel(self, offset: int) -> None:
         """Give a reserved slot back; one that is not reserved is ignored."""
@@ -84,24 +107,20 @@ class BlockStore:
             if self._reserved.pop(offset, None) is not None:
                 self.host.cancel(offset)
 
-    def persist(self, names: list[str]) -> None:
+    def persist(self, names: Sequence[str]) -> None:
         """Return once every block is durable. Raises the first error; the others may be durable."""
-        if self.disk is not None:
-            self._io.run(self._persist(self.disk, names))
-
-    async def _persist(self, disk: Tier, names: list[str]) -> None:
-        slots = asyncio.Semaphore(disk.properties.max_concurrency)
-
-        async def write(name: str) -> None:
-            async with slots:
-                if disk.size(name) is None:
-                    await disk.put(name, self.host.peek(name))
-
-        # all of them end before anybody hears of an error: a write reads the rows in place
-        ended = await asyncio.gather(*(write(name) for name in names), return_exceptions=True)
-        for error in ended:
-            if error is not None:
-                raise error
+        if not self.levels:
+            return
+        with self._lock:
+            self._persisting = frozenset(names)
+        try:
+            self._io.run(self.levels.persist(list(dict.fromkeys(names)), self.host.peek))
+        finally:
+            with self._lock:
+                self._persisting = frozenset()
+                for name in names:
+                    if self.levels.holder(name) is not None:
+                        self._dirty.pop(name, None)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -109,7 +128,26 @@ class BlockStore:
         """The fastest tier that holds the block, or None."""
         if self.host.size(name) is not None:
             return self.host.name
-        return self.disk.name if self.disk is not None and self.disk.size(name) else None
+        level = self.levels.holder(name)
+        return None if level is None else level.tier.name
+
+    def expect(self, names: Sequence[str], namespace: str) -> None:
+        """A node that was committed elsewhere, or before a restart, uses these blocks: what no
+        tier of this machine has must be in one that others reach too."""
+        for name in names:
+            if self.tier_of(name) is None:
+                for level in self.levels:
+                    if level.remote is not None:
+                        level.remote.expect(name, namespace, 0)
+
+    def read(self, name: str) -> Block:
+        """A copy of a block, verified where it came from below the host; `MissingBlockError` or
+        what its tier says. Waits for the medium: do not hold the lock."""
+        with self._lock:
+            if self.host.size(name) is not None:
+                block = self.host.peek(name)
+                return Block(block.namespace, block.layout, bytes(block.data), block.lossy)
+        return self._io.run(self.levels.get(name))[0]
 
     def lease(
         self, names: list[str], owner: str, seconds: float, timeout: float
@@ -122,18 +160,17 @@ class BlockStore:
         with self._lock:
             lease = self.leases.grant(names, owner, seconds)
             absent = [name for name in names if self.host.size(name) is None]
-            promotions = [self._promote(name) for name in absent] if self.disk else []
+            promotions = [self._promote(name) for name in absent] if self.levels else []
         if promotions:
             wait(promotions, timeout)
         with self._lock:
             for name in names:
                 self.host.touch(name)
-                if self.disk is not None:
-                    self.disk.touch(name)
+                self.levels.touch(name)
             return lease, {name: ref for name in names if (ref := self.host.ref(name)) is not None}
 
     def _promote(self, name: str) -> Future[None]:
-        """Bring one block from disk to host; requests for the same block share one read."""
+        """Bring one block from below to host; requests for the same block share one read."""
         running = self._promotions.get(name)
         if running is None:
             running = self._promotions[name] = self._io.submit(self._fetch(name))
@@ -141,20 +178,30 @@ class BlockStore:
 
     async def _fetch(self, name: str) -> None:
         try:
-            block = await self.disk.get(name)  # type: ignore[union-attr]
-            with self._lock:
-                wanted = self.leases.pinned(name) or self.in_use(name)
-                if wanted and self.host.size(name) is None:
-                    offset = self._allocate(len(block.data))
-                    self.host.arena.rows(offset, len(block.data))[:] = block.data
-                    self.host.seal(offset, name, block)
-        except KVShareError as error:
-            self._metrics.error(error.kind)
-            if self.disk is not None and self.disk.size(name) is None:
+            block, level = await self.levels.get(name)
+            self._place(name, block)
+            self._io.submit(self.levels.fill(name, block, level))  # whoever waits has its rows
+        except MissError:  # counted where it was seen
+            if self.host.size(name) is None:
                 self.on_lost([name])
+        except KVShareError:
+            pass  # counted; the block may be there for the next request
         finally:
             with self._lock:
                 self._promotions.pop(name, None)
+
+    def _place(self, name: str, block: Block) -> None:
+        with self._lock:
+            wanted = self.leases.pinned(name) or self.in_use(name)
+            if not wanted or self.host.size(name) is not None:
+                return
+            try:
+                offset = self._allocate(len(block.data))
+            except NoSpaceError as error:
+                self._metrics.error(error.kind)
+                return
+            self.host.arena.rows(offset, len(block.data))[:] = block.data
+            self.host.seal(offset, name, block)
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""
@@ -180,25 +227,51 @@ class BlockStore:
     def _allocate(self, nbytes: int) -> int:
         while True:
             try:
-                return self.host.reserve(nbytes)
+                return self.host.reserve(nbytes, self._may_go)
             except NoSpaceError:
                 if slot_bytes(nbytes) > self.host.arena.nbytes or not self._evict_one():
                     raise
 
+    def _may_go(self, name: str) -> bool:
+        """Whether a block may leave the host or move in it: nobody reads its rows in place, and
+        they are not the only ones."""
+        return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
+
     def _evict_one(self) -> bool:
-        """Let the least recently used block leave the host tier; False if none may."""
-        for name in self.host.names():
-            if self.leases.pinned(name):
+        """Let the least valuable block leave the host tier; False if none may."""
+        for name in self.host.victims():
+            if not self._may_go(name):
                 continue
-            if self.disk is not None:
-                if self.disk.size(name) is None:
-                    continue  # not durable yet: these are the only bytes
+            if self.levels:
+                self._write_back(name)
                 return self.host.drop(name)
             self.on_lost([name])
             if self.host.size(name) is not None:
                 self.host.drop(name)
             return True
         return False
+
+    def _write_back(self, name: str) -> None:
+        """Copy a block to the level that takes what leaves the host, unless one has it already."""
+        holder = self.levels.holder(name)
+        first = next(iter(self.levels))
+        if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
+            return
+        block = self.host.peek(name)
+        copied = Block(block.namespace, block.layout, bytes(block.data), block.lossy)
+        self._writing_back += 1
+        self._io.submit(self.levels.write_back(name, copied)).add_done_callback(self._written_back)
+
+    def _written_back(self, _: Future[None]) -> None:
+        self._writing_back -= 1
+
+    def make_room(self, tier: str, nbytes: int) -> bool:
+        """Move blocks of a tier one tier down until `nbytes` are free; False if that is not enough.
+
+        Waits for the medium: do not hold the lock.
+        """
+        level = self.levels.named(tier)
+        return level is None or self._io.run(self.levels.make_room(level, nbytes))
 
     def delete(self, names: list[str]) -> None:
         """Remove blocks that nobody pins or uses from every tier and wait for it.
@@ -211,27 +284,45 @@ class BlockStore:
             free = [n for n in names if not (self.leases.pinned(n) or self.in_use(n))]
             for name in free:
                 self.host.drop(name)
-        if self.disk is not None and free:
-            self._io.run(self._delete_from(self.disk, free))
+                self._dirty.pop(name, None)
+        if free:
+            self._io.run(self.levels.delete(free))
 
-    async def _delete_from(self, disk: Tier, names: list[str]) -> None:
-        for name in names:
-            try:
-                await disk.delete(name)
-            except KVShareError as error:
-                self._metrics.error(error.kind)
+    def discover_shared(self) -> list[str]:
+        """Blocks in a remote tier that several machines share, whoever put them."""
+        return self._io.run(self.levels.discover_shared())
+
+    def delete_shared(self, names: Sequence[str]) -> None:
+        """Remove blocks that no machine needs from there; raises the first refusal."""
+        self._io.run(self.levels.delete_shared(names))
+
+    def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
+        """Remove a namespace, of which `names` are known, from every tier; what refused and why.
+
+        Its nodes are gone, and nobody leases or saves blocks of it.
+        """
+        with self._lock:
+            held = [name for name in self.host.names() if self.host.namespace(name) == namespace]
+            for name in held:
+                self.host.drop(name)
+                self._dirty.pop(name, None)
+        return self._io.run(self.levels.purge(namespace, sorted({*names, *held})))
+
+    def filling(self) -> set[int]:
+        """Offsets of the slots that are reserved."""
+        return set(self._reserved)
 
     def names(self) -> set[str]:
-        """Every block in any tier."""
-        return set(self.host.names()) | set(self.disk.names() if self.disk is not None else ())
+        """Every block in any tier of this machine."""
+        own = [level.tier.names() for level in self.levels if not level.shared]
+        return set(self.host.names()).union(*own)
 
     def use(self) -> dict[str, TierUse]:
         """Bytes, budget and blocks of each tier."""
-        tiers: list[Tier] = [self.host] if self.disk is None else [self.host, self.disk]
+        tiers = [self.host, *(level.tier for level in self.levels)]
         return {tier.name: tier.use() for tier in tiers}
 
     def close(self) -> None:
         """Close every tier."""
-        if self.disk is not None:
-            self._io.run(self.disk.close())
+        self._io.run(self.levels.close())
         self._io.run(self.host.close())

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PATIENCE = 5.0
+"""Seconds that what is going on gets to end when the loop closes."""
 
 
 class IoLoop:
@@ -32,8 +34,21 @@ class IoLoop:
         return self.submit(coroutine).result(timeout)
 
     def close(self) -> None:
-        """Stop the loop once what it is doing has returned."""
+        """Stop once what is going on has ended, or was cancelled for taking too long."""
+        if self._loop.is_closed():
+            return
+        self.run(self._drain())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         if not self._thread.is_alive():
             self._loop.close()
+
+    async def _drain(self) -> None:
+        going_on = asyncio.all_tasks() - {asyncio.current_task()}
+        if not going_on:
+            return
+        _, late = await asyncio.wait(going_on, timeout=_PATIENCE)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=_PATIENCE)

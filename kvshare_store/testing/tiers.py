@@ -1,72 +1,53 @@
 """The law of tiers: what every tier and every wrapper around one must do.
 
-Subclass `TierTests` (or `PersistentTierTests`) in a test module and supply `make_tier`; the laws
-are inherited. A law talks to the tier through its interface only; what lies in the medium is looked
-at through `file_of`, past the tier.
+Subclass `TierTests` in a test module (`PersistentTierTests` for what survives the process,
+`kvshare_store.testing.file_tiers.FileTierTests` for what keeps files) and supply `make_tier`; the
+laws are inherited. A law talks to the tier through its interface only. Whatever has a medium that
+can be damaged supplies `damage` and names in `damages` what it can do to it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import stat
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import blake3
-import msgspec
 import pytest
 
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.errors import CorruptBlockError, MissingBlockError, NoSpaceError
+from kvshare_store.errors import (
+    MissingBlockError,
+    NoSpaceError,
+)
 from kvshare_store.tensors.frame import Block
-from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.tier_law import (
+    ABSENT,
+    LAYOUT,
+    NAMESPACE,
+    check_use,
+    damage_file,
+    make_block,
+    same,
+)
+from kvshare_store.testing.tiers_at_once import AtOnceLaws
+from kvshare_store.testing.tiers_damaged import Damage, DamageLaws
 
-LAYOUT = KVLayout(2, 1, 4, "float32")
-NAMESPACE = blake3.blake3(b"tier tests").hexdigest()
-ROOMY = 1 << 20
-ABSENT = blake3.blake3(b"never stored").hexdigest()
-
-Scenario = Callable[[Tier], Awaitable[None]]
-
-
-def make_block(seed: int, rows: int = 8, namespace: str = NAMESPACE) -> tuple[str, Block]:
-    """A block of `rows` rows with bytes that depend on `seed`, and its name."""
-    data = blake3.blake3(f"rows {seed}".encode()).digest(length=rows * LAYOUT.row_bytes)
-    # spelled out here and not taken from the store: the name is part of the law
-    hasher = blake3.blake3(msgspec.msgpack.encode((namespace, LAYOUT)))
-    hasher.update(data)
-    return hasher.hexdigest(), Block(namespace, LAYOUT, data)
-
-
-def same(found: Block, stored: Block) -> bool:
-    """Equal in namespace, layout and every byte."""
-    return (found.namespace, found.layout) == (stored.namespace, stored.layout) and bytes(
-        found.data
-    ) == bytes(stored.data)
-
-
-async def _conducted(tier: Tier, scenario: Scenario) -> None:
-    try:
-        await scenario(tier)
-    finally:
-        await tier.close()
+__all__ = [
+    "ABSENT",
+    "LAYOUT",
+    "NAMESPACE",
+    "Damage",
+    "PersistentTierTests",
+    "TierTests",
+    "check_use",
+    "damage_file",
+    "make_block",
+    "same",
+]
 
 
-class TierTests:
+class TierTests(AtOnceLaws, DamageLaws):
     """Laws of every tier."""
-
-    async def make_tier(self, folder: Path, budget: int) -> Tier:
-        """A tier with its data under `folder`; a persistent one finds there what it left."""
-        raise NotImplementedError
-
-    def law(self, folder: Path, scenario: Scenario, budget: int = ROOMY) -> None:
-        """Run one scenario against a tier made for it."""
-
-        async def conduct() -> None:
-            await _conducted(await self.make_tier(folder, budget), scenario)
-
-        asyncio.run(conduct())
 
     # --- put and get --------------------------------------------------------------------------
 
@@ -231,53 +212,9 @@ class TierTests:
 
         self.law(tmp_path, scenario, budget=8192)
 
-    # --- at the same time -------------------------------------------------------------------------
-
-    def test_one_block_put_got_and_deleted_at_once(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            makers: list[Callable[[], Awaitable[Any]]] = [
-                lambda: tier.put(name, block),
-                lambda: tier.get(name),
-                lambda: tier.delete(name),
-            ]
-            for round_ in range(10):
-                calls = [makers[(round_ + i) % 3]() for i in range(9)]
-                for end in await asyncio.gather(*calls, return_exceptions=True):
-                    assert not isinstance(end, BaseException) or isinstance(end, MissingBlockError)
-                    assert not isinstance(end, Block) or same(end, block)
-                check_use(tier)
-                if tier.size(name) is None:
-                    with pytest.raises(MissingBlockError):
-                        await tier.get(name)
-                else:
-                    assert same(await tier.get(name), block)
-
-        self.law(tmp_path, scenario)
-
-
-def check_use(tier: Tier) -> None:
-    """`use`, `size` and `names` tell the same story, within the budget."""
-    use, names = tier.use(), tier.names()
-    assert len(names) == len(set(names)) == use.blocks
-    assert sum(tier.size(name) or 0 for name in names) == use.bytes
-    assert use.bytes <= use.budget
-
 
 class PersistentTierTests(TierTests):
     """Further laws of tiers whose blocks survive the process."""
-
-    def file_of(self, folder: Path, name: str) -> Path:
-        """The file that holds a block, found without the tier's help."""
-        raise NotImplementedError
-
-    def unfinished(self, folder: Path) -> Path:
-        """Where a write that was cut short leaves its file."""
-        raise NotImplementedError
-
-    def quarantined(self, folder: Path) -> list[Path]:
-        """Files that were put away because they were corrupt."""
-        raise NotImplementedError
 
     def test_its_properties_say_so(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -303,123 +240,19 @@ class PersistentTierTests(TierTests):
         self.law(tmp_path, fill)
         self.law(tmp_path, look)
 
-    def test_use_counts_the_files(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            for seed in range(5):
-                name, block = make_block(seed)
-                await tier.put(name, block)
-                assert tier.size(name) == self.file_of(tmp_path, name).stat().st_size
+    def test_closed_in_the_middle_of_everything_it_holds_whole_blocks(self, tmp_path: Path) -> None:
+        blocks = dict(make_block(seed) for seed in range(16))
 
-        self.law(tmp_path, scenario)
-
-    def test_a_block_is_here_only_once_it_is_durable(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1, rows=512)
-            writing = asyncio.ensure_future(tier.put(name, block))
-            while not writing.done():
-                if tier.size(name) is not None or name in tier.names():
-                    assert self.file_of(tmp_path, name).is_file()
-                await asyncio.sleep(0)
-            assert tier.size(name) is not None
-
-        self.law(tmp_path, scenario)
-
-    @pytest.mark.parametrize("damage", ["first", "header", "middle", "last", "truncated", "empty"])
-    def test_damaged_bytes_are_noticed(self, tmp_path: Path, damage: str) -> None:
-        name, block = make_block(1)
-        other, other_block = make_block(2)
-
-        async def scenario(tier: Tier) -> None:
-            await tier.put(name, block)
-            await tier.put(other, other_block)
-            damage_file(self.file_of(tmp_path, name), damage)
-            with pytest.raises(CorruptBlockError):
-                await tier.get(name)
-            assert not self.file_of(tmp_path, name).exists()
-            assert len(self.quarantined(tmp_path)) == 1
-            assert tier.size(name) is None
-            with pytest.raises(MissingBlockError):
-                await tier.get(name)
-            check_use(tier)
-            assert same(await tier.get(other), other_block)
-            await tier.put(name, block)
-            assert same(await tier.get(name), block)
-
-        self.law(tmp_path, scenario)
-
-    def test_damage_is_noticed_after_a_reopening(self, tmp_path: Path) -> None:
-        name, block = make_block(1)
-
-        async def fill(tier: Tier) -> None:
-            await tier.put(name, block)
+        async def interrupt(tier: Tier) -> None:
+            writes = [asyncio.ensure_future(tier.put(*block)) for block in blocks.items()]
+            await asyncio.sleep(0)
+            await tier.close()
+            await asyncio.gather(*writes, return_exceptions=True)
 
         async def look(tier: Tier) -> None:
-            with pytest.raises(CorruptBlockError):
-                await tier.get(name)
-            assert tier.size(name) is None
-
-        self.law(tmp_path, fill)
-        damage_file(self.file_of(tmp_path, name), "last")
-        self.law(tmp_path, look)
-
-    def test_another_blocks_file_is_no_substitute(self, tmp_path: Path) -> None:
-        (name, block), (other, other_block) = make_block(1), make_block(2)
-
-        async def scenario(tier: Tier) -> None:
-            await tier.put(name, block)
-            await tier.put(other, other_block)
-            self.file_of(tmp_path, name).write_bytes(self.file_of(tmp_path, other).read_bytes())
-            with pytest.raises(CorruptBlockError):
-                await tier.get(name)
-
-        self.law(tmp_path, scenario)
-
-    def test_a_file_that_was_taken_away_is_missing(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            await tier.put(name, block)
-            self.file_of(tmp_path, name).unlink()
-            with pytest.raises(MissingBlockError):
-                await tier.get(name)
-            assert tier.size(name) is None
             check_use(tier)
+            for name in tier.names():
+                assert same(await tier.get(name), blocks[name])
 
-        self.law(tmp_path, scenario)
-
-    def test_unfinished_writes_are_swept_out(self, tmp_path: Path) -> None:
-        name, block = make_block(1)
-
-        async def fill(tier: Tier) -> None:
-            await tier.put(name, block)
-
-        async def look(tier: Tier) -> None:
-            assert not leftover.exists()
-            assert tier.names() == [name]
-
-        self.law(tmp_path, fill)
-        leftover = self.unfinished(tmp_path)
-        leftover.write_bytes(b"half a block")
+        self.law(tmp_path, interrupt)
         self.law(tmp_path, look)
-
-    def test_nobody_else_can_read_it(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            await tier.put(name, block)
-            file = self.file_of(tmp_path, name)
-            assert stat.S_IMODE(file.stat().st_mode) == 0o600
-            assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-
-        self.law(tmp_path, scenario)
-
-
-def damage_file(file: Path, how: str) -> None:
-    """Flip one bit (`first`, `header`, `middle`, `last` byte), or cut the file."""
-    data = bytearray(file.read_bytes())
-    if how == "truncated":
-        data = data[: len(data) // 2]
-    elif how == "empty":
-        data.clear()
-    else:
-        at = {"first": 0, "header": 20, "middle": len(data) // 2, "last": len(data) - 1}[how]
-        data[at] ^= 0x10
-    file.write_bytes(bytes(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -66,6 +67,11 @@ class Tier(ABC):
     @abstractmethod
     def use(self) -> TierUse:
         """Bytes, budget and blocks now."""
+
+    async def purge(self, namespace: str, names: Sequence[str]) -> None:
+        """Remove every block of a namespace; `names` are those that are known."""
+        for name in names:
+            await self.delete(name)
 
     async def close(self) -> None:  # noqa: B027 - most tiers have nothing to let go of
         """Release what the tier holds; blocks of a persistent tier stay."""

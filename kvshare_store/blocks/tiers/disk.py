@@ -1,20 +1,24 @@
-"""The disk tier: one file a block, written under a temporary name, fsynced, then renamed."""
+"""The disk tier: one file a block, written under a temporary name, fsynced, then renamed.
+
+A call is one piece of work in a thread of the tier's own: open, read and verify in one go. What
+several calls at once must agree on is kept in `Inventory` (which files are there, the budget) and
+`Scratch` (unfinished files); `files` makes the calls to the file system.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import os
-import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
-import aiofiles
-import aiofiles.os
-
-from kvshare_store.blocks.eviction import LRU
+from kvshare_store.blocks import files, traces
+from kvshare_store.blocks.inventory import Inventory
+from kvshare_store.blocks.scratch import Scratch
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import (
     CorruptBlockError,
@@ -23,173 +27,224 @@ from kvshare_store.errors import (
     NoSpaceError,
     StorageError,
 )
-from kvshare_store.tensors.frame import Block, Codec, decode_frame, encode_frame
+from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame
 
-_SUFFIX = ".kvb"
-
-
-def _owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+T = TypeVar("T")
+_KEPT_BAD = 32
+"""Files kept in quarantine; the oldest go."""
 
 
 class DiskTier(Tier):
     """Blocks under `folder/blocks`, unfinished writes under `folder/tmp`, bad ones in quarantine.
 
-    The budget counts the sizes of the files that are there. Use `await DiskTier.open(...)`.
+    Several processes may have one folder open: a block that another wrote is found, one that
+    another removed is missing. Use `await DiskTier.open(...)`.
     """
 
     name = "disk"
-    properties = TierProperties(persistent=True, shared=False, max_concurrency=4)
+    properties = TierProperties(persistent=True, shared=False, max_concurrency=8)
 
-    def __init__(self, folder: Path, budget: int, codec: Codec) -> None:
+    def __init__(self, folder: Path, budget: int, codec: Codec, key: Key | None) -> None:
         self._folder = folder
-        self._budget = budget
         self._codec: Codec = codec
-        self._sizes: dict[str, int] = {}
-        self._order = LRU()
-        self._used = 0
-        self._pending = 0
+        self._key = key
+        self._inventory = Inventory(folder / "blocks", budget)
+        self._scratch = Scratch(folder)
+        self._threads = ThreadPoolExecutor(self.properties.max_concurrency + 1, "kvshare-disk")
+        self._first_look: Future[None] | None = None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._closed = False
 
     @classmethod
-    async def open(cls, folder: Path, budget: int, codec: Codec = "none") -> DiskTier:
-        """Make the folders, drop unfinished writes, count what is there."""
-        tier = cls(folder, budget, codec)
-        await asyncio.to_thread(tier._scan)
+    async def open(
+        cls, folder: Path, budget: int, codec: Codec = "none", key: Key | None = None
+    ) -> DiskTier:
+        """Make the folders and drop what dead writers left unfinished; `HomeError` if refused.
+
+        What is there is counted while the tier is in use already.
+        """
+        tier = cls(folder, budget, codec, key)
+        await asyncio.to_thread(tier._prepare)
+        tier._first_look = tier._threads.submit(tier._look_around)
         return tier
 
-    def _scan(self) -> None:
+    def _prepare(self) -> None:
         try:
-            for name in ("blocks", "tmp", "quarantine"):
-                (self._folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-            for leftover in (self._folder / "tmp").iterdir():
-                leftover.unlink(missing_ok=True)
-            found = [
-                (entry.stat(), entry) for entry in (self._folder / "blocks").glob(f"*/*{_SUFFIX}")
-            ]
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("blocks", "quarantine"):
+                files.make_folder(str(self._folder / name))
+            self._scratch.open()
         except OSError as error:
+            self._scratch.close()
             raise HomeError(f"{self._folder} cannot be used: {error.strerror}") from error
-        for status, entry in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-            self._add(entry.name.removesuffix(_SUFFIX), status.st_size)
 
-    def _add(self, name: str, size: int) -> None:
-        self._used += size - self._sizes.get(name, 0)
-        self._sizes[name] = size
-        self._order.touch(name)
-
-    def _forget(self, name: str) -> None:
-        self._used -= self._sizes.pop(name, 0)
-        self._order.remove(name)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / "blocks" / name[:2] / (name + _SUFFIX)
+    def _look_around(self) -> None:
+        with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
+            self._inventory.look()
 
     def _alone(self, name: str) -> asyncio.Lock:
         """One put, get or delete of a block at a time; others do not wait for it."""
         return self._locks.setdefault(name, asyncio.Lock())
 
-    async def put(self, name: str, block: Block) -> None:
-        async with self._alone(name):
-            if name in self._sizes:
-                self._order.touch(name)
-            else:
-                await self._put(name, block)
+    def _start(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        if self._closed:
+            raise StorageError("the disk tier is closed")
+        return asyncio.wrap_future(self._threads.submit(function, *args))
 
-    async def _put(self, name: str, block: Block) -> None:
-        """The block counts as here only once it is durable: until then its rows must stay put."""
-        head, payload = encode_frame(name, block, self._codec)
-        size = len(head) + len(payload)
-        if self._used + self._pending + size > self._budget:
-            raise NoSpaceError(f"disk tier holds {self._used:,} of {self._budget:,} bytes")
-        self._pending += size  # before the first await: concurrent puts share one budget
+    async def _finish(self, function: Callable[..., T], *args: object) -> T:
+        """A caller that is cancelled waits nevertheless: the thread uses what is the caller's."""
+        work = self._start(function, *args)
         try:
-            await self._write(self._path(name), head, payload)
-        except OSError as error:
-            kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-            raise kind(f"block {name[:12]} was not written: {error.strerror}") from error
-        finally:
-            self._pending -= size
-        self._add(name, size)
-
-    async def _write(self, path: Path, head: bytes, payload: Any) -> None:
-        if not path.parent.exists():
-            path.parent.mkdir(exist_ok=True, mode=0o700)
-            await asyncio.to_thread(_fsync_folder, path.parent.parent)
-        temporary = self._folder / "tmp" / uuid.uuid4().hex
-        try:
-            async with aiofiles.open(temporary, "wb", opener=_owner_only) as file:
-                await file.write(head)
-                await file.write(payload)
-                await file.flush()
-                await asyncio.to_thread(os.fsync, file.fileno())
-            await aiofiles.os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
             raise
-        await asyncio.to_thread(_fsync_folder, path.parent)
+
+    # --- put ----------------------------------------------------------------------------------
+
+    async def put(self, name: str, block: Block) -> None:
+        if self._first_look is not None and not self._first_look.done():
+            await asyncio.wait([asyncio.wrap_future(self._first_look)])  # the budget is not known
+        async with self._alone(name):
+            if self._inventory.size(name) is not None:
+                self._inventory.touch(name)
+            else:
+                await self._finish(self._put, name, block)
+
+    def _put(self, name: str, block: Block) -> None:
+        """The block counts as here only once it is durable: until then its rows must stay put."""
+        with _refused(name, "written"):
+            self._inventory.look()
+            if self._adopt(name):
+                return
+            head, payload = encode_frame(name, block, self._codec, self._key)
+            nbytes = len(head) + len(payload)
+            self._inventory.reserve(nbytes)
+            written = None
+            try:
+                self._write(self._inventory.path(name), head, payload)
+                written = name
+            finally:
+                self._inventory.settle(nbytes, written)
+
+    def _adopt(self, name: str) -> bool:
+        """Whether a good file of that name is there already: another process wrote it."""
+        path = self._inventory.path(name)
+        if files.measure(path) is None:
+            return False
+        try:
+            nbytes = self._read(name)[1]
+        except (CorruptBlockError, FileNotFoundError):
+            return False
+        files.sync_folder(str(Path(path).parent))  # its writer may not have come to that yet
+        self._inventory.add(name, nbytes)
+        return True
+
+    def _write(self, path: str, *parts: object) -> None:
+        folder = str(Path(path).parent)
+        if files.make_folder(folder):
+            files.sync_folder(str(self._folder / "blocks"))
+        unfinished = self._scratch.path()
+        files.write(unfinished, parts)
+        try:
+            files.rename(unfinished, path)
+        except OSError:
+            files.discard(unfinished)
+            raise
+        try:
+            files.sync_folder(folder)
+        except OSError:
+            files.discard(path)  # it may not be durable, so it must not look as if it were here
+            raise
+
+    # --- get ----------------------------------------------------------------------------------
 
     async def get(self, name: str) -> Block:
         async with self._alone(name):
-            return await self._get(name)
+            try:
+                block, nbytes = await self._start(self._get, name)
+            except (MissingBlockError, CorruptBlockError):
+                self._inventory.forget(name)
+                raise
+            self._inventory.add(name, nbytes)
+            return block
 
-    async def _get(self, name: str) -> Block:
-        if name not in self._sizes:
-            raise MissingBlockError(f"block {name[:12]} is not on disk")
-        try:
-            async with aiofiles.open(self._path(name), "rb") as file:
-                frame = await file.read()
-        except FileNotFoundError as error:
-            self._forget(name)
-            raise MissingBlockError(f"block {name[:12]} was removed from disk") from error
-        except OSError as error:
-            raise StorageError(f"block {name[:12]} was not read: {error.strerror}") from error
-        try:
-            block = await asyncio.to_thread(decode_frame, frame, name)
-        except CorruptBlockError:
-            await self._quarantine(name)
-            raise
-        self._order.touch(name)
-        return block
+    def _get(self, name: str) -> tuple[Block, int]:
+        with _refused(name, "read"):
+            try:
+                return self._read(name)
+            except FileNotFoundError as error:
+                raise MissingBlockError(f"block {name[:12]} is not on disk") from error
+            except CorruptBlockError:
+                self._quarantine(name)
+                raise
 
-    async def _quarantine(self, name: str) -> None:
-        """Keep the bad bytes for whoever wants to look, out of the way of every reader."""
-        with contextlib.suppress(FileNotFoundError):  # another reader moved it first
-            await aiofiles.os.replace(self._path(name), self._folder / "quarantine" / name)
-        self._forget(name)
+    def _read(self, name: str) -> tuple[Block, int]:
+        """The verified block and the bytes of its file."""
+        frame = files.read(self._inventory.path(name))
+        return decode_frame(frame, name, self._key), len(frame)
+
+    def _quarantine(self, name: str) -> None:
+        """Keep the bad bytes for whoever wants to look, out of the way of every reader.
+
+        Where that fails the file stays and goes on being refused: nobody reads without verifying.
+        """
+        with contextlib.suppress(OSError):
+            folder = self._folder / "quarantine"
+            files.rename(self._inventory.path(name), str(folder / name))
+            kept = [str(folder / entry) for entry in files.names(str(folder))]
+            kept.sort(key=lambda path: (files.measure(path) or (0, 0))[1])
+            for path in kept[:-_KEPT_BAD]:
+                files.remove(path)
+
+    # --- the rest -----------------------------------------------------------------------------
 
     async def delete(self, name: str) -> bool:
         async with self._alone(name):
-            return await self._delete(name)
+            return await self._finish(self._delete, name)
 
-    async def _delete(self, name: str) -> bool:
-        present = name in self._sizes
-        self._forget(name)
-        try:
-            await aiofiles.os.remove(self._path(name))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StorageError(f"block {name[:12]} was not removed: {error.strerror}") from error
-        return present
+    def _delete(self, name: str) -> bool:
+        with _refused(name, "removed"):
+            removed = files.remove(self._inventory.path(name))
+        self._inventory.forget(name)
+        return removed
+
+    async def purge(self, namespace: str, names: Sequence[str]) -> None:
+        """Looks into every file: a block that no node uses any more is nobody's known block."""
+        for name in {*names, *await self._finish(self._traces, namespace)}:
+            await self.delete(name)
+
+    def _traces(self, namespace: str) -> list[str]:
+        with _refused(namespace, "purged"):
+            for path in traces.wreckage_of(self._folder, namespace):
+                files.remove(path)
+            return traces.blocks_of(self._folder, namespace)
 
     def size(self, name: str) -> int | None:
-        return self._sizes.get(name)
+        return self._inventory.size(name)
 
     def names(self) -> list[str]:
-        return list(self._order)
+        return self._inventory.names()
 
     def touch(self, name: str) -> None:
-        if name in self._sizes:
-            self._order.touch(name)
+        self._inventory.touch(name)
 
     def use(self) -> TierUse:
-        return TierUse(self._used, self._budget, len(self._sizes))
+        return self._inventory.use()
+
+    async def close(self) -> None:
+        """Calls that have begun end as they would have; later ones are refused."""
+        self._closed = True
+        await asyncio.to_thread(self._threads.shutdown)
+        self._scratch.close()
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Without this a rename may be lost in a power cut although the file's bytes are not."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _refused(name: str, verb: str) -> Iterator[None]:
+    """What the file system refuses, as the errors of a tier."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = NoSpaceError if full else StorageError
+        raise kind(f"block {name[:12]} was not {verb}: {error.strerror}") from error

@@ -1,0 +1,64 @@
+"""What a worker keeps on its own device: the blocks that its requests reuse most."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from kvshare_store.blocks.arena import Arena
+from kvshare_store.blocks.tiers.device import DeviceTier
+from kvshare_store.errors import LeaseError
+from kvshare_store.plan import BlockRef
+from kvshare_store.tensors.frame import Block
+from kvshare_store.tensors.layout import KVLayout
+
+_USES = 2
+"""A block used so often is worth its place."""
+_REMEMBERED = 4096
+_BLOCKS_PER_STEP = 16
+
+
+class Resident:
+    """A device tier filled after the forward, off the way of any token. No budget: nothing."""
+
+    def __init__(self, budget: int, device: torch.device | str, layout: KVLayout) -> None:
+        self._tier = DeviceTier(budget, device) if budget else None
+        self._layout = layout
+        self._uses: OrderedDict[str, int] = OrderedDict()
+        self._wanted: dict[str, tuple[Arena, BlockRef]] = {}
+
+    def rows(self, name: str) -> torch.Tensor | None:
+        """The block's rows on the device, or None."""
+        return None if self._tier is None else self._tier.rows(name)
+
+    def used(self, arena: Arena, blocks: Sequence[BlockRef]) -> None:
+        """A request has loaded rows of these blocks."""
+        if self._tier is None:
+            return
+        for ref in blocks:
+            uses = self._uses[ref.name] = self._uses.pop(ref.name, 0) + 1
+            if uses >= _USES and self._tier.size(ref.name) is None:
+                self._wanted[ref.name] = (arena, ref)
+        while len(self._uses) > _REMEMBERED:
+            self._uses.popitem(last=False)
+
+    def fill(self) -> None:
+        """Copy what has become worth it. Its lease may have ended: the label in the arena says,
+        before and after the copy, whether the block was still there."""
+        wanted, self._wanted = list(self._wanted.values())[:_BLOCKS_PER_STEP], {}
+        for arena, ref in wanted:
+            self._copy(arena, ref)
+
+    def _copy(self, arena: Arena, ref: BlockRef) -> None:
+        if self._tier is None or ref.nbytes > self._tier.use().budget:
+            return
+        try:
+            arena.check(ref)
+            rows = bytes(arena.rows(ref.offset, ref.nbytes))
+            arena.check(ref)
+        except LeaseError:
+            return
+        # a plan names blocks of its own namespace only, so none needs to be written down here
+        self._tier.keep(ref.name, Block("", self._layout, rows))

@@ -1,0 +1,154 @@
+"""Every call that the disk tier makes to the file system.
+
+They all go through `os` and `fcntl` of this module, so that `kvshare_store.testing.faulty_files`
+can stand in its place and make any one of them fail. Whatever is refused is an `OSError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def make_folder(path: str) -> bool:
+    """Make a folder that only its owner can read; False if there is one."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def names(folder: str) -> list[str]:
+    """What is in a folder, in no order; nothing if there is no such folder."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def measure(path: str) -> tuple[int, int] | None:
+    """Bytes and time of last change in nanoseconds; None if there is no such file or folder."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def read(path: str) -> memoryview:
+    """The whole file, in memory that is the caller's; shorter than the file if reading ended early.
+
+    `FileNotFoundError` if there is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # not zeroed first: every byte that is returned has been read
+        view = np.empty(os.fstat(descriptor).st_size, np.uint8).data
+        at = 0
+        while at < len(view):
+            got = os.preadv(descriptor, [view[at:]], at)
+            if got == 0:
+                break
+            at += got
+        return view[:at]
+    finally:
+        os.close(descriptor)
+
+
+def read_beginning(path: str, nbytes: int) -> bytes:
+    """The first bytes of a file, at most `nbytes`; `FileNotFoundError` if there is none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str, parts: Sequence[Any]) -> None:
+    """A new file of these bytes, durable once this returns; one that fails leaves nothing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        try:
+            _write_all(descriptor, [memoryview(part).cast("B") for part in parts])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        discard(path)
+        raise
+
+
+def _write_all(descriptor: int, views: list[memoryview]) -> None:
+    while views:
+        done = os.writev(descriptor, views)
+        while views and done >= len(views[0]):
+            done -= len(views.pop(0))
+        if views:
+            views[0] = views[0][done:]
+
+
+def rename(source: str, target: str) -> None:
+    """Give a file its final name; who reads `target` finds the old file or the new one, whole."""
+    os.replace(source, target)
+
+
+def remove(path: str) -> bool:
+    """Remove a file; False if there was none."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def discard(path: str) -> None:
+    """Remove a file if that is possible: it is not wanted, and nobody relies on its absence."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def sync_folder(path: str) -> None:
+    """Without this a rename may be lost in a power cut although the file's bytes are not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: str) -> int:
+    """Hold the file at `path`, made if need be, until the descriptor is closed or the process ends.
+
+    Waits for whoever holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def try_lock(path: str) -> int | None:
+    """The same without waiting: None if somebody else holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of a lock."""
+    os.close(descriptor)

@@ -1,0 +1,250 @@
+"""The tiers below host: which of them must hold a block, and how blocks move between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.remote import RemoteTier
+from kvshare_store.errors import (
+    KVShareError,
+    MissError,
+    MissingBlockError,
+    NoSpaceError,
+)
+from kvshare_store.metrics import Metrics
+from kvshare_store.tensors.frame import Block
+
+Write = Literal["through", "back"]
+_FRAME_BYTES = 4096
+"""More than what a tier keeps around the rows of a block."""
+
+
+class Level:
+    """A tier below host and its part in the store.
+
+    `write`: `through` writes a block as soon as it is saved, `back` only when the tier above runs
+    out of room. A `required` level must hold every block of a node before the node is committed.
+    `shared`: other machines read what is there, so nothing is deleted without asking them.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        write: Write,
+        *,
+        required: bool = False,
+        shared: bool = False,
+        remote: RemoteTier | None = None,
+    ) -> None:
+        self.tier = tier
+        self.write = write
+        self.required = required
+        self.shared = shared
+        self.remote = remote
+        """The tier itself, below its wrappers, when other processes put blocks there too."""
+        self._slots: asyncio.Semaphore | None = None
+
+    def slots(self) -> asyncio.Semaphore:
+        """As many at a time as the tier is worth; made in the loop that uses it."""
+        if self._slots is None:
+            self._slots = asyncio.Semaphore(self.tier.properties.max_concurrency)
+        return self._slots
+
+    def has(self, name: str) -> bool:
+        """Whether the tier holds the block, as far as is known without waiting."""
+        return self.tier.size(name) is not None
+
+
+class Levels:
+    """The levels from the fastest to the slowest. Coroutines run in the store's I/O loop."""
+
+    def __init__(self, levels: Sequence[Level], metrics: Metrics) -> None:
+        self._levels = list(levels)
+        self._metrics = metrics
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self._levels)
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
+
+    def named(self, name: str) -> Level | None:
+        """The level with the tier of that name."""
+        return next((level for level in self._levels if level.tier.name == name), None)
+
+    def holder(self, name: str) -> Level | None:
+        """The fastest level that holds the block."""
+        return next((level for level in self._levels if level.has(name)), None)
+
+    def touch(self, name: str) -> None:
+        """Count a use in every tier that holds the block."""
+        for level in self._levels:
+            level.tier.touch(name)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def get(self, name: str) -> tuple[Block, Level]:
+        """The block and the level it came from.
+
+        `MissingBlockError` when every level that should hold it has said that it does not; the
+        last refusal when one of them could not answer, so the block may still be there.
+        """
+        refused: KVShareError | None = None
+        for level in self._levels:
+            if not level.has(name):
+                continue
+            try:
+                async with level.slots():
+                    return await level.tier.get(name), level
+            except MissError as error:
+                self._metrics.error(error.kind)
+            except KVShareError as error:
+                self._metrics.error(error.kind)
+                refused = error
+        raise refused or MissingBlockError(f"block {name[:12]} is in no tier")
+
+    async def fill(self, name: str, block: Block, source: Level) -> None:
+        """Keep a block that came from a slow level in the faster ones as well, if they have room
+        or can make it."""
+        for level in self._levels[: self._levels.index(source)]:
+            with contextlib.suppress(KVShareError):  # a copy for speed; the block is safe
+                await self._put(level, name, block)
+
+    # --- writing ------------------------------------------------------------------------------
+
+    async def persist(self, names: Sequence[str], peek: Callable[[str], Block]) -> None:
+        """Write blocks to every level that writes through.
+
+        Raises the first error of a required level; those of the others are counted.
+        """
+        writes = [
+            (level, name)
+            for level in self._levels
+            for name in names
+            if level.write == "through" and not level.has(name)
+        ]
+        # all of them end before anybody hears of an error: a write reads the rows in place
+        ended = await asyncio.gather(
+            *(self._persist(level, name, peek) for level, name in writes), return_exceptions=True
+        )
+        failed: BaseException | None = None
+        for (level, _), error in zip(writes, ended, strict=True):
+            if error is None:
+                continue
+            if level.required or not isinstance(error, KVShareError):
+                failed = failed or error
+            else:
+                self._metrics.error(error.kind)
+        if failed is not None:
+            raise failed
+
+    async def _persist(self, level: Level, name: str, peek: Callable[[str], Block]) -> None:
+        try:
+            block = peek(name)
+        except MissingBlockError:  # it has left the host, so another level has it
+            block, _ = await self.get(name)
+        await self._put(level, name, block)
+
+    async def _put(self, level: Level, name: str, block: Block) -> None:
+        async with level.slots():
+            if level.has(name):
+                return
+            try:
+                await level.tier.put(name, block)
+            except NoSpaceError:
+                lowest = level is self._levels[-1]
+                if lowest or not await self.make_room(level, len(block.data) + _FRAME_BYTES):
+                    raise
+                await level.tier.put(name, block)
+
+    async def write_back(self, name: str, block: Block) -> None:
+        """A block leaves the host: the first level that writes back takes it."""
+        for level in self._levels:
+            if level.write == "back":
+                with contextlib.suppress(KVShareError):  # a level below holds it already
+                    await self._put(level, name, block)
+                return
+
+    # --- making room --------------------------------------------------------------------------
+
+    async def make_room(self, level: Level, nbytes: int) -> bool:
+        """Let blocks leave a level for the next one until `nbytes` are free there.
+
+        False when that is not enough: then nodes must be forgotten.
+        """
+        below = self._levels[self._levels.index(level) + 1 :]
+        use = level.tier.use()
+        missing = use.bytes + nbytes - use.budget if use.budget else 0
+        for name in level.tier.names() if below and missing > 0 else ():
+            if missing <= 0:
+                break
+            size = level.tier.size(name)
+            if size is not None and await self._demote(name, level, below):
+                missing -= size
+        return missing <= 0
+
+    async def _demote(self, name: str, level: Level, below: Sequence[Level]) -> bool:
+        """Remove a block from a level once a slower one holds it."""
+        try:
+            if not any(lower.has(name) for lower in below):
+                takes = next((lower for lower in below if lower.write == "back"), None)
+                if takes is None:
+                    return False
+                block = await level.tier.get(name)
+                async with takes.slots():
+                    await takes.tier.put(name, block)
+            return await level.tier.delete(name)
+        except KVShareError as error:
+            self._metrics.error(error.kind)
+            return False
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Remove blocks from every level that is this machine's own.
+
+        Blocks of a shared level stay there for other machines' nodes.
+        """
+        for name in names:
+            for level in self._levels:
+                if level.shared and level.remote is not None:
+                    level.remote.forget(name)
+                if level.shared or not level.has(name):
+                    continue
+                try:
+                    await level.tier.delete(name)
+                except KVShareError as error:
+                    self._metrics.error(error.kind)
+
+    async def discover_shared(self) -> list[str]:
+        """Every block in the shared level, whoever put it; none where it cannot be listed."""
+        for level in self._levels:
+            if level.shared and level.remote is not None and level.remote.remote.properties.listing:
+                await level.remote.discover()
+                return level.remote.names()
+        return []
+
+    async def delete_shared(self, names: Sequence[str]) -> None:
+        """Remove blocks that no machine needs from the shared level."""
+        for name in names:
+            for level in self._levels:
+                if level.shared:
+                    await level.tier.delete(name)
+
+    async def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
+        """Remove a namespace from every level, shared ones too; tiers that refused, and why."""
+        refused: dict[str, KVShareError] = {}
+        for level in self._levels:
+            try:
+                await level.tier.purge(namespace, names)
+            except KVShareError as error:
+                self._metrics.error(error.kind)
+                refused[level.tier.name] = error
+        return refused
+
+    async def close(self) -> None:
+        """Close every tier."""
+        for level in self._levels:
+            await level.tier.close()

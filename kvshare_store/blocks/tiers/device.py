@@ -1,0 +1,113 @@
+"""The device tier: rows kept where an engine's worker uses them, on a GPU or in a CPU's own memory.
+
+It holds what is reused most, so that a hit copies device to device. The engine's process owns it;
+the daemon never loads torch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvshare_store.blocks.allocator import Allocator
+from kvshare_store.blocks.eviction import LRU
+from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
+from kvshare_store.errors import MissingBlockError, NoSpaceError
+from kvshare_store.tensors.frame import Block
+from kvshare_store.tensors.layout import KVLayout
+
+_ALIGN = 64
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class DeviceTier(Tier):
+    """Canonical rows in one arena of `budget` bytes on `device`. Not thread-safe."""
+
+    name = "device"
+    properties = TierProperties(persistent=False, shared=False, max_concurrency=1)
+
+    def __init__(self, budget: int, device: torch.device | str = "cpu") -> None:
+        self._arena = torch.empty(budget, dtype=torch.uint8, device=device)
+        self._allocator = Allocator(budget)
+        self._blocks: dict[str, tuple[int, int, str, KVLayout]] = {}
+        """Offset, bytes, namespace and layout of each block."""
+        self._order = LRU()
+
+    def rows(self, name: str) -> torch.Tensor | None:
+        """The block's rows in place, `[layers, 2, rows, kv_heads, head_dim]` of the layout's dtype
+        on this tier's device, valid until the next `put` or `delete`; None if it is not here."""
+        found = self._blocks.get(name)
+        if found is None:
+            return None
+        offset, nbytes, _, layout = found
+        self._order.touch(name)
+        raw = self._arena[offset : offset + nbytes]
+        return raw.view(DTYPES[layout.dtype]).view(layout.shape(layout.rows_in(nbytes)))
+
+    def keep(self, name: str, block: Block) -> None:
+        """Copy a block to the device; what was used least recently makes room for it.
+
+        `NoSpaceError` if it is larger than the budget.
+        """
+        nbytes = _aligned(len(block.data))
+        if nbytes > self._arena.numel():
+            raise NoSpaceError(f"a block of {nbytes:,} bytes is larger than device_bytes")
+        while name not in self._blocks and not self._store(name, block):
+            self.drop(next(iter(self._order)))
+        self._order.touch(name)
+
+    def _store(self, name: str, block: Block) -> bool:
+        """Whether there was room."""
+        nbytes = len(block.data)
+        offset = self._allocator.allocate(_aligned(nbytes))
+        if offset is not None:
+            source = torch.frombuffer(bytearray(block.data), dtype=torch.uint8)
+            self._arena[offset : offset + nbytes].copy_(source)
+            self._blocks[name] = (offset, nbytes, block.namespace, block.layout)
+        return offset is not None
+
+    def drop(self, name: str) -> bool:
+        """Remove a block at once; False if it was not here."""
+        found = self._blocks.pop(name, None)
+        if found is None:
+            return False
+        self._allocator.free(found[0])
+        self._order.remove(name)
+        return True
+
+    async def put(self, name: str, block: Block) -> None:
+        if name not in self._blocks and not self._store(name, block):
+            raise NoSpaceError(f"no room for a block of {len(block.data):,} bytes on the device")
+        self._order.touch(name)
+
+    async def get(self, name: str) -> Block:
+        rows = self.rows(name)
+        if rows is None:
+            raise MissingBlockError(f"block {name[:12]} is not in the device tier")
+        _, _, namespace, layout = self._blocks[name]
+        data = rows.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+        return Block(namespace, layout, data)
+
+    async def delete(self, name: str) -> bool:
+        return self.drop(name)
+
+    def size(self, name: str) -> int | None:
+        found = self._blocks.get(name)
+        return None if found is None else _aligned(found[1])
+
+    def names(self) -> list[str]:
+        return list(self._order)
+
+    def touch(self, name: str) -> None:
+        if name in self._blocks:
+            self._order.touch(name)
+
+    def use(self) -> TierUse:
+        return TierUse(self._allocator.used, self._arena.numel(), len(self._blocks))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN

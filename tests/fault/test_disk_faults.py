@@ -1,0 +1,331 @@
+"""Every file call of the disk tier goes wrong once, in every way: nothing wrong is ever served.
+
+A scenario is run once to count its calls, and then again for each call and each fault that can
+happen to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import KVShareError, ShortBlockError
+from kvshare_store.home import arena_path
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import ReusePlan
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.faulty_files import REFUSALS, WRONG_BYTES, Fault, FaultyFiles, refusal
+from kvshare_store.testing.faulty_files import slow as slowed
+from kvshare_store.testing.oracle import Driver, RowBook, prompt
+from kvshare_store.testing.tiers import check_use, make_block, same
+
+pytestmark = pytest.mark.fault
+
+FAULTS = [*REFUSALS, *WRONG_BYTES]
+ids = [fault.name for fault in FAULTS]
+SMALL = {
+    "block_tokens": 8,
+    "host_bytes": 1 << 20,
+    "disk_bytes": 1 << 24,
+    "min_prompt_tokens": 8,
+    "min_saving_ms": 0.0,
+    "policy": "aggressive",
+    "semantic": "never",
+    "plan_deadline_ms": 20_000.0,
+}
+
+
+def places(calls: list[str], fault: Fault) -> range:
+    """At which of the calls that it can happen to a fault is tried: all of them."""
+    return range(1, 1 + sum(call in fault.calls for call in calls))
+
+
+# --- the tier alone -----------------------------------------------------------------------------
+
+A, B, C = (make_block(seed) for seed in range(3))
+
+
+async def use_tier(tier: DiskTier) -> None:
+    """Puts, gets and deletes; each may fail in a way that is a tier's, no get may be wrong."""
+    blocks = dict((A, B, C))
+    for call, (name, block) in (
+        ("put", A), ("put", B), ("get", A), ("put", A), ("delete", B), ("get", B), ("put", C),
+        ("put", B), ("get", C),
+    ):  # fmt: skip
+        with contextlib.suppress(KVShareError):
+            if call == "put":
+                await tier.put(name, block)
+            elif call == "delete":
+                await tier.delete(name)
+            else:
+                assert same(await tier.get(name), blocks[name])
+
+
+async def check_tier(tier: DiskTier, folder: Path) -> None:
+    """What it says is here is really here, and right or refused; everything can be put again."""
+    files = (folder / "blocks").glob("*/*")
+    assert tier.use().bytes >= sum(file.stat().st_size for file in files)
+    assert list((folder / "tmp").iterdir()) == []
+    for name, block in (A, B, C):
+        with contextlib.suppress(KVShareError):
+            assert same(await tier.get(name), block)
+        await tier.put(name, block)
+        assert same(await tier.get(name), block)
+    check_use(tier)
+    assert tier.use().bytes == sum(f.stat().st_size for f in (folder / "blocks").glob("*/*"))
+
+
+async def with_fault(folder: Path, fault: Fault | None, at: int = 0) -> list[str]:
+    """The scenario with a fault at one place; the calls that it made."""
+    with FaultyFiles() as disk:
+        if fault is not None:
+            disk.arm(fault, at)
+        tier = None
+        with contextlib.suppress(KVShareError):
+            tier = await DiskTier.open(folder, 1 << 20)
+            await asyncio.to_thread(tier.use)  # the first look: its calls come in the same order
+            await use_tier(tier)
+        calls = list(disk.calls)
+        disk.heal()
+        assert fault is None or disk.happened == 1
+    if tier is not None:
+        await check_tier(tier, folder)
+        await tier.close()
+    tier = await DiskTier.open(folder, 1 << 20)
+    await check_tier(tier, folder)
+    await tier.close()
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where the system has such a place: thousands of fsyncs wait for nothing there."""
+    if not Path("/dev/shm").is_dir():  # noqa: S108 - a folder of its own is made in there
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="kvshare-test-") as memory:
+        yield Path(memory)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=ids)
+def test_every_call_of_the_tier(folder: Path, fault: Fault) -> None:
+    calls = asyncio.run(with_fault(folder / "0", None))
+    for at in places(calls, fault):
+        asyncio.run(with_fault(folder / str(at), fault, at))
+
+
+@pytest.mark.parametrize("half", ["short read", "short write"])
+def test_a_call_that_does_half_of_it_is_finished(tmp_path: Path, half: str) -> None:
+    async def scenario() -> None:
+        with FaultyFiles() as disk:
+            disk.arm(next(fault for fault in WRONG_BYTES if fault.name == half))
+            tier = await DiskTier.open(tmp_path, 1 << 20)
+            for name, block in (A, B):
+                await tier.put(name, block)
+                assert same(await tier.get(name), block)
+            assert disk.happened
+            await tier.close()
+
+    asyncio.run(scenario())
+
+
+def half_of_the_file(
+    real: Callable[..., int], descriptor: int, views: list[memoryview], at: int
+) -> int:
+    """What `preadv` does when the file has been cut to half of what `fstat` has said."""
+    size = os.fstat(descriptor).st_size // 2
+    return real(descriptor, [views[0][: size - at]], at) if at < size else 0
+
+
+def test_a_read_that_ends_early_is_short(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        tier = await DiskTier.open(tmp_path, 1 << 20)
+        await tier.put(*A)
+        with FaultyFiles() as disk:
+            disk.arm(Fault("ends after half", frozenset({"preadv"}), half_of_the_file))
+            with pytest.raises(ShortBlockError):
+                await tier.get(A[0])
+        await tier.close()
+
+    asyncio.run(scenario())
+
+
+# --- the whole store ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk() -> Iterator[FaultyFiles]:
+    with FaultyFiles() as faulty:
+        yield faulty
+
+
+@pytest.fixture
+def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Driver]]:
+    """`driver(field=value)` opens the store in `folder`; one call at a time reaches the disk, so
+    that the same calls come in the same order."""
+    one = DiskTier.properties._replace(max_concurrency=1)
+    monkeypatch.setattr(DiskTier, "properties", one)
+    namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
+    book = RowBook(namespace.layout)
+    opened: list[Store] = []
+
+    def open_(**changes: Any) -> Driver:
+        while opened:
+            opened.pop().close()
+        opened.append(Store(StoreConfig(**{"home": str(folder / "home")} | SMALL | changes)))
+        return Driver(opened[0], namespace, book)
+
+    yield open_
+    for store in opened:
+        store.close()
+    arena_path(folder / "home").unlink(missing_ok=True)
+
+
+def from_disk(engine: Driver, tokens: list[int], **options: Any) -> ReusePlan:
+    """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
+    engine.store.flush()
+    blocks = engine.store.blocks
+    for name in blocks.host.names():
+        blocks.host.drop(name)
+    return engine.serve(tokens, **options)
+
+
+def round_of(
+    engine: Driver, disk: FaultyFiles, seed: int, fault: Fault | None = None, at: int = 0
+) -> list[str]:
+    """A prompt is saved, served and forgotten while something goes wrong, and again when it does
+    not any more. The calls made while it did."""
+    tokens, before = prompt(seed, 16), len(disk.calls)
+    if fault is not None:
+        disk.arm(fault, at)
+    node = engine.save(tokens)
+    from_disk(engine, tokens)
+    assert node is not None
+    engine.store.shelf.remove([node])
+    engine.store.flush()
+    disk.heal()
+    calls = disk.calls[before:]
+    engine.save(tokens)
+    if from_disk(engine, tokens).exact != 15:  # what was damaged is found, forgotten, and ...
+        engine.save(tokens)
+        assert from_disk(engine, tokens).exact == 15, "... kept when it comes again"
+    engine.store.shelf.remove([node])
+    return calls
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=ids)
+def test_every_call_of_a_store_in_use(
+    driver: Callable[..., Driver], disk: FaultyFiles, fault: Fault
+) -> None:
+    engine, old = driver(), prompt(1000, 40)
+    engine.save(old)
+    engine.store.flush()
+    calls = round_of(engine, disk, 0)
+    assert set(calls) >= {"open", "writev", "fsync", "replace", "preadv", "unlink"}
+    for at in places(calls, fault):
+        round_of(engine, disk, at, fault, at)
+        assert from_disk(engine, old).exact == 39, "what was saved before is not touched"
+    # two blocks in one folder make fewer calls than two in folders of their own
+    assert disk.happened >= len(places(calls, fault)) - 6
+    assert disk.happened
+    assert set(engine.store.stats()["errors"]) <= {
+        "no_space", "storage", "corrupt", "short", "missing"
+    }  # fmt: skip
+    assert driver().serve(old).exact == 39
+
+
+def test_every_call_of_a_store_that_opens(driver: Callable[..., Driver], disk: FaultyFiles) -> None:
+    """It opens or it says that it cannot; either way nothing is lost by a call that was refused."""
+    old = prompt(1, 16)
+    driver().save(old)
+    engine = driver()
+    before = len(disk.calls)
+    engine = driver()
+    engine.store.blocks.use()
+    assert from_disk(engine, old).exact == 15
+    for at in range(1, len(disk.calls) - before + 1):
+        engine.store.close()
+        disk.arm(REFUSALS[at % len(REFUSALS)], at)
+        try:
+            engine = driver()
+            engine.store.blocks.use()
+            from_disk(engine, old)
+            disk.heal()
+        except KVShareError:
+            disk.heal()
+            engine = driver()
+        assert from_disk(engine, old).exact == 15, f"lost by call {at}"
+
+
+FULL = Fault("full disk", frozenset({"writev"}), refusal(errno.ENOSPC).happen)
+
+
+def test_a_full_disk_stops_saving_not_serving(
+    driver: Callable[..., Driver], disk: FaultyFiles
+) -> None:
+    engine, old, new = driver(), prompt(1, 40), prompt(2, 40)
+    engine.save(old)
+    engine.store.flush()
+    disk.arm(FULL)
+    for _ in range(3):
+        assert engine.save(new), "it can be used at once"
+        assert from_disk(engine, old).exact == 39
+        assert engine.plan(new).declined == "no_donor", "it could not be kept"
+    assert engine.store.stats()["errors"] == {"no_space": 3}
+    disk.heal()
+    engine.save(new)
+    assert from_disk(engine, new).exact == 39
+    assert from_disk(driver(), new).exact == 39
+
+
+def test_a_slow_disk_is_a_miss_and_late_rows_serve_the_next(
+    driver: Callable[..., Driver], disk: FaultyFiles
+) -> None:
+    driver().save(prompt(1, 40))
+    engine = driver(plan_deadline_ms=50.0)
+    disk.arm(slowed(0.2))  # five blocks of four calls each: four seconds
+    began = time.monotonic()
+    assert engine.plan(prompt(1, 40)).declined == "not_resident"
+    assert time.monotonic() - began < 1.0
+    disk.heal()
+    assert eventually(lambda: engine.serve(prompt(1, 40)).exact == 39)
+
+
+def eventually(happens: Callable[[], bool]) -> bool:
+    """Whether it happens within ten seconds."""
+    return any(happens() or time.sleep(0.05) for _ in range(200))
+
+
+@pytest.mark.parametrize("days", [-3650, 3650])
+def test_a_clock_that_jumps(
+    driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    engine, old = driver(lease_seconds=60.0), prompt(1, 40)
+    engine.save(old)
+    held = engine.plan(old)
+    shift, now, now_ns = days * 86_400, time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + shift)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + shift * 10**9)
+    assert engine.store.blocks.reap(set()) == [], "a lease ends by the clock that does not jump"
+    engine.check(old, held)
+    engine.finish(held)
+    for seed in range(2, 5):
+        engine.save(prompt(seed, 16))
+        assert from_disk(engine, prompt(seed, 16)).exact == 15
+    monkeypatch.undo()
+    assert from_disk(engine, old).exact == 39
+    engine.save(prompt(9, 16))
+    assert from_disk(driver(), prompt(9, 16)).exact == 15
+    assert [engine.store.stats()["errors"] for engine in [driver()]] == [{}]

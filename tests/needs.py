@@ -1,0 +1,16 @@
+"""What a test needs beside Python packages."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def need(present: bool, what: str) -> None:
+    """Skip the test without `what`; with KVSHARE_REQUIRE_ALL=1 fail instead."""
+    if present:
+        return
+    if os.environ.get("KVSHARE_REQUIRE_ALL") == "1":
+        pytest.fail(f"{what} is missing, and KVSHARE_REQUIRE_ALL=1 asks for everything")
+    pytest.skip(f"{what} is missing")
