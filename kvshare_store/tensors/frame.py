@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import blake3
 import msgspec
-import zstandard
 
-from kvshare_store.errors import CorruptBlockError
+from kvshare_store.errors import CorruptBlockError, NamespaceError, ShortBlockError
+from kvshare_store.keys import SEAL_BYTES, seal, unseal
+from kvshare_store.tensors.codecs import LOSSY, Codec, decode, encode
 from kvshare_store.tensors.layout import KVLayout
 
+__all__ = ["Block", "Codec", "Key", "block_name", "decode_frame", "encode_frame", "split_frame"]
+
 MAGIC = b"KVSB"
-VERSION = 1
-Codec = Literal["none", "zstd"]
+VERSION = 2
 _PREFIX = struct.Struct("<4sI")
-_MAX_HEADER = 1 << 16
+MOST_HEADER = 1 << 12
+"""Bytes of the longest beginning of a frame that a header may take."""
+
+Key = Callable[[str], bytes]
+"""Gives the AES-256 key of a namespace digest; `NamespaceError` if there is none."""
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -25,6 +33,8 @@ class Block(msgspec.Struct, frozen=True):
     namespace: str
     layout: KVLayout
     data: Any
+    lossy: bool = False
+    """The rows went through a lossy codec: they are no longer the bytes that the name is of."""
 
     @property
     def rows(self) -> int:
@@ -33,14 +43,27 @@ class Block(msgspec.Struct, frozen=True):
 
 
 class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
-    """What precedes the payload."""
+    """What precedes the payload. All of it is in clear but `contents` of an encrypted frame."""
 
     version: int
     name: str
     namespace: str
+    encrypted: bool
+    contents: bytes
+    """`Contents` as msgpack, sealed in an encrypted frame."""
+    payload_bytes: int
+
+
+class Contents(msgspec.Struct, frozen=True, array_like=True):
+    """What the payload is."""
+
     layout: KVLayout
     codec: Codec
     raw_bytes: int
+    lossy: bool
+    check: bytes = b""
+    """BLAKE3 of all the above and the payload. Empty where something else verifies every bit: the
+    tag of an encrypted frame, or the name where the payload is the very rows it is of."""
 
 
 def block_name(block: Block) -> str:
@@ -54,55 +77,131 @@ def block_name(block: Block) -> str:
     return hasher.hexdigest()
 
 
-def encode_frame(name: str, block: Block, codec: Codec = "none") -> tuple[bytes, Any]:
-    """`(head, payload)` of a block; the payload is the block's own buffer when not compressed."""
-    payload = block.data if codec == "none" else zstandard.compress(block.data, 1)
-    header = FrameHeader(VERSION, name, block.namespace, block.layout, codec, len(block.data))
-    encoded = msgspec.msgpack.encode(header)
-    return _PREFIX.pack(MAGIC, len(encoded)) + encoded, payload
+def encode_frame(
+    name: str, block: Block, codec: Codec = "none", key: Key | None = None
+) -> tuple[bytes, Any]:
+    """`(head, payload)` of a block, encrypted where there is a key.
+
+    The payload is the block's own buffer when it is neither packed nor encrypted. A lossy codec
+    gives way to `none` for rows that are not finite.
+    """
+    codec, body = encode(codec, block.data, block.layout)
+    lossy = block.lossy or codec in LOSSY
+    contents = Contents(block.layout, codec, len(block.data), lossy)
+    if key is None:
+        if lossy or codec != "none":
+            check = _check(name, block.namespace, contents, body)
+            contents = msgspec.structs.replace(contents, check=check)
+        about = msgspec.msgpack.encode(contents)
+        return _head(FrameHeader(VERSION, name, block.namespace, False, about, len(body))), body
+    secret = key(block.namespace)
+    sealed = seal(secret, msgspec.msgpack.encode(contents), _whose(name, block.namespace))
+    size = len(body) + SEAL_BYTES
+    head = _head(FrameHeader(VERSION, name, block.namespace, True, bytes(sealed), size))
+    return head, seal(secret, body, head)
 
 
-def decode_frame(frame: bytes | memoryview, name: str) -> Block:
-    """The verified block in `frame`; `CorruptBlockError` unless it is exactly block `name`."""
-    header, body = split_frame(frame)
-    data = _decompress(header, body)
-    block = Block(header.namespace, header.layout, data)
-    if header.name != name or block_name(block) != name:
+def decode_frame(frame: bytes | memoryview, name: str, key: Key | None = None) -> Block:
+    """The verified block in `frame`.
+
+    `ShortBlockError` if the frame is cut off; `CorruptBlockError` unless it is exactly block
+    `name`, encrypted where and only where there is a key.
+    """
+    header, payload = split_frame(frame)
+    if header.name != name:
+        raise CorruptBlockError(f"frame of block {header.name[:12]} is not of {name[:12]}")
+    if header.encrypted != (key is not None):
+        state = "encrypted" if header.encrypted else "not encrypted"
+        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting is another")
+    contents, body = _plain(header, payload) if key is None else _opened(header, payload, key)
+    data = decode(contents.codec, body, contents.layout, contents.raw_bytes)
+    block = Block(header.namespace, contents.layout, data, contents.lossy)
+    if not block.lossy and block_name(block) != name:
         raise CorruptBlockError(f"block {name[:12]} holds other bytes than its name says")
     return block
 
 
 def split_frame(frame: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
-    """Header and payload of a frame, not yet verified."""
+    """Header and payload of a frame, complete but not yet verified."""
+    header, start = read_header(frame)
+    payload = memoryview(frame)[start:]
+    if len(payload) < header.payload_bytes:
+        raise ShortBlockError(f"{len(payload)} of {header.payload_bytes} bytes of payload are here")
+    if len(payload) > header.payload_bytes:
+        raise CorruptBlockError(f"the payload goes on after {header.payload_bytes} bytes")
+    return header, payload
+
+
+def read_header(frame: bytes | memoryview) -> tuple[FrameHeader, int]:
+    """The header of what may be only the beginning of a frame, and where the payload starts."""
     view = memoryview(frame)
     if len(view) < _PREFIX.size:
-        raise CorruptBlockError(f"a frame of {len(view)} bytes is too short")
+        raise _cut(view, MAGIC.startswith(view[: len(MAGIC)]))
     magic, length = _PREFIX.unpack_from(view)
-    if magic != MAGIC or length > _MAX_HEADER or len(view) < _PREFIX.size + length:
+    if magic != MAGIC or _PREFIX.size + length > MOST_HEADER:
         raise CorruptBlockError("not a block frame")
+    raw = view[_PREFIX.size : _PREFIX.size + length]
+    if len(raw) < length:
+        raise _cut(view, True)
     try:
-        header = msgspec.msgpack.decode(
-            view[_PREFIX.size : _PREFIX.size + length], type=FrameHeader
-        )
+        header = msgspec.msgpack.decode(raw, type=FrameHeader)
     except (msgspec.DecodeError, ValueError) as error:
+        _check_version(raw)
         raise CorruptBlockError(f"unreadable frame header: {error}") from error
     if header.version != VERSION:
         raise CorruptBlockError(f"frame version {header.version} is not {VERSION}")
-    return header, view[_PREFIX.size + length :]
+    return header, _PREFIX.size + length
 
 
-def _decompress(header: FrameHeader, body: memoryview) -> memoryview:
-    if header.codec == "none":
-        data = body
-    else:
-        try:
-            # asked first: a damaged length must not make the decompressor allocate that much
-            if zstandard.frame_content_size(body) != header.raw_bytes:
-                raise CorruptBlockError("payload and header disagree about its size")
-            whole = zstandard.ZstdDecompressor()
-            data = memoryview(whole.decompress(body, allow_extra_data=False))
-        except zstandard.ZstdError as error:
-            raise CorruptBlockError(f"payload does not decompress: {error}") from error
-    if len(data) != header.raw_bytes:
-        raise CorruptBlockError(f"payload has {len(data)} bytes, header says {header.raw_bytes}")
-    return data
+def _check_version(raw: memoryview) -> None:
+    """Name the version of a header that has other fields than ours, if it is a header at all."""
+    with contextlib.suppress(msgspec.DecodeError, ValueError):
+        fields = msgspec.msgpack.decode(raw, type=list[Any])
+        if fields and isinstance(fields[0], int) and fields[0] != VERSION:
+            raise CorruptBlockError(f"frame version {fields[0]} is not {VERSION}")
+
+
+def _cut(view: memoryview, begins_well: bool) -> CorruptBlockError:
+    kind = ShortBlockError if begins_well else CorruptBlockError
+    return kind(f"{len(view)} bytes are too few for a frame")
+
+
+def _head(header: FrameHeader) -> bytes:
+    encoded = msgspec.msgpack.encode(header)
+    return _PREFIX.pack(MAGIC, len(encoded)) + encoded
+
+
+def _plain(header: FrameHeader, payload: memoryview) -> tuple[Contents, memoryview]:
+    contents = _contents(header.contents)
+    if contents.lossy or contents.codec != "none":
+        check = _check(header.name, header.namespace, contents, payload)
+        if contents.check != check:
+            raise CorruptBlockError(f"block {header.name[:12]} is damaged")
+    return contents, payload
+
+
+def _opened(header: FrameHeader, payload: memoryview, key: Key) -> tuple[Contents, bytearray]:
+    try:
+        secret = key(header.namespace)
+    except NamespaceError as error:
+        raise CorruptBlockError(f"block {header.name[:12]} cannot be opened: {error}") from error
+    about = unseal(secret, header.contents, _whose(header.name, header.namespace))
+    return _contents(about), unseal(secret, payload, _head(header))
+
+
+def _contents(encoded: bytes | bytearray) -> Contents:
+    try:
+        return msgspec.msgpack.decode(encoded, type=Contents)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise CorruptBlockError(f"unreadable frame contents: {error}") from error
+
+
+def _check(name: str, namespace: str, contents: Contents, body: Any) -> bytes:
+    covered = msgspec.structs.replace(contents, check=b"")
+    hasher = blake3.blake3(msgspec.msgpack.encode((name, namespace, covered)))
+    hasher.update(body)
+    return hasher.digest()
+
+
+def _whose(name: str, namespace: str) -> bytes:
+    return msgspec.msgpack.encode((name, namespace))

@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lancedb
-import msgspec
-import numpy as np
 import pyarrow as pa
 
 from kvshare_store.errors import HomeError, StorageError
+from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.place import Place
+from kvshare_store.tree.rows import Rows, Vectors
+
+__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
 
 VECTOR_DIMENSIONS = 384
 _READ_ROWS = 4096
-
-
-class Vectors(NamedTuple):
-    """What nominates a node: float32 unit vectors of 384 numbers; no semantic one may be known."""
-
-    lexical: np.ndarray
-    semantic: np.ndarray | None
+_SHARED_VERSIONS = timedelta(hours=1)
 
 
 def _schema() -> pa.Schema:
@@ -50,6 +46,7 @@ _NAMESPACES = pa.schema(
     [
         pa.field("digest", pa.string(), nullable=False),
         pa.field("namespace", pa.binary(), nullable=False),
+        pa.field("salt", pa.binary()),
     ]
 )
 
@@ -57,19 +54,25 @@ _NAMESPACES = pa.schema(
 class Catalog:
     """Rows of nodes and namespaces. Thread-safe: one handle under one lock.
 
+    With `keys`, what a node or a namespace is is sealed, and there are no vectors beside it;
+    docs/design/encryption.md says what is left in clear.
+
     Concurrent `merge_insert` on a nullable or undeclared key duplicates rows silently, so the keys
     are non-nullable and declared.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
+        """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
+        for one that several machines write to."""
         self._lock = threading.Lock()
+        self._rows = Rows(keys)
+        self.place = Place(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._database = lancedb.connect(str(folder))
+            self._database = self.place.connect()
             self._nodes = self._open("nodes", _schema(), "id")
             self._namespaces = self._open("namespaces", _NAMESPACES, "digest")
         except (OSError, ValueError, RuntimeError) as error:
-            raise HomeError(f"catalogue {folder} cannot be opened: {error}") from error
+            raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
 
     def _open(self, name: str, schema: pa.Schema, key: str) -> Any:
         if name not in self._database.list_tables().tables:
@@ -95,7 +98,7 @@ class Catalog:
         if not rows:
             return
         with self._table_access():
-            table = pa.Table.from_pylist([_row(node, vectors) for node, vectors in rows], _schema())
+            table = pa.Table.from_pylist([self._rows.node_row(*row) for row in rows], _schema())
             merge = self._nodes.merge_insert("id")
             merge.when_matched_update_all().when_not_matched_insert_all().execute(
                 table,
@@ -104,79 +107,115 @@ class Catalog:
 
     def delete(self, ids: Iterable[str]) -> None:
         """Remove nodes; unknown ids are ignored."""
-        quoted = ", ".join(f"'{_hex(node_id)}'" for node_id in ids)
+        quoted = _quoted(ids)
         if quoted:
             with self._table_access():
                 self._nodes.delete(f"id IN ({quoted})")
 
-    def load(self) -> Iterator[tuple[Node, Vectors]]:
-        """Every committed node, in the order of commits."""
+    def refresh(self) -> int:
+        """See what others have committed; returns the version of the node table."""
         with self._table_access():
-            for batch in self._nodes.search().limit(None).to_batches(_READ_ROWS):
+            self._namespaces.checkout_latest()
+            self._nodes.checkout_latest()
+            return int(self._nodes.version)
+
+    def load(
+        self, namespace: str | None = None, ids: Collection[str] | None = None
+    ) -> Iterator[tuple[Node, Vectors]]:
+        """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
+
+        Sealed nodes of a namespace whose key is not known are left out: `namespaces` learns keys.
+        """
+        with self._table_access():
+            query = self._nodes.search().limit(None)
+            if namespace is not None:
+                query = query.where(f"namespace = '{_hex(namespace)}'")
+            if ids is not None:
+                query = query.where(f"id IN ({_quoted(ids)})")
+            for batch in query.to_batches(_READ_ROWS):
                 for row in batch.to_pylist():
-                    yield _node(row)
+                    if self._rows.readable(row):
+                        yield self._rows.node(row)
 
     def count(self) -> int:
         """How many nodes are committed."""
         with self._table_access():
             return int(self._nodes.count_rows())
 
+    def ids(self) -> list[tuple[str, str]]:
+        """Id and namespace of every committed row, as the table has them, repetitions included."""
+        with self._table_access():
+            table = self._nodes.search().select(["id", "namespace"]).limit(None).to_arrow()
+        return list(zip(*(table[name].to_pylist() for name in ("id", "namespace")), strict=True))
+
+    def versions(self) -> int:
+        """How many versions of the node table there are, the current one included."""
+        with self._table_access():
+            return len(self._nodes.list_versions())
+
     def add_namespace(self, namespace: Namespace) -> None:
-        """Remember what a digest stands for."""
-        row = {
-            "digest": namespace.digest,
-            "namespace": msgspec.msgpack.encode(namespace),
-        }
+        """Remember what a digest stands for, and the salt of its key."""
+        row = self._rows.namespace_row(namespace)
         with self._table_access():
             merge = self._namespaces.merge_insert("digest")
             merge.when_not_matched_insert_all().execute(pa.Table.from_pylist([row], _NAMESPACES))
+        self.namespaces(namespace.digest)  # another writer may have been first: one salt counts
 
-    def namespaces(self) -> list[Namespace]:
-        """Every namespace that was ever saved into."""
+    def namespaces(self, digest: str | None = None) -> list[Namespace]:
+        """Every namespace that was ever saved into, or the one of a digest; its key is known then.
+
+        `ConfigError` if they were sealed with another key than ours, or with none.
+        """
         with self._table_access():
-            rows = self._namespaces.search().limit(None).to_list()
-        return [msgspec.msgpack.decode(row["namespace"], type=Namespace) for row in rows]
+            query = self._namespaces.search().limit(None)
+            rows = (query.where(f"digest = '{_hex(digest)}'") if digest else query).to_list()
+        return [self._rows.namespace(row) for row in rows]
+
+    def purge(self, namespace: str) -> None:
+        """Remove every row of a namespace, its record and its salt, from old versions too."""
+        digest = _hex(namespace)
+        with self._table_access():
+            for table, column in ((self._nodes, "namespace"), (self._namespaces, "digest")):
+                table.delete(f"{column} = '{digest}'")
+                # Deleting only marks rows, and a file with few marks is never written again: what
+                # stays is rewritten here, so that the files with what was deleted can go.
+                table.update(where="true", values_sql={column: column})
+                self._drop_versions(table)
+        self._rows.forget(namespace)
 
     def clear(self) -> None:
         """Remove every node, from old versions too."""
         with self._table_access():
             self._nodes.delete("true")
-            self._compact()
+            self._drop_versions(self._nodes)
 
     def compact(self) -> None:
-        """Merge small fragments and drop old versions. Only the owner of the home may call it."""
-        with self._table_access():
-            self._compact()
+        """Merge small fragments and drop old versions. Only the owner of the home may call it.
 
-    def _compact(self) -> None:
-        # zero would warn of other readers, and there are none: the home has one owner. A version
+        Others may be reading a version of a shared catalogue, or writing the next: there versions
+        stay for an hour, and of two that compact at once LanceDB lets one have its way.
+        """
+        with self._table_access():
+            if self.place.shared:
+                self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)
+            else:
+                self._drop_versions(self._nodes)
+
+    def _drop_versions(self, table: Any) -> None:
+        """All but the present one, and files that belong to none. Other machines may be writing
+        files that belong to none yet: those are left alone."""
+        # zero would warn of other readers, and those of a shared table ask again. A version
         # is kept unless it was that old when this began.
         time.sleep(0.002)
-        self._nodes.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+        table.optimize(
+            cleanup_older_than=timedelta(milliseconds=1), delete_unverified=not self.place.shared
+        )
+
+
+def _quoted(ids: Iterable[str]) -> str:
+    return ", ".join(f"'{_hex(node_id)}'" for node_id in ids)
 
 
 def _hex(node_id: str) -> str:
     """Ids go into SQL text, so nothing but hex digits may pass."""
     return f"{int(node_id, 16):0{len(node_id)}x}"
-
-
-def _row(node: Node, vectors: Vectors) -> dict[str, Any]:
-    return {
-        "id": node.id,
-        "namespace": node.namespace,
-        "node": msgspec.msgpack.encode(node),
-        "lexical": vectors.lexical,
-        "semantic": vectors.semantic,
-    }
-
-
-def _node(row: dict[str, Any]) -> tuple[Node, Vectors]:
-    try:
-        node = msgspec.msgpack.decode(row["node"], type=Node)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"node {row['id'][:12]} is unreadable: {error}") from error
-    semantic = row["semantic"]
-    return node, Vectors(
-        np.asarray(row["lexical"], np.float32),
-        None if semantic is None else np.asarray(semantic, np.float32),
-    )

@@ -1,0 +1,62 @@
+"""`kvshare purge`: leave no byte of a namespace or of a tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from kvshare_store.cli.clear import YesOption
+from kvshare_store.cli.common import ConfigOption, HomeOption, configured
+from kvshare_store.cli.format import short
+from kvshare_store.errors import ConfigError
+
+NamespaceOption = Annotated[
+    str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
+]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", metavar="NAME", help="Every namespace of this tenant.")
+]
+WaitOption = Annotated[
+    float, typer.Option("--wait", min=0, metavar="SECONDS", help="For leases and saves to end.")
+]
+
+
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    namespace: NamespaceOption = "",
+    tenant: TenantOption = None,
+    wait: WaitOption = 60.0,
+    yes: YesOption = False,
+) -> int:
+    """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
+
+    Blocks that are leased keep it waiting; what remains then is said, and the exit code is 1.
+    """
+    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415
+
+    if bool(namespace) == (tenant is not None):
+        raise ConfigError("name what to purge: --namespace DIGEST or --tenant NAME")
+    with chores(configured(home, config)) as ask:
+        found = ask(Purge(namespace, tenant, dry_run=True))
+        if not yes:
+            typer.confirm(f"Remove {counted(found)} for good?", abort=True)
+        done = ask(Purge(namespace, tenant, patience=wait))
+    for one in done:
+        for what in one["remaining"]:
+            typer.echo(f"{short(one['namespace'])}: {what}", err=True)
+    if any(one["remaining"] for one in done):
+        typer.echo("Not all could be removed; purge again.", err=True)
+        return 1
+    typer.echo(f"Removed {counted(done)}.")
+    return 0
+
+
+def counted(found: Sequence[dict[str, Any]]) -> str:
+    """How much there is, in words."""
+    models = ", ".join(sorted({one["model"] for one in found}))
+    nodes, blocks = (sum(one[what] for one in found) for what in ("nodes", "blocks"))
+    return f"{nodes:,} nodes and {blocks:,} blocks of {len(found):,} namespaces ({models})"

@@ -1,0 +1,178 @@
+"""Keys for encryption at rest and in remotes: where they come from, and AES-256-GCM under them.
+
+docs/design/encryption.md says what is covered, what stays in clear, and why.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from kvshare_store.errors import ConfigError, CorruptBlockError, NamespaceError, UnsupportedError
+
+KEY_BYTES = 32
+SALT_BYTES = 32
+NONCE_BYTES = 12
+SEAL_BYTES = NONCE_BYTES + 16
+"""How much longer a sealed text is than the plain one: its nonce and its tag."""
+_COMMAND_S = 30.0
+
+
+class Keyring:
+    """The keys that a master key gives: one for each namespace and purpose. Thread-safe.
+
+    A namespace's key is HKDF-SHA256 of the master key with the namespace's own random salt. Once
+    that salt is forgotten nobody can make the key again, not even with the master key.
+    """
+
+    def __init__(self, master: bytes) -> None:
+        _aesgcm()  # says at once when the library is missing
+        self._master = master
+        self._keys: dict[str, bytes] = {}
+
+    def learn(self, namespace: str, salt: bytes) -> None:
+        """Know the salt of a namespace from now on."""
+        self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
+
+    def forget(self, namespace: str) -> None:
+        """Lose the key of a namespace; unknown ones are ignored."""
+        self._keys.pop(namespace, None)
+
+    def __contains__(self, namespace: str) -> bool:
+        return namespace in self._keys
+
+    def __call__(self, namespace: str) -> bytes:
+        """The key of a namespace; `NamespaceError` if its salt is not known, or is no more."""
+        key = self._keys.get(namespace)
+        if key is None:
+            raise NamespaceError(f"namespace {namespace[:12]} has no key")
+        return key
+
+    def of_table(self, purpose: str) -> bytes:
+        """A key for what belongs to no namespace, such as the list of namespaces."""
+        return self._derive(None, f"table {purpose}")
+
+    def _derive(self, salt: bytes | None, info: str) -> bytes:
+        from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - an extra
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415 - an extra
+
+        return HKDF(SHA256(), KEY_BYTES, salt, f"kvshare {info}".encode()).derive(self._master)
+
+
+def seal(key: bytes, text: Any, associated: bytes) -> bytearray:
+    """Nonce, ciphertext and tag of a bytes-like text. The nonce is random, so a key may seal 2**32
+    texts before two of them having the same one becomes likelier than 2**-32."""
+    size = memoryview(text).nbytes
+    sealed = bytearray(size + SEAL_BYTES)
+    sealed[:NONCE_BYTES] = nonce = os.urandom(NONCE_BYTES)
+    _aesgcm()(key).encrypt_into(nonce, text, associated, memoryview(sealed)[NONCE_BYTES:])
+    return sealed
+
+
+def unseal(key: bytes, sealed: Any, associated: bytes) -> bytearray:
+    """The text that `seal` made `sealed` of.
+
+    `CorruptBlockError` if the key, the associated data or any bit is another.
+    """
+    from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - an extra
+
+    view = memoryview(sealed)
+    if view.nbytes < SEAL_BYTES:
+        raise CorruptBlockError(f"{view.nbytes} bytes are too few for anything encrypted")
+    text = bytearray(view.nbytes - SEAL_BYTES)
+    try:
+        _aesgcm()(key).decrypt_into(view[:NONCE_BYTES], view[NONCE_BYTES:], associated, text)
+    except InvalidTag as error:
+        raise CorruptBlockError("encrypted bytes are damaged, swapped or of another key") from error
+    return text
+
+
+def new_salt() -> bytes:
+    """A salt for a namespace."""
+    return os.urandom(SALT_BYTES)
+
+
+def _aesgcm() -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise UnsupportedError(
+            "encryption needs a library: pip install 'kvshare-store[encryption]'"
+        ) from error
+    return AESGCM
+
+
+# --- the master key -------------------------------------------------------------------------------
+
+
+def master_key(source: str) -> bytes:
+    """The 32 bytes that `encryption_key` names; `ConfigError` if they cannot be had."""
+    kind, _, where = source.partition(":")
+    if kind == "file":
+        return _parsed(_from_file(Path(where).expanduser()), f"file {where}", raw=True)
+    if kind == "env":
+        value = os.environ.get(where)
+        if value is None:
+            raise ConfigError(f"encryption_key: environment variable {where} is not set")
+        return _parsed(value.encode(), f"environment variable {where}", raw=False)
+    if kind == "command":
+        return _parsed(_from_command(where), f"command {shlex.split(where)[0]}", raw=True)
+    raise ConfigError("encryption_key must be file:PATH, env:NAME or command:ARGV")
+
+
+def _from_file(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        with open(descriptor, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            if mode & 0o077:
+                raise ConfigError(
+                    f"encryption_key: {path} has mode {mode:04o}, others may read it; "
+                    f"chmod 600 {path}"
+                )
+            return file.read(1024)
+    except OSError as error:
+        raise ConfigError(f"encryption_key: {path} cannot be read: {error.strerror}") from error
+
+
+def _from_command(line: str) -> bytes:
+    """What a command prints; it is started without a shell."""
+    argv = shlex.split(line)
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=_COMMAND_S, check=False)
+    except OSError as error:
+        raise ConfigError(f"encryption_key: {argv[0]} cannot run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"encryption_key: {argv[0]} printed no key in {_COMMAND_S:.0f} s"
+        ) from error
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").split("\n")[0][:200]
+        raise ConfigError(f"encryption_key: {argv[0]} exited with {done.returncode}: {words}")
+    return done.stdout
+
+
+def _parsed(text: bytes, source: str, *, raw: bool) -> bytes:
+    """32 bytes given as they are (where `raw`), as 64 hex digits, or as base64."""
+    words = text.strip()
+    if raw and len(text) == KEY_BYTES and not re.fullmatch(rb"[0-9a-fA-F]+", text):
+        return text
+    try:
+        key = (
+            bytes.fromhex(words.decode("ascii"))
+            if re.fullmatch(rb"[0-9a-fA-F]{64}", words)
+            else base64.b64decode(words, validate=True)
+        )
+    except binascii.Error:
+        key = b""
+    if len(key) != KEY_BYTES:
+        kinds = "32 bytes, 64 hex digits or base64" if raw else "64 hex digits or base64"
+        raise ConfigError(f"encryption_key: {source} holds no key of 32 bytes ({kinds})")
+    return key
