@@ -1,7 +1,7 @@
 """What happens to a node after its rows are in the host tier: bytes, then metadata, off the path.
 
-One thread, in order: blocks become durable, then node rows are committed in a batch; node rows are
-removed before their blocks. docs/design/ordering.md says what a crash after each step leaves.
+One thread: the blocks of a batch become durable, then its node rows are committed together; node
+rows are removed before their blocks. docs/design/ordering.md says what a crash leaves after each.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, NamedTuple, TypeVar
 
 from kvshare_store.errors import KVShareError, StorageError
 from kvshare_store.tree.catalog import Catalog, Vectors
@@ -19,8 +20,10 @@ from kvshare_store.tree.node import Node
 
 log = logging.getLogger("kvshare")
 
-_BATCH = 32
-_COMPACT_EVERY = 64
+T = TypeVar("T")
+
+_BATCH = 64
+"""Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
 
 
 class Addition(NamedTuple):
@@ -37,13 +40,23 @@ class Removal(NamedTuple):
     blocks: tuple[str, ...]
 
 
+class Errand(NamedTuple):
+    """Anything else that must happen in this thread, and who waits for it."""
+
+    run: Callable[[], Any]
+    done: Future[Any]
+
+
+Work = Addition | Removal | Errand
+
+
 class Committer:
-    """Runs additions and removals in the order they were ordered."""
+    """Does its work in the order in which it was ordered."""
 
     def __init__(
         self,
         catalog: Catalog | None,
-        make_durable: Callable[[Node], None],
+        make_durable: Callable[[Sequence[Node]], list[KVShareError | None]],
         describe: Callable[[Addition], Addition],
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
@@ -53,22 +66,37 @@ class Committer:
         self._describe = describe
         self._delete_blocks = delete_blocks
         self._failed = failed
-        self._queue: queue.Queue[Addition | Removal | None] = queue.Queue()
-        self._commits = 0
+        self._queue: queue.Queue[Work | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="kvshare-commit", daemon=True)
         self._thread.start()
 
-    def order(self, work: Addition | Removal) -> None:
+    def order(self, work: Work) -> None:
         """Queue one piece of work."""
         self._queue.put(work)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Queue a function; the future has what it returns or raises."""
+        done: Future[T] = Future()
+        self.order(Errand(function, done))
+        return done
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Queue a function and wait for it; `StorageError` if nobody will ever do it."""
+        done = self.call(function)
+        while not wait([done], 1.0).done:
+            self._check_alive()
+        return done.result()
 
     def flush(self) -> None:
         """Return once everything ordered so far is done; `StorageError` if nobody is doing it."""
         with self._queue.all_tasks_done:
             while self._queue.unfinished_tasks:
-                if not self._thread.is_alive():
-                    raise StorageError("nothing is made durable any more: restart the store")
+                self._check_alive()
                 self._queue.all_tasks_done.wait(1.0)
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise StorageError("nothing is made durable any more: restart the store")
 
     def close(self) -> None:
         """Finish what is queued and stop."""
@@ -88,7 +116,7 @@ class Committer:
             if None in batch:
                 return
 
-    def _take(self) -> list[Addition | Removal | None]:
+    def _take(self) -> list[Work | None]:
         batch = [self._queue.get()]
         while len(batch) < _BATCH and batch[-1] is not None:
             try:
@@ -97,26 +125,36 @@ class Committer:
                 break
         return batch
 
-    def _do(self, batch: list[Addition | Removal]) -> None:
-        """Keep the order between additions and removals, and commit what touches in one go."""
+    def _do(self, batch: list[Work]) -> None:
+        """What can be done in one go is: additions first, or a node that takes another's place
+        could be lost with it. Only one that comes back waits until its predecessor is gone."""
         additions: list[Addition] = []
+        removals: list[Removal] = []
         for work in batch:
+            if isinstance(work, Removal):
+                removals.append(work)
+                continue
+            if isinstance(work, Errand) or any(work.node.id in gone.nodes for gone in removals):
+                self._add(additions)
+                self._remove(removals)
+                additions, removals = [], []
             if isinstance(work, Addition):
                 additions.append(work)
             else:
-                self._add(additions)
-                additions = []
-                self._remove(work)
+                _do_errand(work)
         self._add(additions)
+        self._remove(removals)
 
     def _add(self, additions: list[Addition]) -> None:
+        if not additions:
+            return
         durable = []
-        for addition in additions:
-            try:
-                self._make_durable(addition.node)
-                durable.append(self._describe(addition))
-            except KVShareError as error:
+        ended = self._make_durable([addition.node for addition in additions])
+        for addition, error in zip(additions, ended, strict=True):
+            if error is not None:
                 self._failed(addition.node, error)
+            else:
+                durable.append(self._describe(addition))
         if self._catalog is None or not durable:
             return
         try:
@@ -124,21 +162,22 @@ class Committer:
         except KVShareError as error:
             for addition in durable:
                 self._failed(addition.node, error)
+
+    def _remove(self, removals: list[Removal]) -> None:
+        if not removals:
             return
-        self._commits += 1
-        if self._commits % _COMPACT_EVERY == 0:
-            self._compact(self._catalog)
-
-    def _compact(self, catalog: Catalog) -> None:
+        nodes = [node for removal in removals for node in removal.nodes]
+        blocks = [block for removal in removals for block in removal.blocks]
         try:
-            catalog.compact()
-        except KVShareError as error:
-            log.warning("kvshare: the catalogue was not compacted: %s", error)
-
-    def _remove(self, removal: Removal) -> None:
-        try:
-            if self._catalog is not None:
-                self._catalog.delete(removal.nodes)
-            self._delete_blocks(list(removal.blocks))
+            if nodes and self._catalog is not None:
+                self._catalog.delete(nodes)
+            self._delete_blocks(list(dict.fromkeys(blocks)))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
+
+
+def _do_errand(errand: Errand) -> None:
+    try:
+        errand.done.set_result(errand.run())
+    except KVShareError as error:
+        errand.done.set_exception(error)

@@ -19,11 +19,15 @@ from kvshare_store.errors import ConfigError
 
 PolicyName = Literal["off", "exact", "faithful", "balanced", "aggressive"]
 SemanticMode = Literal["auto", "always", "never"]
+CodecName = Literal["none", "zstd", "planes", "int8", "fp8"]
+WriteMode = Literal["through", "back"]
+EvictionName = Literal["cost", "lru", "s3fifo"]
+HugePages = Literal["auto", "never"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
-_SIZE_FIELDS = ("host_bytes", "disk_bytes")
+_SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
 
 
 def default_home() -> Path:
@@ -41,12 +45,38 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Rows of a full block."""
     host_bytes: int = 4 * 2**30
     """Budget of the host tier (shared memory)."""
+    eviction: EvictionName = "cost"
+    """Which blocks leave the host tier first (docs/design/eviction.md)."""
+    huge_pages: HugePages = "auto"
+    """The host tier in huge pages: where shared memory is mounted with `huge=advise`, or never."""
+    device_bytes: int = 0
+    """Rows that each worker keeps on its own device (0: none; on a CPU it saves nothing)."""
     disk: bool = True
     """Keep blocks on disk; without it nothing survives a restart."""
     disk_bytes: int = 32 * 2**30
     """Budget of the disk tier."""
-    compression: Literal["none", "zstd"] = "none"
-    """Codec of the disk tier."""
+    disk_codec: CodecName = "none"
+    """How rows are packed on disk; `int8` and `fp8` are lossy, such rows are never exact."""
+    remote_codec: CodecName = "none"
+    """How rows are packed in the remote tier."""
+    encryption_key: str = ""
+    """Where the master key is: `file:PATH`, `env:NAME` or `command:ARGV`. Empty: no encryption."""
+    disk_write: WriteMode = "through"
+    """When blocks go to disk: as soon as they are saved, or `back`: when the host runs out of room
+    (then a remote tier must take them at once)."""
+    remote: str = ""
+    """Remote tier: `s3://bucket/prefix`, `redis://host:port/0`, `mooncake://host:port`,
+    `file:///folder`. Empty: none."""
+    remote_bytes: int = 0
+    """Budget of what this store puts there (0: whatever the remote's own engine allows)."""
+    remote_write: WriteMode = "back"
+    """When blocks go to the remote tier: as soon as they are saved, or when the disk is full."""
+    remote_timeout_ms: float = 200.0
+    """The longest that one read or write of the remote tier may take."""
+    catalog: str = ""
+    """Folder or `s3://…` of a catalogue that several machines share. Empty: the home's own."""
+    sync_seconds: float = 0.3
+    """How often a shared catalogue is asked for what other machines have added."""
     policy: PolicyName = "balanced"
     """Quality policy; a request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None
@@ -77,21 +107,37 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Packaged model, or any sentence-transformers model name or folder."""
     max_nodes: int = 100_000
     """Nodes kept; the least recently used go first."""
+    max_chain: int = 3
+    """Edited nodes in a row, each the edit of the one above, before the last is merged."""
+    max_scatter: float = 4.0
+    """A node in more than this many times the blocks that it would fill is merged."""
+    ttl_seconds: float = 0.0
+    """Nodes that nobody used for so long are removed (0: never)."""
+    namespace_bytes: int = 0
+    """What the blocks of one namespace may take; saving evicts its own nodes (0: no limit)."""
+    gc_seconds: float = 60.0
+    """How often garbage is collected and long chains are merged (0: only when asked)."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
 
     def __post_init__(self) -> None:
-        for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s"):
+        for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
+                     "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
+                     "sync_seconds"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
+        if self.encryption_key and not re.match(r"(file|env|command):.*\S", self.encryption_key):
+            raise ConfigError("encryption_key must be file:PATH, env:NAME or command:ARGV")
         if not self.home.strip():
             raise ConfigError("home is empty; name a folder")
         for name in ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors",
-                     "max_nodes", "lease_seconds", "plan_deadline_ms"):  # fmt: skip
+                     "max_nodes", "lease_seconds", "plan_deadline_ms", "max_scatter",
+                     "remote_timeout_ms", "sync_seconds"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
         for name in ("edit_window", "min_run", "tail", "max_generation", "min_prompt_tokens",
-                     "idle_exit_s"):  # fmt: skip
+                     "idle_exit_s", "max_chain", "ttl_seconds", "namespace_bytes",
+                     "gc_seconds", "device_bytes", "remote_bytes"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
@@ -105,7 +151,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 _CHOICES = {
     "policy": get_args(PolicyName),
     "semantic": get_args(SemanticMode),
-    "compression": ("none", "zstd"),
+    "disk_write": get_args(WriteMode),
+    "remote_write": get_args(WriteMode),
+    "eviction": get_args(EvictionName),
+    "huge_pages": get_args(HugePages),
+    "disk_codec": get_args(CodecName),
+    "remote_codec": get_args(CodecName),
 }
 FIELDS = tuple(StoreConfig.__struct_fields__)
 

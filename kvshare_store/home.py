@@ -9,16 +9,17 @@ import tempfile
 from pathlib import Path
 
 from kvshare_store.blocks.arena import Arena, remove_abandoned
+from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
-from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.levels import Level
 from kvshare_store.blocks.tiers.host import HostTier
-from kvshare_store.blocks.tiers.wrappers import CountingTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
+from kvshare_store.keys import Keyring, master_key
+from kvshare_store.levels_of import open_levels
 from kvshare_store.tree.catalog import Catalog
 
-FORMAT = "1"
+FORMAT = "2"
 _BEFORE_FORMAT = {"lock", "daemon.log", "config.yaml", "kvshare.sock"}
 """What may be in a home before its first owner marks it."""
 
@@ -46,13 +47,14 @@ class Home:
         lock: int,
         io: IoLoop,
         host: HostTier,
-        disk: Tier | None,
+        below: list[Level],
         catalog: Catalog | None,
     ) -> None:
         self._lock = lock
         self.io = io
         self.host = host
-        self.disk = disk
+        self.below = below
+        """Tiers below host, the fastest first."""
         self.catalog = catalog
 
     @classmethod
@@ -65,19 +67,19 @@ class Home:
         try:
             _check_format(home)
             remove_abandoned(_arena_folder(), _prefix())
-            arena = Arena.create(arena_path(home), config.host_bytes)
-            disk = catalog = None
-            if config.disk:
-                opened = DiskTier.open(home, config.disk_bytes, config.compression)
-                disk = CountingTier(io.run(opened))
-                catalog = Catalog(home / "catalog")
-        except KVShareError:
+            keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
+            arena = Arena.create(
+                arena_path(home), config.host_bytes, huge=config.huge_pages == "auto"
+            )
+            below = open_levels(config, io, keys)
+            catalog = Catalog(config.catalog or home / "catalog", keys) if below else None
+        except (KVShareError, OSError):
             if arena is not None:
                 arena.close(unlink=True)
             io.close()
             os.close(lock)
             raise
-        return cls(lock, io, HostTier(arena), disk, catalog)
+        return cls(lock, io, HostTier(arena, make_policy(config.eviction)), below, catalog)
 
     def close(self) -> None:
         """Let go of the home."""

@@ -62,7 +62,8 @@ class Saving:
         exact = node_id(namespace.digest, request, True)
         with self._shelf.lock:
             known = name in tree or exact in tree or name in self._saving
-            if known or len(request) < self._config.min_prompt_tokens:
+            closed = namespace.digest in self._shelf.closed
+            if known or closed or len(request) < self._config.min_prompt_tokens:
                 tree.touch(exact if exact in tree else name)
                 return Staged(known=True)
             self._saving.add(name)
@@ -124,6 +125,10 @@ class Saving:
         with self._shelf.lock:
             for staged_id in [i for i, save in self._saves.items() if save.owner in owners]:
                 self.abandon(staged_id)
+
+    def in_progress(self, namespace: str) -> int:
+        """How many staged saves of a namespace have not ended."""
+        return sum(save.namespace.digest == namespace for save in self._saves.values())
 
     # --- commit ------------------------------------------------------------------------------
 

@@ -7,12 +7,15 @@ model happens in the committer's thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
-from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.blocks.levels import Level
 from kvshare_store.committer import Addition, Committer, Removal
 from kvshare_store.config import StoreConfig
+from kvshare_store.durable import Durable
 from kvshare_store.errors import (
     ConfigError,
     KVShareError,
@@ -21,16 +24,15 @@ from kvshare_store.errors import (
     NoSpaceError,
 )
 from kvshare_store.home import Home
+from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.frame import Block
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
-
-_FRAME_BYTES = 4096
-"""More than the header of any block file."""
 
 
 class Shelf:
@@ -46,12 +48,19 @@ class Shelf:
         self._semantic = semantic
         self._home = home = Home.open(config)
         self.catalog = home.catalog
-        self.blocks = BlockStore(home.host, home.disk, home.io, self.lock, metrics)
-        self.blocks.on_lost = self._on_lost
+        self.blocks = BlockStore(home.host, home.below, home.io, self.lock, metrics)
+        self.blocks.on_lost = self.lost
         self.blocks.in_use = self._in_use
+        tree.size_of = self.size_of
         self._indexes: dict[str, NamespaceIndex] = {}
         self._namespaces: dict[str, Namespace] = {}
+        self._registered: set[str] = set()
+        """Namespaces that the catalogue knows."""
+        self.closed: set[str] = set()
+        """Namespaces in which nothing new is stored, because they are being purged."""
+        self.encrypted = bool(config.encryption_key)
         self._closed = False
+        self.durable = Durable(tree, self.blocks, self.lock, self.catalog, self._take_out)
         self.committer = Committer(
             self.catalog,
             self._make_durable,
@@ -66,35 +75,48 @@ class Shelf:
             raise
 
     def _recover(self) -> None:
-        """Rebuild tree and index from the catalogue; nodes whose blocks are gone are dropped."""
+        """Rebuild tree and index from the catalogue; nodes whose blocks are gone are dropped.
+
+        Blocks that no node uses are left to the janitor.
+        """
         if self.catalog is None:
             return
         for namespace in self.catalog.namespaces():
             self._namespaces[namespace.digest] = namespace
+            self._registered.add(namespace.digest)
         lost = []
+        now = time.time()
         for node, vectors in self.catalog.load():
+            self.blocks.expect(node.blocks, node.namespace)
             if all(self.blocks.tier_of(name) for name in node.blocks):
-                self._insert(node, vectors)
+                self._insert(node, vectors, idle=max(0.0, now - node.created))
             else:
                 lost.append(node.id)
                 self._metrics.error(MissingBlockError.kind)
-        orphans = self.blocks.names() - self.tree.blocks()
-        if lost or orphans:
-            self.committer.order(Removal(tuple(lost), tuple(orphans)))
+        self.tree.settle()
+        if lost:
+            self.committer.order(Removal(tuple(lost), ()))
 
     # --- namespaces --------------------------------------------------------------------------
 
     def register(self, namespace: Namespace) -> None:
-        """Remember a namespace, for good where there is a catalogue."""
-        if namespace.digest in self._namespaces:
-            return
-        if self.catalog is not None:
-            self.catalog.add_namespace(namespace)
-        self._namespaces[namespace.digest] = namespace
+        """Remember a namespace; for good with its first node."""
+        self._namespaces.setdefault(namespace.digest, namespace)
 
     def namespace(self, digest: str) -> Namespace | None:
         """What a digest stands for."""
         return self._namespaces.get(digest)
+
+    def namespaces(self) -> list[Namespace]:
+        """Every namespace that is known."""
+        return list(self._namespaces.values())
+
+    def forget_namespace(self, digest: str) -> None:
+        """Nothing of the namespace is left, and nobody knows what its digest stood for."""
+        with self.lock:
+            self._namespaces.pop(digest, None)
+            self._indexes.pop(digest, None)
+            self._registered.discard(digest)
 
     def index(self, digest: str) -> NamespaceIndex:
         """What nominates donors in a namespace."""
@@ -111,10 +133,29 @@ class Shelf:
             self._insert(node, vectors)
             self.committer.order(Addition(node, vectors))
             self.evict(max(0, len(self.tree) - self._config.max_nodes))
+            self.hold_quota(node.namespace, newest=node.id)
 
-    def _insert(self, node: Node, vectors: Vectors) -> None:
-        self.tree.add(node)
+    def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> None:
+        self.tree.add(node, idle)
         self.index(node.namespace).add(node, vectors)
+
+    def hold_quota(self, namespace: str, newest: str = "") -> int:
+        """Forget nodes of a namespace that is over its quota, and of no other; returns how many.
+
+        The newest goes only if it alone is too much.
+        """
+        quota, gone = self._config.namespace_bytes, 0
+        with self.lock:
+            while quota and self.tree.bytes_of(namespace) > quota:
+                victims = self.tree.victims(namespace)
+                victim = next((node.id for node in victims if node.id != newest), newest)
+                if victim not in self.tree:
+                    break  # what is left is pinned
+                if victim == newest:
+                    self._metrics.error(NoSpaceError.kind)
+                self.remove([victim])
+                gone += 1
+        return gone
 
     def remove(self, ids: Sequence[str]) -> None:
         """Out of tree and index now, out of catalogue and tiers in the committer's time."""
@@ -138,21 +179,78 @@ class Shelf:
         return unused
 
     def evict(self, nodes: int, namespace: str | None = None) -> int:
-        """Forget the least recently used nodes, or all of one namespace; returns how many."""
+        """Forget the nodes worth least, or all of one namespace, pinned or not; returns how many.
+
+        Pinned nodes go only with their namespace.
+        """
         if nodes < 0:
             raise ConfigError(f"cannot evict {nodes} nodes")
         with self.lock:
-            chosen = [node.id for node in self.tree if namespace in (None, node.namespace)]
-            chosen = chosen if namespace is not None else chosen[:nodes]
+            if namespace is not None:
+                chosen = [node.id for node in self.tree if node.namespace == namespace]
+            else:
+                chosen = [node.id for node in islice(self.tree.victims(), nodes)]
+            self.remove(chosen)
+            return len(chosen)
+
+    def withdraw(self, namespace: str) -> list[Node]:
+        """Take all nodes of a namespace out of tree and index, and leave the rest to the caller."""
+        with self.lock:
+            nodes = [node for node in self.tree if node.namespace == namespace]
+            for node in nodes:
+                self._take_out(node.id)
+            return nodes
+
+    # --- other machines ----------------------------------------------------------------------
+
+    def learn(self, namespaces: Iterable[Namespace], rows: Iterable[tuple[Node, Vectors]]) -> None:
+        """Nodes that others have committed to a shared catalogue: they can be donors from now."""
+        with self.lock:
+            for namespace in namespaces:
+                self._namespaces.setdefault(namespace.digest, namespace)
+                self._registered.add(namespace.digest)
+            for node, vectors in rows:
+                if node.id not in self.tree and node.namespace not in self.closed:
+                    self.blocks.expect(node.blocks, node.namespace)
+                    self._insert(node, vectors)
+
+    def unlearn(self, ids: Iterable[str]) -> None:
+        """Nodes that others have removed: what this machine keeps of them goes as well."""
+        with self.lock:
+            unused = [name for i in ids for name in self._take_out(i) or ()]
+            if unused:
+                self.committer.order(Removal((), tuple(unused)))
+
+    def commit_again(self, nodes: Iterable[Node]) -> None:
+        """Repeat commits that a shared catalogue has lost."""
+        with self.lock:
+            for node in nodes:
+                if node.id in self.tree:
+                    vectors = Vectors(lexical_vector(node.tokens), None)
+                    self.committer.order(Addition(node, vectors))
+
+    def clear(self) -> int:
+        """Forget every node, pinned or not; returns how many there were."""
+        with self.lock:
+            chosen = [node.id for node in self.tree]
             self.remove(chosen)
             return len(chosen)
 
     def sweep(self, names: Sequence[str]) -> None:
         """Blocks that a lease has let go: those that lost their last node meanwhile can go."""
         with self.lock:
-            unused = tuple(name for name in names if not self._in_use(name))
+            unused = tuple(name for name in names if not self.tree.uses(name))
             if unused:
                 self.committer.order(Removal((), unused))
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a block in the fastest tier that has it; 0 if none has."""
+        level = self.blocks.levels.holder(name)
+        return self.blocks.host.size(name) or (level and level.tier.size(name)) or 0
+
+    def read_from(self, level: Level, name: str) -> Block:
+        """A verified block from this very tier, or what the tier says. Do not hold the lock."""
+        return self._home.io.run(level.tier.get(name))
 
     def users(self, name: str) -> list[Node]:
         """Nodes with rows in a block."""
@@ -161,45 +259,24 @@ class Shelf:
 
     def _in_use(self, name: str) -> bool:
         """Whether a node points at the block: one may have come since its deletion was ordered."""
-        return bool(self.tree.users(name))
+        return self.tree.uses(name)
 
-    def _on_lost(self, names: list[str]) -> None:
+    def lost(self, names: Sequence[str]) -> None:
+        """Blocks are gone or bad: so are the nodes that use them, in the same moment."""
         with self.lock:
             self.remove([user for name in names for user in self.tree.users(name)])
 
     # --- in the committer's thread -----------------------------------------------------------
 
-    def _make_durable(self, node: Node) -> None:
-        with self.lock:
-            if node.id not in self.tree:
-                raise MissingBlockError(f"node {node.id[:12]} was removed before it was durable")
-        self._make_disk_room(node)
-        self.blocks.persist(list(node.blocks))
-
-    def _make_disk_room(self, node: Node) -> None:
-        """Forget the least recently used nodes until the node's blocks fit the disk budget."""
-        disk = self.blocks.disk
-        if disk is None:
-            return
-        with self.lock:
-            needed = sum(
-                slot_bytes(ref.nbytes) + _FRAME_BYTES
-                for name in node.blocks
-                if disk.size(name) is None and (ref := self.blocks.host.ref(name)) is not None
-            )
-            victims = [old.id for old in self.tree if old.id != node.id]
-        if needed > disk.use().budget:
-            raise NoSpaceError(f"the prompt takes {needed:,} bytes, more than disk_bytes")
-        for victim in victims:
-            use = disk.use()
-            if use.bytes + needed <= use.budget:
-                return
-            with self.lock:
-                unused = self._take_out(victim)
-            if unused is not None:
+    def _make_durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
+        try:
+            for digest in {node.namespace for node in nodes} - self._registered:
                 if self.catalog is not None:
-                    self.catalog.delete([victim])
-                self.blocks.delete(unused)
+                    self.catalog.add_namespace(self._namespaces[digest])
+                self._registered.add(digest)
+        except KVShareError as error:
+            return [error] * len(nodes)
+        return self.durable.make(nodes)
 
     def _describe(self, addition: Addition) -> Addition:
         """Add the text vector, which may take longer than a request should wait."""

@@ -11,15 +11,19 @@ import msgspec
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, LeaseError, PlanError
+from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.planner import Draft, Planner
-from kvshare_store.lookup.policy import configured_policy, stricter_policy
+from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter_policy
 from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.purge import Purge, Purged, matching
+from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
+from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
 from kvshare_store.tree.delta_tree import DeltaTree
@@ -35,6 +39,12 @@ class _Open(NamedTuple):
 
     tokens: int
     tier: str
+
+
+def _inexact(draft: Draft) -> Draft:
+    """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
+    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
+    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
 
 
 class Store:
@@ -55,6 +65,11 @@ class Store:
         self.blocks = self.shelf.blocks
         self._saving = Saving(config, self.shelf, self.metrics)
         self._open: dict[str, _Open] = {}
+        self._janitor = Janitor(config, self.shelf)
+        self._sharing: Sharing | None = None
+        if config.catalog and self.shelf.catalog is not None:
+            seconds = config.sync_seconds
+            self._sharing = Sharing(self.shelf.catalog, self.shelf, seconds, self.metrics)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -88,7 +103,7 @@ class Store:
                     delimiters=delimiter_ids(namespace) if chosen.delimiters else (),
                     semantic=lambda: self.semantic.query(namespace, request),
                 )
-            plan = self._leased(draft, namespace, len(request), owner, deadline_ms)
+            plan = self._leased(draft, chosen, namespace, len(request), owner, deadline_ms)
         if plan.declined:
             self._count_miss(plan.declined, len(request))
         if plan.declined == "no_saving":
@@ -98,6 +113,7 @@ class Store:
     def _leased(
         self,
         draft: Draft,
+        policy: ReusePolicy,
         namespace: Namespace,
         length: int,
         owner: str,
@@ -106,8 +122,8 @@ class Store:
         plan = ReusePlan(namespace=namespace.digest, tokens=length, declined=draft.declined)
         if draft.declined:
             return plan
-        in_host = all(self.blocks.tier_of(name) == "host" for name in draft.blocks)
-        tier = "host" if in_host else "disk"
+        tiers = {self.blocks.tier_of(name) for name in draft.blocks}
+        tier = next((slow for slow in ("remote", "disk") if slow in tiers), "host")
         timeout = (self.config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self.config.lease_seconds + timeout
         lease, refs = self.blocks.lease(list(draft.blocks), owner, seconds, timeout)
@@ -117,6 +133,11 @@ class Store:
                 if alive:
                     self._closed(self.blocks.end_lease(lease.id))
                 return msgspec.structs.replace(plan, declined="not_resident")
+            if any(self.blocks.host.lossy(name) for name in draft.blocks):
+                draft = _inexact(draft)
+                if draft.generation > policy.max_generation or not policy.edited:
+                    self._closed(self.blocks.end_lease(lease.id))
+                    return msgspec.structs.replace(plan, declined="lossy")
             self._open[lease.id] = _Open(length, tier)
             for donor in draft.donors:
                 self.tree.touch(donor)
@@ -267,7 +288,7 @@ class Store:
     # --- the rest ----------------------------------------------------------------------------
 
     def evict(self, *, nodes: int = 0, namespace: str | None = None) -> int:
-        """Forget the least recently used nodes (or all of one namespace); returns how many.
+        """Forget the nodes worth least, no pinned ones, or all of one namespace; returns how many.
 
         They are gone from lookup at once; their blocks follow once their rows are gone from the
         catalogue. Leased blocks stay until their lease ends.
@@ -276,9 +297,33 @@ class Store:
 
     def clear(self) -> int:
         """Forget every node and remove its blocks; returns how many nodes there were."""
-        count = self.evict(nodes=len(self.tree))
+        count = self.shelf.clear()
         self.flush()
         return count
+
+    def pin(self, node_id: str, pinned: bool = True) -> bool:
+        """Keep a node until it is purged, or no longer; False if it is not here.
+
+        A pin survives restarts once it is durable (`flush` waits for that).
+        """
+        return pin(self.shelf, node_id, pinned)
+
+    def collect(self, *, dry_run: bool = False) -> Collected:
+        """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
+        return self._janitor.collect(dry_run=dry_run)
+
+    def purge(
+        self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
+        dry_run: bool = False,
+    ) -> list[Purged]:  # fmt: skip
+        """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's.
+
+        Waits up to `patience` seconds for leases and saves to end, for each of them; `Purged` says
+        what remains. `NamespaceError` if there is no such namespace.
+        """
+        found = matching(self.shelf, namespace, tenant)
+        purges = [Purge(self.shelf, self._saving, one, self.reap) for one in found]
+        return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
         """End leases that expired, and whatever clients hold that are gone."""
@@ -314,12 +359,16 @@ class Store:
             "nodes": len(self.tree),
             "blocks": len(self.tree.blocks()),
             "leases": len(self.blocks.leases),
+            "reserved": len(self.blocks.filling()),
             "tiers": tiers,
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
+        self._janitor.close()
+        if self._sharing is not None:
+            self._sharing.close()
         self.shelf.close()
 
     def __enter__(self) -> Store:

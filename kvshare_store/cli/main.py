@@ -8,7 +8,20 @@ from typing import NoReturn
 
 import typer
 
-from kvshare_store.cli import clear, ls, serve, show, stats, stop, vllm
+from kvshare_store.cli import (
+    check,
+    clear,
+    gc,
+    ls,
+    pin,
+    purge,
+    serve,
+    show,
+    simulate,
+    stats,
+    stop,
+    vllm,
+)
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.errors import KVShareError
 
@@ -25,7 +38,13 @@ app.add_typer(vllm.app, name="vllm")
 app.command("stats")(stats.command)
 app.command("ls")(ls.command)
 app.command("show")(show.command)
+app.command("pin")(pin.pin)
+app.command("unpin")(pin.unpin)
+app.command("gc")(gc.command)
+app.command("check")(check.command)
+app.command("purge")(purge.command)
 app.command("clear")(clear.command)
+app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)
 
 

@@ -85,7 +85,8 @@ def summary_table(node: Node) -> Table:
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )
     table.add_row("parent", _parent(node))
-    table.add_row("stored", f"{age(node['created'])} ago")
+    pinned = ", pinned" if node.get("pinned") else ""
+    table.add_row("stored", f"{age(node['created'])} ago{pinned}")
     return table
 
 
@@ -117,20 +118,38 @@ def _changed(words: str, left: str, right: str, marked: bool) -> str:
 
 
 def path_tree(node: Node) -> Tree:
-    """From the oldest ancestor to the node, and its children."""
-    root, *rest = [_place(name, node["id"]) for name in node["path"]]
-    tree = at = Tree(root, guide_style="dim")
-    for label in rest:
+    """From the oldest ancestor to the node, and its children: edits, and what each stores."""
+    lineage = node.get("lineage", {})
+    labels = [_place(name, lineage.get(name), name == node["id"]) for name in node["path"]]
+    tree = at = Tree(labels[0], guide_style="dim")
+    for label in labels[1:]:
         at = at.add(label)
     for child in node["children"]:
-        at.add(Text(short(child), style="cyan dim"))
+        at.add(_place(child, lineage.get(child), False))
     return tree
 
 
-def _place(name: str, here: str) -> Text:
-    if name != here:
-        return Text(short(name), style="cyan")
-    return Text.assemble((short(name), "bold cyan"), (" (this node)", "dim"))
+def _place(name: str, facts: Mapping[str, Any] | None, here: bool) -> Text:
+    text = Text(short(name), style="bold cyan" if here else "cyan")
+    if here:
+        text.append(" (this node)", style="dim")
+    if facts is not None:
+        text.append(f"  {_cost(facts)}, ", style="default")
+        text.append(_stored(facts), style="dim")
+    return text
+
+
+def _cost(facts: Mapping[str, Any]) -> str:
+    """What the edit of the parent came to."""
+    if not (facts["added"] or facts["removed"]):
+        return f"{facts['tokens']:,} tokens"
+    return f"+{facts['added']:,} -{facts['removed']:,} tokens"
+
+
+def _stored(facts: Mapping[str, Any]) -> str:
+    """What is not shared with the parent."""
+    marks = "".join(f", {mark}" for mark in ("merged", "pinned") if facts[mark])
+    return f"stores {facts['own_rows']:,} rows in {facts['own_blocks']:,} blocks{marks}"
 
 
 def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:

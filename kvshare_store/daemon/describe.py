@@ -23,12 +23,7 @@ def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
     """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
-    found = [node for node in store.tree if node.id.startswith(beginning)]
-    if len(found) != 1:
-        raise PlanError(
-            f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"
-        )
-    node = found[0]
+    node = _found(store, beginning)
     parent = store.tree.get(node.parent) if node.parent else None
     return {
         **_summary(store, node),
@@ -36,6 +31,7 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
         "text": _text(store, node, 0, node.length),
         "path": [ancestor.id for ancestor in store.tree.path(node.id)],
         "children": store.tree.children(node.id),
+        "lineage": _lineage(store, node),
         "blocks": [
             {
                 "name": name,
@@ -45,6 +41,48 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
             }
             for index, name in enumerate(node.blocks)
         ],
+    }
+
+
+def pin_node(store: Store, beginning: str, pinned: bool) -> str:
+    """Pin the one node that begins so, or pin it no longer; its id, once that is durable."""
+    node = _found(store, beginning)
+    if not store.pin(node.id, pinned):
+        raise PlanError(f"node {node.id[:12]} has just left the store")
+    store.flush()
+    return node.id
+
+
+def _found(store: Store, beginning: str) -> Node:
+    with store.shelf.lock:
+        found = [node for node in store.tree if node.id.startswith(beginning)]
+    if len(found) != 1:
+        raise PlanError(
+            f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"
+        )
+    return found[0]
+
+
+def _lineage(store: Store, node: Node) -> dict[str, dict[str, Any]]:
+    """For each ancestor, the node and each child: what its edit cost, and the rows it brought."""
+    with store.shelf.lock:
+        children = [store.tree.get(child) for child in store.tree.children(node.id)]
+        family = [*store.tree.path(node.id), *(child for child in children if child is not None)]
+        return {one.id: _place(store, one) for one in family}
+
+
+def _place(store: Store, node: Node) -> dict[str, Any]:
+    parent = store.tree.get(node.parent) if node.parent else None
+    shared = set(parent.blocks) if parent is not None else set()
+    own = {at for at, name in enumerate(node.blocks) if name not in shared}
+    return {
+        "tokens": node.length,
+        "added": sum(len(edit.tokens) for edit in node.edits),
+        "removed": sum(e.stop - e.start for e in node.edits if e.kind in ("delete", "replace")),
+        "own_rows": sum(s.length for s in node.segments if s.block in own),
+        "own_blocks": len(own),
+        "pinned": node.pinned,
+        "merged": node.merged,
     }
 
 
@@ -59,6 +97,8 @@ def _summary(store: Store, node: Node) -> dict[str, Any]:
         "generation": node.generation,
         "parent": node.parent,
         "created": node.created,
+        "pinned": node.pinned,
+        "merged": node.merged,
         "preview": _text(store, node, 0, _PREVIEW_TOKENS),
     }
 

@@ -114,13 +114,53 @@ class Clear(msgspec.Struct, frozen=True, tag="clear"):
     """Forget everything. Reply: number of nodes removed."""
 
 
+class Pin(msgspec.Struct, frozen=True, tag="pin"):
+    """Keep a node until it is purged, or no longer. Reply: its id, once that is durable.
+
+    The node is found by its id or a unique beginning of it.
+    """
+
+    node: str
+    pinned: bool = True
+
+
+class Collect(msgspec.Struct, frozen=True, tag="collect"):
+    """Collect garbage now. Reply: `Collected`, what was or would be removed."""
+
+    dry_run: bool = False
+
+
+class Purge(msgspec.Struct, frozen=True, tag="purge"):
+    """Remove every byte of a namespace or of a tenant. Reply: list of `Purged`."""
+
+    namespace: str = ""
+    """The beginning of a digest."""
+    tenant: str | None = None
+    patience: float = 0.0
+    dry_run: bool = False
+
+
+class CheckTree(msgspec.Struct, frozen=True, tag="check_tree"):
+    """Reply: `TreeReport`."""
+
+    repair: bool = False
+
+
+class CheckBlocks(msgspec.Struct, frozen=True, tag="check_blocks"):
+    """Reply: `BlocksReport`."""
+
+    names: tuple[str, ...]
+    repair: bool = False
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Shut the daemon down. Reply: None, before it does."""
 
 
 Request = (
     Hello | Plan | Decline | Finish | Observe | Stage | Commit | Abandon | Failed
-    | Stats | Flush | ListNodes | ShowNode | Clear | Stop
+    | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge | CheckTree | CheckBlocks
+    | Stop
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """`kvshare serve`: a ROUTER socket in front of one Store.
 
-The main thread only moves messages. Lookups and saves run in two threads of their own, so that a
-long save never delays a plan.
+The main thread only moves messages. Lookups, saves and chores run in threads of their own, so that
+a long save never delays a plan, and a check delays neither.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import zmq
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.describe import list_nodes, show_node
 from kvshare_store.daemon.spawn import answers
 from kvshare_store.errors import (
@@ -68,6 +69,7 @@ class Server:
         self._answers: queue.Queue[list[bytes]] = queue.Queue()
         self._lookups = ThreadPoolExecutor(1, "kvshare-lookup")
         self._saves = ThreadPoolExecutor(1, "kvshare-save")
+        self._chores = ThreadPoolExecutor(1, "kvshare-chore")
         self._stopping = False
         self._idle_since = time.monotonic()
         self._handlers: dict[type, Callable[[Any, Session], Any]] = {
@@ -84,6 +86,7 @@ class Server:
             protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
             protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
             protocol.Clear: lambda *_: self.store.clear(),
+            **dict.fromkeys(CHORES, lambda message, _: do_chore(self.store, message)),
             protocol.Stop: self._stop,
         }
 
@@ -133,6 +136,7 @@ class Server:
         """Finish what was accepted, then let go of socket and store."""
         self._lookups.shutdown()
         self._saves.shutdown()
+        self._chores.shutdown()
         while not self._answers.empty():
             self._router.send_multipart(self._answers.get())
         self._router.close()
@@ -164,6 +168,8 @@ class Server:
             self._send(peer, request_id, error)
             return
         pool = self._saves if isinstance(message, _SAVING) else self._lookups
+        if isinstance(message, CHORES):
+            pool = self._chores
         pool.submit(self._answer, peer, request_id, message, session)
 
     def _answer(self, peer: bytes, request_id: bytes, message: Any, session: Session) -> None:

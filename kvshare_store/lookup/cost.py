@@ -43,7 +43,11 @@ class CostModel:
     def __init__(self) -> None:
         self.prefill = Rate(5_000.0, smallest=128)
         """Tokens per second of the engine's prefill."""
-        self.load = {"host": Rate(2e9, smallest=1 << 22), "disk": Rate(5e8, smallest=1 << 22)}
+        self.load = {
+            "host": Rate(2e9, smallest=1 << 22),
+            "disk": Rate(5e8, smallest=1 << 22),
+            "remote": Rate(1e8, smallest=1 << 22),
+        }
         """Bytes per second from each tier into the paged cache."""
         self.run_seconds = 5e-5
         """What one more placeholder run costs the engine."""

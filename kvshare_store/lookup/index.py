@@ -104,6 +104,11 @@ class VectorMatrix:
         elif at - self._sketched >= _NOT_SKETCHED:
             self._sketch_the_rest()
 
+    def get(self, node_id: str) -> npt.NDArray[np.float32] | None:
+        """A copy of the node's vector, or None."""
+        at = self._at.get(node_id)
+        return None if at is None else self._rows[at].copy()
+
     def remove(self, node_id: str) -> None:
         """Forget a node; the last row takes its place."""
         at = self._at.pop(node_id, None)
@@ -132,13 +137,20 @@ class VectorMatrix:
         return [(self._ids[places[at]], float(scores[at])) for at in best]
 
     def _shortlist(self, vector: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-        """The `count` sketched rows, or all, whose sketches differ least from the vector's."""
+        """At least `count` sketched rows, or all: those whose sketches differ least from the
+        vector's, and those that differ as much as the last of them."""
         if count >= self._sketched:
             return np.arange(self._sketched)
         differing = np.zeros(self._sketched, np.uint16)
+        bits = np.empty(self._sketched, np.uint64)  # written over and over: fresh pages cost more
+        counts = np.empty(self._sketched, np.uint8)
         for theirs, ours in zip(self._sketches, _sketch(vector[None])[:, 0], strict=True):
-            differing += np.bitwise_count(theirs[: self._sketched] ^ ours)
-        return np.argpartition(differing, count)[:count]
+            np.bitwise_xor(theirs[: self._sketched], ours, out=bits)
+            np.bitwise_count(bits, out=counts)
+            np.add(differing, counts, out=differing)
+        # counted, not sorted: of so few possible differences a histogram tells where to cut
+        up_to = np.cumsum(np.bincount(differing, minlength=_PLANES + 1))
+        return np.flatnonzero(differing <= np.searchsorted(up_to, count))
 
     def _sketch_the_rest(self) -> None:
         """In one go, which is much faster; until then these rows are all compared."""

@@ -32,6 +32,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Leading rows that were computed in their own full context."""
     generation: int = 0
     created: float = msgspec.field(default_factory=time.time)
+    merged: bool = False
+    """Its rows were gathered into blocks of their own: chains of edits begin anew below it."""
+    pinned: bool = False
+    """Only a purge removes it."""
 
     @property
     def tokens(self) -> Tokens:

@@ -23,6 +23,7 @@ SMALL = {
     "policy": "aggressive",
     "semantic": "never",
     "plan_deadline_ms": 20_000.0,
+    "gc_seconds": 0.0,
 }
 
 Open = Callable[..., Driver]

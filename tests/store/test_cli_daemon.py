@@ -170,7 +170,8 @@ def test_show(store: Stored) -> None:
     assert "137, of which 67 exact from the start" in out
     removed, added = " ".join(map(str, PARENT[64:70])), "7 8 9"
     assert f"[-{removed}-]{{+{added}+}}" in out
-    assert f"{parent[:12]}\n└── {child[:12]} (this node)" in out
+    assert f"{parent[:12]}  140 tokens, stores 140 rows in 3 blocks\n" in out
+    assert f"└── {child[:12]} (this node)  +3 -6 tokens, stores 72 rows in 2 blocks\n" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[1:] for row in rows[-4:]] == [
         ["host", "64", "2", "nodes"],
@@ -191,6 +192,49 @@ def test_show_what_is_not_there(store: Stored) -> None:
     code, out, err = run("show", "zzzz", "--home", store[0])
     assert (code, out) == (1, "")
     assert err == "kvshare: 0 nodes begin with 'zzzz'; `kvshare ls` shows their ids\n"
+
+
+def test_pin_gc_and_check_through_the_daemon(store: Stored) -> None:
+    home, parent, _ = store
+    assert run("pin", parent[:8], "--home", home) == (0, f"{parent[:12]} is pinned.\n", "")
+    assert json.loads(run("show", parent, "--json", "--home", home)[1])["pinned"]
+    assert run("unpin", parent[:8], "--home", home)[1] == f"{parent[:12]} is not pinned.\n"
+    code, out, _ = run("gc", "--dry-run", "--home", home)
+    assert code == 0
+    assert out.startswith("Would collect 0 blocks (0 B), 0 nodes, ")
+    assert json.loads(run("gc", "--json", "--home", home)[1])["blocks"] == 0
+    code, out, _ = run("check", "--json", "--home", home)
+    found = json.loads(out)
+    assert code == 0
+    assert (found["nodes"], found["problems"], found["garbage"]) == (2, [], 0)
+    assert found["blocks"] == found["blocks_read"] > 2
+    out = run("check", "--sample", "2", "--home", home)[1]
+    assert "2 of them read" in out
+    assert out.endswith("no problems\n")
+
+
+def test_gc_and_check_open_a_home_that_nobody_serves(home: Path) -> None:
+    assert run("check", "--home", home)[0] == 3, "there is no store"
+    with serving(home):
+        parent, child = fill(home)
+    block = sorted((home / "blocks").glob("*/*"))[0]
+    stray = block.with_name("ab" * 32 + ".kvb")
+    stray = home / "blocks" / "ab" / stray.name
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(block.read_bytes())
+    assert json.loads(run("gc", "-n", "--json", "--home", home)[1])["blocks"] == 1
+    assert run("pin", child, "--home", home)[0] == 0
+    data = bytearray(block.read_bytes())
+    data[-1] ^= 1
+    block.write_bytes(data)
+    code, out, _ = run("check", "--home", home)
+    assert code == 0, "its nodes were dropped with it"
+    assert f"corrupt {block.stem[:12]}" in out
+    assert "1 blocks of garbage: 1 problem\n" in out
+    assert run("check", "--repair", "--home", home)[0] == 0
+    assert not stray.exists()
+    assert run("check", "--home", home)[1].endswith(" 0 blocks of garbage: no problems\n")
+    assert parent
 
 
 def test_a_second_daemon_is_refused(store: Stored) -> None:

@@ -30,7 +30,7 @@ from kvshare_store.errors import (
     PlanError,
     UnavailableError,
 )
-from kvshare_store.home import arena_path
+from kvshare_store.home import FORMAT, arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
 from kvshare_store.staging import Reuse
@@ -353,7 +353,7 @@ def test_a_stale_socket_is_no_obstacle(daemon: Callable[..., Daemon], home: Path
 
 def test_a_socket_in_use_is_left_alone(config: Config, home: Path) -> None:
     home.mkdir()
-    (home / "format").write_text("1")
+    (home / "format").write_text(FORMAT)
     with socket.socket(socket.AF_UNIX) as somebody:
         somebody.bind(str(socket_path(home)))
         somebody.listen()

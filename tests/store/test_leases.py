@@ -121,7 +121,7 @@ def test_saves_of_the_dead_do_not_keep_others_from_saving(driver: Open) -> None:
 
 
 def test_leased_rows_outlive_eviction_and_pressure(driver: Open) -> None:
-    engine = driver(host_bytes=12 * SLOT)
+    engine = driver(host_bytes=14 * SLOT)
     engine.save(prompt(0, 40))
     plan = engine.plan(prompt(0, 40))
     engine.store.evict(nodes=1)
@@ -168,8 +168,8 @@ def test_a_lease_that_got_no_rows_still_lets_deleted_blocks_go(
     driver().save(prompt(1, 40))
     engine = driver()
     store = engine.store
-    assert store.blocks.disk is not None
-    store.blocks.disk = tier(store.blocks.disk)
+    level = store.blocks.levels.named("disk")
+    level.tier = tier(level.tier)
     plans: list[Any] = []
     planning = threading.Thread(
         target=lambda: plans.append(engine.plan(prompt(1, 40), deadline_ms=100.0))
@@ -182,7 +182,7 @@ def test_a_lease_that_got_no_rows_still_lets_deleted_blocks_go(
     planning.join(10)
     assert plans[0].declined == "not_resident"
     store.flush()
-    assert store.blocks.disk.names() == []
+    assert level.tier.names() == []
     time.sleep(0.4)  # the promotion that was late ends as well
     store.flush()
     assert store.blocks.names() == set()
@@ -191,8 +191,8 @@ def test_a_lease_that_got_no_rows_still_lets_deleted_blocks_go(
 def test_a_lease_is_not_shorter_than_the_wait_for_its_rows(driver: Open) -> None:
     driver().save(prompt(1, 40))
     engine = driver(lease_seconds=0.05)
-    assert engine.store.blocks.disk is not None
-    engine.store.blocks.disk = SlowTier(engine.store.blocks.disk, get=0.2)
+    level = engine.store.blocks.levels.named("disk")
+    level.tier = SlowTier(level.tier, get=0.2)
     done = threading.Event()
 
     def reap_all_the_time() -> None:
@@ -245,6 +245,7 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     store = engine.store
     shared = prompt(1, 16)
     engine.save(shared + prompt(2, 24))
+    store.flush()
     first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
     abandon, other = store._saving.abandon, Beside(store, engine.namespace)
 
@@ -329,8 +330,9 @@ def test_threads(driver: Open, disk: bool) -> None:
     assert set(stats["errors"]) <= {"missing", "no_space"}
     wanted = store.tree.blocks()
     assert set(store.blocks.host.names()) <= wanted
-    if store.blocks.disk is not None:
-        assert set(store.blocks.disk.names()) == wanted
+    level = store.blocks.levels.named("disk")
+    if level is not None:
+        assert set(level.tier.names()) == wanted
         again = driver(host_bytes=60 * SLOT, disk_bytes=300_000)
         assert again.store.tree.blocks() == wanted
 

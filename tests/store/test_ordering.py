@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from kvshare_store.blocks.tiers import disk as disk_tier
+from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
+from kvshare_store.tree.catalog import Catalog
 
 pytestmark = pytest.mark.fault
 
@@ -60,11 +62,11 @@ class Crashes:
         return wrapped
 
     def around(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        """The coroutine function with a crash before and after it."""
+        """The function with a crash before and after it."""
 
-        async def wrapped(*args: Any, **options: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
             self.copy(f"before {step}")
-            result = await function(*args, **options)
+            result = function(*args, **options)
             self.copy(f"after {step}")
             return result
 
@@ -87,17 +89,18 @@ def crashes(
 ) -> Iterator[Callable[[Driver], Crashes]]:
     """`crashes(engine)`: from now on the home is copied after every step."""
 
+    # one write at a time, or files come and go while the home is copied
+    one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
+    monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
+
     def watch(engine: Driver) -> Crashes:
         engine.store.flush()
         found = Crashes(home, tmp_path / "copies")
-        # one write at a time, or files come and go while the home is copied
-        one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
-        monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
         catalog = engine.store.shelf.catalog
         monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
-        files = disk_tier.aiofiles.os
-        monkeypatch.setattr(files, "replace", found.around(files.replace, "block renamed"))
+        files = disk_tier.files
+        monkeypatch.setattr(files, "rename", found.around(files.rename, "block renamed"))
         monkeypatch.setattr(files, "remove", found.around(files.remove, "block removed"))
         return found
 
@@ -109,11 +112,15 @@ def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iter
     """The store that finds the copy; afterwards files, tree and catalogue must agree."""
     with Store(config(home=str(copy.home), **changes)) as store:
         yield Driver(store, original.namespace, original.book)
+        store.collect()
         store.flush()
         files = {file.stem for file in (copy.home / "blocks").glob("*/*")}
         assert files == store.tree.blocks(), copy.step
         assert not list((copy.home / "tmp").iterdir()), copy.step
         assert store.stats()["errors"] == {}, copy.step
+        tree = check_tree(store.shelf, repair=False)
+        assert (tree.problems, tree.garbage) == ((), 0), copy.step
+        assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
 
 
 def test_saving(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
@@ -209,3 +216,125 @@ def test_clearing(driver: Open, config: Config, crashes: Callable[[Driver], Cras
     for copy in found.end():
         for again in opened(copy, config, engine):
             assert again.plan(OLD).declined == "empty_store"
+
+
+def test_merging(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path
+) -> None:
+    engine = driver(max_chain=0)
+    parent = engine.save(OLD)
+    child = engine.serve_and_save(CHILD)
+    assert parent is not None
+    assert child is not None
+    engine.store.shelf.remove([parent])  # its blocks are the child's alone
+    found = crashes(engine)
+    assert engine.store.collect().merged == 1
+    assert found.steps == [
+        "before block renamed",
+        "after block renamed",
+        "row added",
+        "before block removed",
+        "after block removed",
+    ]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            node = again.store.tree.get(child)
+            assert node is not None, copy.step
+            assert node.merged == (copy.step not in found.steps[:2]), copy.step
+            plan = again.serve(CHILD)
+            assert plan.reused == 39, copy.step
+            assert plan.exact >= 20, copy.step
+            assert node.generation == 1
+
+
+def test_merging_what_others_share(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes]
+) -> None:
+    engine = driver(max_chain=0)
+    engine.save(OLD)
+    child = engine.serve_and_save(CHILD)
+    assert child is not None
+    found = crashes(engine)
+    assert engine.store.collect().merged == 1
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39, copy.step
+            assert again.serve(CHILD).reused == 39, copy.step
+
+
+def test_collecting_blocks_that_no_node_uses(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path
+) -> None:
+    engine = driver()
+    engine.save(OLD)
+    engine.save(NEW)
+    engine.store.flush()
+    engine.store.close()
+    before = {file.stem for file in (home / "blocks").glob("*/*")}
+    catalog = Catalog(home / "catalog")
+    catalog.delete([node.id for node, _ in catalog.load() if node.tokens.tolist() == OLD])
+    engine = driver()
+    found = crashes(engine)
+    assert engine.store.collect().blocks == 5
+    assert found.steps == ["before block removed", "after block removed"]
+    assert len(before) == 8
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(NEW).exact == 23, copy.step
+            assert again.plan(OLD).declined == "no_donor"
+
+
+def test_collecting_nodes_that_have_expired(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes]
+) -> None:
+    engine = driver(ttl_seconds=1e-6)
+    engine.save(OLD)
+    kept = engine.save(NEW)
+    assert kept is not None
+    engine.store.pin(kept)
+    found = crashes(engine)
+    assert engine.store.collect().nodes == 1
+    assert found.steps == ["row deleted", "before block removed", "after block removed"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(NEW).exact == 23, copy.step
+            assert again.plan(OLD).declined == "no_donor"
+
+
+def test_pinning(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
+    engine = driver()
+    node = engine.save(OLD)
+    assert node is not None
+    found = crashes(engine)
+    found.copy("before row added")
+    engine.store.pin(node)
+    engine.store.flush()
+    assert found.steps == ["before row added", "row added"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            there = again.store.tree.get(node)
+            assert there is not None
+            assert there.pinned == (copy.step == "row added")
+            assert again.serve(OLD).exact == 39
+
+
+def test_compacting(
+    driver: Open,
+    config: Config,
+    crashes: Callable[[Driver], Crashes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = driver()
+    engine.save(OLD)
+    engine.save(NEW)
+    engine.store.evict(nodes=1)
+    found = crashes(engine)
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+    monkeypatch.setattr(catalog, "compact", found.around(catalog.compact, "compaction"))
+    assert engine.store.collect().versions > 0
+    assert found.steps == ["before compaction", "after compaction"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(NEW).exact == 23
+            assert again.plan(OLD).declined == "no_donor"

@@ -568,9 +568,8 @@ def test_rows_that_are_late_are_a_miss_and_there_the_next_time(driver: Open) -> 
     driver().save(prompt(1, 40))
     engine = driver()
     store = engine.store
-    assert store.blocks.disk is not None
-    slow = SlowTier(store.blocks.disk, get=0.2)
-    store.blocks.disk = slow
+    level = store.blocks.levels.named("disk")
+    level.tier = slow = SlowTier(level.tier, get=0.2)
     plan = engine.plan(prompt(1, 40), deadline_ms=1.0)
     assert plan.declined == "not_resident"
     assert store.stats()["leases"] == 0

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kvshare_store.cli import common, format, ls, serve, show, stats, vllm
+from kvshare_store.cli import common, format, gc, ls, serve, show, stats, vllm
 from kvshare_store.cli.main import main
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.errors import ConfigError
@@ -117,7 +117,7 @@ def test_every_setting_can_be_passed_as_text(field: str) -> None:
         policy="faithful",
         edit_window=0,
         min_saving_ms=0.5,
-        compression="zstd",
+        disk_codec="zstd",
     )
     value = getattr(given_, field)
     if value is not None:
@@ -481,7 +481,13 @@ NODE: dict[str, Any] = {
         {"kind": "insert", "start": 12, "stop": 12, "removed": "", "added": "[red]\x1b[31m"},
         {"kind": "delete", "start": 12, "stop": 13, "removed": "gone", "added": ""},
     ],
-    "path": ["a" * 32, "b" * 32], "children": ["c" * 32],
+    "path": ["a" * 32, "b" * 32], "children": ["c" * 32], "pinned": True, "merged": False,
+    "lineage": {
+        "a" * 32: {"tokens": 2048, "added": 0, "removed": 0, "own_rows": 2048, "own_blocks": 32,
+                   "pinned": False, "merged": False},
+        "b" * 32: {"tokens": 2050, "added": 7, "removed": 5, "own_rows": 40, "own_blocks": 1,
+                   "pinned": True, "merged": False},
+    },
     "blocks": [
         {"name": "1" * 64, "tier": "host", "rows": 64, "users": 3},
         {"name": "2" * 64, "tier": "disk", "rows": 6, "users": 1},
@@ -508,6 +514,22 @@ def test_a_node_shows_what_was_edited() -> None:
     assert "3 nodes" in out
     assert "nobody else" in out
     assert "\x1b" not in out
+
+
+def test_the_path_says_what_each_edit_cost_and_each_node_stores() -> None:
+    shown = rendered(show.path_tree(NODE))
+    assert "aaaaaaaaaaaa  2,048 tokens, stores 2,048 rows in 32 blocks" in shown
+    here = "bbbbbbbbbbbb (this node)  +7 -5 tokens, stores 40 rows in 1 blocks, pinned"
+    assert here in shown
+    assert "cccccccccccc" in shown
+    assert "ago, pinned" in rendered(show.summary_table(NODE))
+
+
+def test_what_was_collected_is_one_sentence() -> None:
+    found = {"blocks": 3, "bytes": 2048, "nodes": 1, "versions": 9, "merged": 2}
+    said = gc.sentence(found, dry_run=True)
+    assert said.startswith("Would collect 3 blocks (2.0 KiB), 1 nodes, 9 old versions")
+    assert "merged 2 nodes" in gc.sentence(found, dry_run=False)
 
 
 def test_edits_have_colours() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,6 @@ class Catalogue:
     def delete(self, ids: list[str]) -> None:
         self._log.append("rows gone " + " ".join(ids))
 
-    def compact(self) -> None:
-        self._log.append("compact")
-
 
 class Desk:
     """A committer whose steps are written down in `log`."""
@@ -64,11 +61,18 @@ class Desk:
             lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
         )
 
-    def _durable(self, node: Node) -> None:
+    def _durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         assert self.start.wait(30)
-        if self._make_durable is not None:
-            self._make_durable(node)
+        return [self._one_durable(node) for node in nodes]
+
+    def _one_durable(self, node: Node) -> KVShareError | None:
+        try:
+            if self._make_durable is not None:
+                self._make_durable(node)
+        except KVShareError as error:
+            return error
         self.log.append(f"durable {node.id}")
+        return None
 
     def run(self, *work: Addition | Removal) -> list[str]:
         for piece in work:
@@ -81,9 +85,33 @@ class Desk:
 def test_bytes_before_rows_and_rows_before_bytes() -> None:
     desk = Desk()
     log = desk.run(addition("a"), addition("b"), Removal(("a",), ("block of a",)), addition("c"))
-    flat = [step for step in log if step != "rows b"]
-    assert flat.index("durable a") < next(at for at, s in enumerate(flat) if s.startswith("rows a"))
-    assert flat[-4:] == ["rows gone a", "blocks gone block of a", "durable c", "rows c"]
+    rows = [at for at, step in enumerate(log) if step.startswith("rows a")]
+    assert log.index("durable a") < rows[0] < log.index("rows gone a")
+    assert log.index("rows gone a") < log.index("blocks gone block of a")
+    assert "durable c" in log
+    desk.committer.close()
+
+
+def test_a_node_that_comes_back_waits_until_its_predecessor_is_gone() -> None:
+    desk = Desk()
+    log = desk.run(addition("a"), Removal(("a",), ("block of a",)), addition("a"))
+    assert log[-4:] == ["rows gone a", "blocks gone block of a", "durable a", "rows a"]
+    desk.committer.close()
+
+
+def test_errands_keep_their_place_and_say_what_became_of_them() -> None:
+    def refused() -> None:
+        raise NoSpaceError("full")
+
+    desk = Desk()
+    desk.committer.order(addition("a"))
+    desk.committer.call(lambda: desk.log.append("errand"))
+    desk.committer.order(addition("b"))
+    desk.start.set()
+    assert desk.committer.run(lambda: 7) == 7
+    assert desk.log == ["durable a", "rows a", "errand", "durable b", "rows b"]
+    with pytest.raises(NoSpaceError):
+        desk.committer.run(refused)
     desk.committer.close()
 
 
@@ -141,3 +169,5 @@ def test_nobody_waits_for_a_thread_that_has_died() -> None:
     desk.committer.order(addition("c"))
     with pytest.raises(StorageError, match="restart the store"):
         desk.committer.flush()
+    with pytest.raises(StorageError, match="restart the store"):
+        desk.committer.run(lambda: None)

@@ -56,8 +56,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_can_come_from_the_environment(name: str) -> None:
     others: dict[str, str] = {
-        "home": "/elsewhere", "disk": "false", "compression": "zstd", "policy": "faithful",
+        "home": "/elsewhere", "disk": "false", "disk_codec": "zstd", "remote_codec": "int8",
+        "encryption_key": "env:key", "policy": "faithful",
+        "eviction": "lru", "huge_pages": "never",
         "delimiters": "true", "semantic": "never", "embedder": "another",
+            "disk_write": "back", "remote_write": "through",
     }  # fmt: skip
     given = others.get(name, "77")
     config = load_config(environ={f"KVSHARE_{name.upper()}": given})
@@ -108,7 +111,10 @@ def test_what_is_no_size(text: object) -> None:
         ({"min_run": -1}, "min_run must not be negative"),
         ({"tail": "x"}, "tail"),
         ({"policy": "reckless"}, "policy"),
-        ({"compression": "lzma"}, "compression"),
+        ({"disk_codec": "lzma"}, "disk_codec"),
+        ({"remote_codec": "int4"}, "remote_codec"),
+        ({"encryption_key": "secret"}, "file:PATH"),
+        ({"encryption_key": "env:"}, "env:NAME"),
         ({"semantic": "sometimes"}, "semantic"),
         ({"disk": "maybe"}, "disk"),
         ({"home": 7}, "home"),

@@ -35,6 +35,11 @@ MESSAGES = [
     protocol.ListNodes(3),
     protocol.ShowNode("ab"),
     protocol.Clear(),
+    protocol.Pin("ab", False),
+    protocol.Purge("ab"),
+    protocol.Collect(True),
+    protocol.CheckTree(True),
+    protocol.CheckBlocks(("a", "b"), True),
     protocol.Stop(),
 ]
 

@@ -1,0 +1,216 @@
+"""Whether tree, catalogue and blocks tell one story: `kvshare check`.
+
+Every block is read from every tier of this machine that has it, and its name computed again. A tier
+puts a bad block into quarantine as soon as it reads it; then the nodes that use it are gone from
+lookup in the same moment, with `repair` or without: rows that cannot be served are never offered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from kvshare_store.blocks.levels import Level
+from kvshare_store.committer import Removal
+from kvshare_store.errors import KVShareError, PlanError
+from kvshare_store.shelf import Shelf
+from kvshare_store.tensors.frame import Block, block_name
+from kvshare_store.tree.node import Node, check_segments
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is not as it should be."""
+
+    kind: str
+    """`missing`, `corrupt`, `namespace`, `segments`, `cycle`, `row`, or the kind of an error."""
+    about: str
+    """Id of the node, or name of the block."""
+    text: str
+    repaired: bool = False
+
+
+class TreeReport(msgspec.Struct, frozen=True):
+    """What is wrong with the metadata, and which blocks there are to read."""
+
+    problems: tuple[Problem, ...]
+    nodes: int
+    blocks: tuple[str, ...]
+    """Blocks that nodes use and that some tier has."""
+    garbage: int
+    """Blocks that no node uses and no lease holds: nothing is wrong with them."""
+
+
+class BlocksReport(msgspec.Struct, frozen=True):
+    """What is wrong with some blocks."""
+
+    problems: tuple[Problem, ...]
+    read: int
+    """Bytes of rows that were read and whose names are right."""
+
+
+def check_tree(shelf: Shelf, *, repair: bool) -> TreeReport:
+    """Nodes against each other, against the tiers and against the catalogue.
+
+    `repair`: nodes with a problem leave the store, and so do rows that are no node's.
+    """
+    shelf.committer.flush()
+    with shelf.lock:
+        nodes = list(shelf.tree)
+    found = [problem for node in nodes for problem in _node_problems(shelf, node)]
+    found += _cycles(nodes)
+    if repair:
+        shelf.remove([problem.about for problem in found])
+    found += _row_problems(shelf, repair)
+    if repair:
+        found = [msgspec.structs.replace(problem, repaired=True) for problem in found]
+    names = shelf.blocks.names()
+    used = shelf.tree.blocks()
+    held = {name for name in names - used if shelf.blocks.leases.pinned(name)}
+    return TreeReport(
+        tuple(found), len(nodes), tuple(sorted(names & used)), len(names - used - held)
+    )
+
+
+def _node_problems(shelf: Shelf, node: Node) -> Iterable[Problem]:
+    if shelf.namespace(node.namespace) is None:
+        yield Problem("namespace", node.id, f"nobody knows its namespace {node.namespace[:12]}")
+    try:
+        check_segments(node.segments, node.length, len(node.blocks))
+    except PlanError as error:
+        yield Problem("segments", node.id, str(error))
+    missing = [name for name in node.blocks if shelf.blocks.tier_of(name) is None]
+    if missing and shelf.tree.get(node.id) is node:  # it may have left meanwhile
+        named = ", ".join(name[:12] for name in missing[:3])
+        yield Problem("missing", node.id, f"{len(missing)} of its blocks are in no tier: {named}")
+
+
+def _cycles(nodes: Sequence[Node]) -> list[Problem]:
+    """Nodes that are their own ancestors."""
+    parents = {node.id: node.parent for node in nodes}
+    sound: set[str] = set()
+    found = []
+    for node in nodes:
+        path: dict[str, None] = {}
+        at: str | None = node.id
+        while at is not None and at not in sound and at not in path:
+            path[at] = None
+            at = parents.get(at)
+        if at is not None and at in path:
+            found.append(Problem("cycle", at, "it is its own ancestor"))
+        sound.update(path)
+    return found
+
+
+def _row_problems(shelf: Shelf, repair: bool) -> list[Problem]:
+    """The catalogue against the tree, when nothing is on its way from one to the other."""
+    if shelf.catalog is None:
+        return []
+    shelf.committer.flush()
+    with shelf.lock:
+        ours = {node.id: node.namespace for node in shelf.tree}
+    rows = shelf.committer.run(shelf.catalog.ids)
+    count = Counter(node_id for node_id, _ in rows)
+    theirs = dict(rows)
+    found = [Problem("row", i, f"{n} rows of one node") for i, n in count.items() if n > 1]
+    found += [
+        Problem("row", node_id, "it is not in the catalogue")
+        for node_id in ours.keys() - theirs.keys()
+        if node_id in shelf.tree
+    ]
+    wrong = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
+    found += [Problem("namespace", i, "its row is of another namespace") for i in wrong]
+    unknown = [i for i in theirs.keys() - ours.keys() if i not in shelf.tree]
+    found += [Problem("row", i, "a row of a node that is not here") for i in unknown]
+    if repair and found:
+        shelf.remove([problem.about for problem in found])
+        shelf.committer.order(Removal(tuple(problem.about for problem in found), ()))
+        shelf.committer.flush()
+    return found
+
+
+def check_blocks(shelf: Shelf, names: Sequence[str], *, repair: bool) -> BlocksReport:
+    """Read blocks from every tier of this machine that has them. Do not hold the lock.
+
+    `repair`: a block with one good copy is written again; else the nodes that use it leave.
+    """
+    problems: list[Problem] = []
+    read = 0
+    for name in names:
+        good, bad = _copies(shelf, name)
+        read += sum(len(block.data) for block in good)
+        problems += _namespace_problems(shelf, name, good)
+        if bad:
+            repaired = _mended(shelf, name, repair, bool(good))
+            problems += [msgspec.structs.replace(p, repaired=repaired) for p in bad]
+    if repair:
+        wrong = [problem.about for problem in problems if problem.kind == "namespace"]
+        shelf.lost(wrong)
+    return BlocksReport(tuple(problems), read)
+
+
+def _copies(shelf: Shelf, name: str) -> tuple[list[Block], list[Problem]]:
+    """The good copies of a block, and what is wrong with the others."""
+    good: list[Block] = []
+    bad: list[Problem] = []
+    host = _host_copy(shelf, name)
+    if host is not None and block_name(host) == name:
+        good.append(host)
+    elif host is not None:
+        bad.append(Problem("corrupt", name, "its bytes in shared memory are others"))
+    for level in shelf.blocks.levels:
+        if level.shared or not level.has(name):
+            continue
+        try:
+            good.append(shelf.read_from(level, name))
+        except KVShareError as error:
+            if shelf.tree.uses(name):  # one that nobody uses any more may be gone by now
+                bad.append(Problem(str(error.kind), name, f"{level.tier.name}: {error}"))
+    return good, bad
+
+
+def _host_copy(shelf: Shelf, name: str) -> Block | None:
+    with shelf.lock:
+        if shelf.blocks.host.size(name) is None:
+            return None
+        block = shelf.blocks.host.peek(name)
+        return Block(block.namespace, block.layout, bytes(block.data))
+
+
+def _mended(shelf: Shelf, name: str, repair: bool, good: bool) -> bool:
+    """Whether a block with a bad copy is right again, or the nodes that used it are gone."""
+    with shelf.lock:
+        host = shelf.blocks.host.ref(name)
+        rotten = host is not None and block_name(shelf.blocks.host.peek(name)) != name
+        if rotten:
+            shelf.blocks.host.drop(name)
+    if not good:
+        # a tier that refuses may have it after all, so only a repair gives such a block up
+        if repair or shelf.blocks.tier_of(name) is None:
+            shelf.lost([name])
+        return not shelf.tree.uses(name)
+    if not repair:
+        return False
+    try:
+        shelf.committer.run(lambda: shelf.blocks.persist([name]))
+        return all(not _fails(shelf, level, name) for level in shelf.blocks.levels)
+    except KVShareError:
+        return False
+
+
+def _fails(shelf: Shelf, level: Level, name: str) -> bool:
+    try:
+        if not level.shared and level.has(name):
+            shelf.read_from(level, name)
+    except KVShareError:
+        return True
+    return False
+
+
+def _namespace_problems(shelf: Shelf, name: str, copies: Sequence[Block]) -> Iterable[Problem]:
+    with shelf.lock:
+        users = shelf.users(name)
+    for node in users:
+        if any(block.namespace != node.namespace for block in copies):
+            yield Problem("namespace", name, f"node {node.id[:12]} is of another namespace")

@@ -1,0 +1,112 @@
+"""`kvshare check`: whether every stored prompt can be served as it was saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    configured,
+    console,
+    print_json,
+)
+from kvshare_store.cli.format import printable, short, size
+
+if TYPE_CHECKING:
+    from kvshare_store.cli.upkeep import Ask
+
+_AT_ONCE = 32
+"""Blocks that one message asks for: a daemon stops between messages."""
+
+RepairOption = Annotated[
+    bool,
+    typer.Option(
+        "--repair", help="Remove what is wrong and garbage; write bad copies of good blocks again."
+    ),
+]
+SampleOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sample", min=0, metavar="N", help="Read N blocks, chosen by chance, instead of all."
+    ),
+]
+
+
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    repair: RepairOption = False,
+    sample: SampleOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Check the tree, the catalogue and every block. Exit code 1 if a problem is left.
+
+    Works through the daemon, or opens the home itself where none runs. A block that does not verify
+    goes to quarantine as soon as it is read, and its prompts are offered no more.
+    """
+    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
+
+    with chores(configured(home, config)) as ask:
+        found = examine(ask, repair=repair, sample=sample, quiet=json)
+    if json:
+        print_json(found)
+    else:
+        report(found)
+    return int(not all(problem["repaired"] for problem in found["problems"]))
+
+
+def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[str, Any]:
+    """All that was found, in plain types."""
+    from kvshare_store.daemon import protocol  # noqa: PLC0415
+
+    tree = ask(protocol.CheckTree(repair))
+    problems, nbytes = list(tree["problems"]), 0
+    names = tree["blocks"]
+    if sample is not None:
+        names = random.sample(names, min(sample, len(names)))
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        task = progress.add_task("reading blocks", total=len(names))
+        for some in _groups(names):
+            blocks = ask(protocol.CheckBlocks(tuple(some), repair))
+            problems += blocks["problems"]
+            nbytes += blocks["read"]
+            progress.advance(task, len(some))
+    if repair:
+        ask(protocol.Collect())
+    return {
+        "nodes": tree["nodes"],
+        "blocks": len(tree["blocks"]),
+        "blocks_read": len(names),
+        "bytes_read": nbytes,
+        "garbage": tree["garbage"],
+        "problems": problems,
+    }
+
+
+def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(names), _AT_ONCE):
+        yield names[start : start + _AT_ONCE]
+
+
+def report(found: dict[str, Any]) -> None:
+    """One line a problem, then one of what was looked at."""
+    out = console()
+    for problem in found["problems"]:
+        state = " (repaired)" if problem["repaired"] else ""
+        text = f"{problem['kind']} {short(problem['about'])}: {printable(problem['text'])}{state}"
+        out.print(text, style="yellow" if state else "red", soft_wrap=True)
+    count = len(found["problems"])
+    out.print(
+        f"{found['nodes']:,} nodes, {found['blocks']:,} blocks, {found['blocks_read']:,} of them "
+        f"read ({size(found['bytes_read'])}), {found['garbage']:,} blocks of garbage: "
+        f"{count or 'no'} {'problem' if count == 1 else 'problems'}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,45 @@
+"""`kvshare gc`: collect garbage now."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from kvshare_store.cli.common import ConfigOption, HomeOption, JsonOption, configured, print_json
+from kvshare_store.cli.format import size
+
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Only say what would be collected.")
+]
+
+
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Remove blocks that no prompt uses, prompts past their time, and old catalogue versions.
+
+    The daemon does it by itself every gc_seconds. Without a daemon the home is opened here, and
+    nothing is merged.
+    """
+    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.protocol import Collect  # noqa: PLC0415
+
+    with chores(configured(home, config)) as ask:
+        found = ask(Collect(dry_run))
+    if json:
+        print_json(found)
+    else:
+        typer.echo(sentence(found, dry_run=dry_run))
+
+
+def sentence(found: dict[str, Any], *, dry_run: bool) -> str:
+    """What was or would be done, in one line."""
+    return (
+        f"{'Would collect' if dry_run else 'Collected'} {found['blocks']:,} blocks "
+        f"({size(found['bytes'])}), {found['nodes']:,} nodes, {found['versions']:,} old versions "
+        f"of the catalogue; {'would merge' if dry_run else 'merged'} {found['merged']:,} nodes."
+    )

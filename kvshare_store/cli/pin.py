@@ -1,0 +1,32 @@
+"""`kvshare pin NODE` and `kvshare unpin NODE`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvshare_store.cli.common import ConfigOption, HomeOption, configured
+from kvshare_store.cli.format import short
+
+NodeArgument = Annotated[
+    str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
+]
+
+
+def pin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:
+    """Keep one stored prompt, whatever room is needed, until it is unpinned or purged."""
+    typer.echo(f"{short(_set(node, home, config, pinned=True))} is pinned.")
+
+
+def unpin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:
+    """Let a pinned prompt go like any other."""
+    typer.echo(f"{short(_set(node, home, config, pinned=False))} is not pinned.")
+
+
+def _set(node: str, home: HomeOption, config: ConfigOption, *, pinned: bool) -> str:
+    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.protocol import Pin  # noqa: PLC0415
+
+    with chores(configured(home, config)) as ask:
+        return str(ask(Pin(node, pinned)))

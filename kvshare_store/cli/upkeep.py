@@ -1,0 +1,58 @@
+"""Who does the chores of a home: its daemon, or this process where none runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from kvshare_store.cli import remote
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.chores import Chore, do_chore
+from kvshare_store.daemon.client import Client
+from kvshare_store.errors import HomeError, UnavailableError
+from kvshare_store.store import Store
+
+Ask = Callable[[Chore], Any]
+
+_PATIENCE_S = 3600.0
+_HOST_BYTES = 256 * 2**20
+_NEVER = 2**62
+
+
+@contextmanager
+def chores(config: StoreConfig) -> Iterator[Ask]:
+    """`ask(message)`: the answer in plain types. `HomeError` if there is no store in the home."""
+    if _served(config):
+        with Client(config.home_path) as client:
+            yield lambda message: client.call(message, timeout=_PATIENCE_S)
+        return
+    with Store(_alone(config)) as store:
+        yield lambda message: msgspec.to_builtins(do_chore(store, message))
+
+
+def _served(config: StoreConfig) -> bool:
+    home = config.home_path
+    try:
+        remote.probe(protocol.socket_path(home), home)
+    except UnavailableError:
+        if not (home / "format").exists():
+            raise HomeError(f"there is no store in {home}; name its home with --home") from None
+        return False
+    return True
+
+
+def _alone(config: StoreConfig) -> StoreConfig:
+    """For a moment without requests. Nothing is merged: the budgets that this process was given
+    need not be those that the home is used with."""
+    return msgspec.structs.replace(
+        config,
+        host_bytes=min(config.host_bytes, _HOST_BYTES),
+        semantic="never",
+        gc_seconds=0.0,
+        max_chain=_NEVER,
+        max_scatter=float(_NEVER),
+    )

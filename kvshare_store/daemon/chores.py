@@ -1,0 +1,31 @@
+"""What is asked of a store besides serving and saving, for a daemon or for whoever opened it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from kvshare_store.check import check_blocks, check_tree
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.describe import pin_node
+from kvshare_store.store import Store
+
+Chore = protocol.Pin | protocol.Collect | protocol.Purge | protocol.CheckTree | protocol.CheckBlocks
+CHORES = get_args(Chore)
+
+
+def do_chore(store: Store, message: Chore) -> Any:
+    """The answer to one message. Takes its time, and makes no request wait for it."""
+    if isinstance(message, protocol.Pin):
+        return pin_node(store, message.node, message.pinned)
+    if isinstance(message, protocol.Collect):
+        return store.collect(dry_run=message.dry_run)
+    if isinstance(message, protocol.Purge):
+        return store.purge(
+            message.namespace,
+            tenant=message.tenant,
+            patience=message.patience,
+            dry_run=message.dry_run,
+        )
+    if isinstance(message, protocol.CheckTree):
+        return check_tree(store.shelf, repair=message.repair)
+    return check_blocks(store.shelf, message.names, repair=message.repair)

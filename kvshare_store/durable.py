@@ -1,0 +1,99 @@
+"""Making nodes durable, in the committer's thread: room on disk, then every block of a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from kvshare_store.blocks.arena import slot_bytes
+from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError
+from kvshare_store.tree.catalog import Catalog
+from kvshare_store.tree.delta_tree import DeltaTree
+from kvshare_store.tree.node import Node
+
+_FRAME_BYTES = 4096
+"""More than the header of any block file."""
+
+
+class Durable:
+    """Bytes before metadata. `take_out` removes a node from tree and index and returns the blocks
+    that nobody uses any more."""
+
+    def __init__(
+        self,
+        tree: DeltaTree,
+        blocks: BlockStore,
+        lock: threading.RLock,
+        catalog: Catalog | None,
+        take_out: Callable[[str], list[str] | None],
+    ) -> None:
+        self._tree = tree
+        self._blocks = blocks
+        self._lock = lock
+        self._catalog = catalog
+        self._take_out = take_out
+
+    def make(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
+        """Write the blocks of all nodes, as many at a time as the tiers are worth.
+
+        For each node what went wrong, or None. One that fails does not take the others along.
+        """
+        try:
+            self.write(nodes)
+        except KVShareError as error:
+            if len(nodes) == 1:
+                return [error]
+            return [failed for node in nodes for failed in self.make([node])]
+        return [None] * len(nodes)
+
+    def write(self, nodes: Sequence[Node]) -> None:
+        """Return once every block of the nodes is durable; raises the first error."""
+        with self._lock:
+            for node in nodes:
+                if node.id not in self._tree:
+                    raise MissingBlockError(f"node {node.id[:12]} left before it was durable")
+        names = list(dict.fromkeys(name for node in nodes for name in node.blocks))
+        self.make_room(names, {node.id for node in nodes})
+        self._blocks.persist(names)
+
+    def make_room(self, names: Iterable[str], keep: set[str]) -> None:
+        """Move or forget what is worth least until the blocks fit the budget of a disk that must
+        hold them.
+
+        Nodes in `keep` stay. `NoSpaceError` if the blocks alone are more than the budget.
+        """
+        level = self._blocks.levels.named("disk")
+        if level is None or not level.required:
+            return
+        disk = level.tier
+        with self._lock:
+            needed = sum(
+                slot_bytes(ref.nbytes) + _FRAME_BYTES
+                for name in names
+                if disk.size(name) is None and (ref := self._blocks.host.ref(name)) is not None
+            )
+        if needed > disk.use().budget:
+            raise NoSpaceError(f"the prompts take {needed:,} bytes, more than disk_bytes")
+        while not self._blocks.make_room("disk", needed):
+            if not self._forget(disk.use().bytes + needed - disk.use().budget, keep):
+                return
+
+    def _forget(self, nbytes: int, keep: set[str]) -> bool:
+        """Forget nodes that free about so many bytes, those worth least first; False if none may
+        go. Their rows leave the catalogue before their blocks leave the tiers."""
+        gone: list[str] = []
+        unused: list[str] = []
+        with self._lock:
+            while nbytes > 0:
+                victim = next((n for n in self._tree.victims() if n.id not in keep), None)
+                if victim is None:
+                    break
+                left = self._take_out(victim.id) or []
+                nbytes -= sum(self._tree.size_of(name) for name in left)
+                gone.append(victim.id)
+                unused += left
+        if gone and self._catalog is not None:
+            self._catalog.delete(gone)
+        self._blocks.delete(unused)
+        return bool(gone)

@@ -1,0 +1,280 @@
+"""The one background job: garbage, what is too old, quotas, merges, and LanceDB's old versions.
+
+It never makes a request wait: the lock is held for one chunk at a time, bytes are read and copied
+outside it, and everything that is removed goes through the committer's queue.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from kvshare_store.committer import Removal
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import KVShareError, MissError, MissingBlockError
+from kvshare_store.namespace import Namespace
+from kvshare_store.rewrite import swap
+from kvshare_store.shelf import Shelf
+from kvshare_store.tensors.frame import Block, block_name
+from kvshare_store.tree.merge import copy_rows, merged_node, wants_merge
+from kvshare_store.tree.node import Node
+
+log = logging.getLogger("kvshare")
+
+_CHUNK = 64
+"""Nodes or blocks removed, or looked at, in one go."""
+_MERGES = 8
+"""Nodes merged in one pass; the others wait for the next."""
+_VERSIONS = 64
+"""Versions of the catalogue after which a pass compacts it although it is in use."""
+SHARED_GRACE_S = 60.0
+"""How long a block that others may have put is nobody's before it is removed."""
+_SOURCES = 8
+"""Blocks kept in memory while rows are gathered from them."""
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """What a pass removed, or would remove."""
+
+    nodes: int = 0
+    """Nodes that nobody used for `ttl_seconds`, or that were over their namespace's quota."""
+    blocks: int = 0
+    """Blocks that no node uses any more."""
+    bytes: int = 0
+    """What those blocks took."""
+    merged: int = 0
+    versions: int = 0
+    """Old versions of the catalogue, and with them the rows that were deleted since."""
+
+
+class Janitor:
+    """One pass every `gc_seconds`, the first at once; `collect` makes one now."""
+
+    def __init__(self, config: StoreConfig, shelf: Shelf) -> None:
+        self._config = config
+        self._shelf = shelf
+        self._pass = threading.Lock()
+        self._stop = threading.Event()
+        self._seen_versions = 0
+        self._shared_orphans: dict[str, float] = {}
+        """Since when (monotonic) blocks of a shared tier are nobody's."""
+        self._thread: threading.Thread | None = None
+        if config.gc_seconds:
+            self._thread = threading.Thread(target=self._run, name="kvshare-janitor", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        while not self._stop.is_set():
+            try:
+                self.collect(patient=True)
+            except KVShareError as error:
+                log.warning("kvshare: garbage was not collected: %s", error)
+            self._stop.wait(self._config.gc_seconds)
+
+    def close(self) -> None:
+        """Stop after the step that is being done."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def collect(self, *, dry_run: bool = False, patient: bool = False) -> Collected:
+        """One pass. `dry_run` only says what it would do; `patient` leaves the catalogue alone
+        while it is written to, but not for ever."""
+        with self._pass:
+            if dry_run:
+                return self._would_collect()
+            nodes = self._remove_expired() + self._hold_quotas()
+            self._done_so_far()
+            blocks, nbytes = self._remove_orphans()
+            blocks += self._remove_shared_orphans()
+            return Collected(nodes, blocks, nbytes, self._merge(), self._compact(patient))
+
+    def _would_collect(self) -> Collected:
+        with self._shelf.lock:
+            expired = set(self._expired())
+        tree = self._shelf.tree
+        names = {name for i in expired if (node := tree.get(i)) for name in node.blocks}
+        freed = [name for name in names if tree.users(name) <= expired]
+        gone = [*self._orphans(), *freed]
+        return Collected(
+            len(expired),
+            len(gone),
+            sum(map(self._shelf.size_of, gone)),
+            len(self._scattered()),
+            self._versions(),
+        )
+
+    # --- nodes -------------------------------------------------------------------------------
+
+    def _expired(self) -> list[str]:
+        ttl = self._config.ttl_seconds
+        return self._shelf.tree.idle(ttl) if ttl else []
+
+    def _remove_expired(self) -> int:
+        with self._shelf.lock:
+            expired = self._expired()
+        return sum(self._remove_idle(chunk) for chunk in self._chunks(expired))
+
+    def _remove_idle(self, ids: Sequence[str]) -> int:
+        with self._shelf.lock:  # one may have been used since
+            still = [i for i in ids if self._shelf.tree.idle_for(i) >= self._config.ttl_seconds]
+            self._shelf.remove(still)
+        return len(still)
+
+    def _hold_quotas(self) -> int:
+        """A quota may be new, or smaller than it was when the nodes were saved."""
+        with self._shelf.lock:
+            namespaces = self._shelf.tree.namespaces()
+        return sum(self._shelf.hold_quota(namespace) for namespace in namespaces)
+
+    # --- blocks ------------------------------------------------------------------------------
+
+    def _orphans(self) -> list[str]:
+        """Blocks of this machine's tiers that no node uses and no lease holds.
+
+        A block gets its name and its node in one step under the lock, so what was saved and is not
+        committed yet is none of them; nor are slots that are being filled: they have no name.
+        """
+        found: list[str] = []
+        for names in self._chunks(list(self._shelf.blocks.names())):
+            with self._shelf.lock:
+                found += [name for name in names if self._is_orphan(name)]
+        return found
+
+    def _is_orphan(self, name: str) -> bool:
+        shelf = self._shelf
+        return not shelf.tree.uses(name) and not shelf.blocks.leases.pinned(name)
+
+    def _remove_shared_orphans(self) -> int:
+        """Blocks of a shared remote tier that for a minute no machine's node has used: whoever puts
+        a block commits its node soon after, and this machine learns of it sooner still."""
+        now = time.monotonic()
+        orphans = [name for name in self._shelf.blocks.discover_shared() if self._is_orphan(name)]
+        seen = {name: self._shared_orphans.get(name, now) for name in orphans}
+        due = [name for name, since in seen.items() if now - since >= SHARED_GRACE_S]
+        for chunk in self._chunks(due):
+            still = [name for name in chunk if self._is_orphan(name)]
+            self._shelf.blocks.delete_shared(still)
+        self._shared_orphans = seen
+        return len(due)
+
+    def _remove_orphans(self) -> tuple[int, int]:
+        """How many, and their bytes. The committer looks once more whether they are in use."""
+        orphans = self._orphans()
+        nbytes = sum(map(self._shelf.size_of, orphans))
+        for chunk in self._chunks(orphans):
+            self._shelf.committer.order(Removal((), tuple(chunk)))
+            self._done_so_far()
+        return len(orphans), nbytes
+
+    def _done_so_far(self) -> None:
+        """Wait for the committer, however busy it is kept."""
+        self._shelf.committer.run(lambda: None)
+
+    def _chunks(self, items: Sequence[str]) -> Iterator[Sequence[str]]:
+        for start in range(0, len(items), _CHUNK):
+            if self._stop.is_set():
+                return
+            yield items[start : start + _CHUNK]
+
+    # --- merges ------------------------------------------------------------------------------
+
+    def _scattered(self) -> list[Node]:
+        """Nodes to merge, the one used last first."""
+        config, tree = self._config, self._shelf.tree
+        limits = config.block_tokens, config.max_chain, config.max_scatter
+        with self._shelf.lock:
+            nodes = list(tree)[::-1]
+        found: list[Node] = []
+        for start in range(0, len(nodes), _CHUNK):
+            with self._shelf.lock:
+                some = nodes[start : start + _CHUNK]
+                found += [n for n in some if n.id in tree and wants_merge(n, tree, *limits)]
+        return found
+
+    def _merge(self) -> int:
+        merged = 0
+        for node in self._scattered()[:_MERGES]:
+            if self._stop.is_set():
+                break
+            try:
+                merged += self._merge_one(node)
+            except MissError as error:
+                log.info("kvshare: node %s was not merged: %s", node.id[:12], error)
+            except KVShareError as error:  # no room, or a tier that refuses: another time
+                log.warning("kvshare: node %s was not merged: %s", node.id[:12], error)
+        return merged
+
+    def _merge_one(self, node: Node) -> bool:
+        namespace = self._shelf.namespace(node.namespace)
+        if namespace is None:
+            return False
+        names = self._gather(node, namespace)
+        if not names:
+            return False
+        merged = merged_node(node, names, self._config.block_tokens)
+        return self._shelf.committer.run(lambda: swap(self._shelf, node, merged))
+
+    def _gather(self, node: Node, namespace: Namespace) -> list[str]:
+        """Copy the node's rows into new blocks of the host tier; their names, in order."""
+        read = functools.lru_cache(_SOURCES)(self._read)
+        names: list[str] = []
+        step = self._config.block_tokens
+        try:
+            for start in range(0, node.length, step):
+                stop = min(start + step, node.length)
+                nbytes = (stop - start) * namespace.layout.row_bytes
+                names.append(self._copied(node, start, stop, nbytes, read))
+        except KVShareError:
+            self._shelf.sweep(names)
+            raise
+        return names
+
+    def _copied(
+        self, node: Node, start: int, stop: int, nbytes: int, read: Callable[[str], Block]
+    ) -> str:
+        blocks = self._shelf.blocks
+        offset = blocks.reserve(nbytes)
+        try:
+            block = copy_rows(node, start, stop, read, blocks.reserved(offset))
+            name = block_name(block)
+            blocks.seal(offset, name, block)
+        finally:
+            blocks.cancel(offset)  # nothing, once it is sealed
+        return name
+
+    def _read(self, name: str) -> Block:
+        """As `BlockStore.read`; a block that is gone or bad takes its nodes along."""
+        try:
+            block = self._shelf.blocks.read(name)
+        except MissError:
+            self._shelf.lost([name])
+            raise
+        if block.lossy:  # under a new name nobody would know that they were changed
+            raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
+        return block
+
+    # --- the catalogue -----------------------------------------------------------------------
+
+    def _versions(self) -> int:
+        catalog = self._shelf.catalog
+        return max(0, catalog.versions() - 1) if catalog is not None else 0
+
+    def _compact(self, patient: bool) -> int:
+        """Drop old versions; a patient pass waits until nobody has written since the last one."""
+        catalog, versions = self._shelf.catalog, self._versions()
+        busy = versions != self._seen_versions and versions < _VERSIONS
+        self._seen_versions = versions
+        if catalog is None or not versions or self._stop.is_set() or (patient and busy):
+            return 0
+        catalog.compact()
+        self._seen_versions = self._versions()
+        return versions

@@ -1,0 +1,59 @@
+"""The tiers below host that a configuration asks for."""
+
+from __future__ import annotations
+
+from kvshare_store.blocks.io_loop import IoLoop
+from kvshare_store.blocks.levels import Level
+from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.remote import RemoteTier
+from kvshare_store.blocks.tiers.wrappers import CountingTier, resilient
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import ConfigError
+from kvshare_store.keys import Keyring
+
+
+def open_levels(config: StoreConfig, io: IoLoop, keys: Keyring | None) -> list[Level]:
+    """The levels, the fastest first; `ConfigError` if no committed row would survive a restart."""
+    check_levels(config)
+    levels = []
+    if config.disk:
+        opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys)
+        disk = CountingTier(io.run(opened))
+        # other machines do not see this disk: with a shared catalogue it is only a cache
+        required = config.disk_write == "through" and not config.catalog
+        levels.append(Level(disk, config.disk_write, required=required))
+    if config.remote:
+        levels.append(_remote(config, io, keys, required=not any(at.required for at in levels)))
+    return levels
+
+
+def check_levels(config: StoreConfig) -> None:
+    """A node is committed only once its rows are where they survive the process."""
+    if config.catalog and not config.remote:
+        raise ConfigError("a shared catalog needs a remote tier that all its machines reach")
+    if config.catalog and config.remote_write == "back":
+        raise ConfigError("a shared catalog needs remote_write: through")
+    if config.disk and config.disk_write == "back" and config.remote_write == "back":
+        raise ConfigError("disk_write: back needs a remote tier with remote_write: through")
+    if config.remote and not config.disk and config.remote_write == "back":
+        raise ConfigError("without a disk tier the remote tier needs remote_write: through")
+
+
+def _remote(config: StoreConfig, io: IoLoop, keys: Keyring | None, *, required: bool) -> Level:
+    timeout_s = config.remote_timeout_ms / 1e3
+    tier = RemoteTier(
+        open_remote(config.remote, timeout_s),
+        budget=config.remote_bytes,
+        codec=config.remote_codec,
+        key=keys,
+    )
+    if config.remote_bytes and tier.remote.properties.listing:
+        io.submit(tier.discover())  # what is there already counts
+    return Level(
+        CountingTier(resilient(tier, config.remote_timeout_ms)),
+        config.remote_write,
+        required=required,
+        shared=bool(config.catalog),
+        remote=tier,
+    )
