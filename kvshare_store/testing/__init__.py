@@ -13,7 +13,11 @@ import pytest
 
 pytest.register_assert_rewrite(
     "kvshare_store.testing.embedders",
+    "kvshare_store.testing.file_tiers",
     "kvshare_store.testing.machines",
     "kvshare_store.testing.oracle",
+    "kvshare_store.testing.tier_law",
     "kvshare_store.testing.tiers",
+    "kvshare_store.testing.tiers_at_once",
+    "kvshare_store.testing.tiers_damaged",
 )

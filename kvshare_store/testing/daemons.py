@@ -16,11 +16,10 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import socket_path
 from kvshare_store.daemon.spawn import answers, spawn_daemon
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.staging import Reuse, reuse_of
-from kvshare_store.testing.oracle import RowBook, Rows, check_partition, gather, rows_for
+from kvshare_store.testing.oracle import RowBook, RowOracle, Rows, check_partition, gather
 
 START_S = 60.0
 
@@ -76,6 +75,8 @@ class Daemon:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        from kvshare_store.home import arena_path  # noqa: PLC0415 - seconds, not for clients
+
         self.kill()
         arena_path(self.config.home_path).unlink(missing_ok=True)
 
@@ -83,7 +84,7 @@ class Daemon:
 class ClientDriver:
     """What `testing.oracle.Driver` is for a Store, over the socket and the mapped arena."""
 
-    def __init__(self, client: Client, namespace: Namespace, book: RowBook | None = None) -> None:
+    def __init__(self, client: Client, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.client = client
         self.namespace = namespace
         self.book = book or RowBook(namespace.layout)
@@ -98,8 +99,14 @@ class ClientDriver:
         """A checked plan; `finish` it."""
         plan = self.client.plan(list(tokens), self.namespace, timeout=timeout)
         check_partition(plan)
-        if not plan.declined:
-            self.book.check(tokens, plan, self.load(plan))
+        if plan.declined:
+            return plan
+        try:
+            rows = self.load(plan)
+        except LeaseError:
+            self.client.finish(plan.lease, Outcome(recomputed=plan.tokens, failed="lease"))
+            raise
+        self.book.check(tokens, plan, rows)
         return plan
 
     def finish(self, plan: ReusePlan) -> None:
@@ -122,7 +129,7 @@ class ClientDriver:
         if staged.known:
             return None
         exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
-        rows = rows_for(tokens, self.namespace.layout, exact=exact, salt=staged.id)
+        rows = self.book.computed(tokens, exact, staged.id)
         fresh = [at for run in staged.fresh for at in range(run.start, run.stop)]
         self.book.write(tokens, rows, fresh, exact)
         at = 0

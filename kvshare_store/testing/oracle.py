@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import blake3
 import numpy as np
@@ -19,8 +19,10 @@ import numpy.typing as npt
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.staging import Staged
-from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
+
+if TYPE_CHECKING:
+    from kvshare_store.store import Store  # seconds to import, and clients do without
 
 Rows = npt.NDArray[Any]
 """Words in canonical order: `[layers, 2, T, kv_heads, head_dim]`."""
@@ -102,12 +104,29 @@ def gather(plan: ReusePlan, layout: KVLayout, rows_of: Any) -> Rows:
     return found
 
 
+class RowOracle(Protocol):
+    """Computes rows, and judges those that are served: a `RowBook`, or rows that describe
+    themselves (`testing.chaos.rows`)."""
+
+    def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows: ...
+
+    def write(
+        self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
+    ) -> None: ...
+
+    def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None: ...
+
+
 class RowBook:
     """Every row that was ever saved, by its bytes."""
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self._facts: dict[bytes, RowFact] = {}
+
+    def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows:
+        """The rows of a prompt whose first `exact` ones have their own full context."""
+        return rows_for(tokens, self.layout, exact=exact, salt=salt)
 
     def write(
         self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
@@ -155,7 +174,7 @@ class Driver:
     Several drivers, also of several stores one after the other, may share a `book`.
     """
 
-    def __init__(self, store: Store, namespace: Namespace, book: RowBook | None = None) -> None:
+    def __init__(self, store: Store, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.store = store
         self.namespace = namespace
         self.book = book or RowBook(namespace.layout)
@@ -193,9 +212,7 @@ class Driver:
         """Compute what `plan` leaves and stage it; `Store.commit` makes it a node."""
         spans = () if plan is None else plan.spans
         exact = min((span.start for span in spans if not span.exact), default=len(tokens))
-        rows = rows_for(
-            tokens, self.namespace.layout, exact=exact, salt=f"{id(self)} {next(self._salts)}"
-        )
+        rows = self.book.computed(tokens, exact, f"{id(self)} {next(self._salts)}")
         covered = set(positions_of(spans))
         fresh = [at for at in range(len(tokens)) if at not in covered]
         self.book.write(tokens, rows, fresh, exact)

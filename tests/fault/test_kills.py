@@ -106,6 +106,7 @@ def check_home(
                 assert block.namespace == NAMESPACE.digest
         served = [driver.serve(tokens) for tokens in (*prompts, *durable)]
         assert not saved or any(plan.exact for plan in served)
+        store.collect()
         store.flush()
         files = {file.stem for file in (config.home_path / "blocks").glob("*/*")}
         assert files == store.tree.blocks(), "orphans are collected, and nothing else"

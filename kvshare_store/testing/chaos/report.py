@@ -1,0 +1,78 @@
+"""What a kill test has done and what it has found."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+_SHOWN = 10
+
+
+class Report:
+    """Counts, and every finding in words."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.kills: Counter[str] = Counter()
+        self.requests = 0
+        self.hits = 0
+        self.rows = 0
+        self.refused: Counter[str] = Counter()
+        """Errors that clients met and took for a miss, by kind."""
+        self.durable = 0
+        """Nodes of which a client was told that they are durable."""
+        self.seconds = 0.0
+        self.where = ""
+        """What is going on, for the findings."""
+        self.wrong_rows: list[str] = []
+        self.lost_nodes: list[str] = []
+        self.leaks: list[str] = []
+        self.problems: list[str] = []
+
+    def wrong(self, what: str) -> None:
+        """A row was served that must not be."""
+        self.wrong_rows.append(f"{self.where}: {what}")
+
+    def lose(self, what: str) -> None:
+        """A node that was durable is gone."""
+        self.lost_nodes.append(f"{self.where}: {what}")
+
+    def leak(self, what: str) -> None:
+        """Something is held that nobody uses."""
+        self.leaks.append(f"{self.where}: {what}")
+
+    def problem(self, what: str) -> None:
+        """Anything else that must not happen."""
+        self.problems.append(f"{self.where}: {what}")
+
+    @property
+    def findings(self) -> list[str]:
+        """Everything that is wrong."""
+        return [*self.wrong_rows, *self.lost_nodes, *self.leaks, *self.problems]
+
+    def print(self, console: Console) -> None:
+        """One table, and the first findings below it."""
+        table = Table(show_header=False, title=f"kill test, seed {self.seed}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
+        refused = ", ".join(f"{count} {kind}" for kind, count in sorted(self.refused.items()))
+        for name, value in (
+            ("kills", f"{self.kills.total():,} ({kinds})"),
+            ("requests served", f"{self.requests:,}"),
+            ("hits", f"{self.hits:,}"),
+            ("rows compared", f"{self.rows:,}"),
+            ("wrong rows", f"{len(self.wrong_rows):,}"),
+            ("nodes told durable", f"{self.durable:,}"),
+            ("nodes lost", f"{len(self.lost_nodes):,}"),
+            ("leases, slots, files left", f"{len(self.leaks):,}"),
+            ("other problems", f"{len(self.problems):,}"),
+            ("misses by error", refused or "none"),
+            ("seconds", f"{self.seconds:.0f}"),
+        ):
+            table.add_row(name, value)
+        console.print(table)
+        for finding in self.findings[:_SHOWN]:
+            console.print(finding, markup=False)
+        if len(self.findings) > _SHOWN:
+            console.print(f"… and {len(self.findings) - _SHOWN} more", markup=False)

@@ -1,0 +1,169 @@
+"""The kill test, fifty kills of it; and that it finds what it looks for."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.editor import Editor
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import DTypeName, KVLayout
+from kvshare_store.tensors.rope import Rope
+from kvshare_store.testing.chaos.audit import Auditor
+from kvshare_store.testing.chaos.report import Report
+from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
+from kvshare_store.testing.chaos.run import run
+from kvshare_store.testing.chaos.variants import variant
+from kvshare_store.testing.oracle import Driver, Rows, prompt
+
+pytestmark = pytest.mark.fault
+
+SPACE = Namespace("chaos", KVLayout(2, 1, 16, "float32"))
+OTHER = SPACE.for_tenant("other")
+TOKENS = prompt(1, 40)
+
+
+@pytest.mark.slow
+def test_fifty_kills() -> None:
+    kills, seed = int(os.environ.get("KVSHARE_CHAOS_KILLS", 50)), 20
+    report = run(kills, seed)
+    assert report.findings == [], f"seed {seed}"
+    assert report.kills.total() >= kills
+    assert len(report.kills) == 5, "every kind of process has died"
+    assert report.rows > 500 * kills
+    assert report.hits > 5 * kills
+    assert report.durable > kills
+
+
+# --- rows that describe themselves ----------------------------------------------------------------
+
+
+def planned(*spans: Span) -> ReusePlan:
+    return ReusePlan(namespace=SPACE.digest, tokens=len(TOKENS), spans=spans)
+
+
+def exact_rows() -> Rows:
+    return DescribedRows(SPACE).computed(TOKENS, 40, "")
+
+
+def test_the_rows_of_this_very_prefix_are_right() -> None:
+    DescribedRows(SPACE).check(TOKENS, planned(Span(0, 39, 0, 0, 0, True)), exact_rows())
+
+
+def test_a_row_that_moved_is_right_for_its_root() -> None:
+    tokens = [1, 2, *TOKENS]
+    rows = np.concatenate([np.zeros_like(exact_rows()[:, :, :2]), exact_rows()], axis=2)
+    DescribedRows(SPACE).check(tokens, planned(Span(2, 38, 0, 0, 0)), rows)
+    with pytest.raises(WrongRowError, match="computed at"):
+        DescribedRows(SPACE).check(tokens, planned(Span(2, 38, 1, 0, 0)), rows)
+
+
+def test_any_flipped_bit_is_found() -> None:
+    plan, chance = planned(Span(0, 39, 0, 0, 0, True)), random.Random(1)
+    edited = planned(Span(0, 39, 0, 0, 0))
+    for _ in range(60):
+        rows = exact_rows()
+        at = tuple(chance.randrange(size) for size in rows[:, :, :39].shape)
+        rows[at] ^= np.uint32(1 << chance.randrange(32))
+        for asked in (plan, edited):
+            with pytest.raises(WrongRowError):
+                DescribedRows(SPACE).check(TOKENS, asked, rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda: DescribedRows(OTHER).computed(TOKENS, 40, ""), "nobody computed"),
+        (lambda: DescribedRows(SPACE).computed([*TOKENS[:5], 9, *TOKENS[6:]], 40, ""), "token 9"),
+        (lambda: DescribedRows(SPACE).computed(TOKENS, 10, "salt"), "poses as exact"),
+        (lambda: np.roll(exact_rows(), 1, axis=2), "got the row of token"),
+        (lambda: np.zeros_like(exact_rows()), "token 0"),
+    ],
+)
+def test_what_may_not_stand_there_is_refused(rows: Callable[[], Rows], message: str) -> None:
+    with pytest.raises(WrongRowError, match=message):
+        DescribedRows(SPACE).check(TOKENS, planned(Span(0, 39, 0, 0, 0, True)), rows())
+
+
+def test_an_exact_row_of_another_prefix_is_refused() -> None:
+    other = DescribedRows(SPACE).computed([7, *TOKENS[1:]], 40, "")
+    rows = np.concatenate([exact_rows()[:, :, :1], other[:, :, 1:]], axis=2)
+    with pytest.raises(WrongRowError, match="another prefix"):
+        DescribedRows(SPACE).check(TOKENS, planned(Span(0, 39, 0, 0, 0, True)), rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_editor_turns_rows_as_the_oracle_does(dtype: DTypeName) -> None:
+    layout = KVLayout(2, 2, 16, dtype)
+    rows = DescribedRows(Namespace("chaos", layout)).computed(TOKENS, 40, "")
+    cos, sin = quarter_turns(100, 16)
+    editor = Editor(layout, Rope(torch.from_numpy(cos), torch.from_numpy(sin), neox=True))
+    block = BlockRef("name", 40, rows.nbytes, 0)
+    for shift in (0, 1, 2, 3, 5, -3):
+        span = Span(10 + shift, 20, 10, 0, 10)
+        edited = editor.edit([span], [block], lambda ref: rows.tobytes())
+        words = edited.rows.view(torch.uint32 if layout.itemsize == 4 else torch.uint16).numpy()
+        expected = moved(rows[:, :, 10:30], range(10, 30), range(10 + shift, 30 + shift))
+        assert np.array_equal(words, expected)
+        assert bool(shift) == (not np.array_equal(words, rows[:, :, 10:30]))
+
+
+# --- what the auditor finds in a home -------------------------------------------------------------
+
+
+@pytest.fixture
+def config(home: Path) -> StoreConfig:
+    tried = variant(random.Random(1), home, host_bytes=1 << 22, disk_bytes=1 << 26)
+    with Store(tried.config) as store:
+        driver = Driver(store, SPACE, DescribedRows(SPACE))
+        for seed in range(3):
+            driver.save(prompt(seed, 60))
+            driver.serve_and_save([*prompt(seed, 60)[:30], 7, 8, 9, *prompt(seed, 60)[32:]])
+    return tried.config
+
+
+def audited(config: StoreConfig) -> tuple[set[str], Report]:
+    report = Report(0)
+    return Auditor(report, random.Random(0)).committed(config, [SPACE, OTHER]), report
+
+
+def test_a_sound_home_has_nothing_wrong(config: StoreConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in config.home_path.rglob("*")}
+    nodes, report = audited(config)
+    assert len(nodes) == 6
+    assert report.findings == []
+    assert report.rows > 6 * 59
+    assert {path: path.stat().st_mtime_ns for path in config.home_path.rglob("*")} == before
+
+
+def test_a_missing_block_is_found(config: StoreConfig) -> None:
+    next((config.home_path / "blocks").glob("*/*")).unlink()
+    nodes, report = audited(config)
+    assert len(nodes) < 6
+    assert report.findings
+
+
+def test_rows_that_nobody_computed_are_found(home: Path, config: StoreConfig) -> None:
+    """As a store would serve them that mixes up blocks: sound files, wrong rows."""
+    with Store(config) as store:
+        driver = Driver(store, SPACE, DescribedRows(OTHER))
+        driver.save(prompt(9, 60))
+    _, report = audited(config)
+    assert any("nobody computed" in finding for finding in report.wrong_rows)
+
+
+def test_a_node_that_serves_less_than_it_should_is_lost(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Auditor, "_compare", lambda *_: 3)
+    _, report = audited(config)
+    assert report.lost_nodes
