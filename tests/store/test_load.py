@@ -45,7 +45,7 @@ def computed(tokens: list[int], rope: Rope) -> torch.Tensor:
 
 @pytest.fixture
 def filled(config: Callable[..., StoreConfig], rope: Rope) -> Store:
-    store = Store(config())
+    store = Store(config(eviction="lru"))
     staged = store.save(TOKENS, NAMESPACE, computed(TOKENS, rope).numpy())
     assert store.commit(staged.id)
     return store

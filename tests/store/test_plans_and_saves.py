@@ -129,7 +129,7 @@ def test_a_child_stores_only_its_fresh_rows(driver: Open) -> None:
 
 
 def test_a_row_moved_twice_still_points_to_where_it_was_computed(driver: Open) -> None:
-    engine = driver(max_generation=3)
+    engine = driver(max_generation=3, eviction="lru")
     tokens = prompt(1, 80)
     engine.save(tokens)
     first = edited(tokens, 30, 0, [7, 7, 7])
@@ -484,8 +484,11 @@ def test_another_tokenizer_is_the_same_namespace(driver: Open, namespace: Namesp
 # --- evict and forget ---------------------------------------------------------------------------
 
 
-def test_the_least_recently_used_node_goes_first(driver: Open, home: Path) -> None:
-    engine = driver()
+@pytest.mark.parametrize("eviction", ["cost", "lru"])
+def test_of_equal_nodes_the_least_recently_used_goes_first(
+    driver: Open, home: Path, eviction: str
+) -> None:
+    engine = driver(eviction=eviction)
     for seed in range(4):
         engine.save(prompt(seed, 40))
     engine.serve(prompt(0, 40))
@@ -501,7 +504,7 @@ def test_the_least_recently_used_node_goes_first(driver: Open, home: Path) -> No
 
 
 def test_shared_blocks_stay_with_the_last_node(driver: Open) -> None:
-    engine = driver()
+    engine = driver(eviction="lru")
     tokens = prompt(1, 80)
     engine.save(tokens)
     changed = edited(tokens, 30, 1, [7])

@@ -336,3 +336,43 @@ def test_age_survives_a_restart(driver: Open, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("kvshare_store.shelf.time.time", lambda: node.created + 2000)
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 1
+
+
+# --- who is forgotten first ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eviction", "first"), [("lru", "shares"), ("cost", "alone")])
+def test_the_configured_policy_decides_which_node_goes(
+    driver: Open, eviction: str, first: str
+) -> None:
+    """By cost, a prompt that shares most of its rows frees little and stays."""
+    engine = driver(eviction=eviction)
+    nodes = {"shares": engine.save(prompt(1, 80))}
+    nodes["alone"] = engine.save(prompt(2, 80))
+    engine.serve_and_save([*prompt(1, 80)[:70], 7, *prompt(1, 80)[71:]])
+    engine.store.tree.touch(str(nodes["alone"]))
+    assert engine.store.evict(nodes=1) == 1
+    assert [name for name, node in nodes.items() if str(node) not in engine.store.tree] == [first]
+
+
+@pytest.mark.parametrize("eviction", ["cost", "lru"])
+def test_rows_that_many_prompts_share_outlive_rows_of_one(driver: Open, eviction: str) -> None:
+    """In memory as well: every block of the others leaves before the shared ones do, by cost."""
+    engine = driver(eviction=eviction, host_bytes=40 * (64 + 8 * 64))
+    shared = prompt(1, 64)
+    engine.save(shared)
+    for number in range(3):
+        engine.serve_and_save([*shared, *prompt(100 + number, 8)])
+    engine.store.flush()
+    names = engine.store.tree.get(node_of(engine, shared)).blocks  # type: ignore[union-attr]
+    for seed in range(2, 8):
+        engine.save(prompt(seed, 64))
+        engine.store.flush()
+    host = engine.store.blocks.host
+    resident = sum(host.size(name) is not None for name in names)
+    assert resident == (len(names) if eviction == "cost" else 0)
+
+
+def node_of(engine: Driver, tokens: list[int]) -> str:
+    """Id of the node of exactly this prompt."""
+    return next(node.id for node in engine.store.tree if node.tokens.tolist() == tokens)

@@ -159,7 +159,7 @@ def test_exact_rows_are_not_replaced_by_lossy_ones(host: HostTier) -> None:
 def test_a_dear_block_outlives_cheap_ones(tmp_path: Path) -> None:
     host = HostTier(Arena.create(tmp_path / "arena", 10 * SLOT))
     names = [stored(host, seed)[0] for seed in range(3)]
-    host.weigh(names[0], 100.0)
-    host.weigh("another", 100.0)
+    host.weigh(names[0], 2)
+    host.weigh("another", 2)
     assert list(host.victims()) == [names[1], names[2], names[0]]
     assert host.names() == [names[1], names[2], names[0]]

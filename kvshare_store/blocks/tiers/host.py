@@ -15,6 +15,10 @@ from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 
 
+_MOST_USERS = 4
+"""A block that many nodes use and nobody asks for must be able to go at last."""
+
+
 class Slot(NamedTuple):
     """Where a block lies and what it is."""
 
@@ -119,12 +123,12 @@ class HostTier(Tier):
                 self.arena.wipe_edges(slot.offset, slot.nbytes)
         return stop if stop < self.arena.nbytes else None
 
-    def weigh(self, name: str, cost: float) -> None:
-        """What recomputing the block would cost, in tokens; its rows by default. Whoever knows that
-        many nodes share it, or that its rows come late in a prompt, says more."""
+    def weigh(self, name: str, users: int) -> None:
+        """So many nodes use the block: recomputing it would cost its rows for each of them."""
         slot = self._slots.get(name)
         if slot is not None:
-            self._policy.add(name, slot.nbytes, cost)
+            rows = slot.layout.rows_in(slot.nbytes)
+            self._policy.add(name, slot.nbytes, rows * max(1, min(users, _MOST_USERS)))
 
     def lossy(self, name: str) -> bool:
         """Whether the block is here with rows that a lossy codec has changed."""
