@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, str] = {
     "codecs": "codecs",
     "startup": "startup",
     "pipelining": "pipelining",
+    "machines": "machines",
     "scale": "scale",
     "lmcache": "lmcache",
     "semblend": "semblend",

@@ -19,21 +19,27 @@ from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.testing.network import Host
 from kvshare_store.testing.oracle import RowBook, RowOracle, Rows, check_partition, gather
 
 START_S = 60.0
 
 
 class Daemon:
-    """`kvshare serve` for a configuration. As a context manager it is started and ended."""
+    """`kvshare serve` for a configuration, on a `testing.network` host if one is named. As a
+    context manager it is started and ended."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, host: Host | None = None) -> None:
         self.config = config
+        self._host = host
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it accepts connections."""
-        self.process = spawn_daemon(self.config)
+        if self._host is None:
+            self.process = spawn_daemon(self.config)
+        else:  # a child lives where the thread lives that starts it
+            self.process = self._host.here(lambda: spawn_daemon(self.config))
         path, deadline = socket_path(self.config.home_path), time.monotonic() + START_S
         while not answers(path):
             assert self.process.poll() is None, self.log()

@@ -1,7 +1,8 @@
 """Real servers on this machine, to be stopped, paused and killed: for tests of the remotes.
 
-Every server listens on a free port of 127.0.0.1, keeps its data in a folder it is given, and ends
-with its context. A pause is SIGSTOP: connections are still accepted, nothing is answered.
+Every server listens on a free port of 127.0.0.1, or of a `testing.network` host, keeps its data in
+a folder it is given, and ends with its context. A pause is SIGSTOP: connections are still accepted,
+nothing is answered.
 """
 
 from __future__ import annotations
@@ -14,33 +15,42 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import quote
 
+from kvshare_store.testing.network import Host
+
+T = TypeVar("T")
 _START_S = 30.0
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 """What the S3 server accepts; the client takes them from the environment."""
 BUCKET = "kvshare"
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses at this moment."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of an address that nobody uses at this moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
 class Server(ABC):
     """One process. As a context manager it is started and ended."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: Host | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port()
+        self.host = host
+        self.address = "127.0.0.1" if host is None else host.address
+        self.port = self._here(lambda: free_port(self.address))
         self.process: subprocess.Popen[bytes] | None = None
+
+    def _here(self, function: Callable[[], T]) -> T:
+        """Call a function where the server's address is one."""
+        return function() if self.host is None else self.host.here(function)
 
     @staticmethod
     @abstractmethod
@@ -53,11 +63,12 @@ class Server(ABC):
 
     def start(self) -> None:
         """Start it on its port and wait until it accepts connections."""
+        line = [*([] if self.host is None else self.host.prefix), *self.command()]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(), cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                line, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
-        self.wait_until(self._accepts)
+        self.wait_until(lambda: self._here(self._accepts))
 
     def wait_until(self, ready: object) -> None:
         """Poll until `ready()` is true; fails with the log when the server ends or takes long."""
@@ -71,7 +82,7 @@ class Server(ABC):
 
     def _accepts(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            socket.create_connection((self.address, self.port), 1).close()
         except OSError:
             return False
         return True
@@ -120,7 +131,7 @@ class RedisServer(Server):
     def command(self) -> Sequence[str]:
         options = {
             "port": str(self.port),
-            "bind": "127.0.0.1",
+            "bind": self.address,
             "dir": str(self.folder),
             "appendonly": "yes",
             "appendfsync": "always",
@@ -130,7 +141,7 @@ class RedisServer(Server):
 
     def url(self, prefix: str = "") -> str:
         """The address of one corner of it."""
-        return f"redis://127.0.0.1:{self.port}/0?prefix={quote(prefix)}"
+        return f"redis://{self.address}:{self.port}/0?prefix={quote(prefix)}"
 
 
 class S3Server(Server):
@@ -142,7 +153,7 @@ class S3Server(Server):
 
     def command(self) -> Sequence[str]:
         (self.folder / "data" / BUCKET).mkdir(parents=True, exist_ok=True)
-        address, keys = f"127.0.0.1:{self.port}", f"{ACCESS_KEY},{SECRET_KEY}"
+        address, keys = f"{self.address}:{self.port}", f"{ACCESS_KEY},{SECRET_KEY}"
         serve = ["serve", "s3", "--addr", address, "--auth-key", keys, str(self.folder / "data")]
         return [str(_rclone()), "--config", str(self.folder / "no-config"), *serve]
 
@@ -153,16 +164,16 @@ class S3Server(Server):
 
     def url(self, prefix: str = "") -> str:
         """The address of one corner of it."""
-        endpoint = quote(f"http://127.0.0.1:{self.port}", safe="")
+        endpoint = quote(f"http://{self.address}:{self.port}", safe="")
         return f"s3://{BUCKET}/{prefix}?endpoint={endpoint}&allow_http=true"
 
 
 class MooncakeMaster(Server):
     """The master of a Mooncake Store: knows which object lies where."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.admin_port = free_port()
+    def __init__(self, folder: Path, host: Host | None = None) -> None:
+        super().__init__(folder, host)
+        self.admin_port = self._here(lambda: free_port(self.address))
 
     @staticmethod
     def installed() -> bool:
@@ -171,17 +182,17 @@ class MooncakeMaster(Server):
     def command(self) -> Sequence[str]:
         return [
             str(_mooncake("mooncake_master")),
-            "--rpc_address=127.0.0.1",
+            f"--rpc_address={self.address}",
             f"--rpc_port={self.port}",
-            "--metrics_host=127.0.0.1",
+            f"--metrics_host={self.address}",
             f"--metrics_port={self.admin_port}",
             "--logtostderr",
         ]
 
     def url(self, prefix: str = "", segment: str = "0B") -> str:
         """The address of one corner of it."""
-        admin = f"127.0.0.1:{self.admin_port}"
-        where = f"mooncake://127.0.0.1:{self.port}/{prefix}"
+        admin = f"{self.address}:{self.admin_port}"
+        where = f"mooncake://{self.address}:{self.port}/{prefix}"
         return f"{where}?admin={admin}&segment={segment}&buffer=32MiB"
 
 
@@ -189,7 +200,7 @@ class MooncakeClient(Server):
     """A process that lends its memory to a Mooncake Store."""
 
     def __init__(self, folder: Path, master: MooncakeMaster, segment: str = "128MB") -> None:
-        super().__init__(folder)
+        super().__init__(folder, master.host)
         self.master = master
         self.segment = segment
 
@@ -200,9 +211,9 @@ class MooncakeClient(Server):
     def command(self) -> Sequence[str]:
         return [
             str(_mooncake("mooncake_client")),
-            "--host=127.0.0.1",
+            f"--host={self.address}",
             f"--port={self.port}",
-            f"--master_server_address=127.0.0.1:{self.master.port}",
+            f"--master_server_address={self.master.address}:{self.master.port}",
             "--metadata_server=P2PHANDSHAKE",
             f"--global_segment_size={self.segment}",
             "--local_buffer_size=16MB",

@@ -1,0 +1,116 @@
+"""Three machines with Mooncake and S3 underneath: cut off, killed, and without a master.
+
+Each machine is a daemon in a network namespace of its own; blocks go to one Mooncake Store, nodes
+to one LanceDB catalogue on S3. Every row that is served is compared with the oracle.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.daemon import protocol
+from kvshare_store.testing.cluster import PLAN_DEADLINE_S, Cluster
+from tests.needs import need
+
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
+
+PATIENCE_S = 30.0
+SLACK_S = 1.0
+"""What a busy machine may add to a deadline."""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    need(not Cluster.missing(), Cluster.missing())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "")  # put back when the test has ended
+    with ExitStack() as stack:
+        yield Cluster(tmp_path, stack)
+
+
+def until(happens: Callable[[], bool], what: str) -> float:
+    """Seconds until it happened; fails when it does not."""
+    begun = time.monotonic()
+    while not happens():
+        assert time.monotonic() - begun < PATIENCE_S, what
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def test_three_machines(cluster: Cluster) -> None:
+    a, b, c = cluster.machines
+
+    # what one computes the others reuse
+    a.save(1)
+    for machine in (b, c):
+        until(lambda m=machine: m.serve(1) == 63, "what one computed the other must reuse")  # type: ignore[misc]
+
+    # one is cut off: it goes on with what it has, the others go on without it
+    c.host.cut()
+    assert c.serve(1) == 63, "its own memory needs no network"
+    b.save(2)
+    until(lambda: a.serve(2) == 63, "the others are not cut off")
+    reused, seconds = c.timed(2)
+    assert reused == 0
+    assert seconds < PLAN_DEADLINE_S + SLACK_S
+    c.host.join()
+    until(lambda: c.serve(2) == 63, "it catches up")
+
+    # one is killed: what it had committed is everybody's
+    a.save(3)
+    a.daemon.send(signal.SIGKILL)
+    until(lambda: b.serve(3) == 63, "what a dead machine committed is there")
+    a.daemon.kill()
+    a.start()
+    until(lambda: a.serve(3) == 63, "it finds everything again")
+    assert a.nodes() >= 3
+
+    # the master is lost, and with it every block of the remote tier
+    cluster.master.kill()
+    for machine in (a, b, c):
+        assert machine.serve(1) in (0, 63)  # what is in its own tiers, or a miss; never wrong rows
+    b.forget_memory()
+    reused, seconds = b.timed(3)
+    assert reused in (0, 63)
+    assert seconds < PLAN_DEADLINE_S + SLACK_S
+    cluster.lender.kill()
+    cluster.master.start()
+    cluster.lender.start()
+
+    # it comes back empty: prompts are saved anew and shared again
+    def shared_again() -> bool:
+        a.save(4)
+        return b.serve(4) == 63
+
+    until(shared_again, "reuse recovers")
+    for machine in (a, b, c):
+        until(lambda m=machine: m.leases() == 0, "a lease is left")  # type: ignore[misc]
+
+
+def test_a_remote_that_hangs_costs_no_more_than_the_deadline(cluster: Cluster) -> None:
+    a, b, _ = cluster.machines
+    a.save(1)
+    until(lambda: b.nodes() == 1, "the node is known")
+    cluster.lender.pause()
+    cluster.master.pause()
+    try:
+        for _ in range(4):
+            reused, seconds = b.timed(1)
+            assert reused == 0
+            assert seconds < PLAN_DEADLINE_S + SLACK_S
+            assert b.client.call(protocol.Stats(), 1.0)["lookups"], "the daemon answers"
+    finally:
+        cluster.master.resume()
+        cluster.lender.resume()
+
+    def comes_back() -> bool:
+        a.save(1)  # a node whose rows did not come is forgotten, and saved anew
+        return b.serve(1) == 63
+
+    until(comes_back, "it is read once the remote answers again")
