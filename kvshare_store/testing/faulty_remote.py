@@ -1,0 +1,185 @@
+"""A remote whose network fails: stands around any remote, and lets each call go wrong in each way.
+
+    remote = FaultyRemote(open_remote(url))
+    remote.arm(REFUSED, at=3)  # the third call from now that it can happen to
+    ...
+    remote.heal()
+
+As with `testing.faulty_files`, a scenario is run once to count its calls, then once for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+from kvshare_store.blocks.remotes.base import Entry, Part, Remote
+from kvshare_store.errors import (
+    DeadlineError,
+    KVShareError,
+    MissingBlockError,
+    NoSpaceError,
+    StorageError,
+    UnavailableError,
+)
+
+CALLS = frozenset({"put", "get", "delete", "list", "delete_prefix"})
+Real = Callable[..., Awaitable[Any]]
+
+
+class NetworkFault(NamedTuple):
+    """What goes wrong with a call: `happen(remote, real, *args)` is awaited in its place."""
+
+    name: str
+    calls: frozenset[str]
+    """What it can happen to."""
+    happen: Callable[..., Awaitable[Any]]
+
+
+def refusal(name: str, error: KVShareError, *calls: str) -> NetworkFault:
+    """The call does nothing and says so."""
+
+    async def happen(remote: Remote, real: Real, *args: Any) -> Any:
+        raise error
+
+    return NetworkFault(name, frozenset(calls) or CALLS, happen)
+
+
+async def _lost_answer(remote: Remote, real: Real, *args: Any) -> Any:
+    """It is done, and nobody hears of it."""
+    await real(*args)
+    raise DeadlineError("the answer was lost")
+
+
+async def _late(remote: Remote, real: Real, *args: Any) -> Any:
+    await asyncio.sleep(0.05)
+    return await real(*args)
+
+
+async def _cut_get(remote: Remote, real: Real, key: str) -> Any:
+    value = await real(key)
+    return value[: len(value) // 2]
+
+
+async def _empty_get(remote: Remote, real: Real, key: str) -> Any:
+    await real(key)
+    return b""
+
+
+async def _flip_get(remote: Remote, real: Real, key: str) -> Any:
+    return _flipped(await real(key))
+
+
+async def _cut_put(remote: Remote, real: Real, key: str, parts: Sequence[Part]) -> None:
+    """The engine keeps half and says that it has all."""
+    whole = b"".join(parts)
+    await real(key, (whole[: len(whole) // 2],))
+
+
+async def _flip_put(remote: Remote, real: Real, key: str, parts: Sequence[Part]) -> None:
+    await real(key, (_flipped(b"".join(parts)),))
+
+
+async def _other_value(remote: Remote, real: Real, key: str) -> Any:
+    """The engine mixes up two keys."""
+    value = await real(key)
+    async for entry in remote.list("blocks/"):
+        if entry.key != key:
+            return await real(entry.key)
+    return value
+
+
+def _flipped(value: Any) -> bytes:
+    changed = bytearray(value)
+    changed[len(changed) // 2] ^= 0x10
+    return bytes(changed)
+
+
+_GET, _PUT = frozenset({"get"}), frozenset({"put"})
+REFUSED = refusal("refused", UnavailableError("connection refused"))
+REFUSALS = (
+    REFUSED,
+    refusal("timed out", DeadlineError("no answer in time")),
+    refusal("an error", StorageError("internal server error")),
+    refusal("full", NoSpaceError("out of memory"), "put"),
+    refusal("evicted", MissingBlockError("no such key"), "get"),
+)
+"""Faults that are said."""
+WRONG_ANSWERS = (
+    NetworkFault("answer lost", frozenset({"put", "delete"}), _lost_answer),
+    NetworkFault("late", CALLS - {"list"}, _late),
+    NetworkFault("cut short in reading", _GET, _cut_get),
+    NetworkFault("nothing in reading", _GET, _empty_get),
+    NetworkFault("bit flipped in reading", _GET, _flip_get),
+    NetworkFault("cut short in writing", _PUT, _cut_put),
+    NetworkFault("bit flipped in writing", _PUT, _flip_put),
+    NetworkFault("another block's bytes", _GET, _other_value),
+)
+"""Faults that nobody says anything about, or that are said of what was done."""
+
+
+class FaultyRemote(Remote):
+    """Counts the calls and lets faults happen. Used from one event loop."""
+
+    def __init__(self, inner: Remote) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.properties = inner.properties
+        self.calls: list[str] = []
+        """Names of the calls so far, the failed ones too."""
+        self.happened = 0
+        self._fault: NetworkFault | None = None
+        self._skip: int | None = None
+
+    def arm(self, fault: NetworkFault, at: int | None = None) -> None:
+        """The fault happens to the `at`-th call from now that it can happen to, or to every one."""
+        self._fault, self._skip = fault, None if at is None else at - 1
+
+    def heal(self) -> None:
+        """No fault any more."""
+        self._fault = None
+
+    def _due(self, call: str) -> NetworkFault | None:
+        self.calls.append(call)
+        fault = self._fault
+        if fault is None or call not in fault.calls:
+            return None
+        if self._skip is not None:
+            self._skip -= 1
+            if self._skip >= 0:
+                return None
+            self._fault = None
+        self.happened += 1
+        return fault
+
+    async def _call(self, name: str, real: Real, *args: Any) -> Any:
+        fault = self._due(name)
+        return await (real(*args) if fault is None else fault.happen(self.inner, real, *args))
+
+    async def put(self, key: str, parts: Sequence[Part]) -> None:
+        await self._call("put", self.inner.put, key, parts)
+
+    async def get(self, key: str) -> bytes | memoryview:
+        value: bytes | memoryview = await self._call("get", self.inner.get, key)
+        return value
+
+    async def delete(self, key: str) -> None:
+        await self._call("delete", self.inner.delete, key)
+
+    async def exists(self, key: str) -> bool:
+        return await self.inner.exists(key)
+
+    async def list(self, prefix: str) -> AsyncIterator[Entry]:
+        fault = self._due("list")
+        if fault is not None:
+            await fault.happen(self.inner, self.inner.exists, prefix)
+        async for entry in self.inner.list(prefix):
+            yield entry
+
+    async def delete_prefix(self, prefix: str) -> int:
+        count: int = await self._call("delete_prefix", self.inner.delete_prefix, prefix)
+        return count
+
+    async def close(self) -> None:
+        await self.inner.close()

@@ -1,0 +1,203 @@
+"""Every call to a remote goes wrong once, in every way: nothing wrong is ever served.
+
+A scenario is run once to count its calls, and then again for each call and each fault that can
+happen to it. Servers that are paused and killed for real are in test_remotes.py and
+test_machines.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_store import levels_of
+from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import NoSpaceError
+from kvshare_store.home import arena_path
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import ReusePlan
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.faulty_remote import (
+    REFUSALS,
+    REFUSED,
+    WRONG_ANSWERS,
+    FaultyRemote,
+    NetworkFault,
+    refusal,
+)
+from kvshare_store.testing.oracle import Driver, RowBook, prompt
+
+pytestmark = pytest.mark.fault
+
+FAULTS = [*REFUSALS, *WRONG_ANSWERS]
+ids = [fault.name for fault in FAULTS]
+OLD = prompt(1000, 40)
+
+
+@pytest.fixture
+def remotes(monkeypatch: pytest.MonkeyPatch) -> list[FaultyRemote]:
+    """The remotes that stores have opened; the last one is in use."""
+    opened: list[FaultyRemote] = []
+
+    def open_(url: str, timeout_s: float) -> FaultyRemote:
+        opened.append(FaultyRemote(open_remote(url, timeout_s)))
+        return opened[-1]
+
+    monkeypatch.setattr(levels_of, "open_remote", open_)
+    return opened
+
+
+@pytest.fixture
+def driver(tmp_path: Path, remotes: list[FaultyRemote]) -> Iterator[Callable[..., Driver]]:
+    """`driver(field=value)` opens a store whose rows survive in the remote tier alone."""
+    namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
+    book = RowBook(namespace.layout)
+    home = tmp_path / "home"
+    stores: list[Store] = []
+
+    def open_(**changes: Any) -> Driver:
+        while stores:
+            stores.pop().close()
+        fields: dict[str, Any] = {
+            "home": str(home),
+            "disk": False,
+            "remote": f"file://{tmp_path / 'remote'}",
+            "remote_write": "through",
+            "block_tokens": 8,
+            "host_bytes": 1 << 20,
+            "min_prompt_tokens": 8,
+            "min_saving_ms": 0.0,
+            "policy": "aggressive",
+            "semantic": "never",
+            "plan_deadline_ms": 20_000.0,
+            "remote_timeout_ms": 5_000.0,
+            "gc_seconds": 0.0,
+        }
+        stores.append(Store(StoreConfig(**fields | changes)))
+        return Driver(stores[0], namespace, book)
+
+    yield open_
+    for store in stores:
+        store.close()
+    arena_path(home).unlink(missing_ok=True)
+
+
+def from_remote(engine: Driver, tokens: list[int]) -> ReusePlan:
+    """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
+    engine.store.flush()
+    for name in engine.store.blocks.host.names():
+        engine.store.blocks.host.drop(name)
+    return engine.serve(tokens)
+
+
+def round_of(
+    engine: Driver, remote: FaultyRemote, seed: int, fault: NetworkFault | None = None, at: int = 0
+) -> list[str]:
+    """A prompt is saved, served and forgotten while something goes wrong, and again when it does
+    not any more. The calls made while it did."""
+    tokens, before = prompt(seed, 16), len(remote.calls)
+    if fault is not None:
+        remote.arm(fault, at)
+    node = engine.save(tokens)
+    from_remote(engine, tokens)
+    assert node is not None
+    engine.store.shelf.remove([node])
+    engine.store.flush()
+    remote.heal()
+    calls = remote.calls[before:]
+    engine.save(tokens)
+    if from_remote(engine, tokens).exact != 15:  # what was damaged is found, forgotten, and ...
+        engine.save(tokens)
+        assert from_remote(engine, tokens).exact == 15, "... kept when it comes again"
+    engine.store.shelf.remove([node])
+    return calls
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=ids)
+def test_every_call_of_a_store_in_use(
+    driver: Callable[..., Driver], remotes: list[FaultyRemote], fault: NetworkFault
+) -> None:
+    engine = driver()
+    remote = remotes[-1]
+    engine.save(OLD)
+    engine.store.flush()
+    calls = round_of(engine, remote, 0)
+    assert {"put", "get", "delete"} <= set(calls)
+    places = range(1, 1 + sum(call in fault.calls for call in calls))
+    assert places
+    for at in places:
+        round_of(engine, remote, at, fault, at)
+        assert from_remote(engine, OLD).exact == 39, "what was saved before is not touched"
+    assert remote.happened == len(places)
+    assert driver().serve(OLD).exact == 39
+
+
+def test_a_remote_that_is_away_stops_saving_not_serving(
+    driver: Callable[..., Driver], remotes: list[FaultyRemote]
+) -> None:
+    engine, new = driver(), prompt(2, 40)
+    engine.save(OLD)
+    engine.store.flush()
+    assert engine.serve(OLD).exact == 39
+    remotes[-1].arm(REFUSED)
+    for _ in range(3):
+        assert engine.save(new), "it can be used at once"
+        engine.store.flush()
+        assert engine.serve(OLD).exact == 39, "what is in memory serves on"
+        assert engine.plan(new).declined == "no_donor", "it could not be kept"
+    assert set(engine.store.stats()["errors"]) == {"unavailable"}
+    remotes[-1].heal()
+    until_saved(engine, new)
+    assert from_remote(engine, OLD).exact == 39
+
+
+def until_saved(engine: Driver, tokens: list[int]) -> None:
+    """Save until the breaker has let a call through again."""
+    deadline = time.monotonic() + 20
+    while from_remote(engine, tokens).exact != len(tokens) - 1:
+        assert time.monotonic() < deadline
+        engine.save(tokens)
+        time.sleep(0.05)
+
+
+def test_a_full_remote_stops_saving_not_serving(
+    driver: Callable[..., Driver], remotes: list[FaultyRemote]
+) -> None:
+    engine, new = driver(), prompt(2, 40)
+    engine.save(OLD)
+    engine.store.flush()
+    remotes[-1].arm(refusal("full", NoSpaceError("out of memory"), "put"))
+    engine.save(new)
+    engine.store.flush()
+    assert engine.plan(new).declined == "no_donor"
+    assert engine.store.stats()["errors"] == {"no_space": 1}
+    assert from_remote(engine, OLD).exact == 39
+    remotes[-1].heal()
+    engine.save(new)
+    assert from_remote(engine, new).exact == 39
+
+
+def test_a_remote_that_fails_while_the_store_opens_is_no_obstacle(
+    driver: Callable[..., Driver], remotes: list[FaultyRemote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of what counts for the budget may fail: then what is there is learned by use."""
+    engine = driver(remote_bytes=1 << 20)
+    engine.save(OLD)
+    engine.store.flush()
+    opened = levels_of.open_remote
+
+    def refusing(url: str, timeout_s: float) -> FaultyRemote:
+        remote: Any = opened(url, timeout_s)
+        remote.arm(REFUSED, 1)
+        return remote  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(levels_of, "open_remote", refusing)
+    engine = driver(remote_bytes=1 << 20)
+    assert "list" in remotes[-1].calls
+    assert engine.serve(OLD).exact == 39
