@@ -3,11 +3,14 @@
 # make demo     the example
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and the page of results
+# make bench-store DATA=DIR   the store alone: tiers beside their media, codecs, start-up, lookups
+# make chaos N=1000   kill processes at random moments and compare every row (SEED=, REMOTE=)
+# make churn    a day of traffic at full budgets
 # make docs     the page of results from what was measured, and whether links lead somewhere
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup bench-setup test demo bench docs lint packages clean
+.PHONY: setup bench-setup test demo bench bench-store chaos churn docs lint packages clean
 
 PYTHON = python3
 PY = .venv/bin/python
@@ -58,6 +61,20 @@ bench: setup bench-setup
 	@test -d "$(DATA)" || { echo "make bench DATA=DIR: see docs/benchmarks/data.md"; exit 1; }
 	$(PY) -m benchmarks run all --short --data "$(DATA)"; status=$$?; \
 		$(PY) -m benchmarks report && exit $$status
+
+STORE_BENCHMARKS = tiers codecs startup pipelining machines eviction misses_store steady
+bench-store: setup
+	@test -d "$(DATA)" || { echo "make bench-store DATA=DIR: see docs/benchmarks/data.md"; exit 1; }
+	$(PY) -m benchmarks run $(STORE_BENCHMARKS) --data "$(DATA)"; status=$$?; \
+		$(PY) -m benchmarks report && exit $$status
+
+N = 50
+REMOTE = none
+chaos: setup
+	$(PY) -m kvshare_store.testing.chaos --n $(N) --remote $(REMOTE) $(if $(SEED),--seed $(SEED))
+
+churn: setup
+	$(PY) -m kvshare_store.testing.churn --pause-ms 1
 
 docs: setup
 	$(PY) -m benchmarks report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved
 from kvshare_store.testing.chaos.run import run
 from kvshare_store.testing.chaos.variants import variant
 from kvshare_store.testing.oracle import Driver, Rows, prompt
+from kvshare_store.testing.servers import RedisServer
+from tests.needs import need
 
 pytestmark = pytest.mark.fault
 
@@ -33,12 +34,14 @@ TOKENS = prompt(1, 40)
 
 
 @pytest.mark.slow
-def test_fifty_kills() -> None:
-    kills, seed = int(os.environ.get("KVSHARE_CHAOS_KILLS", 50)), 20
-    report = run(kills, seed)
-    assert report.findings == [], f"seed {seed}"
+@pytest.mark.parametrize(("remote", "kills"), [("none", 50), ("redis", 20)])
+def test_kills(remote: str, kills: int) -> None:
+    need(remote == "none" or RedisServer.installed(), "redis-server")
+    report = run(kills, seed=20, remote=remote)
+    assert report.findings == [], "seed 20"
     assert report.kills.total() >= kills
-    assert len(report.kills) == 5, "every kind of process has died"
+    kinds = {"daemon", "daemon at start", "client", "client with lease", "client with slots"}
+    assert set(report.kills) == kinds | ({"remote"} if remote != "none" else set())
     assert report.rows > 500 * kills
     assert report.hits > 5 * kills
     assert report.durable > kills
