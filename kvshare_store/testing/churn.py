@@ -84,10 +84,13 @@ class Figures(msgspec.Struct, frozen=True):
 
     @property
     def growth(self) -> int:
-        """Bytes of memory that the last quarter of the day needed more than the second one."""
+        """Bytes of memory that the last quarter of the day needed more than the one before it.
+
+        Nodes live for half a day, so the second half is the first in which as many go as come.
+        """
         quarter = len(self.hours) // 4
-        second = max(hour.memory for hour in self.hours[quarter : 2 * quarter])
-        return max(hour.memory for hour in self.hours[-quarter:]) - second
+        third = max(hour.memory for hour in self.hours[-2 * quarter : -quarter])
+        return max(hour.memory for hour in self.hours[-quarter:]) - third
 
     def print(self, console: Console) -> None:
         """The day, hour by hour."""

@@ -1,0 +1,20 @@
+"""A day at full budgets, a tenth of its requests: memory, budgets, and reuse that does not fade."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvshare_store.testing.churn import churn
+
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
+
+
+def test_reuse_does_not_fade_and_budgets_hold() -> None:
+    figures = churn(4_000, pause=0.002)
+    assert figures.wrong_rows == 0
+    assert figures.over_budget == ()
+    assert figures.novel > 1_500
+    assert figures.early > 0.5
+    assert figures.late >= 0.95 * figures.early, "what recurs is found after 1,000 novel prompts"
+    assert figures.last >= 0.95 * figures.early
+    assert figures.growth < 32 << 20, "of some 450 MB"
