@@ -80,7 +80,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     policy: PolicyName = "balanced"
     """Quality policy; a request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None
-    """Tokens recomputed after each edit (None: the policy's own)."""
+    """Tokens recomputed after each edit, at most (None: the policy's own)."""
+    edit_growth: float | None = None
+    """Tokens of that window for each token inserted or removed; 0: all of it after any edit."""
     delimiters: bool | None = None
     """Recompute delimiter tokens after the first edit (None: the policy's own)."""
     min_run: int | None = None
@@ -126,6 +128,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                      "sync_seconds"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
+        if self.edit_growth is not None and not math.isfinite(self.edit_growth):
+            raise ConfigError(f"edit_growth must be a number, got {self.edit_growth}")
         if self.encryption_key and not re.match(r"(file|env|command):.*\S", self.encryption_key):
             raise ConfigError("encryption_key must be file:PATH, env:NAME or command:ARGV")
         if not self.home.strip():
@@ -135,7 +139,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                      "remote_timeout_ms", "sync_seconds"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        for name in ("edit_window", "min_run", "tail", "max_generation", "min_prompt_tokens",
+        for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation", "min_prompt_tokens",
                      "idle_exit_s", "max_chain", "ttl_seconds", "namespace_bytes",
                      "gc_seconds", "device_bytes", "remote_bytes"):  # fmt: skip
             value = getattr(self, name)
@@ -177,17 +181,19 @@ def load_config(
     *,
     file: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> StoreConfig:
     """Merge file, environment and explicit values into one `StoreConfig`.
 
-    `explicit` may hold `config` (a YAML path) beside the fields. Raises `ConfigError` naming the
-    source and the setting when one is unknown or of the wrong type.
+    `explicit` may hold `config` (a YAML path) beside the fields; `defaults` stand in for the
+    fields' own. Raises `ConfigError` naming the source and the setting when one is unknown or of
+    the wrong type.
     """
     environ = os.environ if environ is None else environ
     explicit = dict(explicit or {})
     named = explicit.pop("config", None)
     file = file or named or environ.get("KVSHARE_CONFIG")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     if file is not None:
         values |= _checked(_read_yaml(Path(file)), f"config file {file}")
     values |= _checked(_from_environment(environ), "environment")

@@ -22,6 +22,7 @@ def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOptio
 
 def run(config: StoreConfig) -> None:
     """Serve in this process; log to standard error."""
+    os.umask(0o077)  # also for what LanceDB writes
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kvshare_store.daemon import protocol, server  # noqa: PLC0415 - seconds, not for --help

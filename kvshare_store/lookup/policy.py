@@ -18,6 +18,8 @@ from kvshare_store.plan import Run
 from kvshare_store.tree.edits import Tokens
 
 Mask = npt.NDArray[np.bool_]
+LEAST_WINDOW = 8
+"""Tokens recomputed after the smallest edit where windows grow with it."""
 
 
 class ReusePolicy(msgspec.Struct, frozen=True):
@@ -27,7 +29,10 @@ class ReusePolicy(msgspec.Struct, frozen=True):
     edited: bool = True
     """May rows be reused outside the exact prefix?"""
     edit_window: int = 0
-    """Tokens recomputed after each edit."""
+    """Tokens recomputed after each edit, at most."""
+    edit_growth: float = 0.0
+    """The window grows with the edit: so many tokens for each that was inserted or removed, but no
+    fewer than `LEAST_WINDOW`. 0: every window is as long as `edit_window`."""
     delimiters: bool = False
     """Recompute delimiter tokens after the first edit: models keep summaries there."""
     min_run: int = 1
@@ -51,7 +56,7 @@ frontier of tokens reused against KL (docs/design/policies.md)."""
 
 def configured_policy(config: StoreConfig) -> ReusePolicy:
     """The preset that the configuration names, with the values it overrides."""
-    names = ("edit_window", "delimiters", "min_run", "tail", "max_generation")
+    names = ("edit_window", "edit_growth", "delimiters", "min_run", "tail", "max_generation")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     return msgspec.structs.replace(PRESETS[config.policy], **given)
 
@@ -70,11 +75,17 @@ def stricter_policy(configured: ReusePolicy, asked: str | None) -> ReusePolicy:
         preset.name,
         edited=preset.edited and configured.edited,
         edit_window=max(preset.edit_window, configured.edit_window),
+        edit_growth=_stricter_growth(preset.edit_growth, configured.edit_growth),
         delimiters=preset.delimiters or configured.delimiters,
         min_run=max(preset.min_run, configured.min_run),
         tail=max(preset.tail, configured.tail),
         max_generation=min(preset.max_generation, configured.max_generation),
     )
+
+
+def _stricter_growth(one: float, other: float) -> float:
+    """Windows that do not grow are the longest from the first token on."""
+    return max(one, other) if one and other else 0.0
 
 
 def kept_positions(
@@ -95,7 +106,7 @@ def kept_positions(
     keep = donor_of >= 0
     if not policy.edited:
         keep[exact:] = False
-    keep &= ~_after_edits(keep, donor_of, source_of, policy.edit_window)
+    keep &= ~_after_edits(keep, donor_of, source_of, policy)
     keep[max(0, length - policy.tail) :] = False
     for run in runs_of(keep):
         if run.length < policy.min_run:
@@ -113,19 +124,41 @@ def _after_edits(
     covered: Mask,
     donor_of: npt.NDArray[np.int64],
     source_of: npt.NDArray[np.int64],
-    window: int,
+    policy: ReusePolicy,
 ) -> Mask:
-    """Positions within `window` tokens after a change: text inserted, removed, or another donor."""
+    """Positions within a window after a change: text inserted, removed, or another donor."""
     follows = np.ones(len(covered), np.bool_)
     follows[1:] = (donor_of[1:] == donor_of[:-1]) & (source_of[1:] == source_of[:-1] + 1)
     if len(covered):
         follows[0] = source_of[0] == 0
     # a position right after a gap, or one whose left neighbour in the donor is another token
     seams = np.flatnonzero(covered & ~follows)
+    windows = np.full(len(seams), policy.edit_window)
+    if policy.edit_growth:
+        sizes = _edit_sizes(covered, donor_of, source_of, seams)
+        grown = np.maximum(LEAST_WINDOW, np.ceil(policy.edit_growth * sizes))
+        windows = np.minimum(windows, grown).astype(np.int64)
     near = np.zeros(len(covered) + 1, np.int64)
     np.add.at(near, seams, 1)
-    np.add.at(near, np.minimum(seams + window, len(covered)), -1)
+    np.add.at(near, np.minimum(seams + windows, len(covered)), -1)
     return np.cumsum(near[:-1]) > 0
+
+
+def _edit_sizes(
+    covered: Mask,
+    donor_of: npt.NDArray[np.int64],
+    source_of: npt.NDArray[np.int64],
+    seams: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float64]:
+    """Tokens inserted or removed right before each seam, whichever are more; a change of donors
+    has no end."""
+    last = np.maximum.accumulate(np.where(covered, np.arange(len(covered)), -1))
+    before = np.where(seams > 0, last[seams - 1], -1)
+    first = before < 0
+    inserted = seams - before - 1
+    removed = np.abs(source_of[seams] - np.where(first, -1, source_of[before]) - 1)
+    same = first | (donor_of[before] == donor_of[seams])
+    return np.where(same, np.maximum(inserted, removed), np.inf)
 
 
 def runs_of(mask: Mask) -> list[Run]:

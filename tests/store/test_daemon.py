@@ -256,6 +256,15 @@ def test_only_the_owner_can_reach_it(shared: Daemon) -> None:
         (home / "lock", 0o600),
     ):
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
+    with Client(home, timeout=PATIENCE_S) as client:
+        ClientDriver(client, NAMESPACE).save(prompt(77, 40))
+        client.flush()
+    written = [path for path in home.rglob("*") if path.exists() and not path.is_socket()]
+    assert any(path.suffix == ".lance" for path in written)
+    assert any(path.suffix == ".kvb" for path in written)
+    for path in written:  # LanceDB's files as well
+        mode = 0o700 if path.is_dir() else 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
 
 
 def test_a_deep_home_still_has_a_socket(config: Config, tmp_path: Path) -> None:

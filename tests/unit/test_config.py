@@ -106,6 +106,8 @@ def test_what_is_no_size(text: object) -> None:
         ({"host_bytes": "lots"}, "'4GiB'"),
         ({"plan_deadline_ms": 0}, "plan_deadline_ms must be greater than zero"),
         ({"plan_deadline_ms": "nan"}, "plan_deadline_ms"),
+        ({"edit_growth": "nan"}, "edit_growth"),
+        ({"edit_growth": -1}, "edit_growth"),
         ({"lease_seconds": -1}, "lease_seconds must be greater than zero"),
         ({"lease_seconds": float("inf")}, "lease_seconds"),
         ({"min_run": -1}, "min_run must not be negative"),

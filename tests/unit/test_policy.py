@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection
 
 import msgspec
@@ -26,7 +27,8 @@ policies = st.builds(
     ReusePolicy,
     name=st.sampled_from(["faithful", "balanced", "aggressive"]),
     edited=st.booleans(),
-    edit_window=st.integers(0, 6),
+    edit_window=st.integers(0, 12),
+    edit_growth=st.sampled_from([0.0, 0.5, 1.0, 4.0]),
     delimiters=st.booleans(),
     min_run=st.integers(0, 6),
     tail=st.integers(0, 6),
@@ -77,11 +79,22 @@ def reference(policy: ReusePolicy, cover: Covered, delimiters: Collection[int]) 
             return source[0] != 0
         return not (donor[at - 1] == donor[at] and source[at - 1] + 1 == source[at])
 
+    def window(edge: int) -> int:
+        """Tokens recomputed from a seam on."""
+        before = next((at for at in range(edge - 1, -1, -1) if covered(at)), -1)
+        if before >= 0 and donor[before] != donor[edge]:
+            return policy.edit_window
+        expected = source[before] + 1 if before >= 0 else 0
+        size = max(edge - before - 1, abs(source[edge] - expected))
+        grown = max(8, math.ceil(policy.edit_growth * size))
+        return min(policy.edit_window, grown) if policy.edit_growth else policy.edit_window
+
     keep = [covered(at) for at in range(length)]
+    for edge in range(length):
+        if covered(edge) and seam(edge):
+            for at in range(edge, min(length, edge + window(edge))):
+                keep[at] = False
     for at in range(length):
-        near = range(max(0, at - policy.edit_window + 1), at + 1)
-        if any(covered(edge) and seam(edge) for edge in near):
-            keep[at] = False
         if at >= length - policy.tail:
             keep[at] = False
     for at in range(length):
