@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kvshare_store.blocks import scratch
+from kvshare_store.blocks.remotes.objects import ObjectRemote
 from kvshare_store.blocks.tiers import disk as disk_tier
 from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
+from kvshare_store.testing.tier_law import damage_file
 from kvshare_store.tree.catalog import Catalog
 
 pytestmark = pytest.mark.fault
@@ -338,3 +341,193 @@ def test_compacting(
         for again in opened(copy, config, engine):
             assert again.serve(NEW).exact == 23
             assert again.plan(OLD).declined == "no_donor"
+
+
+# --- purge, tiers below the disk, damage, start ---------------------------------------------------
+
+
+def test_purging(
+    config: Config,
+    crashes: Callable[[Driver], Crashes],
+    driver: Open,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks before rows: what a crash leaves can be purged again."""
+    kept = driver()
+    kept.save(NEW)
+    mine = kept.namespace.for_tenant("mine")
+    Driver(kept.store, mine, kept.book).save(OLD)
+    found = crashes(kept)
+    catalog = kept.store.shelf.catalog
+    assert catalog is not None
+    monkeypatch.setattr(catalog, "purge", found.after(catalog.purge, "rows purged"))
+    (purged,) = kept.store.purge(mine.digest)
+    assert purged.remaining == ()
+    assert found.steps == ["before block removed", "after block removed", "rows purged"]
+    for copy in found.end():
+        with Store(config(home=str(copy.home))) as store:
+            again = Driver(store, mine, kept.book)
+            assert again.serve(OLD).exact in (0, 39), copy.step
+            for _ in range(store.namespace(mine.digest) is not None):
+                (purged,) = store.purge(mine.digest)
+                assert purged.remaining == (), copy.step
+            assert store.namespace(mine.digest) is None
+        for still in opened(copy, config, kept):
+            assert still.serve(NEW).exact == 23, copy.step
+
+
+def slow_steps(found: Crashes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash after each value that a remote has taken, too."""
+    real = ObjectRemote.put
+
+    async def put(self: ObjectRemote, key: str, parts: Any) -> None:
+        await real(self, key, parts)
+        found.copy("remote put")
+
+    monkeypatch.setattr(ObjectRemote, "put", put)
+
+
+def remote_of(home: Path) -> dict[str, Any]:
+    """Settings of a remote that is copied with its home."""
+    return {"remote": f"file://{home / 'remote'}", "remote_timeout_ms": 5_000.0}
+
+
+def test_saving_where_the_remote_holds_every_row(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = {"disk": False, "remote_write": "through"}
+    engine = driver(**settings, **remote_of(home))
+    engine.save(OLD)
+    found = crashes(engine)
+    slow_steps(found, monkeypatch)
+    engine.save(NEW)
+    engine.store.flush()
+    assert found.steps == ["remote put", "row added"]
+    for copy in found.end():
+        with Store(config(home=str(copy.home), **settings, **remote_of(copy.home))) as store:
+            again = Driver(store, engine.namespace, engine.book)
+            assert again.serve(OLD).exact == 39, copy.step
+            assert again.serve(NEW).exact == (23 if copy.step == "row added" else 0)
+            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+
+
+def test_demoting_from_disk_to_the_remote(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A block leaves the disk once the remote has it: no crash in between loses a row."""
+    settings = {"disk_bytes": 26_000, "remote_write": "back"}
+    engine = driver(**settings, **remote_of(home))
+    engine.save(OLD)
+    found = crashes(engine)
+    slow_steps(found, monkeypatch)
+    engine.save(NEW + prompt(3, 16))
+    engine.store.flush()
+    assert found.steps[:3] == ["remote put", "before block removed", "after block removed"]
+    assert found.steps[-1] == "row added"
+    for copy in found.end():
+        with Store(config(home=str(copy.home), **settings, **remote_of(copy.home))) as store:
+            again = Driver(store, engine.namespace, engine.book)
+            assert again.serve(OLD).exact == 39, copy.step
+            assert again.serve(NEW).exact == (23 if copy.step == "row added" else 0)
+            tree = check_tree(store.shelf, repair=False)
+            assert tree.problems == (), copy.step
+            assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
+
+
+def test_reading_a_block_that_does_not_verify(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path
+) -> None:
+    """Into quarantine first, then its nodes go; until they have gone they serve nothing wrong."""
+    driver().save(NEW)
+    engine = driver()
+    engine.save(OLD)
+    engine.store.flush()
+    engine = driver()
+    found = crashes(engine)
+    name = next(node for node in engine.store.tree if node.tokens.tolist() == OLD).blocks[2]
+    damage_file(home / "blocks" / name[:2] / f"{name}.kvb", "middle")
+    assert engine.plan(OLD).declined == "not_resident"
+    engine.store.flush()
+    assert found.steps == [
+        "before block renamed",
+        "after block renamed",
+        "row deleted",
+        "before block removed",
+        "after block removed",
+    ]
+    for copy in found.end():
+        with Store(config(home=str(copy.home))) as store:
+            again = Driver(store, engine.namespace, engine.book)
+            assert again.serve(NEW).exact == 23, copy.step
+            assert again.serve(OLD).exact in (0, 16), copy.step
+            store.flush()
+            store.collect()
+            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+            again.save(OLD)
+            assert again.serve(OLD).exact == 39, copy.step
+
+
+def test_the_first_save_of_a_namespace(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What a digest stands for, and the salt of its key, before any block sealed with that key."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("ab" * 32)
+    settings = {"encryption_key": f"file:{key}"}
+    engine = driver(**settings)
+    found = crashes(engine)
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+    monkeypatch.setattr(
+        catalog, "add_namespace", found.after(catalog.add_namespace, "namespace added")
+    )
+    engine.save(OLD)
+    engine.store.flush()
+    assert found.steps == [
+        "namespace added",
+        "before block renamed",
+        "after block renamed",
+        "row added",
+    ]
+    for copy in found.end():
+        for again in opened(copy, config, engine, **settings):
+            assert again.serve(OLD).exact == (39 if copy.step == "row added" else 0), copy.step
+            again.save(OLD)
+            assert again.serve(OLD).exact == 39
+
+
+def test_starting(
+    driver: Open, config: Config, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is cut short is made again: unfinished files of the dead go, nothing else."""
+    engine = driver()
+    engine.save(OLD)
+    engine.save(NEW)
+    engine.store.close()
+    for number in range(2):
+        (home / "tmp" / f"dead.{number}").write_bytes(b"half a block")
+    next((home / "blocks").glob("*/*")).unlink()
+    found = Crashes(home, tmp_path / "copies")
+    remove, load = scratch.files.remove, Catalog.load
+    monkeypatch.setattr(scratch.files, "remove", found.around(remove, "unfinished file removed"))
+    monkeypatch.setattr(Catalog, "load", found.after(load, "rows read"))
+    monkeypatch.setattr(Catalog, "delete", found.after(Catalog.delete, "row deleted"))
+    driver().store.flush()
+    assert found.steps[:3] == [
+        "before unfinished file removed",
+        "after unfinished file removed",
+        "rows read",
+    ]
+    assert "row deleted" in found.steps, "a node whose block is gone"
+    for copy in found.end():
+        with Store(config(home=str(copy.home))) as store:
+            again = Driver(store, engine.namespace, engine.book)
+            assert sorted([again.serve(OLD).exact, again.serve(NEW).exact]) in ([0, 39], [0, 23])
+            store.flush()
+            store.collect()
+            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+            assert not list((copy.home / "tmp").iterdir()), copy.step
