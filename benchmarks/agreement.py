@@ -92,7 +92,7 @@ def result_of(
         columns=COLUMNS,
         rows=rows,
         paper="The paper reports no such number, only BLEU and Rouge-L of answers (Table 1).",
-        notes=notes(pairs),
+        notes=[*notes(pairs), _long_prompts(found, floor)],
         targets=targets(rows),
         series={"floor": floor, "per_pair": per_pair(found)},
     )
@@ -170,6 +170,25 @@ def notes(pairs: Sequence[SimilarPair]) -> list[str]:
         "CacheBlend, EPIC and DHD choose among the rows that our alignment keeps; DHD is our"
         " reading of an abstract. Their 'reused' is a mean over the layers.",
     ]
+
+
+_LONG = 256
+
+
+def _long_prompts(found: Sequence[Score], floor: dict[str, float]) -> str:
+    """The presets on the longer prompts alone, where a window is a small part."""
+    parts = []
+    for name, kept in by_method(found).items():
+        long = [one for one in kept if one.tokens >= _LONG]
+        if name.startswith("kvshare") and long:
+            reused = sum(one.reused for one in long) / sum(one.tokens for one in long)
+            ratio = mean(long, "kl") / floor["bf16 twice"]
+            parts.append(f"{name.removeprefix('kvshare ')} {reused:.1%} reused at {ratio:.1f} x")
+    count = len({one.pair for one in found if one.tokens >= _LONG})
+    return (
+        f"Prompts of {_LONG} tokens and more alone (n = {count}), x bf16 twice: "
+        f"{'; '.join(parts) or 'none'}."
+    )
 
 
 def per_pair(found: Sequence[Score]) -> dict[str, list[list[float]]]:

@@ -16,6 +16,7 @@ from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 def windowed(
     window: int,
     *,
+    growth: float = 0.0,
     tail: int = 1,
     min_run: int = 2,
     delimiters: bool = False,
@@ -24,6 +25,7 @@ def windowed(
     return msgspec.structs.replace(
         PRESETS["aggressive"],
         edit_window=window,
+        edit_growth=growth,
         tail=tail,
         min_run=min_run,
         delimiters=delimiters,
@@ -31,8 +33,10 @@ def windowed(
 
 
 def spelled(policy: ReusePolicy) -> str:
-    """A policy's parameters in a few letters: window, tail, min_run, delimiters."""
+    """A policy's parameters in a few letters: window, growth, tail, min_run, delimiters."""
     parts = [f"window {policy.edit_window}"]
+    if policy.edit_growth:
+        parts = [f"window {policy.edit_growth:g} x edit to {policy.edit_window}"]
     if policy.tail > 1:
         parts.append(f"tail {policy.tail}")
     if policy.min_run > 2:
@@ -58,9 +62,15 @@ def published(*, wide: bool) -> list[Method]:
 
 def windows(delimiters: Collection[int], *, wide: bool) -> list[Method]:
     """Our own knobs; `wide` is the grid that the presets were chosen from."""
-    policies = [windowed(window) for window in (8, 16, 32, 64)]
-    policies += [windowed(8, delimiters=True), windowed(64, tail=32, min_run=64)]
+    policies = [windowed(window) for window in (8, 16, 24, 32, 64)]
+    policies += [windowed(64, growth=growth, min_run=8) for growth in (2, 8)]
+    policies += [windowed(8, delimiters=True)]
     if wide:
+        policies += [windowed(64, tail=32, min_run=64)]
+        policies += [windowed(64, growth=growth, min_run=8) for growth in (1, 3, 4, 6)]
+        policies += [windowed(most, growth=4, min_run=8) for most in (48, 96)]
+        policies += [windowed(64, growth=4, min_run=min_run) for min_run in (2, 16)]
+        policies += [windowed(64, growth=4, min_run=8, tail=4)]
         policies += [windowed(16, min_run=32), windowed(32, tail=32), windowed(96, tail=32)]
         policies += [windowed(4), windowed(48), windowed(8, min_run=16), windowed(16, min_run=16)]
         policies += [windowed(8, tail=8), windowed(8, tail=8, delimiters=True)]

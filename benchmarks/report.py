@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.result import Result, read, text
+from benchmarks.result import Result, presets, read, text
 
 _HEAD = """# Measurements
 
@@ -56,6 +56,8 @@ def section(result: Result, folder: Path) -> str:
     parts = [f"## {result.name}", f"**{result.title}**"]
     if result.short:
         parts.append("*Short form: fewer samples and settings than the full measurement.*")
+    if old := _outdated(result):
+        parts.append(old)
     if result.paper:
         parts.append(f"The paper: {result.paper}")
     rows = [[text(cell) for cell in row] for row in result.rows]
@@ -67,6 +69,29 @@ def section(result: Result, folder: Path) -> str:
         parts.append("\n".join(f"- {note}" for note in result.notes))
     parts += [_small_print(result), f"```sh\n{result.command}\n```"]
     return "\n\n".join(parts) + "\n\n"
+
+
+_USES_PRESETS = (
+    "figure4", "ttft", "misses", "load", "lmcache", "semblend", "steady", "table1", "probes", "rag",
+    "agreement",
+)  # fmt: skip
+"""Measurements whose numbers depend on what a policy recomputes."""
+
+
+def _outdated(result: Result) -> str:
+    """A warning where the presets are no longer those that were measured."""
+    if result.name not in _USES_PRESETS:
+        return ""
+    changed = [name for name, now in presets().items() if result.policies.get(name) != now]
+    if not changed:
+        return ""
+    named = ", ".join(f"`{name}`" for name in changed)
+    if not result.policies:
+        return (
+            "*Measured before the presets were written down with results: rows named after "
+            f"{named} are of the settings of that day, not of today's.*"
+        )
+    return f"*Measured with other settings of {named} than today's.*"
 
 
 def _verdicts(result: Result) -> list[str]:

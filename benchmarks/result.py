@@ -68,6 +68,15 @@ class Result(msgspec.Struct, kw_only=True):
     date: str = ""
     seconds: float = 0.0
     short: bool = False
+    policies: dict[str, str] = {}
+    """The presets as they were when this was measured."""
+
+
+def presets() -> dict[str, str]:
+    """The presets that measurements compare, spelled out."""
+    from kvshare_store.lookup.policy import PRESETS
+
+    return {name: str(PRESETS[name]) for name in ("faithful", "balanced", "aggressive")}
 
 
 def machine() -> str:
@@ -102,6 +111,7 @@ def run(
     result.machine = machine()
     result.date = datetime.now(UTC).date().isoformat()
     result.short = options.short
+    result.policies = presets()
     write(result, draw, options.out)
     show(result)
     return result

@@ -216,6 +216,7 @@ def test_policies_are_named_by_what_was_changed() -> None:
     assert method.policy == ReusePolicy(
         "balanced",
         edit_window=32,
+        edit_growth=PRESETS["balanced"].edit_growth,
         min_run=PRESETS["balanced"].min_run,
         tail=8,
         max_generation=PRESETS["balanced"].max_generation,
