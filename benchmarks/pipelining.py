@@ -70,8 +70,10 @@ def waiting(model: Any, ready: list[threading.Event]) -> Iterator[None]:
             hook.remove()
 
 
-def serve(model: KVShareModel, plan: ReusePlan, tokens: list[int], way: str) -> float:
-    """Seconds from the plan to the logits of the last position."""
+def serve(
+    model: KVShareModel, plan: ReusePlan, tokens: list[int], way: str
+) -> tuple[float, Tensor]:
+    """Seconds from the plan to the logits of the last position, and these."""
     engine = model.engine
     cache = engine.cache(len(tokens))
     runs = gaps(plan.spans, 0, plan.tokens)
@@ -85,14 +87,14 @@ def serve(model: KVShareModel, plan: ReusePlan, tokens: list[int], way: str) -> 
             plan.spans, plan.blocks, lambda ref: model.store.rows_of(plan, plan.blocks.index(ref))
         )
         cache.rows[:, :, 0, edited.positions] = edited.rows
-        compute()
-        return perf_counter() - start
+        logits = compute()
+        return perf_counter() - start, logits
     loader = LayerLoader(model, plan, cache)
     if way == "by layer":
         for layer in layers:
             loader.load(layer)
-        compute()
-        return perf_counter() - start
+        logits = compute()
+        return perf_counter() - start, logits
     ready = [threading.Event() for _ in layers]
 
     def load_all() -> None:
@@ -103,9 +105,9 @@ def serve(model: KVShareModel, plan: ReusePlan, tokens: list[int], way: str) -> 
     thread = threading.Thread(target=load_all)
     thread.start()
     with waiting(engine.model, ready):
-        compute()
+        logits = compute()
     thread.join()
-    return perf_counter() - start
+    return perf_counter() - start, logits
 
 
 def measure(options: Options) -> Result:
@@ -133,7 +135,7 @@ def measure(options: Options) -> Result:
                     rounds = []
                     for turn in range(repeats + 1):
                         order = WAYS if turn % 2 else WAYS[::-1]
-                        rounds.append({way: serve(model, plan, tokens, way) for way in order})
+                        rounds.append({way: serve(model, plan, tokens, way)[0] for way in order})
                         progress.advance(task)
                     model.store.finish(plan, Outcome())
                     rows.append(_row(length, plan, rounds[1:]))  # the first warms up
