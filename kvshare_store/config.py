@@ -139,9 +139,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                      "remote_timeout_ms", "sync_seconds"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation", "min_prompt_tokens",
-                     "idle_exit_s", "max_chain", "ttl_seconds", "namespace_bytes",
-                     "gc_seconds", "device_bytes", "remote_bytes"):  # fmt: skip
+        for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",
+                     "min_prompt_tokens", "idle_exit_s", "max_chain", "ttl_seconds",
+                     "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")

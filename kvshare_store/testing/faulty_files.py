@@ -1,11 +1,9 @@
 """A file system that fails: stands in for what `kvshare_store.blocks.files` calls.
 
-    with FaultyFiles() as disk:
-        disk.arm(refusal(errno.ENOSPC), at=3)  # the third call from now
-        ...
-        disk.heal()
-
-A scenario is run once to count its calls, then once for each of them with a fault there.
+with FaultyFiles() as disk:
+    disk.arm(refusal(errno.ENOSPC), at=3)  # the third call from now
+    ...
+    disk.heal()
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import errno
 import fcntl
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from kvshare_store.blocks import files
+from kvshare_store.testing.faults import Faults
 
 CALLS = frozenset({
     "open", "close", "fstat", "preadv", "writev", "fsync", "mkdir", "listdir", "stat", "replace",
@@ -120,48 +118,18 @@ WRONG_BYTES = (
 REFUSALS = tuple(refusal(code) for code in (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EACCES))
 
 
-class FaultyFiles:
-    """Counts the calls and lets faults happen. Thread-safe."""
+class FaultyFiles(Faults[Fault]):
+    """Stands in for the file system of `kvshare_store.blocks.files` while its context lasts."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
-        """Names of the calls so far, the failed ones too."""
-        self.happened = 0
-        """Faults so far."""
-        self._lock = threading.Lock()
-        self._fault: Fault | None = None
-        self._skip: int | None = None
+        super().__init__()
         self._patches = [
             mock.patch.object(files, "os", _Stand(os, self._call)),
             mock.patch.object(files, "fcntl", _Stand(fcntl, self._call)),
         ]
 
-    def arm(self, fault: Fault, at: int | None = None) -> None:
-        """The fault happens to the `at`-th call from now that it can happen to, or to every one."""
-        with self._lock:
-            self._fault, self._skip = fault, None if at is None else at - 1
-
-    def heal(self) -> None:
-        """No fault any more."""
-        with self._lock:
-            self._fault = None
-
-    def _due(self, call: str) -> Fault | None:
-        with self._lock:
-            self.calls.append(call)
-            fault = self._fault
-            if fault is None or call not in fault.calls:
-                return None
-            if self._skip is not None:
-                self._skip -= 1
-                if self._skip >= 0:
-                    return None
-                self._fault = None
-            self.happened += 1
-            return fault
-
     def _call(self, name: str, real: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        fault = self._due(name)
+        fault = self.due(name)
         return real(*args, **options) if fault is None else fault.happen(real, *args, **options)
 
     def __enter__(self) -> FaultyFiles:

@@ -1,11 +1,9 @@
 """A remote whose network fails: stands around any remote, and lets each call go wrong in each way.
 
-    remote = FaultyRemote(open_remote(url))
-    remote.arm(REFUSED, at=3)  # the third call from now that it can happen to
-    ...
-    remote.heal()
-
-As with `testing.faulty_files`, a scenario is run once to count its calls, then once for each.
+remote = FaultyRemote(open_remote(url))
+remote.arm(REFUSED, at=3)  # the third call from now that it can happen to
+...
+remote.heal()
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from kvshare_store.errors import (
     StorageError,
     UnavailableError,
 )
+from kvshare_store.testing.faults import Faults
 
 CALLS = frozenset({"put", "get", "delete", "list", "delete_prefix"})
 Real = Callable[..., Awaitable[Any]]
@@ -119,42 +118,17 @@ WRONG_ANSWERS = (
 """Faults that nobody says anything about, or that are said of what was done."""
 
 
-class FaultyRemote(Remote):
-    """Counts the calls and lets faults happen. Used from one event loop."""
+class FaultyRemote(Faults[NetworkFault], Remote):
+    """Stands around a remote."""
 
     def __init__(self, inner: Remote) -> None:
+        super().__init__()
         self.inner = inner
         self.name = inner.name
         self.properties = inner.properties
-        self.calls: list[str] = []
-        """Names of the calls so far, the failed ones too."""
-        self.happened = 0
-        self._fault: NetworkFault | None = None
-        self._skip: int | None = None
-
-    def arm(self, fault: NetworkFault, at: int | None = None) -> None:
-        """The fault happens to the `at`-th call from now that it can happen to, or to every one."""
-        self._fault, self._skip = fault, None if at is None else at - 1
-
-    def heal(self) -> None:
-        """No fault any more."""
-        self._fault = None
-
-    def _due(self, call: str) -> NetworkFault | None:
-        self.calls.append(call)
-        fault = self._fault
-        if fault is None or call not in fault.calls:
-            return None
-        if self._skip is not None:
-            self._skip -= 1
-            if self._skip >= 0:
-                return None
-            self._fault = None
-        self.happened += 1
-        return fault
 
     async def _call(self, name: str, real: Real, *args: Any) -> Any:
-        fault = self._due(name)
+        fault = self.due(name)
         return await (real(*args) if fault is None else fault.happen(self.inner, real, *args))
 
     async def put(self, key: str, parts: Sequence[Part]) -> None:
@@ -171,7 +145,7 @@ class FaultyRemote(Remote):
         return await self.inner.exists(key)
 
     async def list(self, prefix: str) -> AsyncIterator[Entry]:
-        fault = self._due("list")
+        fault = self.due("list")
         if fault is not None:
             await fault.happen(self.inner, self.inner.exists, prefix)
         async for entry in self.inner.list(prefix):

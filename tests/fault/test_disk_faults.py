@@ -1,8 +1,4 @@
-"""Every file call of the disk tier goes wrong once, in every way: nothing wrong is ever served.
-
-A scenario is run once to count its calls, and then again for each call and each fault that can
-happen to it.
-"""
+"""Every file call of the disk tier goes wrong once, in every way: nothing wrong is ever served."""
 
 from __future__ import annotations
 
@@ -23,9 +19,9 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, ShortBlockError
 from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.faults import from_below, places, round_of
 from kvshare_store.testing.faulty_files import REFUSALS, WRONG_BYTES, Fault, FaultyFiles, refusal
 from kvshare_store.testing.faulty_files import slow as slowed
 from kvshare_store.testing.oracle import Driver, RowBook, prompt
@@ -45,11 +41,6 @@ SMALL = {
     "semantic": "never",
     "plan_deadline_ms": 20_000.0,
 }
-
-
-def places(calls: list[str], fault: Fault) -> range:
-    """At which of the calls that it can happen to a fault is tried: all of them."""
-    return range(1, 1 + sum(call in fault.calls for call in calls))
 
 
 # --- the tier alone -----------------------------------------------------------------------------
@@ -193,38 +184,6 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     arena_path(folder / "home").unlink(missing_ok=True)
 
 
-def from_disk(engine: Driver, tokens: list[int], **options: Any) -> ReusePlan:
-    """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
-    engine.store.flush()
-    blocks = engine.store.blocks
-    for name in blocks.host.names():
-        blocks.host.drop(name)
-    return engine.serve(tokens, **options)
-
-
-def round_of(
-    engine: Driver, disk: FaultyFiles, seed: int, fault: Fault | None = None, at: int = 0
-) -> list[str]:
-    """A prompt is saved, served and forgotten while something goes wrong, and again when it does
-    not any more. The calls made while it did."""
-    tokens, before = prompt(seed, 16), len(disk.calls)
-    if fault is not None:
-        disk.arm(fault, at)
-    node = engine.save(tokens)
-    from_disk(engine, tokens)
-    assert node is not None
-    engine.store.shelf.remove([node])
-    engine.store.flush()
-    disk.heal()
-    calls = disk.calls[before:]
-    engine.save(tokens)
-    if from_disk(engine, tokens).exact != 15:  # what was damaged is found, forgotten, and ...
-        engine.save(tokens)
-        assert from_disk(engine, tokens).exact == 15, "... kept when it comes again"
-    engine.store.shelf.remove([node])
-    return calls
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=ids)
 def test_every_call_of_a_store_in_use(
     driver: Callable[..., Driver], disk: FaultyFiles, fault: Fault
@@ -236,7 +195,7 @@ def test_every_call_of_a_store_in_use(
     assert set(calls) >= {"open", "writev", "fsync", "replace", "preadv", "unlink"}
     for at in places(calls, fault):
         round_of(engine, disk, at, fault, at)
-        assert from_disk(engine, old).exact == 39, "what was saved before is not touched"
+        assert from_below(engine, old).exact == 39, "what was saved before is not touched"
     # two blocks in one folder make fewer calls than two in folders of their own
     assert disk.happened >= len(places(calls, fault)) - 6
     assert disk.happened
@@ -254,19 +213,19 @@ def test_every_call_of_a_store_that_opens(driver: Callable[..., Driver], disk: F
     before = len(disk.calls)
     engine = driver()
     engine.store.blocks.use()
-    assert from_disk(engine, old).exact == 15
+    assert from_below(engine, old).exact == 15
     for at in range(1, len(disk.calls) - before + 1):
         engine.store.close()
         disk.arm(REFUSALS[at % len(REFUSALS)], at)
         try:
             engine = driver()
             engine.store.blocks.use()
-            from_disk(engine, old)
+            from_below(engine, old)
             disk.heal()
         except KVShareError:
             disk.heal()
             engine = driver()
-        assert from_disk(engine, old).exact == 15, f"lost by call {at}"
+        assert from_below(engine, old).exact == 15, f"lost by call {at}"
 
 
 FULL = Fault("full disk", frozenset({"writev"}), refusal(errno.ENOSPC).happen)
@@ -281,13 +240,13 @@ def test_a_full_disk_stops_saving_not_serving(
     disk.arm(FULL)
     for _ in range(3):
         assert engine.save(new), "it can be used at once"
-        assert from_disk(engine, old).exact == 39
+        assert from_below(engine, old).exact == 39
         assert engine.plan(new).declined == "no_donor", "it could not be kept"
     assert engine.store.stats()["errors"] == {"no_space": 3}
     disk.heal()
     engine.save(new)
-    assert from_disk(engine, new).exact == 39
-    assert from_disk(driver(), new).exact == 39
+    assert from_below(engine, new).exact == 39
+    assert from_below(driver(), new).exact == 39
 
 
 def test_a_slow_disk_is_a_miss_and_late_rows_serve_the_next(
@@ -323,9 +282,9 @@ def test_a_clock_that_jumps(
     engine.finish(held)
     for seed in range(2, 5):
         engine.save(prompt(seed, 16))
-        assert from_disk(engine, prompt(seed, 16)).exact == 15
+        assert from_below(engine, prompt(seed, 16)).exact == 15
     monkeypatch.undo()
-    assert from_disk(engine, old).exact == 39
+    assert from_below(engine, old).exact == 39
     engine.save(prompt(9, 16))
-    assert from_disk(driver(), prompt(9, 16)).exact == 15
+    assert from_below(driver(), prompt(9, 16)).exact == 15
     assert [engine.store.stats()["errors"] for engine in [driver()]] == [{}]

@@ -1,7 +1,6 @@
 """Every call to a remote goes wrong once, in every way: nothing wrong is ever served.
 
-A scenario is run once to count its calls, and then again for each call and each fault that can
-happen to it. Servers that are paused and killed for real are in test_remotes.py and
+Servers that are paused and killed for real are in test_remotes.py and
 test_machines.py.
 """
 
@@ -20,9 +19,9 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.faults import from_below, places, round_of
 from kvshare_store.testing.faulty_remote import (
     REFUSALS,
     REFUSED,
@@ -88,37 +87,6 @@ def driver(tmp_path: Path, remotes: list[FaultyRemote]) -> Iterator[Callable[...
     arena_path(home).unlink(missing_ok=True)
 
 
-def from_remote(engine: Driver, tokens: list[int]) -> ReusePlan:
-    """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
-    engine.store.flush()
-    for name in engine.store.blocks.host.names():
-        engine.store.blocks.host.drop(name)
-    return engine.serve(tokens)
-
-
-def round_of(
-    engine: Driver, remote: FaultyRemote, seed: int, fault: NetworkFault | None = None, at: int = 0
-) -> list[str]:
-    """A prompt is saved, served and forgotten while something goes wrong, and again when it does
-    not any more. The calls made while it did."""
-    tokens, before = prompt(seed, 16), len(remote.calls)
-    if fault is not None:
-        remote.arm(fault, at)
-    node = engine.save(tokens)
-    from_remote(engine, tokens)
-    assert node is not None
-    engine.store.shelf.remove([node])
-    engine.store.flush()
-    remote.heal()
-    calls = remote.calls[before:]
-    engine.save(tokens)
-    if from_remote(engine, tokens).exact != 15:  # what was damaged is found, forgotten, and ...
-        engine.save(tokens)
-        assert from_remote(engine, tokens).exact == 15, "... kept when it comes again"
-    engine.store.shelf.remove([node])
-    return calls
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=ids)
 def test_every_call_of_a_store_in_use(
     driver: Callable[..., Driver], remotes: list[FaultyRemote], fault: NetworkFault
@@ -129,12 +97,11 @@ def test_every_call_of_a_store_in_use(
     engine.store.flush()
     calls = round_of(engine, remote, 0)
     assert {"put", "get", "delete"} <= set(calls)
-    places = range(1, 1 + sum(call in fault.calls for call in calls))
-    assert places
-    for at in places:
+    assert places(calls, fault)
+    for at in places(calls, fault):
         round_of(engine, remote, at, fault, at)
-        assert from_remote(engine, OLD).exact == 39, "what was saved before is not touched"
-    assert remote.happened == len(places)
+        assert from_below(engine, OLD).exact == 39, "what was saved before is not touched"
+    assert remote.happened == len(places(calls, fault))
     assert driver().serve(OLD).exact == 39
 
 
@@ -154,13 +121,13 @@ def test_a_remote_that_is_away_stops_saving_not_serving(
     assert set(engine.store.stats()["errors"]) == {"unavailable"}
     remotes[-1].heal()
     until_saved(engine, new)
-    assert from_remote(engine, OLD).exact == 39
+    assert from_below(engine, OLD).exact == 39
 
 
 def until_saved(engine: Driver, tokens: list[int]) -> None:
     """Save until the breaker has let a call through again."""
     deadline = time.monotonic() + 20
-    while from_remote(engine, tokens).exact != len(tokens) - 1:
+    while from_below(engine, tokens).exact != len(tokens) - 1:
         assert time.monotonic() < deadline
         engine.save(tokens)
         time.sleep(0.05)
@@ -177,10 +144,10 @@ def test_a_full_remote_stops_saving_not_serving(
     engine.store.flush()
     assert engine.plan(new).declined == "no_donor"
     assert engine.store.stats()["errors"] == {"no_space": 1}
-    assert from_remote(engine, OLD).exact == 39
+    assert from_below(engine, OLD).exact == 39
     remotes[-1].heal()
     engine.save(new)
-    assert from_remote(engine, new).exact == 39
+    assert from_below(engine, new).exact == 39
 
 
 def test_a_remote_that_fails_while_the_store_opens_is_no_obstacle(

@@ -14,7 +14,6 @@ from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 
-
 _MOST_USERS = 4
 """A block that many nodes use and nobody asks for must be able to go at last."""
 
