@@ -221,6 +221,45 @@ def test_layers_of_one_allocation_are_handled_at_once(
     assert torch.equal(joined.read(every), apart.read(every))
 
 
+def packed_for_amx(keys: Tensor, values: Tensor) -> Tensor:
+    """Reference for csrc/cpu/cpu_attn_amx.hpp, element by element: `[N, D]` each to `[2 * N * D]`.
+
+    Where there is an AMX unit, the tests above hold the kernel itself against our reading.
+    """
+    tokens, dims = keys.shape
+    packed = torch.empty(2 * tokens * dims, dtype=keys.dtype)
+    for n in range(tokens):
+        for d in range(dims):
+            key = ((n // 16) * (dims // 2) + d // 2) * 32 + (n % 16) * 2 + d % 2
+            value = ((d // 16) * (tokens // 2) + n // 2) * 32 + (d % 16) * 2 + n % 2
+            packed[key] = keys[n, d]
+            packed[tokens * dims + value] = values[n, d]
+    return packed
+
+
+@needs_cpu_platform
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_amx_tiles_are_read_and_written_on_any_cpu(vllm_config: VllmConfig, head_dim: int) -> None:
+    layers = cpu_layers(vllm_config, torch.bfloat16, "amx", 32, head_dim)
+    cache = cache_of(layers)
+    rows = random_rows(cache, cache.slots)
+    for index in range(LAYERS):
+        blocks = layers[name_of(index)].kv_cache
+        for block in range(BLOCKS):
+            there = rows[index, :, 32 * block : 32 * (block + 1)]
+            for head in range(KV_HEADS):
+                packed = packed_for_amx(there[0, :, head], there[1, :, head])
+                blocks[block, head] = packed.view(blocks[block, head].shape)
+    every = torch.arange(cache.slots)
+    assert torch.equal(cache.read(every), rows)
+    assert torch.equal(cache.snapshot(range(BLOCKS)).rows(every), rows)
+    stored = [layers[name_of(index)].kv_cache.clone() for index in range(LAYERS)]
+    cache.write(torch.zeros_like(rows), every)
+    cache.write(rows, every)
+    for index in range(LAYERS):
+        assert torch.equal(layers[name_of(index)].kv_cache, stored[index])
+
+
 # --- the accelerator format ----------------------------------------------------------------------
 
 
