@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
@@ -221,3 +223,18 @@ def test_policies_are_named_by_what_was_changed() -> None:
         tail=8,
         max_generation=PRESETS["balanced"].max_generation,
     )
+
+
+@pytest.mark.parametrize(("part", "which"), [("k", 0), ("v", 1)])
+def test_hkvd_chooses_what_the_published_code_chooses(part: Literal["k", "v"], which: int) -> None:
+    """LMCache's blender takes, on its one check layer, the rows with the largest sum of squared
+    differences of K over heads and dimensions (cache_blend/blender.py); the authors' first code
+    does the same with V."""
+    generator = torch.Generator().manual_seed(3)
+    fresh, stored = (torch.randn(2, 50, 3, 8, generator=generator) for _ in range(2))
+    nothing = torch.empty(0)
+    seen = Seen(nothing, nothing, fresh, stored, torch.arange(50), 1.0)
+    published = torch.sum((fresh[which] - stored[which]) ** 2, dim=[1, 2])
+    count = int(50 * 0.15)
+    ours = deviation(part)(seen).topk(count).indices.sort().values
+    assert torch.equal(ours, published.topk(count).indices.sort().values)
