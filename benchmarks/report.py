@@ -56,6 +56,8 @@ def section(result: Result, folder: Path) -> str:
     parts = [f"## {result.name}", f"**{result.title}**"]
     if result.short:
         parts.append("*Short form: fewer samples and settings than the full measurement.*")
+    elif " --n " in result.command:
+        parts.append("*Another sample size than the measurement's own: see the command.*")
     if old := _outdated(result):
         parts.append(old)
     if result.paper:

@@ -112,7 +112,11 @@ def run(
     result.date = datetime.now(UTC).date().isoformat()
     result.short = options.short
     result.policies = presets()
-    write(result, draw, options.out)
+    kept = options.out / f"{result.name}.json"
+    if options.short and kept.exists() and not read(kept).short:
+        print(f"{kept} is of the full form and stays; use --out to keep this short one")
+    else:
+        write(result, draw, options.out)
     show(result)
     return result
 

@@ -13,7 +13,7 @@ from benchmarks import figure2, figure4, misses_store, scale, steady
 from benchmarks.data import Arrival
 from benchmarks.links import broken
 from benchmarks.report import ReportError, report
-from benchmarks.result import Result, write
+from benchmarks.result import Options, Result, presets, read, run, write
 
 
 def result(name: str, **more: Any) -> Result:
@@ -141,3 +141,27 @@ def test_a_store_serves_a_stream(tmp_path: Path) -> None:
 def test_plots_are_drawn(module: Any, made: dict[str, Any], tmp_path: Path) -> None:
     write(result("p", **made), module.draw, tmp_path)
     assert (tmp_path / "p.png").stat().st_size > 5_000
+
+
+def test_a_short_result_does_not_take_the_place_of_a_full_one(tmp_path: Path) -> None:
+    def measured(options: Options) -> Result:
+        return result("a", n={"prompts": 2 if options.short else 100})
+
+    for short, kept in ((True, 2), (True, 2), (False, 100), (True, 100)):
+        options = Options(data=tmp_path, out=tmp_path, short=short)
+        assert run(measured, None, options, "command").n == {"prompts": 2 if short else 100}
+        assert read(tmp_path / "a.json").n == {"prompts": kept}
+
+
+def test_results_of_other_presets_and_sample_sizes_say_so(tmp_path: Path) -> None:
+    old = presets() | {"balanced": "ReusePolicy(of another day)"}
+    for name, policies in (("ttft", old), ("misses", presets()), ("rag", {}), ("scale", {})):
+        made = result(name, policies=policies, command=f"python -m benchmarks run {name} --n 5")
+        write(made, None, tmp_path)
+    page = report(tmp_path, ["ttft", "misses", "rag", "scale"]).read_text()
+    sections = dict(part.split("\n", 1) for part in page.split("\n## ") if "\n" in part)
+    assert "other settings of `balanced` than today's" in sections["ttft"]
+    assert "before the presets were written down" in sections["rag"]
+    for name in ("misses", "scale"):
+        assert "settings of" not in sections[name]
+    assert all("*Another sample size" in sections[name] for name in ("ttft", "scale"))
