@@ -72,7 +72,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     remote_write: WriteMode = "back"
     """When blocks go to the remote tier: as soon as they are saved, or when the disk is full."""
     remote_timeout_ms: float = 200.0
-    """The longest that one read or write of the remote tier may take."""
+    """How long a request waits for the remote tier; a write may take three times as long."""
     catalog: str = ""
     """Folder or `s3://…` of a catalogue that several machines share. Empty: the home's own."""
     sync_seconds: float = 0.3

@@ -58,25 +58,25 @@ class Durable:
         self._blocks.persist(names)
 
     def make_room(self, names: Iterable[str], keep: set[str]) -> None:
-        """Move or forget what is worth least until the blocks fit the budget of a disk that must
+        """Move or forget what is worth least until the blocks fit the budget of the tier that must
         hold them.
 
         Nodes in `keep` stay. `NoSpaceError` if the blocks alone are more than the budget.
         """
-        level = self._blocks.levels.named("disk")
-        if level is None or not level.required:
+        level = next((at for at in self._blocks.levels if at.required and not at.shared), None)
+        if level is None or not level.tier.use().budget:
             return
-        disk = level.tier
+        tier = level.tier
         with self._lock:
             needed = sum(
                 slot_bytes(ref.nbytes) + _FRAME_BYTES
                 for name in names
-                if disk.size(name) is None and (ref := self._blocks.host.ref(name)) is not None
+                if tier.size(name) is None and (ref := self._blocks.host.ref(name)) is not None
             )
-        if needed > disk.use().budget:
-            raise NoSpaceError(f"the prompts take {needed:,} bytes, more than disk_bytes")
-        while not self._blocks.make_room("disk", needed):
-            if not self._forget(disk.use().bytes + needed - disk.use().budget, keep):
+        if needed > tier.use().budget:
+            raise NoSpaceError(f"the prompts take {needed:,} bytes, more than {tier.name}_bytes")
+        while not self._blocks.make_room(tier.name, needed):
+            if not self._forget(tier.use().bytes + needed - tier.use().budget, keep):
                 return
 
     def _forget(self, nbytes: int, keep: set[str]) -> bool:

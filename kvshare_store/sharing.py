@@ -30,7 +30,7 @@ class Sharing:
         self._metrics = metrics
         self._version = -1
         self._seen: set[str] = set()
-        """Ids that the catalogue held when it was last asked."""
+        """Ids that the catalogue held when it was last asked, and what was committed since."""
         self._failing = False
         if not catalog.place.conditional:
             log.warning(
@@ -55,14 +55,20 @@ class Sharing:
 
     def sync(self) -> None:
         """Learn and forget what has changed since the last time; `StorageError` if it refuses."""
+        ours = self._catalog.take_changes()  # first: what others do of it meanwhile is seen below
+        self._seen -= ours.removed
+        if self._catalog.place.conditional:  # else one that is missing may have been overwritten
+            self._seen |= ours.added
         version = self._catalog.refresh()
-        if version == self._version:
+        if version == self._version and not (ours.added or ours.removed):
             return
         ids = set(dict(self._catalog.ids()))
         self._shelf.unlearn(self._seen - ids)
+        namespaces = self._catalog.namespaces()
+        self._shelf.keep_registered({namespace.digest for namespace in namespaces})
         unknown = [node_id for node_id in ids - self._seen if node_id not in self._shelf.tree]
         if unknown:
-            self._shelf.learn(self._catalog.namespaces(), self._catalog.load(ids=unknown))
+            self._shelf.learn(namespaces, self._catalog.load(ids=unknown))
         self._seen, self._version = ids, version
         if not self._catalog.place.conditional:
             self._heal(ids)

@@ -118,6 +118,11 @@ class Shelf:
             self._indexes.pop(digest, None)
             self._registered.discard(digest)
 
+    def keep_registered(self, digests: set[str]) -> None:
+        """Others have purged what is not among these: the next save there writes a new record."""
+        with self.lock:
+            self._registered &= digests
+
     def index(self, digest: str) -> NamespaceIndex:
         """What nominates donors in a namespace."""
         index = self._indexes.get(digest)
@@ -220,6 +225,7 @@ class Shelf:
         """Nodes that others have removed: what this machine keeps of them goes as well."""
         with self.lock:
             unused = [name for i in ids for name in self._take_out(i) or ()]
+            self.blocks.doubt_shared(unused)
             if unused:
                 self.committer.order(Removal((), tuple(unused)))
 

@@ -299,6 +299,14 @@ class BlockStore:
         """Blocks in a remote tier that several machines share, whoever put them."""
         return self._io.run(self.levels.discover_shared())
 
+    def doubt_shared(self, names: Iterable[str]) -> None:
+        """Others may have removed these blocks from the shared remote tier: whoever saves one of
+        them again puts it there again."""
+        for level in self.levels:
+            if level.shared and level.remote is not None:
+                for name in names:
+                    level.remote.forget(name)
+
     def delete_shared(self, names: Sequence[str]) -> None:
         """Remove blocks that no machine needs from there; raises the first refusal."""
         self._io.run(self.levels.delete_shared(names))

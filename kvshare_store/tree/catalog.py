@@ -5,13 +5,14 @@ A row is written only after all blocks it names are durable, in one commit a bat
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -26,6 +27,9 @@ __all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
 
 VECTOR_DIMENSIONS = 384
 _READ_ROWS = 4096
+_ATTEMPTS = 4
+_KEY = b"lance-schema:unenforced-primary-key:position"
+"""In the metadata of the field that was declared to be the key."""
 _SHARED_VERSIONS = timedelta(hours=1)
 
 
@@ -51,6 +55,13 @@ _NAMESPACES = pa.schema(
 )
 
 
+class Changes(NamedTuple):
+    """Ids of nodes."""
+
+    added: Set[str] = frozenset()
+    removed: Set[str] = frozenset()
+
+
 class Catalog:
     """Rows of nodes and namespaces. Thread-safe: one handle under one lock.
 
@@ -66,6 +77,7 @@ class Catalog:
         for one that several machines write to."""
         self._lock = threading.Lock()
         self._rows = Rows(keys)
+        self._changes = Changes()
         self.place = Place(folder)
         try:
             self._database = self.place.connect()
@@ -75,13 +87,14 @@ class Catalog:
             raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
 
     def _open(self, name: str, schema: pa.Schema, key: str) -> Any:
-        if name not in self._database.list_tables().tables:
-            table: Any = self._database.create_table(name, schema=schema)
-            table.set_unenforced_primary_key(key)
-            return table
-        table = self._database.open_table(name)
+        if name in self._database.list_tables().tables:
+            table: Any = self._database.open_table(name)
+        else:
+            table = self._database.create_table(name, schema=schema)
         if table.schema.names != schema.names:
             raise HomeError(f"catalogue table {name} has another format; use another home")
+        if _KEY not in (table.schema.field(key).metadata or {}):  # or its maker was killed here
+            table.set_unenforced_primary_key(key)
         return table
 
     @contextmanager
@@ -95,8 +108,10 @@ class Catalog:
 
     def add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
         """Commit nodes in one LanceDB version; adding a node again replaces its row."""
-        if not rows:
-            return
+        if rows:
+            self._commit(lambda: self._add(rows))
+
+    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
         with self._table_access():
             table = pa.Table.from_pylist([self._rows.node_row(*row) for row in rows], _schema())
             merge = self._nodes.merge_insert("id")
@@ -104,13 +119,43 @@ class Catalog:
                 table,
                 on_bad_vectors="null",  # an absent semantic vector counts as a bad one
             )
+            self._note(added={node.id for node, _ in rows})
 
     def delete(self, ids: Iterable[str]) -> None:
         """Remove nodes; unknown ids are ignored."""
-        quoted = _quoted(ids)
-        if quoted:
-            with self._table_access():
-                self._nodes.delete(f"id IN ({quoted})")
+        gone = list(ids)
+        if gone:
+            self._commit(lambda: self._delete(gone))
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        with self._table_access():
+            self._nodes.delete(f"id IN ({_quoted(ids)})")
+            self._note(removed=set(ids))
+
+    def _commit(self, change: Callable[[], None]) -> None:
+        """Of two machines that change a shared table at once LanceDB tells one to try again."""
+        for attempt in range(_ATTEMPTS if self.place.shared else 1):
+            if attempt:
+                time.sleep(random.uniform(0, 0.05 * 2**attempt))
+                self.refresh()
+            try:
+                return change()
+            except StorageError as error:
+                failed = error
+        raise failed
+
+    def _note(self, added: Collection[str] = (), removed: Collection[str] = ()) -> None:
+        if self.place.shared:
+            self._changes = Changes(
+                (self._changes.added - set(removed)) | set(added),
+                (self._changes.removed - set(added)) | set(removed),
+            )
+
+    def take_changes(self) -> Changes:
+        """What was committed to a shared catalogue through this handle since the last call."""
+        with self._lock:
+            changes, self._changes = self._changes, Changes()
+            return changes
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""
@@ -149,9 +194,10 @@ class Catalog:
         return list(zip(*(table[name].to_pylist() for name in ("id", "namespace")), strict=True))
 
     def versions(self) -> int:
-        """How many versions of the node table there are, the current one included."""
+        """How many versions of the tables there are, the current one (of both) included."""
         with self._table_access():
-            return len(self._nodes.list_versions())
+            namespaces = 1 if self.place.shared else len(self._namespaces.list_versions())
+            return len(self._nodes.list_versions()) + namespaces - 1
 
     def add_namespace(self, namespace: Namespace) -> None:
         """Remember what a digest stands for, and the salt of its key."""
@@ -177,10 +223,7 @@ class Catalog:
         with self._table_access():
             for table, column in ((self._nodes, "namespace"), (self._namespaces, "digest")):
                 table.delete(f"{column} = '{digest}'")
-                # Deleting only marks rows, and a file with few marks is never written again: what
-                # stays is rewritten here, so that the files with what was deleted can go.
-                table.update(where="true", values_sql={column: column})
-                self._drop_versions(table)
+                self._rewrite(table, column)
         self._rows.forget(namespace)
 
     def clear(self) -> None:
@@ -200,6 +243,14 @@ class Catalog:
                 self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)
             else:
                 self._drop_versions(self._nodes)
+                if len(self._namespaces.list_versions()) > 1:  # one may hold a purged salt
+                    self._rewrite(self._namespaces, "digest")
+
+    def _rewrite(self, table: Any, column: str) -> None:
+        """Deleting only marks rows, and a file with few marks is never written again: what stays is
+        rewritten here, so that the files with what was deleted can go."""
+        table.update(where="true", values_sql={column: column})
+        self._drop_versions(table)
 
     def _drop_versions(self, table: Any) -> None:
         """All but the present one, and files that belong to none. Other machines may be writing

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from kvshare_store.blocks.tiers import disk as disk_tier
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, RowBook
+from tests.store.crashes import Crashes
 
 SMALL = {
     "block_tokens": 8,
@@ -58,3 +60,28 @@ def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator
     yield open_
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def crashes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Driver], Crashes]]:
+    """`crashes(engine)`: from now on the home is copied after every step."""
+
+    # one write at a time, or files come and go while the home is copied
+    one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
+    monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
+
+    def watch(engine: Driver) -> Crashes:
+        engine.store.flush()
+        found = Crashes(home, tmp_path / "copies")
+        catalog = engine.store.shelf.catalog
+        monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
+        monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
+        files = disk_tier.files
+        monkeypatch.setattr(files, "rename", found.around(files.rename, "block renamed"))
+        monkeypatch.setattr(files, "remove", found.around(files.remove, "block removed"))
+        return found
+
+    yield watch
+    monkeypatch.undo()

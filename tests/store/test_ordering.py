@@ -5,125 +5,30 @@ Bytes before metadata on the way in, metadata before bytes on the way out.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+from kvshare_store import home as home_module
 from kvshare_store.blocks import scratch
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.blocks.tiers import disk as disk_tier
 from kvshare_store.check import check_blocks, check_tree
-from kvshare_store.config import StoreConfig
+from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file
 from kvshare_store.tree.catalog import Catalog
+from kvshare_store.tree.place import Place
+from tests.store.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 
 pytestmark = pytest.mark.fault
 
 Open = Callable[..., Driver]
-Config = Callable[..., StoreConfig]
 
-OLD, NEW = prompt(1, 40), prompt(2, 24)
 CHILD = [*OLD[:20], 7, *OLD[21:]]
-
-
-class Copy(NamedTuple):
-    """The home as a crash right after `step` would have left it."""
-
-    step: str
-    home: Path
-
-
-class Crashes:
-    """Copies the home after every step that changes it."""
-
-    def __init__(self, home: Path, folder: Path) -> None:
-        self.copies: list[Copy] = []
-        self._over = False
-        self._home, self._folder = home, folder
-
-    def copy(self, step: str) -> None:
-        """The crash happens now."""
-        if self._over:
-            return
-        target = self._folder / f"{len(self.copies):02d}"
-        shutil.copytree(self._home, target)
-        self.copies.append(Copy(step, target))
-
-    def after(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        """The function with a crash right after it."""
-
-        def wrapped(*args: Any, **options: Any) -> Any:
-            result = function(*args, **options)
-            self.copy(step)
-            return result
-
-        return wrapped
-
-    def around(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        """The function with a crash before and after it."""
-
-        def wrapped(*args: Any, **options: Any) -> Any:
-            self.copy(f"before {step}")
-            result = function(*args, **options)
-            self.copy(f"after {step}")
-            return result
-
-        return wrapped
-
-    def end(self) -> list[Copy]:
-        """No crashes any more; all copies so far."""
-        self._over = True
-        return self.copies
-
-    @property
-    def steps(self) -> list[str]:
-        """What was copied after, repetitions once."""
-        return list(dict.fromkeys(copy.step for copy in self.copies))
-
-
-@pytest.fixture
-def crashes(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[Driver], Crashes]]:
-    """`crashes(engine)`: from now on the home is copied after every step."""
-
-    # one write at a time, or files come and go while the home is copied
-    one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
-    monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
-
-    def watch(engine: Driver) -> Crashes:
-        engine.store.flush()
-        found = Crashes(home, tmp_path / "copies")
-        catalog = engine.store.shelf.catalog
-        monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
-        monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
-        files = disk_tier.files
-        monkeypatch.setattr(files, "rename", found.around(files.rename, "block renamed"))
-        monkeypatch.setattr(files, "remove", found.around(files.remove, "block removed"))
-        return found
-
-    yield watch
-    monkeypatch.undo()
-
-
-def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iterator[Driver]:
-    """The store that finds the copy; afterwards files, tree and catalogue must agree."""
-    with Store(config(home=str(copy.home), **changes)) as store:
-        yield Driver(store, original.namespace, original.book)
-        store.collect()
-        store.flush()
-        files = {file.stem for file in (copy.home / "blocks").glob("*/*")}
-        assert files == store.tree.blocks(), copy.step
-        assert not list((copy.home / "tmp").iterdir()), copy.step
-        assert store.stats()["errors"] == {}, copy.step
-        tree = check_tree(store.shelf, repair=False)
-        assert (tree.problems, tree.garbage) == ((), 0), copy.step
-        assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
 
 
 def test_saving(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:
@@ -387,11 +292,6 @@ def slow_steps(found: Crashes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ObjectRemote, "put", put)
 
 
-def remote_of(home: Path) -> dict[str, Any]:
-    """Settings of a remote that is copied with its home."""
-    return {"remote": f"file://{home / 'remote'}", "remote_timeout_ms": 5_000.0}
-
-
 def test_saving_where_the_remote_holds_every_row(
     driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -531,3 +431,142 @@ def test_starting(
             store.collect()
             assert check_tree(store.shelf, repair=False).problems == (), copy.step
             assert not list((copy.home / "tmp").iterdir()), copy.step
+
+
+def test_saving_before_anything_is_durable(
+    driver: Open,
+    config: Config,
+    crashes: Callable[[Driver], Crashes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slots reserved, slots filled, node visible: all of that is memory."""
+    engine = driver()
+    engine.save(OLD)
+    found = crashes(engine)
+    monkeypatch.setattr(engine.store.shelf.committer, "order", lambda work: None)
+    staged = engine.store.stage(NEW, engine.namespace)
+    found.copy("reserved")
+    engine.store.abandon(staged.id)
+    staged = engine.stage(NEW)
+    found.copy("filled")
+    engine.store.commit(staged.id)
+    assert engine.serve(NEW).exact == 23
+    found.copy("visible")
+    assert found.steps == ["reserved", "filled", "visible"]
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39
+            assert again.serve(NEW).exact == 0, copy.step
+            again.save(NEW)
+
+
+@pytest.mark.parametrize("how", ["evict", "clear", "expire"])
+def test_nodes_that_left_only_the_tree_are_back(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes], how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    engine = driver(ttl_seconds=1e-6 if how == "expire" else 0.0)
+    engine.save(OLD)
+    found = crashes(engine)
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+    monkeypatch.setattr(catalog, "delete", found.around(catalog.delete, "row deleted"))
+    {
+        "evict": lambda: engine.store.evict(nodes=1),
+        "clear": engine.store.clear,
+        "expire": engine.store.collect,
+    }[how]()
+    engine.store.flush()
+    first, second, *_ = found.end()
+    assert (first.step, second.step) == ("before row deleted", "row deleted")
+    for again in opened(first, config, engine):
+        assert again.serve(OLD).exact == 39
+    for again in opened(second, config, engine):
+        assert again.plan(OLD).declined == "empty_store"
+
+
+def test_purging_the_catalogue(
+    driver: Open,
+    config: Config,
+    crashes: Callable[[Driver], Crashes],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Rows, then the record with its salt. A record that is gone from the table but not from its
+    old versions goes with the janitor's first pass."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("ab" * 32)
+    settings = {"encryption_key": f"file:{key}"}
+    kept = driver(**settings)
+    kept.save(NEW)
+    mine = kept.namespace.for_tenant("mine")
+    Driver(kept.store, mine, kept.book).save(OLD)
+    found = crashes(kept)
+    rewrite, drop = Catalog._rewrite, Catalog._drop_versions
+    monkeypatch.setattr(Catalog, "_rewrite", found.around(rewrite, "table rewritten"))
+    monkeypatch.setattr(Catalog, "_drop_versions", found.around(drop, "versions dropped"))
+    salt = salt_of(kept.store, mine.digest)
+    kept.store.purge(mine.digest)
+    steps = ["table rewritten", "versions dropped"]
+    inner = [f"{when} {step}" for step in steps for when in ("before", "after")]
+    assert set(inner) <= set(found.steps)
+    for copy in found.end():
+        with Store(config(home=str(copy.home), gc_seconds=0.0, **settings)) as store:
+            for _ in range(store.namespace(mine.digest) is not None):
+                assert store.purge(mine.digest)[0].remaining == ()
+            store.collect()
+        left = [path for path in (copy.home / "catalog").rglob("*") if path.is_file()]
+        assert not any(salt in path.read_bytes() for path in left), copy.step
+        for still in opened(copy, config, kept, **settings):
+            assert still.serve(NEW).exact == 23, copy.step
+
+
+def salt_of(store: Store, digest: str) -> bytes:
+    """The salt in a namespace's record."""
+    catalog: Any = store.shelf.catalog
+    rows = catalog._namespaces.search().limit(None).to_list()
+    return next(bytes(row["salt"]) for row in rows if row["digest"] == digest)
+
+
+def test_starting_for_the_first_time(
+    config: Config, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step of making a home, also between a table and the key that it is told to have."""
+    found = Crashes(home, tmp_path / "copies")
+    monkeypatch.setattr(home_module, "_lock", found.after(home_module._lock, "locked"))
+    monkeypatch.setattr(
+        home_module, "_check_format", found.after(home_module._check_format, "format written")
+    )
+    create = home_module.Arena.create
+    monkeypatch.setattr(home_module.Arena, "create", found.after(create, "arena made"))
+    connect = Place.connect
+
+    def connected(self: Place) -> Any:
+        database = connect(self)
+        made = database.create_table
+
+        def create_table(name: str, **options: Any) -> Any:
+            table = made(name, **options)
+            found.copy(f"table {name}")
+            return table
+
+        monkeypatch.setattr(database, "create_table", create_table)
+        return database
+
+    monkeypatch.setattr(Place, "connect", connected)
+    namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
+    with Store(config()) as store:
+        engine = Driver(store, namespace)
+        engine.save(OLD)
+    names = ["locked", "format written", "arena made", "table nodes", "table namespaces"]
+    assert found.steps == names
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            again.save(OLD)
+            again.save(OLD)
+            again.store.flush()
+            catalog: Any = again.store.shelf.catalog
+            for table in (catalog._nodes, catalog._namespaces):
+                declared = [field for field in table.schema if field.metadata]
+                assert len(declared) == 1, f"{copy.step}: a key that is not declared"
