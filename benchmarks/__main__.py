@@ -35,6 +35,7 @@ MEASUREMENTS: dict[str, str] = {
     "probes": "probes",
     "rag": "rag",
     "agreement": "agreement",
+    "agreement-presets": "agreement_presets",
     "agreement-tune": "agreement_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.agreement_grid import grid
+from benchmarks.agreement_grid import Lineup, grid
 from benchmarks.agreement_pairs import SHARE, SimilarPair, Split, similar_pairs
 from benchmarks.agreement_scores import CONTINUATION, Score, floors, scores
 from benchmarks.chats import Chat
@@ -38,10 +38,11 @@ COLUMNS = [
 
 def measure(options: Options) -> Result:
     """The frontier on the half of the pairs that no parameter was chosen on."""
-    return frontier(options, "report", name="agreement", n=options.size(300, 4), wide=False)
+    lineup: Lineup = "short" if options.short else "frontier"
+    return frontier(options, "report", name="agreement", n=options.size(300, 4), lineup=lineup)
 
 
-def frontier(options: Options, split: Split, *, name: str, n: int, wide: bool) -> Result:
+def frontier(options: Options, split: Split, *, name: str, n: int, lineup: Lineup) -> Result:
     """All methods of the grid on `n` pairs of a half."""
     from kvshare_connectors.transformers.engine import RowEngine
     from kvshare_connectors.transformers.identity import namespace_of
@@ -53,7 +54,7 @@ def frontier(options: Options, split: Split, *, name: str, n: int, wide: bool) -
     pairs = similar_pairs(options.data, Chat(model), split, n)
     exact = RowEngine.load(model, torch.float32)
     delimiters = delimiter_ids(namespace_of(exact.model, model))
-    methods = grid(delimiters, wide=wide, short=options.short)
+    methods = grid(delimiters, lineup)
     found = list(
         chain.from_iterable(
             track(scores(exact, pairs, methods), "Filling and forcing", total=len(pairs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 import msgspec
 
@@ -11,6 +12,10 @@ from benchmarks.methods.cacheblend import blended, cacheblend, dhd
 from benchmarks.methods.epic import Epic
 from benchmarks.methods.kvshare import KVShare, kvshare, prefix
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
+
+Lineup = Literal["presets", "short", "frontier", "wide"]
+"""Which methods a run compares: the shipped ones, some, those that are reported, or the grid that
+the presets were chosen from."""
 
 
 def windowed(
@@ -91,10 +96,13 @@ def combined(delimiters: Collection[int], *, wide: bool) -> list[Method]:
     return [blended(policy, spelled(policy), share, delimiters) for policy, share in pairs]
 
 
-def grid(delimiters: Collection[int], *, wide: bool = False, short: bool = False) -> list[Method]:
+def grid(delimiters: Collection[int], lineup: Lineup = "frontier") -> list[Method]:
     """All methods of a run."""
-    if short:
+    if lineup == "presets":
+        return presets(delimiters)
+    if lineup == "short":
         return [*presets(delimiters), cacheblend(0.15), Epic(16), dhd(0.15)]
+    wide = lineup == "wide"
     return [
         *presets(delimiters),
         *published(wide=wide),

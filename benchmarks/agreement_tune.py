@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.agreement import draw, frontier
+from benchmarks.agreement_grid import Lineup
 from benchmarks.result import Options, Result
 
 __all__ = ["draw", "measure"]
@@ -10,4 +11,6 @@ __all__ = ["draw", "measure"]
 
 def measure(options: Options) -> Result:
     """More settings on fewer pairs; nothing of this half is reported as an achievement."""
-    return frontier(options, "tune", name="agreement-tune", n=options.size(100, 4), wide=True)
+    lineup: Lineup = "short" if options.short else "wide"
+    n = options.size(100, 4)
+    return frontier(options, "tune", name="agreement-tune", n=n, lineup=lineup)

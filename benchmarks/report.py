@@ -75,7 +75,7 @@ def section(result: Result, folder: Path) -> str:
 
 _USES_PRESETS = (
     "figure4", "ttft", "misses", "load", "lmcache", "semblend", "steady", "table1", "probes", "rag",
-    "agreement",
+    "agreement", "agreement-presets",
 )  # fmt: skip
 """Measurements whose numbers depend on what a policy recomputes."""
 

@@ -6,13 +6,14 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
 
 from benchmarks import agreement, agreement_pairs
-from benchmarks.agreement_grid import grid, windowed
+from benchmarks.agreement_grid import Lineup, grid, windowed
 from benchmarks.agreement_pairs import SimilarPair, similar_pairs
 from benchmarks.agreement_scores import Score, floors, score, scores
 from benchmarks.methods.base import Prefilled, full_compute
@@ -146,8 +147,8 @@ def test_halves_have_no_prompt_in_common_and_samples_nest(
     assert similar_pairs(tmp_path, Words(), "tune", 2) == tune[:2]
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_methods_of_a_grid_have_names_of_their_own(wide: bool) -> None:
-    names = [method.name for method in grid((), wide=wide)]
+@pytest.mark.parametrize("lineup", get_args(Lineup))
+def test_methods_of_a_grid_have_names_of_their_own(lineup: Lineup) -> None:
+    names = [method.name for method in grid((), lineup)]
     assert len(names) == len(set(names))
     assert "kvshare balanced" in names
