@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.errors import ConfigError, KVShareError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from kvshare_store.daemon.link import Link
+    from kvshare_store.namespace import Namespace
+
 log = logging.getLogger("kvshare")
+
+_LOOKED_AT = 256
+"""Prompts, the most recently used, whose model is looked at when an engine starts."""
+_ANSWER_S = 5.0
 
 
 class KVShareConnector(KVConnectorBase_V1):
@@ -74,7 +81,9 @@ class KVShareConnector(KVConnectorBase_V1):
             )
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
-        self.planning = Planning(self.config, namespace, open_link(self.config), size)
+        link = open_link(self.config)
+        _look_for_own_prompts(link, namespace)
+        self.planning = Planning(self.config, namespace, link, size)
 
     # --- worker side ----------------------------------------------------------------------------
 
@@ -92,7 +101,7 @@ class KVShareConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.step_begins()
+            self._worker.step_begins(self._step())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -161,10 +170,31 @@ class KVShareConnector(KVConnectorBase_V1):
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.planning is not None:
-            self.planning.finished(request)
+            self.planning.finished(request, block_ids)
         return False, None
 
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache may lose anything: a request never fails for it."""
         return False
+
+
+def _look_for_own_prompts(link: Link, namespace: Namespace) -> None:
+    """Say so if the home holds prompts, but of other models: every request will miss at first."""
+    from kvshare_store.daemon.protocol import ListNodes  # noqa: PLC0415 - one role only
+
+    if not link.client.greeted:
+        return
+    try:
+        nodes = link.client.call(ListNodes(_LOOKED_AT), _ANSWER_S)
+    except KVShareError as error:
+        log.debug("kvshare: the daemon did not say what it holds: %s", error)
+        return
+    models = sorted({str(node["model"]) for node in nodes})
+    if models and namespace.model not in models:
+        log.warning(
+            "kvshare: the prompts stored last in %s are of %s, none is of %s: nothing is reused "
+            "until its own are stored; if that is the same model, serve it under the same name, "
+            "else choose another home with kvshare.home",
+            link.client.home, ", ".join(models), namespace.model,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blake3
+from huggingface_hub import snapshot_download
 
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.namespace import Namespace
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+WEIGHTS = (".safetensors", ".bin", ".pt")
 _WHOLE_BYTES = 512 << 20
+_READ_BYTES = 1 << 20
 _SLICES = 256
 _SLICE_BYTES = 256 << 10
 _DTYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
@@ -28,10 +31,13 @@ def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Nam
     `UnsupportedError` for KV caches that are not plain rows of one shape.
     """
     model = vllm_config.model_config
-    folder = _local_folder(model.model)
+    cache = vllm_config.load_config.download_dir
+    folder = local_folder(model.model) or snapshot_of(model.model, model.revision, cache)
+    weights = str(model.revision or "main") if folder is None else _weights(folder)
+    loaded = _as_loaded(vllm_config)
     return Namespace(
-        model=model.model if folder is None else folder.name,
-        revision=_fingerprint(folder) if folder else str(model.revision or "main"),
+        model=model.model if folder is None else _name(folder),
+        revision=f"{weights}:{loaded}" if loaded else weights,
         layout=layout_of(kv_cache_config),
         kv_dtype=str(vllm_config.cache_config.cache_dtype),
         rope=json.dumps(rope_parameters(model), sort_keys=True, default=str),
@@ -58,28 +64,93 @@ def rope_parameters(model_config: Any) -> Any:
     return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
 
 
-def _local_folder(model: str) -> Path | None:
-    folder = Path(model)
+def local_folder(path: str) -> Path | None:
+    """The folder itself; None if there is none."""
+    folder = Path(path)
     return folder.resolve() if folder.is_dir() else None
 
 
-def _fingerprint(folder: Path) -> str:
+def snapshot_of(
+    repository: str, revision: str | None = None, cache: str | None = None
+) -> Path | None:
+    """Where a Hugging Face repository was downloaded to; None if it was not. No hub is asked."""
+    try:
+        found = snapshot_download(
+            repository, revision=revision, cache_dir=cache, local_files_only=True
+        )
+    except (OSError, ValueError):  # not downloaded, or no name that a repository can have
+        return None
+    return Path(found).resolve()
+
+
+def _is_snapshot(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+
+
+def _name(folder: Path) -> str:
+    """What people call the model: a snapshot's folder is named by its commit."""
+    if not _is_snapshot(folder):
+        return folder.name
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+
+
+def _weights(folder: Path) -> str:
+    """A fingerprint, or the commit of a snapshot whose weights are kept elsewhere."""
+    if _is_snapshot(folder) and not weight_files(folder):
+        return folder.name
+    return fingerprint(folder)
+
+
+def _as_loaded(vllm_config: VllmConfig) -> str:
+    """A digest of all that makes other rows of the same files; empty if nothing does."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    altered = model.hf_overrides or model.hf_config_path
+    facts = {
+        "quantization": model.quantization,
+        "quantization_config": model.quantization_config,
+        # as it has become: an override may be a function
+        "config": model.hf_config.to_dict() if altered else None,
+        "classes": model.model_class_overrides,
+        "weights": model.model_weights,
+        "format": load.load_format if load.load_format != "auto" else None,
+        "loader": load.model_loader_extra_config,
+    }
+    said = {name: value for name, value in facts.items() if value}
+    if not said:
+        return ""
+    text = json.dumps(said, sort_keys=True, default=str)
+    return blake3.blake3(text.encode()).hexdigest(length=16)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a model's or an adapter's folder that hold weights."""
+    return [path for suffix in WEIGHTS for path in sorted(folder.glob(f"*{suffix}"))]
+
+
+def fingerprint(folder: Path, configuration: str = "config.json") -> str:
     """Configuration and weights files: names, sizes, and contents.
 
     Of a very large file only evenly spaced slices are read: reading it all at every start would
     cost more than it proves, since what trains or merges weights changes them everywhere.
     """
     hasher = blake3.blake3()
-    config = folder / "config.json"
+    config = folder / configuration
     hasher.update(config.read_bytes() if config.is_file() else b"")
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+    for path in weight_files(folder):
         size = path.stat().st_size
         hasher.update(f"{path.name}:{size}:".encode())
         if size <= _WHOLE_BYTES:
-            hasher.update_mmap(path)
+            _update_with_all(hasher, path)
         else:
             _update_with_slices(hasher, path, size)
     return hasher.hexdigest(length=16)
+
+
+def _update_with_all(hasher: blake3.blake3, path: Path) -> None:
+    # read, not mapped: whoever shortens a mapped file meanwhile ends this process
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            hasher.update(part)
 
 
 def _update_with_slices(hasher: blake3.blake3, path: Path, size: int) -> None:

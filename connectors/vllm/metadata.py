@@ -53,5 +53,8 @@ class KVShareMetadata(KVConnectorMetadata):
     saves: list[SaveSpec] = field(default_factory=list)
     finished_loads: list[str] = field(default_factory=list)
     """Parked requests whose last placeholder run is in this step, or that were aborted."""
+    handled: set[int] = field(default_factory=set)
+    """Paged blocks whose failed load the scheduler has heard of since the step before. A scheduler
+    that is a step ahead of the worker's output still orders saves and loads that build on them."""
     prefilled: int = 0
     """Prompt tokens computed by this step when it is a pure prefill of some length, else 0."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import blake3
+from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 
 from kvshare_store.config import StoreConfig, policy_names
@@ -72,6 +73,8 @@ class RequestState:
     """First block whose hash is private."""
     parked: bool = False
     saved: bool = False
+    restarts: int = 0
+    """How often it was preempted because rows that it held did not load."""
 
     @property
     def id(self) -> str:
@@ -92,6 +95,7 @@ class Planning:
         self._namespace = namespace
         self._link = link
         self._hash_block = run
+        self._adapters = Adapters()
         self._states: dict[str, RequestState] = {}
         self._ready: list[RequestState] = []
         """Admitted in this step, all runs to be computed in it."""
@@ -100,6 +104,10 @@ class Planning:
         self._heads: list[RequestState] = []
         self._late: list[RequestState] = []
         """Requests that ended before their plan came."""
+        self._ended: list[Sequence[int]] = []
+        self._ended_before: list[Sequence[int]] = []
+        """Paged blocks of requests that ended since this step was made, and since the one before:
+        what these steps computed in them is published, and its worth not known yet."""
         self._wait_until = 0.0
         self._pool: BlockPool | None = None
         self.places_runs = False
@@ -119,10 +127,9 @@ class Planning:
         """The state of a request, made at its first mention."""
         state = self._states.get(request.request_id)
         if state is None:
-            lora = request.lora_request
-            adapter = f"{lora.lora_name}@{lora.lora_path}" if lora is not None else ""
-            namespace = self._namespace.for_tenant(request.cache_salt or "", adapter)
-            declined = _decline_reason(request, self.config.policy)
+            adapter = self._adapters.of(request.lora_request)
+            namespace = self._namespace.for_tenant(request.cache_salt or "", adapter.identity)
+            declined = _decline_reason(request, self.config.policy) or adapter.declined
             state = RequestState(request, namespace, declined=declined)
             self._states[request.request_id] = state
             if state.declined:
@@ -211,9 +218,18 @@ class Planning:
         if not self._worth(state.plan, spans):
             self._give_up(state, "engine_prefix" if self.places_runs else "plain_scheduler")
             return 0, False
-        runs = gaps(spans, local, spans[-1].stop)
         self._make_private(state, spans)
-        return spans[-1].stop - local, bool(runs) and not state.reserved
+        return spans[-1].stop - local, self._parks(state, spans)
+
+    def _parks(self, state: RequestState, spans: list[Span]) -> bool:
+        """Whether the request waits for its rows or placeholders while others go on.
+
+        With vLLM's own schedulers always: what they do about a failed load of a request that runs
+        already is wrong in some of vLLM's runners (see `VirtualRows._handle_invalid_blocks`).
+        """
+        if not self.places_runs:
+            return True
+        return bool(gaps(spans, state.local, spans[-1].stop)) and not state.reserved
 
     def _worth(self, plan: ReusePlan, spans: list[Span]) -> bool:
         """Whether what vLLM's own cache leaves of the plan still saves enough."""
@@ -263,7 +279,9 @@ class Planning:
         state.block_ids = blocks.get_block_ids()
         state.parked = bool(state.runs) and not state.reserved
         self._step.loads.append(self._load_spec(state, state.plan))
-        if state.parked:
+        if not self.places_runs:
+            self._step.finished_loads.append(state.id)
+        elif state.parked:
             self._parked[state.id] = state
         elif state.runs:
             self._ready.append(state)
@@ -293,6 +311,7 @@ class Planning:
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
         step, self._step = self._step, KVShareMetadata()
+        self._ended_before, self._ended = self._ended, []
         cached = output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -306,9 +325,12 @@ class Planning:
     def _order_save(
         self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata
     ) -> None:
-        unwanted = state.declined or state.request.num_preemptions > 0
+        unwanted = state.declined or state.request.num_preemptions > state.restarts
         if state.saved or unwanted or state.length < self.config.min_prompt_tokens:
             return
+        adapter = self._adapters.of(state.request.lora_request)
+        if adapter.declined or adapter.identity != state.namespace.lora:
+            return  # its files have changed since: the rows may be of either, or of both
         state.saved = True
         edited = [span for span in state.loaded if not span.exact]
         exact = [span for span in state.stored.spans if span.exact] if state.stored else []
@@ -344,6 +366,7 @@ class Planning:
         invalid = set(output.invalid_block_ids or ())
         if not invalid:
             return
+        self._step.handled |= invalid
         for state in self._states.values():
             own = state.block_ids[0][state.local // self._hash_block :] if state.loaded else ()
             if invalid.isdisjoint(own):
@@ -354,10 +377,21 @@ class Planning:
                 self.unpark(state)
                 self._step.finished_loads.append(state.id)
         if self._pool is not None:
-            self._pool.evict_blocks(invalid)
+            ended = (*self._ended, *self._ended_before)
+            built_on = (block for ids in ended for block in from_first(ids, invalid))
+            self._pool.evict_blocks(invalid.union(built_on))
 
-    def finished(self, request: Request) -> None:
-        """The request has ended, well or not."""
+    def restarted(self, request: Request) -> None:
+        """Rows that a running request held did not load: it begins again and computes its own."""
+        state = self._states.get(request.request_id)
+        if state is not None:
+            state.plan, state.stored, state.saved = None, None, False
+            state.loaded, state.runs = [], []
+            state.restarts += 1
+
+    def finished(self, request: Request, block_ids: Sequence[int] = ()) -> None:
+        """The request has ended, well or not, and gives its paged blocks back."""
+        self._ended.append(block_ids)
         state = self._states.pop(request.request_id, None)
         if state is None:
             return
@@ -373,6 +407,12 @@ class Planning:
         self.collect(state, seconds)
         if state.plan is not None and not state.loaded:
             self._give_up(state, "aborted")
+
+
+def from_first(block_ids: Sequence[int], invalid: set[int]) -> Sequence[int]:
+    """A request's paged blocks from the first one that is invalid; none if none is."""
+    first = next((at for at, block in enumerate(block_ids) if block in invalid), len(block_ids))
+    return block_ids[first:]
 
 
 def _block_ids(state: RequestState, output: SchedulerOutput) -> tuple[list[int], ...]:

@@ -9,11 +9,12 @@ rows of earlier ones: exact causal attention with stock kernels.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.planning import Planning, RequestState
+from kvshare_connectors.vllm.planning import Planning, RequestState, from_first
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -88,7 +89,8 @@ class VirtualRows(_Base):
         return reserved, reserved_rows
 
     def _need(self, request: Request) -> int:
-        return int(request.num_tokens_with_spec - request.num_computed_tokens)
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        return int(known - request.num_computed_tokens)
 
     def _heads(self) -> Iterator[Request]:
         return iter(self.waiting)
@@ -154,6 +156,36 @@ class VirtualRows(_Base):
         output.num_scheduled_tokens[name] = run.length
         output.total_num_scheduled_tokens += run.length
         self.finished_req_ids.add(name)
+
+    # --- loads that failed -------------------------------------------------------------------
+
+    def _handle_invalid_blocks(
+        self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
+    ) -> set[str]:
+        """Preempt running requests that hold such blocks: they begin again, computed in full.
+
+        vLLM's own way is to go on from the first such block. What an asynchronous scheduler has
+        scheduled ahead then stays in its counts, and the step that follows reads tokens that do
+        not exist (vllm-project/vllm#45138, #49250). Preemption undoes all of it.
+        """
+        planning = self._planning()
+        if planning is None:
+            return super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        held = [request for request in self.running if self._forget(request, invalid_block_ids)]
+        for request in reversed(held):  # each goes to the head of the queue
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            planning.restarted(request)
+        parked = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        return parked | {request.request_id for request in held}
+
+    def _forget(self, request: Request, invalid: set[int]) -> bool:
+        """Whether a request holds such a block. If so, that block and all that was computed after
+        it leave the prefix cache."""
+        (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
+        wrong = set(from_first(block_ids, invalid))
+        self.kv_cache_manager.evict_blocks(wrong)
+        return bool(wrong)
 
 
 def _is_fresh(request: Request) -> bool:

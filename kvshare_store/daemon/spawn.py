@@ -27,7 +27,9 @@ _spawned: list[subprocess.Popen[bytes]] = []
 def spawn_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
     """Start `kvshare serve` with exactly this configuration, detached.
 
-    What it prints goes to `daemon.log` in the home. `HomeError` if the home cannot be written.
+    Settings may hold secrets, so they travel in the environment, which only this user can read;
+    the command line names the home, for whoever looks at the processes. What the daemon prints
+    goes to `daemon.log` in the home. `HomeError` if the home cannot be written.
     """
     home = config.home_path
     try:
@@ -37,10 +39,7 @@ def spawn_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
         raise HomeError(
             f"home {home} cannot be used: {error.strerror}; choose another with --home"
         ) from error
-    command = [sys.executable, "-m", "kvshare_store.cli.main", "serve"]
-    for name in FIELDS:
-        if (value := getattr(config, name)) is not None:
-            command += ["--set", f"{name}={value}"]
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "serve", "--home", str(home)]
     _spawned[:] = [child for child in _spawned if child.poll() is None]
     try:
         child = subprocess.Popen(  # our own interpreter and module
@@ -49,12 +48,21 @@ def spawn_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "KVSHARE_CONFIG"},
+            env=_environment(config),
         )
     finally:
         os.close(log)
     _spawned.append(child)
     return child
+
+
+def _environment(config: StoreConfig) -> dict[str, str]:
+    """This process's environment with exactly these settings and no others."""
+    names = {name: f"KVSHARE_{name.upper()}" for name in FIELDS}
+    ours = {"KVSHARE_CONFIG", *names.values()}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    values = {names[name]: getattr(config, name) for name in FIELDS}
+    return kept | {name: str(value) for name, value in values.items() if value is not None}
 
 
 def answers(path: Path) -> bool:

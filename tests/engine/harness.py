@@ -8,10 +8,11 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import torch
@@ -65,11 +66,35 @@ class Step:
     """Virtual rows: id of the request, first position, length."""
 
 
+@contextmanager
+def scheduling_ahead() -> Iterator[None]:
+    """Engines that are made meanwhile schedule a step before they have the output of the last, as
+    on a GPU. vLLM switches that off on CPUs, where it gains nothing; its runner can do it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config
+
+    def ahead(config: Any) -> None:
+        configure(config)
+        config.scheduler_config.async_scheduling = True
+
+    with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(ahead)):
+        yield
+
+
 class Engine:
-    """`LLM` with KVShare. One at a time in a process; `close` it."""
+    """`LLM` with KVShare. One at a time in a process; `close` it.
+
+    `ahead`: with asynchronous scheduling.
+    """
 
     def __init__(
-        self, home: Path, *, kvshare: dict[str, Any] | None = None, **settings: Any
+        self,
+        home: Path,
+        *,
+        kvshare: dict[str, Any] | None = None,
+        ahead: bool = False,
+        **settings: Any,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -92,6 +117,7 @@ class Engine:
             "kvshare.idle_exit_s": 5,
         }
         extra |= {f"kvshare.{name}": value for name, value in (kvshare or {}).items()}
+        scheduler = "KVShareAsyncScheduler" if ahead else "KVShareScheduler"
         defaults = {
             "model": str(prepare_model()),
             "dtype": "float32",
@@ -103,7 +129,7 @@ class Engine:
             "kv_cache_memory_bytes": 512 << 20,
             "enable_prefix_caching": False,
             "max_logprobs": 50,
-            "scheduler_cls": "kvshare_connectors.vllm.KVShareScheduler",
+            "scheduler_cls": f"kvshare_connectors.vllm.{scheduler}",
             "kv_transfer_config": {
                 "kv_connector": "KVShareConnector",
                 "kv_connector_module_path": "kvshare_connectors.vllm",
@@ -112,7 +138,8 @@ class Engine:
                 "kv_connector_extra_config": extra,
             },
         }
-        self.llm = LLM(**(defaults | settings))
+        with scheduling_ahead() if ahead else nullcontext():
+            self.llm = LLM(**(defaults | settings))
         self.core = self.llm.llm_engine
         self.client = Client(home)
         self.steps: list[Step] = []
@@ -232,14 +259,21 @@ class Engine:
         self.settle()
         return answer
 
+    def run_out(self) -> None:
+        """What the last requests left behind goes out with the next step, or those in flight."""
+        self._finished(self.core.step())
+        while self.core.engine_core.engine_core.batch_queue and not self.scheduler.running:
+            self._finished(self.core.step())
+
     def settle(self) -> None:
         """Wait until the saver has worked off its queue and the daemon has committed."""
-        self.core.step()  # what the last request left behind goes out with the next step
+        self.run_out()
         self.worker.saver.wait()
         self.client.flush()
 
     def forget(self) -> None:
         """Empty vLLM's own prefix cache."""
+        self.run_out()
         assert self.scheduler.reset_prefix_cache()
 
     def clear(self) -> None:

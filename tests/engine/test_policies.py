@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kvshare_connectors.vllm.adapters as adapters_module
 import kvshare_connectors.vllm.identity as identity_module
 import pytest
+from huggingface_hub import constants
 from kvshare_connectors.vllm.identity import namespace_of
-from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.planning import Planning, from_first
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
@@ -87,8 +90,11 @@ def request(**fields: Any) -> Any:
     return SimpleNamespace(**(defaults | fields))
 
 
-def lora(name: str, path: str) -> SimpleNamespace:
-    return SimpleNamespace(lora_name=name, lora_path=path)
+def lora(name: str, path: Path | str, number: int = 1, inplace: bool = False) -> SimpleNamespace:
+    """As much of a vLLM LoRARequest as planning looks at."""
+    return SimpleNamespace(
+        lora_name=name, lora_path=str(path), lora_int_id=number, load_inplace=inplace
+    )
 
 
 def policy(name: Any) -> dict[str, Any]:
@@ -119,32 +125,172 @@ def finish(lease: str, reason: str, recomputed: int) -> protocol.Finish:
 # --- who may share --------------------------------------------------------------------------------
 
 
-def test_salts_and_adapters_are_walls(planning: Planning) -> None:
+def adapter_in(folder: Path, content: bytes = b"weights") -> Path:
+    """The files of an adapter, as far as its identity goes."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return adapter_in(tmp_path / "adapter")
+
+
+def change(file: Path) -> None:
+    """One byte of it, as who trains on does: the size stays, the time does not."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+
+
+def test_salts_and_adapters_are_walls(planning: Planning, tmp_path: Path) -> None:
+    x, y = adapter_in(tmp_path / "x"), adapter_in(tmp_path / "y", b"others")
     parties = [
         request(),
         request(cache_salt="a"),
         request(cache_salt="b"),
-        request(lora_request=lora("a", "/x")),
-        request(lora_request=lora("a", "/y")),
-        request(lora_request=lora("b", "/x")),
-        request(cache_salt="a", lora_request=lora("a", "/x")),
-        request(cache_salt="a@/x"),
-        request(cache_salt="b", lora_request=lora("a", "/x")),
+        request(lora_request=lora("a", x, 1)),
+        request(lora_request=lora("a", y, 2)),
+        request(lora_request=lora("b", x, 3)),
+        request(cache_salt="a", lora_request=lora("a", x, 1)),
+        request(cache_salt=f"a@{x}"),
+        request(cache_salt="b", lora_request=lora("a", x, 1)),
     ]
-    digests = [planning.state_of(party).namespace.digest for party in parties]
-    assert len(set(digests)) == len(parties)
+    states = [planning.state_of(party) for party in parties]
+    assert len({state.namespace.digest for state in states}) == len(parties)
+    assert not any(state.declined for state in states)
 
 
-def test_the_same_salt_and_adapter_share(planning: Planning) -> None:
-    party = {"cache_salt": "a", "lora_request": lora("a", "/x")}
+def test_the_same_salt_and_adapter_share(planning: Planning, adapter: Path) -> None:
+    party = {"cache_salt": "a", "lora_request": lora("a", adapter)}
     first, second = (planning.state_of(request(**party)).namespace for _ in range(2))
     assert first.digest == second.digest
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("way", ["another engine", "another id", "in place"])
+def test_one_changed_byte_makes_another_adapter(
+    link: FakeLink, adapter: Path, file: str, way: str
+) -> None:
+    """Whichever way vLLM comes to read the files again."""
+    planning = planned(link)
+    before = planning.state_of(request(lora_request=lora("a", adapter)))
+    change(adapter / file)
+    if way == "another engine":
+        planning = planned(link)
+    again = lora("a", adapter, 2 if way == "another id" else 1, inplace=way == "in place")
+    after = planning.state_of(request(lora_request=again))
+    assert after.namespace.digest != before.namespace.digest
+    assert not before.declined
+    assert not after.declined
+
+
+def test_an_adapter_whose_files_change_while_it_is_loaded_is_declined(
+    planning: Planning, link: FakeLink, adapter: Path
+) -> None:
+    """vLLM goes on with what it has loaded, until it reads the files again for whatever reason."""
+    weights = adapter / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    before = planning.state_of(request(lora_request=lora("a", adapter)))
+    change(weights)
+    changed = request(lora_request=lora("a", adapter))
+    assert planning.matched(changed, 0) == (0, False)
+    assert link.told == [protocol.Decline("adapter_changed", LENGTH)]
+    assert not link.asked
+    assert planning.state_of(changed).namespace.digest != before.namespace.digest
+    weights.write_bytes(trained)
+    restored = planning.state_of(request(lora_request=lora("a", adapter)))
+    assert restored.namespace.digest == before.namespace.digest
+    assert not restored.declined
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_prompt_is_not_stored_whose_adapter_has_changed_meanwhile(
+    planning: Planning, adapter: Path, inplace: bool
+) -> None:
+    saves = []
+    for changed in (False, True):
+        wanted = request(lora_request=lora("a", adapter, inplace=inplace))
+        planning.state_of(wanted).settled = True
+        if changed:
+            change(adapter / "adapter_model.safetensors")
+        saves.append(len(planning.build_metadata(prefilled(wanted)).saves))
+    assert saves == [1, 0]
+
+
+def prefilled(wanted: Any) -> Any:
+    """What vLLM's scheduler puts out for a step that computes a whole prompt."""
+    new = SimpleNamespace(req_id=wanted.request_id, num_computed_tokens=0)
+    return SimpleNamespace(
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        num_scheduled_tokens={wanted.request_id: LENGTH},
+        kv_connector_block_state=SimpleNamespace(resolve_block_ids=lambda name: ([1, 2, 3, 4],)),
+    )
+
+
+def test_an_adapter_is_read_once_and_then_looked_at(
+    planning: Planning, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def reading(*arguments: Any) -> str:
+        read.append(arguments)
+        return identity_module.fingerprint(*arguments)
+
+    monkeypatch.setattr(adapters_module, "fingerprint", reading)
+    for _ in range(3):
+        planning.state_of(request(lora_request=lora("a", adapter)))
+    os.utime(adapter / "adapter_config.json", ns=(1, 1))
+    assert not planning.state_of(request(lora_request=lora("a", adapter))).declined
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("there", ["nothing", "no weights"])
+def test_an_adapter_whose_files_are_not_to_be_found_is_declined(
+    planning: Planning, link: FakeLink, tmp_path: Path, there: str
+) -> None:
+    if there == "no weights":
+        adapter_in(tmp_path / "x")
+        (tmp_path / "x" / "adapter_model.safetensors").unlink()
+    planning.state_of(request(lora_request=lora("a", tmp_path / "x")))
+    assert link.told == [protocol.Decline("adapter_unknown", LENGTH)]
+
+
+def test_an_adapter_from_the_hub_is_known_once_it_is_downloaded(
+    planning: Planning, hub: Path
+) -> None:
+    wanted = lora("a", "org/adapter")
+    assert planning.state_of(request(lora_request=wanted)).declined == "adapter_unknown"
+    adapter_in(downloaded(hub, "org/adapter", "1" * 40))
+    first = planning.state_of(request(lora_request=wanted))
+    adapter_in(downloaded(hub, "org/adapter", "2" * 40), b"others")
+    second = planning.state_of(request(lora_request=lora("a", "org/adapter", 2)))
+    assert first.declined == second.declined == ""
+    assert first.namespace.digest != second.namespace.digest
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A model folder, as far as its identity goes."""
-    folder = tmp_path / "one" / "model"
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hugging Face hub: HF_HUB_CACHE, which is read when it is imported."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def downloaded(hub: Path, repository: str, commit: str, revision: str = "main") -> Path:
+    """Where the hub's client keeps a commit, and that a branch or tag is at it. Not made yet."""
+    kept = hub / f"models--{repository.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True, exist_ok=True)
+    (kept / "refs" / revision).write_text(commit)
+    return kept / "snapshots" / commit
+
+
+def model_in(folder: Path) -> Path:
+    """The files of a model, as far as its identity goes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model-1.safetensors").write_bytes(bytes(range(256)) * 1000)
@@ -152,18 +298,49 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def identity(folder: Path, kv_dtype: str = "auto", tp: int = 1, rope: Any = None) -> str:
-    """Digest of the namespace that an engine with this model gets."""
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return model_in(tmp_path / "one" / "model")
+
+
+def namespace_for(
+    model: Path | str,
+    kv_dtype: str = "auto",
+    tp: int = 1,
+    rope: Any = None,
+    loading: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Namespace:
+    """The namespace of an engine with this model; `loading` and `fields` are of vLLM's load and
+    model configuration."""
     spec = SimpleNamespace(dtype="torch.float32", num_kv_heads=1, head_size=8)
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["0", "1"])
-    text = SimpleNamespace(rope_parameters=rope)
+    plain = {
+        "model": str(model),
+        "revision": None,
+        "hf_text_config": SimpleNamespace(rope_parameters=rope),
+        "hf_config": SimpleNamespace(to_dict=lambda: {"hidden_size": 8}),
+        "quantization": None,
+        "quantization_config": None,
+        "hf_overrides": {},
+        "hf_config_path": None,
+        "model_class_overrides": {},
+        "model_weights": "",
+    }
+    load = {"download_dir": None, "load_format": "auto", "model_loader_extra_config": {}}
     config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(folder), revision=None, hf_text_config=text),
+        model_config=SimpleNamespace(**(plain | fields)),
+        load_config=SimpleNamespace(**(load | (loading or {}))),
         cache_config=SimpleNamespace(cache_dtype=kv_dtype),
         parallel_config=SimpleNamespace(tensor_parallel_size=tp),
     )
     caches = SimpleNamespace(kv_cache_groups=[group])
-    return namespace_of(config, caches).digest  # type: ignore[arg-type]
+    return namespace_of(config, caches)  # type: ignore[arg-type]
+
+
+def identity(model: Path | str, **options: Any) -> str:
+    """Digest of that namespace."""
+    return namespace_for(model, **options).digest
 
 
 def test_a_copy_of_a_model_is_the_same_model(model: Path, tmp_path: Path) -> None:
@@ -185,18 +362,102 @@ def test_one_changed_weight_makes_another_model(
     assert identity(model) != before
 
 
+def altered(to: int) -> SimpleNamespace:
+    """The model's configuration, once something has overridden it."""
+    return SimpleNamespace(to_dict=lambda: {"hidden_size": to})
+
+
+OTHERWISE: list[dict[str, Any]] = [
+    {"kv_dtype": "fp8"},
+    {"tp": 2},
+    {"rope": {"rope_theta": 1e6}},
+    {"quantization": "fp8"},
+    {"quantization": "bitsandbytes"},
+    {"quantization": "fp8", "quantization_config": {"ignore": ["lm_head"]}},
+    {"hf_overrides": {"hidden_act": "relu"}, "hf_config": altered(8)},
+    {"hf_overrides": lambda config: config, "hf_config": altered(9)},
+    {"hf_config_path": "elsewhere", "hf_config": altered(10)},
+    {"model_class_overrides": {"LlamaForCausalLM": "mine:Llama"}},
+    {"model_weights": "s3://bucket/model"},
+    {"loading": {"load_format": "dummy"}},
+    {"loading": {"model_loader_extra_config": {"pattern": "*.safetensors"}}},
+]
+"""Other ways of running the same files: none may be served rows of another."""
+
+
 def test_what_else_makes_another_model(model: Path) -> None:
-    seen = {
-        identity(model),
-        identity(model, kv_dtype="fp8"),
-        identity(model, tp=2),
-        identity(model, rope={"rope_theta": 1e6}),
-    }
+    seen = [identity(model), *(identity(model, **options) for options in OTHERWISE)]
     (model / "config.json").write_text('{"rope_theta": 1e6}')
-    seen.add(identity(model))
+    seen.append(identity(model))
     (model / "model-2.safetensors").rename(model / "model-3.safetensors")
-    seen.add(identity(model))
-    assert len(seen) == 6
+    seen.append(identity(model))
+    (model / "model-4.pt").write_bytes(b"weights")
+    seen.append(identity(model))
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("options", OTHERWISE[3:], ids=str)
+def test_another_engine_that_runs_them_in_that_way_shares(
+    model: Path, options: dict[str, Any]
+) -> None:
+    assert identity(model, **options) == identity(model, **options)
+
+
+# --- models of the hub ----------------------------------------------------------------------------
+
+COMMIT, LATER = "1" * 40, "2" * 40
+
+
+def test_a_model_of_the_hub_is_known_by_its_weights(hub: Path) -> None:
+    folder = model_in(downloaded(hub, "org/model", COMMIT))
+    found = namespace_for("org/model")
+    assert found.model == "org/model"
+    assert found.tokenizer == str(folder)
+    assert found.revision == identity_module.fingerprint(folder)
+    (folder / "model-1.safetensors").write_bytes(b"retrained")
+    assert identity("org/model") != found.digest
+
+
+def test_the_hubs_name_and_the_folder_it_was_downloaded_to_are_one_model(hub: Path) -> None:
+    """Offline vLLM itself puts the folder in the name's place."""
+    folder = model_in(downloaded(hub, "org/model", COMMIT))
+    assert namespace_for("org/model") == namespace_for(folder)
+
+
+def test_revisions_of_a_model_of_the_hub(hub: Path) -> None:
+    model_in(downloaded(hub, "org/model", COMMIT, "v1"))
+    later = model_in(downloaded(hub, "org/model", LATER))
+    change(later / "model-1.safetensors")
+    assert identity("org/model", revision="v1") == identity("org/model", revision=COMMIT)
+    assert identity("org/model") == identity("org/model", revision=LATER)
+    assert identity("org/model") != identity("org/model", revision="v1")
+
+
+def test_a_model_of_the_hub_in_another_folder(hub: Path, tmp_path: Path) -> None:
+    model_in(downloaded(tmp_path / "mine", "org/model", COMMIT))
+    found = namespace_for("org/model", loading={"download_dir": str(tmp_path / "mine")})
+    assert found.tokenizer.startswith(str(tmp_path / "mine"))
+
+
+def test_a_snapshot_without_weights_is_known_by_its_commit(hub: Path) -> None:
+    """They were loaded from elsewhere, and belong to that commit."""
+    seen = set()
+    for commit in (COMMIT, LATER):
+        folder = downloaded(hub, "org/model", commit)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        seen.add(namespace_for("org/model").revision)
+    assert seen == {COMMIT, LATER}
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+@pytest.mark.parametrize("name", ["org/model", "s3://bucket/model", "a/b/c"])
+def test_what_is_not_there_is_known_by_its_name_and_revision(
+    hub: Path, name: str, revision: str | None
+) -> None:
+    found = namespace_for(name, revision=revision)
+    assert (found.model, found.revision) == (name, revision or "main")
+    assert found.tokenizer == ""
 
 
 # --- what is declined -----------------------------------------------------------------------------
@@ -260,12 +521,12 @@ def test_a_plan_is_promised_up_to_its_last_span(planning: Planning) -> None:
 
 
 def test_a_scheduler_that_places_no_runs_gets_the_prefix_only(link: FakeLink) -> None:
-    """Without `--scheduler-cls` a parked request would wait for ever."""
+    """Without `--scheduler-cls` nobody computes placeholders; every load is waited for."""
     planning = planned(link)
     planning.places_runs = False
-    assert planning.matched(request(), 0) == (40, False)
-    assert planning.matched(request(), 32) == (8, False)
-    assert planning.matched(request(), 64) == (16, False)
+    assert planning.matched(request(), 0) == (40, True)
+    assert planning.matched(request(), 32) == (8, True)
+    assert planning.matched(request(), 64) == (16, True)
 
 
 def test_a_request_in_the_queue_for_long_asks_again(link: FakeLink) -> None:
@@ -357,3 +618,10 @@ def test_a_loaded_plan_is_the_workers_to_finish(planning: Planning, link: FakeLi
     planning.finished(wanted)
     assert not planning.parked
     assert not link.told
+
+
+@pytest.mark.parametrize(
+    ("invalid", "wrong"), [(set(), []), ({9}, []), ({3}, [3, 4]), ({4, 2}, [2, 3, 4])]
+)
+def test_all_that_follows_an_invalid_block_is_wrong(invalid: set[int], wrong: list[int]) -> None:
+    assert from_first([1, 2, 3, 4], invalid) == wrong

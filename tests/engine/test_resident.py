@@ -1,0 +1,97 @@
+"""Blocks that a worker keeps on its own device: reused from there, the rows are the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import BLOCK, Answer, Engine
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 150
+TIMES = 5
+
+Fresh = Callable[[int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine(
+        tmp_path_factory.mktemp("home"),
+        kvshare={"policy": "aggressive", "device_bytes": "64MiB"},
+        enable_prefix_caching=False,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
+    """Of each load: the rows in the paged cache right after it, and how many of its blocks were
+    read from the arena."""
+    worker, found = engine.worker, []
+    load, gathered = worker._load, worker._editor._gathered
+
+    def read(spec: Any) -> torch.Tensor:
+        places = [at for span in spec.spans for at in range(span.start, span.start + span.length)]
+        positions, blocks = torch.tensor(places), torch.tensor(spec.block_ids)
+        return worker._cache.read(blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
+
+    def loading(spec: Any) -> int:
+        from_arena: list[str] = []
+
+        def counting(spans: Any, refs: Any, rows_of: Any, resident: Any) -> torch.Tensor:
+            from_arena.extend(
+                ref.name for ref, held in zip(refs, resident, strict=True) if held is None
+            )
+            return gathered(spans, refs, rows_of, resident)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker._editor, "_gathered", counting)
+            nbytes = load(spec)
+        found.append((read(spec), len(from_arena)))
+        return nbytes
+
+    monkeypatch.setattr(worker, "_load", loading)
+    return found
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def ask_often(engine: Engine, prompt: list[int], **options: Any) -> list[Answer]:
+    return [engine.ask(prompt, **options) for _ in range(TIMES)]
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["exact", "edited"])
+def test_what_is_reused_often_comes_from_the_device_bit_for_bit(
+    engine: Engine, fresh: Fresh, loads: list[tuple[torch.Tensor, int]], edited: bool
+) -> None:
+    donor = fresh(LENGTH)
+    engine.clear()
+    full = engine.store(donor)
+    resident = engine.worker._resident._tier
+    assert resident is not None
+    before = set(resident.names())
+    # the follower's own rows are not stored: it is served from the donor's every time
+    prompt = [*donor[:44], 11111, 22222, *donor[47:]] if edited else donor
+    with pytest.MonkeyPatch.context() as patch, engine.counted() as gained:
+        patch.setattr(engine.planning, "_order_save", lambda *_: None)
+        answers = ask_often(engine, prompt)
+    assert gained["hits_edited" if edited else "hits_exact"] == TIMES
+    rows, from_arena = zip(*loads, strict=True)
+    assert len(rows) == TIMES
+    became = set(resident.names()) - before
+    assert len(became) == from_arena[0] > 1
+    assert from_arena == (from_arena[0], from_arena[0], *[0] * (TIMES - 2))
+    assert all(same_bits(one, rows[0]) for one in rows)
+    assert all(answer.tokens == answers[0].tokens for answer in answers)
+    assert all(answer.difference(answers[0]) == 0 for answer in answers)
+    if not edited:
+        assert answers[0].agrees(full)
+    engine.check_idle()
