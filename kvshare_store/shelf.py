@@ -135,15 +135,17 @@ class Shelf:
     def add(self, node: Node, vectors: Vectors) -> None:
         """Offer a node to lookups now and make it durable soon. Its blocks are in a tier."""
         with self.lock:
-            self._insert(node, vectors)
+            node = self._insert(node, vectors)
             self.committer.order(Addition(node, vectors))
             self.evict(max(0, len(self.tree) - self._config.max_nodes))
             self.hold_quota(node.namespace, newest=node.id)
 
-    def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> None:
+    def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> Node:
+        node = self.tree.rooted(node)
         self.tree.add(node, idle)
         self.blocks.weigh(node.blocks)
         self.index(node.namespace).add(node, vectors)
+        return node
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
         """Forget nodes of a namespace that is over its quota, and of no other; returns how many.

@@ -125,11 +125,12 @@ class Catalog:
         """Remove nodes; unknown ids are ignored."""
         gone = list(ids)
         if gone:
-            self._commit(lambda: self._delete(gone))
+            where = f"id IN ({_quoted(gone)})"
+            self._commit(lambda: self._delete(gone, where))
 
-    def _delete(self, ids: Sequence[str]) -> None:
+    def _delete(self, ids: Sequence[str], where: str) -> None:
         with self._table_access():
-            self._nodes.delete(f"id IN ({_quoted(ids)})")
+            self._nodes.delete(where)
             self._note(removed=set(ids))
 
     def _commit(self, change: Callable[[], None]) -> None:

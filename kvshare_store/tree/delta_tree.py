@@ -6,6 +6,8 @@ import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+import msgspec
+
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
 from kvshare_store.tree.node import Node
 
@@ -62,6 +64,22 @@ class DeltaTree:
             self._children[node.parent].add(node.id)
         self._use_blocks(node)
         self._rank(node)
+
+    def rooted(self, node: Node) -> Node:
+        """The node, without its parent where that descends from it.
+
+        Ids come from the prompts: one that was evicted and is saved again from what was once its
+        own child would else be its own ancestor.
+        """
+        seen: set[str] = set()
+        at = node.parent
+        while at is not None and at not in seen:
+            if at == node.id:
+                return msgspec.structs.replace(node, parent=None, edits=())
+            seen.add(at)
+            above = self._nodes.get(at)
+            at = above.parent if above is not None else None
+        return node
 
     def remove(self, node_id: str) -> tuple[Node, list[str]] | None:
         """Take a node out; returns it and the blocks that nobody uses any more."""

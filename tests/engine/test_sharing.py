@@ -146,5 +146,5 @@ def test_the_other_engine_goes_and_its_leases_with_it(
     other.close()
     with engine.counted() as gained:
         engine.ask(prompt)
-    assert gained["hits_exact"] == 1
+    assert gained["hits_exact"] == 1, gained
     engine.check_idle()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvshare_store.check import check_tree
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
 from kvshare_store.testing.oracle import Driver, prompt
@@ -376,3 +377,22 @@ def test_rows_that_many_prompts_share_outlive_rows_of_one(driver: Open, eviction
 def node_of(engine: Driver, tokens: list[int]) -> str:
     """Id of the node of exactly this prompt."""
     return next(node.id for node in engine.store.tree if node.tokens.tolist() == tokens)
+
+
+def test_a_prompt_that_comes_back_from_its_own_child_is_no_ancestor_of_itself(
+    driver: Open,
+) -> None:
+    engine = driver()
+    root = engine.save(REQ1)
+    parent, child = saved(engine, REQ2), saved(engine, REQ3)
+    assert child.parent == parent.id
+    engine.store.shelf.remove([str(root), parent.id])
+    engine.store.flush()
+    back = saved(engine, REQ2)
+    assert back.id == parent.id
+    assert engine.store.tree.get(child.id) == child
+    for reopened in (False, True):
+        store = driver().store if reopened else engine.store
+        assert check_tree(store.shelf, repair=False).problems == ()
+        for node in (back, child):
+            assert node.id not in [one.id for one in store.tree.path(node.id)[:-1]]
