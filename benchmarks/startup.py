@@ -77,6 +77,7 @@ def _node(tokens: np.ndarray, names: list[str]) -> Node:
         edits=(),
         segments=tuple(spans),
         blocks=tuple(names),
+        block_bytes=(BLOCK_TOKENS * NAMESPACE.layout.row_bytes,) * len(names),
         exact_rows=len(tokens),
         generation=0,
     )

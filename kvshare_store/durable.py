@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.delta_tree import DeltaTree
@@ -76,10 +77,10 @@ class Durable:
         if needed > tier.use().budget:
             raise NoSpaceError(f"the prompts take {needed:,} bytes, more than {tier.name}_bytes")
         while not self._blocks.make_room(tier.name, needed):
-            if not self._forget(tier.use().bytes + needed - tier.use().budget, keep):
+            if not self._forget(tier, tier.use().bytes + needed - tier.use().budget, keep):
                 return
 
-    def _forget(self, nbytes: int, keep: set[str]) -> bool:
+    def _forget(self, tier: Tier, nbytes: int, keep: set[str]) -> bool:
         """Forget nodes that free about so many bytes, those worth least first; False if none may
         go. Their rows leave the catalogue before their blocks leave the tiers."""
         gone: list[str] = []
@@ -90,7 +91,7 @@ class Durable:
                 if victim is None:
                     break
                 left = self._take_out(victim.id) or []
-                nbytes -= sum(self._tree.size_of(name) for name in left)
+                nbytes -= sum(tier.size(name) or 0 for name in left)
                 gone.append(victim.id)
                 unused += left
         if gone and self._catalog is not None:

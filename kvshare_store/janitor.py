@@ -18,9 +18,9 @@ import msgspec
 from kvshare_store.committer import Removal
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError
-from kvshare_store.namespace import Namespace
 from kvshare_store.rewrite import swap
 from kvshare_store.shelf import Shelf
+from kvshare_store.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.tree.merge import copy_rows, merged_node, wants_merge
 from kvshare_store.tree.node import Node
@@ -217,21 +217,21 @@ class Janitor:
         namespace = self._shelf.namespace(node.namespace)
         if namespace is None:
             return False
-        names = self._gather(node, namespace)
+        step, row_bytes = self._config.block_tokens, namespace.layout.row_bytes
+        sizes = [rows * row_bytes for rows in block_sizes(node.length, step)]
+        names = self._gather(node, sizes, step)
         if not names:
             return False
-        merged = merged_node(node, names, self._config.block_tokens)
+        merged = merged_node(node, names, sizes, step)
         return self._shelf.committer.run(lambda: swap(self._shelf, node, merged))
 
-    def _gather(self, node: Node, namespace: Namespace) -> list[str]:
+    def _gather(self, node: Node, sizes: Sequence[int], step: int) -> list[str]:
         """Copy the node's rows into new blocks of the host tier; their names, in order."""
         read = functools.lru_cache(_SOURCES)(self._read)
         names: list[str] = []
-        step = self._config.block_tokens
         try:
-            for start in range(0, node.length, step):
+            for start, nbytes in zip(range(0, node.length, step), sizes, strict=True):
                 stop = min(start + step, node.length)
-                nbytes = (stop - start) * namespace.layout.row_bytes
                 names.append(self._copied(node, start, stop, nbytes, read))
         except KVShareError:
             self._shelf.sweep(names)

@@ -181,9 +181,17 @@ class Saving:
             edits=edit_script(matches, parent.length, save.tokens) if parent else (),
             segments=tuple(segments),
             blocks=blocks,
+            block_bytes=(
+                *(self._bytes_of(name) for name in reuse.blocks),
+                *(slot.nbytes for slot in save.staged.slots),
+            ),
             exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
         )
+
+    def _bytes_of(self, name: str) -> int:
+        """Of a shared block: a lease may outlive the last node that used it."""
+        return self._shelf.tree.size(name) or self._shelf.size_of(name)
 
     def _add(
         self, save: Save, node: Node, vectors: Vectors, fresh: list[tuple[str, Block]]

@@ -126,19 +126,22 @@ class BlockStore:
 
     def tier_of(self, name: str) -> str | None:
         """The fastest tier that holds the block, or None."""
-        if self.host.size(name) is not None:
+        if self.host.has(name):
             return self.host.name
         level = self.levels.holder(name)
         return None if level is None else level.tier.name
 
-    def expect(self, names: Sequence[str], namespace: str) -> None:
+    def expect(self, names: Sequence[str], namespace: str) -> bool:
         """A node that was committed elsewhere, or before a restart, uses these blocks: what no
-        tier of this machine has must be in one that others reach too."""
-        for name in names:
-            if self.tier_of(name) is None:
-                for level in self.levels:
-                    if level.remote is not None:
-                        level.remote.expect(name, namespace, 0)
+        tier of this machine has must be in one that others reach too. False if there is none."""
+        absent = [name for name in names if not self.host.has(name)]
+        for level in self.levels:
+            absent = [name for name in absent if not level.has(name)]
+        remotes = [level.remote for level in self.levels if level.remote is not None]
+        for name in absent:
+            for remote in remotes:
+                remote.expect(name, namespace, 0)
+        return not absent or bool(remotes)
 
     def read(self, name: str) -> Block:
         """A copy of a block, verified where it came from below the host; `MissingBlockError` or

@@ -28,6 +28,11 @@ _SETTLED_NS = 2 * 10**9
 
 _GONE = (-1, 0)
 
+_PACE = 256
+"""Files measured in one go by a first look that nobody waits for ..."""
+_PAUSE = 0.005
+"""... and seconds of rest after these: whoever answers the first requests needs the processor."""
+
 
 class Inventory:
     """Names, bytes and order of use of the blocks in a folder, and the budget. Thread-safe.
@@ -55,6 +60,8 @@ class Inventory:
         self._recent: set[str] = set()
         """What came or went through this process since the present look began."""
         self._listed, self._looked = threading.Event(), threading.Event()
+        self._wanted = threading.Event()
+        """Somebody waits for the first look."""
         self._all_listed = self._complete = False
         self._next_look = 0.0
 
@@ -130,6 +137,17 @@ class Inventory:
         self._measured[name] = found  # the look need not measure it again
         return found[0]
 
+    def has(self, name: str) -> bool:
+        """Whether the block is here: known from the first listing of the folders, which this waits
+        for, without a look at the file. `StorageError` as `size`."""
+        if name in self._sizes:
+            return True
+        if not self._all_listed:
+            self._listed.wait()
+            if not self._all_listed:
+                return self.size(name) is not None
+        return name in self._inside.get(name[:_PREFIX], ())
+
     def names(self) -> list[str]:
         """Every block, the least recently used first; those that are not measured yet come first.
 
@@ -143,11 +161,16 @@ class Inventory:
 
     def use(self) -> TierUse:
         """Bytes, budget and blocks; waits for the first look at the folders."""
+        self.hurry()
         self._looked.wait()
         with self._lock:
             return TierUse(self._used, self._budget, len(self._sizes) + len(self._unmeasured))
 
     # --- looking ------------------------------------------------------------------------------
+
+    def hurry(self) -> None:
+        """Somebody waits for the first look from now on."""
+        self._wanted.set()
 
     def look(self) -> None:
         """Learn what came and went, unless that was done just now; `OSError` if refused.
@@ -208,10 +231,12 @@ class Inventory:
         first = not self._complete
         with self._lock:
             unmeasured = list(self._unmeasured)
-        measured = [
-            (self._measured.get(name) or files.measure(self.path(name)) or _GONE, name)
-            for name in unmeasured
-        ]
+        measured = []
+        for count, name in enumerate(unmeasured, 1):
+            found = self._measured.get(name) or files.measure(self.path(name)) or _GONE
+            measured.append((found, name))
+            if count % _PACE == 0:
+                self._wanted.wait(_PAUSE)
         measured.sort(key=lambda found: (found[0][1], found[1]), reverse=first)
         for (size, _), name in measured:
             with self._lock:  # anew for each: others need not wait for all of them

@@ -56,7 +56,7 @@ class Level:
 
     def has(self, name: str) -> bool:
         """Whether the tier holds the block, as far as is known without waiting."""
-        return self.tier.size(name) is not None
+        return self.tier.has(name)
 
 
 class Levels:

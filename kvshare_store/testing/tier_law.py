@@ -72,6 +72,7 @@ def check_use(tier: Tier) -> None:
     use, names = tier.use(), tier.names()
     assert len(names) == len(set(names)) == use.blocks
     assert sum(tier.size(name) or 0 for name in names) == use.bytes
+    assert all(tier.has(name) for name in names)
     assert use.bytes <= use.budget
 
 

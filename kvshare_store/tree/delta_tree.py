@@ -13,17 +13,13 @@ from kvshare_store.tree.node import Node
 
 
 class DeltaTree:
-    """Metadata only. Not thread-safe by itself: the Store holds its lock.
-
-    `size_of` says how many bytes a block takes; whoever has the blocks sets it.
-    """
+    """Metadata only. Not thread-safe by itself: the Store holds its lock."""
 
     def __init__(
         self,
         make_policy: Callable[[], EvictionPolicy] = LRU,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.size_of: Callable[[str], int] = lambda name: 0
         self._clock = clock
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
@@ -125,10 +121,11 @@ class DeltaTree:
     def _use_blocks(self, node: Node) -> None:
         shared: set[str] = set()
         """Nodes that have a block for themselves no longer."""
-        for name in node.blocks:
+        sizes = node.block_bytes or (0,) * len(node.blocks)
+        for name, nbytes in zip(node.blocks, sizes, strict=True):
             if name not in self._sizes:
-                self._sizes[name] = self.size_of(name)
-                self._bytes[node.namespace] += self._sizes[name]
+                self._sizes[name] = nbytes
+                self._bytes[node.namespace] += nbytes
             users = self._users[name]
             if len(users) == 1:
                 shared |= users
@@ -197,8 +194,12 @@ class DeltaTree:
         return -1.0 if node is None or node.pinned else self._clock() - self._used[node_id]
 
     def bytes_of(self, namespace: str) -> int:
-        """What the blocks of a namespace take."""
+        """Bytes of the rows in the blocks of a namespace, each block once."""
         return self._bytes[namespace]
+
+    def size(self, block: str) -> int | None:
+        """Bytes of the rows of a block; None if no node uses it."""
+        return self._sizes.get(block)
 
     def namespaces(self) -> list[str]:
         """Digests of the namespaces that have blocks."""

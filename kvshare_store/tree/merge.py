@@ -52,10 +52,17 @@ def _continues(last: Span, span: Span) -> bool:
     return one_run and last.block == span.block and last.exact == span.exact
 
 
-def merged_node(node: Node, blocks: Sequence[str], block_tokens: int) -> Node:
+def merged_node(
+    node: Node, blocks: Sequence[str], block_bytes: Sequence[int], block_tokens: int
+) -> Node:
     """The node with its rows in `blocks`. Prompt, lineage and provenance are what they were."""
-    segments = repacked(node.segments, block_tokens)
-    return msgspec.structs.replace(node, segments=segments, blocks=tuple(blocks), merged=True)
+    return msgspec.structs.replace(
+        node,
+        segments=repacked(node.segments, block_tokens),
+        blocks=tuple(blocks),
+        block_bytes=tuple(block_bytes),
+        merged=True,
+    )
 
 
 def copy_rows(

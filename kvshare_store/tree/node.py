@@ -28,6 +28,9 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     edits: tuple[Edit, ...] = ()
     segments: tuple[Span, ...]
     blocks: tuple[str, ...]
+    block_bytes: tuple[int, ...] = ()
+    """Bytes of the rows of each block, whatever a tier makes of them: what quotas count, and what
+    forgetting the node may free, known without asking any tier."""
     exact_rows: int
     """Leading rows that were computed in their own full context."""
     generation: int = 0

@@ -43,9 +43,12 @@ def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def fresh(families: dict[str, list[list[int]]]) -> Callable[[int], list[int]]:
-    """Prompts of a given length that have no text in common with any given before."""
-    few_shot_last = sorted(families, key=lambda name: name == "few_shot")
-    text = [token for name in few_shot_last for token in families[name][0]]
+    """Prompts of a given length that have no text in common with any given before.
+
+    The family `few_shot` repeats itself, so when the others are used up they come backwards.
+    """
+    once = [token for name in families if name != "few_shot" for token in families[name][0]]
+    text = once + once[::-1]
     used = 0
 
     def take(length: int) -> list[int]:

@@ -186,6 +186,34 @@ def test_it_answers_while_it_is_still_looking(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_what_is_there_is_known_without_a_look_at_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look rests after each file, for longer than any test, until somebody needs it."""
+    monkeypatch.setattr(inventory, "_PACE", 1)
+    monkeypatch.setattr(inventory, "_PAUSE", 600.0)
+
+    async def scenario() -> None:
+        names = await _filled(tmp_path, 20)
+        measured: list[str] = []
+        measure = files.measure
+        monkeypatch.setattr(files, "measure", lambda path: measured.append(path) or measure(path))
+        tier = await DiskTier.open(tmp_path, ROOMY)
+        assert all(tier.has(name) for name in names)
+        assert not tier.has(make_block(99)[0])
+        assert sum(path.endswith(".kvb") for path in measured) <= 1
+        assert tier.use().blocks == 20
+        check_use(tier)
+        await tier.close()
+        tier = await DiskTier.open(tmp_path, ROOMY)
+        await tier.put(*make_block(99))
+        assert tier.use().blocks == 21
+        await tier.close()
+        await (await DiskTier.open(tmp_path, ROOMY)).close()
+
+    asyncio.run(scenario())
+
+
 def test_a_put_waits_until_the_budget_is_known(tmp_path: Path) -> None:
     async def scenario() -> None:
         names = await _filled(tmp_path, 5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.eviction import LRU, CostAware, EvictionPolicy
+from kvshare_store.blocks.eviction import LRU, CostAware
 from kvshare_store.errors import NamespaceError
 from kvshare_store.plan import Span
 from kvshare_store.tensors.frame import Block
@@ -38,6 +38,7 @@ def node(
         parent=parent,
         segments=tuple(segments),
         blocks=blocks,
+        block_bytes=(100,) * len(blocks),
         exact_rows=0,
         generation=generation,
         merged=merged,
@@ -100,7 +101,7 @@ def test_a_merged_node_is_the_same_prompt_with_the_same_provenance() -> None:
     old = node(
         "x", [Span(0, 5, 3, 1, 0), Span(5, 5, 5, 0, 0)], ("a", "b"), parent="p", generation=2
     )
-    new = merged_node(old, ["c", "d"], 8)
+    new = merged_node(old, ["c", "d"], [8, 2], 8)
     assert new.merged
     assert new.blocks == ("c", "d")
     for field in ("id", "parent", "edits", "generation", "exact_rows", "created", "token_bytes"):
@@ -167,14 +168,8 @@ def order(tree: DeltaTree, namespace: str | None = None) -> list[str]:
     return [one.id for one in tree.victims(namespace)]
 
 
-def sized(policy: type[EvictionPolicy]) -> DeltaTree:
-    tree = DeltaTree(policy)
-    tree.size_of = lambda name: 100
-    return tree
-
-
 def test_what_frees_least_for_what_it_costs_stays_longest() -> None:
-    tree = sized(CostAware)
+    tree = DeltaTree(CostAware)
     tree.add(node("shares", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("s", "t")))
     tree.add(node("alone", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("u", "v")))
     assert order(tree) == ["shares", "alone"], "equal: the older one first"
@@ -186,7 +181,7 @@ def test_what_frees_least_for_what_it_costs_stays_longest() -> None:
 
 
 def test_pinned_nodes_are_in_no_order() -> None:
-    tree = sized(LRU)
+    tree = DeltaTree(LRU)
     for name in "ab":
         tree.add(node(name, [Span(0, 8, 0, 0, 0)], (name * 2,)))
     pinned = msgspec.structs.replace(tree.get("a"), pinned=True)  # type: ignore[type-var]
@@ -199,7 +194,7 @@ def test_pinned_nodes_are_in_no_order() -> None:
 
 
 def test_bytes_are_counted_once_a_block() -> None:
-    tree = sized(LRU)
+    tree = DeltaTree(LRU)
     tree.add(node("a", [Span(0, 8, 0, 0, 0)], ("x",)))
     tree.add(node("b", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("x", "y")))
     assert tree.bytes_of("n") == 200

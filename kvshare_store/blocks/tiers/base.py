@@ -56,6 +56,10 @@ class Tier(ABC):
     def size(self, name: str) -> int | None:
         """Bytes the block takes here, or None if it is not here. Never waits."""
 
+    def has(self, name: str) -> bool:
+        """Whether the block is here."""
+        return self.size(name) is not None
+
     @abstractmethod
     def names(self) -> list[str]:
         """Every block here, the least recently used first."""

@@ -104,7 +104,8 @@ class DiskTier(Tier):
 
     async def put(self, name: str, block: Block) -> None:
         if self._first_look is not None and not self._first_look.done():
-            await asyncio.wait([asyncio.wrap_future(self._first_look)])  # the budget is not known
+            self._inventory.hurry()  # the budget is not known
+            await asyncio.wait([asyncio.wrap_future(self._first_look)])
         async with self._alone(name):
             if self._inventory.size(name) is not None:
                 self._inventory.touch(name)
@@ -223,6 +224,9 @@ class DiskTier(Tier):
     def size(self, name: str) -> int | None:
         return self._inventory.size(name)
 
+    def has(self, name: str) -> bool:
+        return self._inventory.has(name)
+
     def names(self) -> list[str]:
         return self._inventory.names()
 
@@ -235,6 +239,7 @@ class DiskTier(Tier):
     async def close(self) -> None:
         """Calls that have begun end as they would have; later ones are refused."""
         self._closed = True
+        self._inventory.hurry()
         await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
 

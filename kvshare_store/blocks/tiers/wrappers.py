@@ -41,6 +41,9 @@ class WrapperTier(Tier):
     def size(self, name: str) -> int | None:
         return self.inner.size(name)
 
+    def has(self, name: str) -> bool:
+        return self.inner.has(name)
+
     def names(self) -> list[str]:
         return self.inner.names()
 
