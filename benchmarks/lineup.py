@@ -68,16 +68,21 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def lineup(engine: RowEngine, *, short: bool = False) -> list[Method]:
     """The methods of every table, ours from the strictest on; the short form has one other."""
-    delimiters = delimiters_of(engine)
-    ours = [
-        prefix(),
-        kvshare("faithful", delimiters),
-        kvshare("balanced", delimiters),
-        kvshare("aggressive", delimiters),
-    ]
     if short:
-        return [*ours, cacheblend(0.15)]
-    return [*ours, *(cacheblend(share) for share in (0.05, 0.15, 0.30)), Epic(16), dhd(0.15)]
+        return [*presets(engine), cacheblend(0.15)]
+    return [
+        *presets(engine),
+        *(cacheblend(share) for share in (0.05, 0.15, 0.30)),
+        Epic(16),
+        dhd(0.15),
+    ]
+
+
+def presets(engine: RowEngine) -> list[Method]:
+    """Prefix caching and our presets, from the strictest on."""
+    delimiters = delimiters_of(engine)
+    names = ("faithful", "balanced", "aggressive")
+    return [prefix(), *(kvshare(name, delimiters) for name in names)]
 
 
 def delimiters_of(engine: RowEngine) -> frozenset[int]:

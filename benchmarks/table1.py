@@ -7,7 +7,7 @@ can be reused; `near` is the same text with a small change. The reference stays 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,18 @@ class Asked:
 
 def measure(options: Options) -> Result:
     """Every method's answers to every task, scored."""
+
+    def methods(engine: RowEngine) -> list[Method]:
+        return lineup(engine, short=options.short)
+
+    return scored(options, "table1", options.size(25, 2), methods)
+
+
+def scored(
+    options: Options, name: str, n: int, methods_of: Callable[[RowEngine], list[Method]]
+) -> Result:
+    """The answers of some methods to `n` prompts of every task, scored."""
     engine, chat, model = engine_for(options)
-    n = options.size(25, 2)
     translated, signature = bleu()
     tasks = [
         (translation(options.data, "zh-en", n, options.seed), translated),
@@ -67,7 +77,7 @@ def measure(options: Options) -> Result:
         (summaries(options.data, n, options.seed), rouge_l()),
     ]
     asked = [_asked(task, metric, chat) for task, metric in tasks]
-    methods = lineup(engine, short=options.short)
+    methods = methods_of(engine)
     total = sum(len(one.prompts) for one in asked)
     with progress("Answering", total) as step:
         for one in asked:
@@ -87,7 +97,7 @@ def measure(options: Options) -> Result:
             _answer_from_gptcache(one)
     except PeerMissingError as error:
         notes.append(f"GPTCache was not measured: {error}")
-    return _result(asked, options, model, signature, notes)
+    return _result(name, asked, options, model, signature, notes)
 
 
 def _asked(task: Task, metric: Metric, chat: Chat) -> Asked:
@@ -194,7 +204,7 @@ def _ask_gptcache(
 
 
 def _result(
-    asked: list[Asked], options: Options, model: str, signature: str, notes: list[str]
+    name: str, asked: list[Asked], options: Options, model: str, signature: str, notes: list[str]
 ) -> Result:
     for one in asked:
         one.arms.pop((FULL, "to the donor"), None)
@@ -211,7 +221,7 @@ def _result(
     noise = rows[keys.index((NOISE, ""))]
     half = rows[keys.index((BF16, ""))]
     return Result(
-        name="table1",
+        name=name,
         title="Table 1: answer quality, greedy, at most 64 new tokens",
         n={one.task.name: len(one.prompts) for one in asked},
         seed=options.seed,

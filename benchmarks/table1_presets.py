@@ -1,0 +1,14 @@
+"""Table 1 for prefix caching and the presets alone, which takes a quarter of the time a prompt."""
+
+from __future__ import annotations
+
+from benchmarks.lineup import presets
+from benchmarks.result import Options, Result
+from benchmarks.table1 import draw, scored
+
+__all__ = ["draw", "measure"]
+
+
+def measure(options: Options) -> Result:
+    """The presets' answers to every task, scored."""
+    return scored(options, "table1-presets", options.size(50, 2), presets)
