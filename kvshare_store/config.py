@@ -116,7 +116,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ttl_seconds: float = 0.0
     """Nodes that nobody used for so long are removed (0: never)."""
     namespace_bytes: int = 0
-    """Bytes of rows of one namespace, before any codec; saving evicts its own nodes (0: no limit)."""
+    """Bytes of rows of a namespace, before any codec; saving evicts its own nodes (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only when asked)."""
     idle_exit_s: float = 0.0
