@@ -182,17 +182,18 @@ def _answer_from_gptcache(asked: Asked) -> None:
     for parity in (0, 1):
         stored = [(users[i], full[i]) for i in indices if i % 2 != parity]
         asking = [i for i in indices if i % 2 == parity]
-        _ask_gptcache(asked.arm(GPTCACHE, ANOTHER), stored, asking, users, asked)
+        _ask_gptcache(asked, ANOTHER, stored, asking, users)
     donors = asked.arms.pop((FULL, "to the donor")).answers
     stored = list(zip(asked.near, donors, strict=True))
-    _ask_gptcache(asked.arm(GPTCACHE, NEAR), stored, list(indices), users, asked)
+    _ask_gptcache(asked, NEAR, stored, list(indices), users)
 
 
 def _ask_gptcache(
-    arm: Arm, stored: list[tuple[str, str]], asking: list[int], users: list[str], asked: Asked
+    asked: Asked, donors: str, stored: list[tuple[str, str]], asking: list[int], users: list[str]
 ) -> None:
     full = asked.arm(FULL, "").answers
     with tempfile.TemporaryDirectory() as folder, GptCacheBaseline(Path(folder)) as cache:
+        arm = asked.arm(GPTCACHE, donors)  # none where the package is missing
         cache.put_all(stored)
         for index in asking:
             found = cache.ask(users[index])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import table1
+from benchmarks.__main__ import MEASUREMENTS, _all
+from benchmarks.chats import Item, Task
+from benchmarks.peers import PeerMissingError
 from benchmarks.probe_items import Probe
 from benchmarks.probe_table import (
     AGGRESSIVE,
@@ -19,6 +23,7 @@ from benchmarks.probe_table import (
     targets_of,
     wilson,
 )
+from benchmarks.scores import rouge_l
 from benchmarks.table1 import BLOCK, _blocks
 
 
@@ -31,6 +36,25 @@ def test_blocks_hold_every_prompt_once_by_length_and_no_prompt_alone(size):
     lengths = [len(prompts[index]) for index in order]
     assert lengths == sorted(lengths)
     assert size == 1 or min(map(len, blocks)) > 1
+
+
+def test_a_missing_gptcache_leaves_no_arm_that_other_tasks_lack(monkeypatch):
+    def missing(*_):
+        raise PeerMissingError("gptcache is not installed")
+
+    monkeypatch.setattr(table1, "GptCacheBaseline", missing)
+    task = Task("task", "Do: {}", (Item("a", ("b",)), Item("c", ("d",))))
+    asked = table1.Asked(task, rouge_l(), [(1, 2), (3, 4)], ["Do: e", "Do: f"])
+    asked.arm(table1.FULL, "")
+    with pytest.raises(PeerMissingError):
+        table1._answer_from_gptcache(asked)
+    assert list(asked.arms) == [(table1.FULL, "")]
+
+
+def test_the_short_form_leaves_out_what_is_a_part_of_another_measurement():
+    assert _all(short=False) == list(MEASUREMENTS)
+    left_out = set(MEASUREMENTS) - set(_all(short=True))
+    assert left_out == {"table1-presets", "agreement-presets"}
 
 
 def probed(cell: tuple[str, str], oracle: float, *, greedy: bool, method: float = 0.0) -> Probed:
