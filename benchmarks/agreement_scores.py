@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from kvshare_connectors.transformers.engine import RowEngine
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from benchmarks.methods.base import (
     donor_of,
     full_compute,
     generate,
+    in_two_chunks,
     teacher_forced_batch,
 )
 
@@ -81,16 +81,6 @@ def floors(
                 score("bf16 twice", pair, once, first, second),
                 score("bf16 against fp32", pair, once, true, first),
             ]
-
-
-def in_two_chunks(engine: RowEngine, prompt: Sequence[int]) -> Prefilled:
-    """Full compute as an engine does it whose step budget ends in the middle of the prompt."""
-    cache = engine.cache(len(prompt))
-    tokens, positions = torch.tensor([list(prompt)]), torch.arange(len(prompt))[None]
-    cut = len(prompt) // 2
-    engine.compute(cache, tokens[:, :cut], positions[:, :cut])
-    logits = engine.compute(cache, tokens[:, cut:], positions[:, cut:])
-    return Prefilled(cache, logits[0, 0], 0, len(prompt))
 
 
 def compared(

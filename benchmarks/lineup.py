@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,16 +43,6 @@ def engine_for(options: Options, dtype: torch.dtype = torch.float32) -> tuple[Ro
     logging.disable_progress_bar()
     folder = options.model or str(prepare_model())
     return RowEngine.load(folder, dtype), Chat(folder), options.model or NAME
-
-
-def chunked_prefill(engine: RowEngine, prompt: Sequence[int]) -> Prefilled:
-    """Full compute in two chunks: exact, and rounded otherwise than in one."""
-    cache = engine.cache(len(prompt))
-    tokens, positions = torch.tensor([list(prompt)]), torch.arange(len(prompt))[None]
-    half = len(prompt) // 2
-    engine.compute(cache, tokens[:, :half], positions[:, :half])
-    logits = engine.compute(cache, tokens[:, half:], positions[:, half:])
-    return Prefilled(cache, logits[0, 0], 0, len(prompt))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from kvshare_connectors.transformers.engine import RowEngine
 from torch import Tensor
 
 from benchmarks import data
-from benchmarks.lineup import chunked_prefill, delimiters_of, engine_for, lineup, progress
-from benchmarks.methods.base import Donor, Method, Prefilled, full_compute
+from benchmarks.lineup import delimiters_of, engine_for, lineup, progress
+from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, in_two_chunks
 from benchmarks.methods.kvshare import kvshare
 from benchmarks.probe_items import Filler, Probe, probes
 from benchmarks.probe_table import BF16, FULL, NOISE, Probed, Seen, draw, table
@@ -103,7 +103,7 @@ def _ask(
     one = Probed(probe, _seen(request, probe), _seen(donor, probe), said_old)
     one.arms[FULL] = one.oracle
     if chunked and one.leans:
-        one.arms[NOISE] = _seen(chunked_prefill(engine, probe.request), probe)
+        one.arms[NOISE] = _seen(in_two_chunks(engine, probe.request), probe)
     # nothing is learnt from what full compute cannot do
     for method in methods if one.leans else ():
         ready = method.prefill(engine, probe.request, [_donor(probe.donor, donor)])

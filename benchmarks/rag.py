@@ -18,8 +18,15 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks import data
 from benchmarks.answers import drafted
 from benchmarks.chats import Chat, sampled
-from benchmarks.lineup import Arm, chunked_prefill, engine_for, lineup, progress
-from benchmarks.methods.base import Prefilled, donor_of, full_compute, generate, teacher_forced
+from benchmarks.lineup import Arm, engine_for, lineup, progress
+from benchmarks.methods.base import (
+    Prefilled,
+    donor_of,
+    full_compute,
+    generate,
+    in_two_chunks,
+    teacher_forced,
+)
 from benchmarks.result import Cell, Options, Result
 from benchmarks.scores import Metric, paired_bootstrap, token_f1
 
@@ -122,7 +129,7 @@ def _answer(
     draft = generate(engine, [full], NEW, chat.stop)[0]
     forced = draft or [chat.stop[0]]
     truth = teacher_forced(engine, full, forced)
-    ready = {(FULL, ""): full, (NOISE, ""): chunked_prefill(engine, asked.request)}
+    ready = {(FULL, ""): full, (NOISE, ""): in_two_chunks(engine, asked.request)}
     for kind, tokens in asked.donors.items():
         donor = donor_of(engine, tokens)
         for method in methods:

@@ -18,8 +18,8 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks.answers import drafted
 from benchmarks.chats import EDITS, Chat, Task, near_duplicate, summaries, translation
 from benchmarks.gptcache import GptCacheBaseline
-from benchmarks.lineup import Arm, chunked_prefill, engine_for, lineup, progress
-from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, generate
+from benchmarks.lineup import Arm, engine_for, lineup, progress
+from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, generate, in_two_chunks
 from benchmarks.peers import PeerMissingError
 from benchmarks.result import Cell, Options, Result
 from benchmarks.scores import Metric, bleu, paired_bootstrap, rouge_l
@@ -140,7 +140,7 @@ def _answer_block(
         }
         # what GPTCache has stored is the answer to the donor
         waiting.append((asked.arm(FULL, "to the donor"), index, edited_full, drafts[at]))
-        again = chunked_prefill(engine, prompts[at])
+        again = in_two_chunks(engine, prompts[at])
         waiting.append((asked.arm(NOISE, ""), index, again, drafts[at]))
         for kind, donor in donors.items():
             for method in methods:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from kvshare_connectors.transformers.decode import generate, teacher_forced, teacher_forced_batch
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.rows import RowCache
@@ -18,6 +19,7 @@ __all__ = [
     "donor_of",
     "full_compute",
     "generate",
+    "in_two_chunks",
     "teacher_forced",
     "teacher_forced_batch",
 ]
@@ -65,6 +67,19 @@ def full_compute(engine: RowEngine, prompt: Sequence[int], declined: str = "") -
     """Full prefill, as every method does it that finds nothing to reuse."""
     cache, logits = engine.prefill(prompt)
     return Prefilled(cache, logits, 0, len(prompt), declined)
+
+
+def in_two_chunks(engine: RowEngine, prompt: Sequence[int]) -> Prefilled:
+    """Full compute as an engine does it whose step budget ends in the middle of the prompt.
+
+    Exact, and rounded otherwise than in one: the noise floor.
+    """
+    cache = engine.cache(len(prompt))
+    tokens, positions = torch.tensor([list(prompt)]), torch.arange(len(prompt))[None]
+    cut = len(prompt) // 2
+    engine.compute(cache, tokens[:, :cut], positions[:, :cut])
+    logits = engine.compute(cache, tokens[:, cut:], positions[:, cut:])
+    return Prefilled(cache, logits[0, 0], 0, len(prompt))
 
 
 def donor_of(engine: RowEngine, tokens: Sequence[int]) -> Donor:
