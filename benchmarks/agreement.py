@@ -210,6 +210,10 @@ _MARKS = {
 }
 
 
+_LABELS = 20
+"""With more points than this only presets and the frontier are named: names would lie on names."""
+
+
 def draw(result: Result) -> Figure:
     """Tokens reused against KL, with both noise floors as lines."""
     from matplotlib.figure import Figure
@@ -217,20 +221,22 @@ def draw(result: Result) -> Figure:
     figure = Figure(figsize=(8, 5.5))
     axes = figure.subplots()
     seen: set[str] = set()
-    for line in result.rows:
-        name, reused, kl = str(line[0]), line[2], line[6]
-        kind = "blend" if "+ hkvd" in name else name.split()[0]
-        if kind not in _MARKS or not isinstance(kl, float) or kl <= 0:
-            continue
+    points = _points(result)
+    best = _frontier(points) if len(points) > _LABELS else set(points)
+    for name, (reused, kl) in points.items():
+        kind = _kind(name)
         mark, label = _MARKS[kind]
-        fill = "black" if kind == "kvshare" else "white"
+        preset = kind == "kvshare"
         axes.plot(
-            [reused], [kl], mark, color="black", markerfacecolor=fill, markersize=8,
-            label=None if kind in seen else label,
+            [reused], [kl], mark, color="black", markerfacecolor="black" if preset else "white",
+            markersize=8, label=None if kind in seen else label, zorder=3 if preset else 2,
         )  # fmt: skip
         seen.add(kind)
-        short = name.removeprefix("kvshare ").removeprefix("window ").removeprefix(f"{kind} ")
-        axes.annotate(short, (reused, kl), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        if preset or name in best:
+            short = name.removeprefix("kvshare ").removeprefix("window ").removeprefix(f"{kind} ")
+            axes.annotate(
+                short, (reused, kl), fontsize=6, xytext=(4, 3), textcoords="offset points"
+            )
     for (key, value), style in zip(result.series["floor"].items(), ("--", ":"), strict=True):
         axes.axhline(value, color="black", linestyle=style, linewidth=1, label=f"noise: {key}")
     axes.set_yscale("log")
@@ -239,3 +245,29 @@ def draw(result: Result) -> Figure:
     axes.set_title(result.title, fontsize=10)
     axes.legend(fontsize=7)
     return figure
+
+
+def _kind(name: str) -> str:
+    return "blend" if "+ hkvd" in name else name.split()[0]
+
+
+def _points(result: Result) -> dict[str, tuple[float, float]]:
+    """Share reused and KL of every method that is drawn."""
+    found = {}
+    for line in result.rows:
+        name, reused, kl = str(line[0]), line[2], line[6]
+        drawn = _kind(name) in _MARKS and isinstance(reused, float) and isinstance(kl, float)
+        if drawn and kl > 0:
+            found[name] = (reused, kl)
+    return found
+
+
+def _frontier(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Methods to which no other is preferable in both, the first of equal ones alone."""
+    best: set[str] = set()
+    least = float("inf")
+    for name, (_, kl) in sorted(points.items(), key=lambda item: (-item[1][0], item[1][1])):
+        if kl < least:
+            best.add(name)
+            least = kl
+    return best

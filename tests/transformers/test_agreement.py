@@ -152,3 +152,15 @@ def test_methods_of_a_grid_have_names_of_their_own(lineup: Lineup) -> None:
     names = [method.name for method in grid((), lineup)]
     assert len(names) == len(set(names))
     assert "kvshare balanced" in names
+
+
+def test_the_frontier_is_what_nothing_else_beats_in_both() -> None:
+    points = {
+        "most": (0.9, 0.05),
+        "same as most": (0.9, 0.05),
+        "worse": (0.7, 0.05),
+        "between": (0.8, 0.01),
+        "least": (0.5, 0.001),
+        "less for more": (0.4, 0.002),
+    }
+    assert agreement._frontier(points) == {"most", "between", "least"}
