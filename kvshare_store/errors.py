@@ -29,6 +29,7 @@ class ErrorKind(StrEnum):
     UNSUPPORTED = "unsupported"
     INTERNAL = "internal"
     SHORT = "short"
+    NODE = "node"
 
 
 class KVShareError(Exception):
@@ -78,6 +79,12 @@ class PlanError(KVShareError, ValueError):
     """A plan or a save request contradicts itself or the rows it comes with."""
 
     kind = ErrorKind.PLAN
+
+
+class NodeError(KVShareError, LookupError):
+    """No node has this id any more, or several ids begin like it."""
+
+    kind = ErrorKind.NODE
 
 
 class UnsupportedError(KVShareError):

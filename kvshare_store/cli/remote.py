@@ -37,7 +37,7 @@ class Daemon:
         return found
 
     def node(self, beginning: str) -> dict[str, Any]:
-        """One node in full; `PlanError` unless exactly one begins so."""
+        """One node in full; `NodeError` unless exactly one begins so."""
         found: dict[str, Any] = self._client.call(protocol.ShowNode(beginning))
         return found
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvshare_store.errors import PlanError
+from kvshare_store.errors import NodeError
 from kvshare_store.lookup.text import decode
 from kvshare_store.store import Store
 from kvshare_store.tree.edits import Edit, Tokens
@@ -48,7 +48,7 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
     """Pin the one node that begins so, or pin it no longer; its id, once that is durable."""
     node = _found(store, beginning)
     if not store.pin(node.id, pinned):
-        raise PlanError(f"node {node.id[:12]} has just left the store")
+        raise NodeError(f"node {node.id[:12]} has just left the store")
     store.flush()
     return node.id
 
@@ -57,7 +57,7 @@ def _found(store: Store, beginning: str) -> Node:
     with store.shelf.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
     if len(found) != 1:
-        raise PlanError(
+        raise NodeError(
             f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"
         )
     return found[0]

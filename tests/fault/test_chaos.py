@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
@@ -22,6 +26,8 @@ from kvshare_store.testing.chaos.report import Report
 from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
 from kvshare_store.testing.chaos.run import run
 from kvshare_store.testing.chaos.variants import variant
+from kvshare_store.testing.chaos.worker import Engine, Orders, guarded
+from kvshare_store.testing.daemons import Daemon
 from kvshare_store.testing.oracle import Driver, Rows, prompt
 from kvshare_store.testing.servers import RedisServer
 from tests.needs import need
@@ -45,6 +51,24 @@ def test_kills(remote: str, kills: int) -> None:
     assert report.rows > 500 * kills
     assert report.hits > 5 * kills
     assert report.durable > kills
+
+
+class ClearedMeanwhile(Client):
+    """Somebody clears the store after each list."""
+
+    def call(self, message: protocol.Request, timeout: float | None = None) -> Any:
+        answer = super().call(message, timeout)
+        if isinstance(message, protocol.ListNodes):
+            super().call(protocol.Clear(), timeout)
+        return answer
+
+
+def test_a_node_may_go_while_it_is_looked_at(config: StoreConfig) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with Daemon(config), ClearedMeanwhile(config.home_path) as client, ours, theirs:
+        orders = Orders(theirs)
+        guarded(orders, partial(Engine(client, [SPACE], orders).look_around, random.Random(0)))
+        assert ours.recv() == ("refused", "node")
 
 
 # --- rows that describe themselves ----------------------------------------------------------------

@@ -27,6 +27,7 @@ from kvshare_store.errors import (
     ConfigError,
     DeadlineError,
     LeaseError,
+    NodeError,
     PlanError,
     UnavailableError,
 )
@@ -192,7 +193,7 @@ def test_errors_arrive_as_they_were_raised(engine: ClientDriver) -> None:
         client.stage(
             np.asarray(prompt(101, 40), np.int32), NAMESPACE, Reuse((Span(0, 99, 0, 0, 0),), ("b",))
         )
-    with pytest.raises(PlanError, match="nodes begin with"):
+    with pytest.raises(NodeError, match="nodes begin with"):
         client.call(protocol.ShowNode("zz"))
     client.finish("no such lease", Outcome())
     assert client.stats()["lookups"] >= 0

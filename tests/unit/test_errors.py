@@ -28,6 +28,7 @@ KINDS = {
     "unsupported": errors.UnsupportedError,
     "internal": errors.InternalError,
     "short": errors.ShortBlockError,
+    "node": errors.NodeError,
 }
 RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
 BUILTINS = {
@@ -36,6 +37,7 @@ BUILTINS = {
     "namespace": ValueError,
     "plan": ValueError,
     "missing": KeyError,
+    "node": LookupError,
     "storage": OSError,
     "unavailable": ConnectionError,
     "timeout": TimeoutError,

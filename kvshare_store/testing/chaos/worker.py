@@ -135,7 +135,7 @@ class Engine:
         return self._client.stage(np.asarray(tokens, np.int32), driver.namespace, Reuse())
 
     def look_around(self, chance: random.Random) -> None:
-        """What people ask while it works."""
+        """What people ask while it works; a node may go between the list and the question."""
         nodes = self._client.call(protocol.ListNodes(20))
         if nodes:
             self._client.call(protocol.ShowNode(chance.choice(nodes)["id"]))
@@ -174,15 +174,15 @@ def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace]) -> Non
                     client.reconnect()
                 orders.halted = paused = False
             elif command in ("hold_lease", "hold_slots"):
-                _guarded(orders, partial(getattr(engine, command), chance))
+                guarded(orders, partial(getattr(engine, command), chance))
                 orders.report("holding")
                 paused = True
             else:
                 action = engine.look_around if chance.random() < 0.03 else engine.request
-                _guarded(orders, partial(action, chance))
+                guarded(orders, partial(action, chance))
 
 
-def _guarded(orders: Orders, action: Callable[[], None]) -> None:
+def guarded(orders: Orders, action: Callable[[], None]) -> None:
     """Every failure of the store is a miss; some are bugs."""
     try:
         action()
