@@ -11,19 +11,24 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import blake3
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
+from kvshare_connectors.vllm.requests import (
+    RequestState,
+    asked_policy,
+    decline_reason,
+    stricter,
+)
 
-from kvshare_store.config import StoreConfig, policy_names
+from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, ReusePlan, Run, Span, clip_spans, gaps
+from kvshare_store.plan import Outcome, ReusePlan, Span, clip_spans, gaps
 from kvshare_store.staging import Reuse, reuse_of
 from kvshare_store.tree.edits import as_tokens
 
@@ -38,53 +43,6 @@ log = logging.getLogger("kvshare")
 
 _BUSY_WAIT_S = 0.005
 """How long a step with other work in it waits for plans; they are asked again in the next step."""
-
-
-@dataclass
-class RequestState:
-    """What the connector knows about one request between its arrival and its end."""
-
-    request: Request
-    namespace: Namespace
-    declined: str = ""
-    """Why the request is neither looked up nor stored."""
-    asked: bytes | None = None
-    asked_at: float = 0.0
-    settled: bool = False
-    """The lookup has ended, with a plan or without."""
-    plan: ReusePlan | None = None
-    """What may be loaded."""
-    stored: ReusePlan | None = None
-    """What says which rows the store has already, loaded or not."""
-    planned_at: float = 0.0
-    reserved: bool = False
-    """Budget of this step is set aside for all placeholder runs."""
-    local: int = 0
-    """Tokens that vLLM's own prefix cache covers."""
-    loaded: list[Span] = field(default_factory=list)
-    """Spans that were promised to vLLM and are loaded."""
-    runs: list[Run] = field(default_factory=list)
-    """Placeholder runs that no step has computed yet, ascending."""
-    block_ids: tuple[list[int], ...] = ()
-    """Paged blocks at admission; later ones may have come since."""
-    exact_hasher: Any = None
-    """vLLM's own block hasher, once the request's hashes were made private."""
-    private_from: int | None = None
-    """First block whose hash is private."""
-    parked: bool = False
-    saved: bool = False
-    restarts: int = 0
-    """How often it was preempted because rows that it held did not load."""
-
-    @property
-    def id(self) -> str:
-        """vLLM's request id."""
-        return self.request.request_id
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        return int(self.request.num_prompt_tokens)
 
 
 class Planning:
@@ -129,7 +87,7 @@ class Planning:
         if state is None:
             adapter = self._adapters.of(request.lora_request)
             namespace = self._namespace.for_tenant(request.cache_salt or "", adapter.identity)
-            declined = _decline_reason(request, self.config.policy) or adapter.declined
+            declined = decline_reason(request, self.config.policy) or adapter.declined
             state = RequestState(request, namespace, declined=declined)
             self._states[request.request_id] = state
             if state.declined:
@@ -142,7 +100,7 @@ class Planning:
         if state.settled or state.asked is not None:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
-        policy = _stricter(self.config.policy, _asked_policy(state.request))
+        policy = stricter(self.config.policy, asked_policy(state.request))
         state.asked = self._link.ask(tokens, state.namespace, policy)
         state.asked_at = time.monotonic()
         state.settled = state.asked is None
@@ -419,32 +377,3 @@ def _block_ids(state: RequestState, output: SchedulerOutput) -> tuple[list[int],
     """Paged blocks of a request as they are in this step."""
     blocks = output.kv_connector_block_state
     return () if blocks is None else tuple(blocks.resolve_block_ids(state.id))
-
-
-def _decline_reason(request: Request, configured: str) -> str:
-    """Why a request is served without the store, or the empty string."""
-    sampling = request.sampling_params
-    if request.mm_features or request.prompt_embeds is not None:
-        return "multimodal"
-    if sampling is None or not request.prompt_token_ids:
-        return "pooling"
-    if sampling.prompt_logprobs is not None:
-        return "prompt_logprobs"
-    if request.resumable:
-        return "streaming_input"
-    asked = _asked_policy(request)
-    if asked is not None and asked not in policy_names():
-        return "unknown_policy"
-    return "policy_off" if _stricter(configured, asked) == "off" else ""
-
-
-def _stricter(configured: str, asked: str | None) -> str:
-    """What to ask the daemon for, which another engine may have started with a laxer policy."""
-    return configured if asked is None else min(configured, asked, key=policy_names().index)
-
-
-def _asked_policy(request: Request) -> str | None:
-    """The one thing a client may steer: a stricter policy. All else in the field is ignored."""
-    params: Any = request.kv_transfer_params
-    asked = params.get("kvshare.policy") if isinstance(params, dict) else None
-    return None if asked is None else str(asked)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.planning import Planning, RequestState, from_first
+from kvshare_connectors.vllm.planning import Planning, from_first
+from kvshare_connectors.vllm.requests import RequestState
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput

@@ -18,7 +18,8 @@ import msgspec
 import torch
 import torch._dynamo
 from kvshare_connectors.vllm.metadata import LoadSpec
-from kvshare_connectors.vllm.planning import Planning, RequestState
+from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.worker import Worker
 
 from examples.demo.model import prepare_model
