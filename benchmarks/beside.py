@@ -97,10 +97,12 @@ def _serve(
         for arm in in_turn(list(engines), turn):
             own = salt if arm != peer.name or peer.salted else ""
             served[arm] = engines[arm].ask(prompt, own, max_tokens=ANSWER)
-        engines["kvshare"].settle()
-        home.flush()
-        home.wait_idle()
-        time.sleep(_STORED_S)
+            if arm == "kvshare":
+                engines[arm].settle()
+                home.flush()
+                home.wait_idle()
+            elif arm == peer.name:
+                time.sleep(_STORED_S)
         yield Sample(kind, served)
 
 

@@ -22,6 +22,7 @@ import psutil
 from examples.demo.engine import SETTINGS, DemoError, EngineProcess, kvshare_settings
 from examples.demo.model import prepare_model
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
 from kvshare_store.daemon.protocol import socket_path
 from kvshare_store.daemon.spawn import answers, ensure_daemon
 
@@ -115,6 +116,15 @@ class Home:
     def flush(self) -> None:
         """Wait until what was saved is on disk."""
         self._client.flush(_PATIENCE_S)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._client.call(protocol.Clear(), _PATIENCE_S)
+
+    def pin(self) -> None:
+        """Keep the one prompt that is stored: with `max_nodes=1` none that follows stays."""
+        (node,) = self._client.call(protocol.ListNodes(2))
+        self._client.call(protocol.Pin(node["id"]))
 
     def wait_idle(self) -> None:
         """Wait until the daemon has done what it does in the background, such as embedding."""
@@ -217,7 +227,8 @@ def started(
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """The names in an order that begins with another one each turn, forwards and backwards."""
-    first = turn % len(names)
-    order = [*names[first:], *names[:first]]
+    """The names in an order of this turn's own: over twice as many turns as there are names each
+    comes in every place, and after every other one, equally often (a Williams design)."""
+    zigzag = [(step + 1) // 2 * (1 if step % 2 else -1) for step in range(len(names))]
+    order = [names[(turn + step) % len(names)] for step in zigzag]
     return order if turn // len(names) % 2 == 0 else order[::-1]

@@ -45,7 +45,7 @@ class Triple(NamedTuple):
     parts: dict[str, float]
     """Of KVShare's."""
     hit: bool
-    """KVShare found something to reuse after all."""
+    """KVShare, or the cache of its engine, found something to reuse after all."""
     background: float
     """Processor seconds that KVShare used for this prompt after its token: engine and daemon."""
 
@@ -95,17 +95,17 @@ def measure(options: Options) -> Result:
 
 def _serve(engines: dict[str, Engine], home: Home, tokens: list[int], turn: int) -> Triple:
     salt, seconds, parts = uuid.uuid4().hex, {}, {}
-    before, background = home.stats(), 0.0
+    before, background, cached = home.stats(), 0.0, 0
     for arm in in_turn(_ARMS, turn):
         # one salt for all of KVShare's: the store it looks into grows with every prompt
         timed = engines[arm].ask(tokens, "all" if arm == "kvshare" else salt)
         seconds[arm] = timed.ttft_s
         if arm == "kvshare":
-            parts = timed.parts
+            parts, cached = timed.parts, timed.cached
             background = _settle(engines[arm], home)
     after = home.stats()
     hit = any(after[name] > before[name] for name in ("hits_exact", "hits_edited"))
-    return Triple(len(tokens), seconds, parts, hit, background)
+    return Triple(len(tokens), seconds, parts, hit or cached > 0, background)
 
 
 def _settle(engine: Engine, home: Home) -> float:

@@ -106,9 +106,11 @@ class Grid:
 
     def _store(self, base: list[int], salt: str) -> None:
         self.engines["prefix"].forget()
+        self.home.clear()
         for name in ("prefix", "kvshare"):
             self.engines[name].ask(base, f"{self._run}-{salt}")
         self._rest()
+        self.home.pin()
 
     def _rest(self) -> None:
         """Wait until the store has kept what it was sent and the machine is quiet again."""
@@ -117,23 +119,21 @@ class Grid:
         self.home.wait_idle()
 
     def _serve(self, prompt: Prompt, base: list[int], salt: str) -> None:
-        """All arms in turn, each with new text of its own.
-
-        KVShare stores every prompt; what it has computed for one policy would serve the next one.
-        """
+        """One follower, by all arms in turn. None of them finds it: the store keeps the text that
+        it was pinned with and nothing else, and each engine with a cache gets it once."""
         self._turn += 1
         arms = ["full", *["prefix"] * prompt.prefix]
         arms += [f"host {policy}" for policy in prompt.host]
         arms += [f"disk {policy}" for policy in prompt.disk]
         served: dict[str, tuple[Timed, float]] = {}
+        tokens = follower(base, prompt.share, prompt.places, self.texts)
         for arm in in_turn(arms, self._turn):
-            tokens = follower(base, prompt.share, prompt.places, self.texts)
-            served[arm] = self._ask(arm, tokens, f"{self._run}-{salt}")
+            served[arm] = self._ask(arm, tokens, base, f"{self._run}-{salt}")
         for arm, (timed, recomputed) in served.items():
             key = Key(len(base), prompt.share, prompt.edits, arm)
             self.samples[key].append(Sample(timed, served["full"][0], recomputed))
 
-    def _ask(self, arm: str, tokens: list[int], salt: str) -> tuple[Timed, float]:
+    def _ask(self, arm: str, tokens: list[int], base: list[int], salt: str) -> tuple[Timed, float]:
         if arm in ("full", "prefix"):
             timed = self.engines[arm].ask(tokens, salt)
             return timed, 1 - timed.cached / timed.tokens
@@ -148,6 +148,8 @@ class Grid:
             more = count - before["declined"].get(reason, 0)
             self.declined[reason] = self.declined.get(reason, 0) + more
         computed = after["tokens_recomputed"] - before["tokens_recomputed"]
+        if tier == "disk":  # all of it back into the host tier, whatever this arm has read
+            self.engines["kvshare"].ask(base, salt)
         return timed, computed / timed.tokens
 
     def _empty_host(self) -> None:
@@ -163,8 +165,8 @@ def measure(options: Options) -> Result:
         lengths = dict.fromkeys(lengths, options.n)
     folder, name = model_folder(options.model)
     # a request may ask for a stricter policy than the configured one, never for a laxer one;
-    # edited followers must not serve others, and embeddings have a measurement of their own
-    fields = {"policy": "aggressive", "max_generation": 1, "semantic": "never"}
+    # followers must not serve others, and embeddings have a measurement of their own
+    fields = {"policy": "aggressive", "max_nodes": 1, "semantic": "never"}
     with temporary_home(plan_deadline_ms=DEADLINE_MS, **fields) as home:
         settings = {
             "full": engine_settings(folder, caching=False),

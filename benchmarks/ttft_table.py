@@ -65,7 +65,7 @@ def result(measured: Samples, declined: dict[str, int], options: Options, model:
         rows=[_row(key, values) for key, values in samples.items()],
         paper="a good balance of TTFT and accuracy, in words only; no time is given",
         notes=[*_parts_in_words(samples), _declines(declined), _late(samples)],
-        targets=[_target(samples)],
+        targets=[_target(samples, tier) for tier in ("host", "disk")],
         series={"parts": _parts(samples), "ideal": _ideal(samples)},
     )  # fmt: skip
 
@@ -99,18 +99,24 @@ def _noise(samples: Samples) -> str:
     )
 
 
-def _target(samples: Samples) -> tuple[str, str, bool]:
+def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:
+    """The median of the settings is what is judged; how many of them reach it is said as well."""
     cells = [
         median(sample.of_ideal for sample in values)
         for key, values in samples.items()
         if key.length in TARGET_LENGTHS
-        and key.arm.startswith("host")
+        and key.arm.startswith(tier)
         and median(sample.recomputed for sample in values) <= TARGET_RECOMPUTED
     ]
-    what = "≥ 65 % of the ideal TTFT at 2k to 4k tokens with ≤ 10 % recomputed, host tier"
+    what = "≥ 65 % of the ideal TTFT at 2k to 4k tokens with ≤ 10 % recomputed, "
+    what += f"{tier} tier"
     if not cells:
         return what, "no prompt with so little recomputed", False
-    measured = f"median of {len(cells)} settings {median(cells):.0%}, lowest {min(cells):.0%}"
+    enough = sum(cell >= TARGET_SHARE for cell in cells)
+    measured = (
+        f"median of {len(cells)} settings {median(cells):.0%}, lowest {min(cells):.0%}, "
+        f"{enough} reach it"
+    )
     return what, measured, median(cells) >= TARGET_SHARE
 
 

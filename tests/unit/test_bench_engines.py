@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -69,12 +70,15 @@ def test_alignment_finds_what_a_follower_kept() -> None:
 # --- turns and timers -----------------------------------------------------------------------------
 
 
-def test_every_arm_is_first_and_follows_every_other_one() -> None:
-    orders = [in_turn("abc", turn) for turn in range(6)]
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert {order[0] for order in orders} == {"a", "b", "c"}
-    pairs = {(a, b) for order in orders for a, b in pairwise(order)}
-    assert len(pairs) == 6
+@pytest.mark.parametrize("arms", ["ab", "abc", "abcd", "abcde", "abcdefg"])
+def test_every_arm_has_every_place_and_follows_every_other_one_equally_often(arms: str) -> None:
+    orders = [in_turn(arms, turn) for turn in range(2 * len(arms))]
+    places = Counter((arm, place) for order in orders for place, arm in enumerate(order))
+    assert len(places) == len(arms) ** 2
+    assert set(places.values()) == {2}
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(pairs) == len(arms) * (len(arms) - 1)
+    assert set(pairs.values()) == {2}
 
 
 class Machine:
@@ -224,11 +228,12 @@ def test_only_settings_that_the_target_is_about_decide_it() -> None:
         key(2048, "disk balanced"): [bad],
         key(256, "host balanced"): [bad],
     }
-    _, measured, reached = ttft_table._target(samples)
+    _, measured, reached = ttft_table._target(samples, "host")
     assert reached
-    assert measured == "median of 1 settings 80%, lowest 80%"
-    assert not ttft_table._target({key(4096, "host aggressive"): [bad]})[2]
-    assert not ttft_table._target({key(2048, "host faithful"): [much]})[2]
+    assert measured == "median of 1 settings 80%, lowest 80%, 1 reach it"
+    assert not ttft_table._target(samples, "disk")[2]
+    assert not ttft_table._target({key(4096, "host aggressive"): [bad]}, "host")[2]
+    assert not ttft_table._target({key(2048, "host faithful"): [much]}, "host")[2]
 
 
 def test_misses_that_were_hits_are_left_out() -> None:
@@ -288,7 +293,10 @@ def test_each_kind_of_prompt_goes_to_every_arm(
     samples = list(beside._serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
     assert [sample.kind for sample in samples] == ["miss", "again", "similar"]
     asked = [name for name, salt in calls if salt != "settled"]
-    assert asked == list(arms) * 3
+    assert asked == in_turn(list(arms), 0) * 3
+    settled = [at for at, call in enumerate(calls) if call == ("kvshare", "settled")]
+    assert [calls[at - 1][0] for at in settled] == ["kvshare"] * 3
+    assert len(calls) == 3 * (len(arms) + 1)
     assert len({salt for name, salt in calls if name == "kvshare" and salt != "settled"}) == 1
     assert all(bool(salt) is salted for name, salt in calls if name == "peer")
 
