@@ -109,11 +109,11 @@ def _is(one: Probed, cell: tuple[str, str]) -> bool:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
+    """95 % interval of a share (Wilson's); of a share of 1 its upper end is 1, not almost."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return middle - half, middle + half
+    return round(middle - half, 9), round(middle + half, 9)
 
 
 def table(found: list[Probed], tuned: list[Probed], options: Options, model: str) -> Result:

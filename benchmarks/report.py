@@ -29,7 +29,8 @@ def report(folder: Path, order: Sequence[str]) -> Path:
         raise ReportError(f"no results in {folder}: run `python -m benchmarks run NAME` first")
     known = [results[name] for name in order if name in results]
     known += [results[name] for name in results if name not in order]
-    missing = [name for name in order if name not in results]
+    apart = "-presets"  # a part of another measurement
+    missing = [name for name in order if name.removesuffix(apart) not in results]
     path = folder / "index.md"
     sections = (section(result, folder) for result in known)
     page = _HEAD + targets(known) + _missing(missing) + "".join(sections)
@@ -40,7 +41,7 @@ def report(folder: Path, order: Sequence[str]) -> Path:
 def targets(results: Iterable[Result]) -> str:
     """What was to be reached, missed targets as plainly as reached ones."""
     rows = [
-        (what, measured, "reached" if reached else "**missed**", f"[{result.name}](#{result.name})")
+        (what, measured, "reached" if reached else "**missed**", _linked(result))
         for result in results
         for what, measured, reached in result.targets
     ]
@@ -49,6 +50,10 @@ def targets(results: Iterable[Result]) -> str:
     missed = sum(row[2] != "reached" for row in rows)
     head = f"## Targets\n\n{len(rows) - missed} reached, {missed} missed.\n\n"
     return head + table(("target", "measured", "", "measurement"), rows) + "\n"
+
+
+def _linked(result: Result) -> str:
+    return f"[{result.name}](#{result.name})" + (" (*other settings*)" if _outdated(result) else "")
 
 
 def section(result: Result, folder: Path) -> str:

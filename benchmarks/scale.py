@@ -172,9 +172,10 @@ def measure(options: Options) -> Result:
 
 
 _NOTES = [
-    "`own cache`, `shared store`: share of prompt tokens that follow only known blocks, when each "
-    "engine keeps what it computed, or all share one store. Nothing is evicted, so both are upper "
-    "lines. `by formula`: 1 - (1 - 1/engines)^k for a block that was requested k times before.",
+    "`own cache`, `shared store`: share of the blocks of all prompts that follow only known ones, "
+    "when each engine keeps what it computed, or all share one store. Nothing is evicted, so both "
+    "are upper lines. `by formula`: 1 - (1 - 1/engines)^k for a block that was requested k times "
+    "before.",
     "One trace is split over more and more engines, requests to engines by chance; a router that "
     "knows what engines hold would lift `own cache`.",
     "`saved`: share of all prefill time, loading subtracted. `with edits` adds what figure4 found "

@@ -153,7 +153,7 @@ def time_pair(model: KVShareModel, donor: list[int], prompt: list[int], device: 
 
 
 def measure(options: Options) -> Result:
-    """Every shape, length and share; medians of repeats that take turns."""
+    """Every shape, length and share; medians of repeats, each with full prefill first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = None if device == "cuda" else CPU_LAYERS
     lengths = LENGTHS[device][:1] if options.short else LENGTHS[device]

@@ -270,8 +270,8 @@ def _notes(signature: str) -> list[str]:
     return [
         f"sacrebleu signature: {signature}; rouge_score rougeL F, stemmer. Scores from 0 to 100.",
         "`minus full` is where 95 % of the differences lie in a paired bootstrap over prompts "
-        "(1,000 resamples); * marks those that leave out zero. Of thirty such "
-        "intervals, one or two do so by chance.",
+        "(1,000 resamples); * marks those that leave out zero. Of twenty such "
+        "intervals, one does so by chance.",
         "A model of 135M parameters hardly translates: a BLEU near 1 is that of text that has few "
         "words in common with the reference by chance, and a change of it says nothing about a "
         "loss of quality; neither does Rouge-L at a small n. The column that does "

@@ -14,7 +14,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 
 from benchmarks import agreement, agreement_pairs
 from benchmarks.agreement_grid import Lineup, grid, windowed
-from benchmarks.agreement_pairs import SimilarPair, similar_pairs
+from benchmarks.agreement_pairs import SimilarPair, Split, similar_pairs
 from benchmarks.agreement_scores import Score, floors, score, scores
 from benchmarks.methods.base import Prefilled, full_compute
 from benchmarks.methods.full import Full
@@ -97,12 +97,14 @@ def test_result_and_plot_hold_every_method() -> None:
         Score("kvshare balanced", "a", 100, 80, True, 0.01, 0.004, 1.0),
         Score("window 8", "a", 100, 85, True, 0.01, 0.006, 1.0),
     ]
-    result = agreement.result_of(
-        Options(data=Path()), [PAIR], found, noise, name="agreement", split="report"
+    tuned, result = (
+        agreement.result_of(Options(data=Path()), [PAIR], found, noise, name="agreement", split=one)
+        for one in get_args(Split)
     )
     names = [line[0] for line in result.rows]
     assert names == ["bf16 twice", "bf16 against fp32", "kvshare balanced", "window 8"]
     assert [reached for _, _, reached in result.targets] == [True]
+    assert tuned.targets == []
     axes = agreement.draw(result).axes[0]
     assert len(axes.lines) == 4  # two methods, two floors
 

@@ -93,7 +93,8 @@ def test_margin_recovered_is_none_for_the_donors_answer_and_all_for_full_compute
 def test_the_interval_of_a_share():
     assert wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
     low, high = wilson(1.0, 10)
-    assert high == pytest.approx(1.0)
+    assert all(wilson(1.0, n)[1] == 1.0 for n in range(1, 200))
+    assert high == 1.0
     assert low == pytest.approx(0.722, abs=1e-3)
 
 

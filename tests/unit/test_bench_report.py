@@ -31,7 +31,7 @@ def test_the_page_has_all_that_is_needed_to_judge_a_number(tmp_path: Path) -> No
     first = result("b", paper="they say 0.6.", notes=["ours is smaller"], targets=targets)
     write(first, lambda _: Figure(), tmp_path)
     write(result("a", short=True), None, tmp_path)
-    page = report(tmp_path, ["b", "a", "c"]).read_text()
+    page = report(tmp_path, ["b", "a", "c", "a-presets"]).read_text()
     assert page.index("## b") < page.index("## a")
     for text in (
         "1 reached, 1 missed", "| share ≥ 0.5 | 0.12 | **missed** | [b](#b) |",
@@ -156,12 +156,18 @@ def test_a_short_result_does_not_take_the_place_of_a_full_one(tmp_path: Path) ->
 def test_results_of_other_presets_and_sample_sizes_say_so(tmp_path: Path) -> None:
     old = presets() | {"balanced": "ReusePolicy(of another day)"}
     for name, policies in (("ttft", old), ("misses", presets()), ("rag", {}), ("scale", {})):
-        made = result(name, policies=policies, command=f"python -m benchmarks run {name} --n 5")
+        made = result(
+            name, policies=policies, command=f"python -m benchmarks run {name} --n 5",
+            targets=[(f"soon in {name}", "it is", True)],
+        )  # fmt: skip
         write(made, None, tmp_path)
     page = report(tmp_path, ["ttft", "misses", "rag", "scale"]).read_text()
     sections = dict(part.split("\n", 1) for part in page.split("\n## ") if "\n" in part)
     assert "other settings of `balanced` than today's" in sections["ttft"]
     assert "before the presets were written down" in sections["rag"]
+    verdicts = sections["Targets"]
     for name in ("misses", "scale"):
         assert "settings of" not in sections[name]
+        assert f"| soon in {name} | it is | reached | [{name}](#{name}) |" in verdicts
+    assert "| soon in ttft | it is | reached | [ttft](#ttft) (*other settings*) |" in verdicts
     assert all("*Another sample size" in sections[name] for name in ("ttft", "scale"))
