@@ -134,7 +134,9 @@ class RemoteTests:
     def test_long_lists_are_complete(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
             keys = [f"blocks/a/{number}" for number in range(1200)]
-            for start in range(0, len(keys), 50):
+            # alone: rclone's server may refuse objects that come while it makes their folder
+            await remote.put(keys[0], (b"value",))
+            for start in range(1, len(keys), 50):
                 page = keys[start : start + 50]
                 await asyncio.gather(*(remote.put(key, (b"value",)) for key in page))
             if remote.properties.listing:
