@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.result import Options, run
+from benchmarks.result import APART, Options, run
 
 MEASUREMENTS: dict[str, str] = {
     "figure2": "figure2",
@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def _all(short: bool) -> list[str]:
-    """What the presets do is a part of another measurement; apart it takes more samples."""
-    return [name for name in MEASUREMENTS if not (short and name.endswith("-presets"))]
+    """The short form leaves out what is a part of another measurement."""
+    return [name for name in MEASUREMENTS if not (short and name.endswith(APART))]
 
 
 @app.command("run")

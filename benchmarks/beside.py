@@ -21,6 +21,7 @@ from benchmarks.engines import (
     engine_settings,
     in_turn,
     model_folder,
+    rest,
     started,
     temporary_home,
 )
@@ -98,9 +99,7 @@ def _serve(
             own = salt if arm != peer.name or peer.salted else ""
             served[arm] = engines[arm].ask(prompt, own, max_tokens=ANSWER)
             if arm == "kvshare":
-                engines[arm].settle()
-                home.flush()
-                home.wait_idle()
+                rest(engines[arm], home)
             elif arm == peer.name:
                 time.sleep(_STORED_S)
         yield Sample(kind, served)

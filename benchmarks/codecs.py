@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from rich.progress import Progress
 
 from benchmarks.edited import long_texts
+from benchmarks.pages import forget
 from benchmarks.prompts import tokenizer_folder
 from benchmarks.real_kv import bf16_engine, real_blocks
 from benchmarks.result import Cell, Options, Result
@@ -107,15 +107,6 @@ def _from_disk(
 
     with tempfile.TemporaryDirectory(prefix="kvshare-codecs-", dir=Path.cwd()) as folder:
         return asyncio.run(measured(Path(folder)))
-
-
-def forget(folder: Path) -> None:
-    """Have the system drop the files of a folder from its cache; they are durable already."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 # --- what a lossy codec costs in quality ----------------------------------------------------------

@@ -7,7 +7,6 @@ so that a machine that gets slower or faster meanwhile does so for all arms.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -19,11 +18,11 @@ from typing import IO, Any
 import msgspec
 import psutil
 
+from benchmarks.pages import forget
 from examples.demo.engine import SETTINGS, DemoError, EngineProcess, kvshare_settings
 from examples.demo.model import prepare_model
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
-from kvshare_store.daemon.protocol import socket_path
+from kvshare_store.daemon.protocol import Clear, ListNodes, Pin, socket_path
 from kvshare_store.daemon.spawn import answers, ensure_daemon
 
 LONGEST = 8192
@@ -119,12 +118,12 @@ class Home:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._client.call(protocol.Clear(), _PATIENCE_S)
+        self._client.call(Clear(), _PATIENCE_S)
 
     def pin(self) -> None:
         """Keep the one prompt that is stored: with `max_nodes=1` none that follows stays."""
-        (node,) = self._client.call(protocol.ListNodes(2))
-        self._client.call(protocol.Pin(node["id"]))
+        (node,) = self._client.call(ListNodes(2))
+        self._client.call(Pin(node["id"]))
 
     def wait_idle(self) -> None:
         """Wait until the daemon has done what it does in the background, such as embedding."""
@@ -141,8 +140,7 @@ class Home:
         """Empty the host tier: a new daemon, and files that the system has to read from disk."""
         self._client.flush(_PATIENCE_S)
         self._stop()
-        for path in self._config.home_path.glob("blocks/*/*"):
-            _forget_pages(path)
+        forget(self._config.home_path / "blocks")
         self._client = ensure_daemon(self._config)
 
     def _stop(self) -> None:
@@ -166,10 +164,11 @@ def _busy(process: psutil.Process, seconds: float) -> bool:
     return sum(process.cpu_times()[:2]) - before > 0.2 * seconds
 
 
-def _forget_pages(path: Path) -> None:
-    """Ask the system to drop its copy of a file that is on disk already."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def rest(engine: Engine, home: Home) -> None:
+    """Wait until all that a KVShare engine saved is stored and the daemon is quiet."""
+    engine.settle()
+    home.flush()
+    home.wait_idle()
 
 
 @contextmanager

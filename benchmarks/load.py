@@ -21,6 +21,7 @@ from benchmarks.engines import (
     engine_settings,
     in_turn,
     model_folder,
+    rest,
     started,
     temporary_home,
 )
@@ -120,15 +121,11 @@ def _serve(engine: Engine, arm: str, home: Home, sent: Traffic, rate: float) -> 
         # every path once: a plan with placeholders, a miss
         engine.ask(sent.donors[0][:-8] + sent.donors[1][:8], salt)
     if arm == "kvshare":
-        engine.settle()
-        home.flush()
-        home.wait_idle()
+        rest(engine, home)
     arrivals = [arrival / rate for arrival in sent.arrivals]
     replayed = engine.replay(arrivals, sent.prompts, salt, _ANSWER)
     if arm == "kvshare":  # what it still has to store must not slow the next arm down
-        engine.settle()
-        home.flush()
-        home.wait_idle()
+        rest(engine, home)
     return replayed
 
 

@@ -22,6 +22,7 @@ from benchmarks.engines import (
     engine_settings,
     in_turn,
     model_folder,
+    rest,
     started,
     temporary_home,
 )
@@ -94,27 +95,24 @@ def measure(options: Options) -> Result:
 
 
 def _serve(engines: dict[str, Engine], home: Home, tokens: list[int], turn: int) -> Triple:
-    salt, seconds, parts = uuid.uuid4().hex, {}, {}
-    before, background, cached = home.stats(), 0.0, 0
+    salt, served = uuid.uuid4().hex, {}
+    before, background = home.stats(), 0.0
     for arm in in_turn(_ARMS, turn):
         # one salt for all of KVShare's: the store it looks into grows with every prompt
-        timed = engines[arm].ask(tokens, "all" if arm == "kvshare" else salt)
-        seconds[arm] = timed.ttft_s
+        served[arm] = engines[arm].ask(tokens, "all" if arm == "kvshare" else salt)
         if arm == "kvshare":
-            parts, cached = timed.parts, timed.cached
             background = _settle(engines[arm], home)
     after = home.stats()
     hit = any(after[name] > before[name] for name in ("hits_exact", "hits_edited"))
-    return Triple(len(tokens), seconds, parts, hit or cached > 0, background)
+    seconds, ours = {arm: timed.ttft_s for arm, timed in served.items()}, served["kvshare"]
+    return Triple(len(tokens), seconds, ours.parts, hit or ours.cached > 0, background)
 
 
 def _settle(engine: Engine, home: Home) -> float:
     """Wait until the prompt is stored and the daemon idle; processor seconds that this took."""
     process = psutil.Process(engine.pid)
     before = sum(process.cpu_times()[:2]) + home.processor_seconds()
-    engine.settle()
-    home.flush()
-    home.wait_idle()
+    rest(engine, home)
     return sum(process.cpu_times()[:2]) + home.processor_seconds() - before
 
 

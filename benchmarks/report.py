@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.result import Result, presets, read, text
+from benchmarks.result import APART, Result, presets, read, text
 
 _HEAD = """# Measurements
 
@@ -29,8 +29,7 @@ def report(folder: Path, order: Sequence[str]) -> Path:
         raise ReportError(f"no results in {folder}: run `python -m benchmarks run NAME` first")
     known = [results[name] for name in order if name in results]
     known += [results[name] for name in results if name not in order]
-    apart = "-presets"  # a part of another measurement
-    missing = [name for name in order if name.removesuffix(apart) not in results]
+    missing = [name for name in order if name.removesuffix(APART) not in results]
     path = folder / "index.md"
     sections = (section(result, folder) for result in known)
     page = _HEAD + targets(known) + _missing(missing) + "".join(sections)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 
+APART = "-presets"
+"""How the name of a measurement ends that takes more samples of a part of the one before it."""
+
 
 @dataclass(frozen=True)
 class Options:

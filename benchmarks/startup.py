@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.progress import track
 
-from benchmarks.codecs import forget
+from benchmarks.pages import forget
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.embedders import lexical_vector

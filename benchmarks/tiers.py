@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from benchmarks.codecs import forget
+from benchmarks.pages import forget
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.blocks.arena import Arena, slot_bytes
 from kvshare_store.blocks.remotes import open_remote

@@ -21,6 +21,7 @@ from benchmarks.engines import (
     engine_settings,
     in_turn,
     model_folder,
+    rest,
     started,
     temporary_home,
 )
@@ -109,14 +110,8 @@ class Grid:
         self.home.clear()
         for name in ("prefix", "kvshare"):
             self.engines[name].ask(base, f"{self._run}-{salt}")
-        self._rest()
+        rest(self.engines["kvshare"], self.home)
         self.home.pin()
-
-    def _rest(self) -> None:
-        """Wait until the store has kept what it was sent and the machine is quiet again."""
-        self.engines["kvshare"].settle()
-        self.home.flush()
-        self.home.wait_idle()
 
     def _serve(self, prompt: Prompt, base: list[int], salt: str) -> None:
         """One follower, by all arms in turn. None of them finds it: the store keeps the text that
@@ -142,7 +137,7 @@ class Grid:
             self._empty_host()
         before = self.home.stats()
         timed = self.engines["kvshare"].ask(tokens, salt, policy=policy)
-        self._rest()
+        rest(self.engines["kvshare"], self.home)
         after = self.home.stats()
         for reason, count in after["declined"].items():
             more = count - before["declined"].get(reason, 0)
