@@ -27,7 +27,7 @@ __all__ = ["draw", "measure"]
 def measure(options: Options) -> Result:
     """The methods on the report half; wider windows on the tune half."""
     engine, chat, model = engine_for(options)
-    pairs = options.size(16, 1)
+    pairs = options.size(32, 1)
     tuned = _probed(engine, chat, options, pairs // 2 or 1, tune=True)
     found = _probed(engine, chat, options, pairs, tune=False)
     del engine

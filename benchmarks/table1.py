@@ -62,7 +62,7 @@ def measure(options: Options) -> Result:
     def methods(engine: RowEngine) -> list[Method]:
         return lineup(engine, short=options.short)
 
-    return scored(options, "table1", options.size(25, 2), methods)
+    return scored(options, "table1", options.size(45, 2), methods)
 
 
 def scored(

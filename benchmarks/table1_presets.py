@@ -11,4 +11,4 @@ __all__ = ["draw", "measure"]
 
 def measure(options: Options) -> Result:
     """The presets' answers to every task, scored."""
-    return scored(options, "table1-presets", options.size(50, 2), presets)
+    return scored(options, "table1-presets", options.size(150, 2), presets)

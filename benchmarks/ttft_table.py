@@ -84,7 +84,7 @@ def _row(key: Key, values: list[Sample]) -> list[Cell]:
 
 
 def _noise(samples: Samples) -> str:
-    """Full prefill of different prompts of one length, against their median."""
+    """Full prefill of different prompts of one length, and two engines that do the same."""
     spread = []
     for length in {key.length for key in samples}:
         times = [
@@ -94,9 +94,18 @@ def _noise(samples: Samples) -> str:
             for sample in values
         ]
         spread += [abs(time / median(times) - 1) for time in times]
-    return (
-        f"full prefill of other prompts of the same length: median deviation {median(spread):.1%}"
-    )
+    beside = [
+        median(sample.times_full for sample in values)
+        for key, values in samples.items()
+        if key.arm == "prefix" and not key.share
+    ]
+    words = f"full prefill of other prompts of the same length: median deviation {median(spread):.1%}"
+    if beside:
+        words += (
+            "; two engines that do the same, prefix caching with nothing in common and full: "
+            f"{min(beside):.2f} to {max(beside):.2f} times, by length"
+        )
+    return words
 
 
 def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:

@@ -236,6 +236,22 @@ def test_only_settings_that_the_target_is_about_decide_it() -> None:
     assert not ttft_table._target({key(2048, "host faithful"): [much]}, "host")[2]
 
 
+def test_two_engines_that_do_the_same_are_part_of_the_noise() -> None:
+    def key(arm: str, share: float = 0.0, length: int = 2048) -> ttft_table.Key:
+        return ttft_table.Key(length, share, "one", arm)
+
+    samples = {
+        key("full"): [ttft_table.Sample(timed(1.0), timed(1.0), 1.0)],
+        key("prefix"): [ttft_table.Sample(timed(0.9), timed(1.0), 1.0)],
+        key("prefix", length=512): [ttft_table.Sample(timed(1.1), timed(1.0), 1.0)],
+        key("prefix", share=0.9): [ttft_table.Sample(timed(0.1), timed(1.0), 0.1)],
+        key("full", length=512): [ttft_table.Sample(timed(1.0), timed(1.0), 1.0)],
+    }
+    assert "0.90 to 1.10 times" in ttft_table._noise(samples)
+    alone = ttft_table._noise({key("full"): samples[key("full")]})
+    assert alone.endswith("median deviation 0.0%")
+
+
 def test_misses_that_were_hits_are_left_out() -> None:
     def triple(ours: float, hit: bool) -> misses.Triple:
         seconds = {"plain": 1.0, "plain again": 1.0, "kvshare": ours}
