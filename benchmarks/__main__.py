@@ -37,6 +37,7 @@ MEASUREMENTS: dict[str, str] = {
     "rag": "rag",
     "agreement": "agreement",
     "agreement-presets": "agreement_presets",
+    "agreement-weights": "agreement_weights",
     "agreement-tune": "agreement_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""

@@ -19,7 +19,7 @@ from benchmarks.result import Cell, Options, Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FLOOR_EVERY = 3
+FLOOR_EVERY = 3
 """The noise floor is computed on every third pair: bf16 is slow on most CPUs."""
 COLUMNS = [
     "method",
@@ -60,7 +60,7 @@ def frontier(options: Options, split: Split, *, name: str, n: int, lineup: Lineu
             track(scores(exact, pairs, methods), "Filling and forcing", total=len(pairs))
         )
     )
-    few = pairs[::_FLOOR_EVERY]
+    few = pairs[::FLOOR_EVERY]
     rough = RowEngine.load(model, torch.bfloat16)
     noise = list(
         chain.from_iterable(track(floors(exact, rough, few), "Noise floor", total=len(few)))
@@ -171,6 +171,11 @@ def notes(pairs: Sequence[SimilarPair]) -> list[str]:
         " in two chunks; 'x bf16/fp32': of bf16 against fp32.",
         "CacheBlend, EPIC and DHD choose among the rows that our alignment keeps; DHD is our"
         " reading of an abstract. Their 'reused' is a mean over the layers.",
+        "'prefix' is the store's own policy `exact`: the common prefix, if it has a run of >= 16"
+        " tokens.",
+        "Why a preset is where it is, and the same numbers counted in other ways:"
+        " [policies](../design/policies.md#what-the-other-half-said),"
+        " [agreement-weights](#agreement-weights).",
     ]
 
 

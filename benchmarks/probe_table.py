@@ -18,9 +18,10 @@ FAITHFUL, AGGRESSIVE = "kvshare faithful", "kvshare aggressive"
 CELLS = [(question, distance) for question in QUESTIONS for distance in ("near", "far")]
 READING = (
     "How to read it: models of 8B parameters follow the old value in derived probes when only the "
-    "edit is recomputed (the paper above). Where `aggressive` gives the new value here, the model "
-    "looked the value up in the edited sentence, whose rows are fresh, and the probe cannot tell "
-    "a careful policy from a careless one: `recovered` shows how much of the old value is left."
+    "edit is recomputed (the paper above). Where `aggressive` gives the new value here as well, "
+    "the probe cannot tell a careful policy from a careless one; perhaps so small a model looks "
+    "the value up in the edited sentence, whose rows are fresh. `recovered` shows how much of the "
+    "old value is left."
 )
 ENOUGH = 10
 """Probes that the model must be able to do before greedy answers are counted."""

@@ -41,6 +41,11 @@ def tokenizer_folder(options: Options) -> Path:
     return Path(options.model) if options.model else prepare_model()
 
 
+def tokenizer_name(options: Options) -> str:
+    """What results call it."""
+    return options.model or "SmolLM2-135M-Instruct"
+
+
 def tokenized(texts: Sequence[str], folder: Path) -> list[Tokens]:
     """Token ids of each text, int32, without a chat template or special tokens."""
     from tokenizers import Tokenizer

@@ -227,6 +227,9 @@ def _notes() -> list[str]:
         "The donor asks another question about the same passages in another order (shuffled), or "
         f"in the same order with {REPLACED} of them other ones (replaced). CacheBlend and EPIC "
         "were made for chunks that were computed alone; here a donor's rows have seen its context.",
+        "No preset was chosen for this. Shuffled passages are many edits, each of them a passage "
+        "long, and a question that depends on all of them: rows kept across them are further from "
+        "full compute than on pairs of similar prompts (`agreement`).",
         "A model of 135M parameters finds few of the answers, so F1 says little. KL is the mean "
         "divergence of the next token's distribution over the tokens of full compute's answer.",
         "`F1 minus full`: where 95 % of the differences lie in a paired bootstrap over questions; "

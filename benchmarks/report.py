@@ -10,7 +10,10 @@ from benchmarks.result import APART, Result, presets, read, text
 _HEAD = """# Measurements
 
 Made by `python -m benchmarks report` from the JSON files beside it; every number on it was measured
-by the command printed under it. Where the data comes from: [data.md](data.md).
+by the command printed under it, with the `.venv` of `make setup` and, for `lmcache`, `semblend` and
+GPTCache, after `make bench-setup`: `OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m benchmarks run …`.
+`make bench` runs short forms, which never take the place of a full result on this page. Where the
+data comes from: [data.md](data.md).
 
 """
 
@@ -61,7 +64,7 @@ def section(result: Result, folder: Path) -> str:
     if result.short:
         parts.append("*Short form: fewer samples and settings than the full measurement.*")
     elif " --n " in result.command:
-        parts.append("*Another sample size than the measurement's own: see the command.*")
+        parts.append("*The sample size was given in the command.*")
     if old := _outdated(result):
         parts.append(old)
     if result.paper:

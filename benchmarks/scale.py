@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENGINES = (8, 16, 32, 64, 128, 256, 512, 1024)
+REMOTES = ("redis", "s3 (rclone)", "mooncake (TCP)")
+"""Their names in `tiers`."""
 
 
 class Parameter(NamedTuple):
@@ -41,10 +43,19 @@ class Rates(NamedTuple):
     lookup: Parameter
     requests: Parameter
 
-    def net(self, bandwidth: Parameter) -> float:
-        """Share of a reused token's prefill that is left after loading its row."""
-        load = self.row_bytes.value / bandwidth.value
-        return max(0.0, 1 - load * self.prefill.value)
+    @property
+    def break_even(self) -> float:
+        """Bytes a second below which loading a row takes longer than computing it."""
+        return self.row_bytes.value * self.prefill.value
+
+    def saved(self, own: float, shared: float, bandwidth: float) -> tuple[float, float]:
+        """Shares of all prefill time that a shared store saves, without and with edits.
+
+        What the engine has itself needs no loading; the rest of what is shared is loaded.
+        """
+        net = max(0.0, 1 - self.break_even / bandwidth)
+        by_prefix = own + (shared - own) * net
+        return by_prefix, by_prefix + (1 - shared) * self.edited.value * net
 
 
 def rates(out: Path) -> Rates:
@@ -125,13 +136,11 @@ def line_of(arrivals: Sequence[Arrival], engines: int, used: Rates, seed: int) -
     chance = np.random.default_rng(seed)
     own = prefix_hits(arrivals, chance.integers(engines, size=len(arrivals)).tolist())
     shared = prefix_hits(arrivals, [0] * len(arrivals))
-    # what the engine has itself needs no loading; the rest of what is shared comes from elsewhere
-    saved_shared = own + (shared - own) * used.net(used.remote)
-    edited = (1 - shared) * used.edited.value * used.net(used.remote)
+    saved_shared, saved_edited = used.saved(own, shared, used.remote.value)
     cores = engines * used.requests.value * used.lookup.value / 1e3
     return Line(
         engines, own, predicted_hits(arrivals, engines), shared,
-        own, saved_shared, saved_shared + edited, cores,
+        own, saved_shared, saved_edited, cores,
     )  # fmt: skip
 
 
@@ -167,7 +176,32 @@ def measure(options: Options) -> Result:
             "engines' prefill gained",
         ],
         rows=rows,
-        notes=[*_NOTES, *(f"{p.what}: {p.value:,.4g} ({p.source})." for p in used)],
+        notes=[
+            *_NOTES,
+            *(f"{p.what}: {p.value:,.4g} ({p.source})." for p in used),
+            _at_measured_rates(options.out / "tiers.json", lines[-1], used),
+        ],
+    )
+
+
+def _at_measured_rates(path: Path, line: Line, used: Rates) -> str:
+    """What is left of the last line with remotes as fast as they were measured."""
+    said = (
+        f"Below {used.break_even / 1e9:.2f} GB/s loading takes longer than computing, and sharing "
+        "saves nothing"
+    )
+    if not path.exists():
+        return f"{said}; `tiers` was not measured."
+    measured = {str(row[0]): float(row[3] or 0) for row in read(path).rows}
+    remotes = {name: rate for name, rate in measured.items() if name in REMOTES}
+    saved = ", ".join(
+        f"{name} ({rate:.2f} GB/s) {used.saved(line.own, line.shared, rate * 1e9)[1]:.0%}"
+        for name, rate in remotes.items()
+    )
+    return (
+        f"{said}. With one store of the rates that `tiers` measured, client and server on the same "
+        f"two cores, {line.engines:,} engines save with edits: {saved}; with the rate above "
+        f"{line.saved_edited:.0%}, with caches of their own {line.own:.0%}."
     )
 
 

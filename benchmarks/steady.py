@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.data import all_turns, sharegpt
-from benchmarks.prompts import tokenized, tokenizer_folder
+from benchmarks.prompts import tokenized, tokenizer_folder, tokenizer_name
 from benchmarks.replay import ENGINE_BLOCK, MEASURED_TOKENS, block_names
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.blocks.arena import slot_bytes
@@ -159,7 +159,7 @@ def measure(options: Options) -> Result:
         title=f"Steady state: reuse per window of {WINDOW} requests, host budget a quarter",
         n=sizes,
         seed=options.seed,
-        model="none (random rows of 128 bytes; tokens: SmolLM2-135M-Instruct)",
+        model=f"none (random rows of 128 bytes; tokens: {tokenizer_name(options)})",
         noise_floor="none: `edited repeats` draws texts evenly, so what moves is chance or decay",
         columns=[
             "requests",

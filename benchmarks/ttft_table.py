@@ -99,7 +99,9 @@ def _noise(samples: Samples) -> str:
         for key, values in samples.items()
         if key.arm == "prefix" and not key.share
     ]
-    words = f"full prefill of other prompts of the same length: median deviation {median(spread):.1%}"
+    words = (
+        f"full prefill of other prompts of the same length: median deviation {median(spread):.1%}"
+    )
     if beside:
         words += (
             "; two engines that do the same, prefix caching with nothing in common and full: "
@@ -109,9 +111,9 @@ def _noise(samples: Samples) -> str:
 
 
 def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:
-    """The median of the settings is what is judged; how many of them reach it is said as well."""
-    cells = [
-        median(sample.of_ideal for sample in values)
+    """The median of the settings is what is judged; what each length reaches is said as well."""
+    settings = [
+        (key.length, median(sample.of_ideal for sample in values))
         for key, values in samples.items()
         if key.length in TARGET_LENGTHS
         and key.arm.startswith(tier)
@@ -119,14 +121,20 @@ def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:
     ]
     what = "≥ 65 % of the ideal TTFT at 2k to 4k tokens with ≤ 10 % recomputed, "
     what += f"{tier} tier"
-    if not cells:
+    if not settings:
         return what, "no prompt with so little recomputed", False
-    enough = sum(cell >= TARGET_SHARE for cell in cells)
+    shares = [share for _, share in settings]
+    by_length = [
+        f"{length} tokens: {median(some):.0%}, {sum(s >= TARGET_SHARE for s in some)} of "
+        f"{len(some)} reach it"
+        for length in TARGET_LENGTHS
+        if (some := [share for its, share in settings if its == length])
+    ]
     measured = (
-        f"median of {len(cells)} settings {median(cells):.0%}, lowest {min(cells):.0%}, "
-        f"{enough} reach it"
+        f"median of {len(shares)} settings {median(shares):.0%}, lowest {min(shares):.0%} "
+        f"({'; '.join(by_length)})"
     )
-    return what, measured, median(cells) >= TARGET_SHARE
+    return what, measured, median(shares) >= TARGET_SHARE
 
 
 def _declines(declined: dict[str, int]) -> str:

@@ -1,5 +1,6 @@
 """What the timed benchmarks are made of: prompts, turns, timers, and how samples become rows."""
 
+import math
 import sys
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 
 from benchmarks import beside, engines, load, misses, ttft_table
 from benchmarks.edited import SCATTERED, Texts, TextsError, follower
-from benchmarks.engines import Engine, Timed, in_turn
+from benchmarks.engines import Engine, Replayed, Timed, in_turn
 from benchmarks.peers import PeerMissingError, make_importable, python_with
 from benchmarks.result import Options
 from benchmarks.timers import Timers
@@ -230,7 +231,7 @@ def test_only_settings_that_the_target_is_about_decide_it() -> None:
     }
     _, measured, reached = ttft_table._target(samples, "host")
     assert reached
-    assert measured == "median of 1 settings 80%, lowest 80%, 1 reach it"
+    assert measured == "median of 1 settings 80%, lowest 80% (2048 tokens: 80%, 1 of 1 reach it)"
     assert not ttft_table._target(samples, "disk")[2]
     assert not ttft_table._target({key(4096, "host aggressive"): [bad]}, "host")[2]
     assert not ttft_table._target({key(2048, "host faithful"): [much]}, "host")[2]
@@ -263,6 +264,17 @@ def test_misses_that_were_hits_are_left_out() -> None:
     assert made.n == {"misses": 3, "hits left out": 1}
     assert made.targets == [("miss overhead ≤ 2 %, median", "+3.0%, n = 3", False)]
     misses.draw(made)
+
+
+def test_load_says_what_each_arm_serves_and_its_times_beside_plain() -> None:
+    def phase(share: float, rate: float) -> load.Phase:
+        plain, ours = Replayed([1.0, 2.0, 6.0], 4.0), Replayed([0.5, 1.0, 9.0], 3.0)
+        return load.Phase(share, rate, {"plain": plain, "prefix": plain, "kvshare": ours})
+
+    assert load._row(phase(math.inf, math.inf), "kvshare")[:4] == ["at once", "-", "kvshare", 1.0]
+    name, rate, _, served, p50, p99, *beside = load._row(phase(0.8, 0.6), "kvshare")
+    assert (name, rate, served, p50, p99) == ("80%", 0.6, 1.0, 1000, 9000)
+    assert beside == pytest.approx([0.5, 10.5 / 9, 1.5])
 
 
 def test_traffic_is_half_new_and_the_same_for_one_seed() -> None:

@@ -103,6 +103,22 @@ def test_scale_takes_what_was_measured(tmp_path: Path) -> None:
     assert used.lookup.value == 3.0
 
 
+def test_a_remote_slower_than_computing_saves_nothing(tmp_path: Path) -> None:
+    used = scale.rates(tmp_path)
+    assert used.saved(0.1, 0.5, used.break_even / 2) == (0.1, 0.1)
+    by_prefix, edited = used.saved(0.1, 0.5, used.break_even * 2)
+    assert by_prefix == pytest.approx(0.1 + 0.4 / 2)
+    assert edited == pytest.approx(by_prefix + 0.5 * used.edited.value / 2)
+    line = scale.Line(8, 0.1, 0.1, 0.5, 0.1, 0.4, 0.45, 1.0)
+    path = tmp_path / "tiers.json"
+    assert "`tiers` was not measured" in scale._at_measured_rates(path, line, used)
+    slow = ["redis", 0.2, "", used.break_even / 2e9]
+    write(result("tiers", rows=[slow, ["disk", 1.0, "", 9.0]]), None, tmp_path)
+    said = scale._at_measured_rates(path, line, used)
+    assert "redis (0.29 GB/s) 10%;" in said
+    assert "disk" not in said
+
+
 def test_a_stream_of_edited_repeats_has_seen_every_text_once() -> None:
     texts = [np.full(200, at, np.int32) for at in range(5)]
     stream = steady.edited_repeats(texts, 20, seed=0)
@@ -170,4 +186,4 @@ def test_results_of_other_presets_and_sample_sizes_say_so(tmp_path: Path) -> Non
         assert "settings of" not in sections[name]
         assert f"| soon in {name} | it is | reached | [{name}](#{name}) |" in verdicts
     assert "| soon in ttft | it is | reached | [ttft](#ttft) (*other settings*) |" in verdicts
-    assert all("*Another sample size" in sections[name] for name in ("ttft", "scale"))
+    assert all("*The sample size was given" in sections[name] for name in ("ttft", "scale"))
