@@ -183,12 +183,14 @@ def draw(result: Result) -> Figure:
 
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    styles = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
     drawn = {name: kl for name, kl in result.series["kl"].items() if name != "prefix"}
-    for (name, kl), style in zip(drawn.items(), styles, strict=False):
+    for at, (name, kl) in enumerate(drawn.items()):
         share = 100 * (np.arange(len(kl)) + 1) / len(kl)
-        axes.plot(share, np.maximum(kl, 1e-7), color="black", linestyle=style, label=name)
-    axes.axhline(result.series["floor"], color="0.6", linewidth=1, label="noise: bf16 twice")
+        axes.plot(
+            share, np.maximum(kl, 1e-7), color="black" if name.startswith("kvshare") else "0.55",
+            linestyle=("-", "--", "-.")[at % 3], label=name,
+        )  # fmt: skip
+    axes.axhline(result.series["floor"], color="black", linewidth=0.6, label="noise: bf16 twice")
     axes.set_yscale("log")
     axes.set_xlabel("% of the pairs, each method sorted by itself")
     axes.set_ylabel("KL to full compute, mean over 16 tokens (nats)")
