@@ -14,6 +14,7 @@ from benchmarks.agreement_grid import Lineup, grid
 from benchmarks.agreement_pairs import SHARE, SimilarPair, Split, similar_pairs
 from benchmarks.agreement_scores import CONTINUATION, Score, floors, scores
 from benchmarks.chats import Chat
+from benchmarks.prompts import tokenizer_folder, tokenizer_name
 from benchmarks.result import Cell, Options, Result
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FLOOR_EVERY = 3
 """The noise floor is computed on every third pair: bf16 is slow on most CPUs."""
+LONG = 256
+"""Tokens from which on a prompt is a long one."""
 COLUMNS = [
     "method",
     "reused",
@@ -47,10 +50,9 @@ def frontier(options: Options, split: Split, *, name: str, n: int, lineup: Lineu
     from kvshare_connectors.transformers.engine import RowEngine
     from kvshare_connectors.transformers.identity import namespace_of
 
-    from examples.demo.model import prepare_model
     from kvshare_store.lookup.text import delimiter_ids
 
-    model = options.model or str(prepare_model())
+    model = str(tokenizer_folder(options))
     pairs = similar_pairs(options.data, Chat(model), split, n)
     exact = RowEngine.load(model, torch.float32)
     delimiters = delimiter_ids(namespace_of(exact.model, model))
@@ -87,7 +89,7 @@ def result_of(
         title=f"Agreement with full compute over {CONTINUATION} forced tokens ({split} half)",
         n={"pairs": len(pairs), "pairs for the noise floor": floor_pairs},
         seed=options.seed,
-        model=f"{options.model or 'SmolLM2-135M-Instruct'}, fp32, transformers",
+        model=f"{tokenizer_name(options)}, fp32, transformers",
         noise_floor="mean KL over 16 tokens: "
         + ", ".join(f"{key} {value:.4f}" for key, value in floor.items()),
         columns=COLUMNS,
@@ -179,21 +181,18 @@ def notes(pairs: Sequence[SimilarPair]) -> list[str]:
     ]
 
 
-_LONG = 256
-
-
 def _long_prompts(found: Sequence[Score], floor: dict[str, float]) -> str:
     """The presets on the longer prompts alone, where a window is a small part."""
     parts = []
     for name, kept in by_method(found).items():
-        long = [one for one in kept if one.tokens >= _LONG]
+        long = [one for one in kept if one.tokens >= LONG]
         if name.startswith("kvshare") and long:
             reused = sum(one.reused for one in long) / sum(one.tokens for one in long)
             ratio = mean(long, "kl") / floor["bf16 twice"]
             parts.append(f"{name.removeprefix('kvshare ')} {reused:.1%} reused at {ratio:.1f} x")
-    count = len({one.pair for one in found if one.tokens >= _LONG})
+    count = len({one.pair for one in found if one.tokens >= LONG})
     return (
-        f"Prompts of {_LONG} tokens and more alone (n = {count}), x bf16 twice: "
+        f"Prompts of {LONG} tokens and more alone (n = {count}), x bf16 twice: "
         f"{'; '.join(parts) or 'none'}."
     )
 

@@ -41,7 +41,12 @@ class SimilarPair(NamedTuple):
 
 
 def similar_pairs(folder: Path, chat: Chat, split: Split, n: int) -> list[SimilarPair]:
-    """At most `n` pairs of one half of ShareGPT's similar prompts, in an order drawn by hash.
+    """At most `n` pairs of one half of ShareGPT's similar prompts, see `halves`."""
+    return halves(folder, chat)[split][:n]
+
+
+def halves(folder: Path, chat: Chat) -> dict[Split, list[SimilarPair]]:
+    """All pairs of ShareGPT's similar prompts by half, each in an order drawn by hash.
 
     Every human turn counts as a prompt of its own; its donor is the earlier prompt that covers
     most. Halves and order come from the prompt's id alone, so a prompt is never in both halves, and
@@ -62,8 +67,10 @@ def similar_pairs(folder: Path, chat: Chat, split: Split, n: int) -> list[Simila
         used[donor] = used.get(donor, 0) + 1
         pairs.append(SimilarPair(name, tokens, prompts[donor][1], share))
     drawn = sorted((_hash(pair.id), pair) for pair in pairs)
-    wanted = 0 if split == "tune" else 1
-    return [pair for digest, pair in drawn if digest[-1] % 2 == wanted][:n]
+    found: dict[Split, list[SimilarPair]] = {"tune": [], "report": []}
+    for digest, pair in drawn:
+        found["report" if digest[-1] % 2 else "tune"].append(pair)
+    return found
 
 
 def _distinct_prompts(folder: Path, chat: Chat) -> list[tuple[str, tuple[int, ...]]]:

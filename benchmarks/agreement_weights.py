@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
-from benchmarks.agreement import FLOOR_EVERY
-from benchmarks.agreement_pairs import SimilarPair, similar_pairs
+from benchmarks.agreement import FLOOR_EVERY, LONG
+from benchmarks.agreement_pairs import SimilarPair, halves
 from benchmarks.chats import Chat
 from benchmarks.data import DataError
+from benchmarks.prompts import tokenizer_folder
 from benchmarks.result import Cell, Options, Result, read
+from kvshare_store.lookup.align import common_prefix
+from kvshare_store.tree.edits import as_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +28,6 @@ METHODS = ("prefix", "kvshare faithful", "kvshare balanced", "kvshare aggressive
            "cacheblend 15%", "epic k=16")  # fmt: skip
 CHOSEN_ON = 80
 """Pairs of the other half that the presets were chosen on."""
-LONG = 256
 RESAMPLES = 2_000
 
 
@@ -44,9 +46,11 @@ class Way(NamedTuple):
 
     name: str
     kept: NDArray[np.bool_]
-    by_tokens: tuple[bool, bool] = (True, False)
-    """Whether long prompts weigh more: in the share reused, in the KL."""
+    reuse_by_tokens: bool = True
+    """Whether long prompts weigh more in the share reused."""
+    kl_by_tokens: bool = False
     template: bool = True
+    """Whether the template's tokens count."""
 
 
 def measure(options: Options) -> Result:
@@ -55,11 +59,8 @@ def measure(options: Options) -> Result:
     if not path.exists():
         raise DataError(f"{path} is missing: run `python -m benchmarks run agreement` first")
     found = read(path)
-    from examples.demo.model import prepare_model
-
-    chat = Chat(options.model or str(prepare_model()))
-    reported = similar_pairs(options.data, chat, "report", found.n["pairs"])
-    chosen_on = similar_pairs(options.data, chat, "tune", CHOSEN_ON)
+    every = halves(options.data, Chat(str(tokenizer_folder(options))))
+    reported, chosen_on = every["report"][: found.n["pairs"]], every["tune"][:CHOSEN_ON]
     pairs = known(reported, chosen_on)
     per_pair = {name: np.array(found.series["per_pair"][name]) for name in METHODS
                 if name in found.series["per_pair"]}  # fmt: skip
@@ -81,7 +82,7 @@ def measure(options: Options) -> Result:
         paper="not measured",
         notes=[
             "`as in agreement`: reuse by the tokens of all prompts, KL as a mean over prompts. "
-            "Resamples of the pairs (2,000); the floor is held fixed.",
+            f"Resamples of the pairs ({RESAMPLES:,}); the floor is held fixed.",
             f"`without ties`: without the pairs that share a prompt, a donor or a conversation "
             f"with one of the {CHOSEN_ON} that the presets were chosen on. `without the template`: "
             f"its {pairs.template} tokens, which all prompts begin with, are not counted.",
@@ -92,24 +93,21 @@ def measure(options: Options) -> Result:
         ],
         series={"kl": {name: sorted(values[:, 1].tolist()) for name, values in per_pair.items()},
                 "floor": floor},
+        policies=found.policies,
     )  # fmt: skip
 
 
 def known(reported: Sequence[SimilarPair], chosen_on: Sequence[SimilarPair]) -> Pairs:
     """Lengths, the template and ties of the pairs."""
-    first = reported[0].prompt
-    template = min(
-        next((at for at, (a, b) in enumerate(zip(first, pair.prompt, strict=False)) if a != b),
-             len(first))
-        for pair in reported[1:] or reported
-    )  # fmt: skip
+    prompts = [as_tokens(pair.prompt) for pair in reported]
+    template = min(common_prefix(prompts[0], prompt) for prompt in prompts)
     texts = {text for pair in chosen_on for text in (pair.prompt, pair.donor)}
     conversations = {_conversation(pair.id) for pair in chosen_on}
     tied = [
         pair.prompt in texts or pair.donor in texts or _conversation(pair.id) in conversations
         for pair in reported
     ]
-    return Pairs(np.array([len(pair.prompt) for pair in reported]), template, np.array(tied))
+    return Pairs(np.array([len(prompt) for prompt in prompts]), template, np.array(tied))
 
 
 def _conversation(turn: str) -> str:
@@ -124,8 +122,8 @@ def ways(pairs: Pairs) -> list[Way]:
     third = np.arange(len(every)) % FLOOR_EVERY == 0
     return [
         Way("as in agreement", every),
-        Way("both by prompts", every, (False, False)),
-        Way("both by tokens", every, (True, True)),
+        Way("both by prompts", every, reuse_by_tokens=False),
+        Way("both by tokens", every, kl_by_tokens=True),
         Way("without the template", every, template=False),
         Way("without ties", ~pairs.tied),
         Way(f"{LONG} tokens and more", pairs.tokens >= LONG),
@@ -148,8 +146,8 @@ def row(
     reused, ordinary = share * lengths, np.ones(len(lengths))
     if not way.template:
         reused, lengths = np.maximum(0, reused - pairs.template), lengths - pairs.template
-    share_weights = lengths if way.by_tokens[0] else ordinary
-    kl_weights = lengths if way.by_tokens[1] else ordinary
+    share_weights = lengths if way.reuse_by_tokens else ordinary
+    kl_weights = lengths if way.kl_by_tokens else ordinary
     drawn = draws.integers(len(kl), size=(RESAMPLES, len(kl)))
     means = (kl * kl_weights)[drawn].sum(1) / kl_weights[drawn].sum(1) / floor
     low, high = np.quantile(means, (0.025, 0.975))

@@ -97,7 +97,7 @@ _NOTES = [
     "block's tokens.",
     "Why it falls short: what was best on a trace's first half is not at every budget on the "
     "second, and where a tier holds little of the working set (Mooncake conversation, 32 and 128 "
-    "GiB) `s3fifo` is better at letting go of what comes once.",
+    "GiB) `s3fifo` finds more.",
     "Mooncake: production traces, blocks of 512 tokens. ShareGPT: human turns only, each on top of "
     "those before it, conversations interleaved, four bytes a token, blocks of 64 tokens.",
 ]

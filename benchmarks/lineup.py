@@ -14,8 +14,12 @@ from benchmarks.methods.base import Method, Prefilled
 from benchmarks.methods.cacheblend import cacheblend, dhd
 from benchmarks.methods.epic import Epic
 from benchmarks.methods.kvshare import kvshare, prefix
+from benchmarks.prompts import tokenizer_folder, tokenizer_name
 from benchmarks.result import Options
 from kvshare_store.lookup.text import delimiter_ids
+
+FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
+"""Full compute as what all is held against, and the two noise floors."""
 
 
 class Arm:
@@ -38,11 +42,9 @@ def engine_for(options: Options, dtype: torch.dtype = torch.float32) -> tuple[Ro
     """The engine, the tokenizer and the name of the model that the options ask for."""
     from transformers.utils import logging
 
-    from examples.demo.model import NAME, prepare_model
-
     logging.disable_progress_bar()
-    folder = options.model or str(prepare_model())
-    return RowEngine.load(folder, dtype), Chat(folder), options.model or NAME
+    folder = str(tokenizer_folder(options))
+    return RowEngine.load(folder, dtype), Chat(folder), tokenizer_name(options)
 
 
 @contextmanager

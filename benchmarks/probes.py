@@ -11,12 +11,14 @@ from kvshare_connectors.transformers.engine import RowEngine
 from torch import Tensor
 
 from benchmarks import data
-from benchmarks.lineup import delimiters_of, engine_for, lineup, progress
+from benchmarks.lineup import BF16, FULL, NOISE, delimiters_of, engine_for, lineup, progress
 from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, in_two_chunks
 from benchmarks.methods.kvshare import kvshare
 from benchmarks.probe_items import Filler, Probe, probes
-from benchmarks.probe_table import BF16, FULL, NOISE, Probed, Seen, draw, table
+from benchmarks.probe_table import Probed, Seen, draw, table
 from benchmarks.result import Options, Result
+from kvshare_store.lookup.align import common_prefix
+from kvshare_store.tree.edits import as_tokens
 
 if TYPE_CHECKING:
     from benchmarks.chats import Chat
@@ -75,8 +77,7 @@ def _extended(engine: RowEngine, tokens: Sequence[int], before: Donor | None) ->
     """Full compute, from where a prompt computed before is the same: two questions, one text."""
     shared = 0
     if before is not None:
-        pairs = zip(tokens, before.tokens, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(before.tokens))
+        shared = common_prefix(as_tokens(tokens), as_tokens(before.tokens))
         shared = min(shared, len(tokens) - 1)
     if before is None or not shared:
         return full_compute(engine, tokens)

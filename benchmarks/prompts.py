@@ -12,7 +12,7 @@ import numpy.typing as npt
 from benchmarks.data import Prompt, all_turns, first_turns, sharegpt
 from benchmarks.result import Options
 from benchmarks.vectors import text_vectors
-from examples.demo.model import prepare_model
+from examples.demo.model import NAME, prepare_model
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
@@ -42,8 +42,8 @@ def tokenizer_folder(options: Options) -> Path:
 
 
 def tokenizer_name(options: Options) -> str:
-    """What results call it."""
-    return options.model or "SmolLM2-135M-Instruct"
+    """What results call that model."""
+    return options.model or NAME
 
 
 def tokenized(texts: Sequence[str], folder: Path) -> list[Tokens]:

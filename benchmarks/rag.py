@@ -18,7 +18,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks import data
 from benchmarks.answers import drafted
 from benchmarks.chats import Chat, sampled
-from benchmarks.lineup import Arm, engine_for, lineup, progress
+from benchmarks.lineup import BF16, FULL, NOISE, Arm, engine_for, lineup, progress
 from benchmarks.methods.base import (
     Prefilled,
     donor_of,
@@ -42,7 +42,6 @@ WORDS = 80
 """Words kept of each passage: those around which the question's words are densest."""
 REPLACED = 3
 """Passages of ten that a `replaced` donor does not share with the request."""
-FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
 SHUFFLED, REPLACING = "shuffled", "replaced"
 ASK = (
     "Answer the question from the passages. Answer within 5 words.\n\n{passages}\n\n"

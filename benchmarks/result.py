@@ -72,7 +72,7 @@ class Result(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     short: bool = False
     policies: dict[str, str] = {}
-    """The presets as they were when this was measured."""
+    """The presets as they were when this was measured; `run` fills in those of today."""
 
 
 def presets() -> dict[str, str]:
@@ -114,7 +114,7 @@ def run(
     result.machine = machine()
     result.date = datetime.now(UTC).date().isoformat()
     result.short = options.short
-    result.policies = presets()
+    result.policies = result.policies or presets()
     kept = options.out / f"{result.name}.json"
     if options.short and kept.exists() and not read(kept).short:
         print(f"{kept} is of the full form and stays; use --out to keep this short one")

@@ -192,11 +192,10 @@ def _at_measured_rates(path: Path, line: Line, used: Rates) -> str:
     )
     if not path.exists():
         return f"{said}; `tiers` was not measured."
-    measured = {str(row[0]): float(row[3] or 0) for row in read(path).rows}
-    remotes = {name: rate for name, rate in measured.items() if name in REMOTES}
+    remotes = [(row[0], float(row[3] or 0)) for row in read(path).rows if row[0] in REMOTES]
     saved = ", ".join(
         f"{name} ({rate:.2f} GB/s) {used.saved(line.own, line.shared, rate * 1e9)[1]:.0%}"
-        for name, rate in remotes.items()
+        for name, rate in remotes
     )
     return (
         f"{said}. With one store of the rates that `tiers` measured, client and server on the same "

@@ -18,7 +18,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks.answers import drafted
 from benchmarks.chats import EDITS, Chat, Task, near_duplicate, summaries, translation
 from benchmarks.gptcache import GptCacheBaseline
-from benchmarks.lineup import Arm, engine_for, lineup, progress
+from benchmarks.lineup import BF16, FULL, NOISE, Arm, engine_for, lineup, progress
 from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, generate, in_two_chunks
 from benchmarks.peers import PeerMissingError
 from benchmarks.result import Cell, Options, Result
@@ -31,7 +31,7 @@ NEW = 64
 """Tokens of an answer at most."""
 BLOCK = 4
 """Prompts of like length whose caches are in memory together."""
-FULL, NOISE, BF16, GPTCACHE = "full", "full, in two chunks", "full, in bf16", "gptcache"
+GPTCACHE = "gptcache"
 ANOTHER, NEAR = "another text", "near-duplicate"
 PAPER = (
     "Table 1 (scores from 0 to 1, n not given): full compute, prefix caching, KVShare, GPTCache. "
