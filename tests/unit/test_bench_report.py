@@ -159,6 +159,14 @@ def test_plots_are_drawn(module: Any, made: dict[str, Any], tmp_path: Path) -> N
     assert (tmp_path / "p.png").stat().st_size > 5_000
 
 
+def test_a_result_made_of_an_older_one_keeps_the_presets_of_that_one(tmp_path: Path) -> None:
+    old = dict.fromkeys(presets(), "as it was")
+    options = Options(data=tmp_path, out=tmp_path)
+    assert run(lambda _: result("new"), None, options, "command").policies == presets()
+    recounted = run(lambda _: result("recounted", policies=old), None, options, "command")
+    assert recounted.policies == old
+
+
 def test_a_short_result_does_not_take_the_place_of_a_full_one(tmp_path: Path) -> None:
     def measured(options: Options) -> Result:
         return result("a", n={"prompts": 2 if options.short else 100})
