@@ -19,6 +19,7 @@ MEASUREMENTS: dict[str, str] = {
     "ttft": "ttft",
     "shapes": "shapes",
     "load": "load",
+    "conversations": "conversations",
     "misses": "misses",
     "misses_store": "misses_store",
     "steady": "steady",
