@@ -132,9 +132,10 @@ class Home:
             pass
 
     def processor_seconds(self) -> float:
-        """Seconds of processor time that the daemon has used so far."""
-        times = psutil.Process(self._client.greet().pid).cpu_times()
-        return float(times.user + times.system)
+        """Seconds of processor time that the daemon and its children have used so far."""
+        daemon = psutil.Process(self._client.greet().pid)
+        used = [process.cpu_times() for process in (daemon, *daemon.children(recursive=True))]
+        return float(sum(times.user + times.system for times in used))
 
     def restart(self) -> None:
         """Empty the host tier: a new daemon, and files that the system has to read from disk."""
