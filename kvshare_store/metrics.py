@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+from kvshare_store.threads import Health
+
 _WINDOW = 4096
 
 
@@ -15,6 +17,7 @@ class Metrics:
     """Counters, labelled counters and durations of one store."""
 
     def __init__(self) -> None:
+        self.health = Health()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._declined: Counter[str] = Counter()

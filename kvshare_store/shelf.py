@@ -60,8 +60,9 @@ class Shelf:
         self.lock = threading.RLock()
         self._config = config
         self._metrics = metrics
+        self.health = metrics.health
         self._semantic = semantic
-        self._home = home = Home.open(config)
+        self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
         self.blocks = BlockStore(home.host, home.below, home.io, self.lock, metrics)
         self.blocks.on_lost = self.lost
@@ -81,6 +82,7 @@ class Shelf:
             self._describe,
             self.blocks.delete,
             self._uncommitted,
+            metrics.health,
         )
         try:
             with _no_collections():

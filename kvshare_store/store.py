@@ -245,8 +245,9 @@ class Store:
 
         Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. The slots stay
         reserved until then, or until `owner` stages another prompt or is reaped. `NoSpaceError`
-        when the host budget is full of rows in use.
+        when the host budget is full of rows in use, `StorageError` while nothing can be stored.
         """
+        self.metrics.health.check_storing()
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
     def slot(self, slot: Slot) -> memoryview:
@@ -362,6 +363,7 @@ class Store:
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
             "tiers": tiers,
+            "health": metrics.health.report(),
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 

@@ -33,7 +33,7 @@ _LANES: dict[type, str] = {
 class Lanes:
     """Work goes in; nothing that goes wrong in it ends a thread or stays unsaid."""
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
         self._pools = {
             name: ThreadPoolExecutor(count, f"kvshare-{name}") for name, count in _THREADS.items()
@@ -54,7 +54,7 @@ class Lanes:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # a bug must not go unnoticed
+        except BaseException as error:  # a bug must not go unnoticed, nor a library's panic
             log.exception("kvshare: work in a lane failed")
             self._failed(error)
 

@@ -164,14 +164,14 @@ class Server:
             return _encoded(self._handlers[type(message)](message, connection))
         except KVShareError as error:
             return protocol.encode_error(error)
-        except Exception as error:  # a bug is logged and answered, or the client would wait
+        except BaseException as error:  # a bug is logged and answered, or the client would wait
             log.exception("kvshare: a request failed")
             self._failed(error)
             return protocol.encode_error(
                 InternalError("the daemon failed on this request; see its log")
             )
 
-    def _failed(self, _: Exception) -> None:
+    def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)
 
     def _plan(self, message: protocol.Plan, client: Connection) -> Any:
