@@ -346,7 +346,10 @@ class Store:
         return self.shelf.namespace(digest)
 
     def stats(self) -> dict[str, Any]:
-        """Counters, budgets and times, in plain types."""
+        """Counters, budgets and times, in plain types.
+
+        Never waits: neither for the lock nor for a first look at the disk.
+        """
         metrics = self.metrics
         names = (
             "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
@@ -359,7 +362,7 @@ class Store:
             "declined": metrics.declined,
             "errors": metrics.errors,
             "nodes": len(self.tree),
-            "blocks": len(self.tree.blocks()),
+            "blocks": self.tree.block_count,
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
             "tiers": tiers,

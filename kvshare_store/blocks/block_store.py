@@ -336,9 +336,9 @@ class BlockStore:
         return set(self.host.names()).union(*own)
 
     def use(self) -> dict[str, TierUse]:
-        """Bytes, budget and blocks of each tier."""
+        """Bytes, budget and blocks of each tier, as far as they are counted. Never waits."""
         tiers = [self.host, *(level.tier for level in self.levels)]
-        return {tier.name: tier.use() for tier in tiers}
+        return {tier.name: tier.counted() for tier in tiers}
 
     def close(self) -> None:
         """Close every tier."""

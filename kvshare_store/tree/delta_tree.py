@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
@@ -226,6 +227,15 @@ class DeltaTree:
     def blocks(self) -> set[str]:
         """Blocks that some node points at."""
         return set(self._users)
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks some node points at."""
+        return len(self._users)
+
+    def newest(self, count: int) -> list[Node]:
+        """The nodes used last, the newest first."""
+        return [self._nodes[node_id] for node_id in islice(reversed(self._used), max(0, count))]
 
     def path(self, node_id: str) -> list[Node]:
         """From the oldest ancestor that is still here down to the node."""
