@@ -228,7 +228,7 @@ class Server:
         self.store.finish(message.lease, message.outcome)
 
     def _observe(self, message: protocol.Observe, _: Session) -> None:
-        self.store.cost.prefill.observe(message.tokens, message.seconds)
+        self.store.observe(message.model, message.tokens, message.seconds)
 
     def _stage(self, message: protocol.Stage, session: Session) -> Any:
         tokens = _tokens(message.tokens)
