@@ -145,9 +145,10 @@ class Committer:
                 self._attempt([work])
 
     def _give_up(self, work: Work, error: InternalError) -> None:
+        if not isinstance(work, Addition):
+            return
         try:
-            if isinstance(work, Addition):
-                self._failed(work.node, error)
+            self._failed(work.node, error)
         except BaseException:  # the rest of the batch must not suffer
             log.exception("kvshare: node %s could not be given up", work.node.id[:12])
 

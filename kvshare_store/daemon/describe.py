@@ -134,5 +134,5 @@ def _text(store: Store, node: Node, start: int, stop: int) -> str:
 def _words(store: Store, digest: str, tokens: Tokens) -> str:
     """Tokens as text, or as numbers where the namespace names no tokenizer."""
     namespace = store.namespace(digest)
-    text = decode(namespace, tokens) if namespace is not None else None
+    text = decode(namespace.tokenizer, tokens) if namespace is not None else None
     return text if text is not None else " ".join(map(str, tokens.tolist()))

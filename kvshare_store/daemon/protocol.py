@@ -60,6 +60,8 @@ class Observe(msgspec.Struct, frozen=True, tag="observe"):
 
     tokens: int
     seconds: float
+    model: str = ""
+    """`Namespace.model_digest`; an engine of the release before does not say."""
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):

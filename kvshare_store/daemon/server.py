@@ -155,21 +155,29 @@ class Server:
     # --- in the lanes ------------------------------------------------------------------------
 
     def _answer(self, connection: Connection, frame: Frame) -> None:
-        body = self._answered(connection, frame)
-        self.switchboard.answer(connection, frame.id, body, frame.nbytes)
+        self._settle(connection, frame, partial(self._result, connection, frame))
 
-    def _answered(self, connection: Connection, frame: Frame) -> bytes:
+    def _result(self, connection: Connection, frame: Frame) -> Any:
+        message = protocol.decode_request(frame.body)
+        return self._handlers[type(message)](message, connection)
+
+    def _settle(self, connection: Connection, frame: Frame, result: Callable[[], Any]) -> None:
+        """Answer with a result, or with the error that comes instead; a future later."""
         try:
-            message = protocol.decode_request(frame.body)
-            return _encoded(self._handlers[type(message)](message, connection))
+            found = result()
+            if isinstance(found, Future):
+                found.add_done_callback(lambda it: self._settle(connection, frame, it.result))
+                return
+            body = _encoded(found)
         except KVShareError as error:
-            return protocol.encode_error(error)
+            body = protocol.encode_error(error)
         except BaseException as error:  # a bug is logged and answered, or the client would wait
             log.exception("kvshare: a request failed")
             self._failed(error)
-            return protocol.encode_error(
+            body = protocol.encode_error(
                 InternalError("the daemon failed on this request; see its log")
             )
+        self.switchboard.answer(connection, frame.id, body, frame.nbytes)
 
     def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)
@@ -177,12 +185,12 @@ class Server:
     def _plan(self, message: protocol.Plan, client: Connection) -> Any:
         if client.gone or 0 < message.until < time.monotonic():
             raise DeadlineError("the engine has stopped waiting for this plan")
-        return self.store.plan(
+        return self.store.plan_soon(
             _tokens(message.tokens), message.namespace, policy=message.policy, owner=client.owner
         )
 
     def _observe(self, message: protocol.Observe, _: Connection) -> None:
-        self.store.cost.prefill.observe(message.tokens, message.seconds)
+        self.store.observe(message.model, message.tokens, message.seconds)
 
     def _stage(self, message: protocol.Stage, client: Connection) -> Any:
         return self.store.stage(

@@ -147,6 +147,8 @@ class DeltaTree:
                 del self._users[name]
                 self._bytes[node.namespace] -= self._sizes.pop(name)
                 unused.append(name)
+        if not self._bytes[node.namespace]:
+            del self._bytes[node.namespace]
         self._rank_again(alone)
         return unused
 
