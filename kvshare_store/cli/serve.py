@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 
@@ -25,6 +26,8 @@ def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOptio
 def run(config: StoreConfig) -> None:
     """Serve in this process; log to standard error."""
     os.umask(0o077)  # also for what LanceDB writes
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # clients and files take descriptors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help

@@ -13,7 +13,7 @@ import msgspec
 
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome
+from kvshare_store.plan import Count, Label, Outcome, Seconds
 from kvshare_store.staging import Reuse
 
 OLDEST, NEWEST = 2, 2
@@ -44,8 +44,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
 class Decline(msgspec.Struct, frozen=True, tag="decline"):
     """The engine asked for no plan, and why; counted as a lookup that missed. Reply: None."""
 
-    reason: str
-    tokens: int
+    reason: Label
+    tokens: Count
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
@@ -58,9 +58,9 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
 class Observe(msgspec.Struct, frozen=True, tag="observe"):
     """What the engine measured: tokens prefilled in how many seconds. Reply: None."""
 
-    tokens: int
-    seconds: float
-    model: str = ""
+    tokens: Count
+    seconds: Seconds
+    model: Label = ""
     """`Namespace.model_digest`; an engine of the release before does not say."""
 
 
@@ -87,7 +87,7 @@ class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A client counts a failure on its side. Reply: None."""
 
-    kind: str
+    kind: Label
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

@@ -237,7 +237,8 @@ class DeltaTree:
 
     def newest(self, count: int) -> list[Node]:
         """The nodes used last, the newest first."""
-        return [self._nodes[node_id] for node_id in islice(reversed(self._used), max(0, count))]
+        newest = islice(reversed(self._used), max(0, min(count, len(self._used))))
+        return [self._nodes[node_id] for node_id in newest]
 
     def path(self, node_id: str) -> list[Node]:
         """From the oldest ancestor that is still here down to the node."""
