@@ -55,7 +55,7 @@ def frontier(options: Options, split: Split, *, name: str, n: int, lineup: Lineu
     model = str(tokenizer_folder(options))
     pairs = similar_pairs(options.data, Chat(model), split, n)
     exact = RowEngine.load(model, torch.float32)
-    delimiters = delimiter_ids(namespace_of(exact.model, model))
+    delimiters = delimiter_ids(namespace_of(exact.model, model).tokenizer)
     methods = grid(delimiters, lineup)
     found = list(
         chain.from_iterable(

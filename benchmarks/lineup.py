@@ -80,4 +80,4 @@ def presets(engine: RowEngine) -> list[Method]:
 def delimiters_of(engine: RowEngine) -> frozenset[int]:
     """The tokens that the policies' `delimiters` is about, as the store finds them."""
     folder = str(engine.model.config.name_or_path)
-    return delimiter_ids(namespace_of(engine.model, folder))
+    return delimiter_ids(namespace_of(engine.model, folder).tokenizer)

@@ -14,8 +14,6 @@ from benchmarks.result import Options
 from benchmarks.vectors import text_vectors
 from examples.demo.model import NAME, prepare_model
 from kvshare_store.lookup.text import delimiter_ids
-from kvshare_store.namespace import Namespace
-from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tree.edits import Tokens
 
 CONVERSATIONS, SHORT_CONVERSATIONS = 8_865, 600
@@ -57,8 +55,7 @@ def tokenized(texts: Sequence[str], folder: Path) -> list[Tokens]:
 
 def delimiters_of(folder: Path) -> Collection[int]:
     """Token ids of line ends and turn markers, as the store finds them."""
-    layout = KVLayout(1, 1, 1, "float32")
-    return delimiter_ids(Namespace(model="replay", layout=layout, tokenizer=str(folder)))
+    return delimiter_ids(str(folder))
 
 
 def sharegpt_prompts(options: Options) -> tuple[Prompts, list[int]]:

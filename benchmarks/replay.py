@@ -19,6 +19,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import Vector, lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex, VectorMatrix
+from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.plan import Span
@@ -65,6 +66,18 @@ class _Limited(VectorMatrix):
         return [(name, cosine) for name, cosine in found if 1 - cosine <= self._within]
 
 
+class _WithOwnVector(Nominator):
+    """Nominates by the request's own text vector: what text could find if it cost nothing."""
+
+    vector: Vector | None = None
+
+    def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
+        if self.vector is None or self._index is None:
+            return []
+        found = self._index.semantic.nearest(self.vector, count)
+        return self._nodes([node_id for node_id, _ in found])
+
+
 class MetadataStore:
     """Prompts in order: each is looked up, then stored as what it would have become."""
 
@@ -86,20 +99,23 @@ class MetadataStore:
         if not sources.lexical:
             self.index.lexical = _Limited(-1.0)
         self.index.semantic = _Limited(sources.within if sources.semantic else -1.0)
-        self._planner = Planner(self.config, self.tree, CostModel())
+        self._planner = Planner(self.config)
+        self._cost = CostModel()
         self._all_exact = all_exact
         self._delimiters = delimiters
 
     def plan(self, tokens: Tokens, vector: Vector | None = None) -> Draft:
-        """What the store would answer."""
+        """What the store would answer if it had the text vector of the request."""
+        nominator = _WithOwnVector(self.tree, self.index)
+        nominator.vector = vector if vector is not None and vector.any() else None
         return self._planner.draft(
             tokens,
-            self.index,
+            nominator,
             self.policy,
+            self._cost,
             tier_of=lambda name: "host",
             row_bytes=1,
             delimiters=self._delimiters if self.policy.delimiters else (),
-            semantic=lambda: vector if vector is not None and vector.any() else None,
         )
 
     def save(self, tokens: Tokens, vector: Vector | None, draft: Draft) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
-from kvshare_store.errors import KVShareError, StorageError
+from kvshare_store.errors import InternalError, KVShareError, StorageError
+from kvshare_store.threads import STORING, Health, Supervised
 from kvshare_store.tree.catalog import Catalog, Vectors
 from kvshare_store.tree.node import Node
 
@@ -22,6 +23,7 @@ log = logging.getLogger("kvshare")
 
 T = TypeVar("T")
 
+_EMBEDDING = "embedding"
 _BATCH = 64
 """Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
 
@@ -60,6 +62,7 @@ class Committer:
         describe: Callable[[Addition], Addition],
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
+        health: Health,
     ) -> None:
         self._catalog = catalog
         self._make_durable = make_durable
@@ -67,8 +70,8 @@ class Committer:
         self._delete_blocks = delete_blocks
         self._failed = failed
         self._queue: queue.Queue[Work | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="kvshare-commit", daemon=True)
-        self._thread.start()
+        self._health = health
+        self._thread = Supervised(STORING, self._run, health)
 
     def order(self, work: Work) -> None:
         """Queue one piece of work."""
@@ -95,7 +98,7 @@ class Committer:
                 self._queue.all_tasks_done.wait(1.0)
 
     def _check_alive(self) -> None:
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             raise StorageError("nothing is made durable any more: restart the store")
 
     def close(self) -> None:
@@ -109,7 +112,7 @@ class Committer:
         while True:
             batch = self._take()
             try:
-                self._do([work for work in batch if work is not None])
+                self._attempt([work for work in batch if work is not None])
             finally:
                 for _ in batch:
                     self._queue.task_done()
@@ -124,6 +127,30 @@ class Committer:
             except queue.Empty:
                 break
         return batch
+
+    def _attempt(self, batch: list[Work]) -> None:
+        """Do it. After an error that nobody expected each piece is tried alone: one that cannot be
+        done is given up, and takes no other along. What was done before is done once more, which
+        changes nothing."""
+        try:
+            self._do(batch)
+            self._health.well(STORING)
+        except BaseException as error:  # a panic of a library is no Exception
+            log.exception("kvshare: %d pieces of work failed", len(batch))
+            self._health.failed(STORING, error)
+            if len(batch) == 1:
+                self._give_up(batch[0], InternalError(f"{type(error).__name__}: {error}"))
+                return
+            for work in batch:
+                self._attempt([work])
+
+    def _give_up(self, work: Work, error: InternalError) -> None:
+        if not isinstance(work, Addition):
+            return
+        try:
+            self._failed(work.node, error)
+        except BaseException:  # the rest of the batch must not suffer
+            log.exception("kvshare: node %s could not be given up", work.node.id[:12])
 
     def _do(self, batch: list[Work]) -> None:
         """What can be done in one go is: additions first, or a node that takes another's place
@@ -154,7 +181,7 @@ class Committer:
             if error is not None:
                 self._failed(addition.node, error)
             else:
-                durable.append(self._describe(addition))
+                durable.append(self._described(addition))
         if self._catalog is None or not durable:
             return
         try:
@@ -162,6 +189,17 @@ class Committer:
         except KVShareError as error:
             for addition in durable:
                 self._failed(addition.node, error)
+
+    def _described(self, addition: Addition) -> Addition:
+        """What it is without is no reason to lose it."""
+        try:
+            described = self._describe(addition)
+        except BaseException as error:  # whatever an embedding model raises
+            log.exception("kvshare: node %s has no text vector", addition.node.id[:12])
+            self._health.failed(_EMBEDDING, error)
+            return addition
+        self._health.well(_EMBEDDING)
+        return described
 
     def _remove(self, removals: list[Removal]) -> None:
         if not removals:
@@ -177,7 +215,9 @@ class Committer:
 
 
 def _do_errand(errand: Errand) -> None:
+    if errand.done.done():
+        return
     try:
         errand.done.set_result(errand.run())
-    except KVShareError as error:
+    except BaseException as error:  # noqa: BLE001 - whoever waits for it deals with it
         errand.done.set_exception(error)

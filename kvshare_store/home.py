@@ -17,6 +17,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
 from kvshare_store.levels_of import open_levels
+from kvshare_store.threads import Health
 from kvshare_store.tree.catalog import Catalog
 
 FORMAT = "2"
@@ -58,11 +59,11 @@ class Home:
         self.catalog = catalog
 
     @classmethod
-    def open(cls, config: StoreConfig) -> Home:
+    def open(cls, config: StoreConfig, health: Health | None = None) -> Home:
         """Take the home over; `BusyError` if another process has it, `HomeError` if unusable."""
         home = config.home_path
         lock = _lock(home)
-        io = IoLoop()
+        io = IoLoop(health)
         arena: Arena | None = None
         try:
             _check_format(home)

@@ -22,11 +22,13 @@ from kvshare_store.rewrite import swap
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
+from kvshare_store.threads import Supervised
 from kvshare_store.tree.merge import copy_rows, merged_node, wants_merge
 from kvshare_store.tree.node import Node
 
 log = logging.getLogger("kvshare")
 
+_NAME = "kvshare-janitor"
 _CHUNK = 64
 """Nodes or blocks removed, or looked at, in one go."""
 _MERGES = 8
@@ -64,10 +66,9 @@ class Janitor:
         self._seen_versions = 0
         self._shared_orphans: dict[str, float] = {}
         """Since when (monotonic) blocks of a shared tier are nobody's."""
-        self._thread: threading.Thread | None = None
+        self._thread: Supervised | None = None
         if config.gc_seconds:
-            self._thread = threading.Thread(target=self._run, name="kvshare-janitor", daemon=True)
-            self._thread.start()
+            self._thread = Supervised(_NAME, self._run, shelf.health, self._stop)
 
     def _run(self) -> None:
         if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
@@ -75,6 +76,7 @@ class Janitor:
         while not self._stop.is_set():
             try:
                 self.collect(patient=True)
+                self._shelf.health.well(_NAME)
             except KVShareError as error:
                 log.warning("kvshare: garbage was not collected: %s", error)
             self._stop.wait(self._config.gc_seconds)

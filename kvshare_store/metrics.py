@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+from kvshare_store.threads import Health
+
 _WINDOW = 4096
+_LABELS = 200
 
 
 class Metrics:
     """Counters, labelled counters and durations of one store."""
 
     def __init__(self) -> None:
+        self.health = Health()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._declined: Counter[str] = Counter()
@@ -29,12 +33,12 @@ class Metrics:
     def decline(self, reason: str) -> None:
         """Count a lookup that ended without reuse."""
         with self._lock:
-            self._declined[reason] += 1
+            self._declined[_known(self._declined, reason)] += 1
 
     def error(self, kind: str) -> None:
         """Count a failure by its kind."""
         with self._lock:
-            self._errors[str(kind)] += 1
+            self._errors[_known(self._errors, str(kind))] += 1
 
     def observe(self, name: str, seconds: float) -> None:
         """Add one duration."""
@@ -75,3 +79,8 @@ class Metrics:
             return {"p50": 0.0, "p99": 0.0}
         last = len(values) - 1
         return {"p50": values[round(0.5 * last)], "p99": values[round(0.99 * last)]}
+
+
+def _known(counter: Counter[str], label: str) -> str:
+    """The label itself, or `other` once clients have named too many."""
+    return label if label in counter or len(counter) < _LABELS else "other"

@@ -33,6 +33,11 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """64 hex digits naming this namespace; the same in every process."""
         return _digest(self)
 
+    @property
+    def model_digest(self) -> str:
+        """The digest without tenant and adapter: what has the same speed."""
+        return self.for_tenant("").digest
+
     def for_tenant(self, tenant: str, lora: str = "") -> Namespace:
         """The same model for another tenant or adapter."""
         if tenant == self.tenant and lora == self.lora:
@@ -40,7 +45,7 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, tenant=tenant, lora=lora)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _digest(namespace: Namespace) -> str:
     wall = msgspec.structs.replace(namespace, tokenizer="")
     return blake3.blake3(msgspec.msgpack.encode(wall)).hexdigest()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Label = Annotated[str, msgspec.Meta(max_length=128)]
+"""What clients report: checked when it is decoded, so that sums stay numbers and names short."""
 
 
 class Run(NamedTuple):
@@ -104,12 +109,12 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True):
     """What became of a plan. Tokens, bytes, seconds; `failed` is a reason code or empty."""
 
-    exact: int = 0
-    edited: int = 0
-    recomputed: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-    failed: str = ""
+    exact: Count = 0
+    edited: Count = 0
+    recomputed: Count = 0
+    nbytes: Count = 0
+    seconds: Seconds = 0.0
+    failed: Label = ""
 
 
 def gaps(spans: Iterable[Span], start: int, stop: int) -> list[Run]:

@@ -66,5 +66,7 @@ def _vectors(shelf: Shelf, node: Node | None) -> Vectors | None:
     if node is None:
         return None
     index = shelf.index(node.namespace)
-    lexical = index.lexical.get(node.id)
-    return None if lexical is None else Vectors(lexical, index.semantic.get(node.id))
+    lexical = None if index is None else index.lexical.get(node.id)
+    if index is None or lexical is None:
+        return None
+    return Vectors(lexical, index.semantic.get(node.id))

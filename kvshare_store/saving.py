@@ -56,7 +56,6 @@ class Saving:
         if owner:
             self._abandon_all_of({owner})
         check_reuse(reuse, len(request))
-        self._shelf.register(namespace)
         tree = self._shelf.tree
         name = node_id(namespace.digest, request, reuse.generation == 0)
         exact = node_id(namespace.digest, request, True)
@@ -204,6 +203,7 @@ class Saving:
                 raise NamespaceError(f"block {name[:12]} belongs to another namespace")
         for (name, block), slot in zip(fresh, save.staged.slots, strict=True):
             self._blocks.seal(slot.offset, name, block)
+        self._shelf.register(save.namespace)
         self._shelf.add(node, vectors)
         if node.exact:
             self._shelf.remove([node_id(node.namespace, save.tokens, False)])

@@ -12,10 +12,12 @@ import time
 from kvshare_store.errors import KVShareError
 from kvshare_store.metrics import Metrics
 from kvshare_store.shelf import Shelf
+from kvshare_store.threads import Supervised
 from kvshare_store.tree.catalog import Catalog
 
 log = logging.getLogger("kvshare")
 
+_NAME = "kvshare-sync"
 _SETTLED_S, _HEAL_S = 2.0, 60.0
 """Age of the nodes that are committed again when the catalogue has lost them."""
 
@@ -39,13 +41,13 @@ class Sharing:
                 catalog.place, 2 * _SETTLED_S,
             )  # fmt: skip
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvshare-sync", daemon=True)
-        self._thread.start()
+        self._thread = Supervised(_NAME, self._run, metrics.health, self._stop)
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
             try:
                 self.sync()
+                self._metrics.health.well(_NAME)
                 self._failing = False
             except KVShareError as error:
                 self._metrics.error(error.kind)

@@ -60,8 +60,9 @@ class Shelf:
         self.lock = threading.RLock()
         self._config = config
         self._metrics = metrics
+        self.health = metrics.health
         self._semantic = semantic
-        self._home = home = Home.open(config)
+        self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
         self.blocks = BlockStore(home.host, home.below, home.io, self.lock, metrics)
         self.blocks.on_lost = self.lost
@@ -81,6 +82,7 @@ class Shelf:
             self._describe,
             self.blocks.delete,
             self._uncommitted,
+            metrics.health,
         )
         try:
             with _no_collections():
@@ -137,12 +139,9 @@ class Shelf:
         with self.lock:
             self._registered &= digests
 
-    def index(self, digest: str) -> NamespaceIndex:
-        """What nominates donors in a namespace."""
-        index = self._indexes.get(digest)
-        if index is None:
-            index = self._indexes[digest] = NamespaceIndex(self._config.block_tokens)
-        return index
+    def index(self, digest: str) -> NamespaceIndex | None:
+        """What nominates donors in a namespace; None for one without nodes, which costs nothing."""
+        return self._indexes.get(digest)
 
     # --- nodes come and go -------------------------------------------------------------------
 
@@ -158,7 +157,10 @@ class Shelf:
         node = self.tree.rooted(node)
         self.tree.add(node, idle)
         self.blocks.weigh(node.blocks)
-        self.index(node.namespace).add(node, vectors)
+        index = self._indexes.get(node.namespace)
+        if index is None:
+            index = self._indexes[node.namespace] = NamespaceIndex(self._config.block_tokens)
+        index.add(node, vectors)
         return node
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
@@ -198,7 +200,10 @@ class Shelf:
             return None
         node, unused = gone
         self.blocks.weigh(node.blocks)
-        self.index(node.namespace).remove(node)
+        index = self._indexes[node.namespace]
+        index.remove(node)
+        if not len(index):
+            del self._indexes[node.namespace]
         return unused
 
     def evict(self, nodes: int, namespace: str | None = None) -> int:
@@ -305,8 +310,9 @@ class Shelf:
         if vector is None:
             return addition
         with self.lock:
-            if node.id in self.tree:
-                self.index(node.namespace).semantic.add(node.id, vector)
+            index = self.index(node.namespace)
+            if node.id in self.tree and index is not None:
+                index.semantic.add(node.id, vector)
         return Addition(node, Vectors(addition.vectors.lexical, vector))
 
     def _uncommitted(self, node: Node, error: KVShareError) -> None:

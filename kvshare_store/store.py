@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kvshare_store.blocks.eviction import make_policy
-from kvshare_store.blocks.leases import Lease
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, LeaseError, PlanError
+from kvshare_store.errors import KVShareError, PlanError
 from kvshare_store.janitor import Collected, Janitor
-from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.planner import Draft, Planner
-from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter_policy
+from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.semantic import Semantic
-from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.purge import Purge, Purged, matching
 from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
+from kvshare_store.serving import Serving
 from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
@@ -33,19 +31,6 @@ from kvshare_store.tree.edits import Tokens, as_tokens
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
-
-
-class _Open(NamedTuple):
-    """A plan that has not ended yet."""
-
-    tokens: int
-    tier: str
-
-
-def _inexact(draft: Draft) -> Draft:
-    """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
-    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
-    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
 
 
 class Store:
@@ -58,14 +43,12 @@ class Store:
         self.config = config
         self.metrics = Metrics()
         self.tree = DeltaTree(lambda: make_policy(config.eviction))
-        self.cost = CostModel()
-        self.semantic = Semantic(config, self.cost)
-        self._policy = configured_policy(config)
-        self._planner = Planner(config, self.tree, self.cost)
+        self.costs = Costs()
+        self.semantic = Semantic(config)
         self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
         self.blocks = self.shelf.blocks
         self._saving = Saving(config, self.shelf, self.metrics)
-        self._open: dict[str, _Open] = {}
+        self._serving = Serving(config, self.shelf, self.costs, self.metrics)
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
@@ -89,105 +72,42 @@ class Store:
         `policy` may only be stricter than the configured one. `ConfigError`/`PlanError` for input
         that makes no sense; nothing else is raised.
         """
-        request = as_tokens(tokens)
-        chosen = stricter_policy(self._policy, policy)
-        with self.metrics.timed("lookup"):
-            with self.shelf.lock:
-                self.metrics.add("lookups")
-                self.metrics.add("tokens_requested", len(request))
-                draft = self._planner.draft(
-                    request,
-                    self.shelf.index(namespace.digest),
-                    chosen,
-                    tier_of=self.blocks.tier_of,
-                    row_bytes=namespace.layout.row_bytes,
-                    delimiters=delimiter_ids(namespace) if chosen.delimiters else (),
-                    semantic=lambda: self.semantic.query(namespace, request),
-                )
-            plan = self._leased(draft, chosen, namespace, len(request), owner, deadline_ms)
-        if plan.declined:
-            self._count_miss(plan.declined, len(request))
-        if plan.declined == "no_saving":
-            self.cost.doubt()
-        return msgspec.structs.replace(plan, policy=chosen.name)
+        return self.plan_soon(
+            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms
+        ).result()
 
-    def _leased(
+    def plan_soon(
         self,
-        draft: Draft,
-        policy: ReusePolicy,
+        tokens: Sequence[int] | Tokens,
         namespace: Namespace,
-        length: int,
-        owner: str,
-        deadline_ms: float | None,
-    ) -> ReusePlan:
-        plan = ReusePlan(namespace=namespace.digest, tokens=length, declined=draft.declined)
-        if draft.declined:
-            return plan
-        tiers = {self.blocks.tier_of(name) for name in draft.blocks}
-        tier = next((slow for slow in ("remote", "disk") if slow in tiers), "host")
-        timeout = (self.config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
-        seconds = self.config.lease_seconds + timeout
-        lease, refs = self.blocks.lease(list(draft.blocks), owner, seconds, timeout)
-        with self.shelf.lock:
-            alive = lease.id in self.blocks.leases  # its owner may have died meanwhile
-            if not alive or len(refs) < len(draft.blocks):
-                if alive:
-                    self._closed(self.blocks.end_lease(lease.id))
-                return msgspec.structs.replace(plan, declined="not_resident")
-            if any(self.blocks.host.lossy(name) for name in draft.blocks):
-                draft = _inexact(draft)
-                if draft.generation > policy.max_generation or not policy.edited:
-                    self._closed(self.blocks.end_lease(lease.id))
-                    return msgspec.structs.replace(plan, declined="lossy")
-            self._open[lease.id] = _Open(length, tier)
-            for donor in draft.donors:
-                self.tree.touch(donor)
-        return msgspec.structs.replace(
-            plan,
-            exact=draft.exact,
-            spans=draft.spans,
-            blocks=tuple(refs[name] for name in draft.blocks),
-            donors=draft.donors,
-            generation=draft.generation,
-            lease=lease.id,
-            arena=str(self.blocks.host.arena.path),
-            saving_ms=draft.saving_ms,
-        )
+        *,
+        policy: str | None = None,
+        owner: str = "",
+        deadline_ms: float | None = None,
+    ) -> Future[ReusePlan]:
+        """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
+        the future is done on return unless blocks must come from below shared memory.
+
+        Then it ends within the deadline in another thread, which also runs its callbacks: keep them
+        short. Input that makes no sense raises here; the future has a plan in every other case.
+        """
+        return self._serving.plan_soon(as_tokens(tokens), namespace, policy, owner, deadline_ms)
 
     def decline(self, reason: str, tokens: int) -> None:
         """Count a request of `tokens` tokens that the engine could not ask a plan for."""
-        self.metrics.add("lookups")
-        self.metrics.add("tokens_requested", tokens)
-        self._count_miss(reason, tokens)
+        self._serving.decline(reason, tokens)
 
     def finish(self, plan: ReusePlan | str, outcome: Outcome) -> None:
         """The request has loaded the plan, or has given it up: ends the lease, counts the outcome.
 
         A lease that has ended already is ignored: it was counted when it expired.
         """
-        lease_id = plan if isinstance(plan, str) else plan.lease
-        try:
-            lease = self.blocks.end_lease(lease_id)
-        except LeaseError:
-            return
-        opened = self._closed(lease)
-        if opened is None:
-            return
-        if outcome.failed:
-            self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
-            return
-        self.metrics.add("hits_edited" if outcome.edited else "hits_exact")
-        self.metrics.add("tokens_reused_exact", outcome.exact)
-        self.metrics.add("tokens_reused_edited", outcome.edited)
-        self.metrics.add("tokens_recomputed", outcome.recomputed)
-        self.metrics.add("bytes_loaded", outcome.nbytes)
-        self.metrics.observe("load", outcome.seconds)
-        self.cost.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+        self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
 
-    def _count_miss(self, reason: str, tokens: int) -> None:
-        self.metrics.add("misses")
-        self.metrics.decline(reason)
-        self.metrics.add("tokens_recomputed", tokens)
+    def observe(self, model: str, tokens: int, seconds: float) -> None:
+        """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
+        of its namespace."""
+        self.costs.observe(model, tokens, seconds)
 
     def load(self, plan: ReusePlan, rope: Rope | None = None) -> EditedRows:
         """The rows of a plan's spans, K moved to its new positions; ends the lease.
@@ -225,12 +145,6 @@ class Store:
         self.blocks.host.arena.check(ref)
         return self.blocks.host.arena.rows(ref.offset, ref.nbytes)
 
-    def _closed(self, lease: Lease) -> _Open | None:
-        """A lease has ended: what it held may go; returns the plan it was for."""
-        with self.shelf.lock:
-            self.shelf.sweep(lease.names)
-            return self._open.pop(lease.id, None)
-
     # --- save --------------------------------------------------------------------------------
 
     def stage(
@@ -245,8 +159,9 @@ class Store:
 
         Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. The slots stay
         reserved until then, or until `owner` stages another prompt or is reaped. `NoSpaceError`
-        when the host budget is full of rows in use.
+        when the host budget is full of rows in use, `StorageError` while nothing can be stored.
         """
+        self.metrics.health.check_storing()
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
     def slot(self, slot: Slot) -> memoryview:
@@ -330,10 +245,7 @@ class Store:
         """End leases that expired, and whatever clients hold that are gone."""
         dead = dead_owners or set()
         with self.shelf.lock:
-            for lease in self.blocks.reap(dead):
-                opened = self._closed(lease)
-                if opened is not None:
-                    self._count_miss("lease_expired", opened.tokens)
+            self._serving.reap(dead)
             self._saving.reap(dead)
 
     def flush(self) -> None:
@@ -345,7 +257,10 @@ class Store:
         return self.shelf.namespace(digest)
 
     def stats(self) -> dict[str, Any]:
-        """Counters, budgets and times, in plain types."""
+        """Counters, budgets and times, in plain types.
+
+        Never waits: neither for the lock nor for a first look at the disk.
+        """
         metrics = self.metrics
         names = (
             "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
@@ -358,10 +273,11 @@ class Store:
             "declined": metrics.declined,
             "errors": metrics.errors,
             "nodes": len(self.tree),
-            "blocks": len(self.tree.blocks()),
+            "blocks": self.tree.block_count,
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
             "tiers": tiers,
+            "health": metrics.health.report(),
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 

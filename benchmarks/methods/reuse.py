@@ -16,6 +16,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.plan import Span
@@ -43,11 +44,11 @@ def draft(
         node = _node(number, donor)
         tree.add(node)
         index.add(node, Vectors(lexical_vector(node.tokens), None))
-    planner = Planner(_CONFIG, tree, CostModel())
-    return planner.draft(
+    return Planner(_CONFIG).draft(
         as_tokens(prompt),
-        index,
+        Nominator(tree, index),
         policy,
+        CostModel(),
         tier_of=lambda _: "host",
         row_bytes=1,
         delimiters=delimiters,

@@ -105,7 +105,7 @@ class KVShareModel:
         start = time.perf_counter()
         fresh = _fresh(plan)
         logits = self.engine.partial(cache, tokens, fresh)
-        self.store.cost.prefill.observe(len(fresh), time.perf_counter() - start)
+        self.store.observe(namespace.model_digest, len(fresh), time.perf_counter() - start)
         return Served(tuple(tokens), cache, logits, plan, namespace)
 
     def _load(self, plan: ReusePlan, cache: RowCache) -> None:

@@ -58,3 +58,5 @@ class KVShareMetadata(KVConnectorMetadata):
     that is a step ahead of the worker's output still orders saves and loads that build on them."""
     prefilled: int = 0
     """Prompt tokens computed by this step when it is a pure prefill of some length, else 0."""
+    model: str = ""
+    """`Namespace.model_digest` of what computed them."""

@@ -269,6 +269,7 @@ class Planning:
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
         step, self._step = self._step, KVShareMetadata()
+        step.model = self._namespace.model_digest
         self._ended_before, self._ended = self._ended, []
         cached = output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}

@@ -121,7 +121,7 @@ class Worker:
         self._resident.fill()
         if step.prefilled:
             seconds = time.perf_counter() - self._started
-            self.saver.tell(protocol.Observe(step.prefilled, seconds))
+            self.saver.tell(protocol.Observe(step.prefilled, seconds, step.model))
         for spec in step.saves:
             # rows of a failed load are not to be stored, nor what was computed from them
             if self._wrong_blocks.isdisjoint(spec.block_ids):

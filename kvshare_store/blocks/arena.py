@@ -77,6 +77,11 @@ class Arena:
         return cls(path, descriptor, status.st_size)
 
     @property
+    def descriptor(self) -> int:
+        """The file, for whoever is to map it."""
+        return self._descriptor
+
+    @property
     def current(self) -> bool:
         """Whether the path still names this very file: a new owner makes a new one."""
         try:
@@ -153,7 +158,7 @@ class Arena:
 
     def close(self, *, unlink: bool = False) -> None:
         """Let go of the mapping; views handed out keep their memory until they are dropped."""
-        if unlink:
+        if unlink and self.current:
             self.path.unlink(missing_ok=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)

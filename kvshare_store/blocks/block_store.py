@@ -6,9 +6,10 @@ outside it.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 from kvshare_store.blocks.arena import slot_bytes
@@ -152,25 +153,38 @@ class BlockStore:
                 return Block(block.namespace, block.layout, bytes(block.data), block.lossy)
         return self._io.run(self.levels.get(name))[0]
 
-    def lease(
+    def lease_soon(
         self, names: list[str], owner: str, seconds: float, timeout: float
-    ) -> tuple[Lease, dict[str, BlockRef]]:
-        """Pin blocks and bring them into the arena; wait for that at most `timeout` seconds.
+    ) -> Future[tuple[Lease, dict[str, BlockRef]]]:
+        """Pin blocks now and bring them into the arena, without waiting in the caller's thread.
 
-        Returns the lease and where each block lies that is resident by then; promotions that are
-        late go on for the next request. Do not hold the lock.
+        The future has the lease and where each block lies that is resident after at most `timeout`
+        seconds; promotions that are late go on for the next request. It is done on return when
+        every block is resident already, else it ends in the I/O loop.
         """
         with self._lock:
             lease = self.leases.grant(names, owner, seconds)
             absent = [name for name in names if self.host.size(name) is None]
             promotions = [self._promote(name) for name in absent] if self.levels else []
         if promotions:
-            wait(promotions, timeout)
+            return self._io.submit(self._arrive(lease, promotions, timeout))
+        ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
+        ready.set_result(self._resident(lease))
+        return ready
+
+    async def _arrive(
+        self, lease: Lease, promotions: list[Future[None]], timeout: float
+    ) -> tuple[Lease, dict[str, BlockRef]]:
+        await asyncio.wait([asyncio.wrap_future(each) for each in promotions], timeout=timeout)
+        return self._resident(lease)
+
+    def _resident(self, lease: Lease) -> tuple[Lease, dict[str, BlockRef]]:
         with self._lock:
-            for name in names:
+            for name in lease.names:
                 self.host.touch(name)
                 self.levels.touch(name)
-            return lease, {name: ref for name in names if (ref := self.host.ref(name)) is not None}
+            refs = ((name, self.host.ref(name)) for name in lease.names)
+            return lease, {name: ref for name, ref in refs if ref is not None}
 
     def _promote(self, name: str) -> Future[None]:
         """Bring one block from below to host; requests for the same block share one read."""
@@ -336,9 +350,9 @@ class BlockStore:
         return set(self.host.names()).union(*own)
 
     def use(self) -> dict[str, TierUse]:
-        """Bytes, budget and blocks of each tier."""
+        """Bytes, budget and blocks of each tier, as far as they are counted. Never waits."""
         tiers = [self.host, *(level.tier for level in self.levels)]
-        return {tier.name: tier.use() for tier in tiers}
+        return {tier.name: tier.counted() for tier in tiers}
 
     def close(self) -> None:
         """Close every tier."""

@@ -163,6 +163,10 @@ class Inventory:
         """Bytes, budget and blocks; waits for the first look at the folders."""
         self.hurry()
         self._looked.wait()
+        return self.counted()
+
+    def counted(self) -> TierUse:
+        """As `use`, of what has been looked at so far."""
         with self._lock:
             return TierUse(self._used, self._budget, len(self._sizes) + len(self._unmeasured))
 

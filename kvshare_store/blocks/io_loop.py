@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from kvshare_store.threads import Health, Supervised
 
 T = TypeVar("T")
 _PATIENCE = 5.0
@@ -16,10 +17,9 @@ _PATIENCE = 5.0
 class IoLoop:
     """Runs coroutines for threads that are not asynchronous."""
 
-    def __init__(self) -> None:
+    def __init__(self, health: Health | None = None) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="kvshare-io", daemon=True)
-        self._thread.start()
+        self._thread = Supervised("kvshare-io", self._run, health or Health())
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -40,7 +40,7 @@ class IoLoop:
         self.run(self._drain())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             self._loop.close()
 
     async def _drain(self) -> None:

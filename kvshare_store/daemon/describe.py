@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,31 +18,44 @@ _PREVIEW_TOKENS = 24
 
 def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
     """Summaries of the nodes, the most recently used first."""
-    newest = list(store.tree)[::-1][:limit]
+    with store.shelf.lock:  # nodes do not change: what takes time is done without it
+        newest = store.tree.newest(limit)
     return [_summary(store, node) for node in newest]
 
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
     """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
-    node = _found(store, beginning)
-    parent = store.tree.get(node.parent) if node.parent else None
+    with store.shelf.lock:
+        node = _found(store, beginning)
+        parent = store.tree.get(node.parent) if node.parent else None
+        family = {
+            "path": [ancestor.id for ancestor in store.tree.path(node.id)],
+            "children": store.tree.children(node.id),
+            "lineage": _lineage(store, node),
+        }
+        users = [len(store.tree.users(name)) for name in node.blocks]
     return {
         **_summary(store, node),
+        **family,
         "edits": [_edit(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
-        "path": [ancestor.id for ancestor in store.tree.path(node.id)],
-        "children": store.tree.children(node.id),
-        "lineage": _lineage(store, node),
-        "blocks": [
-            {
-                "name": name,
-                "tier": store.blocks.tier_of(name) or "gone",
-                "rows": sum(s.length for s in node.segments if s.block == index),
-                "users": len(store.tree.users(name)),
-            }
-            for index, name in enumerate(node.blocks)
-        ],
+        "blocks": _blocks(store, node, users),
     }
+
+
+def _blocks(store: Store, node: Node, users: list[int]) -> list[dict[str, Any]]:
+    rows = Counter[int]()
+    for segment in node.segments:
+        rows[segment.block] += segment.length
+    return [
+        {
+            "name": name,
+            "tier": store.blocks.tier_of(name) or "gone",
+            "rows": rows[index],
+            "users": users[index],
+        }
+        for index, name in enumerate(node.blocks)
+    ]
 
 
 def pin_node(store: Store, beginning: str, pinned: bool) -> str:
@@ -65,10 +79,9 @@ def _found(store: Store, beginning: str) -> Node:
 
 def _lineage(store: Store, node: Node) -> dict[str, dict[str, Any]]:
     """For each ancestor, the node and each child: what its edit cost, and the rows it brought."""
-    with store.shelf.lock:
-        children = [store.tree.get(child) for child in store.tree.children(node.id)]
-        family = [*store.tree.path(node.id), *(child for child in children if child is not None)]
-        return {one.id: _place(store, one) for one in family}
+    children = [store.tree.get(child) for child in store.tree.children(node.id)]
+    family = [*store.tree.path(node.id), *(child for child in children if child is not None)]
+    return {one.id: _place(store, one) for one in family}
 
 
 def _place(store: Store, node: Node) -> dict[str, Any]:
@@ -121,5 +134,5 @@ def _text(store: Store, node: Node, start: int, stop: int) -> str:
 def _words(store: Store, digest: str, tokens: Tokens) -> str:
     """Tokens as text, or as numbers where the namespace names no tokenizer."""
     namespace = store.namespace(digest)
-    text = decode(namespace, tokens) if namespace is not None else None
+    text = decode(namespace.tokenizer, tokens) if namespace is not None else None
     return text if text is not None else " ".join(map(str, tokens.tolist()))

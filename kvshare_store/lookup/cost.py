@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from statistics import median
 
 _WINDOW = 15
+_MODELS = 64
+"""Models whose rates are kept."""
 
 
 class Rate:
@@ -38,21 +41,15 @@ class Rate:
 
 
 class CostModel:
-    """Prefill against loading. The defaults only have to be of the right order."""
+    """Prefill against loading, for one model. The defaults only have to be of the right order."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: dict[str, Rate] | None = None) -> None:
+        """`load`: rates that models share."""
         self.prefill = Rate(5_000.0, smallest=128)
         """Tokens per second of the engine's prefill."""
-        self.load = {
-            "host": Rate(2e9, smallest=1 << 22),
-            "disk": Rate(5e8, smallest=1 << 22),
-            "remote": Rate(1e8, smallest=1 << 22),
-        }
-        """Bytes per second from each tier into the paged cache."""
+        self.load = loading_rates() if load is None else load
         self.run_seconds = 5e-5
         """What one more placeholder run costs the engine."""
-        self.embed = Rate(20_000.0, smallest=1)
-        """Tokens per second of the text embedding."""
 
     def saving_ms(self, reused: int, placeholder_runs: int, tier_bytes: dict[str, int]) -> float:
         """Milliseconds saved by reusing `reused` tokens; negative when it would cost time."""
@@ -65,6 +62,46 @@ class CostModel:
         for rate in self.load.values():
             rate.doubt()
 
-    def embedding_pays(self, tokens: int, share: float = 0.02) -> bool:
-        """Whether embedding the prompt costs less than `share` of its prefill."""
-        return self.embed.seconds(tokens) <= share * self.prefill.seconds(tokens)
+
+def loading_rates() -> dict[str, Rate]:
+    """Bytes per second from each tier into the paged cache."""
+    return {
+        "host": Rate(2e9, smallest=1 << 22),
+        "disk": Rate(5e8, smallest=1 << 22),
+        "remote": Rate(1e8, smallest=1 << 22),
+    }
+
+
+class Costs:
+    """A cost model for each model that is served: a small one next to a large one on the same
+    machine prefills many times as fast. Bytes load at the same rate for all. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.load = loading_rates()
+        self._models: OrderedDict[str, CostModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, model: str) -> CostModel:
+        """The rates of a model (`Namespace.model_digest`); defaults before its first measurement.
+
+        Of more than `_MODELS` the one asked for the longest ago is forgotten.
+        """
+        with self._lock:
+            cost = self._models.get(model)
+            if cost is None:
+                cost = self._models[model] = CostModel(self.load)
+            self._models.move_to_end(model)
+            while len(self._models) > _MODELS:
+                self._models.popitem(last=False)
+            return cost
+
+    def observe(self, model: str, tokens: int, seconds: float) -> None:
+        """An engine has prefilled `tokens` tokens in so many seconds. `model`: its digest; empty
+        for an engine that does not say, whose measurement then counts for every model."""
+        if model:
+            self.of(model).prefill.observe(tokens, seconds)
+            return
+        with self._lock:
+            known = list(self._models.values())
+        for cost in known:
+            cost.prefill.observe(tokens, seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Sequence
 
 import blake3
 import numpy as np
@@ -23,6 +24,8 @@ _PLANES = 768
 _SHORTLIST = 1_024
 """Sketched vectors that are compared in full: at 100,000 nodes 99 % of those with a cosine of 0.3
 to one of the eight nearest are among them."""
+_FIRST_ROWS = 4
+"""Rows of a matrix with one vector: most tenants have few prompts."""
 _NOT_SKETCHED = 512
 """So many vectors are compared without sketches before they get theirs, all at once."""
 
@@ -34,7 +37,8 @@ class PrefixChain:
         self._run = run
         self._entries: defaultdict[bytes, dict[str, None]] = defaultdict(dict)
 
-    def _hashes(self, tokens: Tokens) -> list[bytes]:
+    def hashes(self, tokens: Tokens) -> list[bytes]:
+        """The chain of a prompt: one hash for each whole run."""
         hasher = blake3.blake3()
         hashes = []
         for start in range(0, len(tokens) - self._run + 1, self._run):
@@ -44,23 +48,19 @@ class PrefixChain:
 
     def add(self, node: Node) -> None:
         """Index the node's exact rows."""
-        for digest in self._hashes(node.tokens[: node.exact_rows]):
+        for digest in self.hashes(node.tokens[: node.exact_rows]):
             self._entries[digest][node.id] = None
 
     def remove(self, node: Node) -> None:
         """Forget the node."""
-        for digest in self._hashes(node.tokens[: node.exact_rows]):
+        for digest in self.hashes(node.tokens[: node.exact_rows]):
             self._entries[digest].pop(node.id, None)
             if not self._entries[digest]:
                 del self._entries[digest]
 
-    def nominate(self, tokens: Tokens) -> list[str]:
-        """Nodes that share the longest chain with `tokens`, the newest first. Not yet verified."""
-        hashes = self._hashes(tokens)
-        low, high = (
-            0,
-            len(hashes),
-        )  # an entry implies every shorter one of the same node
+    def nominate(self, hashes: Sequence[bytes]) -> list[str]:
+        """Nodes that share the longest part of a chain, the newest first. Not yet verified."""
+        low, high = 0, len(hashes)  # an entry implies every shorter one of the same node
         while low < high:
             middle = (low + high + 1) // 2
             if hashes[middle - 1] in self._entries:
@@ -77,10 +77,13 @@ class VectorMatrix:
     bit each. Vectors with a high cosine lie on the same side of most, so counting differing bits,
     which are a sixteenth of the bytes, gives a shortlist, and only that is compared in full. A
     search calls no BLAS: its threads would wait for the cores that an engine beside it computes on.
+
+    `add` and `remove` must not run at once. `nearest` may run beside them: a row that changes at
+    that moment may be missed or get another's cosine, which costs a nomination and no more.
     """
 
     def __init__(self) -> None:
-        self._rows = np.zeros((64, VECTOR_DIMENSIONS), np.float32)
+        self._rows = np.zeros((0, VECTOR_DIMENSIONS), np.float32)
         self._sketches = np.zeros((_PLANES // 64, 0), np.uint64)
         """Column n is the sketch of row n, for the first `_sketched` rows."""
         self._sketched = 0
@@ -97,7 +100,8 @@ class VectorMatrix:
             at = self._at[node_id] = len(self._ids)
             self._ids.append(node_id)
             if at == len(self._rows):
-                self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)))
+                more = np.zeros((max(at, _FIRST_ROWS), VECTOR_DIMENSIONS), np.float32)
+                self._rows = np.concatenate((self._rows, more))
         self._rows[at] = vector
         if at < self._sketched:
             self._sketches[:, at] = _sketch(vector[None])[:, 0]
@@ -125,38 +129,47 @@ class VectorMatrix:
 
     def nearest(self, vector: npt.NDArray[np.float32], count: int) -> list[tuple[str, float]]:
         """The `count` best ids with their cosines, best first."""
-        if not self._ids:
+        size = len(self._ids)
+        sketched = min(self._sketched, size)
+        rows = self._rows[:size]
+        if not len(rows):
             return []
-        listed = self._shortlist(vector, max(count, _SHORTLIST))
-        rest = self._rows[self._sketched : len(self._ids)]
-        scores = np.concatenate((_products(self._rows[listed], vector), _products(rest, vector)))
+        if sketched <= max(count, _SHORTLIST):
+            places, scores = None, _products(rows, vector)
+        else:
+            listed = _shortlist(self._sketches[:, :sketched], vector, max(count, _SHORTLIST))
+            places = np.concatenate((listed, np.arange(sketched, len(rows))))
+            scores = _products(rows[places], vector)
         count = min(count, len(scores))
         best = np.argpartition(scores, -count)[-count:]
         best = best[np.argsort(-scores[best])]
-        places = np.concatenate((listed, np.arange(self._sketched, len(self._ids))))
-        return [(self._ids[places[at]], float(scores[at])) for at in best]
-
-    def _shortlist(self, vector: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-        """At least `count` sketched rows, or all: those whose sketches differ least from the
-        vector's, and those that differ as much as the last of them."""
-        if count >= self._sketched:
-            return np.arange(self._sketched)
-        differing = np.zeros(self._sketched, np.uint16)
-        bits = np.empty(self._sketched, np.uint64)  # written over and over: fresh pages cost more
-        counts = np.empty(self._sketched, np.uint8)
-        for theirs, ours in zip(self._sketches, _sketch(vector[None])[:, 0], strict=True):
-            np.bitwise_xor(theirs[: self._sketched], ours, out=bits)
-            np.bitwise_count(bits, out=counts)
-            np.add(differing, counts, out=differing)
-        # counted, not sorted: of so few possible differences a histogram tells where to cut
-        up_to = np.cumsum(np.bincount(differing, minlength=_PLANES + 1))
-        return np.flatnonzero(differing <= np.searchsorted(up_to, count))
+        at = (best if places is None else places[best]).tolist()
+        found = zip(at, scores[best].tolist(), strict=True)
+        ids = self._ids
+        return [(ids[place], score) for place, score in found if place < len(ids)]
 
     def _sketch_the_rest(self) -> None:
         """In one go, which is much faster; until then these rows are all compared."""
         fresh = _sketch(self._rows[self._sketched : len(self._ids)])
         self._sketches = np.concatenate((self._sketches[:, : self._sketched], fresh), axis=1)
         self._sketched = len(self._ids)
+
+
+def _shortlist(
+    sketches: npt.NDArray[np.uint64], vector: npt.NDArray[np.float32], count: int
+) -> npt.NDArray[np.intp]:
+    """At least `count` rows: those whose sketches differ least from the vector's, and those that
+    differ as much as the last of them."""
+    differing = np.zeros(sketches.shape[1], np.uint16)
+    bits = np.empty(len(differing), np.uint64)  # written over and over: fresh pages cost more
+    counts = np.empty(len(differing), np.uint8)
+    for theirs, ours in zip(sketches, _sketch(vector[None])[:, 0], strict=True):
+        np.bitwise_xor(theirs, ours, out=bits)
+        np.bitwise_count(bits, out=counts)
+        np.add(differing, counts, out=differing)
+    # counted, not sorted: of so few possible differences a histogram tells where to cut
+    up_to = np.cumsum(np.bincount(differing, minlength=_PLANES + 1))
+    return np.flatnonzero(differing <= np.searchsorted(up_to, count))
 
 
 def _products(

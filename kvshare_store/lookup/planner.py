@@ -1,4 +1,5 @@
-"""The planner: nominate donors, align, apply the policy, weigh the cost. It changes nothing."""
+"""The planner: nominate donors, align, apply the policy, weigh the cost. It changes nothing, and
+holds no lock but for the moments in which donors are nominated."""
 
 from __future__ import annotations
 
@@ -19,11 +20,10 @@ from kvshare_store.lookup.align import (
     passages,
 )
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.embedders import Vector, lexical_vector
-from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.lookup.embedders import lexical_vector
+from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.policy import ReusePolicy, kept_positions, runs_of
 from kvshare_store.plan import Run, Span
-from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Match, Tokens
 from kvshare_store.tree.node import Node, spans_from
 
@@ -31,10 +31,8 @@ _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
-_FLOOR = 0.02
-"""Lexical cosines below this are chance."""
 _MOSTLY = 0.5
-"""Semantic vectors are asked when the others leave more than this uncovered."""
+"""Neighbours by text are asked for when the others leave more than this uncovered."""
 
 
 class Draft(NamedTuple):
@@ -46,6 +44,8 @@ class Draft(NamedTuple):
     donors: tuple[str, ...] = ()
     generation: int = 0
     saving_ms: float = 0.0
+    tier: str = "host"
+    """The slowest tier that some of the blocks come from."""
     declined: str = ""
 
 
@@ -98,51 +98,41 @@ class Cover:
 
 
 class Planner:
-    """Reads the tree and one namespace's index; the Store holds its lock meanwhile."""
+    """Makes plans of immutable nodes. Thread-safe."""
 
-    def __init__(self, config: StoreConfig, tree: DeltaTree, cost: CostModel) -> None:
+    def __init__(self, config: StoreConfig) -> None:
         self._config = config
-        self._tree = tree
-        self._cost = cost
 
     def draft(
         self,
         request: Tokens,
-        index: NamespaceIndex,
+        nominator: Nominator,
         policy: ReusePolicy,
+        cost: CostModel,
         *,
         tier_of: Callable[[str], str | None],
         row_bytes: int,
         delimiters: Collection[int] = (),
-        semantic: Callable[[], Vector | None] = lambda: None,
     ) -> Draft:
-        """The best plan for `request`, or one that is declined with a reason code.
-
-        `semantic` is called for the prompt's text vector only when cheaper ways left most of the
-        prompt uncovered.
-        """
+        """The best plan for `request`, or one that is declined with a reason code."""
         if policy.name == "off":
             return Draft(declined="policy_off")
         if len(request) < max(2, self._config.min_prompt_tokens):
             return Draft(declined="short_prompt")
-        if not len(index):
+        if not nominator:
             return Draft(declined="empty_store")
         cover = Cover(request)
-        self._cover_exact(cover, index)
+        self._take_best_prefix(cover, nominator.by_prefix(request))
         if policy.edited and cover.exact < len(request) - 1:
-            self._cover_edited(cover, index, policy, semantic)
+            self._cover_edited(cover, nominator, policy)
         if not cover.covered:
             return Draft(declined="no_donor")
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.exact, delimiters
         )
-        return self._weigh(cover, keep, tier_of, row_bytes)
+        return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------
-
-    def _cover_exact(self, cover: Cover, index: NamespaceIndex) -> None:
-        nominated = (self._tree.get(node_id) for node_id in index.chain.nominate(cover.request))
-        self._take_best_prefix(cover, [node for node in nominated if node is not None])
 
     def _take_best_prefix(self, cover: Cover, nodes: list[Node]) -> None:
         """Tokens decide: the chain's hashes only nominated."""
@@ -152,30 +142,19 @@ class Planner:
             if exact > cover.exact:
                 cover.add_exact(node, exact)
 
-    def _cover_edited(
-        self,
-        cover: Cover,
-        index: NamespaceIndex,
-        policy: ReusePolicy,
-        semantic: Callable[[], Vector | None],
-    ) -> None:
-        nominated = index.lexical.nearest(lexical_vector(cover.request), self._config.candidates)
-        lexical = [node_id for node_id, cosine in nominated if cosine >= _FLOOR]
-        self._cover_from(cover, self._usable(lexical, policy, cover), policy)
-        if cover.covered < _MOSTLY * len(cover.request) and len(index.semantic):
-            vector = semantic()
-            if vector is not None:
-                nearest = index.semantic.nearest(vector, self._config.candidates)
-                more = [node_id for node_id, _ in nearest if node_id not in lexical]
+    def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
+        count = self._config.candidates
+        nodes = nominator.by_words(lexical_vector(cover.request), count)
+        self._cover_from(cover, self._usable(nodes, policy, cover), policy)
+        if cover.covered < _MOSTLY * len(cover.request):
+            seen = {node.id for node in nodes}
+            more = [node for node in nominator.by_text(nodes, count) if node.id not in seen]
+            if more:
                 self._cover_from(cover, self._usable(more, policy, cover), policy)
 
-    def _usable(self, ids: list[str], policy: ReusePolicy, cover: Cover) -> list[Node]:
+    def _usable(self, nodes: list[Node], policy: ReusePolicy, cover: Cover) -> list[Node]:
         """Nodes that may be built on. The exact-prefix donor comes first: it is here already."""
-        nodes = [
-            *cover.donors,
-            *(node for i in ids if (node := self._tree.get(i)) is not None),
-        ]
-        distinct = {node.id: node for node in nodes}
+        distinct = {node.id: node for node in (*cover.donors, *nodes)}
         return [node for node in distinct.values() if node.generation < policy.max_generation]
 
     def _cover_from(self, cover: Cover, nodes: list[Node], policy: ReusePolicy) -> None:
@@ -208,6 +187,7 @@ class Planner:
         self,
         cover: Cover,
         keep: npt.NDArray[np.bool_],
+        cost: CostModel,
         tier_of: Callable[[str], str | None],
         row_bytes: int,
     ) -> Draft:
@@ -222,7 +202,7 @@ class Planner:
             tier_bytes[tier] = tier_bytes.get(tier, 0) + span.length * row_bytes
         reused = sum(span.length for span in spans)
         runs = len(runs_of(~keep[: spans[-1].stop]))
-        saving = self._cost.saving_ms(reused, runs, tier_bytes)
+        saving = cost.saving_ms(reused, runs, tier_bytes)
         if saving < self._config.min_saving_ms:
             return Draft(declined="no_saving")
         kept_donors = cover.donor_of[keep]
@@ -236,6 +216,7 @@ class Planner:
             donors=tuple(cover.donors[donor].id for donor in by_use),
             generation=generation,
             saving_ms=saving,
+            tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
 
 

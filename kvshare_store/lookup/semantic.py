@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from time import perf_counter
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import (
     SentenceEmbedder,
     TextEmbedder,
@@ -25,21 +23,14 @@ log = logging.getLogger("kvshare")
 class Semantic:
     """The configured text embedder, or none. Thread-safe."""
 
-    def __init__(self, config: StoreConfig, cost: CostModel) -> None:
+    def __init__(self, config: StoreConfig) -> None:
         self._model = config.embedder
         self._always = config.semantic == "always"
         self._wanted = self._always or (config.semantic == "auto" and text_embeddings_installed())
         if self._always and not text_embeddings_installed():
             raise UnsupportedError("semantic: always needs `pip install kvshare-store[semantic]`")
-        self._cost = cost
         self._lock = threading.Lock()
         self._embedder: TextEmbedder | None = None
-
-    def query(self, namespace: Namespace, tokens: Tokens) -> Vector | None:
-        """The prompt's vector, if the model is loaded and embedding pays; never waits for it."""
-        if self._embedder is None or not (self._always or self._cost.embedding_pays(len(tokens))):
-            return None
-        return self._embed(namespace, tokens)
 
     def of_node(self, namespace: Namespace, tokens: Tokens) -> Vector | None:
         """A stored prompt's vector, in the background; the first call loads the model."""
@@ -58,14 +49,12 @@ class Semantic:
             log.warning("kvshare: no text embeddings (%s): %s", self._model, error)
 
     def _embed(self, namespace: Namespace, tokens: Tokens) -> Vector | None:
-        text = decode(namespace, tokens) if self._embedder is not None else None
+        text = decode(namespace.tokenizer, tokens) if self._embedder is not None else None
         if text is None or self._embedder is None:
             return None
-        start = perf_counter()
         try:
             vector = self._embedder.embed(text)
         except (RuntimeError, ValueError) as error:
             log.warning("kvshare: no text embedding of a prompt: %s", error)
             return None
-        self._cost.embed.observe(len(tokens), perf_counter() - start)
         return vector if vector.any() else None

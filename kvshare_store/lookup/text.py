@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kvshare_store.namespace import Namespace
 from kvshare_store.tree.edits import Tokens
 
 log = logging.getLogger("kvshare")
@@ -32,19 +31,19 @@ def _tokenizer(folder: str) -> Any | None:
         return None
 
 
-def decode(namespace: Namespace, tokens: Tokens) -> str | None:
-    """The prompt as text, special tokens included, or None without a tokenizer."""
-    tokenizer = _tokenizer(namespace.tokenizer)
+def decode(folder: str, tokens: Tokens) -> str | None:
+    """The prompt as text, special tokens included, by the tokenizer in a folder; None without."""
+    tokenizer = _tokenizer(folder)
     if tokenizer is None:
         return None
     text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
     return text
 
 
-@functools.lru_cache(maxsize=64)
-def delimiter_ids(namespace: Namespace) -> frozenset[int]:
-    """Token ids of line ends and turn markers; empty without a tokenizer."""
-    tokenizer = _tokenizer(namespace.tokenizer)
+@functools.lru_cache(maxsize=16)
+def delimiter_ids(folder: str) -> frozenset[int]:
+    """Token ids of line ends and turn markers, by the tokenizer in a folder; empty without one."""
+    tokenizer = _tokenizer(folder)
     if tokenizer is None:
         return frozenset()
     ids = (tokenizer.token_to_id(text) for text in _DELIMITERS)

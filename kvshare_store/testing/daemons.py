@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -12,9 +13,9 @@ from typing import Self
 import numpy as np
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.protocol import socket_path
-from kvshare_store.daemon.spawn import answers, spawn_daemon
+from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -23,6 +24,16 @@ from kvshare_store.testing.network import Host
 from kvshare_store.testing.oracle import RowBook, RowOracle, Rows, check_partition, gather
 
 START_S = 60.0
+
+
+def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
+    """As `spawn_daemon`, but a child of this process, which then knows how it ends."""
+    log = open_log(config.home_path)
+    try:
+        environment = daemon_environment(config)
+        return subprocess.Popen(daemon_command(config), stdout=log, stderr=log, env=environment)
+    finally:
+        os.close(log)
 
 
 class Daemon:
@@ -37,11 +48,11 @@ class Daemon:
     def start(self) -> None:
         """Start it and wait until it accepts connections."""
         if self._host is None:
-            self.process = spawn_daemon(self.config)
+            self.process = child_daemon(self.config)
         else:  # a child lives where the thread lives that starts it
-            self.process = self._host.here(lambda: spawn_daemon(self.config))
-        path, deadline = socket_path(self.config.home_path), time.monotonic() + START_S
-        while not answers(path):
+            self.process = self._host.here(lambda: child_daemon(self.config))
+        deadline = time.monotonic() + START_S
+        while not answers(self.config.home_path):
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)

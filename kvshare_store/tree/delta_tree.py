@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
@@ -146,6 +147,8 @@ class DeltaTree:
                 del self._users[name]
                 self._bytes[node.namespace] -= self._sizes.pop(name)
                 unused.append(name)
+        if not self._bytes[node.namespace]:
+            del self._bytes[node.namespace]
         self._rank_again(alone)
         return unused
 
@@ -226,6 +229,16 @@ class DeltaTree:
     def blocks(self) -> set[str]:
         """Blocks that some node points at."""
         return set(self._users)
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks some node points at."""
+        return len(self._users)
+
+    def newest(self, count: int) -> list[Node]:
+        """The nodes used last, the newest first."""
+        newest = islice(reversed(self._used), max(0, min(count, len(self._used))))
+        return [self._nodes[node_id] for node_id in newest]
 
     def path(self, node_id: str) -> list[Node]:
         """From the oldest ancestor that is still here down to the node."""

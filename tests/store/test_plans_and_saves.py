@@ -226,9 +226,9 @@ def test_no_saving_is_declined(driver: Open) -> None:
     engine = driver(min_saving_ms=5.0)
     tokens = prompt(1, 40)
     engine.save(tokens)
-    engine.store.cost.prefill.value = 1e6
+    engine.store.costs.of(engine.namespace.model_digest).prefill.value = 1e6
     assert engine.plan(tokens).declined == "no_saving"
-    engine.store.cost.prefill.value = 1e3
+    engine.store.costs.of(engine.namespace.model_digest).prefill.value = 1e3
     assert engine.serve(tokens).exact == 39
 
 
@@ -237,17 +237,17 @@ def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
     tokens = prompt(1, 40)
     engine.save(tokens)
     much = Outcome(exact=39, nbytes=1 << 30, seconds=7.0)
-    before = {name: rate.value for name, rate in engine.store.cost.load.items()}
+    before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
-    assert engine.store.cost.load["host"].value != before["host"]
-    assert engine.store.cost.load["disk"].value == before["disk"]
+    assert engine.store.costs.load["host"].value != before["host"]
+    assert engine.store.costs.load["disk"].value == before["disk"]
     engine = driver()
     engine.serve(tokens[:20])  # only these blocks come up
-    before = {name: rate.value for name, rate in engine.store.cost.load.items()}
+    before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
     # the first blocks were in memory, the others were not
-    assert engine.store.cost.load["host"].value == before["host"]
-    assert engine.store.cost.load["disk"].value != before["disk"]
+    assert engine.store.costs.load["host"].value == before["host"]
+    assert engine.store.costs.load["disk"].value != before["disk"]
 
 
 # --- save and commit ----------------------------------------------------------------------------

@@ -11,9 +11,7 @@ import pytest
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.lookup import semantic as semantic_module
-from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import TextEmbedder, Vector, text_embeddings_installed
-from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -60,29 +58,15 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vectors_are_made_kept_and_found_again(words: None, config: Config) -> None:
     with Store(config(semantic="always")) as store:
         engine = Driver(store, NAMESPACE)
-        assert store.semantic.query(NAMESPACE, np.arange(40)) is None, "nothing is loaded yet"
         engine.save(range(100, 140))
         store.flush()
         index = store.shelf.index(NAMESPACE.digest)
         assert len(index.semantic) == len(index.lexical) == 1
-        assert store.semantic.query(NAMESPACE, np.arange(40)) is not None
-        assert store.cost.embed.value != CostModel().embed.value
     with Store(config(semantic="never")) as store:
         index = store.shelf.index(NAMESPACE.digest)
         assert len(index.semantic) == 1
         store.evict(nodes=1)
-        assert len(index.semantic) == 0
-
-
-def test_in_auto_mode_embedding_must_pay(words: None, config: Config) -> None:
-    cost = CostModel()
-    semantic = Semantic(config(semantic="auto"), cost)
-    tokens = np.arange(400, dtype=np.int32)
-    assert semantic.of_node(NAMESPACE, tokens) is not None
-    cost.embed.value, cost.prefill.value = 20_000.0, 100.0
-    assert semantic.query(NAMESPACE, tokens) is not None
-    cost.embed.value, cost.prefill.value = 20_000.0, 5_000.0
-    assert semantic.query(NAMESPACE, tokens) is None
+        assert store.shelf.index(NAMESPACE.digest) is None
 
 
 def test_an_embedder_that_fails_stops_nothing(
@@ -156,7 +140,7 @@ def test_the_real_model_nominates_a_paraphrase(config: Config, require: Require)
         ids = {text: engine.save(tokenizer.encode(text).ids) for text in (REPORT, CONTRACT)}
         store.flush()
         request = tokenizer.encode(PARAPHRASE).ids
-        vector = store.semantic.query(space, np.asarray(request, np.int32))
+        vector = store.semantic.of_node(space, np.asarray(request, np.int32))
         assert vector is not None
         nearest = store.shelf.index(space.digest).semantic.nearest(vector, 2)
         assert [name for name, _ in nearest] == [ids[REPORT], ids[CONTRACT]]

@@ -12,6 +12,7 @@ import pytest
 from kvshare_store.committer import Addition, Committer, Removal
 from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
 from kvshare_store.plan import Span
+from kvshare_store.threads import Health
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node
 
@@ -47,18 +48,24 @@ class Catalogue:
 class Desk:
     """A committer whose steps are written down in `log`."""
 
-    def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
+    def __init__(
+        self,
+        make_durable: Callable[[Node], None] | None = None,
+        describe: Callable[[Addition], Addition] = lambda work: work,
+    ) -> None:
         self.log: list[str] = []
         self.catalogue = Catalogue(self.log)
         self.start = threading.Event()
         self._make_durable = make_durable
+        self.health = Health()
         catalogue: Any = self.catalogue
         self.committer = Committer(
             catalogue,
             self._durable,
-            lambda work: work,
+            describe,
             lambda names: self.log.append("blocks gone " + " ".join(names)),
             lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
+            self.health,
         )
 
     def _durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
@@ -156,17 +163,66 @@ def test_closing_finishes_what_was_ordered() -> None:
     assert committed == [str(at) for at in range(100)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nobody_waits_for_a_thread_that_has_died() -> None:
-    def broken(node: Node) -> None:
+def broken(node: Node) -> None:
+    if node.id.startswith("bad"):
         raise ZeroDivisionError("a bug")
 
+
+def test_work_that_cannot_be_done_takes_no_other_along() -> None:
+    """Whatever it raises: the node is given up, the thread lives, the others are stored."""
     desk = Desk(broken)
-    desk.committer.order(addition("a"))
-    desk.committer.order(addition("b"))
+    log = desk.run(addition("a"), addition("bad"), addition("c"))
+    assert "failed bad: internal" in log
+    assert {name for step in log if step.startswith("rows") for name in step.split()[1:]} == {
+        "a",
+        "c",
+    }
+    desk.committer.order(addition("d"))
+    desk.committer.flush()
+    assert log[-1] == "rows d"
+    report = desk.health.report()
+    assert (report["state"], report["reasons"]) == ("ok", {})
+    assert report["failures"]["kvshare-commit"] >= 1
+    desk.committer.close()
+
+
+def test_an_errand_hands_its_error_to_whoever_waits() -> None:
+    desk = Desk()
     desk.start.set()
-    desk.committer._thread.join(30)
-    desk.committer.order(addition("c"))
+    with pytest.raises(ZeroDivisionError):
+        desk.committer.run(lambda: 1 // 0)
+    assert desk.run(addition("a"))[-1] == "rows a"
+    desk.committer.close()
+
+
+def test_a_node_without_its_text_vector_is_stored() -> None:
+    def refuse(work: Addition) -> Addition:
+        raise IndexError("index out of range in self")
+
+    desk = Desk(describe=refuse)
+    assert desk.run(addition("a"))[-1] == "rows a"
+    assert "IndexError" in desk.health.report()["reasons"]["embedding"]
+    desk.committer.close()
+
+
+def test_saves_are_refused_while_nothing_can_be_stored() -> None:
+    desk = Desk(broken)
+    desk.start.set()
+    for at in range(3):
+        desk.health.check_storing()
+        desk.run(addition(f"bad {at}"))
+    with pytest.raises(StorageError, match="ZeroDivisionError: a bug"):
+        desk.health.check_storing()
+    assert desk.health.report()["state"] == "degraded"
+    desk.run(addition("good"))
+    desk.health.check_storing()
+    desk.committer.close()
+
+
+def test_nobody_waits_for_a_committer_that_has_ended() -> None:
+    desk = Desk()
+    desk.committer.close()
+    desk.committer.order(addition("a"))
     with pytest.raises(StorageError, match="restart the store"):
         desk.committer.flush()
     with pytest.raises(StorageError, match="restart the store"):

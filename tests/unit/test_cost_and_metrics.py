@@ -61,14 +61,6 @@ def test_saving() -> None:
     assert cost.saving_ms(0, 1, {"disk": 1}) < 0
 
 
-def test_embedding_pays_beside_a_slow_prefill_only() -> None:
-    cost = CostModel()
-    cost.embed.value, cost.prefill.value = 20_000.0, 200.0
-    assert cost.embedding_pays(1000)
-    cost.prefill.value = 5_000.0
-    assert not cost.embedding_pays(1000)
-
-
 def test_counts_labels_and_errors_are_apart() -> None:
     metrics = Metrics()
     metrics.add("lookups")

@@ -56,7 +56,7 @@ def test_the_chain_nominates_who_shares_most(
             gone = nodes.pop(make_node(tokens, min(exact_rows, len(tokens))).id, None)
             if gone is not None:
                 chain.remove(gone)
-    nominated = chain.nominate(np.asarray(request, np.int32))
+    nominated = chain.nominate(chain.hashes(np.asarray(request, np.int32)))
     best = max((shared_runs(request, node) for node in nodes.values()), default=0)
     assert bool(nominated) == (best > 0)
     assert len(nominated) == len(set(nominated)) <= 8
@@ -68,7 +68,7 @@ def test_the_newest_is_nominated_first() -> None:
     nodes = [make_node([1, 1, 1, at], 4) for at in range(12)]
     for node in nodes:
         chain.add(node)
-    nominated = chain.nominate(np.asarray([1, 1, 1, 5], np.int32))
+    nominated = chain.nominate(chain.hashes(np.asarray([1, 1, 1, 5], np.int32)))
     assert nominated == [node.id for node in nodes[:3:-1]]
 
 
@@ -79,7 +79,7 @@ def test_removing_everything_leaves_nothing() -> None:
         chain.add(node)
     for node in nodes:
         chain.remove(node)
-    assert chain.nominate(np.ones(9, np.int32)) == []
+    assert chain.nominate(chain.hashes(np.ones(9, np.int32))) == []
     assert not chain._entries
 
 

@@ -15,6 +15,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.plan import Span
@@ -39,7 +40,7 @@ class Shelf:
         )
         self.tree, self.cost = DeltaTree(), CostModel()
         self.index = NamespaceIndex(self.config.block_tokens)
-        self.planner = Planner(self.config, self.tree, self.cost)
+        self.planner = Planner(self.config)
 
     def add(
         self,
@@ -79,16 +80,15 @@ class Shelf:
         request: list[int],
         policy: ReusePolicy = LAX,
         tier_of: Callable[[str], str | None] = lambda name: "host",
-        semantic: Callable[[], np.ndarray | None] = lambda: None,
         delimiters: tuple[int, ...] = (),
     ) -> Draft:
         draft = self.planner.draft(
             np.asarray(request, np.int32),
-            self.index,
+            Nominator(self.tree, self.index),
             policy,
+            self.cost,
             tier_of=tier_of,
             row_bytes=ROW_BYTES,
-            semantic=semantic,
             delimiters=delimiters,
         )
         self.check(request, draft)
@@ -228,29 +228,6 @@ def test_donors_are_named_by_how_much_they_give() -> None:
     large = shelf.add(text(9, 8) + text(2, 90))
     draft = shelf.plan(text(1, 50) + text(2, 90) + [5])
     assert draft.donors == (large.id, small.id)
-
-
-def test_the_semantic_vector_is_asked_only_when_the_others_leave_most() -> None:
-    asked = []
-    vector = np.zeros(384, np.float32)
-    vector[0] = 1.0
-
-    def semantic() -> np.ndarray:
-        asked.append(True)
-        return vector
-
-    shelf = Shelf(candidates=1)
-    wanted = text(1, 60)
-    # twenty prompts that look more alike than the one that has the wanted text
-    hidden = shelf.add(text(3, 400) + wanted, semantic=vector)
-    for seed in range(4):
-        shelf.add(text(20 + seed, 60) + wanted[:9])
-    draft = shelf.plan(wanted[:9] + text(5, 300) + wanted, semantic=semantic)
-    assert asked
-    assert hidden.id in draft.donors
-    asked.clear()
-    shelf.plan(text(3, 400) + wanted[:30], semantic=semantic)
-    assert not asked
 
 
 # --- generations --------------------------------------------------------------------------------

@@ -236,6 +236,9 @@ class DiskTier(Tier):
     def use(self) -> TierUse:
         return self._inventory.use()
 
+    def counted(self) -> TierUse:
+        return self._inventory.counted()
+
     async def close(self) -> None:
         """Calls that have begun end as they would have; later ones are refused."""
         self._closed = True

@@ -53,6 +53,9 @@ class WrapperTier(Tier):
     def use(self) -> TierUse:
         return self.inner.use()
 
+    def counted(self) -> TierUse:
+        return self.inner.counted()
+
     async def purge(self, namespace: str, names: Sequence[str]) -> None:
         await self.inner.purge(namespace, names)
 

@@ -1,0 +1,70 @@
+"""Which stored prompts may be donors: immutable nodes, looked up under the store's lock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+from kvshare_store.lookup.embedders import Vector
+from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.tree.delta_tree import DeltaTree
+from kvshare_store.tree.edits import Tokens
+from kvshare_store.tree.node import Node
+
+_FLOOR = 0.02
+"""Lexical cosines below this are chance."""
+
+
+class Nominator:
+    """The donors of one namespace. Each question holds the lock only while it looks ids up; hashes
+    are computed before. Nodes do not change, so whoever has one needs no lock."""
+
+    def __init__(
+        self, tree: DeltaTree, index: NamespaceIndex | None, lock: threading.RLock | None = None
+    ) -> None:
+        """`index`: None for a namespace without nodes. `lock`: None where one thread does all."""
+        self._tree = tree
+        self._index = index
+        self._lock = lock or threading.RLock()
+
+    def __bool__(self) -> bool:
+        """Whether there is any node."""
+        return self._index is not None and len(self._index) > 0
+
+    def by_prefix(self, tokens: Tokens) -> list[Node]:
+        """Nodes that may share the longest exact prefix with `tokens`, the newest first."""
+        if self._index is None:
+            return []
+        hashes = self._index.chain.hashes(tokens)
+        with self._lock:
+            return self._nodes(self._index.chain.nominate(hashes))
+
+    def by_words(self, vector: Vector, count: int) -> list[Node]:
+        """Nodes with similar token n-grams, the most similar first."""
+        if self._index is None:
+            return []
+        found = self._index.lexical.nearest(vector, count)
+        with self._lock:
+            return self._nodes([node_id for node_id, cosine in found if cosine >= _FLOOR])
+
+    def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
+        """Nodes whose text is near that of the first of `like` that has a text vector.
+
+        A request has no text vector of its own: making one would take longer than a plan may. The
+        stored prompt that shares most words with it stands in for it.
+        """
+        index = self._index
+        if index is None or not len(index.semantic):
+            return []
+        with self._lock:
+            vectors = (index.semantic.get(node.id) for node in like)
+            vector = next((each for each in vectors if each is not None), None)
+        if vector is None:
+            return []
+        found = index.semantic.nearest(vector, count)
+        with self._lock:
+            return self._nodes([node_id for node_id, _ in found])
+
+    def _nodes(self, ids: Iterable[str]) -> list[Node]:
+        found = (self._tree.get(node_id) for node_id in ids)
+        return [node for node in found if node is not None]

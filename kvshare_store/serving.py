@@ -1,0 +1,211 @@
+"""Serving: a prompt becomes a plan with a lease, and what became of the plan is counted.
+
+Donors are nominated under the store's lock. Alignment, policy and cost need no lock, because nodes
+do not change. The lock is taken again to lease: a donor or a block that left meanwhile makes the
+plan a miss. No caller waits for a tier: where blocks come from below, the I/O loop ends the plan.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from time import perf_counter
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.blocks.leases import Lease
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import LeaseError
+from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter_policy
+from kvshare_store.lookup.text import delimiter_ids
+from kvshare_store.metrics import Metrics
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.shelf import Shelf
+from kvshare_store.tree.edits import Tokens
+
+Leased = tuple[Lease, dict[str, BlockRef]]
+
+
+class _Open(NamedTuple):
+    """A plan that has not ended yet."""
+
+    tokens: int
+    tier: str
+
+
+class _Lookup(NamedTuple):
+    """What was asked, and since when."""
+
+    namespace: Namespace
+    tokens: int
+    policy: ReusePolicy
+    start: float
+
+    def plan(self, declined: str = "") -> ReusePlan:
+        return ReusePlan(
+            namespace=self.namespace.digest,
+            tokens=self.tokens,
+            policy=self.policy.name,
+            declined=declined,
+        )
+
+
+class Serving:
+    """Plans of one store, from the question to the outcome. Thread-safe."""
+
+    def __init__(self, config: StoreConfig, shelf: Shelf, costs: Costs, metrics: Metrics) -> None:
+        self._config = config
+        self._shelf = shelf
+        self._blocks = shelf.blocks
+        self._costs = costs
+        self._metrics = metrics
+        self._policy = configured_policy(config)
+        self._planner = Planner(config)
+        self._open: dict[str, _Open] = {}
+
+    def plan_soon(
+        self,
+        request: Tokens,
+        namespace: Namespace,
+        policy: str | None,
+        owner: str,
+        deadline_ms: float | None,
+    ) -> Future[ReusePlan]:
+        """See `Store.plan_soon`."""
+        chosen = stricter_policy(self._policy, policy)
+        lookup = _Lookup(namespace, len(request), chosen, perf_counter())
+        self._metrics.add("lookups")
+        self._metrics.add("tokens_requested", lookup.tokens)
+        answer: Future[ReusePlan] = Future()
+        draft = self._draft(request, lookup)
+        leased = None if draft.declined else self._lease(draft, owner, deadline_ms)
+        if leased is None:
+            self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
+        else:
+            leased.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
+        return answer
+
+    def _draft(self, request: Tokens, lookup: _Lookup) -> Draft:
+        namespace, policy = lookup.namespace, lookup.policy
+        return self._planner.draft(
+            request,
+            Nominator(self._shelf.tree, self._shelf.index(namespace.digest), self._shelf.lock),
+            policy,
+            self._costs.of(namespace.model_digest),
+            tier_of=self._blocks.tier_of,
+            row_bytes=namespace.layout.row_bytes,
+            delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+        )
+
+    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
+        """None if a donor or a block has left the store since the draft was made."""
+        timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
+        seconds = self._config.lease_seconds + timeout
+        with self._shelf.lock:
+            tree = self._shelf.tree
+            here = all(donor in tree for donor in draft.donors)
+            if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
+                return None
+            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout)
+
+    def _complete(
+        self, answer: Future[ReusePlan], lookup: _Lookup, draft: Draft, leased: Future[Leased]
+    ) -> None:
+        try:
+            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
+            answer.set_exception(error)
+
+    def _answer(self, answer: Future[ReusePlan], lookup: _Lookup, plan: ReusePlan) -> None:
+        self._metrics.observe("lookup", perf_counter() - lookup.start)
+        if plan.declined:
+            self._count_miss(plan.declined, lookup.tokens)
+        if plan.declined == "no_saving":
+            self._costs.of(lookup.namespace.model_digest).doubt()
+        answer.set_result(plan)
+
+    def _leased(
+        self, lookup: _Lookup, draft: Draft, lease: Lease, refs: dict[str, BlockRef]
+    ) -> ReusePlan:
+        with self._shelf.lock:
+            alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
+            if not alive or len(refs) < len(draft.blocks):
+                if alive:
+                    self._closed(self._blocks.end_lease(lease.id))
+                return lookup.plan("not_resident")
+            if any(self._blocks.host.lossy(name) for name in draft.blocks):
+                draft = _inexact(draft)
+                if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
+                    self._closed(self._blocks.end_lease(lease.id))
+                    return lookup.plan("lossy")
+            self._open[lease.id] = _Open(lookup.tokens, draft.tier)
+            for donor in draft.donors:
+                self._shelf.tree.touch(donor)
+        return msgspec.structs.replace(
+            lookup.plan(),
+            exact=draft.exact,
+            spans=draft.spans,
+            blocks=tuple(refs[name] for name in draft.blocks),
+            donors=draft.donors,
+            generation=draft.generation,
+            lease=lease.id,
+            arena=str(self._blocks.host.arena.path),
+            saving_ms=draft.saving_ms,
+        )
+
+    # --- the end of a plan -----------------------------------------------------------------------
+
+    def finish(self, lease_id: str, outcome: Outcome) -> None:
+        """See `Store.finish`."""
+        try:
+            lease = self._blocks.end_lease(lease_id)
+        except LeaseError:
+            return
+        opened = self._closed(lease)
+        if opened is None:
+            return
+        if outcome.failed:
+            self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
+            return
+        metrics = self._metrics
+        metrics.add("hits_edited" if outcome.edited else "hits_exact")
+        metrics.add("tokens_reused_exact", outcome.exact)
+        metrics.add("tokens_reused_edited", outcome.edited)
+        metrics.add("tokens_recomputed", outcome.recomputed)
+        metrics.add("bytes_loaded", outcome.nbytes)
+        metrics.observe("load", outcome.seconds)
+        self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def decline(self, reason: str, tokens: int) -> None:
+        """See `Store.decline`."""
+        self._metrics.add("lookups")
+        self._metrics.add("tokens_requested", tokens)
+        self._count_miss(reason, tokens)
+
+    def reap(self, dead_owners: set[str]) -> None:
+        """End leases that expired, or whose owner is gone; each counts as a miss."""
+        for lease in self._blocks.reap(dead_owners):
+            opened = self._closed(lease)
+            if opened is not None:
+                self._count_miss("lease_expired", opened.tokens)
+
+    def _closed(self, lease: Lease) -> _Open | None:
+        """A lease has ended: what it held may go; returns the plan it was for."""
+        with self._shelf.lock:
+            self._shelf.sweep(lease.names)
+            return self._open.pop(lease.id, None)
+
+    def _count_miss(self, reason: str, tokens: int) -> None:
+        self._metrics.add("misses")
+        self._metrics.decline(reason)
+        self._metrics.add("tokens_recomputed", tokens)
+
+
+def _inexact(draft: Draft) -> Draft:
+    """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
+    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
+    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
