@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +22,12 @@ _MAX_CELLS = 1 << 24
 """Above this many cells (2 MiB of bits each way, 3 to 7 ms) prompts are cut at anchors first."""
 _ANCHOR = 16
 """Tokens of an anchor: long enough that a chance repeat is not unique on both sides."""
-_ANCHORS = 1024
+_LOOKED_AT = 4096
+"""About so many grams of a long prompt may become anchors."""
+_ANCHORS = 512
 """Anchors of one alignment, the longest: choosing among them takes time by the square."""
-_SORTED = 64
-"""Cells that hashing and sorting a token costs."""
+_HASHED, _CHOSEN, _CALL = 32, 1 << 14, 1 << 15
+"""Cells that hashing a token, choosing an anchor, and aligning a piece of any size cost."""
 _PLACES = 8
 """Places in a donor that are tried for a passage that occurs in it more often."""
 _FIRST_LOOK = 256
@@ -76,7 +77,7 @@ def passages(
     An edit script would miss them: it would rather replace what stands in the same place.
     """
     effort = effort or Effort()
-    if not effort.spend(_SORTED * (len(request) + len(donor))):
+    if not effort.spend(_HASHED * (len(request) + len(donor))):
         return []
     ours, theirs = gram_hashes(request, shortest), gram_hashes(donor, shortest)
     wanted = np.zeros(len(ours), np.bool_)
@@ -84,16 +85,17 @@ def passages(
         wanted[gap.start : max(gap.start, gap.stop - shortest + 1)] = True
     starts = np.flatnonzero(wanted)
     starts = starts[occur_in(ours[starts], theirs)]
+    places_of = _Places(theirs, ours[starts])
     stops = [gap.stop for gap in gaps]
     matches: list[Match] = []
     next_free = 0
     for at in starts.tolist():
         if at < next_free:
             continue
-        if not effort.spend(len(donor)):
+        if not effort.spend(shortest):
             break
         piece = request[at : stops[bisect_right(stops, at)]]
-        places = np.flatnonzero(theirs == ours[at])[:_PLACES].tolist()
+        places = places_of(ours[at])
         lengths = [common_prefix(piece, donor[place:]) for place in places]
         longest = max(lengths, default=0)
         if longest >= shortest:
@@ -102,12 +104,27 @@ def passages(
     return matches
 
 
+class _Places:
+    """Where a donor has the grams that were asked about."""
+
+    def __init__(self, grams: Hashes, asked: Hashes) -> None:
+        at = np.flatnonzero(occur_in(grams, asked))
+        order = np.argsort(grams[at], kind="stable")
+        self._places, self._grams = at[order], grams[at][order]
+
+    def __call__(self, gram: np.uint64) -> list[int]:
+        """The first `_PLACES` of them, ascending."""
+        first = int(np.searchsorted(self._grams, gram))
+        few = slice(first, first + _PLACES)
+        return list(self._places[few][self._grams[few] == gram].tolist())
+
+
 def _align_middle(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
     cells = len(request) * len(donor)
     if not cells:
         return []
     if cells <= _MAX_CELLS:
-        return _levenshtein(request, donor) if effort.spend(cells) else []
+        return _levenshtein(request, donor) if effort.spend(cells + _CALL) else []
     anchors = _anchors(request, donor, effort)
     matches = []
     at = source = 0
@@ -135,75 +152,67 @@ def _sequence(tokens: Tokens) -> str | list[int]:
     return tokens.tobytes().decode(_CHARACTERS, "surrogatepass")
 
 
-class _Chain(NamedTuple):
-    """Anchors by where they begin in the request: int64 [anchors] each."""
-
-    start: npt.NDArray[np.int64]
-    source: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
-
-
 def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
-    """Runs of `_ANCHOR` tokens or more that are unique on both sides: of those that ascend on both
-    sides the chain with the most tokens."""
-    if not effort.spend(_SORTED * (len(request) + len(donor))):
+    """Equal runs that begin with `_ANCHOR` tokens which are unique on both sides: of those that
+    ascend on both sides the chain with the most tokens."""
+    if not effort.spend(_HASHED * (len(request) + len(donor))):
         return []
     length = min(_ANCHOR, len(request), len(donor))
-    runs = _unique_runs(request, donor, length)
-    if not effort.spend(_SORTED * len(runs.start) ** 2 // 16):
-        return []
-    chain: list[Match] = []
-    for start, source, length in _heaviest_ascending(runs):
-        last = chain[-1] if chain else Match(0, 0, 0)
-        # two runs may overlap by some tokens where text between them was removed
-        overlap = max(0, last.start + last.length - start, last.source + last.length - source)
-        same = common_prefix(request[start + overlap : start + length], donor[source + overlap :])
-        if same:
-            chain.append(Match(start + overlap, source + overlap, same))
-    return chain
-
-
-def _unique_runs(request: Tokens, donor: Tokens, length: int) -> _Chain:
-    ours, theirs = _unique_grams(request, length), _unique_grams(donor, length)
+    one_of = max(len(request), len(donor)) // _LOOKED_AT + 1
+    ours, theirs = (_unique_grams(tokens, length, one_of) for tokens in (request, donor))
     _, first, second = np.intersect1d(ours[0], theirs[0], True, return_indices=True)
-    start, source = ours[1][first], theirs[1][second]
-    order = np.argsort(start)
-    start, source = start[order], source[order]
-    breaks = (np.diff(start, prepend=-2) != 1) | (np.diff(source, prepend=-2) != 1)
-    begin = np.flatnonzero(breaks)
-    lengths = np.diff(begin, append=len(start)) + length - 1
-    longest = np.sort(np.argsort(-lengths, kind="stable")[:_ANCHORS])
-    return _Chain(start[begin][longest], source[begin][longest], lengths[longest])
+    starts, sources = ours[1][first], theirs[1][second]
+    order = np.argsort(starts)
+    runs: list[Match] = []
+    for start, source in zip(starts[order].tolist(), sources[order].tolist(), strict=True):
+        last = runs[-1] if runs else Match(0, 0, 0)
+        if start - source == last.start - last.source and start < last.start + last.length:
+            continue
+        same = common_prefix(request[start:], donor[source:]) if effort.spend(0) else 0
+        if same:
+            runs.append(Match(start, source, same))
+    return _heaviest_chain(runs) if effort.spend(_CHOSEN * len(runs)) else []
 
 
-def _unique_grams(tokens: Tokens, length: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Hashes of the grams that occur once, sorted, and where."""
-    hashes, first, counts = np.unique(
-        gram_hashes(tokens, length), return_index=True, return_counts=True
-    )
-    return hashes[counts == 1], first[counts == 1]
+def _unique_grams(tokens: Tokens, length: int, one_of: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    """Hashes of the grams that occur once, sorted, and where. Only about every `one_of`th distinct
+    gram is looked at: which, its hash decides, so that both sides look at the same."""
+    hashes = gram_hashes(tokens, length)
+    at = np.flatnonzero(hashes % np.uint64(one_of) == 0)
+    distinct, first, counts = np.unique(hashes[at], return_index=True, return_counts=True)
+    return distinct[counts == 1], at[first[counts == 1]]
 
 
-def _heaviest_ascending(runs: _Chain) -> list[tuple[int, int, int]]:
-    """Of runs in the order of their starts, those that begin and end after one another in the
-    donor as well and have the most tokens together."""
-    start, source, length = runs
-    weight = np.zeros(len(start), np.int64)
-    before = np.full(len(start), -1)
-    for at in range(len(start)):
-        fits = (source[:at] < source[at]) & (
-            (source + length)[:at] < source[at] + length[at]
-        ) & ((start + length)[:at] < start[at] + length[at])  # fmt: skip
-        ahead = np.where(fits, weight[:at], 0)
-        best = int(ahead.argmax()) if at else -1
-        weight[at] = length[at] + (ahead[best] if at else 0)
-        before[at] = best if at and fits[best] else -1
-    chain = []
-    at = int(weight.argmax()) if len(weight) else -1
+def _heaviest_chain(runs: list[Match]) -> list[Match]:
+    """Of the longest runs those that ascend in the donor as well and have the most tokens."""
+    runs = sorted(sorted(runs, key=lambda run: -run.length)[:_ANCHORS])
+    sources = np.asarray([run.source for run in runs])
+    weights = np.zeros(len(runs), np.int64)
+    before = np.full(len(runs), -1)
+    for at, run in enumerate(runs):
+        weights[at] = run.length
+        ahead = np.where(sources[:at] < run.source, weights[:at], 0)
+        if at and ahead[best := int(ahead.argmax())]:
+            weights[at] += ahead[best]
+            before[at] = best
+    heaviest: list[Match] = []
+    at = int(weights.argmax()) if len(runs) else -1
     while at >= 0:
-        chain.append((int(start[at]), int(source[at]), int(length[at])))
+        heaviest.append(runs[at])
         at = int(before[at])
-    return chain[::-1]
+    return _apart(heaviest[::-1])
+
+
+def _apart(runs: list[Match]) -> list[Match]:
+    """Two runs may overlap by some tokens where text between them was removed; the first has
+    them."""
+    chain: list[Match] = []
+    for start, source, length in runs:
+        last = chain[-1] if chain else Match(0, 0, 0)
+        over = max(0, last.start + last.length - start, last.source + last.length - source)
+        if over < length:
+            chain.append(Match(start + over, source + over, length - over))
+    return chain
 
 
 def _join(matches: list[Match]) -> list[Match]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 _CELLS = 1 << 26
 """Pairs of tokens that are compared for one plan: 20 to 30 ms of one core."""
-_PIECE = 1 << 15
+_PIECE = 1 << 13
 """What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
 _SECONDS = 0.04
 """Nothing is begun so long after the first alignment of a plan began."""
@@ -24,13 +24,17 @@ class Effort:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.left = cells
+        self.reserve = 0.0
+        """The share of all that is kept for later work."""
+        self._cells, self._seconds = cells, seconds
         self._clock = clock
         self._until = clock() + seconds
 
     def spend(self, cells: int) -> bool:
         """Whether a piece of work of so many cells may begin; then it counts as done."""
         cost = cells + _PIECE
-        if cost > self.left or self._clock() > self._until:
+        late = self._clock() > self._until - self.reserve * self._seconds
+        if late or cost > self.left - self.reserve * self._cells:
             return False
         self.left -= cost
         return True

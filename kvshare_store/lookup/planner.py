@@ -25,6 +25,8 @@ _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
+_FOR_GAPS = 0.3
+"""Share of the effort that is kept for filling the gaps of the first donor."""
 _MOSTLY = 0.5
 """Neighbours by text are asked for when the others leave more than this uncovered."""
 
@@ -110,6 +112,7 @@ class Planner:
         """The node that covers most becomes the first donor; others fill what it leaves."""
         self._take_best_prefix(cover, nodes)
         aligned: list[tuple[int, Node, list[Match]]] = []
+        effort.reserve = _FOR_GAPS
         for node in nodes:
             if not (effort.spend(len(node.tokens)) and cover.shares_text_with(node)):
                 continue
@@ -122,6 +125,7 @@ class Planner:
             return
         _, first, matches = max(aligned, key=lambda entry: entry[0])
         cover.add(first, matches)
+        effort.reserve = 0.0
         # text from elsewhere is worth its seam only in runs that outlast the window after it
         shortest = max(2 * GRAM, 2 * policy.edit_window, policy.min_run)
         for node in (first, *(node for node in nodes if node is not first)):
