@@ -1,156 +1,218 @@
-"""Token-by-token alignment of a request with a donor (paper §4.2, "semantic alignment")."""
+"""Token-by-token alignment of a request with a donor (paper §4.2, "semantic alignment").
+
+Work is bounded by an `Effort`: what it does not allow is not found.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.grams import Hashes, gram_hashes, occur_in
+from kvshare_store.plan import Run
 from kvshare_store.tree.edits import Match, Tokens
 
-_MAX_CELLS = 1 << 27
-"""Above this many cells (16 MiB of bits each way) the prompts are cut at anchors first."""
+_MAX_CELLS = 1 << 24
+"""Above this many cells (2 MiB of bits each way, 3 to 7 ms) prompts are cut at anchors first."""
 _ANCHOR = 16
 """Tokens of an anchor: long enough that a chance repeat is not unique on both sides."""
-
+_LOOKED_AT = 4096
+"""About so many grams of a long prompt may become anchors."""
+_ANCHORS = 512
+"""Anchors of one alignment, the longest: choosing among them takes time by the square."""
+_HASHED, _CHOSEN, _CALL = 32, 1 << 14, 1 << 15
+"""Cells that hashing a token, choosing an anchor, and aligning a piece of any size cost."""
 _PLACES = 8
 """Places in a donor that are tried for a passage that occurs in it more often."""
-
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_LOOK = 256
+_LARGEST_CHARACTER = 0x10FFFF
+_CHARACTERS = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common prefix."""
+    """Length of the longest common prefix; costs as much as that prefix is long."""
     shorter = min(len(a), len(b))
-    different = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(different[0]) if different.size else shorter
+    at, step = 0, _FIRST_LOOK
+    while at < shorter:
+        different = a[at : min(at + step, shorter)] != b[at : min(at + step, shorter)]
+        first = int(different.argmax())
+        if different[first]:
+            return at + first
+        at, step = at + step, 4 * step
+    return shorter
 
 
-GRAM = 8
-"""Tokens of a gram: text that shares none has no run worth a seam in common."""
-
-
-def gram_hashes(tokens: Tokens) -> npt.NDArray[np.uint64]:
-    """A hash of the `GRAM` tokens from each position on; empty for shorter prompts."""
-    count = len(tokens) - GRAM + 1
-    hashed = np.zeros(max(count, 0), np.uint64)
-    for offset in range(GRAM if count > 0 else 0):
-        hashed = (hashed ^ tokens[offset : offset + count].astype(np.uint64)) * _MIX
-        hashed ^= hashed >> np.uint64(29)
-    return hashed
-
-
-def occur_in(
-    grams: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.bool_]:
-    """Which of `grams` are among `others`; np.isin takes several times longer for a few hundred."""
-    if not len(others):
-        return np.zeros(len(grams), np.bool_)
-    ordered = np.sort(others)
-    places = np.searchsorted(ordered, grams)
-    found: npt.NDArray[np.bool_] = ordered[np.minimum(places, len(ordered) - 1)] == grams
-    return found
-
-
-def align(request: Tokens, donor: Tokens) -> list[Match]:
+def align(request: Tokens, donor: Tokens, effort: Effort | None = None) -> list[Match]:
     """Equal runs in ascending order on both sides, of a script with the fewest edits.
 
     Exact up to `_MAX_CELLS`; longer middles are cut at runs of 16 tokens that occur once on both
-    sides, so that memory stays bounded.
+    sides. What `effort` does not allow stays unmatched.
     """
+    effort = effort or Effort()
     head = common_prefix(request, donor)
     tail = common_prefix(request[head:][::-1], donor[head:][::-1])
-    middle = _align_middle(request[head : len(request) - tail], donor[head : len(donor) - tail])
-    matches = [Match(head + m.start, head + m.source, m.length) for m in middle]
+    rest = slice(head, len(request) - tail), slice(head, len(donor) - tail)
+    middle = _align_middle(request[rest[0]], donor[rest[1]], effort)
     return _join(
         [
             Match(0, 0, head),
-            *matches,
+            *(Match(head + start, head + source, length) for start, source, length in middle),
             Match(len(request) - tail, len(donor) - tail, tail),
         ]
     )
 
 
-def passages(piece: Tokens, donor: Tokens, shortest: int) -> list[Match]:
-    """Runs of `piece` that occur in `donor`, the longest first found from left to right.
+def passages(
+    request: Tokens, donor: Tokens, gaps: Sequence[Run], shortest: int, effort: Effort | None = None
+) -> list[Match]:
+    """Runs of at least `shortest` tokens inside the `gaps` of the request that occur anywhere in
+    the donor; from left to right, each as long as it can be.
 
     An edit script would miss them: it would rather replace what stands in the same place.
     """
-    ours, theirs = gram_hashes(piece), gram_hashes(donor)
-    matches = []
-    at = 0
-    while at + shortest <= len(piece):
-        places = np.flatnonzero(theirs == ours[at])[:_PLACES]
-        lengths = [common_prefix(piece[at:], donor[place:]) for place in places]
+    effort = effort or Effort()
+    if not effort.spend(_HASHED * (len(request) + len(donor))):
+        return []
+    ours, theirs = gram_hashes(request, shortest), gram_hashes(donor, shortest)
+    wanted = np.zeros(len(ours), np.bool_)
+    for gap in gaps:
+        wanted[gap.start : max(gap.start, gap.stop - shortest + 1)] = True
+    starts = np.flatnonzero(wanted)
+    starts = starts[occur_in(ours[starts], theirs)]
+    places_of = _Places(theirs, ours[starts])
+    stops = [gap.stop for gap in gaps]
+    matches: list[Match] = []
+    next_free = 0
+    for at in starts.tolist():
+        if at < next_free:
+            continue
+        if not effort.spend(shortest):
+            break
+        piece = request[at : stops[bisect_right(stops, at)]]
+        places = places_of(ours[at])
+        lengths = [common_prefix(piece, donor[place:]) for place in places]
         longest = max(lengths, default=0)
         if longest >= shortest:
-            matches.append(Match(at, int(places[lengths.index(longest)]), longest))
-        at += max(longest - GRAM + 1, 1) if longest < shortest else longest
+            matches.append(Match(at, places[lengths.index(longest)], longest))
+            next_free = at + longest
     return matches
 
 
-def _align_middle(request: Tokens, donor: Tokens) -> list[Match]:
-    if not len(request) or not len(donor):
+class _Places:
+    """Where a donor has the grams that were asked about."""
+
+    def __init__(self, grams: Hashes, asked: Hashes) -> None:
+        at = np.flatnonzero(occur_in(grams, asked))
+        order = np.argsort(grams[at], kind="stable")
+        self._places, self._grams = at[order], grams[at][order]
+
+    def __call__(self, gram: np.uint64) -> list[int]:
+        """The first `_PLACES` of them, ascending."""
+        first = int(np.searchsorted(self._grams, gram))
+        few = slice(first, first + _PLACES)
+        return list(self._places[few][self._grams[few] == gram].tolist())
+
+
+def _align_middle(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
+    cells = len(request) * len(donor)
+    if not cells:
         return []
-    if len(request) * len(donor) <= _MAX_CELLS:
-        return _levenshtein(request, donor)
+    if cells <= _MAX_CELLS:
+        return _levenshtein(request, donor) if effort.spend(cells + _CALL) else []
+    anchors = _anchors(request, donor, effort)
     matches = []
     at = source = 0
-    for anchor in (*_anchors(request, donor), Match(len(request), len(donor), 0)):
+    for anchor in (*anchors, Match(len(request), len(donor), 0)) if anchors else ():
         piece = request[at : anchor.start], donor[source : anchor.source]
-        if 0 < len(piece[0]) * len(piece[1]) <= _MAX_CELLS:
-            matches += [Match(at + m.start, source + m.source, m.length) for m in align(*piece)]
+        if len(piece[0]) and len(piece[1]):
+            matches += [
+                Match(at + m.start, source + m.source, m.length) for m in align(*piece, effort)
+            ]
         matches.append(anchor)
         at, source = anchor.start + anchor.length, anchor.source + anchor.length
     return matches
 
 
 def _levenshtein(request: Tokens, donor: Tokens) -> list[Match]:
-    script = Levenshtein.opcodes(donor.tolist(), request.tolist())
-    return [
-        Match(op.dest_start, op.src_start, op.src_end - op.src_start)
-        for op in script
-        if op.tag == "equal"
-    ]
+    script = Levenshtein.opcodes(_sequence(donor), _sequence(request))
+    return [Match(start, source, length) for source, start, length in script.as_matching_blocks()]
 
 
-def _anchors(request: Tokens, donor: Tokens) -> list[Match]:
-    """Runs of `_ANCHOR` tokens unique on both sides, the longest chain ascending on both."""
-    ours, theirs = _unique_grams(request), _unique_grams(donor)
-    pairs = sorted((at, theirs[gram]) for gram, at in ours.items() if gram in theirs)
-    chain: list[Match] = []
-    for at, source in _longest_ascending(pairs):
-        last = chain[-1] if chain else Match(0, 0, 0)
-        if at < last.start + last.length or source < last.source + last.length:
+def _sequence(tokens: Tokens) -> str | list[int]:
+    """Tokens as the characters of a string, which rapidfuzz compares without making objects; a
+    list where an id is too large for that, such as the hash of an image."""
+    if int(tokens.max()) > _LARGEST_CHARACTER:
+        return list(tokens.tolist())
+    return tokens.tobytes().decode(_CHARACTERS, "surrogatepass")
+
+
+def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
+    """Equal runs that begin with `_ANCHOR` tokens which are unique on both sides: of those that
+    ascend on both sides the chain with the most tokens."""
+    if not effort.spend(_HASHED * (len(request) + len(donor))):
+        return []
+    length = min(_ANCHOR, len(request), len(donor))
+    one_of = max(len(request), len(donor)) // _LOOKED_AT + 1
+    ours, theirs = (_unique_grams(tokens, length, one_of) for tokens in (request, donor))
+    _, first, second = np.intersect1d(ours[0], theirs[0], True, return_indices=True)
+    starts, sources = ours[1][first], theirs[1][second]
+    order = np.argsort(starts)
+    runs: list[Match] = []
+    for start, source in zip(starts[order].tolist(), sources[order].tolist(), strict=True):
+        last = runs[-1] if runs else Match(0, 0, 0)
+        if start - source == last.start - last.source and start < last.start + last.length:
             continue
-        chain.append(Match(at, source, common_prefix(request[at:], donor[source:])))
-    return [match for match in chain if match.length]
+        same = common_prefix(request[start:], donor[source:]) if effort.spend(0) else 0
+        if same:
+            runs.append(Match(start, source, same))
+    return _heaviest_chain(runs) if effort.spend(_CHOSEN * len(runs)) else []
 
 
-def _unique_grams(tokens: Tokens) -> dict[bytes, int]:
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, min(_ANCHOR, len(tokens)))
-    _, first, counts = np.unique(windows, axis=0, return_index=True, return_counts=True)
-    return {windows[at].tobytes(): int(at) for at in first[counts == 1]}
+def _unique_grams(tokens: Tokens, length: int, one_of: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    """Hashes of the grams that occur once, sorted, and where. Only about every `one_of`th distinct
+    gram is looked at: which, its hash decides, so that both sides look at the same."""
+    hashes = gram_hashes(tokens, length)
+    at = np.flatnonzero(hashes % np.uint64(one_of) == 0)
+    distinct, first, counts = np.unique(hashes[at], return_index=True, return_counts=True)
+    return distinct[counts == 1], at[first[counts == 1]]
 
 
-def _longest_ascending(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Longest subsequence whose second members ascend (patience sorting)."""
-    tops: list[int] = []
-    top_index: list[int] = []
-    before: list[int] = []
-    for index, (_, source) in enumerate(pairs):
-        pile = bisect_left(tops, source)
-        before.append(top_index[pile - 1] if pile else -1)
-        tops[pile : pile + 1] = [source]
-        top_index[pile : pile + 1] = [index]
-    chain = []
-    at = top_index[-1] if top_index else -1
+def _heaviest_chain(runs: list[Match]) -> list[Match]:
+    """Of the longest runs those that ascend in the donor as well and have the most tokens."""
+    runs = sorted(sorted(runs, key=lambda run: -run.length)[:_ANCHORS])
+    sources = np.asarray([run.source for run in runs])
+    weights = np.zeros(len(runs), np.int64)
+    before = np.full(len(runs), -1)
+    for at, run in enumerate(runs):
+        weights[at] = run.length
+        ahead = np.where(sources[:at] < run.source, weights[:at], 0)
+        if at and ahead[best := int(ahead.argmax())]:
+            weights[at] += ahead[best]
+            before[at] = best
+    heaviest: list[Match] = []
+    at = int(weights.argmax()) if len(runs) else -1
     while at >= 0:
-        chain.append(pairs[at])
-        at = before[at]
-    return chain[::-1]
+        heaviest.append(runs[at])
+        at = int(before[at])
+    return _apart(heaviest[::-1])
+
+
+def _apart(runs: list[Match]) -> list[Match]:
+    """Two runs may overlap by some tokens where text between them was removed; the first has
+    them."""
+    chain: list[Match] = []
+    for start, source, length in runs:
+        last = chain[-1] if chain else Match(0, 0, 0)
+        over = max(0, last.start + last.length - start, last.source + last.length - source)
+        if over < length:
+            chain.append(Match(start + over, source + over, length - over))
+    return chain
 
 
 def _join(matches: list[Match]) -> list[Match]:

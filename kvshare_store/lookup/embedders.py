@@ -41,21 +41,17 @@ def lexical_vector(tokens: Tokens) -> Vector:
     `tokens`: int32 ids. Needs no model and gives the same vector in every process.
     """
     ids = tokens.astype(np.uint64) + np.uint64(1)
-    sums = np.zeros(VECTOR_DIMENSIONS)
-    for length in _GRAMS:
-        if len(ids) < length:
-            continue
-        hashed = np.zeros(len(ids) - length + 1, np.uint64)
-        for offset in range(length):
-            hashed = (hashed ^ ids[offset : offset + len(hashed)]) * _MIX
-            hashed ^= hashed >> np.uint64(29)
-        signs = np.where(hashed >> np.uint64(63), 1.0, -1.0)
-        sums += np.bincount(
-            (hashed % np.uint64(VECTOR_DIMENSIONS)).astype(np.int64),
-            signs,
-            VECTOR_DIMENSIONS,
-        )
-    return unit(sums)
+    hashed, grams = np.zeros(len(ids), np.uint64), []
+    for length in range(1, max(_GRAMS) + 1):  # each gram's hash goes on from that of its beginning
+        count = max(0, len(ids) - length + 1)
+        hashed = (hashed[:count] ^ ids[length - 1 :]) * _MIX
+        hashed ^= hashed >> np.uint64(29)
+        if length in _GRAMS:
+            grams.append(hashed)
+    every = np.concatenate(grams)
+    places = (every % np.uint64(VECTOR_DIMENSIONS)).view(np.int64)
+    signs = np.where(every >> np.uint64(63), 1.0, -1.0)
+    return unit(np.bincount(places, signs, VECTOR_DIMENSIONS))
 
 
 class TextEmbedder(ABC):

@@ -110,9 +110,7 @@ def kept_positions(
         keep[exact:] = False
     keep &= ~_after_edits(keep, donor_of, source_of, policy)
     keep[max(0, length - policy.tail) :] = False
-    for run in runs_of(keep):
-        if run.length < policy.min_run:
-            keep[run.start : run.stop] = False
+    keep = _without_short_runs(keep, policy.min_run)
     if policy.delimiters and len(delimiters):
         # after short runs have gone: the lines of code and lists are shorter than `min_run`. The
         # exact prefix ends where the first edit is, also where that only removed text
@@ -140,10 +138,21 @@ def _after_edits(
         sizes = _edit_sizes(covered, donor_of, source_of, seams)
         grown = np.maximum(LEAST_WINDOW, np.ceil(policy.edit_growth * sizes))
         windows = np.minimum(windows, grown).astype(np.int64)
-    near = np.zeros(len(covered) + 1, np.int64)
-    np.add.at(near, seams, 1)
-    np.add.at(near, np.minimum(seams + windows, len(covered)), -1)
-    return np.cumsum(near[:-1]) > 0
+    return _between(seams, np.minimum(seams + windows, len(covered)), len(covered))
+
+
+def _between(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], length: int) -> Mask:
+    """Positions in at least one of the runs `starts … stops-1`, bool [length]."""
+    begun = np.bincount(starts, minlength=length + 1) - np.bincount(stops, minlength=length + 1)
+    return np.cumsum(begun[:length]) > 0
+
+
+def _without_short_runs(keep: Mask, shortest: int) -> Mask:
+    if shortest <= 1:
+        return keep
+    starts, stops = edges_of(keep)
+    short = stops - starts < shortest
+    return keep & ~_between(starts[short], stops[short], len(keep)) if short.any() else keep
 
 
 def _edit_sizes(
@@ -163,7 +172,15 @@ def _edit_sizes(
     return np.where(same, np.maximum(inserted, removed), np.inf)
 
 
+def edges_of(mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where the maximal runs of True begin, and where each has just ended, ascending."""
+    padded = np.zeros(len(mask) + 2, np.bool_)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return edges[::2], edges[1::2]
+
+
 def runs_of(mask: Mask) -> list[Run]:
     """Maximal runs of True, ascending."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
-    return [Run(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    starts, stops = edges_of(mask)
+    return [Run(*run) for run in zip(starts.tolist(), stops.tolist(), strict=True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 
 import blake3
 import msgspec
@@ -77,23 +79,10 @@ def check_segments(segments: Sequence[Span], length: int, blocks: int) -> None:
         raise PlanError(f"segments cover {at} of {length} positions; missing {missing[:3]}")
 
 
-def spans_from(node: Node, source: int, length: int, start: int, *, exact: bool) -> list[Span]:
-    """Spans that fill request positions from `start` with rows `source … source+length-1`.
+def segments_between(node: Node, start: int, stop: int) -> Sequence[Span]:
+    """The segments with rows of the positions `start … stop-1`, of which there is at least one."""
+    first = bisect_right(node.segments, start, key=_start) - 1
+    return node.segments[first : bisect_left(node.segments, stop, first, key=_start)]
 
-    `block` indexes the node's blocks; `source` of each span is where its K was first rotated for.
-    """
-    found = []
-    for segment in node.segments:
-        clipped = segment.clip(source, source + length)
-        if clipped is not None:
-            found.append(
-                Span(
-                    clipped.start - source + start,
-                    clipped.length,
-                    clipped.source,
-                    clipped.block,
-                    clipped.row,
-                    exact,
-                )
-            )
-    return found
+
+_start = attrgetter("start")

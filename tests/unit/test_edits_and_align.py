@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvshare_store.errors import PlanError
 from kvshare_store.lookup import align as align_module
-from kvshare_store.lookup.align import GRAM, align, common_prefix, gram_hashes
+from kvshare_store.lookup.align import align, common_prefix
+from kvshare_store.lookup.grams import GRAM, gram_hashes
 from kvshare_store.tree.edits import Edit, Match, apply_edits, as_tokens, edit_script
 
 few = st.lists(st.integers(0, 4), max_size=40)  # a small alphabet: many accidental matches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,15 @@ class _Place(NamedTuple):
 
 
 class _Ranked(EvictionPolicy):
-    """Names sorted by a rank, the lowest goes first."""
+    """Names sorted by a rank, the lowest goes first.
+
+    A plan uses dozens of names, and they are asked for in order only when something must go. So a
+    use is noted, and names take their new places before anybody looks at the order.
+    """
 
     def __init__(self) -> None:
+        self._noted: dict[str, int] = {}
+        """Uses that are not in the order yet, the latest last."""
         self._places: dict[str, _Place] = {}
         self._order: SortedList[_Place] = SortedList()
         self._turns = count()
@@ -41,10 +48,26 @@ class _Ranked(EvictionPolicy):
             self._order.remove(place)
         return place
 
+    def touch(self, name: str) -> None:
+        self._noted[name] = self._noted.pop(name, 0) + 1
+
+    def _settle(self) -> None:
+        """Let names that were used take their new places."""
+        while self._noted:
+            noted, self._noted = self._noted, {}
+            for name, uses in noted.items():
+                self._use(name, uses)
+
+    @abstractmethod
+    def _use(self, name: str, uses: int) -> None:
+        """The name was used so many times."""
+
     def victims(self) -> Iterator[str]:
+        self._settle()
         now = next(self._turns)
         last: _Place | None = None
         while True:  # looked up anew each time: the order may have changed since
+            self._settle()
             later = self._order.irange(last, None, (False, True))
             last = next((place for place in later if place.turn < now), None)
             if last is None:
@@ -52,12 +75,15 @@ class _Ranked(EvictionPolicy):
             yield last.name
 
     def remove(self, name: str) -> None:
+        self._settle()
         self._drop(name)
 
     def __len__(self) -> int:
+        self._settle()
         return len(self._places)
 
     def __contains__(self, name: object) -> bool:
+        self._settle()
         return name in self._places
 
 
@@ -65,11 +91,11 @@ class LRU(_Ranked):
     """The least recently used name goes first."""
 
     def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
-        if name not in self._places:
+        if name not in self:
             self._place(name, 0.0)
 
-    def touch(self, name: str) -> None:
-        """Count a use; an unknown name is added."""
+    def _use(self, name: str, uses: int) -> None:
+        """An unknown name is added."""
         self._place(name, 0.0)
 
 
@@ -102,6 +128,7 @@ class CostAware(_Ranked):
         self._offered = ""
 
     def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
+        self._settle()
         known = self._worths.get(name)
         if known is None:
             worth = _Worth(nbytes, cost)
@@ -118,10 +145,10 @@ class CostAware(_Ranked):
         self._most = max(self._most, self._nbytes)
         self._rank(name, worth)
 
-    def touch(self, name: str) -> None:
+    def _use(self, name: str, uses: int) -> None:
         worth = self._worths.get(name)
         if worth is not None:
-            worth.uses = min(worth.uses + 1, self.MOST_USES)
+            worth.uses = min(worth.uses + uses, self.MOST_USES)
             self._rank(name, worth)
 
     def _rank(self, name: str, worth: _Worth) -> None:
@@ -136,6 +163,7 @@ class CostAware(_Ranked):
         return super().victims()
 
     def remove(self, name: str) -> None:
+        self._settle()
         place = self._drop(name)
         if place is None:
             return

@@ -1,0 +1,110 @@
+"""Cover: which donor's which position covers each position of a request, and the spans of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.lookup.grams import gram_hashes, share_any
+from kvshare_store.lookup.policy import Mask
+from kvshare_store.plan import Span
+from kvshare_store.tree.edits import Match, Tokens
+from kvshare_store.tree.node import Node, segments_between
+
+Positions = npt.NDArray[np.int64]
+
+
+class Cover:
+    """Which donor's which position covers each position of the request."""
+
+    def __init__(self, request: Tokens) -> None:
+        self.request = request
+        self.donors: list[Node] = []
+        self.donor_of: Positions = np.full(len(request), -1, np.int64)
+        self.source_of: Positions = np.full(len(request), -1, np.int64)
+        self.exact = 0
+        self._grams = gram_hashes(request)
+
+    @property
+    def covered(self) -> int:
+        """Positions that some donor covers."""
+        return int(np.count_nonzero(self.donor_of >= 0))
+
+    def shares_text_with(self, node: Node) -> bool:
+        """Whether some gram of the request occurs anywhere in the node."""
+        return share_any(self._grams, gram_hashes(node.tokens))
+
+    def add(self, node: Node, matches: Sequence[Match], shortest: int = 1) -> None:
+        """Let `node` cover what is still uncovered, in runs of at least `shortest`. `matches`
+        ascend in the request and do not overlap there."""
+        if not matches:
+            return
+        start, source, length = np.asarray(matches, np.int64).T
+        position = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
+        free = self.donor_of[position] < 0
+        if shortest > 1:
+            free = _long_runs(free, np.cumsum(length)[:-1], shortest)
+        position = position[free]
+        self.donor_of[position] = self._index(node)
+        self.source_of[position] = position + np.repeat(source - start, length)[free]
+
+    def add_exact(self, node: Node, length: int) -> None:
+        """The first `length` positions come from the same positions of `node`, bit for bit."""
+        self.exact = length
+        self.donor_of[:length] = self._index(node)
+        self.source_of[:length] = np.arange(length)
+
+    def _index(self, node: Node) -> int:
+        for index, donor in enumerate(self.donors):
+            if donor.id == node.id:
+                return index
+        self.donors.append(node)
+        return len(self.donors) - 1
+
+    def pieces(self, keep: Mask) -> Pieces:
+        """The kept positions, cut where the donor or the order in it changes and where the exact
+        prefix ends."""
+        at = np.flatnonzero(keep)
+        if not len(at):
+            return Pieces(at, at)
+        first = np.ones(len(at), np.bool_)
+        first[1:] = (
+            (np.diff(at) != 1)
+            | (np.diff(self.donor_of[at]) != 0)
+            | (np.diff(self.source_of[at]) != 1)
+            | (at[1:] == self.exact)
+        )
+        begin = np.flatnonzero(first)
+        return Pieces(at[begin], at[np.append(begin[1:], len(at)) - 1] + 1)
+
+    def spans(self, pieces: Pieces) -> tuple[list[Span], list[str]]:
+        """Spans of the pieces, and the blocks they index."""
+        spans: list[Span] = []
+        blocks: dict[str, int] = {}
+        places = np.stack((*pieces, self.donor_of[pieces.start], self.source_of[pieces.start]), 1)
+        for start, stop, donor, source in places.tolist():
+            node, shift, exact = self.donors[donor], start - source, start < self.exact
+            for part in segments_between(node, source, stop - shift):
+                first, last = max(part.start, source), min(part.stop, stop - shift)
+                skip = first - part.start
+                block = blocks.setdefault(node.blocks[part.block], len(blocks))
+                at, row = first + shift, part.row + skip
+                spans.append(Span(at, last - first, part.source + skip, block, row, exact))
+        return spans, list(blocks)
+
+
+class Pieces(NamedTuple):
+    """Runs of positions `start … stop-1` with rows that lie in a row in one donor."""
+
+    start: Positions
+    stop: Positions
+
+
+def _long_runs(free: Mask, cuts: Positions, shortest: int) -> Mask:
+    """Runs of at least `shortest`; a run also ends at each of `cuts`."""
+    edges = np.unique(np.concatenate((np.flatnonzero(np.diff(free)) + 1, cuts)))
+    lengths = np.diff(edges, prepend=0, append=len(free))
+    return free & np.repeat(lengths >= shortest, lengths)

@@ -1,0 +1,40 @@
+"""How much work the alignments of one plan may do: a crafted prompt must not cost more than any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_CELLS = 1 << 26
+"""Pairs of tokens that are compared for one plan: 20 to 30 ms of one core."""
+_PIECE = 1 << 13
+"""What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
+_SECONDS = 0.04
+"""Nothing is begun so long after the first alignment of a plan began."""
+
+
+class Effort:
+    """Counts what is spent. Work that would be too much is not begun, and the plan is made of what
+    was found before."""
+
+    def __init__(
+        self,
+        cells: int = _CELLS,
+        seconds: float = _SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.left = cells
+        self.reserve = 0.0
+        """The share of all that is kept for later work."""
+        self._cells, self._seconds = cells, seconds
+        self._clock = clock
+        self._until = clock() + seconds
+
+    def spend(self, cells: int) -> bool:
+        """Whether a piece of work of so many cells may begin; then it counts as done."""
+        cost = cells + _PIECE
+        late = self._clock() > self._until - self.reserve * self._seconds
+        if late or cost > self.left - self.reserve * self._cells:
+            return False
+        self.left -= cost
+        return True

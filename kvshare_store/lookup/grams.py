@@ -1,0 +1,78 @@
+"""Hashes of n-grams of tokens, in time that does not depend on n. They nominate; tokens decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.tree.edits import Tokens
+
+Hashes = npt.NDArray[np.uint64]
+
+GRAM = 8
+"""Tokens of a gram: text that shares none has no run worth a seam in common."""
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT = np.uint64(29)
+_BASE = 0xD6E8FEB86659FD93
+_BASE_INVERSE = pow(_BASE, -1, 1 << 64)
+_BITS_PER_GRAM = 5
+_VERIFIED = 8
+
+
+class _Powers:
+    """Powers of the base of the rolling hash and of its inverse, as many as a prompt was long."""
+
+    def __init__(self) -> None:
+        self._both = np.ones((2, 1), np.uint64)
+
+    def __call__(self, count: int) -> npt.NDArray[np.uint64]:
+        """uint64 [2, count]: of the base, of its inverse."""
+        both = self._both
+        if both.shape[1] < count:
+            steps = np.ones((2, 1 << count.bit_length()), np.uint64)
+            steps[:, 1:] = np.asarray([[_BASE], [_BASE_INVERSE]], np.uint64)
+            both = self._both = np.cumprod(steps, axis=1)
+        return both[:, :count]
+
+
+_powers = _Powers()
+
+
+def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
+    """A hash of the `length` tokens from each position on; empty for shorter prompts."""
+    count = len(tokens) - length + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    base, inverse = _powers(len(tokens))
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _MIX
+    mixed ^= mixed >> _SHIFT
+    mixed *= base
+    sums = np.empty(len(tokens) + 1, np.uint64)
+    sums[0] = 0
+    np.cumsum(mixed, out=sums[1:])
+    hashed: Hashes = (sums[length:] - sums[:count]) * inverse[:count]
+    hashed ^= hashed >> np.uint64(32)
+    hashed *= _MIX
+    return hashed
+
+
+def occur_in(grams: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
+    """Which of `grams` seem to be among `others`: all that are, and one in thousands that is not.
+
+    Nothing is sorted: two tables have a byte for each value that some bits of a hash may have.
+    """
+    found = np.ones(len(grams), np.bool_)
+    bits = len(others).bit_length() + _BITS_PER_GRAM
+    for drop in (64 - bits, 64 - 2 * bits):
+        mask, shift = np.uint64((1 << bits) - 1), np.uint64(drop)
+        seen = np.zeros(1 << bits, np.bool_)
+        seen[((others >> shift) & mask).view(np.int64)] = True
+        found &= seen[((grams >> shift) & mask).view(np.int64)]
+    return found
+
+
+def share_any(grams: Hashes, others: Hashes) -> bool:
+    """Whether some gram is on both sides."""
+    likely = grams[np.flatnonzero(occur_in(grams, others))[:_VERIFIED]]
+    # so many are not mistaken for others by chance
+    return len(likely) == _VERIFIED or any(bool((others == gram).any()) for gram in likely)

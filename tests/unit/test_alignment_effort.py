@@ -1,0 +1,198 @@
+"""What the alignment of a crafted prompt costs, in counted work: no clock decides here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup import align as align_module
+from kvshare_store.lookup import planner as planner_module
+from kvshare_store.lookup.align import align, passages
+from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.embedders import lexical_vector
+from kvshare_store.lookup.index import NamespaceIndex
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import PRESETS
+from kvshare_store.plan import Run, Span
+from kvshare_store.tree.catalog import Vectors
+from kvshare_store.tree.delta_tree import DeltaTree
+from kvshare_store.tree.edits import Match, Tokens
+from kvshare_store.tree.node import Node
+
+LONG = 131_072
+CELLS = 1 << 26
+"""Pairs of tokens that may be compared for one plan, whatever the prompt: `Effort`'s own number."""
+CALLS = 20_000
+"""Comparisons of two runs, each a few microseconds."""
+
+
+class Clock:
+    """Stands still unless a test moves it: then only counted work ends an alignment."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Work:
+    """Counts what the alignment does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.cells = self.calls = 0
+        opcodes, prefix = align_module.Levenshtein.opcodes, align_module.common_prefix
+
+        def counted_opcodes(a: Sequence[int], b: Sequence[int]) -> object:
+            self.cells += len(a) * len(b)
+            return opcodes(a, b)
+
+        def counted_prefix(a: Tokens, b: Tokens) -> int:
+            self.calls += 1
+            return prefix(a, b)
+
+        counting = type("Counting", (), {"opcodes": staticmethod(counted_opcodes)})
+        patch.setattr(align_module, "Levenshtein", counting)
+        patch.setattr(align_module, "common_prefix", counted_prefix)
+        patch.setattr(planner_module, "Effort", lambda: Effort(clock=Clock()), raising=False)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    return Work(monkeypatch)
+
+
+def noise(seed: int, length: int, low: int = 0, high: int = 30_000) -> Tokens:
+    return np.random.default_rng(seed).integers(low, high, length).astype(np.int32)
+
+
+def repeated(length: int, period: int) -> Tokens:
+    return np.resize(np.arange(period, dtype=np.int32), length)
+
+
+def every_gram(seed: int, length: int) -> Tokens:
+    """Every 8-gram of two values, each with a token of its own after it."""
+    count = np.arange(length // 9 + 1) + seed
+    grams = [100 + (count >> bit & 1) for bit in range(8)] + [200 + count * 9 % 5000]
+    return np.stack(grams, 1).ravel()[:length].astype(np.int32)
+
+
+def shuffled(tokens: Tokens, piece: int) -> Tokens:
+    pieces = tokens[: len(tokens) // piece * piece].reshape(-1, piece)
+    return pieces[np.random.default_rng(5).permutation(len(pieces))].ravel()
+
+
+def changed(tokens: Tokens, every: int) -> Tokens:
+    copy = tokens.copy()
+    copy[::every] = 30_001
+    return copy
+
+
+TEXT = noise(0, LONG)
+CRAFTED: dict[str, Callable[[], tuple[Tokens, list[Tokens]]]] = {
+    "one token": lambda: (
+        np.full(LONG, 7, np.int32),
+        [
+            np.concatenate(([9], np.full(LONG - at, 7, np.int32))).astype(np.int32)
+            for at in range(8)
+        ],
+    ),
+    "periods": lambda: (repeated(LONG, 7), [repeated(LONG, 8 + at) for at in range(8)]),
+    "every gram, no passage": lambda: (
+        np.concatenate((TEXT[: LONG // 2], noise(1, LONG // 2, 100, 102))),
+        [TEXT, *(every_gram(at, LONG) for at in range(7))],
+    ),
+    "every second token": lambda: (changed(TEXT, 2), [TEXT]),
+    "every 24th token": lambda: (changed(TEXT, 24), [TEXT, changed(TEXT, 23)]),
+    "moved pieces": lambda: (shuffled(TEXT, 32), [TEXT, shuffled(TEXT, 48), shuffled(TEXT, 8)]),
+    "large ids": lambda: (changed(TEXT + (1 << 30), 24), [TEXT + (1 << 30)]),
+}
+
+
+def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> Draft:
+    tree, index = DeltaTree(), NamespaceIndex(64)
+    for number, tokens in enumerate(donors):
+        starts = range(0, len(tokens), 64)
+        node = Node(
+            id=str(number),
+            namespace="n",
+            token_bytes=tokens.astype(np.int32).tobytes(),
+            segments=tuple(Span(at, min(64, len(tokens) - at), at, at // 64, 0) for at in starts),
+            blocks=tuple(f"{number}/{at}" for at in starts),
+            exact_rows=len(tokens),
+        )
+        tree.add(node)
+        index.add(node, Vectors(lexical_vector(node.tokens), None))
+    return Planner(StoreConfig(home="none", min_saving_ms=-1e9)).draft(
+        request,
+        Nominator(tree, index),
+        PRESETS[policy],
+        CostModel(),
+        tier_of=lambda name: "host",
+        row_bytes=1,
+    )
+
+
+@pytest.mark.parametrize("policy", ["balanced", "aggressive"])
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_prompt_costs_bounded_work(work: Work, name: str, policy: str) -> None:
+    request, donors = CRAFTED[name]()
+    draft = plan(request, donors, policy)
+    assert work.cells <= CELLS
+    assert work.calls <= CALLS
+    for span in draft.spans:  # what was found so far is right
+        number, block = draft.blocks[span.block].split("/")
+        at = int(block) + span.row
+        there = donors[int(number)][at : at + span.length]
+        assert there.tolist() == request[span.start : span.stop].tolist()
+
+
+def test_a_long_prompt_with_ordinary_edits_is_aligned_in_full(work: Work) -> None:
+    request = TEXT.copy()
+    for at in range(500, LONG, 1_000):
+        request[at : at + 5] = 30_001
+    request = np.concatenate((request[:40_000], noise(9, 300), request[40_700:]))
+    draft = plan(request, [TEXT, noise(2, LONG)], "aggressive")
+    assert sum(span.length for span in draft.spans) >= LONG - 700 - 5 * 132
+
+
+def test_work_ends_when_the_time_is_over() -> None:
+    clock = Clock()
+    effort = Effort(clock=clock)
+    clock.now = 1.0
+    request = changed(TEXT, 24)
+    found = align(request, TEXT, effort)
+    assert sum(match.length for match in found) <= 24, "only common ends, which cost nothing"
+    assert passages(request, TEXT, [Run(0, LONG)], 16, effort) == []
+
+
+def test_some_effort_is_kept_for_the_gaps() -> None:
+    effort = Effort(cells=1 << 20, clock=Clock())
+    effort.reserve = 0.5
+    assert not effort.spend(1 << 19)
+    effort.reserve = 0.0
+    assert effort.spend(1 << 19)
+    assert not effort.spend(1 << 19)
+
+
+# --- passages -----------------------------------------------------------------------------------
+
+
+def test_a_passage_is_found_wherever_it_moved() -> None:
+    donor = noise(3, 600)
+    request = np.concatenate((noise(4, 50), donor[400:500], noise(5, 30), donor[10:90]))
+    gaps = [Run(0, len(request))]
+    assert passages(request, donor, gaps, 40) == [Match(50, 400, 100), Match(180, 10, 80)]
+    assert passages(request, donor, gaps, 90) == [Match(50, 400, 100)]
+    assert passages(request, donor, [Run(60, 120), Run(185, 260)], 40) == [
+        Match(60, 410, 60), Match(185, 15, 75),
+    ]  # fmt: skip
+
+
+def test_the_longest_of_several_places_is_taken() -> None:
+    donor = np.concatenate((noise(6, 20), noise(7, 10), noise(6, 40)))
+    assert passages(noise(6, 30), donor, [Run(0, 30)], 16) == [Match(0, 30, 30)]
