@@ -26,9 +26,10 @@ from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
 from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
-from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
+from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.tree.node import Node
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -39,7 +40,32 @@ class _Open(NamedTuple):
     """A plan that has not ended yet."""
 
     tokens: int
+    reused: int
+    row_bytes: int
     tier: str
+    began: float
+    donors: tuple[Node, ...]
+    """As they were planned: what is saved on top of the plan is checked against them."""
+
+    def check(self, outcome: Outcome) -> None:
+        """`PlanError` if this is not what can become of the plan."""
+        loaded = outcome.exact + outcome.edited
+        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
+        possible = (
+            min(numbers) >= 0
+            and loaded <= self.reused
+            and loaded + outcome.recomputed <= self.tokens
+            and outcome.nbytes <= self.reused * self.row_bytes
+            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
+            and len(outcome.failed) <= _LONGEST_REASON
+        )
+        if not possible:
+            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
+
+
+_LONGEST_REASON = 64
+_CLOCKS_DIFFER_S = 1.0
+"""A load may be timed on a device."""
 
 
 def _inexact(draft: Draft) -> Draft:
@@ -64,7 +90,7 @@ class Store:
         self._planner = Planner(config, self.tree, self.cost)
         self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
         self.blocks = self.shelf.blocks
-        self._saving = Saving(config, self.shelf, self.metrics)
+        self._saving = Saving(config, self.shelf, self.metrics, self._donors)
         self._open: dict[str, _Open] = {}
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
@@ -134,12 +160,16 @@ class Store:
                 if alive:
                     self._closed(self.blocks.end_lease(lease.id))
                 return msgspec.structs.replace(plan, declined="not_resident")
-            if any(self.blocks.host.lossy(name) for name in draft.blocks):
+            if any(ref.lossy for ref in refs.values()):
                 draft = _inexact(draft)
                 if draft.generation > policy.max_generation or not policy.edited:
                     self._closed(self.blocks.end_lease(lease.id))
                     return msgspec.structs.replace(plan, declined="lossy")
-            self._open[lease.id] = _Open(length, tier)
+            donors = tuple(node for i in draft.donors if (node := self.tree.get(i)) is not None)
+            reused = sum(span.length for span in draft.spans)
+            row_bytes = namespace.layout.row_bytes
+            opened = _Open(length, reused, row_bytes, tier, perf_counter(), donors)
+            self._open[lease.id] = opened
             for donor in draft.donors:
                 self.tree.touch(donor)
         return msgspec.structs.replace(
@@ -150,7 +180,7 @@ class Store:
             donors=draft.donors,
             generation=draft.generation,
             lease=lease.id,
-            arena=str(self.blocks.host.arena.path),
+            arena=self.blocks.host.arena.id,
             saving_ms=draft.saving_ms,
         )
 
@@ -163,7 +193,8 @@ class Store:
     def finish(self, plan: ReusePlan | str, outcome: Outcome) -> None:
         """The request has loaded the plan, or has given it up: ends the lease, counts the outcome.
 
-        A lease that has ended already is ignored: it was counted when it expired.
+        A lease that has ended already is ignored: it was counted when it expired. `PlanError` for
+        an outcome that the plan cannot have; the plan has then ended as a miss.
         """
         lease_id = plan if isinstance(plan, str) else plan.lease
         try:
@@ -173,6 +204,12 @@ class Store:
         opened = self._closed(lease)
         if opened is None:
             return
+        try:
+            opened.check(outcome)
+        except PlanError as error:
+            self.metrics.error(error.kind)
+            self._count_miss("bad_outcome", opened.tokens)
+            raise
         if outcome.failed:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
@@ -241,29 +278,27 @@ class Store:
         *,
         owner: str = "",
     ) -> Staged:
-        """Reserve slots for the rows of this prompt that are not stored yet.
+        """Which rows of this prompt are not stored yet: `Staged.fresh`.
 
-        Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. The slots stay
-        reserved until then, or until `owner` stages another prompt or is reaped. `NoSpaceError`
-        when the host budget is full of rows in use.
+        `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
+        prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
+        it names.
         """
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
-    def slot(self, slot: Slot) -> memoryview:
-        """The writable bytes of a staged slot."""
-        return self.blocks.reserved(slot.offset)
-
     def abandon(self, staged_id: str) -> None:
-        """Give a staged save's slots back."""
+        """Forget a staged save."""
         self._saving.abandon(staged_id)
 
-    def commit(self, staged_id: str) -> str | None:
-        """The slots are filled: the prompt becomes a node. Returns its id.
+    def commit(self, staged_id: str, rows: RowSource) -> str | None:
+        """The staged prompt becomes a node with fresh rows copied from `rows`. Returns its id.
 
         It can be reused at once and is durable soon after (`flush` waits for that). None if rows it
-        builds on left the store meanwhile. `LeaseError` if the staged save has ended already.
+        builds on left the store meanwhile. `LeaseError` if the staged save has ended already,
+        `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
+        rows; whatever fails, the save has ended and nothing else has changed.
         """
-        return self._saving.commit(staged_id)
+        return self._saving.commit(staged_id, rows)
 
     def save(
         self,
@@ -271,20 +306,28 @@ class Store:
         namespace: Namespace,
         rows: Any,
         plan: ReusePlan | None = None,
-    ) -> Staged:
-        """Stage the fresh rows of a prompt from a buffer; `commit` its id to make it a node.
+    ) -> str | None:
+        """Stage and commit a prompt from a buffer. None if it is stored already, or as `commit`.
 
         `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill, ascending,
         canonical order. `NamespaceError` if their number does not fit.
         """
         staged = self.stage(tokens, namespace, reuse_of(plan) if plan is not None else None)
-        if not staged.known:
-            try:
-                self._saving.fill(staged, namespace, rows)
-            except KVShareError:
-                self.abandon(staged.id)
-                raise
-        return staged
+        if staged.known:
+            return None
+        try:
+            buffer = Buffer(packed(rows, staged.sizes, namespace.layout))
+        except KVShareError:
+            self.abandon(staged.id)
+            raise
+        return self.commit(staged.id, buffer)
+
+    def _donors(self, node_id: str) -> list[Node]:
+        """The node that is here and those that open plans were made from, which may differ."""
+        here = self.tree.get(node_id)
+        planned = [node for plan in self._open.values() for node in plan.donors]
+        found = [node for node in planned if node.id == node_id and node is not here]
+        return [*found, here] if here is not None else found
 
     # --- the rest ----------------------------------------------------------------------------
 
@@ -361,6 +404,7 @@ class Store:
             "blocks": len(self.tree.blocks()),
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
+            "staged": len(self._saving),
             "tiers": tiers,
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }

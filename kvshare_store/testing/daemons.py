@@ -81,10 +81,7 @@ class Daemon:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        from kvshare_store.home import arena_path  # noqa: PLC0415 - seconds, not for clients
-
         self.kill()
-        arena_path(self.config.home_path).unlink(missing_ok=True)
 
 
 class ClientDriver:

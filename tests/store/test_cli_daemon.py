@@ -23,7 +23,6 @@ from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import ShowNode
 from kvshare_store.daemon.spawn import spawn_daemon
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
 from kvshare_store.staging import Reuse
@@ -114,7 +113,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str,
     home = tmp_path_factory.mktemp("cli") / "home"
     with serving(home):
         yield home, *fill(home)
-    arena_path(home).unlink(missing_ok=True)
 
 
 Stored = tuple[Path, str, str]
