@@ -22,8 +22,9 @@ from benchmarks.pages import forget
 from examples.demo.engine import SETTINGS, DemoError, EngineProcess, kvshare_settings
 from examples.demo.model import prepare_model
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon.protocol import Clear, ListNodes, Pin, socket_path
-from kvshare_store.daemon.spawn import answers, ensure_daemon
+from kvshare_store.daemon.address import answers
+from kvshare_store.daemon.protocol import Clear, ListNodes, Pin
+from kvshare_store.daemon.spawn import ensure_daemon
 
 LONGEST = 8192
 """Tokens of a sequence: what the demo model was made for."""
@@ -147,7 +148,7 @@ class Home:
         self._client.stop()
         self._client.close()
         deadline = time.monotonic() + _GONE_S
-        while answers(socket_path(self._config.home_path)):
+        while answers(self._config.home_path):
             if time.monotonic() > deadline:
                 raise DemoError(f"the daemon has not ended in {_GONE_S:.0f} s")
             time.sleep(0.02)

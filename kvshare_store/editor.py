@@ -51,8 +51,9 @@ class Editor:
         """Rows of all `spans`, side by side in ascending order.
 
         `rows_of` gives a block's bytes in canonical order; `on_device` its rows, where they are on
-        the editor's device already. `PlanError` if a span reaches beyond its block or says
-        that lossy rows are exact; `UnsupportedError` if one moved and the model's rotary table is not known.
+        the editor's device already. `PlanError` if a span reaches beyond its block or says that
+        lossy rows are exact; `UnsupportedError` if one moved and the model's rotary table is not
+        known.
         """
         for span in spans:
             if span.row + span.length > blocks[span.block].rows:

@@ -30,6 +30,7 @@ class ErrorKind(StrEnum):
     INTERNAL = "internal"
     SHORT = "short"
     NODE = "node"
+    OVERLOAD = "overload"
 
 
 class KVShareError(Exception):
@@ -144,6 +145,13 @@ class StorageError(KVShareError, OSError):
     """A tier's read or write failed."""
 
     kind = ErrorKind.STORAGE
+    retryable = True
+
+
+class OverloadError(KVShareError):
+    """The daemon has as much to do as it takes, for this client or for all; ask again later."""
+
+    kind = ErrorKind.OVERLOAD
     retryable = True
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,10 +12,7 @@ import psutil
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.errors import HomeError, UnavailableError
 
-_PROBE_S = 2.0
-"""How long a socket may take to accept a connection before it counts as hung."""
 _CLEAR_S = 600.0
 
 
@@ -64,30 +59,9 @@ class Daemon:
 @contextmanager
 def connected(config: StoreConfig) -> Iterator[Daemon]:
     """The daemon of a home; says at once when there is none."""
-    probe(protocol.socket_path(config.home_path), config.home_path)
     with Client(config.home_path) as client:
+        client.open()
         yield Daemon(client)
-
-
-def probe(path: Path, home: Path) -> None:
-    """`UnavailableError` unless somebody accepts connections on the socket."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_PROBE_S)
-        try:
-            connection.connect(str(path))
-        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
-            raise UnavailableError(
-                f"no daemon serves {home}; start one: kvshare serve --home {home}"
-            ) from error
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"the daemon of {home} accepts no connections; end it and start it again"
-            ) from error
-        except OSError as error:
-            raise HomeError(
-                f"socket {path} cannot be reached: {error.strerror}; run as the user who started "
-                "the daemon, or choose another home with --home or KVSHARE_HOME"
-            ) from error
 
 
 def _alive(pid: int) -> bool:

@@ -11,6 +11,8 @@ from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, config
 from kvshare_store.cli.format import size
 from kvshare_store.config import StoreConfig
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
 
 def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
     """Run the daemon of a home until it is stopped.
@@ -25,16 +27,22 @@ def run(config: StoreConfig) -> None:
     os.umask(0o077)  # also for what LanceDB writes
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from kvshare_store.daemon import protocol, server  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     server.log.setLevel(logging.INFO)
-    daemon = server.Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, daemon.stop)
-    socket = protocol.socket_path(config.home_path)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
+    try:
+        daemon = server.Server(config)
+        for number in _ENDING:
+            signal.signal(number, daemon.stop)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    socket = address.socket_path(config.home_path)
     server.log.info("kvshare: %s", start_line(config, str(socket)))
     daemon.serve()
+    logging.shutdown()
+    os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for
 
 
 def start_line(config: StoreConfig, socket: str) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 import msgspec
 
-from kvshare_store.cli import remote
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
+from kvshare_store.daemon.address import connect
 from kvshare_store.daemon.chores import Chore, do_chore
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import HomeError, UnavailableError
@@ -37,7 +36,7 @@ def chores(config: StoreConfig) -> Iterator[Ask]:
 def _served(config: StoreConfig) -> bool:
     home = config.home_path
     try:
-        remote.probe(protocol.socket_path(home), home)
+        connect(home).close()
     except UnavailableError:
         if not (home / "format").exists():
             raise HomeError(f"there is no store in {home}; name its home with --home") from None

@@ -1,22 +1,24 @@
-"""The engine's end of the daemon: never waits longer than told, brings a dead daemon back.
+"""The engine's end of the daemon: waits for nothing but plans, and brings a dead daemon back.
 
-After a failure no plan is asked for during a pause that doubles up to half a minute; every request
-in the meantime is a miss.
+A plan that comes late is its request's miss, and no more. A daemon whose connection is closed is
+gone: it is started again. One that has answered nothing for several requests in a row hangs: it is
+left alone for a pause that doubles up to half a minute, and every request meanwhile is a miss.
 """
 
 from __future__ import annotations
 
 import logging
-import subprocess
+import threading
 import time
 
 import msgspec
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client, plan_request
-from kvshare_store.daemon.spawn import ensure_daemon, spawn_daemon
-from kvshare_store.errors import DeadlineError, KVShareError, ProtocolError, UnavailableError
+from kvshare_store.daemon.spawn import Spawned, ensure_daemon, spawn_daemon
+from kvshare_store.errors import DeadlineError, ErrorKind, KVShareError, UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tree.edits import Tokens
@@ -25,6 +27,9 @@ log = logging.getLogger("kvshare")
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
+_LATE_IN_A_ROW = 4
+"""Plans that came late, with nothing heard of the daemon in between, before it counts as hung."""
+_FAILURES_KEPT = 1000
 
 
 class Link:
@@ -35,23 +40,25 @@ class Link:
         self.client = Client(config.home_path)
         self.failures: list[str] = []
         """Kinds of failures that the daemon has not been told of yet."""
-        self._process: subprocess.Popen[bytes] | None = None
+        self._late = 0
+        self._late_since = 0.0
         self._pause = _FIRST_PAUSE_S
         self._paused_until = 0.0
+        self._reviver: Reviver | None = None
 
     def ask(self, tokens: Tokens, namespace: Namespace, policy: str | None) -> bytes | None:
         """Send a lookup; None while the daemon is given a rest."""
         if time.monotonic() < self._paused_until:
             return None
+        until = time.monotonic() + self.config.plan_deadline_ms / 1e3
         try:
-            if not self.client.greeted:
-                self.client.greet(self.config.plan_deadline_ms / 1e3)
-                self._welcome_back()
-            until = time.monotonic() + self.config.plan_deadline_ms / 1e3
-            return self.client.send(plan_request(tokens, namespace, policy, until))
+            self.client.look()
+            request_id = self.client.send(plan_request(tokens, namespace, policy, until))
         except KVShareError as error:
-            self._fail(error)
+            self._gone(error)
             return None
+        self._tell_failures()
+        return request_id
 
     def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:
         """The plan, or None if it failed; `DeadlineError` if it is not there after `seconds`."""
@@ -59,56 +66,95 @@ class Link:
             reply = self.client.receive(request_id, seconds)
         except DeadlineError:
             raise
-        except ProtocolError:
-            self.client.reconnect()  # a restarted daemon: greeted with the next lookup
-            return None
-        except KVShareError as error:  # the daemon's own, or lost with an earlier session
+        except KVShareError as error:
+            if not self.client.connected:
+                self._gone(error)
             log.debug("kvshare: a lookup failed: %s", error)
             return None
-        self._pause = _FIRST_PAUSE_S
+        self._well()
         return msgspec.convert(reply, ReusePlan)
 
     def give_up(self, request_id: bytes) -> None:
         """The plan came too late for its request."""
         self.client.forget(request_id)
-        self._fail(DeadlineError("the daemon did not plan in time"))
+        self._failed(ErrorKind.TIMEOUT)
+        if self.client.heard > self._late_since:
+            self._late, self._late_since = 0, time.monotonic()
+        self._late += 1
+        if self._late >= _LATE_IN_A_ROW:
+            self._rest()
+            log.warning("kvshare: the daemon of %s hangs; serving without reuse", self.client.home)
 
     def tell(self, message: protocol.Request) -> bool:
         """Send without wanting an answer; False, and lost, if the daemon is away."""
-        if not self.client.greeted or time.monotonic() < self._paused_until:
+        if not self.client.connected or time.monotonic() < self._paused_until:
             return False
         try:
             self.client.tell(message)
         except KVShareError as error:
-            self._fail(error)
+            self._gone(error)
             return False
         return True
 
-    def _welcome_back(self) -> None:
+    def _tell_failures(self) -> None:
         while self.failures and self.tell(protocol.Failed(self.failures[0])):
             del self.failures[0]
 
-    def _fail(self, error: KVShareError) -> None:
-        if not self.failures:
-            log.warning("kvshare: serving without reuse: %s", error)
-        self.failures.append(str(error.kind))
+    def _well(self) -> None:
+        self._late, self._pause = 0, _FIRST_PAUSE_S
+
+    def _failed(self, kind: str) -> None:
+        if len(self.failures) < _FAILURES_KEPT:
+            self.failures.append(str(kind))
+
+    def _rest(self) -> None:
+        self._late = 0
         self._paused_until = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-        self.client.reconnect()
-        self._revive()
 
-    def _revive(self) -> None:
-        """Start a daemon when ours has ended; one that merely is slow keeps the home's lock."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        try:
-            self._process = spawn_daemon(self.config)
-        except (OSError, KVShareError) as error:
-            log.warning("kvshare: no daemon could be started: %s", error)
+    def _gone(self, error: KVShareError) -> None:
+        """Nobody is at the other end: start a daemon, unless one is starting or merely hangs."""
+        self._failed(error.kind)
+        self._rest()
+        self.client.reconnect()
+        if self._reviver is None or self._reviver.done:
+            log.warning("kvshare: %s; restarting it, serving without reuse meanwhile", error)
+            self._reviver = Reviver(self.config)
 
     def close(self) -> None:
-        """Let go of the socket; the daemon stays."""
+        """Let go of the connection; the daemon stays."""
         self.client.close()
+        if self._reviver is not None:
+            self._reviver.join()
+
+
+class Reviver:
+    """Starts a daemon in a thread of its own: making a process takes time that the engine needs."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self.spawned: Spawned | None = None
+        self._thread = threading.Thread(target=self._run, name="kvshare-revive", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        home = self._config.home_path
+        try:
+            if not home_taken(home) and not answers(home):
+                self.spawned = spawn_daemon(self._config)
+        except (KVShareError, OSError) as error:
+            log.warning("kvshare: no daemon could be started: %s", error)
+
+    @property
+    def done(self) -> bool:
+        """Whether another try makes sense: this one has failed, or its daemon has ended."""
+        return not self._thread.is_alive() and (self.spawned is None or self.spawned.ended)
+
+    def join(self) -> None:
+        """Wait for the thread, which does not take long."""
+        self._thread.join()
+        if self.spawned is not None:
+            self.spawned.close()
 
 
 def open_link(config: StoreConfig, *, timeout: float = 30.0) -> Link:

@@ -1,36 +1,35 @@
 """Messages between clients and the daemon: msgpack, one struct a message, a versioned hello.
 
-Frames of a request: `[id, body]`; of a reply: `[id, body]` with the same id. Rows never travel
-here: both sides map the arena.
+Unknown fields of a message are ignored, so that releases one version apart understand each other;
+an unknown message is refused and the connection lives on. Rows never travel here: clients map
+the daemon's arena, whose descriptor comes with the welcome; the daemon reads the client's outbox,
+whose descriptor comes with the hello.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from kvshare_store.errors import ProtocolError
+from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome
 from kvshare_store.staging import Reuse
 
-VERSION = 1
-_LONGEST_SOCKET_PATH = 100
-"""Unix sockets are limited to 107 bytes; a margin for temporary names."""
+OLDEST, NEWEST = 2, 2
+"""Versions of the protocol that this release speaks. (1 was spoken over ZeroMQ.)"""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message of a session. Reply: `Welcome`."""
+    """First message of a connection: the versions that the client speaks. Reply: `Welcome`.
 
-    version: int
-    client: str
-    """Name of the client: what it holds is released when its process is gone."""
-    pid: int = 0
+    The client's outbox, a memory file, comes along as a descriptor. What the client holds ends with
+    the connection.
+    """
+
+    oldest: int = OLDEST
+    newest: int = NEWEST
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan"):
@@ -65,7 +64,7 @@ class Observe(msgspec.Struct, frozen=True, tag="observe"):
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
-    """Reply: `Staged`."""
+    """Reply: `Staged`, which rows are wanted."""
 
     namespace: Namespace
     tokens: bytes
@@ -73,7 +72,7 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Reply: node id or None."""
+    """The rows that were wanted lie in the client's outbox. Reply: node id or None."""
 
     staged: str
 
@@ -164,11 +163,18 @@ Request = (
 )  # fmt: skip
 
 
+_KINDS: dict[str, type[msgspec.Struct]] = {
+    str(kind.__struct_config__.tag): kind for kind in get_args(Request)
+}
+
+
 class Welcome(msgspec.Struct, frozen=True):
-    """Answer to a hello."""
+    """Answer to a hello. The descriptor of the arena comes along."""
 
     version: int
+    """The newest version that both sides speak."""
     pid: int
+    """The daemon's process, for people: in another PID namespace it has another number."""
     arena: str
     policy: str
 
@@ -181,31 +187,57 @@ class Reply(msgspec.Struct, frozen=True):
     message: str = ""
 
 
+class _Tag(msgspec.Struct, frozen=True):
+    """The one field that every request has."""
+
+    type: str
+
+
+_tags = msgspec.msgpack.Decoder(_Tag)
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode
 
 
-def decode_request(body: bytes) -> Request:
+def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:
+    """Which request this is, without decoding all of it; `ProtocolError` if it is none."""
+    try:
+        tag = _tags.decode(body).type
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"malformed request: {error}") from error
+    kind = _KINDS.get(tag)
+    if kind is None:
+        raise ProtocolError(f"unknown request {tag[:40]!r}: this daemon is older than its client")
+    return kind
+
+
+def decode_request(body: bytes | bytearray) -> Request:
     """A request, or `ProtocolError`."""
     try:
         return _requests.decode(body)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed request: {error}") from error
 
 
-def decode_reply(body: bytes) -> Reply:
+def encode_error(error: KVShareError) -> bytes:
+    """The reply that says what went wrong."""
+    return encode(Reply(error=str(error.kind), message=str(error)))
+
+
+def decode_reply(body: bytes | bytearray) -> Reply:
     """A reply, or `ProtocolError`."""
     try:
         return _replies.decode(body)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed reply: {error}") from error
 
 
-def socket_path(home: Path) -> Path:
-    """The daemon's socket: in the home, or under the temporary folder if that path is too long."""
-    path = home / "kvshare.sock"
-    if len(str(path)) <= _LONGEST_SOCKET_PATH:
-        return path
-    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"kvshare-{os.getuid()}-{name}.sock"
+def common_version(hello: Hello) -> int:
+    """The newest version that both sides speak; `ProtocolError` if there is none."""
+    version = min(hello.newest, NEWEST)
+    if version < max(hello.oldest, OLDEST):
+        raise ProtocolError(
+            f"client speaks versions {hello.oldest} to {hello.newest}, the daemon {OLDEST} to "
+            f"{NEWEST}: run the same kvshare-store release on both sides"
+        )
+    return version

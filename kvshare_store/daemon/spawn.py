@@ -3,60 +3,106 @@
 from __future__ import annotations
 
 import os
-import socket
+import select
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.protocol import socket_path
-from kvshare_store.errors import (
-    BusyError,
-    DeadlineError,
-    HomeError,
-    KVShareError,
-    UnavailableError,
+from kvshare_store.errors import DeadlineError, HomeError, KVShareError, UnavailableError
+
+_POLL_S = 0.05
+_LAUNCH = (
+    "import os, sys\n"
+    "pid = os.fork()\n"
+    "if pid:\n"
+    "    print(pid)\n"
+    "else:\n"
+    "    os.dup2(2, 1)\n"  # nobody waits for the end of our standard output
+    "    os.setsid()\n"
+    "    os.execv(sys.argv[1], sys.argv[1:])\n"
 )
-
-_spawned: list[subprocess.Popen[bytes]] = []
-"""Children of this process; kept so that those that end are waited for."""
+"""Runs a command as nobody's child: this process ends at once, and init adopts its child."""
 
 
-def spawn_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
-    """Start `kvshare serve` with exactly this configuration, detached.
+class Spawned:
+    """A daemon that was started and belongs to nobody: who started it may end before it."""
 
-    Settings may hold secrets, so they travel in the environment, which only this user can read;
-    the command line names the home, for whoever looks at the processes. What the daemon prints
-    goes to `daemon.log` in the home. `HomeError` if the home cannot be written.
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._handle = -1
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._handle < 0 or bool(select.select([self._handle], [], [], 0)[0])
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; one that has ended does not mind."""
+        if not self.ended:
+            signal.pidfd_send_signal(self._handle, number)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended after at most `seconds`."""
+        return self._handle < 0 or bool(select.select([self._handle], [], [], seconds)[0])
+
+    def close(self) -> None:
+        """Let go of it; it lives on."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def daemon_command(config: StoreConfig) -> list[str]:
+    """What is executed; the home is on the command line for whoever looks at the processes."""
+    module = ["-m", "kvshare_store.cli.main", "serve", "--home", str(config.home_path)]
+    return [sys.executable, *module]
+
+
+def spawn_daemon(config: StoreConfig) -> Spawned:
+    """Start `kvshare serve` with exactly this configuration, as nobody's child.
+
+    It is no descendant of this process, so whoever ends an engine with all its children leaves the
+    daemon to the other engines. Settings may hold secrets, so they travel in the environment, which
+    only this user can read. What the daemon prints goes to `daemon.log` in the home. `HomeError` if
+    the home cannot be written.
     """
-    home = config.home_path
+    log = open_log(config.home_path)
+    try:
+        launched = subprocess.run(  # our own interpreter and module
+            [sys.executable, "-I", "-S", "-c", _LAUNCH, *daemon_command(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=daemon_environment(config),
+            check=True,
+        )
+        return Spawned(int(launched.stdout))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise UnavailableError(f"no daemon could be started: {error}") from error
+    finally:
+        os.close(log)
+
+
+def open_log(home: Path) -> int:
+    """Descriptor of the file that a daemon prints to; makes the home where there is none."""
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        log = os.open(home / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return os.open(home / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         raise HomeError(
             f"home {home} cannot be used: {error.strerror}; choose another with --home"
         ) from error
-    command = [sys.executable, "-m", "kvshare_store.cli.main", "serve", "--home", str(home)]
-    _spawned[:] = [child for child in _spawned if child.poll() is None]
-    try:
-        child = subprocess.Popen(  # our own interpreter and module
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=_environment(config),
-        )
-    finally:
-        os.close(log)
-    _spawned.append(child)
-    return child
 
 
-def _environment(config: StoreConfig) -> dict[str, str]:
+def daemon_environment(config: StoreConfig) -> dict[str, str]:
     """This process's environment with exactly these settings and no others."""
     names = {name: f"KVSHARE_{name.upper()}" for name in FIELDS}
     ours = {"KVSHARE_CONFIG", *names.values()}
@@ -65,39 +111,36 @@ def _environment(config: StoreConfig) -> dict[str, str]:
     return kept | {name: str(value) for name, value in values.items() if value is not None}
 
 
-def answers(path: Path) -> bool:
-    """Whether somebody accepts connections on a Unix socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
 def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
     """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot."""
     deadline = time.monotonic() + timeout
-    path = socket_path(config.home_path)
-    child: subprocess.Popen[bytes] | None = None
-    while not answers(path):
-        if child is None:
-            child = spawn_daemon(config)
-        elif child.poll() is not None and child.returncode != BusyError.exit_code:
-            raise UnavailableError(_last_words(config.home_path))
-        if time.monotonic() > deadline:
-            raise DeadlineError(
-                f"the daemon of {config.home_path} did not start in {timeout:.0f} s"
-            )
-        time.sleep(0.05)
     client = Client(config.home_path)
     try:
-        client.greet()
+        _until_connected(client, config, deadline)
+        client.greet(max(0.0, deadline - time.monotonic()))
     except KVShareError:
         client.close()
         raise
     return client
+
+
+def _until_connected(client: Client, config: StoreConfig, deadline: float) -> None:
+    home, spawned = config.home_path, None
+    try:
+        while not answers(home):
+            if home_taken(home):
+                pass  # somebody's daemon starts or ends there: ours could only fail
+            elif spawned is None:
+                spawned = spawn_daemon(config)
+            elif spawned.ended:
+                raise UnavailableError(_last_words(home))
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"the daemon of {home} did not start in time")
+            time.sleep(_POLL_S)
+        client.open()
+    finally:
+        if spawned is not None:
+            spawned.close()
 
 
 def _last_words(home: Path) -> str:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.protocol import socket_path
-from kvshare_store.daemon.spawn import answers, spawn_daemon
+from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.staging import Reuse, Staged, reuse_of
 from kvshare_store.testing.network import Host
-from kvshare_store.testing.oracle import RowBook, RowOracle, Rows, check_partition, gather
+from kvshare_store.testing.oracle import (
+    RowBook,
+    RowOracle,
+    Rows,
+    check_partition,
+    gather,
+    pick,
+    positions_of,
+)
 
 START_S = 60.0
+
+
+def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
+    """As `spawn_daemon`, but a child of this process, which then knows how it ends."""
+    log = open_log(config.home_path)
+    try:
+        environment = daemon_environment(config)
+        return subprocess.Popen(daemon_command(config), stdout=log, stderr=log, env=environment)
+    finally:
+        os.close(log)
 
 
 class Daemon:
@@ -37,11 +56,11 @@ class Daemon:
     def start(self) -> None:
         """Start it and wait until it accepts connections."""
         if self._host is None:
-            self.process = spawn_daemon(self.config)
+            self.process = child_daemon(self.config)
         else:  # a child lives where the thread lives that starts it
-            self.process = self._host.here(lambda: spawn_daemon(self.config))
-        path, deadline = socket_path(self.config.home_path), time.monotonic() + START_S
-        while not answers(path):
+            self.process = self._host.here(lambda: child_daemon(self.config))
+        deadline = time.monotonic() + START_S
+        while not answers(self.config.home_path):
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
@@ -125,7 +144,7 @@ class ClientDriver:
         return plan
 
     def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
-        """Fill the slots that are staged for a prompt and commit it."""
+        """Stage a prompt, compute what is missing, and commit it."""
         array = np.asarray(tokens, np.int32)
         reuse = Reuse() if plan is None else reuse_of(plan)
         staged = self.client.stage(array, self.namespace, reuse)
@@ -133,14 +152,9 @@ class ClientDriver:
             return None
         exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
         rows = self.book.computed(tokens, exact, staged.id)
-        fresh = [at for run in staged.fresh for at in range(run.start, run.stop)]
+        fresh = positions_of(staged.fresh)
         self.book.write(tokens, rows, fresh, exact)
-        at = 0
-        for slot in staged.slots:
-            target = self.namespace.layout.words(self.client.slot(staged, slot), slot.rows)
-            target[:] = rows[:, :, fresh[at : at + slot.rows]]
-            at += slot.rows
-        return self.client.commit(staged.id)
+        return self.client.commit(staged, _blocks(staged, rows, fresh))
 
     def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
         """One request of an engine for which every failure of the store is a miss."""
@@ -157,3 +171,11 @@ class ClientDriver:
         except KVShareError:
             return plan
         return plan
+
+
+def _blocks(staged: Staged, rows: Rows, fresh: Sequence[int]) -> Iterator[bytes]:
+    """Rows at the `fresh` positions, block by block."""
+    at = 0
+    for size in staged.sizes:
+        yield pick(rows, fresh[at : at + size])
+        at += size

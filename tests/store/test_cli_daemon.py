@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,9 +21,10 @@ import pytest
 
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig, load_config
+from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import ShowNode
-from kvshare_store.daemon.spawn import spawn_daemon
+from kvshare_store.daemon.spawn import Spawned, spawn_daemon
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
 from kvshare_store.staging import Reuse
@@ -60,7 +62,7 @@ def serving(home: Path) -> Iterator[subprocess.Popen[str]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSHARE_")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     with process, ended(process):
-        wait_for_socket(home, process)
+        wait_for_socket(home, lambda: process.poll() is not None)
         yield process
 
 
@@ -74,11 +76,23 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.wait()
 
 
-def wait_for_socket(home: Path, process: subprocess.Popen[Any]) -> None:
+@contextlib.contextmanager
+def spawned(config: StoreConfig) -> Iterator[Spawned]:
+    """A daemon that is nobody's child, until the end of the block."""
+    process = spawn_daemon(config)
+    try:
+        yield process
+    finally:
+        process.send(signal.SIGTERM)
+        assert process.wait(START_S)
+        process.close()
+
+
+def wait_for_socket(home: Path, over: Callable[[], bool]) -> None:
     """Return once the daemon listens."""
     deadline = time.monotonic() + START_S
-    while not (home / "kvshare.sock").exists():
-        assert process.poll() is None
+    while not answers(home):
+        assert not over()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -87,9 +101,8 @@ def save(client: Client, tokens: Sequence[int], reuse: Reuse | None = None) -> s
     """Store a prompt with made-up rows."""
     staged = client.stage(np.asarray(tokens, np.int32), NAMESPACE, reuse or Reuse())
     random = np.random.default_rng(len(tokens))
-    for slot in staged.slots:
-        client.slot(staged, slot)[:] = random.bytes(slot.nbytes)
-    node = client.commit(staged.id)
+    row_bytes = NAMESPACE.layout.row_bytes
+    node = client.commit(staged, (random.bytes(rows * row_bytes) for rows in staged.sizes))
     assert node is not None
     return node
 
@@ -124,9 +137,11 @@ def test_stats_as_json(store: Stored) -> None:
     command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--json", "--home", home]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stderr == ""
-    with Client(home) as client:
-        assert json.loads(found.stdout) == client.stats()
     stats = json.loads(found.stdout)
+    with Client(home) as client:
+        theirs, ours = stats.pop("daemon"), client.stats()
+        assert theirs["pid"] == ours.pop("daemon")["pid"]
+        assert stats == ours
     assert (stats["nodes"], stats["leases"], stats["errors"]) == (2, 0, {})
     assert stats["tiers"]["host"]["budget"] == 64 * 2**20
     assert stats["tiers"]["disk"]["blocks"] == stats["blocks"]
@@ -279,16 +294,15 @@ def test_a_spawned_daemon_has_the_settings_of_its_client(home: Path) -> None:
         home=str(home), host_bytes=2**20, disk=False, policy="aggressive", delimiters=False,
         min_saving_ms=0.5, semantic="never",
     )  # fmt: skip
-    process = spawn_daemon(config)
-    with ended(process):
-        wait_for_socket(home, process)
+    with spawned(config) as process:
+        wait_for_socket(home, lambda: process.ended)
         with Client(home) as client:
             assert client.greet().policy == "aggressive"
             tiers = client.stats()["tiers"]
         assert list(tiers) == ["host"]
         assert tiers["host"]["budget"] == 2**20
         assert run("stop", "--home", home)[0] == 0
-        assert process.wait(timeout=10) == 0
+        assert process.wait(START_S)
     assert "disk off, policy aggressive" in (home / "daemon.log").read_text()
 
 
@@ -306,9 +320,8 @@ def test_a_spawned_daemon_has_no_other_settings(
         monkeypatch.setenv(f"KVSHARE_{name.upper()}", value)
     config = StoreConfig(home=str(home), host_bytes=2**20, disk=False, delimiters=False)
     assert config.tail is None
-    process = spawn_daemon(config)
-    with ended(process):
-        wait_for_socket(home, process)
+    with spawned(config) as process:
+        wait_for_socket(home, lambda: process.ended)
         environment = psutil.Process(process.pid).environ()
         with Client(home) as client:
             assert client.greet().policy == config.policy
@@ -325,9 +338,12 @@ def test_a_spawned_daemon_shows_no_secret(home: Path) -> None:
     )  # fmt: skip
     with mock.patch.dict(os.environ, KVSHARE_TEST_KEY="ab" * 32):
         process = spawn_daemon(config)
-    with ended(process):
+    try:
         command = psutil.Process(process.pid).cmdline()
         readable = Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077
+    finally:
+        process.send(signal.SIGKILL)
+        process.close()
     assert command[-3:] == ["serve", "--home", str(home)]
     assert "hunter2" not in " ".join(command)
     assert "KVSHARE_TEST_KEY" not in " ".join(command)

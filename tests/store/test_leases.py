@@ -15,7 +15,6 @@ from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
-from kvshare_store.namespace import Namespace
 from kvshare_store.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name

@@ -37,10 +37,18 @@ def daemon(config: Callable[..., StoreConfig]) -> Iterator[Daemon]:
 def link(daemon: Daemon) -> Iterator[Link]:
     opened = open_link(daemon.config, timeout=PATIENCE_S)
     yield opened
-    opened.close()
-    if opened._process is not None:
-        opened._process.kill()
-        opened._process.wait()
+    end(opened)
+
+
+def end(link: Link) -> None:
+    """Close it, and end the daemon that it has started."""
+    reviver = link._reviver
+    if reviver is not None:
+        reviver._thread.join(PATIENCE_S)
+        if reviver.spawned is not None:
+            reviver.spawned.send(signal.SIGKILL)
+            assert reviver.spawned.wait(PATIENCE_S)
+    link.close()
 
 
 def planned(link: Link, seconds: float) -> ReusePlan | None:
@@ -80,12 +88,13 @@ def test_a_killed_daemon_is_brought_back(daemon: Daemon, link: Link, home: Path)
     assert planned(link, 0.2) is None
     assert time.monotonic() - start < 10.0
     assert planned(link, 0.2) is None, "the next requests do not wait at all"
-    assert "timeout" in link.failures
+    assert "unavailable" in link.failures
     assert planned_in_the_end(link).exact == 39
-    assert link._process is not None
-    assert link._process.poll() is None
+    assert link._reviver is not None
+    assert link._reviver.spawned is not None
+    assert not link._reviver.spawned.ended
     with Client(home, timeout=PATIENCE_S) as client:
-        assert client.stats()["errors"].get("timeout", 0) >= 1, "the new daemon is told"
+        assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
 
 
 def test_a_hanging_daemon_is_waited_for_once(daemon: Daemon, link: Link, home: Path) -> None:
@@ -109,18 +118,16 @@ def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreC
     link = open_link(config(host_bytes=1 << 60), timeout=PATIENCE_S)
     assert [planned(link, 0.1) for _ in range(5)] == [None] * 5
     assert link.failures
-    link.close()
-    if link._process is not None:
-        link._process.wait(PATIENCE_S)
+    end(link)
 
 
 def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
     link.failures = ["timeout", "unavailable"]
     link._paused_until = time.monotonic() + 60
-    link._welcome_back()
+    link._tell_failures()
     assert link.failures == ["timeout", "unavailable"]
     link._paused_until = 0.0
-    link._welcome_back()
+    link._tell_failures()
     assert link.failures == []
 
 

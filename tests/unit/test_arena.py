@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks import huge_pages, memory
 from kvshare_store.blocks import arena as arena_module
+from kvshare_store.blocks import huge_pages, memory
 from kvshare_store.blocks.arena import Arena, Arenas, ArenaView, Label, slot_bytes
 from kvshare_store.errors import HomeError, KVShareError, LeaseError, NoSpaceError
 from kvshare_store.plan import BlockRef

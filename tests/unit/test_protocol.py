@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -21,7 +20,7 @@ from kvshare_store.tensors.layout import KVLayout
 NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")
 REUSE = Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("node",), 1)
 MESSAGES = [
-    protocol.Hello(1, "client", 7),
+    protocol.Hello(1, 7),
     protocol.Plan(NAMESPACE, b"1234", "exact"),
     protocol.Decline("late", 40),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
@@ -105,9 +104,26 @@ def test_a_layout_that_makes_no_sense_is_malformed() -> None:
         protocol.decode_request(raw.replace(b"kv_heads\x01", b"kv_heads\x00"))
 
 
-def test_the_socket_is_in_the_home_where_that_fits() -> None:
-    assert protocol.socket_path(Path("/home/me")) == Path("/home/me/kvshare.sock")
-    deep, deeper = Path("/" + "d" * 120), Path("/" + "d" * 121)
-    assert len(str(protocol.socket_path(deep))) < 104
-    assert protocol.socket_path(deep) == protocol.socket_path(deep)
-    assert protocol.socket_path(deep) != protocol.socket_path(deeper)
+def test_both_sides_speak_the_newest_version_that_both_know() -> None:
+    oldest, newest = protocol.OLDEST, protocol.NEWEST
+    assert protocol.common_version(protocol.Hello(1, newest + 5)) == newest
+    assert protocol.common_version(protocol.Hello(oldest, oldest)) == oldest
+    for strange in (protocol.Hello(0, oldest - 1), protocol.Hello(newest + 1, newest + 2)):
+        with pytest.raises(ProtocolError, match="same kvshare-store release"):
+            protocol.common_version(strange)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_field_of_a_newer_release_is_ignored(message: protocol.Request) -> None:
+    plain = msgspec.msgpack.decode(protocol.encode(message)) | {"since_the_next_release": [1]}
+    body = msgspec.msgpack.encode(plain)
+    assert protocol.decode_request(body) == message
+    assert protocol.kind_of(body) is type(message)
+
+
+def test_the_kind_is_known_without_decoding_the_rest() -> None:
+    broken = msgspec.msgpack.encode({"type": "commit", "staged": 3})
+    assert protocol.kind_of(broken) is protocol.Commit
+    for body in (b"", b"\xc1", msgspec.msgpack.encode({"type": "explode"}), b"\x91" * 100_000):
+        with pytest.raises(ProtocolError):
+            protocol.kind_of(body)

@@ -169,9 +169,9 @@ class Trial:
         """A client dies that holds a lease."""
         self._kill_holder("hold_lease")
 
-    def kill_slot_holder(self) -> None:
-        """A client dies that holds a reservation, which it has filled in half."""
-        self._kill_holder("hold_slots")
+    def kill_saver(self) -> None:
+        """A client dies in the middle of a save."""
+        self._kill_holder("hold_save")
 
     def _kill_holder(self, command: str) -> None:
         victim = self._chance.randrange(_WORKERS)

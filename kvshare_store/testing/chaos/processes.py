@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon.protocol import socket_path
-from kvshare_store.daemon.spawn import answers
+from kvshare_store.daemon.address import answers
 
 START_S = 60.0
 _IMPORTED_ONCE = [
@@ -69,8 +68,8 @@ class KilledDaemon:
 
     def wait(self) -> None:
         """Return once it accepts connections."""
-        path, deadline = socket_path(self.config.home_path), time.monotonic() + START_S
-        while not answers(path):
+        deadline = time.monotonic() + START_S
+        while not answers(self.config.home_path):
             if self._process is None or not self._process.is_alive():
                 raise ChaosError(f"the daemon did not start:\n{self.log()}")
             if time.monotonic() > deadline:

@@ -1,0 +1,252 @@
+"""The client's end of the connection. Nothing here waits longer than it is told.
+
+The connection is the session: what a client holds ends with it. It is opened by the first message
+that is sent; the hello goes first and the message right behind it, so nobody waits for a welcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.address import connect
+from kvshare_store.daemon.outbox import Outbox
+from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
+from kvshare_store.errors import (
+    DeadlineError,
+    KVShareError,
+    ProtocolError,
+    UnavailableError,
+    error_for,
+)
+
+_READ_BYTES = 1 << 18
+_UNSENT_BYTES = 64 * MIB
+"""What may wait to be sent to a daemon that does not read."""
+
+
+class Session:
+    """Requests to the daemon of one home, and their answers."""
+
+    def __init__(self, home: Path, timeout: float) -> None:
+        self.home = home
+        self._timeout = timeout
+        self._ids = itertools.count(1)
+        self._waiting: set[bytes] = set()
+        self._answers: dict[bytes, protocol.Reply] = {}
+        self._stream: socket.socket | None = None
+        self._hello = b""
+        self.heard = 0.0
+        """When the daemon last said anything (monotonic seconds)."""
+        self.welcome: protocol.Welcome | None = None
+        """What the daemon of this connection has said about itself."""
+        self.arena = -1
+        """Descriptor of the daemon's arena, from its welcome."""
+        self.outbox: Outbox | None = None
+        """Of this connection alone: a daemon that is late with a save of an earlier one must not
+        read what is written for another."""
+
+    # --- the connection ----------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is open, as far as is known."""
+        return self._stream is not None
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the daemon of this connection has answered the hello."""
+        return self.welcome is not None
+
+    def open(self) -> None:
+        """Connect and say hello, without waiting; nothing if that is done already."""
+        if self._stream is not None:
+            return
+        self._stream = connect(self.home)
+        self._frames, self._outgoing = Frames(), Outgoing()
+        self.outbox = Outbox()
+        self._hello = self._put(protocol.Hello(), self.outbox.descriptor)
+        self._flush()
+
+    def reconnect(self) -> None:
+        """Forget what is in flight; the next message opens a new connection."""
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self._waiting.clear()
+        self._answers.clear()
+        self.welcome = None
+        if self.arena >= 0:
+            os.close(self.arena)
+            self.arena = -1
+        if self.outbox is not None:
+            self.outbox.close()
+            self.outbox = None
+
+    def _lost(self, error: Exception | None = None) -> UnavailableError:
+        self._hang_up()
+        gone = UnavailableError(f"the daemon of {self.home} is gone")
+        gone.__cause__ = error
+        return gone
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._hang_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def send(self, message: protocol.Request) -> bytes:
+        """Send without waiting; `receive` the answer by the returned id.
+
+        `UnavailableError` if there is no daemon, or it has stopped reading.
+        """
+        self.open()
+        request_id = self._put(message)
+        self._flush()
+        return request_id
+
+    def _put(self, message: protocol.Request, descriptor: int = -1) -> bytes:
+        if self._outgoing.nbytes > _UNSENT_BYTES:
+            raise UnavailableError(f"the daemon of {self.home} takes no messages")
+        request_id = next(self._ids).to_bytes(8, "little")
+        self._outgoing.put(request_id, protocol.encode(message), descriptor)
+        self._waiting.add(request_id)
+        return request_id
+
+    def _flush(self) -> None:
+        assert self._stream is not None
+        try:
+            self._outgoing.flush(self._stream)
+        except OSError as error:
+            raise self._refusal() or self._lost(error) from error
+
+    def _refusal(self) -> KVShareError | None:
+        """Why the daemon has hung up, if it has said so."""
+        with contextlib.suppress(DeadlineError):
+            try:
+                while self._stream is not None:
+                    self._take(0.0)
+            except KVShareError as error:
+                return error
+        return None
+
+    def receive(self, request_id: bytes, timeout: float) -> Any:
+        """The answer to a request, raw; `DeadlineError` after `timeout` seconds.
+
+        After that, ask again later, or `forget` the request. `UnavailableError` if the connection
+        was lost meanwhile.
+        """
+        deadline = time.monotonic() + timeout
+        while request_id not in self._answers:
+            if request_id not in self._waiting:
+                raise UnavailableError("the answer was lost when the daemon went away")
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                self._take(left)
+            except DeadlineError as error:
+                message = f"the daemon of {self.home} did not answer in {timeout:.2f} s"
+                raise DeadlineError(message) from error
+        reply = self._answers.pop(request_id)
+        if reply.error:
+            raise error_for(reply.error, reply.message)
+        return reply.result
+
+    def _take(self, seconds: float) -> None:
+        """Take in what has come; `DeadlineError` if nothing comes within `seconds`."""
+        assert self._stream is not None
+        waiting = select.poll()
+        unsent = select.POLLOUT if self._outgoing.nbytes else 0
+        waiting.register(self._stream, select.POLLIN | unsent)
+        events = waiting.poll(seconds * 1e3)
+        if not events:
+            raise DeadlineError("nothing has come")
+        if events[0][1] & select.POLLIN:
+            for frame in self._frames.feed(self._read()):
+                self._answered(frame)
+        elif events[0][1] & (select.POLLHUP | select.POLLERR):
+            raise self._lost()
+        else:
+            self._flush()
+
+    def _read(self) -> bytes:
+        assert self._stream is not None
+        try:
+            if self.welcome is not None:
+                data = self._stream.recv(_READ_BYTES)
+            else:
+                data, descriptors = wire.receive(self._stream, _READ_BYTES)
+                if descriptors:
+                    self.arena = descriptors[0]
+        except OSError as error:
+            raise self._lost(error) from error
+        if not data:
+            raise self._lost()
+        self.heard = time.monotonic()
+        return data
+
+    def _answered(self, frame: Frame) -> None:
+        reply = protocol.decode_reply(frame.body)
+        if frame.id == wire.NO_REQUEST or (frame.id == self._hello and reply.error):
+            self._hang_up()  # it has cut us off, and says why
+            raise error_for(reply.error, reply.message)
+        if frame.id == self._hello:
+            self.welcome = msgspec.convert(reply.result, protocol.Welcome)
+        if frame.id in self._waiting:  # late answers of abandoned requests are dropped
+            self._waiting.discard(frame.id)
+            self._answers[frame.id] = reply
+
+    def forget(self, request_id: bytes) -> None:
+        """Nobody wants the answer to this request any more."""
+        self._waiting.discard(request_id)
+        self._answers.pop(request_id, None)
+
+    def look(self) -> None:
+        """Take in what has come, without waiting; `UnavailableError` if the daemon is gone."""
+        with contextlib.suppress(DeadlineError):
+            while self._stream is not None:
+                self._take(0.0)
+
+    def tell(self, message: protocol.Request) -> None:
+        """Send without wanting the answer."""
+        self.look()  # answers that nobody reads would fill the socket
+        self.forget(self.send(message))
+
+    def greet(self, timeout: float | None = None) -> protocol.Welcome:
+        """Connect if need be and wait for the daemon's welcome.
+
+        `UnavailableError` if there is no daemon, `ProtocolError` if it speaks another version.
+        """
+        self.open()
+        if self.welcome is None:
+            self.receive(self._hello, self._timeout if timeout is None else timeout)
+        if self.welcome is None:
+            raise ProtocolError("the daemon has sent no welcome")
+        return self.welcome
+
+    def call(self, message: protocol.Request, timeout: float | None = None) -> Any:
+        """Send and wait. A connection that was lost before is opened anew."""
+        with contextlib.suppress(UnavailableError):
+            self.look()
+        request_id = self.send(message)
+        try:
+            return self.receive(request_id, self._timeout if timeout is None else timeout)
+        finally:
+            self.forget(request_id)

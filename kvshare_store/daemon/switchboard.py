@@ -1,0 +1,280 @@
+"""The loop that moves messages between connections and whoever answers them. One thread.
+
+It never decodes a request, waits for a medium or takes the store's lock, so every client is heard
+at once, whatever the others do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.address import Listener
+from kvshare_store.daemon.connection import Budget, Connection, Limits
+from kvshare_store.daemon.wire import Frame
+from kvshare_store.errors import KVShareError, OverloadError, ProtocolError
+
+log = logging.getLogger("kvshare")
+
+_ACCEPTED_AT_ONCE = 64
+_REST_S = 0.5
+"""How long nobody is let in after the system has refused a connection."""
+
+
+class Answer(NamedTuple):
+    """What somebody has answered to a request of `nbytes` bytes."""
+
+    connection: Connection
+    request_id: bytes
+    body: bytes
+    nbytes: int
+
+
+class Owner(Protocol):
+    """Who answers. Called in the loop's thread: nothing here may wait."""
+
+    def hello(self, connection: Connection, body: bytes) -> tuple[bytes, int]:
+        """The answer to a first message, and a descriptor that goes with it.
+
+        `KVShareError` if the client is not let in.
+        """
+
+    def request(self, connection: Connection, frame: Frame) -> None:
+        """A request: `Switchboard.answer` it some time. `KVShareError` if that is the answer."""
+
+    def left(self, connection: Connection) -> None:
+        """The client is gone and all that it had asked for is done."""
+
+
+class Switchboard:
+    """Connections of one listener."""
+
+    def __init__(self, listener: Listener, owner: Owner, limits: Limits) -> None:
+        self._listener = listener
+        self._owner = owner
+        self._limits = limits
+        self._budget = Budget(limits.all_requests, limits.all_request_bytes)
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._waking = threading.RLock()
+        self._answers: deque[Answer] = deque()
+        self._checked = self._closed_until = 0.0
+        self._open = False
+        self.connections: set[Connection] = set()
+        self.cut_off = 0
+        """Clients that were disconnected for what they did."""
+        self._let_in(True)
+
+    @property
+    def under_way(self) -> int:
+        """Requests of all clients that are not answered."""
+        return self._budget.taken
+
+    # --- from other threads ----------------------------------------------------------------------
+
+    def answer(self, connection: Connection, request_id: bytes, body: bytes, nbytes: int) -> None:
+        """Answer a request of `nbytes` bytes."""
+        self._answers.append(Answer(connection, request_id, body, nbytes))
+        self.wake()
+
+    def wake(self) -> None:
+        """End the turn that is waiting; safe in a signal handler."""
+        with self._waking:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def turn(self, seconds: float) -> bool:
+        """Move what there is to move, waiting up to `seconds` for it; whether anybody was heard."""
+        heard = False
+        for key, events in self._selector.select(seconds):
+            if key.fileobj is self._listener.socket:
+                self._accept()
+            elif key.data is None:
+                os.eventfd_read(self._wake)
+            else:
+                heard = True
+                self._serve(key.data, events)
+        while self._answers:
+            self._deliver(self._answers.popleft())
+        self._look_after(time.monotonic())
+        return heard
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        """Whatever goes wrong with one connection ends that connection and nothing else."""
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush(connection)
+            if events & selectors.EVENT_READ and not connection.gone:
+                self._read(connection)
+        except Exception:  # a bug costs the client that met it
+            log.exception("kvshare: a connection failed")
+            self._cut(connection, "the daemon failed on what it sent")
+
+    def _read(self, connection: Connection) -> None:
+        try:
+            frames = connection.read(time.monotonic())
+        except BlockingIOError:
+            return
+        except (EOFError, OSError):
+            self._hang_up(connection)
+            return
+        try:
+            for frame in frames:
+                self._dispatch(connection, frame)
+                if connection.leaving or connection.gone:
+                    return
+        except ProtocolError as error:
+            self._refuse(connection, wire.NO_REQUEST, error)
+
+    def _dispatch(self, connection: Connection, frame: Frame) -> None:
+        if not frame.kept:
+            error = OverloadError("too many requests are under way; ask again later")
+            self._put(connection, frame.id, protocol.encode_error(error))
+            return
+        try:
+            if connection.greeted:
+                self._owner.request(connection, frame)
+                return
+            body, descriptor = self._owner.hello(connection, bytes(frame.body))
+        except KVShareError as error:
+            connection.done(frame.nbytes)
+            if connection.greeted:
+                self._put(connection, frame.id, protocol.encode_error(error))
+            else:
+                self._refuse(connection, frame.id, error)
+            return
+        connection.done(frame.nbytes)
+        connection.greeted = True
+        self._put(connection, frame.id, body, descriptor)
+
+    # --- answers -----------------------------------------------------------------------------
+
+    def _deliver(self, answer: Answer) -> None:
+        connection = answer.connection
+        connection.done(answer.nbytes)
+        if not connection.gone:
+            self._put(connection, answer.request_id, answer.body)
+        elif not connection.under_way:
+            self._left(connection)
+
+    def _put(
+        self, connection: Connection, request_id: bytes, body: bytes, descriptor: int = -1
+    ) -> None:
+        try:
+            connection.put(request_id, body, descriptor)
+        except OverflowError as error:
+            self._cut(connection, str(error))
+            return
+        self._flush(connection)
+
+    def _flush(self, connection: Connection) -> None:
+        connection.flush(time.monotonic())
+        if connection.leaving and not connection.unsent:
+            self._hang_up(connection)
+            return
+        read = 0 if connection.leaving else selectors.EVENT_READ
+        events = read | (selectors.EVENT_WRITE if connection.unsent else 0)
+        if events != connection.events:
+            connection.events = events
+            self._selector.modify(connection.stream, events, connection)
+
+    # --- coming and going ------------------------------------------------------------------------
+
+    def _let_in(self, wanted: bool) -> None:
+        if wanted and not self._open:
+            self._selector.register(self._listener.socket, selectors.EVENT_READ)
+        elif self._open and not wanted:
+            self._selector.unregister(self._listener.socket)
+        self._open = wanted
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                stream, _ = self._listener.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # no descriptors left: those who are here go on
+                log.warning("kvshare: a connection was not accepted: %s", error)
+                self._closed_until = time.monotonic() + _REST_S
+                self._let_in(False)
+                return
+            _, uid = wire.peer(stream)
+            if uid != os.getuid():
+                log.warning("kvshare: user %d was refused", uid)
+                stream.close()
+                continue
+            self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
+
+    def _welcome(self, connection: Connection) -> None:
+        if len(self.connections) >= self._limits.connections:
+            silent = [one for one in self.connections if not one.greeted]
+            if silent:  # whoever means it says hello at once
+                self._cut(min(silent, key=lambda one: one.began), "it says no hello")
+        self.connections.add(connection)
+        self._selector.register(connection.stream, selectors.EVENT_READ, connection)
+        if len(self.connections) > self._limits.connections:
+            error = OverloadError(f"{len(self.connections) - 1:,} clients are connected already")
+            self._refuse(connection, wire.NO_REQUEST, error)
+
+    def _refuse(self, connection: Connection, request_id: bytes, error: KVShareError) -> None:
+        """Say why, then cut it off."""
+        self.cut_off += 1
+        connection.leaving = True
+        self._put(connection, request_id, protocol.encode_error(error))
+
+    def _cut(self, connection: Connection, reason: str) -> None:
+        self.cut_off += 1
+        log.warning("kvshare: %s was cut off: %s", connection.owner, reason)
+        self._hang_up(connection)
+
+    def _hang_up(self, connection: Connection) -> None:
+        if connection.gone:
+            return
+        self._selector.unregister(connection.stream)
+        self.connections.discard(connection)
+        connection.hang_up()
+        if not connection.under_way:
+            self._left(connection)
+
+    def _left(self, connection: Connection) -> None:
+        if connection.settled:
+            return
+        connection.settled = True
+        connection.let_go()
+        if connection.greeted:
+            self._owner.left(connection)
+
+    def _look_after(self, now: float) -> None:
+        """Once a second: who is overdue, and whether the door can be opened again."""
+        if now - self._checked < 1.0:
+            return
+        self._checked = now
+        for connection in list(self.connections):
+            if reason := connection.overdue(now):
+                self._cut(connection, reason)
+        if not self._open and now > self._closed_until:
+            self._let_in(True)
+
+    def stop_listening(self) -> None:
+        """Nobody else is let in; the socket is removed."""
+        self._let_in(False)
+        self._closed_until = float("inf")
+        self._listener.close()
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        for connection in list(self.connections):
+            self._hang_up(connection)
+        self._selector.close()
+        with self._waking:  # somebody may still answer
+            os.close(self._wake)
+            self._wake = -1
