@@ -63,7 +63,8 @@ class Client(Session):
         """As `Store.commit`. `blocks`: bytes-like, the rows of each block of `staged.sizes`; one is
         written before the next is asked for, so they may share a buffer.
 
-        Whatever fails, the save has ended, and its rows are given up.
+        Whatever fails, the save has ended. After `DeadlineError` it may still be stored; the
+        connection, and what it held, is then given up.
         """
         self.open()
         try:
