@@ -143,6 +143,7 @@ def test_a_client_that_is_frozen(walls: None, outside: Client, home: Path) -> No
         client.send(signal.SIGCONT)
         outside.flush()
         assert client.ask("commit") == "True"
+        outside.flush()
         assert [client.ask(f"serve {seed}") for seed in (2, 5, 1)] == ["39", "39", "39"]
         assert engine.serve(5) == "39"
         client.send(signal.SIGKILL)
