@@ -100,11 +100,9 @@ def serve(stream: Stream, home: Path, host_bytes: int, *, disk: bool, name: str)
                 store.finish(plan, Outcome(plan.exact, edited, len(prompt) - plan.reused))
             rows = chance.bytes((len(prompt) - plan.reused) * NAMESPACE.layout.row_bytes)
             try:
-                staged = store.save(prompt, NAMESPACE, rows, None if plan.declined else plan)
+                store.save(prompt, NAMESPACE, rows, None if plan.declined else plan)
             except NoSpaceError:
                 continue  # too large for what is free; the store counts it
-            if not staged.known:
-                store.commit(staged.id)
         return Served(shares, len(store.tree))
 
 

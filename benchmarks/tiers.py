@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -216,8 +215,7 @@ def lineup(folder: Path, named: Named) -> Iterator[tuple[list[Arm], list[str]]]:
         return DeviceTier(budget)
 
     async def host() -> Tier:
-        shared = Path("/dev/shm")  # noqa: S108 - created exclusively, mode 0600
-        return HostTier(Arena.create(shared / f"kvshare-bench-{uuid.uuid4().hex}", room))
+        return HostTier(Arena.create(room))
 
     async def disk() -> Tier:
         return await DiskTier.open(folder / "disk", budget)

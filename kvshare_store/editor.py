@@ -46,18 +46,21 @@ class Editor:
         spans: Sequence[Span],
         blocks: Sequence[BlockRef],
         rows_of: Callable[[BlockRef], Any],
-        on_device: Callable[[str], torch.Tensor | None] = lambda name: None,
+        on_device: Callable[[BlockRef], torch.Tensor | None] = lambda ref: None,
     ) -> EditedRows:
         """Rows of all `spans`, side by side in ascending order.
 
         `rows_of` gives a block's bytes in canonical order; `on_device` its rows, where they are on
-        the editor's device already. `PlanError` if a span reaches beyond its block;
-        `UnsupportedError` if one moved and the model's rotary table is not known.
+        the editor's device already. `PlanError` if a span reaches beyond its block or says that
+        lossy rows are exact; `UnsupportedError` if one moved and the model's rotary table is not
+        known.
         """
         for span in spans:
             if span.row + span.length > blocks[span.block].rows:
                 raise PlanError(f"span {span} reaches beyond its block")
-        resident = [on_device(block.name) for block in blocks]
+            if span.exact and blocks[span.block].lossy:
+                raise PlanError(f"span {span} is of lossy rows and cannot be exact")
+        resident = [on_device(block) for block in blocks]
         rows = self._gathered(spans, blocks, rows_of, resident)
         rows = rows.to(self._device)  # rows move where they are used: a GPU does it in no time
         at = 0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import tempfile
 from pathlib import Path
 
-from kvshare_store.blocks.arena import Arena, remove_abandoned
+from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
@@ -23,21 +21,6 @@ from kvshare_store.tree.catalog import Catalog
 FORMAT = "2"
 _BEFORE_FORMAT = {"lock", "daemon.log", "config.yaml", "kvshare.sock"}
 """What may be in a home before its first owner marks it."""
-
-
-def arena_path(home: Path) -> Path:
-    """Where the arena of a home is: shared memory where the system has it."""
-    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
-    return _arena_folder() / f"{_prefix()}{name}"
-
-
-def _arena_folder() -> Path:
-    shared = Path("/dev/shm")  # noqa: S108 - the file is created exclusively, mode 0600
-    return shared if shared.is_dir() else Path(tempfile.gettempdir())
-
-
-def _prefix() -> str:
-    return f"kvshare-{os.getuid()}-"
 
 
 class Home:
@@ -67,16 +50,13 @@ class Home:
         arena: Arena | None = None
         try:
             _check_format(home)
-            remove_abandoned(_arena_folder(), _prefix())
             keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
-            arena = Arena.create(
-                arena_path(home), config.host_bytes, huge=config.huge_pages == "auto"
-            )
+            arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
             below = open_levels(config, io, keys)
             catalog = Catalog(config.catalog or home / "catalog", keys) if below else None
         except (KVShareError, OSError):
             if arena is not None:
-                arena.close(unlink=True)
+                arena.close()
             io.close()
             os.close(lock)
             raise

@@ -63,12 +63,17 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True):
-    """Where a leased block lies: `offset` bytes into the arena (-1: not resident)."""
+    """Where a leased block lies: `offset` bytes into the arena (-1: not resident), and what its
+    label must say there."""
 
     name: str
     rows: int
     nbytes: int
     offset: int = -1
+    seq: int = 0
+    """Number of the copy into that place; no other copy has it."""
+    lossy: bool = False
+    """A codec has changed these rows: they are not the bytes that the name is of."""
 
 
 class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +91,7 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Provenance of the request's KV when this plan is used (0 = exact)."""
     lease: str = ""
     arena: str = ""
-    """Path of the shared-memory file that `BlockRef.offset` points into."""
+    """Id of the shared memory that `BlockRef.offset` points into."""
     saving_ms: float = 0.0
     policy: str = ""
     declined: str = ""

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+
+import msgspec
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
     LeaseError,
     MissingBlockError,
-    NamespaceError,
-    NoSpaceError,
     PlanError,
 )
 from kvshare_store.lookup.align import align
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.provenance import check_provenance
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import (
     Reuse,
+    RowSource,
     Save,
-    Slot,
     Staged,
-    block_sizes,
     check_reuse,
     exact_rows,
     fresh_segments,
     new_staged,
+    of_used_blocks,
 )
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.tree.catalog import Vectors
@@ -36,175 +37,194 @@ from kvshare_store.tree.node import Node, check_segments, node_id
 
 
 class Saving:
-    """Staged saves of one store. Thread-safe under the shelf's lock."""
+    """Staged saves of one store. Thread-safe under the shelf's lock.
 
-    def __init__(self, config: StoreConfig, shelf: Shelf, metrics: Metrics) -> None:
+    `donors` gives the nodes of an id that a client may have been planned: the one that is here, and
+    those that its plans still hold.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        shelf: Shelf,
+        metrics: Metrics,
+        donors: Callable[[str], list[Node]],
+    ) -> None:
         self._config = config
         self._shelf = shelf
         self._blocks = shelf.blocks
         self._metrics = metrics
+        self._donors = donors
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
 
     def stage(self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str) -> Staged:
-        """Reserve slots for the rows of a prompt that are not stored yet.
+        """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
 
         A client (`owner`) saves one prompt at a time: what it began before and never ended is
-        abandoned here, when it certainly writes to those slots no more.
+        abandoned here.
         """
         if owner:
-            self._abandon_all_of({owner})
-        check_reuse(reuse, len(request))
-        tree = self._shelf.tree
-        name = node_id(namespace.digest, request, reuse.generation == 0)
-        exact = node_id(namespace.digest, request, True)
+            self.reap({owner})
+        try:
+            check_reuse(reuse, len(request))
+            reuse = of_used_blocks(reuse)
+            block_bytes = self._verified(reuse, request, namespace)
+        except KVShareError as error:
+            self._metrics.error(error.kind)
+            raise
+        if block_bytes is None:
+            self._metrics.error(MissingBlockError.kind)
+            return Staged(known=True)
+        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+        return self._kept(Save(namespace, request, reuse, block_bytes, staged, owner))
+
+    def _verified(
+        self, reuse: Reuse, request: Tokens, namespace: Namespace
+    ) -> tuple[int, ...] | None:
+        """Bytes of each block of `reuse`; None if the nodes are gone that could vouch for it."""
+        if len(reuse.donors) > self._config.max_donors + 1:
+            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
+        with self._shelf.lock:
+            named = [self._donors(donor) for donor in reuse.donors]
+        donors = [node for nodes in named for node in nodes]
+        try:
+            sizes = check_provenance(reuse, request, namespace.digest, donors)
+        except PlanError:
+            if all(named):
+                raise
+            return None
+        return tuple(sizes.get(name) or self._shelf.size_of(name) for name in reuse.blocks)
+
+    def _kept(self, save: Save) -> Staged:
+        tree, digest = self._shelf.tree, save.namespace.digest
+        name, exact = _node_id(save), node_id(digest, save.tokens, True)
         with self._shelf.lock:
             known = name in tree or exact in tree or name in self._saving
-            closed = namespace.digest in self._shelf.closed
-            if known or closed or len(request) < self._config.min_prompt_tokens:
+            closed = digest in self._shelf.closed
+            if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 tree.touch(exact if exact in tree else name)
                 return Staged(known=True)
             self._saving.add(name)
-        try:
-            slots = self._reserve(namespace, reuse, len(request))
-        except KVShareError as error:
-            self._metrics.error(error.kind)
-            with self._shelf.lock:
-                self._saving.discard(name)
-            raise
-        staged = new_staged(slots, reuse.spans, len(request), str(self._blocks.host.arena.path))
-        with self._shelf.lock:
-            self._saves[staged.id] = Save(namespace, request, reuse, staged, owner)
-        return staged
-
-    def _reserve(self, namespace: Namespace, reuse: Reuse, length: int) -> list[Slot]:
-        fresh = length - sum(span.length for span in reuse.spans)
-        slots: list[Slot] = []
-        try:
-            for rows in block_sizes(fresh, self._config.block_tokens):
-                nbytes = rows * namespace.layout.row_bytes
-                slots.append(Slot(self._blocks.reserve(nbytes), rows, nbytes))
-        except NoSpaceError:
-            for slot in slots:
-                self._blocks.cancel(slot.offset)
-            raise
-        return slots
-
-    def fill(self, staged: Staged, namespace: Namespace, rows: Any) -> None:
-        """Copy fresh rows into the slots; `NamespaceError` if their number does not fit."""
-        layout = namespace.layout
-        if len(memoryview(rows).cast("B")) != staged.rows * layout.row_bytes:
-            raise NamespaceError(f"expected {staged.rows} fresh rows of {layout.row_bytes} bytes")
-        if not staged.slots:
-            return
-        source = layout.words(rows, staged.rows)
-        at = 0
-        for slot in staged.slots:
-            target = layout.words(self._blocks.reserved(slot.offset), slot.rows)
-            target[:] = source[:, :, at : at + slot.rows]
-            at += slot.rows
+            self._saves[save.staged.id] = save
+        return save.staged
 
     def abandon(self, staged_id: str) -> None:
-        """Give a staged save's slots back."""
+        """Forget a staged save; one that has ended already is ignored."""
         with self._shelf.lock:
             save = self._saves.pop(staged_id, None)
             if save is not None:
-                exact = save.reuse.generation == 0
-                self._saving.discard(node_id(save.namespace.digest, save.tokens, exact))
-                for slot in save.staged.slots:
-                    self._blocks.cancel(slot.offset)
+                self._saving.discard(_node_id(save))
 
     def reap(self, dead_owners: set[str]) -> None:
-        """Abandon saves whose client is gone. Time alone ends none: a client that is merely slow
-        would go on writing into a slot that is somebody else's by then."""
-        self._abandon_all_of(dead_owners)
-
-    def _abandon_all_of(self, owners: set[str]) -> None:
+        """Forget the saves of clients that are gone."""
         with self._shelf.lock:
-            for staged_id in [i for i, save in self._saves.items() if save.owner in owners]:
+            for staged_id in [i for i, save in self._saves.items() if save.owner in dead_owners]:
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:
         """How many staged saves of a namespace have not ended."""
-        return sum(save.namespace.digest == namespace for save in self._saves.values())
+        with self._shelf.lock:
+            return sum(save.namespace.digest == namespace for save in self._saves.values())
+
+    def __len__(self) -> int:
+        return len(self._saves)
 
     # --- commit ------------------------------------------------------------------------------
 
-    def commit(self, staged_id: str) -> str | None:
-        """The slots are filled: the prompt becomes a node. None if a shared block is gone."""
+    def commit(self, staged_id: str, source: RowSource) -> str | None:
+        """Copy the rows: the prompt becomes a node. None if a shared block is gone.
+
+        Whatever fails, the save has ended and its slots are free again. `NoSpaceError` when the
+        host budget is full of rows in use, `PlanError` when `source` has too few rows.
+        """
         save = self._saves.get(staged_id)
         if save is None:
             raise LeaseError("the staged save is unknown or has ended; save again")
+        fresh: list[_Filled] = []
         with self._metrics.timed("save"):
             try:
-                fresh = [self._sealed(save, slot) for slot in save.staged.slots]
-                node = self._node(save, [name for name, _ in fresh])
+                self._copy(save, source, fresh)
+                node = self._node(save, [filled.name for filled in fresh])
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._shelf.lock:
                     if staged_id not in self._saves:
                         raise LeaseError("the staged save ended while it was committed")
-                    try:
-                        self._add(save, node, vectors, fresh)
-                    finally:
-                        self.abandon(staged_id)  # before anybody else gets a slot it gave back
+                    self._add(save, node, vectors, fresh)
             except MissingBlockError as error:
                 self._metrics.error(error.kind)
                 return None
+            except KVShareError as error:
+                self._metrics.error(error.kind)
+                raise
             finally:
-                self.abandon(staged_id)
+                with self._shelf.lock:
+                    for filled in fresh:  # those that were not sealed
+                        self._blocks.cancel(filled.offset)
+                    self.abandon(staged_id)
         return node.id
 
-    def _sealed(self, save: Save, slot: Slot) -> tuple[str, Block]:
-        """Name of a filled slot: hashed outside the lock, this is most of what a commit costs."""
-        rows = self._blocks.reserved(slot.offset)
-        block = Block(save.namespace.digest, save.namespace.layout, rows)
-        return block_name(block), block
+    def _copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
+        """Block by block into slots of the store's own, without the lock: what the client writes
+        from then on reaches nothing, and the name is of the very bytes that were copied."""
+        layout, at = save.namespace.layout, 0
+        for rows in save.staged.sizes:
+            nbytes = rows * layout.row_bytes
+            offset = self._blocks.reserve(nbytes)
+            block = Block(save.namespace.digest, layout, self._blocks.reserved(offset))
+            filled = _Filled(offset, "", block)
+            fresh.append(filled)
+            source.read_into(at, block.data)
+            filled.name = block_name(block)
+            at += nbytes
 
     def _node(self, save: Save, fresh: list[str]) -> Node:
         reuse, length = save.reuse, len(save.tokens)
-        if reuse.generation == 0 and not all(span.exact for span in reuse.spans):
-            raise PlanError("edited rows cannot make an exact node")
-        sizes = [slot.rows for slot in save.staged.slots]
+        sizes = save.staged.sizes
         segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
         segments.sort(key=lambda segment: segment.start)
         blocks = (*reuse.blocks, *fresh)
         check_segments(segments, length, len(blocks))
         parent = self._shelf.tree.get(reuse.donors[0]) if reuse.donors else None
         matches = align(save.tokens, parent.tokens) if parent else []
+        row_bytes = save.namespace.layout.row_bytes
         return Node(
-            id=node_id(save.namespace.digest, save.tokens, reuse.generation == 0),
+            id=_node_id(save),
             namespace=save.namespace.digest,
             token_bytes=save.tokens.tobytes(),
             parent=parent.id if parent else None,
             edits=edit_script(matches, parent.length, save.tokens) if parent else (),
             segments=tuple(segments),
             blocks=blocks,
-            block_bytes=(
-                *(self._bytes_of(name) for name in reuse.blocks),
-                *(slot.nbytes for slot in save.staged.slots),
-            ),
+            block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
             exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
         )
 
-    def _bytes_of(self, name: str) -> int:
-        """Of a shared block: a lease may outlive the last node that used it."""
-        return self._shelf.tree.size(name) or self._shelf.size_of(name)
-
-    def _add(
-        self, save: Save, node: Node, vectors: Vectors, fresh: list[tuple[str, Block]]
-    ) -> None:
+    def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Under the lock: the last moment at which a shared block could be missing."""
         for name in save.reuse.blocks:
             if self._blocks.tier_of(name) is None:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
-            if any(user.namespace != node.namespace for user in self._shelf.users(name)):
-                raise NamespaceError(f"block {name[:12]} belongs to another namespace")
-        for (name, block), slot in zip(fresh, save.staged.slots, strict=True):
-            self._blocks.seal(slot.offset, name, block)
         self._shelf.register(save.namespace)
+        nbytes = sum(len(filled.block.data) for filled in fresh)
+        while fresh:
+            filled = fresh.pop(0)
+            self._blocks.seal(filled.offset, filled.name, filled.block)
         self._shelf.add(node, vectors)
         if node.exact:
             self._shelf.remove([node_id(node.namespace, save.tokens, False)])
-        self._metrics.add("bytes_stored", sum(slot.nbytes for slot in save.staged.slots))
+        self._metrics.add("bytes_stored", nbytes)
+
+
+class _Filled(msgspec.Struct):
+    """A slot of the arena with a block that no node uses yet."""
+
+    offset: int
+    name: str
+    block: Block
+
+
+def _node_id(save: Save) -> str:
+    return node_id(save.namespace.digest, save.tokens, save.reuse.generation == 0)

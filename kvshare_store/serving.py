@@ -15,7 +15,7 @@ import msgspec
 
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import LeaseError
+from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
@@ -26,6 +26,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.edits import Tokens
+from kvshare_store.tree.node import Node
 
 Leased = tuple[Lease, dict[str, BlockRef]]
 
@@ -34,7 +35,32 @@ class _Open(NamedTuple):
     """A plan that has not ended yet."""
 
     tokens: int
+    reused: int
+    row_bytes: int
     tier: str
+    began: float
+    donors: tuple[Node, ...]
+    """As they were planned: what is saved on top of the plan is checked against them."""
+
+    def check(self, outcome: Outcome) -> None:
+        """`PlanError` if this is not what can become of the plan."""
+        loaded = outcome.exact + outcome.edited
+        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
+        possible = (
+            min(numbers) >= 0
+            and loaded <= self.reused
+            and loaded + outcome.recomputed <= self.tokens
+            and outcome.nbytes <= self.reused * self.row_bytes
+            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
+            and len(outcome.failed) <= _LONGEST_REASON
+        )
+        if not possible:
+            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
+
+
+_LONGEST_REASON = 64
+_CLOCKS_DIFFER_S = 1.0
+"""A load may be timed on a device."""
 
 
 class _Lookup(NamedTuple):
@@ -137,14 +163,19 @@ class Serving:
                 if alive:
                     self._closed(self._blocks.end_lease(lease.id))
                 return lookup.plan("not_resident")
-            if any(self._blocks.host.lossy(name) for name in draft.blocks):
+            if any(ref.lossy for ref in refs.values()):
                 draft = _inexact(draft)
                 if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
-            self._open[lease.id] = _Open(lookup.tokens, draft.tier)
+            tree = self._shelf.tree
+            donors = tuple(node for i in draft.donors if (node := tree.get(i)) is not None)
+            reused = sum(span.length for span in draft.spans)
+            row_bytes = lookup.namespace.layout.row_bytes
+            opened = _Open(lookup.tokens, reused, row_bytes, draft.tier, lookup.start, donors)
+            self._open[lease.id] = opened
             for donor in draft.donors:
-                self._shelf.tree.touch(donor)
+                tree.touch(donor)
         return msgspec.structs.replace(
             lookup.plan(),
             exact=draft.exact,
@@ -153,7 +184,7 @@ class Serving:
             donors=draft.donors,
             generation=draft.generation,
             lease=lease.id,
-            arena=str(self._blocks.host.arena.path),
+            arena=self._blocks.host.arena.id,
             saving_ms=draft.saving_ms,
         )
 
@@ -168,6 +199,12 @@ class Serving:
         opened = self._closed(lease)
         if opened is None:
             return
+        try:
+            opened.check(outcome)
+        except PlanError as error:
+            self._metrics.error(error.kind)
+            self._count_miss("bad_outcome", opened.tokens)
+            raise
         if outcome.failed:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
@@ -179,6 +216,14 @@ class Serving:
         metrics.add("bytes_loaded", outcome.nbytes)
         metrics.observe("load", outcome.seconds)
         self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def donors(self, node_id: str) -> list[Node]:
+        """The node that is here and those that open plans were made from, which may differ. Hold
+        the store's lock."""
+        here = self._shelf.tree.get(node_id)
+        planned = [node for plan in self._open.values() for node in plan.donors]
+        found = [node for node in planned if node.id == node_id and node is not here]
+        return [*found, here] if here is not None else found
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""

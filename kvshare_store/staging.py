@@ -1,24 +1,20 @@
-"""Staged saves: slots in the arena that a client fills before the node exists."""
+"""Staged saves: which rows of a prompt are missing, and where a commit gets them from."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import msgspec
 
-from kvshare_store.errors import PlanError
+from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan, Run, Span, gaps
+from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tree.edits import Tokens
 
-
-class Slot(msgspec.Struct, frozen=True, array_like=True):
-    """A reserved slot for `rows` fresh rows at `offset` of the arena."""
-
-    offset: int
-    rows: int
-    nbytes: int
+_MOST_GENERATIONS = 1 << 15
 
 
 class Reuse(msgspec.Struct, frozen=True):
@@ -31,21 +27,21 @@ class Reuse(msgspec.Struct, frozen=True):
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
-    """A save in progress. `fresh` are the positions whose rows go, ascending, into `slots`.
+    """A save in progress. `fresh` are the positions whose rows `commit` wants, ascending, packed
+    into blocks of `sizes` rows one after another, each in canonical order.
 
-    No slots and `known` True: the store has every row of this prompt already.
+    `known` True: the store wants none, it has every row of this prompt or takes none of it.
     """
 
     id: str = ""
     fresh: tuple[Run, ...] = ()
-    slots: tuple[Slot, ...] = ()
-    arena: str = ""
+    sizes: tuple[int, ...] = ()
     known: bool = False
 
     @property
     def rows(self) -> int:
-        """How many fresh rows are to be written."""
-        return sum(slot.rows for slot in self.slots)
+        """How many fresh rows there are."""
+        return sum(self.sizes)
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -54,14 +50,68 @@ class Save(msgspec.Struct, frozen=True):
     namespace: Namespace
     tokens: Tokens
     reuse: Reuse
+    block_bytes: tuple[int, ...]
+    """Bytes of each block of `reuse`."""
     staged: Staged
     owner: str
 
 
-def new_staged(slots: Sequence[Slot], spans: Sequence[Span], length: int, arena: str) -> Staged:
-    """A staged save whose slots hold the positions that `spans` leave."""
+class RowSource(Protocol):
+    """Where a commit copies fresh rows from: blocks one after another, as `Staged` says."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` from byte `offset` on; `PlanError` if there are fewer bytes."""
+
+
+class Buffer:
+    """Packed rows in this process's own memory."""
+
+    def __init__(self, data: Any) -> None:
+        self._view = memoryview(data).cast("B")
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """As `RowSource`."""
+        part = self._view[offset : offset + len(target)]
+        if len(part) < len(target):
+            raise PlanError(f"{len(self._view)} bytes are fewer rows than were staged")
+        target[:] = part
+
+
+def packed(rows: Any, sizes: Sequence[int], layout: KVLayout) -> bytearray:
+    """Canonical rows side by side, cut into blocks of `sizes` rows.
+
+    `rows`: bytes-like. `NamespaceError` if it does not hold as many rows as the blocks.
+    """
+    total = sum(sizes)
+    if memoryview(rows).nbytes != total * layout.row_bytes:
+        raise NamespaceError(f"expected {total} fresh rows of {layout.row_bytes} bytes")
+    blocks = bytearray(total * layout.row_bytes)
+    if not total:
+        return blocks
+    source, at = layout.words(rows, total), 0
+    for size in sizes:
+        nbytes = size * layout.row_bytes
+        start = at * layout.row_bytes
+        target = layout.words(memoryview(blocks)[start : start + nbytes], size)
+        target[:] = source[:, :, at : at + size]
+        at += size
+    return blocks
+
+
+def new_staged(spans: Sequence[Span], length: int, block_tokens: int) -> Staged:
+    """A staged save of the positions that `spans` leave."""
     fresh = tuple(gaps(spans, 0, length))
-    return Staged(id=uuid.uuid4().hex, fresh=fresh, slots=tuple(slots), arena=arena)
+    sizes = block_sizes(sum(run.length for run in fresh), block_tokens)
+    return Staged(id=uuid.uuid4().hex, fresh=fresh, sizes=tuple(sizes))
+
+
+def of_used_blocks(reuse: Reuse) -> Reuse:
+    """The same without the blocks that no span uses."""
+    used = sorted({span.block for span in reuse.spans})
+    at = {block: index for index, block in enumerate(used)}
+    spans = tuple(msgspec.structs.replace(span, block=at[span.block]) for span in reuse.spans)
+    blocks = tuple(reuse.blocks[block] for block in used)
+    return msgspec.structs.replace(reuse, spans=spans, blocks=blocks)
 
 
 def check_reuse(reuse: Reuse, length: int) -> None:
@@ -74,6 +124,8 @@ def check_reuse(reuse: Reuse, length: int) -> None:
         if span.exact and span.source != span.start:
             raise PlanError(f"span {span} has moved and cannot be exact")
         at = span.stop
+    if not 0 <= reuse.generation <= _MOST_GENERATIONS:
+        raise PlanError(f"no rows are of generation {reuse.generation}")
 
 
 def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:

@@ -24,7 +24,7 @@ from kvshare_store.saving import Saving
 from kvshare_store.serving import Serving
 from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
-from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
+from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
 
@@ -47,8 +47,8 @@ class Store:
         self.semantic = Semantic(config)
         self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
         self.blocks = self.shelf.blocks
-        self._saving = Saving(config, self.shelf, self.metrics)
         self._serving = Serving(config, self.shelf, self.costs, self.metrics)
+        self._saving = Saving(config, self.shelf, self.metrics, self._serving.donors)
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
@@ -100,7 +100,8 @@ class Store:
     def finish(self, plan: ReusePlan | str, outcome: Outcome) -> None:
         """The request has loaded the plan, or has given it up: ends the lease, counts the outcome.
 
-        A lease that has ended already is ignored: it was counted when it expired.
+        A lease that has ended already is ignored: it was counted when it expired. `PlanError` for
+        an outcome that the plan cannot have; the plan has then ended as a miss.
         """
         self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
 
@@ -155,30 +156,28 @@ class Store:
         *,
         owner: str = "",
     ) -> Staged:
-        """Reserve slots for the rows of this prompt that are not stored yet.
+        """Which rows of this prompt are not stored yet: `Staged.fresh`.
 
-        Fill the slots with the rows at `Staged.fresh`, then `commit`, or `abandon`. The slots stay
-        reserved until then, or until `owner` stages another prompt or is reaped. `NoSpaceError`
-        when the host budget is full of rows in use, `StorageError` while nothing can be stored.
+        `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
+        prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
+        it names, `StorageError` while nothing can be stored.
         """
         self.metrics.health.check_storing()
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
-    def slot(self, slot: Slot) -> memoryview:
-        """The writable bytes of a staged slot."""
-        return self.blocks.reserved(slot.offset)
-
     def abandon(self, staged_id: str) -> None:
-        """Give a staged save's slots back."""
+        """Forget a staged save."""
         self._saving.abandon(staged_id)
 
-    def commit(self, staged_id: str) -> str | None:
-        """The slots are filled: the prompt becomes a node. Returns its id.
+    def commit(self, staged_id: str, rows: RowSource) -> str | None:
+        """The staged prompt becomes a node with fresh rows copied from `rows`. Returns its id.
 
         It can be reused at once and is durable soon after (`flush` waits for that). None if rows it
-        builds on left the store meanwhile. `LeaseError` if the staged save has ended already.
+        builds on left the store meanwhile. `LeaseError` if the staged save has ended already,
+        `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
+        rows; whatever fails, the save has ended and nothing else has changed.
         """
-        return self._saving.commit(staged_id)
+        return self._saving.commit(staged_id, rows)
 
     def save(
         self,
@@ -186,20 +185,21 @@ class Store:
         namespace: Namespace,
         rows: Any,
         plan: ReusePlan | None = None,
-    ) -> Staged:
-        """Stage the fresh rows of a prompt from a buffer; `commit` its id to make it a node.
+    ) -> str | None:
+        """Stage and commit a prompt from a buffer. None if it is stored already, or as `commit`.
 
         `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill, ascending,
         canonical order. `NamespaceError` if their number does not fit.
         """
         staged = self.stage(tokens, namespace, reuse_of(plan) if plan is not None else None)
-        if not staged.known:
-            try:
-                self._saving.fill(staged, namespace, rows)
-            except KVShareError:
-                self.abandon(staged.id)
-                raise
-        return staged
+        if staged.known:
+            return None
+        try:
+            buffer = Buffer(packed(rows, staged.sizes, namespace.layout))
+        except KVShareError:
+            self.abandon(staged.id)
+            raise
+        return self.commit(staged.id, buffer)
 
     # --- the rest ----------------------------------------------------------------------------
 
@@ -276,6 +276,7 @@ class Store:
             "blocks": self.tree.block_count,
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
+            "staged": len(self._saving),
             "tiers": tiers,
             "health": metrics.health.report(),
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kvshare_store.home import arena_path
 from tests.needs import need
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -30,8 +29,6 @@ def require() -> Callable[[bool, str], None]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Path]:
-    """A home for one store. Also removes the arena that a killed daemon leaves behind."""
-    folder = tmp_path / "home"
-    yield folder
-    arena_path(folder).unlink(missing_ok=True)
+def home(tmp_path: Path) -> Path:
+    """A home for one store."""
+    return tmp_path / "home"

@@ -117,8 +117,7 @@ class KVShareModel:
         rows = served.cache.rows[:, :, 0, _fresh(served.plan)].contiguous().cpu()
         reused = None if served.plan.declined else served.plan
         buffer = rows.view(torch.uint8).numpy()
-        staged = self.store.save(served.tokens, served.namespace, buffer, reused)
-        return None if staged.known else self.store.commit(staged.id)
+        return self.store.save(served.tokens, served.namespace, buffer, reused)
 
     def generate(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvshare_store.blocks.arena import Arena
+from kvshare_store.blocks.arena import ArenaView
 from kvshare_store.blocks.tiers.device import DeviceTier
 from kvshare_store.errors import LeaseError
 from kvshare_store.plan import BlockRef
@@ -27,19 +27,22 @@ class Resident:
         self._tier = DeviceTier(budget, device) if budget else None
         self._layout = layout
         self._uses: OrderedDict[str, int] = OrderedDict()
-        self._wanted: dict[str, tuple[Arena, BlockRef]] = {}
+        self._wanted: dict[str, tuple[ArenaView, BlockRef]] = {}
 
-    def rows(self, name: str) -> torch.Tensor | None:
-        """The block's rows on the device, or None."""
-        return None if self._tier is None else self._tier.rows(name)
+    def rows(self, ref: BlockRef) -> torch.Tensor | None:
+        """The block's rows on the device, as exact as those in the arena or more, or None."""
+        return self._tier.rows(ref.name) if self._tier is not None and self._serves(ref) else None
 
-    def used(self, arena: Arena, blocks: Sequence[BlockRef]) -> None:
+    def _serves(self, ref: BlockRef) -> bool:
+        return self._tier is not None and self._tier.serves(ref.name, lossy=ref.lossy)
+
+    def used(self, arena: ArenaView, blocks: Sequence[BlockRef]) -> None:
         """A request has loaded rows of these blocks."""
         if self._tier is None:
             return
         for ref in blocks:
             uses = self._uses[ref.name] = self._uses.pop(ref.name, 0) + 1
-            if uses >= _USES and self._tier.size(ref.name) is None:
+            if uses >= _USES and not self._serves(ref):
                 self._wanted[ref.name] = (arena, ref)
         while len(self._uses) > _REMEMBERED:
             self._uses.popitem(last=False)
@@ -51,7 +54,7 @@ class Resident:
         for arena, ref in wanted:
             self._copy(arena, ref)
 
-    def _copy(self, arena: Arena, ref: BlockRef) -> None:
+    def _copy(self, arena: ArenaView, ref: BlockRef) -> None:
         if self._tier is None or ref.nbytes > self._tier.use().budget:
             return
         try:
@@ -61,4 +64,4 @@ class Resident:
         except LeaseError:
             return
         # a plan names blocks of its own namespace only, so none needs to be written down here
-        self._tier.keep(ref.name, Block("", self._layout, rows))
+        self._tier.keep(ref.name, Block("", self._layout, rows, ref.lossy))

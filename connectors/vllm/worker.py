@@ -7,10 +7,12 @@ of their own, after the token is out.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.raw_blocks import RawBlocks
 from kvshare_connectors.vllm.resident import Resident
 
-from kvshare_store.blocks.arena import Arena, Arenas
+from kvshare_store.blocks.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -56,6 +58,7 @@ class Worker:
     def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
         self._cache = cache
         self._editor = Editor(cache.layout, rope, cache.device)
+        self._config = config
         self._arenas = Arenas()
         self._resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache)
@@ -89,7 +92,7 @@ class Worker:
     def _load(self, spec: LoadSpec) -> int:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
-        arena: Arena = self._arenas.at(spec.arena)
+        arena = self._arena(spec.arena)
         used = {span.block for span in spec.spans}
         for index in used:
             arena.check(spec.blocks[index])
@@ -104,6 +107,16 @@ class Worker:
         self._resident.used(arena, [spec.blocks[index] for index in used])
         self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
         return edited.rows.numel() * edited.rows.element_size()
+
+    def _arena(self, arena_id: str) -> ArenaView:
+        """The daemon's shared memory, asked for when its first plan comes: one that was restarted
+        has another. Waits no longer than a plan may take."""
+        if arena_id not in self._arenas:
+            patience = self._config.plan_deadline_ms / 1e3
+            with Client(self._config.home_path, timeout=patience) as client:
+                welcome = client.greet()
+                self._arenas.add(welcome.arena, os.dup(client.arena))
+        return self._arenas.at(arena_id)
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
         """Everything from the first block that is the request's own is computed by the engine."""
@@ -146,7 +159,6 @@ class Worker:
     def close(self) -> None:
         """Finish what is being saved."""
         self.saver.close()
-        self._arenas.close()
 
 
 class Saver:
@@ -222,27 +234,23 @@ class Saver:
         staged = client.stage_bytes(tokens, spec.namespace, spec.reuse)
         if staged.known:
             return
-        try:
-            self._fill(client, staged, snapshot)
-        except KVShareError:
-            client.abandon(staged.id)
-            raise
-        client.commit(staged.id)
+        client.commit(staged, self._blocks(staged, snapshot))
 
-    def _fill(self, client: Client, staged: Staged, snapshot: Snapshot) -> None:
-        """Unpack block by block, so that the unpacked rows stay in the processor's cache."""
-        editor = Editor(self._cache.layout, None)
-        # mapped now: a daemon that restarts meanwhile gives the same offsets to others
-        buffers = [client.slot(staged, slot) for slot in staged.slots]
+    def _blocks(self, staged: Staged, snapshot: Snapshot) -> Iterator[memoryview]:
+        """The fresh rows, unpacked block by block, so that they stay in the processor's cache."""
+        editor, row_bytes = Editor(self._cache.layout, None), self._cache.layout.row_bytes
+        buffer = memoryview(bytearray(max(staged.sizes, default=0) * row_bytes))
         at = 0
-        for slot, buffer in zip(staged.slots, buffers, strict=True):
-            positions = snapshot.positions[at : at + slot.rows]
-            stored = editor.tensor(buffer, slot.rows)
+        for rows in staged.sizes:
+            block = buffer[: rows * row_bytes]
+            positions = snapshot.positions[at : at + rows]
+            stored = editor.tensor(block, rows)
             if self._cache.device.type == "cpu":
                 snapshot.raw.rows(positions, out=stored)
             else:
                 stored.copy_(snapshot.raw.rows(positions))
-            at += slot.rows
+            yield block
+            at += rows
 
 
 def _positions(runs: list[Run]) -> torch.Tensor:

@@ -1,27 +1,47 @@
-"""The shared-memory arena: one file that the daemon allocates from and its clients map.
+"""The arena: one anonymous memory file that the daemon allocates from and its clients map.
 
-Every slot starts with a label, the name of the block in it. The owner clears the label before it
-reuses the slot, so a reader that finds the same name before and after copying has the right rows.
+It has no name, so nobody can open it by guessing: the daemon hands its descriptor to clients that
+have said hello. It is sealed: its size never changes, and once the daemon has mapped it nobody can
+write to it any more, through any descriptor or new mapping. Only the daemon's own mapping can.
+
+Every slot starts with a label: the name of the block in it, a sequence number that is never used
+again, and whether its rows are lossy. The owner clears the label before it reuses the slot, so a
+reader that finds the same label before and after copying has the very rows that were planned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import mmap
 import os
-import stat
-from pathlib import Path
+import secrets
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from kvshare_store.blocks import huge_pages
-from kvshare_store.errors import HomeError, LeaseError, NoSpaceError
+from kvshare_store.blocks.memory import available_bytes
+from kvshare_store.errors import HomeError, LeaseError, NoSpaceError, StorageError
 from kvshare_store.plan import BlockRef
 
 ALIGN = 64
 LABEL_BYTES = 64
-_NAME_BYTES = 32
-_NO_LABEL = bytes(_NAME_BYTES)
+_LABEL = struct.Struct("<32sQ?")
+_NO_LABEL = bytes(_LABEL.size)
 _ZEROS = bytes(1 << 20)
+_SEAL_FUTURE_WRITE = 0x0010
+"""Linux 5.1: no new writable mapping and no write call. Python 3.11 has no name for it."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+
+
+class Label(NamedTuple):
+    """What a slot holds; the empty name means nothing that anybody may read."""
+
+    name: str = ""
+    seq: int = 0
+    lossy: bool = False
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -29,66 +49,96 @@ def slot_bytes(nbytes: int) -> int:
     return LABEL_BYTES + -(-nbytes // ALIGN) * ALIGN
 
 
-class Arena:
-    """A mapped arena file. `create` owns it, `attach` shares it."""
+class ArenaView:
+    """A mapping that reads: rows and labels. `attach` makes one from a descriptor."""
 
-    def __init__(self, path: Path, descriptor: int, nbytes: int, *, huge: bool = False) -> None:
-        self.path = path
-        self.nbytes = nbytes
-        self._descriptor = descriptor
-        self._map = mmap.mmap(descriptor, nbytes)
-        self._view = memoryview(self._map)
-        self.huge_pages = huge and huge_pages.advise(self._map)
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._map = mapped
+        self._view = memoryview(mapped)
+        self.nbytes = len(mapped)
+
+    @classmethod
+    def attach(cls, descriptor: int) -> ArenaView:
+        """Map a daemon's arena read-only; the descriptor stays the caller's.
+
+        `StorageError` if it is no arena: too small, or a file that could shrink under its readers.
+        """
+        try:
+            nbytes = os.fstat(descriptor).st_size
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+            if nbytes <= LABEL_BYTES or not seals & fcntl.F_SEAL_SHRINK:
+                raise StorageError(
+                    f"the daemon's shared memory has {nbytes} bytes and seals {seals:#x}; "
+                    "restart the daemon"
+                )
+            return cls(mmap.mmap(descriptor, nbytes, prot=mmap.PROT_READ))
+        except StorageError:  # which is an OSError too
+            raise
+        except (OSError, ValueError) as error:
+            raise StorageError(f"the daemon's shared memory cannot be mapped: {error}") from error
+
+    def rows(self, offset: int, nbytes: int) -> memoryview:
+        """The rows of the slot at `offset`: live shared memory, valid while leased or reserved."""
+        start = offset + LABEL_BYTES
+        return self._view[start : start + nbytes]
+
+    def label(self, offset: int) -> Label:
+        """What the slot at `offset` holds."""
+        raw = bytes(self._view[offset : offset + _LABEL.size])
+        if raw == _NO_LABEL:
+            return Label()
+        name, seq, lossy = _LABEL.unpack(raw)
+        return Label(name.hex(), seq, lossy)
+
+    def check(self, ref: BlockRef) -> None:
+        """`LeaseError` unless the slot holds what the plan named: the same block, placed there by
+        the same copy, and as exact as it was then."""
+        if ref.offset < 0 or ref.offset + slot_bytes(ref.nbytes) > self.nbytes:
+            raise LeaseError(f"block {ref.name[:12]} is not in the arena")
+        if self.label(ref.offset) != (ref.name, ref.seq, ref.lossy):
+            raise LeaseError(f"block {ref.name[:12]} left the arena before it was read")
+
+
+class Arena(ArenaView):
+    """The owner's end: `create` makes the file, and this mapping is the only one that writes."""
+
+    def __init__(self, descriptor: int, mapped: mmap.mmap, *, huge: bool = False) -> None:
+        super().__init__(mapped)
+        self.id = secrets.token_hex(16)
+        """Tells this arena from every other; plans name it."""
+        self.descriptor = descriptor
+        """For clients that are to map it; closed by `close`."""
+        self._seqs = itertools.count(1)
+        self.huge_pages = huge and huge_pages.advise(mapped)
         """Whether the system was asked for huge pages and did not refuse."""
 
     @classmethod
-    def create(cls, path: Path, nbytes: int, *, huge: bool = False) -> Arena:
-        """A new arena readable by its owner only; `HomeError` when memory is too small for it.
+    def create(cls, nbytes: int, *, huge: bool = False) -> Arena:
+        """A new arena; `HomeError` when the machine has less memory than that to give.
 
-        `huge`: in huge pages where the file system has them; without them it is slower, no more.
+        `huge`: in huge pages where the system has them; without them it is slower, no more.
         """
+        room = available_bytes()
+        if nbytes > room:
+            raise HomeError(
+                f"{room:,} bytes of memory are available, host_bytes asks for {nbytes:,}: "
+                "lower host_bytes, or raise the memory limit of this container or service"
+            )
         try:
-            path.unlink(missing_ok=True)  # what a killed owner left would count as taken
-            room = os.statvfs(path.parent)
-            free = room.f_bavail * room.f_frsize
-            if free >= nbytes:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # says that the owner lives
-                os.ftruncate(descriptor, nbytes)
-                return cls(path, descriptor, nbytes, huge=huge and huge_pages.offered(path.parent))
-        except OSError as error:
-            raise HomeError(f"arena {path} cannot be made: {error.strerror}") from error
-        raise HomeError(
-            f"{path.parent} has {free:,} bytes free, host_bytes asks for {nbytes:,}: "
-            "lower host_bytes or enlarge it (docker: --shm-size)"
-        )
-
-    @classmethod
-    def attach(cls, path: Path) -> Arena:
-        """Map another process's arena; `HomeError` if it is not there or not this user's."""
+            descriptor = os.memfd_create("kvshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError) as error:
+            raise HomeError(f"this system has no anonymous memory files: {error}") from error
         try:
-            descriptor = os.open(path, os.O_RDWR)
-        except OSError as error:
-            raise HomeError(f"arena {path} cannot be mapped: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            os.ftruncate(descriptor, nbytes)
+            mapped = mmap.mmap(descriptor, nbytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        except (OSError, ValueError) as error:
             os.close(descriptor)
-            raise HomeError(f"arena {path} is open to other users; remove it and restart")
-        return cls(path, descriptor, status.st_size)
-
-    @property
-    def descriptor(self) -> int:
-        """The file, for whoever is to map it."""
-        return self._descriptor
-
-    @property
-    def current(self) -> bool:
-        """Whether the path still names this very file: a new owner makes a new one."""
-        try:
-            there, ours = os.stat(self.path), os.fstat(self._descriptor)
-        except OSError:
-            return False
-        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+            raise HomeError(
+                f"{nbytes:,} bytes of shared memory cannot be sealed (Linux 5.1 or later "
+                f"is needed): {error}"
+            ) from error
+        return cls(descriptor, mapped, huge=huge and huge_pages.offered())
 
     def ensure(self, offset: int, nbytes: int) -> None:
         """Back the slot with real memory now, where running out is an error and not a signal."""
@@ -96,23 +146,23 @@ class Arena:
             if self.huge_pages:  # a file's allocation knows nothing of what the mapping was advised
                 huge_pages.populate(self._map, offset, slot_bytes(nbytes))
             else:
-                os.posix_fallocate(self._descriptor, offset, slot_bytes(nbytes))
+                os.posix_fallocate(self.descriptor, offset, slot_bytes(nbytes))
         except OSError as error:
             raise NoSpaceError(f"shared memory is full: {error.strerror}") from error
 
-    def rows(self, offset: int, nbytes: int) -> memoryview:
-        """The rows of the slot at `offset`: live shared memory, valid while leased or reserved."""
-        start = offset + LABEL_BYTES
-        return self._view[start : start + nbytes]
+    def set_label(self, offset: int, name: str, *, lossy: bool = False) -> int:
+        """The rows in the slot are complete and block `name`'s; returns their sequence number."""
+        seq = next(self._seqs)
+        self._write_label(offset, Label(name, seq, lossy))
+        return seq
 
-    def label(self, offset: int) -> str:
-        """Name of the block in the slot, or the empty string."""
-        raw = bytes(self._view[offset : offset + _NAME_BYTES])
-        return "" if raw == _NO_LABEL else raw.hex()
+    def clear_label(self, offset: int) -> None:
+        """What is in the slot is nobody's."""
+        self._view[offset : offset + _LABEL.size] = _NO_LABEL
 
-    def set_label(self, offset: int, name: str) -> None:
-        """Name the slot; the empty name marks it as nobody's."""
-        self._view[offset : offset + _NAME_BYTES] = bytes.fromhex(name) if name else _NO_LABEL
+    def _write_label(self, offset: int, label: Label) -> None:
+        raw = _LABEL.pack(bytes.fromhex(label.name), label.seq, label.lossy)
+        self._view[offset : offset + _LABEL.size] = raw
 
     def move(self, source: int, target: int, nbytes: int) -> None:
         """Label and rows of a slot go to a lower offset; the two places may overlap.
@@ -120,80 +170,73 @@ class Arena:
         The old label goes first, so a reader whose lease has ended finds out that it is too late.
         """
         self.ensure(target, nbytes)
-        name = self.label(source)
-        self.set_label(source, "")
-        self.set_label(target, "")
+        label = self.label(source)
+        self.clear_label(source)
+        self.clear_label(target)
         self.rows(target, nbytes)[:] = self.rows(source, nbytes)
-        self.set_label(target, name)
+        self._write_label(target, label)
 
     def wipe(self, offset: int, nbytes: int) -> None:
-        """Zero a range that no slot holds; the system gets whole pages back where it takes them."""
-        first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            if first < last:
-                self._map.madvise(mmap.MADV_REMOVE, first, last - first)
-            else:
-                last = first = offset
-        except (OSError, AttributeError):  # a file system or a platform that cannot
-            last = first = offset
-        for start, stop in ((offset, first), (last, offset + nbytes)):
+        """Zero a range that no slot holds. What was never written is zero and stays without memory;
+        the rest keeps its memory, for the seal forbids to give it back."""
+        for start, stop in self._written(offset, offset + nbytes):
             for at in range(start, stop, len(_ZEROS)):
                 self._view[at : min(at + len(_ZEROS), stop)] = _ZEROS[: stop - at]
+
+    def _written(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Parts of a range that have memory."""
+        while start < stop:
+            try:
+                start = os.lseek(self.descriptor, start, os.SEEK_DATA)
+            except OSError:  # nothing but holes from here on
+                return
+            end = min(stop, os.lseek(self.descriptor, start, os.SEEK_HOLE))
+            if start < end:
+                yield start, end
+            start = end
 
     def wipe_edges(self, offset: int, nbytes: int) -> None:
         """Zero what rows of `nbytes` bytes leave of their slot, before and after them."""
         for start, stop in (
-            (offset + _NAME_BYTES, offset + LABEL_BYTES),
+            (offset + _LABEL.size, offset + LABEL_BYTES),
             (offset + LABEL_BYTES + nbytes, offset + slot_bytes(nbytes)),
         ):
             self._view[start:stop] = bytes(stop - start)
 
-    def check(self, ref: BlockRef) -> None:
-        """`LeaseError` unless the slot still holds the block that the plan named."""
-        if ref.offset < 0 or ref.offset + slot_bytes(ref.nbytes) > self.nbytes:
-            raise LeaseError(f"block {ref.name[:12]} is not in the arena")
-        if self.label(ref.offset) != ref.name:
-            raise LeaseError(f"block {ref.name[:12]} left the arena before it was read")
+    def close(self) -> None:
+        """Let go of the file and of this mapping: the memory is free once no client maps it.
 
-    def close(self, *, unlink: bool = False) -> None:
-        """Let go of the mapping; views handed out keep their memory until they are dropped."""
-        if unlink and self.current:
-            self.path.unlink(missing_ok=True)
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def remove_abandoned(folder: Path, prefix: str) -> None:
-    """Delete arenas whose owner died before it could: nobody holds their lock any more."""
-    for path in folder.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # its owner lives, or it is gone already
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                if os.fstat(descriptor).st_size:  # an arena in the making has no size yet
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+        Rows that were handed out keep their memory until they are dropped.
+        """
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+            self._view.release()
+            with contextlib.suppress(BufferError):
+                self._map.close()
 
 
 class Arenas:
-    """Arenas mapped by path. A restarted daemon makes a new file under the same path."""
+    """Arenas that this process has been handed, by their ids. A restarted daemon has a new one."""
 
     def __init__(self) -> None:
-        self._mapped: dict[str, Arena] = {}
+        self._mapped: dict[str, ArenaView] = {}
 
-    def at(self, path: str) -> Arena:
-        """The arena at `path` as it is now; `HomeError` if it cannot be mapped."""
-        arena = self._mapped.get(path)
-        if arena is None or not arena.current:
-            if arena is not None:
-                arena.close()
-            arena = self._mapped[path] = Arena.attach(Path(path))
+    def add(self, arena_id: str, descriptor: int) -> None:
+        """Map what a daemon has handed over, in place of what its predecessor had; closes the
+        descriptor. `StorageError` if it cannot be mapped."""
+        try:
+            if arena_id not in self._mapped:
+                self._mapped = {arena_id: ArenaView.attach(descriptor)}
+        finally:
+            os.close(descriptor)
+
+    def at(self, arena_id: str) -> ArenaView:
+        """The arena with that id; `LeaseError` if it is not the one of the daemon of now."""
+        arena = self._mapped.get(arena_id)
+        if arena is None:
+            raise LeaseError("the rows lie in the memory of another daemon than the one of now")
         return arena
 
-    def close(self) -> None:
-        """Let go of every mapping."""
-        for arena in self._mapped.values():
-            arena.close()
+    def __contains__(self, arena_id: str) -> bool:
+        return arena_id in self._mapped

@@ -7,10 +7,12 @@ outside it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any
+
+import msgspec
 
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
@@ -64,8 +66,8 @@ class BlockStore:
     def reserve(self, nbytes: int) -> int:
         """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go.
 
-        Nobody else gets the slot until it is sealed or cancelled: whoever fills it may be slow, and
-        what it still writes must not land in another block.
+        Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
+        without the lock.
         """
         with self._lock:
             self._check_dirty(nbytes)
@@ -89,18 +91,17 @@ class BlockStore:
             raise LeaseError("the slot is no longer reserved; save again")
         return self.host.arena.rows(offset, nbytes)
 
-    def holds(self, slots: Iterable[Any]) -> bool:
-        """Whether every slot (anything with an `offset`) is still reserved."""
-        return all(slot.offset in self._reserved for slot in slots)
-
     def seal(self, offset: int, name: str, block: Block) -> None:
         """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
         with self._lock:
-            if self._reserved.pop(offset, None) is None:
-                raise LeaseError("the slot is no longer reserved; save again")
-            self.host.seal(offset, name, block, leased=not self._may_go(name))
+            self._seal(offset, name, block)
             if self.levels and self.levels.holder(name) is None:
                 self._dirty[name] = slot_bytes(len(block.data))
+
+    def _seal(self, offset: int, name: str, block: Block) -> None:
+        if self._reserved.pop(offset, None) is None:
+            raise LeaseError("the slot is no longer reserved; save again")
+        self.host.seal(offset, name, block, leased=not self._may_go(name))
 
     def cancel(self, offset: int) -> None:
         """Give a reserved slot back; one that is not reserved is ignored."""
@@ -147,10 +148,16 @@ class BlockStore:
     def read(self, name: str) -> Block:
         """A copy of a block, verified where it came from below the host; `MissingBlockError` or
         what its tier says. Waits for the medium: do not hold the lock."""
-        with self._lock:
-            if self.host.size(name) is not None:
+        while True:
+            with self._lock:
+                ref = self.host.ref(name)
+                if ref is None:
+                    break
                 block = self.host.peek(name)
-                return Block(block.namespace, block.layout, bytes(block.data), block.lossy)
+            copied = bytes(block.data)  # as any other reader: the label says what was copied
+            with contextlib.suppress(LeaseError):
+                self.host.arena.check(ref)
+                return msgspec.structs.replace(block, data=copied)
         return self._io.run(self.levels.get(name))[0]
 
     def lease_soon(
@@ -208,18 +215,30 @@ class BlockStore:
                 self._promotions.pop(name, None)
 
     def _place(self, name: str, block: Block) -> None:
+        """Copy a block into the host if anybody still wants it there. The copy is made without the
+        lock: a slot that is reserved and has no name belongs to whoever fills it."""
+        nbytes = len(block.data)
         with self._lock:
-            wanted = self.leases.pinned(name) or self.users(name)
-            if not wanted or self.host.size(name) is not None:
+            if not self._lacks(name):
                 return
             try:
-                offset = self._allocate(len(block.data))
+                offset = self._allocate(nbytes)
             except NoSpaceError as error:
                 self._metrics.error(error.kind)
                 return
-            self.host.arena.rows(offset, len(block.data))[:] = block.data
-            self.host.seal(offset, name, block)
-            self.weigh([name])
+            self._reserved[offset] = nbytes
+        self.host.arena.rows(offset, nbytes)[:] = block.data
+        with self._lock:
+            if self._lacks(name):
+                self._seal(offset, name, block)
+                self.weigh([name])
+            else:
+                self.cancel(offset)
+
+    def _lacks(self, name: str) -> bool:
+        """Whether the host should have a block and has not. Hold the lock."""
+        wanted = self.leases.pinned(name) or self.users(name)
+        return bool(wanted) and self.host.size(name) is None
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from kvshare_store.blocks.arena import Arenas
+from kvshare_store.blocks.arena import Arenas, ArenaView
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.session import Session
-from kvshare_store.errors import DeadlineError, UnavailableError
+from kvshare_store.errors import DeadlineError, KVShareError, UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.staging import Reuse, Slot, Staged
+from kvshare_store.staging import Reuse, Staged
 from kvshare_store.tree.edits import Tokens, as_tokens
 
 T = TypeVar("T")
@@ -51,20 +52,42 @@ class Client(Session):
         self.call(protocol.Finish(lease, outcome))
 
     def stage(self, tokens: Tokens, namespace: Namespace, reuse: Reuse) -> Staged:
-        """As `Store.stage`; fill `slot(...)` of each, then `commit`.
-
-        One at a time: what this client staged before and did not commit is abandoned, and the
-        memory that `slot` gave for it must not be written any more.
-        """
+        """As `Store.stage`. One at a time: what this client staged before ends."""
         return self.stage_bytes(tokens.tobytes(), namespace, reuse)
 
     def stage_bytes(self, tokens: bytes, namespace: Namespace, reuse: Reuse) -> Staged:
         """As `stage`, for int32 tokens that are bytes already."""
         return self._typed(protocol.Stage(namespace, tokens, reuse), Staged)
 
-    def commit(self, staged: str) -> str | None:
-        """As `Store.commit`."""
-        return self._typed(protocol.Commit(staged), str | None)  # type: ignore[arg-type]
+    def commit(self, staged: Staged, blocks: Iterable[Any]) -> str | None:
+        """As `Store.commit`. `blocks`: bytes-like, the rows of each block of `staged.sizes`; one is
+        written before the next is asked for, so they may share a buffer.
+
+        Whatever fails, the save has ended. After `DeadlineError` it may still be stored; the
+        connection, and what it held, is then given up.
+        """
+        self.open()
+        try:
+            self._write(blocks)
+        except KVShareError:
+            self.abandon(staged.id)
+            raise
+        try:
+            return self._typed(protocol.Commit(staged.id), str | None)  # type: ignore[arg-type]
+        except BaseException as error:
+            if isinstance(error, DeadlineError) or not isinstance(error, KVShareError):
+                self.reconnect()  # the daemon may still read this outbox: it is written no more
+            raise
+        finally:
+            if self.outbox is not None:
+                self.outbox.clear()
+
+    def _write(self, blocks: Iterable[Any]) -> None:
+        outbox, offset = self.outbox, 0
+        if outbox is None:
+            raise UnavailableError(f"the daemon of {self.home} is gone")
+        for block in blocks:
+            offset += outbox.write(offset, block)
 
     def abandon(self, staged: str) -> None:
         """As `Store.abandon`."""
@@ -87,25 +110,22 @@ class Client(Session):
 
     # --- rows -------------------------------------------------------------------------------------
 
+    def mapped(self, arena: str) -> ArenaView:
+        """The daemon's shared memory by its id; `LeaseError` if that is another daemon's."""
+        if arena not in self.arenas and self.welcome is not None and self.welcome.arena == arena:
+            self.arenas.add(arena, os.dup(self.arena))
+        return self.arenas.at(arena)
+
     def rows_of(self, arena: str, ref: BlockRef) -> memoryview:
         """The bytes of a leased block, in place. Check again with `check` after copying."""
-        mapped = self.arenas.at(arena)
+        mapped = self.mapped(arena)
         mapped.check(ref)
         return mapped.rows(ref.offset, ref.nbytes)
 
     def check(self, arena: str, refs: Sequence[BlockRef]) -> None:
         """`LeaseError` if any of the blocks left its place meanwhile."""
         for ref in refs:
-            self.arenas.at(arena).check(ref)
-
-    def slot(self, staged: Staged, slot: Slot) -> memoryview:
-        """The writable bytes of a staged slot."""
-        return self.arenas.at(staged.arena).rows(slot.offset, slot.nbytes)
-
-    def close(self) -> None:
-        """Let go of connection and arenas."""
-        super().close()
-        self.arenas.close()
+            self.mapped(arena).check(ref)
 
 
 def plan_request(

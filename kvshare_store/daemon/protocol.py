@@ -1,8 +1,9 @@
 """Messages between clients and the daemon: msgpack, one struct a message, a versioned hello.
 
 Unknown fields of a message are ignored, so that releases one version apart understand each other;
-an unknown message is refused and the connection lives on. Rows never travel here: both sides map
-the arena, whose descriptor comes with the welcome.
+an unknown message is refused and the connection lives on. Rows never travel here: clients map
+the daemon's arena, whose descriptor comes with the welcome; the daemon reads the client's outbox,
+whose descriptor comes with the hello.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Observe(msgspec.Struct, frozen=True, tag="observe"):
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
-    """Reply: `Staged`."""
+    """Reply: `Staged`, which rows are wanted."""
 
     namespace: Namespace
     tokens: bytes
@@ -73,7 +74,7 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Reply: node id or None."""
+    """The rows that were wanted lie in the client's outbox. Reply: node id or None."""
 
     staged: str
 

@@ -24,6 +24,7 @@ from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.describe import list_nodes, show_node
 from kvshare_store.daemon.lanes import Lanes
+from kvshare_store.daemon.outbox import Received
 from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
@@ -65,7 +66,7 @@ class Server:
             protocol.Finish: lambda message, _: self.store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
             protocol.Stage: self._stage,
-            protocol.Commit: lambda message, _: self.store.commit(message.staged),
+            protocol.Commit: self._commit,
             protocol.Abandon: lambda message, _: self.store.abandon(message.staged),
             protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
@@ -133,7 +134,7 @@ class Server:
         if connection.outbox >= 0 and not _is_memory(connection.outbox):
             raise ProtocolError("the descriptor that came with the hello is no memory file")
         arena = self.store.blocks.host.arena
-        welcome = protocol.Welcome(version, os.getpid(), str(arena.path), self.config.policy)
+        welcome = protocol.Welcome(version, os.getpid(), arena.id, self.config.policy)
         return protocol.encode(protocol.Reply(result=welcome)), arena.descriptor
 
     def request(self, connection: Connection, frame: Frame) -> None:
@@ -196,6 +197,9 @@ class Server:
         return self.store.stage(
             _tokens(message.tokens), message.namespace, message.reuse, owner=client.owner
         )
+
+    def _commit(self, message: protocol.Commit, client: Connection) -> str | None:
+        return self.store.commit(message.staged, Received(client.outbox))
 
     def _stats(self) -> dict[str, Any]:
         board = self.switchboard

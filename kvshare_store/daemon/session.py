@@ -19,6 +19,7 @@ import msgspec
 
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.address import connect
+from kvshare_store.daemon.outbox import Outbox
 from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
 from kvshare_store.errors import (
     DeadlineError,
@@ -50,8 +51,9 @@ class Session:
         """What the daemon of this connection has said about itself."""
         self.arena = -1
         """Descriptor of the daemon's arena, from its welcome."""
-        self.outbox = os.memfd_create("kvshare-outbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        """Descriptor of a memory file that the daemon can read."""
+        self.outbox: Outbox | None = None
+        """Of this connection alone: a daemon that is late with a save of an earlier one must not
+        read what is written for another."""
 
     # --- the connection ----------------------------------------------------------------------
 
@@ -71,7 +73,8 @@ class Session:
             return
         self._stream = connect(self.home)
         self._frames, self._outgoing = Frames(), Outgoing()
-        self._hello = self._put(protocol.Hello(), self.outbox)
+        self.outbox = Outbox()
+        self._hello = self._put(protocol.Hello(), self.outbox.descriptor)
         self._flush()
 
     def reconnect(self) -> None:
@@ -88,6 +91,9 @@ class Session:
         if self.arena >= 0:
             os.close(self.arena)
             self.arena = -1
+        if self.outbox is not None:
+            self.outbox.close()
+            self.outbox = None
 
     def _lost(self, error: Exception | None = None) -> UnavailableError:
         self._hang_up()
@@ -98,9 +104,6 @@ class Session:
     def close(self) -> None:
         """Let go of the connection."""
         self._hang_up()
-        if self.outbox >= 0:
-            os.close(self.outbox)
-            self.outbox = -1
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,9 +19,17 @@ from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.staging import Reuse, Staged, reuse_of
 from kvshare_store.testing.network import Host
-from kvshare_store.testing.oracle import RowBook, RowOracle, Rows, check_partition, gather
+from kvshare_store.testing.oracle import (
+    RowBook,
+    RowOracle,
+    Rows,
+    check_partition,
+    gather,
+    pick,
+    positions_of,
+)
 
 START_S = 60.0
 
@@ -92,10 +100,7 @@ class Daemon:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        from kvshare_store.home import arena_path  # noqa: PLC0415 - seconds, not for clients
-
         self.kill()
-        arena_path(self.config.home_path).unlink(missing_ok=True)
 
 
 class ClientDriver:
@@ -139,7 +144,7 @@ class ClientDriver:
         return plan
 
     def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
-        """Fill the slots that are staged for a prompt and commit it."""
+        """Stage a prompt, compute what is missing, and commit it."""
         array = np.asarray(tokens, np.int32)
         reuse = Reuse() if plan is None else reuse_of(plan)
         staged = self.client.stage(array, self.namespace, reuse)
@@ -147,14 +152,9 @@ class ClientDriver:
             return None
         exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
         rows = self.book.computed(tokens, exact, staged.id)
-        fresh = [at for run in staged.fresh for at in range(run.start, run.stop)]
+        fresh = positions_of(staged.fresh)
         self.book.write(tokens, rows, fresh, exact)
-        at = 0
-        for slot in staged.slots:
-            target = self.namespace.layout.words(self.client.slot(staged, slot), slot.rows)
-            target[:] = rows[:, :, fresh[at : at + slot.rows]]
-            at += slot.rows
-        return self.client.commit(staged.id)
+        return self.client.commit(staged, _blocks(staged, rows, fresh))
 
     def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
         """One request of an engine for which every failure of the store is a miss."""
@@ -171,3 +171,11 @@ class ClientDriver:
         except KVShareError:
             return plan
         return plan
+
+
+def _blocks(staged: Staged, rows: Rows, fresh: Sequence[int]) -> Iterator[bytes]:
+    """Rows at the `fresh` positions, block by block."""
+    at = 0
+    for size in staged.sizes:
+        yield pick(rows, fresh[at : at + size])
+        at += size

@@ -23,10 +23,10 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvshare_store.blocks.arena import ArenaView, slot_bytes
 from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.staging import Staged
@@ -47,7 +47,6 @@ from kvshare_store.tree.node import Node
 SMALL_LAYOUT = KVLayout(2, 1, 4, "float32")
 PARAGRAPHS = 6
 PARAGRAPH_TOKENS = 14
-_SLOT_LABEL_BYTES = 64
 
 
 class Open(NamedTuple):
@@ -142,7 +141,6 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.store.close()
         shutil.rmtree(self.home)
-        assert not arena_path(self.home).exists(), "a closed store leaves no shared memory behind"
 
     # --- prompts ------------------------------------------------------------------------------
 
@@ -255,12 +253,9 @@ class StoreMachine(RuleBasedStateMachine):
     ) -> Node | None:
         namespace = self.namespaces[space]
         try:
-            staged = self.store.save(tokens, namespace, rows, plan)
+            node_id = self.store.save(tokens, namespace, rows, plan)
         except NoSpaceError:
             return None
-        if staged.known:
-            return None
-        node_id = self.store.commit(staged.id)
         if node_id is None:
             return None
         node = self.store.tree.get(node_id)
@@ -286,10 +281,7 @@ class StoreMachine(RuleBasedStateMachine):
         """A save that somebody began and may never end."""
         if owner:  # one save at a time
             self.staged = [(other, save) for other, save in self.staged if other != owner]
-        try:
-            staged = self.store.stage(self._prompt(which), self.namespaces[space], owner=owner)
-        except NoSpaceError:
-            return
+        staged = self.store.stage(self._prompt(which), self.namespaces[space], owner=owner)
         if not staged.known:
             self.staged.append((owner, staged))
 
@@ -399,27 +391,27 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def shared_memory_holds_what_it_says(self) -> None:
-        """Each host block's bytes, read from the file, have its name as their hash."""
+        """Each host block's bytes, read as a client does, have its name as their hash; no other
+        slot is taken, whatever saves are under way."""
         host = self.store.blocks.host
-        arena = arena_path(self.home).read_bytes()
-        taken = []
+        arena = ArenaView.attach(host.arena.descriptor)
+        taken, seqs = [], set()
         for name in host.names():
             ref = host.ref(name)
             assert ref is not None
-            assert arena[ref.offset : ref.offset + 32].hex() == name
-            start = ref.offset + _SLOT_LABEL_BYTES
-            data = arena[start : start + ref.nbytes]
+            arena.check(ref)
+            seqs.add(ref.seq)
+            data = bytes(arena.rows(ref.offset, ref.nbytes))
             names = {_name(space, self.row_layout, data) for space in self.namespaces}
             assert name in names, "the bytes in shared memory are not the block's"
-            taken.append((ref.offset, start + ref.nbytes))
-        for _, staged in self.staged:
-            assert self.store.blocks.holds(staged.slots)
-            taken += [(s.offset, s.offset + _SLOT_LABEL_BYTES + s.nbytes) for s in staged.slots]
+            taken.append((ref.offset, ref.offset + slot_bytes(ref.nbytes)))
+        assert len(seqs) == len(taken), "two slots have one sequence number"
         taken.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken)), "slots overlap"
         used = self.store.blocks.use()["host"].bytes
-        assert sum(-(-(stop - start) // 64) * 64 for start, stop in taken) == used
+        assert sum(stop - start for start, stop in taken) == used
         assert used <= self.config.host_bytes
+        assert len(self.staged) == self.store.stats()["staged"]
 
     @invariant()
     def leases_are_the_open_plans(self) -> None:

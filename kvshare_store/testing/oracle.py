@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.staging import Staged
+from kvshare_store.staging import Buffer, Staged, packed, reuse_of
 from kvshare_store.tensors.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ class Driver:
         self.namespace = namespace
         self.book = book or RowBook(namespace.layout)
         self._salts = itertools.count()
+        self._computed: dict[str, Buffer] = {}
+        """Rows of each staged prompt, by the id of its save."""
 
     def plan(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
         """A checked plan; `finish` it."""
@@ -209,19 +211,27 @@ class Driver:
         return plan
 
     def stage(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> Staged:
-        """Compute what `plan` leaves and stage it; `Store.commit` makes it a node."""
-        spans = () if plan is None else plan.spans
-        exact = min((span.start for span in spans if not span.exact), default=len(tokens))
-        rows = self.book.computed(tokens, exact, f"{id(self)} {next(self._salts)}")
-        covered = set(positions_of(spans))
-        fresh = [at for at in range(len(tokens)) if at not in covered]
-        self.book.write(tokens, rows, fresh, exact)
-        return self.store.save(tokens, self.namespace, pick(rows, fresh), plan)
+        """Stage a prompt and compute what `plan` leaves; `commit` makes it a node."""
+        reuse = None if plan is None else reuse_of(plan)
+        staged = self.store.stage(tokens, self.namespace, reuse)
+        if not staged.known:
+            spans = () if plan is None else plan.spans
+            exact = min((span.start for span in spans if not span.exact), default=len(tokens))
+            rows = self.book.computed(tokens, exact, f"{id(self)} {next(self._salts)}")
+            fresh = positions_of(staged.fresh)
+            self.book.write(tokens, rows, fresh, exact)
+            blocks = packed(pick(rows, fresh), staged.sizes, self.namespace.layout)
+            self._computed[staged.id] = Buffer(blocks)
+        return staged
+
+    def commit(self, staged: Staged) -> str | None:
+        """Store the rows of a staged prompt; the node's id, or None if it could not be kept."""
+        return self.store.commit(staged.id, self._computed[staged.id])
 
     def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
         """Stage and commit; the node's id, or None if it was known or could not be kept."""
         staged = self.stage(tokens, plan)
-        return None if staged.known else self.store.commit(staged.id)
+        return None if staged.known else self.commit(staged)
 
     def serve_and_save(self, tokens: Sequence[int]) -> str | None:
         """What an engine does with every request."""

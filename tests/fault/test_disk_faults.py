@@ -17,7 +17,6 @@ import pytest
 from kvshare_store.blocks.tiers.disk import DiskTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, ShortBlockError
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -181,7 +180,6 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield open_
     for store in opened:
         store.close()
-    arena_path(folder / "home").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=ids)

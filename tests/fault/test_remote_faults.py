@@ -17,7 +17,6 @@ from kvshare_store import levels_of
 from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -84,7 +83,6 @@ def driver(tmp_path: Path, remotes: list[FaultyRemote]) -> Iterator[Callable[...
     yield open_
     for store in stores:
         store.close()
-    arena_path(home).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=ids)

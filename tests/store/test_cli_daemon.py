@@ -25,7 +25,6 @@ from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import ShowNode
 from kvshare_store.daemon.spawn import Spawned, spawn_daemon
-from kvshare_store.home import arena_path
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
 from kvshare_store.staging import Reuse
@@ -102,9 +101,8 @@ def save(client: Client, tokens: Sequence[int], reuse: Reuse | None = None) -> s
     """Store a prompt with made-up rows."""
     staged = client.stage(np.asarray(tokens, np.int32), NAMESPACE, reuse or Reuse())
     random = np.random.default_rng(len(tokens))
-    for slot in staged.slots:
-        client.slot(staged, slot)[:] = random.bytes(slot.nbytes)
-    node = client.commit(staged.id)
+    row_bytes = NAMESPACE.layout.row_bytes
+    node = client.commit(staged, (random.bytes(rows * row_bytes) for rows in staged.sizes))
     assert node is not None
     return node
 
@@ -128,7 +126,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str,
     home = tmp_path_factory.mktemp("cli") / "home"
     with serving(home):
         yield home, *fill(home)
-    arena_path(home).unlink(missing_ok=True)
 
 
 Stored = tuple[Path, str, str]

@@ -30,10 +30,10 @@ from kvshare_store.errors import (
     PlanError,
     UnavailableError,
 )
-from kvshare_store.home import FORMAT, arena_path
+from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Reuse
+from kvshare_store.staging import Reuse, Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
@@ -99,9 +99,11 @@ def eventually(what: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
 def test_hello(shared: Daemon, engine: ClientDriver) -> None:
     welcome = engine.client.greet()
     assert shared.process is not None
-    assert welcome == protocol.Welcome(
-        protocol.NEWEST, shared.process.pid, str(arena_path(shared.config.home_path)), "aggressive"
-    )
+    assert (welcome.version, welcome.pid) == (protocol.NEWEST, shared.process.pid)
+    assert welcome.policy == "aggressive"
+    engine.save(prompt(102, 40))
+    assert engine.serve(prompt(102, 40)).arena == welcome.arena
+    assert engine.client.mapped(welcome.arena).nbytes == shared.config.host_bytes
 
 
 @pytest.mark.parametrize("version", [0, protocol.OLDEST - 1, protocol.NEWEST + 1])
@@ -160,7 +162,7 @@ def test_errors_arrive_as_they_were_raised(engine: ClientDriver) -> None:
     with pytest.raises(ConfigError, match="reckless"):
         client.plan(prompt(1, 40), NAMESPACE, policy="reckless")
     with pytest.raises(LeaseError):
-        client.commit("no such save")
+        client.commit(Staged(id="no such save"), ())
     with pytest.raises(PlanError):
         client.stage(
             np.asarray(prompt(101, 40), np.int32), NAMESPACE, Reuse((Span(0, 99, 0, 0, 0),), ("b",))
@@ -223,7 +225,6 @@ def test_only_the_owner_can_reach_it(shared: Daemon) -> None:
     home = shared.config.home_path
     for path, mode in (
         (socket_path(home), 0o600),
-        (arena_path(home), 0o600),
         (home, 0o700),
         (home / "daemon.log", 0o600),
         (home / "lock", 0o600),
@@ -266,7 +267,6 @@ def test_ending_in_good_order(daemon: Callable[..., Daemon], home: Path, config:
         engine.save(prompt(1, 40))
         assert running.end() == 0
         assert not socket_path(home).exists()
-        assert not arena_path(home).exists()
         with pytest.raises((UnavailableError, DeadlineError)):
             client.plan(prompt(1, 40), NAMESPACE, timeout=0.5)
     with Store(config()) as store:
@@ -313,10 +313,10 @@ def test_rows_of_the_daemon_before_are_refused(daemon: Callable[..., Daemon], ho
         running.kill()
         (home / "blocks").rename(home / "elsewhere")  # so that nothing old can be put there
         running.start()
-        with pytest.raises(LeaseError):
-            engine.load(plan)
+        engine.book.check(prompt(1, 40), plan, engine.load(plan))  # nobody changes them any more
         for seed in range(2, 6):
             engine.save(prompt(seed, 40))
+        assert engine.serve(prompt(2, 40)).exact == 39
         with pytest.raises(LeaseError):
             engine.load(plan)
         with pytest.raises(LeaseError):
@@ -345,7 +345,6 @@ def test_a_socket_in_use_is_left_alone(config: Config, home: Path) -> None:
         assert ended.returncode == 4
         assert "in use by another process" in ended.stderr
         assert len(ended.stderr.splitlines()) == 1
-    assert not arena_path(home).exists()
 
 
 def test_one_daemon_a_home(shared: Daemon) -> None:
@@ -422,15 +421,15 @@ def test_what_a_killed_client_held_is_released(daemon: Callable[..., Daemon], ho
         try:
             assert victim.stdout.readline() == b"holding\n"
             stats = client.stats()
-            assert stats["leases"] == 1
-            assert stats["tiers"]["host"]["bytes"] > before
+            assert (stats["leases"], stats["staged"]) == (1, 1)
+            assert stats["tiers"]["host"]["bytes"] == before, "a save holds no shared memory"
             mine = engine.plan(prompt(2, 40))
         finally:
             victim.kill()
             victim.stdout.close()
         # not yet waited for: a zombie holds nothing either
         assert eventually(lambda: client.stats()["leases"] == 1)
-        assert eventually(lambda: client.stats()["tiers"]["host"]["bytes"] == before)
+        assert eventually(lambda: client.stats()["staged"] == 0)
         victim.wait()
         engine.load(mine)
         engine.finish(mine)

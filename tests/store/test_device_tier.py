@@ -12,7 +12,7 @@ from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.device import DeviceTier
 from kvshare_store.editor import Editor
-from kvshare_store.errors import NoSpaceError
+from kvshare_store.errors import NoSpaceError, PlanError
 from kvshare_store.plan import BlockRef, Span
 from kvshare_store.testing.tiers import LAYOUT, TierTests, make_block
 
@@ -25,16 +25,24 @@ class TestDeviceTier(TierTests):
 
 
 @pytest.fixture
-def arena(tmp_path: Path) -> Arena:
-    return Arena.create(tmp_path / "arena", 1 << 16)
+def arena() -> Arena:
+    return Arena.create(1 << 16)
 
 
-def placed(arena: Arena, seed: int, offset: int = 0) -> BlockRef:
-    """A block in the arena."""
+def placed(arena: Arena, seed: int, offset: int = 0, *, lossy: bool = False) -> BlockRef:
+    """A block in the arena; `lossy`: its rows are all ones."""
     name, block = make_block(seed)
-    arena.set_label(offset, name)
-    arena.rows(offset, len(block.data))[:] = block.data
-    return BlockRef(name, block.rows, len(block.data), offset)
+    arena.clear_label(offset)
+    data = bytes([1]) * len(block.data) if lossy else block.data
+    arena.rows(offset, len(data))[:] = data
+    seq = arena.set_label(offset, name, lossy=lossy)
+    return BlockRef(name, block.rows, len(data), offset, seq, lossy)
+
+
+def used_twice(resident: Resident, arena: Arena, ref: BlockRef) -> None:
+    for _ in range(2):
+        resident.used(arena, [ref])
+    resident.fill()
 
 
 def test_what_is_used_least_recently_makes_room() -> None:
@@ -64,10 +72,10 @@ def test_blocks_used_again_become_resident_and_serve_the_same_rows(arena: Arena)
 
     first = load()
     for _ in range(2):
-        assert resident.rows(ref.name) is None
+        assert resident.rows(ref) is None
         resident.used(arena, [ref])
         resident.fill()
-    assert resident.rows(ref.name) is not None
+    assert resident.rows(ref) is not None
     arena.rows(ref.offset, ref.nbytes)[:] = bytes(ref.nbytes)
     assert torch.equal(load(), first), "the rows came from the device"
 
@@ -79,7 +87,47 @@ def test_a_block_that_left_the_arena_does_not_become_resident(arena: Arena) -> N
     resident.used(arena, [ref])
     placed(arena, 2)
     resident.fill()
-    assert resident.rows(ref.name) is None
+    assert resident.rows(ref) is None
+
+
+def test_rounded_rows_on_the_device_never_serve_as_exact(arena: Arena) -> None:
+    """The block has one name, whatever a codec made of its rows: provenance goes with the rows."""
+    rounded = placed(arena, 1, lossy=True)
+    resident = Resident(1 << 16, DEVICE, LAYOUT)
+    used_twice(resident, arena, rounded)
+    assert resident.rows(rounded) is not None
+    exact = placed(arena, 1)
+    assert resident.rows(exact) is None
+    edited = Editor(LAYOUT, None, DEVICE).edit(
+        [Span(0, exact.rows, 0, 0, 0, True)],
+        [exact],
+        lambda ref: arena.rows(ref.offset, ref.nbytes),
+        resident.rows,
+    )
+    assert edited.rows.cpu().view(torch.uint8).numpy().tobytes() == make_block(1)[1].data
+
+
+def test_exact_rows_take_the_place_of_rounded_ones_on_the_device(arena: Arena) -> None:
+    resident = Resident(1 << 16, DEVICE, LAYOUT)
+    used_twice(resident, arena, placed(arena, 1, lossy=True))
+    exact = placed(arena, 1)
+    used_twice(resident, arena, exact)
+    rows = resident.rows(exact)
+    assert rows is not None
+    assert rows.contiguous().cpu().view(torch.uint8).numpy().tobytes() == make_block(1)[1].data
+    rounded = placed(arena, 1, lossy=True)
+    used_twice(resident, arena, rounded)
+    kept = resident.rows(exact)
+    assert kept is not None
+    assert torch.equal(kept.view(torch.uint8), rows.view(torch.uint8))
+
+
+def test_an_exact_span_of_rounded_rows_is_refused(arena: Arena) -> None:
+    ref = placed(arena, 1, lossy=True)
+    with pytest.raises(PlanError, match="lossy"):
+        Editor(LAYOUT, None, DEVICE).edit(
+            [Span(0, 4, 0, 0, 0, True)], [ref], lambda _: arena.rows(ref.offset, ref.nbytes)
+        )
 
 
 def test_no_budget_keeps_nothing(arena: Arena) -> None:
@@ -88,4 +136,4 @@ def test_no_budget_keeps_nothing(arena: Arena) -> None:
     for _ in range(3):
         resident.used(arena, [ref])
         resident.fill()
-    assert resident.rows(ref.name) is None
+    assert resident.rows(ref) is None

@@ -14,16 +14,16 @@ import pytest
 from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
-from kvshare_store.errors import LeaseError, NoSpaceError
-from kvshare_store.namespace import Namespace
-from kvshare_store.staging import Staged
+from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
+from kvshare_store.staging import Buffer, packed
 from kvshare_store.store import Store
-from kvshare_store.tensors.frame import Block
+from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.testing.faulty import SlowTier
-from kvshare_store.testing.oracle import Driver, gather, prompt
+from kvshare_store.testing.oracle import Driver, gather, pick, prompt, rows_for
 
 Open = Callable[..., Driver]
-SLOT = 64 + 8 * 64
+ROW = 64
+SLOT = 64 + 8 * ROW
 
 
 class Clock:
@@ -81,31 +81,33 @@ def test_a_lease_ends(driver: Open, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["commit", "abandon", "next save", "death", "refused commit"])
-def test_a_reservation_ends(driver: Open, way: str) -> None:
+def test_a_staged_save_ends(driver: Open, way: str) -> None:
+    """It holds no memory, only the prompt's name."""
     engine = driver()
     store = engine.store
     staged = store.stage(prompt(1, 40), engine.namespace, owner="client")
-    assert held(store) == (0, 5 * SLOT)
+    assert (held(store), store.stats()["staged"]) == ((0, 0), 1)
     if way == "commit":
-        store.commit(staged.id)
+        assert store.commit(staged.id, Buffer(bytes(40 * ROW)))
     elif way == "abandon":
         store.abandon(staged.id)
     elif way == "next save":
         store.abandon(store.stage(prompt(2, 16), engine.namespace, owner="another").id)
-        assert held(store) == (0, 5 * SLOT)
+        assert store.stats()["staged"] == 1
         store.abandon(store.stage(prompt(2, 16), engine.namespace, owner="client").id)
     elif way == "death":
         store.reap({"another"})
-        assert held(store) == (0, 5 * SLOT)
+        assert store.stats()["staged"] == 1
         store.reap({"client"})
     else:
-        store.blocks.cancel(staged.slots[0].offset)
-        with pytest.raises(LeaseError):
-            store.commit(staged.id)
-    assert held(store) == (0, 0)
+        with pytest.raises(PlanError, match="fewer rows"):
+            store.commit(staged.id, Buffer(bytes(40 * ROW - 1)))
+    assert store.stats()["staged"] == 0
     if way != "commit":
+        assert held(store) == (0, 0)
+        assert store.stats()["tiers"]["host"]["bytes"] == 0
         with pytest.raises(LeaseError):
-            store.commit(staged.id)
+            store.commit(staged.id, Buffer(bytes(40 * ROW)))
         assert engine.save(prompt(1, 40)), "the prompt is free again"
 
 
@@ -215,29 +217,6 @@ def test_a_lease_is_not_shorter_than_the_wait_for_its_rows(driver: Open) -> None
 # --- a slot belongs to one save -----------------------------------------------------------------
 
 
-class Beside:
-    """Another thread that stages saves whenever it can get at the store."""
-
-    def __init__(self, store: Store, namespace: Namespace) -> None:
-        self.staged: list[Staged] = []
-        self._store, self._namespace = store, namespace
-        self._threads: list[threading.Thread] = []
-
-    def stage(self, tokens: list[int]) -> None:
-        """Stage now; go on after a moment if the store is locked."""
-        self._threads.append(threading.Thread(target=self._stage, args=(tokens,)))
-        self._threads[-1].start()
-        self._threads[-1].join(0.3)
-
-    def _stage(self, tokens: list[int]) -> None:
-        with contextlib.suppress(NoSpaceError):
-            self.staged.append(self._store.stage(tokens, self._namespace))
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join(30)
-
-
 def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,36 +226,62 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     engine.save(shared + prompt(2, 24))
     store.flush()
     first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
-    abandon, other = store._saving.abandon, Beside(store, engine.namespace)
+    seal, reserved = store.blocks.seal, list[int]()
 
-    def abandon_while_another_stages(staged_id: str) -> None:
-        other.stage(prompt(4, 16))
-        abandon(staged_id)
+    def seal_and_reserve(offset: int, name: str, block: Block) -> None:
+        seal(offset, name, block)
+        if store.blocks.host.ref(name).offset != offset:  # type: ignore[union-attr]
+            reserved.append(store.blocks.reserve(8 * ROW))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._saving, "abandon", abandon_while_another_stages)
-        assert store.commit(first.id)
-    other.join()
-    staged = [save for save in other.staged if not save.known]
-    assert len(staged) == 1
-    assert store.blocks.holds(staged[0].slots), "its slots were taken away again"
+        patch.setattr(store.blocks, "seal", seal_and_reserve)
+        assert engine.commit(first)
+    assert len(reserved) == 2
+    assert set(reserved) <= store.blocks.filling(), "they were taken away again"
 
 
-def test_a_slow_client_keeps_its_slots(driver: Open) -> None:
-    """However long it takes: what it writes late must not land in somebody else's block."""
-    engine = driver(lease_seconds=0.01, host_bytes=12 * SLOT)
-    store = engine.store
-    staged = store.stage(prompt(1, 40), engine.namespace, owner="slow")
-    time.sleep(0.03)
-    store.reap()
-    for seed in range(2, 8):
-        engine.save(prompt(seed, 40))
-        store.flush()
-        for slot in staged.slots:
-            store.slot(slot)[:] = bytes([255]) * slot.nbytes
-        engine.serve(prompt(seed, 40))
-    assert store.blocks.holds(staged.slots)
-    assert store.commit(staged.id)
+def test_what_a_client_writes_late_changes_no_row(driver: Open) -> None:
+    """The store hashes and keeps its own copy, however long the client goes on writing."""
+    engine = driver()
+    tokens = prompt(1, 40)
+    staged = engine.store.stage(tokens, engine.namespace, owner="slow")
+    rows = rows_for(tokens, engine.namespace.layout)
+    engine.book.write(tokens, rows, range(40), 40)
+    outbox = packed(pick(rows, range(40)), staged.sizes, engine.namespace.layout)
+    assert engine.store.commit(staged.id, Buffer(outbox))
+    outbox[:] = bytes(len(outbox))
+    assert engine.serve(tokens).exact == 39
+
+
+def test_rows_that_change_while_they_are_copied_have_the_name_of_the_copy(driver: Open) -> None:
+    engine = driver()
+    tokens = prompt(1, 8)
+
+    class Changing:
+        def read_into(self, offset: int, target: memoryview) -> None:
+            target[:] = bytes([7]) * len(target)  # the first read sees these, any other would not
+            self.read_into = lambda *_: pytest.fail("read twice")  # type: ignore[method-assign]
+
+    staged = engine.store.stage(tokens, engine.namespace)
+    assert engine.store.commit(staged.id, Changing())
+    (name,) = engine.store.blocks.host.names()
+    assert block_name(engine.store.blocks.host.peek(name)) == name
+
+
+def test_a_save_without_room_is_refused_and_loses_nothing(driver: Open) -> None:
+    engine = driver(host_bytes=10 * SLOT)
+    kept = prompt(1, 40)
+    engine.save(kept)
+    engine.store.flush()
+    plan = engine.plan(kept)
+    staged = engine.stage(prompt(2, 80))
+    with pytest.raises(NoSpaceError):
+        engine.commit(staged)
+    assert engine.store.stats()["errors"] == {"no_space": 1}
+    assert held(engine.store) == (1, 0)
+    engine.check(kept, plan)
+    engine.finish(plan)
+    assert engine.save(prompt(2, 24)), "what fits is stored"
 
 
 # --- under many threads -------------------------------------------------------------------------

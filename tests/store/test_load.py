@@ -46,8 +46,7 @@ def computed(tokens: list[int], rope: Rope) -> torch.Tensor:
 @pytest.fixture
 def filled(config: Callable[..., StoreConfig], rope: Rope) -> Store:
     store = Store(config(eviction="lru"))
-    staged = store.save(TOKENS, NAMESPACE, computed(TOKENS, rope).numpy())
-    assert store.commit(staged.id)
+    assert store.save(TOKENS, NAMESPACE, computed(TOKENS, rope).numpy())
     return store
 
 
@@ -83,9 +82,8 @@ def test_rows_of_a_child_are_rotated_from_their_root_once(filled: Store, rope: R
         plan = store.plan(LONGER, NAMESPACE)
         fresh = [at for at in range(len(LONGER)) if at not in positions_of(plan.spans)]
         rows = computed(LONGER, rope)[:, :, fresh].contiguous()
-        staged = store.save(LONGER, NAMESPACE, rows.numpy(), plan)
+        assert store.save(LONGER, NAMESPACE, rows.numpy(), plan)
         store.finish(plan, Outcome(edited=plan.reused))
-        assert store.commit(staged.id)
         store.evict(nodes=1)
         longest = [*LONGER[:10], 9, 9, *LONGER[10:]]
         plan = store.plan(longest, NAMESPACE)

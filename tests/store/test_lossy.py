@@ -38,7 +38,7 @@ def opened(home: Path, **settings: Any) -> Store:
 def home(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A home with one prompt whose exact rows were lost with the memory they were in."""
     with opened(tmp_path, disk_codec=request.param) as store:
-        store.commit(store.save(TOKENS, NAMESPACE, ROWS.tobytes()).id)
+        assert store.save(TOKENS, NAMESPACE, ROWS.tobytes())
         plan = store.plan(TOKENS, NAMESPACE)
         assert plan.exact == 39, "in memory they are still the rows that were computed"
         store.load(plan)
@@ -72,5 +72,5 @@ def test_the_exact_rows_take_their_place_once_they_are_computed_again(
         longer = [*TOKENS, 7, 8, 9]
         rows = np.ones(LAYOUT.shape(43), np.float32)
         rows[:, :, :40] = ROWS.reshape(LAYOUT.shape(40))
-        store.commit(store.save(longer, NAMESPACE, rows.tobytes()).id)
+        assert store.save(longer, NAMESPACE, rows.tobytes())
         assert store.plan(longer, NAMESPACE).exact == 42

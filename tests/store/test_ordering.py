@@ -439,20 +439,19 @@ def test_saving_before_anything_is_durable(
     crashes: Callable[[Driver], Crashes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Slots reserved, slots filled, node visible: all of that is memory."""
+    """Staged, rows copied into slots, node visible: all of that is memory."""
     engine = driver()
     engine.save(OLD)
     found = crashes(engine)
     monkeypatch.setattr(engine.store.shelf.committer, "order", lambda work: None)
-    staged = engine.store.stage(NEW, engine.namespace)
-    found.copy("reserved")
-    engine.store.abandon(staged.id)
     staged = engine.stage(NEW)
-    found.copy("filled")
-    engine.store.commit(staged.id)
+    found.copy("staged")
+    saving = engine.store._saving
+    monkeypatch.setattr(saving, "_copy", found.after(saving._copy, "copied"))
+    engine.commit(staged)
     assert engine.serve(NEW).exact == 23
     found.copy("visible")
-    assert found.steps == ["reserved", "filled", "visible"]
+    assert found.steps == ["staged", "copied", "visible"]
     for copy in found.end():
         for again in opened(copy, config, engine):
             assert again.serve(OLD).exact == 39

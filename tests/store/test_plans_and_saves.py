@@ -14,10 +14,10 @@ import pytest
 from kvshare_store.errors import ConfigError, LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Reuse, Staged, reuse_of
+from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import SlowTier
-from kvshare_store.testing.oracle import Driver, prompt, rows_for
+from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for
 from kvshare_store.tree.edits import apply_edits
 
 Open = Callable[..., Driver]
@@ -236,12 +236,16 @@ def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
     engine = driver()
     tokens = prompt(1, 40)
     engine.save(tokens)
-    much = Outcome(exact=39, nbytes=1 << 30, seconds=7.0)
+    much = Outcome(exact=39, nbytes=39 * ROW, seconds=0.9)
+    for rate in engine.store.costs.load.values():
+        rate._smallest = 1
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
     assert engine.store.costs.load["host"].value != before["host"]
     assert engine.store.costs.load["disk"].value == before["disk"]
     engine = driver()
+    for rate in engine.store.costs.load.values():
+        rate._smallest = 1
     engine.serve(tokens[:20])  # only these blocks come up
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
@@ -253,21 +257,16 @@ def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
 # --- save and commit ----------------------------------------------------------------------------
 
 
-def test_slots_are_filled_by_hand(driver: Open, namespace: Namespace) -> None:
+def test_rows_are_packed_block_by_block(driver: Open, namespace: Namespace) -> None:
     engine = driver()
     tokens = prompt(1, 20)
     staged = engine.store.stage(tokens, namespace)
-    assert [slot.rows for slot in staged.slots] == [8, 8, 4]
-    assert staged.rows == 20
+    assert (staged.sizes, staged.rows) == ((8, 8, 4), 20)
     rows = rows_for(tokens, namespace.layout)
-    at = 0
-    for slot in staged.slots:
-        target = namespace.layout.words(engine.store.slot(slot), slot.rows)
-        target[:] = rows[:, :, at : at + slot.rows]
-        at += slot.rows
+    blocks = [pick(rows, range(at, min(at + 8, 20))) for at in (0, 8, 16)]
     engine.book.write(tokens, rows, range(20), 20)
     assert engine.plan(tokens).declined == "empty_store"
-    assert engine.store.commit(staged.id)
+    assert engine.store.commit(staged.id, Buffer(b"".join(blocks)))
     assert engine.serve(tokens).exact == 19
 
 
@@ -276,7 +275,7 @@ def test_a_prompt_is_stored_once(driver: Open) -> None:
     tokens = prompt(1, 40)
     first = engine.stage(tokens)
     assert engine.stage(tokens) == Staged(known=True), "somebody is saving it already"
-    engine.store.commit(first.id)
+    engine.commit(first)
     assert engine.stage(tokens) == Staged(known=True)
     assert engine.store.stats()["bytes_stored"] == 40 * ROW
     assert engine.stage(tokens[:7]).known, "short prompts are not stored"
@@ -286,23 +285,21 @@ def test_an_abandoned_save_leaves_nothing(driver: Open) -> None:
     engine = driver()
     tokens = prompt(1, 40)
     staged = engine.stage(tokens)
-    assert engine.store.stats()["tiers"]["host"]["bytes"] > 0
+    assert engine.stage(tokens).known
     engine.store.abandon(staged.id)
     engine.store.abandon(staged.id)
     assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
     with pytest.raises(LeaseError):
-        engine.store.commit(staged.id)
-    with pytest.raises(LeaseError):
-        engine.store.slot(staged.slots[0])
+        engine.commit(staged)
     assert engine.save(tokens)
 
 
 def test_a_commit_happens_once(driver: Open) -> None:
     engine = driver()
     staged = engine.stage(prompt(1, 40))
-    assert engine.store.commit(staged.id)
+    assert engine.commit(staged)
     with pytest.raises(LeaseError):
-        engine.store.commit(staged.id)
+        engine.commit(staged)
     engine.store.abandon(staged.id)
     assert engine.serve(prompt(1, 40)).exact == 39
 
@@ -336,7 +333,7 @@ def test_rows_that_left_meanwhile_make_no_node(driver: Open) -> None:
     staged = engine.stage(changed, plan)
     engine.finish(plan)
     engine.store.clear()
-    assert engine.store.commit(staged.id) is None
+    assert engine.commit(staged) is None
     stats = engine.store.stats()
     assert stats["nodes"] == 0
     assert stats["errors"] == {"missing": 1}
@@ -397,9 +394,8 @@ def test_edited_rows_cannot_make_an_exact_node(driver: Open, namespace: Namespac
     changed = edited(tokens, 30, 1, [7])
     plan = engine.plan(changed)
     posing = msgspec.structs.replace(reuse_of(plan), generation=0)
-    staged = engine.store.stage(changed, namespace, posing)
     with pytest.raises(PlanError):
-        engine.store.commit(staged.id)
+        engine.store.stage(changed, namespace, posing)
     engine.finish(plan)
     assert engine.store.stats()["nodes"] == 1
     assert engine.save(changed), "the failed save left the prompt free"
@@ -467,9 +463,8 @@ def test_rows_of_another_namespace_cannot_be_built_on(driver: Open, namespace: N
     engine.save(tokens)
     plan = engine.plan(tokens)
     stranger = namespace.for_tenant("stranger")
-    staged = engine.store.stage(tokens, stranger, reuse_of(plan))
     with pytest.raises(NamespaceError):
-        engine.store.commit(staged.id)
+        engine.store.stage(tokens, stranger, reuse_of(plan))
     engine.finish(plan)
     assert engine.store.plan(tokens, stranger).declined == "empty_store"
 

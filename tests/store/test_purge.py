@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +16,13 @@ import pytest
 
 from kvshare_store.blocks.levels import Level
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import ConfigError, CorruptBlockError, NamespaceError, StorageError
-from kvshare_store.home import arena_path
+from kvshare_store.errors import (
+    ConfigError,
+    CorruptBlockError,
+    NamespaceError,
+    PlanError,
+    StorageError,
+)
 from kvshare_store.keys import Keyring, master_key
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
@@ -73,9 +81,17 @@ def two(config: Config, mine: Namespace, namespace: Namespace, key: str) -> Iter
         yield two
 
 
+def arenas() -> Iterator[Path]:
+    """Anonymous memory files that this process has open."""
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very folder
+            if os.readlink(path).startswith("/memfd:kvshare "):
+                yield path
+
+
 def files(home: Path) -> Iterator[Path]:
-    """Every file of a home, and its shared memory."""
-    yield arena_path(home)
+    """Every file of a home, and the shared memory of this process."""
+    yield from arenas()
     yield from (path for path in home.rglob("*") if path.is_file())
 
 
@@ -100,8 +116,7 @@ def found(home: Path, mine: Namespace) -> dict[str, set[str]]:
     places: dict[str, set[str]] = {}
     for path in files(home):
         data = path.read_bytes()
-        arena = path == arena_path(home)
-        place = "arena" if arena else path.relative_to(home).parts[0]
+        place = path.relative_to(home).parts[0] if path.is_relative_to(home) else "arena"
         for kind, patterns in wanted.items():
             if any(pattern in data for pattern in patterns):
                 places.setdefault(kind, set()).add(place)
@@ -246,7 +261,7 @@ def test_it_waits_for_saves_and_lets_no_new_one_begin(
         two.store.shelf.closed.add(mine.digest)
     assert two.store.stage(prompt(8, 32), mine).known
     two.store.shelf.closed.clear()
-    two.store.commit(staged.id)
+    two.mine.commit(staged)
     (purged,) = two.store.purge(mine.digest)
     assert purged.remaining == ()
     assert found(home, mine) == {}
@@ -259,11 +274,23 @@ def test_slots_that_others_fill_may_hold_old_rows(two: Two, home: Path, mine: Na
         for name in two.store.blocks.host.names():
             if two.store.blocks.host.namespace(name) == mine.digest:
                 two.store.blocks.host.drop(name)
+    filling, go = threading.Event(), threading.Event()
+
+    class Stuck:
+        def read_into(self, offset: int, target: memoryview) -> None:
+            filling.set()
+            assert go.wait(30)
+            raise PlanError("the client is gone")
+
     staged = two.store.stage(prompt(7, 160), two.kept.namespace)
-    (purged,) = two.store.purge(mine.digest)
-    assert purged.remaining == (f"{len(staged.slots)} slots in shared memory are being filled",)
-    assert found(home, mine) == {"rows": {"arena"}}
-    two.store.abandon(staged.id)
+    with ThreadPoolExecutor(1) as pool:
+        commit = pool.submit(two.store.commit, staged.id, Stuck())
+        assert filling.wait(30)
+        (purged,) = two.store.purge(mine.digest)
+        assert purged.remaining == ("1 slots in shared memory are being filled",)
+        assert found(home, mine) == {"rows": {"arena"}}
+        go.set()
+        assert isinstance(commit.exception(), PlanError)
     assert found(home, mine) == {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import uuid
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def size_of(file: Path) -> int:
 
 class TestHostTier(TierTests):
     async def make_tier(self, folder: Path, budget: int) -> Tier:
-        return HostTier(Arena.create(folder / uuid.uuid4().hex, budget))
+        return HostTier(Arena.create(budget))
 
 
 class _OnDisk(FileTierTests):
@@ -125,7 +124,7 @@ class TestSlowTier(_OnDisk):
 
 class TestSlowHostTier(TierTests):
     async def make_tier(self, folder: Path, budget: int) -> Tier:
-        return SlowTier(HostTier(Arena.create(folder / uuid.uuid4().hex, budget)), get=1e-3)
+        return SlowTier(HostTier(Arena.create(budget)), get=1e-3)
 
 
 def test_every_tier_has_a_class_here() -> None:

@@ -56,7 +56,7 @@ def test_arms_put_and_get_everything(tmp_path: Path) -> None:
     kept: list[Tier] = []
 
     async def make() -> Tier:
-        kept.append(HostTier(Arena.create(tmp_path / "arena", 1 << 23)))
+        kept.append(HostTier(Arena.create(1 << 23)))
         return kept[-1]
 
     (tmp_path / "files").mkdir()

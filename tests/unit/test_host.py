@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.arena import Arena, slot_bytes
+from kvshare_store.blocks.arena import Arena, ArenaView, slot_bytes
 from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.errors import LeaseError, NoSpaceError
@@ -20,7 +20,7 @@ SLOT = slot_bytes(8 * LAYOUT.row_bytes)
 @pytest.fixture
 def host(tmp_path: Path) -> HostTier:
     """Room for ten blocks of 8 rows; the least recently used goes first."""
-    return HostTier(Arena.create(tmp_path / "arena", 10 * SLOT), LRU())
+    return HostTier(Arena.create(10 * SLOT), LRU())
 
 
 def stored(host: HostTier, seed: int, rows: int = 8) -> tuple[str, Block]:
@@ -80,7 +80,7 @@ def test_slots_that_are_being_filled_stay_where_they_are(host: HostTier) -> None
 
 def test_a_late_reader_notices_that_its_block_has_moved(host: HostTier) -> None:
     blocks = [stored(host, seed) for seed in range(10)]
-    reader = Arena.attach(host.arena.path)
+    reader = ArenaView.attach(host.arena.descriptor)
     late = host.ref(blocks[3][0])
     assert late is not None
     reader.check(late)
@@ -90,11 +90,10 @@ def test_a_late_reader_notices_that_its_block_has_moved(host: HostTier) -> None:
     assert host.ref(blocks[3][0]) != late
     with pytest.raises(LeaseError):
         reader.check(late)
-    reader.close()
 
 
 def test_blocks_survive_any_number_of_moves(tmp_path: Path) -> None:
-    host, chance = HostTier(Arena.create(tmp_path / "arena", 40 * SLOT), LRU()), random.Random(1)
+    host, chance = HostTier(Arena.create(40 * SLOT), LRU()), random.Random(1)
     live: dict[str, Block] = {}
     moved = 0
     for seed in range(1500):
@@ -115,7 +114,7 @@ def test_blocks_survive_any_number_of_moves(tmp_path: Path) -> None:
     assert moved > 20, "nothing was put to the test"
     for name, block in live.items():
         assert same(host.peek(name), block)
-        assert host.arena.label(host.ref(name).offset) == name  # type: ignore[union-attr]
+        assert host.arena.label(host.ref(name).offset).name == name  # type: ignore[union-attr]
     assert sorted(host.names()) == sorted(live)
     assert host.use().bytes == sum(host.size(name) or 0 for name in live)
 
@@ -157,7 +156,7 @@ def test_exact_rows_are_not_replaced_by_lossy_ones(host: HostTier) -> None:
 
 
 def test_a_dear_block_outlives_cheap_ones(tmp_path: Path) -> None:
-    host = HostTier(Arena.create(tmp_path / "arena", 10 * SLOT))
+    host = HostTier(Arena.create(10 * SLOT))
     names = [stored(host, seed)[0] for seed in range(3)]
     host.weigh(names[0], 2)
     host.weigh("another", 2)

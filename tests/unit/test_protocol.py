@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Span
-from kvshare_store.staging import Reuse, Slot, Staged
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, Span
+from kvshare_store.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 
 NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")
@@ -60,14 +60,14 @@ def test_plans_and_saves_arrive_as_they_were_sent() -> None:
         tokens=9,
         exact=4,
         spans=REUSE.spans,
-        blocks=(BlockRef("ab" * 32, 4, 256, 64),),
+        blocks=(BlockRef("ab" * 32, 4, 256, 64, 7, True),),
         donors=("node",),
         lease="lease",
-        arena="/shared/arena",
+        arena="0123abcd",
         saving_ms=1.5,
         policy="balanced",
     )
-    staged = Staged(id="s", slots=(Slot(0, 4, 256),), arena="/shared/arena")
+    staged = Staged(id="s", fresh=(Run(0, 4),), sizes=(3, 1))
     for sent in (plan, staged):
         reply = protocol.decode_reply(protocol.encode(protocol.Reply(result=sent)))
         assert msgspec.convert(reply.result, type(sent)) == sent

@@ -12,7 +12,6 @@ from kvshare_store.errors import PlanError
 from kvshare_store.plan import ReusePlan, Run, Span, clip_spans, gaps
 from kvshare_store.staging import (
     Reuse,
-    block_sizes,
     check_reuse,
     exact_rows,
     fresh_segments,
@@ -72,9 +71,9 @@ def test_fresh_and_reused_rows_make_up_the_prompt(
     reuse: tuple[list[Span], int], block_tokens: int
 ) -> None:
     spans, length = reuse
-    staged = new_staged([], spans, length, "")
+    staged = new_staged(spans, length, block_tokens)
     fresh = [at for run in staged.fresh for at in range(run.start, run.stop)]
-    sizes = block_sizes(len(fresh), block_tokens)
+    sizes = staged.sizes
     assert sum(sizes) == len(fresh)
     assert all(size == block_tokens for size in sizes[:-1])
     assert all(0 < size <= block_tokens for size in sizes)

@@ -6,6 +6,8 @@ the daemon never loads torch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kvshare_store.blocks.allocator import Allocator
@@ -23,6 +25,16 @@ DTYPES = {
 }
 
 
+class _Place(NamedTuple):
+    """Where a block lies and what it is."""
+
+    offset: int
+    nbytes: int
+    namespace: str
+    layout: KVLayout
+    lossy: bool
+
+
 class DeviceTier(Tier):
     """Canonical rows in one arena of `budget` bytes on `device`. Not thread-safe."""
 
@@ -32,8 +44,7 @@ class DeviceTier(Tier):
     def __init__(self, budget: int, device: torch.device | str = "cpu") -> None:
         self._arena = torch.empty(budget, dtype=torch.uint8, device=device)
         self._allocator = Allocator(budget)
-        self._blocks: dict[str, tuple[int, int, str, KVLayout]] = {}
-        """Offset, bytes, namespace and layout of each block."""
+        self._blocks: dict[str, _Place] = {}
         self._order = LRU()
 
     def rows(self, name: str) -> torch.Tensor | None:
@@ -42,22 +53,34 @@ class DeviceTier(Tier):
         found = self._blocks.get(name)
         if found is None:
             return None
-        offset, nbytes, _, layout = found
         self._order.touch(name)
-        raw = self._arena[offset : offset + nbytes]
-        return raw.view(DTYPES[layout.dtype]).view(layout.shape(layout.rows_in(nbytes)))
+        raw = self._arena[found.offset : found.offset + found.nbytes]
+        layout = found.layout
+        return raw.view(DTYPES[layout.dtype]).view(layout.shape(layout.rows_in(found.nbytes)))
+
+    def serves(self, name: str, *, lossy: bool) -> bool:
+        """Whether the block is here, with rows no further from the computed ones than `lossy`
+        allows."""
+        found = self._blocks.get(name)
+        return found is not None and found.lossy <= lossy
 
     def keep(self, name: str, block: Block) -> None:
-        """Copy a block to the device; what was used least recently makes room for it.
+        """Copy a block to the device; what was used least recently makes room for it, and exact
+        rows take the place of lossy ones.
 
         `NoSpaceError` if it is larger than the budget.
         """
         nbytes = _aligned(len(block.data))
         if nbytes > self._arena.numel():
             raise NoSpaceError(f"a block of {nbytes:,} bytes is larger than device_bytes")
+        self._give_way(name, block)
         while name not in self._blocks and not self._store(name, block):
             self.drop(next(iter(self._order)))
         self._order.touch(name)
+
+    def _give_way(self, name: str, block: Block) -> None:
+        if name in self._blocks and not self.serves(name, lossy=block.lossy):
+            self.drop(name)
 
     def _store(self, name: str, block: Block) -> bool:
         """Whether there was room."""
@@ -66,7 +89,7 @@ class DeviceTier(Tier):
         if offset is not None:
             source = torch.frombuffer(bytearray(block.data), dtype=torch.uint8)
             self._arena[offset : offset + nbytes].copy_(source)
-            self._blocks[name] = (offset, nbytes, block.namespace, block.layout)
+            self._blocks[name] = _Place(offset, nbytes, block.namespace, block.layout, block.lossy)
         return offset is not None
 
     def drop(self, name: str) -> bool:
@@ -74,11 +97,12 @@ class DeviceTier(Tier):
         found = self._blocks.pop(name, None)
         if found is None:
             return False
-        self._allocator.free(found[0])
+        self._allocator.free(found.offset)
         self._order.remove(name)
         return True
 
     async def put(self, name: str, block: Block) -> None:
+        self._give_way(name, block)
         if name not in self._blocks and not self._store(name, block):
             raise NoSpaceError(f"no room for a block of {len(block.data):,} bytes on the device")
         self._order.touch(name)
@@ -87,16 +111,16 @@ class DeviceTier(Tier):
         rows = self.rows(name)
         if rows is None:
             raise MissingBlockError(f"block {name[:12]} is not in the device tier")
-        _, _, namespace, layout = self._blocks[name]
+        place = self._blocks[name]
         data = rows.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-        return Block(namespace, layout, data)
+        return Block(place.namespace, place.layout, data, place.lossy)
 
     async def delete(self, name: str) -> bool:
         return self.drop(name)
 
     def size(self, name: str) -> int | None:
         found = self._blocks.get(name)
-        return None if found is None else _aligned(found[1])
+        return None if found is None else _aligned(found.nbytes)
 
     def names(self) -> list[str]:
         return list(self._order)

@@ -1,4 +1,4 @@
-"""The host tier: blocks in the shared-memory arena, read in place by everyone who maps it."""
+"""The host tier: blocks in the arena, read in place by every client that maps it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Slot(NamedTuple):
     nbytes: int
     namespace: str
     layout: KVLayout
-    lossy: bool = False
+    lossy: bool
+    seq: int
 
 
 class HostTier(Tier):
@@ -61,7 +62,7 @@ class HostTier(Tier):
         except NoSpaceError:
             self._allocator.free(offset)
             raise
-        self.arena.set_label(offset, "")
+        self.arena.clear_label(offset)
         return offset
 
     def _gather(self, size: int, may_go: Callable[[str], bool]) -> bool:
@@ -100,9 +101,9 @@ class HostTier(Tier):
         if known is not None:
             self.cancel(offset)
         else:
-            self.arena.set_label(offset, name)
-            nbytes = len(block.data)
-            self._slots[name] = Slot(offset, nbytes, block.namespace, block.layout, block.lossy)
+            nbytes, lossy = len(block.data), block.lossy
+            seq = self.arena.set_label(offset, name, lossy=lossy)
+            self._slots[name] = Slot(offset, nbytes, block.namespace, block.layout, lossy, seq)
             self._at[offset] = name
         if name in self._policy:
             self._policy.touch(name)
@@ -144,7 +145,8 @@ class HostTier(Tier):
         slot = self._slots.get(name)
         if slot is None:
             return None
-        return BlockRef(name, slot.layout.rows_in(slot.nbytes), slot.nbytes, slot.offset)
+        rows = slot.layout.rows_in(slot.nbytes)
+        return BlockRef(name, rows, slot.nbytes, slot.offset, slot.seq, slot.lossy)
 
     def peek(self, name: str) -> Block:
         """The block in place: shared memory, valid until the block is deleted."""
@@ -180,7 +182,7 @@ class HostTier(Tier):
         return True
 
     def _let_go(self, slot: Slot) -> None:
-        self.arena.set_label(slot.offset, "")
+        self.arena.clear_label(slot.offset)
         self._allocator.free(slot.offset)
         del self._at[slot.offset]
 
@@ -203,4 +205,4 @@ class HostTier(Tier):
         return TierUse(self._allocator.used, self.arena.nbytes, len(self._slots))
 
     async def close(self) -> None:
-        self.arena.close(unlink=True)
+        self.arena.close()

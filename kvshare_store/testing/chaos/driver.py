@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.home import arena_path
 from kvshare_store.testing.chaos.audit import Auditor
 from kvshare_store.testing.chaos.processes import ChaosError, KilledDaemon, Worker
 from kvshare_store.testing.chaos.remotes import RemoteServer
@@ -170,9 +169,9 @@ class Trial:
         """A client dies that holds a lease."""
         self._kill_holder("hold_lease")
 
-    def kill_slot_holder(self) -> None:
-        """A client dies that holds a reservation, which it has filled in half."""
-        self._kill_holder("hold_slots")
+    def kill_saver(self) -> None:
+        """A client dies in the middle of a save."""
+        self._kill_holder("hold_save")
 
     def _kill_holder(self, command: str) -> None:
         victim = self._chance.randrange(_WORKERS)
@@ -217,7 +216,7 @@ class Trial:
 
     def _held(self) -> dict[str, int]:
         stats = self._client.stats()
-        held = {"leases": stats["leases"], "slots": stats["reserved"]}
+        held = {"leases": stats["leases"], "slots": stats["reserved"], "saves": stats["staged"]}
         return {name: count for name, count in held.items() if count}
 
     def _committed(self) -> set[str]:
@@ -292,7 +291,6 @@ class Trial:
             self._report.problem("the daemon did not end in good order")
         home = self._variant.config.home_path
         left = [*(home / "blocks").glob("*/*.kvb"), *(home / "tmp").iterdir()]
-        left += [path for path in (arena_path(home),) if path.exists()]
         for path in left:
             self._report.leak(f"{path.name} is left of an empty store")
 
@@ -306,4 +304,3 @@ class Trial:
             worker.close()
         self._daemon.kill()
         self._client.close()
-        arena_path(self._variant.config.home_path).unlink(missing_ok=True)

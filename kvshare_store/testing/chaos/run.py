@@ -22,7 +22,7 @@ _KINDS = {
     "kill_both": 2,
     "kill_client": 3,
     "kill_lease_holder": 2,
-    "kill_slot_holder": 2,
+    "kill_saver": 2,
 }
 """How often each is chosen, in relation to the others."""
 

@@ -148,12 +148,13 @@ class Engine:
             if not driver.plan(some_prompt(chance)).declined:
                 return
 
-    def hold_slots(self, chance: random.Random) -> None:
-        """A reservation, half filled, when the end comes."""
+    def hold_save(self, chance: random.Random) -> None:
+        """A staged save, half of whose rows are in the outbox, when the end comes."""
         driver, tokens = self._drivers[0], prompt(chance.randrange(1 << 30), 100)
         staged = self._stage(tokens, driver)
-        for slot in staged.slots[: len(staged.slots) // 2]:
-            self._client.slot(staged, slot)[:] = bytes([chance.randrange(256)]) * slot.nbytes
+        if self._client.outbox is not None:
+            half = staged.rows // 2 * driver.namespace.layout.row_bytes
+            self._client.outbox.write(0, bytes([chance.randrange(256)]) * half)
 
 
 def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace]) -> None:
@@ -173,7 +174,7 @@ def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace]) -> Non
                 if orders.halted:
                     client.reconnect()
                 orders.halted = paused = False
-            elif command in ("hold_lease", "hold_slots"):
+            elif command in ("hold_lease", "hold_save"):
                 guarded(orders, partial(getattr(engine, command), chance))
                 orders.report("holding")
                 paused = True
