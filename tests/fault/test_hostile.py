@@ -41,9 +41,10 @@ SPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 PATIENCE_S = 60.0
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    with Daemon(small(str(tmp_path))) as running:
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for all: nothing that was done to it before may matter."""
+    with Daemon(small(str(tmp_path_factory.mktemp("hostile")))) as running:
         yield running
 
 
@@ -93,7 +94,6 @@ def test_messages_that_no_client_would_send(daemon: Daemon) -> None:
     assert report.grown_bytes < 48 * MIB
     assert {"fine", "protocol", "plan", "node", "cut off"} <= set(report.answers)
     assert not report.answers["internal"], daemon.log()
-    assert daemon.end() == 0
 
 
 def test_connections_that_come_and_go(daemon: Daemon) -> None:
@@ -143,14 +143,17 @@ def test_descriptors_that_nobody_asked_for_are_closed(daemon: Daemon) -> None:
 # --- what is not done -------------------------------------------------------------------------
 
 
+def asks_for_ever(peer: Peer) -> None:
+    while True:
+        peer.send(protocol.encode(protocol.Stats()))
+
+
 def test_a_client_that_stops_reading_is_cut_off(daemon: Daemon) -> None:
     before = warmed_up(daemon)
     with Peer(daemon.config.home_path) as peer:
         peer.hello()
-        body = protocol.encode(protocol.Stats())
-        with pytest.raises(OSError, match="Broken pipe|reset"):
-            for _ in range(1_000_000):
-                peer.send(body)
+        with pytest.raises(ConnectionError):
+            asks_for_ever(peer)
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
         assert client.stats()["daemon"]["cut_off"] >= 1
     check_nothing_lasts(daemon, before)
@@ -233,7 +236,6 @@ def test_bytes_under_way_are_counted_over_all_connections(
 def test_a_client_that_holds_all_it_can(daemon: Daemon) -> None:
     """Leases, staged saves and its connection: all of it ends with the connection."""
     before = warmed_up(daemon)
-    check_served(daemon, 1)
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as greedy:
         for _ in range(200):
             assert greedy.plan(prompt(1, 64), SPACE).lease
@@ -297,7 +299,8 @@ def test_a_socket_of_another_user_is_not_believed(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     code = OTHER + (
-        "s = socket.socket(socket.AF_UNIX); s.bind('kvshare.sock'); s.listen(); print(1, flush=True);"
+        "s = socket.socket(socket.AF_UNIX); s.bind('kvshare.sock'); s.listen();"
+        "print(1, flush=True);"
         "c = s.accept()[0]; print(c.recv(1000), flush=True)"
     )
     with opened_to_all(home):
@@ -360,9 +363,7 @@ def flushing(home: Path, over: threading.Event) -> None:
             client.call(protocol.Collect())
 
 
-@pytest.mark.parametrize(
-    "attack", [fuzzed, flooded, crowded, flushing], ids=lambda one: one.__name__
-)
+@pytest.mark.parametrize("attack", [fuzzed, flooded, crowded, flushing])
 def test_it_ends_in_good_order_under_attack(
     attack: Callable[[Path, threading.Event], None], tmp_path: Path
 ) -> None:
@@ -393,10 +394,10 @@ def test_a_frozen_client_is_not_dead(daemon: Daemon) -> None:
         "from kvshare_store.testing.oracle import prompt\n"
         "client = Client(sys.argv[1], timeout=60)\n"
         "space = Namespace('model', KVLayout(2, 1, 4, 'float32'))\n"
-        "assert client.plan(prompt(1, 64), space).lease\n"
+        "assert client.plan(prompt(888, 64), space).lease\n"
         "print('holding', flush=True)\ntime.sleep(600)\n"
     )
-    check_served(daemon, 1)
+    check_served(daemon, 888)
     environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
     command = [sys.executable, "-c", code, str(daemon.config.home_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as frozen:
