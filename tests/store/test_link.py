@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvshare_store.blocks import files
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon.client import Client
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.link import Link, open_link
-from kvshare_store.errors import DeadlineError, HomeError
+from kvshare_store.daemon.server import Server
+from kvshare_store.errors import DeadlineError, HomeError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
@@ -137,3 +143,189 @@ def test_a_home_that_cannot_be_used_is_said_at_once(
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(HomeError, match="choose another"):
         open_link(config(home=str(tmp_path / "file")))
+
+
+# --- a daemon that is slow ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
+    """A daemon in this process."""
+    running = Server(config(plan_deadline_ms=250.0))
+    thread = threading.Thread(target=running.serve)
+    thread.start()
+    yield running
+    running.stop()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def stuck(server: Server) -> threading.Event:
+    """From now on the first tenant's lookups wait for the event."""
+    plan_soon, event = server.store.plan_soon, threading.Event()
+
+    def waiting(tokens: Any, namespace: Namespace, **others: Any) -> Any:
+        if namespace.tenant == "a":
+            assert event.wait(PATIENCE_S)
+        return plan_soon(tokens, namespace, **others)
+
+    server.store.plan_soon = waiting  # type: ignore[method-assign]
+    return event
+
+
+def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server) -> None:
+    """No pause, no new connection, no process: other requests are planned as ever."""
+    event, link = stuck(server), Link(server.config)
+    link.client.greet(PATIENCE_S)
+    connection = link.client._stream
+    late = link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)
+    assert late is not None
+    with pytest.raises(DeadlineError):
+        link.answer(late, 0.01)
+    link.give_up(late)
+    other = link.ask(TOKENS, NAMESPACE.for_tenant("b"), None)
+    assert other is not None, "the next lookup is asked at once"
+    plan = link.answer(other, PATIENCE_S)
+    assert plan is not None
+    assert plan.declined == "empty_store"
+    assert link.client._stream is connection
+    assert link._reviver is None
+    event.set()
+    end(link)
+
+
+def test_several_late_plans_in_a_row_are_a_hung_daemon(server: Server) -> None:
+    event, link = stuck(server), Link(server.config)
+    asked = 0
+    while (request := link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)) is not None:
+        link.give_up(request)
+        asked += 1
+    assert asked == 4
+    assert link._reviver is None, "one that hangs keeps the home: no other can serve it"
+    event.set()
+    link._paused_until = 0.0
+    assert planned_in_the_end(link).declined == "empty_store"
+    end(link)
+
+
+def test_nobody_waits_for_a_hung_daemons_welcome(daemon: Daemon) -> None:
+    """The lookup is on its way before the daemon has said anything."""
+    link = Link(daemon.config)
+    daemon.send(signal.SIGSTOP)
+    try:
+        request = link.ask(TOKENS, NAMESPACE, None)
+        assert request is not None
+        assert not link.client.greeted
+    finally:
+        daemon.send(signal.SIGCONT)
+    plan = link.answer(request, PATIENCE_S)
+    assert plan is not None
+    assert plan.declined == "empty_store"
+    assert link.client.greeted
+    end(link)
+
+
+def test_it_is_said_that_the_daemon_is_gone(
+    daemon: Daemon, link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned_in_the_end(link)
+    daemon.kill()
+    assert planned(link, PATIENCE_S) is None
+    assert "is gone; restarting it" in caplog.text
+    assert "in time" not in caplog.text
+
+
+def test_a_stuck_lookup_keeps_nobody_else_waiting(server: Server) -> None:
+    """Neither another engine's lookups and saves, nor whoever asks how it is."""
+    event = stuck(server)
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        stuck_one = client.send(plan_request(TOKENS, NAMESPACE.for_tenant("a"), None))
+        with Client(server.config.home_path, timeout=PATIENCE_S) as other:
+            driver = ClientDriver(other, NAMESPACE)
+            driver.save(TOKENS.tolist())
+            other.flush()
+            assert driver.serve(TOKENS.tolist()).exact == 39
+            assert other.stats()["daemon"]["requests"] == 2
+            assert other.call(protocol.ListNodes(3))
+        event.set()
+        client.receive(stuck_one, PATIENCE_S)
+
+
+def test_status_waits_neither_for_the_lock_nor_for_the_disk(
+    config: Callable[..., StoreConfig], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    with Daemon(config()):
+        save(home)
+    measured = threading.Event()
+    measure = files.measure
+
+    def slowly(path: str) -> tuple[int, int] | None:
+        assert not path.endswith(".kvb") or measured.wait(PATIENCE_S)
+        return measure(path)
+
+    monkeypatch.setattr(files, "measure", slowly)
+    running = Server(config())
+    thread = threading.Thread(target=running.serve)
+    thread.start()
+    try:
+        with Client(home, timeout=PATIENCE_S) as client:
+            with running.store.shelf.lock:
+                stats = client.stats()
+            assert stats["nodes"] == 1
+            assert stats["health"]["state"] == "ok"
+    finally:
+        measured.set()
+        running.stop()
+        thread.join(PATIENCE_S)
+
+
+def test_a_list_is_of_one_moment(server: Server) -> None:
+    """Nodes are used, and so change their order, while they are listed."""
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, NAMESPACE)
+        ids = {driver.save(prompt(seed, 16)) for seed in range(60)}
+        over = threading.Event()
+
+        def use() -> None:
+            chance = random.Random(0)
+            while not over.is_set():
+                with server.store.shelf.lock:
+                    server.store.tree.touch(chance.choice(sorted(filter(None, ids))))
+
+        using = threading.Thread(target=use)
+        using.start()
+        try:
+            for _ in range(200):
+                listed = [node["id"] for node in client.call(protocol.ListNodes(100))]
+                assert (len(listed), set(listed)) == (60, ids)
+        finally:
+            over.set()
+            using.join()
+
+
+def test_saves_are_refused_and_lookups_go_on_while_nothing_can_be_stored(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(nodes: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, NAMESPACE)
+        driver.save(TOKENS.tolist())
+        client.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(server.store.shelf.durable, "make", broken)
+            for seed in range(2, 5):
+                driver.save(prompt(seed, 40))
+                client.flush()
+            with pytest.raises(StorageError, match="nothing can be stored at present"):
+                driver.save(prompt(9, 40))
+        health = client.stats()["health"]
+        assert health["state"] == "degraded"
+        assert "ZeroDivisionError" in health["reasons"]["kvshare-commit"]
+        assert driver.serve(TOKENS.tolist()).exact == 39
+        assert client.stats()["nodes"] == 1, "what could not be stored is no node"
+        server.store.metrics.health.well("kvshare-commit")
+        driver.save(prompt(9, 40))
+        client.flush()
+        assert client.stats()["health"]["state"] == "ok"

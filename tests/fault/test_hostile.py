@@ -1,0 +1,421 @@
+"""Clients that mean harm: they cost the daemon nothing that lasts, and others are served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.connection import Limits
+from kvshare_store.daemon.server import Server
+from kvshare_store.errors import HomeError, OverloadError
+from kvshare_store.namespace import Namespace
+from kvshare_store.staging import Reuse
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.daemons import ClientDriver, Daemon
+from kvshare_store.testing.fuzz import MIB, Fuzzer, fuzz, left_over, small
+from kvshare_store.testing.oracle import Driver, RowBook, prompt
+from kvshare_store.testing.peer import Peer
+from tests.needs import need
+
+pytestmark = pytest.mark.fault
+
+SPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for all: nothing that was done to it before may matter."""
+    with Daemon(small(str(tmp_path_factory.mktemp("hostile")))) as running:
+        yield running
+
+
+def held(daemon: Daemon) -> tuple[int, int]:
+    """Bytes of memory and open descriptors of a daemon."""
+    assert daemon.process is not None
+    process = psutil.Process(daemon.process.pid)
+    return process.memory_info().rss, process.num_fds()
+
+
+def check_served(daemon: Daemon, seed: int) -> None:
+    """Another client stores and finds a prompt."""
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, SPACE)
+        driver.save(prompt(seed, 64))
+        assert driver.serve(prompt(seed, 64)).exact == 63
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def check_nothing_lasts(daemon: Daemon, before: tuple[int, int], room: int = 32 * MIB) -> None:
+    check_served(daemon, 999)
+    assert left_over(daemon) == {}
+    until(lambda: held(daemon)[1] <= before[1] + 2)  # the store's own files come and go
+    assert held(daemon)[0] < before[0] + room
+
+
+def warmed_up(daemon: Daemon) -> tuple[int, int]:
+    """What it holds once everything has been used."""
+    for seed in range(3):
+        check_served(daemon, seed)
+    left_over(daemon)
+    return held(daemon)
+
+
+# --- what is sent -----------------------------------------------------------------------------
+
+
+def test_messages_that_no_client_would_send(daemon: Daemon) -> None:
+    report = fuzz(daemon, 20_000, seed=7)
+    assert report.left == {}
+    assert report.grown_bytes < 48 * MIB
+    assert {"fine", "protocol", "plan", "node", "cut off"} <= set(report.answers)
+    assert not report.answers["internal"], daemon.log()
+
+
+def test_connections_that_come_and_go(daemon: Daemon) -> None:
+    before, chance = warmed_up(daemon), random.Random(1)
+    rubbish = (b"", b"\xff\0", b"GET / HTTP/1.1\r\n\r\n", wire.HEADER.pack(40, bytes(8)) + b"half")
+    for _ in range(10_000):
+        with contextlib.suppress(OSError), Peer(daemon.config.home_path) as peer:
+            peer.socket.sendall(chance.choice(rubbish))
+    check_nothing_lasts(daemon, before)
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_a_message_that_is_too_long_is_refused_before_it_is_read(
+    daemon: Daemon, greeted: bool
+) -> None:
+    before = warmed_up(daemon)
+    with Peer(daemon.config.home_path) as peer:
+        if greeted:
+            peer.hello()
+        peer.socket.sendall(wire.HEADER.pack(512 * MIB, bytes(8)))
+        reply = peer.receive()
+        assert reply is not None
+        assert (reply.error, "over the limit" in reply.message) == ("protocol", True)
+        assert peer.receive() is None, "it is cut off"
+    check_nothing_lasts(daemon, before)
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(daemon: Daemon) -> None:
+    before = warmed_up(daemon)
+    reading, writing = os.pipe()
+    with Peer(daemon.config.home_path) as peer:
+        peer.hello()
+        for _ in range(20):
+            peer.send_with(protocol.encode(protocol.Stats()), [reading] * 8)
+            assert peer.receive() is not None
+        assert held(daemon)[1] <= before[1] + 4
+    with Peer(daemon.config.home_path) as peer:
+        peer.send_with(protocol.encode(protocol.Hello()), [reading])
+        reply = peer.receive()
+        assert reply is not None
+        assert "no memory file" in reply.message, "reading from a pipe could wait for ever"
+    os.close(reading)
+    os.close(writing)
+    check_nothing_lasts(daemon, before)
+
+
+# --- what is not done -------------------------------------------------------------------------
+
+
+def asks_for_ever(peer: Peer) -> None:
+    while True:
+        peer.send(protocol.encode(protocol.Stats()))
+
+
+def test_a_client_that_stops_reading_is_cut_off(daemon: Daemon) -> None:
+    before = warmed_up(daemon)
+    with Peer(daemon.config.home_path) as peer:
+        peer.hello()
+        with pytest.raises(ConnectionError):
+            asks_for_ever(peer)
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+        assert client.stats()["daemon"]["cut_off"] >= 1
+    check_nothing_lasts(daemon, before)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Callable[[Limits], Server]]:
+    """`server(limits)`: a daemon in this process."""
+    started: list[tuple[Server, threading.Thread]] = []
+
+    def start(limits: Limits) -> Server:
+        running = Server(small(str(tmp_path)), limits)
+        thread = threading.Thread(target=running.serve)
+        thread.start()
+        started.append((running, thread))
+        return running
+
+    yield start
+    for running, thread in started:
+        running.stop()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_one_that_says_no_hello_and_one_that_stalls_are_cut_off(
+    server: Callable[[Limits], Server],
+) -> None:
+    running = server(Limits(hello_s=0.1, stalled_s=0.1))
+    home = running.config.home_path
+    with Peer(home) as silent, Peer(home) as slow, Client(home, timeout=PATIENCE_S) as client:
+        client.greet()
+        slow.hello()
+        slow.socket.sendall(wire.HEADER.pack(100, bytes(8)) + b"the beginning")
+        assert silent.receive() is None
+        assert slow.receive() is None
+        assert client.stats()["daemon"]["connections"] == 1, "one that is merely quiet stays"
+
+
+def test_more_requests_than_it_takes_are_refused_and_can_be_repeated(
+    server: Callable[[Limits], Server],
+) -> None:
+    running = server(Limits(requests=4))
+    waiting = threading.Event()
+    running.store.plan_soon = lambda *_, **__: waiting.wait(PATIENCE_S)  # type: ignore[assignment,method-assign]
+    plan = protocol.Plan(SPACE, bytes(160))
+    with Client(running.config.home_path, timeout=PATIENCE_S) as greedy:
+        requests = [greedy.send(plan) for _ in range(6)]
+        for refused in requests[4:]:
+            with pytest.raises(OverloadError, match="ask again later") as error:
+                greedy.receive(refused, PATIENCE_S)
+            assert error.value.retryable
+        with Client(running.config.home_path, timeout=PATIENCE_S) as other:
+            assert other.stats()["daemon"]["requests"] == 5
+        waiting.set()
+        for accepted in requests[:4]:
+            greedy.receive(accepted, PATIENCE_S)
+        assert greedy.stats()["daemon"]["requests"] == 1
+
+
+def test_bytes_under_way_are_counted_over_all_connections(
+    server: Callable[[Limits], Server],
+) -> None:
+    home = server(Limits(all_request_bytes=10_000)).config.home_path
+    with Peer(home) as one, Peer(home) as two:
+        one.hello()
+        two.hello()
+        one.socket.sendall(wire.HEADER.pack(9_000, bytes(8)) + b"the beginning")
+        until(lambda: two.ask(protocol.Decline("x" * 100, 1)).error == "")
+        two.send(bytes(2_000))
+        reply = two.receive()
+        assert reply is not None
+        assert reply.error == "overload"
+        one.close()
+        until(lambda: (two.send(bytes(2_000)), two.receive().error)[1] == "protocol")  # type: ignore[union-attr]
+
+
+# --- what is held -----------------------------------------------------------------------------
+
+
+def test_a_client_that_holds_all_it_can(daemon: Daemon) -> None:
+    """Leases, staged saves and its connection: all of it ends with the connection."""
+    before = warmed_up(daemon)
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as greedy:
+        for _ in range(200):
+            assert greedy.plan(prompt(1, 64), SPACE).lease
+        staged = greedy.stage(np.asarray(prompt(77, 4000), np.int32), SPACE, Reuse())
+        assert staged.id
+        assert greedy.stats()["leases"] == 200
+        check_served(daemon, 2)
+    check_nothing_lasts(daemon, before)
+
+
+def test_more_connections_than_it_takes(server: Callable[[Limits], Server]) -> None:
+    home = server(Limits(connections=8)).config.home_path
+    with contextlib.ExitStack() as peers:
+        silent = [peers.enter_context(Peer(home)) for _ in range(8)]
+        first = [peers.enter_context(Peer(home)).hello() for _ in range(8)]
+        assert all(one.receive() is None for one in silent), "who says hello comes first"
+        with Client(home, timeout=PATIENCE_S) as client, pytest.raises(OverloadError, match="8"):
+            client.stats()
+        first.pop().close()
+        with Client(home, timeout=PATIENCE_S) as client:
+            until(lambda: _served(client))
+
+
+def _served(client: Client) -> bool:
+    try:
+        return bool(client.stats())
+    except OverloadError:
+        return False
+
+
+def test_it_has_descriptors_for_all_its_clients(daemon: Daemon) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need(most >= 4096, "room for 4,096 descriptors")
+    assert daemon.process is not None
+    assert psutil.Process(daemon.process.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == most
+
+
+# --- who it is --------------------------------------------------------------------------------
+
+OTHER = "import os, sys, socket; os.setgid(54321); os.setuid(54321); os.chdir(sys.argv[1]);"
+
+
+def test_another_user_is_not_let_in(daemon: Daemon) -> None:
+    """Also where the file system would allow it: the kernel says who the peer is."""
+    need(os.geteuid() == 0, "root")
+    home = daemon.config.home_path
+    with opened_to_all(home):
+        os.chmod(home / "kvshare.sock", 0o666)
+        code = OTHER + (
+            "s = socket.socket(socket.AF_UNIX); s.connect('kvshare.sock'); s.settimeout(60);"
+            "print(s.recv(100))"
+        )
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(home)], capture_output=True, text=True, check=False
+        )
+    assert said.stdout == "b''\n" or "Reset" in said.stderr, said
+
+
+def test_a_socket_of_another_user_is_not_believed(tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "root")
+    home = tmp_path / "home"
+    home.mkdir()
+    code = OTHER + (
+        "s = socket.socket(socket.AF_UNIX); s.bind('kvshare.sock'); s.listen();"
+        "print(1, flush=True);"
+        "c = s.accept()[0]; print(c.recv(1000), flush=True)"
+    )
+    with opened_to_all(home):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE, text=True
+        )
+        with other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "1\n"
+            with Client(home) as client, pytest.raises(HomeError, match="belongs to user 54321"):
+                client.plan(prompt(1, 40), SPACE)
+            assert other.stdout.readline() == "b''\n", "it was told nothing"
+
+
+@contextlib.contextmanager
+def opened_to_all(home: Path) -> Iterator[None]:
+    """Every folder on the way can be passed, and the last one written."""
+    above = [folder for folder in home.parents if folder.stat().st_mode & 0o077 != 0o077]
+    modes = [(folder, folder.stat().st_mode) for folder in (home, *above)]
+    for folder, mode in modes:
+        folder.chmod(mode | (0o077 if folder == home else 0o011))
+    yield
+    for folder, mode in modes:
+        folder.chmod(mode)
+
+
+# --- the end during each ----------------------------------------------------------------------
+
+
+def fuzzed(home: Path, over: threading.Event) -> None:
+    fuzzer = Fuzzer(home, 3)
+    while not over.is_set():
+        with contextlib.suppress(Exception):  # the daemon goes away meanwhile
+            fuzzer.burst()
+    fuzzer.close()
+
+
+def flooded(home: Path, over: threading.Event) -> None:
+    """Lookups that nobody waits for, as many as it takes."""
+    body = protocol.encode(protocol.Plan(SPACE, np.arange(1000, dtype=np.int32).tobytes()))
+    with contextlib.suppress(OSError, AssertionError), Peer(home) as peer:
+        peer.hello()
+        peer.socket.settimeout(0.5)
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                peer.send(body)
+
+
+def crowded(home: Path, over: threading.Event) -> None:
+    with contextlib.ExitStack() as peers, contextlib.suppress(Exception):
+        for _ in range(100):
+            peers.enter_context(Peer(home)).socket.sendall(b"half")
+        over.wait(PATIENCE_S)
+
+
+def flushing(home: Path, over: threading.Event) -> None:
+    with contextlib.suppress(Exception), Client(home, timeout=PATIENCE_S) as client:
+        while not over.is_set():
+            client.flush()
+            client.call(protocol.Collect())
+
+
+@pytest.mark.parametrize("attack", [fuzzed, flooded, crowded, flushing])
+def test_it_ends_in_good_order_under_attack(
+    attack: Callable[[Path, threading.Event], None], tmp_path: Path
+) -> None:
+    config: StoreConfig = small(str(tmp_path))
+    over, book = threading.Event(), RowBook(SPACE.layout)
+    with Daemon(config) as daemon:
+        attacker = threading.Thread(target=attack, args=(config.home_path, over))
+        attacker.start()
+        try:
+            with Client(config.home_path, timeout=PATIENCE_S) as client:
+                driver = ClientDriver(client, SPACE, book)
+                for seed in range(5):
+                    driver.save(prompt(seed, 64))
+                assert daemon.end() == 0, daemon.log()
+        finally:
+            over.set()
+            attacker.join(PATIENCE_S)
+    with Store(config) as store:
+        found = Driver(store, SPACE, book)
+        assert [found.serve(prompt(seed, 64)).exact for seed in range(5)] == [63] * 5
+
+
+def test_a_frozen_client_is_not_dead(daemon: Daemon) -> None:
+    """What it holds is its own until its connection ends, however long it does not move."""
+    code = (
+        "import sys, time\nfrom kvshare_store.testing.daemons import *\n"
+        "from kvshare_store.tensors.layout import KVLayout\n"
+        "from kvshare_store.testing.oracle import prompt\n"
+        "client = Client(sys.argv[1], timeout=60)\n"
+        "space = Namespace('model', KVLayout(2, 1, 4, 'float32'))\n"
+        "assert client.plan(prompt(888, 64), space).lease\n"
+        "print('holding', flush=True)\ntime.sleep(600)\n"
+    )
+    check_served(daemon, 888)
+    environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code, str(daemon.config.home_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as frozen:
+        try:
+            assert frozen.stdout is not None
+            assert frozen.stdout.readline() == b"holding\n"
+            frozen.send_signal(signal.SIGSTOP)
+            with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+                for _ in range(3):  # it looks for dead clients once a second
+                    time.sleep(1.0)
+                    assert client.stats()["leases"] == 1
+                frozen.kill()
+                until(lambda: client.stats()["leases"] == 0)
+        finally:
+            frozen.kill()
+
+
+def test_a_socket_pair_is_of_this_user() -> None:
+    one, two = socket.socketpair()
+    with one, two:
+        assert wire.peer(one) == (os.getpid(), os.getuid())
