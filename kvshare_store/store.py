@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,6 +21,7 @@ from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.provenance import OpenPlan
 from kvshare_store.purge import Purge, Purged, matching
 from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
@@ -34,38 +35,6 @@ from kvshare_store.tree.node import Node
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
-
-
-class _Open(NamedTuple):
-    """A plan that has not ended yet."""
-
-    tokens: int
-    reused: int
-    row_bytes: int
-    tier: str
-    began: float
-    donors: tuple[Node, ...]
-    """As they were planned: what is saved on top of the plan is checked against them."""
-
-    def check(self, outcome: Outcome) -> None:
-        """`PlanError` if this is not what can become of the plan."""
-        loaded = outcome.exact + outcome.edited
-        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
-        possible = (
-            min(numbers) >= 0
-            and loaded <= self.reused
-            and loaded + outcome.recomputed <= self.tokens
-            and outcome.nbytes <= self.reused * self.row_bytes
-            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
-            and len(outcome.failed) <= _LONGEST_REASON
-        )
-        if not possible:
-            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
-
-
-_LONGEST_REASON = 64
-_CLOCKS_DIFFER_S = 1.0
-"""A load may be timed on a device."""
 
 
 def _inexact(draft: Draft) -> Draft:
@@ -91,7 +60,7 @@ class Store:
         self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
         self.blocks = self.shelf.blocks
         self._saving = Saving(config, self.shelf, self.metrics, self._donors)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenPlan] = {}
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
@@ -149,6 +118,7 @@ class Store:
         plan = ReusePlan(namespace=namespace.digest, tokens=length, declined=draft.declined)
         if draft.declined:
             return plan
+        donors = tuple(node for i in draft.donors if (node := self.tree.get(i)) is not None)
         tiers = {self.blocks.tier_of(name) for name in draft.blocks}
         tier = next((slow for slow in ("remote", "disk") if slow in tiers), "host")
         timeout = (self.config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
@@ -165,10 +135,9 @@ class Store:
                 if draft.generation > policy.max_generation or not policy.edited:
                     self._closed(self.blocks.end_lease(lease.id))
                     return msgspec.structs.replace(plan, declined="lossy")
-            donors = tuple(node for i in draft.donors if (node := self.tree.get(i)) is not None)
             reused = sum(span.length for span in draft.spans)
             row_bytes = namespace.layout.row_bytes
-            opened = _Open(length, reused, row_bytes, tier, perf_counter(), donors)
+            opened = OpenPlan(length, reused, row_bytes, tier, perf_counter(), donors)
             self._open[lease.id] = opened
             for donor in draft.donors:
                 self.tree.touch(donor)
@@ -262,7 +231,7 @@ class Store:
         self.blocks.host.arena.check(ref)
         return self.blocks.host.arena.rows(ref.offset, ref.nbytes)
 
-    def _closed(self, lease: Lease) -> _Open | None:
+    def _closed(self, lease: Lease) -> OpenPlan | None:
         """A lease has ended: what it held may go; returns the plan it was for."""
         with self.shelf.lock:
             self.shelf.sweep(lease.names)
