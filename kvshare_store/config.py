@@ -48,7 +48,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eviction: EvictionName = "cost"
     """Which rows leave the host and the disk tier first (docs/design/eviction.md)."""
     huge_pages: HugePages = "auto"
-    """The host tier in huge pages: where shared memory is mounted with `huge=advise`, or never."""
+    """The host tier in huge pages: where the system offers them to shared memory, or never."""
     device_bytes: int = 0
     """Rows that each worker keeps on its own device (0: none; on a CPU it saves nothing)."""
     disk: bool = True

@@ -1,24 +1,59 @@
-"""What a client says of the rows it builds on, checked against the nodes they come from.
+"""What a client says of the rows it loaded and builds on, checked against what the store knows.
 
-A client names donors, blocks, and for each span where its rows lie and whether they are exact.
-All of that the donors themselves say too, so nothing of it has to be believed. What cannot be
-checked are the rows a client computed: it runs the model, and shares only with its own namespace.
+A client that saves names donors, blocks, and for each span where its rows lie and whether they are
+exact. All of that the donors themselves say too, so nothing of it has to be believed. What cannot
+be checked are the rows a client computed: it runs the model, and shares only with its own
+namespace.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.lookup.align import common_prefix
-from kvshare_store.plan import Span
+from kvshare_store.plan import Outcome, Span
 from kvshare_store.staging import Reuse
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
+
+_LONGEST_REASON = 64
+_CLOCKS_DIFFER_S = 1.0
+"""A load may be timed on a device."""
+
+
+class OpenPlan(NamedTuple):
+    """What the store remembers of a plan until it ends."""
+
+    tokens: int
+    reused: int
+    row_bytes: int
+    tier: str
+    """The slowest that its rows came from."""
+    began: float
+    """By `perf_counter`."""
+    donors: tuple[Node, ...]
+    """As they were planned: what is saved on top of the plan is checked against them."""
+
+    def check(self, outcome: Outcome) -> None:
+        """`PlanError` if this is not what can become of the plan."""
+        loaded = outcome.exact + outcome.edited
+        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
+        possible = (
+            min(numbers) >= 0
+            and loaded <= self.reused
+            and loaded + outcome.recomputed <= self.tokens
+            and outcome.nbytes <= self.reused * self.row_bytes
+            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
+            and len(outcome.failed) <= _LONGEST_REASON
+        )
+        if not possible:
+            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
 
 
 class _Origin(NamedTuple):

@@ -83,7 +83,8 @@ class Saving:
     def _verified(
         self, reuse: Reuse, request: Tokens, namespace: Namespace
     ) -> tuple[int, ...] | None:
-        """Bytes of each block of `reuse`; None if the nodes are gone that could vouch for it."""
+        """Bytes of each block of `reuse`; None if a node is gone that could vouch for it, or has
+        other blocks since it was merged."""
         if len(reuse.donors) > self._config.max_donors + 1:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         with self._shelf.lock:
@@ -92,7 +93,7 @@ class Saving:
         try:
             sizes = check_provenance(reuse, request, namespace.digest, donors)
         except PlanError:
-            if all(named):
+            if all(named) and not any(node.merged for node in donors):
                 raise
             return None
         return tuple(sizes.get(name) or self._shelf.size_of(name) for name in reuse.blocks)

@@ -24,43 +24,13 @@ from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.provenance import OpenPlan
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 
 Leased = tuple[Lease, dict[str, BlockRef]]
-
-
-class _Open(NamedTuple):
-    """A plan that has not ended yet."""
-
-    tokens: int
-    reused: int
-    row_bytes: int
-    tier: str
-    began: float
-    donors: tuple[Node, ...]
-    """As they were planned: what is saved on top of the plan is checked against them."""
-
-    def check(self, outcome: Outcome) -> None:
-        """`PlanError` if this is not what can become of the plan."""
-        loaded = outcome.exact + outcome.edited
-        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
-        possible = (
-            min(numbers) >= 0
-            and loaded <= self.reused
-            and loaded + outcome.recomputed <= self.tokens
-            and outcome.nbytes <= self.reused * self.row_bytes
-            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
-            and len(outcome.failed) <= _LONGEST_REASON
-        )
-        if not possible:
-            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
-
-
-_LONGEST_REASON = 64
-_CLOCKS_DIFFER_S = 1.0
-"""A load may be timed on a device."""
+Donors = tuple[Node, ...]
 
 
 class _Lookup(NamedTuple):
@@ -91,7 +61,7 @@ class Serving:
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenPlan] = {}
 
     def plan_soon(
         self,
@@ -108,11 +78,14 @@ class Serving:
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
         draft = self._draft(request, lookup)
-        leased = None if draft.declined else self._lease(draft, owner, deadline_ms)
-        if leased is None:
+        leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
+        if leasing is None:
             self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
         else:
-            leased.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
+            leased, donors = leasing
+            leased.add_done_callback(
+                lambda done: self._complete(answer, lookup, draft, donors, done)
+            )
         return answer
 
     def _draft(self, request: Tokens, lookup: _Lookup) -> Draft:
@@ -127,22 +100,31 @@ class Serving:
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
 
-    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
-        """None if a donor or a block has left the store since the draft was made."""
+    def _lease(
+        self, draft: Draft, owner: str, deadline_ms: float | None
+    ) -> tuple[Future[Leased], Donors] | None:
+        """The donors are as they were planned; None if one of them or a block has left the store
+        since the draft was made."""
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
         with self._shelf.lock:
             tree = self._shelf.tree
-            here = all(donor in tree for donor in draft.donors)
+            donors = tuple(node for i in draft.donors if (node := tree.get(i)) is not None)
+            here = len(donors) == len(draft.donors)
             if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
                 return None
-            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout)
+            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout), donors
 
     def _complete(
-        self, answer: Future[ReusePlan], lookup: _Lookup, draft: Draft, leased: Future[Leased]
+        self,
+        answer: Future[ReusePlan],
+        lookup: _Lookup,
+        draft: Draft,
+        donors: Donors,
+        leased: Future[Leased],
     ) -> None:
         try:
-            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
+            self._answer(answer, lookup, self._leased(lookup, draft, donors, *leased.result()))
         except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
             answer.set_exception(error)
 
@@ -155,7 +137,12 @@ class Serving:
         answer.set_result(plan)
 
     def _leased(
-        self, lookup: _Lookup, draft: Draft, lease: Lease, refs: dict[str, BlockRef]
+        self,
+        lookup: _Lookup,
+        draft: Draft,
+        donors: Donors,
+        lease: Lease,
+        refs: dict[str, BlockRef],
     ) -> ReusePlan:
         with self._shelf.lock:
             alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
@@ -168,14 +155,12 @@ class Serving:
                 if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
-            tree = self._shelf.tree
-            donors = tuple(node for i in draft.donors if (node := tree.get(i)) is not None)
             reused = sum(span.length for span in draft.spans)
             row_bytes = lookup.namespace.layout.row_bytes
-            opened = _Open(lookup.tokens, reused, row_bytes, draft.tier, lookup.start, donors)
+            opened = OpenPlan(lookup.tokens, reused, row_bytes, draft.tier, lookup.start, donors)
             self._open[lease.id] = opened
             for donor in draft.donors:
-                tree.touch(donor)
+                self._shelf.tree.touch(donor)
         return msgspec.structs.replace(
             lookup.plan(),
             exact=draft.exact,
@@ -238,7 +223,7 @@ class Serving:
             if opened is not None:
                 self._count_miss("lease_expired", opened.tokens)
 
-    def _closed(self, lease: Lease) -> _Open | None:
+    def _closed(self, lease: Lease) -> OpenPlan | None:
         """A lease has ended: what it held may go; returns the plan it was for."""
         with self._shelf.lock:
             self._shelf.sweep(lease.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -14,8 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvshare_store.blocks.arena import Arenas
+from kvshare_store.daemon.address import home_taken
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import Welcome
 from kvshare_store.errors import LeaseError
-from kvshare_store.home import arena_path
 from tests.engine.harness import Engine, random_runs, wait_until
 
 pytestmark = [
@@ -79,17 +83,13 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
 
 @contextmanager
 def cleared_labels(engine: Engine) -> Iterator[None]:
-    """Between plan and load the arena gives a block's place to somebody else."""
+    """Between plan and load the arena gives a block's place to another copy."""
     worker, load = engine.worker, engine.worker._load
 
     def late(spec: Any) -> int:
-        arena = worker._arenas.at(spec.arena)
-        ref = spec.blocks[spec.spans[-1].block]
-        arena.set_label(ref.offset, "")
-        try:
-            return load(spec)
-        finally:
-            arena.set_label(ref.offset, ref.name)
+        at, blocks = spec.spans[-1].block, list(spec.blocks)
+        blocks[at] = msgspec.structs.replace(blocks[at], seq=blocks[at].seq - 1)
+        return load(dataclasses.replace(spec, blocks=tuple(blocks)))
 
     worker._load = late
     try:
@@ -129,6 +129,32 @@ def test_a_failed_load_is_a_miss(
     with engine.counted() as gained, engine.budget(tokens=budget), reuse:
         assert engine.ask(prompt).agrees(full)
     assert gained[hit] == 1
+
+
+class Unmappable(Client):
+    """Of a daemon that was killed while it made its shared memory."""
+
+    def greet(self, timeout: float | None = None) -> Welcome:
+        welcome = super().greet(timeout)
+        os.close(self.arena)
+        self.arena = os.memfd_create("empty")
+        return welcome
+
+
+def test_shared_memory_that_cannot_be_mapped_is_a_miss(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = engine.store(prompt)
+    engine.forget()
+    with engine.counted() as gained, monkeypatch.context() as patch:
+        patch.setattr("kvshare_connectors.vllm.worker.Client", Unmappable)
+        patch.setattr(engine.worker, "_arenas", Arenas())
+        assert engine.ask(prompt).agrees(full)
+    assert gained["declined.load_storage"] == gained["errors.storage"] == 1
+    engine.forget()
+    with engine.counted() as gained:
+        assert engine.ask(prompt).agrees(full)
+    assert gained["hits_exact"] == 1
 
 
 @BUDGETS
@@ -364,7 +390,7 @@ def test_a_flipped_byte_on_disk_is_a_miss(engine: Engine, prompt: list[int]) -> 
     full = engine.store(prompt)
     engine.forget()
     engine.client.stop()
-    wait_until(lambda: not arena_path(engine.home).exists(), 10.0)
+    wait_until(lambda: not home_taken(engine.home), 10.0)
     for path in block_files(engine.home):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

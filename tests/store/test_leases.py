@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
+from kvshare_store.plan import Outcome
 from kvshare_store.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name
@@ -282,6 +284,78 @@ def test_a_save_without_room_is_refused_and_loses_nothing(driver: Open) -> None:
     engine.check(kept, plan)
     engine.finish(plan)
     assert engine.save(prompt(2, 24)), "what fits is stored"
+
+
+# --- rows come up from below ---------------------------------------------------------------------
+
+
+class Watched:
+    """A slot's rows; `copying` is called when they are written."""
+
+    def __init__(self, rows: memoryview, copying: Callable[[], None]) -> None:
+        self._rows, self._copying = rows, copying
+
+    def __setitem__(self, where: slice, data: bytes) -> None:
+        self._copying()
+        self._rows[where] = data
+
+
+def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+    """`what` happens in another thread, with the lock free, whenever rows are copied up."""
+    arena, lock = engine.store.blocks.host.arena, engine.store.shelf.lock
+    rows, pool = arena.rows, ThreadPoolExecutor(1)
+
+    def with_lock() -> None:
+        assert lock.acquire(timeout=10), "the copy is made under the lock"
+        try:
+            what()
+        finally:
+            lock.release()
+
+    def watched(offset: int, nbytes: int) -> Any:
+        return Watched(rows(offset, nbytes), lambda: pool.submit(with_lock).result(20))
+
+    monkeypatch.setattr(arena, "rows", watched)
+
+
+def only_on_disk(engine: Driver, tokens: list[int]) -> None:
+    engine.save(tokens)
+    engine.store.flush()
+    with engine.store.shelf.lock:
+        for name in engine.store.blocks.host.names():
+            engine.store.blocks.host.drop(name)
+
+
+def test_rows_are_copied_up_without_the_lock(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, copies = driver(), list[int]()
+    only_on_disk(engine, prompt(1, 40))
+    with monkeypatch.context() as patch:
+        copied_below(engine, patch, lambda: copies.append(1))
+        plan = engine.store.plan(prompt(1, 40), engine.namespace)
+    assert len(copies) == 5
+    engine.check(prompt(1, 40), plan)
+    engine.finish(plan)
+    assert engine.store.stats()["reserved"] == 0
+
+
+def test_rows_that_nobody_wants_once_they_are_copied_are_given_back(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver()
+    store = engine.store
+    only_on_disk(engine, prompt(1, 8))
+
+    def leave() -> None:
+        for lease_id in list(store.blocks.leases._leases):
+            store.finish(lease_id, Outcome())
+        store.evict(nodes=1)
+
+    with monkeypatch.context() as patch:
+        copied_below(engine, patch, leave)
+        assert store.plan(prompt(1, 8), engine.namespace).declined == "not_resident"
+    store.flush()
+    assert store.blocks.host.names() == []
+    assert held(store) == (0, 0)
 
 
 # --- under many threads -------------------------------------------------------------------------

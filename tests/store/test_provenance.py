@@ -280,6 +280,29 @@ def test_a_save_whose_donor_is_gone_is_not_wanted(driver: Open) -> None:
     assert engine.store.stats()["errors"] == {"missing": 1}
 
 
+def test_a_donor_that_was_merged_has_other_blocks(driver: Open) -> None:
+    """The save was planned before; only a plan that is still open knows what it was."""
+    engine = driver(max_chain=1)
+    engine.save(TOKENS)
+    tokens = TOKENS
+    for token in (5, 6):
+        tokens = [*tokens[:8], token, *tokens[9:]]
+        assert engine.serve_and_save(tokens)
+    engine.store.flush()
+    last = [*tokens[:8], 7, *tokens[9:]]
+    plan = engine.plan(last)
+    assert engine.store.collect().merged == 1
+    merged = engine.store.tree.get(plan.donors[0])
+    assert merged is not None
+    assert merged.merged
+    staged = engine.stage(last, plan)
+    assert not staged.known
+    engine.store.abandon(staged.id)
+    engine.finish(plan)
+    assert engine.store.stage(last, engine.namespace, reuse_of(plan)).known
+    assert engine.store.stats()["errors"] == {"missing": 1}
+
+
 def test_blocks_that_no_span_uses_are_not_kept(driver: Open) -> None:
     engine = driver()
     engine.save(TOKENS)
