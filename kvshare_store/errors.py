@@ -30,6 +30,9 @@ class ErrorKind(StrEnum):
     INTERNAL = "internal"
     SHORT = "short"
     NODE = "node"
+    ROW = "row"
+    NEWER = "newer"
+    TORN = "torn"
 
 
 class KVShareError(Exception):
@@ -122,6 +125,24 @@ class ShortBlockError(CorruptBlockError):
     """A block ends before its header says it does: a torn write, or a read that was cut off."""
 
     kind = ErrorKind.SHORT
+
+
+class CorruptRowError(MissError):
+    """A row of the catalogue is not what was written, or contradicts itself."""
+
+    kind = ErrorKind.ROW
+
+
+class NewerRowError(MissError):
+    """A row of the catalogue says more than this release knows: a newer release serves it."""
+
+    kind = ErrorKind.NEWER
+
+
+class TornTableError(MissError):
+    """A file of the catalogue cannot be read: what only it held is gone."""
+
+    kind = ErrorKind.TORN
 
 
 class LeaseError(MissError):
