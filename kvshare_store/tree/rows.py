@@ -188,7 +188,8 @@ def _is_vector(vector: np.ndarray) -> bool:
     """Of length 1, or all zeros: what a text or a prompt without content has."""
     if vector.shape != (VECTOR_DIMENSIONS,):
         return False
-    square = float(np.dot(vector, vector))
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.dot(vector, vector))
     return square == 0.0 or abs(square - 1.0) < _UNIT  # NaN is neither
 
 

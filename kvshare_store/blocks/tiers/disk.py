@@ -70,9 +70,8 @@ class DiskTier(Tier):
 
     def _prepare(self) -> None:
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("blocks", "quarantine"):
-                files.make_folder(str(self._folder / name))
+                files.make_durable_folder(str(self._folder / name))
             self._scratch.open()
         except OSError as error:
             self._scratch.close()
