@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kvshare_store.blocks import files
 from kvshare_store.errors import HomeError, KVShareError, StorageError, TornTableError
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.place import Place
@@ -83,6 +84,8 @@ class Table:
         for fragment in self._open():
             self._skip(fragment)
         self.sync()
+        if place.folder is not None:
+            files.sync_folder(str(place.folder))  # the table may be new
 
     # --- opening -----------------------------------------------------------------------------
 
