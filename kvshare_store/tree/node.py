@@ -14,12 +14,12 @@ from kvshare_store.errors import PlanError
 from kvshare_store.plan import Span, gaps
 from kvshare_store.tree.edits import Edit, Tokens
 
-_BLOCK_NAME = re.compile("[0-9a-f]{64}")
+_HEX = re.compile("[0-9a-f]+")
 NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""
 
 
-class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """One stored prompt. Its segments cover every position of it exactly once.
 
     A segment has the fields of a `Span`; its `block` indexes this node's `blocks`. Rows that the
@@ -79,7 +79,7 @@ def check_node(node: Node, row_bytes: int) -> None:
         raise PlanError(f"{node.exact_rows} exact rows of {node.length}")
     if node.exact and node.exact_rows != node.length:
         raise PlanError("it is exact, but not all of its rows are")
-    if not all(_BLOCK_NAME.fullmatch(name) for name in node.blocks):
+    if not _HEX.fullmatch("".join(node.blocks)) or any(len(n) != 64 for n in node.blocks):
         raise PlanError("a block has a name that no block has")
     check_segments(node.segments, node.length, len(node.blocks))
     if node.block_bytes and len(node.block_bytes) != len(node.blocks):

@@ -29,6 +29,7 @@ _CHECK_FIELD = b"\xa5check\xc4\x20"
 """MessagePack: the key `check`, then the head of a binary of 32 bytes."""
 _MAP16 = 0xDE
 """MessagePack: a map of more than 15 fields; of fewer the number is in the first byte itself."""
+_COMMON = 4096
 _UNIT = 1e-3
 """How far the length of a vector may be from 1."""
 
@@ -73,6 +74,9 @@ class Rows:
         self._keys = keys
         self._row_bytes: dict[str, int] = {}
         """Of each namespace whose record was read."""
+        self._common: dict[object, object] = {}
+        """Segments and sizes of recent nodes: those of most prompts of one length are equal, and
+        kept once they take a third of the memory of a node less."""
         self._newer: set[str] = set()
         """Digests of namespaces that only a newer release knows."""
 
@@ -111,7 +115,15 @@ class Rows:
             check_node(node, row_bytes)
         except PlanError as error:
             raise CorruptRowError(str(error)) from error
-        return node, _vectors(row)
+        return self._compact(node), _vectors(row)
+
+    def _compact(self, node: Node) -> Node:
+        if len(self._common) > _COMMON:
+            self._common.clear()
+        for name in ("segments", "block_bytes"):
+            value = getattr(node, name)
+            msgspec.structs.force_setattr(node, name, self._common.setdefault(value, value))
+        return node
 
     def _unsealed(self, row: Row, keys: Keyring) -> Row:
         try:
