@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from kvshare_store.blocks import files
@@ -17,7 +18,7 @@ from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
-from kvshare_store.levels_of import open_levels
+from kvshare_store.levels_of import check_levels, open_levels
 from kvshare_store.tree.catalog import Catalog
 
 FORMAT = "2"
@@ -74,8 +75,11 @@ class Home:
             arena = Arena.create(
                 arena_path(home), config.host_bytes, huge=config.huge_pages == "auto"
             )
-            below = open_levels(config, io, keys)
-            catalog = Catalog(config.catalog or home / "catalog", keys) if below else None
+            check_levels(config)
+            catalog = None
+            if config.disk or config.remote:
+                catalog = Catalog(config.catalog or home / "catalog", keys)
+            below = open_levels(config, io, keys, _bytes_beside(catalog))
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close(unlink=True)
@@ -88,6 +92,13 @@ class Home:
         """Let go of the home."""
         self.io.close()
         os.close(self._lock)
+
+
+def _bytes_beside(catalog: Catalog | None) -> Callable[[], int]:
+    """A catalogue of several machines is not in the home and not in its budget."""
+    if catalog is None or catalog.place.shared:
+        return int
+    return lambda: catalog.bytes
 
 
 def _foreign(home: Path) -> bool:

@@ -78,6 +78,8 @@ class Shelf:
         self.encrypted = bool(config.encryption_key)
         self._closed = False
         self.durable = Durable(tree, self.blocks, self.lock, self.catalog, self._take_out)
+        if self.catalog is not None:
+            self.catalog.with_room = self.durable.add_rows
         self.committer = Committer(
             self.catalog,
             self._make_durable,

@@ -26,6 +26,7 @@ from kvshare_store.errors import (
     KVShareError,
     MissError,
     NewerRowError,
+    NoSpaceError,
     StorageError,
 )
 from kvshare_store.keys import Keyring
@@ -80,6 +81,8 @@ class Catalog:
         """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
         for one that several machines write to. `HomeError` if it cannot be had."""
         self._lock = threading.Lock()
+        self.with_room: Callable[[Callable[[], None]], None] = lambda commit: commit()
+        """Commits rows where the file system may be full; a store can forget nodes for them."""
         self._rows = Rows(keys)
         self._changes = Changes()
         self._faults: list[Fault] = []
@@ -90,7 +93,7 @@ class Catalog:
                 database = self.place.connect()
             self._nodes = Table(self.place, database, "nodes", _NODES)
             self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
-        except (OSError, StorageError) as error:
+        except (OSError, NoSpaceError) as error:
             if isinstance(error, HomeError):
                 raise
             raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
@@ -139,7 +142,7 @@ class Catalog:
     def add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
         """Commit nodes in one LanceDB version; adding a node again replaces its row."""
         if rows:
-            self._commit(lambda: self._add(rows))
+            self.with_room(lambda: self._commit(lambda: self._add(rows)))
 
     def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
         with self._lock:

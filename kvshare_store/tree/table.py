@@ -9,6 +9,7 @@ written once and numbered upwards, so what was committed later has greater numbe
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -24,7 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvshare_store.blocks import files
-from kvshare_store.errors import HomeError, KVShareError, StorageError, TornTableError
+from kvshare_store.errors import (
+    HomeError,
+    KVShareError,
+    NoSpaceError,
+    StorageError,
+    TornTableError,
+)
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.sync import SyncedFolder
@@ -66,7 +73,9 @@ def lance_errors() -> Iterator[None]:
     except KVShareError:
         raise
     except Exception as error:
-        raise StorageError(f"catalogue refused: {error}") from error
+        full = any(f"(os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+        kind = NoSpaceError if full else StorageError
+        raise kind(f"catalogue refused: {error}") from error
 
 
 class Table:
