@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, str] = {
     "tiers": "tiers",
     "codecs": "codecs",
     "startup": "startup",
+    "metadata": "metadata",
     "pipelining": "pipelining",
     "machines": "machines",
     "scale": "scale",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from kvshare_store.blocks import files
 from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
@@ -14,12 +16,14 @@ from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
-from kvshare_store.levels_of import open_levels
+from kvshare_store.levels_of import check_levels, open_levels
 from kvshare_store.threads import Health
 from kvshare_store.tree.catalog import Catalog
 
 FORMAT = "2"
-_BEFORE_FORMAT = {"lock", "daemon.log", "config.yaml", "kvshare.sock"}
+"""What a home is marked with. A later release that only adds, and changes nothing that this one
+reads, marks its homes `2.1`, `2.2` and so on."""
+_BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
 """What may be in a home before its first owner marks it."""
 
 
@@ -52,8 +56,11 @@ class Home:
             _check_format(home)
             keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
             arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
-            below = open_levels(config, io, keys)
-            catalog = Catalog(config.catalog or home / "catalog", keys) if below else None
+            check_levels(config)
+            catalog = None
+            if config.disk or config.remote:
+                catalog = Catalog(config.catalog or home / "catalog", keys)
+            below = open_levels(config, io, keys, _bytes_beside(catalog))
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close()
@@ -66,6 +73,13 @@ class Home:
         """Let go of the home."""
         self.io.close()
         os.close(self._lock)
+
+
+def _bytes_beside(catalog: Catalog | None) -> Callable[[], int]:
+    """A catalogue of several machines is not in the home and not in its budget."""
+    if catalog is None or catalog.place.shared:
+        return int
+    return lambda: catalog.bytes
 
 
 def _foreign(home: Path) -> bool:
@@ -81,7 +95,7 @@ def _lock(home: Path) -> int:
                 f"home {home} holds other files and no store; choose an empty or a new folder"
             )
         if not home.exists():
-            home.mkdir(parents=True, mode=0o700)
+            files.make_durable_folder(str(home))
         descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except HomeError:  # which is an OSError too
         raise
@@ -104,12 +118,20 @@ def _check_format(home: Path) -> None:
     """The first owner writes the format down; a later release refuses what it cannot read."""
     mark = home / "format"
     try:
-        found = mark.read_text().strip() if mark.exists() else ""
-        if not found:  # a new home, or one whose first owner was killed at this very moment
-            mark.write_text(FORMAT)
-            mark.chmod(0o600)
+        found = mark.read_bytes().strip(b" \n\0").decode(errors="replace") if mark.exists() else ""
+        if not found:  # a new home, or one whose first owner was stopped at this very moment
+            _write_format(home)
             found = FORMAT
     except OSError as error:
         raise HomeError(f"home {home} cannot be used: {error.strerror}") from error
-    if found != FORMAT:
+    if found.partition(".")[0] != FORMAT:
         raise HomeError(f"home {home} has format {found!r}, this release reads {FORMAT!r}")
+
+
+def _write_format(home: Path) -> None:
+    """Durable before anything is stored: a home without it counts as somebody else's folder."""
+    unfinished = str(home / "format.new")
+    files.discard(unfinished)
+    files.write(unfinished, [FORMAT.encode()])
+    files.rename(unfinished, str(home / "format"))
+    files.sync_folder(str(home))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
 from kvshare_store.blocks.remotes import open_remote
@@ -13,12 +15,13 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.keys import Keyring
 
 
-def open_levels(config: StoreConfig, io: IoLoop, keys: Keyring | None) -> list[Level]:
-    """The levels, the fastest first; `ConfigError` if no committed row would survive a restart."""
-    check_levels(config)
+def open_levels(
+    config: StoreConfig, io: IoLoop, keys: Keyring | None, beside: Callable[[], int]
+) -> list[Level]:
+    """The levels, the fastest first. `beside`: bytes of the home that are no blocks."""
     levels = []
     if config.disk:
-        opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys)
+        opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys, beside)
         disk = CountingTier(io.run(opened))
         # other machines do not see this disk: with a shared catalogue it is only a cache
         required = config.disk_write == "through" and not config.catalog
@@ -29,7 +32,7 @@ def open_levels(config: StoreConfig, io: IoLoop, keys: Keyring | None) -> list[L
 
 
 def check_levels(config: StoreConfig) -> None:
-    """A node is committed only once its rows are where they survive the process."""
+    """A node is committed only once its rows are where they survive the process: `ConfigError`."""
     if config.catalog and not config.remote:
         raise ConfigError("a shared catalog needs a remote tier that all its machines reach")
     if config.catalog and config.remote_write == "back":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ from kvshare_store.tensors.frame import Block
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
+
+log = logging.getLogger("kvshare")
 
 
 @contextlib.contextmanager
@@ -76,6 +79,8 @@ class Shelf:
         self.encrypted = bool(config.encryption_key)
         self._closed = False
         self.durable = Durable(tree, self.blocks, self.lock, self.catalog, self._take_out)
+        if self.catalog is not None:
+            self.catalog.with_room = self.durable.add_rows
         self.committer = Committer(
             self.catalog,
             self._make_durable,
@@ -110,8 +115,21 @@ class Shelf:
                 lost.append(node.id)
                 self._metrics.error(MissingBlockError.kind)
         self.tree.settle()
+        self._count_faults()
         if lost:
             self.committer.order(Removal(tuple(lost), ()))
+
+    def _count_faults(self) -> None:
+        """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
+        faults = self.catalog.take_faults() if self.catalog is not None else []
+        for fault in faults:
+            self._metrics.error(fault.error.kind)
+        if faults:
+            first = faults[0]
+            log.warning(
+                "kvshare: %d faults in the catalogue, `kvshare check` names them; the first: %s: "
+                "%s", len(faults), first.about, first.error,
+            )  # fmt: skip
 
     # --- namespaces --------------------------------------------------------------------------
 
@@ -241,6 +259,7 @@ class Shelf:
                 if node.id not in self.tree and node.namespace not in self.closed:
                     self.blocks.expect(node.blocks, node.namespace)
                     self._insert(node, vectors)
+        self._count_faults()
 
     def unlearn(self, ids: Iterable[str]) -> None:
         """Nodes that others have removed: what this machine keeps of them goes as well."""

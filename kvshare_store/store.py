@@ -279,6 +279,7 @@ class Store:
             "staged": len(self._saving),
             "tiers": tiers,
             "health": metrics.health.report(),
+            "catalog_bytes": self.shelf.catalog.bytes if self.shelf.catalog is not None else 0,
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 

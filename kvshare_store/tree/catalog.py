@@ -1,6 +1,12 @@
-"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in this module.
+"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in `tree/table.py`.
 
-A row is written only after all blocks it names are durable, in one commit a batch.
+A row is written only after all blocks it names are durable, in one commit a batch; what a method
+committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
+nobody else sees it.
+
+**For machines that share a catalogue**: `changes_since(seen)` says which nodes were added, changed
+or removed since, by whomever. It reads the rows that are new and, only if rows went, the numbers of
+the others: no scan of the table after each commit of another machine.
 """
 
 from __future__ import annotations
@@ -8,58 +14,57 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
-from kvshare_store.errors import HomeError, StorageError
+from kvshare_store.errors import (
+    ErrorKind,
+    HomeError,
+    KVShareError,
+    MissError,
+    NewerRowError,
+    NoSpaceError,
+    StorageError,
+)
 from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
+from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
+from kvshare_store.tree.changes import NOTHING, Changes, Seen, changes_since
+from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
-from kvshare_store.tree.rows import Rows, Vectors
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
+from kvshare_store.tree.table import Fields, Table, lance_errors
 
-__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
+__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Changes", "Seen", "Vectors"]
 
-VECTOR_DIMENSIONS = 384
-_READ_ROWS = 4096
 _ATTEMPTS = 4
-_KEY = b"lance-schema:unenforced-primary-key:position"
-"""In the metadata of the field that was declared to be the key."""
-_SHARED_VERSIONS = timedelta(hours=1)
-
-
-def _schema() -> pa.Schema:
-    vector = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
-    return pa.schema(
+_VECTOR = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
+_NODES = Fields(
+    pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
             pa.field("namespace", pa.string(), nullable=False),
             pa.field("node", pa.binary(), nullable=False),
-            pa.field("lexical", vector),
-            pa.field("semantic", vector),
+            pa.field("lexical", _VECTOR),
+            pa.field("semantic", _VECTOR),
         ]
-    )
-
-
-_NAMESPACES = pa.schema(
-    [
-        pa.field("digest", pa.string(), nullable=False),
-        pa.field("namespace", pa.binary(), nullable=False),
-        pa.field("salt", pa.binary()),
-    ]
+    ),
+    "id",
 )
-
-
-class Changes(NamedTuple):
-    """Ids of nodes."""
-
-    added: Set[str] = frozenset()
-    removed: Set[str] = frozenset()
+_NAMESPACES = Fields(
+    pa.schema(
+        [
+            pa.field("digest", pa.string(), nullable=False),
+            pa.field("namespace", pa.binary(), nullable=False),
+            pa.field("salt", pa.binary()),
+        ]
+    ),
+    "digest",
+)
 
 
 class Catalog:
@@ -74,51 +79,74 @@ class Catalog:
 
     def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
         """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
-        for one that several machines write to."""
+        for one that several machines write to. `HomeError` if it cannot be had."""
         self._lock = threading.Lock()
+        self.with_room: Callable[[Callable[[], None]], None] = lambda commit: commit()
+        """Commits rows where the file system may be full; a store can forget nodes for them."""
         self._rows = Rows(keys)
         self._changes = Changes()
+        self._faults: list[Fault] = []
+        self._said: set[tuple[str, ErrorKind]] = set()
         self.place = Place(folder)
         try:
-            self._database = self.place.connect()
-            self._nodes = self._open("nodes", _schema(), "id")
-            self._namespaces = self._open("namespaces", _NAMESPACES, "digest")
-        except (OSError, ValueError, RuntimeError) as error:
+            with lance_errors():
+                database = self.place.connect()
+            self._nodes = Table(self.place, database, "nodes", _NODES)
+            self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+        except (OSError, NoSpaceError) as error:
+            if isinstance(error, HomeError):
+                raise
             raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
 
-    def _open(self, name: str, schema: pa.Schema, key: str) -> Any:
-        if name in self._database.list_tables().tables:
-            table: Any = self._database.open_table(name)
-        else:
-            table = self._database.create_table(name, schema=schema)
-        if table.schema.names != schema.names:
-            raise HomeError(f"catalogue table {name} has another format; use another home")
-        if _KEY not in (table.schema.field(key).metadata or {}):  # or its maker was killed here
-            table.set_unenforced_primary_key(key)
-        return table
+    # --- what is wrong -----------------------------------------------------------------------
 
-    @contextmanager
-    def _table_access(self) -> Iterator[None]:
-        """One caller at a time; LanceDB's errors become ours."""
+    def take_faults(self) -> list[Fault]:
+        """What was found to be wrong since the last call, by opening and by reading."""
         with self._lock:
-            try:
-                yield
-            except (OSError, RuntimeError, ValueError) as error:
-                raise StorageError(f"catalogue refused: {error}") from error
+            for table in (self._namespaces, self._nodes):
+                self._faults += table.take_lost()
+            faults, self._faults = self._faults, []
+            return faults
+
+    def _fault(self, about: str, error: KVShareError) -> None:
+        """Every read of a bad row finds it again: it counts once."""
+        if (about, error.kind) not in self._said:
+            self._said.add((about, error.kind))
+            self._faults.append(Fault(about, error))
+
+    def verify(self, *, repair: bool) -> list[Fault]:
+        """Read every row again and say what is wrong with it.
+
+        `repair`: bad rows are removed; those that a newer release understands stay.
+        """
+        with self._lock:
+            found: list[Fault] = []
+            for table, rows_of, read in (
+                (self._namespaces, namespace_rows, self._rows.namespace),
+                (self._nodes, node_rows, self._rows.node),
+            ):
+                bad: list[int] = []
+                for batch in table.salvage():
+                    for row, number in zip(rows_of(batch), numbers(batch), strict=True):
+                        error = _error_of(read, row)
+                        if error is not None:
+                            removed = repair and not isinstance(error, NewerRowError)
+                            found.append(Fault(str(row[0]), error, removed))
+                            bad += [int(number)] * removed
+                table.delete_numbers(bad)
+                found += table.take_lost()
+            return found
+
+    # --- nodes -------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
         """Commit nodes in one LanceDB version; adding a node again replaces its row."""
         if rows:
-            self._commit(lambda: self._add(rows))
+            self.with_room(lambda: self._commit(lambda: self._add(rows)))
 
     def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
-        with self._table_access():
-            table = pa.Table.from_pylist([self._rows.node_row(*row) for row in rows], _schema())
-            merge = self._nodes.merge_insert("id")
-            merge.when_matched_update_all().when_not_matched_insert_all().execute(
-                table,
-                on_bad_vectors="null",  # an absent semantic vector counts as a bad one
-            )
+        with self._lock:
+            self._nodes.merge([self._rows.node_row(*row) for row in rows], replace=True)
             self._note(added={node.id for node, _ in rows})
 
     def delete(self, ids: Iterable[str]) -> None:
@@ -129,7 +157,7 @@ class Catalog:
             self._commit(lambda: self._delete(gone, where))
 
     def _delete(self, ids: Sequence[str], where: str) -> None:
-        with self._table_access():
+        with self._lock:
             self._nodes.delete(where)
             self._note(removed=set(ids))
 
@@ -160,108 +188,132 @@ class Catalog:
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""
-        with self._table_access():
-            self._namespaces.checkout_latest()
-            self._nodes.checkout_latest()
-            return int(self._nodes.version)
+        with self._lock:
+            self._nodes.refresh()
+            self._namespaces.refresh()  # later: whoever commits a node has committed its namespace
+            return self._nodes.version
 
     def load(
         self, namespace: str | None = None, ids: Collection[str] | None = None
     ) -> Iterator[tuple[Node, Vectors]]:
         """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
 
-        Sealed nodes of a namespace whose key is not known are left out: `namespaces` learns keys.
+        Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
         """
-        with self._table_access():
-            query = self._nodes.search().limit(None)
-            if namespace is not None:
-                query = query.where(f"namespace = '{_hex(namespace)}'")
-            if ids is not None:
-                query = query.where(f"id IN ({_quoted(ids)})")
-            for batch in query.to_batches(_READ_ROWS):
-                for row in batch.to_pylist():
-                    if self._rows.readable(row):
+        where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
+        where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
+        with self._lock:
+            batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
+            for batch in batches:
+                for row in node_rows(batch):
+                    try:
                         yield self._rows.node(row)
+                    except MissError as error:
+                        self._fault(row.id, error)
 
     def count(self) -> int:
         """How many nodes are committed."""
-        with self._table_access():
-            return int(self._nodes.count_rows())
+        with self._lock:
+            return self._nodes.count()
 
     def ids(self) -> list[tuple[str, str]]:
         """Id and namespace of every committed row, as the table has them, repetitions included."""
-        with self._table_access():
-            table = self._nodes.search().select(["id", "namespace"]).limit(None).to_arrow()
-        return list(zip(*(table[name].to_pylist() for name in ("id", "namespace")), strict=True))
+        with self._lock:
+            batches = list(self._nodes.rows(columns=["id", "namespace"]))
+        return [
+            pair
+            for batch in batches
+            for pair in zip(texts(batch, "id"), texts(batch, "namespace"), strict=True)
+        ]
+
+    def changes_since(self, seen: Seen = NOTHING) -> tuple[Changes, Seen]:
+        """What became of nodes since `seen`, and what is seen now.
+
+        Call `refresh` first to see what others have committed.
+        """
+        with self._lock:
+            return changes_since(self._nodes, seen)
+
+    # --- versions ----------------------------------------------------------------------------
 
     def versions(self) -> int:
         """How many versions of the tables there are, the current one (of both) included."""
-        with self._table_access():
-            namespaces = 1 if self.place.shared else len(self._namespaces.list_versions())
-            return len(self._nodes.list_versions()) + namespaces - 1
+        with self._lock:
+            namespaces = 1 if self.place.shared else self._namespaces.versions()
+            return self._nodes.versions() + namespaces - 1
+
+    def clear(self) -> None:
+        """Remove every node, from old versions too."""
+        with self._lock:
+            self._nodes.delete("true")
+            self._nodes.drop_versions()
+
+    def compact(self) -> None:
+        """Merge small fragments and drop old versions. Only the owner of the home may call it."""
+        with self._lock:
+            self._nodes.compact()
+            if not self.place.shared and self._namespaces.versions() > 1:
+                self._namespaces.rewrite()  # a file may hold the salt of what was purged
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files of a catalogue in a folder."""
+        return self._nodes.bytes + self._namespaces.bytes
+
+    # --- namespaces --------------------------------------------------------------------------
 
     def add_namespace(self, namespace: Namespace) -> None:
-        """Remember what a digest stands for, and the salt of its key."""
+        """Remember what a digest stands for, and the salt of its key.
+
+        A record that is there stays: another writer may have been first, and one salt counts. One
+        that cannot be read is replaced.
+        """
         row = self._rows.namespace_row(namespace)
-        with self._table_access():
-            merge = self._namespaces.merge_insert("digest")
-            merge.when_not_matched_insert_all().execute(pa.Table.from_pylist([row], _NAMESPACES))
-        self.namespaces(namespace.digest)  # another writer may have been first: one salt counts
+        with self._lock:
+            self._namespaces.merge([row], replace=False)
+        if not self.namespaces(namespace.digest):
+            with self._lock:
+                self._namespaces.merge([row], replace=True)
+            self.namespaces(namespace.digest)
 
     def namespaces(self, digest: str | None = None) -> list[Namespace]:
         """Every namespace that was ever saved into, or the one of a digest; its key is known then.
 
-        `ConfigError` if they were sealed with another key than ours, or with none.
+        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
+        they were sealed with another key than ours, or with none.
         """
-        with self._table_access():
-            query = self._namespaces.search().limit(None)
-            rows = (query.where(f"digest = '{_hex(digest)}'") if digest else query).to_list()
-        return [self._rows.namespace(row) for row in rows]
+        with self._lock:
+            if digest is not None:
+                batches = list(self._namespaces.rows(f"digest = '{_hex(digest)}'"))
+            else:
+                batches = list(self._namespaces.salvage())
+            found = []
+            for row in (row for batch in batches for row in namespace_rows(batch)):
+                try:
+                    found.append(self._rows.namespace(row))
+                except MissError as error:
+                    self._fault(row.digest, error)
+        return found
 
     def purge(self, namespace: str) -> None:
-        """Remove every row of a namespace, its record and its salt, from old versions too."""
+        """Remove every row of a namespace, its record and its salt, from old versions too.
+
+        Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
+        rows of the namespace (docs/design/tree.md).
+        """
         digest = _hex(namespace)
-        with self._table_access():
-            for table, column in ((self._nodes, "namespace"), (self._namespaces, "digest")):
-                table.delete(f"{column} = '{digest}'")
-                self._rewrite(table, column)
+        with self._lock:
+            self._nodes.erase(f"namespace = '{digest}'")
+            self._namespaces.erase(f"digest = '{digest}'")
         self._rows.forget(namespace)
 
-    def clear(self) -> None:
-        """Remove every node, from old versions too."""
-        with self._table_access():
-            self._nodes.delete("true")
-            self._drop_versions(self._nodes)
 
-    def compact(self) -> None:
-        """Merge small fragments and drop old versions. Only the owner of the home may call it.
-
-        Others may be reading a version of a shared catalogue, or writing the next: there versions
-        stay for an hour, and of two that compact at once LanceDB lets one have its way.
-        """
-        with self._table_access():
-            if self.place.shared:
-                self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)
-            else:
-                self._drop_versions(self._nodes)
-                if len(self._namespaces.list_versions()) > 1:  # one may hold a purged salt
-                    self._rewrite(self._namespaces, "digest")
-
-    def _rewrite(self, table: Any, column: str) -> None:
-        """Deleting only marks rows, and a file with few marks is never written again: what stays is
-        rewritten here, so that the files with what was deleted can go."""
-        table.update(where="true", values_sql={column: column})
-        self._drop_versions(table)
-
-    def _drop_versions(self, table: Any) -> None:
-        """All but the present one, and files that belong to none. Other machines may be writing
-        files that belong to none yet: those are left alone."""
-        # zero would warn of other readers, and those of a shared table ask again. A version
-        # is kept unless it was that old when this began.
-        time.sleep(0.002)
-        table.optimize(
-            cleanup_older_than=timedelta(milliseconds=1), delete_unverified=not self.place.shared
-        )
+def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
+    try:
+        read(row)
+    except MissError as error:
+        return error
+    return None
 
 
 def _quoted(ids: Iterable[str]) -> str:

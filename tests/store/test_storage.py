@@ -30,7 +30,6 @@ from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tiers import damage_file
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
 
 Open = Callable[..., Driver]
 Config = Callable[..., StoreConfig]
@@ -488,27 +487,6 @@ def test_too_little_shared_memory_for_the_budget(config: Config, home: Path) -> 
     with pytest.raises(HomeError, match="lower host_bytes"):
         Store(config(host_bytes=1 << 60))
     Store(config()).close()
-
-
-def test_a_damaged_catalogue_is_said_so(driver: Open, config: Config, home: Path) -> None:
-    driver().save(prompt(1, 40))
-    driver().store.close()
-    for file in (home / "catalog").rglob("*"):
-        if file.is_file() and file.suffix in (".lance", ".manifest"):
-            file.write_bytes(b"damaged")
-    with pytest.raises(HomeError, match="catalog"):
-        Store(config())
-
-
-def test_a_node_that_cannot_be_read_is_said_so(driver: Open, config: Config, home: Path) -> None:
-    driver().save(prompt(1, 40))
-    driver().store.close()
-    vector = [0.0] * VECTOR_DIMENSIONS
-    row = {"id": "ab", "namespace": "n", "node": b"later", "lexical": vector, "semantic": vector}
-    Catalog(home / "catalog")._nodes.add([row])
-    for _ in range(2):  # and the home is not left locked
-        with pytest.raises(StorageError, match="node ab is unreadable"):
-            Store(config())
 
 
 def test_rows_are_verified_where_they_are_read(driver: Open, home: Path) -> None:
