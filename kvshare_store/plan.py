@@ -110,6 +110,8 @@ class Outcome(msgspec.Struct, frozen=True):
     nbytes: int = 0
     seconds: float = 0.0
     failed: str = ""
+    cached: int = 0
+    """Tokens that the engine's own prefix cache had, so the plan was not asked for them."""
 
 
 def gaps(spans: Iterable[Span], start: int, stop: int) -> list[Run]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +31,7 @@ from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.version import version
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -56,6 +59,7 @@ class Store:
 
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
+        self._since = time.time()
         self.metrics = Metrics()
         self.tree = DeltaTree(lambda: make_policy(config.eviction))
         self.cost = CostModel()
@@ -173,6 +177,7 @@ class Store:
         opened = self._closed(lease)
         if opened is None:
             return
+        self.metrics.add("tokens_engine_cached", outcome.cached)
         if outcome.failed:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
@@ -183,6 +188,12 @@ class Store:
         self.metrics.add("bytes_loaded", outcome.nbytes)
         self.metrics.observe("load", outcome.seconds)
         self.cost.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def engine_cached(self, tokens: int) -> None:
+        """Of a lookup that was counted as a miss, so many tokens need not be computed either: the
+        engine's own prefix cache had them."""
+        self.metrics.add("tokens_engine_cached", tokens)
+        self.metrics.add("tokens_recomputed", -tokens)
 
     def _count_miss(self, reason: str, tokens: int) -> None:
         self.metrics.add("misses")
@@ -345,15 +356,19 @@ class Store:
         return self.shelf.namespace(digest)
 
     def stats(self) -> dict[str, Any]:
-        """Counters, budgets and times, in plain types."""
+        """Counters since `since` (Unix seconds), budgets and times, in plain types."""
         metrics = self.metrics
         names = (
             "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
             "tokens_reused_exact", "tokens_reused_edited", "tokens_recomputed",
-            "bytes_loaded", "bytes_stored",
+            "tokens_engine_cached", "bytes_loaded", "bytes_stored",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
         return {
+            "version": version(),
+            "policy": self.config.policy,
+            "pid": os.getpid(),
+            "since": self._since,
             **{name: metrics.count(name) for name in names},
             "declined": metrics.declined,
             "errors": metrics.errors,

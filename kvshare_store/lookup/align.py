@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 

@@ -149,13 +149,14 @@ def one_line(result: Result, code: int) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "--set", "polcy=exact"], "unknown setting 'polcy'; known: home,"),
+        (["serve", "--set", "polcy=exact"], "unknown setting 'polcy'; did you mean policy?"),
         (["serve", "--set", "policy=lax"], "policy"),
         (["serve", "--set", "block_tokens=many"], "block_tokens"),
         (["serve", "--set", "disk=perhaps"], "disk"),
         (["serve", "--set", "host_bytes=0"], "host_bytes must be greater than zero"),
         (["serve", "--set", "disk_bytes=0"], "disk_bytes must be greater than zero"),
         (["serve", "--set", "host_bytes=lots"], "host_bytes: 'lots' is not a size"),
+        (["serve", "--set", "host_bytes=1"], "host_bytes: '1' has no room for one block"),
         (["serve", "--set", "tail=-1"], "tail must not be negative"),
         (["serve", "--set", "policy"], "write --set field=value"),
         (["serve", "--set", "=exact"], "write --set field=value"),
@@ -168,7 +169,7 @@ def one_line(result: Result, code: int) -> str:
         (["show"], "NODE"),
         (["frobnicate"], "frobnicate"),
         (["vllm"], "kvshare --help"),
-        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "unknown setting --kvshare.polcy"),
+        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "did you mean --kvshare.policy?"),
         (["vllm", "serve", "m", "--kvshare.policy", "lax"], "policy"),
         (["vllm", "serve", "m", "--kvshare.policy"], "--kvshare.policy needs a value"),
         (["vllm", "serve", "m", "--kvshare.policy", "--port", "1"], "needs a value"),
@@ -199,7 +200,7 @@ def test_bad_file(command: str, text: str, words: str, tmp_path: Path) -> None:
 
 def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVSHARE_HOST_BYTES", "lots")
-    assert "host_bytes" in one_line(run("stats"), 2)
+    assert "KVSHARE_HOST_BYTES: 'lots'" in one_line(run("stats"), 2)
 
 
 @pytest.mark.parametrize("below", [".", "below"])
