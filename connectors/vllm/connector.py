@@ -71,6 +71,7 @@ class KVShareConnector(KVConnectorBase_V1):
         from kvshare_connectors.vllm.planning import Planning  # noqa: PLC0415
 
         from kvshare_store.daemon.link import open_link  # noqa: PLC0415
+        from kvshare_store.tenants import Tenants  # noqa: PLC0415
 
         if self._unserved is not None:
             log.warning("kvshare: this model is served without reuse: %s", self._unserved)
@@ -80,12 +81,13 @@ class KVShareConnector(KVConnectorBase_V1):
                 'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed '
                 "load is a miss and not a failed request"
             )
+        tenants = Tenants(self.config)  # a key that is not there stops the engine before the rest
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
         link = open_link(self.config)
         introduce(link, sourced_settings(self._vllm))
         _look_for_own_prompts(link, namespace)
-        self.planning = Planning(self.config, namespace, link, size)
+        self.planning = Planning(self.config, namespace, link, size, tenants)
 
     # --- worker side ----------------------------------------------------------------------------
 

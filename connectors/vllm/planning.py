@@ -49,13 +49,20 @@ _BUSY_WAIT_S = 0.005
 class Planning:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, namespace: Namespace, link: Link, run: int) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        namespace: Namespace,
+        link: Link,
+        run: int,
+        tenants: Tenants | None = None,
+    ) -> None:
         self.config = config
         self._namespace = namespace
         self._link = link
         self._hash_block = run
         self._adapters = Adapters()
-        self._tenants = Tenants(config)
+        self._tenants = tenants or Tenants(config)
         self._states: dict[str, RequestState] = {}
         self._ready: list[RequestState] = []
         """Admitted in this step, all runs to be computed in it."""
