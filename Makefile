@@ -1,6 +1,6 @@
 # make setup    the virtual environment .venv, the project in it, and the demo model
 # make test     every test
-# make demo     the example
+# make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and the page of results
 # make bench-store DATA=DIR   the store alone: tiers beside their media, codecs, start-up, lookups
@@ -53,7 +53,7 @@ test: setup
 	$(PY) -m pytest
 
 demo: setup
-	$(PY) -m examples.demo.run
+	$(PY) -m examples.demo.run $(if $(FULL),--full)
 
 # Each measurement has a process of its own; one that fails is named at the end, the others run.
 bench: export OMP_WAIT_POLICY = PASSIVE

@@ -25,6 +25,7 @@ MEASUREMENTS: dict[str, str] = {
     "steady": "steady",
     "eviction": "eviction",
     "tiers": "tiers",
+    "async-files": "async_files",
     "codecs": "codecs",
     "startup": "startup",
     "metadata": "metadata",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
 from kvshare_store.errors import ConfigError
+from kvshare_store.words import either, nearest, unknown
 
 PolicyName = Literal["off", "exact", "faithful", "balanced", "aggressive"]
 SemanticMode = Literal["auto", "always", "never"]
@@ -28,6 +29,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
 _SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
+_LEAST_BYTES = 2**20
+"""A budget below this holds not one block of the smallest models."""
+_ENVIRONMENT = "KVSHARE_"
 
 
 def default_home() -> Path:
@@ -61,6 +65,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How rows are packed in the remote tier."""
     encryption_key: str = ""
     """Where the master key is: `file:PATH`, `env:NAME` or `command:ARGV`. Empty: no encryption."""
+    tenant_key: str = ""
+    """Where the key is that proves a `cache_salt`, in the same forms. Empty: any salt counts."""
     disk_write: WriteMode = "through"
     """When blocks go to disk: as soon as they are saved, or `back`: when the host runs out of room
     (then a remote tier must take them at once)."""
@@ -130,8 +136,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
             raise ConfigError(f"edit_growth must be a number, got {self.edit_growth}")
-        if self.encryption_key and not re.match(r"(file|env|command):.*\S", self.encryption_key):
-            raise ConfigError("encryption_key must be file:PATH, env:NAME or command:ARGV")
+        for name in ("encryption_key", "tenant_key"):
+            value = getattr(self, name)
+            if value and not re.match(r"(file|env|command):.*\S", value):
+                raise ConfigError(f"{name} must be file:PATH, env:NAME or command:ARGV")
         if not self.home.strip():
             raise ConfigError("home is empty; name a folder")
         for name in ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors",
@@ -152,16 +160,6 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return Path(self.home).expanduser()
 
 
-_CHOICES = {
-    "policy": get_args(PolicyName),
-    "semantic": get_args(SemanticMode),
-    "disk_write": get_args(WriteMode),
-    "remote_write": get_args(WriteMode),
-    "eviction": get_args(EvictionName),
-    "huge_pages": get_args(HugePages),
-    "disk_codec": get_args(CodecName),
-    "remote_codec": get_args(CodecName),
-}
 FIELDS = tuple(StoreConfig.__struct_fields__)
 
 
@@ -176,6 +174,22 @@ def parse_size(value: object, name: str = "size") -> int:
     return int(float(match[1]) * (_BINARY.get(unit) or _UNITS[unit]))
 
 
+class Settings(NamedTuple):
+    """A configuration, and where each value came from."""
+
+    config: StoreConfig
+    sources: dict[str, str]
+    """`default`, `environment`, `config file PATH` or `given` for every field."""
+
+    def given(self) -> dict[str, Any]:
+        """The values that somebody has set, by field."""
+        return {
+            name: getattr(self.config, name)
+            for name, source in self.sources.items()
+            if source != "default"
+        }
+
+
 def load_config(
     explicit: Mapping[str, Any] | None = None,
     *,
@@ -186,27 +200,68 @@ def load_config(
     """Merge file, environment and explicit values into one `StoreConfig`.
 
     `explicit` may hold `config` (a YAML path) beside the fields; `defaults` stand in for the
-    fields' own. Raises `ConfigError` naming the source and the setting when one is unknown or of
-    the wrong type.
+    fields' own. Raises `ConfigError` naming the source, the setting and the value when one is
+    unknown, of the wrong type or out of range.
     """
+    return load_settings(explicit, file=file, environ=environ, defaults=defaults).config
+
+
+def load_settings(
+    explicit: Mapping[str, Any] | None = None,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Settings:
+    """As `load_config`, and where each value came from."""
     environ = os.environ if environ is None else environ
     explicit = dict(explicit or {})
     named = explicit.pop("config", None)
-    file = file or named or environ.get("KVSHARE_CONFIG")
+    file = file or named or environ.get(f"{_ENVIRONMENT}CONFIG")
     values: dict[str, Any] = dict(defaults or {})
+    sources = dict.fromkeys(FIELDS, "default")
+    for source, layer in _layers(explicit, file, environ):
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    try:
+        return Settings(msgspec.convert(values, StoreConfig, strict=False), sources)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings: {_refusal(error) or error}") from error
+
+
+def _layers(
+    explicit: Mapping[str, Any], file: str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where values come from, the weakest first, and the values."""
     if file is not None:
-        values |= _checked(_read_yaml(Path(file)), f"config file {file}")
-    values |= _checked(_from_environment(environ), "environment")
-    values |= _checked(explicit, "kvshare settings")
-    return _convert(values, "settings")
+        source = f"config file {file}"
+        yield source, _checked(_read_yaml(Path(file)), f"{source}: ")
+    variable = f"environment variable {_ENVIRONMENT}"
+    yield "environment", _checked(_from_environment(environ), variable, in_capitals=True)
+    yield "given", _checked(explicit, "kvshare settings: ")
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings in the environment; `ConfigError` for a name that is nearly one of them."""
+    for name in unknown_variables(environ):
+        meant = nearest(name.removeprefix(_ENVIRONMENT).lower(), (*FIELDS, "config"))
+        if meant is not None:
+            variable = f"{_ENVIRONMENT}{meant.upper()}"
+            raise ConfigError(f"environment variable {name}: did you mean {variable}?")
     return {
-        name: environ[f"KVSHARE_{name.upper()}"]
+        name: environ[f"{_ENVIRONMENT}{name.upper()}"]
         for name in FIELDS
-        if f"KVSHARE_{name.upper()}" in environ
+        if f"{_ENVIRONMENT}{name.upper()}" in environ
     }
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Names in the environment that begin like settings and are none.
+
+    Others may have put them there: Kubernetes does, for a service named `kvshare`.
+    """
+    known = {f"{_ENVIRONMENT}{name.upper()}" for name in (*FIELDS, "config")}
+    return sorted(name for name in environ if name.startswith(_ENVIRONMENT) and name not in known)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -224,27 +279,51 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _checked(
+    values: Mapping[str, Any], source: str, *, in_capitals: bool = False
+) -> dict[str, Any]:
     """Sizes parsed, unknown names refused, every value of the right type on its own."""
     checked = {}
     for name, value in values.items():
         if name not in FIELDS:
-            raise ConfigError(f"{source}: unknown setting {name!r}; known: {', '.join(FIELDS)}")
-        checked[name] = parse_size(value, name) if name in _SIZE_FIELDS else value
-    _convert(checked, source)
+            raise ConfigError(f"{source}{unknown('setting', name, FIELDS)}")
+        label = source + (name.upper() if in_capitals else name)
+        checked[name] = _size(value, label) if name in _SIZE_FIELDS else value
+        _check(name, checked[name], label)
     return checked
 
 
-def _convert(values: dict[str, Any], source: str) -> StoreConfig:
-    for name, allowed in _CHOICES.items():
-        if name in values and values[name] not in allowed:
-            raise ConfigError(f"{source}: {name} must be one of {', '.join(allowed)}")
+def _size(value: object, label: str) -> int:
+    nbytes = parse_size(value, label)
+    if 0 < nbytes < _LEAST_BYTES:
+        raise ConfigError(
+            f"{label}: {value!r} has no room for one block; the least that makes sense is 1MiB"
+        )
+    return nbytes
+
+
+def _check(name: str, value: object, label: str) -> None:
     try:
-        return msgspec.convert(values, StoreConfig, strict=False)
+        msgspec.convert({name: value}, StoreConfig, strict=False)
     except msgspec.ValidationError as error:
-        # A __post_init__ refusal arrives wrapped; its own words are the clear ones.
-        reason = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
-        raise ConfigError(f"{source}: {reason}") from error
+        refusal = _refusal(error)
+        if refusal is None:
+            refusal = f"{name} must be {_kind(name)}, got {value!r}"
+        raise ConfigError(f"{label} {refusal.removeprefix(name).lstrip()}") from error
+
+
+def _refusal(error: msgspec.ValidationError) -> str | None:
+    """What `__post_init__` said; None where msgspec itself did not like a type."""
+    return str(error.__cause__) if isinstance(error.__cause__, ConfigError) else None
+
+
+def _kind(name: str) -> str:
+    """What a field may hold, in words."""
+    hint = get_type_hints(StoreConfig)[name]
+    if get_args(hint) and isinstance(get_args(hint)[0], str):
+        return f"one of {', '.join(get_args(hint))}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return either(words[part] for part in get_args(hint) or (hint,) if part in words)
 
 
 def policy_names() -> tuple[str, ...]:

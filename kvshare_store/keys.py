@@ -112,19 +112,25 @@ def _aesgcm() -> Any:
 # --- the master key -------------------------------------------------------------------------------
 
 
-def master_key(source: str) -> bytes:
-    """The 32 bytes that `encryption_key` names; `ConfigError` if they cannot be had."""
+def master_key(source: str, setting: str = "encryption_key") -> bytes:
+    """The 32 bytes that `source`, the value of `setting`, names.
+
+    `ConfigError`, naming the setting, if they cannot be had.
+    """
     kind, _, where = source.partition(":")
-    if kind == "file":
-        return _parsed(_from_file(Path(where).expanduser()), f"file {where}", raw=True)
-    if kind == "env":
-        value = os.environ.get(where)
-        if value is None:
-            raise ConfigError(f"encryption_key: environment variable {where} is not set")
-        return _parsed(value.encode(), f"environment variable {where}", raw=False)
-    if kind == "command":
-        return _parsed(_from_command(where), f"command {shlex.split(where)[0]}", raw=True)
-    raise ConfigError("encryption_key must be file:PATH, env:NAME or command:ARGV")
+    try:
+        if kind == "file":
+            return _parsed(_from_file(Path(where).expanduser()), f"file {where}", raw=True)
+        if kind == "env":
+            value = os.environ.get(where)
+            if value is None:
+                raise ConfigError(f"environment variable {where} is not set")
+            return _parsed(value.encode(), f"environment variable {where}", raw=False)
+        if kind == "command":
+            return _parsed(_from_command(where), f"command {shlex.split(where)[0]}", raw=True)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+    raise ConfigError(f"{setting} must be file:PATH, env:NAME or command:ARGV")
 
 
 def _from_file(path: Path) -> bytes:
@@ -134,12 +140,11 @@ def _from_file(path: Path) -> bytes:
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
             if mode & 0o077:
                 raise ConfigError(
-                    f"encryption_key: {path} has mode {mode:04o}, others may read it; "
-                    f"chmod 600 {path}"
+                    f"{path} has mode {mode:04o}, others may read it; chmod 600 {path}"
                 )
             return file.read(1024)
     except OSError as error:
-        raise ConfigError(f"encryption_key: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _from_command(line: str) -> bytes:
@@ -148,14 +153,12 @@ def _from_command(line: str) -> bytes:
     try:
         done = subprocess.run(argv, capture_output=True, timeout=_COMMAND_S, check=False)
     except OSError as error:
-        raise ConfigError(f"encryption_key: {argv[0]} cannot run: {error.strerror}") from error
+        raise ConfigError(f"{argv[0]} cannot run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"encryption_key: {argv[0]} printed no key in {_COMMAND_S:.0f} s"
-        ) from error
+        raise ConfigError(f"{argv[0]} printed no key in {_COMMAND_S:.0f} s") from error
     if done.returncode:
         words = done.stderr.decode(errors="replace").split("\n")[0][:200]
-        raise ConfigError(f"encryption_key: {argv[0]} exited with {done.returncode}: {words}")
+        raise ConfigError(f"{argv[0]} exited with {done.returncode}: {words}")
     return done.stdout
 
 
@@ -174,5 +177,5 @@ def _parsed(text: bytes, source: str, *, raw: bool) -> bytes:
         key = b""
     if len(key) != KEY_BYTES:
         kinds = "32 bytes, 64 hex digits or base64" if raw else "64 hex digits or base64"
-        raise ConfigError(f"encryption_key: {source} holds no key of 32 bytes ({kinds})")
+        raise ConfigError(f"{source} holds no key of 32 bytes ({kinds})")
     return key

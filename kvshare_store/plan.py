@@ -120,6 +120,8 @@ class Outcome(msgspec.Struct, frozen=True):
     nbytes: Count = 0
     seconds: Seconds = 0.0
     failed: Label = ""
+    cached: Count = 0
+    """Tokens that the engine's own prefix cache had, so the plan was not asked for them."""
 
 
 def gaps(spans: Iterable[Span], start: int, stop: int) -> list[Run]:

@@ -48,6 +48,7 @@ class OpenPlan(NamedTuple):
             min(numbers) >= 0
             and loaded <= self.reused
             and loaded + outcome.recomputed <= self.tokens
+            and outcome.cached <= self.tokens
             and outcome.nbytes <= self.reused * self.row_bytes
             and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
             and len(outcome.failed) <= _LONGEST_REASON

@@ -190,6 +190,7 @@ class Serving:
             self._metrics.error(error.kind)
             self._count_miss("bad_outcome", opened.tokens)
             raise
+        self._metrics.add("tokens_engine_cached", outcome.cached)
         if outcome.failed:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
@@ -201,6 +202,11 @@ class Serving:
         metrics.add("bytes_loaded", outcome.nbytes)
         metrics.observe("load", outcome.seconds)
         self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def engine_cached(self, tokens: int) -> None:
+        """See `Store.engine_cached`."""
+        self._metrics.add("tokens_engine_cached", tokens)
+        self._metrics.add("tokens_recomputed", -tokens)
 
     def donors(self, node_id: str) -> list[Node]:
         """The node that is here and those that open plans were made from, which may differ. Hold

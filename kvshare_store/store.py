@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from time import perf_counter
@@ -27,6 +29,7 @@ from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.version import version
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -41,6 +44,7 @@ class Store:
 
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
+        self._since = time.time()
         self.metrics = Metrics()
         self.tree = DeltaTree(lambda: make_policy(config.eviction))
         self.costs = Costs()
@@ -104,6 +108,11 @@ class Store:
         an outcome that the plan cannot have; the plan has then ended as a miss.
         """
         self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
+
+    def engine_cached(self, tokens: int) -> None:
+        """Of a lookup that was counted as a miss, so many tokens need not be computed either: the
+        engine's own prefix cache had them."""
+        self._serving.engine_cached(tokens)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -257,7 +266,7 @@ class Store:
         return self.shelf.namespace(digest)
 
     def stats(self) -> dict[str, Any]:
-        """Counters, budgets and times, in plain types.
+        """Counters since `since` (Unix seconds), budgets and times, in plain types.
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
@@ -265,10 +274,14 @@ class Store:
         names = (
             "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
             "tokens_reused_exact", "tokens_reused_edited", "tokens_recomputed",
-            "bytes_loaded", "bytes_stored",
+            "tokens_engine_cached", "bytes_loaded", "bytes_stored",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
         return {
+            "version": version(),
+            "policy": self.config.policy,
+            "pid": os.getpid(),
+            "since": self._since,
             **{name: metrics.count(name) for name in names},
             "declined": metrics.declined,
             "errors": metrics.errors,

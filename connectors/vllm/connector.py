@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.settings import settings_of
+from kvshare_connectors.vllm.settings import settings_of, sourced_settings
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -66,10 +66,12 @@ class KVShareConnector(KVConnectorBase_V1):
         return reason
 
     def _open_scheduler_side(self) -> None:
-        from kvshare_connectors.vllm.identity import namespace_of  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.banner import introduce  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.identity import namespace_of  # noqa: PLC0415
         from kvshare_connectors.vllm.planning import Planning  # noqa: PLC0415
 
         from kvshare_store.daemon.link import open_link  # noqa: PLC0415
+        from kvshare_store.tenants import Tenants  # noqa: PLC0415
 
         if self._unserved is not None:
             log.warning("kvshare: this model is served without reuse: %s", self._unserved)
@@ -79,11 +81,13 @@ class KVShareConnector(KVConnectorBase_V1):
                 'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed '
                 "load is a miss and not a failed request"
             )
+        tenants = Tenants(self.config)  # a key that is not there stops the engine before the rest
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
         link = open_link(self.config)
+        introduce(link, sourced_settings(self._vllm))
         _look_for_own_prompts(link, namespace)
-        self.planning = Planning(self.config, namespace, link, size)
+        self.planning = Planning(self.config, namespace, link, size, tenants)
 
     # --- worker side ----------------------------------------------------------------------------
 

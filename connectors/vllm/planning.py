@@ -30,6 +30,7 @@ from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan, Span, clip_spans, gaps
 from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.tenants import UNPROVEN, Tenants
 from kvshare_store.tree.edits import as_tokens
 
 if TYPE_CHECKING:
@@ -48,12 +49,20 @@ _BUSY_WAIT_S = 0.005
 class Planning:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, namespace: Namespace, link: Link, run: int) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        namespace: Namespace,
+        link: Link,
+        run: int,
+        tenants: Tenants | None = None,
+    ) -> None:
         self.config = config
         self._namespace = namespace
         self._link = link
         self._hash_block = run
         self._adapters = Adapters()
+        self._tenants = tenants or Tenants(config)
         self._states: dict[str, RequestState] = {}
         self._ready: list[RequestState] = []
         """Admitted in this step, all runs to be computed in it."""
@@ -86,8 +95,11 @@ class Planning:
         state = self._states.get(request.request_id)
         if state is None:
             adapter = self._adapters.of(request.lora_request)
-            namespace = self._namespace.for_tenant(request.cache_salt or "", adapter.identity)
+            tenant = self._tenants.of(request.cache_salt or "")
+            namespace = self._namespace.for_tenant(tenant or "", adapter.identity)
             declined = decline_reason(request, self.config.policy) or adapter.declined
+            if tenant is None:
+                declined = declined or UNPROVEN
             state = RequestState(request, namespace, declined=declined)
             self._states[request.request_id] = state
             if state.declined:
@@ -130,6 +142,7 @@ class Planning:
         ):
             self._give_up(state, "queued_too_long")
             state.asked, state.settled, state.stored = None, False, None
+            state.cached_counted = False
 
     def look_ahead(self, requests: Iterable[Request], *, busy: bool) -> list[RequestState]:
         """Look up the requests that this step may admit; returns their states in order."""
@@ -167,9 +180,9 @@ class Planning:
         self.collect(state, patience)
         if not state.settled:
             return None, False
+        state.local = local
         if state.plan is None:
             return 0, False
-        state.local = local
         spans = clip_spans(state.plan.spans, local, state.length - 1)
         if not self.places_runs and spans and (runs := gaps(spans, local, spans[-1].stop)):
             spans = clip_spans(spans, local, runs[0].start)
@@ -226,7 +239,10 @@ class Planning:
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """vLLM has taken (or, with 0, not taken) the promise and given the request its blocks."""
         state = self.state_of(request)
-        if state.loaded or state.plan is None:
+        if state.loaded:
+            return
+        if state.plan is None:
+            self._count_cached(state)
             return
         if external <= 0:
             self._give_up(state, "not_taken")
@@ -244,6 +260,12 @@ class Planning:
         elif state.runs:
             self._ready.append(state)
 
+    def _count_cached(self, state: RequestState) -> None:
+        """Of a request that was counted as a miss, vLLM's own cache had the beginning."""
+        if state.local and not state.cached_counted:
+            self._link.tell(protocol.EngineCached(state.local))
+            state.cached_counted = True
+
     def _load_spec(self, state: RequestState, plan: ReusePlan) -> LoadSpec:
         reused = sum(span.length for span in state.loaded)
         return LoadSpec(
@@ -260,8 +282,10 @@ class Planning:
 
     def _give_up(self, state: RequestState, reason: str) -> None:
         if state.plan is not None:
-            outcome = Outcome(failed=reason, recomputed=state.length - state.local)
+            computed = state.length - state.local
+            outcome = Outcome(failed=reason, recomputed=computed, cached=state.local)
             self._link.tell(protocol.Finish(state.plan.lease, outcome))
+            state.cached_counted = True
         state.plan = None
 
     # --- one step ----------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class RequestState:
     """Budget of this step is set aside for all placeholder runs."""
     local: int = 0
     """Tokens that vLLM's own prefix cache covers."""
+    cached_counted: bool = False
+    """The daemon knows of them."""
     loaded: list[Span] = field(default_factory=list)
     """Spans that were promised to vLLM and are loaded."""
     runs: list[Run] = field(default_factory=list)

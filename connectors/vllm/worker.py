@@ -84,7 +84,8 @@ class Worker:
                 continue
             edited = sum(span.length for span in spec.spans) - spec.exact
             seconds = time.perf_counter() - start
-            outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds)
+            cached = spec.start
+            outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds, cached=cached)
             self.saver.tell(protocol.Finish(spec.lease, outcome))
         if step.loads:
             self._started = time.perf_counter()
@@ -125,7 +126,8 @@ class Worker:
         self._failed_blocks.update(spec.block_ids[first:])
         self._wrong_blocks.update(spec.block_ids[first:])
         recomputed = spec.recomputed + sum(span.length for span in spec.spans)
-        outcome = Outcome(failed=f"load_{error.kind}", recomputed=recomputed)
+        failed = f"load_{error.kind}"
+        outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
         self.saver.tell(protocol.Finish(spec.lease, outcome))
         self.saver.tell(protocol.Failed(str(error.kind)))
 

@@ -1,6 +1,9 @@
 """The demo: similar prompts served by stock vLLM, with and without KVShare.
 
-    python -m examples.demo.run [--model PATH] [--out demo-report.json] [--home DIR] [--quick]
+    python -m examples.demo.run [--model PATH] [--out demo-report.json] [--home DIR] [--full]
+
+As it stands it takes up to four minutes on two cores: a few followers of each family, each once.
+`--full` serves every follower three times and measures misses and identical prompts as well.
 
 Every follower of `families.py` is served by three engines with the same settings:
 
@@ -11,7 +14,8 @@ kvshare   KVShare with the policy `balanced`, and prefix caching on as well. Tha
           own cache and KVShare adds what it can to that. The report counts both kinds of identical
           beginning as `reused_exact`.
 
-A fourth engine, identical, has KVShare on and prefix caching off and is sent long prompts twice.
+With `--full` a fourth engine, identical, has KVShare on and prefix caching off and is sent long
+prompts twice.
 
 How it is measured:
 
@@ -48,12 +52,12 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.demo import report
 from examples.demo.engine import Arm, DemoError
 from examples.demo.families import FAMILIES, WARM_UP, Family, misses
 from examples.demo.model import DemoModelError, prepare_model
+from examples.demo.progress import Bar, Lines, progress_of
 from examples.demo.report import Answer, FollowerResult, Results, Reuse, Times
 from kvshare_store.errors import KVShareError
 
@@ -124,18 +128,21 @@ class Workload:
     families: Sequence[Family] = FAMILIES
     misses: Sequence[str] = misses()
     repetitions: int = REPETITIONS
+    repeats: bool = True
+    """Whether prompts are also sent twice, to a fourth engine."""
 
     @classmethod
-    def quick(cls) -> Self:
-        """A few minutes less: enough to see that everything works."""
-        families = [Family(f.name, f.donor, f.followers[:2]) for f in FAMILIES[:1] + FAMILIES[4:5]]
-        return cls(families, misses()[:3], 2)
+    def short(cls) -> Self:
+        """What fits into a few minutes: two followers of each family and two misses, once."""
+        families = [Family(f.name, f.donor, f.followers[:2]) for f in FAMILIES]
+        return cls(families, misses()[:2], 1, repeats=False)
 
     @property
     def steps(self) -> int:
         """Prompts of one kind or another, for the progress bar."""
         sent = sum(1 + len(family.followers) for family in self.families)
-        return self.repetitions * (sent + len(self.misses)) + len(self.families)
+        again = len(self.families) if self.repeats else 0
+        return self.repetitions * (sent + len(self.misses)) + again
 
 
 class Session:
@@ -235,15 +242,15 @@ class Demo:
 
     def __init__(self, options: argparse.Namespace, console: Console, log: IO[str]) -> None:
         self.options, self.console, self.log = options, console, log
-        self.workload = Workload.quick() if options.quick else Workload()
+        self.workload = Workload() if options.full else Workload.short()
         self.version = ""
 
     def run(self) -> Results:
         """All measurements."""
         with ExitStack() as stack:
             home = self.options.home or stack.enter_context(temporary_home())
-            progress = stack.enter_context(progress_bar(self.console))
-            task = progress.add_task("Starting three engines", total=None)
+            progress = stack.enter_context(progress_of(self.console))
+            progress.says("Starting three engines, about a minute", None)
             full = stack.enter_context(self.start("full", home))
             with self.start("prefix", home) as prefix, self.start("kvshare", home) as ours:
                 arms = {"full": full, "prefix": prefix, "kvshare": ours}
@@ -251,36 +258,31 @@ class Demo:
                 store = StoreView(home)
                 stack.callback(store.close)
                 session = Session(self.workload, arms, store)
+                progress.says("Warming up", None)
                 session.warm_up(COMPARED)
-                progress.update(task, total=self.workload.steps, description="Serving prompts")
+                progress.says("Serving prompts", self.workload.steps)
                 for repetition in range(self.workload.repetitions):
                     for _ in chain(session.followers(repetition), session.misses(repetition)):
-                        progress.advance(task)
-            progress.update(task, description="Starting a fourth engine")
-            with self.start("identical", home) as again:
-                again.ready()
-                session.arms["identical"] = again
-                session.warm_up(["identical"])
-                progress.update(task, description="Serving prompts again")
-                for _ in session.repeated():
-                    progress.advance(task)
+                        progress.advance()
+            if self.workload.repeats:
+                self.repeat(session, home, progress)
             session.results.errors = store.stats()["errors"]
         return session.results
+
+    def repeat(self, session: Session, home: str, progress: Bar | Lines) -> None:
+        """Send prompts twice to a fourth engine."""
+        progress.says("Starting a fourth engine")
+        with self.start("identical", home) as again:
+            again.ready()
+            session.arms["identical"] = again
+            session.warm_up(["identical"])
+            progress.says("Serving prompts again")
+            for _ in session.repeated():
+                progress.advance()
 
     def start(self, name: str, home: str) -> Arm:
         """Start one engine; it is not ready yet."""
         return Arm(name, self.options.model, home, self.log, compiled=self.options.compile)
-
-
-def progress_bar(console: Console) -> Progress:
-    """What is being done, how much of it is done, and for how long already."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console)
 
 
 @contextmanager
@@ -303,7 +305,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a model folder (default: the demo's own)")
     parser.add_argument("--out", type=Path, default=Path("demo-report.json"), help="the report")
     parser.add_argument("--home", help="keep the store in this folder (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="two families, for a first look")
+    parser.add_argument("--full", action="store_true", help="all prompts, three times each")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     return parser.parse_args(arguments)
 

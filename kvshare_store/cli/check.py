@@ -14,6 +14,7 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    answering,
     configured,
     console,
     print_json,
@@ -52,9 +53,8 @@ def command(
     Works through the daemon, or opens the home itself where none runs. A block that does not verify
     goes to quarantine as soon as it is read, and its prompts are offered no more.
     """
-    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
 
-    with chores(configured(home, config)) as ask:
+    with answering(configured(home, config)) as ask:
         found = examine(ask, repair=repair, sample=sample, quiet=json)
     if json:
         print_json(found)
@@ -65,7 +65,7 @@ def command(
 
 def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[str, Any]:
     """All that was found, in plain types."""
-    from kvshare_store.daemon import protocol  # noqa: PLC0415
+    from kvshare_store.daemon import protocol  # noqa: PLC0415 - seconds, not for --help
 
     tree = ask(protocol.CheckTree(repair))
     problems, nbytes = list(tree["problems"]), 0

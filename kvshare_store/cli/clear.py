@@ -6,17 +6,19 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured, connected
+from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption = False) -> None:
     """Forget every stored prompt and remove its rows."""
+    from kvshare_store.daemon import protocol  # noqa: PLC0415 - seconds, not for --help
+
     chosen = configured(home, config)
-    with connected(chosen) as daemon:
-        nodes = daemon.stats()["nodes"]
+    with answering(chosen) as ask:
+        nodes = ask(protocol.Stats())["nodes"]
         if nodes and not yes:
             typer.confirm(f"Remove all {nodes:,} nodes of {chosen.home_path}?", abort=True)
-        removed = daemon.clear()
+        removed = ask(protocol.Clear())
     typer.echo(f"{removed:,} nodes removed.")

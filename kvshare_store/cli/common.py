@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvshare_store.config import FIELDS, StoreConfig, load_config
+from kvshare_store.config import FIELDS, Settings, StoreConfig, load_settings
 from kvshare_store.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvshare_store.cli.remote import Daemon
+    from kvshare_store.cli.upkeep import Ask
 
-FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}."
+FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}. `kvshare config` shows their values."
 
 HomeOption = Annotated[
     str | None,
@@ -43,13 +43,15 @@ def configured(
     home: str | None, file: Path | None, settings: Sequence[str] | None = None
 ) -> StoreConfig:
     """The configuration that the options ask for; `--home` is short for `--set home=`."""
+    return sourced(home, file, settings).config
+
+
+def sourced(home: str | None, file: Path | None, settings: Sequence[str] | None = None) -> Settings:
+    """As `configured`, and where each value came from."""
     explicit = parse_settings(settings or ())
     if home is not None:
         explicit["home"] = home
-    config = load_config(explicit, file=file)
-    if not config.home.strip():
-        raise ConfigError("home is empty; name a folder with --home or KVSHARE_HOME")
-    return config
+    return load_settings(explicit, file=file)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -63,11 +65,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
-def connected(config: StoreConfig) -> AbstractContextManager[Daemon]:
-    """The daemon of a home; says at once when there is none."""
-    from kvshare_store.cli import remote  # noqa: PLC0415 - seconds, not for --help
+def answering(config: StoreConfig) -> AbstractContextManager[Ask]:
+    """Whoever answers for a home, see `upkeep.chores`."""
+    from kvshare_store.cli import upkeep  # noqa: PLC0415 - seconds, not for --help
 
-    return remote.connected(config)
+    return upkeep.chores(config)
 
 
 def print_json(value: Any) -> None:

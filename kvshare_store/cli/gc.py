@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, JsonOption, configured, print_json
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    answering,
+    configured,
+    print_json,
+)
 from kvshare_store.cli.format import size
 
 DryRunOption = Annotated[
@@ -25,10 +32,9 @@ def command(
     The daemon does it by itself every gc_seconds. Without a daemon the home is opened here, and
     nothing is merged.
     """
-    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
-    from kvshare_store.daemon.protocol import Collect  # noqa: PLC0415
+    from kvshare_store.daemon.protocol import Collect  # noqa: PLC0415 - seconds, not for --help
 
-    with chores(configured(home, config)) as ask:
+    with answering(configured(home, config)) as ask:
         found = ask(Collect(dry_run))
     if json:
         print_json(found)

@@ -14,8 +14,8 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    answering,
     configured,
-    connected,
     console,
     print_json,
 )
@@ -33,10 +33,12 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """List the stored prompts, the most recently used first."""
+    from kvshare_store.daemon import protocol  # noqa: PLC0415 - seconds, not for --help
+
     chosen = configured(home, config)
-    with connected(chosen) as daemon:
-        nodes = daemon.nodes(limit)
-        total = daemon.stats()["nodes"]
+    with answering(chosen) as ask:
+        nodes = ask(protocol.ListNodes(limit))
+        total = ask(protocol.Stats())["nodes"]
     if json:
         print_json(nodes)
     elif not nodes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,6 +16,7 @@ from kvshare_store.cli import (
     pin,
     purge,
     serve,
+    settings,
     show,
     simulate,
     stats,
@@ -24,6 +25,7 @@ from kvshare_store.cli import (
 )
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.errors import KVShareError
+from kvshare_store.version import version
 
 app = typer.Typer(
     name="kvshare",
@@ -33,6 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def group(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the release and exit.")
+    ] = False,
+) -> None:
+    """Reuse the KV cache of similar, not only identical, prompts."""
+    if show_version:
+        typer.echo(f"kvshare {version()}")
+        raise typer.Exit
+
+
 app.command("serve", epilog=FIELDS_HELP)(serve.command)
 app.add_typer(vllm.app, name="vllm")
 app.command("stats")(stats.command)
@@ -44,6 +60,8 @@ app.command("gc")(gc.command)
 app.command("check")(check.command)
 app.command("purge")(purge.command)
 app.command("clear")(clear.command)
+app.command("config", epilog=FIELDS_HELP)(settings.config)
+app.command("salt")(settings.salt)
 app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured
+from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
 from kvshare_store.cli.format import short
 
 NodeArgument = Annotated[
@@ -25,8 +25,7 @@ def unpin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = No
 
 
 def _set(node: str, home: HomeOption, config: ConfigOption, *, pinned: bool) -> str:
-    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
-    from kvshare_store.daemon.protocol import Pin  # noqa: PLC0415
+    from kvshare_store.daemon.protocol import Pin  # noqa: PLC0415 - seconds, not for --help
 
-    with chores(configured(home, config)) as ask:
+    with answering(configured(home, config)) as ask:
         return str(ask(Pin(node, pinned)))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvshare_store.cli.clear import YesOption
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured
+from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
 from kvshare_store.cli.format import short
 from kvshare_store.errors import ConfigError
 
@@ -16,7 +16,13 @@ NamespaceOption = Annotated[
     str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
 ]
 TenantOption = Annotated[
-    str | None, typer.Option("--tenant", metavar="NAME", help="Every namespace of this tenant.")
+    str | None,
+    typer.Option(
+        "--tenant",
+        metavar="SALT",
+        help="Every namespace of this tenant: of requests with this cache_salt, or, where "
+        "tenant_key is set, with the salt of this name.",
+    ),
 ]
 WaitOption = Annotated[
     float, typer.Option("--wait", min=0, metavar="SECONDS", help="For leases and saves to end.")
@@ -35,12 +41,11 @@ def command(
 
     Blocks that are leased keep it waiting; what remains then is said, and the exit code is 1.
     """
-    from kvshare_store.cli.upkeep import chores  # noqa: PLC0415 - seconds, not for --help
-    from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415
+    from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415 - seconds, not for --help
 
     if bool(namespace) == (tenant is not None):
         raise ConfigError("name what to purge: --namespace DIGEST or --tenant NAME")
-    with chores(configured(home, config)) as ask:
+    with answering(configured(home, config)) as ask:
         found = ask(Purge(namespace, tenant, dry_run=True))
         if not yes:
             typer.confirm(f"Remove {counted(found)} for good?", abort=True)

@@ -22,23 +22,10 @@ class Daemon:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def stats(self) -> dict[str, Any]:
-        """As `Store.stats`."""
-        return self._client.stats()
-
-    def nodes(self, limit: int) -> list[dict[str, Any]]:
-        """Summaries of the nodes, the most recently used first."""
-        found: list[dict[str, Any]] = self._client.call(protocol.ListNodes(limit))
+    def settings(self) -> dict[str, Any]:
+        """The values that it runs with, by field."""
+        found: dict[str, Any] = self._client.call(protocol.Settings())
         return found
-
-    def node(self, beginning: str) -> dict[str, Any]:
-        """One node in full; `NodeError` unless exactly one begins so."""
-        found: dict[str, Any] = self._client.call(protocol.ShowNode(beginning))
-        return found
-
-    def clear(self) -> int:
-        """Forget every node; returns how many there were."""
-        return int(self._client.call(protocol.Clear(), timeout=_CLEAR_S))
 
     def stop(self) -> int:
         """Tell the daemon to stop; returns its process id."""

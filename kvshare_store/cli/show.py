@@ -17,8 +17,8 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    answering,
     configured,
-    connected,
     console,
     print_json,
 )
@@ -43,8 +43,10 @@ def command(
     text: TextOption = False,
 ) -> None:
     """Show one stored prompt: provenance, edits against its parent, blocks."""
-    with connected(configured(home, config)) as daemon:
-        found = daemon.node(node)
+    from kvshare_store.daemon.protocol import ShowNode  # noqa: PLC0415 - seconds, not for --help
+
+    with answering(configured(home, config)) as ask:
+        found = ask(ShowNode(node))
     if json:
         print_json(found)
         return

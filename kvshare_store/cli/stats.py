@@ -1,8 +1,10 @@
-"""`kvshare stats`: what a daemon has counted since it started."""
+"""`kvshare stats`: what a store holds, and what its daemon has counted since it started."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -13,29 +15,48 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    answering,
     configured,
-    connected,
     console,
     print_json,
 )
-from kvshare_store.cli.format import bar, milliseconds, share, size
+from kvshare_store.cli.format import age, bar, milliseconds, share, size
 
 Counts = Mapping[str, Any]
 
 
 def command(home: HomeOption = None, config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show lookups, reused tokens, tiers, errors and times of a running daemon."""
+    """Show lookups, reused tokens, tiers, errors and times.
+
+    A daemon counts from its start; without one there is only what the store holds.
+    """
+    from kvshare_store.daemon.protocol import Stats  # noqa: PLC0415 - seconds, not for --help
+
     chosen = configured(home, config)
-    with connected(chosen) as daemon:
-        stats = daemon.stats()
+    with answering(chosen) as ask:
+        stats = ask(Stats())
     if json:
         print_json(stats)
         return
+    served = stats["pid"] != os.getpid()
     out = console()
     out.print(headline(str(chosen.home_path), stats), soft_wrap=True)
-    for table in tables(stats):
+    out.print(serving(stats) if served else NOBODY, soft_wrap=True)
+    for table in tables(stats) if served else (tiers_table(stats["tiers"]),):
         out.print()
         out.print(table)
+
+
+NOBODY = "no daemon runs: nothing is counted"
+
+
+def serving(stats: Counts) -> str:
+    """One line about the daemon, and since when it has counted what follows."""
+    since = datetime.fromtimestamp(stats["since"]).astimezone()
+    return (
+        f"policy {stats['policy']}, version {stats['version']}, daemon pid {stats['pid']}; "
+        f"counted since it started {age(stats['since'])} ago ({since:%Y-%m-%d %H:%M:%S %z})"
+    )
 
 
 def headline(home: str, stats: Counts) -> str:
@@ -74,14 +95,19 @@ def tokens_table(stats: Counts) -> Table:
     rows = {
         "reused, exact prefix": ("tokens_reused_exact", "green"),
         "reused, edited": ("tokens_reused_edited", "cyan"),
+        "engine's prefix cache": ("tokens_engine_cached", "blue"),
         "computed": ("tokens_recomputed", "yellow"),
     }
-    return _shares_table("tokens", stats["tokens_requested"], stats, rows)
+    whole = stats["tokens_requested"]
+    waiting = whole - sum(stats[name] for name, _ in rows.values())
+    if waiting > 0:
+        rows["not finished"] = ("waiting", "dim")
+    return _shares_table("tokens requested", whole, {**stats, "waiting": waiting}, rows)
 
 
 def tiers_table(tiers: Mapping[str, Mapping[str, int]]) -> Table:
     """Bytes of each tier beside its budget."""
-    table = _table("tiers")
+    table = _table("tiers", 8)
     table.add_column("blocks", justify="right")
     table.add_column("used", justify="right")
     table.add_column("budget", justify="right")
@@ -126,10 +152,10 @@ def _shares_table(
     return table
 
 
-def _table(title: str) -> Table:
-    """A table whose first column's head is its title."""
+def _table(title: str, width: int = 22) -> Table:
+    """A table whose first column's head is its title; with a bar it fits into 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column(title, min_width=22, no_wrap=True)
+    table.add_column(title, min_width=width, no_wrap=True)
     return table
 
 

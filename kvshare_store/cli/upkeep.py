@@ -1,4 +1,4 @@
-"""Who does the chores of a home: its daemon, or this process where none runs."""
+"""Who answers for a home: its daemon, or this process where none runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import msgspec
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import connect
-from kvshare_store.daemon.chores import Chore, do_chore
+from kvshare_store.daemon.chores import do_chore
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.describe import list_nodes, show_node
 from kvshare_store.errors import HomeError, UnavailableError
 from kvshare_store.store import Store
 
-Ask = Callable[[Chore], Any]
+Ask = Callable[[Any], Any]
 
 _PATIENCE_S = 3600.0
 _HOST_BYTES = 256 * 2**20
@@ -24,13 +26,35 @@ _NEVER = 2**62
 
 @contextmanager
 def chores(config: StoreConfig) -> Iterator[Ask]:
-    """`ask(message)`: the answer in plain types. `HomeError` if there is no store in the home."""
+    """`ask(message)`: the answer in plain types, with a daemon or without.
+
+    `HomeError` if there is no store in the home.
+    """
     if _served(config):
         with Client(config.home_path) as client:
             yield lambda message: client.call(message, timeout=_PATIENCE_S)
         return
     with Store(_alone(config)) as store:
-        yield lambda message: msgspec.to_builtins(do_chore(store, message))
+        yield lambda message: msgspec.to_builtins(_answer(store, message))
+
+
+def _answer(store: Store, message: Any) -> Any:
+    """What a daemon would answer."""
+    if isinstance(message, protocol.Stats):
+        return store.stats()
+    if isinstance(message, protocol.ListNodes):
+        return list_nodes(store, message.limit)
+    if isinstance(message, protocol.ShowNode):
+        return show_node(store, message.node)
+    if isinstance(message, protocol.Clear):
+        return store.clear()
+    return do_chore(store, message)
+
+
+def refuse_without_store(config: StoreConfig) -> None:
+    """`HomeError` if the home holds no store: probably its path is mistyped."""
+    if not (config.home_path / "format").exists():
+        raise HomeError(f"there is no store in {config.home_path}; name its home with --home")
 
 
 def _served(config: StoreConfig) -> bool:
@@ -38,8 +62,7 @@ def _served(config: StoreConfig) -> bool:
     try:
         connect(home).close()
     except UnavailableError:
-        if not (home / "format").exists():
-            raise HomeError(f"there is no store in {home}; name its home with --home") from None
+        refuse_without_store(config)
         return False
     return True
 

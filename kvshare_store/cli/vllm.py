@@ -17,6 +17,7 @@ import typer
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.config import FIELDS, load_config
 from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.words import unknown
 
 PREFIX = "--kvshare."
 CONNECTORS = "kvshare_connectors.vllm"
@@ -99,9 +100,9 @@ def part(arguments: Sequence[str]) -> Request:
 
 
 def _check_name(name: str) -> None:
-    if name not in FIELDS and name != "config":
-        known = ", ".join((*FIELDS, "config", "print"))
-        raise ConfigError(f"unknown setting {PREFIX}{name}; known: {known}")
+    known = (*FIELDS, "config")
+    if name not in known:
+        raise ConfigError(unknown("setting", f"{PREFIX}{name}", [PREFIX + one for one in known]))
 
 
 def vllm_arguments(request: Request, environ: Mapping[str, str] | None = None) -> list[str]:

@@ -49,6 +49,12 @@ class Decline(msgspec.Struct, frozen=True, tag="decline"):
     tokens: Count
 
 
+class EngineCached(msgspec.Struct, frozen=True, tag="engine_cached"):
+    """Tokens of a missed lookup that the engine's own prefix cache had. Reply: None."""
+
+    tokens: int
+
+
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
     """Reply: None."""
 
@@ -89,6 +95,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A client counts a failure on its side. Reply: None."""
 
     kind: Label
+
+
+class Settings(msgspec.Struct, frozen=True, tag="settings"):
+    """Reply: the values in effect, by field."""
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
@@ -159,9 +169,9 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Request = (
-    Hello | Plan | Decline | Finish | Observe | Stage | Commit | Abandon | Failed
-    | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge | CheckTree | CheckBlocks
-    | Stop
+    Hello | Plan | Decline | EngineCached | Finish | Observe | Stage | Commit | Abandon | Failed
+    | Settings | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge | CheckTree
+    | CheckBlocks | Stop
 )  # fmt: skip
 
 

@@ -63,6 +63,8 @@ class Server:
         self._handlers: dict[type, Callable[[Any, Connection], Any]] = {
             protocol.Plan: self._plan,
             protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
+            protocol.EngineCached: lambda message, _: self.store.engine_cached(message.tokens),
+            protocol.Settings: lambda *_: self.config,
             protocol.Finish: lambda message, _: self.store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
             protocol.Stage: self._stage,

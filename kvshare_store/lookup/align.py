@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 

@@ -31,6 +31,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
 from kvshare_store.testing.daemons import ClientDriver, Daemon
+from kvshare_store.version import version
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:::(vllm|torch|transformers)")]
 
@@ -110,13 +111,14 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL))
 
-    def make(home: Path, failure_policy: str = "recompute") -> VllmConfig:
+    def make(home: Path, failure_policy: str = "recompute", **settings: Any) -> VllmConfig:
+        extra = {"home": str(home), "semantic": "never"} | settings
         transfer = KVTransferConfig(
             kv_connector="KVShareConnector",
             kv_connector_module_path="kvshare_connectors.vllm",
             kv_role="kv_both",
             kv_load_failure_policy=failure_policy,
-            kv_connector_extra_config={"kvshare.home": str(home), "kvshare.semantic": "never"},
+            kv_connector_extra_config={f"kvshare.{name}": extra[name] for name in extra},
         )
         model = ModelConfig(
             model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32"
@@ -140,8 +142,9 @@ def connect(configure: Callable[..., VllmConfig]) -> Iterator[Connect]:
     """The scheduler's side of the connector; closed at the end."""
     made: list[KVShareConnector] = []
 
-    def make(*arguments: Any) -> KVShareConnector:
-        made.append(KVShareConnector(configure(*arguments), KVConnectorRole.SCHEDULER, caches()))
+    def make(*arguments: Any, **settings: Any) -> KVShareConnector:
+        config = configure(*arguments, **settings)
+        made.append(KVShareConnector(config, KVConnectorRole.SCHEDULER, caches()))
         return made[-1]
 
     yield make
@@ -191,3 +194,58 @@ def test_a_home_with_other_models_only_is_remarked(
     assert "\n" not in line
     assert f"in {home} are of org/other, x, none is of tiny: nothing is reused until" in line
     assert "serve it under the same name, else choose another home with kvshare.home" in line
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """`said(logger)`: what was logged; vLLM's loggers do not pass theirs on."""
+    lines: dict[str, list[str]] = {}
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.setdefault(record.name, []).append(record.getMessage())
+        return True
+
+    for name in ("kvshare", "vllm.kvshare"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "filters", [keep])
+        monkeypatch.setattr(logger, "level", logging.INFO)
+        monkeypatch.setattr(logger, "_cache", {})
+    return lambda logger: lines.get(logger, [])
+
+
+def test_an_engine_says_what_serves_it(
+    connect: Connect, daemon: Daemon, home: Path, said: Callable[..., list[str]]
+) -> None:
+    connect(home, policy="exact")
+    assert daemon.process is not None
+    assert said("vllm.kvshare") == [
+        f"KVShare active: policy exact, home {home}, daemon pid {daemon.process.pid}, "
+        f"version {version()}"
+    ]
+    assert said("kvshare") == []  # a stricter policy counts
+
+
+def test_what_is_set_in_vain_is_said(
+    connect: Connect,
+    daemon: Daemon,
+    home: Path,
+    said: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The daemon has 4 MiB of memory and the policy `balanced`."""
+    monkeypatch.setenv("KVSHARE_SERVICE_PORT", "80")
+    connect(home, policy="aggressive", host_bytes="1GiB", device_bytes="64MiB", min_run=3)
+    assert [line.partition(";")[0] for line in said("kvshare")] == [
+        "kvshare: KVSHARE_SERVICE_PORT in the environment is no setting and is ignored",
+        f"kvshare: host_bytes=1073741824 does not count here: the daemon of {home} runs with "
+        "4194304",
+        f"kvshare: policy=aggressive does not count here: the daemon of {home} runs with balanced",
+        f"kvshare: min_run=3 does not count here: the daemon of {home} runs with None",
+    ]
+
+
+def test_an_engine_starts_without_a_key_of_tenants_only_if_none_is_named(
+    connect: Connect, daemon: Daemon, home: Path
+) -> None:
+    with pytest.raises(ConfigError, match="tenant_key: environment variable NO_SUCH is not set"):
+        connect(home, tenant_key="env:NO_SUCH")

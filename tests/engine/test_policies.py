@@ -21,6 +21,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Run, Span
+from kvshare_store.tenants import Tenants
 from kvshare_store.tensors.layout import KVLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,8 +119,9 @@ def planned(link: FakeLink, **config: Any) -> Planning:
     return planning
 
 
-def finish(lease: str, reason: str, recomputed: int) -> protocol.Finish:
-    return protocol.Finish(lease, protocol.Outcome(failed=reason, recomputed=recomputed))
+def finish(lease: str, reason: str, recomputed: int, cached: int = 0) -> protocol.Finish:
+    outcome = protocol.Outcome(failed=reason, recomputed=recomputed, cached=cached)
+    return protocol.Finish(lease, outcome)
 
 
 # --- who may share --------------------------------------------------------------------------------
@@ -490,6 +492,38 @@ def test_declined_requests_are_counted_and_never_looked_up(
     assert not link.asked
 
 
+@pytest.mark.parametrize("fields", [{}, {"kv_transfer_params": policy("off")}])
+def test_what_vllms_own_cache_had_of_a_miss_is_told_once(
+    planning: Planning, link: FakeLink, fields: dict[str, Any]
+) -> None:
+    """When vLLM takes the request; before that it may ask several times."""
+    link.plan = None
+    wanted = request(**fields)
+    for _ in range(2):
+        assert planning.matched(wanted, 64) == (0, False)
+    declined = [protocol.Decline("policy_off", LENGTH)] if fields else []
+    assert link.told == declined
+    for _ in range(2):
+        planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
+    assert link.told == [*declined, protocol.EngineCached(64)]
+
+
+def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENANTS", "ab" * 32)
+    planning = planned(link, tenant_key="env:TENANTS")
+    proven = Tenants(planning.config).salt("alice")
+    for salt in (None, "alice", proven[:-1] + ("0" if proven[-1] != "0" else "1"), "bob" + proven):
+        wanted = request(cache_salt=salt)
+        assert planning.matched(wanted, 0) == (0, False)
+        assert planning.state_of(wanted).declined == "tenant_unproven"  # so it is not stored either
+    assert link.asked == []
+    assert {message.reason for message in link.told} == {"tenant_unproven"}
+    planning.matched(request(cache_salt=proven), 0)
+    assert link.asked == [(NAMESPACE.for_tenant("alice").digest, "balanced")]
+
+
 @pytest.mark.parametrize("params", [None, {}, [], "exact", 7, {"policy": "off"}, {1: 2}])
 def test_other_parameters_steer_nothing(planning: Planning, link: FakeLink, params: Any) -> None:
     planning.matched(request(kv_transfer_params=params), 0)
@@ -574,7 +608,7 @@ def test_a_plan_that_vllms_own_cache_makes_needless_is_given_up(
     planning: Planning, link: FakeLink
 ) -> None:
     assert planning.matched(request(), 96) == (0, False)
-    assert link.told == [finish("lease", "engine_prefix", 4)]
+    assert link.told == [finish("lease", "engine_prefix", 4, cached=96)]
 
 
 def test_a_promise_that_is_not_taken_is_given_up(planning: Planning, link: FakeLink) -> None:

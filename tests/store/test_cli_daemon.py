@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,12 +24,13 @@ from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.protocol import ShowNode
+from kvshare_store.daemon.protocol import Decline, EngineCached, ShowNode
 from kvshare_store.daemon.spawn import Spawned, spawn_daemon
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Span
+from kvshare_store.plan import Outcome, Span
 from kvshare_store.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.version import version
 
 NAMESPACE = Namespace("org/model", KVLayout(2, 2, 8, "float32"))
 PARENT = list(range(100, 240))
@@ -38,14 +40,14 @@ START_S = 60.0
 SETTINGS = ("semantic=never", "host_bytes=64MiB", "disk_bytes=128MiB", "policy=faithful")
 
 
-def run(*arguments: str | Path, answer: str = "") -> tuple[int, str, str]:
+def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> tuple[int, str, str]:
     """Exit code, standard output and standard error of one command, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "stdin", io.StringIO(answer)),
-        mock.patch.dict(os.environ, COLUMNS="120"),
+        mock.patch.dict(os.environ, COLUMNS=columns),
         pytest.raises(SystemExit) as end,
     ):
         main([str(argument) for argument in arguments])
@@ -153,6 +155,65 @@ def test_stats_for_people(store: Stored) -> None:
     assert "2 nodes" in out
     assert "64.0 MiB" in out
     assert "exact prefix" in out
+    with Client(store[0]) as client:
+        pid = client.greet().pid
+    assert f"policy faithful, version {version()}, daemon pid {pid}; counted since" in out
+
+
+def test_stats_add_up_and_say_what_waits(home: Path) -> None:
+    with serving(home):
+        fill(home)
+        with Client(home) as client:
+            plan = client.plan(PARENT, NAMESPACE)  # leased: nobody knows yet what becomes of it
+            client.call(Decline("multimodal", 30))
+            client.call(EngineCached(16))
+            out = run("stats", "--home", home)[1]
+            assert re.search(r"^engine's prefix cache +16 ", out, re.MULTILINE)
+            assert re.search(r"^computed +14 ", out, re.MULTILINE)
+            assert re.search(r"^not finished +140 ", out, re.MULTILINE)
+            client.finish(plan.lease, Outcome(exact=100, recomputed=8, cached=32))
+            out = run("stats", "--home", home)[1]
+        assert "tokens requested: 170" in out
+        assert re.search(r"^engine's prefix cache +48 +28.2 % ", out, re.MULTILINE)
+        assert "not finished" not in out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_no_bar_is_cut(store: Stored, columns: str) -> None:
+    out = run("stats", "--home", store[0], columns=columns)[1]
+    bars = re.findall("[█░]+", out)
+    assert {len(bar) for bar in bars} == {20}
+    assert max(map(len, out.splitlines()[3:])) <= int(columns)
+
+
+def test_config_of_a_running_daemon(store: Stored) -> None:
+    code, out, err = run("config", "--json", "--home", store[0], "--set", "min_run=3")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    rows = {row.pop("name"): row for row in found["settings"]}
+    assert found["served"]
+    assert rows["host_bytes"] == {"value": 64 * 2**20, "source": "daemon", "here": 4 * 2**30}
+    assert rows["policy"] == {"value": "faithful", "source": "daemon", "here": "balanced"}
+    assert rows["min_run"] == {"value": None, "source": "daemon", "here": 3}
+    assert rows["block_tokens"] == {"value": 64, "source": "default"}
+    assert "as its daemon runs" in run("config", "--home", store[0])[1]
+
+
+def test_every_command_reads_a_home_that_nobody_serves(home: Path) -> None:
+    with serving(home):
+        parent, child = fill(home)
+        served = {name: run(name, "--json", "--home", home)[1] for name in ("ls", "stats")}
+    assert run("ls", "--json", "--home", home)[1] == served["ls"]
+    assert json.loads(run("show", child, "--json", "--home", home)[1])["parent"] == parent
+    code, out, err = run("stats", "--home", home)
+    assert (code, err) == (0, "")
+    assert "2 nodes" in out
+    assert "no daemon runs: nothing is counted" in out
+    assert "lookups" not in out
+    now = json.loads(run("stats", "--json", "--home", home)[1])
+    assert now["tiers"]["disk"]["blocks"] == json.loads(served["stats"])["tiers"]["disk"]["blocks"]
+    assert run("clear", "--yes", "--home", home) == (0, "2 nodes removed.\n", "")
+    assert run("ls", "--home", home)[1] == f"No nodes in {home} yet.\n"
 
 
 def test_ls(store: Stored) -> None:
@@ -280,7 +341,8 @@ def test_clear_and_stop(home: Path) -> None:
             f"kvshare: serving {home} on {home}/kvshare.sock, host 64.0 MiB, disk 128.0 MiB, "
             "policy faithful\n"
         )
-    assert run("stop", "--home", home)[0] == 7
+    nothing = (0, f"No daemon runs for {home}: nothing to stop.\n", "")
+    assert run("stop", "--home", home) == nothing
 
 
 def test_clear_without_asking(home: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from kvshare_store.store import Store
 from kvshare_store.testing.faulty import SlowTier
 from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for
 from kvshare_store.tree.edits import apply_edits
+from kvshare_store.version import version
 
 Open = Callable[..., Driver]
 ROW = 64
@@ -549,6 +554,57 @@ def test_a_plan_that_failed_is_a_miss(driver: Open) -> None:
     assert stats["tokens_recomputed"] == 40
     assert stats["tokens_reused_exact"] == 0
     identity(engine.store)
+
+
+def test_every_requested_token_is_counted_once(driver: Open) -> None:
+    """Reused, computed, or taken from the engine's own prefix cache, however the request ended."""
+    engine = driver()
+    engine.save(prompt(1, 40))
+    plan = engine.plan(edited(prompt(1, 40), 20, 2, [7, 8, 9]))
+    reused = plan.reused - 8
+    engine.store.finish(plan, Outcome(12, reused - 12, 41 - 8 - reused, cached=8))
+    assert engine.plan(prompt(2, 30)).declined  # the engine's own cache has half of this one
+    engine.store.engine_cached(15)
+    engine.store.decline("multimodal", 50)
+    given_up = engine.plan(prompt(1, 40))
+    engine.store.finish(given_up, Outcome(failed="engine_prefix", recomputed=4, cached=36))
+    stats = engine.store.stats()
+    assert stats["tokens_engine_cached"] == 8 + 15 + 36
+    parts = ("reused_exact", "reused_edited", "recomputed", "engine_cached")
+    assert sum(stats[f"tokens_{part}"] for part in parts) == stats["tokens_requested"]
+    assert stats["tokens_requested"] == 41 + 30 + 50 + 40
+
+
+def test_stats_say_what_is_counted_and_since_when(driver: Open) -> None:
+    before = time.time()
+    stats = driver(policy="faithful").store.stats()
+    assert before <= stats["since"] <= time.time()
+    assert (stats["policy"], stats["pid"], stats["version"]) == ("faithful", os.getpid(), version())
+
+
+def test_a_first_lookup_loads_no_module(home: Path) -> None:
+    """Importing takes tens of milliseconds, and the request waits."""
+    code = """
+import sys
+import numpy as np
+from kvshare_store import KVLayout, Namespace, Store, StoreConfig
+
+layout = KVLayout(2, 1, 4, "float32")
+namespace = Namespace(model="m", layout=layout)
+tokens = np.arange(400, dtype=np.int32)
+config = StoreConfig(home=sys.argv[1], host_bytes=1 << 22, disk=False, semantic="never",
+                     min_saving_ms=-1e9)
+with Store(config) as store:
+    store.commit(store.save(tokens, namespace, np.zeros(layout.shape(400), np.float32)).id)
+    before = set(sys.modules)
+    edited = store.plan(np.concatenate([tokens[:200], [5, 6, 7], tokens[202:]]), namespace)
+    moved = store.plan(np.concatenate([tokens[200:], tokens[:200]]), namespace)
+    assert edited.reused > 100 < moved.reused, (edited, moved)
+    print(sorted(set(sys.modules) - before))
+"""
+    command = [sys.executable, "-c", code, str(home)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_finishing_twice_counts_once(driver: Open) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.model import KVShareModel
 
-from benchmarks import codecs, pipelining, startup, tiers
+from benchmarks import async_files, codecs, pipelining, startup, tiers
 from benchmarks.machines import reused_after
 from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.disk import DiskTier
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
@@ -70,6 +72,34 @@ def test_arms_put_and_get_everything(tmp_path: Path) -> None:
         assert got > 0
     assert list((tmp_path / "files").iterdir()) == []
     assert kept[0].use().blocks == 0
+
+
+def test_both_ways_with_files_leave_the_same_files(tmp_path: Path) -> None:
+    """Byte for byte, in the same places; each way reads what the other wrote."""
+    named = tiers.make_blocks(2)
+
+    async def written(kind: type[DiskTier], folder: Path) -> dict[str, bytes]:
+        tier = await kind.open(folder, 1 << 24)
+        for name, block in named:
+            await tier.put(name, block)
+        for name, block in named:
+            assert (await tier.get(name)).data == block.data
+        await tier.close()
+        found = (folder / "blocks").glob("*/*")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+    async def read(kind: type[DiskTier], folder: Path) -> None:
+        tier = await kind.open(folder, 1 << 24)
+        for name, block in named:
+            assert (await tier.get(name)).data == block.data
+        await tier.close()
+
+    ours = asyncio.run(written(DiskTier, tmp_path / "ours"))
+    theirs = asyncio.run(written(async_files.AsyncDiskTier, tmp_path / "theirs"))
+    assert ours == theirs
+    assert len(ours) == 2
+    asyncio.run(read(DiskTier, tmp_path / "theirs"))
+    asyncio.run(read(async_files.AsyncDiskTier, tmp_path / "ours"))
 
 
 def test_a_filled_home_answers_with_its_last_prompt(home: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from kvshare_store.cli import common, format, gc, ls, serve, show, stats, vllm
 from kvshare_store.cli.main import main
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.errors import ConfigError
+from kvshare_store.tenants import Tenants
+from kvshare_store.version import version
 
 Result = tuple[int, str, str]
 
@@ -149,13 +152,14 @@ def one_line(result: Result, code: int) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "--set", "polcy=exact"], "unknown setting 'polcy'; known: home,"),
+        (["serve", "--set", "polcy=exact"], "unknown setting 'polcy'; did you mean policy?"),
         (["serve", "--set", "policy=lax"], "policy"),
         (["serve", "--set", "block_tokens=many"], "block_tokens"),
         (["serve", "--set", "disk=perhaps"], "disk"),
         (["serve", "--set", "host_bytes=0"], "host_bytes must be greater than zero"),
         (["serve", "--set", "disk_bytes=0"], "disk_bytes must be greater than zero"),
         (["serve", "--set", "host_bytes=lots"], "host_bytes: 'lots' is not a size"),
+        (["serve", "--set", "host_bytes=1"], "host_bytes: '1' has no room for one block"),
         (["serve", "--set", "tail=-1"], "tail must not be negative"),
         (["serve", "--set", "policy"], "write --set field=value"),
         (["serve", "--set", "=exact"], "write --set field=value"),
@@ -168,7 +172,7 @@ def one_line(result: Result, code: int) -> str:
         (["show"], "NODE"),
         (["frobnicate"], "frobnicate"),
         (["vllm"], "kvshare --help"),
-        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "unknown setting --kvshare.polcy"),
+        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "did you mean --kvshare.policy?"),
         (["vllm", "serve", "m", "--kvshare.policy", "lax"], "policy"),
         (["vllm", "serve", "m", "--kvshare.policy"], "--kvshare.policy needs a value"),
         (["vllm", "serve", "m", "--kvshare.policy", "--port", "1"], "needs a value"),
@@ -199,7 +203,7 @@ def test_bad_file(command: str, text: str, words: str, tmp_path: Path) -> None:
 
 def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVSHARE_HOST_BYTES", "lots")
-    assert "host_bytes" in one_line(run("stats"), 2)
+    assert "KVSHARE_HOST_BYTES: 'lots'" in one_line(run("stats"), 2)
 
 
 @pytest.mark.parametrize("below", [".", "below"])
@@ -231,25 +235,79 @@ def test_socket_in_use(home: Path) -> None:
     assert "kvshare.sock is in use" in line
 
 
-@pytest.mark.parametrize("command", [["stats"], ["ls"], ["show", "ab"], ["clear"], ["stop"]])
-def test_no_daemon(command: list[str], home: Path, tmp_path: Path) -> None:
-    line = one_line(run(*command, "--home", home), 7)
-    assert f"no daemon serves {home}; start one: kvshare serve --home {home}" in line
+@pytest.mark.parametrize(
+    "command",
+    [["stats"], ["ls"], ["show", "ab"], ["clear"], ["stop"], ["gc"], ["check"], ["pin", "ab"],
+     ["unpin", "ab"], ["purge", "--tenant", "t"]],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_home_without_a_store_is_probably_mistyped(
+    command: list[str], home: Path, tmp_path: Path
+) -> None:
+    """Every command says the same, and none makes one there or asks for a daemon."""
+    line = one_line(run(*command, "--home", home), 3)
+    assert line == f"kvshare: there is no store in {home}; name its home with --home\n"
+    assert not home.exists()
     (tmp_path / "file").touch()
-    one_line(run(*command, "--home", tmp_path / "file"), 7)
+    one_line(run(*command, "--home", tmp_path / "file"), 3)
 
 
 def test_a_socket_that_a_dead_daemon_left(home: Path) -> None:
     home.mkdir()
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(home / "kvshare.sock"))
-    assert "no daemon serves" in one_line(run("stats", "--home", home), 7)
+    assert "there is no store in" in one_line(run("stats", "--home", home), 3)
 
 
 def test_errors_reach_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--home", tmp_path]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "no daemon serves" in one_line((found.returncode, found.stdout, found.stderr), 7)
+    assert "there is no store" in one_line((found.returncode, found.stdout, found.stderr), 3)
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"kvshare {version()}\n", "")
+
+
+# --- config and salt ------------------------------------------------------------------------------
+
+
+def test_config_says_where_each_value_came_from(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kvshare.yaml"
+    file.write_text("tail: 1\nremote: redis://user:hunter2@127.0.0.1:1/0\n")
+    monkeypatch.setenv("KVSHARE_POLICY", "faithful")
+    monkeypatch.setenv("KVSHARE_SERVICE_PORT", "80")
+    arguments = ("config", "--home", home, "--config", file, "--set", "host_bytes=1GiB")
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    rows = {row["name"]: (row["value"], row["source"]) for row in found["settings"]}
+    assert list(rows) == list(FIELDS)
+    assert rows["policy"] == ("faithful", "environment")
+    assert rows["tail"] == (1, f"config file {file}")
+    assert rows["host_bytes"] == (2**30, "given")
+    assert rows["block_tokens"] == (64, "default")
+    assert rows["remote"][0] == "redis://user:***@127.0.0.1:1/0"
+    assert (found["served"], found["ignored"]) == (False, ["KVSHARE_SERVICE_PORT"])
+    out = run(*arguments)[1]
+    assert "no daemon runs" in out
+    assert "hunter2" not in out
+    assert re.search(r"^host_bytes +1\.0 GiB +given *$", out, re.MULTILINE)
+    assert "KVSHARE_SERVICE_PORT in the environment is no setting" in out
+    assert not home.exists()
+
+
+def test_salt(tmp_path: Path) -> None:
+    key = tmp_path / "tenants.key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    setting = f"tenant_key=file:{key}"
+    code, out, err = run("salt", "alice", "--set", setting)
+    assert (code, err) == (0, "")
+    assert Tenants(StoreConfig(tenant_key=f"file:{key}")).of(out.rstrip("\n")) == "alice"
+    assert "tenant_key is not set" in one_line(run("salt", "alice"), 2)
 
 
 # --- vllm serve -----------------------------------------------------------------------------------
@@ -483,7 +541,8 @@ def test_long_text_is_shortened() -> None:
 STATS: dict[str, Any] = {
     "lookups": 8, "hits_exact": 2, "hits_edited": 4, "misses": 2,
     "tokens_requested": 10_000, "tokens_reused_exact": 1_000, "tokens_reused_edited": 6_000,
-    "tokens_recomputed": 3_000, "bytes_loaded": 3 * 2**20, "bytes_stored": 5 * 2**30,
+    "tokens_recomputed": 2_500, "tokens_engine_cached": 500,
+    "bytes_loaded": 3 * 2**20, "bytes_stored": 5 * 2**30,
     "declined": {"too_short": 1, "no_donor": 12}, "errors": {"corrupt": 3},
     "nodes": 1234, "blocks": 99, "leases": 1,
     "tiers": {"host": {"bytes": 2**29, "budget": 2**30, "blocks": 7}},
@@ -496,7 +555,7 @@ def test_stats_are_readable() -> None:
     for words in (
         "/h: 1,234 nodes, 99 blocks, 1 leases; 3.0 MiB loaded, 5.0 GiB stored",
         "lookups: 8",
-        "tokens: 10,000",
+        "tokens requested: 10,000",
     ):
         assert words in out
     rows = [" ".join(line.split()) for line in out.splitlines()]

@@ -1,14 +1,17 @@
 """How the demo measures: who is asked what, in which order."""
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from examples.demo import engine
+from examples.demo import engine, progress
 from examples.demo.engine import Arm, DemoError, arm_settings
 from examples.demo.families import Family
+from examples.demo.progress import progress_of
 from examples.demo.report import Answer, Reuse
 from examples.demo.run import Session, Workload, main, reuse_between
 
@@ -112,6 +115,45 @@ def test_the_progress_bar_ends_where_the_work_does() -> None:
     assert steps + sum(1 for _ in run.repeated()) == TINY.steps
 
 
+def test_the_short_demo_sends_each_family_once_and_starts_three_engines() -> None:
+    """Two cores serve some twenty of these prompts a minute."""
+    short, full = Workload.short(), Workload()
+    assert [family.name for family in short.families] == [family.name for family in full.families]
+    assert not short.repeats
+    assert short.steps == sum(1 + len(family.followers) for family in short.families) + 2 == 23
+    assert full.steps > 4 * short.steps
+    assert full.repeats
+
+
+def test_a_log_says_what_is_done_in_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    with progress_of(console) as doing:
+        doing.says("Starting [three] engines", None)
+        now[0] += 42
+        doing.says("Serving prompts", 3)
+        for seconds in (4, 7, 1):
+            now[0] += seconds
+            doing.advance()
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "[   0 s] Starting [three] engines ...",
+        "[  42 s] Serving prompts ...",
+        "[  53 s] Serving prompts: 2 of 3",
+        "[  54 s] Serving prompts: 3 of 3",
+    ]
+
+
+def test_a_terminal_has_a_bar() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress_of(console) as doing:
+        doing.says("Serving prompts", 2)
+        doing.advance()
+    assert isinstance(console.file, io.StringIO)
+    assert "1/2" in console.file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("counted", "cached", "expected"),
     [
@@ -161,6 +203,8 @@ def test_an_engine_that_dies_ends_the_demo_with_one_line(
     stand_in(monkeypatch, "raise SystemExit('no engine today')")
     out = tmp_path / "report.json"
     assert main(["--model", str(tmp_path), "--home", str(tmp_path), "--out", str(out)]) == 1
-    assert "the engine 'full' has stopped" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("[ 0 s] Starting three engines")
+    assert "the engine 'full' has stopped" in said
     assert "no engine today" in out.with_suffix(".log").read_text()
     assert not out.exists()

@@ -5,22 +5,21 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer.main
 
 from benchmarks.links import broken
+from examples.demo.model import prepare_model
 from kvshare_store import home
 from kvshare_store.cli.main import app
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import semantic
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
-from kvshare_store.tensors.rope import Rope
 
 ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "docs" / "design"
@@ -172,21 +171,77 @@ def exists(test: str) -> bool:
 # --- examples -------------------------------------------------------------------------------------
 
 
-def test_the_library_example_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As it stands there; what it leaves open is the model's rotary table."""
+def examples() -> dict[str, str]:
+    """The Python blocks of the README, by what they are about."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    (example,) = (block for block in blocks if "StoreConfig" in block)
-    (tmp_path / "example.py").write_text(example)
+    assert len(blocks) == len(set(blocks)) == 2, "a new block needs a test here"
+    return {("library" if "StoreConfig" in block else "transformers"): block for block in blocks}
+
+
+@pytest.fixture
+def run_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[dict[str, Any], str]]:
+    """`run_example(name)`: its names and what it printed, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     # whether the real model loads is another test's; here it would only take its time
     monkeypatch.setattr(semantic, "text_embeddings_installed", lambda: False)
-    angles = torch.outer(torch.arange(1024.0), 10_000.0 ** -(torch.arange(32.0) / 32))
-    rope = Rope(angles.cos(), angles.sin(), neox=True)
-    names = runpy.run_path("example.py", {"my_models_rope_table": rope})
+
+    def run(name: str) -> tuple[dict[str, Any], str]:
+        (tmp_path / "example.py").write_text(examples()[name])
+        names = runpy.run_path("example.py")
+        return names, capsys.readouterr().out
+
+    return run
+
+
+def test_the_library_example_of_the_readme_runs(
+    run_example: Callable[[str], tuple[dict[str, Any], str]],
+) -> None:
+    names, out = run_example("library")
     assert names["plan"].declined == ""
     assert names["plan"].exact == 500
+    assert names["plan"].reused > 900
     assert len(names["loaded"].positions) == names["plan"].reused
     assert names["loaded"].rows.shape == names["layout"].shape(names["plan"].reused)
-    assert capsys.readouterr().out.startswith(f"500 {names['plan'].reused} ")
+    assert out.startswith(f"500 {names['plan'].reused} ")
+
+
+@pytest.mark.slow
+def test_the_transformers_example_of_the_readme_reuses_more_than_the_chat_template(
+    run_example: Callable[[str], tuple[dict[str, Any], str]], tmp_path: Path
+) -> None:
+    (tmp_path / "model-folder").symlink_to(prepare_model())
+    names, out = run_example("transformers")
+    answer = names["answer"]
+    assert answer.reused > 0.7 * answer.prompt_tokens > 200
+    assert out.startswith(f"{answer.reused} of {answer.prompt_tokens} tokens reused: ")
+
+
+# --- what a stranger must be told -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_the_front_pages_say_when_which_policy_is_right(page: str) -> None:
+    """And that larger models follow old values, beside the table and not only in a design note."""
+    text = (ROOT / page).read_text()
+    assert re.search(r"8 ?(B|billion) parameters follow", " ".join(text.split())), page
+    (table,) = (table for table in tables_of(ROOT / page, "traffic"))
+    column = table[0].index("policy")
+    named = {name for row in table[1:] for name in quoted(row[column])}
+    assert named == {"exact", "faithful", "balanced", "aggressive"}
+    records = next(row for row in table[1:] if "medical" in row[0])
+    assert quoted(records[column]) == ["exact"]
+
+
+def test_the_picture_in_the_readme_is_no_record_of_a_person() -> None:
+    """Its default policy is approximate, and a patient's value is what must not be."""
+    picture = (ROOT / "README.md").read_text().split("```")[1]
+    assert "reused" in picture
+    assert not re.search("patient|diagnos|HbA1c", picture, re.IGNORECASE)
+
+
+def test_the_limits_say_what_others_in_the_namespace_can_do() -> None:
+    limits = (ROOT / "README.md").read_text().split("## Honest limits")[1]
+    assert "cache_salt" in limits
+    assert "docs/design/security.md" in limits

@@ -23,6 +23,8 @@ MESSAGES = [
     protocol.Hello(1, 7),
     protocol.Plan(NAMESPACE, b"1234", "exact"),
     protocol.Decline("late", 40),
+    protocol.EngineCached(32),
+    protocol.Settings(),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Observe(512, 0.25),
     protocol.Stage(NAMESPACE, b"1234", REUSE),

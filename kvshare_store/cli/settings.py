@@ -1,0 +1,122 @@
+"""`kvshare config` and `kvshare salt`: the values in effect, and the salt of a tenant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import typer
+from rich import box
+from rich.table import Table
+
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    SetOption,
+    console,
+    print_json,
+    sourced,
+)
+from kvshare_store.cli.format import printable, size
+from kvshare_store.config import FIELDS, Settings, unknown_variables
+from kvshare_store.errors import UnavailableError
+
+Row = dict[str, Any]
+
+
+def config(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show every setting: its value, and where that came from.
+
+    While a daemon serves the home its values count; `here` is then what this command would have
+    given it, where that differs.
+    """
+    settings = sourced(home, config, set_)
+    theirs = _running(settings)
+    rows = effective(settings, theirs)
+    ignored = unknown_variables(os.environ)
+    if json:
+        print_json({"served": theirs is not None, "settings": rows, "ignored": ignored})
+        return
+    out = console()
+    served = "as its daemon runs" if theirs is not None else "no daemon runs"
+    out.print(f"{settings.config.home_path}: {served}\n", soft_wrap=True)
+    out.print(settings_table(rows))
+    for name in ignored:
+        out.print(f"{name} in the environment is no setting and is ignored", style="yellow")
+
+
+def salt(
+    tenant: Annotated[str, typer.Argument(metavar="NAME", help="Name of the tenant.")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Print the cache_salt of a tenant, made with tenant_key, as a gateway must send it."""
+    from kvshare_store.tenants import Tenants  # noqa: PLC0415 - only here
+
+    typer.echo(Tenants(sourced(None, config, set_).config).salt(tenant))
+
+
+def _running(settings: Settings) -> Mapping[str, Any] | None:
+    from kvshare_store.cli import remote  # noqa: PLC0415 - seconds, not for --help
+
+    try:
+        with remote.connected(settings.config) as daemon:
+            return daemon.settings()
+    except UnavailableError:
+        return None
+
+
+def effective(settings: Settings, theirs: Mapping[str, Any] | None) -> Sequence[Row]:
+    """A row for each field: `value` and `source`, and `here` where a daemon has another value."""
+    rows: list[Row] = []
+    for name in FIELDS:
+        here = _shown(getattr(settings.config, name))
+        row: Row = {"name": name, "value": here, "source": settings.sources[name]}
+        if theirs is not None and name != "home" and name in theirs:
+            value = _shown(theirs[name])
+            if value != here:
+                row = {"name": name, "value": value, "source": "daemon", "here": here}
+        rows.append(row)
+    return rows
+
+
+def _shown(value: Any) -> Any:
+    """A value without the password that an address may hold."""
+    if not (isinstance(value, str) and "://" in value):
+        return value
+    parts = urlsplit(value)
+    if parts.password is None:
+        return value
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))
+
+
+def settings_table(rows: Sequence[Row]) -> Table:
+    """A line a setting."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("setting", style="cyan", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
+    table.add_column("here", overflow="fold", style="yellow")
+    for row in rows:
+        name = row["name"]
+        here = _words(name, row["here"]) if "here" in row else ""
+        style = "dim" if row["source"] == "default" else ""
+        table.add_row(name, _words(name, row["value"]), row["source"], here, style=style)
+    return table
+
+
+def _words(name: str, value: Any) -> str:
+    if value is None:
+        return "the policy's own"
+    if value == "":
+        return "none"
+    return size(value) if value and name.endswith("_bytes") else printable(str(value))
