@@ -337,8 +337,8 @@ class Engine:
         `keep`: positions, or what gives them for the length of a prompt. Since the rows reused are
         the prompt's own, partial prefill must give full prefill's answer.
         """
-        planning, worker = self.planning, self.worker
-        collect, load = planning.collect, worker._load
+        lookups, worker = self.planning.lookups, self.worker
+        collect, load = lookups.collect, worker._load
 
         def fewer(state: RequestState, seconds: float) -> None:
             settled = state.settled
@@ -354,11 +354,11 @@ class Engine:
             worker._cache.write(rows.to(torch.float32), slots)
             return load(spec)
 
-        planning.collect, worker._load = fewer, noisy
+        lookups.collect, worker._load = fewer, noisy
         try:
             yield
         finally:
-            planning.collect, worker._load = collect, load
+            lookups.collect, worker._load = collect, load
 
     def close(self) -> None:
         """Stop engine and daemon and forget vLLM's globals."""
