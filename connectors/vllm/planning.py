@@ -207,8 +207,10 @@ class Planning:
         edited = next((span.start for span in spans if not span.exact), None)
         if edited is None or request._block_hasher is None:
             return None
-        key = key_of(self._secret, state.namespace.digest, state.policy, state.plan, spans)
-        state.hide_hashes(key, edited // self._block)
+        first = edited // self._block
+        made_of = clip_spans(spans, first * self._block, state.length)  # all before it is exact
+        key = key_of(self._secret, state.namespace.digest, state.policy, state.plan, made_of)
+        state.hide_hashes(key, first)
         return state
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:

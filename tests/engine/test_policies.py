@@ -19,55 +19,11 @@ from kvshare_connectors.vllm.planning import Planning
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
-from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, ReusePlan, Run, Span
-from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.plan import Run
+from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-NAMESPACE = Namespace(model="m", layout=KVLayout(2, 1, 8, "float32"))
-LENGTH = 100
-PLAN = ReusePlan(
-    namespace=NAMESPACE.digest,
-    tokens=LENGTH,
-    exact=40,
-    spans=(Span(0, 40, 0, 0, 0, True), Span(50, 30, 52, 0, 52)),
-    blocks=(BlockRef("ab" * 32, 128, 4096, 0),),
-    donors=("d",),
-    generation=1,
-    lease="lease",
-    saving_ms=10.0,
-)
-"""Forty exact tokens, ten placeholders, thirty edited tokens, and a tail of twenty."""
-
-
-class FakeLink:
-    """Answers every lookup with `plan`, once `late` more questions for the answer were asked."""
-
-    def __init__(self) -> None:
-        self.plan: ReusePlan | None = PLAN
-        self.late = 0
-        self.asked: list[tuple[str, str | None]] = []
-        self.told: list[Any] = []
-        self.given_up = 0
-
-    def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
-        self.asked.append((namespace.digest, policy))
-        return b"%d" % len(self.asked)
-
-    def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:
-        if self.late > 0:
-            self.late -= 1
-            raise DeadlineError("not yet")
-        return self.plan
-
-    def give_up(self, request_id: bytes) -> None:
-        self.given_up += 1
-
-    def tell(self, message: Any) -> None:
-        self.told.append(message)
-
 
 ids = itertools.count()
 
