@@ -46,24 +46,37 @@ class Lookups:
         if state.asked is None:
             state.settled, state.reason = True, "unavailable"
 
+    def ask_early(self, state: RequestState) -> None:
+        """As `ask`, for a request that nobody waits for yet."""
+        self.ask(state)
+        state.early = True
+
     def collect(self, state: RequestState, seconds: float) -> None:
         """Take the answer if it comes within `seconds`; past the deadline the request is a miss."""
         if state.settled or state.asked is None:
             return
-        left = state.asked_at + self._config.plan_deadline_ms / 1e3 - time.monotonic()
+        left = self._left(state)
+        if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
+            self._link.give_up(state.asked)
+            state.settled, state.reason = True, "deadline"
+
+    def _left(self, state: RequestState) -> float:
+        """Seconds until the lookup's deadline."""
+        return state.asked_at + self._config.plan_deadline_ms / 1e3 - time.monotonic()
+
+    def _take(self, state: RequestState, asked: bytes, seconds: float) -> bool:
+        """Whether the answer is there within `seconds`."""
         try:
-            plan = self._link.answer(state.asked, max(0.0, min(seconds, left)))
+            plan = self._link.answer(asked, max(0.0, seconds))
         except DeadlineError:
-            if left <= seconds:
-                self._link.give_up(state.asked)
-                state.settled, state.reason = True, "deadline"
-            return
+            return False
         state.settled = True
         state.planned_at = time.monotonic()
         state.stored = plan
         state.reason = "unavailable" if plan is None else plan.declined
         if plan is not None and plan.spans:
             state.plan = plan
+        return True
 
     def look_ahead(self, states: Iterable[RequestState], *, busy: bool) -> list[RequestState]:
         """Look up the requests that this step may admit; returns their states in order."""
@@ -85,11 +98,22 @@ class Lookups:
         return max(0.0, self._wait_until - time.monotonic())
 
     def _refresh(self, state: RequestState) -> None:
-        """A plan that waited in the queue for half its lease is asked for again."""
+        """A plan that waited in the queue for half its lease is asked for again, and so is one that
+        was asked for when its request arrived, if the daemon had no time for it then."""
         waited = time.monotonic() - state.planned_at
+        early, state.early = state.early, False
         if state.plan is not None and waited > self._config.lease_seconds / 2:
             self.give_up(state, "queued_too_long")
             state.ask_again()
+        elif early and self._too_late(state):
+            self._late.append(replace(state))
+            state.ask_again()
+
+    def _too_late(self, state: RequestState) -> bool:
+        """Whether the deadline of its lookup has passed and no answer is there."""
+        if state.settled or state.asked is None or self._left(state) > 0:
+            return False
+        return not self._take(state, state.asked, 0.0)
 
     # --- plans that nobody loads -------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class Planning:
         state = self.state_of(request)
         holding = (other for other in self._states.values() if other.holds_plan)
         if len(list(itertools.islice(holding, LOOK_AHEAD))) < LOOK_AHEAD:
-            self.lookups.ask(state)
+            self.lookups.ask_early(state)
 
     def state_of(self, request: Request) -> RequestState:
         """The state of a request, made at its first mention."""
@@ -160,9 +160,10 @@ class Planning:
             return 0, False  # a resumed request may hold edited rows of its own: compute the rest
         if not self.may_start(request):
             return None, False
+        if not self.places_runs:
+            self.lookups.look_ahead([state], busy=True)  # nobody else does
         self.lookups.ask(state)
-        deadline = self.config.plan_deadline_ms / 1e3
-        self.lookups.collect(state, self.lookups.patience() if self.places_runs else deadline)
+        self.lookups.collect(state, self.lookups.patience())
         if not state.settled:
             return None, False
         state.promise = self._promise(state, local)

@@ -65,6 +65,8 @@ class RequestState:
     """Why nothing is reused, as far as that is known."""
     asked: bytes | None = None
     asked_at: float = 0.0
+    early: bool = False
+    """Asked for when the request arrived, and nobody has waited for the answer yet."""
     settled: bool = False
     """The lookup has ended, with a plan or without."""
     plan: ReusePlan | None = None

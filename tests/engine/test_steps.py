@@ -384,6 +384,22 @@ def test_requests_far_back_in_the_queue_hold_no_plans(make: Make, link: FakeLink
     assert len(link.asked) == 8
 
 
+def test_a_request_that_queued_past_the_deadline_of_its_early_lookup_asks_again(
+    make: Make, link: FakeLink
+) -> None:
+    """The daemon makes no plan that nobody waits for; now somebody does."""
+    bench = make()
+    request = bench.add()
+    bench.planning.state_of(request).asked_at -= 60.0
+    link.late = 1
+    bench.step()
+    assert len(link.asked) == 2
+    unused = protocol.Outcome(failed="aborted", recomputed=LENGTH)
+    assert protocol.Finish("lease", unused) in link.told
+    bench.drain()
+    assert said(bench, request)["reused"] == 70
+
+
 def test_vllm_may_ask_as_often_as_it_likes(make: Make, link: FakeLink) -> None:
     """Nothing happens before it takes a promise: no plan is given up, no hash is private."""
     bench = make()
