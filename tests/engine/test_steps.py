@@ -56,7 +56,7 @@ def make(tmp_path: Path, link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> Mak
     return made
 
 
-def sibling(name: str, module: str = __name__, **extra: Any) -> dict[str, Any]:
+def sibling(name: str, module: str, **extra: Any) -> dict[str, Any]:
     return {
         "kv_connector": name,
         "kv_connector_module_path": module,
@@ -498,46 +498,13 @@ def test_with_vllms_own_scheduler_only_exact_rows_are_asked_for(make: Make, link
     assert [policy for _, policy in link.asked] == ["exact"]
 
 
-def failing(tmp_path: Path) -> dict[str, Any]:
-    return sibling("Failing")
-
-
-def __getattr__(name: str) -> Any:
-    """A sibling whose every load fails, made when vLLM asks this module for it."""
-    if name != "Failing":
-        raise AttributeError(name)
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-        KVConnectorBase_V1,
-        KVConnectorMetadata,
-    )
-
-    class Failing(KVConnectorBase_V1):
-        def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
-            return max(0, BLOCK - computed), False
-
-        def update_state_after_alloc(self, *_: Any) -> None: ...
-
-        def build_connector_meta(self, output: Any) -> KVConnectorMetadata:
-            return KVConnectorMetadata()
-
-        def start_load_kv(self, *_: Any, **__: Any) -> None: ...
-
-        def wait_for_layer_load(self, *_: Any) -> None: ...
-
-        def save_kv_layer(self, *_: Any, **__: Any) -> None: ...
-
-        def wait_for_save(self) -> None: ...
-
-    return Failing
-
-
 def test_a_sibling_whose_loads_always_fail_does_not_stop_its_requests(
     make: Make, link: FakeLink, tmp_path: Path
 ) -> None:
     """vLLM goes on from the first block that failed; a preempted request would be promised the
     same block by the sibling, for ever."""
     link.plan = None
-    bench = make(beside(tmp_path, failing(tmp_path)))
+    bench = make(beside(tmp_path, sibling("Failing", "tests.engine.siblings")))
     request = bench.add()
     for _ in range(12):
         output = bench.schedule()
