@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 from kvshare_connectors.vllm.adapters import Adapters
+from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.requests import (
     RequestState,
@@ -68,6 +69,8 @@ class Planning:
         what these steps computed in them is published, and its worth not known yet."""
         self._wait_until = 0.0
         self._pool: BlockPool | None = None
+        self._unserved = ""
+        """Why the worker loads and stores nothing."""
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
 
@@ -87,7 +90,9 @@ class Planning:
         if state is None:
             adapter = self._adapters.of(request.lora_request)
             namespace = self._namespace.for_tenant(request.cache_salt or "", adapter.identity)
-            declined = decline_reason(request, self.config.policy) or adapter.declined
+            declined = (
+                self._unserved or decline_reason(request, self.config.policy) or adapter.declined
+            )
             state = RequestState(request, namespace, declined=declined)
             self._states[request.request_id] = state
             if state.declined:
@@ -320,7 +325,12 @@ class Planning:
         state.parked = False
 
     def worker_output(self, output: KVConnectorOutput) -> None:
-        """A load failed: its request is computed in full, nothing of it stays published."""
+        """A load failed: its request is computed in full, nothing of it stays published.
+
+        A worker that serves nothing at all says so: later requests are not even looked up.
+        """
+        if isinstance(output.kv_connector_worker_meta, Unserved):
+            self._unserved = output.kv_connector_worker_meta.reason
         invalid = set(output.invalid_block_ids or ())
         if not invalid:
             return

@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from kvshare_connectors.vllm.connector import KVShareConnector
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.planning import Planning, from_first
 from kvshare_connectors.vllm.requests import RequestState
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -54,9 +56,13 @@ class VirtualRows(_Base):
         return output
 
     def _planning(self) -> Planning | None:
-        connectors = [self.connector, *getattr(self.connector, "_connectors", ())]
-        found = (getattr(connector, "planning", None) for connector in connectors)
-        return next((planning for planning in found if planning is not None), None)
+        siblings = (
+            self.connector.sub_connectors if isinstance(self.connector, MultiConnector) else ()
+        )
+        for connector in (self.connector, *siblings):
+            if isinstance(connector, KVShareConnector):
+                return connector.planning
+        return None
 
     # --- before the step ---------------------------------------------------------------------
 
