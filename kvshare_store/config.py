@@ -121,6 +121,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How often garbage is collected and long chains are merged (0: only when asked)."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
+    log_requests: bool = False
+    """One line in the engine's log for each request: what was reused, and why."""
 
     def __post_init__(self) -> None:
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",

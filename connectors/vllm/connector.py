@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from kvshare_store.errors import ConfigError, KVShareError, UnsupportedError
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -36,17 +36,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
+NEEDS_RECOMPUTE = (
+    'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed load is a '
+    "miss and not a failed request"
+)
 _LOOKED_AT = 256
 """Prompts, the most recently used, whose model is looked at when an engine starts."""
 _ANSWER_S = 5.0
 
 
-class KVShareConnector(KVConnectorBase_V1):
+class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads edited KV before the forward, saves fresh KV after it.
 
     A model that KVShare does not serve gets an idle connector and one line in the log: requests are
     then computed in full. So does a worker that cannot read or write what was really built. A wrong
-    setting stops the engine with one clear line.
+    setting stops the engine with one clear line. vLLM manages the memory of hybrid models as it
+    does without a connector: KVShare is idle for those.
     """
 
     def __init__(
@@ -78,10 +83,7 @@ class KVShareConnector(KVConnectorBase_V1):
             log.warning("kvshare: this model is served without reuse: %s", self._unserved)
             return
         if self._vllm.kv_transfer_config.kv_load_failure_policy != "recompute":
-            raise ConfigError(
-                'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed '
-                "load is a miss and not a failed request"
-            )
+            raise ConfigError(NEEDS_RECOMPUTE)
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
         link = open_link(self.config)
@@ -99,6 +101,8 @@ class KVShareConnector(KVConnectorBase_V1):
         size = self._kv_cache.kv_cache_groups[0].kv_cache_spec.block_size
         try:
             self._worker = self._open_worker(kv_caches, size)
+        except ConfigError:
+            raise
         except Exception as found:  # noqa: BLE001 - whatever it is, the engine can do without
             error = contained(found)
             log.warning("kvshare: this model is served without reuse: %s", error)
@@ -162,9 +166,13 @@ class KVShareConnector(KVConnectorBase_V1):
 
     # --- scheduler side -------------------------------------------------------------------------
 
-    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         if self.planning is not None:
-            self.planning.bind_block_pool(gpu_block_pool)
+            self.planning.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        if self.planning is not None:
+            self.planning.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -188,12 +196,20 @@ class KVShareConnector(KVConnectorBase_V1):
         if self.planning is not None:
             self.planning.worker_output(connector_output)
 
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self.planning is None:
+            return False, {"kvshare.reused": 0, "kvshare.reason": self._unserved}
+        return False, self.planning.finished(request, block_ids[0])
+
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self.planning is not None:
-            self.planning.finished(request, block_ids)
-        return False, None
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def reset_cache(self) -> bool:
+        return self.planning is None or self.planning.reset()
 
     @property
     def requires_kv_delivery(self) -> bool:

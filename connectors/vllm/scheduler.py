@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kvshare_connectors.vllm.connector import KVShareConnector
+from kvshare_connectors.vllm.beside import check_failure_policy, keeps_rows_by_tokens, ours
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.planning import Planning, from_first
-from kvshare_connectors.vllm.requests import RequestState
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
-from vllm.sampling_params import SamplingParams
+from kvshare_connectors.vllm.orders import from_first
+from kvshare_connectors.vllm.placing import Room, add_row, metadata_of
+from kvshare_connectors.vllm.planning import Planning
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
-
-from kvshare_store.plan import Run
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -38,11 +38,23 @@ _MEASURED_PREFILL = 128
 class VirtualRows(_Base):
     """Mixin over a vLLM scheduler; without a KVShare connector it changes nothing."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._meaningless_reports: Counter[str] = Counter()
+        """Loads that the worker will report as finished, of requests that were released."""
+        planning = self._planning()
+        if planning is not None:
+            check_failure_policy(planning, recompute=self.recompute_kv_load_failures)
+            planning.place_runs(self._adapter_fits, exact_only=keeps_rows_by_tokens(self.connector))
+
+    def _planning(self) -> Planning | None:
+        connector = ours(self.connector)
+        return connector.planning if connector is not None else None
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         planning = self._planning()
-        if planning is None:
+        if planning is None or self.pause_state == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
-        planning.places_runs = True
         tokens, rows = self._reserve(planning)
         active = self.max_num_active_reqs
         self.max_num_scheduled_tokens -= tokens
@@ -53,18 +65,15 @@ class VirtualRows(_Base):
             self.max_num_scheduled_tokens += tokens
             self.max_num_active_reqs = active
         self._place_runs(planning, output)
+        self._uncount(planning.take_placeholders())
         return output
 
-    def _planning(self) -> Planning | None:
-        siblings = (
-            self.connector.sub_connectors if isinstance(self.connector, MultiConnector) else ()
-        )
-        for connector in (self.connector, *siblings):
-            if isinstance(connector, KVShareConnector):
-                return connector.planning
-        return None
-
     # --- before the step ---------------------------------------------------------------------
+
+    def _free_rows(self) -> int:
+        """Rows of the batch that no request has; one that vLLM does not schedule keeps its own."""
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        return self.max_num_running_reqs - taken
 
     def _reserve(self, planning: Planning) -> tuple[int, int]:
         """Tokens and rows of the batch to keep free for placeholder runs.
@@ -74,16 +83,15 @@ class VirtualRows(_Base):
         """
         total = self.max_num_scheduled_tokens
         free = total - sum(self._need(request) for request in self.running)
-        rows = self.max_num_running_reqs - len(self.running)
+        rows = self._free_rows()
         parked = [run.length for state in planning.parked for run in state.runs]
         # at least half the step goes to requests already parked, and new ones leave them their
         # rows, or they might wait for ever
-        reserved = min(sum(parked), max(free, total // 2) - 1) if parked and rows else 0
-        reserved_rows = min(len(parked), rows)
+        reserved = min(sum(parked), max(free, total // 2) - 1) if parked and rows > 0 else 0
+        reserved_rows = min(len(parked), max(rows, 0))
         free, rows = free - reserved, rows - reserved_rows
-        heads = [r for r in itertools.islice(self._heads(), _LOOK_AHEAD) if _is_fresh(r)]
         busy = bool(self.running) or bool(parked)
-        for state in planning.look_ahead(heads, busy=busy):
+        for state in planning.look_ahead(self._fresh_heads(), busy=busy):
             runs = state.plan.placeholders() if state.plan is not None else []
             placeholders = sum(run.length for run in runs)
             tail = state.length - (state.plan.stop if state.plan is not None else 0)
@@ -99,70 +107,139 @@ class VirtualRows(_Base):
         known = request.num_tokens_with_spec + request.num_output_placeholders
         return int(known - request.num_computed_tokens)
 
+    def _fresh_heads(self) -> list[Request]:
+        """The first requests of the queue that this step may admit."""
+        if self.pause_state != PauseState.UNPAUSED:
+            return []
+        return [r for r in itertools.islice(self._heads(), _LOOK_AHEAD) if _is_fresh(r)]
+
     def _heads(self) -> Iterator[Request]:
         return iter(self.waiting)
+
+    def _adapter_fits(self, request: Request) -> bool:
+        """Whether the request's adapter has a place beside those of running and waiting requests
+        that hold rows. vLLM counts the running ones; the waiting ones have virtual rows."""
+        if not self.lora_config or request.lora_request is None:
+            return True
+        planning = self._planning()
+        parked = [state.request for state in planning.parked] if planning is not None else []
+        held = {
+            other.lora_request.lora_int_id
+            for other in itertools.chain(self.running, self.kv_holding_waiting, parked)
+            if other.lora_request is not None
+        }
+        held.add(request.lora_request.lora_int_id)
+        return len(held) <= self.lora_config.max_loras
 
     # --- after it ----------------------------------------------------------------------------
 
     def _place_runs(self, planning: Planning, output: SchedulerOutput) -> None:
-        metadata = output.kv_connector_metadata
-        if not isinstance(metadata, KVShareMetadata):
-            metadata = next(m for m in metadata.metadata if isinstance(m, KVShareMetadata))  # type: ignore[union-attr]
+        metadata = metadata_of(output)
         prefill_only = not output.scheduled_cached_reqs.req_ids
         if prefill_only and output.total_num_scheduled_tokens >= _MEASURED_PREFILL:
             metadata.prefilled = output.total_num_scheduled_tokens
         before = output.total_num_scheduled_tokens
         for state in planning.take_ready():
             for run in state.runs:
-                self._add_row(output, state, run)
+                self.finished_req_ids.add(add_row(output, state, run))
             state.runs = []
-        for state in planning.parked:
-            self._advance(planning, output, state)
-        for state in [s for s in planning.parked if not s.runs]:
-            planning.unpark(state)
-            metadata.finished_loads.append(state.id)
+        touched = {spec.request_id for spec in metadata.loads} | self._place_parked(
+            planning, output, metadata
+        )
         if metadata.loads:
             output.has_sync_kv_loads = True  # placed rows attend to what is loaded
         if output.total_num_scheduled_tokens > before:
             metadata.prefilled = 0
             if before == 0 and self.defer_block_free:
                 self.sched_step_seq += 1
+        self._fence(touched, empty=output.total_num_scheduled_tokens == 0)
 
-    def _advance(self, planning: Planning, output: SchedulerOutput, state: RequestState) -> None:
-        """Place as many of a parked request's runs as fit what the step has left, in order."""
-        left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-        rows = self.max_num_running_reqs - max(len(self.running), len(output.num_scheduled_tokens))
-        while state.runs and left > 0 and rows > 0:
-            run = state.runs.pop(0)
-            part = Run(run.start, min(run.stop, run.start + left))
-            if part.stop < run.stop:
-                state.runs.insert(0, Run(part.stop, run.stop))
-            self._add_row(output, state, part)
-            left, rows = left - part.length, rows - 1
+    def _place_parked(
+        self, planning: Planning, output: SchedulerOutput, metadata: KVShareMetadata
+    ) -> set[str]:
+        """Runs of parked requests go into what the step has left, in order; their ids."""
+        adapters = self.lora_config.max_loras if self.lora_config else 0
+        room = Room.left(output, self.requests, self._tokens_left(output), self._free_rows())
+        placed = set()
+        for state in planning.parked:
+            for run in room.take(state, adapters):
+                self.finished_req_ids.add(add_row(output, state, run))
+                placed.add(state.id)
+            if not state.runs:
+                planning.unpark(state)
+                metadata.finished_loads.append(state.id)
+        return placed
+
+    def _tokens_left(self, output: SchedulerOutput) -> int:
+        return self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+
+    def _fence(self, touched: set[str], *, empty: bool) -> None:
+        """Blocks that this step writes outside of vLLM's own rows are not free before its end.
+
+        A step without tokens has no number; what comes after it has run it too.
+        """
         if self.defer_block_free:
-            state.request.last_sched_seq = self.sched_step_seq + 1
+            for request_id in touched:
+                self.requests[request_id].last_sched_seq = self.sched_step_seq + empty
 
-    def _add_row(self, output: SchedulerOutput, state: RequestState, run: Run) -> None:
-        """One virtual request: samples nothing, is forgotten at the start of the next step."""
-        name = f"{state.id}/kvshare-{run.start}"
-        # one token beyond the run: the runner then takes the row for an unfinished prefill
-        prompt = list(state.request.prompt_token_ids or ())[: run.stop + 1]
-        output.scheduled_new_reqs.append(
-            NewRequestData(
-                req_id=name,
-                prompt_token_ids=prompt,
-                mm_features=[],
-                sampling_params=SamplingParams(temperature=0, max_tokens=1),
-                pooling_params=None,
-                block_ids=state.block_ids,
-                num_computed_tokens=run.start,
-                lora_request=state.request.lora_request,
-                prefill_token_ids=prompt,
-            )
-        )
-        output.num_scheduled_tokens[name] = run.length
-        output.total_num_scheduled_tokens += run.length
-        self.finished_req_ids.add(name)
+    def _uncount(self, placeholders: int) -> None:
+        """vLLM counts all that is promised as hits; placeholders are computed."""
+        stats = self.connector_prefix_cache_stats
+        connector = ours(self.connector)
+        if stats is not None and connector is not None and placeholders:
+            stats.hits -= placeholders
+            source = connector._cache_hit_source
+            stats.hits_by_source[source] = stats.hits_by_source.get(source, 0) - placeholders
+
+    # --- requests that lose their rows -------------------------------------------------------
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        planning = self._planning()
+        if planning is not None:
+            planning.preempted(request)
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        planning = self._planning()
+        if planning is not None and reset_running_requests:
+            self._release_waiting(planning)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def reset_connector_cache(self) -> bool:
+        planning = self._planning()
+        if planning is not None:
+            self._release_waiting(planning)  # what they hold is stale too
+        return super().reset_connector_cache()
+
+    def _release_waiting(self, planning: Planning) -> None:
+        """Requests that hold rows of KVShare without running give them back and begin again."""
+        held = [r for r in self.kv_holding_waiting if planning.holds_rows(r)]
+        self.kv_holding_waiting.remove_requests(held)
+        self.deferred_waiting.difference_update(held)
+        for request in reversed(held):  # each goes to the head of the queue
+            name = request.request_id
+            waiting = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            reported = not waiting or name in self.finished_recving_kv_req_ids
+            if planning.released(request) and not reported:
+                self._meaningless_reports[name] += 1
+            self.finished_recving_kv_req_ids.discard(name)
+            self.failed_recving_kv_req_ids.discard(name)
+            self._inflight_prefills.discard(request)
+            self._set_kv_fetch_stage(request, None)
+            self._free_request_blocks(request)
+            request.status = RequestStatus.WAITING
+            request.num_computed_tokens = 0
+            self.waiting.prepend_request(request)
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output: KVConnectorOutput) -> None:
+        reported = kv_connector_output.finished_recving or set()
+        meaningless = reported & self._meaningless_reports.keys()
+        if meaningless:
+            self._meaningless_reports -= Counter(meaningless)
+            kv_connector_output.finished_recving = reported - meaningless
+        super()._update_from_kv_xfer_finished(kv_connector_output)
 
     # --- loads that failed -------------------------------------------------------------------
 
@@ -173,12 +250,14 @@ class VirtualRows(_Base):
 
         vLLM's own way is to go on from the first such block. What an asynchronous scheduler has
         scheduled ahead then stays in its counts, and the step that follows reads tokens that do
-        not exist (vllm-project/vllm#45138, #49250). Preemption undoes all of it.
+        not exist (vllm-project/vllm#45138, #49250). Preemption undoes all of it. Only KVShare may
+        do so: after a failure it promises nothing again, which another connector would.
         """
         planning = self._planning()
-        if planning is None:
+        own = planning.orders.own(invalid_block_ids) if planning is not None else set()
+        if planning is None or not own:
             return super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
-        held = [request for request in self.running if self._forget(request, invalid_block_ids)]
+        held = [request for request in self.running if self._forget(request, own)]
         for request in reversed(held):  # each goes to the head of the queue
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)

@@ -17,6 +17,7 @@ from unittest import mock
 import msgspec
 import torch
 import torch._dynamo
+from kvshare_connectors.vllm.beside import ours
 from kvshare_connectors.vllm.metadata import LoadSpec
 from kvshare_connectors.vllm.planning import Planning
 from kvshare_connectors.vllm.requests import RequestState
@@ -43,6 +44,8 @@ class Answer:
     logprobs: list[dict[int, float]]
     cached: int = 0
     """Prompt tokens that vLLM counts as cached: from its own prefix cache or from the store."""
+    said: dict[str, Any] = field(default_factory=dict)
+    """What the answer says about reuse, without the prefix of the names."""
 
     def agrees(self, other: Answer) -> bool:
         """The same greedy tokens, and log-probabilities as two computations in fp32 give them."""
@@ -171,14 +174,14 @@ class Engine:
     @property
     def planning(self) -> Planning:
         """The connector's scheduler side."""
-        return self.scheduler.connector.planning
+        return ours(self.scheduler.connector).planning
 
     @property
     def worker(self) -> Worker:
         """The connector's worker side."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group()._worker
+        return ours(get_kv_transfer_group())._worker
 
     @property
     def pool(self) -> Any:
@@ -203,6 +206,7 @@ class Engine:
         policy: str | None = None,
         params: dict[str, Any] | None = None,
         salt: str | None = None,
+        lora: Any = None,
         **sampling: Any,
     ) -> str:
         """Queue a greedy request; returns its id. `params`: its whole `kv_transfer_params`."""
@@ -221,7 +225,7 @@ class Engine:
         text: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
             text["cache_salt"] = salt
-        self.core.add_request(name, text, wanted)
+        self.core.add_request(name, text, wanted, lora_request=lora)
         return name
 
     def abort(self, name: str) -> None:
@@ -246,8 +250,7 @@ class Engine:
     def _finished(self, outputs: list[Any]) -> None:
         for output in outputs:
             if output.finished:
-                cached = output.num_cached_tokens or 0
-                self._answers[output.request_id] = [_answer(d, cached) for d in output.outputs]
+                self._answers[output.request_id] = [_answer(d, output) for d in output.outputs]
 
     def ask(self, prompt: Sequence[int], **options: Any) -> Answer:
         """One request on its own."""
@@ -337,8 +340,8 @@ class Engine:
         `keep`: positions, or what gives them for the length of a prompt. Since the rows reused are
         the prompt's own, partial prefill must give full prefill's answer.
         """
-        planning, worker = self.planning, self.worker
-        collect, load = planning.collect, worker._load
+        lookups, worker = self.planning.lookups, self.worker
+        collect, load = lookups.collect, worker._load
 
         def fewer(state: RequestState, seconds: float) -> None:
             settled = state.settled
@@ -355,11 +358,11 @@ class Engine:
             worker._cache.write(rows.to(torch.float32), slots)
             return load(spec)
 
-        planning.collect, worker._load = fewer, noisy
+        lookups.collect, worker._load = fewer, noisy
         try:
             yield
         finally:
-            planning.collect, worker._load = collect, load
+            lookups.collect, worker._load = collect, load
 
     def close(self) -> None:
         """Stop engine and daemon and forget vLLM's globals."""
@@ -403,10 +406,12 @@ def _flat(stats: dict[str, Any]) -> dict[str, int]:
     return flat
 
 
-def _answer(output: Any, cached: int) -> Answer:
-    steps = output.logprobs or []
+def _answer(one: Any, output: Any) -> Answer:
+    """One of the `n` answers in a request's output."""
+    said = output.kv_transfer_params or {}
     return Answer(
-        list(output.token_ids),
-        [{token: entry.logprob for token, entry in step.items()} for step in steps],
-        cached,
+        list(one.token_ids),
+        [{token: entry.logprob for token, entry in step.items()} for step in one.logprobs or []],
+        output.num_cached_tokens or 0,
+        {name.removeprefix("kvshare."): value for name, value in said.items()},
     )

@@ -219,7 +219,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
         engine.step()
         assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
         second = engine.add(longer, policy="exact")
-        monkeypatch.setattr(engine.planning, "_worth", lambda plan, spans: False)
+        monkeypatch.setattr(engine.planning, "worth", lambda plan, spans: False)
         answers = engine.drain()
     monkeypatch.undo()
     assert len(tried) == 1

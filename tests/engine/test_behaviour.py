@@ -286,9 +286,9 @@ def test_an_unknown_policy_is_answered_without_reuse(engine: Engine, donor: list
 @pytest.mark.parametrize(
     "params",
     [
-        {"kvshare.home": "/nowhere", "kvshare.namespace": "other", "kvshare.donor": "x"},
-        {"kvshare.policy": None, "kvshare.lease": ["x"], "do_remote_prefill": False},
-        {"kvshare.min_saving_ms": 1e9, "kvshare.cache_salt": "other", "": {}},
+        {"kvshare.donor": "x", "kvshare.reused": 10**9, "kvshare.reason": ["x"]},
+        {"kvshare.policy": None, "do_remote_prefill": False, "home": "/nowhere"},
+        {"min_saving_ms": 1e9, "cache_salt": "other", "": {}},
         {},
     ],
 )

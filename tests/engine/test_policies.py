@@ -14,59 +14,16 @@ import kvshare_connectors.vllm.identity as identity_module
 import pytest
 from huggingface_hub import constants
 from kvshare_connectors.vllm.identity import namespace_of
-from kvshare_connectors.vllm.planning import Planning, from_first
+from kvshare_connectors.vllm.orders import from_first
+from kvshare_connectors.vllm.planning import Planning
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
-from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, ReusePlan, Run, Span
-from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.plan import Run
+from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-NAMESPACE = Namespace(model="m", layout=KVLayout(2, 1, 8, "float32"))
-LENGTH = 100
-PLAN = ReusePlan(
-    namespace=NAMESPACE.digest,
-    tokens=LENGTH,
-    exact=40,
-    spans=(Span(0, 40, 0, 0, 0, True), Span(50, 30, 52, 0, 52)),
-    blocks=(BlockRef("ab" * 32, 128, 4096, 0),),
-    donors=("d",),
-    generation=1,
-    lease="lease",
-    saving_ms=10.0,
-)
-"""Forty exact tokens, ten placeholders, thirty edited tokens, and a tail of twenty."""
-
-
-class FakeLink:
-    """Answers every lookup with `plan`, once `late` more questions for the answer were asked."""
-
-    def __init__(self) -> None:
-        self.plan: ReusePlan | None = PLAN
-        self.late = 0
-        self.asked: list[tuple[str, str | None]] = []
-        self.told: list[Any] = []
-        self.given_up = 0
-
-    def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
-        self.asked.append((namespace.digest, policy))
-        return b"%d" % len(self.asked)
-
-    def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:
-        if self.late > 0:
-            self.late -= 1
-            raise DeadlineError("not yet")
-        return self.plan
-
-    def give_up(self, request_id: bytes) -> None:
-        self.given_up += 1
-
-    def tell(self, message: Any) -> None:
-        self.told.append(message)
-
 
 ids = itertools.count()
 
@@ -78,6 +35,9 @@ def request(**fields: Any) -> Any:
         "prompt_token_ids": list(range(LENGTH)),
         "num_prompt_tokens": LENGTH,
         "num_preemptions": 0,
+        "num_computed_tokens": 0,
+        "prefill_stats": None,
+        "status": None,
         "sampling_params": SimpleNamespace(prompt_logprobs=None),
         "mm_features": [],
         "prompt_embeds": None,
@@ -114,7 +74,7 @@ def planning(link: FakeLink) -> Planning:
 def planned(link: FakeLink, **config: Any) -> Planning:
     config = {"min_saving_ms": 0.0} | config
     planning = Planning(StoreConfig(**config), NAMESPACE, link, 32)  # type: ignore[arg-type]
-    planning.places_runs = True
+    planning.place_runs(lambda request: True, exact_only=False)
     return planning
 
 
@@ -526,7 +486,7 @@ def test_a_scheduler_that_places_no_runs_gets_the_prefix_only(link: FakeLink) ->
     planning.places_runs = False
     assert planning.matched(request(), 0) == (40, True)
     assert planning.matched(request(), 32) == (8, True)
-    assert planning.matched(request(), 64) == (16, True)
+    assert planning.matched(request(), 64) == (0, False)
 
 
 def test_a_request_in_the_queue_for_long_asks_again(link: FakeLink) -> None:
@@ -573,7 +533,9 @@ def test_past_the_deadline_a_request_is_a_miss(link: FakeLink) -> None:
 def test_a_plan_that_vllms_own_cache_makes_needless_is_given_up(
     planning: Planning, link: FakeLink
 ) -> None:
-    assert planning.matched(request(), 96) == (0, False)
+    wanted = request()
+    assert planning.matched(wanted, 96) == (0, False)
+    planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
     assert link.told == [finish("lease", "engine_prefix", 4)]
 
 

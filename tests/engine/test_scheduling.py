@@ -377,7 +377,7 @@ def test_abort_while_the_lookup_runs(
     with engine.counted() as gained:
         with monkeypatch.context() as patch:
             patch.setattr(engine.planning._link, "answer", slow)
-            patch.setattr(engine.planning, "_patience", lambda: 0.0)
+            patch.setattr(engine.planning.lookups, "patience", lambda: 0.0)
             name = engine.add(prompt)
             engine.step()
             assert engine.planning._states

@@ -1,0 +1,77 @@
+"""What the answer to a request says about reuse, in the `kv_transfer_params` that vLLM returns."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kvshare_connectors.vllm.requests import PREFIX, RequestState
+
+log = logging.getLogger("kvshare")
+
+_LONGEST = 64
+"""Characters of a client's own words that are said back."""
+_MOST = 8
+
+
+def answer_of(state: RequestState) -> dict[str, Any]:
+    """Tokens of the prompt by where their rows came from, and why.
+
+    `prefix_cached` + `exact` + `edited` + `recomputed` is the length of the prompt; `reused` is
+    `exact` + `edited`. `reason` says why nothing was reused, `asked` what the client wanted and
+    did not get, `unknown` which of its parameters mean nothing.
+    """
+    exact = sum(span.length for span in state.loaded if span.exact)
+    edited = sum(span.length for span in state.loaded) - exact
+    donors = state.stored.donors if state.stored is not None and state.loaded else ()
+    said: dict[str, Any] = {
+        "reused": exact + edited,
+        "exact": exact,
+        "edited": edited,
+        "recomputed": state.length - state.local - exact - edited,
+        "prefix_cached": state.local,
+        "donor": donors[0] if donors else "",
+        "reason": "" if state.loaded else state.declined or state.reason,
+        "policy": state.policy,
+    }
+    if state.wish.policy not in (None, state.policy):
+        said["asked"] = str(state.wish.policy)[:_LONGEST]
+    if state.wish.unknown:
+        said["unknown"] = [name[:_LONGEST] for name in state.wish.unknown[:_MOST]]
+    return {PREFIX + name: value for name, value in said.items()}
+
+
+def log_line(state: RequestState, answer: dict[str, Any]) -> None:
+    """One line about a request that has ended (`log_requests`)."""
+    said = " ".join(f"{name.removeprefix(PREFIX)}={value}" for name, value in answer.items())
+    log.info("kvshare: request %s: %s", state.id, said)
+
+
+def show_log_lines() -> None:
+    """Lines of level INFO are wanted, and go somewhere also where nothing is set up for that."""
+    if not log.isEnabledFor(logging.INFO):
+        log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+
+
+class Warnings:
+    """What clients ask for in vain: said in each answer, logged once for each kind."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def consider(self, state: RequestState) -> None:
+        """Log what this request asks for and does not get, unless such a thing was logged."""
+        wish = state.wish
+        if wish.unknown:
+            name = wish.unknown[0][:_LONGEST]
+            self._once("parameter", f"{name!r} is no parameter of KVShare: computed in full")
+        elif wish.policy is not None and wish.policy != state.policy:
+            asked = wish.policy[:_LONGEST]
+            self._once("policy", f"policy {asked!r} was asked for, {state.policy!r} is granted")
+
+    def _once(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("kvshare: a request's %s (later ones are not logged)", message)

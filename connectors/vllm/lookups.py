@@ -1,0 +1,147 @@
+"""Plans for requests: asked for as early as possible, waited for no longer than allowed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from kvshare_connectors.vllm.requests import RequestState
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.link import Link
+from kvshare_store.errors import DeadlineError
+from kvshare_store.plan import Outcome
+from kvshare_store.tree.edits import as_tokens
+
+LOOK_AHEAD = 8
+"""Requests that may hold a plan before they are admitted: a plan pins blocks in memory."""
+_BUSY_WAIT_S = 0.005
+"""How long a step with other work in it waits for plans; they are asked again in the next step."""
+
+
+class Lookups:
+    """One per engine; called only from the scheduler's thread."""
+
+    def __init__(self, config: StoreConfig, link: Link) -> None:
+        self._config = config
+        self._link = link
+        self._heads: list[RequestState] = []
+        self._late: list[RequestState] = []
+        """Requests that ended, or whose namespace did, before their plan came."""
+        self._wait_until = 0.0
+        self.exact_only = True
+        """Whether edited rows are never asked for: nobody computes placeholders, or a sibling of
+        KVShare would keep edited rows as exact ones."""
+
+    def ask(self, state: RequestState) -> None:
+        """Start the lookup, unless it was started or there is nothing to look up."""
+        if state.settled or state.asked is not None:
+            return
+        tokens = as_tokens(state.request.prompt_token_ids or ())
+        policy = "exact" if self.exact_only else state.policy
+        state.asked = self._link.ask(tokens, state.namespace, policy)
+        state.asked_at = time.monotonic()
+        if state.asked is None:
+            state.settled, state.reason = True, "unavailable"
+
+    def ask_early(self, state: RequestState) -> None:
+        """As `ask`, for a request that nobody waits for yet."""
+        self.ask(state)
+        state.early = True
+
+    def collect(self, state: RequestState, seconds: float) -> None:
+        """Take the answer if it comes within `seconds`; past the deadline the request is a miss."""
+        if state.settled or state.asked is None:
+            return
+        left = self._left(state)
+        if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
+            self._link.give_up(state.asked)
+            state.settled, state.reason = True, "deadline"
+
+    def _left(self, state: RequestState) -> float:
+        """Seconds until the lookup's deadline."""
+        return state.asked_at + self._config.plan_deadline_ms / 1e3 - time.monotonic()
+
+    def _take(self, state: RequestState, asked: bytes, seconds: float) -> bool:
+        """Whether the answer is there within `seconds`."""
+        try:
+            plan = self._link.answer(asked, max(0.0, seconds))
+        except DeadlineError:
+            return False
+        state.settled = True
+        state.planned_at = time.monotonic()
+        state.stored = plan
+        state.reason = "unavailable" if plan is None else plan.declined
+        if plan is not None and plan.spans:
+            state.plan = plan
+        return True
+
+    def look_ahead(self, states: Iterable[RequestState], *, busy: bool) -> list[RequestState]:
+        """Look up the requests that this step may admit; returns their states in order."""
+        for state in self._heads:
+            state.reserved = False
+        self._heads = heads = list(states)
+        for state in heads:
+            self._refresh(state)
+            self.ask(state)
+        patience = _BUSY_WAIT_S if busy else self._config.plan_deadline_ms / 1e3
+        self._wait_until = time.monotonic() + patience
+        for state in heads:
+            self.collect(state, self.patience())
+        self._collect_late()
+        return heads
+
+    def patience(self) -> float:
+        """Seconds that this step may still wait for plans."""
+        return max(0.0, self._wait_until - time.monotonic())
+
+    def _refresh(self, state: RequestState) -> None:
+        """A plan that waited in the queue for half its lease is asked for again, and so is one that
+        was asked for when its request arrived, if the daemon had no time for it then."""
+        waited = time.monotonic() - state.planned_at
+        early, state.early = state.early, False
+        if state.plan is not None and waited > self._config.lease_seconds / 2:
+            self.give_up(state, "queued_too_long")
+            state.ask_again()
+        elif early and self._too_late(state):
+            self._late.append(replace(state))
+            state.ask_again()
+
+    def _too_late(self, state: RequestState) -> bool:
+        """Whether the deadline of its lookup has passed and no answer is there."""
+        if state.settled or state.asked is None or self._left(state) > 0:
+            return False
+        return not self._take(state, state.asked, 0.0)
+
+    # --- plans that nobody loads -------------------------------------------------------------
+
+    def give_up(self, state: RequestState, reason: str) -> None:
+        """Nothing of the plan is loaded: its blocks are free, and the daemon learns why."""
+        if state.plan is not None:
+            outcome = Outcome(failed=reason, recomputed=state.length - state.local)
+            self._link.tell(protocol.Finish(state.plan.lease, outcome))
+            state.plan, state.reason = None, reason
+
+    def ended(self, state: RequestState) -> None:
+        """The request has ended: a plan that it did not load holds blocks for nobody."""
+        self._let_go(state, "aborted", 0.0 if self._late else _BUSY_WAIT_S)
+
+    def abandon(self, state: RequestState, reason: str) -> None:
+        """Drop plan and lookup; the request goes on, and may ask again."""
+        self._let_go(replace(state), reason, 0.0)
+        state.plan = None
+        state.ask_again()
+
+    def _let_go(self, state: RequestState, reason: str, seconds: float) -> None:
+        self.collect(state, seconds)
+        if not state.settled and state.asked is not None:
+            self._late.append(state)
+        elif not state.loaded:
+            self.give_up(state, reason)
+
+    def _collect_late(self) -> None:
+        waiting, self._late = self._late, []
+        for state in waiting:
+            self._let_go(state, "aborted", 0.0)

@@ -1,0 +1,134 @@
+"""What the worker is told in each step, and what the steps in flight have touched."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvshare_connectors.vllm.adapters import Adapters
+from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
+from kvshare_connectors.vllm.requests import RequestState
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.plan import ReusePlan, gaps
+from kvshare_store.staging import Reuse, reuse_of
+from kvshare_store.tree.edits import as_tokens
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+_IN_FLIGHT = 2
+"""Steps that vLLM may have given out before it hears of the first one's failures."""
+
+
+class Orders:
+    """One per engine; called only from the scheduler's thread."""
+
+    def __init__(self, config: StoreConfig, adapters: Adapters, block: int) -> None:
+        """`block`: tokens of a paged block."""
+        self._config = config
+        self._adapters = adapters
+        self._block = block
+        self._step = KVShareMetadata()
+        self._ended: deque[list[Sequence[int]]] = deque([[]], _IN_FLIGHT)
+        """Paged blocks of requests that ended since this step was made, and since the one before:
+        what these steps computed in them is published, and its worth not known yet."""
+        self._loading: deque[set[int]] = deque(maxlen=_IN_FLIGHT)
+        """Paged blocks that these steps load; whether they succeed is not known yet."""
+
+    # --- the next step -----------------------------------------------------------------------
+
+    def load(self, state: RequestState, plan: ReusePlan) -> None:
+        """Write the rows that were promised into the blocks that vLLM gave the request."""
+        reused = sum(span.length for span in state.loaded)
+        spec = LoadSpec(
+            request_id=state.id,
+            lease=plan.lease,
+            arena=plan.arena,
+            spans=state.loaded,
+            blocks=plan.blocks,
+            block_ids=state.block_ids[0],
+            start=state.local,
+            exact=sum(span.length for span in state.loaded if span.exact),
+            recomputed=state.length - state.local - reused,
+        )
+        self._step.loads.append(spec)
+
+    def finish_load(self, request_id: str) -> None:
+        """Report to vLLM that the request need not wait any longer."""
+        self._step.finished_loads.append(request_id)
+
+    def take_back(self, request_id: str) -> bool:
+        """Do not report it after all; False if that is out of hand already."""
+        if request_id not in self._step.finished_loads:
+            return False
+        self._step.finished_loads.remove(request_id)
+        return True
+
+    def build(self, output: SchedulerOutput, states: Mapping[str, RequestState]) -> KVShareMetadata:
+        """The orders of this step, with the saves of prompts that it completes."""
+        step, self._step = self._step, KVShareMetadata()
+        self._ended.append([])
+        own = (spec.block_ids[spec.start // self._block :] for spec in step.loads)
+        self._loading.append({block for ids in own for block in ids})
+        cached = output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, before in computed.items():
+            state = states.get(request_id)
+            after = before + output.num_scheduled_tokens[request_id]
+            if state is not None and after >= state.length and self._wanted(state):
+                self._save(state, output, step)
+        return step
+
+    def _wanted(self, state: RequestState) -> bool:
+        """Whether the rows of its prompt, complete now, are to be stored."""
+        unwanted = state.declined or state.request.num_preemptions > state.restarts
+        if state.saved or unwanted or state.length < self._config.min_prompt_tokens:
+            return False
+        adapter = self._adapters.of(state.request.lora_request)
+        # if its files have changed since, the rows may be of either, or of both
+        return not adapter.declined and adapter.identity == state.namespace.lora
+
+    def _save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
+        state.saved = True
+        edited = [span for span in state.loaded if not span.exact]
+        exact = [span for span in state.stored.spans if span.exact] if state.stored else []
+        spans = [*exact, *edited]  # the exact prefix comes first
+        fresh = gaps(spans, 0, state.length)
+        if not edited and sum(run.length for run in fresh) <= 1:
+            return  # the very prompt is stored
+        blocks = output.kv_connector_block_state
+        if blocks is not None:
+            (block_ids,) = blocks.resolve_block_ids(state.id)
+            tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
+            reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
+            step.saves.append(
+                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
+            )
+
+    # --- steps in flight ---------------------------------------------------------------------
+
+    def ended(self, block_ids: Sequence[int]) -> None:
+        """A request has given these paged blocks back."""
+        self._ended[-1].append(block_ids)
+
+    def own(self, invalid: set[int]) -> set[int]:
+        """Those of the invalid paged blocks that KVShare was to load, not another connector."""
+        return invalid & set().union(*self._loading)
+
+    def failed(self, invalid: set[int]) -> set[int]:
+        """Loads into these blocks failed. Returns all blocks whose contents are wrong therefore.
+
+        Blocks of running requests are left to the scheduler.
+        """
+        self._step.handled |= invalid
+        ended = (ids for step in self._ended for ids in step)
+        return invalid.union(block for ids in ended for block in from_first(ids, invalid))
+
+
+def from_first(block_ids: Sequence[int], invalid: set[int]) -> Sequence[int]:
+    """A request's paged blocks from the first one that is invalid; none if none is."""
+    first = next((at for at, block in enumerate(block_ids) if block in invalid), len(block_ids))
+    return block_ids[first:]

@@ -1,0 +1,289 @@
+"""What happens to an engine while it serves: new weights, sleep, pauses, aborts; and what each
+answer says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import BLOCK, Engine, random_runs
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 150
+LITTLE = 24
+"""A step's budget that the placeholders here exceed."""
+NEW = [11111, 22222, 33333, 44444, 12345]
+
+Fresh = Callable[[int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine(
+        tmp_path_factory.mktemp("home"),
+        kvshare={"policy": "aggressive"},
+        enable_prefix_caching=True,
+        max_num_batched_tokens=512,
+        max_num_seqs=12,
+        disable_log_stats=False,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(engine: Engine) -> Iterator[None]:
+    engine.clear()
+    engine.steps.clear()
+    yield
+    engine.check_idle()
+
+
+@pytest.fixture
+def prompt(fresh: Fresh) -> list[int]:
+    return fresh(LENGTH)
+
+
+def holes(length: int) -> list[tuple[int, int]]:
+    return random_runs(length, seed=3)
+
+
+def core(engine: Engine) -> Any:
+    """vLLM's engine core, which pauses and sleeps."""
+    return engine.core.engine_core.engine_core
+
+
+# --- new weights ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def other_weights(engine: Engine) -> Iterator[None]:
+    """The model as if it had been trained on; the old weights come back at the end."""
+
+    def scale(by: float) -> Any:
+        def change(model: Any) -> None:
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.data.mul_(by)
+
+        return change
+
+    engine.llm.apply_model(scale(0.5))
+    try:
+        yield
+    finally:
+        engine.llm.apply_model(scale(2.0))
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+
+
+def test_rows_of_old_weights_are_not_served_after_a_reset(
+    engine: Engine, prompt: list[int]
+) -> None:
+    before = engine.store(prompt)
+    engine.run_out()
+    with other_weights(engine):
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        full = engine.ask(prompt, policy="off")
+        assert full.difference(before) > 0.01
+        engine.forget()
+        with engine.counted() as gained:
+            assert engine.store(prompt).agrees(full)
+        assert gained["hits_exact"] == gained["hits_edited"] == 0
+        engine.forget()
+        with engine.counted() as gained:  # rows of the new ones are
+            assert engine.ask(prompt).agrees(full)
+        assert gained["hits_exact"] == 1
+        engine.run_out()
+    engine.run_out()
+    with engine.counted() as gained:
+        assert engine.ask(prompt).agrees(before)
+    assert gained["hits_exact"] == 0
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_after_sleep_nothing_from_before_is_served(
+    engine: Engine, prompt: list[int], level: int
+) -> None:
+    """vLLM may hold other weights when it wakes up, and does not say whether."""
+    full = engine.store(prompt)
+    engine.run_out()
+    engine.llm.sleep(level=level)
+    assert engine.llm.wake_up()
+    with engine.counted() as gained:
+        assert engine.ask(prompt).agrees(full)
+    assert gained["hits_exact"] == 0
+
+
+# --- pause ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clear", [False, True], ids=["keeping caches", "clearing caches"])
+def test_requests_survive_a_pause(
+    engine: Engine, prompt: list[int], fresh: Fresh, clear: bool
+) -> None:
+    """One decodes, one is parked, one is new; nothing is computed meanwhile."""
+    other, late = fresh(60), fresh(70)
+    alone = engine.ask(other, policy="off", max_tokens=8)
+    alone_late = engine.ask(late, policy="off")
+    full = engine.ask(prompt, policy="off")
+    engine.clear()
+    engine.store(prompt)
+    engine.forget()
+    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+        decoding = engine.add(other, policy="off", max_tokens=8)
+        for _ in range(4):
+            engine.step()
+        parked = engine.add(prompt)
+        engine.step()
+        assert engine.planning.parked
+        core(engine).pause_scheduler(mode="keep", clear_cache=clear)
+        new = engine.add(late)
+        engine.steps.clear()
+        for _ in range(3):
+            engine.step()
+        assert not any(step.tokens for step in engine.steps)
+        core(engine).resume_scheduler()
+        answers = engine.drain()
+    assert answers[decoding][0].agrees(alone)
+    assert answers[parked][0].agrees(full)
+    assert answers[new][0].agrees(alone_late)
+
+
+def test_a_pause_that_aborts_leaves_nothing_behind(
+    engine: Engine, prompt: list[int], fresh: Fresh
+) -> None:
+    """One waits, one is parked, one decodes: the check comes with every test here."""
+    engine.store(prompt)
+    engine.forget()
+    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+        engine.add(fresh(40), policy="off", max_tokens=9)
+        engine.step()
+        engine.step()
+        engine.add(prompt)
+        engine.step()
+        engine.add(fresh(40))
+        assert engine.planning.parked
+        core(engine).pause_scheduler(mode="abort", clear_cache=False)
+        for _ in range(3):
+            engine.step()
+    core(engine).pause_scheduler(mode="abort", clear_cache=True)
+    core(engine).resume_scheduler()
+    engine.drain()
+
+
+# --- several answers to one prompt ----------------------------------------------------------------
+
+
+def test_three_answers_to_an_edited_prompt(engine: Engine, prompt: list[int]) -> None:
+    """Each child plans; their edited blocks have the same private hashes, and nobody else's."""
+    follower = [*prompt[:50], *NEW, *prompt[53:]]
+    engine.store(prompt)
+    engine.forget()
+    hashes = []
+    finished = engine.planning.finished
+
+    def watched(request: Any, block_ids: Any = ()) -> Any:
+        hashes.append(list(request.block_hashes))
+        return finished(request, block_ids)
+
+    engine.planning.finished = watched  # type: ignore[method-assign]
+    try:
+        with engine.counted() as gained:
+            name = engine.add(follower, n=3, seed=5, temperature=0.0)
+            three = engine.drain()[name]
+        plain = engine.ask(follower, policy="off")
+    finally:
+        engine.planning.finished = finished  # type: ignore[method-assign]
+    assert gained["hits_edited"] == 3
+    assert three[0].tokens == three[1].tokens == three[2].tokens
+    *children, exact = hashes
+    shared = 50 // BLOCK
+    assert children[0] == children[1] == children[2]
+    assert children[0][:shared] == exact[:shared]
+    assert not set(children[0][shared:]) & set(exact)
+    engine.forget()
+    assert engine.ask(follower, policy="off").agrees(plain)
+
+
+# --- answers and metrics --------------------------------------------------------------------------
+
+
+def test_only_reused_rows_count_as_cached(engine: Engine, prompt: list[int]) -> None:
+    """In the API's usage and in vLLM's metrics; placeholders are computed."""
+
+    def hits() -> float:
+        names = ("vllm:external_prefix_cache_hits", "vllm:external_prefix_cache_queries")
+        found = {m.name: m.value for m in engine.llm.get_metrics() if m.name in names}
+        return float(found[names[0]])
+
+    follower = [*prompt[:50], *NEW, *prompt[53:]]
+    engine.store(prompt)
+    for budget in (None, LITTLE):
+        engine.forget()
+        before = hits()
+        with engine.counted() as gained, engine.budget(tokens=budget):
+            answer = engine.ask(follower)
+        reused = gained["tokens_reused_exact"] + gained["tokens_reused_edited"]
+        assert gained["hits_edited"] == 1
+        assert answer.cached == reused == answer.said["reused"]
+        assert hits() - before == reused
+        engine.clear()
+        engine.store(prompt)
+
+
+def test_an_answer_says_what_was_reused_and_why_not(engine: Engine, prompt: list[int]) -> None:
+    follower = [*prompt[:50], *NEW, *prompt[53:]]
+    first = engine.store(prompt).said
+    assert (first["reused"], first["recomputed"], first["policy"]) == (0, LENGTH, "aggressive")
+    assert first["reason"]
+    engine.forget()
+    edited = engine.store(follower).said
+    assert edited["exact"] == 50
+    assert edited["edited"] > 0
+    assert edited["reason"] == ""
+    parts = ("exact", "edited", "recomputed", "prefix_cached")
+    assert sum(edited[part] for part in parts) == len(follower)
+    cached = engine.ask(prompt, policy="exact").said
+    assert cached["prefix_cached"] == 50 // BLOCK * BLOCK
+    assert cached["policy"] == "exact"
+    assert engine.ask(prompt, policy="off").said["reason"] == "policy_off"
+
+
+# --- aborts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["exact", "edited"])
+def test_abort_while_loading(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, edited: bool
+) -> None:
+    engine.store(prompt)
+    engine.forget()
+    load, names = engine.worker._load, []
+
+    def aborted(spec: Any) -> Any:
+        engine.abort(names.pop())
+        return load(spec)
+
+    monkeypatch.setattr(engine.worker, "_load", aborted)
+    with engine.keeping(holes if edited else lambda length: [(0, length)]):
+        names.append(engine.add(prompt))
+        engine.drain()
+    assert not names
+
+
+def test_abort_while_the_rows_are_saved(engine: Engine, prompt: list[int]) -> None:
+    """They are right, whatever became of the request."""
+    full = engine.ask(prompt, policy="off")
+    engine.forget()
+    with engine.counted() as gained:
+        name = engine.add(prompt, max_tokens=50)
+        engine.step()
+        engine.abort(name)
+    assert gained["nodes"] == 1
+    engine.forget()
+    with engine.counted() as gained:
+        assert engine.ask(prompt).agrees(full)
+    assert gained["hits_exact"] == 1

@@ -1,0 +1,664 @@
+"""One step after the other, on vLLM's real scheduler objects: what is placed, counted, freed."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import vllm.model_executor.models.registry as registry
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
+
+import kvshare_store.daemon.link as link_module
+from kvshare_store.daemon import protocol
+from kvshare_store.errors import ConfigError
+from kvshare_store.plan import BlockRef, Span
+from tests.engine.schedulers import (
+    BLOCK,
+    LENGTH,
+    PLAN,
+    Bench,
+    FakeLink,
+    kvshare_alone,
+    runs_of,
+    tiny_model,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+Make = Callable[..., Bench]
+OFF = {"kvshare.policy": "off"}
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> FakeLink:
+    """What every scheduler here asks for plans."""
+    link = FakeLink()
+    link.client = SimpleNamespace(greeted=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(link_module, "open_link", lambda config: link)
+    return link
+
+
+@pytest.fixture
+def make(tmp_path: Path, link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
+    model = tiny_model(tmp_path / "model")
+
+    def made(transfer: dict[str, Any] | None = None, **options: Any) -> Bench:
+        return Bench(model, transfer or kvshare_alone(tmp_path / "home"), **options)
+
+    return made
+
+
+def sibling(name: str, module: str = __name__, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": name,
+        "kv_connector_module_path": module,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def beside(tmp_path: Path, *others: dict[str, Any], failures: str = "recompute") -> dict[str, Any]:
+    """MultiConnector with others first and KVShare last."""
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": failures,
+        "kv_connector_extra_config": {
+            "connectors": [*others, kvshare_alone(tmp_path / "home")],
+        },
+    }
+
+
+# --- rows of the batch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [0, 1])
+def test_requests_that_a_step_leaves_out_keep_their_rows(make: Make, streaming: int) -> None:
+    """vLLM's V2 runner has a slot for each running request, scheduled or not, and for sessions
+    that wait for more input. Virtual rows are what is left."""
+    bench = make(max_num_seqs=4, max_num_batched_tokens=64)
+    for _ in range(2):
+        bench.add(range(500, 510), max_tokens=50, params=OFF)
+    bench.step()
+    parked = bench.add()
+    bench.scheduler.num_waiting_for_streaming_input = streaming
+    bench.scheduler.running[0].next_decode_eligible_step = 10**9  # left out from now on
+    for _ in range(8):
+        output = bench.step()
+        running = len(bench.scheduler.running)
+        assert len(runs_of(output)) <= 4 - running - streaming
+        if parked.status == RequestStatus.RUNNING:
+            break
+    assert parked.status == RequestStatus.RUNNING
+
+
+def test_running_requests_that_take_all_rows_leave_none_to_placeholders(make: Make) -> None:
+    bench = make(max_num_seqs=2, max_num_batched_tokens=64)
+    parked = bench.add()
+    bench.scheduler.max_num_scheduled_tokens = 8
+    bench.step()
+    assert bench.planning.parked
+    bench.scheduler.max_num_scheduled_tokens = 64
+    others = [bench.add(range(500, 510), max_tokens=50, params=OFF) for _ in range(2)]
+    for other in others:  # both run, as after a burst that left the parked one its turn
+        other.next_decode_eligible_step = 10**9
+    bench.planning.look_ahead([], busy=False)
+    placed = 0
+    for _ in range(6):
+        output = bench.step()
+        placed += len(runs_of(output))
+        assert len(runs_of(output)) <= 2 - len(bench.scheduler.running)
+    assert parked.num_computed_tokens
+
+
+def test_rows_share_one_list_of_tokens(make: Make, link: FakeLink) -> None:
+    """A copy for each of many runs of a long prompt would be pickled on the scheduling path."""
+    length, runs = 65_536, 60
+    bench = make(max_num_seqs=128, max_num_batched_tokens=4096, blocks=4096)
+    step = length // (runs + 1)
+    spans = [Span(i * step + 1, step - 1, i * step + 1, 0, 0) for i in range(runs)]
+    whole = BlockRef("ab" * 32, length, 4096, 0)
+    link.plan = msgspec.structs.replace(
+        PLAN, tokens=length, exact=0, spans=tuple(spans), blocks=(whole,)
+    )
+    request = bench.add([7] * length)
+    output = bench.step()
+    rows = [new for new in output.scheduled_new_reqs if "/kvshare-" in new.req_id]
+    assert len(rows) >= runs - 1
+    for row in rows:
+        assert row.prompt_token_ids is request.prompt_token_ids
+        assert row.prefill_token_ids is request.prompt_token_ids
+    assert len(pickle.dumps(rows)) < 2 * len(pickle.dumps(request.prompt_token_ids))
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[Any]:
+    from vllm.lora.request import LoRARequest
+
+    made = []
+    for number in (1, 2):
+        folder = tmp_path / f"adapter-{number}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
+        made.append(LoRARequest(f"a{number}", number, str(folder)))
+    return made
+
+
+@pytest.mark.parametrize("first_runs", [True, False])
+def test_virtual_rows_count_against_the_adapters_of_a_step(
+    make: Make, adapters: list[Any], first_runs: bool
+) -> None:
+    """The worker has room for one adapter: rows of two in a step end the engine."""
+    bench = make(lora=1, max_num_batched_tokens=64, max_num_seqs=8)
+    bench.scheduler.max_num_scheduled_tokens = 8
+    first, second = adapters
+    if first_runs:
+        bench.add(range(500, 505), lora=first, max_tokens=3, params=OFF)
+        bench.step()
+    requests = [bench.add(lora=second), bench.add(range(200, 300), lora=first), bench.add()]
+    used = []
+    for _ in range(200):
+        output = bench.schedule()
+        names = [name.split("/kvshare-")[0] for name in output.num_scheduled_tokens]
+        loras = [bench.scheduler.requests[name].lora_request for name in names]
+        used.append({lora.lora_int_id for lora in loras if lora is not None})
+        bench.finish(output)
+        if not bench.scheduler.has_unfinished_requests():
+            break
+    assert max(map(len, used)) == 1
+    assert {1} in used
+    assert {2} in used
+    assert all(request.is_finished() for request in requests)
+
+
+# --- pause and reset ------------------------------------------------------------------------------
+
+
+def parked(bench: Bench) -> Any:
+    """A request that waits for its placeholders, with some of them placed."""
+    request = bench.add()
+    bench.scheduler.max_num_scheduled_tokens = 4
+    bench.step()
+    assert [state.request for state in bench.planning.parked] == [request]
+    return request
+
+
+def test_nothing_is_placed_while_everything_is_paused(make: Make) -> None:
+    bench = make()
+    request = parked(bench)
+    bench.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(3):
+        output = bench.step()
+        assert output.total_num_scheduled_tokens == 0
+        assert not runs_of(output)
+    bench.scheduler.set_pause_state(PauseState.UNPAUSED)
+    bench.drain()
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+
+
+def test_new_requests_are_not_looked_up_ahead_while_none_is_admitted(
+    make: Make, link: FakeLink
+) -> None:
+    bench = make()
+    request = parked(bench)
+    bench.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    asked = len(link.asked)
+    for start in range(20):
+        bench.add(range(start, start + LENGTH))
+    arrived = len(link.asked)
+    for _ in range(8):
+        bench.step()
+    assert len(link.asked) == arrived <= asked + 8
+    assert request.is_finished()  # what holds rows goes on
+    bench.scheduler.set_pause_state(PauseState.UNPAUSED)
+    bench.scheduler.max_num_scheduled_tokens = 512
+    bench.drain()
+
+
+def at(bench: Bench, moment: str) -> Any:
+    """A request at one moment of its loading, and the step that is in flight, if one is."""
+    request = parked(bench)
+    if moment == "runs left":
+        return request, None
+    bench.scheduler.max_num_scheduled_tokens = 64
+    output = bench.schedule()  # places the last of them
+    assert not bench.planning.parked
+    if moment == "last step in flight":
+        return request, output
+    bench.finish(output)
+    assert request.request_id in bench.scheduler.finished_recving_kv_req_ids
+    if moment == "admitted, no room":
+        bench.scheduler.max_num_active_reqs = 0
+        bench.step()
+        bench.scheduler.max_num_active_reqs = 8
+    return request, None
+
+
+@pytest.mark.parametrize("moment", ["runs left", "last step in flight", "loaded"])
+@pytest.mark.parametrize("connector_too", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_reset_releases_requests_that_wait_with_rows(
+    make: Make, link: FakeLink, moment: str, connector_too: bool, ahead: bool
+) -> None:
+    """They give their blocks back and begin again; vLLM's own reset would raise."""
+    bench = make(ahead=ahead)
+    free = bench.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    request, in_flight = at(bench, moment)
+    if in_flight is not None and ahead:
+        bench.finish(in_flight)  # a pause waits for it
+        in_flight = None
+    asked = len(link.asked)
+    assert bench.scheduler.reset_prefix_cache(True, connector_too)
+    assert request.status == RequestStatus.WAITING
+    assert not bench.planning.parked
+    if in_flight is not None:
+        bench.finish(in_flight)  # the report of a load that means nothing any more
+    bench.drain()
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+    assert len(link.asked) == asked + 1
+    assert link.asked[-1][0] == link.asked[0][0] or connector_too
+    assert bench.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_the_release_of_an_aborted_requests_report_is_harmless(make: Make) -> None:
+    bench = make()
+    request, in_flight = at(bench, "last step in flight")
+    assert bench.scheduler.reset_prefix_cache(True)
+    bench.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    bench.finish(in_flight)
+    assert not bench.scheduler.requests
+
+
+def test_a_reset_changes_the_namespace_for_good(make: Make, link: FakeLink) -> None:
+    """After a weight update rows of before are never asked for, nor stored under the new ones."""
+    bench = make()
+    waiting = bench.add(max_tokens=1)
+    digest = link.asked[0][0]
+    assert bench.scheduler.reset_prefix_cache(False, True)
+    dropped = protocol.Finish("lease", protocol.Outcome(failed="reset", recomputed=LENGTH))
+    assert dropped in link.told
+    output = bench.step()
+    (save,) = output.kv_connector_metadata.saves
+    assert save.namespace.digest == link.asked[-1][0] != digest
+    bench.drain()
+    assert waiting.is_finished()
+    assert bench.scheduler.reset_prefix_cache(False, True)
+    bench.add()
+    assert len({asked for asked, _ in link.asked}) == 3
+
+
+def test_a_running_request_is_not_stored_after_a_reset(make: Make, link: FakeLink) -> None:
+    link.plan = None
+    bench = make(max_num_batched_tokens=64)
+    bench.add(max_tokens=2)
+    output = bench.step()
+    assert not output.kv_connector_metadata.saves
+    assert not bench.scheduler.reset_prefix_cache(False, True)  # its blocks are in use
+    assert not any(bench.step().kv_connector_metadata.saves for _ in range(2))
+
+
+def test_a_reset_with_vllms_scheduler_fails_while_rows_are_being_loaded(
+    make: Make, link: FakeLink
+) -> None:
+    bench = make(stock=True)
+    bench.add()
+    output = bench.schedule()
+    assert output.kv_connector_metadata.loads
+    assert bench.scheduler.reset_connector_cache() is False
+    bench.finish(output)
+    bench.drain()
+    assert bench.scheduler.reset_connector_cache() is True
+
+
+# --- block frees ----------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_parked_request_are_free_when_its_last_step_has_ended(make: Make) -> None:
+    """Not one step later: the next one may be long in coming."""
+    bench = make(ahead=True, max_num_batched_tokens=64)
+    pool = bench.scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    bench.add(range(500, 510), max_tokens=100, params=OFF)
+    bench.step()
+    taken = free - pool.get_num_free_blocks()
+    bench.scheduler.max_num_scheduled_tokens = 5
+    request = bench.add()
+    output = bench.schedule()
+    assert runs_of(output)
+    assert request.last_sched_seq == bench.scheduler.sched_step_seq
+    bench.finish(output)
+    bench.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    bench.step()
+    assert not bench.scheduler.deferred_frees
+    assert pool.get_num_free_blocks() == free - taken
+
+
+# --- accounting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [512, 4], ids=["same step", "parked"])
+def test_placeholders_are_no_cache_hits(make: Make, budget: int) -> None:
+    """Of a hundred tokens seventy are reused: placeholders and tail are computed."""
+    bench = make()
+    bench.scheduler.max_num_scheduled_tokens = budget
+    request = bench.add(max_tokens=1)
+    bench.step()
+    hits = bench.stats.connector_prefix_cache_stats
+    assert (hits.queries, hits.hits) == (LENGTH, 70)
+    assert sum(hits.hits_by_source.values()) == 70
+    bench.drain()
+    prefill = bench.answers[request.request_id].prefill_stats
+    assert prefill.num_external_cached_tokens == prefill.num_cached_tokens == 70
+    assert prefill.num_computed_tokens == 30
+
+
+# --- lookups --------------------------------------------------------------------------------------
+
+
+def test_a_lookup_starts_when_its_request_arrives(make: Make, link: FakeLink) -> None:
+    bench = make()
+    bench.add()
+    assert len(link.asked) == 1
+    bench.drain()
+    assert len(link.asked) == 1
+
+
+def test_requests_far_back_in_the_queue_hold_no_plans(make: Make, link: FakeLink) -> None:
+    """Every plan pins blocks in memory."""
+    bench = make()
+    for start in range(30):
+        bench.add(range(start, start + LENGTH))
+    assert len(link.asked) == 8
+
+
+def test_a_request_that_queued_past_the_deadline_of_its_early_lookup_asks_again(
+    make: Make, link: FakeLink
+) -> None:
+    """The daemon makes no plan that nobody waits for; now somebody does."""
+    bench = make()
+    request = bench.add()
+    bench.planning.state_of(request).asked_at -= 60.0
+    link.late = 1
+    bench.step()
+    assert len(link.asked) == 2
+    unused = protocol.Outcome(failed="aborted", recomputed=LENGTH)
+    assert protocol.Finish("lease", unused) in link.told
+    bench.drain()
+    assert said(bench, request)["reused"] == 70
+
+
+def test_vllm_may_ask_as_often_as_it_likes(make: Make, link: FakeLink) -> None:
+    """Nothing happens before it takes a promise: no plan is given up, no hash is private."""
+    bench = make()
+    request = bench.add()
+    hashes, told = list(request.block_hashes), list(link.told)
+    connector = bench.scheduler.connector
+    for local in (0, 96, 32, 0):
+        connector.get_num_new_matched_tokens(request, local)
+    assert request.block_hashes == hashes
+    assert link.told == told
+    bench.step()
+    assert request.block_hashes[0] == hashes[0]
+    assert request.block_hashes[1:] != hashes[1:]
+
+
+def test_hashes_are_public_again_when_there_is_no_room(make: Make) -> None:
+    bench = make(blocks=4)
+    request = bench.add()
+    hashes = list(request.block_hashes)
+    taken = bench.scheduler.kv_cache_manager.block_pool.get_new_blocks(2)
+    bench.step()
+    assert request.status == RequestStatus.WAITING
+    assert request.block_hashes == hashes
+    bench.scheduler.kv_cache_manager.block_pool.free_blocks(taken)
+
+
+def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
+    """A failed load, a preemption and a reset leave a request that computes its own rows."""
+    for lose in ("load", "preemption", "reset"):
+        bench = make()
+        request = bench.add(max_tokens=30)
+        hashes = list(request.block_hashes)
+        output = bench.schedule()
+        assert request.block_hashes[1:] != hashes[1:]
+        bench.finish(output, set(bench.planning.orders._loading[-1]) if lose == "load" else None)
+        if lose == "preemption":
+            bench.scheduler.running.remove(request)
+            bench.scheduler._preempt_request(request, 0.0)
+        if lose == "reset":
+            assert bench.scheduler.reset_prefix_cache(True)
+        assert request.block_hashes[: len(hashes)] == hashes
+        bench.drain()
+        assert len(request.block_hashes) == (LENGTH + 30) // BLOCK
+
+
+def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
+    make: Make, link: FakeLink
+) -> None:
+    """Blocks that are filled later, one at a time, too. Another policy, tenant or donor: others."""
+    bench = make(max_num_seqs=64)
+    twins = [bench.add(max_tokens=40) for _ in range(2)]
+    stricter = bench.add(max_tokens=40, params={"kvshare.policy": "faithful"})
+    bench.drain()
+    link.plan = msgspec.structs.replace(PLAN, blocks=(BlockRef("cd" * 32, 128, 4096, 0),))
+    bench.scheduler.reset_prefix_cache()
+    other_donor = bench.add(max_tokens=40)
+    bench.drain()
+    first, second = (tuple(twin.block_hashes) for twin in twins)
+    assert first == second
+    for other in (stricter, other_donor):
+        assert other.block_hashes[0] == first[0]
+        assert not set(other.block_hashes[1:]) & set(first)
+
+
+# --- beside other connectors ----------------------------------------------------------------------
+
+
+def test_the_outer_failure_policy_counts(make: Make, tmp_path: Path) -> None:
+    """MultiConnector's is vLLM's default, whatever KVShare's own says."""
+    with pytest.raises(ConfigError, match=r'outer .*"kv_load_failure_policy": "recompute"'):
+        make(beside(tmp_path, failures="fail"))
+
+
+def example(tmp_path: Path) -> dict[str, Any]:
+    module = "vllm.distributed.kv_transfer.kv_connector.v1.example_connector"
+    return sibling("ExampleConnector", module, shared_storage_path=str(tmp_path / "shared"))
+
+
+def test_beside_a_connector_that_knows_tokens_only_exact_rows_are_asked_for(
+    make: Make, link: FakeLink, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "kvshare"):
+        bench = make(beside(tmp_path, example(tmp_path)))
+        for start in (0, 1):
+            bench.add(range(start, start + LENGTH))
+    assert [policy for _, policy in link.asked] == ["exact", "exact"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "kvshare"]
+    assert "beside ExampleConnector only exact rows are reused" in line
+    link.plan = msgspec.structs.replace(PLAN, spans=PLAN.spans[:1], generation=0)
+    bench.drain()
+
+
+def test_with_vllms_own_scheduler_only_exact_rows_are_asked_for(make: Make, link: FakeLink) -> None:
+    bench = make(stock=True)
+    bench.add()
+    assert [policy for _, policy in link.asked] == ["exact"]
+
+
+def failing(tmp_path: Path) -> dict[str, Any]:
+    return sibling("Failing")
+
+
+def __getattr__(name: str) -> Any:
+    """A sibling whose every load fails, made when vLLM asks this module for it."""
+    if name != "Failing":
+        raise AttributeError(name)
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+    )
+
+    class Failing(KVConnectorBase_V1):
+        def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
+            return max(0, BLOCK - computed), False
+
+        def update_state_after_alloc(self, *_: Any) -> None: ...
+
+        def build_connector_meta(self, output: Any) -> KVConnectorMetadata:
+            return KVConnectorMetadata()
+
+        def start_load_kv(self, *_: Any, **__: Any) -> None: ...
+
+        def wait_for_layer_load(self, *_: Any) -> None: ...
+
+        def save_kv_layer(self, *_: Any, **__: Any) -> None: ...
+
+        def wait_for_save(self) -> None: ...
+
+    return Failing
+
+
+def test_a_sibling_whose_loads_always_fail_does_not_stop_its_requests(
+    make: Make, link: FakeLink, tmp_path: Path
+) -> None:
+    """vLLM goes on from the first block that failed; a preempted request would be promised the
+    same block by the sibling, for ever."""
+    link.plan = None
+    bench = make(beside(tmp_path, failing(tmp_path)))
+    request = bench.add()
+    for _ in range(12):
+        output = bench.schedule()
+        name = request.request_id
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        begins = name in resumed or any(new.req_id == name for new in output.scheduled_new_reqs)
+        (blocks,) = bench.scheduler.kv_cache_manager.get_block_ids(name)
+        bench.finish(output, {blocks[0]} if begins else None)
+        if request.is_finished():
+            break
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+    assert request.num_preemptions == 0
+
+
+def test_a_failed_load_of_kvshares_own_begins_again_once(make: Make, link: FakeLink) -> None:
+    bench = make()
+    request = bench.add()
+    output = bench.schedule()
+    (blocks,) = bench.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    bench.finish(output, set(blocks[:1]))
+    assert request.num_preemptions == 1
+    bench.drain()
+    answer = bench.answers[request.request_id].kv_transfer_params
+    assert (answer["kvshare.reused"], answer["kvshare.reason"]) == (0, "load_failed")
+
+
+# --- what the answer says -------------------------------------------------------------------------
+
+
+def said(bench: Bench, request: Any) -> dict[str, Any]:
+    """The answer's fields without their prefix."""
+    answer = bench.answers[request.request_id].kv_transfer_params
+    return {name.removeprefix("kvshare."): value for name, value in answer.items()}
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What KVShare has logged."""
+    with caplog.at_level(logging.INFO, "kvshare"):
+        yield lambda: [r.getMessage() for r in caplog.records if r.name == "kvshare"]
+
+
+def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
+    bench = make()
+    request = bench.add()
+    bench.drain()
+    assert said(bench, request) == {
+        "reused": 70, "exact": 40, "edited": 30, "recomputed": 30, "prefix_cached": 0,
+        "donor": "d", "reason": "", "policy": "balanced",
+    }  # fmt: skip
+    link.plan = msgspec.structs.replace(PLAN, spans=(), lease="", donors=(), declined="no_donor")
+    request = bench.add(range(300, 300 + LENGTH))
+    bench.drain()
+    found = said(bench, request)
+    assert (found["reused"], found["recomputed"], found["reason"]) == (0, LENGTH, "no_donor")
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"kvshare.polcy": "exact"}, {"reason": "unknown_parameter", "unknown": ["kvshare.polcy"]}),
+        ({"kvshare.policy": "wild"}, {"reason": "unknown_policy", "asked": "wild"}),
+        ({"kvshare.policy": "off"}, {"reason": "policy_off"}),
+    ],
+)
+def test_what_means_nothing_is_computed_in_full_and_said(
+    make: Make,
+    link: FakeLink,
+    quiet: Callable[[], list[str]],
+    params: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
+    bench = make()
+    requests = [bench.add(params=params) for _ in range(2)]
+    bench.drain()
+    assert not link.asked
+    for request in requests:
+        found = said(bench, request)
+        assert {name: found[name] for name in expected} == expected
+        assert found["reused"] == 0
+    asked_in_vain = "unknown" in expected or "asked" in expected
+    assert len(quiet()) == asked_in_vain  # once, not once a request
+
+
+def test_a_laxer_policy_is_not_granted_and_the_answer_says_so(
+    make: Make, link: FakeLink, quiet: Callable[[], list[str]]
+) -> None:
+    bench = make()
+    lax, strict = (
+        bench.add(params={"kvshare.policy": name}) for name in ("aggressive", "faithful")
+    )
+    bench.drain()
+    assert [policy for _, policy in link.asked] == ["balanced", "faithful"]
+    found = said(bench, lax)
+    assert (found["policy"], found["asked"]) == ("balanced", "aggressive")
+    found = said(bench, strict)
+    assert found["policy"] == "faithful"
+    assert "asked" not in found
+    (line,) = quiet()
+    assert "policy 'aggressive' was asked for, 'balanced' is granted" in line
+
+
+def test_an_answer_may_be_sent_back(make: Make, link: FakeLink) -> None:
+    """Proxies hand the whole field on: nothing in it steers, and nothing in it is a mistake."""
+    bench = make()
+    first = bench.add(params={"kvshare.policy": "wild", "kvshare.polcy": 1})
+    bench.drain()
+    answer = bench.answers[first.request_id].kv_transfer_params
+    second = bench.add(params={**answer, "kvshare.policy": "exact", "do_remote_decode": False})
+    bench.drain()
+    assert said(bench, second)["policy"] == "exact"
+    assert "unknown" not in said(bench, second)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_line_for_each_request_if_wanted(
+    make: Make, tmp_path: Path, quiet: Callable[[], list[str]], wanted: bool
+) -> None:
+    bench = make(kvshare_alone(tmp_path / "home", log_requests=wanted))
+    request = bench.add()
+    bench.drain()
+    lines = [line for line in quiet() if request.request_id in line]
+    assert len(lines) == wanted
+    assert all("reused=70 exact=40 edited=30 recomputed=30" in line for line in lines)
