@@ -2,6 +2,7 @@
 
     python tests/gpu/check.py RESULT.json
 
+Packages that the GPU's machine lacks may lie in `.gpu-site/`: see CONTRIBUTING.md.
 Each check runs in a process of its own, so that one that fails or hangs leaves the others alone.
 The result is printed and written after each. Exit status: how many checks are not ok.
 """
@@ -85,7 +86,7 @@ def find_packages() -> None:
     """Make this checkout importable where it is not installed."""
     names = Path(tempfile.mkdtemp(prefix="kvshare-gpu-"))
     (names / "kvshare_connectors").symlink_to(ROOT / "connectors")
-    sys.path[:0] = [str(ROOT), str(names)]
+    sys.path[:0] = [str(ROOT), str(names), str(ROOT / ".gpu-site")]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def edited(dtype: str) -> dict[str, Any]:
     stored = torch.randn(layout.shape(256)).to(own)
     raw = stored.contiguous().view(torch.uint8).numpy().tobytes()
     spans = [Span(0, 50, 0, 0, 0, True), Span(60, 90, 55, 0, 50), Span(150, 100, 300, 0, 140)]
-    block: Any = SimpleNamespace(name="block", rows=256)
+    block: Any = SimpleNamespace(name="block", rows=256, lossy=False)
     results = [
         Editor(layout, rope(own), device).edit(spans, [block], lambda _: raw).rows.cpu().clone()
         for device in ("cpu", DEVICE)
