@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
 from kvshare_store.tensors.layout import KVLayout
+from tests.engine.harness import BLOCK, scheduling_ahead
 
-BLOCK = 32
 LENGTH = 100
 NAMESPACE = Namespace(model="m", layout=KVLayout(2, 1, 8, "float32"))
 PLAN = ReusePlan(
@@ -129,15 +130,17 @@ class Bench:
             "max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 1 << 17,
             "is_encoder_decoder": False, "async_scheduling": ahead,
         }  # fmt: skip
-        config = VllmConfig(
-            model_config=ModelConfig(
-                model=str(model), tokenizer=str(model), skip_tokenizer_init=True, dtype="float32"
-            ),
-            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
-            scheduler_config=SchedulerConfig(**(limits | scheduling)),
-            kv_transfer_config=KVTransferConfig(**transfer),
-            lora_config=LoRAConfig(max_loras=lora) if lora else None,
-        )
+        with scheduling_ahead() if ahead else nullcontext():
+            config = VllmConfig(
+                model_config=ModelConfig(
+                    model=str(model), tokenizer=str(model), skip_tokenizer_init=True,
+                    dtype="float32",
+                ),
+                cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+                scheduler_config=SchedulerConfig(**(limits | scheduling)),
+                kv_transfer_config=KVTransferConfig(**transfer),
+                lora_config=LoRAConfig(max_loras=lora) if lora else None,
+            )  # fmt: skip
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32

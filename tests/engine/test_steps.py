@@ -56,7 +56,7 @@ def make(tmp_path: Path, link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> Mak
     return made
 
 
-def sibling(name: str, module: str = __name__, **extra: Any) -> dict[str, Any]:
+def sibling(name: str, module: str, **extra: Any) -> dict[str, Any]:
     return {
         "kv_connector": name,
         "kv_connector_module_path": module,
@@ -82,42 +82,31 @@ def beside(tmp_path: Path, *others: dict[str, Any], failures: str = "recompute")
 
 
 @pytest.mark.parametrize("streaming", [0, 1])
-def test_requests_that_a_step_leaves_out_keep_their_rows(make: Make, streaming: int) -> None:
+def test_requests_that_a_step_leaves_out_keep_their_rows(
+    make: Make, link: FakeLink, streaming: int
+) -> None:
     """vLLM's V2 runner has a slot for each running request, scheduled or not, and for sessions
     that wait for more input. Virtual rows are what is left."""
+    spans = tuple(Span(at, 8, at, 0, at) for at in range(0, 80, 10))
+    link.plan = msgspec.structs.replace(PLAN, exact=0, spans=spans)
     bench = make(max_num_seqs=4, max_num_batched_tokens=64)
     for _ in range(2):
         bench.add(range(500, 510), max_tokens=50, params=OFF)
     bench.step()
-    parked = bench.add()
+    bench.scheduler.max_num_scheduled_tokens = 4
+    parked, _ = bench.add(), bench.add(range(200, 300))
+    bench.step()
+    assert len(bench.planning.parked) == 2
+    bench.scheduler.max_num_scheduled_tokens = 64
     bench.scheduler.num_waiting_for_streaming_input = streaming
     bench.scheduler.running[0].next_decode_eligible_step = 10**9  # left out from now on
-    for _ in range(8):
+    for _ in range(16):
         output = bench.step()
         running = len(bench.scheduler.running)
         assert len(runs_of(output)) <= 4 - running - streaming
         if parked.status == RequestStatus.RUNNING:
             break
     assert parked.status == RequestStatus.RUNNING
-
-
-def test_running_requests_that_take_all_rows_leave_none_to_placeholders(make: Make) -> None:
-    bench = make(max_num_seqs=2, max_num_batched_tokens=64)
-    parked = bench.add()
-    bench.scheduler.max_num_scheduled_tokens = 8
-    bench.step()
-    assert bench.planning.parked
-    bench.scheduler.max_num_scheduled_tokens = 64
-    others = [bench.add(range(500, 510), max_tokens=50, params=OFF) for _ in range(2)]
-    for other in others:  # both run, as after a burst that left the parked one its turn
-        other.next_decode_eligible_step = 10**9
-    bench.planning.look_ahead([], busy=False)
-    placed = 0
-    for _ in range(6):
-        output = bench.step()
-        placed += len(runs_of(output))
-        assert len(runs_of(output)) <= 2 - len(bench.scheduler.running)
-    assert parked.num_computed_tokens
 
 
 def test_rows_share_one_list_of_tokens(make: Make, link: FakeLink) -> None:
@@ -498,46 +487,13 @@ def test_with_vllms_own_scheduler_only_exact_rows_are_asked_for(make: Make, link
     assert [policy for _, policy in link.asked] == ["exact"]
 
 
-def failing(tmp_path: Path) -> dict[str, Any]:
-    return sibling("Failing")
-
-
-def __getattr__(name: str) -> Any:
-    """A sibling whose every load fails, made when vLLM asks this module for it."""
-    if name != "Failing":
-        raise AttributeError(name)
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-        KVConnectorBase_V1,
-        KVConnectorMetadata,
-    )
-
-    class Failing(KVConnectorBase_V1):
-        def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
-            return max(0, BLOCK - computed), False
-
-        def update_state_after_alloc(self, *_: Any) -> None: ...
-
-        def build_connector_meta(self, output: Any) -> KVConnectorMetadata:
-            return KVConnectorMetadata()
-
-        def start_load_kv(self, *_: Any, **__: Any) -> None: ...
-
-        def wait_for_layer_load(self, *_: Any) -> None: ...
-
-        def save_kv_layer(self, *_: Any, **__: Any) -> None: ...
-
-        def wait_for_save(self) -> None: ...
-
-    return Failing
-
-
 def test_a_sibling_whose_loads_always_fail_does_not_stop_its_requests(
     make: Make, link: FakeLink, tmp_path: Path
 ) -> None:
     """vLLM goes on from the first block that failed; a preempted request would be promised the
     same block by the sibling, for ever."""
     link.plan = None
-    bench = make(beside(tmp_path, failing(tmp_path)))
+    bench = make(beside(tmp_path, sibling("Failing", "tests.engine.siblings")))
     request = bench.add()
     for _ in range(12):
         output = bench.schedule()

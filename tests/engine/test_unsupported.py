@@ -1,10 +1,11 @@
-"""A model that KVShare does not serve is served plainly, and the log says why."""
+"""Models that KVShare does not serve are served plainly, as without it, and the log says why."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,51 +14,74 @@ from tests.engine.harness import Engine
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 WINDOW = 64
+TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "sliding_window": WINDOW,
+}
 
 
-@pytest.fixture
-def sliding_window(tmp_path: Path) -> Path:
-    """A tiny model with random weights that attends to its last tokens only."""
-    from transformers import MistralConfig
+def config_of(architecture: str) -> Any:
+    """The configuration of a tiny model that attends to its last tokens only, in some layers."""
+    from transformers import Gemma3TextConfig, GptOssConfig, MistralConfig
 
-    config = MistralConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        sliding_window=WINDOW,
-    )
-    folder = tmp_path / "model"
+    if architecture == "MistralForCausalLM":
+        return MistralConfig(**TINY, num_hidden_layers=2)
+    if architecture == "Gemma3ForCausalLM":
+        layers = ["sliding_attention", "full_attention"] * 2
+        return Gemma3TextConfig(**TINY, num_hidden_layers=4, layer_types=layers)
+    layers = ["sliding_attention", "full_attention"]
+    return GptOssConfig(
+        **TINY, num_hidden_layers=2, layer_types=layers, num_local_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+
+
+def model_in(folder: Path, architecture: str) -> Path:
     folder.mkdir()
-    described = config.to_dict() | {"architectures": ["MistralForCausalLM"]}
+    described = config_of(architecture).to_dict() | {"architectures": [architecture]}
+    described.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(described, default=str))
     return folder
 
 
+@pytest.mark.parametrize(
+    ("architecture", "groups"),
+    [("MistralForCausalLM", 1), ("Gemma3ForCausalLM", 2), ("GptOssForCausalLM", 2)],
+)
 def test_an_unsupported_model_is_served_without_reuse(
-    sliding_window: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, groups: int
 ) -> None:
+    """Layers with a window keep their own, smaller blocks: vLLM's hybrid memory manager stays on,
+    which it would not for a connector that does not say that it can be used with it."""
     with caplog.at_level(logging.WARNING, "kvshare"):
         engine = Engine(
             tmp_path / "home",
-            model=str(sliding_window),
+            model=str(model_in(tmp_path / "model", architecture)),
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=256,
             kv_cache_memory_bytes=16 << 20,
+            enable_prefix_caching=True,
         )
     try:
+        assert not engine.scheduler.scheduler_config.disable_hybrid_kv_cache_manager
+        assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == groups
         assert engine.planning is None
         prompt = list(range(1, 101))
         name = engine.add(prompt, detokenize=False)
+        first = engine.drain()[name][0]
         again = engine.add(prompt, detokenize=False)
-        answers = engine.drain()
-        assert len(answers[name][0].tokens) == 4
-        assert answers[again][0].agrees(answers[name][0])
+        second = engine.drain()[again][0]
+        assert len(first.tokens) == 4
+        assert second.tokens == first.tokens
+        assert second.cached >= 64  # vLLM's own prefix cache works as ever
+        assert first.said == {"reused": 0, "reason": "sliding_window"}
         assert not engine.scheduler.requests
     finally:
         engine.close()

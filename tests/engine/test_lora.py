@@ -1,0 +1,111 @@
+"""Adapters as peft makes them, on an engine whose worker has room for one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from examples.demo.model import prepare_model
+from tests.engine.harness import Engine, random_runs
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 120
+LITTLE = 24
+"""A step's budget that the placeholders here exceed."""
+
+Fresh = Callable[[int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Two that change every answer, in ways of their own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from vllm.lora.request import LoRARequest
+
+    made = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        base = AutoModelForCausalLM.from_pretrained(str(prepare_model()), dtype=torch.float32)
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            init_lora_weights=False, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = get_peft_model(base, config)
+        for name, weights in model.named_parameters():
+            if "lora_B" in name:
+                weights.data.mul_(0.3)
+        folder = tmp_path_factory.mktemp(f"adapter-{number}")
+        model.save_pretrained(str(folder))
+        made.append(LoRARequest(f"adapter-{number}", number, str(folder)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine(
+        tmp_path_factory.mktemp("home"),
+        kvshare={"policy": "aggressive"},
+        enable_prefix_caching=True,
+        max_num_batched_tokens=512,
+        max_num_seqs=10,
+        enable_lora=True,
+        max_loras=1,
+        max_cpu_loras=2,
+        max_lora_rank=8,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(engine: Engine) -> Iterator[None]:
+    engine.clear()
+    yield
+    engine.check_idle()
+
+
+def holes(length: int) -> list[tuple[int, int]]:
+    return random_runs(length, seed=3)
+
+
+def test_parked_requests_of_two_adapters_with_room_for_one(
+    engine: Engine, fresh: Fresh, adapters: list[Any]
+) -> None:
+    """Similar prompts, interleaved: each gets the rows and the weights of its own adapter."""
+    prompts = [fresh(LENGTH) for _ in range(2)]
+    asked = [(prompt, lora) for prompt in prompts for lora in [*adapters, None]]
+    full = [engine.ask(prompt, policy="off", lora=lora) for prompt, lora in asked]
+    assert len({tuple(answer.tokens) for answer in full}) > len(prompts)
+    for prompt, lora in asked:
+        engine.store(prompt, policy="exact", lora=lora)
+    for budget in (LITTLE, None):
+        engine.forget()
+        with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=budget):
+            names = [engine.add(prompt, lora=lora) for prompt, lora in asked]
+            answers = engine.drain()
+        assert gained["hits_edited"] == len(asked)
+        for name, plain in zip(names, full, strict=True):
+            assert answers[name][0].agrees(plain)
+
+
+def test_exact_rows_of_an_adapter_are_its_own(
+    engine: Engine, fresh: Fresh, adapters: list[Any]
+) -> None:
+    prompt = fresh(LENGTH)
+    first, second = adapters
+    full = {lora: engine.ask(prompt, policy="off", lora=lora) for lora in (first, second)}
+    engine.clear()
+    engine.store(prompt, lora=first)
+    engine.forget()
+    with engine.counted() as gained:
+        other = engine.ask(prompt, policy="exact", lora=second)
+        own = engine.ask(prompt, policy="exact", lora=first)
+    assert gained["hits_exact"] == 1
+    assert own.agrees(full[first])
+    assert other.agrees(full[second])
+    assert own.difference(other) > 0.01
