@@ -1,5 +1,6 @@
 # make setup    the virtual environment .venv, the project in it, and the demo model
 # make test     every test
+# make test-upstream   vLLM's own scheduler tests with our schedulers, ARMS="schedulers beside"
 # make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and the page of results
@@ -10,7 +11,7 @@
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup bench-setup test demo bench bench-store chaos churn docs lint packages clean
+.PHONY: setup bench-setup test test-upstream demo bench bench-store chaos churn docs lint packages clean
 
 PYTHON = python3
 PY = .venv/bin/python
@@ -51,6 +52,14 @@ bench-setup: setup .venv-bench/packages.stamp
 test: export OMP_WAIT_POLICY = PASSIVE
 test: setup
 	$(PY) -m pytest
+
+# vLLM's tests, from its source distribution, and what they import live in .upstream.
+test-upstream: setup .upstream/prepared.stamp
+	$(PY) -m tests.upstream $(ARMS)
+
+.upstream/prepared.stamp: tests/upstream/prepare.py tests/upstream/models.py tests/upstream/vllm_conftest.py
+	$(PY) -m tests.upstream.prepare
+	@touch $@
 
 demo: setup
 	$(PY) -m examples.demo.run $(if $(FULL),--full)
@@ -95,5 +104,5 @@ packages:
 	done
 
 clean:
-	rm -rf .venv .venv-bench build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .upstream build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
@@ -19,6 +20,7 @@ from kvshare_store.errors import ConfigError, KVShareError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
+    from kvshare_connectors.vllm.idle import IdleWorker
     from kvshare_connectors.vllm.planning import Planning
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
@@ -47,8 +49,9 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads edited KV before the forward, saves fresh KV after it.
 
     A model that KVShare does not serve gets an idle connector and one line in the log: requests are
-    then computed in full. A wrong setting stops the engine with one clear line. vLLM manages the
-    memory of hybrid models as it does without a connector: KVShare is idle for those.
+    then computed in full. So does a worker that cannot read or write what was really built. A wrong
+    setting stops the engine with one clear line. vLLM manages the memory of hybrid models as it
+    does without a connector: KVShare is idle for those.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = settings_of(vllm_config)
         self._unserved = self._reason()
         self.planning: Planning | None = None
-        self._worker: Worker | None = None
+        self._worker: Worker | IdleWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._open_scheduler_side()
 
@@ -94,15 +97,33 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker side ----------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from kvshare_connectors.vllm.containment import contained  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.idle import IdleWorker  # noqa: PLC0415
+
+        if self._unserved is not None:
+            return
+        size = self._kv_cache.kv_cache_groups[0].kv_cache_spec.block_size
+        try:
+            self._worker = self._open_worker(kv_caches, size)
+        except ConfigError:
+            raise
+        except Exception as found:  # noqa: BLE001 - whatever it is, the engine can do without
+            error = contained(found)
+            log.warning("kvshare: this model is served without reuse: %s", error)
+            self._worker = IdleWorker(f"worker_{error.kind}", size)
+
+    def _open_worker(self, kv_caches: dict[str, torch.Tensor], block_size: int) -> Worker:
         from kvshare_connectors.vllm.capability import model_rope  # noqa: PLC0415 - one role only
         from kvshare_connectors.vllm.paged_cache import PagedCache  # noqa: PLC0415
         from kvshare_connectors.vllm.worker import Worker  # noqa: PLC0415
 
-        if self._unserved is not None:
-            return
-        context = self._vllm.compilation_config.static_forward_context
-        cache = PagedCache.from_context(context, kv_caches)
-        self._worker = Worker(self.config, cache, model_rope(self._vllm))
+        cache = PagedCache.from_context(
+            self._vllm.compilation_config.static_forward_context,
+            kv_caches,
+            block_size=block_size,
+            blocks=self._kv_cache.num_blocks,
+        )
+        return Worker(self.config, cache, model_rope(self._vllm))
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -131,6 +152,9 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker.unserved if self._worker is not None else None
 
     def _step(self) -> KVShareMetadata:
         step = self._get_connector_metadata()

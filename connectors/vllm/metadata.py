@@ -30,6 +30,10 @@ class LoadSpec:
     recomputed: int
     """Positions of the prompt, from `start` on, that the engine computes."""
 
+    def own_blocks(self, block_size: int) -> list[int]:
+        """Paged blocks that no other request may rely on; those before are vLLM's own hit."""
+        return self.block_ids[self.start // block_size :]
+
 
 @dataclass
 class SaveSpec:

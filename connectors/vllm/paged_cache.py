@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from kvshare_connectors.vllm.paged_formats import Format, format_of
 from kvshare_connectors.vllm.raw_blocks import RawBlocks, SpareBuffers, check_range
+from kvshare_connectors.vllm.snapshots import Copied, SnapshotRing
 from torch import Tensor
 
 from kvshare_store.errors import NamespaceError, UnsupportedError
@@ -40,6 +41,7 @@ class PagedCache:
         *,
         block_size: int | None = None,
         spare_bytes: int = _SPARE_BYTES,
+        ring: SnapshotRing | None = None,
     ) -> None:
         self._layers = list(layers)
         self._format = form
@@ -55,7 +57,10 @@ class PagedCache:
                 f" {self._kernel_block_size}"
             )
         self._joined = _join([layer.kv_cache for layer in self._layers])
-        self._spare = SpareBuffers(spare_bytes)
+        if ring is None and self.device.type != "cpu":
+            ring = SnapshotRing(self.device)
+        self._ring = ring
+        self._spare = SpareBuffers(spare_bytes, pinned=self.device.type != "cpu")
 
     @classmethod
     def from_context(
@@ -64,6 +69,7 @@ class PagedCache:
         kv_caches: dict[str, Tensor],
         *,
         block_size: int | None = None,
+        blocks: int | None = None,
         spare_bytes: int = _SPARE_BYTES,
     ) -> Self:
         """From vLLM's attention layers, once their caches are bound (`register_kv_caches`).
@@ -71,7 +77,8 @@ class PagedCache:
         `static_forward_context`: layer name → attention layer, of the compilation config.
         `kv_caches`: what vLLM registered; only its names are used, the tensors are taken from
         the layers. `block_size`: tokens of a scheduler block, where a backend's kernel blocks
-        are smaller. `spare_bytes`: snapshot buffers kept between snapshots, in bytes.
+        are smaller; `blocks`: how many of them there are. `spare_bytes`: snapshot buffers kept
+        between snapshots, in bytes.
 
         Raises `UnsupportedError` for a layout or an attention KVShare does not serve.
         """
@@ -94,7 +101,13 @@ class PagedCache:
         if len(kinds) > 1:
             raise UnsupportedError(f"the layers' KV caches differ: {sorted(map(str, kinds))}")
         form = format_of(names[0], layers[0])
-        return cls(layers, form, block_size=block_size, spare_bytes=spare_bytes)
+        cache = cls(layers, form, block_size=block_size, spare_bytes=spare_bytes)
+        if blocks is not None and cache.slots != blocks * cache.block_size:
+            raise UnsupportedError(
+                f"kernel blocks hold {cache.slots:,} tokens, {blocks:,} blocks of"
+                f" {cache.block_size} tokens are scheduled: they do not follow one another"
+            )
+        return cache
 
     def write(self, rows: Tensor, slots: Tensor) -> None:
         """Put canonical rows `[L, 2, T, H, D]` of this layout into slots (int64 `[T]`).
@@ -138,27 +151,46 @@ class PagedCache:
         )
 
     def snapshot(self, block_ids: Sequence[int]) -> RawBlocks:
-        """Copy these blocks of all layers as they are, to be unpacked later.
+        """Copy these blocks of all layers to host memory as they are, to be unpacked later.
 
-        The copy stays on the cache's device and does not look inside the blocks. Raises
-        `PlanError` if a block id is outside the cache.
+        On a GPU the copy runs after what the current stream was given so far, and this returns
+        before it is made. Raises `PlanError` if a block id is outside the cache, `NoSpaceError`
+        if snapshots that are not in host memory yet fill the device memory kept for them.
         """
         ids = torch.tensor(block_ids, dtype=torch.int64)
         if len(ids):
             check_range("block id", ids, 0, self.slots // self.block_size)
         split = self.block_size // self._kernel_block_size
-        ids = (ids[:, None] * split + torch.arange(split)).flatten().to(self.device)
+        ids = (ids[:, None] * split + torch.arange(split)).flatten()
         cache: Tensor = self._layers[0].kv_cache
         shape = (len(self._layers), len(ids), *cache.shape[1:])
         nbytes = cache[0].numel() * cache.itemsize * len(self._layers) * len(ids)
-        buffer = self._spare.take(nbytes, self.device)
+        buffer = self._spare.take(nbytes)
         copies = buffer[:nbytes].view(cache.dtype).view(shape)
-        if len(ids) and self._joined is not None:
+        try:
+            copied = self._copy_to_host(ids, copies)
+        except Exception:
+            self._spare.give_back(buffer)
+            raise
+        return RawBlocks(copies, self._format, self.layout, buffer, self._spare, copied)
+
+    def _copy_to_host(self, ids: Tensor, copies: Tensor) -> Copied | None:
+        if not len(ids):
+            return None
+        if self._ring is None:
+            self._copy_blocks(ids, copies)
+            return None
+        if self.device.type != "cpu":  # without waiting for what the stream still has to do
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
+        return self._ring.pass_through(lambda part, to: self._copy_blocks(ids[part], to), copies)
+
+    def _copy_blocks(self, ids: Tensor, copies: Tensor) -> None:
+        """Copy kernel blocks of every layer to `copies` `[L, len(ids), H, N, 2 * D]`."""
+        if self._joined is not None:
             self._joined.copy_blocks(ids, copies)
-        elif len(ids):
-            for layer, copy in zip(self._layers, copies, strict=True):
-                torch.index_select(layer.kv_cache, 0, ids, out=copy)
-        return RawBlocks(copies, self._format, self.layout, buffer, self._spare)
+            return
+        for layer, copy in zip(self._layers, copies, strict=True):
+            torch.index_select(layer.kv_cache, 0, ids, out=copy)
 
     def read(self, slots: Tensor) -> Tensor:
         """Canonical rows `[L, 2, T, H, D]` of the tokens in `slots` (int64 `[T]`), copied."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.answers import Warnings, answer_of, log_line, show_log_lines
+from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.orders import Orders
@@ -75,6 +76,8 @@ class Planning:
         self._placeholders = 0
         """Promised in this step and computed by virtual rows, though vLLM counts them as hits."""
         self._manager: KVCacheManager | None = None
+        self._unserved = ""
+        """Why the worker loads and stores nothing."""
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
         self.may_start: Callable[[Request], bool] = lambda request: True
@@ -125,7 +128,7 @@ class Planning:
             tenant = self._tenants.of(request.cache_salt or "")
             namespace = self._namespace.for_tenant(tenant or "", adapter.identity)
             policy = granted(self.config.policy, wish.policy)
-            declined = decline_reason(request, wish, policy) or adapter.declined
+            declined = self._unserved or decline_reason(request, wish, policy) or adapter.declined
             if tenant is None:
                 declined = declined or UNPROVEN
             state = RequestState(request, namespace, wish, policy, declined)
@@ -291,7 +294,12 @@ class Planning:
     # --- rows that are lost ------------------------------------------------------------------
 
     def worker_output(self, output: KVConnectorOutput) -> None:
-        """A load failed: its request is computed in full, nothing of it stays published."""
+        """A load failed: its request is computed in full, nothing of it stays published.
+
+        A worker that serves nothing at all says so: later requests are not even looked up.
+        """
+        if isinstance(output.kv_connector_worker_meta, Unserved):
+            self._unserved = output.kv_connector_worker_meta.reason
         invalid = self.orders.own(set(output.invalid_block_ids or ()))
         if not invalid:
             return

@@ -10,6 +10,7 @@ from typing import NamedTuple, Self
 
 import torch
 from kvshare_connectors.vllm.paged_formats import Format
+from kvshare_connectors.vllm.snapshots import Copied
 from torch import Tensor
 
 from kvshare_store.errors import LeaseError, PlanError
@@ -24,8 +25,8 @@ class RawBlocks:
     """Copies of some blocks, in the order they were asked for, not yet unpacked.
 
     Independent of the live cache. `release` (or leaving `with`) hands the memory to the next
-    snapshot; without it the memory is freed as usual. On an accelerator, call `rows` on the
-    stream that took the snapshot.
+    snapshot; without it the memory is freed as usual. `copied`: what to wait for before the
+    copies are read, where a GPU makes them.
     """
 
     def __init__(
@@ -35,17 +36,20 @@ class RawBlocks:
         layout: KVLayout,
         buffer: Tensor,
         spare: SpareBuffers,
+        copied: Copied | None = None,
     ) -> None:
         self._copies: Tensor | None = copies
         self._format = form
         self._layout = layout
         self._buffer = buffer
         self._spare = spare
+        self._copied = copied
         self._released = threading.Lock()
 
     def rows(self, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """Canonical rows `[L, 2, T, H, D]` of the tokens at `positions` (int64 `[T]`).
 
+        They are in host memory. Any thread may call it; it waits until a GPU's copy is complete.
         A position counts tokens through the snapshot's blocks: the k-th block holds
         `k * block_size` and on; ascending ones are read fastest. `out`: where to put the rows,
         contiguous in D; else a new tensor.
@@ -54,6 +58,8 @@ class RawBlocks:
         copies = self._copies
         if copies is None:
             raise LeaseError("the snapshot was released")
+        if self._copied is not None:
+            self._copied.synchronize()
         shape = self._layout.shape(len(positions))
         if out is None:
             out = torch.empty(shape, dtype=copies.dtype, device=copies.device)
@@ -89,14 +95,16 @@ class RawBlocks:
 
 
 class SpareBuffers:
-    """Byte buffers between two uses: fresh memory costs more in page faults than the copy."""
+    """Byte buffers in host memory between two uses: fresh memory costs more in page faults than
+    the copy. `pinned`: memory that a GPU copies to while the thread goes on."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, pinned: bool = False) -> None:
         self._limit = limit
+        self._pinned = pinned
         self._spare: list[Tensor] = []
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int, device: torch.device) -> Tensor:
+    def take(self, nbytes: int) -> Tensor:
         """The smallest spare buffer of at least `nbytes` bytes, or a new one."""
         with self._lock:
             for index, buffer in enumerate(self._spare):
@@ -104,7 +112,8 @@ class SpareBuffers:
                     return self._spare.pop(index)
         # Sizes are powers of two, so that buffers fit later prompts of about the same length.
         size = 1 << max(0, nbytes - 1).bit_length()
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # it is written again outside of that mode
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
 
     def give_back(self, buffer: Tensor) -> None:
         """Keep `buffer` if the limit allows it."""

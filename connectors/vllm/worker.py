@@ -10,16 +10,17 @@ import logging
 import os
 import queue
 import threading
-import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from kvshare_connectors.vllm.containment import contained, log_once
+from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.raw_blocks import RawBlocks
 from kvshare_connectors.vllm.resident import Resident
+from kvshare_connectors.vllm.timing import Seconds, stopwatch
 
 from kvshare_store.blocks.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
@@ -28,7 +29,6 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.errors import (
     DeadlineError,
-    ErrorKind,
     InternalError,
     KVShareError,
     LeaseError,
@@ -55,6 +55,9 @@ class Snapshot(NamedTuple):
 class Worker:
     """One per worker process."""
 
+    unserved: Unserved | None = None
+    """Why nothing is loaded or stored; see `idle.py`."""
+
     def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
         self._cache = cache
         self._editor = Editor(cache.layout, rope, cache.device)
@@ -66,29 +69,25 @@ class Worker:
         """Not yet reported."""
         self._wrong_blocks: set[int] = set()
         """Blocks without the rows that the scheduler believed in when it made this step."""
-        self._started = 0.0
+        self._watch = stopwatch(cache.device)
 
     def step_begins(self, step: KVShareMetadata) -> None:
         """Remember when, for the prefill rate, and forget failures that the scheduler has met."""
         self._wrong_blocks -= step.handled
-        self._started = time.perf_counter()
+        self._watch = stopwatch(self._cache.device)
 
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
         for spec in step.loads:
-            start = time.perf_counter()
+            watch = stopwatch(self._cache.device)
             try:
                 nbytes = self._load(spec)
-            except KVShareError as error:
-                self._load_failed(spec, error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the request is computed
+                self._load_failed(spec, contained(error))
                 continue
-            edited = sum(span.length for span in spec.spans) - spec.exact
-            seconds = time.perf_counter() - start
-            cached = spec.start
-            outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds, cached=cached)
-            self.saver.tell(protocol.Finish(spec.lease, outcome))
+            self.saver.tell(_loaded(spec, nbytes, watch.stop()))
         if step.loads:
-            self._started = time.perf_counter()
+            self._watch = stopwatch(self._cache.device)
 
     def _load(self, spec: LoadSpec) -> int:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
@@ -121,10 +120,10 @@ class Worker:
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
         """Everything from the first block that is the request's own is computed by the engine."""
-        _log_once(error)
-        first = spec.start // self._cache.block_size
-        self._failed_blocks.update(spec.block_ids[first:])
-        self._wrong_blocks.update(spec.block_ids[first:])
+        log_once(error)
+        own = spec.own_blocks(self._cache.block_size)
+        self._failed_blocks.update(own)
+        self._wrong_blocks.update(own)
         recomputed = spec.recomputed + sum(span.length for span in spec.spans)
         failed = f"load_{error.kind}"
         outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
@@ -133,14 +132,27 @@ class Worker:
 
     def after_forward(self, step: KVShareMetadata) -> None:
         """Copy the fresh rows of prompts that are complete now, and hand the rest to the saver."""
-        self._resident.fill()
         if step.prefilled:
-            seconds = time.perf_counter() - self._started
-            self.saver.tell(protocol.Observe(step.prefilled, seconds, step.model))
+            seconds, tokens, model = self._watch.stop(), step.prefilled, step.model
+            self.saver.tell(lambda: protocol.Observe(tokens, seconds(), model))
         for spec in step.saves:
             # rows of a failed load are not to be stored, nor what was computed from them
             if self._wrong_blocks.isdisjoint(spec.block_ids):
-                self.saver.store(self._snapshot(spec))
+                self._save(spec)
+        self._fill_resident()
+
+    def _save(self, spec: SaveSpec) -> None:
+        """Take a prompt's rows, or drop them: its answer does not depend on it."""
+        try:
+            self.saver.store(self._snapshot(spec))
+        except Exception as error:  # noqa: BLE001 - see above
+            self.saver.failed(contained(error))
+
+    def _fill_resident(self) -> None:
+        try:
+            self._resident.fill()
+        except Exception as error:  # noqa: BLE001 - a block that is not kept is read again
+            self.saver.failed(contained(error))
 
     def _snapshot(self, spec: SaveSpec) -> Snapshot:
         size = self._cache.block_size
@@ -148,9 +160,10 @@ class Worker:
         needed = torch.unique(positions // size)
         compact = torch.empty(int(needed[-1]) + 1, dtype=torch.int64)
         compact[needed] = torch.arange(len(needed))
+        nbytes = len(needed) * size * self._cache.layout.row_bytes
+        self.saver.check_room()
         raw = self._cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
         offsets = compact[positions // size] * size + positions % size
-        nbytes = len(needed) * size * self._cache.layout.row_bytes
         return Snapshot(spec, raw, offsets, nbytes)
 
     def take_failed_blocks(self) -> set[int]:
@@ -163,29 +176,52 @@ class Worker:
         self.saver.close()
 
 
+def _loaded(spec: LoadSpec, nbytes: int, seconds: Seconds) -> Callable[[], protocol.Request]:
+    """What to tell of a load, once the device has done it."""
+    edited = sum(span.length for span in spec.spans) - spec.exact
+
+    def message() -> protocol.Request:
+        outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds(), cached=spec.start)
+        return protocol.Finish(spec.lease, outcome)
+
+    return message
+
+
+Message = protocol.Request | Callable[[], protocol.Request]
+"""A request for the daemon, or what makes it when its turn comes and may wait for a device."""
+
+
 class Saver:
     """Everything the worker tells the daemon, in one thread with one client, in order."""
 
     def __init__(self, config: StoreConfig, cache: PagedCache) -> None:
         self._config = config
         self._cache = cache
-        self._queue: queue.Queue[Snapshot | protocol.Request | None] = queue.Queue()
+        self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
         self._waiting_bytes = 0
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kvshare-saver", daemon=True)
         self._thread.start()
 
-    def tell(self, message: protocol.Request) -> None:
+    def tell(self, message: Message) -> None:
         """Queue a message that nobody waits for."""
         self._queue.put(message)
 
-    def store(self, snapshot: Snapshot) -> None:
-        """Queue a prompt, or drop it: while the daemon is slow or away, memory must not fill up."""
+    def failed(self, error: KVShareError) -> None:
+        """Log and count what the engine goes on without."""
+        log_once(error)
+        self.tell(protocol.Failed(str(error.kind)))
+
+    def check_room(self) -> None:
+        """Raise `NoSpaceError` while so much waits that another prompt must be dropped.
+
+        While the daemon is slow or away, memory must not fill up.
+        """
         if self._waiting_bytes > self._config.host_bytes // 2:
-            snapshot.raw.release()
-            _log_once(NoSpaceError("prompts wait to be stored and fill half of host_bytes"))
-            self.tell(protocol.Failed(str(ErrorKind.NO_SPACE)))
-            return
+            raise NoSpaceError("prompts wait to be stored and fill half of host_bytes")
+
+    def store(self, snapshot: Snapshot) -> None:
+        """Queue a prompt."""
         self._count(snapshot, 1)
         self._queue.put(snapshot)
 
@@ -211,20 +247,20 @@ class Saver:
                 self._queue.task_done()
         client.close()
 
-    def _do(self, client: Client, work: Snapshot | protocol.Request) -> None:
+    def _do(self, client: Client, work: Snapshot | Message) -> None:
         try:
             if isinstance(work, Snapshot):
                 self._save(client, work)
             else:
-                client.call(work)
+                client.call(work() if callable(work) else work)
         except (UnavailableError, DeadlineError) as error:
-            _log_once(error)
+            log_once(error)
             client.reconnect()
         except KVShareError as error:
-            _log_once(error)
+            log_once(error)
         except Exception:  # a bug loses this prompt, not the thread that stores all others
             log.exception("kvshare: %s failed", type(work).__name__)
-            _log_once(InternalError("a save failed; the engine goes on"))
+            log_once(InternalError("a save failed; the engine goes on"))
         finally:
             if isinstance(work, Snapshot):
                 self._count(work, -1)
@@ -246,11 +282,7 @@ class Saver:
         for rows in staged.sizes:
             block = buffer[: rows * row_bytes]
             positions = snapshot.positions[at : at + rows]
-            stored = editor.tensor(block, rows)
-            if self._cache.device.type == "cpu":
-                snapshot.raw.rows(positions, out=stored)
-            else:
-                stored.copy_(snapshot.raw.rows(positions))
+            snapshot.raw.rows(positions, out=editor.tensor(block, rows))
             yield block
             at += rows
 
@@ -264,13 +296,3 @@ def _slots(positions: torch.Tensor, block_ids: list[int], cache: PagedCache) -> 
     blocks = torch.tensor(block_ids, dtype=torch.int64)
     size = cache.block_size
     return blocks[positions // size] * size + positions % size
-
-
-_logged: Counter[str] = Counter()
-
-
-def _log_once(error: KVShareError) -> None:
-    """Every kind of failure is logged once per process; the daemon counts them all."""
-    _logged[error.kind] += 1
-    if _logged[error.kind] == 1:
-        log.warning("kvshare: %s (counted from now on, not logged)", error)

@@ -352,7 +352,8 @@ class Engine:
 
         def noisy(spec: LoadSpec) -> int:
             own = torch.arange(spec.start, spec.spans[-1].stop)
-            slots = torch.tensor(spec.block_ids)[own // BLOCK] * BLOCK + own % BLOCK
+            size = worker._cache.block_size
+            slots = torch.tensor(spec.block_ids)[own // size] * size + own % size
             rows = torch.randn(worker._cache.layout.shape(len(own))) * noise
             worker._cache.write(rows.to(torch.float32), slots)
             return load(spec)

@@ -316,6 +316,13 @@ def test_scheduler_blocks_made_of_several_kernel_blocks() -> None:
         cache_of(logical_layers(block_size=16), block_size=24)
 
 
+def test_kernel_blocks_hold_what_is_scheduled() -> None:
+    layers = logical_layers(block_size=16)  # vLLM may put the pages of others between them
+    assert cache_of(layers, block_size=16, blocks=BLOCKS).slots == BLOCKS * 16
+    with pytest.raises(UnsupportedError, match="do not follow one another"):
+        cache_of(layers, block_size=32, blocks=BLOCKS)
+
+
 # --- snapshots -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,41 @@
+"""What a worker makes of whatever goes wrong in it: a miss, counted and logged once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import torch
+
+from kvshare_store.errors import InternalError, KVShareError, NoSpaceError
+
+log = logging.getLogger("kvshare")
+
+_logged: Counter[str] = Counter()
+
+
+def contained(error: Exception) -> KVShareError:
+    """The error of the store's own tree that stands for `error`.
+
+    Memory that ran out is `NoSpaceError`. What nobody foresaw is a bug: `InternalError`, and the
+    first of each type leaves its traceback in the log.
+    """
+    if isinstance(error, KVShareError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return NoSpaceError(
+            "no memory is left for rows that are loaded or saved: lower gpu_memory_utilization,"
+            " kvshare.device_bytes or kvshare.host_bytes"
+        )
+    name = type(error).__name__
+    _logged[name] += 1
+    if _logged[name] == 1:
+        log.error("kvshare: %s in a worker", name, exc_info=error)
+    return InternalError(f"{name}: {error}")
+
+
+def log_once(error: KVShareError) -> None:
+    """Every kind of failure is logged once per process; the daemon counts them all."""
+    _logged[error.kind] += 1
+    if _logged[error.kind] == 1:
+        log.warning("kvshare: %s (counted from now on, not logged)", error)

@@ -1,0 +1,48 @@
+"""A worker that cannot serve what was really built: it fails every load and stores nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvshare_connectors.vllm.metadata import KVShareMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+
+
+@dataclass
+class Unserved(KVConnectorWorkerMetadata):
+    """Tells the scheduler side that this worker loads and stores nothing."""
+
+    reason: str
+    """A stable code."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """One worker that does not serve is enough."""
+        return self
+
+
+class IdleWorker:
+    """Stands in for a `Worker`. Plans that are under way when the engine starts become misses."""
+
+    def __init__(self, reason: str, block_size: int) -> None:
+        self.unserved: Unserved | None = Unserved(reason)
+        self._block_size = block_size
+        self._failed_blocks: set[int] = set()
+
+    def step_begins(self, step: KVShareMetadata) -> None:
+        """Nothing is measured."""
+
+    def load(self, step: KVShareMetadata) -> None:
+        """Report each load as failed, from the first block that is the request's own."""
+        for spec in step.loads:
+            self._failed_blocks.update(spec.own_blocks(self._block_size))
+
+    def after_forward(self, step: KVShareMetadata) -> None:
+        """Nothing is stored."""
+
+    def take_failed_blocks(self) -> set[int]:
+        """Paged blocks whose load failed since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,247 @@
+"""The worker side alone: paged blocks are plain tensors, what it tells the daemon is recorded."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # importing vLLM warns, and here warnings are errors
+    pytest.importorskip("vllm.distributed")
+    from kvshare_connectors.vllm import timing, worker
+    from kvshare_connectors.vllm.idle import IdleWorker
+    from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
+    from kvshare_connectors.vllm.paged_cache import PagedCache
+    from kvshare_connectors.vllm.paged_formats import LogicalFormat
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.errors import KVShareError, LeaseError, StorageError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Run, Span
+
+pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
+
+TOKENS, BLOCKS = 16, 12
+
+
+class Notebook:
+    """Stands for the saver: what it is told is kept, and made when it is read."""
+
+    def __init__(self, *_: Any) -> None:
+        self.told: list[worker.Message] = []
+        self.stored: list[str] = []
+
+    def tell(self, message: worker.Message) -> None:
+        self.told.append(message)
+
+    def failed(self, error: KVShareError) -> None:
+        self.tell(protocol.Failed(str(error.kind)))
+
+    def check_room(self) -> None:
+        pass
+
+    def store(self, snapshot: worker.Snapshot) -> None:
+        self.stored.append(snapshot.spec.request_id)
+
+    def messages(self) -> list[protocol.Request]:
+        return [message() if callable(message) else message for message in self.told]
+
+    def of(self, kind: type) -> list[Any]:
+        return [message for message in self.messages() if isinstance(message, kind)]
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> worker.Worker:
+    monkeypatch.setattr(worker, "Saver", Notebook)
+    layer = SimpleNamespace(kv_cache=torch.zeros(BLOCKS, 2, TOKENS, 16))
+    cache = PagedCache([layer], LogicalFormat())
+    return worker.Worker(StoreConfig(), cache, rope=None)
+
+
+def told(one: worker.Worker) -> Notebook:
+    assert isinstance(one.saver, Notebook)
+    return one.saver
+
+
+def load_of(name: str, blocks: list[int], start: int = TOKENS) -> LoadSpec:
+    """A request whose first block is vLLM's own hit; the rest is to be loaded."""
+    spans = [Span(start, 20, start, 0, 0)]
+    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 5)
+
+
+def save_of(name: str, blocks: list[int]) -> SaveSpec:
+    length = len(blocks) * TOKENS
+    fresh = [Run(0, length)]
+    namespace = Namespace(model="m", layout=None)  # type: ignore[arg-type]
+    return SaveSpec(name, namespace, b"", None, fresh, blocks)  # type: ignore[arg-type]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+# --- containment ----------------------------------------------------------------------------------
+
+WHATEVER = pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no_space"),
+        (MemoryError(), "no_space"),
+        (IndexError("index 9 is out of bounds"), "internal"),
+        (RuntimeError("CUDA error: invalid argument"), "internal"),
+        (ValueError("buffer is too small"), "internal"),
+        (LeaseError("gone"), "lease"),
+        (StorageError("short read"), "storage"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+
+
+@WHATEVER
+def test_a_load_that_raises_anything_is_a_miss_of_its_request_alone(
+    one: worker.Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    bad, good = load_of("bad", [1, 2, 3]), load_of("good", [1, 4, 5])
+    monkeypatch.setattr(one, "_load", lambda spec: 7 if spec is good else raising(error)())
+    one.load(KVShareMetadata(loads=[bad, good]))
+    assert one.take_failed_blocks() == {2, 3}  # block 1 is shared and right
+    failed, loaded = (message.outcome for message in told(one).of(protocol.Finish))
+    assert (failed.failed, failed.recomputed) == (f"load_{kind}", 25)
+    assert (loaded.failed, loaded.nbytes) == ("", 7)
+    assert [message.kind for message in told(one).of(protocol.Failed)] == [kind]
+
+
+@WHATEVER
+def test_a_save_that_raises_anything_loses_that_prompt_alone(
+    one: worker.Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    snapshot = one._cache.snapshot
+    monkeypatch.setattr(
+        one._cache, "snapshot", lambda ids: raising(error)() if 3 in ids else snapshot(ids)
+    )
+    one.after_forward(KVShareMetadata(saves=[save_of("bad", [3]), save_of("good", [5])]))
+    assert told(one).stored == ["good"]
+    assert [message.kind for message in told(one).of(protocol.Failed)] == [kind]
+
+
+def test_a_block_that_cannot_be_kept_on_the_device_ends_nothing(
+    one: worker.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one._resident, "fill", raising(torch.OutOfMemoryError("CUDA")))
+    one.after_forward(KVShareMetadata(saves=[save_of("good", [5])]))
+    assert told(one).stored == ["good"]
+    assert [message.kind for message in told(one).of(protocol.Failed)] == ["no_space"]
+
+
+def test_an_idle_worker_fails_what_is_asked_of_it() -> None:
+    idle = IdleWorker("worker_unsupported", TOKENS)
+    idle.load(KVShareMetadata(loads=[load_of("any", [1, 2, 3])]))
+    idle.after_forward(KVShareMetadata(saves=[save_of("any", [1])]))
+    assert idle.take_failed_blocks() == {2, 3}
+    assert idle.take_failed_blocks() == set()
+    assert idle.unserved.reason == "worker_unsupported"
+
+
+# --- how long the device took ---------------------------------------------------------------------
+
+
+class FarBehind:
+    """A stopwatch of a device that is still at work when everything is given to it."""
+
+    readers: list[threading.Thread]
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def stop(self) -> timing.Seconds:
+        def seconds() -> float:
+            self.readers.append(threading.current_thread())
+            return 1000.0
+
+        return seconds
+
+
+@pytest.fixture
+def far_behind(monkeypatch: pytest.MonkeyPatch) -> type[FarBehind]:
+    FarBehind.readers = []
+    monkeypatch.setattr(worker, "stopwatch", FarBehind)
+    return FarBehind
+
+
+def test_the_prefill_rate_is_of_the_work_not_of_its_launch(
+    one: worker.Worker, far_behind: type[FarBehind]
+) -> None:
+    step = KVShareMetadata(prefilled=512)
+    one.step_begins(step)
+    one.load(step)
+    one.after_forward(step)
+    assert not far_behind.readers  # the engine's thread did not wait for the device
+    (observed,) = told(one).of(protocol.Observe)
+    assert (observed.tokens, observed.seconds) == (512, 1000.0)
+
+
+def test_the_time_of_a_load_is_of_the_work_not_of_its_launch(
+    one: worker.Worker, far_behind: type[FarBehind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one, "_load", lambda spec: 7)
+    one.load(KVShareMetadata(loads=[load_of("any", [1, 2, 3])]))
+    assert not far_behind.readers
+    (finish,) = told(one).of(protocol.Finish)
+    assert finish.outcome.seconds == 1000.0
+
+
+class Stream:
+    """A CUDA stream whose clock stands at the end of the work it was given."""
+
+    now_ms = 0.0
+
+
+class Event:
+    """A CUDA event; reading one that was not waited for is an error."""
+
+    def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
+        assert enable_timing
+        assert blocking
+        self.waited_for = False
+
+    def record(self, stream: Stream) -> None:
+        self.at_ms = stream.now_ms
+
+    def synchronize(self) -> None:
+        self.waited_for = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.waited_for
+        return end.at_ms - self.at_ms
+
+
+def test_a_gpu_is_timed_by_events_on_the_stream_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    watch = timing.stopwatch(torch.device("cuda"))
+    stream.now_ms += 250
+    seconds = watch.stop()
+    stream.now_ms += 99  # the step after
+    assert seconds() == 0.25
+
+
+def test_a_cpu_is_timed_by_its_clock() -> None:
+    before = time.perf_counter()
+    watch = timing.stopwatch(torch.device("cpu"))
+    seconds = watch.stop()
+    assert 0 <= seconds() <= time.perf_counter() - before
+    assert seconds() == seconds()

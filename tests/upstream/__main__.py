@@ -1,0 +1,108 @@
+"""vLLM's own scheduler and connector tests, with KVShare's schedulers in place of vLLM's.
+
+    python -m tests.upstream [schedulers] [beside]
+
+Runs each pair of arms that is asked for (by default all), compares test by test, and fails if a
+test differs or if not as many pass as `suite.txt` says.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from tests.upstream.gate import Result, differences, not_called, not_passed
+from tests.upstream.prepare import FOLDER, HERE, SITE
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A comparison: the same tests with vLLM's schedulers and with ours."""
+
+    connector: str
+    """Where KVShareConnector goes, in both arms: see `plugin/kvshare_upstream.py`."""
+    control_passes: bool
+    """Whether vLLM's schedulers pass every test, also with the connector there."""
+
+
+PAIRS = {
+    "schedulers": Pair("none", control_passes=True),
+    # Tests that assert on the class of the connector they configured fail here with any scheduler.
+    "beside": Pair("beside", control_passes=False),
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the pairs; the exit status."""
+    found = [fault for name in names or PAIRS for fault in compare(name, PAIRS[name])]
+    for fault in found:
+        print(fault)
+    print("upstream: FAILED" if found else "upstream: no test differs")
+    return bool(found)
+
+
+def compare(name: str, pair: Pair) -> list[str]:
+    """What is wrong with the arms of a pair, one line each."""
+    known = suite()
+    control, ours = (run(name, who, pair, list(known)) for who in ("vllm", "kvshare"))
+    called = ["VirtualRows.schedule"]
+    if pair.connector == "beside":
+        called.append("KVShareConnector.build_connector_meta")
+    found = [*differences(control, ours), *not_called(ours, called)]
+    if pair.control_passes:
+        found += not_passed(control, known)
+    return [f"{name}: {fault}" for fault in found]
+
+
+def suite() -> dict[str, int]:
+    """Test file → how many of its tests pass with vLLM's schedulers."""
+    lines = (HERE / "suite.txt").read_text().splitlines()
+    return {file: int(count) for file, count in (line.split() for line in lines)}
+
+
+def run(name: str, schedulers: str, pair: Pair, files: list[str]) -> Result:
+    """One arm, in a process of its own."""
+    results = FOLDER / "results"
+    results.mkdir(exist_ok=True)
+    result = results / f"{name}-{schedulers}.json"
+    result.unlink(missing_ok=True)
+    settings = {
+        "KVSHARE_UPSTREAM_SCHEDULERS": schedulers,
+        "KVSHARE_UPSTREAM_CONNECTOR": pair.connector,
+        "KVSHARE_UPSTREAM_RESULT": str(result),
+    }
+    command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini")]
+    began = time.monotonic()
+    with result.with_suffix(".log").open("w") as log:
+        subprocess.run(
+            [*command, "--rootdir", str(FOLDER), *files],
+            cwd=FOLDER, env=environment() | settings, stdout=log, stderr=subprocess.STDOUT,
+            check=False,
+        )  # fmt: skip
+    arm = Result.read(result)
+    counted = Counter(arm.outcomes.values())
+    print(f"{name}, {schedulers}: {dict(counted)} in {time.monotonic() - began:.0f} s", flush=True)
+    return arm
+
+
+def environment() -> dict[str, str]:
+    """Of a process that runs vLLM's tests: its `tests` is the folder in `.upstream/`."""
+    paths = [FOLDER, HERE / "plugin", SITE, HERE.parents[1]]
+    return os.environ | {
+        "HF_HOME": str(FOLDER / "models"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
