@@ -200,18 +200,18 @@ def test_without_a_disk_the_oldest_nodes_go(driver: Open) -> None:
 
 
 def test_the_disk_budget_is_kept_by_forgetting_the_oldest(driver: Open, home: Path) -> None:
-    budget = 60_000
+    budget = 150_000
     engine = driver(disk_bytes=budget)
-    for seed in range(20):
+    for seed in range(40):
         engine.save(prompt(seed, 40))
         agrees(engine, home)
         assert sum(file.stat().st_size for file in (home / "blocks").glob("*/*")) <= budget
     kept = engine.store.stats()["nodes"]
-    assert 1 < kept < 20
-    found = [engine.serve(prompt(seed, 40)).exact == 39 for seed in range(20)]
-    assert found == [seed >= 20 - kept for seed in range(20)]
+    assert 1 < kept < 40
+    found = [engine.serve(prompt(seed, 40)).exact == 39 for seed in range(40)]
+    assert found == [seed >= 40 - kept for seed in range(40)]
     assert engine.store.stats()["errors"] == {}
-    assert driver(disk_bytes=budget).serve(prompt(19, 40)).exact == 39
+    assert driver(disk_bytes=budget).serve(prompt(39, 40)).exact == 39
 
 
 def test_nodes_leave_lookup_before_their_blocks_leave_the_disk(driver: Open, home: Path) -> None:
@@ -317,9 +317,9 @@ def test_a_full_disk_stops_saving_not_serving(driver: Open, home: Path) -> None:
     disk.fail_always("put", NoSpaceError("No space left on device"))
     assert engine.save(prompt(2, 40)), "it can be used at once"
     engine.store.flush()
-    assert engine.plan(prompt(2, 40)).declined == "no_donor", "and is forgotten when that fails"
-    assert engine.serve(prompt(1, 40)).exact == 39
+    assert engine.plan(prompt(2, 40)).declined == "empty_store", "and is forgotten when that fails"
     assert engine.store.stats()["errors"] == {"no_space": 1}
+    assert engine.store.stats()["nodes"] == 0, "what there was had to make room, in vain"
     agrees(engine, home)
     disk.fail_always("put", None)
     assert engine.save(prompt(2, 40))
