@@ -171,7 +171,8 @@ def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
         same = common_prefix(request[start:], donor[source:]) if effort.spend(0) else 0
         if same:
             runs.append(Match(start, source, same))
-    return _heaviest_chain(runs) if effort.spend(_CHOSEN * len(runs)) else []
+    effort.spend(_CHOSEN * min(len(runs), _ANCHORS))  # what was found is used in any case
+    return _heaviest_chain(runs)
 
 
 def _unique_grams(tokens: Tokens, length: int, one_of: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
