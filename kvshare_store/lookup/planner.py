@@ -96,9 +96,9 @@ class Planner:
 
     def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
         """Most prompts are served by the first few candidates; the others get a second look."""
-        effort, count = self._effort(), self._config.candidates
+        count = self._config.candidates
         nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
-        first, more = nodes[:count], nodes[count:]
+        first, more, effort = nodes[:count], nodes[count:], self._effort()
         self._cover_from(cover, self._usable([*cover.donors, *first], policy), policy, effort)
         if cover.covered < _MOSTLY * len(cover.request):
             more = self._usable([*more, *nominator.by_text(first, count)], policy)
