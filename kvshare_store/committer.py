@@ -57,13 +57,11 @@ class Committer:
         self,
         catalog: Catalog | None,
         make_durable: Callable[[Sequence[Node]], list[KVShareError | None]],
-        describe: Callable[[Addition], Addition],
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
     ) -> None:
         self._catalog = catalog
         self._make_durable = make_durable
-        self._describe = describe
         self._delete_blocks = delete_blocks
         self._failed = failed
         self._queue: queue.Queue[Work | None] = queue.Queue()
@@ -154,7 +152,7 @@ class Committer:
             if error is not None:
                 self._failed(addition.node, error)
             else:
-                durable.append(self._describe(addition))
+                durable.append(addition)
         if self._catalog is None or not durable:
             return
         try:

@@ -14,7 +14,6 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, PlanError
 from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import Costs
-from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -25,6 +24,7 @@ from kvshare_store.serving import Serving
 from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Reuse, Slot, Staged, reuse_of
+from kvshare_store.text_vectors import TextVectors, wanted
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
 
@@ -43,12 +43,13 @@ class Store:
         self.config = config
         self.metrics = Metrics()
         self.tree = DeltaTree(lambda: make_policy(config.eviction))
+        wanted(config)
         self.costs = Costs()
-        self.semantic = Semantic(config)
-        self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
+        self.shelf = Shelf(config, self.tree, self.metrics)
         self.blocks = self.shelf.blocks
         self._saving = Saving(config, self.shelf, self.metrics)
-        self._serving = Serving(config, self.shelf, self.costs, self.metrics)
+        self.text = TextVectors(config, self.shelf, self.metrics)
+        self._serving = Serving(config, self.shelf, self.costs, self.text, self.metrics)
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
@@ -103,6 +104,13 @@ class Store:
         A lease that has ended already is ignored: it was counted when it expired.
         """
         self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
+
+    def working(self, owner: str, busy: bool) -> None:
+        """A client's engine has requests, or has none any more: no text is embedded meanwhile.
+
+        `reap` of the owner ends it as well.
+        """
+        self.text.working(owner, busy)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -177,7 +185,10 @@ class Store:
         It can be reused at once and is durable soon after (`flush` waits for that). None if rows it
         builds on left the store meanwhile. `LeaseError` if the staged save has ended already.
         """
-        return self._saving.commit(staged_id)
+        node = self._saving.commit(staged_id)
+        if node is not None:
+            self.text.saved(node)
+        return node
 
     def save(
         self,
@@ -246,6 +257,7 @@ class Store:
         with self.shelf.lock:
             self._serving.reap(dead)
             self._saving.reap(dead)
+        self.text.gone(dead)
 
     def flush(self) -> None:
         """Return once everything committed so far is durable."""
@@ -278,6 +290,7 @@ class Store:
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
+        self.text.close()
         self._janitor.close()
         if self._sharing is not None:
             self._sharing.close()

@@ -68,6 +68,7 @@ class Planning:
         what these steps computed in them is published, and its worth not known yet."""
         self._wait_until = 0.0
         self._pool: BlockPool | None = None
+        self._told_busy = False
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
 
@@ -90,10 +91,17 @@ class Planning:
             declined = decline_reason(request, self.config.policy) or adapter.declined
             state = RequestState(request, namespace, declined=declined)
             self._states[request.request_id] = state
+            self._tell_busy()
             if state.declined:
                 state.settled = True
                 self._link.tell(protocol.Decline(state.declined, state.length))
         return state
+
+    def _tell_busy(self) -> None:
+        """While there are requests the daemon does nothing that can wait."""
+        busy = bool(self._states)
+        if busy != self._told_busy and self._link.tell(protocol.Working(busy)):
+            self._told_busy = busy
 
     def ask(self, state: RequestState) -> None:
         """Start the lookup, unless it was started or there is nothing to look up."""
@@ -354,6 +362,7 @@ class Planning:
         state = self._states.pop(request.request_id, None)
         if state is None:
             return
+        self._tell_busy()
         self._let_go(state, _BUSY_WAIT_S)
         if not state.settled and state.asked is not None:
             self._late.append(state)

@@ -77,6 +77,9 @@ class Server:
             protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
             protocol.Finish: self._finish,
             protocol.Observe: self._observe,
+            protocol.Working: lambda message, session: self.store.working(
+                session.client, message.busy
+            ),
             protocol.Stage: self._stage,
             protocol.Commit: lambda message, _: self.store.commit(message.staged),
             protocol.Abandon: lambda message, _: self.store.abandon(message.staged),

@@ -21,11 +21,10 @@ from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
-from kvshare_store.tree.rows import Rows, Vectors
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
 
 __all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
 
-VECTOR_DIMENSIONS = 384
 _READ_ROWS = 4096
 _ATTEMPTS = 4
 _KEY = b"lance-schema:unenforced-primary-key:position"

@@ -12,6 +12,8 @@ from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.node import Node
 
+VECTOR_DIMENSIONS = 384
+
 
 class Vectors(NamedTuple):
     """What nominates a node: float32 unit vectors of 384 numbers; no semantic one may be known."""

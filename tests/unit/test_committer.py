@@ -56,7 +56,6 @@ class Desk:
         self.committer = Committer(
             catalogue,
             self._durable,
-            lambda work: work,
             lambda names: self.log.append("blocks gone " + " ".join(names)),
             lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
         )
