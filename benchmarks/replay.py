@@ -7,6 +7,7 @@ every machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from rich.progress import track
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.embedders import Vector, lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex, VectorMatrix
 from kvshare_store.lookup.nominate import Nominator
@@ -99,7 +101,8 @@ class MetadataStore:
         if not sources.lexical:
             self.index.lexical = _Limited(-1.0)
         self.index.semantic = _Limited(sources.within if sources.semantic else -1.0)
-        self._planner = Planner(self.config)
+        # no clock: a replay finds the same on every machine
+        self._planner = Planner(self.config, lambda: Effort(seconds=math.inf))
         self._cost = CostModel()
         self._all_exact = all_exact
         self._delimiters = delimiters

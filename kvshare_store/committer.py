@@ -23,7 +23,6 @@ log = logging.getLogger("kvshare")
 
 T = TypeVar("T")
 
-_EMBEDDING = "embedding"
 _BATCH = 64
 """Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
 
@@ -59,14 +58,12 @@ class Committer:
         self,
         catalog: Catalog | None,
         make_durable: Callable[[Sequence[Node]], list[KVShareError | None]],
-        describe: Callable[[Addition], Addition],
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
         health: Health,
     ) -> None:
         self._catalog = catalog
         self._make_durable = make_durable
-        self._describe = describe
         self._delete_blocks = delete_blocks
         self._failed = failed
         self._queue: queue.Queue[Work | None] = queue.Queue()
@@ -181,7 +178,7 @@ class Committer:
             if error is not None:
                 self._failed(addition.node, error)
             else:
-                durable.append(self._described(addition))
+                durable.append(addition)
         if self._catalog is None or not durable:
             return
         try:
@@ -189,17 +186,6 @@ class Committer:
         except KVShareError as error:
             for addition in durable:
                 self._failed(addition.node, error)
-
-    def _described(self, addition: Addition) -> Addition:
-        """What it is without is no reason to lose it."""
-        try:
-            described = self._describe(addition)
-        except BaseException as error:  # whatever an embedding model raises
-            log.exception("kvshare: node %s has no text vector", addition.node.id[:12])
-            self._health.failed(_EMBEDDING, error)
-            return addition
-        self._health.well(_EMBEDDING)
-        return described
 
     def _remove(self, removals: list[Removal]) -> None:
         if not removals:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
+from kvshare_store.lookup.embedders import Vector
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node
@@ -17,17 +20,29 @@ def pin(shelf: Shelf, node_id: str, pinned: bool) -> bool:
             return False
         if node.pinned != pinned:
             shelf.tree.replace(msgspec.structs.replace(node, pinned=pinned))
-            shelf.committer.call(lambda: _commit_again(shelf, node_id))
+            shelf.committer.call(lambda: _commit_again(shelf, [node_id]))
         return True
 
 
-def _commit_again(shelf: Shelf, node_id: str) -> None:
-    """In the committer's thread: the node's row as the node is now."""
+def describe(shelf: Shelf, vectors: Mapping[str, Vector]) -> None:
+    """Give nodes their text vectors: to lookups now, to the catalogue in the committer's thread,
+    which this waits for. Nodes that left are ignored."""
     with shelf.lock:
-        node = shelf.tree.get(node_id)
-        vectors = _vectors(shelf, node)
-    if node is not None and vectors is not None and shelf.catalog is not None:
-        shelf.catalog.add([(node, vectors)])
+        for node_id, vector in vectors.items():
+            node = shelf.tree.get(node_id)
+            index = None if node is None else shelf.index(node.namespace)
+            if index is not None:
+                index.semantic.add(node_id, vector)
+    shelf.committer.run(lambda: _commit_again(shelf, list(vectors)))
+
+
+def _commit_again(shelf: Shelf, ids: Sequence[str]) -> None:
+    """In the committer's thread: the nodes' rows as the nodes are now."""
+    with shelf.lock:
+        nodes = [node for node_id in ids if (node := shelf.tree.get(node_id)) is not None]
+        rows = [(node, vectors) for node in nodes if (vectors := _vectors(shelf, node)) is not None]
+    if rows and shelf.catalog is not None:
+        shelf.catalog.add(rows)
 
 
 def swap(shelf: Shelf, node: Node, merged: Node) -> bool:

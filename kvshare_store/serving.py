@@ -26,6 +26,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.provenance import OpenPlan
 from kvshare_store.shelf import Shelf
+from kvshare_store.text_vectors import TextVectors
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 
@@ -53,11 +54,14 @@ class _Lookup(NamedTuple):
 class Serving:
     """Plans of one store, from the question to the outcome. Thread-safe."""
 
-    def __init__(self, config: StoreConfig, shelf: Shelf, costs: Costs, metrics: Metrics) -> None:
+    def __init__(
+        self, config: StoreConfig, shelf: Shelf, costs: Costs, text: TextVectors, metrics: Metrics
+    ) -> None:
         self._config = config
         self._shelf = shelf
         self._blocks = shelf.blocks
         self._costs = costs
+        self._text = text
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
@@ -78,6 +82,7 @@ class Serving:
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
         draft = self._draft(request, lookup)
+        self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
         leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
         if leasing is None:
             self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
@@ -245,3 +250,9 @@ def _inexact(draft: Draft) -> Draft:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
     spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
     return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
+
+
+def _served_badly(draft: Draft, length: int) -> bool:
+    if draft.declined:
+        return draft.declined in ("no_donor", "nothing_kept")
+    return 2 * sum(span.length for span in draft.spans) < length

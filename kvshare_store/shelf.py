@@ -1,7 +1,7 @@
 """Shelf: the nodes that are here, from their first lookup to their last byte.
 
-Tree, index, blocks and catalogue change together, under one lock; what waits for a medium or runs a
-model happens in the committer's thread.
+Tree, index, blocks and catalogue change together, under one lock; what waits for a medium
+happens in the committer's thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from kvshare_store.errors import (
 from kvshare_store.home import Home
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
-from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.frame import Block
@@ -56,15 +55,12 @@ def _no_collections() -> Iterator[None]:
 class Shelf:
     """Nodes of every namespace. Thread-safe; `lock` may be held over several calls."""
 
-    def __init__(
-        self, config: StoreConfig, tree: DeltaTree, semantic: Semantic, metrics: Metrics
-    ) -> None:
+    def __init__(self, config: StoreConfig, tree: DeltaTree, metrics: Metrics) -> None:
         self.tree = tree
         self.lock = threading.RLock()
         self._config = config
         self._metrics = metrics
         self.health = metrics.health
-        self._semantic = semantic
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
         self.blocks = BlockStore(home.host, home.below, home.io, self.lock, metrics)
@@ -84,7 +80,6 @@ class Shelf:
         self.committer = Committer(
             self.catalog,
             self._make_durable,
-            self._describe,
             self.blocks.delete,
             self._uncommitted,
             metrics.health,
@@ -321,18 +316,6 @@ class Shelf:
         except KVShareError as error:
             return [error] * len(nodes)
         return self.durable.make(nodes)
-
-    def _describe(self, addition: Addition) -> Addition:
-        """Add the text vector, which may take longer than a request should wait."""
-        node = addition.node
-        vector = self._semantic.of_node(self._namespaces[node.namespace], node.tokens)
-        if vector is None:
-            return addition
-        with self.lock:
-            index = self.index(node.namespace)
-            if node.id in self.tree and index is not None:
-                index.semantic.add(node.id, vector)
-        return Addition(node, Vectors(addition.vectors.lexical, vector))
 
     def _uncommitted(self, node: Node, error: KVShareError) -> None:
         """What cannot be made durable is no node: a full disk stops saving, not serving."""

@@ -16,7 +16,6 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, PlanError
 from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import Costs
-from kvshare_store.lookup.semantic import Semantic
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -27,6 +26,7 @@ from kvshare_store.serving import Serving
 from kvshare_store.sharing import Sharing
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
+from kvshare_store.text_vectors import TextVectors, wanted
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.edits import Tokens, as_tokens
 from kvshare_store.version import version
@@ -47,11 +47,12 @@ class Store:
         self._since = time.time()
         self.metrics = Metrics()
         self.tree = DeltaTree(lambda: make_policy(config.eviction))
+        wanted(config)
         self.costs = Costs()
-        self.semantic = Semantic(config)
-        self.shelf = Shelf(config, self.tree, self.semantic, self.metrics)
+        self.shelf = Shelf(config, self.tree, self.metrics)
         self.blocks = self.shelf.blocks
-        self._serving = Serving(config, self.shelf, self.costs, self.metrics)
+        self.text = TextVectors(config, self.shelf, self.metrics)
+        self._serving = Serving(config, self.shelf, self.costs, self.text, self.metrics)
         self._saving = Saving(config, self.shelf, self.metrics, self._serving.donors)
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
@@ -113,6 +114,13 @@ class Store:
         """Of a lookup that was counted as a miss, so many tokens need not be computed either: the
         engine's own prefix cache had them."""
         self._serving.engine_cached(tokens)
+
+    def working(self, owner: str, busy: bool) -> None:
+        """A client's engine has requests, or has none any more: no text is embedded meanwhile.
+
+        `reap` of the owner ends it as well.
+        """
+        self.text.working(owner, busy)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -186,7 +194,10 @@ class Store:
         `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
         rows; whatever fails, the save has ended and nothing else has changed.
         """
-        return self._saving.commit(staged_id, rows)
+        node = self._saving.commit(staged_id, rows)
+        if node is not None:
+            self.text.saved(node)
+        return node
 
     def save(
         self,
@@ -256,6 +267,7 @@ class Store:
         with self.shelf.lock:
             self._serving.reap(dead)
             self._saving.reap(dead)
+        self.text.gone(dead)
 
     def flush(self) -> None:
         """Return once everything committed so far is durable."""
@@ -298,6 +310,7 @@ class Store:
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
+        self.text.close()
         self._janitor.close()
         if self._sharing is not None:
             self._sharing.close()

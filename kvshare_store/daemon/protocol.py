@@ -71,6 +71,15 @@ class Observe(msgspec.Struct, frozen=True, tag="observe"):
     """`Namespace.model_digest`; an engine of the release before does not say."""
 
 
+class Working(msgspec.Struct, frozen=True, tag="working"):
+    """The client's engine has requests from now on, or has none. Reply: None.
+
+    It is sent when that changes; a client that is gone has none.
+    """
+
+    busy: bool
+
+
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
     """Reply: `Staged`, which rows are wanted."""
 
@@ -169,9 +178,9 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Request = (
-    Hello | Plan | Decline | EngineCached | Finish | Observe | Stage | Commit | Abandon | Failed
-    | Settings | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge | CheckTree
-    | CheckBlocks | Stop
+    Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
+    | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge
+    | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 

@@ -67,6 +67,9 @@ class Server:
             protocol.Settings: lambda *_: self.config,
             protocol.Finish: lambda message, _: self.store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
+            protocol.Working: lambda message, client: self.store.working(
+                client.owner, message.busy
+            ),
             protocol.Stage: self._stage,
             protocol.Commit: self._commit,
             protocol.Abandon: lambda message, _: self.store.abandon(message.staged),

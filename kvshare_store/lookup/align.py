@@ -23,7 +23,7 @@ _MAX_CELLS = 1 << 24
 """Above this many cells (2 MiB of bits each way, 3 to 7 ms) prompts are cut at anchors first."""
 _ANCHOR = 16
 """Tokens of an anchor: long enough that a chance repeat is not unique on both sides."""
-_LOOKED_AT = 4096
+_LOOKED_AT = 2048
 """About so many grams of a long prompt may become anchors."""
 _ANCHORS = 512
 """Anchors of one alignment, the longest: choosing among them takes time by the square."""
@@ -159,7 +159,7 @@ def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
     if not effort.spend(_HASHED * (len(request) + len(donor))):
         return []
     length = min(_ANCHOR, len(request), len(donor))
-    one_of = max(len(request), len(donor)) // _LOOKED_AT + 1
+    one_of = 1 << (max(len(request), len(donor)) // _LOOKED_AT).bit_length()
     ours, theirs = (_unique_grams(tokens, length, one_of) for tokens in (request, donor))
     _, first, second = np.intersect1d(ours[0], theirs[0], True, return_indices=True)
     starts, sources = ours[1][first], theirs[1][second]
@@ -172,14 +172,15 @@ def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
         same = common_prefix(request[start:], donor[source:]) if effort.spend(0) else 0
         if same:
             runs.append(Match(start, source, same))
-    return _heaviest_chain(runs) if effort.spend(_CHOSEN * len(runs)) else []
+    effort.spend(_CHOSEN * min(len(runs), _ANCHORS))  # what was found is used in any case
+    return _heaviest_chain(runs)
 
 
 def _unique_grams(tokens: Tokens, length: int, one_of: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
     """Hashes of the grams that occur once, sorted, and where. Only about every `one_of`th distinct
     gram is looked at: which, its hash decides, so that both sides look at the same."""
     hashes = gram_hashes(tokens, length)
-    at = np.flatnonzero(hashes % np.uint64(one_of) == 0)
+    at = np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
     distinct, first, counts = np.unique(hashes[at], return_index=True, return_counts=True)
     return distinct[counts == 1], at[first[counts == 1]]
 

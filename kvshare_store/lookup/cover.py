@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.lookup.grams import gram_hashes, share_any
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.grams import GRAM, Hashes, gram_hashes, occur_in
 from kvshare_store.lookup.policy import Mask
 from kvshare_store.plan import Span
 from kvshare_store.tree.edits import Match, Tokens
 from kvshare_store.tree.node import Node, segments_between
 
 Positions = npt.NDArray[np.int64]
+
+_TOGETHER = 1 << 15
+"""Tokens of nodes that are hashed in one go."""
+_HASHED = 16
+"""Cells that hashing a token costs."""
 
 
 class Cover:
@@ -33,9 +40,37 @@ class Cover:
         """Positions that some donor covers."""
         return int(np.count_nonzero(self.donor_of >= 0))
 
-    def shares_text_with(self, node: Node) -> bool:
-        """Whether some gram of the request occurs anywhere in the node."""
-        return share_any(self._grams, gram_hashes(node.tokens))
+    def sharing_text(self, nodes: Iterable[Node], effort: Effort) -> Iterator[Node]:
+        """Those of the nodes that have some gram of the request in them, in the same order.
+
+        The first is looked at alone, since it often is enough; the others many at a time.
+        """
+        batch: list[Node] = []
+        limit = 0
+        for node in nodes:
+            batch.append(node)
+            if sum(each.length for each in batch) >= limit:
+                yield from self._sharing(batch, effort)
+                batch, limit = [], _TOGETHER
+        if batch:
+            yield from self._sharing(batch, effort)
+
+    def _sharing(self, nodes: list[Node], effort: Effort) -> list[Node]:
+        ends = np.cumsum([node.length for node in nodes])
+        if not len(self._grams) or not effort.spend(_HASHED * int(ends[-1])):
+            return []
+        grams = gram_hashes(np.concatenate([node.tokens for node in nodes]))
+        likely = np.flatnonzero(occur_in(grams, self._grams))
+        whose = np.searchsorted(ends, likely, "right")
+        within = likely + GRAM <= ends[whose]  # others lie across two nodes
+        asked, whose = grams[likely[within]], whose[within]
+        places = np.minimum(np.searchsorted(self._ordered, asked), len(self._ordered) - 1)
+        sharing = set(whose[self._ordered[places] == asked].tolist())
+        return [node for at, node in enumerate(nodes) if at in sharing]
+
+    @functools.cached_property
+    def _ordered(self) -> Hashes:
+        return np.sort(self._grams)
 
     def add(self, node: Node, matches: Sequence[Match], shortest: int = 1) -> None:
         """Let `node` cover what is still uncovered, in runs of at least `shortest`. `matches`

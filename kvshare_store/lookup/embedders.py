@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
 from kvshare_store.tree.edits import Tokens
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS
 
 Vector = npt.NDArray[np.float32]
 

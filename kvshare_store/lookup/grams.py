@@ -16,7 +16,6 @@ _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 _BITS_PER_GRAM = 5
-_VERIFIED = 8
 
 
 class _Powers:
@@ -69,10 +68,3 @@ def occur_in(grams: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
         seen[((others >> shift) & mask).view(np.int64)] = True
         found &= seen[((grams >> shift) & mask).view(np.int64)]
     return found
-
-
-def share_any(grams: Hashes, others: Hashes) -> bool:
-    """Whether some gram is on both sides."""
-    likely = grams[np.flatnonzero(occur_in(grams, others))[:_VERIFIED]]
-    # so many are not mistaken for others by chance
-    return len(likely) == _VERIFIED or any(bool((others == gram).any()) for gram in likely)

@@ -28,7 +28,9 @@ _ENOUGH = 0.95
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
 _MOSTLY = 0.5
-"""Neighbours by text are asked for when the others leave more than this uncovered."""
+"""A prompt of which less is covered gets a second look."""
+_WIDER = 4
+"""So many times as many candidates are looked at by then."""
 
 
 class Draft(NamedTuple):
@@ -48,8 +50,10 @@ class Draft(NamedTuple):
 class Planner:
     """Makes plans of immutable nodes. Thread-safe."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, effort: Callable[[], Effort] = Effort) -> None:
+        """`effort`: what each plan may spend on alignment."""
         self._config = config
+        self._effort = effort
 
     def draft(
         self,
@@ -91,19 +95,20 @@ class Planner:
                 cover.add_exact(node, exact)
 
     def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
+        """Most prompts are served by the first few candidates; the others get a second look."""
         count = self._config.candidates
-        effort = Effort()
-        nodes = nominator.by_words(lexical_vector(cover.request), count)
-        self._cover_from(cover, self._usable(nodes, policy, cover), policy, effort)
+        nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
+        first, more, effort = nodes[:count], nodes[count:], self._effort()
+        self._cover_from(cover, self._usable([*cover.donors, *first], policy), policy, effort)
         if cover.covered < _MOSTLY * len(cover.request):
-            seen = {node.id for node in nodes}
-            more = [node for node in nominator.by_text(nodes, count) if node.id not in seen]
-            if more:
-                self._cover_from(cover, self._usable(more, policy, cover), policy, effort)
+            more = self._usable([*more, *nominator.by_text(first, count)], policy)
+            seen = {node.id for node in (*first, *cover.donors)}
+            more = [node for node in more if node.id not in seen]
+            self._cover_from(cover, more, policy, effort)
 
-    def _usable(self, nodes: list[Node], policy: ReusePolicy, cover: Cover) -> list[Node]:
-        """Nodes that may be built on. The exact-prefix donor comes first: it is here already."""
-        distinct = {node.id: node for node in (*cover.donors, *nodes)}
+    def _usable(self, nodes: list[Node], policy: ReusePolicy) -> list[Node]:
+        """Nodes that may be built on, each once."""
+        distinct = {node.id: node for node in nodes}
         return [node for node in distinct.values() if node.generation < policy.max_generation]
 
     def _cover_from(
@@ -113,9 +118,7 @@ class Planner:
         self._take_best_prefix(cover, nodes)
         aligned: list[tuple[int, Node, list[Match]]] = []
         effort.reserve = _FOR_GAPS
-        for node in nodes:
-            if not (effort.spend(len(node.tokens)) and cover.shares_text_with(node)):
-                continue
+        for node in cover.sharing_text(nodes, effort):
             matches = align(cover.request, node.tokens, effort)
             useful = sum(length for _, _, length in matches if length >= policy.min_run)
             aligned.append((useful, node, matches))

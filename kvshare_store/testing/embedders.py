@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.lookup.embedders import TextEmbedder, Vector, lexical_vector
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS
 
 REPORT = (
     "The patient, a man of {age}, was admitted on Tuesday with chest pain that had started in the "

@@ -33,6 +33,8 @@ _COMMON = 4096
 _UNIT = 1e-3
 """How far the length of a vector may be from 1."""
 
+VECTOR_DIMENSIONS = 384
+
 
 class Vectors(NamedTuple):
     """What nominates a node: float32 unit vectors of 384 numbers; no semantic one may be known."""

@@ -9,7 +9,6 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup import align as align_module
-from kvshare_store.lookup import planner as planner_module
 from kvshare_store.lookup.align import align, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
@@ -58,7 +57,6 @@ class Work:
         counting = type("Counting", (), {"opcodes": staticmethod(counted_opcodes)})
         patch.setattr(align_module, "Levenshtein", counting)
         patch.setattr(align_module, "common_prefix", counted_prefix)
-        patch.setattr(planner_module, "Effort", lambda: Effort(clock=Clock()), raising=False)
 
 
 @pytest.fixture
@@ -127,7 +125,9 @@ def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> Draft:
         )
         tree.add(node)
         index.add(node, Vectors(lexical_vector(node.tokens), None))
-    return Planner(StoreConfig(home="none", min_saving_ms=-1e9)).draft(
+    return Planner(
+        StoreConfig(home="none", min_saving_ms=-1e9), lambda: Effort(clock=Clock())
+    ).draft(
         request,
         Nominator(tree, index),
         PRESETS[policy],

@@ -48,11 +48,7 @@ class Catalogue:
 class Desk:
     """A committer whose steps are written down in `log`."""
 
-    def __init__(
-        self,
-        make_durable: Callable[[Node], None] | None = None,
-        describe: Callable[[Addition], Addition] = lambda work: work,
-    ) -> None:
+    def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
         self.log: list[str] = []
         self.catalogue = Catalogue(self.log)
         self.start = threading.Event()
@@ -62,7 +58,6 @@ class Desk:
         self.committer = Committer(
             catalogue,
             self._durable,
-            describe,
             lambda names: self.log.append("blocks gone " + " ".join(names)),
             lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
             self.health,
@@ -192,16 +187,6 @@ def test_an_errand_hands_its_error_to_whoever_waits() -> None:
     with pytest.raises(ZeroDivisionError):
         desk.committer.run(lambda: 1 // 0)
     assert desk.run(addition("a"))[-1] == "rows a"
-    desk.committer.close()
-
-
-def test_a_node_without_its_text_vector_is_stored() -> None:
-    def refuse(work: Addition) -> Addition:
-        raise IndexError("index out of range in self")
-
-    desk = Desk(describe=refuse)
-    assert desk.run(addition("a"))[-1] == "rows a"
-    assert "IndexError" in desk.health.report()["reasons"]["embedding"]
     desk.committer.close()
 
 
