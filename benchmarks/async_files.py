@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import aiofiles
@@ -28,8 +28,10 @@ ROUNDS, SHORT_ROUNDS = 15, 3
 MOST = 5
 """Per cent of a rate or a latency: what aiofiles may cost and be used."""
 
-WHAT = ("put GB/s", "get, cold GB/s", "get, warm GB/s", "put alone ms", "get alone ms")
-"""The rates with eight blocks at a time; the latencies, of warm files, with one."""
+RATES = ("put GB/s", "get, cold GB/s", "get, warm GB/s")
+"""With eight blocks at a time."""
+LATENCIES = ("put alone ms", "get alone ms", "put alone, CPU ms", "get alone, CPU ms")
+"""One block after the other, of warm files; of CPU time nobody else's work is a part."""
 
 
 class AsyncDiskTier(DiskTier):
@@ -89,15 +91,15 @@ def _sync(folder: str) -> None:
         os.close(descriptor)
 
 
-class Times(NamedTuple):
-    """One round of one way, in the units of `WHAT`."""
+class Spent(NamedTuple):
+    """Seconds by the clock and of this process's CPU time."""
 
-    put: float
-    cold: float
-    warm: float
-    put_alone: float
-    get_alone: float
+    wall: float
+    cpu: float
 
+
+Times = tuple[float, ...]
+"""One round of one way: the rates, then the latencies."""
 
 WAYS: dict[str, type[DiskTier]] = {"threads": DiskTier, "aiofiles": AsyncDiskTier}
 
@@ -115,25 +117,26 @@ async def round_of(kind: type[DiskTier], folder: Path, named: Named) -> Times:
     warm = await _seconds(gets, at_once)
     for name, _ in named:
         await tier.delete(name)
-    put_alone = await _seconds(puts, 1) / len(named)
-    get_alone = await _seconds(gets, 1) / len(named)
+    put_alone = await _seconds(puts, 1)
+    get_alone = await _seconds(gets, 1)
     for name, _ in named:
         await tier.delete(name)
     await tier.close()
-    rates = (size / seconds / 1e9 for seconds in (put, cold, warm))
-    return Times(*rates, 1e3 * put_alone, 1e3 * get_alone)
+    rates = (size / spent.wall / 1e9 for spent in (put, cold, warm))
+    alone = (put_alone.wall, get_alone.wall, put_alone.cpu, get_alone.cpu)
+    return (*rates, *(1e3 * seconds / len(named) for seconds in alone))
 
 
-async def _seconds(calls: Sequence[Callable[[], Awaitable[object]]], at_once: int) -> float:
+async def _seconds(calls: Sequence[Callable[[], Awaitable[object]]], at_once: int) -> Spent:
     slots = asyncio.Semaphore(at_once)
 
     async def one(call: Callable[[], Awaitable[object]]) -> None:
         async with slots:
             await call()
 
-    start = perf_counter()
+    start, cpu = perf_counter(), process_time()
     await asyncio.gather(*(one(call) for call in calls))
-    return perf_counter() - start
+    return Spent(perf_counter() - start, process_time() - cpu)
 
 
 def measure(options: Options) -> Result:
@@ -147,7 +150,7 @@ def measure(options: Options) -> Result:
                 folder = Path(place) / way
                 times[way].append(asyncio.run(round_of(WAYS[way], folder, named)))
     measured = {way: times[way][1:] for way in WAYS}  # the first warms up
-    rows = [_row(index, what, measured) for index, what in enumerate(WHAT)]
+    rows = [_row(index, what, measured) for index, what in enumerate(RATES + LATENCIES)]
     costs = [float(row[-2]) for row in rows]  # type: ignore[arg-type]
     return Result(
         name="async-files",
@@ -190,7 +193,7 @@ def _row(index: int, what: str, measured: dict[str, list[Times]]) -> list[Cell]:
     pairs = zip(measured["threads"], measured["aiofiles"], strict=True)
     # rates fall and latencies rise where something takes longer
     costs = sorted(
-        100 * ((ours[index] / theirs[index] if index < 3 else theirs[index] / ours[index]) - 1)
+        100 * ((ours[index] / theirs[index]) ** (1 if index < len(RATES) else -1) - 1)
         for ours, theirs in pairs
     )
     return [*cells, median(costs), f"{costs[0]:.1f} to {costs[-1]:.1f}"]

@@ -283,17 +283,18 @@ def summary_panel(summary: dict[str, Any]) -> Panel:
 
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the summary says, as pairs of a label and a value."""
+    """What the summary says, as pairs of a label and a value; nothing of what was not sent."""
     light, long, floor = (
         summary[key] for key in ("speedup_1k_10pct", "speedup_1k_balanced", "noise_floor")
     )
     full, prefix = summary["median_speedup_vs_full"], summary["median_speedup_vs_prefix"]
+    again = summary["identical_again_speedup"]
     return [
         ("First token sooner than full prefill's", times_text(full)),
         ("First token sooner than prefix caching's", times_text(prefix)),
         (f"  than full, {LONG:,} tokens and more", n_text(long)),
         (f"  than full, of these at most {LIGHT:.0%} computed", n_text(light)),
-        ("Identical prompt again", times_text(summary["identical_again_speedup"])),
+        *([("Identical prompt again", times_text(again))] if again is not None else []),
         ("Tokens reused", percent(summary["share_reused"])),
         ("Cost of a miss", f"{percent(summary['miss_overhead'])} (n={summary['misses']})"),
         (

@@ -89,7 +89,7 @@ def _replay(trace: Path, machines: Sequence[Machine], block_tokens: int, tokeniz
     points: Points = {machine.policy: [] for machine in machines}
     every = 1
     try:
-        with Progress(console=_stderr()) as progress, trace.open("rb") as file:
+        with Progress(console=_stderr(), transient=True) as progress, trace.open("rb") as file:
             task = progress.add_task(trace.name, total=trace.stat().st_size)
             for number, request in enumerate(requests(file, block_tokens, tokenize), 1):
                 for machine in machines:

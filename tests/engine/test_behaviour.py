@@ -194,6 +194,22 @@ def test_the_local_prefix_is_not_loaded_again(engine: Engine, donor: list[int]) 
     assert answer.agrees(engine.ask(longer, policy="off")) or gained["hits_edited"]
 
 
+def test_every_requested_token_is_counted_once(
+    engine: Engine, donor: list[int], follower: list[int]
+) -> None:
+    """Also of vLLM's own prefix cache: of a miss, a hit, and a plan that it makes needless."""
+    parts = ("reused_exact", "reused_edited", "recomputed", "engine_cached")
+    with engine.counted() as gained:
+        engine.ask(donor)  # nothing is known
+        engine.ask(donor)  # vLLM's own cache has nearly all of it
+        engine.ask(donor, policy="off")
+        engine.ask(follower)
+    assert gained["tokens_requested"] == 3 * len(donor) + len(follower)
+    assert sum(gained[f"tokens_{part}"] for part in parts) == gained["tokens_requested"]
+    assert gained["tokens_engine_cached"] >= 2 * blocks_below(len(donor) - 1)
+    assert gained["tokens_reused_edited"]
+
+
 def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]) -> None:
     """A plan that vLLM's own cache makes needless still says what the store has already."""
     whole = donor[: blocks_below(LENGTH)]

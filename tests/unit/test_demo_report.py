@@ -101,7 +101,9 @@ def test_nothing_measured_is_null_and_not_zero() -> None:
     assert summary["median_speedup_vs_full"] is None
     assert summary["miss_overhead"] is None
     assert summary["share_reused"] is None
-    assert report.summary_lines(summary)
+    lines = dict(report.summary_lines(summary))
+    assert lines["Tokens reused"] == "–"  # noqa: RUF001
+    assert "Identical prompt again" not in lines, "the short demo does not send any"
 
 
 def test_texts_without_words_can_be_compared() -> None:

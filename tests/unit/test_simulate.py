@@ -181,6 +181,16 @@ def test_the_command_prints_a_line_for_each_policy(
     assert found[UNLIMITED] == "90.0"
 
 
+def test_a_trace_without_requests_leaves_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    code, out, err = ran(capsys, str(tmp_path / "empty.jsonl"))
+    assert (code, out) == (2, "")
+    (line,) = (line for line in err.splitlines() if line)
+    assert line == f"kvshare: trace {tmp_path / 'empty.jsonl'} has no requests"
+
+
 def test_the_command_writes_json_and_a_plot(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
