@@ -80,11 +80,17 @@ class ArenaView:
     def rows(self, offset: int, nbytes: int) -> memoryview:
         """The rows of the slot at `offset`: live shared memory, valid while leased or reserved."""
         start = offset + LABEL_BYTES
-        return self._view[start : start + nbytes]
+        return self._bytes(start, start + nbytes)
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        try:
+            return self._view[start:stop]
+        except ValueError as error:  # its owner has released it
+            raise StorageError("the shared memory is closed; open the store again") from error
 
     def label(self, offset: int) -> Label:
         """What the slot at `offset` holds."""
-        raw = bytes(self._view[offset : offset + _LABEL.size])
+        raw = bytes(self._bytes(offset, offset + _LABEL.size))
         if raw == _NO_LABEL:
             return Label()
         name, seq, lossy = _LABEL.unpack(raw)
@@ -158,11 +164,11 @@ class Arena(ArenaView):
 
     def clear_label(self, offset: int) -> None:
         """What is in the slot is nobody's."""
-        self._view[offset : offset + _LABEL.size] = _NO_LABEL
+        self._bytes(offset, offset + _LABEL.size)[:] = _NO_LABEL
 
     def _write_label(self, offset: int, label: Label) -> None:
         raw = _LABEL.pack(bytes.fromhex(label.name), label.seq, label.lossy)
-        self._view[offset : offset + _LABEL.size] = raw
+        self._bytes(offset, offset + _LABEL.size)[:] = raw
 
     def move(self, source: int, target: int, nbytes: int) -> None:
         """Label and rows of a slot go to a lower offset; the two places may overlap.
@@ -181,7 +187,7 @@ class Arena(ArenaView):
         the rest keeps its memory, for the seal forbids to give it back."""
         for start, stop in self._written(offset, offset + nbytes):
             for at in range(start, stop, len(_ZEROS)):
-                self._view[at : min(at + len(_ZEROS), stop)] = _ZEROS[: stop - at]
+                self._bytes(at, min(at + len(_ZEROS), stop))[:] = _ZEROS[: stop - at]
 
     def _written(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Parts of a range that have memory."""
@@ -201,7 +207,7 @@ class Arena(ArenaView):
             (offset + _LABEL.size, offset + LABEL_BYTES),
             (offset + LABEL_BYTES + nbytes, offset + slot_bytes(nbytes)),
         ):
-            self._view[start:stop] = bytes(stop - start)
+            self._bytes(start, stop)[:] = bytes(stop - start)
 
     def close(self) -> None:
         """Let go of the file and of this mapping: the memory is free once no client maps it.

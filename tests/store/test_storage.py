@@ -147,7 +147,7 @@ def test_memory_full_of_rows_in_use_refuses_saves_and_goes_on(driver: Open) -> N
         engine.store.flush()
     held = [engine.plan(prompt(seed, 40)) for seed in range(2)]
     with pytest.raises(NoSpaceError):
-        engine.stage(prompt(5, 16))
+        engine.save(prompt(5, 16))
     assert engine.store.stats()["errors"] == {"no_space": 1}
     for seed, plan in enumerate(held):
         engine.check(prompt(seed, 40), plan)
@@ -163,7 +163,7 @@ def test_rows_that_are_only_in_memory_do_not_leave_it(driver: Open) -> None:
     level.tier = SlowTier(level.tier, put=0.3)
     engine.save(prompt(1, 40))
     with pytest.raises(NoSpaceError):
-        engine.stage(prompt(2, 40))
+        engine.save(prompt(2, 40))
     store.flush()
     assert engine.save(prompt(2, 40)), "what is durable makes room"
     store.flush()
@@ -173,7 +173,7 @@ def test_rows_that_are_only_in_memory_do_not_leave_it(driver: Open) -> None:
 def test_a_save_that_does_not_fit_gives_back_what_it_got(driver: Open) -> None:
     engine = driver(host_bytes=4 * SLOT)
     with pytest.raises(NoSpaceError):
-        engine.stage(prompt(1, 40))
+        engine.save(prompt(1, 40))
     assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
     assert engine.save(prompt(1, 32))
 

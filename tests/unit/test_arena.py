@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvshare_store.blocks import arena as arena_module
 from kvshare_store.blocks import huge_pages, memory
 from kvshare_store.blocks.arena import Arena, Arenas, ArenaView, Label, slot_bytes
-from kvshare_store.errors import HomeError, KVShareError, LeaseError, NoSpaceError
+from kvshare_store.errors import HomeError, KVShareError, LeaseError, NoSpaceError, StorageError
 from kvshare_store.plan import BlockRef
 
 NAME, OTHER = "ab" * 32, "cd" * 32
@@ -99,6 +99,8 @@ def test_closing_it_frees_its_memory() -> None:
     inode = os.stat(link).st_ino
     arena.close()
     arena.close()
+    with pytest.raises(StorageError, match="closed"):
+        arena.label(0)
     for name in os.listdir("/proc/self/fd"):
         try:
             assert os.stat(f"/proc/self/fd/{name}").st_ino != inode
