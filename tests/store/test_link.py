@@ -151,7 +151,7 @@ def test_a_home_that_cannot_be_used_is_said_at_once(
 @pytest.fixture
 def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
     """A daemon in this process."""
-    running = Server(config(plan_deadline_ms=250.0))
+    running = Server(config())
     thread = threading.Thread(target=running.serve)
     thread.start()
     yield running
