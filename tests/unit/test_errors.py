@@ -29,8 +29,9 @@ KINDS = {
     "internal": errors.InternalError,
     "short": errors.ShortBlockError,
     "node": errors.NodeError,
+    "overload": errors.OverloadError,
 }
-RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
+RETRYABLE = {"no_space", "overload", "storage", "unavailable", "timeout"}
 BUILTINS = {
     "config": ValueError,
     "home": OSError,
