@@ -131,7 +131,8 @@ class Committer:
         changes nothing."""
         try:
             self._do(batch)
-            self._health.well(STORING)
+            if any(isinstance(work, Addition) for work in batch):
+                self._health.well(STORING)
         except BaseException as error:  # a panic of a library is no Exception
             log.exception("kvshare: %d pieces of work failed", len(batch))
             self._health.failed(STORING, error)

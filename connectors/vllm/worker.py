@@ -38,6 +38,7 @@ from kvshare_store.errors import (
 from kvshare_store.plan import Outcome, Run
 from kvshare_store.staging import Staged
 from kvshare_store.tensors.rope import Rope
+from kvshare_store.threads import Health, Supervised
 
 log = logging.getLogger("kvshare")
 
@@ -200,8 +201,7 @@ class Saver:
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
         self._waiting_bytes = 0
         self._counting = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="kvshare-saver", daemon=True)
-        self._thread.start()
+        self._thread = Supervised("kvshare-saver", self._run, Health())
 
     def tell(self, message: Message) -> None:
         """Queue a message that nobody waits for."""

@@ -29,6 +29,7 @@ from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
     DeadlineError,
+    HomeError,
     InternalError,
     KVShareError,
     PlanError,
@@ -40,6 +41,7 @@ from kvshare_store.tree.edits import Tokens
 log = logging.getLogger("kvshare")
 
 _TICK_S = 0.5
+_WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
 """How long a stopping daemon waits for what it is doing for clients."""
 
@@ -165,6 +167,8 @@ class Server:
 
     def _result(self, connection: Connection, frame: Frame) -> Any:
         message = protocol.decode_request(frame.body)
+        if isinstance(message, _WRITING) and not self._listener.in_place:
+            raise HomeError(f"home {self.config.home_path} was removed or replaced")
         return self._handlers[type(message)](message, connection)
 
     def _settle(self, connection: Connection, frame: Frame, result: Callable[[], Any]) -> None:

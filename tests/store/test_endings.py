@@ -19,7 +19,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import Listener, answers, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.spawn import ensure_daemon
-from kvshare_store.errors import BusyError, UnavailableError
+from kvshare_store.errors import BusyError, DeadlineError, UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -74,7 +74,7 @@ def test_none_is_started_where_one_could_only_fail(config: Config, home: Path) -
     """A home that a process holds: its daemon starts, ends, or hangs."""
     with Store(config()):
         assert home_taken(home)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(DeadlineError):
             ensure_daemon(config(), timeout=0.5)
     assert not (home / "daemon.log").exists()
     assert not home_taken(home)
@@ -86,12 +86,13 @@ def test_none_is_started_where_one_could_only_fail(config: Config, home: Path) -
 def test_a_daemon_whose_home_was_replaced_leaves_the_new_one_alone(
     config: Config, home: Path
 ) -> None:
-    """`rm -rf` of the home and a new start, while the old daemon is busy."""
+    """`rm -rf` of the home and a new start, while the old daemon has something to remove."""
     with Daemon(config()) as old, Client(home, timeout=PATIENCE_S) as client:
         ClientDriver(client, NAMESPACE).save(prompt(1, 40))
-        client.send(protocol.Purge(NAMESPACE.digest, None, 5.0))  # it cannot end at once
+        client.flush()
         assert old.process is not None
         old.send(signal.SIGSTOP)
+        client.send(protocol.Purge(NAMESPACE.digest))
         shutil.rmtree(home)
         with Daemon(config()) as new, Client(home, timeout=PATIENCE_S) as other:
             driver = ClientDriver(other, NAMESPACE)
@@ -176,6 +177,9 @@ def test_a_daemon_in_another_pid_namespace_is_reached(config: Config, home: Path
     command += ["--set", "min_saving_ms=-1000000"]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as container:
         try:
+            while not answers(home):
+                assert container.poll() is None
+                time.sleep(0.05)
             with ensure_daemon(config(), timeout=PATIENCE_S) as client:
                 assert client.greet().pid == 1
                 driver = ClientDriver(client, NAMESPACE)

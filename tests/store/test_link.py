@@ -151,7 +151,7 @@ def test_a_home_that_cannot_be_used_is_said_at_once(
 @pytest.fixture
 def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
     """A daemon in this process."""
-    running = Server(config(plan_deadline_ms=250.0))
+    running = Server(config())
     thread = threading.Thread(target=running.serve)
     thread.start()
     yield running
@@ -196,6 +196,7 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server) -> None:
 
 def test_several_late_plans_in_a_row_are_a_hung_daemon(server: Server) -> None:
     event, link = stuck(server), Link(server.config)
+    link.client.greet(PATIENCE_S)
     asked = 0
     while (request := link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)) is not None:
         link.give_up(request)

@@ -29,12 +29,13 @@ KINDS = {
     "internal": errors.InternalError,
     "short": errors.ShortBlockError,
     "node": errors.NodeError,
+    "overload": errors.OverloadError,
     "row": errors.CorruptRowError,
     "newer": errors.NewerRowError,
     "torn": errors.TornTableError,
 }
 MISSES = {"corrupt", "short", "missing", "lease", "row", "newer", "torn"}
-RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
+RETRYABLE = {"no_space", "overload", "storage", "unavailable", "timeout"}
 BUILTINS = {
     "config": ValueError,
     "home": OSError,
