@@ -21,6 +21,7 @@ MEASUREMENTS: dict[str, str] = {
     "load": "load",
     "misses": "misses",
     "misses_store": "misses_store",
+    "plans": "plans",
     "steady": "steady",
     "eviction": "eviction",
     "tiers": "tiers",
