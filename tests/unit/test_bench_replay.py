@@ -113,11 +113,11 @@ def test_each_source_nominates_alone() -> None:
     request = np.concatenate((fresh(5, 60), a[:36]))
     near, far = towards(0.2), towards(1.5)
     for sources, vector, expected in (
-        (Sources(lexical=False), near, 35),
-        (Sources(lexical=False), far, 35),
-        (Sources(lexical=False, within=0.05), near, 35),
-        (Sources(lexical=False, within=0.05), far, 0),
-        (Sources(lexical=False, semantic=False), near, 0),
+        (Sources(lexical=False, own=True), near, 35),
+        (Sources(lexical=False, own=True), far, 35),
+        (Sources(lexical=False, own=True, within=0.05), near, 35),
+        (Sources(lexical=False, own=True, within=0.05), far, 0),
+        (Sources(lexical=False, own=True, semantic=False), near, 0),
         (Sources(semantic=False), far, 35),
     ):
         store = MetadataStore(REUSABLE, sources, all_exact=True)
