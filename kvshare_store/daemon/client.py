@@ -68,11 +68,7 @@ class Client(Session):
         """
         self.open()
         try:
-            self._write(blocks)
-        except KVShareError:
-            self.abandon(staged.id)
-            raise
-        try:
+            self._write(staged, blocks)
             return self._typed(protocol.Commit(staged.id), str | None)  # type: ignore[arg-type]
         except BaseException as error:
             if isinstance(error, DeadlineError) or not isinstance(error, KVShareError):
@@ -82,12 +78,16 @@ class Client(Session):
             if self.outbox is not None:
                 self.outbox.clear()
 
-    def _write(self, blocks: Iterable[Any]) -> None:
+    def _write(self, staged: Staged, blocks: Iterable[Any]) -> None:
         outbox, offset = self.outbox, 0
         if outbox is None:
             raise UnavailableError(f"the daemon of {self.home} is gone")
-        for block in blocks:
-            offset += outbox.write(offset, block)
+        try:
+            for block in blocks:
+                offset += outbox.write(offset, block)
+        except Exception:
+            self.abandon(staged.id)
+            raise
 
     def abandon(self, staged: str) -> None:
         """As `Store.abandon`."""

@@ -87,15 +87,18 @@ def test_its_memory_is_given_back_after_each_prompt(engine: ClientDriver) -> Non
         assert engine.serve(prompt(seed, 400)).exact == 399
 
 
-def test_rows_that_cannot_be_made_end_the_save(engine: ClientDriver) -> None:
+@pytest.mark.parametrize("error", [LeaseError("the snapshot was released"), RuntimeError("a bug")])
+def test_rows_that_cannot_be_made_end_the_save(engine: ClientDriver, error: Exception) -> None:
     def broken() -> Iterator[bytes]:
         yield bytes(8 * ROW)
-        raise LeaseError("the snapshot was released")
+        raise error
 
     staged = engine.client.stage(tokens_of(1), NAMESPACE, Reuse())
-    with pytest.raises(LeaseError):
+    with pytest.raises(type(error)):
         engine.client.commit(staged, broken())
     assert engine.client.stats()["staged"] == 0
+    assert engine.client.outbox is not None
+    assert os.fstat(engine.client.outbox.descriptor).st_size == 0
     assert engine.save(prompt(1, 40))
 
 
