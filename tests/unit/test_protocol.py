@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.daemon import lanes, protocol
+from kvshare_store.daemon import protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Span
@@ -52,11 +52,6 @@ def test_requests_arrive_as_they_were_sent(message: protocol.Request) -> None:
 
 def test_the_list_above_is_complete() -> None:
     assert {type(message) for message in MESSAGES} == set(typing.get_args(protocol.Request))
-
-
-def test_every_request_has_a_lane() -> None:
-    in_the_loop = {protocol.Hello, protocol.Stop}
-    assert set(lanes.LANES) == set(typing.get_args(protocol.Request)) - in_the_loop
 
 
 def test_plans_and_saves_arrive_as_they_were_sent() -> None:
