@@ -78,6 +78,9 @@ def tables(stats: Counts) -> Iterable[Table]:
         yield counts_table("why lookups ended without reuse", stats["declined"], "yellow")
     if stats["errors"]:
         yield counts_table("errors", stats["errors"], "red")
+    if stats["health"]["failures"]:
+        title = f"failed threads (now {stats['health']['state']})"
+        yield counts_table(title, stats["health"]["failures"], "red")
 
 
 def lookups_table(stats: Counts) -> Table:

@@ -19,7 +19,6 @@ _STEP_S = 0.05
 
 _THREADS = {"status": 1, "notes": 1, "lookup": 4, "save": 1, "flush": 1, "chore": 1}
 _LANES: dict[type, str] = {
-    **dict.fromkeys((protocol.Stats, protocol.ListNodes, protocol.ShowNode), "status"),
     **dict.fromkeys(
         (protocol.Decline, protocol.Finish, protocol.Observe, protocol.Failed), "notes"
     ),
@@ -28,6 +27,7 @@ _LANES: dict[type, str] = {
     protocol.Flush: "flush",
     **dict.fromkeys((*CHORES, protocol.Clear), "chore"),
 }
+"""All others are what people ask: `status`."""
 
 
 class Lanes:
@@ -42,7 +42,7 @@ class Lanes:
 
     def submit(self, kind: type, work: Callable[[], None]) -> None:
         """Do what a request of this kind asks for, in its lane."""
-        self.run(_LANES[kind], work)
+        self.run(_LANES.get(kind, "status"), work)
 
     def run(self, lane: str, work: Callable[[], None]) -> Future[None]:
         """Do something in a lane, after what is queued there. One thread's."""

@@ -34,13 +34,14 @@ from kvshare_store.errors import (
     KVShareError,
     PlanError,
     ProtocolError,
+    UnavailableError,
 )
 from kvshare_store.store import Store
 from kvshare_store.tree.edits import Tokens
 
 log = logging.getLogger("kvshare")
 
-_TICK_S = 0.5
+_TICK_S, _REST_S = 0.5, 0.1
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
 """How long a stopping daemon waits for what it is doing for clients."""
@@ -90,13 +91,23 @@ class Server:
         """Answer until a stop message, SIGTERM, SIGINT, or idleness; then close the store."""
         try:
             while not self._stopping:
-                if self.switchboard.turn(_TICK_S):
+                if self._turn():
                     self._idle_since = time.monotonic()
                 if time.monotonic() - self._tended > 1.0:
                     self._tended = time.monotonic()
                     self._tend()
         finally:
             self.close()
+
+    def _turn(self) -> bool:
+        """A turn of the switchboard; an error in it must not end the daemon."""
+        try:
+            return self.switchboard.turn(_TICK_S)
+        except Exception as error:
+            log.exception("kvshare: the loop that moves messages failed and goes on")
+            self.store.metrics.health.failed("kvshare-main", error)
+            time.sleep(_REST_S)
+            return False
 
     def stop(self, *_: object) -> None:
         """Stop soon; safe in a signal handler."""
@@ -108,6 +119,7 @@ class Server:
 
         What was committed becomes durable, unless the home is gone or somebody else's.
         """
+        self._stopping = True
         self.switchboard.stop_listening()
         if not self._lanes.close(_DRAIN_S, partial(self.switchboard.turn, 0.0)):
             log.warning("kvshare: stopping although some requests have not ended")
@@ -147,6 +159,8 @@ class Server:
     def request(self, connection: Connection, frame: Frame) -> None:
         """Give a request to its lane."""
         kind = protocol.kind_of(frame.body)
+        if self._stopping:
+            raise UnavailableError("the daemon is ending")
         if kind is protocol.Hello:
             raise ProtocolError("hello was said already")
         if kind is protocol.Stop:
