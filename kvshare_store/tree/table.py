@@ -9,13 +9,10 @@ written once and numbered upwards, so what was committed later has greater numbe
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvshare_store.blocks import files
-from kvshare_store.errors import (
-    HomeError,
-    KVShareError,
-    NoSpaceError,
-    StorageError,
-    TornTableError,
-)
+from kvshare_store.errors import HomeError, StorageError, TornTableError
 from kvshare_store.tree.faults import Fault
+from kvshare_store.tree.lance import is_damage, lance_errors, newest_version
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.sync import SyncedFolder
 
@@ -45,12 +37,8 @@ _FRAGMENT = 1 << 32
 """Row numbers of one fragment."""
 _KEY = b"lance-schema:unenforced-primary-key:position"
 """In the metadata of the field that was declared to be the key."""
-_MANIFEST = re.compile(r"(\d+)\.manifest")
-_COUNTED_DOWN = 20
-"""Digits of a manifest's name that begins with the highest number, so that the newest is first."""
 _MOST_FRAGMENTS = 1 << 30
 _ASIDE = "torn"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _PAUSE_S = 0.05
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
@@ -65,20 +53,6 @@ class Fields(NamedTuple):
     def missing(self, names: list[str]) -> list[str]:
         """Columns that must be there and are not."""
         return [at.name for at in self.schema if not at.nullable and at.name not in names]
-
-
-@contextmanager
-def lance_errors() -> Iterator[None]:
-    """LanceDB's errors become ours. It also raises panics of its Rust code, as an `Exception` of a
-    type that no module exports: hence the broad net."""
-    try:
-        yield
-    except KVShareError:
-        raise
-    except Exception as error:
-        full = any(f"(os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-        kind = NoSpaceError if full else StorageError
-        raise kind(f"catalogue refused: {error}") from error
 
 
 class Table:
@@ -112,7 +86,7 @@ class Table:
                     self._handle = self._opened()
                 return self._torn_fragments()
             except StorageError as error:
-                newest = self._newest()
+                newest = newest_version(self._folder) if self._folder is not None else None
                 if newest is None or not self._is_damage(error):
                     raise
                 if newest == failed:
@@ -122,13 +96,8 @@ class Table:
                     time.sleep(_PAUSE_S)
 
     def _is_damage(self, error: StorageError) -> bool:
-        """Whether a file of the table is bad, not the way to it: too many open files, a missing
-        permission or a network that is away are no reason to give anything up."""
-        if self._folder is None or isinstance(error, HomeError):
-            return False
-        codes = {int(code) for code in _OS_ERROR.findall(str(error))}
-        bad_medium = () if self._place.shared else (errno.EIO, errno.EUCLEAN)
-        return codes <= {errno.ENOENT, *bad_medium}
+        """What is in object storage is whole or not there at all."""
+        return self._folder is not None and is_damage(error, shared=self._place.shared)
 
     def _opened(self) -> Any:
         fields = self._fields
@@ -147,16 +116,6 @@ class Table:
         if _KEY not in (table.schema.field(fields.key).metadata or {}):  # its maker was killed here
             table.set_unenforced_primary_key(fields.key)
         return table
-
-    def _newest(self) -> Path | None:
-        """The manifest of the newest version; the table itself where it has none; None where there
-        are no files of ours."""
-        if self._folder is None or not self._folder.is_dir():
-            return None
-        versions = self._folder / "_versions"
-        names = os.listdir(versions) if versions.is_dir() else []
-        found = [match for name in names if (match := _MANIFEST.fullmatch(name))]
-        return versions / max(found, key=_version)[0] if found else self._folder
 
     def _set_aside(self, newest: Path, error: StorageError) -> None:
         """Let the version before be the newest; without any version the table begins anew."""
@@ -191,7 +150,9 @@ class Table:
         """Of a range of row numbers LanceDB opens only those fragments that are in it."""
         try:
             self.row_ids(_between(first, end))
-        except StorageError:
+        except StorageError as error:
+            if not self._is_damage(error):
+                raise
             if end - first == 1:
                 yield first
                 return
@@ -388,12 +349,6 @@ class Table:
     def bytes(self) -> int:
         """Bytes of all files of the table; 0 in object storage."""
         return self._synced.bytes if self._synced is not None else 0
-
-
-def _version(manifest: re.Match[str]) -> int:
-    """Names of one table are all of one kind: numbers, or numbers counted down."""
-    number = int(manifest[1])
-    return -number if len(manifest[1]) == _COUNTED_DOWN else number
 
 
 def _between(first: int, end: int) -> str:
