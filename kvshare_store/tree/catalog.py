@@ -1,4 +1,5 @@
-"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in `tree/table.py`.
+"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in
+`tree/table.py`.
 
 A row is written only after all blocks it names are durable, in one commit a batch; what a method
 committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
@@ -34,10 +35,11 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
 from kvshare_store.tree.changes import NOTHING, Changes, Seen, changes_since
 from kvshare_store.tree.faults import Fault
+from kvshare_store.tree.lance import lance_errors
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
-from kvshare_store.tree.table import Fields, Table, lance_errors
+from kvshare_store.tree.table import Fields, Table
 
 __all__ = ["VECTOR_DIMENSIONS", "Catalog", "Changes", "Seen", "Vectors"]
 

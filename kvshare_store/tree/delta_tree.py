@@ -170,8 +170,9 @@ class DeltaTree:
     def _rank(self, node: Node) -> None:
         """What computing its rows again would cost, against the bytes that forgetting it frees."""
         if not node.pinned:
+            freed = self.freed(node)
             for order in (self._order, self._orders[node.namespace]):
-                order.add(node.id, self.freed(node), float(node.length))
+                order.add(node.id, freed, float(node.length))
 
     def _rank_again(self, ids: Iterable[str]) -> None:
         for node_id in ids:

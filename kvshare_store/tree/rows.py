@@ -77,8 +77,8 @@ class Rows:
         self._row_bytes: dict[str, int] = {}
         """Of each namespace whose record was read."""
         self._common: dict[object, object] = {}
-        """Segments and sizes of recent nodes: those of most prompts of one length are equal, and
-        kept once they take a third of the memory of a node less."""
+        """Segments and sizes of recent nodes. Those of most prompts of one length are equal: kept
+        only once, they save a quarter of the memory of a node."""
         self._newer: set[str] = set()
         """Digests of namespaces that only a newer release knows."""
 
@@ -122,7 +122,7 @@ class Rows:
     def _compact(self, node: Node) -> Node:
         if len(self._common) > _COMMON:
             self._common.clear()
-        for name in ("segments", "block_bytes"):
+        for name in ("namespace", "segments", "block_bytes"):
             value = getattr(node, name)
             msgspec.structs.force_setattr(node, name, self._common.setdefault(value, value))
         return node

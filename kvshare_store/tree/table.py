@@ -9,14 +9,12 @@ written once and numbered upwards, so what was committed later has greater numbe
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvshare_store.blocks import files
-from kvshare_store.errors import (
-    HomeError,
-    KVShareError,
-    NoSpaceError,
-    StorageError,
-    TornTableError,
-)
+from kvshare_store.errors import HomeError, StorageError, TornTableError
 from kvshare_store.tree.faults import Fault
+from kvshare_store.tree.lance import is_damage, lance_errors, newest_version
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.sync import SyncedFolder
 
@@ -44,11 +37,9 @@ _FRAGMENT = 1 << 32
 """Row numbers of one fragment."""
 _KEY = b"lance-schema:unenforced-primary-key:position"
 """In the metadata of the field that was declared to be the key."""
-_MANIFEST = re.compile(r"(\d+)\.manifest")
-_COUNTED_DOWN = 20
-"""Digits of a manifest's name that begins with the highest number, so that the newest is first."""
 _MOST_FRAGMENTS = 1 << 30
 _ASIDE = "torn"
+_PAUSE_S = 0.05
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
 
@@ -62,20 +53,6 @@ class Fields(NamedTuple):
     def missing(self, names: list[str]) -> list[str]:
         """Columns that must be there and are not."""
         return [at.name for at in self.schema if not at.nullable and at.name not in names]
-
-
-@contextmanager
-def lance_errors() -> Iterator[None]:
-    """LanceDB's errors become ours. It also raises panics of its Rust code, as an `Exception` of a
-    type that no module exports: hence the broad net."""
-    try:
-        yield
-    except KVShareError:
-        raise
-    except Exception as error:
-        full = any(f"(os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-        kind = NoSpaceError if full else StorageError
-        raise kind(f"catalogue refused: {error}") from error
 
 
 class Table:
@@ -102,14 +79,25 @@ class Table:
     def _open(self) -> list[int]:
         """The newest version that can be read, or a new table where there is none; returns the
         numbers of its fragments that cannot be read."""
+        failed: Path | None = None
         while True:
             try:
                 with lance_errors():
                     self._handle = self._opened()
                 return self._torn_fragments()
             except StorageError as error:
-                if isinstance(error, HomeError) or not self._set_newest_aside(error):
+                newest = newest_version(self._folder) if self._folder is not None else None
+                if newest is None or not self._is_damage(error):
                     raise
+                if newest == failed:
+                    self._set_aside(newest, error)
+                else:  # another machine may have removed what was just being read
+                    failed = newest
+                    time.sleep(_PAUSE_S)
+
+    def _is_damage(self, error: StorageError) -> bool:
+        """What is in object storage is whole or not there at all."""
+        return self._folder is not None and is_damage(error, shared=self._place.shared)
 
     def _opened(self) -> Any:
         fields = self._fields
@@ -129,34 +117,13 @@ class Table:
             table.set_unenforced_primary_key(fields.key)
         return table
 
-    def _set_newest_aside(self, error: StorageError) -> bool:
-        """Let the version before be the newest; without any version the table begins anew. False
-        where there are no files of ours to move."""
-        if self._folder is None or not self._folder.is_dir():
-            return False
-        newest = self._newest_manifest()
-        what = self._folder if newest is None else self._folder / "_versions" / newest
-        aside = self._folder.parent / _ASIDE
+    def _set_aside(self, newest: Path, error: StorageError) -> None:
+        """Let the version before be the newest; without any version the table begins anew."""
+        aside = newest.parents[0 if newest == self._folder else 2] / _ASIDE
         aside.mkdir(mode=0o700, exist_ok=True)
-        os.replace(what, aside / f"{self._name}.{what.name}.{time.time_ns()}")
+        os.replace(newest, aside / f"{self._name}.{newest.name}.{time.time_ns()}")
         text = f"its newest version cannot be read, the one before is used: {error}"
-        self._lose(f"{self._name}/{what.name}", text)
-        return True
-
-    def _newest_manifest(self) -> str | None:
-        assert self._folder is not None
-        try:
-            names = os.listdir(self._folder / "_versions")
-        except FileNotFoundError:
-            return None
-        found = [match for name in names if (match := _MANIFEST.fullmatch(name))]
-        if not found:
-            return None
-        versions = {
-            match[0]: -int(match[1]) if len(match[1]) == _COUNTED_DOWN else int(match[1])
-            for match in found
-        }
-        return max(versions, key=versions.__getitem__)
+        self._lose(f"{self._name}/{newest.name}", text)
 
     def take_lost(self) -> list[Fault]:
         """Files that could not be read, since the last call."""
@@ -172,7 +139,9 @@ class Table:
         """`StorageError` if the table cannot be read for any other reason."""
         try:
             self.row_ids()
-        except StorageError:
+        except StorageError as error:
+            if not self._is_damage(error):
+                raise
             self.row_ids(_between(_MOST_FRAGMENTS, _MOST_FRAGMENTS + 1))  # opens no fragment
             return list(self._search_torn(0, _MOST_FRAGMENTS))
         return []
@@ -181,7 +150,9 @@ class Table:
         """Of a range of row numbers LanceDB opens only those fragments that are in it."""
         try:
             self.row_ids(_between(first, end))
-        except StorageError:
+        except StorageError as error:
+            if not self._is_damage(error):
+                raise
             if end - first == 1:
                 yield first
                 return
@@ -243,13 +214,29 @@ class Table:
 
     def salvage(self) -> Iterator[pa.RecordBatch]:
         """All rows that can be read. The others are removed, and are in `take_lost`."""
-        numbers = self.row_ids()
-        fragments, counts = np.unique(numbers // np.uint64(_FRAGMENT), return_counts=True)
+        done: dict[int, int] = {}
+        """Of each fragment the number behind the last row that was read."""
+        try:
+            for batch in self.rows():
+                for number in np.asarray(batch.column("_rowid").to_numpy())[-1:].tolist():
+                    done[number // _FRAGMENT] = number + 1
+                yield batch
+            return
+        except StorageError as error:
+            if not self._is_damage(error):
+                raise
         torn: list[str] = []
-        for fragment, last in zip(fragments, numbers[np.cumsum(counts) - 1], strict=True):
-            yield from self._salvage(int(fragment) * _FRAGMENT, int(last) + 1, torn)
+        for fragment, end in self._fragments():
+            yield from self._salvage(done.get(fragment, fragment * _FRAGMENT), end, torn)
         for where in torn:
             self.delete(where)
+
+    def _fragments(self) -> Iterator[tuple[int, int]]:
+        """Their numbers, and the number behind the last row of each."""
+        numbers = self.row_ids()
+        fragments, counts = np.unique(numbers // np.uint64(_FRAGMENT), return_counts=True)
+        for fragment, last in zip(fragments, numbers[np.cumsum(counts) - 1], strict=True):
+            yield int(fragment), int(last) + 1
 
     def _salvage(self, at: int, end: int, torn: list[str]) -> Iterator[pa.RecordBatch]:
         """Of one fragment. Behind a page that cannot be read the next ones may be sound."""
@@ -262,6 +249,8 @@ class Table:
                         yield batch
                 return
             except StorageError as error:
+                if not self._is_damage(error):
+                    raise
                 skipped = min(end - at, max(_READ_ROWS, 2 * skipped))
                 self._lose(f"{self._name}/row {at}", f"up to {skipped:,} rows: {error}")
                 torn.append(f"_rowid >= {at} AND _rowid < {at + skipped}")

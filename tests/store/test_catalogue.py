@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,24 @@ import pytest
 
 from kvshare_store.check import TreeReport, check_tree
 from kvshare_store.cli.main import main
-from kvshare_store.errors import CorruptRowError
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import CorruptRowError, HomeError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
+from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Vectors
+from kvshare_store.tree import table as table_module
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
 from kvshare_store.tree.node import Node, node_id
 from kvshare_store.tree.rows import NamespaceRow, Row, Rows
+from kvshare_store.tree.table import Table
 
 pytestmark = pytest.mark.fault
 
 Open = Callable[..., Driver]
+NAMESPACE = Namespace("m", KVLayout(1, 1, 4, "float32"))
+UNIT = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
 PROMPTS = [prompt(seed, 40) for seed in (1, 2, 3)]
 
 
@@ -248,15 +256,56 @@ def test_any_bytes_may_be_wrong(saved: Open, home: Path) -> None:
         again.store.close()
 
 
+def test_what_is_no_damage_gives_nothing_up(
+    saved: Open, config: Callable[..., StoreConfig], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without descriptors, or without the right to read, must not lose a version."""
+    versions = manifests(home)
+    for code in (errno.EMFILE, errno.EACCES):
+        with monkeypatch.context() as patch:
+            patch.setattr(Table, "row_ids", _refused(code))
+            with pytest.raises(HomeError, match="cannot be opened"):
+                Store(config())
+    assert manifests(home) == versions
+    assert not (home / "catalog" / "torn").exists()
+    assert served(saved()) == [40, 40, 40]
+
+
+def _refused(code: int) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise StorageError(f"LanceError(IO): {os.strerror(code)} (os error {code})")
+
+    return refuse
+
+
+def test_rows_around_a_page_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "_READ_ROWS", 10)
+    catalog = Catalog(tmp_path)
+    catalog.add_namespace(NAMESPACE)
+    nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
+    catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
+    rows = Table.rows
+
+    def page_25_is_bad(self: Table, *args: Any) -> Iterator[Any]:
+        for batch in rows(self, *args):
+            if 25 in batch.column("_rowid").to_pylist():
+                raise StorageError("corrupt page")
+            yield batch
+
+    monkeypatch.setattr(Table, "rows", page_25_is_bad)
+    kept = [node.id for node in nodes[:20] + nodes[30:]]
+    assert [node.id for node, _ in catalog.load()] == kept
+    assert [fault.error.kind for fault in catalog.take_faults()] == ["torn"]
+    assert catalog.count() == 50, "what cannot be read is removed, else nothing could be compacted"
+
+
 # --- what is verified of a row ------------------------------------------------------------------
 
-NAMESPACE = Namespace("m", KVLayout(1, 1, 4, "float32"))
-UNIT = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
 
-
-def packed(**changes: Any) -> Row:
-    """The row of a node in clear, as this release writes it."""
-    tokens = np.arange(20, dtype=np.int32)
+def node_of(tokens: np.ndarray, **changes: Any) -> Node:
+    """A node of 20 tokens."""
     fields: dict[str, Any] = {
         "id": node_id(NAMESPACE.digest, tokens, changes.get("generation", 0) == 0),
         "namespace": NAMESPACE.digest,
@@ -266,7 +315,12 @@ def packed(**changes: Any) -> Row:
         "block_bytes": (16 * 32, 4 * 32),
         "exact_rows": 20,
     }
-    node = Node(**(fields | changes))
+    return Node(**(fields | changes))
+
+
+def packed(**changes: Any) -> Row:
+    """The row of a node in clear, as this release writes it."""
+    node = node_of(np.arange(20, dtype=np.int32), **changes)
     row = reader().node_row(node, Vectors(UNIT, UNIT))
     return Row(row["id"], row["namespace"], row["node"], row["lexical"], row["semantic"])
 
