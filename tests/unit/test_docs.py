@@ -14,10 +14,9 @@ import torch
 import typer.main
 
 from benchmarks.links import broken
-from kvshare_store import home
+from kvshare_store import home, text_vectors
 from kvshare_store.cli.main import app
 from kvshare_store.config import FIELDS, StoreConfig
-from kvshare_store.lookup import semantic
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 from kvshare_store.tensors.rope import Rope
@@ -181,7 +180,7 @@ def test_the_library_example_of_the_readme_runs(
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
     # whether the real model loads is another test's; here it would only take its time
-    monkeypatch.setattr(semantic, "text_embeddings_installed", lambda: False)
+    monkeypatch.setattr(text_vectors, "text_embeddings_installed", lambda: False)
     angles = torch.outer(torch.arange(1024.0), 10_000.0 ** -(torch.arange(32.0) / 32))
     rope = Rope(angles.cos(), angles.sin(), neox=True)
     names = runpy.run_path("example.py", {"my_models_rope_table": rope})
