@@ -171,13 +171,13 @@ class BlockStore:
         """
         with self._lock:
             lease = self.leases.grant(names, owner, seconds)
-            absent = [name for name in names if self.host.size(name) is None]
+            absent = [name for name in names if not self.host.has(name)]
             promotions = [self._promote(name) for name in absent] if self.levels else []
-        if promotions:
-            return self._io.submit(self._arrive(lease, promotions, timeout))
-        ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
-        ready.set_result(self._resident(lease))
-        return ready
+            if not promotions:
+                ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
+                ready.set_result(self._resident(lease))
+                return ready
+        return self._io.submit(self._arrive(lease, promotions, timeout))
 
     async def _arrive(
         self, lease: Lease, promotions: list[Future[None]], timeout: float

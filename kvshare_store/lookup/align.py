@@ -16,6 +16,7 @@ from rapidfuzz.distance import Levenshtein
 
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import Hashes, gram_hashes, occur_in
+from kvshare_store.lookup.policy import edges_of
 from kvshare_store.plan import Run
 from kvshare_store.tree.edits import Match, Tokens
 
@@ -29,6 +30,8 @@ _ANCHORS = 512
 """Anchors of one alignment, the longest: choosing among them takes time by the square."""
 _HASHED, _CHOSEN, _CALL = 32, 1 << 14, 1 << 15
 """Cells that hashing a token, choosing an anchor, and aligning a piece of any size cost."""
+_FEW = 31
+"""So few edits are found many times as fast, by looking along the diagonal only."""
 _PLACES = 8
 """Places in a donor that are tried for a passage that occurs in it more often."""
 _FIRST_LOOK = 256
@@ -141,7 +144,16 @@ def _align_middle(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]
 
 
 def _levenshtein(request: Tokens, donor: Tokens) -> list[Match]:
-    script = Levenshtein.opcodes(_sequence(donor), _sequence(request))
+    ours, theirs = _sequence(request), _sequence(donor)
+    distance = Levenshtein.distance(theirs, ours, score_cutoff=_FEW)
+    hint = None if distance > _FEW else max(1, distance)
+    if hint is not None and len(request) == len(donor):
+        equal = request == donor
+        if len(equal) - np.count_nonzero(equal) == distance:  # tokens were replaced, no more
+            starts, stops = edges_of(equal)
+            runs = zip(starts.tolist(), (stops - starts).tolist(), strict=True)
+            return [Match(at, at, length) for at, length in runs]
+    script = Levenshtein.opcodes(theirs, ours, score_hint=hint)
     return [Match(start, source, length) for source, start, length in script.as_matching_blocks()]
 
 

@@ -106,10 +106,11 @@ class Cover:
         if not len(at):
             return Pieces(at, at)
         first = np.ones(len(at), np.bool_)
+        donors, sources = self.donor_of[at], self.source_of[at]
         first[1:] = (
-            (np.diff(at) != 1)
-            | (np.diff(self.donor_of[at]) != 0)
-            | (np.diff(self.source_of[at]) != 1)
+            (at[1:] != at[:-1] + 1)
+            | (donors[1:] != donors[:-1])
+            | (sources[1:] != sources[:-1] + 1)
             | (at[1:] == self.exact)
         )
         begin = np.flatnonzero(first)

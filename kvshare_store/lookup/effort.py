@@ -10,7 +10,8 @@ _CELLS = 1 << 26
 _PIECE = 1 << 13
 """What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
 _SECONDS = 0.04
-"""Nothing is begun so long after the first alignment of a plan began."""
+"""Of processor time, after which nothing is begun. Not of the clock: on a busy machine a short prompt
+would else lose its plan because its thread had to wait."""
 
 
 class Effort:
@@ -21,7 +22,7 @@ class Effort:
         self,
         cells: int = _CELLS,
         seconds: float = _SECONDS,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.left = cells
         self.reserve = 0.0

@@ -183,9 +183,10 @@ def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[str, ...], int]:
     """Ids of the donors of kept positions, the one with most of them first, and the generation
     that building on them makes."""
     kept = cover.donor_of[keep]
-    counts = np.bincount(kept, minlength=len(cover.donors))
-    order = {int(donor): None for donor in kept[np.sort(np.unique(kept, return_index=True)[1])]}
-    by_use = sorted(order, key=lambda donor: -counts[donor])
-    edited = np.unique(kept[np.flatnonzero(keep) >= cover.exact])
-    generation = 1 + max(cover.donors[donor].generation for donor in edited) if len(edited) else 0
-    return tuple(cover.donors[donor].id for donor in by_use), generation
+    counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
+    used = [donor for donor, count in enumerate(counts) if count]
+    used.sort(key=lambda donor: (-counts[donor], int((kept == donor).argmax())))
+    # the exact prefix is kept whole, but for what the last position takes away from it
+    edited = kept[int(np.count_nonzero(keep[: cover.exact])) :]
+    generations = [cover.donors[donor].generation for donor in set(edited.tolist())]
+    return tuple(cover.donors[donor].id for donor in used), 1 + max(generations, default=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,16 +47,17 @@ class Work:
         self.cells = self.calls = 0
         opcodes, prefix = align_module.Levenshtein.opcodes, align_module.common_prefix
 
-        def counted_opcodes(a: Sequence[int], b: Sequence[int]) -> object:
+        def counted_opcodes(a: Sequence[int], b: Sequence[int], **hint: int | None) -> object:
             self.cells += len(a) * len(b)
-            return opcodes(a, b)
+            return opcodes(a, b, **hint)
 
         def counted_prefix(a: Tokens, b: Tokens) -> int:
             self.calls += 1
             return prefix(a, b)
 
-        counting = type("Counting", (), {"opcodes": staticmethod(counted_opcodes)})
-        patch.setattr(align_module, "Levenshtein", counting)
+        patch.setattr(align_module, "Levenshtein", SimpleNamespace(
+            opcodes=counted_opcodes, distance=align_module.Levenshtein.distance
+        ))  # fmt: skip
         patch.setattr(align_module, "common_prefix", counted_prefix)
 
 

@@ -14,10 +14,9 @@ import typer.main
 
 from benchmarks.links import broken
 from examples.demo.model import prepare_model
-from kvshare_store import home
+from kvshare_store import home, text_vectors
 from kvshare_store.cli.main import app
 from kvshare_store.config import FIELDS, StoreConfig
-from kvshare_store.lookup import semantic
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 
@@ -185,7 +184,7 @@ def run_example(
     """`run_example(name)`: its names and what it printed, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     # whether the real model loads is another test's; here it would only take its time
-    monkeypatch.setattr(semantic, "text_embeddings_installed", lambda: False)
+    monkeypatch.setattr(text_vectors, "text_embeddings_installed", lambda: False)
 
     def run(name: str) -> tuple[dict[str, Any], str]:
         (tmp_path / "example.py").write_text(examples()[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.lookup.nominate import Nominator
@@ -40,7 +42,7 @@ class Shelf:
         )
         self.tree, self.cost = DeltaTree(), CostModel()
         self.index = NamespaceIndex(self.config.block_tokens)
-        self.planner = Planner(self.config)
+        self.planner = Planner(self.config, lambda: Effort(seconds=math.inf))
 
     def add(
         self,

@@ -186,6 +186,9 @@ class HostTier(Tier):
         self._allocator.free(slot.offset)
         del self._at[slot.offset]
 
+    def has(self, name: str) -> bool:
+        return name in self._slots
+
     def size(self, name: str) -> int | None:
         slot = self._slots.get(name)
         return None if slot is None else slot_bytes(slot.nbytes)
