@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError
+from kvshare_store.condemned import Condemned
+from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError, StorageError
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
 
 _FRAME_BYTES = 4096
 """More than the header of any block file."""
+_CONFIRMED_IN = 4
+"""Attempts to write blocks within half a grace."""
 
 
 class Durable:
@@ -28,12 +31,14 @@ class Durable:
         lock: threading.RLock,
         catalog: Catalog | None,
         take_out: Callable[[str], list[str] | None],
+        condemned: Condemned | None = None,
     ) -> None:
         self._tree = tree
         self._blocks = blocks
         self._lock = lock
         self._catalog = catalog
         self._take_out = take_out
+        self._condemned = condemned
 
     def make(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         """Write the blocks of all nodes, as many at a time as the tiers are worth.
@@ -56,7 +61,34 @@ class Durable:
                     raise MissingBlockError(f"node {node.id[:12]} left before it was durable")
         names = list(dict.fromkeys(name for node in nodes for name in node.blocks))
         self.make_room(names, {node.id for node in nodes})
+        if self._condemned is not None:
+            self._condemned.rescue(names)
         self._blocks.persist(names)
+
+    def confirmed(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
+        """`confirm` for each node on its own where it fails for all: what went wrong, or None."""
+        try:
+            self.confirm(nodes)
+        except KVShareError as error:
+            if len(nodes) == 1:
+                return [error]
+            return [failed for node in nodes for failed in self.confirmed([node])]
+        return [None] * len(nodes)
+
+    def confirm(self, nodes: Sequence[Node]) -> None:
+        """Their rows are committed: return once no block of theirs can have been removed from a
+        shared remote before whoever removes it could see the row. Raises what stands in the way."""
+        if self._condemned is None or not nodes:
+            return
+        names = list(dict.fromkeys(name for node in nodes for name in node.blocks))
+        for _ in range(_CONFIRMED_IN):
+            self._condemned.rescue(names)
+            if self._blocks.sure(names):
+                return
+            self._blocks.persist(names)
+        raise StorageError(
+            "the catalogue is slower than shared_grace_seconds allows; raise that on every machine"
+        )
 
     def make_room(self, names: Iterable[str], keep: set[str]) -> None:
         """Move or forget what is worth least until the blocks fit the budget of the tier that must

@@ -30,6 +30,7 @@ class ErrorKind(StrEnum):
     INTERNAL = "internal"
     SHORT = "short"
     NODE = "node"
+    FOREIGN = "foreign"
 
 
 class KVShareError(Exception):
@@ -65,6 +66,13 @@ class BusyError(KVShareError):
     """Another process owns the home directory or the socket."""
 
     kind = ErrorKind.BUSY
+    exit_code = 4
+
+
+class ForeignError(KVShareError):
+    """The remote's prefix belongs to another store."""
+
+    kind = ErrorKind.FOREIGN
     exit_code = 4
 
 

@@ -12,11 +12,12 @@ from kvshare_store.blocks.arena import Arena, remove_abandoned
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
+from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
-from kvshare_store.levels_of import open_levels
+from kvshare_store.levels_of import check_levels, open_levels
 from kvshare_store.tree.catalog import Catalog
 
 FORMAT = "2"
@@ -71,8 +72,14 @@ class Home:
             arena = Arena.create(
                 arena_path(home), config.host_bytes, huge=config.huge_pages == "auto"
             )
-            below = open_levels(config, io, keys)
-            catalog = Catalog(config.catalog or home / "catalog", keys) if below else None
+            check_levels(config)
+            catalog = None
+            if config.disk or config.remote:
+                catalog = Catalog(config.catalog or home / "catalog", keys)
+            owner = None
+            if config.remote and catalog is not None:
+                owner = Owner(catalog.store_id(), catalog.digests())
+            below = open_levels(config, io, keys, owner)
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close(unlink=True)

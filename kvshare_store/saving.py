@@ -32,7 +32,7 @@ from kvshare_store.staging import (
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.edits import Tokens, edit_script
-from kvshare_store.tree.node import Node, check_segments, node_id
+from kvshare_store.tree.node import Node, check_segments, new_stamp, node_id
 
 
 class Saving:
@@ -187,6 +187,7 @@ class Saving:
             ),
             exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
+            stamp=new_stamp(),
         )
 
     def _bytes_of(self, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.purge import Purge, Purged, matching
+from kvshare_store.purge import OthersPurges, Purge, Purged, matching
 from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
 from kvshare_store.sharing import Sharing
@@ -33,6 +34,9 @@ from kvshare_store.tree.edits import Tokens, as_tokens
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
+
+
+log = logging.getLogger("kvshare")
 
 
 class _Open(NamedTuple):
@@ -69,8 +73,10 @@ class Store:
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
-            seconds = config.sync_seconds
-            self._sharing = Sharing(self.shelf.catalog, self.shelf, seconds, self.metrics)
+            purges = OthersPurges(self.shelf, self._saving, config.home_path)
+            self._sharing = Sharing(
+                self.shelf.catalog, self.shelf, config.sync_seconds, self.metrics, purges.look
+            )
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -370,6 +376,11 @@ class Store:
         self._janitor.close()
         if self._sharing is not None:
             self._sharing.close()
+        try:
+            if self.shelf.uses is not None:
+                self.shelf.uses.exchange()
+        except KVShareError as error:
+            log.warning("kvshare: last uses could not be written down: %s", error)
         self.shelf.close()
 
     def __enter__(self) -> Store:

@@ -8,22 +8,26 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from kvshare_store.errors import HomeError, StorageError
 from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
+from kvshare_store.tree.ledger import Fact, Ledger
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import Rows, Vectors
 
 __all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
+
+T = TypeVar("T")
 
 VECTOR_DIMENSIONS = 384
 _READ_ROWS = 4096
@@ -31,6 +35,9 @@ _ATTEMPTS = 4
 _KEY = b"lance-schema:unenforced-primary-key:position"
 """In the metadata of the field that was declared to be the key."""
 _SHARED_VERSIONS = timedelta(hours=1)
+
+
+_STAMP = pa.field("stamp", pa.int64())
 
 
 def _schema() -> pa.Schema:
@@ -42,6 +49,7 @@ def _schema() -> pa.Schema:
             pa.field("node", pa.binary(), nullable=False),
             pa.field("lexical", vector),
             pa.field("semantic", vector),
+            _STAMP,
         ]
     )
 
@@ -53,13 +61,6 @@ _NAMESPACES = pa.schema(
         pa.field("salt", pa.binary()),
     ]
 )
-
-
-class Changes(NamedTuple):
-    """Ids of nodes."""
-
-    added: Set[str] = frozenset()
-    removed: Set[str] = frozenset()
 
 
 class Catalog:
@@ -77,12 +78,13 @@ class Catalog:
         for one that several machines write to."""
         self._lock = threading.Lock()
         self._rows = Rows(keys)
-        self._changes = Changes()
         self.place = Place(folder)
         try:
             self._database = self.place.connect()
             self._nodes = self._open("nodes", _schema(), "id")
             self._namespaces = self._open("namespaces", _NAMESPACES, "digest")
+            self.facts = Ledger(self._database, "facts", create=self.place.shared)
+            self.uses = Ledger(self._database, "uses", create=self.place.shared)
         except (OSError, ValueError, RuntimeError) as error:
             raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
 
@@ -91,6 +93,8 @@ class Catalog:
             table: Any = self._database.open_table(name)
         else:
             table = self._database.create_table(name, schema=schema)
+        if name == "nodes" and _STAMP.name not in table.schema.names:  # of the release before
+            _add_column(table, _STAMP)
         if table.schema.names != schema.names:
             raise HomeError(f"catalogue table {name} has another format; use another home")
         if _KEY not in (table.schema.field(key).metadata or {}):  # or its maker was killed here
@@ -106,34 +110,74 @@ class Catalog:
             except (OSError, RuntimeError, ValueError) as error:
                 raise StorageError(f"catalogue refused: {error}") from error
 
-    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
-        """Commit nodes in one LanceDB version; adding a node again replaces its row."""
-        if rows:
-            self._commit(lambda: self._add(rows))
+    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
+        """Commit nodes in one LanceDB version; adding a node again replaces its row.
 
-    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
+        In a shared catalogue the first row of a node stays: another machine serves from its blocks.
+        Returns the ids of the nodes that stay as they were there.
+        """
+        if not rows:
+            return set()
+        inserted = self._commit(lambda: self._add(rows))
+        if not self.place.shared or inserted == len(rows):
+            return set()
+        ours = {node.id: node.stamp for node, _ in rows}
+        theirs = self.stamps(ids=ours)
+        return {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
+
+    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> int:
+        merge = self._nodes.merge_insert("id").when_not_matched_insert_all()
+        if not self.place.shared:
+            merge = merge.when_matched_update_all()
+        return int(self._merged(merge, rows).num_inserted_rows)
+
+    def _merged(self, merge: Any, rows: Sequence[tuple[Node, Vectors]]) -> Any:
         with self._table_access():
             table = pa.Table.from_pylist([self._rows.node_row(*row) for row in rows], _schema())
-            merge = self._nodes.merge_insert("id")
-            merge.when_matched_update_all().when_not_matched_insert_all().execute(
-                table,
-                on_bad_vectors="null",  # an absent semantic vector counts as a bad one
-            )
-            self._note(added={node.id for node, _ in rows})
+            # an absent semantic vector counts as a bad one
+            return merge.execute(table, on_bad_vectors="null")
 
-    def delete(self, ids: Iterable[str]) -> None:
-        """Remove nodes; unknown ids are ignored."""
+    def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
+        """Give a node another row, in the place of the one that has the stamp `expected`. False if
+        the node's row has another stamp by now, or none is there."""
+        known = f"target.stamp = {int(expected)}"
+        where = known if expected else f"{known} OR target.stamp IS NULL"
+
+        def change() -> int:
+            merge = self._nodes.merge_insert("id").when_matched_update_all(where=where)
+            return int(self._merged(merge, [(node, vectors)]).num_updated_rows)
+
+        return bool(self._commit(change))
+
+    def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
+        """Remove nodes; unknown ids are ignored. With `stamps`, only rows that have one of these:
+        a row that another machine has replaced meanwhile stays."""
         gone = list(ids)
         if gone:
             where = f"id IN ({_quoted(gone)})"
-            self._commit(lambda: self._delete(gone, where))
+            if stamps:
+                numbers = ", ".join(str(int(stamp)) for stamp in stamps)
+                unstamped = " OR stamp IS NULL" if 0 in stamps else ""
+                where += f" AND (stamp IN ({numbers}){unstamped})"
+            self._commit(lambda: self._delete(where))
 
-    def _delete(self, ids: Sequence[str], where: str) -> None:
+    def _delete(self, where: str) -> None:
         with self._table_access():
             self._nodes.delete(where)
-            self._note(removed=set(ids))
 
-    def _commit(self, change: Callable[[], None]) -> None:
+    def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
+        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`."""
+        with self._table_access():
+            query = self._nodes.search().select(["id", "stamp"]).limit(None)
+            if ids is not None:
+                query = query.where(f"id IN ({_quoted(ids)})")
+            elif since:
+                query = query.where(f"stamp >= {int(since)}")
+            table = query.to_arrow()
+        found = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), strict=True)
+        return {node_id: stamp or 0 for node_id, stamp in found}
+
+    def _commit(self, change: Callable[[], T]) -> T:
         """Of two machines that change a shared table at once LanceDB tells one to try again."""
         for attempt in range(_ATTEMPTS if self.place.shared else 1):
             if attempt:
@@ -144,19 +188,6 @@ class Catalog:
             except StorageError as error:
                 failed = error
         raise failed
-
-    def _note(self, added: Collection[str] = (), removed: Collection[str] = ()) -> None:
-        if self.place.shared:
-            self._changes = Changes(
-                (self._changes.added - set(removed)) | set(added),
-                (self._changes.removed - set(added)) | set(removed),
-            )
-
-    def take_changes(self) -> Changes:
-        """What was committed to a shared catalogue through this handle since the last call."""
-        with self._lock:
-            changes, self._changes = self._changes, Changes()
-            return changes
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""
@@ -200,6 +231,17 @@ class Catalog:
             namespaces = 1 if self.place.shared else len(self._namespaces.list_versions())
             return len(self._nodes.list_versions()) + namespaces - 1
 
+    def store_id(self) -> str:
+        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
+        return self.facts.facts("key = 'store'")[0].state
+
+    def digests(self) -> set[str]:
+        """Every namespace that was ever saved into, by its digest."""
+        with self._table_access():
+            table = self._namespaces.search().select(["digest"]).limit(None).to_arrow()
+        return set(table["digest"].to_pylist())
+
     def add_namespace(self, namespace: Namespace) -> None:
         """Remember what a digest stands for, and the salt of its key."""
         row = self._rows.namespace_row(namespace)
@@ -225,6 +267,13 @@ class Catalog:
             for table, column in ((self._nodes, "namespace"), (self._namespaces, "digest")):
                 table.delete(f"{column} = '{digest}'")
                 self._rewrite(table, column)
+        self.facts.erase(f"key LIKE 'block/{digest}/%'")
+        self.uses.erase(f"by = '{digest}'")
+        self._rows.forget(namespace)
+
+    def forget_key(self, namespace: str) -> None:
+        """The key of a namespace that another machine has purged; that of a new record is known
+        from the next `namespaces`."""
         self._rows.forget(namespace)
 
     def clear(self) -> None:
@@ -242,6 +291,8 @@ class Catalog:
         with self._table_access():
             if self.place.shared:
                 self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)
+                for ledger in (self.facts, self.uses):
+                    ledger.compact(_SHARED_VERSIONS)
             else:
                 self._drop_versions(self._nodes)
                 if len(self._namespaces.list_versions()) > 1:  # one may hold a purged salt
@@ -262,6 +313,16 @@ class Catalog:
         table.optimize(
             cleanup_older_than=timedelta(milliseconds=1), delete_unverified=not self.place.shared
         )
+
+
+def _add_column(table: Any, column: pa.Field) -> None:
+    """Add an empty column; another machine may be doing it as well."""
+    try:
+        table.add_columns(column)
+    except (OSError, RuntimeError, ValueError):
+        table.checkout_latest()
+        if column.name not in table.schema.names:
+            raise
 
 
 def _quoted(ids: Iterable[str]) -> str:
