@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvshare_store.errors import KVShareError
 from kvshare_store.metrics import Metrics
@@ -81,10 +81,18 @@ class Sharing:
                 self._shelf.condemned.look()
             if self._shelf.uses is not None and self._shelf.uses.due():
                 self._shelf.uses.exchange()
+            self._note(self._catalog.take_changes())  # first: what others make of it is seen below
             version = self._catalog.refresh()
             if version != self._version or self._behind():
                 self._look_for_changes(version)
             self._look_for_purges()
+
+    def _note(self, ours: Mapping[str, int | None]) -> None:
+        for node_id, stamp in ours.items():
+            if stamp is None:
+                self._seen.pop(node_id, None)
+            elif self._catalog.place.conditional:  # else another commit may have overwritten it
+                self._seen[node_id] = stamp
 
     def _behind(self) -> bool:
         """Whether the last look left removals for later."""

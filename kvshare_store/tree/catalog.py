@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -78,6 +78,7 @@ class Catalog:
         for one that several machines write to."""
         self._lock = threading.Lock()
         self._rows = Rows(keys)
+        self._ours: dict[str, int | None] = {}
         self.place = Place(folder)
         try:
             self._database = self.place.connect()
@@ -119,11 +120,11 @@ class Catalog:
         if not rows:
             return set()
         inserted = self._commit(lambda: self._add(rows))
-        if not self.place.shared or inserted == len(rows):
-            return set()
         ours = {node.id: node.stamp for node, _ in rows}
-        theirs = self.stamps(ids=ours)
-        return {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
+        theirs = self.stamps(ids=ours) if self.place.shared and inserted < len(rows) else {}
+        known = {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
+        self._note({node_id: stamp for node_id, stamp in ours.items() if node_id not in known})
+        return known
 
     def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> int:
         merge = self._nodes.merge_insert("id").when_not_matched_insert_all()
@@ -147,7 +148,10 @@ class Catalog:
             merge = self._nodes.merge_insert("id").when_matched_update_all(where=where)
             return int(self._merged(merge, [(node, vectors)]).num_updated_rows)
 
-        return bool(self._commit(change))
+        replaced = bool(self._commit(change))
+        if replaced:
+            self._note({node.id: node.stamp})
+        return replaced
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
         """Remove nodes; unknown ids are ignored. With `stamps`, only rows that have one of these:
@@ -159,11 +163,24 @@ class Catalog:
                 numbers = ", ".join(str(int(stamp)) for stamp in stamps)
                 unstamped = " OR stamp IS NULL" if 0 in stamps else ""
                 where += f" AND (stamp IN ({numbers}){unstamped})"
-            self._commit(lambda: self._delete(where))
+            if self._commit(lambda: self._delete(where)) == len(gone):
+                self._note(dict.fromkeys(gone))
 
-    def _delete(self, where: str) -> None:
+    def _delete(self, where: str) -> int:
         with self._table_access():
-            self._nodes.delete(where)
+            return int(self._nodes.delete(where).num_deleted_rows)
+
+    def _note(self, changes: Mapping[str, int | None]) -> None:
+        if self.place.shared:
+            with self._lock:
+                self._ours |= changes
+
+    def take_changes(self) -> dict[str, int | None]:
+        """What was committed to a shared catalogue through this handle since the last call: stamps
+        of rows by id, None for one that was removed."""
+        with self._lock:
+            ours, self._ours = self._ours, {}
+            return ours
 
     def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
         """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`."""

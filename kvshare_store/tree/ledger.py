@@ -55,8 +55,11 @@ class Ledger:
 
     def _opened(self) -> Any:
         for attempt in range(_ATTEMPTS):  # others may be making it as well
-            table = self._database.create_table(self._name, schema=_SCHEMA, exist_ok=True)
             try:
+                if self._name in self._database.list_tables().tables:
+                    table = self._database.open_table(self._name)
+                else:
+                    table = self._database.create_table(self._name, schema=_SCHEMA)
                 if not table.schema.field("key").metadata:  # the only one there is says that
                     table.set_unenforced_primary_key("key")
                 return table
