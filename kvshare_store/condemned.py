@@ -54,7 +54,8 @@ class Condemned:
         self._ledger = ledger
         self._machine = machine
         self._doubt = doubt
-        self._clock = clock
+        self.clock = clock
+        """Seconds, on this machine alone: only how long something lasts is measured."""
         self._lock = threading.Lock()
         self._version = -1
         self._looked = clock()
@@ -64,7 +65,7 @@ class Condemned:
         """Names of the blocks that are condemned now. A mark stands for a grace: whoever looks more
         often than twice in it sees each; after a longer pause nothing is sure."""
         with self._lock:
-            asked = self._clock()
+            asked = self.clock()
             version = self._ledger.refresh()
             if asked - self._looked > self.grace_s / 2:
                 self._doubt(None)
@@ -85,12 +86,12 @@ class Condemned:
     def rescue(self, names: Collection[str]) -> None:
         """Return once none of the blocks is condemned. `StorageError` if one is being removed and
         that does not end: the prompt can be saved again later."""
-        wanted, deadline = set(names), self._clock() + _PATIENCE_S
+        wanted, deadline = set(names), self.clock() + _PATIENCE_S
         while hit := self.look() & wanted:
             self._ledger.remove(f"state = '{_MARKED}' AND {self._keys(hit)}")
             if not (hit := self.look() & wanted):
                 return
-            if self._clock() > deadline:
+            if self.clock() > deadline:
                 raise StorageError(
                     f"another machine is removing block {min(hit)[:12]}; save the prompt again"
                 )
@@ -118,7 +119,7 @@ class Condemned:
         is taken over: it has died, or has stopped by itself.
         """
         self.look()
-        now = self._clock()
+        now = self.clock()
         due = [name for name, seen in self._seen.items() if self._due(seen, now)][:limit]
         if not due:
             return {}

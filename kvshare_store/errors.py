@@ -73,7 +73,7 @@ class ForeignError(KVShareError):
     """The remote's prefix belongs to another store."""
 
     kind = ErrorKind.FOREIGN
-    exit_code = 4
+    exit_code = 9
 
 
 class NamespaceError(KVShareError, ValueError):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from kvshare_store.condemned import Condemned, now_s
+from kvshare_store.condemned import Condemned
 from kvshare_store.errors import StorageError
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.catalog import Catalog
@@ -60,12 +60,12 @@ class SharedGarbage:
         """
         if not self._catalog.place.conditional:
             return 0
-        if not patient or now_s() >= self._listed_again:
+        if not patient or self._condemned.clock() >= self._listed_again:
             self._condemn()
         return self._remove(stopped)
 
     def _condemn(self) -> None:
-        begun = now_s()
+        begun = self._condemned.clock()
         listed = self._shelf.blocks.list_shared()
         used = self._named() if listed else set()
         orphans = [name for name in listed if name not in used and not self._shelf.tree.uses(name)]
@@ -74,19 +74,19 @@ class SharedGarbage:
         due = [name for name, since in self._orphans.items() if begun - since >= grace]
         for chunk in _chunks(due, _CHUNK):
             self._condemned.mark({name: listed[name] for name in chunk})
-        self._listed_again = now_s() + _REST * (now_s() - begun)
+        self._listed_again = self._condemned.clock() + _REST * (self._condemned.clock() - begun)
 
     def _remove(self, stopped: Callable[[], bool]) -> int:
         claimed = self._condemned.claim(_REMOVED_AT_ONCE)
         if not claimed:
             return 0
-        until = now_s() + self._condemned.removal_seconds()
+        until = self._condemned.clock() + self._condemned.removal_seconds()
         named = self._named()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
         doomed = [name for name in claimed if name not in named]
         removed = 0
         for chunk in _chunks(doomed, _DELETES):
-            if now_s() >= until or stopped():
+            if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}
             self._shelf.blocks.delete_shared(gone)

@@ -304,7 +304,8 @@ class Shelf:
 
     def _adopt(self, node: Node, vectors: Vectors) -> None:
         """The row is what counts: what this machine had of the node goes."""
-        idle = max(0.0, self.tree.idle_for(node.id))
+        known = node.id in self.tree
+        idle = max(0.0, self.tree.idle_for(node.id) if known else time.time() - node.created)
         unused = self._take_out(node.id) or []
         self.blocks.expect(node.blocks, node.namespace)
         self._insert(node, vectors, idle)

@@ -28,8 +28,10 @@ class Uses:
         self._ledger = ledger
         self._tree = tree
         self._lock = lock
+        self.clock = time.time
+        """Seconds since 1970."""
         self._alone = threading.Lock()
-        self._written = time.time()
+        self._written = self.clock()
         self._learned = 0.0
 
     def recorded(self) -> dict[str, float]:
@@ -39,7 +41,7 @@ class Uses:
     def exchange(self) -> None:
         """Write down what was used here since the last time, and learn what others wrote."""
         with self._alone:
-            now = time.time()
+            now = self.clock()
             with self._lock:
                 used = self._tree.used_within(now - self._written)
             facts = [Fact(node.id, now - idle, node.namespace) for node, idle in used]
@@ -59,9 +61,9 @@ class Uses:
 
     def due(self) -> bool:
         """Whether it is time to write back again."""
-        return time.time() - self._written >= self.period / 2
+        return self.clock() - self._written >= self.period / 2
 
     def prune(self) -> None:
         """Forget uses of long ago."""
-        if self._ledger.facts(f"at < {time.time() - self._kept}"):
-            self._ledger.remove(f"at < {time.time() - self._kept}")
+        if self._ledger.facts(f"at < {self.clock() - self._kept}"):
+            self._ledger.remove(f"at < {self.clock() - self._kept}")

@@ -29,6 +29,7 @@ KINDS = {
     "internal": errors.InternalError,
     "short": errors.ShortBlockError,
     "node": errors.NodeError,
+    "foreign": errors.ForeignError,
 }
 RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
 BUILTINS = {
