@@ -106,21 +106,21 @@ class Ledger:
 
     def create(self, facts: Sequence[Fact]) -> int:
         """Write those whose key is not there; how many that were."""
-        return self._merged(facts, update=False)
+        return self._merged(facts)
 
     def put(self, facts: Sequence[Fact]) -> int:
-        """Write all, in the place of those that are there."""
-        return self._merged(facts, update=True)
+        """Write all, in the place of those that are there and not as late."""
+        return self._merged(facts, replaced="target.at < source.at")
 
-    def _merged(self, facts: Sequence[Fact], *, update: bool) -> int:
+    def _merged(self, facts: Sequence[Fact], replaced: str = "") -> int:
         if not facts:
             return 0
         rows = pa.Table.from_pylist([fact._asdict() for fact in facts], _SCHEMA)
 
         def merge(table: Any) -> int:
             builder = table.merge_insert("key").when_not_matched_insert_all()
-            if update:
-                builder = builder.when_matched_update_all()
+            if replaced:
+                builder = builder.when_matched_update_all(where=replaced)
             return int(builder.execute(rows).num_inserted_rows)
 
         return self._do(merge)
