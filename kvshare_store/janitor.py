@@ -18,7 +18,7 @@ import msgspec
 
 from kvshare_store.committer import Removal
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, MissError, MissingBlockError
+from kvshare_store.errors import KVShareError, MissError, MissingBlockError, StorageError
 from kvshare_store.rewrite import swap
 from kvshare_store.shared_garbage import SharedGarbage
 from kvshare_store.shelf import Shelf
@@ -310,8 +310,14 @@ class Janitor:
         self._seen_versions = versions
         if catalog is None or not versions or self._stop.is_set() or (patient and busy):
             return 0
-        catalog.compact()
-        if self._shelf.uses is not None:
-            self._shelf.uses.prune()
+        try:
+            catalog.compact()
+            if self._shelf.uses is not None:
+                self._shelf.uses.prune()
+        except StorageError as error:
+            if not self._shelf.shared:
+                raise
+            log.info("kvshare: another machine compacts the catalogue: %s", error)
+            return 0
         self._seen_versions = self._versions()
         return versions

@@ -305,6 +305,8 @@ class Catalog:
         Others may be reading a version of a shared catalogue, or writing the next: there versions
         stay for an hour, and of two that compact at once LanceDB lets one have its way.
         """
+        if self.place.shared:
+            self.refresh()
         with self._table_access():
             if self.place.shared:
                 self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)

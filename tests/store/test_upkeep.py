@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import lancedb
 import msgspec
 import numpy as np
 import pytest
@@ -394,3 +395,29 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         assert knows(other, prompt(seed, 40))
     assert asked
     assert all(asked), "all stamps were read"
+
+
+def test_a_catalogue_of_the_release_before_opens(machine: Machine, tmp_path: Path) -> None:
+    """Its rows have no stamps; a pin gives one."""
+    one = machine("a", **ASKED_ONLY)
+    node_id = save(one, PROMPT)
+    assert node_id is not None
+    one.store.close()
+    table = lancedb.connect(str(tmp_path / "catalog")).open_table("nodes")
+    node = one.store.tree.get(node_id)
+    assert node is not None
+    before = msgspec.structs.replace(node, stamp=0)
+    table.update(where="true", values={"node": msgspec.msgpack.encode(before)})
+    table.drop_columns(["stamp"])
+    again, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    again.book = one.book
+    assert again.serve(PROMPT).exact == 39
+    learn(other)
+    assert again.store.pin(node_id)
+    other.store.evict(nodes=1)
+    other.store.flush()
+    learn(other)
+    assert knows(other, PROMPT)
+    save(other, prompt(2, 40))
+    learn(again)
+    assert knows(again, prompt(2, 40))

@@ -33,7 +33,7 @@ from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
 
 SPACE = Namespace("machines", KVLayout(2, 1, 4, "float32"))
-TTL_S = 4 * 3600.0
+TTL_S = 2 * 3600.0
 _TOKENS = 40
 _NAMES = "abc"
 _BITS = {"a": 0, "b": 0, "c": 1}
@@ -223,6 +223,27 @@ def save_same_on_two(site: Site) -> None:
     tokens = site.new_prompt()
     for name in (one, other):
         site.save(site.machines[name], tokens)
+    if site.chance.random() < 0.5:
+        collect_everything(site, site.machines[other])
+        for name in (one, other):
+            forget_copies(site.machines[name])
+            site.serve(site.machines[name], tokens)
+
+
+def collect_everything(site: Site, engine: Driver) -> None:
+    """What nobody uses is seen, condemned and removed by this machine."""
+    for _ in range(3):
+        minutes_pass(site)
+        site.learn(engine)
+        engine.store.collect()
+    expired(site)
+
+
+def forget_copies(engine: Driver) -> None:
+    """Other requests have taken all the room in a machine's memory."""
+    with engine.store.shelf.lock:
+        for name in list(engine.store.blocks.host.names()):
+            engine.store.blocks.host.drop(name)
 
 
 def edit(site: Site) -> None:
@@ -233,6 +254,38 @@ def edit(site: Site) -> None:
         tokens = list(found[1].tokens)
         tokens[site.chance.randrange(len(tokens) - 1)] = site.chance.randrange(1 << 30)
         site.save(engine, tokens, full=False)
+
+
+def merge_unheard(site: Site) -> None:
+    """A machine merges a node, its donor leaves, and another wants the node in its old form."""
+    one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
+    tokens = site.new_prompt()
+    site.save(one, tokens)
+    edited = [*tokens[:20], 7, *tokens[21:]]
+    site.save(one, edited, full=False)
+    site.learn(other)
+    one.store.collect()
+    donors = [node.id for node in one.store.tree if node.tokens.tolist() == tokens]
+    one.store.shelf.remove(donors)
+    one.store.flush()
+    for node_id in donors:
+        site.kept.pop(node_id, None)
+    collect_everything(site, one)
+    forget_copies(other)
+    site.serve(other, edited)
+    other.store.flush()
+
+
+def pin_unheard(site: Site) -> None:
+    """A node is pinned on one machine and removed on another that has not heard of it."""
+    one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
+    site.save(one, site.new_prompt())
+    site.learn(other)
+    node_id, kept = list(site.kept.items())[-1]
+    if one.store.pin(node_id):
+        site.kept[node_id] = kept._replace(pinned=True)
+        other.store.shelf.remove([node_id])
+        other.store.flush()
 
 
 def serve(site: Site) -> None:
@@ -374,12 +427,14 @@ STEPS: dict[Step, int] = {
     save_new: 4,
     save_same_on_two: 3,
     edit: 5,
+    merge_unheard: 2,
+    pin_unheard: 1,
     serve: 4,
     learn: 8,
     collect: 8,
     collect_while_another_saves: 3,
     minutes_pass: 5,
-    hours_pass: 2,
+    hours_pass: 3,
     pin: 3,
     evict: 2,
     another_store: 1,
