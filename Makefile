@@ -6,12 +6,13 @@
 # make bench DATA=DIR   a short form of every measurement, and the page of results
 # make bench-store DATA=DIR   the store alone: tiers beside their media, codecs, start-up, lookups
 # make chaos N=1000   kill processes at random moments and compare every row (SEED=, REMOTE=)
+# make chaos-machines   three machines on one remote and one catalogue: is anything lost (STEPS=, SEED=)
 # make churn    a day of traffic at full budgets
 # make docs     the page of results from what was measured, and whether links lead somewhere
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup bench-setup test test-upstream demo bench bench-store chaos churn docs lint packages clean
+.PHONY: setup bench-setup test test-upstream demo bench bench-store chaos chaos-machines churn docs lint packages clean
 
 PYTHON = python3
 PY = .venv/bin/python
@@ -81,6 +82,10 @@ N = 50
 REMOTE = none
 chaos: setup
 	$(PY) -m kvshare_store.testing.chaos --n $(N) --remote $(REMOTE) $(if $(SEED),--seed $(SEED))
+
+STEPS = 200
+chaos-machines: setup
+	$(PY) -m kvshare_store.testing.chaos.machines --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 churn: setup
 	$(PY) -m kvshare_store.testing.churn --pause-ms 1

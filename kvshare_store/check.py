@@ -134,7 +134,8 @@ def _row_problems(shelf: Shelf, repair: bool, known: set[str]) -> list[Problem]:
     wrong = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
     found += [Problem("namespace", i, "its row is of another namespace") for i in wrong]
     unknown = [i for i in theirs.keys() - ours.keys() - known if i not in shelf.tree]
-    found += [Problem("row", i, "a row of a node that is not here") for i in unknown]
+    if not shelf.shared:  # what other machines commit, or this one let go, is no problem
+        found += [Problem("row", i, "a row of a node that is not here") for i in unknown]
     if repair and found:
         shelf.remove([problem.about for problem in found])
         shelf.committer.order(Removal(tuple(problem.about for problem in found), ()))

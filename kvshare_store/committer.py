@@ -35,10 +35,12 @@ class Addition(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """Nodes to forget, then the blocks that nobody else uses."""
+    """Nodes to forget, then the blocks that nobody else uses. With `stamps`, only rows that have
+    one of these: in a shared catalogue another machine may have written a new one."""
 
     nodes: tuple[str, ...]
     blocks: tuple[str, ...]
+    stamps: tuple[int, ...] = ()
 
 
 class Errand(NamedTuple):
@@ -61,11 +63,13 @@ class Committer:
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
         health: Health,
+        committed: Callable[[Sequence[Node], set[str]], None] = lambda nodes, known: None,
     ) -> None:
         self._catalog = catalog
         self._make_durable = make_durable
         self._delete_blocks = delete_blocks
         self._failed = failed
+        self._committed = committed
         self._queue: queue.Queue[Work | None] = queue.Queue()
         self._health = health
         self._thread = Supervised(STORING, self._run, health)
@@ -183,22 +187,31 @@ class Committer:
         if self._catalog is None or not durable:
             return
         try:
-            self._catalog.add(durable)
+            known = self._catalog.add(durable)
         except KVShareError as error:
             for addition in durable:
                 self._failed(addition.node, error)
+        else:
+            self._committed([addition.node for addition in durable], known)
 
     def _remove(self, removals: list[Removal]) -> None:
         if not removals:
             return
-        nodes = [node for removal in removals for node in removal.nodes]
         blocks = [block for removal in removals for block in removal.blocks]
         try:
-            if nodes and self._catalog is not None:
-                self._catalog.delete(nodes)
+            self._remove_rows([removal for removal in removals if removal.nodes])
             self._delete_blocks(list(dict.fromkeys(blocks)))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
+
+    def _remove_rows(self, removals: list[Removal]) -> None:
+        """In one commit; those that say which form of a row they mean, in another."""
+        if self._catalog is None:
+            return
+        for some in ([r for r in removals if not r.stamps], [r for r in removals if r.stamps]):
+            if some:
+                nodes = [node for removal in some for node in removal.nodes]
+                self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
 
 
 def _do_errand(errand: Errand) -> None:

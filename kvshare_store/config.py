@@ -83,6 +83,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Folder or `s3://…` of a catalogue that several machines share. Empty: the home's own."""
     sync_seconds: float = 0.3
     """How often a shared catalogue is asked for what other machines have added."""
+    shared_grace_seconds: float = 60.0
+    """How long a block of a shared remote that no node uses stands condemned before it is removed.
+    The same on every machine, and longer than a machine is ever cut off from the catalogue."""
     policy: PolicyName = "balanced"
     """Quality policy; a request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None
@@ -133,7 +136,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
                      "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
-                     "sync_seconds"):  # fmt: skip
+                     "sync_seconds", "shared_grace_seconds"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
@@ -146,7 +149,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("home is empty; name a folder")
         for name in ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors",
                      "max_nodes", "lease_seconds", "plan_deadline_ms", "max_scatter",
-                     "remote_timeout_ms", "sync_seconds"):  # fmt: skip
+                     "remote_timeout_ms", "sync_seconds",
+                     "shared_grace_seconds"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
         for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",

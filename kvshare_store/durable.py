@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError
+from kvshare_store.condemned import Condemned
+from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError, StorageError
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
@@ -23,6 +24,8 @@ _COMMIT_BYTES = 1 << 16
 """About what LanceDB writes for one commit, beside the rows."""
 _TIMES = 4
 """So often room is made for one write on a file system that is full."""
+_CONFIRMED_IN = 4
+"""Attempts to write blocks within half a grace."""
 
 
 class Durable:
@@ -36,12 +39,14 @@ class Durable:
         lock: threading.RLock,
         catalog: Catalog | None,
         take_out: Callable[[str], list[str] | None],
+        condemned: Condemned | None = None,
     ) -> None:
         self._tree = tree
         self._blocks = blocks
         self._lock = lock
         self._catalog = catalog
         self._take_out = take_out
+        self._condemned = condemned
         self._keep: set[str] = set()
         """Nodes that are being made durable."""
         self._compacted = 0
@@ -70,11 +75,38 @@ class Durable:
         keep = {node.id for node in nodes}
         self.make_room(names, keep)
         self._keep = keep
+        if self._condemned is not None:
+            self._condemned.rescue(names)
         self._retried(lambda: self._blocks.persist(names), self._missing_bytes(names))
 
     def add_rows(self, add: Callable[[], None]) -> None:
         """Call `add`, which commits rows, with room for them on a file system that is full."""
         self._retried(add, _COMMIT_BYTES)
+
+    def confirmed(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
+        """`confirm` for each node on its own where it fails for all: what went wrong, or None."""
+        try:
+            self.confirm(nodes)
+        except KVShareError as error:
+            if len(nodes) == 1:
+                return [error]
+            return [failed for node in nodes for failed in self.confirmed([node])]
+        return [None] * len(nodes)
+
+    def confirm(self, nodes: Sequence[Node]) -> None:
+        """Their rows are committed: return once no block of theirs can have been removed from a
+        shared remote before whoever removes it could see the row. Raises what stands in the way."""
+        if self._condemned is None or not nodes:
+            return
+        names = list(dict.fromkeys(name for node in nodes for name in node.blocks))
+        for _ in range(_CONFIRMED_IN):
+            self._condemned.rescue(names)
+            if self._blocks.sure(names):
+                return
+            self._blocks.persist(names)
+        raise StorageError(
+            "the catalogue is slower than shared_grace_seconds allows; raise that on every machine"
+        )
 
     def make_room(self, names: Iterable[str], keep: set[str]) -> None:
         """Move or forget what is worth least until the blocks fit the budget of the tier that must

@@ -34,6 +34,7 @@ class ErrorKind(StrEnum):
     ROW = "row"
     NEWER = "newer"
     TORN = "torn"
+    FOREIGN = "foreign"
 
 
 class KVShareError(Exception):
@@ -70,6 +71,13 @@ class BusyError(KVShareError):
 
     kind = ErrorKind.BUSY
     exit_code = 4
+
+
+class ForeignError(KVShareError):
+    """The remote's prefix belongs to another store."""
+
+    kind = ErrorKind.FOREIGN
+    exit_code = 9
 
 
 class NamespaceError(KVShareError, ValueError):

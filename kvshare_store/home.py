@@ -12,6 +12,7 @@ from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
+from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
@@ -60,7 +61,10 @@ class Home:
             catalog = None
             if config.disk or config.remote:
                 catalog = Catalog(config.catalog or home / "catalog", keys)
-            below = open_levels(config, io, keys, _bytes_beside(catalog))
+            owner = None
+            if config.remote and catalog is not None:
+                owner = Owner(catalog.store_id(), catalog.digests())
+            below = open_levels(config, io, keys, _bytes_beside(catalog), owner)
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close()

@@ -12,13 +12,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from kvshare_store.committer import Removal
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, MissError, MissingBlockError
+from kvshare_store.errors import KVShareError, MissError, MissingBlockError, StorageError
 from kvshare_store.rewrite import swap
+from kvshare_store.shared_garbage import SharedGarbage
 from kvshare_store.shelf import Shelf
 from kvshare_store.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
@@ -35,8 +37,10 @@ _MERGES = 8
 """Nodes merged in one pass; the others wait for the next."""
 _VERSIONS = 64
 """Versions of the catalogue after which a pass compacts it although it is in use."""
-SHARED_GRACE_S = 60.0
-"""How long a block that others may have put is nobody's before it is removed."""
+_TURN = 3
+"""Passes after which another machine takes the upkeep of what is shared over."""
+_MERGE_AGAIN_S, _MERGE_AGAIN_LATEST_S = 60.0, 86_400.0
+"""When a merge that failed is tried again: after the first, twice that after the second, …"""
 _SOURCES = 8
 """Blocks kept in memory while rows are gathered from them."""
 
@@ -55,6 +59,13 @@ class Collected(msgspec.Struct, frozen=True):
     """Old versions of the catalogue, and with them the rows that were deleted since."""
 
 
+class _Unmerged(NamedTuple):
+    """How often a merge has failed, and when (monotonic) it is tried again."""
+
+    times: int
+    again: float
+
+
 class Janitor:
     """One pass every `gc_seconds`, the first at once; `collect` makes one now."""
 
@@ -64,11 +75,19 @@ class Janitor:
         self._pass = threading.Lock()
         self._stop = threading.Event()
         self._seen_versions = 0
-        self._shared_orphans: dict[str, float] = {}
-        """Since when (monotonic) blocks of a shared tier are nobody's."""
+        self._unmerged: dict[str, _Unmerged] = {}
+        """Nodes whose merge has failed."""
+        self._shared = self._shared_garbage()
         self._thread: Supervised | None = None
         if config.gc_seconds:
             self._thread = Supervised(_NAME, self._run, shelf.health, self._stop)
+
+    def _shared_garbage(self) -> SharedGarbage | None:
+        catalog, condemned = self._shelf.catalog, self._shelf.condemned
+        if catalog is None or condemned is None:
+            return None
+        turn_s = _TURN * (self._config.gc_seconds or 60.0)
+        return SharedGarbage(self._shelf, catalog, condemned, self._shelf.machine, turn_s)
 
     def _run(self) -> None:
         if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
@@ -93,11 +112,21 @@ class Janitor:
         with self._pass:
             if dry_run:
                 return self._would_collect()
+            if self._shelf.uses is not None:
+                self._shelf.uses.exchange()
             nodes = self._remove_expired() + self._hold_quotas()
             self._done_so_far()
             blocks, nbytes = self._remove_orphans()
-            blocks += self._remove_shared_orphans()
-            return Collected(nodes, blocks, nbytes, self._merge(), self._compact(patient))
+            merged = 0
+            if self._shared is None or not patient or self._shared.my_turn():
+                blocks += self._collect_shared(patient)
+                merged = self._merge(patient)
+            return Collected(nodes, blocks, nbytes, merged, self._compact(patient))
+
+    def _collect_shared(self, patient: bool) -> int:
+        if self._shared is None:
+            return 0
+        return self._shared.collect(patient=patient, stopped=self._stop.is_set)
 
     def _would_collect(self) -> Collected:
         with self._shelf.lock:
@@ -116,9 +145,13 @@ class Janitor:
 
     # --- nodes -------------------------------------------------------------------------------
 
+    def _ttl(self) -> float:
+        """Of other machines' uses the latest may not be written down yet."""
+        late = self._shelf.uses.period if self._shelf.shared and self._shelf.uses else 0.0
+        return self._config.ttl_seconds + late
+
     def _expired(self) -> list[str]:
-        ttl = self._config.ttl_seconds
-        return self._shelf.tree.idle(ttl) if ttl else []
+        return self._shelf.tree.idle(self._ttl()) if self._config.ttl_seconds else []
 
     def _remove_expired(self) -> int:
         with self._shelf.lock:
@@ -127,7 +160,7 @@ class Janitor:
 
     def _remove_idle(self, ids: Sequence[str]) -> int:
         with self._shelf.lock:  # one may have been used since
-            still = [i for i in ids if self._shelf.tree.idle_for(i) >= self._config.ttl_seconds]
+            still = [i for i in ids if self._shelf.tree.idle_for(i) >= self._ttl()]
             self._shelf.remove(still)
         return len(still)
 
@@ -154,19 +187,6 @@ class Janitor:
     def _is_orphan(self, name: str) -> bool:
         shelf = self._shelf
         return not shelf.tree.uses(name) and not shelf.blocks.leases.pinned(name)
-
-    def _remove_shared_orphans(self) -> int:
-        """Blocks of a shared remote tier that for a minute no machine's node has used: whoever puts
-        a block commits its node soon after, and this machine learns of it sooner still."""
-        now = time.monotonic()
-        orphans = [name for name in self._shelf.blocks.discover_shared() if self._is_orphan(name)]
-        seen = {name: self._shared_orphans.get(name, now) for name in orphans}
-        due = [name for name, since in seen.items() if now - since >= SHARED_GRACE_S]
-        for chunk in self._chunks(due):
-            still = [name for name in chunk if self._is_orphan(name)]
-            self._shelf.blocks.delete_shared(still)
-        self._shared_orphans = seen
-        return len(due)
 
     def _remove_orphans(self) -> tuple[int, int]:
         """How many, and their bytes. The committer looks once more whether they are in use."""
@@ -202,18 +222,33 @@ class Janitor:
                 found += [n for n in some if n.id in tree and wants_merge(n, tree, *limits)]
         return found
 
-    def _merge(self) -> int:
+    def _merge(self, patient: bool) -> int:
         merged = 0
-        for node in self._scattered()[:_MERGES]:
+        for node in self._mergeable(patient)[:_MERGES]:
             if self._stop.is_set():
                 break
             try:
                 merged += self._merge_one(node)
-            except MissError as error:
-                log.info("kvshare: node %s was not merged: %s", node.id[:12], error)
-            except KVShareError as error:  # no room, or a tier that refuses: another time
-                log.warning("kvshare: node %s was not merged: %s", node.id[:12], error)
+                self._unmerged.pop(node.id, None)
+            except KVShareError as error:  # rows that are gone or lossy, no room, or a refusal
+                self._postpone(node)
+                level = logging.INFO if isinstance(error, MissError) else logging.WARNING
+                log.log(level, "kvshare: node %s was not merged: %s", node.id[:12], error)
         return merged
+
+    def _mergeable(self, patient: bool) -> list[Node]:
+        """Nodes to merge; those whose merge has failed last, or, in a patient pass, later."""
+        nodes, now = self._scattered(), time.monotonic()
+        ids = {node.id for node in nodes}
+        self._unmerged = {i: failed for i, failed in self._unmerged.items() if i in ids}
+        later = {i for i, failed in self._unmerged.items() if failed.again > now}
+        last = [] if patient else [node for node in nodes if node.id in later]
+        return [node for node in nodes if node.id not in later] + last
+
+    def _postpone(self, node: Node) -> None:
+        times = self._unmerged[node.id].times + 1 if node.id in self._unmerged else 1
+        pause = min(_MERGE_AGAIN_S * 2.0 ** (times - 1), _MERGE_AGAIN_LATEST_S)
+        self._unmerged[node.id] = _Unmerged(times, time.monotonic() + pause)
 
     def _merge_one(self, node: Node) -> bool:
         namespace = self._shelf.namespace(node.namespace)
@@ -277,6 +312,14 @@ class Janitor:
         self._seen_versions = versions
         if catalog is None or not versions or self._stop.is_set() or (patient and busy):
             return 0
-        catalog.compact()
+        try:
+            catalog.compact()
+            if self._shelf.uses is not None:
+                self._shelf.uses.prune()
+        except StorageError as error:
+            if not self._shelf.shared:
+                raise
+            log.info("kvshare: another machine compacts the catalogue: %s", error)
+            return 0
         self._seen_versions = self._versions()
         return versions

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -15,6 +16,8 @@ from kvshare_store.errors import KVShareError, NamespaceError
 from kvshare_store.namespace import Namespace
 from kvshare_store.saving import Saving
 from kvshare_store.shelf import Shelf
+from kvshare_store.tree.catalog import Catalog
+from kvshare_store.tree.ledger import Fact
 
 _POLL_S = 0.05
 _WIPED_AT_ONCE = 1 << 26
@@ -120,6 +123,8 @@ class Purge:
             return remaining  # the rows say what is left to be removed the next time
         try:
             if shelf.catalog is not None:
+                if shelf.shared:
+                    shelf.catalog.facts.put([Fact(f"purged/{digest}", time.time(), shelf.machine)])
                 shelf.catalog.purge(digest)
         except KVShareError as error:
             return [*remaining, f"catalogue: {error}"]
@@ -130,15 +135,76 @@ class Purge:
         """Zero what is free of the arena. Slots that are being filled may have held rows of the
         namespace: once they are filled or given back they hold none."""
         blocks = self._shelf.blocks
-        at: int | None = 0
         with self._shelf.lock:
             filling = blocks.filling()
-        while at is not None:
-            with self._shelf.lock:
-                at = blocks.host.wipe(at, _WIPED_AT_ONCE)
+        _wipe_free(self._shelf)
         while filling := filling & blocks.filling():
             if time.monotonic() > deadline:
                 return [f"{len(filling):,} slots in shared memory are being filled"]
             self._reap()
             time.sleep(_POLL_S)
         return []
+
+
+def _wipe_free(shelf: Shelf) -> None:
+    """Zero what is free of the arena."""
+    at: int | None = 0
+    while at is not None:
+        with shelf.lock:
+            at = shelf.blocks.host.wipe(at, _WIPED_AT_ONCE)
+
+
+class OthersPurges:
+    """Purges are facts of a shared catalogue: each machine removes its own copies when it next
+    looks, also one that was not running; the home remembers which purges it has carried out."""
+
+    def __init__(self, shelf: Shelf, saving: Saving, home: Path) -> None:
+        self._shelf = shelf
+        self._saving = saving
+        self._file = home / "purges.json"
+        self._done = self._remembered()
+        self._version = -1
+
+    def _remembered(self) -> dict[str, float]:
+        try:
+            return msgspec.json.decode(self._file.read_bytes(), type=dict[str, float])
+        except (FileNotFoundError, msgspec.DecodeError):  # then they are carried out once more
+            return {}
+
+    def look(self) -> None:
+        """Carry out what is new. What is leased or being saved now is left for the next look."""
+        catalog = self._shelf.catalog
+        if catalog is None or (version := catalog.facts.refresh()) == self._version:
+            return
+        waiting = False
+        for fact in catalog.facts.facts("key LIKE 'purged/%'"):
+            digest = fact.key.rpartition("/")[2]
+            if self._done.get(digest) == fact.at:
+                continue
+            done = fact.by == self._shelf.machine or self._carried_out(catalog, digest)
+            if done:
+                self._remember(digest, fact.at)
+            waiting |= not done
+        self._version = -1 if waiting else version
+
+    def _remember(self, digest: str, at: float) -> None:
+        self._done[digest] = at
+        written = self._file.with_suffix(".new")
+        written.write_bytes(msgspec.json.encode(self._done))
+        written.replace(self._file)
+
+    def _carried_out(self, catalog: Catalog, digest: str) -> bool:
+        shelf, blocks = self._shelf, self._shelf.blocks
+        with shelf.lock:
+            nodes = [node for node in shelf.tree if node.namespace == digest]
+            names = sorted({name for node in nodes for name in node.blocks})
+            held = any(map(blocks.leases.pinned, names))
+        if held or self._saving.in_progress(digest):
+            return False
+        refused = shelf.committer.run(lambda: blocks.purge(digest, names, shared=False))
+        blocks.doubt_shared(names)
+        if not nodes:
+            shelf.forget_namespace(digest)
+            catalog.forget_key(digest)
+        _wipe_free(shelf)
+        return not refused

@@ -33,7 +33,7 @@ from kvshare_store.staging import (
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.edits import Tokens, edit_script
-from kvshare_store.tree.node import Node, check_segments, node_id
+from kvshare_store.tree.node import Node, check_segments, new_stamp, node_id
 
 
 class Saving:
@@ -201,6 +201,7 @@ class Saving:
             block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
             exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
+            stamp=new_stamp(),
         )
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:

@@ -1,6 +1,7 @@
 """Several machines, one catalogue: what others commit is learned, what they remove is forgotten.
 
-LanceDB's commits order the metadata and rows are immutable, so nothing else has to be agreed on.
+LanceDB's commits order the metadata. Each form of a row has a stamp, so a machine sees which rows
+are new to it, and whoever replaces or removes one says which form it means.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping
 
 from kvshare_store.errors import KVShareError
 from kvshare_store.metrics import Metrics
@@ -20,24 +22,43 @@ log = logging.getLogger("kvshare")
 _NAME = "kvshare-sync"
 _SETTLED_S, _HEAL_S = 2.0, 60.0
 """Age of the nodes that are committed again when the catalogue has lost them."""
+_OVERLAP_NS = 60 * 10**9
+"""How far a stamp may lie behind a later row's: clocks differ, and a save may wait for its commit.
+What is later still is found when all stamps are read."""
+_REST = 50
+"""Reading all stamps, which takes the longer the more rows there are, is done again after so many
+times as long as it took."""
 
 
 class Sharing:
     """Asks a shared catalogue every `seconds` what has changed. One thread; `close` stops it."""
 
-    def __init__(self, catalog: Catalog, shelf: Shelf, seconds: float, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        shelf: Shelf,
+        seconds: float,
+        metrics: Metrics,
+        look_for_purges: Callable[[], None],
+    ) -> None:
         self._catalog = catalog
         self._shelf = shelf
         self._seconds = seconds
         self._metrics = metrics
+        self._look_for_purges = look_for_purges
         self._version = -1
-        self._seen: set[str] = set()
-        """Ids that the catalogue held when it was last asked, and what was committed since."""
+        self._seen: dict[str, int] = {}
+        """Stamps of the rows that the catalogue held when it was last asked, by id."""
+        self._newest = 0
+        self._all_again = 0.0
+        """When (monotonic) all stamps may be read again."""
+        self._alone = threading.Lock()
         self._failing = False
         if not catalog.place.conditional:
             log.warning(
                 "kvshare: %s has no conditional writes: of two commits at the same moment one is "
-                "lost and repeated within %.0f s; removals may be lost as well",
+                "lost and repeated within %.0f s; removals may be lost as well, and blocks that no "
+                "node uses stay in the remote",
                 catalog.place, 2 * _SETTLED_S,
             )  # fmt: skip
         self._stop = threading.Event()
@@ -57,28 +78,69 @@ class Sharing:
 
     def sync(self) -> None:
         """Learn and forget what has changed since the last time; `StorageError` if it refuses."""
-        ours = self._catalog.take_changes()  # first: what others do of it meanwhile is seen below
-        self._seen -= ours.removed
-        if self._catalog.place.conditional:  # else one that is missing may have been overwritten
-            self._seen |= ours.added
-        version = self._catalog.refresh()
-        if version == self._version and not (ours.added or ours.removed):
-            return
-        ids = set(dict(self._catalog.ids()))
-        self._shelf.unlearn(self._seen - ids)
-        namespaces = self._catalog.namespaces()
-        self._shelf.keep_registered({namespace.digest for namespace in namespaces})
-        unknown = [node_id for node_id in ids - self._seen if node_id not in self._shelf.tree]
-        if unknown:
-            self._shelf.learn(namespaces, self._catalog.load(ids=unknown))
-        self._seen, self._version = ids, version
-        if not self._catalog.place.conditional:
-            self._heal(ids)
+        with self._alone:
+            if self._shelf.condemned is not None:
+                self._shelf.condemned.look()
+            if self._shelf.uses is not None and self._shelf.uses.due():
+                self._shelf.uses.exchange()
+            self._note(self._catalog.take_changes())  # first: what others make of it is seen below
+            version = self._catalog.refresh()
+            if version != self._version or self._behind():
+                self._look_for_changes(version)
+            self._look_for_purges()
 
-    def _heal(self, ids: set[str]) -> None:
+    def _note(self, ours: Mapping[str, int | None]) -> None:
+        for node_id, stamp in ours.items():
+            if stamp is None:
+                self._seen.pop(node_id, None)
+            elif self._catalog.place.conditional:  # else another commit may have overwritten it
+                self._seen[node_id] = stamp
+
+    def _behind(self) -> bool:
+        """Whether the last look left removals for later."""
+        return self._catalog.count() != len(self._seen)
+
+    def _look_for_changes(self, version: int) -> None:
+        recent = self._catalog.stamps(since=max(0, self._newest - _OVERLAP_NS))
+        self._learn(recent)
+        lossy = not self._catalog.place.conditional
+        if (self._behind() or lossy) and time.monotonic() >= self._all_again:
+            self._look_at_all()
+        self._version = version
+
+    def _look_at_all(self) -> None:
+        """What was removed, and rows whose stamps are older than their commits."""
+        begun = time.monotonic()
+        everything = self._catalog.stamps()
+        gone = {i: stamp for i, stamp in self._seen.items() if i not in everything}
+        if gone:
+            self._shelf.unlearn(gone)
+            self._shelf.keep_registered(self._catalog.digests())
+        for node_id in gone:
+            del self._seen[node_id]
+        self._learn(everything)
+        if not self._catalog.place.conditional:
+            self._heal(everything)
+        self._all_again = time.monotonic() + _REST * (time.monotonic() - begun)
+
+    def _learn(self, stamps: dict[str, int]) -> None:
+        """Read the rows that are new, or have a new stamp, and are not what this machine has."""
+        changed = [i for i, stamp in stamps.items() if self._seen.get(i) != stamp]
+        unknown = [i for i in changed if not self._has(i, stamps[i])]
+        if unknown:
+            namespaces = self._catalog.namespaces()
+            self._shelf.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
+        self._seen |= stamps
+        self._newest = max(self._newest, *stamps.values(), 0)
+
+    def _has(self, node_id: str, stamp: int) -> bool:
+        node = self._shelf.tree.get(node_id)
+        return node is not None and node.stamp == stamp
+
+    def _heal(self, stamps: dict[str, int]) -> None:
         """Without conditional writes two commits at the same moment leave one of them."""
         with self._shelf.lock:
-            nodes = [node for node in self._shelf.tree if node.id not in ids]
+            nodes = [node for node in self._shelf.tree if node.id not in stamps]
         now = time.time()
         # a node that is still being written looks the same: committing it twice does no harm
         lost = [node for node in nodes if _SETTLED_S < now - node.created < _HEAL_S]

@@ -11,12 +11,14 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.levels import Level
 from kvshare_store.committer import Addition, Committer, Removal
+from kvshare_store.condemned import Condemned
 from kvshare_store.config import StoreConfig
 from kvshare_store.durable import Durable
 from kvshare_store.errors import (
@@ -35,6 +37,7 @@ from kvshare_store.tensors.frame import Block
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
+from kvshare_store.uses import Uses
 
 log = logging.getLogger("kvshare")
 
@@ -74,7 +77,14 @@ class Shelf:
         """Namespaces in which nothing new is stored, because they are being purged."""
         self.encrypted = bool(config.encryption_key)
         self._closed = False
-        self.durable = Durable(tree, self.blocks, self.lock, self.catalog, self._take_out)
+        self.machine = uuid.uuid4().hex
+        """Names this process among those that share a catalogue."""
+        self.shared = self.catalog is not None and self.catalog.place.shared
+        self.condemned = self._open_condemned() if self.shared else None
+        self.uses = self._open_uses()
+        self.durable = Durable(
+            tree, self.blocks, self.lock, self.catalog, self._take_out, self.condemned
+        )
         if self.catalog is not None:
             self.catalog.with_room = self.durable.add_rows
         self.committer = Committer(
@@ -83,6 +93,7 @@ class Shelf:
             self.blocks.delete,
             self._uncommitted,
             metrics.health,
+            self._committed,
         )
         try:
             with _no_collections():
@@ -90,6 +101,18 @@ class Shelf:
         except KVShareError:
             self.close()
             raise
+
+    def _open_condemned(self) -> Condemned | None:
+        if self.catalog is None:
+            return None
+        grace_s = self._config.shared_grace_seconds
+        return Condemned(self.catalog.facts, self.machine, grace_s, self.blocks.doubt_shared)
+
+    def _open_uses(self) -> Uses | None:
+        """Where last uses count beyond this process, they are written down."""
+        if self.catalog is None or not (self.shared or self._config.ttl_seconds):
+            return None
+        return Uses(self.catalog.uses, self.tree, self.lock, self._config.ttl_seconds)
 
     def _recover(self) -> None:
         """Rebuild tree and index from the catalogue; nodes whose blocks are gone are dropped.
@@ -103,16 +126,20 @@ class Shelf:
             self._registered.add(namespace.digest)
         lost = []
         now = time.time()
+        used = self.uses.recorded() if self.uses is not None else {}
         for node, vectors in self.catalog.load():
             if self.blocks.expect(node.blocks, node.namespace):
-                self._insert(node, vectors, idle=max(0.0, now - node.created))
+                last = max(node.created, used.get(node.id, 0.0))
+                self._insert(node, vectors, idle=max(0.0, now - last))
             else:
-                lost.append(node.id)
+                lost.append(node)
                 self._metrics.error(MissingBlockError.kind)
         self.tree.settle()
         self._count_faults()
         if lost:
-            self.committer.order(Removal(tuple(lost), ()))
+            self.committer.order(self._removal(lost))
+        if self.shared:
+            self._let_go_of_excess()
 
     def _count_faults(self) -> None:
         """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
@@ -163,7 +190,10 @@ class Shelf:
         with self.lock:
             node = self._insert(node, vectors)
             self.committer.order(Addition(node, vectors))
-            self.evict(max(0, len(self.tree) - self._config.max_nodes))
+            if self.shared:
+                self._let_go_of_excess()
+            else:
+                self.evict(max(0, len(self.tree) - self._config.max_nodes))
             self.hold_quota(node.namespace, newest=node.id)
 
     def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> Node:
@@ -179,32 +209,56 @@ class Shelf:
     def hold_quota(self, namespace: str, newest: str = "") -> int:
         """Forget nodes of a namespace that is over its quota, and of no other; returns how many.
 
-        The newest goes only if it alone is too much.
+        The newest goes only if it alone is too much. With a shared catalogue only nodes go that for
+        a while no machine has used.
         """
         quota, gone = self._config.namespace_bytes, 0
         with self.lock:
             while quota and self.tree.bytes_of(namespace) > quota:
-                victims = self.tree.victims(namespace)
+                victims = filter(self._quiet, self.tree.victims(namespace))
                 victim = next((node.id for node in victims if node.id != newest), newest)
-                if victim not in self.tree:
-                    break  # what is left is pinned
+                if victim not in self.tree or (self.shared and victim == newest):
+                    break  # what is left is pinned, or others may be using it
                 if victim == newest:
                     self._metrics.error(NoSpaceError.kind)
                 self.remove([victim])
                 gone += 1
         return gone
 
-    def remove(self, ids: Sequence[str]) -> None:
-        """Out of tree and index now, out of catalogue and tiers in the committer's time."""
+    def _quiet(self, node: Node) -> bool:
+        """Whether no machine can have used the node lately: others write their uses down late."""
+        late = 2 * self.uses.period if self.shared and self.uses is not None else 0.0
+        return not late or self.tree.idle_for(node.id) >= late
+
+    def remove(self, ids: Sequence[str], *, whatever: bool = False) -> None:
+        """Out of tree and index now, out of catalogue and tiers in the committer's time.
+
+        In a shared catalogue a row stays that another machine has pinned, merged or saved anew
+        meanwhile, unless somebody asked for the removal of `whatever` is there.
+        """
         with self.lock:
             removed, unused = [], []
             for node_id in ids:
-                gone = self._take_out(node_id)
-                if gone is not None:
-                    removed.append(node_id)
-                    unused += gone
+                node = self.tree.get(node_id)
+                if node is not None:
+                    removed.append(node)
+                    unused += self._take_out(node_id) or []
             if removed:
-                self.committer.order(Removal(tuple(removed), tuple(unused)))
+                removal = self._removal(removed, unused)
+                self.committer.order(removal._replace(stamps=()) if whatever else removal)
+
+    def _removal(self, nodes: Sequence[Node], unused: Sequence[str] = ()) -> Removal:
+        stamps = tuple(node.stamp for node in nodes) if self.shared else ()
+        return Removal(tuple(node.id for node in nodes), tuple(unused), stamps)
+
+    def _let_go_of_excess(self) -> None:
+        """`max_nodes` bounds this machine's memory: the rows stay for the others."""
+        with self.lock:
+            excess = max(0, len(self.tree) - self._config.max_nodes)
+            chosen = [node.id for node in islice(self.tree.victims(), excess)]
+            unused = [name for i in chosen for name in self._take_out(i) or ()]
+            if unused:
+                self.committer.order(Removal((), tuple(unused)))
 
     def _take_out(self, node_id: str) -> list[str] | None:
         """Blocks that nobody uses once the node is gone; None if it was not here."""
@@ -227,11 +281,11 @@ class Shelf:
         if nodes < 0:
             raise ConfigError(f"cannot evict {nodes} nodes")
         with self.lock:
-            if namespace is not None:
-                chosen = [node.id for node in self.tree if node.namespace == namespace]
-            else:
+            if namespace is None:
                 chosen = [node.id for node in islice(self.tree.victims(), nodes)]
-            self.remove(chosen)
+            else:
+                chosen = [node.id for node in self.tree if node.namespace == namespace]
+            self.remove(chosen, whatever=namespace is not None)
             return len(chosen)
 
     def withdraw(self, namespace: str) -> list[Node]:
@@ -244,22 +298,44 @@ class Shelf:
 
     # --- other machines ----------------------------------------------------------------------
 
-    def learn(self, namespaces: Iterable[Namespace], rows: Iterable[tuple[Node, Vectors]]) -> None:
-        """Nodes that others have committed to a shared catalogue: they can be donors from now."""
+    def learn(
+        self,
+        namespaces: Iterable[Namespace],
+        rows: Iterable[tuple[Node, Vectors]],
+        known: Mapping[str, int],
+    ) -> None:
+        """Rows that others have committed to a shared catalogue: they can be donors from now.
+
+        A node that is here takes the form of its row, if it has the stamp that its row had before
+        (`known`); else a change of this machine's is on its way.
+        """
         with self.lock:
             for namespace in namespaces:
                 self._namespaces.setdefault(namespace.digest, namespace)
                 self._registered.add(namespace.digest)
             for node, vectors in rows:
-                if node.id not in self.tree and node.namespace not in self.closed:
-                    self.blocks.expect(node.blocks, node.namespace)
-                    self._insert(node, vectors)
+                here = self.tree.get(node.id)
+                ours = here is not None and here.stamp != known.get(node.id)
+                if not ours and node.namespace not in self.closed:
+                    self._adopt(node, vectors)
+            self._let_go_of_excess()
         self._count_faults()
 
-    def unlearn(self, ids: Iterable[str]) -> None:
-        """Nodes that others have removed: what this machine keeps of them goes as well."""
+    def _adopt(self, node: Node, vectors: Vectors) -> None:
+        """The row is what counts: what this machine had of the node goes."""
+        known = node.id in self.tree
+        idle = max(0.0, self.tree.idle_for(node.id) if known else time.time() - node.created)
+        unused = self._take_out(node.id) or []
+        self.blocks.expect(node.blocks, node.namespace)
+        self._insert(node, vectors, idle)
+        self.sweep(unused)
+
+    def unlearn(self, gone: Mapping[str, int]) -> None:
+        """Rows (their stamps, by id) that others have removed: what this machine keeps goes as
+        well, unless it has saved the node anew."""
         with self.lock:
-            unused = [name for i in ids for name in self._take_out(i) or ()]
+            here = [i for i, stamp in gone.items() if (n := self.tree.get(i)) and n.stamp == stamp]
+            unused = [name for i in here for name in self._take_out(i) or ()]
             self.blocks.doubt_shared(unused)
             if unused:
                 self.committer.order(Removal((), tuple(unused)))
@@ -276,7 +352,7 @@ class Shelf:
         """Forget every node, pinned or not; returns how many there were."""
         with self.lock:
             chosen = [node.id for node in self.tree]
-            self.remove(chosen)
+            self.remove(chosen, whatever=True)
             return len(chosen)
 
     def sweep(self, names: Sequence[str]) -> None:
@@ -316,6 +392,22 @@ class Shelf:
         except KVShareError as error:
             return [error] * len(nodes)
         return self.durable.make(nodes)
+
+    def _committed(self, nodes: Sequence[Node], known: set[str]) -> None:
+        """Rows are committed. Of `known` nodes another machine's row was there before."""
+        if not self.shared or self.catalog is None:
+            return
+        ours = [node for node in nodes if node.id not in known]
+        for node, error in zip(ours, self.durable.confirmed(ours), strict=True):
+            if error is not None:
+                self._uncommitted(node, error)
+        try:
+            theirs = list(self.catalog.load(ids=known)) if known else []
+            self.learn((), theirs, {node.id: node.stamp for node in nodes})
+        except KVShareError as error:
+            for node in nodes:
+                if node.id in known:
+                    self._uncommitted(node, error)
 
     def _uncommitted(self, node: Node, error: KVShareError) -> None:
         """What cannot be made durable is no node: a full disk stops saving, not serving."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from kvshare_store.lookup.cost import Costs
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.purge import Purge, Purged, matching
+from kvshare_store.purge import OthersPurges, Purge, Purged, matching
 from kvshare_store.rewrite import pin
 from kvshare_store.saving import Saving
 from kvshare_store.serving import Serving
@@ -34,6 +35,9 @@ from kvshare_store.version import version
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
+
+
+log = logging.getLogger("kvshare")
 
 
 class Store:
@@ -57,8 +61,10 @@ class Store:
         self._janitor = Janitor(config, self.shelf)
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
-            seconds = config.sync_seconds
-            self._sharing = Sharing(self.shelf.catalog, self.shelf, seconds, self.metrics)
+            purges = OthersPurges(self.shelf, self._saving, config.home_path)
+            self._sharing = Sharing(
+                self.shelf.catalog, self.shelf, config.sync_seconds, self.metrics, purges.look
+            )
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -314,6 +320,11 @@ class Store:
         self._janitor.close()
         if self._sharing is not None:
             self._sharing.close()
+        try:
+            if self.shelf.uses is not None:
+                self.shelf.uses.exchange()
+        except KVShareError as error:
+            log.warning("kvshare: last uses could not be written down: %s", error)
         self.shelf.close()
 
     def __enter__(self) -> Store:

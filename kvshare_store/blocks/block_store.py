@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import msgspec
@@ -331,24 +331,31 @@ class BlockStore:
         if free:
             self._io.run(self.levels.delete(free))
 
-    def discover_shared(self) -> list[str]:
-        """Blocks in a remote tier that several machines share, whoever put them."""
-        return self._io.run(self.levels.discover_shared())
+    def list_shared(self) -> dict[str, str]:
+        """Blocks in a remote tier that several machines share, whoever put them, and the namespace
+        of each. Waits for the engine."""
+        return self._io.run(self.levels.list_shared())
 
-    def doubt_shared(self, names: Iterable[str]) -> None:
-        """Others may have removed these blocks from the shared remote tier: whoever saves one of
-        them again puts it there again."""
-        for level in self.levels:
-            if level.shared and level.remote is not None:
-                for name in names:
-                    level.remote.forget(name)
+    def doubt_shared(self, names: Iterable[str] | None) -> None:
+        """Others may have removed these blocks, or any (None), from the shared remote tier: whoever
+        saves one of them again puts it there again."""
+        for tier in self.levels.shared():
+            tier.doubt(names)
 
-    def delete_shared(self, names: Sequence[str]) -> None:
-        """Remove blocks that no machine needs from there; raises the first refusal."""
-        self._io.run(self.levels.delete_shared(names))
+    def sure(self, names: Iterable[str]) -> bool:
+        """Whether nobody can have removed any of these blocks from a shared remote tier."""
+        return all(tier.sure(name) for tier in self.levels.shared() for name in names)
 
-    def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
-        """Remove a namespace, of which `names` are known, from every tier; what refused and why.
+    def delete_shared(self, blocks: Mapping[str, str]) -> None:
+        """Remove blocks (their namespaces, by name) that no machine needs from there; raises the
+        first refusal."""
+        self._io.run(self.levels.delete_shared(blocks))
+
+    def purge(
+        self, namespace: str, names: Sequence[str], *, shared: bool = True
+    ) -> dict[str, KVShareError]:
+        """Remove a namespace, of which `names` are known, from every tier of this machine, and
+        (`shared`) from what other machines use too; what refused and why.
 
         Its nodes are gone, and nobody leases or saves blocks of it.
         """
@@ -357,7 +364,7 @@ class BlockStore:
             for name in held:
                 self.host.drop(name)
                 self._dirty.pop(name, None)
-        return self._io.run(self.levels.purge(namespace, sorted({*names, *held})))
+        return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=shared))
 
     def filling(self) -> set[int]:
         """Offsets of the slots that are reserved."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from kvshare_store.blocks.tiers.base import Tier
@@ -14,6 +14,7 @@ from kvshare_store.errors import (
     MissError,
     MissingBlockError,
     NoSpaceError,
+    StorageError,
 )
 from kvshare_store.metrics import Metrics
 from kvshare_store.tensors.frame import Block
@@ -57,6 +58,11 @@ class Level:
     def has(self, name: str) -> bool:
         """Whether the tier holds the block, as far as is known without waiting."""
         return self.tier.has(name)
+
+    def needs(self, name: str) -> bool:
+        """Whether a block must be put there to be there for sure: of one that others use as well
+        it may be known that it was there, and not whether it still is."""
+        return not (self.remote.sure(name) if self.remote is not None else self.has(name))
 
 
 class Levels:
@@ -125,7 +131,7 @@ class Levels:
             (level, name)
             for level in self._levels
             for name in names
-            if level.write == "through" and not level.has(name)
+            if level.write == "through" and level.needs(name)
         ]
         # all of them end before anybody hears of an error: a write reads the rows in place
         ended = await asyncio.gather(
@@ -151,7 +157,7 @@ class Levels:
 
     async def _put(self, level: Level, name: str, block: Block) -> None:
         async with level.slots():
-            if level.has(name):
+            if not level.needs(name):
                 return
             try:
                 await level.tier.put(name, block)
@@ -218,30 +224,48 @@ class Levels:
                 except KVShareError as error:
                     self._metrics.error(error.kind)
 
-    async def discover_shared(self) -> list[str]:
-        """Every block in the shared level, whoever put it; none where it cannot be listed."""
-        for level in self._levels:
-            if level.shared and level.remote is not None and level.remote.remote.properties.listing:
-                await level.remote.discover()
-                return level.remote.names()
-        return []
+    def shared(self) -> list[RemoteTier]:
+        """Remote tiers that several machines share, below what stands around them."""
+        return [at.remote for at in self._levels if at.shared and at.remote is not None]
 
-    async def delete_shared(self, names: Sequence[str]) -> None:
-        """Remove blocks that no machine needs from the shared level."""
-        for name in names:
-            for level in self._levels:
-                if level.shared:
-                    await level.tier.delete(name)
+    async def list_shared(self) -> dict[str, str]:
+        """Every block in the shared level and its namespace, whoever put it; none where it cannot
+        be listed."""
+        found: dict[str, str] = {}
+        for tier in self.shared():
+            if tier.remote.properties.listing:
+                listed = await tier.listed()
+                found |= {name: namespace for name, (namespace, _) in listed.items()}
+        return found
 
-    async def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
-        """Remove a namespace from every level, shared ones too; tiers that refused, and why."""
+    async def delete_shared(self, blocks: Mapping[str, str]) -> None:
+        """Remove blocks (their namespaces, by name) that no machine needs from the shared level."""
+        removals = [tier.remove(at, name) for tier in self.shared() for name, at in blocks.items()]
+        ended = await asyncio.gather(*removals, return_exceptions=True)
+        for error in ended:
+            if error is not None:
+                raise error
+
+    async def purge(
+        self, namespace: str, names: Sequence[str], *, shared: bool
+    ) -> dict[str, KVShareError]:
+        """Remove a namespace from every level of this machine, and (`shared`) from those that
+        others use too; tiers that refused, and why."""
         refused: dict[str, KVShareError] = {}
         for level in self._levels:
+            if level.shared and not shared:
+                continue
             try:
                 await level.tier.purge(namespace, names)
             except KVShareError as error:
                 self._metrics.error(error.kind)
                 refused[level.tier.name] = error
+        for tier in [level.remote for level in self._levels if shared and level.remote]:
+            if tier.remote.keeps_versions:
+                refused[tier.name] = StorageError(
+                    f"{tier.remote.name} keeps old versions: remove those with the bucket's own "
+                    "means, or switch its versioning off"
+                )
         return refused
 
     async def close(self) -> None:

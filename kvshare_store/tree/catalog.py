@@ -15,9 +15,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -36,12 +37,15 @@ from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
 from kvshare_store.tree.changes import NOTHING, Changes, Seen, changes_since
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.lance import lance_errors
+from kvshare_store.tree.ledger import Fact, Ledger
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
 from kvshare_store.tree.table import Fields, Table
 
 __all__ = ["VECTOR_DIMENSIONS", "Catalog", "Changes", "Seen", "Vectors"]
+
+T = TypeVar("T")
 
 _ATTEMPTS = 4
 _VECTOR = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
@@ -57,6 +61,9 @@ _NODES = Fields(
     ),
     "id",
 )
+_STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
+"""Where several machines write, each row shows the stamp of its node: whoever replaces or removes
+one says which form of it is meant."""
 _NAMESPACES = Fields(
     pa.schema(
         [
@@ -86,15 +93,19 @@ class Catalog:
         self.with_room: Callable[[Callable[[], None]], None] = lambda commit: commit()
         """Commits rows where the file system may be full; a store can forget nodes for them."""
         self._rows = Rows(keys)
-        self._changes = Changes()
+        self._ours: dict[str, int | None] = {}
         self._faults: list[Fault] = []
         self._said: set[tuple[str, ErrorKind]] = set()
         self.place = Place(folder)
         try:
             with lance_errors():
                 database = self.place.connect()
-            self._nodes = Table(self.place, database, "nodes", _NODES)
+            fields = _STAMPED if self.place.shared else _NODES
+            self._nodes = Table(self.place, database, "nodes", fields)
+            self._nodes.complete()
             self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+            self.facts = Ledger(self.place, database, "facts", create=self.place.shared)
+            self.uses = Ledger(self.place, database, "uses", create=self.place.shared)
         except (OSError, NoSpaceError) as error:
             if isinstance(error, HomeError):
                 raise
@@ -141,29 +152,64 @@ class Catalog:
 
     # --- nodes -------------------------------------------------------------------------------
 
-    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
-        """Commit nodes in one LanceDB version; adding a node again replaces its row."""
-        if rows:
-            self.with_room(lambda: self._commit(lambda: self._add(rows)))
+    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
+        """Commit nodes in one LanceDB version; adding a node again replaces its row.
 
-    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> None:
+        In a shared catalogue the first row of a node stays: another machine serves from its blocks.
+        Returns the ids of the nodes that stay as they were there.
+        """
+        if not rows:
+            return set()
+        inserted: list[int] = []
+        self.with_room(lambda: inserted.append(self._commit(lambda: self._add(rows))))
+        ours = {node.id: node.stamp for node, _ in rows}
+        theirs = self.stamps(ids=ours) if self.place.shared and inserted[-1] < len(rows) else {}
+        known = {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
+        self._note({node_id: stamp for node_id, stamp in ours.items() if node_id not in known})
+        return known
+
+    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> int:
         with self._lock:
-            self._nodes.merge([self._rows.node_row(*row) for row in rows], replace=True)
-            self._note(added={node.id for node, _ in rows})
+            packed = [self._rows.node_row(*row) for row in rows]
+            return self._nodes.merge(packed, replace=not self.place.shared)[0]
 
-    def delete(self, ids: Iterable[str]) -> None:
-        """Remove nodes; unknown ids are ignored."""
+    def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
+        """Give a node another row, in the place of the one that has the stamp `expected`. False if
+        the node's row has another stamp by now, or none is there."""
+        known = f"target.stamp = {int(expected)}"
+        where: bool | str = known if expected else f"{known} OR target.stamp IS NULL"
+        if not self.place.shared:
+            where = True  # nobody else writes here
+
+        def change() -> int:
+            with self._lock:
+                row = self._rows.node_row(node, vectors)
+                return self._nodes.merge([row], replace=where, insert=False)[1]
+
+        replaced = bool(self._commit(change))
+        if replaced:
+            self._note({node.id: node.stamp})
+        return replaced
+
+    def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
+        """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows
+        that have one of these: a row that another machine has replaced meanwhile stays."""
         gone = list(ids)
-        if gone:
-            where = f"id IN ({_quoted(gone)})"
-            self._commit(lambda: self._delete(gone, where))
+        if not gone:
+            return
+        where = f"id IN ({_quoted(gone)})"
+        if stamps and self.place.shared:
+            numbers_ = ", ".join(str(int(stamp)) for stamp in stamps)
+            unstamped = " OR stamp IS NULL" if 0 in stamps else ""
+            where += f" AND (stamp IN ({numbers_}){unstamped})"
+        if self._commit(lambda: self._delete(where)) == len(gone):
+            self._note(dict.fromkeys(gone))
 
-    def _delete(self, ids: Sequence[str], where: str) -> None:
+    def _delete(self, where: str) -> int:
         with self._lock:
-            self._nodes.delete(where)
-            self._note(removed=set(ids))
+            return self._nodes.delete(where)
 
-    def _commit(self, change: Callable[[], None]) -> None:
+    def _commit(self, change: Callable[[], T]) -> T:
         """Of two machines that change a shared table at once LanceDB tells one to try again."""
         for attempt in range(_ATTEMPTS if self.place.shared else 1):
             if attempt:
@@ -175,18 +221,34 @@ class Catalog:
                 failed = error
         raise failed
 
-    def _note(self, added: Collection[str] = (), removed: Collection[str] = ()) -> None:
+    def _note(self, changes: Mapping[str, int | None]) -> None:
         if self.place.shared:
-            self._changes = Changes(
-                (self._changes.added - set(removed)) | set(added),
-                (self._changes.removed - set(added)) | set(removed),
-            )
+            with self._lock:
+                self._ours |= changes
 
-    def take_changes(self) -> Changes:
-        """What was committed to a shared catalogue through this handle since the last call."""
+    def take_changes(self) -> dict[str, int | None]:
+        """What was committed to a shared catalogue through this handle since the last call: stamps
+        of rows by id, None for one that was removed."""
         with self._lock:
-            changes, self._changes = self._changes, Changes()
-            return changes
+            ours, self._ours = self._ours, {}
+            return ours
+
+    def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
+        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`. Rows
+        of a catalogue that is not shared have none: 0."""
+        columns, where = ["id"], ""
+        if ids is not None:
+            where = f"id IN ({_quoted(ids)})" if ids else "false"
+        if self.place.shared:
+            columns.append("stamp")
+            where = where or (f"stamp >= {int(since)}" if since else "")
+        found: dict[str, int] = {}
+        with self._lock:
+            for batch in self._nodes.rows(where, columns):
+                seen = batch.column("stamp").to_pylist() if "stamp" in columns else None
+                for at, node_id in enumerate(texts(batch, "id")):
+                    found[node_id] = (seen[at] or 0) if seen is not None else 0
+        return found
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""
@@ -252,6 +314,10 @@ class Catalog:
 
     def compact(self) -> None:
         """Merge small fragments and drop old versions. Only the owner of the home may call it."""
+        if self.place.shared:
+            self.refresh()
+        for ledger in (self.facts, self.uses):
+            ledger.compact()
         with self._lock:
             self._nodes.compact()
             if not self.place.shared and self._namespaces.versions() > 1:
@@ -260,9 +326,21 @@ class Catalog:
     @property
     def bytes(self) -> int:
         """Bytes of all files of a catalogue in a folder."""
-        return self._nodes.bytes + self._namespaces.bytes
+        tables = self._nodes, self._namespaces, self.facts, self.uses
+        return sum(table.bytes for table in tables)
 
     # --- namespaces --------------------------------------------------------------------------
+
+    def store_id(self) -> str:
+        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
+        return self.facts.facts("key = 'store'")[0].state
+
+    def digests(self) -> set[str]:
+        """Every namespace that was ever saved into, by its digest."""
+        with self._lock:
+            batches = list(self._namespaces.rows(columns=["digest"]))
+        return {digest for batch in batches for digest in texts(batch, "digest")}
 
     def add_namespace(self, namespace: Namespace) -> None:
         """Remember what a digest stands for, and the salt of its key.
@@ -307,6 +385,13 @@ class Catalog:
         with self._lock:
             self._nodes.erase(f"namespace = '{digest}'")
             self._namespaces.erase(f"digest = '{digest}'")
+        self.facts.erase(f"key LIKE 'block/{digest}/%'")
+        self.uses.erase(f"by = '{digest}'")
+        self._rows.forget(namespace)
+
+    def forget_key(self, namespace: str) -> None:
+        """The key of a namespace that another machine has purged; that of a new record is known
+        from the next `namespaces`."""
         self._rows.forget(namespace)
 
 

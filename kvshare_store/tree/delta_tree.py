@@ -205,6 +205,20 @@ class DeltaTree:
         node = self._nodes.get(node_id)
         return -1.0 if node is None or node.pinned else self._clock() - self._used[node_id]
 
+    def used_within(self, seconds: float) -> list[tuple[Node, float]]:
+        """Nodes that were used in the last `seconds`, and how long ago."""
+        now = self._clock()
+        since = now - seconds
+        return [(self._nodes[i], now - at) for i, at in self._used.items() if at > since]
+
+    def used_before(self, node_id: str, idle: float) -> None:
+        """The node was used `idle` seconds ago, by somebody else."""
+        at = self._clock() - idle
+        if self._used.get(node_id, at) < at:
+            self._used[node_id] = at
+            self._used.move_to_end(node_id)
+            self._touch(self._nodes[node_id])
+
     def bytes_of(self, namespace: str) -> int:
         """Bytes of the rows in the blocks of a namespace, each block once."""
         return self._bytes[namespace]

@@ -15,7 +15,7 @@ from kvshare_store.errors import NamespaceError
 from kvshare_store.plan import Span
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.node import Node
+from kvshare_store.tree.node import Node, new_stamp
 
 
 def wants_merge(
@@ -62,6 +62,7 @@ def merged_node(
         blocks=tuple(blocks),
         block_bytes=tuple(block_bytes),
         merged=True,
+        stamp=new_stamp(),
     )
 
 

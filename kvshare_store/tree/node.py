@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """Its rows were gathered into blocks of their own: chains of edits begin anew below it."""
     pinned: bool = False
     """Only a purge removes it."""
+    stamp: int = 0
+    """Names this form of the node's row: about the nanoseconds since 1970 when it was made, never
+    twice the same. Whoever replaces or removes a row says which form of it is meant. 0: written by
+    a release that had no stamps."""
     format: int = NODE_FORMAT
     """How a reader must understand the other fields. One with a greater number is left alone."""
 
@@ -63,6 +68,12 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     def exact(self) -> bool:
         """Provenance: every row was computed in its own full context."""
         return self.generation == 0
+
+
+def new_stamp() -> int:
+    """The stamp of a row that is made now. Its last 20 bits (a millisecond) are drawn: two machines
+    may make one at the same moment."""
+    return time.time_ns() & ~0xFFFFF | secrets.randbits(20)
 
 
 def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:

@@ -84,7 +84,7 @@ class Rows:
 
     def node_row(self, node: Node, vectors: Vectors) -> dict[str, Any]:
         """The row of a node; a sealed one has its vectors inside."""
-        row: dict[str, Any] = {"id": node.id, "namespace": node.namespace}
+        row: dict[str, Any] = {"id": node.id, "namespace": node.namespace, "stamp": node.stamp}
         lexical, semantic = vectors
         encoded = msgspec.msgpack.encode(node)
         if self._keys is None:

@@ -117,6 +117,21 @@ class Table:
             table.set_unenforced_primary_key(fields.key)
         return table
 
+    def complete(self) -> None:
+        """Give a table of an older release the columns that it lacks. Another machine may be doing
+        the same."""
+        for field in self._fields.schema:
+            if field.name in self._handle.schema.names:
+                continue
+            try:
+                with lance_errors():
+                    self._handle.add_columns(field)
+            except StorageError:
+                self.refresh()
+                if field.name not in self._handle.schema.names:
+                    raise
+        self.sync()
+
     def _set_aside(self, newest: Path, error: StorageError) -> None:
         """Let the version before be the newest; without any version the table begins anew."""
         aside = newest.parents[0 if newest == self._folder else 2] / _ASIDE
@@ -258,30 +273,49 @@ class Table:
 
     # --- changing ----------------------------------------------------------------------------
 
-    def merge(self, rows: Sequence[Mapping[str, Any]], *, replace: bool) -> None:
-        """Commit rows in one version. `replace`: they take the place of rows of the same key, else
-        those stay. Columns that only another release knows keep what they hold."""
+    def merge(
+        self, rows: Sequence[Mapping[str, Any]], *, replace: bool | str, insert: bool = True
+    ) -> tuple[int, int]:
+        """Commit rows in one version; how many were inserted and how many replaced.
+
+        `replace`: they take the place of rows of the same key, always or where the SQL condition on
+        `target` and `source` holds; else those stay. Without `insert`, rows of an unknown key are
+        ignored. Columns that only another release knows keep what they hold.
+        """
         names = self._handle.schema.names
         schema = pa.schema([field for field in self._fields.schema if field.name in names])
         with lance_errors():
             table = pa.Table.from_pylist(list(rows), schema)
             merge = self._handle.merge_insert(self._fields.key)
             if replace:
-                merge = merge.when_matched_update_all()
+                where = replace if isinstance(replace, str) else None
+                merge = merge.when_matched_update_all(where=where)
+            if insert:
+                merge = merge.when_not_matched_insert_all()
             # an absent text vector counts as a bad one
-            merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
+            done = merge.execute(table, on_bad_vectors="null")
         self.sync()
+        return int(done.num_inserted_rows), int(done.num_updated_rows)
+
+    def update(self, where: str, **values: Any) -> int:
+        """Set columns of rows; how many there were."""
+        with lance_errors():
+            done = self._handle.update(where=where, values=values)
+        self.sync()
+        return int(done.rows_updated)
 
     def delete_numbers(self, numbers: Sequence[int]) -> None:
         """Remove rows by their numbers."""
         if numbers:
             self.delete(f"_rowid IN ({', '.join(map(str, numbers))})")
 
-    def delete(self, where: str) -> None:
-        """Remove rows; their bytes stay in files until `erase` or `compact`."""
+    def delete(self, where: str) -> int:
+        """Remove rows; how many there were. Their bytes stay in files until `erase` or
+        `compact`."""
         with lance_errors():
-            self._handle.delete(where)
+            done = self._handle.delete(where)
         self.sync()
+        return int(done.num_deleted_rows)
 
     def erase(self, where: str) -> None:
         """Remove rows and every byte of them.

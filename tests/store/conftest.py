@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, RowBook
 from tests.store.crashes import Crashes
+from tests.store.neighbours import NAMESPACE, Machine, config_of
 
 SMALL = {
     "block_tokens": 8,
@@ -63,6 +65,18 @@ def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator
 
 
 @pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """`machine(name, field=value)` opens the store of one machine; all share what others reach."""
+    with ExitStack() as opened:
+
+        def open_(name: str, **settings: Any) -> Driver:
+            store = opened.enter_context(Store(config_of(tmp_path, name, **settings)))
+            return Driver(store, NAMESPACE)
+
+        yield open_
+
+
+@pytest.fixture
 def crashes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[Driver], Crashes]]:
@@ -77,6 +91,7 @@ def crashes(
         found = Crashes(home, tmp_path / "copies")
         catalog = engine.store.shelf.catalog
         monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
+        monkeypatch.setattr(catalog, "replace", found.after(catalog.replace, "row replaced"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
         files = disk_tier.files
         monkeypatch.setattr(files, "rename", found.around(files.rename, "block renamed"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from kvshare_store import janitor
 from kvshare_store.blocks.remotes.objects import ObjectRemote
 from kvshare_store.check import check_tree
 from kvshare_store.config import StoreConfig
@@ -22,6 +21,7 @@ from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver
 from tests.store.conftest import SMALL
 from tests.store.crashes import NEW, OLD, Crashes
+from tests.store.neighbours import collect_all
 from tests.store.test_ordering_tiers import after_calls
 
 pytestmark = pytest.mark.fault
@@ -66,7 +66,7 @@ def both_are_sound(folder: Path, engine: Driver, check: Callable[[Driver, str], 
         with Site(folder).open(machine) as store:
             learn(store)
             check(Driver(store, NAMESPACE, engine.book), machine)
-            store.collect()
+            collect_all(Driver(store, NAMESPACE))
             store.flush()
             assert check_tree(store.shelf, repair=False).problems == (), (folder, machine)
 
@@ -110,7 +110,7 @@ def test_learning_what_others_changed(
         monkeypatch.setattr(Shelf, "unlearn", found.after(Shelf.unlearn, "forgotten"))
         monkeypatch.setattr(Shelf, "learn", found.after(Shelf.learn, "learned"))
         learn(other)
-        assert found.steps == ["forgotten", "learned"]
+        assert found.steps == ["learned", "forgotten"]
         copies = found.end()
     for copy in copies:
 
@@ -151,7 +151,6 @@ def test_removing_from_a_shared_catalogue(
 def test_collecting_what_no_machine_uses(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(janitor, "SHARED_GRACE_S", 0.0)
     with site.open("b"), site.open("a") as store:
         engine = Driver(store, NAMESPACE)
         engine.save(OLD)
@@ -161,7 +160,7 @@ def test_collecting_what_no_machine_uses(
         store.flush()
         found = Crashes(site.folder, tmp_path / "copies")
         after_calls(monkeypatch, found, ObjectRemote, "delete", "removed")
-        store.collect()
+        collect_all(engine)
         assert found.steps == ["removed"]
         assert len(found.copies) == 5
         copies = found.end()

@@ -2,75 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvshare_store import janitor
-from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
-from kvshare_store.namespace import Namespace
-from kvshare_store.store import Store
-from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, prompt
-
-NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
-PATIENCE_S = 10.0
-Machine = Callable[..., Driver]
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    """Opens the store of one machine by name; all of them share what others can reach."""
-    with ExitStack() as opened:
-
-        def open_(name: str, **settings: Any) -> Driver:
-            shared = {
-                "remote": f"file://{tmp_path / 'remote'}",
-                "remote_write": "through",
-                "catalog": str(tmp_path / "catalog"),
-            }
-            config = StoreConfig(
-                **{
-                    **shared,
-                    "home": str(tmp_path / name),
-                    "host_bytes": 1 << 20,
-                    "disk_bytes": 1 << 20,
-                    "block_tokens": 8,
-                    "min_prompt_tokens": 8,
-                    "min_saving_ms": -1e9,
-                    "semantic": "never",
-                    "sync_seconds": 0.05,
-                    **settings,
-                }
-            )
-            return Driver(opened.enter_context(Store(config)), NAMESPACE)
-
-        yield open_
-
-
-def until(happens: Callable[[], bool]) -> float:
-    """Seconds until it happened; fails when it does not."""
-    start = time.monotonic()
-    while not happens():
-        assert time.monotonic() - start < PATIENCE_S
-        time.sleep(0.01)
-    return time.monotonic() - start
-
-
-def knows(engine: Driver, tokens: list[int]) -> bool:
-    """Whether the store has a node of exactly this prompt."""
-    return any(node.tokens.tolist() == tokens for node in engine.store.tree)
-
-
-def save(engine: Driver, tokens: list[int]) -> None:
-    """Store a prompt and wait until others can see it."""
-    engine.save(tokens)
-    engine.store.flush()
+from kvshare_store.testing.oracle import prompt
+from tests.store.neighbours import Machine, collect_all, knows, remote_blocks, save, until
 
 
 def test_what_one_machine_computed_another_reuses(machine: Machine) -> None:
@@ -122,9 +61,7 @@ def test_what_one_machine_removes_is_gone_everywhere(machine: Machine) -> None:
     assert other.store.blocks.names() == set()
 
 
-def test_what_no_machine_uses_leaves_the_remote_tier(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_machine_uses_leaves_the_remote_tier(machine: Machine, tmp_path: Path) -> None:
     one, other = machine("a"), machine("b")
     save(one, prompt(1, 40))
     save(one, prompt(2, 40))
@@ -133,14 +70,10 @@ def test_what_no_machine_uses_leaves_the_remote_tier(
     save(one, prompt(2, 40))
     until(lambda: not knows(other, prompt(1, 40)) and knows(other, prompt(2, 40)))
 
-    def kept() -> int:
-        return sum(file.is_file() for file in (tmp_path / "remote" / "blocks").rglob("*"))
-
     other.store.collect()
-    assert kept() == 10, "somebody may be about to use them"
-    monkeypatch.setattr(janitor, "SHARED_GRACE_S", 0.0)
-    other.store.collect()
-    assert kept() == 5
+    assert remote_blocks(tmp_path) == 10, "somebody may be about to use them"
+    collect_all(other)
+    assert remote_blocks(tmp_path) == 5
     late = machine("c")
     late.book = one.book
     assert late.serve(prompt(2, 40)).exact == 39

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,16 +205,15 @@ def test_a_node_that_is_pinned_while_it_is_merged_keeps_its_pin(
 ) -> None:
     engine = driver(max_chain=1)
     nodes = chain(engine, 3)
-    catalog = engine.store.shelf.catalog
-    assert catalog is not None
-    add = catalog.add
+    janitor = engine.store._janitor
+    gather = janitor._gather
 
-    def pin_first(rows: object) -> None:
+    def gather_and_pin(*arguments: Any) -> list[str]:
+        names = gather(*arguments)
         engine.store.pin(nodes[2].id)
-        monkeypatch.undo()
-        add(rows)  # type: ignore[arg-type]
+        return names
 
-    monkeypatch.setattr(catalog, "add", pin_first)
+    monkeypatch.setattr(janitor, "_gather", gather_and_pin)
     assert engine.store.collect().merged == 0
     engine.store.flush()
     engine = driver(max_chain=1)
@@ -230,13 +230,14 @@ def test_a_node_that_leaves_while_it_is_merged_leaves_nothing(
     chain(engine, 3)
     catalog = engine.store.shelf.catalog
     assert catalog is not None
-    add = catalog.add
+    replace = catalog.replace
 
-    def leave_after(rows: object) -> None:
-        add(rows)  # type: ignore[arg-type]
+    def leave_after(*arguments: Any) -> bool:
+        replaced = replace(*arguments)
         engine.store.shelf.clear()
+        return replaced
 
-    monkeypatch.setattr(catalog, "add", leave_after)
+    monkeypatch.setattr(catalog, "replace", leave_after)
     assert engine.store.collect().merged == 0
     engine.store.flush()
     assert files(home) == set()
@@ -396,3 +397,30 @@ def test_a_prompt_that_comes_back_from_its_own_child_is_no_ancestor_of_itself(
         assert check_tree(store.shelf, repair=False).problems == ()
         for node in (back, child):
             assert node.id not in [one.id for one in store.tree.path(node.id)[:-1]]
+
+
+def test_merges_that_cannot_succeed_do_not_keep_others_waiting(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver(max_chain=0)
+    engine.save(REQ1)
+    nodes = [saved(engine, [*REQ1[:30], 1000 + number, *REQ1[31:]]) for number in range(10)]
+    janitor = engine.store._janitor
+    merge_one, tried = janitor._merge_one, []
+
+    def merge(node: Node) -> bool:
+        tried.append(node.id)
+        if node.id != nodes[0].id:
+            raise NoSpaceError("there is no room for it")
+        return merge_one(node)
+
+    monkeypatch.setattr(janitor, "_merge_one", merge)
+    assert janitor.collect(patient=True).merged == 0
+    assert len(tried) == 8
+    assert janitor.collect(patient=True).merged == 1
+    assert here(engine, nodes[0]).merged
+    assert sorted(tried) == sorted(node.id for node in nodes)
+    assert janitor.collect(patient=True).merged == 0
+    assert len(tried) == 10
+    engine.store.collect()  # somebody asks for it now
+    assert len(tried) == 18

@@ -36,12 +36,13 @@ class Catalogue:
         self._log = log
         self.error: KVShareError | None = None
 
-    def add(self, rows: list[Addition]) -> None:
+    def add(self, rows: list[Addition]) -> set[str]:
         if self.error is not None:
             raise self.error
         self._log.append("rows " + " ".join(row.node.id for row in rows))
+        return set()
 
-    def delete(self, ids: list[str]) -> None:
+    def delete(self, ids: list[str], stamps: list[int]) -> None:
         self._log.append("rows gone " + " ".join(ids))
 
 

@@ -33,6 +33,7 @@ KINDS = {
     "row": errors.CorruptRowError,
     "newer": errors.NewerRowError,
     "torn": errors.TornTableError,
+    "foreign": errors.ForeignError,
 }
 MISSES = {"corrupt", "short", "missing", "lease", "row", "newer", "torn"}
 RETRYABLE = {"no_space", "overload", "storage", "unavailable", "timeout"}

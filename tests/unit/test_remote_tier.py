@@ -6,10 +6,11 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.blocks.remotes import objects, open_remote
 from kvshare_store.blocks.remotes.base import Entry, Part, Remote
 from kvshare_store.blocks.remotes.urls import parse_url
 from kvshare_store.blocks.tiers.remote import RemoteTier
@@ -363,3 +364,29 @@ def test_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UnsupportedError, match=rf"kvshare-store\[{extra}\]"):
         open_remote(url)
+
+
+def test_a_bucket_that_keeps_versions_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers carry the version of the object."""
+    remote = open_remote(f"file://{tmp_path}")
+    get = objects.obstore.get_async
+
+    class Versioned:
+        def __init__(self, answer: Any) -> None:
+            self.meta = {**answer.meta, "version": "3HL4kqtJlcpXroDTDmJ"}
+            self.bytes_async = answer.bytes_async
+
+    async def get_versioned(*arguments: Any) -> Versioned:
+        return Versioned(await get(*arguments))
+
+    async def scenario() -> None:
+        await remote.put("kvshare-store.json", (b"{}",))
+        await remote.get("kvshare-store.json")
+        assert not remote.keeps_versions
+        monkeypatch.setattr(objects.obstore, "get_async", get_versioned)
+        assert bytes(await remote.get("kvshare-store.json")) == b"{}"
+        assert remote.keeps_versions
+
+    asyncio.run(scenario())

@@ -48,6 +48,9 @@ class Remote(ABC):
     name: str
     """Of the engine, for messages: never holds a credential."""
     properties: RemoteProperties
+    keeps_versions = False
+    """Whether the engine was seen to keep what is deleted or overwritten, as a bucket with
+    versioning does: then no purge is complete."""
 
     @abstractmethod
     async def put(self, key: str, parts: Sequence[Part]) -> None:
@@ -67,6 +70,16 @@ class Remote(ABC):
     @abstractmethod
     async def exists(self, key: str) -> bool:
         """Whether the key has a value now."""
+
+    async def create(self, key: str, value: bytes) -> bool:
+        """Store a value unless the key has one; False if it has.
+
+        Here without a promise for two who do it at the same moment; engines that can give one do.
+        """
+        if await self.exists(key):
+            return False
+        await self.put(key, (value,))
+        return True
 
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[Entry]:

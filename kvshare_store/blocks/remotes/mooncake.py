@@ -75,14 +75,17 @@ class MooncakeRemote(Remote):
 
     async def put(self, key: str, parts: Sequence[Part]) -> None:
         # joined: a thread that cannot be stopped may read it after a cancellation
-        value = b"".join(parts)
+        await self.create(key, b"".join(parts))
+
+    async def create(self, key: str, value: bytes) -> bool:
         if len(value) > self._settings.buffer_bytes:
             raise NoSpaceError(f"{self.name}: {len(value):,} bytes do not fit buffer_bytes")
-        code = await self._call(lambda store: store.put(self._prefix + key, value))
+        code: int = await self._call(lambda store: store.put(self._prefix + key, value))
         if code == _NOT_FOUND:  # the master gave the write up: it took too long
             raise DeadlineError(f"{self.name} did not take the value in time")
         if code != _EXISTS:
             self._check(code)
+        return code != _EXISTS
 
     async def get(self, key: str) -> bytes:
         return await self._call(lambda store: self._get(store, self._prefix + key))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from kvshare_store.errors import (
 
 try:
     import obstore
-    from obstore.exceptions import BaseError
+    from obstore.exceptions import AlreadyExistsError, BaseError
     from obstore.store import LocalStore, S3Store
 except ImportError as error:
     raise missing_extra("s3") from error
@@ -29,10 +31,15 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore, S3Config
 
 _LIST_PAGE = 1000
+_UNFINISHED = re.compile(r"^[0-9a-f]{64}#\d+$")
 
 
 class _BrokenOffError(StorageError):
     """An answer began well and did not come to its end."""
+
+
+class _ExistsError(StorageError):
+    """Somebody has created the object before."""
 
 
 class ObjectRemote(Remote):
@@ -53,6 +60,16 @@ class ObjectRemote(Remote):
         with _translated(self.name, writing=True):
             await obstore.put_async(self._store, key, value, use_multipart=False)
 
+    async def create(self, key: str, value: bytes) -> bool:
+        try:
+            with _translated(self.name, writing=True):
+                await obstore.put_async(self._store, key, value, mode="create")
+        except _ExistsError:
+            return False
+        except StorageError:  # of a server without conditional writes
+            return await super().create(key, value)
+        return True
+
     async def get(self, key: str) -> memoryview:
         try:
             return await self._get(key)
@@ -63,6 +80,9 @@ class ObjectRemote(Remote):
     async def _get(self, key: str) -> memoryview:
         with _translated(self.name):
             answer = await obstore.get_async(self._store, key)
+            # a bucket whose versioning was suspended says "null" for what has no version
+            if answer.meta.get("version") not in (None, "null"):
+                self.keeps_versions = True
             return memoryview(await answer.bytes_async())
 
     async def delete(self, key: str) -> None:
@@ -86,6 +106,28 @@ class ObjectRemote(Remote):
             async for page in pages:
                 for item in page:
                     yield Entry(item["path"], item["size"])
+
+
+class FolderRemote(ObjectRemote):
+    """A folder. The library writes `NAME#1` and renames it, and never lists what a killed process
+    left of that."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(LocalStore(folder), f"file://{folder}")
+        self._folder = folder
+
+    async def delete_prefix(self, prefix: str) -> int:
+        removed = await super().delete_prefix(prefix)
+        await asyncio.to_thread(self._remove_unfinished, prefix)
+        return removed
+
+    def _remove_unfinished(self, prefix: str) -> None:
+        try:
+            for file in (self._folder / prefix).glob("*#*"):
+                if _UNFINISHED.match(file.name):
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.name}: {error.strerror}") from error
 
 
 def open_s3(url: RemoteURL, timeout_s: float) -> ObjectRemote:
@@ -124,7 +166,7 @@ def open_folder(url: RemoteURL) -> ObjectRemote:
     folder = Path(url.path)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return ObjectRemote(LocalStore(folder), f"file://{folder}")
+        return FolderRemote(folder)
     except (OSError, BaseError) as error:
         raise StorageError(f"remote folder {folder} cannot be used: {_line(error)}") from error
 
@@ -138,6 +180,8 @@ def _translated(name: str, *, writing: bool = False) -> Iterator[None]:
         if writing or "NoSuchBucket" in str(error):
             raise StorageError(f"{name} does not exist: create it") from error
         raise MissingBlockError(f"{name} has no such object") from error
+    except AlreadyExistsError as error:
+        raise _ExistsError(f"{name} has the object already") from error
     except (OSError, BaseError) as error:
         raise _kind(str(error))(f"{name}: {_line(error)}") from error
 

@@ -66,6 +66,10 @@ class RedisRemote(Remote):
         with self._translated():
             return bool(await self._client.exists(self._prefix + key))
 
+    async def create(self, key: str, value: bytes) -> bool:
+        with self._translated():
+            return bool(await self._client.set(self._prefix + key, value, nx=True))
+
     async def list(self, prefix: str) -> AsyncIterator[Entry]:
         async for keys in self._pages(prefix):
             with self._translated():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from kvshare_store.blocks.remotes.base import Remote
+from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import (
     CorruptBlockError,
@@ -29,6 +32,8 @@ from kvshare_store.tensors.frame import (
 
 _BLOCKS = "blocks/"
 _QUARANTINE = "quarantine/"
+_KEY = re.compile(r"^blocks/([0-9a-f]{64})/([0-9a-f]{64})$")
+"""What a store may have written. Whatever else is there is somebody else's and stays."""
 
 
 class _Known(NamedTuple):
@@ -45,7 +50,8 @@ class RemoteTier(Tier):
     process knows: what it put or got, was told by `expect`, or found by `discover`. `get` always
     asks the engine. `namespace_of` finds the namespace of a block this process does not know.
 
-    `budget` in bytes holds for what this process puts; 0 leaves eviction to the engine.
+    `budget` in bytes holds for what this process puts; 0 leaves eviction to the engine. `owner`
+    says to whom the prefix belongs: nothing is written or removed under another store's.
     """
 
     name = "remote"
@@ -58,6 +64,7 @@ class RemoteTier(Tier):
         codec: Codec = "none",
         key: Key | None = None,
         namespace_of: Callable[[str], str | None] = lambda name: None,
+        owner: Owner | None = None,
     ) -> None:
         self.remote = remote
         self.namespace_of = namespace_of
@@ -71,7 +78,12 @@ class RemoteTier(Tier):
         self._budget = budget
         self._codec: Codec = codec
         self._key = key
+        self._owner = owner
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._doubted: dict[str, int] = {}
+        """Blocks that another machine may have removed, and when (a count) that was last heard."""
+        self._doubts = 0
+        self._doubting = threading.Lock()
         self._used = 0
         self._pending = 0
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -89,7 +101,36 @@ class RemoteTier(Tier):
     def forget(self, name: str) -> None:
         """Nobody here needs the block any more; it stays for others, and a put puts it again."""
         known = self._known.pop(name, None)
+        self._doubted.pop(name, None)
         self._used -= 0 if known is None else known.nbytes
+
+    def doubt(self, names: Iterable[str] | None) -> None:
+        """Others may have removed these blocks, or any (None): the next `put` of one is carried
+        out although it is known. Reads go on asking."""
+        with self._doubting:
+            self._doubts += 1
+            for name in list(self._known) if names is None else names:
+                if name in self._known or name in self._locks:  # here, or being put
+                    self._doubted[name] = self._doubts
+
+    def sure(self, name: str) -> bool:
+        """Whether the block is known and not in doubt."""
+        return name in self._known and name not in self._doubted
+
+    async def listed(self) -> dict[str, tuple[str, int]]:
+        """Namespace and bytes of every block that the engine holds, by name.
+
+        `UnsupportedError` when the engine cannot list.
+        """
+        with self._call():
+            if self._owner is not None:
+                self._owner.doubt()  # once in a while: somebody may have given the prefix away
+            await self._ours()
+            return {
+                found[2]: (found[1], nbytes)
+                async for key, nbytes in self.remote.list(_BLOCKS)
+                if (found := _KEY.match(key))
+            }
 
     async def discover(self) -> int:
         """List what the engine holds; how many blocks this process did not know.
@@ -97,22 +138,36 @@ class RemoteTier(Tier):
         `UnsupportedError` when the engine cannot list.
         """
         before = len(self._known)
-        with self._call():
-            async for key, nbytes in self.remote.list(_BLOCKS):
-                namespace, _, name = key.removeprefix(_BLOCKS).partition("/")
-                self.expect(name, namespace, nbytes)
+        for name, (namespace, nbytes) in (await self.listed()).items():
+            self.expect(name, namespace, nbytes)
         return len(self._known) - before
+
+    async def remove(self, namespace: str, name: str) -> None:
+        """Remove a block that this process need not know. Asked for once: a second attempt might
+        come after the block was put again."""
+        async with self._alone(name):
+            with self._call():
+                await self._ours()
+                await self.remote.delete(_at(_BLOCKS, namespace, name))
+                self.forget(name)
+
+    async def _ours(self) -> None:
+        """`ForeignError` if the prefix belongs to another store."""
+        if self._owner is not None:
+            await self._owner.check(self.remote)
 
     async def purge(self, namespace: str, names: Sequence[str]) -> None:
         """Remove every block of a namespace, whoever put it, quarantined ones too."""
         with self._call():
+            await self._ours()
             for area in (_BLOCKS, _QUARANTINE):
                 await self.remote.delete_prefix(f"{area}{namespace}/")
         for name in [name for name, known in self._known.items() if known.namespace == namespace]:
             self.forget(name)
 
     def _learn(self, name: str, namespace: str, nbytes: int) -> None:
-        self.forget(name)
+        known = self._known.pop(name, None)
+        self._used -= 0 if known is None else known.nbytes
         self._known[name] = _Known(namespace, nbytes)
         self._used += nbytes
 
@@ -142,7 +197,7 @@ class RemoteTier(Tier):
     async def put(self, name: str, block: Block) -> None:
         async with self._alone(name):
             with self._call():
-                if name in self._known:
+                if self.sure(name):
                     self.touch(name)
                 else:
                     await self._put(name, block)
@@ -154,9 +209,14 @@ class RemoteTier(Tier):
         if self._budget and self._used + self._pending + nbytes > self._budget:
             raise NoSpaceError(f"remote tier holds {self._used:,} of {self._budget:,} bytes")
         self._pending += nbytes  # before the next await: concurrent puts share one budget
+        doubted = self._doubted.get(name)
         try:
+            await self._ours()
             await self.remote.put(_at(_BLOCKS, block.namespace, name), (frame,))
             self._learn(name, block.namespace, nbytes)
+            with self._doubting:
+                if self._doubted.get(name) == doubted:  # else it may have been removed since
+                    self._doubted.pop(name, None)
         finally:
             self._pending -= nbytes
 
@@ -220,6 +280,7 @@ class RemoteTier(Tier):
                 if namespace is None:
                     return False
                 present = name in self._known
+                await self._ours()
                 await self.remote.delete(_at(_BLOCKS, namespace, name))
                 self.forget(name)
                 return present

@@ -1,0 +1,96 @@
+"""Three machines on one remote and one catalogue lose nothing; without any one of the means that
+hold them together, they do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_store.blocks.remotes.owner import Owner
+from kvshare_store.blocks.tiers import remote as remote_tier
+from kvshare_store.condemned import Condemned
+from kvshare_store.shared_garbage import SharedGarbage
+from kvshare_store.shelf import Shelf
+from kvshare_store.testing.chaos.machines import run
+from kvshare_store.tree.catalog import Catalog
+from kvshare_store.uses import Uses
+
+pytestmark = pytest.mark.fault
+
+Patch = pytest.MonkeyPatch
+
+
+def rows_told_by_id_alone(patch: Patch) -> None:
+    """A machine removes and learns rows by id, whatever form of a row it knew."""
+    delete, learn = Catalog.delete, Shelf.learn
+
+    def delete_any(self: Catalog, ids: Iterable[str], stamps: Any = ()) -> None:
+        delete(self, ids)
+
+    def learn_new(self: Shelf, spaces: Any, rows: Any, known: Mapping[str, int]) -> None:
+        learn(self, spaces, [row for row in rows if row[0].id not in self.tree], known)
+
+    patch.setattr(Catalog, "delete", delete_any)
+    patch.setattr(Shelf, "learn", learn_new)
+
+
+def a_save_ignores_condemned_blocks(patch: Patch) -> None:
+    patch.setattr(Condemned, "rescue", lambda self, names: None)
+
+
+def a_janitor_believes_its_own_tree(patch: Patch) -> None:
+    patch.setattr(SharedGarbage, "_named", lambda self: self._shelf.tree.blocks())
+
+
+def uses_stay_with_the_machine(patch: Patch) -> None:
+    patch.setattr(Uses, "exchange", lambda self: None)
+
+
+def a_small_machine_evicts_for_all(patch: Patch) -> None:
+    def evict(self: Shelf) -> None:
+        self.evict(max(0, len(self.tree) - self._config.max_nodes))
+
+    patch.setattr(Shelf, "_let_go_of_excess", evict)
+
+
+def nobody_asks_whose_the_prefix_is(patch: Patch) -> None:
+    async def check(self: Owner, remote: Any) -> None:
+        return None
+
+    patch.setattr(Owner, "check", check)
+
+
+def any_name_is_a_blocks(patch: Patch) -> None:
+    patch.setattr(remote_tier, "_KEY", re.compile(r"^blocks/([^/]+)/(.+)$"))
+
+
+FOUND_BY: dict[Callable[[Patch], None], tuple[int, int]] = {
+    rows_told_by_id_alone: (1, 60),
+    a_save_ignores_condemned_blocks: (1, 60),
+    a_janitor_believes_its_own_tree: (1, 60),
+    uses_stay_with_the_machine: (1, 60),
+    a_small_machine_evicts_for_all: (1, 60),
+    nobody_asks_whose_the_prefix_is: (1, 60),
+    any_name_is_a_blocks: (1, 60),
+}
+"""What is taken out, and the seed and steps that find it."""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nothing_that_was_committed_is_lost(tmp_path: Path, seed: int) -> None:
+    site = run(tmp_path, 60, seed)
+    assert site.findings == []
+    assert len(site.kept) > 5
+
+
+@pytest.mark.parametrize("taken_out", FOUND_BY, ids=lambda taken_out: taken_out.__name__)
+def test_what_is_lost_without(
+    taken_out: Callable[[Patch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, steps = FOUND_BY[taken_out]
+    taken_out(monkeypatch)
+    assert run(tmp_path, steps, seed, to_the_end=False).findings

@@ -1,0 +1,107 @@
+"""A purge is a fact of the shared catalogue: every machine carries it out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.store import Store
+from kvshare_store.testing.oracle import Driver, prompt
+from tests.store.neighbours import (
+    NAMESPACE,
+    Machine,
+    config_of,
+    knows,
+    learn,
+    remote_blocks,
+    save,
+    until,
+)
+from tests.store.test_upkeep import ASKED_ONLY, PROMPT
+
+
+def copies(engine: Driver) -> bytes:
+    """What this machine's arena and disk hold."""
+    arena = engine.store.blocks.host.arena
+    home = engine.store.config.home_path
+    kept = [*(home / "blocks").rglob("*"), *(home / "quarantine").rglob("*")]
+    return bytes(arena.rows(0, arena.nbytes - 64)) + b"".join(
+        file.read_bytes() for file in kept if file.is_file()
+    )
+
+
+def test_copies_on_other_machines_are_wiped(machine: Machine) -> None:
+    one, other = machine("a"), machine("b")
+    other.book = one.book
+    save(one, PROMPT)
+    until(lambda: knows(other, PROMPT))
+    plan = other.serve(PROMPT)
+    assert plan.exact == 39
+    row = bytes(one.book.computed(PROMPT, 40, "")[0, 0, 0].tobytes())
+    until(lambda: row in copies(other))
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    until(lambda: row not in copies(other))
+    until(lambda: other.store.namespace(NAMESPACE.digest) is None)
+
+
+def test_a_machine_that_was_off_carries_it_out_when_it_starts(
+    machine: Machine, tmp_path: Path
+) -> None:
+    one = machine("a")
+    save(one, PROMPT)
+    config = config_of(tmp_path, "b", gc_seconds=0.0)
+    with Store(config) as store:
+        assert Driver(store, NAMESPACE, one.book).serve(PROMPT).exact == 39
+        disk = store.blocks.levels.named("disk")
+        assert disk is not None
+        until(lambda: len(disk.tier.names()) == 5)
+    bad = config.home_path / "quarantine" / f"{'ab' * 32}.kvb"
+    bad.write_bytes(b"rows that did not verify")
+    one.store.purge(NAMESPACE.digest)
+    with Store(config):
+        until(lambda: not bad.exists())
+
+
+def test_it_is_carried_out_once(machine: Machine, tmp_path: Path) -> None:
+    """What is saved in the namespace afterwards keeps its copies."""
+    one = machine("a")
+    save(one, PROMPT)
+    config = config_of(tmp_path, "b", **ASKED_ONLY)
+    with Store(config) as store:
+        learn(Driver(store, NAMESPACE))
+        one.store.purge(NAMESPACE.digest)
+        learn(Driver(store, NAMESPACE))
+        save(one, PROMPT)
+        learn(Driver(store, NAMESPACE))
+        assert Driver(store, NAMESPACE, one.book).serve(PROMPT).exact == 39
+        disk = store.blocks.levels.named("disk")
+        assert disk is not None
+        until(lambda: len(disk.tier.names()) == 5)
+    with Store(config) as store:
+        learn(Driver(store, NAMESPACE))
+        disk = store.blocks.levels.named("disk")
+        assert disk is not None
+        assert len(disk.tier.names()) == 5
+
+
+def test_unfinished_puts_of_a_killed_process_are_purged(machine: Machine, tmp_path: Path) -> None:
+    """The library that writes to folders never lists them."""
+    one = machine("a")
+    save(one, prompt(1, 40))
+    folder = tmp_path / "remote" / "blocks" / NAMESPACE.digest
+    (folder / f"{'ef' * 32}#1").write_bytes(b"half a block")
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    assert remote_blocks(tmp_path) == 0
+
+
+def test_a_bucket_that_keeps_versions_is_said_to(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = machine("a")
+    save(one, PROMPT)
+    (tier,) = one.store.blocks.levels.shared()
+    monkeypatch.setattr(tier.remote, "keeps_versions", True)
+    remaining = one.store.purge(NAMESPACE.digest)[0].remaining
+    assert len(remaining) == 1
+    assert "old versions" in remaining[0]
