@@ -181,7 +181,7 @@ class OthersPurges:
             digest = fact.key.rpartition("/")[2]
             if self._done.get(digest) == fact.at:
                 continue
-            done = fact.by == self._shelf.machine or self._carried_out(catalog, digest)
+            done = fact.by == self._shelf.machine or self._carried_out(catalog, digest, fact.at)
             if done:
                 self._remember(digest, fact.at)
             waiting |= not done
@@ -193,7 +193,9 @@ class OthersPurges:
         written.write_bytes(msgspec.json.encode(self._done))
         written.replace(self._file)
 
-    def _carried_out(self, catalog: Catalog, digest: str) -> bool:
+    def _carried_out(self, catalog: Catalog, digest: str, at: float) -> bool:
+        """Also False while rows of nodes that were purged can still be read: whoever purges says so
+        before it removes them."""
         shelf, blocks = self._shelf, self._shelf.blocks
         with shelf.lock:
             nodes = [node for node in shelf.tree if node.namespace == digest]
@@ -207,4 +209,4 @@ class OthersPurges:
             shelf.forget_namespace(digest)
             catalog.forget_key(digest)
         _wipe_free(shelf)
-        return not refused
+        return not refused and all(node.created > at for node in nodes)
