@@ -10,8 +10,8 @@ _CELLS = 1 << 26
 _PIECE = 1 << 13
 """What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
 _SECONDS = 0.04
-"""Of processor time, after which nothing is begun. Not of the clock: on a busy machine a short prompt
-would else lose its plan because its thread had to wait."""
+"""Of processor time, after which nothing is begun. By the clock a short prompt would lose its plan
+because its thread had to wait for a core."""
 
 
 class Effort:
