@@ -49,6 +49,8 @@ class FakeLink:
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
         self.told: list[Any] = []
+        self.busy: list[bool] = []
+        self.away = False
         self.given_up = 0
 
     def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
@@ -64,8 +66,14 @@ class FakeLink:
     def give_up(self, request_id: bytes) -> None:
         self.given_up += 1
 
-    def tell(self, message: Any) -> None:
-        self.told.append(message)
+    def tell(self, message: Any) -> bool:
+        if self.away:
+            return False
+        if isinstance(message, protocol.Working):
+            self.busy.append(message.busy)
+        else:
+            self.told.append(message)
+        return True
 
 
 ids = itertools.count()
@@ -477,6 +485,26 @@ DECLINED = [
     ("unknown_policy", {"kv_transfer_params": policy(0)}),
     ("unknown_policy", {"kv_transfer_params": policy("")}),
 ]
+
+
+def test_an_engine_says_when_it_has_requests(planning: Planning, link: FakeLink) -> None:
+    requests = [request(), request()]
+    for each in requests:
+        planning.state_of(each)
+        planning.state_of(each)
+    assert link.busy == [True]
+    planning.finished(requests[0])
+    assert link.busy == [True]
+    planning.finished(requests[1])
+    assert link.busy == [True, False]
+    link.away = True
+    planning.state_of(late := request())
+    link.away = False
+    planning.state_of(another := request())
+    assert link.busy == [True, False, True], "said again once the daemon is there"
+    planning.finished(late)
+    planning.finished(another)
+    assert link.busy == [True, False, True, False]
 
 
 @pytest.mark.parametrize(("reason", "fields"), DECLINED)
