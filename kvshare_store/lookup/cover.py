@@ -18,8 +18,9 @@ from kvshare_store.tree.node import Node, segments_between
 
 Positions = npt.NDArray[np.int64]
 
-_TOGETHER = 1 << 15
-"""Tokens of nodes that are hashed in one go."""
+_FEW_TOGETHER, _TOGETHER = 1 << 11, 1 << 15
+"""Tokens of nodes that are hashed in one go, after the first node and after that."""
+_ENOUGH = 64
 _HASHED = 16
 """Cells that hashing a token costs."""
 
@@ -43,7 +44,7 @@ class Cover:
     def sharing_text(self, nodes: Iterable[Node], effort: Effort) -> Iterator[Node]:
         """Those of the nodes that have some gram of the request in them, in the same order.
 
-        The first is looked at alone, since it often is enough; the others many at a time.
+        The first is looked at alone, since it often is enough; then a few, then many at a time.
         """
         batch: list[Node] = []
         limit = 0
@@ -51,7 +52,7 @@ class Cover:
             batch.append(node)
             if sum(each.length for each in batch) >= limit:
                 yield from self._sharing(batch, effort)
-                batch, limit = [], _TOGETHER
+                batch, limit = [], min(_TOGETHER, max(_FEW_TOGETHER, 16 * limit))
         if batch:
             yield from self._sharing(batch, effort)
 
@@ -61,6 +62,8 @@ class Cover:
             return []
         grams = gram_hashes(np.concatenate([node.tokens for node in nodes]))
         likely = np.flatnonzero(occur_in(grams, self._grams))
+        if len(nodes) == 1:  # a few more than can be there by mistake are enough
+            likely = likely[: _ENOUGH + len(grams) // 256]
         whose = np.searchsorted(ends, likely, "right")
         within = likely + GRAM <= ends[whose]  # others lie across two nodes
         asked, whose = grams[likely[within]], whose[within]

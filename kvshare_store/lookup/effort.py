@@ -10,9 +10,10 @@ _CELLS = 1 << 26
 _PIECE = 1 << 13
 """What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
 _SECONDS = 0.04
-"""Of processor time, after which nothing is begun. Not of the clock: on a busy machine a short
-prompt
-would else lose its plan because its thread had to wait."""
+"""Nothing is begun so long after the first alignment of a plan began,"""
+_UNTIMED = 1 << 22
+"""but so many cells are allowed whatever the clock says: a short prompt must not lose its plan
+because its thread had to wait for a core."""
 
 
 class Effort:
@@ -23,7 +24,7 @@ class Effort:
         self,
         cells: int = _CELLS,
         seconds: float = _SECONDS,
-        clock: Callable[[], float] = time.thread_time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.left = cells
         self.reserve = 0.0
@@ -35,8 +36,10 @@ class Effort:
     def spend(self, cells: int) -> bool:
         """Whether a piece of work of so many cells may begin; then it counts as done."""
         cost = cells + _PIECE
-        late = self._clock() > self._until - self.reserve * self._seconds
-        if late or cost > self.left - self.reserve * self._cells:
+        if cost > self.left - self.reserve * self._cells:
+            return False
+        timed = self._cells - self.left + cost > _UNTIMED
+        if timed and self._clock() > self._until - self.reserve * self._seconds:
             return False
         self.left -= cost
         return True

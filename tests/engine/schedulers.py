@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from kvshare_connectors.vllm.planning import Planning
 
+from kvshare_store.daemon import protocol
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
@@ -57,6 +58,8 @@ class FakeLink:
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
         self.told: list[Any] = []
+        self.busy: list[bool] = []
+        self.away = False
         self.given_up = 0
 
     def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
@@ -72,8 +75,14 @@ class FakeLink:
     def give_up(self, request_id: bytes) -> None:
         self.given_up += 1
 
-    def tell(self, message: Any) -> None:
-        self.told.append(message)
+    def tell(self, message: Any) -> bool:
+        if self.away:
+            return False
+        if isinstance(message, protocol.Working):
+            self.busy.append(message.busy)
+        else:
+            self.told.append(message)
+        return True
 
     def close(self) -> None:
         pass

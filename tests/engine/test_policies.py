@@ -441,6 +441,26 @@ DECLINED = [
 ]
 
 
+def test_an_engine_says_when_it_has_requests(planning: Planning, link: FakeLink) -> None:
+    requests = [request(), request()]
+    for each in requests:
+        planning.state_of(each)
+        planning.state_of(each)
+    assert link.busy == [True]
+    planning.finished(requests[0])
+    assert link.busy == [True]
+    planning.finished(requests[1])
+    assert link.busy == [True, False]
+    link.away = True
+    planning.state_of(late := request())
+    link.away = False
+    planning.state_of(another := request())
+    assert link.busy == [True, False, True], "said again once the daemon is there"
+    planning.finished(late)
+    planning.finished(another)
+    assert link.busy == [True, False, True, False]
+
+
 @pytest.mark.parametrize(("reason", "fields"), DECLINED)
 def test_declined_requests_are_counted_and_never_looked_up(
     planning: Planning, link: FakeLink, reason: str, fields: dict[str, Any]

@@ -170,6 +170,8 @@ def test_work_ends_when_the_time_is_over() -> None:
     found = align(request, TEXT, effort)
     assert sum(match.length for match in found) <= 24, "only common ends, which cost nothing"
     assert passages(request, TEXT, [Run(0, LONG)], 16, effort) == []
+    short = changed(TEXT[:1_000], 24)
+    assert sum(match.length for match in align(short, TEXT[:1_000], effort)) > 900, "a short prompt"
 
 
 def test_some_effort_is_kept_for_the_gaps() -> None:

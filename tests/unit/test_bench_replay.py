@@ -161,7 +161,7 @@ def test_every_method_is_replayed_and_drawn() -> None:
     assert all(len(served) == 3 for served in brief.values())
     full = {m.name for m in figure4.methods(prompts, (), brief=False)}
     assert set(brief) < full
-    assert len(full) == 11
+    assert len(full) == 12
 
 
 def test_vectors_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
