@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvshare_connectors.vllm.beside import check_failure_policy, keeps_rows_by_tokens, ours
+from kvshare_connectors.vllm.lookups import LOOK_AHEAD
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.orders import from_first
 from kvshare_connectors.vllm.placing import Room, add_row, metadata_of
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_LOOK_AHEAD = 8
 _MEASURED_PREFILL = 128
 
 
@@ -111,25 +111,26 @@ class VirtualRows(_Base):
         """The first requests of the queue that this step may admit."""
         if self.pause_state != PauseState.UNPAUSED:
             return []
-        return [r for r in itertools.islice(self._heads(), _LOOK_AHEAD) if _is_fresh(r)]
+        return [r for r in itertools.islice(self._heads(), LOOK_AHEAD) if _is_fresh(r)]
 
     def _heads(self) -> Iterator[Request]:
         return iter(self.waiting)
 
     def _adapter_fits(self, request: Request) -> bool:
-        """Whether the request's adapter has a place beside those of running and waiting requests
-        that hold rows. vLLM counts the running ones; the waiting ones have virtual rows."""
+        """Whether the request's adapter has a place beside those of running requests, which vLLM
+        counts, and of requests that hold rows without running, which have virtual rows."""
         if not self.lora_config or request.lora_request is None:
             return True
-        planning = self._planning()
-        parked = [state.request for state in planning.parked] if planning is not None else []
-        held = {
-            other.lora_request.lora_int_id
-            for other in itertools.chain(self.running, self.kv_holding_waiting, parked)
-            if other.lora_request is not None
-        }
+        held = {r.lora_request.lora_int_id for r in self._holders() if r.lora_request is not None}
         held.add(request.lora_request.lora_int_id)
         return len(held) <= self.lora_config.max_loras
+
+    def _holders(self) -> Iterator[Request]:
+        yield from self.running
+        planning = self._planning()
+        if planning is not None:
+            yield from (r for r in self.kv_holding_waiting if planning.holds_rows(r))
+            yield from (state.request for state in planning.parked)  # of this step
 
     # --- after it ----------------------------------------------------------------------------
 

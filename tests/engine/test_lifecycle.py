@@ -57,6 +57,16 @@ def core(engine: Engine) -> Any:
     return engine.core.engine_core.engine_core
 
 
+def park(engine: Engine, prompt: list[int]) -> str:
+    """A request that waits for its placeholders."""
+    name = engine.add(prompt)
+    for _ in range(50):
+        engine.step()
+        if engine.planning.parked:
+            return name
+    raise AssertionError("it was never parked")
+
+
 # --- new weights ----------------------------------------------------------------------------------
 
 
@@ -67,7 +77,7 @@ def other_weights(engine: Engine) -> Iterator[None]:
     def scale(by: float) -> Any:
         def change(model: Any) -> None:
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.data.mul_(by)
+                layer.input_layernorm.weight.data.mul_(by)
 
         return change
 
@@ -126,19 +136,17 @@ def test_requests_survive_a_pause(
 ) -> None:
     """One decodes, one is parked, one is new; nothing is computed meanwhile."""
     other, late = fresh(60), fresh(70)
-    alone = engine.ask(other, policy="off", max_tokens=8)
+    alone = engine.ask(other, policy="off", max_tokens=40)
     alone_late = engine.ask(late, policy="off")
     full = engine.ask(prompt, policy="off")
     engine.clear()
     engine.store(prompt)
     engine.forget()
     with engine.keeping(holes), engine.budget(tokens=LITTLE):
-        decoding = engine.add(other, policy="off", max_tokens=8)
+        decoding = engine.add(other, policy="off", max_tokens=40)
         for _ in range(4):
             engine.step()
-        parked = engine.add(prompt)
-        engine.step()
-        assert engine.planning.parked
+        parked = park(engine, prompt)
         core(engine).pause_scheduler(mode="keep", clear_cache=clear)
         new = engine.add(late)
         engine.steps.clear()
@@ -159,13 +167,11 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
     engine.store(prompt)
     engine.forget()
     with engine.keeping(holes), engine.budget(tokens=LITTLE):
-        engine.add(fresh(40), policy="off", max_tokens=9)
+        engine.add(fresh(40), policy="off", max_tokens=60)
         engine.step()
         engine.step()
-        engine.add(prompt)
-        engine.step()
+        park(engine, prompt)
         engine.add(fresh(40))
-        assert engine.planning.parked
         core(engine).pause_scheduler(mode="abort", clear_cache=False)
         for _ in range(3):
             engine.step()

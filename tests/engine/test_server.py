@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_S = 180
 Ask = Callable[..., str]
+Call = Callable[[str, dict[str, Any]], str]
 
 
 def free_port() -> int:
@@ -39,8 +40,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Ask the running server; the keyword arguments go into the body of the request."""
+def call(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+    """Post to a path of the running server; the answer as it came."""
     port = free_port()
     log = tmp_path_factory.mktemp("log") / "server.log"
     settings = {
@@ -61,16 +62,14 @@ def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
-    def post(text: str, **body: Any) -> str:
-        message = {"model": "demo", "temperature": 0, "max_tokens": 8}
-        message |= {"messages": [{"role": "user", "content": text}]} | body
+    def post(path: str, body: dict[str, Any]) -> str:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(message).encode(),
+            f"http://127.0.0.1:{port}/v1/{path}",
+            json.dumps({"model": "demo", "temperature": 0, "max_tokens": 8} | body).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"])
+            return str(answer.read().decode())
 
     try:
         wait_for(port, server, log)
@@ -78,6 +77,21 @@ def ask(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     finally:
         server.terminate()
         server.wait(timeout=60)
+
+
+def chat(text: str, **body: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} | body
+
+
+@pytest.fixture(scope="module")
+def ask(call: Call) -> Ask:
+    """Ask in a chat; the keyword arguments go into the body of the request."""
+
+    def asking(text: str, **body: Any) -> str:
+        answer = json.loads(call("chat/completions", chat(text, **body)))
+        return str(answer["choices"][0]["message"]["content"])
+
+    return asking
 
 
 def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -125,3 +139,24 @@ def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
     after = stored(home, before["nodes"] + 1)
     assert after["misses"] == before["misses"] + 1
     assert after["nodes"] == before["nodes"] + 1
+
+
+def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
+    """Completions and chats; what is streamed has no place for it and comes all the same."""
+    family = next(family for family in FAMILIES if family.name == "support_ticket")
+    text = family.donor * 2
+    before = stored(home, 2)["nodes"]
+    first = json.loads(call("completions", {"prompt": text}))
+    assert first["kv_transfer_params"]["kvshare.reused"] == 0
+    stored(home, before + 1)
+    again = json.loads(call("completions", {"prompt": text, "cache_salt": None}))
+    said, usage = again["kv_transfer_params"], again["usage"]
+    assert said["kvshare.policy"] == "balanced"
+    parts = ("exact", "edited", "prefix_cached", "recomputed")
+    assert sum(said[f"kvshare.{part}"] for part in parts) == usage["prompt_tokens"]
+    wild = {"kvshare.policy": "wild"}
+    answer = json.loads(call("chat/completions", chat(text, kv_transfer_params=wild)))
+    said = answer["kv_transfer_params"]
+    assert (said["kvshare.reason"], said["kvshare.asked"]) == ("unknown_policy", "wild")
+    streamed = call("chat/completions", chat(text, stream=True))
+    assert streamed.rstrip().endswith("data: [DONE]")
