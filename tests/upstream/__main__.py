@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from tests.upstream.gate import Result, differences, not_called, not_passed
+from tests.upstream.gate import Result, differences, missing, not_called
 from tests.upstream.prepare import FOLDER, HERE, SITE
 
 
@@ -27,12 +27,26 @@ class Pair:
     """Where KVShareConnector goes, in both arms: see `plugin/kvshare_upstream.py`."""
     control_passes: bool
     """Whether vLLM's schedulers pass every test, also with the connector there."""
+    refused: frozenset[str] = frozenset()
+    """Tests that ask for what KVShare refuses."""
+
+
+FAIL_POLICY = frozenset(
+    f"tests/v1/kv_connector/unit/{test}"
+    for test in (
+        "test_cache_pollution_prevention.py::test_invalid_blocks_evicted_prevents_cache_pollution",
+        "test_error_propagation.py::test_error_propagation_async_load",
+        "test_error_propagation.py::test_error_propagation_sync_load",
+        "test_invalid_blocks_correctness.py::test_sync_fail_invalid_blocks_evicted",
+    )
+)
+"""They set the failure policy "fail", with which a failed load would fail its request."""
 
 
 PAIRS = {
     "schedulers": Pair("none", control_passes=True),
     # Tests that assert on the class of the connector they configured fail here with any scheduler.
-    "beside": Pair("beside", control_passes=False),
+    "beside": Pair("beside", control_passes=False, refused=FAIL_POLICY),
 }
 
 
@@ -52,9 +66,8 @@ def compare(name: str, pair: Pair) -> list[str]:
     called = ["VirtualRows.schedule"]
     if pair.connector == "beside":
         called.append("KVShareConnector.build_connector_meta")
-    found = [*differences(control, ours), *not_called(ours, called)]
-    if pair.control_passes:
-        found += not_passed(control, known)
+    found = [*differences(control, ours, pair.refused), *not_called(ours, called)]
+    found += missing(control, known, ["passed"] if pair.control_passes else ["passed", "failed"])
     return [f"{name}: {fault}" for fault in found]
 
 
