@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 import numpy as np
-import numpy.ma
+import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and more
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
