@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.ma
+import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and more
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
