@@ -135,9 +135,11 @@ def test_a_crowd_at_the_door_is_not_a_missing_daemon(home: Path) -> None:
     with socket.socket(socket.AF_UNIX) as hung, contextlib.ExitStack() as crowd:
         hung.bind(str(home / "kvshare.sock"))
         hung.listen(0)
-        with pytest.raises(OverloadError, match="try again"):
-            while True:
+        for _ in range(2):  # one that waits, and one more
+            with contextlib.suppress(OverloadError):
                 crowd.enter_context(connect(home))
+        with pytest.raises(OverloadError, match="try again"):
+            connect(home)
         with Client(home, timeout=0.1) as client, pytest.raises(OverloadError):
             client.stats()
 
