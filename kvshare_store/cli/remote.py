@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 
 _CLEAR_S = 600.0
@@ -33,10 +32,10 @@ class Daemon:
         self._client.call(protocol.Stop())
         return pid
 
-    def gone(self, pid: int, patience: float) -> bool:
-        """Wait for the stopped daemon to end; False if it has not after `patience` seconds."""
+    def gone(self, patience: float) -> bool:
+        """Wait until the stopped daemon has left its home; False after `patience` seconds."""
         deadline = time.monotonic() + patience
-        while _alive(pid):
+        while home_taken(self._client.home):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -49,11 +48,3 @@ def connected(config: StoreConfig) -> Iterator[Daemon]:
     with Client(config.home_path) as client:
         client.open()
         yield Daemon(client)
-
-
-def _alive(pid: int) -> bool:
-    """A process that has ended and waits for its parent to notice is not alive."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -20,7 +20,7 @@ def command(home: HomeOption = None, config: ConfigOption = None) -> None:
     try:
         with remote.connected(chosen) as daemon:
             pid = daemon.stop()
-            if not daemon.gone(pid, _PATIENCE_S):
+            if not daemon.gone(_PATIENCE_S):
                 raise DeadlineError(
                     f"the daemon of {chosen.home_path} (process {pid}) is still writing after "
                     f"{_PATIENCE_S:.0f} s; it stops when it is done"

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvshare_store.daemon import wire
-from kvshare_store.errors import BusyError, HomeError, UnavailableError
+from kvshare_store.errors import BusyError, HomeError, OverloadError, UnavailableError
 
 SOCKET = "kvshare.sock"
-_BACKLOG = 512
+_BACKLOG = 4096
 
 
 def socket_path(home: Path) -> Path:
@@ -29,7 +29,8 @@ def socket_path(home: Path) -> Path:
 def connect(home: Path) -> socket.socket:
     """A connection to the daemon of a home, not waiting, checked to be of this very user.
 
-    `UnavailableError` if none accepts it now, `HomeError` if the socket cannot be used.
+    `UnavailableError` if there is none, `OverloadError` if it accepts none now, `HomeError` if the
+    socket cannot be used.
     """
     try:
         with _folder(home) as folder:
@@ -39,8 +40,9 @@ def connect(home: Path) -> socket.socket:
             f"no daemon serves {home}; start one: kvshare serve --home {home}"
         ) from error
     except BlockingIOError as error:
-        raise UnavailableError(
-            f"the daemon of {home} accepts no connections; end it and start it again"
+        raise OverloadError(
+            f"the daemon of {home} accepts no connections: it hangs, or too many come at once; "
+            "try again, or end it and start it again"
         ) from error
     except OSError as error:
         if isinstance(error, HomeError):
@@ -86,7 +88,7 @@ def answers(home: Path) -> bool:
     """Whether a daemon accepts connections for a home."""
     try:
         connect(home).close()
-    except (UnavailableError, HomeError):
+    except (UnavailableError, OverloadError, HomeError):
         return False
     return True
 

@@ -18,7 +18,13 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.spawn import Spawned, ensure_daemon, spawn_daemon
-from kvshare_store.errors import DeadlineError, ErrorKind, KVShareError, UnavailableError
+from kvshare_store.errors import (
+    DeadlineError,
+    ErrorKind,
+    KVShareError,
+    OverloadError,
+    UnavailableError,
+)
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tree.edits import Tokens
@@ -54,6 +60,10 @@ class Link:
         try:
             self.client.look()
             request_id = self.client.send(plan_request(tokens, namespace, policy, until))
+        except OverloadError as error:
+            self._failed(error.kind)
+            self._rest()
+            return None
         except KVShareError as error:
             self._gone(error)
             return None
@@ -167,7 +177,7 @@ def open_link(config: StoreConfig, *, timeout: float = 30.0) -> Link:
     try:
         ensure_daemon(config, timeout=timeout).close()
         link.client.greet(timeout)
-    except (UnavailableError, DeadlineError) as error:
+    except (UnavailableError, OverloadError, DeadlineError) as error:
         log.warning("kvshare: serving without reuse for now: %s", error)
     except KVShareError:
         link.close()

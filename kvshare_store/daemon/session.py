@@ -24,12 +24,14 @@ from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
 from kvshare_store.errors import (
     DeadlineError,
     KVShareError,
+    OverloadError,
     ProtocolError,
     UnavailableError,
     error_for,
 )
 
 _READ_BYTES = 1 << 18
+_REST_S = 0.02
 _UNSENT_BYTES = 64 * MIB
 """What may wait to be sent to a daemon that does not read."""
 
@@ -76,6 +78,18 @@ class Session:
         self.outbox = Outbox()
         self._hello = self._put(protocol.Hello(), self.outbox.descriptor)
         self._flush()
+
+    def _open_within(self, seconds: float) -> None:
+        """As `open`; while too many connect at once, try again."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.open()
+                return
+            except OverloadError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_REST_S)
 
     def reconnect(self) -> None:
         """Forget what is in flight; the next message opens a new connection."""
@@ -234,9 +248,10 @@ class Session:
 
         `UnavailableError` if there is no daemon, `ProtocolError` if it speaks another version.
         """
-        self.open()
+        timeout = self._timeout if timeout is None else timeout
+        self._open_within(timeout)
         if self.welcome is None:
-            self.receive(self._hello, self._timeout if timeout is None else timeout)
+            self.receive(self._hello, timeout)
         if self.welcome is None:
             raise ProtocolError("the daemon has sent no welcome")
         return self.welcome
@@ -245,8 +260,10 @@ class Session:
         """Send and wait. A connection that was lost before is opened anew."""
         with contextlib.suppress(UnavailableError):
             self.look()
+        timeout = self._timeout if timeout is None else timeout
+        self._open_within(timeout)
         request_id = self.send(message)
         try:
-            return self.receive(request_id, self._timeout if timeout is None else timeout)
+            return self.receive(request_id, timeout)
         finally:
             self.forget(request_id)

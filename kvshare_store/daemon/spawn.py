@@ -137,7 +137,6 @@ def _until_connected(client: Client, config: StoreConfig, deadline: float) -> No
             if time.monotonic() > deadline:
                 raise DeadlineError(f"the daemon of {home} did not start in time")
             time.sleep(_POLL_S)
-        client.open()
     finally:
         if spawned is not None:
             spawned.close()

@@ -209,7 +209,7 @@ def left_over(daemon: Daemon) -> dict[str, int]:
     with Client(daemon.config.home_path, timeout=60.0) as client:
         for _ in range(600):
             stats = client.stats()
-            held = {name: stats[name] for name in ("leases", "reserved")}
+            held = {name: stats.get(name, 0) for name in ("leases", "reserved", "staged")}
             held |= {
                 "connections": stats["daemon"]["connections"] - 1,
                 "requests": stats["daemon"]["requests"] - 1,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +18,10 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
-from kvshare_store.daemon.address import Listener, answers, home_taken
+from kvshare_store.daemon.address import Listener, answers, connect, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.spawn import ensure_daemon
-from kvshare_store.errors import BusyError, DeadlineError, UnavailableError
+from kvshare_store.errors import BusyError, DeadlineError, OverloadError, UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -125,6 +127,21 @@ def test_a_listener_removes_its_own_socket_only(home: Path) -> None:
     assert second.in_place
     second.close()
     assert not (home / "kvshare.sock").exists()
+
+
+def test_a_crowd_at_the_door_is_not_a_missing_daemon(home: Path) -> None:
+    """A client tries again until its deadline, and starts nothing."""
+    home.mkdir()
+    with socket.socket(socket.AF_UNIX) as hung, contextlib.ExitStack() as crowd:
+        hung.bind(str(home / "kvshare.sock"))
+        hung.listen(0)
+        for _ in range(2):  # one that waits, and one more
+            with contextlib.suppress(OverloadError):
+                crowd.enter_context(connect(home))
+        with pytest.raises(OverloadError, match="try again"):
+            connect(home)
+        with Client(home, timeout=0.1) as client, pytest.raises(OverloadError):
+            client.stats()
 
 
 # --- namespaces of processes --------------------------------------------------------------------
