@@ -47,7 +47,8 @@ def test_kills(remote: str, kills: int) -> None:
     report = run(kills, seed=20, remote=remote)
     assert report.findings == [], "seed 20"
     assert report.kills.total() >= kills
-    kinds = {"daemon", "daemon at start", "client", "client with lease", "client with save"}
+    kinds = {"daemon", "daemon at start"}
+    kinds |= {"client", "client with lease", "client with save", "client frozen"}
     assert set(report.kills) == kinds | ({"remote"} if remote != "none" else set())
     assert report.rows > 500 * kills
     assert report.hits > 5 * kills
