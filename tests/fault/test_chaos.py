@@ -41,7 +41,7 @@ TOKENS = prompt(1, 40)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remote", "kills"), [("none", 50), ("redis", 20)])
+@pytest.mark.parametrize(("remote", "kills"), [("none", 50), ("redis", 28)])
 def test_kills(remote: str, kills: int) -> None:
     need(remote == "none" or RedisServer.installed(), "redis-server")
     report = run(kills, seed=20, remote=remote)
