@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -172,6 +173,16 @@ class Trial:
     def kill_saver(self) -> None:
         """A client dies in the middle of a save."""
         self._kill_holder("hold_save")
+
+    def freeze_client(self) -> None:
+        """A client stands still at any moment, while the others go on, and later goes on itself."""
+        worker = self._chance.choice(self._workers)
+        worker.send(signal.SIGSTOP)
+        self._count("client frozen")
+        enough = self._report.requests + 40
+        self._until(lambda: self._report.requests >= enough, 5.0)
+        worker.send(signal.SIGCONT)
+        self._settle()
 
     def _kill_holder(self, command: str) -> None:
         victim = self._chance.randrange(_WORKERS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -152,6 +153,11 @@ class Worker:
         """SIGKILL."""
         self._process.kill()
         self._process.join(START_S)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        if self._process.pid is not None and self.alive:
+            os.kill(self._process.pid, number)
 
     def join(self) -> bool:
         """Wait for an ordinary end; False if it does not come."""

@@ -23,6 +23,7 @@ _KINDS = {
     "kill_client": 3,
     "kill_lease_holder": 2,
     "kill_saver": 2,
+    "freeze_client": 2,
 }
 """How often each is chosen, in relation to the others."""
 
