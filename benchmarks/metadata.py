@@ -92,7 +92,7 @@ def opened(home: str) -> dict[str, float]:
         )
         start = perf_counter()
         changes, _ = catalog.changes_since(seen)
-        assert len(changes.added) == 1
+        assert len(changes.added) == 1, {name: len(ids) for name, ids in changes._asdict().items()}
         return {"s": seconds, "bytes": nbytes, "nodes": nodes, "sync": perf_counter() - start}
 
 
