@@ -187,7 +187,7 @@ def test_every_call_of_a_store_in_use(
     driver: Callable[..., Driver], disk: FaultyFiles, fault: Fault
 ) -> None:
     engine, old = driver(), prompt(1000, 40)
-    engine.save(old)
+    engine.store.pin(str(engine.save(old)))  # it does not make room on a disk that is full
     engine.store.flush()
     calls = round_of(engine, disk, 0)
     assert set(calls) >= {"open", "writev", "fsync", "replace", "preadv", "unlink"}
@@ -232,8 +232,9 @@ FULL = Fault("full disk", frozenset({"writev"}), refusal(errno.ENOSPC).happen)
 def test_a_full_disk_stops_saving_not_serving(
     driver: Callable[..., Driver], disk: FaultyFiles
 ) -> None:
+    """What is pinned does not make room for what comes."""
     engine, old, new = driver(), prompt(1, 40), prompt(2, 40)
-    engine.save(old)
+    engine.store.pin(str(engine.save(old)))
     engine.store.flush()
     disk.arm(FULL)
     for _ in range(3):
