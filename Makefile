@@ -63,7 +63,7 @@ bench: setup bench-setup
 	$(PY) -m benchmarks run all --short --data "$(DATA)"; status=$$?; \
 		$(PY) -m benchmarks report && exit $$status
 
-STORE_BENCHMARKS = tiers codecs startup pipelining machines eviction misses_store steady
+STORE_BENCHMARKS = tiers codecs startup metadata pipelining machines eviction misses_store steady
 bench-store: setup
 	@test -d "$(DATA)" || { echo "make bench-store DATA=DIR: see docs/benchmarks/data.md"; exit 1; }
 	$(PY) -m benchmarks run $(STORE_BENCHMARKS) --data "$(DATA)"; status=$$?; \

@@ -26,6 +26,7 @@ MEASUREMENTS: dict[str, str] = {
     "tiers": "tiers",
     "codecs": "codecs",
     "startup": "startup",
+    "metadata": "metadata",
     "pipelining": "pipelining",
     "machines": "machines",
     "scale": "scale",

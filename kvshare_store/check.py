@@ -62,9 +62,11 @@ def check_tree(shelf: Shelf, *, repair: bool) -> TreeReport:
     found += _cycles(nodes)
     if repair:
         shelf.remove([problem.about for problem in found])
-    found += _row_problems(shelf, repair)
+    faults = _catalogue_faults(shelf, repair)
+    found += _row_problems(shelf, repair, {fault.about for fault in faults})
     if repair:
         found = [msgspec.structs.replace(problem, repaired=True) for problem in found]
+    found = [*faults, *found]
     names = shelf.blocks.names()
     used = shelf.tree.blocks()
     held = {name for name in names - used if shelf.blocks.leases.pinned(name)}
@@ -103,8 +105,18 @@ def _cycles(nodes: Sequence[Node]) -> list[Problem]:
     return found
 
 
-def _row_problems(shelf: Shelf, repair: bool) -> list[Problem]:
-    """The catalogue against the tree, when nothing is on its way from one to the other."""
+def _catalogue_faults(shelf: Shelf, repair: bool) -> list[Problem]:
+    """Rows that do not verify; lookups do not see them."""
+    catalog = shelf.catalog
+    if catalog is None:
+        return []
+    faults = shelf.committer.run(lambda: catalog.verify(repair=repair))
+    return [Problem(str(at.error.kind), at.about, str(at.error), at.repaired) for at in faults]
+
+
+def _row_problems(shelf: Shelf, repair: bool, known: set[str]) -> list[Problem]:
+    """The catalogue against the tree, when nothing is on its way from one to the other. What is
+    wrong with the rows of `known` nodes was said already."""
     if shelf.catalog is None:
         return []
     shelf.committer.flush()
@@ -121,7 +133,7 @@ def _row_problems(shelf: Shelf, repair: bool) -> list[Problem]:
     ]
     wrong = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
     found += [Problem("namespace", i, "its row is of another namespace") for i in wrong]
-    unknown = [i for i in theirs.keys() - ours.keys() if i not in shelf.tree]
+    unknown = [i for i in theirs.keys() - ours.keys() - known if i not in shelf.tree]
     if not shelf.shared:  # what other machines commit, or this one let go, is no problem
         found += [Problem("row", i, "a row of a node that is not here") for i in unknown]
     if repair and found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,10 +16,16 @@ from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
 
+log = logging.getLogger("kvshare")
+
 _FRAME_BYTES = 4096
 """More than the header of any block file."""
 _CONFIRMED_IN = 4
 """Attempts to write blocks within half a grace."""
+_COMMIT_BYTES = 1 << 16
+"""About what LanceDB writes for one commit, beside the rows."""
+_TIMES = 4
+"""So often room is made for one write on a file system that is full."""
 
 
 class Durable:
@@ -39,6 +47,10 @@ class Durable:
         self._catalog = catalog
         self._take_out = take_out
         self._condemned = condemned
+        self._keep: set[str] = set()
+        """Nodes that are being made durable."""
+        self._compacted = 0
+        """Bytes of the catalogue when it was compacted."""
 
     def make(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         """Write the blocks of all nodes, as many at a time as the tiers are worth.
@@ -60,10 +72,16 @@ class Durable:
                 if node.id not in self._tree:
                     raise MissingBlockError(f"node {node.id[:12]} left before it was durable")
         names = list(dict.fromkeys(name for node in nodes for name in node.blocks))
-        self.make_room(names, {node.id for node in nodes})
+        keep = {node.id for node in nodes}
+        self.make_room(names, keep)
+        self._keep = keep
         if self._condemned is not None:
             self._condemned.rescue(names)
-        self._blocks.persist(names)
+        self._retried(lambda: self._blocks.persist(names), self._missing_bytes(names))
+
+    def add_rows(self, add: Callable[[], None]) -> None:
+        """Call `add`, which commits rows, with room for them on a file system that is full."""
+        self._retried(add, _COMMIT_BYTES)
 
     def confirmed(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         """`confirm` for each node on its own where it fails for all: what went wrong, or None."""
@@ -96,29 +114,57 @@ class Durable:
 
         Nodes in `keep` stay. `NoSpaceError` if the blocks alone are more than the budget.
         """
-        level = next((at for at in self._blocks.levels if at.required and not at.shared), None)
-        if level is None or not level.tier.use().budget:
+        tier = self._tier
+        if tier is None or not tier.use().budget:
             return
-        tier = level.tier
-        with self._lock:
-            needed = sum(
-                slot_bytes(ref.nbytes) + _FRAME_BYTES
-                for name in names
-                if tier.size(name) is None and (ref := self._blocks.host.ref(name)) is not None
-            )
+        needed = self._missing_bytes(names)
         if needed > tier.use().budget:
             raise NoSpaceError(f"the prompts take {needed:,} bytes, more than {tier.name}_bytes")
         while not self._blocks.make_room(tier.name, needed):
-            if not self._forget(tier, tier.use().bytes + needed - tier.use().budget, keep):
+            if self._compact(needed):
+                continue
+            gone, unused = self._take(tier.use().bytes + needed - tier.use().budget, keep)
+            if not gone and not self._compact(1):
                 return
+            # rows leave the catalogue before their blocks leave the tiers
+            if self._catalog is not None:
+                self._catalog.delete(gone)
+            self._blocks.delete(unused)
 
-    def _forget(self, tier: Tier, nbytes: int, keep: set[str]) -> bool:
-        """Forget nodes that free about so many bytes, those worth least first; False if none may
-        go. Their rows leave the catalogue before their blocks leave the tiers."""
-        gone: list[str] = []
-        unused: list[str] = []
+    def _compact(self, nbytes: int) -> bool:
+        """Whether so many bytes of old versions of the catalogue could be dropped: forgetting nodes
+        does not make it smaller. One that several machines share is in no budget."""
+        catalog = self._catalog
+        if catalog is None or catalog.place.shared:
+            return False
+        if catalog.bytes - self._compacted < nbytes:
+            return False
+        catalog.compact()
+        self._compacted = catalog.bytes
+        return True
+
+    @property
+    def _tier(self) -> Tier | None:
+        """The tier of this machine that must hold every committed row."""
+        levels = self._blocks.levels
+        return next((at.tier for at in levels if at.required and not at.shared), None)
+
+    def _missing_bytes(self, names: Iterable[str]) -> int:
+        tier = self._tier
         with self._lock:
-            while nbytes > 0:
+            return sum(
+                slot_bytes(ref.nbytes) + _FRAME_BYTES
+                for name in names
+                if (tier is None or tier.size(name) is None)
+                and (ref := self._blocks.host.ref(name)) is not None
+            )
+
+    def _take(self, nbytes: int, keep: set[str]) -> tuple[list[str], list[str]]:
+        """Take nodes that free about so many bytes, those worth least first, out of tree and index;
+        returns them and the blocks that nobody uses any more."""
+        tier, gone, unused = self._tier, list[str](), list[str]()
+        with self._lock:
+            while nbytes > 0 and tier is not None:
                 victim = next((n for n in self._tree.victims() if n.id not in keep), None)
                 if victim is None:
                     break
@@ -126,7 +172,35 @@ class Durable:
                 nbytes -= sum(tier.size(name) or 0 for name in left)
                 gone.append(victim.id)
                 unused += left
-        if gone and self._catalog is not None:
-            self._catalog.delete(gone)
+        return gone, unused
+
+    # --- a file system that is full below the budget -----------------------------------------
+
+    def _retried(self, write: Callable[[], None], nbytes: int) -> None:
+        """Each time that the file system has no room (nor inodes), forget twice as much. First one
+        node only: what is then removed of the catalogue may be enough."""
+        for attempt in range(_TIMES):
+            try:
+                write()
+                return
+            except NoSpaceError as error:
+                if not self._relieve(nbytes << attempt if attempt else 1, error):
+                    raise
+        write()
+
+    def _relieve(self, nbytes: int, error: NoSpaceError) -> bool:
+        """Forget nodes for a file system that is full; False if there are none to forget.
+
+        Blocks go first, against the order of an eviction: the catalogue cannot be written before
+        they are gone. Rows that a crash leaves are of nodes that the next start drops.
+        """
+        gone, unused = self._take(nbytes, self._keep)
+        if not gone:
+            return False
+        log.warning("kvshare: %d prompts are forgotten, there is no space: %s", len(gone), error)
         self._blocks.delete(unused)
-        return bool(gone)
+        if self._catalog is not None:
+            with contextlib.suppress(KVShareError):  # the next start drops them, if not now
+                self._catalog.delete(gone)
+                self._compact(1)  # its old versions take files, and inodes
+        return True

@@ -31,6 +31,9 @@ class ErrorKind(StrEnum):
     SHORT = "short"
     NODE = "node"
     FOREIGN = "foreign"
+    ROW = "row"
+    NEWER = "newer"
+    TORN = "torn"
 
 
 class KVShareError(Exception):
@@ -130,6 +133,24 @@ class ShortBlockError(CorruptBlockError):
     """A block ends before its header says it does: a torn write, or a read that was cut off."""
 
     kind = ErrorKind.SHORT
+
+
+class CorruptRowError(MissError):
+    """A row of the catalogue is not what was written, or contradicts itself."""
+
+    kind = ErrorKind.ROW
+
+
+class NewerRowError(MissError):
+    """A row of the catalogue says more than this release knows: a newer release serves it."""
+
+    kind = ErrorKind.NEWER
+
+
+class TornTableError(MissError):
+    """A file of the catalogue cannot be read: what only it held is gone."""
+
+    kind = ErrorKind.TORN
 
 
 class LeaseError(MissError):

@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from kvshare_store.blocks import files
 from kvshare_store.blocks.arena import Arena, remove_abandoned
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
@@ -21,7 +23,9 @@ from kvshare_store.levels_of import check_levels, open_levels
 from kvshare_store.tree.catalog import Catalog
 
 FORMAT = "2"
-_BEFORE_FORMAT = {"lock", "daemon.log", "config.yaml", "kvshare.sock"}
+"""What a home is marked with. A later release that only adds, and changes nothing that this one
+reads, marks its homes `2.1`, `2.2` and so on."""
+_BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
 """What may be in a home before its first owner marks it."""
 
 
@@ -79,7 +83,7 @@ class Home:
             owner = None
             if config.remote and catalog is not None:
                 owner = Owner(catalog.store_id(), catalog.digests())
-            below = open_levels(config, io, keys, owner)
+            below = open_levels(config, io, keys, owner, _bytes_beside(catalog))
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close(unlink=True)
@@ -92,6 +96,13 @@ class Home:
         """Let go of the home."""
         self.io.close()
         os.close(self._lock)
+
+
+def _bytes_beside(catalog: Catalog | None) -> Callable[[], int]:
+    """A catalogue of several machines is not in the home and not in its budget."""
+    if catalog is None or catalog.place.shared:
+        return int
+    return lambda: catalog.bytes
 
 
 def _foreign(home: Path) -> bool:
@@ -107,7 +118,7 @@ def _lock(home: Path) -> int:
                 f"home {home} holds other files and no store; choose an empty or a new folder"
             )
         if not home.exists():
-            home.mkdir(parents=True, mode=0o700)
+            files.make_durable_folder(str(home))
         descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except HomeError:  # which is an OSError too
         raise
@@ -130,12 +141,20 @@ def _check_format(home: Path) -> None:
     """The first owner writes the format down; a later release refuses what it cannot read."""
     mark = home / "format"
     try:
-        found = mark.read_text().strip() if mark.exists() else ""
-        if not found:  # a new home, or one whose first owner was killed at this very moment
-            mark.write_text(FORMAT)
-            mark.chmod(0o600)
+        found = mark.read_bytes().strip(b" \n\0").decode(errors="replace") if mark.exists() else ""
+        if not found:  # a new home, or one whose first owner was stopped at this very moment
+            _write_format(home)
             found = FORMAT
     except OSError as error:
         raise HomeError(f"home {home} cannot be used: {error.strerror}") from error
-    if found != FORMAT:
+    if found.partition(".")[0] != FORMAT:
         raise HomeError(f"home {home} has format {found!r}, this release reads {FORMAT!r}")
+
+
+def _write_format(home: Path) -> None:
+    """Durable before anything is stored: a home without it counts as somebody else's folder."""
+    unfinished = str(home / "format.new")
+    files.discard(unfinished)
+    files.write(unfinished, [FORMAT.encode()])
+    files.rename(unfinished, str(home / "format"))
+    files.sync_folder(str(home))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
@@ -23,14 +24,19 @@ _START_S = 2.0
 
 
 def open_levels(
-    config: StoreConfig, io: IoLoop, keys: Keyring | None, owner: Owner | None
+    config: StoreConfig,
+    io: IoLoop,
+    keys: Keyring | None,
+    owner: Owner | None,
+    beside: Callable[[], int],
 ) -> list[Level]:
-    """The levels, the fastest first; `ConfigError` if no committed row would survive a restart,
-    `ForeignError` if the remote's prefix is not `owner`'s."""
-    check_levels(config)
+    """The levels, the fastest first; `ForeignError` if the remote's prefix is not `owner`'s.
+
+    `beside`: bytes of the home that are no blocks.
+    """
     levels = []
     if config.disk:
-        opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys)
+        opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys, beside)
         disk = CountingTier(io.run(opened))
         # other machines do not see this disk: with a shared catalogue it is only a cache
         required = config.disk_write == "through" and not config.catalog
@@ -42,7 +48,7 @@ def open_levels(
 
 
 def check_levels(config: StoreConfig) -> None:
-    """A node is committed only once its rows are where they survive the process."""
+    """A node is committed only once its rows are where they survive the process: `ConfigError`."""
     if config.catalog and not config.remote:
         raise ConfigError("a shared catalog needs a remote tier that all its machines reach")
     if config.catalog and config.remote_write == "back":

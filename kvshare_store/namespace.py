@@ -27,6 +27,7 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: str = ""
     tokenizer: str = msgspec.field(default="")
     """Where a tokenizer for display and text embeddings may be found. Not part of the wall."""
+    # A field that a later release adds goes below, with a default, and not into `_FIRST_FIELDS`.
 
     @property
     def digest(self) -> str:
@@ -40,7 +41,20 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, tenant=tenant, lora=lora)
 
 
+_FIRST_FIELDS = frozenset(
+    ("model", "layout", "revision", "kv_dtype", "rope", "lora", "ranks", "tenant", "tokenizer")
+)
+"""Fields of the first release: always part of what is hashed."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _digest(namespace: Namespace) -> str:
+    """A later field counts only where it is not at its default. So a release that adds one gives
+    every older namespace the digest that it always had."""
     wall = msgspec.structs.replace(namespace, tokenizer="")
-    return blake3.blake3(msgspec.msgpack.encode(wall)).hexdigest()
+    fields = {
+        field.name: getattr(wall, field.name)
+        for field in msgspec.structs.fields(namespace)
+        if field.name in _FIRST_FIELDS or getattr(wall, field.name) != field.default
+    }
+    return blake3.blake3(msgspec.msgpack.encode(fields)).hexdigest()

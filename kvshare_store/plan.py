@@ -20,7 +20,7 @@ class Run(NamedTuple):
         return self.stop - self.start
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A run of request positions filled from the rows of one block.
 
     `source` is the position the first row's K was rotated for when it was computed. A span is

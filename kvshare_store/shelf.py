@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 import time
 import uuid
@@ -38,6 +39,8 @@ from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
 from kvshare_store.uses import Uses
+
+log = logging.getLogger("kvshare")
 
 
 @contextlib.contextmanager
@@ -85,6 +88,8 @@ class Shelf:
         self.durable = Durable(
             tree, self.blocks, self.lock, self.catalog, self._take_out, self.condemned
         )
+        if self.catalog is not None:
+            self.catalog.with_room = self.durable.add_rows
         self.committer = Committer(
             self.catalog,
             self._make_durable,
@@ -133,10 +138,23 @@ class Shelf:
                 lost.append(node)
                 self._metrics.error(MissingBlockError.kind)
         self.tree.settle()
+        self._count_faults()
         if lost:
             self.committer.order(self._removal(lost))
         if self.shared:
             self._let_go_of_excess()
+
+    def _count_faults(self) -> None:
+        """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
+        faults = self.catalog.take_faults() if self.catalog is not None else []
+        for fault in faults:
+            self._metrics.error(fault.error.kind)
+        if faults:
+            first = faults[0]
+            log.warning(
+                "kvshare: %d faults in the catalogue, `kvshare check` names them; the first: %s: "
+                "%s", len(faults), first.about, first.error,
+            )  # fmt: skip
 
     # --- namespaces --------------------------------------------------------------------------
 
@@ -301,6 +319,7 @@ class Shelf:
                 if not ours and node.namespace not in self.closed:
                     self._adopt(node, vectors)
             self._let_go_of_excess()
+        self._count_faults()
 
     def _adopt(self, node: Node, vectors: Vectors) -> None:
         """The row is what counts: what this machine had of the node goes."""

@@ -368,6 +368,7 @@ class Store:
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.filling()),
             "tiers": tiers,
+            "catalog_bytes": self.shelf.catalog.bytes if self.shelf.catalog is not None else 0,
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 

@@ -1,4 +1,4 @@
-"""Every call that the disk tier makes to the file system.
+"""Every call that the disk tier makes to the file system, and those that make things durable.
 
 They all go through `os` and `fcntl` of this module, so that `kvshare_store.testing.faulty_files`
 can stand in its place and make any one of them fail. Whatever is refused is an `OSError`.
@@ -22,6 +22,15 @@ def make_folder(path: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def make_durable_folder(path: str) -> None:
+    """Make a folder and those above it that are missing, so that none is lost in a power cut."""
+    above = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(above):
+        make_durable_folder(above)
+    if make_folder(path):
+        sync_folder(above)
 
 
 def names(folder: str) -> list[str]:
@@ -115,6 +124,11 @@ def discard(path: str) -> None:
 
 def sync_folder(path: str) -> None:
     """Without this a rename may be lost in a power cut although the file's bytes are not."""
+    sync_file(path)
+
+
+def sync_file(path: str) -> None:
+    """Make the bytes of a file durable, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from kvshare_store.blocks import files
@@ -41,9 +42,11 @@ class Inventory:
     system, unlike the disk blocks it takes.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: int, beside: Callable[[], int] = int) -> None:
+        """`beside`: bytes of other files that count in the budget."""
         self._root = str(folder)
         self._budget = budget
+        self._beside = beside
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """The least recently used first."""
@@ -74,8 +77,9 @@ class Inventory:
     def reserve(self, nbytes: int) -> None:
         """Set bytes aside for a file in the making; `NoSpaceError` if the budget is full."""
         with self._lock:
-            if self._used + self._pending + nbytes > self._budget:
-                raise NoSpaceError(f"disk tier holds {self._used:,} of {self._budget:,} bytes")
+            used = self._used + self._beside()
+            if used + self._pending + nbytes > self._budget:
+                raise NoSpaceError(f"disk tier holds {used:,} of {self._budget:,} bytes")
             self._pending += nbytes
 
     def settle(self, nbytes: int, name: str | None) -> None:
@@ -164,7 +168,8 @@ class Inventory:
         self.hurry()
         self._looked.wait()
         with self._lock:
-            return TierUse(self._used, self._budget, len(self._sizes) + len(self._unmeasured))
+            used = self._used + self._beside()
+            return TierUse(used, self._budget, len(self._sizes) + len(self._unmeasured))
 
     # --- looking ------------------------------------------------------------------------------
 

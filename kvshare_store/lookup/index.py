@@ -6,7 +6,6 @@ The matrices are exact and live in memory; LanceDB is their durable copy (tree/c
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 
 import blake3
 import numpy as np
@@ -32,7 +31,8 @@ class PrefixChain:
 
     def __init__(self, run: int) -> None:
         self._run = run
-        self._entries: defaultdict[bytes, dict[str, None]] = defaultdict(dict)
+        self._entries: dict[bytes, str | dict[str, None]] = {}
+        """The nodes of an entry, the oldest first; most have one."""
 
     def _hashes(self, tokens: Tokens) -> list[bytes]:
         hasher = blake3.blake3()
@@ -45,14 +45,20 @@ class PrefixChain:
     def add(self, node: Node) -> None:
         """Index the node's exact rows."""
         for digest in self._hashes(node.tokens[: node.exact_rows]):
-            self._entries[digest][node.id] = None
+            there = self._entries.setdefault(digest, node.id)
+            if isinstance(there, dict):
+                there[node.id] = None
+            elif there != node.id:
+                self._entries[digest] = {there: None, node.id: None}
 
     def remove(self, node: Node) -> None:
         """Forget the node."""
         for digest in self._hashes(node.tokens[: node.exact_rows]):
-            self._entries[digest].pop(node.id, None)
-            if not self._entries[digest]:
-                del self._entries[digest]
+            there = self._entries.get(digest)
+            if isinstance(there, dict):
+                there.pop(node.id, None)
+            if not there or there == node.id:
+                self._entries.pop(digest, None)
 
     def nominate(self, tokens: Tokens) -> list[str]:
         """Nodes that share the longest chain with `tokens`, the newest first. Not yet verified."""
@@ -67,7 +73,8 @@ class PrefixChain:
                 low = middle
             else:
                 high = middle - 1
-        return list(self._entries[hashes[low - 1]])[: -_CHAIN_FANOUT - 1 : -1] if low else []
+        there = self._entries[hashes[low - 1]] if low else ()
+        return [there] if isinstance(there, str) else list(there)[: -_CHAIN_FANOUT - 1 : -1]
 
 
 class VectorMatrix:
@@ -155,7 +162,11 @@ class VectorMatrix:
     def _sketch_the_rest(self) -> None:
         """In one go, which is much faster; until then these rows are all compared."""
         fresh = _sketch(self._rows[self._sketched : len(self._ids)])
-        self._sketches = np.concatenate((self._sketches[:, : self._sketched], fresh), axis=1)
+        if self._sketches.shape[1] < len(self._rows):  # grows with the rows, not with each batch
+            larger = np.zeros((len(self._sketches), len(self._rows)), np.uint64)
+            larger[:, : self._sketched] = self._sketches[:, : self._sketched]
+            self._sketches = larger
+        self._sketches[:, self._sketched : len(self._ids)] = fresh
         self._sketched = len(self._ids)
 
 

@@ -1,6 +1,13 @@
-"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in this module.
+"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in
+`tree/table.py`.
 
-A row is written only after all blocks it names are durable, in one commit a batch.
+A row is written only after all blocks it names are durable, in one commit a batch; what a method
+committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
+nobody else sees it.
+
+**For machines that share a catalogue**: `changes_since(seen)` says which nodes were added, changed
+or removed since, by whomever. It reads the rows that are new and, only if rows went, the numbers of
+the others: no scan of the table after each commit of another machine.
 """
 
 from __future__ import annotations
@@ -10,56 +17,63 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from kvshare_store.errors import HomeError, StorageError
+from kvshare_store.errors import (
+    ErrorKind,
+    HomeError,
+    KVShareError,
+    MissError,
+    NewerRowError,
+    NoSpaceError,
+    StorageError,
+)
 from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
+from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
+from kvshare_store.tree.changes import NOTHING, Changes, Seen, changes_since
+from kvshare_store.tree.faults import Fault
+from kvshare_store.tree.lance import lance_errors
 from kvshare_store.tree.ledger import Fact, Ledger
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
-from kvshare_store.tree.rows import Rows, Vectors
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
+from kvshare_store.tree.sync import SyncedFolder
+from kvshare_store.tree.table import Fields, Table
 
-__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
+__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Changes", "Seen", "Vectors"]
 
 T = TypeVar("T")
 
-VECTOR_DIMENSIONS = 384
-_READ_ROWS = 4096
 _ATTEMPTS = 4
-_KEY = b"lance-schema:unenforced-primary-key:position"
-"""In the metadata of the field that was declared to be the key."""
-_SHARED_VERSIONS = timedelta(hours=1)
-
-
-_STAMP = pa.field("stamp", pa.int64())
-
-
-def _schema() -> pa.Schema:
-    vector = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
-    return pa.schema(
+_VECTOR = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
+_NODES = Fields(
+    pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
             pa.field("namespace", pa.string(), nullable=False),
             pa.field("node", pa.binary(), nullable=False),
-            pa.field("lexical", vector),
-            pa.field("semantic", vector),
-            _STAMP,
+            pa.field("lexical", _VECTOR),
+            pa.field("semantic", _VECTOR),
         ]
-    )
-
-
-_NAMESPACES = pa.schema(
-    [
-        pa.field("digest", pa.string(), nullable=False),
-        pa.field("namespace", pa.binary(), nullable=False),
-        pa.field("salt", pa.binary()),
-    ]
+    ),
+    "id",
+)
+_STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
+"""Of a shared catalogue. One of a home has one writer, and the columns of the release before."""
+_NAMESPACES = Fields(
+    pa.schema(
+        [
+            pa.field("digest", pa.string(), nullable=False),
+            pa.field("namespace", pa.binary(), nullable=False),
+            pa.field("salt", pa.binary()),
+        ]
+    ),
+    "digest",
 )
 
 
@@ -75,41 +89,71 @@ class Catalog:
 
     def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
         """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
-        for one that several machines write to."""
+        for one that several machines write to. `HomeError` if it cannot be had."""
         self._lock = threading.Lock()
+        self.with_room: Callable[[Callable[[], None]], None] = lambda commit: commit()
+        """Commits rows where the file system may be full; a store can forget nodes for them."""
         self._rows = Rows(keys)
         self._ours: dict[str, int | None] = {}
+        self._faults: list[Fault] = []
+        self._said: set[tuple[str, ErrorKind]] = set()
         self.place = Place(folder)
         try:
-            self._database = self.place.connect()
-            self._nodes = self._open("nodes", _schema(), "id")
-            self._namespaces = self._open("namespaces", _NAMESPACES, "digest")
-            self.facts = Ledger(self._database, "facts", create=self.place.shared)
-            self.uses = Ledger(self._database, "uses", create=self.place.shared)
-        except (OSError, ValueError, RuntimeError) as error:
+            with lance_errors():
+                database = self.place.connect()
+            fields = _STAMPED if self.place.shared else _NODES
+            self._nodes = Table(self.place, database, "nodes", fields)
+            if self.place.shared:
+                self._nodes.add_column("stamp")
+            self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+            with lance_errors():
+                self.facts = Ledger(database, "facts", create=self.place.shared)
+                self.uses = Ledger(database, "uses", create=self.place.shared)
+        except (OSError, NoSpaceError) as error:
+            if isinstance(error, HomeError):
+                raise
             raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
 
-    def _open(self, name: str, schema: pa.Schema, key: str) -> Any:
-        if name in self._database.list_tables().tables:
-            table: Any = self._database.open_table(name)
-        else:
-            table = self._database.create_table(name, schema=schema)
-        if name == "nodes" and _STAMP.name not in table.schema.names:  # of the release before
-            _add_column(table, _STAMP)
-        if table.schema.names != schema.names:
-            raise HomeError(f"catalogue table {name} has another format; use another home")
-        if _KEY not in (table.schema.field(key).metadata or {}):  # or its maker was killed here
-            table.set_unenforced_primary_key(key)
-        return table
+    # --- what is wrong -----------------------------------------------------------------------
 
-    @contextmanager
-    def _table_access(self) -> Iterator[None]:
-        """One caller at a time; LanceDB's errors become ours."""
+    def take_faults(self) -> list[Fault]:
+        """What was found to be wrong since the last call, by opening and by reading."""
         with self._lock:
-            try:
-                yield
-            except (OSError, RuntimeError, ValueError) as error:
-                raise StorageError(f"catalogue refused: {error}") from error
+            for table in (self._namespaces, self._nodes):
+                self._faults += table.take_lost()
+            faults, self._faults = self._faults, []
+            return faults
+
+    def _fault(self, about: str, error: KVShareError) -> None:
+        """Every read of a bad row finds it again: it counts once."""
+        if (about, error.kind) not in self._said:
+            self._said.add((about, error.kind))
+            self._faults.append(Fault(about, error))
+
+    def verify(self, *, repair: bool) -> list[Fault]:
+        """Read every row again and say what is wrong with it.
+
+        `repair`: bad rows are removed; those that a newer release understands stay.
+        """
+        with self._lock:
+            found: list[Fault] = []
+            for table, rows_of, read in (
+                (self._namespaces, namespace_rows, self._rows.namespace),
+                (self._nodes, node_rows, self._rows.node),
+            ):
+                bad: list[int] = []
+                for batch in table.salvage():
+                    for row, number in zip(rows_of(batch), numbers(batch), strict=True):
+                        error = _error_of(read, row)
+                        if error is not None:
+                            removed = repair and not isinstance(error, NewerRowError)
+                            found.append(Fault(str(row[0]), error, removed))
+                            bad += [int(number)] * removed
+                table.delete_numbers(bad)
+                found += table.take_lost()
+            return found
+
+    # --- nodes -------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
         """Commit nodes in one LanceDB version; adding a node again replaces its row.
@@ -119,39 +163,36 @@ class Catalog:
         """
         if not rows:
             return set()
-        inserted = self._commit(lambda: self._add(rows))
+        inserted: list[int] = []
+        self.with_room(lambda: inserted.append(self._commit(lambda: self._add(rows))))
         ours = {node.id: node.stamp for node, _ in rows}
-        theirs = self.stamps(ids=ours) if self.place.shared and inserted < len(rows) else {}
+        theirs = self.stamps(ids=ours) if self.place.shared and inserted[-1] < len(rows) else {}
         known = {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
         self._note({node_id: stamp for node_id, stamp in ours.items() if node_id not in known})
         return known
 
     def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> int:
-        merge = self._nodes.merge_insert("id").when_not_matched_insert_all()
-        if not self.place.shared:
-            merge = merge.when_matched_update_all()
-        return int(self._merged(merge, rows).num_inserted_rows)
-
-    def _merged(self, merge: Any, rows: Sequence[tuple[Node, Vectors]]) -> Any:
-        with self._table_access():
-            table = pa.Table.from_pylist([self._rows.node_row(*row) for row in rows], _schema())
-            # an absent semantic vector counts as a bad one
-            return merge.execute(table, on_bad_vectors="null")
+        with self._lock:
+            encoded = [self._rows.node_row(*row) for row in rows]
+            return self._nodes.merge(encoded, replace=not self.place.shared)
 
     def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
         """Give a node another row, in the place of the one that has the stamp `expected`. False if
         the node's row has another stamp by now, or none is there."""
         known = f"target.stamp = {int(expected)}"
-        where = known if expected else f"{known} OR target.stamp IS NULL"
+        where: str | None = known if expected else f"{known} OR target.stamp IS NULL"
+        if not self.place.shared:  # one writer, which knows what it replaces
+            where = None
 
-        def change() -> int:
-            merge = self._nodes.merge_insert("id").when_matched_update_all(where=where)
-            return int(self._merged(merge, [(node, vectors)]).num_updated_rows)
+        def change() -> bool:
+            with self._lock:
+                return self._nodes.replace(self._rows.node_row(node, vectors), where)
 
-        replaced = bool(self._commit(change))
-        if replaced:
+        replaced: list[bool] = []
+        self.with_room(lambda: replaced.append(self._commit(change)))
+        if replaced[-1]:
             self._note({node.id: node.stamp})
-        return replaced
+        return replaced[-1]
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
         """Remove nodes; unknown ids are ignored. With `stamps`, only rows that have one of these:
@@ -160,15 +201,15 @@ class Catalog:
         if gone:
             where = f"id IN ({_quoted(gone)})"
             if stamps:
-                numbers = ", ".join(str(int(stamp)) for stamp in stamps)
+                accepted = ", ".join(str(int(stamp)) for stamp in stamps)
                 unstamped = " OR stamp IS NULL" if 0 in stamps else ""
-                where += f" AND (stamp IN ({numbers}){unstamped})"
+                where += f" AND (stamp IN ({accepted}){unstamped})"
             if self._commit(lambda: self._delete(where)) == len(gone):
                 self._note(dict.fromkeys(gone))
 
     def _delete(self, where: str) -> int:
-        with self._table_access():
-            return int(self._nodes.delete(where).num_deleted_rows)
+        with self._lock:
+            return self._nodes.delete(where)
 
     def _note(self, changes: Mapping[str, int | None]) -> None:
         if self.place.shared:
@@ -183,16 +224,20 @@ class Catalog:
             return ours
 
     def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
-        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`."""
-        with self._table_access():
-            query = self._nodes.search().select(["id", "stamp"]).limit(None)
-            if ids is not None:
-                query = query.where(f"id IN ({_quoted(ids)})")
-            elif since:
-                query = query.where(f"stamp >= {int(since)}")
-            table = query.to_arrow()
-        found = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), strict=True)
-        return {node_id: stamp or 0 for node_id, stamp in found}
+        """Stamps of the rows of a shared catalogue by id: of all, of those stamped at `since` or
+        later, or of `ids`."""
+        where = f"stamp >= {int(since)}" if since else ""
+        if ids is not None:
+            where = f"id IN ({_quoted(ids)})"
+        with self._lock:
+            batches = list(self._nodes.rows(where, ["id", "stamp"]))
+        return {
+            node_id: stamp or 0
+            for batch in batches
+            for node_id, stamp in zip(
+                texts(batch, "id"), batch.column("stamp").to_pylist(), strict=True
+            )
+        }
 
     def _commit(self, change: Callable[[], T]) -> T:
         """Of two machines that change a shared table at once LanceDB tells one to try again."""
@@ -208,140 +253,156 @@ class Catalog:
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""
-        with self._table_access():
-            self._namespaces.checkout_latest()
-            self._nodes.checkout_latest()
-            return int(self._nodes.version)
+        with self._lock:
+            self._nodes.refresh()
+            self._namespaces.refresh()  # later: whoever commits a node has committed its namespace
+            return self._nodes.version
 
     def load(
         self, namespace: str | None = None, ids: Collection[str] | None = None
     ) -> Iterator[tuple[Node, Vectors]]:
         """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
 
-        Sealed nodes of a namespace whose key is not known are left out: `namespaces` learns keys.
+        Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
         """
-        with self._table_access():
-            query = self._nodes.search().limit(None)
-            if namespace is not None:
-                query = query.where(f"namespace = '{_hex(namespace)}'")
-            if ids is not None:
-                query = query.where(f"id IN ({_quoted(ids)})")
-            for batch in query.to_batches(_READ_ROWS):
-                for row in batch.to_pylist():
-                    if self._rows.readable(row):
+        where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
+        where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
+        with self._lock:
+            batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
+            for batch in batches:
+                for row in node_rows(batch):
+                    try:
                         yield self._rows.node(row)
+                    except MissError as error:
+                        self._fault(row.id, error)
 
     def count(self) -> int:
         """How many nodes are committed."""
-        with self._table_access():
-            return int(self._nodes.count_rows())
+        with self._lock:
+            return self._nodes.count()
 
     def ids(self) -> list[tuple[str, str]]:
         """Id and namespace of every committed row, as the table has them, repetitions included."""
-        with self._table_access():
-            table = self._nodes.search().select(["id", "namespace"]).limit(None).to_arrow()
-        return list(zip(*(table[name].to_pylist() for name in ("id", "namespace")), strict=True))
+        with self._lock:
+            batches = list(self._nodes.rows(columns=["id", "namespace"]))
+        return [
+            pair
+            for batch in batches
+            for pair in zip(texts(batch, "id"), texts(batch, "namespace"), strict=True)
+        ]
+
+    def changes_since(self, seen: Seen = NOTHING) -> tuple[Changes, Seen]:
+        """What became of nodes since `seen`, and what is seen now.
+
+        Call `refresh` first to see what others have committed.
+        """
+        with self._lock:
+            return changes_since(self._nodes, seen)
+
+    # --- versions ----------------------------------------------------------------------------
 
     def versions(self) -> int:
         """How many versions of the tables there are, the current one (of both) included."""
-        with self._table_access():
-            namespaces = 1 if self.place.shared else len(self._namespaces.list_versions())
-            return len(self._nodes.list_versions()) + namespaces - 1
+        with self._lock:
+            namespaces = 1 if self.place.shared else self._namespaces.versions()
+            return self._nodes.versions() + namespaces - 1
 
-    def store_id(self) -> str:
-        """Names the store whose nodes these are, on every machine that shares the catalogue."""
-        self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
-        return self.facts.facts("key = 'store'")[0].state
+    def clear(self) -> None:
+        """Remove every node, from old versions too."""
+        with self._lock:
+            self._nodes.delete("true")
+            self._nodes.drop_versions()
 
-    def digests(self) -> set[str]:
-        """Every namespace that was ever saved into, by its digest."""
-        with self._table_access():
-            table = self._namespaces.search().select(["digest"]).limit(None).to_arrow()
-        return set(table["digest"].to_pylist())
+    def compact(self) -> None:
+        """Merge small fragments and drop old versions. Only the owner of the home may call it."""
+        if self.place.shared:
+            self.refresh()
+            for ledger in (self.facts, self.uses):
+                ledger.compact(timedelta(hours=1))
+        with self._lock:
+            self._nodes.compact()
+            if not self.place.shared and self._namespaces.versions() > 1:
+                self._namespaces.rewrite()  # a file may hold the salt of what was purged
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files of a catalogue in a folder."""
+        return self._nodes.bytes + self._namespaces.bytes
+
+    # --- namespaces --------------------------------------------------------------------------
 
     def add_namespace(self, namespace: Namespace) -> None:
-        """Remember what a digest stands for, and the salt of its key."""
-        row = self._rows.namespace_row(namespace)
-        with self._table_access():
-            merge = self._namespaces.merge_insert("digest")
-            merge.when_not_matched_insert_all().execute(pa.Table.from_pylist([row], _NAMESPACES))
-        self.namespaces(namespace.digest)  # another writer may have been first: one salt counts
+        """Remember what a digest stands for, and the salt of its key.
 
-    def namespaces(self, digest: str | None = None) -> list[Namespace]:
-        """Every namespace that was ever saved into, or the one of a digest; its key is known then.
-
-        `ConfigError` if they were sealed with another key than ours, or with none.
+        A record that is there stays: another writer may have been first, and one salt counts. One
+        that cannot be read is replaced.
         """
-        with self._table_access():
-            query = self._namespaces.search().limit(None)
-            rows = (query.where(f"digest = '{_hex(digest)}'") if digest else query).to_list()
-        return [self._rows.namespace(row) for row in rows]
-
-    def purge(self, namespace: str) -> None:
-        """Remove every row of a namespace, its record and its salt, from old versions too."""
-        digest = _hex(namespace)
-        with self._table_access():
-            for table, column in ((self._nodes, "namespace"), (self._namespaces, "digest")):
-                table.delete(f"{column} = '{digest}'")
-                self._rewrite(table, column)
-        self.facts.erase(f"key LIKE 'block/{digest}/%'")
-        self.uses.erase(f"by = '{digest}'")
-        self._rows.forget(namespace)
+        row = self._rows.namespace_row(namespace)
+        with self._lock:
+            self._namespaces.merge([row], replace=False)
+        if not self.namespaces(namespace.digest):
+            with self._lock:
+                self._namespaces.merge([row], replace=True)
+            self.namespaces(namespace.digest)
 
     def forget_key(self, namespace: str) -> None:
         """The key of a namespace that another machine has purged; that of a new record is known
         from the next `namespaces`."""
         self._rows.forget(namespace)
 
-    def clear(self) -> None:
-        """Remove every node, from old versions too."""
-        with self._table_access():
-            self._nodes.delete("true")
-            self._drop_versions(self._nodes)
+    def store_id(self) -> str:
+        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
+        if self.place.folder is not None:
+            SyncedFolder(self.place.folder / "facts.lance").sync()
+        return self.facts.facts("key = 'store'")[0].state
 
-    def compact(self) -> None:
-        """Merge small fragments and drop old versions. Only the owner of the home may call it.
+    def digests(self) -> set[str]:
+        """Every namespace that was ever saved into, by its digest."""
+        with self._lock:
+            batches = list(self._namespaces.rows(columns=["digest"]))
+        return {digest for batch in batches for digest in texts(batch, "digest")}
 
-        Others may be reading a version of a shared catalogue, or writing the next: there versions
-        stay for an hour, and of two that compact at once LanceDB lets one have its way.
+    def namespaces(self, digest: str | None = None) -> list[Namespace]:
+        """Every namespace that was ever saved into, or the one of a digest; its key is known then.
+
+        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
+        they were sealed with another key than ours, or with none.
         """
-        if self.place.shared:
-            self.refresh()
-        with self._table_access():
-            if self.place.shared:
-                self._nodes.optimize(cleanup_older_than=_SHARED_VERSIONS)
-                for ledger in (self.facts, self.uses):
-                    ledger.compact(_SHARED_VERSIONS)
+        with self._lock:
+            if digest is not None:
+                batches = list(self._namespaces.rows(f"digest = '{_hex(digest)}'"))
             else:
-                self._drop_versions(self._nodes)
-                if len(self._namespaces.list_versions()) > 1:  # one may hold a purged salt
-                    self._rewrite(self._namespaces, "digest")
+                batches = list(self._namespaces.salvage())
+            found = []
+            for row in (row for batch in batches for row in namespace_rows(batch)):
+                try:
+                    found.append(self._rows.namespace(row))
+                except MissError as error:
+                    self._fault(row.digest, error)
+        return found
 
-    def _rewrite(self, table: Any, column: str) -> None:
-        """Deleting only marks rows, and a file with few marks is never written again: what stays is
-        rewritten here, so that the files with what was deleted can go."""
-        table.update(where="true", values_sql={column: column})
-        self._drop_versions(table)
+    def purge(self, namespace: str) -> None:
+        """Remove every row of a namespace, its record and its salt, from old versions too.
 
-    def _drop_versions(self, table: Any) -> None:
-        """All but the present one, and files that belong to none. Other machines may be writing
-        files that belong to none yet: those are left alone."""
-        # zero would warn of other readers, and those of a shared table ask again. A version
-        # is kept unless it was that old when this began.
-        time.sleep(0.002)
-        table.optimize(
-            cleanup_older_than=timedelta(milliseconds=1), delete_unverified=not self.place.shared
-        )
+        Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
+        rows of the namespace (docs/design/tree.md).
+        """
+        digest = _hex(namespace)
+        with self._lock:
+            self._nodes.erase(f"namespace = '{digest}'")
+            self._namespaces.erase(f"digest = '{digest}'")
+        self.facts.erase(f"key LIKE 'block/{digest}/%'")
+        self.uses.erase(f"by = '{digest}'")
+        self._rows.forget(namespace)
 
 
-def _add_column(table: Any, column: pa.Field) -> None:
-    """Add an empty column; another machine may be doing it as well."""
+def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
     try:
-        table.add_columns(column)
-    except (OSError, RuntimeError, ValueError):
-        table.checkout_latest()
-        if column.name not in table.schema.names:
-            raise
+        read(row)
+    except MissError as error:
+        return error
+    return None
 
 
 def _quoted(ids: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import pairwise
 
 import msgspec
 
@@ -23,7 +24,8 @@ class DeltaTree:
         self._clock = clock
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
-        self._users: defaultdict[str, set[str]] = defaultdict(set)
+        self._users: dict[str, str | set[str]] = {}
+        """The nodes with rows in a block; most blocks have one, and a set would be 200 bytes."""
         self._sizes: dict[str, int] = {}
         self._bytes: Counter[str] = Counter()
         """Bytes of the blocks of each namespace."""
@@ -114,6 +116,8 @@ class DeltaTree:
 
     def settle(self) -> None:
         """Put nodes that were added in any order into the order of their last use."""
+        if all(earlier <= later for earlier, later in pairwise(self._used.values())):
+            return
         for node_id in sorted(self._used, key=self._used.__getitem__):
             self._used.move_to_end(node_id)
             self._touch(self._nodes[node_id])
@@ -123,26 +127,31 @@ class DeltaTree:
         """Nodes that have a block for themselves no longer."""
         sizes = node.block_bytes or (0,) * len(node.blocks)
         for name, nbytes in zip(node.blocks, sizes, strict=True):
-            if name not in self._sizes:
+            users = self._users.get(name)
+            if users is None:
+                self._users[name] = node.id
                 self._sizes[name] = nbytes
                 self._bytes[node.namespace] += nbytes
-            users = self._users[name]
-            if len(users) == 1:
-                shared |= users
-            users.add(node.id)
-        self._rank_again(shared - {node.id})
+            elif isinstance(users, set):
+                users.add(node.id)
+            elif users != node.id:
+                self._users[name] = {users, node.id}
+                shared.add(users)
+        self._rank_again(shared)
 
     def _leave_blocks(self, node: Node, kept: Collection[str] = ()) -> list[str]:
         unused: list[str] = []
         alone: set[str] = set()
         for name in dict.fromkeys(node.blocks):
+            users = self._users[name]
             if name in kept:
                 continue
-            users = self._users[name]
-            users.discard(node.id)
-            if len(users) == 1:
-                alone |= users
-            elif not users:
+            if isinstance(users, set):
+                users.discard(node.id)
+                if len(users) == 1:
+                    self._users[name] = last = users.pop()
+                    alone.add(last)
+            else:
                 del self._users[name]
                 self._bytes[node.namespace] -= self._sizes.pop(name)
                 unused.append(name)
@@ -154,13 +163,14 @@ class DeltaTree:
     def freed(self, node: Node) -> int:
         """Bytes of the blocks that only this node uses."""
         names = dict.fromkeys(node.blocks)
-        return sum(self._sizes[name] for name in names if len(self._users[name]) == 1)
+        return sum(self._sizes[name] for name in names if not isinstance(self._users[name], set))
 
     def _rank(self, node: Node) -> None:
         """What computing its rows again would cost, against the bytes that forgetting it frees."""
         if not node.pinned:
+            freed = self.freed(node)
             for order in (self._order, self._orders[node.namespace]):
-                order.add(node.id, self.freed(node), float(node.length))
+                order.add(node.id, freed, float(node.length))
 
     def _rank_again(self, ids: Iterable[str]) -> None:
         for node_id in ids:
@@ -227,11 +237,13 @@ class DeltaTree:
 
     def users(self, block: str) -> set[str]:
         """Nodes with rows in the block."""
-        return set(self._users.get(block, ()))
+        users = self._users.get(block, ())
+        return {users} if isinstance(users, str) else set(users)
 
     def user_count(self, block: str) -> int:
         """How many nodes have rows in the block."""
-        return len(self._users.get(block, ()))
+        users = self._users.get(block, ())
+        return 1 if isinstance(users, str) else len(users)
 
     def uses(self, block: str) -> bool:
         """Whether any node has rows in the block."""

@@ -23,7 +23,7 @@ class Match(NamedTuple):
     length: int
 
 
-class Edit(msgspec.Struct, frozen=True, array_like=True):
+class Edit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One operation on `donor[start:stop]`; `tokens` are what it puts there instead."""
 
     kind: EditKind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ from kvshare_store.errors import PlanError
 from kvshare_store.plan import Span, gaps
 from kvshare_store.tree.edits import Edit, Tokens
 
+_HEX = re.compile("[0-9a-f]+")
+NODE_FORMAT = 1
+"""A release that changes what the fields mean counts on; one that only adds fields does not."""
 
-class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """One stored prompt. Its segments cover every position of it exactly once.
 
     A segment has the fields of a `Span`; its `block` indexes this node's `blocks`. Rows that the
@@ -44,6 +49,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Names this form of the node's row: about the nanoseconds since 1970 when it was made, never
     twice the same. Whoever replaces or removes a row says which form of it is meant. 0: written by
     a release that had no stamps."""
+    format: int = NODE_FORMAT
+    """How a reader must understand the other fields. One with a greater number is left alone."""
 
     @property
     def tokens(self) -> Tokens:
@@ -72,6 +79,26 @@ def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:
     hasher = blake3.blake3(f"{namespace}:{int(exact)}:".encode())
     hasher.update(tokens.tobytes())
     return hasher.hexdigest(length=16)
+
+
+def check_node(node: Node, row_bytes: int) -> None:
+    """`PlanError` unless the node's fields agree with one another: what a row of the catalogue must
+    pass before it is believed. `row_bytes`: of the namespace's rows."""
+    if node.id != node_id(node.namespace, node.tokens, node.exact):
+        raise PlanError("its id is not that of its tokens")
+    if not 0 <= node.exact_rows <= node.length or node.generation < 0:
+        raise PlanError(f"{node.exact_rows} exact rows of {node.length}")
+    if node.exact and node.exact_rows != node.length:
+        raise PlanError("it is exact, but not all of its rows are")
+    if not _HEX.fullmatch("".join(node.blocks)) or any(len(n) != 64 for n in node.blocks):
+        raise PlanError("a block has a name that no block has")
+    check_segments(node.segments, node.length, len(node.blocks))
+    if node.block_bytes and len(node.block_bytes) != len(node.blocks):
+        raise PlanError(f"{len(node.block_bytes)} sizes of {len(node.blocks)} blocks")
+    for segment in node.segments:
+        nbytes = node.block_bytes[segment.block] if node.block_bytes else 0
+        if nbytes and (segment.row + segment.length) * row_bytes > nbytes:
+            raise PlanError(f"segment {segment} ends behind its block of {nbytes} bytes")
 
 
 def check_segments(segments: Sequence[Span], length: int, blocks: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lancedb
 
+from kvshare_store.blocks import files
 from kvshare_store.blocks.remotes.urls import missing_extra, parse_url
 from kvshare_store.errors import HomeError
 
@@ -23,22 +24,23 @@ class Place:
     def __init__(self, place: Path | str) -> None:
         self.shared = isinstance(place, str)
         self.conditional = True
-        self._folder: Path | None = None
+        self.folder: Path | None = None
+        """Where its files are; None: in object storage."""
         self._options: dict[str, str] = {}
         if isinstance(place, str) and "://" in place:
             self._url, self._options = _s3(place)
             self.conditional = _writes_conditionally(self._url, self._options)
         else:
-            self._folder = Path(place).expanduser()
-            self._url = str(self._folder)
+            self.folder = Path(place).expanduser()
+            self._url = str(self.folder)
 
     def __str__(self) -> str:
         return self._url
 
     def connect(self) -> Any:
         """LanceDB there; `OSError`, `ValueError` or `RuntimeError` from LanceDB when it cannot."""
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.folder is not None:
+            files.make_durable_folder(str(self.folder))
         # LanceDB's own limit is gigabytes, and every commit adds 0.1 MB that nobody reads again
         session = lancedb.Session(
             index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES

@@ -1,16 +1,37 @@
-"""What a row of the catalogue says: nodes and namespaces as bytes, sealed where there are keys."""
+"""What a row of the catalogue says: nodes and namespaces as bytes, sealed where there are keys.
+
+A row is believed only as far as it can be verified: docs/design/format.md, "Node row".
+"""
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
+import blake3
 import msgspec
 import numpy as np
 
-from kvshare_store.errors import ConfigError, CorruptBlockError
+from kvshare_store.errors import (
+    ConfigError,
+    CorruptBlockError,
+    CorruptRowError,
+    NewerRowError,
+    PlanError,
+)
 from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
-from kvshare_store.tree.node import Node
+from kvshare_store.tree.node import NODE_FORMAT, Node, check_node
+
+VECTOR_DIMENSIONS = 384
+_CHECK_BYTES = 32
+_CHECK_FIELD = b"\xa5check\xc4\x20"
+"""MessagePack: the key `check`, then the head of a binary of 32 bytes."""
+_MAP16 = 0xDE
+"""MessagePack: a map of more than 15 fields; of fewer the number is in the first byte itself."""
+_COMMON = 4096
+_UNIT = 1e-3
+"""How far the length of a vector may be from 1."""
 
 
 class Vectors(NamedTuple):
@@ -20,10 +41,28 @@ class Vectors(NamedTuple):
     semantic: np.ndarray | None
 
 
+class Row(NamedTuple):
+    """A row of the table `nodes` as it was read; nothing of it is verified."""
+
+    id: str
+    namespace: str
+    node: bytes
+    lexical: np.ndarray | None
+    semantic: np.ndarray | None
+
+
+class NamespaceRow(NamedTuple):
+    """A row of the table `namespaces`."""
+
+    digest: str
+    namespace: bytes
+    salt: bytes | None
+
+
 class _Sealed(msgspec.Struct, frozen=True, array_like=True):
     """What of a node's row is encrypted: the node, and its vectors as float32."""
 
-    node: Node
+    node: msgspec.Raw
     lexical: bytes
     semantic: bytes | None
 
@@ -33,41 +72,68 @@ class Rows:
 
     def __init__(self, keys: Keyring | None) -> None:
         self._keys = keys
+        self._row_bytes: dict[str, int] = {}
+        """Of each namespace whose record was read."""
+        self._common: dict[object, object] = {}
+        """Segments and sizes of recent nodes. Those of most prompts of one length are equal: kept
+        only once, they save a quarter of the memory of a node."""
+        self._newer: set[str] = set()
+        """Digests of namespaces that only a newer release knows."""
 
     def node_row(self, node: Node, vectors: Vectors) -> dict[str, Any]:
         """The row of a node; a sealed one has its vectors inside."""
         row: dict[str, Any] = {"id": node.id, "namespace": node.namespace, "stamp": node.stamp}
         lexical, semantic = vectors
+        encoded = msgspec.msgpack.encode(node)
         if self._keys is None:
-            encoded = msgspec.msgpack.encode(node)
-            return {**row, "node": encoded, "lexical": lexical, "semantic": semantic}
-        inside = _Sealed(node, _raw(lexical), None if semantic is None else _raw(semantic))
+            checked = _with_check(Row(node.id, node.namespace, encoded, lexical, semantic))
+            return {**row, "node": checked, "lexical": lexical, "semantic": semantic}
+        inside = _Sealed(
+            msgspec.Raw(encoded), _raw(lexical), None if semantic is None else _raw(semantic)
+        )
         key = self._keys(node.namespace)
-        sealed = bytes(seal(key, msgspec.msgpack.encode(inside), _whose(row)))
+        whose = _whose(node.id, node.namespace)
+        sealed = bytes(seal(key, msgspec.msgpack.encode(inside), whose))
         return {**row, "node": sealed, "lexical": None, "semantic": None}
 
-    def readable(self, row: dict[str, Any]) -> bool:
-        """Whether the key of the row's namespace is known, if one is needed."""
-        return self._keys is None or row["namespace"] in self._keys
+    def node(self, row: Row) -> tuple[Node, Vectors]:
+        """The node of a row and its vectors, verified.
 
-    def node(self, row: dict[str, Any]) -> tuple[Node, Vectors]:
-        """The node of a row and its vectors; `ValueError` if that is not what the row holds."""
+        `CorruptRowError` if the row is not what was written, `NewerRowError` if it or its namespace
+        means something that this release does not know.
+        """
+        row_bytes = self._row_bytes.get(row.namespace)
+        if row_bytes is None:
+            unknown = NewerRowError if row.namespace in self._newer else CorruptRowError
+            raise unknown(f"its namespace {row.namespace[:12]} is not known")
+        if self._keys is not None:
+            row = self._unsealed(row, self._keys)
+        elif not _check_holds(row):
+            raise CorruptRowError("its bytes are not those that were written")
+        node = _decoded(row)
         try:
-            if self._keys is None:
-                node = msgspec.msgpack.decode(row["node"], type=Node)
-                lexical, semantic = row["lexical"], row["semantic"]
-            else:
-                text = unseal(self._keys(row["namespace"]), row["node"], _whose(row))
-                inside = msgspec.msgpack.decode(text, type=_Sealed)
-                node, semantic = inside.node, inside.semantic
-                lexical = np.frombuffer(inside.lexical, np.float32)
-                semantic = None if semantic is None else np.frombuffer(semantic, np.float32)
-        except (msgspec.DecodeError, CorruptBlockError) as error:
-            raise ValueError(f"node {row['id'][:12]} is unreadable: {error}") from error
-        return node, Vectors(
-            np.asarray(lexical, np.float32),
-            None if semantic is None else np.asarray(semantic, np.float32),
-        )
+            check_node(node, row_bytes)
+        except PlanError as error:
+            raise CorruptRowError(str(error)) from error
+        return self._compact(node), _vectors(row)
+
+    def _compact(self, node: Node) -> Node:
+        if len(self._common) > _COMMON:
+            self._common.clear()
+        for name in ("namespace", "segments", "block_bytes"):
+            value = getattr(node, name)
+            msgspec.structs.force_setattr(node, name, self._common.setdefault(value, value))
+        return node
+
+    def _unsealed(self, row: Row, keys: Keyring) -> Row:
+        try:
+            text = unseal(keys(row.namespace), row.node, _whose(row.id, row.namespace))
+            inside = msgspec.msgpack.decode(text, type=_Sealed)
+        except (CorruptBlockError, msgspec.DecodeError) as error:
+            raise CorruptRowError(str(error)) from error
+        semantic = None if inside.semantic is None else np.frombuffer(inside.semantic, np.float32)
+        lexical = np.frombuffer(inside.lexical, np.float32)
+        return Row(row.id, row.namespace, bytes(inside.node), lexical, semantic)
 
     def namespace_row(self, namespace: Namespace) -> dict[str, Any]:
         """The row of a namespace, with a new salt where there are keys."""
@@ -77,34 +143,118 @@ class Rows:
         sealed = bytes(seal(self._keys.of_table("namespaces"), encoded, digest.encode()))
         return {"digest": digest, "namespace": sealed, "salt": new_salt()}
 
-    def namespace(self, row: dict[str, Any]) -> Namespace:
-        """The namespace of a row, whose key is known from then on.
+    def namespace(self, row: NamespaceRow) -> Namespace:
+        """The namespace of a row, whose key and size of rows are known from then on.
 
-        `ConfigError` if the row was written with another key, or with none.
+        `ConfigError` if the row was written with another key, or with none; `CorruptRowError` and
+        `NewerRowError` as for nodes.
         """
-        encoded = row["namespace"]
-        if (self._keys is None) != (row["salt"] is None):
-            written = "without" if row["salt"] is None else "with"
+        digest, encoded, salt = row
+        if (self._keys is None) != (salt is None):
+            written = "without" if salt is None else "with"
             raise ConfigError(f"this store was written {written} an encryption_key and stays so")
-        if self._keys is not None:
+        if self._keys is not None and salt is not None:
             key = self._keys.of_table("namespaces")
             try:
-                encoded = unseal(key, encoded, row["digest"].encode())
+                encoded = bytes(unseal(key, encoded, digest.encode()))
             except CorruptBlockError as error:
                 raise ConfigError("encryption_key is not the key of this store") from error
-            self._keys.learn(row["digest"], row["salt"])
-        return msgspec.msgpack.decode(encoded, type=Namespace)
+            self._keys.learn(digest, salt)
+        try:
+            namespace = _namespace(digest, encoded)
+        except NewerRowError:
+            self._newer.add(digest)
+            raise
+        self._row_bytes[digest] = namespace.layout.row_bytes
+        return namespace
 
     def forget(self, namespace: str) -> None:
         """The salt of a namespace is gone, and its key with it."""
+        self._row_bytes.pop(namespace, None)
         if self._keys is not None:
             self._keys.forget(namespace)
 
 
+def _decoded(row: Row) -> Node:
+    try:
+        node = msgspec.msgpack.decode(row.node, type=Node)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptRowError(f"it is no node: {error}") from error
+    if node.format > NODE_FORMAT:
+        raise NewerRowError(f"it has format {node.format}, this release reads {NODE_FORMAT}")
+    if (node.id, node.namespace) != (row.id, row.namespace):
+        raise CorruptRowError(f"it is the row of node {node.id[:12]}")
+    return node
+
+
+def _vectors(row: Row) -> Vectors:
+    lexical, semantic = row.lexical, row.semantic
+    if lexical is None or not _is_vector(lexical):
+        raise CorruptRowError("its lexical vector is none")
+    if semantic is not None and not _is_vector(semantic):
+        raise CorruptRowError("its text vector is none")
+    return Vectors(lexical, semantic)
+
+
+def _is_vector(vector: np.ndarray) -> bool:
+    """Of length 1, or all zeros: what a text or a prompt without content has."""
+    if vector.shape != (VECTOR_DIMENSIONS,):
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.dot(vector, vector))
+    return square == 0.0 or abs(square - 1.0) < _UNIT  # NaN is neither
+
+
+# --- the checksum of a row in clear -----------------------------------------------------------
+
+
+def _with_check(row: Row) -> bytes:
+    """The node's bytes with one more field behind the others: what the whole row hashes to."""
+    long = row.node[0] == _MAP16
+    fields = int.from_bytes(row.node[1:3]) if long else row.node[0] & 0x0F
+    head = bytes([0x80 | fields + 1]) if fields < 15 else struct.pack(">BH", _MAP16, fields + 1)
+    body = head + row.node[3 if long else 1 :] + _CHECK_FIELD
+    return body + _digest_of(row, body)
+
+
+def _check_holds(row: Row) -> bool:
+    """False if the bytes are others than when the row was written.
+
+    Rows of the release before have no such field; what they say is verified all the same.
+    """
+    body, check = row.node[:-_CHECK_BYTES], row.node[-_CHECK_BYTES:]
+    return not body.endswith(_CHECK_FIELD) or check == _digest_of(row, body)
+
+
+def _digest_of(row: Row, body: bytes) -> bytes:
+    hasher = blake3.blake3(f"kvshare row:{row.id}:{row.namespace}:".encode())
+    for vector in (row.lexical, row.semantic):
+        hasher.update(b"-" if vector is None else _raw(vector))
+    return hasher.update(body).digest()
+
+
+def _namespace(digest: str, encoded: bytes) -> Namespace:
+    """What a record says. A field that this release does not know is no hindrance as long as the
+    digest is the same without it, as it is where the field is at its default."""
+    unknown: list[str] = []
+    try:
+        fields = msgspec.msgpack.decode(encoded)
+        unknown = [str(name) for name in fields.keys() - set(Namespace.__struct_fields__)]
+        known = {name: fields[name] for name in Namespace.__struct_fields__ if name in fields}
+        namespace = msgspec.convert(known, Namespace)
+    except (ValueError, TypeError, AttributeError) as error:  # msgspec's are ValueErrors
+        raise CorruptRowError(f"its record is unreadable: {error}") from error
+    if namespace.digest == digest:
+        return namespace
+    if unknown:
+        raise NewerRowError(f"its record has fields of a newer release: {', '.join(unknown)}")
+    raise CorruptRowError("its record is that of another namespace")
+
+
 def _raw(vector: np.ndarray) -> bytes:
-    return np.asarray(vector, np.float32).tobytes()
+    return np.ascontiguousarray(vector, np.float32).tobytes()
 
 
-def _whose(row: dict[str, Any]) -> bytes:
+def _whose(node: str, namespace: str) -> bytes:
     """What a sealed node cannot be separated from."""
-    return msgspec.msgpack.encode((row["id"], row["namespace"]))
+    return msgspec.msgpack.encode((node, namespace))

@@ -21,7 +21,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
-from kvshare_store.tree.node import Node
+from kvshare_store.tree.node import Node, node_id
 
 SCHEMA = pa.schema(
     [
@@ -197,15 +197,26 @@ def test_nan_is_refused(table: Any) -> None:
 # --- the catalogue that is built on this --------------------------------------------------------
 
 
-def make_node(name: str, length: int = 6) -> Node:
+NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"))
+
+
+def make_node(first: int, pinned: bool = False) -> Node:
+    tokens = np.arange(first, first + 6, dtype=np.int32)
     return Node(
-        id=name,
-        namespace="ab" * 32,
-        token_bytes=np.arange(length, dtype=np.int32).tobytes(),
-        segments=(Span(0, length, 0, 0, 0),),
+        id=node_id(NAMESPACE.digest, tokens, True),
+        namespace=NAMESPACE.digest,
+        token_bytes=tokens.tobytes(),
+        segments=(Span(0, 6, 0, 0, 0),),
         blocks=("cd" * 32,),
-        exact_rows=length,
+        exact_rows=6,
+        pinned=pinned,
     )
+
+
+def opened(folder: Path) -> Catalog:
+    catalog = Catalog(folder)
+    catalog.add_namespace(NAMESPACE)
+    return catalog
 
 
 def vectors(semantic: bool = False) -> Vectors:
@@ -214,40 +225,43 @@ def vectors(semantic: bool = False) -> Vectors:
 
 
 def test_nodes_survive_with_and_without_a_text_vector(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
-    catalog.add([(make_node("aa"), vectors()), (make_node("bb"), vectors(semantic=True))])
-    catalog.add([(make_node("cc"), vectors())])
-    for opened in (catalog, Catalog(tmp_path)):
-        found = {node.id: found for node, found in opened.load()}
-        assert list(found) == ["aa", "bb", "cc"]
-        assert found["aa"].semantic is None
-        assert found["bb"].semantic is not None
-        assert found["bb"].semantic[3] == 1.0
-        assert found["cc"].lexical[3] == 1.0
+    catalog = opened(tmp_path)
+    nodes = [make_node(first) for first in range(3)]
+    catalog.add([(nodes[0], vectors()), (nodes[1], vectors(semantic=True))])
+    catalog.add([(nodes[2], vectors())])
+    for again in (catalog, opened(tmp_path)):
+        found = {node.id: found for node, found in again.load()}
+        assert list(found) == [node.id for node in nodes]
+        text = found[nodes[1].id].semantic
+        assert found[nodes[0].id].semantic is None
+        assert text is not None
+        assert text[3] == 1.0
+        assert found[nodes[2].id].lexical[3] == 1.0
 
 
 def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
-    for length in (6, 7):
-        catalog.add([(make_node("aa", length), vectors())])
+    catalog = opened(tmp_path)
+    for pinned in (False, True):
+        catalog.add([(make_node(0, pinned), vectors())])
     assert catalog.count() == 1
-    assert [node.length for node, _ in catalog.load()] == [7]
+    assert [node.pinned for node, _ in catalog.load()] == [True]
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.tree.catalog._READ_ROWS", 10)
-    catalog = Catalog(tmp_path)
-    names = [f"{at:04x}" for at in range(35)]
-    catalog.add([(make_node(name), vectors()) for name in names])
-    assert [node.id for node, _ in catalog.load()] == names
-    catalog.delete(names[5:30])
+    monkeypatch.setattr("kvshare_store.tree.table._READ_ROWS", 10)
+    catalog = opened(tmp_path)
+    nodes = [make_node(first) for first in range(35)]
+    catalog.add([(node, vectors()) for node in nodes])
+    assert [node.id for node, _ in catalog.load()] == [node.id for node in nodes]
+    catalog.delete([node.id for node in nodes[5:30]])
     catalog.compact()
-    assert [node.id for node, _ in Catalog(tmp_path).load()] == names[:5] + names[30:]
+    kept = [node.id for node in nodes[:5] + nodes[30:]]
+    assert [node.id for node, _ in opened(tmp_path).load()] == kept
 
 
 def test_only_hex_digits_reach_the_sql_text(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
-    catalog.add([(make_node("aa"), vectors())])
+    catalog = opened(tmp_path)
+    catalog.add([(make_node(0), vectors())])
     for name in ("x' OR 'a' = 'a", "zz", ""):
         with pytest.raises(ValueError, match="invalid literal"):
             catalog.delete([name])
@@ -256,11 +270,12 @@ def test_only_hex_digits_reach_the_sql_text(tmp_path: Path) -> None:
 
 
 def test_cleared_rows_are_gone_from_the_files(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
-    catalog.add([(make_node("deadbeefdeadbeef"), vectors())])
+    catalog = opened(tmp_path)
+    node = make_node(0)
+    catalog.add([(node, vectors())])
     catalog.clear()
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert not any(b"deadbeefdeadbeef" in file.read_bytes() for file in files)
+    assert not any(node.id.encode() in file.read_bytes() for file in files)
     assert Catalog(tmp_path).count() == 0
 
 
@@ -273,8 +288,59 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
 
 
 def test_what_lancedb_refuses_is_a_storage_error(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path)
+    catalog = opened(tmp_path)
     broken = Vectors(np.zeros(7, np.float32), None)
     with pytest.raises(StorageError):
-        catalog.add([(make_node("aa"), broken)])
+        catalog.add([(make_node(0), broken)])
     assert catalog.count() == 0
+
+
+# --- row numbers and files: what finding damage and changes relies on ------------------------
+
+
+def test_row_numbers_name_the_fragment_and_grow_with_every_commit(table: Any) -> None:
+    def numbers() -> dict[str, int]:
+        found = table.search().select(["id"]).with_row_id(True).limit(None).to_list()
+        return {row["id"]: row["_rowid"] for row in found}
+
+    for names in (("a", "b"), ("c",)):
+        merge(table, rows(*names))
+    first = numbers()
+    assert first == {"a": 0, "b": 1, "c": 1 << 32}
+    merge(table, rows("a", value=1))
+    assert numbers()["a"] == 2 << 32
+    table.optimize()
+    assert min(numbers().values()) > 2 << 32  # compaction writes new fragments
+
+
+def test_of_a_range_of_row_numbers_only_those_fragments_are_opened(
+    table: Any, tmp_path: Path
+) -> None:
+    for names in (("a",), ("b",), ("c",)):
+        merge(table, rows(*names))
+    data = sorted(
+        (tmp_path / "t.lance" / "data").iterdir(), key=lambda file: file.stat().st_mtime_ns
+    )
+    data[1].write_bytes(b"")
+    damaged = lancedb.connect(str(tmp_path)).open_table("t")
+    with pytest.raises((OSError, RuntimeError, ValueError)):
+        ids(damaged)
+    with pytest.raises((OSError, RuntimeError, ValueError)):
+        merge(damaged, rows("d"))
+    outside = damaged.search().where(f"_rowid < {1 << 32} OR _rowid >= {3 << 32}").limit(None)
+    with pytest.raises((OSError, RuntimeError, ValueError)):
+        outside.to_list()  # but not where the ranges are joined by OR
+    damaged.delete(f"_rowid >= {1 << 32} AND _rowid < {2 << 32}")
+    assert ids(damaged) == ["a", "c"]
+    merge(damaged, rows("d"))
+    assert ids(damaged) == ["a", "c", "d"]
+
+
+def test_columns_that_a_merge_does_not_name_keep_what_they_hold(table: Any) -> None:
+    merge(table, rows("a", value=7))
+    part = pa.Table.from_pylist(
+        [{"id": "a", "vector": [0.0, 1.0, 0.0, 0.0]}], pa.schema([SCHEMA.field(0), SCHEMA.field(2)])
+    )
+    merge(table, part)
+    (row,) = table.search().limit(None).to_list()
+    assert (row["value"], row["vector"][1]) == (7, 1.0)

@@ -22,6 +22,7 @@ from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.place import Place
+from kvshare_store.tree.table import Table
 from tests.store.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 
 pytestmark = pytest.mark.fault
@@ -180,6 +181,7 @@ def test_collecting_blocks_that_no_node_uses(
     engine.store.close()
     before = {file.stem for file in (home / "blocks").glob("*/*")}
     catalog = Catalog(home / "catalog")
+    catalog.namespaces()
     catalog.delete([node.id for node, _ in catalog.load() if node.tokens.tolist() == OLD])
     engine = driver()
     found = crashes(engine)
@@ -316,6 +318,7 @@ def test_demoting_from_disk_to_the_remote(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A block leaves the disk once the remote has it: no crash in between loses a row."""
+    monkeypatch.setattr(home_module, "_bytes_beside", lambda _: int)  # room for blocks, to a byte
     settings = {"disk_bytes": 26_000, "remote_write": "back"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)
@@ -502,9 +505,9 @@ def test_purging_the_catalogue(
     mine = kept.namespace.for_tenant("mine")
     Driver(kept.store, mine, kept.book).save(OLD)
     found = crashes(kept)
-    rewrite, drop = Catalog._rewrite, Catalog._drop_versions
-    monkeypatch.setattr(Catalog, "_rewrite", found.around(rewrite, "table rewritten"))
-    monkeypatch.setattr(Catalog, "_drop_versions", found.around(drop, "versions dropped"))
+    rewrite, drop = Table.rewrite, Table.drop_versions
+    monkeypatch.setattr(Table, "rewrite", found.around(rewrite, "table rewritten"))
+    monkeypatch.setattr(Table, "drop_versions", found.around(drop, "versions dropped"))
     salt = salt_of(kept.store, mine.digest)
     kept.store.purge(mine.digest)
     steps = ["table rewritten", "versions dropped"]
@@ -524,7 +527,7 @@ def test_purging_the_catalogue(
 def salt_of(store: Store, digest: str) -> bytes:
     """The salt in a namespace's record."""
     catalog: Any = store.shelf.catalog
-    rows = catalog._namespaces.search().limit(None).to_list()
+    rows = catalog._namespaces._handle.search().limit(None).to_list()
     return next(bytes(row["salt"]) for row in rows if row["digest"] == digest)
 
 
@@ -567,5 +570,5 @@ def test_starting_for_the_first_time(
             again.store.flush()
             catalog: Any = again.store.shelf.catalog
             for table in (catalog._nodes, catalog._namespaces):
-                declared = [field for field in table.schema if field.metadata]
+                declared = [field for field in table._handle.schema if field.metadata]
                 assert len(declared) == 1, f"{copy.step}: a key that is not declared"

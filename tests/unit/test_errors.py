@@ -30,7 +30,11 @@ KINDS = {
     "short": errors.ShortBlockError,
     "node": errors.NodeError,
     "foreign": errors.ForeignError,
+    "row": errors.CorruptRowError,
+    "newer": errors.NewerRowError,
+    "torn": errors.TornTableError,
 }
+MISSES = {"corrupt", "short", "missing", "lease", "row", "newer", "torn"}
 RETRYABLE = {"no_space", "storage", "unavailable", "timeout"}
 BUILTINS = {
     "config": ValueError,
@@ -84,7 +88,7 @@ def test_errors_survive_pickling(kind: str, cls: type[KVShareError]) -> None:
 @every_kind
 def test_families(kind: str, cls: type[KVShareError]) -> None:
     assert issubclass(cls, KVShareError)
-    assert issubclass(cls, MissError) == (kind in {"corrupt", "short", "missing", "lease"})
+    assert issubclass(cls, MissError) == (kind in MISSES)
     assert cls.retryable == (kind in RETRYABLE)
     assert issubclass(cls, BUILTINS.get(kind, Exception))
     assert 1 <= cls.exit_code <= 125

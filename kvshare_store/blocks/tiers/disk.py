@@ -44,11 +44,13 @@ class DiskTier(Tier):
     name = "disk"
     properties = TierProperties(persistent=True, shared=False, max_concurrency=8)
 
-    def __init__(self, folder: Path, budget: int, codec: Codec, key: Key | None) -> None:
+    def __init__(
+        self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], int]
+    ) -> None:
         self._folder = folder
         self._codec: Codec = codec
         self._key = key
-        self._inventory = Inventory(folder / "blocks", budget)
+        self._inventory = Inventory(folder / "blocks", budget, beside)
         self._scratch = Scratch(folder)
         self._threads = ThreadPoolExecutor(self.properties.max_concurrency + 1, "kvshare-disk")
         self._first_look: Future[None] | None = None
@@ -57,22 +59,28 @@ class DiskTier(Tier):
 
     @classmethod
     async def open(
-        cls, folder: Path, budget: int, codec: Codec = "none", key: Key | None = None
+        cls,
+        folder: Path,
+        budget: int,
+        codec: Codec = "none",
+        key: Key | None = None,
+        beside: Callable[[], int] = int,
     ) -> DiskTier:
         """Make the folders and drop what dead writers left unfinished; `HomeError` if refused.
 
+        `beside`: bytes of other files that count in the budget.
+
         What is there is counted while the tier is in use already.
         """
-        tier = cls(folder, budget, codec, key)
+        tier = cls(folder, budget, codec, key, beside)
         await asyncio.to_thread(tier._prepare)
         tier._first_look = tier._threads.submit(tier._look_around)
         return tier
 
     def _prepare(self) -> None:
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("blocks", "quarantine"):
-                files.make_folder(str(self._folder / name))
+                files.make_durable_folder(str(self._folder / name))
             self._scratch.open()
         except OSError as error:
             self._scratch.close()

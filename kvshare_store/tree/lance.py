@@ -1,0 +1,59 @@
+"""What LanceDB's errors and files say: what is damage, and what is only the way to the files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_MANIFEST = re.compile(r"(\d+)\.manifest")
+_COUNTED_DOWN = 20
+"""Digits of a manifest's name that begins with the highest number, so that the newest is first."""
+
+
+@contextmanager
+def lance_errors() -> Iterator[None]:
+    """LanceDB's errors become ours. It also raises panics of its Rust code, as an `Exception` of a
+    type that no module exports: hence the broad net."""
+    try:
+        yield
+    except KVShareError:
+        raise
+    except Exception as error:
+        full = _os_errors(error) & {errno.ENOSPC, errno.EDQUOT}
+        kind = NoSpaceError if full else StorageError
+        raise kind(f"catalogue refused: {error}") from error
+
+
+def is_damage(error: StorageError, *, shared: bool) -> bool:
+    """Whether a file of a table is bad, not the way to it: too many open files, a missing right or
+    a network that is away are no reason to give anything up."""
+    bad_medium = () if shared else (errno.EIO, errno.EUCLEAN)
+    return _os_errors(error) <= {errno.ENOENT, *bad_medium}
+
+
+def _os_errors(error: Exception) -> set[int]:
+    return {int(code) for code in _OS_ERROR.findall(str(error))}
+
+
+def newest_version(folder: Path) -> Path | None:
+    """The manifest of the newest version of a table, the folder itself where there is none; None
+    if there is no such table."""
+    if not folder.is_dir():
+        return None
+    versions = folder / "_versions"
+    names = os.listdir(versions) if versions.is_dir() else []
+    found = [match for name in names if (match := _MANIFEST.fullmatch(name))]
+    return versions / max(found, key=_number)[0] if found else folder
+
+
+def _number(manifest: re.Match[str]) -> int:
+    """Names of one table are all of one kind: numbers, or numbers counted down."""
+    number = int(manifest[1])
+    return -number if len(manifest[1]) == _COUNTED_DOWN else number

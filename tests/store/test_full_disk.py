@@ -1,0 +1,107 @@
+"""What counts in `disk_bytes`, and a file system that is full before the budget is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.check import check_tree
+from kvshare_store.errors import StorageError
+from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.oracle import Driver, prompt
+from tests.needs import need
+
+pytestmark = pytest.mark.fault
+
+Open = Callable[..., Driver]
+
+
+@pytest.fixture
+def namespace() -> Namespace:
+    """Rows of 8 KB: a prompt of 40 tokens takes more than what a commit of its row does."""
+    return Namespace("model", KVLayout(4, 4, 64, "float32"))
+
+
+def test_the_catalogue_counts_in_the_budget_of_the_disk(driver: Open, home: Path) -> None:
+    engine = driver(disk_bytes=4_000_000, host_bytes=1 << 24)
+    for seed in range(15):
+        saved = engine.save(prompt(seed, 40))
+        engine.store.flush()
+    for turn in range(40):  # each of these commits leaves a version of the catalogue
+        engine.store.pin(str(saved), turn % 2 == 0)
+        engine.store.flush()
+    engine.save(prompt(15, 40))
+    engine.store.flush()
+    stats = engine.store.stats()
+    files = [f.stat().st_size for f in (home / "catalog").rglob("*") if f.is_file()]
+    blocks = [f.stat().st_size for f in (home / "blocks").rglob("*") if f.is_file()]
+    assert stats["catalog_bytes"] == sum(files) > 0
+    assert stats["tiers"]["disk"]["bytes"] == sum(files) + sum(blocks)
+    assert sum(files) + sum(blocks) <= 4_000_000 + 150_000, "but for the last commit"
+    assert 8 < stats["nodes"] < 15, "old versions are dropped rather than prompts"
+    assert engine.serve([*prompt(15, 40), 5]).exact == 40, "what came last is kept"
+
+
+@pytest.fixture(params=["size=6m", "nr_inodes=260"])
+def small_disk(request: pytest.FixtureRequest, home: Path) -> Iterator[Path]:
+    """The home on a file system of its own, with little room or few inodes."""
+    need(os.geteuid() == 0, "root, to mount a file system")
+    home.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(home)]
+    need(subprocess.run(mount, check=False).returncode == 0, "the right to mount a file system")
+    yield home
+    subprocess.run(["umount", "--lazy", str(home)], check=True)
+
+
+def test_a_full_file_system_makes_room_as_a_full_budget_does(
+    driver: Open, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below `disk_bytes`; saving goes on, and says what it forgets."""
+    engine = driver(host_bytes=1 << 24)
+    with caplog.at_level(logging.WARNING, "kvshare"):
+        for seed in range(40):
+            engine.save(prompt(seed, 40))
+            engine.store.flush()
+            assert engine.serve([*prompt(seed, 40), 5]).exact == 40, seed
+    assert any("there is no space" in record.message for record in caplog.records)
+    nodes = len(engine.store.tree)
+    assert 5 < nodes < 40
+    again = driver()
+    assert len(again.store.tree) == nodes
+    assert again.store.stats()["errors"] == {}
+    assert check_tree(again.store.shelf, repair=False).problems == ()
+    again.store.close()
+
+
+@pytest.mark.parametrize("small_disk", ["size=6m"], indirect=True)
+def test_a_crash_while_a_full_file_system_makes_room(
+    driver: Open, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are gone, the rows that name them are not: the next start drops those nodes."""
+    engine = driver(host_bytes=1 << 24)
+    catalog = engine.store.shelf.catalog
+    assert catalog is not None
+    forgotten: list[str] = []
+
+    def crash(ids: list[str]) -> None:
+        forgotten.extend(ids)
+        raise StorageError("the machine is off")
+
+    monkeypatch.setattr(catalog, "delete", crash)
+    saved: dict[str, int] = {}
+    while not forgotten:
+        saved[str(engine.save(prompt(len(saved), 40)))] = len(saved)
+        engine.store.flush()
+    again = driver(host_bytes=1 << 24)
+    assert again.store.stats()["errors"] == {"missing": len(forgotten)}
+    for node, seed in saved.items():
+        found = again.serve([*prompt(seed, 40), 5]).exact
+        assert found == (0 if node in forgotten else 40), seed
+    assert check_tree(again.store.shelf, repair=False).problems == ()
+    again.store.close()
