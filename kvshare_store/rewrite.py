@@ -44,7 +44,7 @@ def _commit(shelf: Shelf, node: Node, changed: Node, vectors: Vectors) -> bool:
     """Write the changed row in the place of the node's; False if another machine's row is there."""
     if shelf.catalog is None or shelf.catalog.replace(changed, vectors, node.stamp):
         return True
-    if shelf.catalog.stamps(ids=[node.id]):
+    if shelf.shared and shelf.catalog.stamps(ids=[node.id]):
         return False
     shelf.durable.write([changed])  # another machine has removed it
     if shelf.catalog.add([(changed, vectors)]):

@@ -186,10 +186,11 @@ class Catalog:
                 row = self._rows.node_row(node, vectors)
                 return self._nodes.merge([row], replace=where, insert=False)[1]
 
-        replaced = bool(self._commit(change))
-        if replaced:
+        replaced: list[bool] = []
+        self.with_room(lambda: replaced.append(bool(self._commit(change))))
+        if replaced[-1]:
             self._note({node.id: node.stamp})
-        return replaced
+        return replaced[-1]
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
         """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows
