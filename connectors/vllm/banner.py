@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kvshare_connectors.vllm.requests import stricter
+from kvshare_connectors.vllm.requests import granted
 from vllm.logger import init_logger
 
 from kvshare_store.config import Settings, unknown_variables
@@ -47,7 +47,7 @@ def introduce(link: Link, settings: Settings) -> None:
 
 def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     """The line that says what serves this engine."""
-    policy = stricter(theirs["policy"], settings.config.policy)
+    policy = granted(theirs["policy"], settings.config.policy)
     return (
         f"KVShare active: policy {policy}, home {settings.config.home_path}, "
         f"daemon pid {stats['pid']}, version {stats['version']}"
@@ -63,5 +63,5 @@ def in_vain(settings: Settings, theirs: Mapping[str, Any]) -> list[str]:
         for name, value in settings.given().items()
         if name not in _OWN and name in theirs and theirs[name] != value
         # a stricter policy counts for this engine's requests
-        if name != "policy" or stricter(theirs["policy"], policy) != policy
+        if name != "policy" or granted(theirs["policy"], policy) != policy
     ]
