@@ -2,8 +2,8 @@
 
     python -m tests.upstream [schedulers] [beside]
 
-Runs each pair of arms that is asked for (by default `schedulers`), compares test by test, and fails if a
-test differs or if not as many pass as `suite.txt` says.
+Runs each pair of arms that is asked for (by default `schedulers`), compares test by test, and
+fails if a test differs or if fewer pass than `suite.txt` says.
 """
 
 from __future__ import annotations
