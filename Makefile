@@ -1,6 +1,6 @@
 # make setup    the virtual environment .venv, the project in it, and the demo model
 # make test     every test
-# make test-upstream   vLLM's own scheduler tests with our schedulers, ARMS="schedulers beside"
+# make test-upstream   vLLM's own scheduler tests with our schedulers (ARMS="schedulers beside": more)
 # make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and the page of results

@@ -259,7 +259,7 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
     full = engine.ask(longer, policy="off")
     engine.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.planning, "_worth", lambda plan, spans: not spans[0].start)
+        patch.setattr(engine.planning, "worth", lambda plan, spans: not spans[0].start)
         with failing_loads(engine, monkeypatch) as tried:
             engine.add(prompt, policy="exact")
             engine.add(longer, policy="exact")
