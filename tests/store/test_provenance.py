@@ -339,7 +339,7 @@ def test_an_outcome_that_cannot_be(driver: Open, outcome: Outcome) -> None:
     """It ends the lease, and no counter or rate believes it."""
     engine = driver()
     engine.save(TOKENS)
-    rates = {tier: rate.value for tier, rate in engine.store.cost.load.items()}
+    rates = {tier: rate.value for tier, rate in engine.store.costs.load.items()}
     plan = engine.plan(TOKENS)
     with pytest.raises(PlanError):
         engine.store.finish(plan, outcome)
@@ -348,4 +348,4 @@ def test_an_outcome_that_cannot_be(driver: Open, outcome: Outcome) -> None:
     assert stats["errors"] == {"plan": 1}
     assert stats["declined"] == {"bad_outcome": 1}
     assert stats["tokens_reused_exact"] == stats["tokens_reused_edited"] == 0
-    assert {tier: rate.value for tier, rate in engine.store.cost.load.items()} == rates
+    assert {tier: rate.value for tier, rate in engine.store.costs.load.items()} == rates
