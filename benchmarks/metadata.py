@@ -75,8 +75,7 @@ def _memory() -> int:
 
 
 def opened(home: str) -> dict[str, float]:
-    """Seconds and bytes that opening the store takes, and a commit with the sync of a machine that
-    shares the catalogue."""
+    """Seconds and bytes that opening the store takes."""
     BlockStore.expect = lambda *_: True  # type: ignore[method-assign]
     before, start = _memory(), perf_counter()
     config = StoreConfig(
@@ -84,17 +83,7 @@ def opened(home: str) -> dict[str, float]:
     )
     with Store(config) as store:
         seconds, nbytes, nodes = perf_counter() - start, _memory() - before, len(store.tree)
-        catalog = store.shelf.catalog
-        if catalog is None:
-            raise RuntimeError("the store has no catalogue")
-        _, seen = catalog.changes_since()
-        vector = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
-        catalog.add([(_node(np.random.default_rng()), Vectors(vector, None))])
-        start = perf_counter()
-        changes, _ = catalog.changes_since(seen)
-        if len(changes.added) != 1:
-            raise RuntimeError(f"one node was added, {len(changes.added)} were learned")
-        return {"s": seconds, "bytes": nbytes, "nodes": nodes, "sync": perf_counter() - start}
+        return {"s": seconds, "bytes": nbytes, "nodes": nodes}
 
 
 def _opened_apart(home: Path) -> dict[str, Any]:
@@ -121,9 +110,9 @@ def measure(options: Options) -> Result:
             fill(home, nodes)
             disk = sum(f.stat().st_size for f in (home / "catalog").rglob("*") if f.is_file())
             found = _opened_apart(home)
-        seconds, memory, sync = found["s"], found["bytes"], found["sync"]
+        seconds, memory = found["s"], found["bytes"]
         rows.append([nodes, seconds, memory / 2**30, 1e6 * seconds / nodes, memory / nodes / 1024,
-                     disk / nodes / 1024, 1e3 * sync])  # fmt: skip
+                     disk / nodes / 1024])  # fmt: skip
     nodes = rows[-1][0]
     seconds, memory = (float(cell or 0) for cell in rows[-1][1:3])
     reached = f"{seconds:.0f} s and {memory:.1f} GiB at {nodes:,.0f}"
@@ -138,14 +127,9 @@ def measure(options: Options) -> Result:
         seed=0,
         model=f"none (nodes of {TOKENS:,} tokens in 16 blocks of their own)",
         noise_floor="not known: one start a row",
-        columns=["nodes", "open s", "memory GiB", "us a node", "KiB a node", "KiB on disk a node",
-                 "learn one commit ms"],
+        columns=["nodes", "open s", "memory GiB", "us a node", "KiB a node", "KiB on disk a node"],
         rows=rows,
-        notes=[
-            "The files of blocks are not there and not looked for; `startup` measures that.",
-            "`learn one commit`: what a machine that shares the catalogue reads after another's "
-            "commit of one node.",
-        ],
+        notes=["The files of blocks are not there and not looked for; `startup` measures that."],
         targets=[(
             f"{TARGET_NODES:,} nodes open within {TARGET_S:.0f} s and {TARGET_GIB:.0f} GiB",
             reached,

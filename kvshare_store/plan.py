@@ -87,6 +87,8 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...] = ()
     blocks: tuple[BlockRef, ...] = ()
     donors: tuple[str, ...] = ()
+    stamps: tuple[int, ...] = ()
+    """Of each donor, which form of it was planned."""
     generation: int = 0
     """Provenance of the request's KV when this plan is used (0 = exact)."""
     lease: str = ""

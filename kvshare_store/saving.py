@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -83,8 +83,8 @@ class Saving:
     def _verified(
         self, reuse: Reuse, request: Tokens, namespace: Namespace
     ) -> tuple[int, ...] | None:
-        """Bytes of each block of `reuse`; None if a node is gone that could vouch for it, or has
-        other blocks since it was merged."""
+        """Bytes of each block of `reuse`; None if a node that could vouch for it is gone, or has
+        another form since."""
         if len(reuse.donors) > self._config.max_donors + 1:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         with self._shelf.lock:
@@ -93,7 +93,7 @@ class Saving:
         try:
             sizes = check_provenance(reuse, request, namespace.digest, donors)
         except PlanError:
-            if all(named) and not any(node.merged for node in donors):
+            if all(named) and _as_planned(reuse.stamps, named):
                 raise
             return None
         return tuple(sizes.get(name) or self._shelf.size_of(name) for name in reuse.blocks)
@@ -226,6 +226,12 @@ class _Filled(msgspec.Struct):
     offset: int
     name: str
     block: Block
+
+
+def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
+    """Whether the store still has the form of each donor that a client was planned."""
+    forms = [{node.stamp for node in nodes} for nodes in named]
+    return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))
 
 
 def _node_id(save: Save) -> str:

@@ -31,7 +31,6 @@ from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 
 Leased = tuple[Lease, dict[str, BlockRef]]
-Donors = tuple[Node, ...]
 
 
 class _Lookup(NamedTuple):
@@ -87,10 +86,7 @@ class Serving:
         if leasing is None:
             self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
         else:
-            leased, donors = leasing
-            leased.add_done_callback(
-                lambda done: self._complete(answer, lookup, draft, donors, done)
-            )
+            leasing.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
         return answer
 
     def _draft(self, request: Tokens, lookup: _Lookup) -> Draft:
@@ -105,31 +101,26 @@ class Serving:
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
 
-    def _lease(
-        self, draft: Draft, owner: str, deadline_ms: float | None
-    ) -> tuple[Future[Leased], Donors] | None:
-        """The donors are as they were planned; None if one of them or a block has left the store
-        since the draft was made."""
+    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
+        """None if a donor or a block has left the store since the draft was made."""
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
         with self._shelf.lock:
             tree = self._shelf.tree
-            donors = tuple(node for i in draft.donors if (node := tree.get(i)) is not None)
-            here = len(donors) == len(draft.donors)
+            here = all(node.id in tree for node in draft.donors)
             if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
                 return None
-            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout), donors
+            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout)
 
     def _complete(
         self,
         answer: Future[ReusePlan],
         lookup: _Lookup,
         draft: Draft,
-        donors: Donors,
         leased: Future[Leased],
     ) -> None:
         try:
-            self._answer(answer, lookup, self._leased(lookup, draft, donors, *leased.result()))
+            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
         except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
             answer.set_exception(error)
 
@@ -145,7 +136,6 @@ class Serving:
         self,
         lookup: _Lookup,
         draft: Draft,
-        donors: Donors,
         lease: Lease,
         refs: dict[str, BlockRef],
     ) -> ReusePlan:
@@ -162,16 +152,18 @@ class Serving:
                     return lookup.plan("lossy")
             reused = sum(span.length for span in draft.spans)
             row_bytes = lookup.namespace.layout.row_bytes
-            opened = OpenPlan(lookup.tokens, reused, row_bytes, draft.tier, lookup.start, donors)
-            self._open[lease.id] = opened
+            self._open[lease.id] = OpenPlan(
+                lookup.tokens, reused, row_bytes, draft.tier, lookup.start, draft.donors
+            )
             for donor in draft.donors:
-                self._shelf.tree.touch(donor)
+                self._shelf.tree.touch(donor.id)
         return msgspec.structs.replace(
             lookup.plan(),
             exact=draft.exact,
             spans=draft.spans,
             blocks=tuple(refs[name] for name in draft.blocks),
-            donors=draft.donors,
+            donors=tuple(donor.id for donor in draft.donors),
+            stamps=tuple(donor.stamp for donor in draft.donors),
             generation=draft.generation,
             lease=lease.id,
             arena=self._blocks.host.arena.id,

@@ -24,6 +24,8 @@ class Reuse(msgspec.Struct, frozen=True):
     blocks: tuple[str, ...] = ()
     donors: tuple[str, ...] = ()
     generation: int = 0
+    stamps: tuple[int, ...] = ()
+    """Of each donor, the form that was planned. Without them: the one that is here now."""
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,4 +163,4 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     kept = plan.spans if spans is None else tuple(spans)
     edited = any(not span.exact for span in kept)
     names = tuple(block.name for block in plan.blocks)
-    return Reuse(kept, names, plan.donors, plan.generation if edited else 0)
+    return Reuse(kept, names, plan.donors, plan.generation if edited else 0, plan.stamps)

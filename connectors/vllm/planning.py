@@ -78,7 +78,6 @@ class Planning:
         self._manager: KVCacheManager | None = None
         self._unserved = ""
         """Why the worker loads and stores nothing."""
-        self._told_busy = False
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
         self.may_start: Callable[[Request], bool] = lambda request: True
@@ -134,18 +133,12 @@ class Planning:
                 declined = declined or UNPROVEN
             state = RequestState(request, namespace, wish, policy, declined)
             self._states[request.request_id] = state
-            self._tell_busy()
+            self._link.working(True)
             self._warnings.consider(state)
             if state.declined:
                 state.settled = True
                 self._link.tell(protocol.Decline(state.declined, state.length))
         return state
-
-    def _tell_busy(self) -> None:
-        """While there are requests the daemon does nothing that can wait."""
-        busy = bool(self._states)
-        if busy != self._told_busy and self._link.tell(protocol.Working(busy)):
-            self._told_busy = busy
 
     def look_ahead(self, requests: Iterable[Request], *, busy: bool) -> list[RequestState]:
         """Look up the requests that this step may admit; returns their states in order."""
@@ -160,7 +153,7 @@ class Planning:
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
-        self._tell_busy()
+        self._link.working(bool(self._states))
         self.lookups.ended(state)
         if state.parked:
             self.unpark(state)

@@ -20,7 +20,15 @@ _STEP_S = 0.05
 _THREADS = {"status": 1, "notes": 1, "lookup": 4, "save": 1, "flush": 1, "chore": 1}
 _LANES: dict[type, str] = {
     **dict.fromkeys(
-        (protocol.Decline, protocol.Finish, protocol.Observe, protocol.Failed), "notes"
+        (
+            protocol.Decline,
+            protocol.EngineCached,
+            protocol.Finish,
+            protocol.Observe,
+            protocol.Working,
+            protocol.Failed,
+        ),
+        "notes",
     ),
     protocol.Plan: "lookup",
     **dict.fromkeys((protocol.Stage, protocol.Commit, protocol.Abandon), "save"),

@@ -46,6 +46,7 @@ class Link:
         self.client = Client(config.home_path)
         self.failures: list[str] = []
         """Kinds of failures that the daemon has not been told of yet."""
+        self._busy = self._told_busy = False
         self._late = 0
         self._late_since = 0.0
         self._pause = _FIRST_PAUSE_S
@@ -59,6 +60,7 @@ class Link:
         until = time.monotonic() + self.config.plan_deadline_ms / 1e3
         try:
             self.client.look()
+            self._told_busy &= self.client.connected  # else a new connection is opened here
             request_id = self.client.send(plan_request(tokens, namespace, policy, until))
         except OverloadError as error:
             self._failed(error.kind)
@@ -67,6 +69,7 @@ class Link:
         except KVShareError as error:
             self._gone(error)
             return None
+        self._tell_working()
         self._tell_failures()
         return request_id
 
@@ -105,6 +108,18 @@ class Link:
             self._gone(error)
             return False
         return True
+
+    def working(self, busy: bool) -> None:
+        """Whether the engine has requests: meanwhile the daemon does nothing that can wait.
+
+        Each daemon that the link connects to hears of it.
+        """
+        self._busy = busy
+        self._tell_working()
+
+    def _tell_working(self) -> None:
+        if self._busy != self._told_busy and self.tell(protocol.Working(self._busy)):
+            self._told_busy = self._busy
 
     def _tell_failures(self) -> None:
         while self.failures and self.tell(protocol.Failed(self.failures[0])):

@@ -5,6 +5,7 @@ Work is bounded by an `Effort`: what it does not allow is not found.
 
 from __future__ import annotations
 
+import codecs
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ _PLACES = 8
 """Places in a donor that are tried for a passage that occurs in it more often."""
 _FIRST_LOOK = 256
 _LARGEST_CHARACTER = 0x10FFFF
-_CHARACTERS = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
+_CHARACTERS = codecs.lookup(f"utf-32-{sys.byteorder[0]}e").name
+"""Looked up here, or the first prompt would wait for the import of the codec."""
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

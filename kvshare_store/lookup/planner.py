@@ -39,7 +39,7 @@ class Draft(NamedTuple):
     exact: int = 0
     spans: tuple[Span, ...] = ()
     blocks: tuple[str, ...] = ()
-    donors: tuple[str, ...] = ()
+    donors: tuple[Node, ...] = ()
     generation: int = 0
     saving_ms: float = 0.0
     tier: str = "host"
@@ -179,8 +179,8 @@ class Planner:
         )
 
 
-def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[str, ...], int]:
-    """Ids of the donors of kept positions, the one with most of them first, and the generation
+def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
+    """The donors of kept positions, the one with most of them first, and the generation
     that building on them makes."""
     kept = cover.donor_of[keep]
     counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
@@ -189,4 +189,4 @@ def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[str, ...], int]:
     # the exact prefix is kept whole, but for what the last position takes away from it
     edited = kept[int(np.count_nonzero(keep[: cover.exact])) :]
     generations = [cover.donors[donor].generation for donor in set(edited.tolist())]
-    return tuple(cover.donors[donor].id for donor in used), 1 + max(generations, default=-1)
+    return tuple(cover.donors[donor] for donor in used), 1 + max(generations, default=-1)

@@ -4,10 +4,6 @@
 A row is written only after all blocks it names are durable, in one commit a batch; what a method
 committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
 nobody else sees it.
-
-**For machines that share a catalogue**: `changes_since(seen)` says which nodes were added, changed
-or removed since, by whomever. It reads the rows that are new and, only if rows went, the numbers of
-the others: no scan of the table after each commit of another machine.
 """
 
 from __future__ import annotations
@@ -34,7 +30,6 @@ from kvshare_store.errors import (
 from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
-from kvshare_store.tree.changes import NOTHING, Changes, Seen, changes_since
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.lance import lance_errors
 from kvshare_store.tree.ledger import Fact, Ledger
@@ -43,7 +38,7 @@ from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
 from kvshare_store.tree.table import Fields, Table
 
-__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Changes", "Seen", "Vectors"]
+__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
 
 T = TypeVar("T")
 
@@ -290,14 +285,6 @@ class Catalog:
             for batch in batches
             for pair in zip(texts(batch, "id"), texts(batch, "namespace"), strict=True)
         ]
-
-    def changes_since(self, seen: Seen = NOTHING) -> tuple[Changes, Seen]:
-        """What became of nodes since `seen`, and what is seen now.
-
-        Call `refresh` first to see what others have committed.
-        """
-        with self._lock:
-            return changes_since(self._nodes, seen)
 
     # --- versions ----------------------------------------------------------------------------
 

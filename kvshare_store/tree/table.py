@@ -204,12 +204,6 @@ class Table:
         with lance_errors():
             return int(self._handle.count_rows())
 
-    def after(self, numbers: RowIds) -> str:
-        """Rows that were committed after all of these."""
-        return (
-            f"_rowid >= {(int(numbers.max()) // _FRAGMENT + 1) * _FRAGMENT if len(numbers) else 0}"
-        )
-
     def row_ids(self, where: str = "") -> RowIds:
         """The numbers of the rows, ascending. Reads no column."""
         with lance_errors():

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from kvshare_connectors.vllm.planning import Planning
 
-from kvshare_store.daemon import protocol
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
@@ -59,7 +58,6 @@ class FakeLink:
         self.asked: list[tuple[str, str | None]] = []
         self.told: list[Any] = []
         self.busy: list[bool] = []
-        self.away = False
         self.given_up = 0
 
     def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
@@ -76,13 +74,12 @@ class FakeLink:
         self.given_up += 1
 
     def tell(self, message: Any) -> bool:
-        if self.away:
-            return False
-        if isinstance(message, protocol.Working):
-            self.busy.append(message.busy)
-        else:
-            self.told.append(message)
+        self.told.append(message)
         return True
+
+    def working(self, busy: bool) -> None:
+        if busy != (self.busy or [False])[-1]:
+            self.busy.append(busy)
 
     def close(self) -> None:
         pass

@@ -451,14 +451,6 @@ def test_an_engine_says_when_it_has_requests(planning: Planning, link: FakeLink)
     assert link.busy == [True]
     planning.finished(requests[1])
     assert link.busy == [True, False]
-    link.away = True
-    planning.state_of(late := request())
-    link.away = False
-    planning.state_of(another := request())
-    assert link.busy == [True, False, True], "said again once the daemon is there"
-    planning.finished(late)
-    planning.finished(another)
-    assert link.busy == [True, False, True, False]
 
 
 @pytest.mark.parametrize(("reason", "fields"), DECLINED)

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 
+from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
@@ -19,15 +20,17 @@ from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
 from kvshare_store.testing.oracle import pick, prompt, rows_for
 
-NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
+NAMESPACE = Namespace("model", KVLayout(8, 4, 64, "float32"))
 TOKENS = 40
+SLOT = slot_bytes(8 * NAMESPACE.layout.row_bytes)
+"""Such that ten of them are more than the least memory of a daemon."""
 PATIENCE_S = 30.0
 
 
 def config(home: str, blocks: int = 64) -> StoreConfig:
     """A store with room for so many blocks of eight rows in memory; no lease ends by time."""
     return StoreConfig(
-        home=home, block_tokens=8, host_bytes=blocks * (64 + 8 * 64), disk_bytes=1 << 24,
+        home=home, block_tokens=8, host_bytes=blocks * SLOT, disk_bytes=1 << 26,
         min_prompt_tokens=8, min_saving_ms=-1e9, semantic="never", gc_seconds=0.0,
         lease_seconds=600.0, plan_deadline_ms=20_000.0,
     )  # fmt: skip

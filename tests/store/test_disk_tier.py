@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
         names = await _filled(tmp_path, 5)
         unreadable = Fault("EIO", frozenset({"listdir", "stat"}), refusal(errno.EIO).happen)
         with FaultyFiles() as disk:
-            tier = DiskTier(tmp_path, ROOMY, "none", None)
+            tier = DiskTier(tmp_path, ROOMY, "none", None, int)
             tier._prepare()
             disk.arm(unreadable)
             tier._look_around()

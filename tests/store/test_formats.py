@@ -25,7 +25,7 @@ from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
+from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
 from kvshare_store.tree.edits import Edit
 from kvshare_store.tree.node import NODE_FORMAT, Node, node_id
 
@@ -299,43 +299,3 @@ def test_a_namespace_that_means_more_is_left_alone(driver: Open, home: Path) -> 
     again.store.close()
     assert theirs in {row["id"] for row in rows_of(home / "catalog", "nodes")}
     assert digest in {row["digest"] for row in rows_of(home / "catalog", "namespaces")}
-
-
-# --- what changed -------------------------------------------------------------------------------
-
-
-def test_changes_since_a_version(tmp_path: Path) -> None:
-    """Whoever asks sees what others added, replaced and removed, compacted or not."""
-    namespace = Namespace("m", KVLayout(1, 1, 4, "float32"))
-    ours, theirs = Catalog(str(tmp_path)), Catalog(str(tmp_path))
-    theirs.add_namespace(namespace)
-    unit = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
-
-    def node(first: int, pinned: bool = False) -> Node:
-        tokens = np.arange(first, first + 8, dtype=np.int32)
-        return Node(
-            id=node_id(namespace.digest, tokens, True), namespace=namespace.digest,
-            token_bytes=tokens.tobytes(), segments=(Span(0, 8, 0, 0, 0),), blocks=("ab" * 32,),
-            exact_rows=8, pinned=pinned,
-        )  # fmt: skip
-
-    nodes = [node(first) for first in range(6)]
-    ids = [one.id for one in nodes]
-    theirs.add([(one, Vectors(unit, None)) for one in nodes[:4]])
-    ours.refresh()
-    changes, seen = ours.changes_since()
-    assert changes == (set(ids[:4]), set(), set())
-    theirs.add([(nodes[4], Vectors(unit, None))])
-    assert theirs.replace(node(0, pinned=True), Vectors(unit, None), expected=0)
-    theirs.delete([ids[1], ids[2]])
-    ours.refresh()
-    changes, seen = ours.changes_since(seen)
-    assert changes == ({ids[4]}, {ids[1], ids[2]}, {ids[0]})
-    assert ours.changes_since(seen)[0] == (set(), set(), set())
-    theirs.compact()
-    ours.refresh()
-    changes, seen = ours.changes_since(seen)
-    assert (changes.added, changes.removed) == (set(), set())
-    theirs.add([(nodes[5], Vectors(unit, None))])
-    ours.refresh()
-    assert ours.changes_since(seen)[0] == ({ids[5]}, set(), set())

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +149,24 @@ def test_a_home_that_cannot_be_used_is_said_at_once(
 # --- a daemon that is slow ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
+@contextmanager
+def serving(config: StoreConfig) -> Iterator[Server]:
     """A daemon in this process."""
-    running = Server(config())
+    running = Server(config)
     thread = threading.Thread(target=running.serve)
     thread.start()
-    yield running
-    running.stop()
-    thread.join(PATIENCE_S)
+    try:
+        yield running
+    finally:
+        running.stop()
+        thread.join(PATIENCE_S)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
+    with serving(config()) as running:
+        yield running
 
 
 def stuck(server: Server) -> threading.Event:
@@ -266,19 +275,62 @@ def test_status_waits_neither_for_the_lock_nor_for_the_disk(
         return measure(path)
 
     monkeypatch.setattr(files, "measure", slowly)
-    running = Server(config())
-    thread = threading.Thread(target=running.serve)
-    thread.start()
-    try:
-        with Client(home, timeout=PATIENCE_S) as client:
+    with serving(config()) as running, Client(home, timeout=PATIENCE_S) as client:
+        try:
             with running.store.shelf.lock:
                 stats = client.stats()
             assert stats["nodes"] == 1
             assert stats["health"]["state"] == "ok"
-    finally:
-        measured.set()
-        running.stop()
-        thread.join(PATIENCE_S)
+        finally:
+            measured.set()
+
+
+# --- engines that work ----------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def works(server: Server) -> bool:
+    """Whether the daemon takes an engine for working."""
+    return bool(server.store.text._busy)
+
+
+def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreConfig]) -> None:
+    with serving(config()) as first:
+        link = open_link(first.config, timeout=PATIENCE_S)
+        link.working(True)
+        until(lambda: works(first))
+    with serving(config()) as second:
+        planned_in_the_end(link)
+        until(lambda: works(second))
+        link.working(False)
+        until(lambda: not works(second))
+        end(link)
+
+
+def test_an_engine_that_left_is_not_working(server: Server) -> None:
+    """What it said last is heard after its connection has ended, and before what it held ends."""
+    working, event, heard = server.store.working, threading.Event(), list[bool]()
+
+    def late(owner: str, busy: bool) -> None:
+        assert event.wait(PATIENCE_S)
+        working(owner, busy)
+        heard.append(works(server))
+
+    server.store.working = late  # type: ignore[method-assign]
+    with Client(server.config.home_path, timeout=PATIENCE_S) as engine:
+        engine.greet()
+        engine.tell(protocol.Working(True))
+        until(lambda: server.switchboard.under_way == 1)
+    until(lambda: not server.switchboard.connections)
+    event.set()
+    until(lambda: bool(heard) and not works(server))
+    assert heard == [True]
 
 
 def test_a_list_is_of_one_moment(server: Server) -> None:

@@ -535,7 +535,8 @@ def test_clear(driver: Open, home: Path) -> None:
     engine.store.flush()
     stats = engine.store.stats()
     assert (stats["nodes"], stats["blocks"]) == (0, 0)
-    assert [tier["bytes"] for tier in stats["tiers"].values()] == [0, 0]
+    used = {name: tier["bytes"] for name, tier in stats["tiers"].items()}
+    assert used == {"host": 0, "disk": stats["catalog_bytes"]}
     assert list((home / "blocks").glob("*/*")) == []
     assert driver().plan(prompt(1, 40)).declined == "empty_store"
 
@@ -595,7 +596,7 @@ tokens = np.arange(400, dtype=np.int32)
 config = StoreConfig(home=sys.argv[1], host_bytes=1 << 22, disk=False, semantic="never",
                      min_saving_ms=-1e9)
 with Store(config) as store:
-    store.commit(store.save(tokens, namespace, np.zeros(layout.shape(400), np.float32)).id)
+    assert store.save(tokens, namespace, np.zeros(layout.shape(400), np.float32))
     before = set(sys.modules)
     edited = store.plan(np.concatenate([tokens[:200], [5, 6, 7], tokens[202:]]), namespace)
     moved = store.plan(np.concatenate([tokens[200:], tokens[:200]]), namespace)

@@ -303,6 +303,27 @@ def test_a_donor_that_was_merged_has_other_blocks(driver: Open) -> None:
     assert engine.store.stats()["errors"] == {"missing": 1}
 
 
+def test_a_donor_that_was_saved_anew_has_other_blocks(driver: Open) -> None:
+    """Its plan has ended, so nobody knows its old form any more; the client is honest."""
+    engine = driver()
+    donor = engine.save(TOKENS)
+    tokens = [*TOKENS, *prompt(2, 8)]
+    plan = engine.plan(tokens)
+    reuse = reuse_of(plan)
+    engine.finish(plan)
+    engine.store.evict(nodes=1)
+    engine.save([*TOKENS[:20], *prompt(3, 20)])
+    assert engine.serve_and_save(TOKENS) == donor == reuse.donors[0]
+    anew = engine.store.tree.get(donor)
+    assert anew is not None
+    assert not set(reuse.blocks) <= set(anew.blocks)
+    assert engine.store.stage(tokens, engine.namespace, reuse).known
+    assert engine.store.stats()["errors"] == {"missing": 1}
+    lie = msgspec.structs.replace(reuse, stamps=(anew.stamp,))
+    with pytest.raises(PlanError):
+        engine.store.stage(tokens, engine.namespace, lie)
+
+
 def test_blocks_that_no_span_uses_are_not_kept(driver: Open) -> None:
     engine = driver()
     engine.save(TOKENS)
@@ -339,7 +360,7 @@ def test_an_outcome_that_cannot_be(driver: Open, outcome: Outcome) -> None:
     """It ends the lease, and no counter or rate believes it."""
     engine = driver()
     engine.save(TOKENS)
-    rates = {tier: rate.value for tier, rate in engine.store.cost.load.items()}
+    rates = {tier: rate.value for tier, rate in engine.store.costs.load.items()}
     plan = engine.plan(TOKENS)
     with pytest.raises(PlanError):
         engine.store.finish(plan, outcome)
@@ -348,4 +369,4 @@ def test_an_outcome_that_cannot_be(driver: Open, outcome: Outcome) -> None:
     assert stats["errors"] == {"plan": 1}
     assert stats["declined"] == {"bad_outcome": 1}
     assert stats["tokens_reused_exact"] == stats["tokens_reused_edited"] == 0
-    assert {tier: rate.value for tier, rate in engine.store.cost.load.items()} == rates
+    assert {tier: rate.value for tier, rate in engine.store.costs.load.items()} == rates

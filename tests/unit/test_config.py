@@ -61,8 +61,8 @@ def test_every_field_can_come_from_the_environment(name: str) -> None:
         "home": "/elsewhere", "disk": "false", "disk_codec": "zstd", "remote_codec": "int8",
         "encryption_key": "env:key", "tenant_key": "env:key", "policy": "faithful",
         "eviction": "lru", "huge_pages": "never",
-        "delimiters": "true", "semantic": "never", "embedder": "another",
-            "disk_write": "back", "remote_write": "through",
+        "delimiters": "true", "semantic": "never", "embedder": "another", "log_requests": "true",
+        "disk_write": "back", "remote_write": "through",
     }  # fmt: skip
     size = name.endswith("_bytes")
     given = others.get(name, "8000000" if size else "77")
