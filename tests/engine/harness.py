@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import msgspec
+import pytest
 import torch
 import torch._dynamo
 from kvshare_connectors.vllm.beside import ours
@@ -87,7 +88,7 @@ def scheduling_ahead() -> Iterator[None]:
 
 
 class Engine:
-    """`LLM` with KVShare. One at a time in a process; `close` it.
+    """`LLM` with KVShare. One at a time in a process; `close` it, unless it is a `kept_engine`.
 
     `ahead`: with asynchronous scheduling.
     """
@@ -100,6 +101,7 @@ class Engine:
         ahead: bool = False,
         **settings: Any,
     ) -> None:
+        close_kept_engine()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         # Threads that wait for each other are slow where others use the processor too, and vLLM
@@ -375,6 +377,24 @@ class Engine:
         cleanup_dist_env_and_memory()
         self.client.stop()
         self.client.close()
+
+
+_kept: list[tuple[dict[str, Any], Engine]] = []
+
+
+def kept_engine(homes: pytest.TempPathFactory, **settings: Any) -> Engine:
+    """An engine that is there until another is made: modules that follow each other and want the
+    same settings share it."""
+    if not _kept or _kept[0][0] != settings:
+        engine = Engine(homes.mktemp("home"), **settings)
+        _kept.append((settings, engine))
+    return _kept[0][1]
+
+
+def close_kept_engine() -> None:
+    """Stop the engine that modules share, if there is one."""
+    while _kept:
+        _kept.pop()[1].close()
 
 
 def random_runs(length: int, seed: int) -> Keep:
