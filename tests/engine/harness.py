@@ -30,6 +30,8 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.plan import ReusePlan, Span, clip_spans
 
 BLOCK = 32
+PATIENCE_S = 60.0
+"""For a daemon on a busy machine."""
 TOLERANCE = 1e-4
 """What two fp32 computations of the same log-probability may differ by."""
 
@@ -147,7 +149,7 @@ class Engine:
         with scheduling_ahead() if ahead else nullcontext():
             self.llm = LLM(**(defaults | settings))
         self.core = self.llm.llm_engine
-        self.client = Client(home)
+        self.client = Client(home, timeout=PATIENCE_S)
         self.steps: list[Step] = []
         self._watch_steps()
         self.free_at_start = self.free_blocks
