@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,6 +14,14 @@ with warnings.catch_warnings():
 
 from examples.demo.families import FAMILIES
 from examples.demo.model import prepare_model
+from tests.engine.harness import close_kept_engine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_engine_outlives_the_tests() -> Iterator[None]:
+    """The last one that modules shared is closed."""
+    yield
+    close_kept_engine()
 
 
 @pytest.fixture(scope="session")

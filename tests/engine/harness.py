@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import msgspec
+import pytest
 import torch
 import torch._dynamo
 from kvshare_connectors.vllm.beside import ours
@@ -29,6 +30,8 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.plan import ReusePlan, Span, clip_spans
 
 BLOCK = 32
+PATIENCE_S = 60.0
+"""For a daemon on a busy machine."""
 TOLERANCE = 1e-4
 """What two fp32 computations of the same log-probability may differ by."""
 
@@ -87,7 +90,7 @@ def scheduling_ahead() -> Iterator[None]:
 
 
 class Engine:
-    """`LLM` with KVShare. One at a time in a process; `close` it.
+    """`LLM` with KVShare. One at a time in a process; `close` it, unless it is a `kept_engine`.
 
     `ahead`: with asynchronous scheduling.
     """
@@ -100,6 +103,7 @@ class Engine:
         ahead: bool = False,
         **settings: Any,
     ) -> None:
+        close_kept_engine()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         # Threads that wait for each other are slow where others use the processor too, and vLLM
@@ -145,7 +149,7 @@ class Engine:
         with scheduling_ahead() if ahead else nullcontext():
             self.llm = LLM(**(defaults | settings))
         self.core = self.llm.llm_engine
-        self.client = Client(home)
+        self.client = Client(home, timeout=PATIENCE_S)
         self.steps: list[Step] = []
         self._watch_steps()
         self.free_at_start = self.free_blocks
@@ -375,6 +379,24 @@ class Engine:
         cleanup_dist_env_and_memory()
         self.client.stop()
         self.client.close()
+
+
+_kept: list[tuple[dict[str, Any], Engine]] = []
+
+
+def kept_engine(homes: pytest.TempPathFactory, **settings: Any) -> Engine:
+    """An engine that is there until another is made: modules that follow each other and want the
+    same settings share it."""
+    if not _kept or _kept[0][0] != settings:
+        engine = Engine(homes.mktemp("home"), **settings)
+        _kept.append((settings, engine))
+    return _kept[0][1]
+
+
+def close_kept_engine() -> None:
+    """Stop the engine that modules share, if there is one."""
+    while _kept:
+        _kept.pop()[1].close()
 
 
 def random_runs(length: int, seed: int) -> Keep:

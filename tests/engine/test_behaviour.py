@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import BLOCK, TOLERANCE, Engine
+from tests.engine.harness import BLOCK, TOLERANCE, Engine, kept_engine
 from tests.engine.soak import Traffic, related_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -22,19 +22,18 @@ LATE_EDIT = 98
 """Inside the last block, which is not full."""
 NEW = [11111, 22222, 33333, 44444, 12345]
 """Tokens that the edit puts there, rare ones; what follows them is reused."""
+SETTINGS: dict[str, Any] = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+}
 
 Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive"},
-        enable_prefix_caching=True,
-    )
-    yield engine
-    engine.close()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from tests.engine.schedulers import kvshare_alone
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
+EDIT = 100
+"""Behind the first run of the exact-prefix chain: a shorter common prefix is not found."""
 NEW = [11111, 22222, 33333, 44444, 12345]
 
 Fresh = Callable[[int], list[int]]
@@ -49,7 +51,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def test_exact_rows_are_served_and_edited_ones_are_not(engine: Engine, fresh: Fresh) -> None:
     """The other connector could take edited rows for exact ones."""
     prompt = fresh(LENGTH)
-    follower = [*prompt[:50], *NEW, *prompt[53:]]
+    follower = [*prompt[:EDIT], *NEW, *prompt[EDIT + 3 :]]
     full = engine.ask(prompt, policy="off")
     full_follower = engine.ask(follower, policy="off")
     engine.clear()
@@ -64,6 +66,6 @@ def test_exact_rows_are_served_and_edited_ones_are_not(engine: Engine, fresh: Fr
     with engine.counted() as gained:
         answer = engine.ask(follower)
     assert answer.agrees(full_follower)
-    assert (gained["tokens_reused_exact"], gained["tokens_reused_edited"]) == (50, 0)
-    assert (answer.said["exact"], answer.said["edited"]) == (50, 0)
+    assert (gained["tokens_reused_exact"], gained["tokens_reused_edited"]) == (EDIT, 0)
+    assert (answer.said["exact"], answer.said["edited"]) == (EDIT, 0)
     engine.check_idle()

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests.engine.harness import TOLERANCE, Answer, Engine, Keep, random_runs
+from tests.engine.harness import TOLERANCE, Answer, Engine, Keep, kept_engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-SETTINGS = {"policy": "aggressive"}
-
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(tmp_path_factory.mktemp("home"), kvshare=SETTINGS)
-    yield engine
-    engine.close()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(tmp_path_factory, kvshare={"policy": "aggressive"})
 
 
 @pytest.fixture

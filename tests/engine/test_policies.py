@@ -29,6 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ids = itertools.count()
 
 
+def sampling(**fields: Any) -> Any:
+    """vLLM's own, so that a name it does not have fails here."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**fields)
+
+
 def request(**fields: Any) -> Any:
     """As much of a vLLM request as planning looks at."""
     defaults = {
@@ -39,7 +46,7 @@ def request(**fields: Any) -> Any:
         "num_computed_tokens": 0,
         "prefill_stats": None,
         "status": None,
-        "sampling_params": SimpleNamespace(prompt_logprobs=None),
+        "sampling_params": sampling(),
         "mm_features": [],
         "prompt_embeds": None,
         "resumable": False,
@@ -429,8 +436,9 @@ DECLINED = [
     ("multimodal", {"prompt_embeds": object()}),
     ("pooling", {"sampling_params": None}),
     ("pooling", {"prompt_token_ids": None}),
-    ("prompt_logprobs", {"sampling_params": SimpleNamespace(prompt_logprobs=1)}),
-    ("prompt_logprobs", {"sampling_params": SimpleNamespace(prompt_logprobs=0)}),
+    ("prompt_logprobs", {"sampling_params": sampling(prompt_logprobs=1)}),
+    ("prompt_logprobs", {"sampling_params": sampling(prompt_logprobs=0)}),
+    ("prompt_logprobs", {"sampling_params": sampling(prompt_logprob_token_ids=[[1, 2]])}),
     ("streaming_input", {"resumable": True}),
     ("policy_off", {"kv_transfer_params": policy("off")}),
     ("unknown_policy", {"kv_transfer_params": policy("careless")}),

@@ -13,7 +13,7 @@ from kvshare_connectors.transformers.model import KVShareModel, Served
 from examples.demo.model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
-from tests.engine.harness import Answer, Engine
+from tests.engine.harness import Answer, Engine, kept_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -24,10 +24,8 @@ Prompts = dict[str, list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(tmp_path_factory.mktemp("vllm"), kvshare={"policy": "aggressive"})
-    yield engine
-    engine.close()
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(tmp_path_factory, kvshare={"policy": "aggressive"})
 
 
 @pytest.fixture(scope="module")

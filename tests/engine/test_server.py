@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,17 +14,26 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from examples.demo.families import FAMILIES
 from examples.demo.model import prepare_model
 from kvshare_store.daemon.client import Client
+from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.testing.daemons import ClientDriver
+from kvshare_store.testing.oracle import prompt
+from tests.engine.harness import wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_S = 180
+STOP_S = 60
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, nothing is made there
+ANOTHER = Namespace("another model", KVLayout(2, 1, 4, "float32"))
 Ask = Callable[..., str]
 Call = Callable[[str, dict[str, Any]], str]
 
@@ -39,11 +49,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="module")
-def call(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
-    """Post to a path of the running server; the answer as it came."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("log") / "server.log"
+class Server(NamedTuple):
+    """The running server, and what lay in shared memory before it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    in_shared_memory: set[str]
+
+
+def command(home: Path, port: int) -> list[str]:
     settings = {
         "home": home, "semantic": "never", "host_bytes": "256MiB", "idle_exit_s": 5,
         "plan_deadline_ms": 10_000,
@@ -51,32 +65,47 @@ def call(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]
     kvshare = [
         part for name, value in settings.items() for part in (f"--kvshare.{name}", str(value))
     ]
-    command = [
+    return [
         sys.executable, "-m", "kvshare_store.cli.main", "vllm", "serve", str(prepare_model()),
         *kvshare, "--kvshare.min_saving_ms=-1e9",
         "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
         "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests; the last one stops it."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    port, before = free_port(), set(os.listdir(SHARED_MEMORY))
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command(home, port), stdout=output, stderr=output, env=environment
+        )
+    try:
+        wait_for(port, process, log)
+        yield Server(process, port, before)
+    finally:
+        process.terminate()
+        process.wait(timeout=STOP_S)
+
+
+@pytest.fixture(scope="module")
+def call(server: Server) -> Call:
+    """Post to a path of the running server; the answer as it came."""
 
     def post(path: str, body: dict[str, Any]) -> str:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/{path}",
+            f"http://127.0.0.1:{server.port}/v1/{path}",
             json.dumps({"model": "demo", "temperature": 0, "max_tokens": 8} | body).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return str(answer.read().decode())
 
-    try:
-        wait_for(port, server, log)
-        yield post
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
+    return post
 
 
 def chat(text: str, **body: Any) -> dict[str, Any]:
@@ -94,10 +123,10 @@ def ask(call: Call) -> Ask:
     return asking
 
 
-def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-4000:]
+        assert process.poll() is None, log.read_text()[-4000:]
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
@@ -143,8 +172,8 @@ def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
 
 def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
     """Completions and chats; what is streamed has no place for it and comes all the same."""
-    family = next(family for family in FAMILIES if family.name == "support_ticket")
-    text = family.donor * 2
+    family = next(family for family in FAMILIES if family.name == "medical_report")
+    text = family.donor  # of which nothing is stored
     before = stored(home, 2)["nodes"]
     first = json.loads(call("completions", {"prompt": text}))
     assert first["kv_transfer_params"]["kvshare.reused"] == 0
@@ -160,3 +189,28 @@ def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
     assert (said["kvshare.reason"], said["kvshare.asked"]) == ("unknown_policy", "wild")
     streamed = call("chat/completions", chat(text, stream=True))
     assert streamed.rstrip().endswith("data: [DONE]")
+
+
+def test_a_stopped_server_leaves_the_daemon_to_others(server: Server, ask: Ask, home: Path) -> None:
+    """vLLM ends every descendant of its own, by force where it must: the daemon is none of them."""
+    ask("What outlives a server?")
+    with Client(home) as older:
+        older.flush()
+        daemon, nodes = older.greet().pid, stored(home, 1)["nodes"]
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert family
+        assert daemon not in [process.pid for process in family]
+        server.process.send_signal(signal.SIGINT)  # as Ctrl-C does
+        server.process.wait(timeout=STOP_S)
+        assert not psutil.wait_procs(family, timeout=STOP_S)[1]
+        assert older.stats()["nodes"] == nodes
+        with Client(home) as newer:
+            assert newer.greet().pid == daemon
+            engine = ClientDriver(newer, ANOTHER)
+            engine.save(prompt(1, 300))
+            assert engine.serve(prompt(1, 300)).exact == 299
+
+        def nothing_is_left() -> bool:
+            return set(os.listdir(SHARED_MEMORY)) <= server.in_shared_memory
+
+        wait_until(nothing_is_left, STOP_S)

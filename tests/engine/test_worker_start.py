@@ -4,14 +4,13 @@ know."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from kvshare_store.errors import UnsupportedError
-from tests.engine.harness import Engine, random_runs
+from tests.engine.harness import Engine, kept_engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -20,45 +19,42 @@ KERNEL_BLOCK = 32
 LENGTH = 200
 
 
-@pytest.fixture
-def small_kernel_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The CPU's attention takes blocks of 32 tokens alone, as backends of accelerators do."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    monkeypatch.setattr(
-        CPUAttentionBackend,
-        "get_supported_kernel_block_sizes",
-        staticmethod(lambda kv_cache_spec=None: [KERNEL_BLOCK]),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CPUAttentionBackend,
+            "get_supported_kernel_block_sizes",
+            staticmethod(lambda kv_cache_spec=None: [KERNEL_BLOCK]),
+        )
+        yield kept_engine(
+            tmp_path_factory,
+            kvshare={"policy": "aggressive"},
+            block_size=4 * KERNEL_BLOCK,
+            enable_prefix_caching=True,
+        )
 
 
-@pytest.mark.usefixtures("small_kernel_blocks")
 def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
-    tmp_path: Path, fresh: Fresh
+    engine: Engine, fresh: Fresh
 ) -> None:
-    engine = Engine(
-        tmp_path / "home",
-        kvshare={"policy": "aggressive"},
-        block_size=4 * KERNEL_BLOCK,
-        enable_prefix_caching=True,
-    )
-    try:
-        assert engine.worker._cache._layers[0].kv_cache.shape[2] == KERNEL_BLOCK
-        others, prompt = [fresh(LENGTH) for _ in range(2)], fresh(LENGTH)
-        for other in others:  # so that the prompt's blocks are not the first of the cache
-            engine.store(other)
-        full = engine.store(prompt)
+    assert engine.worker._cache._layers[0].kv_cache.shape[2] == KERNEL_BLOCK
+    others, prompt = [fresh(LENGTH) for _ in range(2)], fresh(LENGTH)
+    for other in others:  # so that the prompt's blocks are not the first of the cache
+        engine.store(other)
+    full = engine.store(prompt)
+    engine.forget()
+    with engine.counted() as gained:
+        assert engine.ask(prompt).agrees(full)
+    assert gained["hits_exact"] == 1
+    with engine.keeping(lambda length: random_runs(length, seed=3)), engine.counted() as gained:
         engine.forget()
-        with engine.counted() as gained:
-            assert engine.ask(prompt).agrees(full)
-        assert gained["hits_exact"] == 1
-        with engine.keeping(lambda length: random_runs(length, seed=3)), engine.counted() as gained:
-            engine.forget()
-            assert engine.ask(prompt).agrees(full)
-        assert gained["hits_edited"] == 1
-        engine.check_idle()
-    finally:
-        engine.close()
+        assert engine.ask(prompt).agrees(full)
+    assert gained["hits_edited"] == 1
+    engine.check_idle()
 
 
 @pytest.fixture
@@ -72,24 +68,22 @@ def unknown_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_that_cannot_serve_the_model_leaves_the_engine_as_it_is(
-    tmp_path: Path, fresh: Fresh, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+    engine: Engine, fresh: Fresh, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home, prompt = tmp_path / "home", fresh(LENGTH)
-    engine = Engine(home)
-    full = engine.store(prompt)
-    engine.close()
+    prompt = fresh(LENGTH)
+    full = engine.store(prompt, policy="exact")
     request.getfixturevalue("unknown_rotation")
     with caplog.at_level(logging.WARNING, "kvshare"):
-        engine = Engine(home)
+        later = Engine(engine.home)  # which closes the other
     try:
         (said,) = [r.getMessage() for r in caplog.records if r.name == "kvshare"]
         assert said.endswith("without reuse: KVShare cannot move K rotated by SpiralEmbedding")
-        before = engine.client.stats()
-        assert engine.ask(prompt).agrees(full)  # its plan was made before the worker could say so
-        assert engine.ask(prompt).agrees(full)
-        after = engine.client.stats()
+        before = later.client.stats()
+        assert later.ask(prompt).agrees(full)  # its plan was made before the worker could say so
+        assert later.ask(prompt).agrees(full)
+        after = later.client.stats()
         assert after["declined"]["worker_unsupported"] == 1
         assert after["hits_exact"] == before["hits_exact"]
-        assert not engine.scheduler.requests
+        assert not later.scheduler.requests
     finally:
-        engine.close()
+        later.close()

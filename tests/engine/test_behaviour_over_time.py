@@ -9,30 +9,21 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import BLOCK, Engine, random_runs
+from tests.engine.harness import BLOCK, Engine, kept_engine, random_runs
+from tests.engine.test_behaviour import NEW, SETTINGS
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
 LITTLE = 24
 """A step's budget that the placeholders here exceed."""
-NEW = [11111, 22222, 33333, 44444, 12345]
 
 Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive"},
-        enable_prefix_caching=True,
-        max_num_batched_tokens=512,
-        max_num_seqs=12,
-        disable_log_stats=False,
-    )
-    yield engine
-    engine.close()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture(autouse=True)
