@@ -11,7 +11,13 @@ from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.condemned import Condemned
-from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError, StorageError
+from kvshare_store.errors import (
+    FullDiskError,
+    KVShareError,
+    MissingBlockError,
+    NoSpaceError,
+    StorageError,
+)
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
@@ -177,18 +183,19 @@ class Durable:
     # --- a file system that is full below the budget -----------------------------------------
 
     def _retried(self, write: Callable[[], None], nbytes: int) -> None:
-        """Each time that the file system has no room (nor inodes), forget twice as much. First one
-        node only: what is then removed of the catalogue may be enough."""
+        """Each time that the disk has no room (nor inodes), forget twice as much. First one node
+        only: what is then removed of the catalogue may be enough. A remote that is full gains
+        nothing when this machine forgets: its refusal goes to the caller."""
         for attempt in range(_TIMES):
             try:
                 write()
                 return
-            except NoSpaceError as error:
+            except FullDiskError as error:
                 if not self._relieve(nbytes << attempt if attempt else 1, error):
                     raise
         write()
 
-    def _relieve(self, nbytes: int, error: NoSpaceError) -> bool:
+    def _relieve(self, nbytes: int, error: FullDiskError) -> bool:
         """Forget nodes for a file system that is full; False if there are none to forget.
 
         Blocks go first, against the order of an eviction: the catalogue cannot be written before

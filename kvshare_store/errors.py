@@ -170,6 +170,10 @@ class NoSpaceError(KVShareError):
     retryable = True
 
 
+class FullDiskError(NoSpaceError):
+    """The disk of this machine has no room: its file system, or the budget of the disk tier."""
+
+
 class StorageError(KVShareError, OSError):
     """A tier's read or write failed."""
 

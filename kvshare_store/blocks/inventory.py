@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvshare_store.blocks import files
 from kvshare_store.blocks.tiers.base import TierUse
-from kvshare_store.errors import NoSpaceError, StorageError
+from kvshare_store.errors import FullDiskError, StorageError
 
 _SUFFIX = ".kvb"
 _PREFIX = 2
@@ -75,11 +75,11 @@ class Inventory:
     # --- what this process does ---------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> None:
-        """Set bytes aside for a file in the making; `NoSpaceError` if the budget is full."""
+        """Set bytes aside for a file in the making; `FullDiskError` if the budget is full."""
         with self._lock:
             used = self._used + self._beside()
             if used + self._pending + nbytes > self._budget:
-                raise NoSpaceError(f"disk tier holds {used:,} of {self._budget:,} bytes")
+                raise FullDiskError(f"disk tier holds {used:,} of {self._budget:,} bytes")
             self._pending += nbytes
 
     def settle(self, nbytes: int, name: str | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+from kvshare_store.errors import FullDiskError, KVShareError, StorageError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _MANIFEST = re.compile(r"(\d+)\.manifest")
@@ -27,7 +27,7 @@ def lance_errors() -> Iterator[None]:
         raise
     except Exception as error:
         full = _os_errors(error) & {errno.ENOSPC, errno.EDQUOT}
-        kind = NoSpaceError if full else StorageError
+        kind = FullDiskError if full else StorageError
         raise kind(f"catalogue refused: {error}") from error
 
 

@@ -22,9 +22,9 @@ from kvshare_store.blocks.scratch import Scratch
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import (
     CorruptBlockError,
+    FullDiskError,
     HomeError,
     MissingBlockError,
-    NoSpaceError,
     StorageError,
 )
 from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame
@@ -262,5 +262,5 @@ def _refused(name: str, verb: str) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = NoSpaceError if full else StorageError
+        kind = FullDiskError if full else StorageError
         raise kind(f"block {name[:12]} was not {verb}: {error.strerror}") from error
