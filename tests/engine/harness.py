@@ -215,6 +215,7 @@ class Engine:
     ) -> str:
         """Queue a greedy request; returns its id. `params`: its whole `kv_transfer_params`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         name = f"request-{next(self._ids)}"
         params = {"kvshare.policy": policy} if policy else params
@@ -224,6 +225,7 @@ class Engine:
             "max_tokens": max_tokens,
             "ignore_eos": True,
             "logprobs": 20,
+            "output_kind": RequestOutputKind.FINAL_ONLY,  # otherwise `n` answers come one by one
         }
         wanted = SamplingParams(**(defaults | sampling), extra_args=extra)
         text: dict[str, Any] = {"prompt_token_ids": list(prompt)}

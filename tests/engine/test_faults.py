@@ -30,8 +30,6 @@ pytestmark = [
 
 LENGTH = 130
 DEADLINE_S = 0.4
-SLACK_S = 1.5
-"""What a miss may take beside the deadline: the prefill of a short prompt on a busy machine."""
 RECOVERY_S = 60.0
 
 Fresh = Callable[[int], list[int]]
@@ -259,7 +257,9 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
     full = engine.ask(longer, policy="off")
     engine.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.planning, "worth", lambda plan, spans: not spans[0].start)
+        patch.setattr(
+            engine.planning, "worth", lambda plan, spans: bool(spans) and not spans[0].start
+        )
         with failing_loads(engine, monkeypatch) as tried:
             engine.add(prompt, policy="exact")
             engine.add(longer, policy="exact")
@@ -270,6 +270,24 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
 
 
 # --- the daemon -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def waits(engine: Engine) -> Iterator[list[float]]:
+    """Seconds that the engine was ready to wait for plans: of a daemon that says nothing, what it
+    did wait, however busy the machine is."""
+    link, waited = engine.planning.lookups._link, []
+    answer = link.answer
+
+    def watched(request_id: bytes, seconds: float) -> Any:
+        waited.append(seconds)
+        return answer(request_id, seconds)
+
+    link.answer = watched  # type: ignore[method-assign]
+    try:
+        yield waited
+    finally:
+        link.answer = answer  # type: ignore[method-assign]
 
 
 def exact_hits(engine: Engine) -> int:
@@ -300,10 +318,10 @@ def test_a_killed_daemon_comes_back_with_what_was_committed(
     engine.step()
     killed = engine.daemon
     os.kill(killed, signal.SIGKILL)
-    start = time.monotonic()
-    waiting = engine.add(prompt)
-    answers = engine.drain()
-    assert time.monotonic() - start < DEADLINE_S + 10 * SLACK_S
+    with waits(engine) as waited:
+        waiting = engine.add(prompt)
+        answers = engine.drain()
+    assert sum(waited) < 2 * DEADLINE_S
     assert answers[waiting][0].agrees(full)
     assert len(answers[running][0].tokens) == 30
     engine.client.reconnect()
@@ -325,17 +343,16 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(
     frozen, hits = engine.daemon, exact_hits(engine)
     os.kill(frozen, signal.SIGSTOP)
     try:
-        start = time.monotonic()
-        names = [engine.add(text) for text in (prompt, *others)]
-        answers = engine.drain()
-        first = time.monotonic() - start
-        start = time.monotonic()
-        again = engine.ask(others[0])
-        second = time.monotonic() - start
+        with waits(engine) as first:
+            names = [engine.add(text) for text in (prompt, *others)]
+            answers = engine.drain()
+        with waits(engine) as second:
+            again = engine.ask(others[0])
     finally:
         os.kill(frozen, signal.SIGCONT)
-    assert first < DEADLINE_S + 4 * SLACK_S
-    assert second < DEADLINE_S + SLACK_S
+    assert first
+    assert sum(first) < 2 * DEADLINE_S  # of five requests
+    assert sum(second) < 2 * DEADLINE_S
     for name, plain in zip(names, full, strict=True):
         assert answers[name][0].agrees(plain)
     assert again.tokens == full[1].tokens
@@ -357,13 +374,12 @@ def test_a_daemon_that_pauses_for_a_moment_is_waited_for_while_others_decode(
         os.kill(paused, signal.SIGSTOP)
         try:
             name = engine.add(prompt)
-            start = time.monotonic()
-            decoded = engine.step()
-            took = time.monotonic() - start
+            with waits(engine) as waited:
+                decoded = engine.step()
         finally:
             os.kill(paused, signal.SIGCONT)
         assert decoded.rows == 1
-        assert took < DEADLINE_S
+        assert sum(waited) < DEADLINE_S / 10
         assert len(engine.drain()[name][0].tokens) == 4
     assert gained["hits_exact"] == 1
     assert gained["errors.timeout"] == 0
