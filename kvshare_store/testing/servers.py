@@ -8,6 +8,7 @@ nothing is answered.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import signal
 import socket
@@ -92,9 +93,10 @@ class Server(ABC):
         return (self.folder / "log").read_text(errors="replace")
 
     def pause(self) -> None:
-        """Let it hang."""
+        """Let it hang; on return all of its threads do."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """End a pause."""
