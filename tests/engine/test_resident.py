@@ -81,7 +81,7 @@ def test_what_is_reused_often_comes_from_the_device_bit_for_bit(
     # the follower's own rows are not stored: it is served from the donor's every time
     prompt = [*donor[:44], 11111, 22222, *donor[47:]] if edited else donor
     with pytest.MonkeyPatch.context() as patch, engine.counted() as gained:
-        patch.setattr(engine.planning, "_order_save", lambda *_: None)
+        patch.setattr(engine.planning.orders, "_save", lambda *_: None)
         answers = ask_often(engine, prompt)
     assert gained["hits_edited" if edited else "hits_exact"] == TIMES
     rows, from_arena = zip(*loads, strict=True)
