@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,9 +12,12 @@ from tests.engine.harness import TOLERANCE, Answer, Engine, Keep, kept_engine, r
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 
+SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, kvshare={"policy": "aggressive"})
+    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from examples.demo.model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from tests.engine.harness import Answer, Engine, kept_engine
+from tests.engine.test_partial_prefill import SETTINGS
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -25,7 +26,7 @@ Prompts = dict[str, list[list[int]]]
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, kvshare={"policy": "aggressive"})
+    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

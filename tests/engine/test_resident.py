@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import BLOCK, Answer, Engine
+from tests.engine.harness import BLOCK, Answer, Engine, kept_engine
+from tests.engine.test_partial_prefill import SETTINGS
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -19,14 +20,8 @@ Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive", "device_bytes": "64MiB"},
-        enable_prefix_caching=False,
-    )
-    yield engine
-    engine.close()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture
