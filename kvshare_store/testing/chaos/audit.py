@@ -62,6 +62,8 @@ class Auditor:
     def __init__(self, report: Report, chance: random.Random) -> None:
         self._report = report
         self._chance = chance
+        self.excused: set[str] = set()
+        """Kinds of errors that recovery may meet: a power cut may tear what nobody was promised."""
 
     def committed(self, config: StoreConfig, spaces: Sequence[Namespace]) -> set[str]:
         """Ids of the nodes that recovery finds in a copy of the home; what is wrong is noted."""
@@ -80,7 +82,7 @@ class Auditor:
 
     def _look(self, store: Store, spaces: Sequence[Namespace]) -> None:
         found = store.stats()["errors"]
-        if found:
+        if found.keys() - self.excused:
             self._report.problem(f"recovery met errors: {found}")
         nodes = {node.id: node for node in store.tree}
         drivers = {space.digest: Driver(store, space, DescribedRows(space)) for space in spaces}

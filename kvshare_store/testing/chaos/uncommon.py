@@ -96,7 +96,9 @@ class UncommonTrial(Trial):
         disk.restore(home, kept, zeros=self._chance.random() < 0.5)
         shutil.rmtree(home)
         kept.rename(home)
+        self._auditor.excused = {"torn"}
         self._restart()
+        self._auditor.excused = set()
 
     def _guest(self, target: Callable[..., None], *arguments: Any) -> Worker:
         """One more client, until `_dismiss`."""
