@@ -31,6 +31,8 @@ from kvshare_store.testing.oracle import Driver, gather, positions_of
 _LOOKED_AT = 24
 """Nodes of which every row is compared, drawn anew each time."""
 _POSITIONS = 1024
+_REMOTE_TIMEOUT_MS = 20_000.0
+"""A remote that is slow because the machine is busy is no finding."""
 
 
 @contextmanager
@@ -71,7 +73,9 @@ class Auditor:
         if not (home / "format").exists():
             return set()
         with copied(home) as copy:
-            config = msgspec.structs.replace(config, home=str(copy))
+            config = msgspec.structs.replace(
+                config, home=str(copy), remote_timeout_ms=_REMOTE_TIMEOUT_MS
+            )
             try:
                 with Store(config) as store:
                     self._look(store, spaces)
