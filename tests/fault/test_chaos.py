@@ -1,18 +1,22 @@
-"""The kill test, fifty kills of it; and that it finds what it looks for."""
+"""The kill test, forty kills of it; and that it finds what it looks for."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
 import pytest
 import torch
 
+from kvshare_store.blocks.inventory import Inventory
+from kvshare_store.blocks.tiers.base import TierUse
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -23,6 +27,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope
 from kvshare_store.testing.chaos.audit import Auditor
+from kvshare_store.testing.chaos.namespaces import possible
 from kvshare_store.testing.chaos.report import Report
 from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
 from kvshare_store.testing.chaos.run import run
@@ -38,18 +43,31 @@ pytestmark = pytest.mark.fault
 SPACE = Namespace("chaos", KVLayout(2, 1, 16, "float32"))
 OTHER = SPACE.for_tenant("other")
 TOKENS = prompt(1, 40)
+HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
+"""Written by the release before."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remote", "kills"), [("none", 50), ("redis", 28)])
-def test_kills(remote: str, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("remote", "kills", "uncommon"),
+    [
+        ("none", 40, {"daemon before the next release", "client with foreign pid",
+                      "daemon at the same path", "power"}),
+        ("redis", 28, {"remote"}),
+    ],
+    ids=["none", "redis"],
+)  # fmt: skip
+def test_kills(remote: str, kills: int, uncommon: set[str]) -> None:
+    """Every kind of death at least once. The first store began as one of the release before."""
     need(remote == "none" or RedisServer.installed(), "redis-server")
-    report = run(kills, seed=20, remote=remote)
+    need(remote != "none" or possible(), "namespaces of the kernel")
+    need(remote != "none" or shutil.which("strace") is not None, "strace")
+    report = run(kills, seed=20, remote=remote, first=HOME_2 if remote == "none" else None)
     assert report.findings == [], "seed 20"
     assert report.kills.total() >= kills
     kinds = {"daemon", "daemon at start"}
     kinds |= {"client", "client with lease", "client with save", "client frozen"}
-    assert set(report.kills) == kinds | ({"remote"} if remote != "none" else set())
+    assert set(report.kills) == kinds | uncommon
     assert report.rows > 500 * kills
     assert report.hits > 5 * kills
     assert report.durable > kills
@@ -179,6 +197,21 @@ def test_a_missing_block_is_found(config: StoreConfig) -> None:
     nodes, report = audited(config)
     assert len(nodes) < 6
     assert report.findings
+
+
+def test_a_row_of_the_catalogue_that_does_not_verify_is_found(config: StoreConfig) -> None:
+    nodes = lancedb.connect(str(config.home_path / "catalog")).open_table("nodes")
+    nodes.update(where="true", values={"namespace": OTHER.digest})
+    _, report = audited(config)
+    assert report.problems
+
+
+def test_bytes_that_the_disk_tier_does_not_count_are_found(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Inventory, "counted", lambda _: TierUse(7, config.disk_bytes, 6))
+    _, report = audited(config)
+    assert any("counts 7 bytes" in finding for finding in report.problems)
 
 
 def test_rows_that_nobody_computed_are_found(home: Path, config: StoreConfig) -> None:

@@ -17,7 +17,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from tests.fault.power_cut import MARK, Call, Disk, calls, command
+from kvshare_store.testing.power_cut import MARK, Call, Disk, calls, command
 from tests.needs import need
 
 pytestmark = pytest.mark.fault

@@ -31,6 +31,8 @@ from kvshare_store.testing.oracle import Driver, gather, positions_of
 _LOOKED_AT = 24
 """Nodes of which every row is compared, drawn anew each time."""
 _POSITIONS = 1024
+_REMOTE_TIMEOUT_MS = 20_000.0
+"""A remote that is slow because the machine is busy is no finding."""
 
 
 @contextmanager
@@ -62,6 +64,8 @@ class Auditor:
     def __init__(self, report: Report, chance: random.Random) -> None:
         self._report = report
         self._chance = chance
+        self.excused: set[str] = set()
+        """Kinds of errors that recovery may meet: a power cut may tear what nobody was promised."""
 
     def committed(self, config: StoreConfig, spaces: Sequence[Namespace]) -> set[str]:
         """Ids of the nodes that recovery finds in a copy of the home; what is wrong is noted."""
@@ -69,7 +73,9 @@ class Auditor:
         if not (home / "format").exists():
             return set()
         with copied(home) as copy:
-            config = msgspec.structs.replace(config, home=str(copy))
+            config = msgspec.structs.replace(
+                config, home=str(copy), remote_timeout_ms=_REMOTE_TIMEOUT_MS
+            )
             try:
                 with Store(config) as store:
                     self._look(store, spaces)
@@ -80,12 +86,14 @@ class Auditor:
 
     def _look(self, store: Store, spaces: Sequence[Namespace]) -> None:
         found = store.stats()["errors"]
-        if found:
+        if found.keys() - self.excused:
             self._report.problem(f"recovery met errors: {found}")
         nodes = {node.id: node for node in store.tree}
         drivers = {space.digest: Driver(store, space, DescribedRows(space)) for space in spaces}
         for node_id in self._chance.sample(sorted(nodes), min(_LOOKED_AT, len(nodes))):
             node = nodes[node_id]
+            if node.namespace not in drivers:
+                continue  # it was in the home that the trial began with
             tokens = node.tokens.tolist()
             driver = drivers[node.namespace]
             served = self._compare(driver, tokens)
@@ -129,10 +137,22 @@ class Auditor:
             self._report.leak(f"block {name[:12]} is used by no node")
         if not store.config.remote and not store.tree.blocks() <= files:
             self._report.problem("nodes use blocks that are not on disk")
+        self._count(store)
         for file in (home / "tmp").iterdir():
             self._report.leak(f"unfinished write {file.name} was left")
         if store.stats()["leases"]:
             self._report.leak(f"{store.stats()['leases']} leases after every plan has ended")
+
+    def _count(self, store: Store) -> None:
+        """The disk tier counts its files and those of the catalogue, which share its budget."""
+        disk = store.shelf.blocks.levels.named("disk")
+        if disk is None or store.shelf.catalog is None:
+            return
+        files = (store.config.home_path / "blocks").glob("*/*.kvb")
+        held = sum(file.stat().st_size for file in files) + store.shelf.catalog.bytes
+        counted = disk.tier.use().bytes
+        if counted != held:
+            self._report.problem(f"the disk tier counts {counted:,} bytes, its files have {held:,}")
 
 
 def _bytes_of(driver: Driver, plan: ReusePlan, ref: BlockRef) -> memoryview:

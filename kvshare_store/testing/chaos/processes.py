@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -16,8 +17,13 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
+from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
+from kvshare_store.testing.chaos.namespaces import see_instead
+from kvshare_store.testing.power_cut import command
 
 START_S = 60.0
 _IMPORTED_ONCE = [
@@ -43,18 +49,27 @@ class ChaosError(Exception):
 
 
 class KilledDaemon:
-    """The daemon of one home, in a process of its own. `start`, then `kill` or `end`."""
+    """The daemon of one home, in a process of its own. `start`, then `kill` or `end`.
 
-    def __init__(self, config: StoreConfig, environment: dict[str, str]) -> None:
+    `other`: a folder that it sees at the path of its home, where nobody else does.
+    """
+
+    def __init__(
+        self, config: StoreConfig, environment: dict[str, str], other: Path | None = None
+    ) -> None:
         self.config = config
         self._environment = environment
+        self._other = other
+        self._home = other or config.home_path
         self._process: ForkServerProcess | None = None
 
     def begin(self) -> None:
         """Start it and return when it is about to open its home."""
         opening, child = multiprocessing.Pipe(duplex=False)
         self._process = context().Process(
-            target=_serve, args=(self.config, self._environment, child), daemon=True
+            target=_serve,
+            args=(self.config, self._environment, self._other, child),
+            daemon=True,
         )
         self._process.start()
         child.close()
@@ -70,7 +85,7 @@ class KilledDaemon:
     def wait(self) -> None:
         """Return once it accepts connections."""
         deadline = time.monotonic() + START_S
-        while not answers(self.config.home_path):
+        while not answers(self._home):
             if self._process is None or not self._process.is_alive():
                 raise ChaosError(f"the daemon did not start:\n{self.log()}")
             if time.monotonic() > deadline:
@@ -95,12 +110,16 @@ class KilledDaemon:
 
     def log(self) -> str:
         """The last it has printed."""
-        path = self.config.home_path / "daemon.log"
+        path = self._home / "daemon.log"
         return path.read_text()[-4000:] if path.exists() else ""
 
 
-def _serve(config: StoreConfig, environment: dict[str, str], opening: Connection) -> None:
+def _serve(
+    config: StoreConfig, environment: dict[str, str], other: Path | None, opening: Connection
+) -> None:
     """`kvshare serve` in a forked child."""
+    if other is not None:
+        see_instead(config.home_path, other)
     os.environ.update(environment)
     from kvshare_store.cli import serve  # noqa: PLC0415 - the parent must not load LanceDB
     from kvshare_store.daemon import server  # noqa: F401, PLC0415 - the same
@@ -115,6 +134,40 @@ def _serve(config: StoreConfig, environment: dict[str, str], opening: Connection
     serve.run(config)
 
 
+class RecordedDaemon:
+    """As `KilledDaemon`, under strace: its calls are in the file `recording` once it was killed."""
+
+    def __init__(self, config: StoreConfig, recording: Path) -> None:
+        self._config = config
+        self._recording = recording
+        self._strace: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+        home = self._config.home_path
+        arguments = [*command(self._recording), *daemon_command(self._config)]
+        log = open_log(home)
+        try:
+            environment = daemon_environment(self._config)
+            self._strace = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
+        finally:
+            os.close(log)
+        deadline = time.monotonic() + START_S
+        while not answers(home):
+            if self._strace.poll() is not None or time.monotonic() > deadline:
+                raise ChaosError("no daemon could be started under strace")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL; strace writes what it has, and ends."""
+        if self._strace is None:
+            return
+        for child in psutil.Process(self._strace.pid).children():
+            child.kill()
+        self._strace.wait(START_S)
+        self._strace = None
+
+
 class Worker:
     """A client in a process of its own, and the pipe it is commanded through."""
 
@@ -126,6 +179,10 @@ class Worker:
         self._process.start()
         child.close()
         self.paused = False
+        self.elsewhere = False
+        """Whether its home is another one: what is durable there is not in ours."""
+        self.served = 0
+        """Requests that it was served."""
 
     def tell(self, command: str) -> None:
         """Send a command; one that is gone already does not mind."""

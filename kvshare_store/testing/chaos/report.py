@@ -65,7 +65,7 @@ class Report:
             ("wrong rows", f"{len(self.wrong_rows):,}"),
             ("nodes told durable", f"{self.durable:,}"),
             ("nodes lost", f"{len(self.lost_nodes):,}"),
-            ("leases, slots, files left", f"{len(self.leaks):,}"),
+            ("leases, saves, files left", f"{len(self.leaks):,}"),
             ("other problems", f"{len(self.problems):,}"),
             ("misses by error", refused or "none"),
             ("seconds", f"{self.seconds:.0f}"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvshare_store.testing.chaos.driver import Trial
+from kvshare_store.testing.chaos.namespaces import possible
 from kvshare_store.testing.chaos.processes import ChaosError
 from kvshare_store.testing.chaos.remotes import RemoteServer, remote_server
 from kvshare_store.testing.chaos.report import Report
+from kvshare_store.testing.chaos.uncommon import UncommonTrial
 from kvshare_store.testing.chaos.variants import variant
 
 _KILLS_A_HOME = 10
@@ -26,6 +28,19 @@ _KINDS = {
     "freeze_client": 2,
 }
 """How often each is chosen, in relation to the others."""
+_WITH_REMOTE = {"kill_remote": 4}
+_WITHOUT_REMOTE = {"upgrade": 1}
+_WITH_NAMESPACES = {"kill_foreign_pid": 1, "share_path": 1}
+_WITH_STRACE = {"cut_power": 1}
+
+
+def kinds_of(remote: str) -> dict[str, int]:
+    """What can happen on this machine, and how often."""
+    if remote != "none":
+        return _KINDS | _WITH_REMOTE
+    with_namespaces = _WITH_NAMESPACES if possible() else {}
+    with_strace = _WITH_STRACE if shutil.which("strace") else {}
+    return _KINDS | _WITHOUT_REMOTE | with_namespaces | with_strace
 
 
 class Deck:
@@ -49,20 +64,24 @@ def run(
     seed: int,
     remote: str = "none",
     on_kill: Callable[[Report], None] = lambda report: None,
+    first: Path | None = None,
 ) -> Report:
     """Kill at least `kills` processes; what was found is in the report.
 
     `seed` decides which stores are tried, what is asked of them and who dies in which order. At
-    which instruction a process dies is the machine's choice.
+    which instruction a process dies is the machine's choice. `first`: a home in clear; the first
+    store begins as a copy of it.
     """
     report, chance, start = Report(seed), random.Random(seed), time.monotonic()
-    deck = Deck(chance, _KINDS if remote == "none" else _KINDS | {"kill_remote": 4})
+    deck = Deck(chance, kinds_of(remote))
     with tempfile.TemporaryDirectory(prefix="kvshare-chaos-") as folder:
         trials = 0
         while report.kills.total() < kills:
             trials += 1
             place = Path(folder) / str(trials)
             place.mkdir()
+            if first is not None and trials == 1:
+                shutil.copytree(first, place / "home")
             server = remote_server(remote, place, chance)
             try:
                 if server is not None:
@@ -89,10 +108,12 @@ def _try_one(
     on_kill: Callable[[Report], None],
 ) -> None:
     settings = server.settings(chance) if server is not None else {}
+    if (folder / "home").exists():
+        settings["encryption_key"] = ""
     tried = variant(chance, folder / "home", **settings)
     report.where = f"store {folder.name} ({tried})"
     last = min(kills, report.kills.total() + _KILLS_A_HOME)
-    trial = Trial(report, chance, tried, server)
+    trial = UncommonTrial(report, chance, tried, server)
     try:
         trial.begin()
         while report.kills.total() < last:

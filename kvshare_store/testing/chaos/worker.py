@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvshare_store.daemon import protocol
@@ -18,6 +20,7 @@ from kvshare_store.errors import DeadlineError, ErrorKind, KVShareError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.staging import Reuse
+from kvshare_store.testing.chaos.namespaces import see_instead, with_foreign_pid
 from kvshare_store.testing.chaos.rows import DescribedRows
 from kvshare_store.testing.daemons import ClientDriver
 from kvshare_store.testing.oracle import prompt
@@ -100,10 +103,17 @@ def some_prompt(chance: random.Random) -> list[int]:
 class Engine:
     """One client's requests, in a namespace of its own choice each."""
 
-    def __init__(self, client: Client, spaces: Sequence[Namespace], orders: Orders) -> None:
+    def __init__(
+        self, client: Client, spaces: Sequence[Namespace], orders: Orders, model: str = ""
+    ) -> None:
+        """`model`: computes other rows than the namespaces' own."""
         self._client = client
         self._orders = orders
-        self._drivers = [ClientDriver(client, space, DescribedRows(space)) for space in spaces]
+        computed = [msgspec.structs.replace(space, model=model or space.model) for space in spaces]
+        self._drivers = [
+            ClientDriver(client, space, DescribedRows(rows))
+            for space, rows in zip(spaces, computed, strict=True)
+        ]
 
     def serve(self, tokens: Sequence[int], driver: ClientDriver) -> ReusePlan:
         """One lookup, its rows compared with what they must be; reports what it compared."""
@@ -157,11 +167,24 @@ class Engine:
             self._client.outbox.write(0, bytes([chance.randrange(256)]) * half)
 
 
-def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace]) -> None:
+def work_with_foreign_pid(home: str, pipe: Connection, *arguments: Any) -> None:
+    """As `work`, in a PID namespace of its own."""
+    with_foreign_pid(work, home, pipe, *arguments)
+
+
+def work_elsewhere(
+    home: str, pipe: Connection, seed: int, spaces: list[Namespace], other: Path
+) -> None:
+    """As `work`, where the folder `other` is the home, and with rows that nobody else computes."""
+    see_instead(Path(home), other)
+    work(home, pipe, seed, spaces, "elsewhere")
+
+
+def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace], model: str = "") -> None:
     """The process: requests until told otherwise."""
     orders, chance = Orders(pipe), random.Random(seed)
     with PatientClient(home, orders) as client:
-        engine, paused = Engine(client, spaces, orders), False
+        engine, paused = Engine(client, spaces, orders, model), False
         while True:
             command = orders.next(wait=paused)
             if command == "end":

@@ -7,6 +7,7 @@ else is lost: a file without its bytes is empty, or zeros.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,19 @@ class Disk:
         self._durable: dict[int, dict[str, int]] = {0: {}}
         """Of each folder the names that are."""
         self._next = 1
+
+    @classmethod
+    def standing(cls, root: Path) -> Disk:
+        """All files and folders that are there now, and all of them durable."""
+        disk = cls(root)
+        for folder, folders, files in os.walk(root):
+            names = [*folders, *(name for name in files if (Path(folder) / name).is_file())]
+            for name in names:
+                file = disk._name(f"{folder}/{name}")
+                disk._durable[disk._now[folder]][name] = file
+                if name in folders:
+                    disk._durable[file] = {}
+        return disk
 
     def do(self, call: Call) -> None:
         """Follow one call."""
