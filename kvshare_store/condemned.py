@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from kvshare_store.errors import StorageError
-from kvshare_store.tree.ledger import Fact, Ledger, within
+from kvshare_store.tree.ledger import MARKED, Fact, Ledger, within
 
 _PATIENCE_S = 5.0
 """How long a save waits for the removal of one of its blocks."""
 _POLL_S = 0.02
 _REMOVAL_S = 5.0
 """Within this long, or half a grace, of its claim a janitor deletes, or claims again."""
-_MARKED, _REMOVING = "marked", "removing"
+_REMOVING = "removing"
 
 
 def now_s() -> float:
@@ -88,7 +88,7 @@ class Condemned:
         that does not end: the prompt can be saved again later."""
         wanted, deadline = set(names), self.clock() + _PATIENCE_S
         while hit := self.look() & wanted:
-            self._ledger.remove(f"state = '{_MARKED}' AND {self._keys(hit)}")
+            self._ledger.remove(f"state = '{MARKED}' AND {self._keys(hit)}")
             if not (hit := self.look() & wanted):
                 return
             if self.clock() > deadline:
@@ -106,7 +106,7 @@ class Condemned:
         """Condemn blocks that no row of the catalogue names: their namespaces, by name."""
         now = time.time()
         facts = [
-            Fact(f"block/{namespace}/{name}", now, self._machine, _MARKED)
+            Fact(f"block/{namespace}/{name}", now, self._machine, MARKED)
             for name, namespace in blocks.items()
         ]
         self._ledger.create(facts)
@@ -133,7 +133,7 @@ class Condemned:
         return {_name(fact): fact.key.split("/")[1] for fact in self._ledger.facts(ours)}
 
     def _due(self, seen: _Seen, now: float) -> bool:
-        if seen.fact.state == _MARKED:
+        if seen.fact.state == MARKED:
             return now - seen.since >= self.grace_s
         mine = seen.fact.by == self._machine
         return mine or now - seen.since > 2 * max(self.grace_s, _REMOVAL_S)
@@ -142,11 +142,15 @@ class Condemned:
         """How long after a claim its blocks may be deleted."""
         return max(self.grace_s / 2, _REMOVAL_S)
 
-    def release(self, blocks: Mapping[str, str]) -> None:
-        """They are removed, or they stay: whoever saves one may rely on what it sees."""
-        if blocks:
-            keys = [f"block/{namespace}/{name}" for name, namespace in blocks.items()]
-            self._ledger.remove(f"{within('key', keys)} AND by = '{self._machine}'")
+    def release(self, blocks: Mapping[str, str], purged: Collection[str] = ()) -> None:
+        """They are removed, or they stay: whoever saves one may rely on what it sees. Of namespaces
+        that were `purged` meanwhile the names go from old versions of the facts as well."""
+        keys = {f"block/{namespace}/{name}": namespace for name, namespace in blocks.items()}
+        gone = [key for key, namespace in keys.items() if namespace in purged]
+        kept = [key for key, namespace in keys.items() if namespace not in purged]
+        for some, remove in ((kept, self._ledger.remove), (gone, self._ledger.erase)):
+            if some:
+                remove(f"{within('key', some)} AND by = '{self._machine}'")
 
 
 def _name(fact: Fact) -> str:

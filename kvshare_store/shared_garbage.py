@@ -84,13 +84,14 @@ class SharedGarbage:
         named = self._named()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
         doomed = [name for name in claimed if name not in named]
+        purged = {claimed[name] for name in doomed} - self._catalog.digests()
         removed = 0
         for chunk in _chunks(doomed, _DELETES):
             if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}
             self._shelf.blocks.delete_shared(gone)
-            self._condemned.release(gone)
+            self._condemned.release(gone, purged)
             removed += len(gone)
         return removed
 

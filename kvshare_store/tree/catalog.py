@@ -32,7 +32,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.lance import lance_errors
-from kvshare_store.tree.ledger import Fact, Ledger
+from kvshare_store.tree.ledger import MARKED, Fact, Ledger
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
@@ -367,13 +367,14 @@ class Catalog:
         """Remove every row of a namespace, its record and its salt, from old versions too.
 
         Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
-        rows of the namespace (docs/design/tree.md).
+        rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay until
+        whoever removes those blocks has done so: a save must wait for it.
         """
         digest = _hex(namespace)
         with self._lock:
             self._nodes.erase(f"namespace = '{digest}'")
             self._namespaces.erase(f"digest = '{digest}'")
-        self.facts.erase(f"key LIKE 'block/{digest}/%'")
+        self.facts.erase(f"key LIKE 'block/{digest}/%' AND state = '{MARKED}'")
         self.uses.erase(f"by = '{digest}'")
         self._rows.forget(namespace)
 

@@ -21,6 +21,8 @@ from kvshare_store.tree.table import Fields, Table
 
 T = TypeVar("T")
 
+MARKED = "marked"
+"""State of the fact of a block that is condemned, and that nobody has claimed yet."""
 _ATTEMPTS = 6
 _SAFE = re.compile(r"^[\w/.-]+$")
 """What may stand in SQL text."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ from kvshare_store.testing.oracle import Driver, prompt
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
+    collect_all,
     config_of,
     knows,
     learn,
+    minutes_pass,
     remote_blocks,
     save,
     until,
@@ -105,3 +110,54 @@ def test_a_bucket_that_keeps_versions_is_said_to(
     remaining = one.store.purge(NAMESPACE.digest)[0].remaining
     assert len(remaining) == 1
     assert "old versions" in remaining[0]
+
+
+def test_a_claim_outlives_a_purge(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A janitor is about to delete what it has claimed. A prompt that is saved in between waits."""
+    one, janitor, reader = (machine(name, gc_seconds=0.0) for name in "abc")
+    reader.book = one.book
+    save(one, PROMPT)
+    one.store.clear()
+    one.store.flush()
+    blocks = janitor.store.blocks
+    delete, stuck, go = blocks.delete_shared, threading.Event(), threading.Event()
+
+    def delete_late(gone: dict[str, str]) -> None:
+        stuck.set()
+        assert go.wait(30)
+        delete(gone)
+
+    monkeypatch.setattr(blocks, "delete_shared", delete_late)
+    with ThreadPoolExecutor(2) as pool:
+        collecting = pool.submit(collect_all, janitor)
+        assert stuck.wait(30)
+        assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+        saving = pool.submit(save, one, PROMPT)
+        time.sleep(0.2)
+        assert not saving.done(), "the save did not wait for the removal of its blocks"
+        go.set()
+        assert collecting.result() == 5
+        saving.result()
+    assert remote_blocks(tmp_path) == 5
+    until(lambda: knows(reader, PROMPT))
+    assert reader.serve(PROMPT).exact == 39
+
+
+def test_names_that_a_claim_kept_are_erased_with_it(machine: Machine, tmp_path: Path) -> None:
+    """Also from old versions of the facts, which stay for an hour otherwise."""
+    one = machine("a", **ASKED_ONLY)
+    save(one, PROMPT)
+    names = [name for node in one.store.tree for name in node.blocks]
+    condemned = one.store.shelf.condemned
+    assert condemned is not None
+    condemned.mark(one.store.blocks.list_shared())
+    condemned.look()
+    minutes_pass(one, 2)
+    assert len(condemned.claim(100)) == 5
+    one.store.purge(NAMESPACE.digest)
+    one.store.collect()
+    files = (tmp_path / "catalog" / "facts.lance").rglob("*")
+    written = b"".join(file.read_bytes() for file in files if file.is_file())
+    assert [name for name in names if name.encode() in written] == []
