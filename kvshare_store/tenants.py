@@ -15,6 +15,11 @@ from kvshare_store.keys import master_key
 UNPROVEN = "tenant_unproven"
 """Why a request without such a salt is neither looked up nor stored."""
 _CONTEXT = b"kvshare tenant "
+_LONGEST_SALT = 128
+_FORBIDDEN = "@/\\\0"
+"""vLLM refuses a request whose `cache_salt` is longer or holds one of these."""
+_MAC_CHARACTERS = 64
+LONGEST_NAME = _LONGEST_SALT - _MAC_CHARACTERS - len(".")
 
 
 class Tenants:
@@ -32,11 +37,17 @@ class Tenants:
         return name if proven else None
 
     def salt(self, name: str) -> str:
-        """The `cache_salt` of this tenant; `ConfigError` without a key or a name."""
+        """The `cache_salt` of this tenant; `ConfigError` without a key, or for a name whose salt
+        vLLM would refuse."""
         if self._key is None:
             raise ConfigError("tenant_key is not set: without it the salt is the name itself")
         if not name:
             raise ConfigError("a tenant needs a name")
+        if len(name) > LONGEST_NAME or not set(name).isdisjoint(_FORBIDDEN):
+            raise ConfigError(
+                f"a tenant's name has at most {LONGEST_NAME} characters and none of @ / \\ NUL: "
+                "vLLM refuses a longer cache_salt, and one that holds these"
+            )
         return f"{name}.{_mac(self._key, name)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
@@ -43,6 +44,8 @@ NEEDS_RECOMPUTE = (
 _LOOKED_AT = 256
 """Prompts, the most recently used, whose model is looked at when an engine starts."""
 _ANSWER_S = 5.0
+_open: WeakSet[KVShareConnector] = WeakSet()
+"""The connectors of this process: one for each engine and role."""
 
 
 class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
@@ -58,6 +61,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _refuse_a_second(vllm_config, role)
         self._vllm = vllm_config
         self._kv_cache = kv_cache_config
         self.config = settings_of(vllm_config)
@@ -66,6 +70,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: Worker | IdleWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._open_scheduler_side()
+        _open.add(self)
 
     def _reason(self) -> str | None:
         reason = decline_reason(self._vllm)
@@ -163,6 +168,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         return step
 
     def shutdown(self) -> None:
+        _open.discard(self)
         if self._worker is not None:
             self._worker.close()
         if self.planning is not None:
@@ -219,6 +225,22 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A cache may lose anything: a request never fails for it."""
         return False
+
+
+def _refuse_a_second(vllm_config: VllmConfig, role: KVConnectorRole) -> None:
+    """`ConfigError` if this engine has a KVShare connector already.
+
+    Either would store as exact what the other has edited. MultiConnector shows its children no
+    configuration but their own, a copy of the engine's that shares the parts.
+    """
+    parts = vllm_config.scheduler_config
+    for other in list(_open):
+        if other.role == role and other._vllm.scheduler_config is parts:
+            other.shutdown()
+            raise ConfigError(
+                "kv_transfer_config names KVShareConnector more than once: name it once in "
+                '"connectors"; engines share a store by its home'
+            )
 
 
 def _look_for_own_prompts(link: Link, namespace: Namespace) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kvshare_connectors.vllm.requests import RequestState
+from kvshare_connectors.vllm.requests import RequestState, Reserved
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
@@ -81,7 +81,7 @@ class Lookups:
     def look_ahead(self, states: Iterable[RequestState], *, busy: bool) -> list[RequestState]:
         """Look up the requests that this step may admit; returns their states in order."""
         for state in self._heads:
-            state.reserved = False
+            state.reserved = Reserved()
         self._heads = heads = list(states)
         for state in heads:
             self._refresh(state)

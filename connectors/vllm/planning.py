@@ -131,6 +131,8 @@ class Planning:
             declined = self._unserved or decline_reason(request, wish, policy) or adapter.declined
             if tenant is None:
                 declined = declined or UNPROVEN
+            if not protocol.lookup_fits(namespace, request.num_prompt_tokens):
+                declined = declined or "too_long"
             state = RequestState(request, namespace, wish, policy, declined)
             self._states[request.request_id] = state
             self._link.working(True)
@@ -183,8 +185,9 @@ class Planning:
         self.lookups.collect(state, self.lookups.patience())
         if not state.settled:
             return None, False
-        state.promise = self._promise(state, local)
-        return state.promise.tokens, self._parks(state, state.promise)
+        promise = self._promise(state, local)
+        state.promise = promise._replace(parks=self._parks(state, promise))
+        return promise.tokens, state.promise.parks
 
     def _promise(self, state: RequestState, local: int) -> Promise:
         if state.plan is None:
@@ -205,7 +208,7 @@ class Planning:
         if not promise.spans or not self.places_runs:
             return bool(promise.spans)
         runs = gaps(promise.spans, promise.local, promise.spans[-1].stop)
-        return bool(runs) and not state.reserved
+        return bool(runs) and not state.reserved.holds(runs)
 
     def worth(self, plan: ReusePlan, spans: list[Span]) -> bool:
         """Whether what vLLM's own cache leaves of the plan still saves enough."""
@@ -248,7 +251,7 @@ class Planning:
         state.loaded = clip_spans(state.promise.spans, state.local, stop)
         state.runs = gaps(state.loaded, state.local, stop)
         state.block_ids = blocks.get_block_ids()
-        state.parked = bool(state.runs) and not state.reserved
+        state.parked = bool(state.runs) and state.promise.parks
         self.orders.load(state, state.plan)
         self._count_reuse(state)
         if not self.places_runs:
@@ -327,8 +330,12 @@ class Planning:
     def preempted(self, request: Request) -> None:
         """vLLM took its blocks: whatever it computes from now on is exact."""
         state = self._states.get(request.request_id)
-        if state is not None:
-            state.show_hashes()
+        if state is None:
+            return
+        state.show_hashes()
+        if state.loaded:
+            state.start_over("preempted")
+            state.cached_counted = True  # as reused, when its rows were loaded
 
     def holds_rows(self, request: Request) -> bool:
         """Whether a request that does not run holds blocks for rows that KVShare loads."""
@@ -358,7 +365,7 @@ class Planning:
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
         self._namespace = msgspec.structs.replace(self._origin, revision=revision)
         for state in self._states.values():
-            if not state.loaded:
+            if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")
             wall = state.namespace
             state.namespace = self._namespace.for_tenant(wall.tenant, wall.lora)

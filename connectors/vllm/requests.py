@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,17 @@ class Wish(NamedTuple):
     """Names that begin with `kvshare.` and mean nothing."""
 
 
+class Reserved(NamedTuple):
+    """What a step sets aside for the placeholder runs of one request, as its plan had them."""
+
+    rows: int = 0
+    tokens: int = 0
+
+    def holds(self, runs: Sequence[Run]) -> bool:
+        """Whether these runs fit into it."""
+        return len(runs) <= self.rows and sum(run.length for run in runs) <= self.tokens
+
+
 class Promise(NamedTuple):
     """What the last answer to vLLM promised; it holds once vLLM has allocated blocks for it."""
 
@@ -43,6 +55,8 @@ class Promise(NamedTuple):
     """From there on, loaded if the promise is taken."""
     reason: str = ""
     """Why nothing is promised, if nothing is."""
+    parks: bool = False
+    """Whether vLLM was told that the request waits for it."""
 
     @property
     def tokens(self) -> int:
@@ -75,8 +89,8 @@ class RequestState:
     """What says which rows the store has already, loaded or not."""
     planned_at: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(0, []))
-    reserved: bool = False
-    """Budget of this step is set aside for all placeholder runs."""
+    reserved: Reserved = field(default_factory=Reserved)
+    """Of this step. Nothing while the plan is not there: it may come before vLLM asks for it."""
     local: int = 0
     """Tokens that vLLM's own prefix cache covered when the request was admitted."""
     cached_counted: bool = False

@@ -20,6 +20,7 @@ from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.orders import from_first
 from kvshare_connectors.vllm.placing import Room, add_row, metadata_of
 from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.requests import Reserved
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -79,7 +80,8 @@ class VirtualRows(_Base):
         """Tokens and rows of the batch to keep free for placeholder runs.
 
         Decides who computes all of them in this step. Running requests come first. What is set
-        aside for a request that is then not admitted is lost for this step only.
+        aside for a request that is then not admitted is lost for this step only. A request gets
+        what its plan needs as far as it is known here: one whose plan comes later is parked.
         """
         total = self.max_num_scheduled_tokens
         free = total - sum(self._need(request) for request in self.running)
@@ -96,9 +98,10 @@ class VirtualRows(_Base):
             placeholders = sum(run.length for run in runs)
             tail = state.length - (state.plan.stop if state.plan is not None else 0)
             rows -= 1
-            state.reserved = placeholders + tail <= free and len(runs) <= rows
+            fits = placeholders + tail <= free and len(runs) <= rows
             free -= tail
-            if state.reserved:
+            if fits:
+                state.reserved = Reserved(len(runs), placeholders)
                 reserved, free = reserved + placeholders, free - placeholders
                 reserved_rows, rows = reserved_rows + len(runs), rows - len(runs)
         return reserved, reserved_rows

@@ -26,8 +26,7 @@ class Limits(NamedTuple):
     """A message of somebody who has not said hello."""
     hello_s: float = 5.0
     """Time to say hello in."""
-    message_bytes: int = 16 * MIB
-    """A prompt of four million tokens."""
+    message_bytes: int = wire.MESSAGE_BYTES
     requests: int = 1024
     """Requests of one connection that are not answered yet, and their bytes ..."""
     request_bytes: int = 64 * MIB

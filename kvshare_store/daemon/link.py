@@ -54,8 +54,9 @@ class Link:
         self._reviver: Reviver | None = None
 
     def ask(self, tokens: Tokens, namespace: Namespace, policy: str | None) -> bytes | None:
-        """Send a lookup; None while the daemon is given a rest."""
-        if time.monotonic() < self._paused_until:
+        """Send a lookup; None while the daemon is given a rest, and for one too long to send."""
+        resting = time.monotonic() < self._paused_until
+        if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
         until = time.monotonic() + self.config.plan_deadline_ms / 1e3
         try:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
@@ -218,6 +219,15 @@ _tags = msgspec.msgpack.Decoder(_Tag)
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode
+_TOKEN_BYTES = 4
+_BESIDE_BYTES = MIB
+"""Room for what a lookup and a save hold beside tokens and namespace."""
+
+
+def lookup_fits(namespace: Namespace, tokens: int) -> bool:
+    """Whether a lookup, and a save, of so many tokens are short enough to be sent."""
+    nbytes = len(encode(namespace)) + tokens * _TOKEN_BYTES
+    return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES
 
 
 def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:

@@ -20,6 +20,8 @@ _PEER = struct.Struct("3i")
 _DESCRIPTOR = array.array("i", [0]).itemsize
 
 MIB = 1 << 20
+MESSAGE_BYTES = 16 * MIB
+"""Longest message that a daemon takes: a prompt of four million tokens."""
 
 
 class Frame:

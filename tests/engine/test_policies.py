@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -19,6 +20,7 @@ from kvshare_connectors.vllm.planning import Planning
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
+from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Run
 from kvshare_store.tenants import Tenants
@@ -502,6 +504,34 @@ def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
     assert {message.reason for message in link.told} == {"tenant_unproven"}
     planning.matched(request(cache_salt=proven), 0)
     assert link.asked == [(NAMESPACE.for_tenant("alice").digest, "balanced")]
+
+
+def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name is either refused by us or accepted by vLLM."""
+    from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+
+    monkeypatch.setenv("TENANTS", "ab" * 32)
+    tenants = Tenants(StoreConfig(tenant_key="env:TENANTS"))
+    for name in ("acme", "a b", "é" * 63, "n" * 63, *map(chr, range(1, 128))):
+        with contextlib.suppress(ConfigError):
+            validate_cache_salt(tenants.salt(name))
+    for name in ("alice@example.com", "org/team", "org\\team", "a\0b", "n" * 64):
+        with pytest.raises(ValueError, match="cache_salt"):
+            validate_cache_salt(f"{name}.{'0' * 64}")
+        with pytest.raises(ConfigError, match="at most 63 characters and none of"):
+            tenants.salt(name)
+
+
+def test_a_request_that_no_message_can_hold_is_declined(planning: Planning, link: FakeLink) -> None:
+    """The daemon would cut the engine off, and all other lookups with it."""
+    for fields in ({"cache_salt": "x" * (16 << 20)}, {"num_prompt_tokens": 4 << 20}):
+        wanted = request(**fields)
+        assert planning.matched(wanted, 0) == (0, False)
+        assert planning.state_of(wanted).declined == "too_long"  # so it is not stored either
+    assert link.asked == []
+    assert {message.reason for message in link.told} == {"too_long"}
+    planning.matched(request(cache_salt="x" * (1 << 20)), 0)
+    assert len(link.asked) == 1
 
 
 @pytest.mark.parametrize("params", [None, {}, [], "exact", 7, {"policy": "off"}, {1: 2}])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kvshare_connectors.vllm.connector as connector_module
 import msgspec
 import pytest
 import vllm.model_executor.models.registry as registry
@@ -17,7 +19,7 @@ from vllm.v1.request import RequestStatus
 
 import kvshare_store.daemon.link as link_module
 from kvshare_store.daemon import protocol
-from kvshare_store.errors import ConfigError
+from kvshare_store.errors import ConfigError, DeadlineError
 from kvshare_store.plan import BlockRef, Span
 from tests.engine.schedulers import (
     BLOCK,
@@ -127,6 +129,90 @@ def test_rows_share_one_list_of_tokens(make: Make, link: FakeLink) -> None:
         assert row.prompt_token_ids is request.prompt_token_ids
         assert row.prefill_token_ids is request.prompt_token_ids
     assert len(pickle.dumps(rows)) < 2 * len(pickle.dumps(request.prompt_token_ids))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_plan_that_comes_after_the_budget_was_made_parks_its_request(
+    make: Make, link: FakeLink, ahead: bool
+) -> None:
+    """Nobody has set rows aside for its runs, and the runner has no more than `max_num_seqs`."""
+    spans = tuple(Span(at, 8, at, 0, at) for at in range(2, LENGTH, 12))
+    link.plan = msgspec.structs.replace(PLAN, exact=0, spans=spans)
+    bench = make(ahead=ahead, max_num_seqs=4)
+    for start in range(500, 800, 100):
+        bench.add(range(start, start + 10), max_tokens=50, params=OFF)
+    bench.step()
+    link.late = 1  # not there when the budget is made, there when vLLM asks
+    request = bench.add()
+    output = bench.schedule()
+    assert len(output.num_scheduled_tokens) <= 4
+    assert [state.request for state in bench.planning.parked] == [request]
+    bench.finish(output)
+    bench.drain(200)
+    assert said(bench, request)["edited"] == sum(span.length for span in spans[:-1]) + 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_late_plan_does_not_overdraw_the_tokens_of_its_step(
+    make: Make, link: FakeLink, ahead: bool
+) -> None:
+    """What its request does not need goes to the next one: its placeholders come on top."""
+    short = tuple(range(60))
+    spans = (Span(10, 30, 10, 0, 10),)
+    link.plan = msgspec.structs.replace(PLAN, tokens=60, exact=0, spans=spans)
+    bench = make(ahead=ahead, max_num_batched_tokens=64)
+    bench.add(range(500, 510), max_tokens=50, params=OFF)
+    bench.step()
+    link.late = 1
+    bench.add(short), bench.add(range(1000, 1200), params=OFF)
+    output = bench.schedule()
+    assert output.total_num_scheduled_tokens <= 64
+    assert output.total_num_scheduled_tokens == sum(output.num_scheduled_tokens.values())
+
+
+class Unsteady(FakeLink):
+    """Plans of any shape, of which any may be late any number of times."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+
+    def answer(self, request_id: bytes, seconds: float) -> Any:
+        if self.rng.random() < 0.4:
+            raise DeadlineError("not yet")
+        starts = sorted(self.rng.sample(range(1, LENGTH - 10), self.rng.randrange(1, 9)))
+        ends = [*starts[1:], LENGTH]
+        spans = tuple(
+            Span(at, max(1, (end - at) // 2), at, 0, at)
+            for at, end in zip(starts, ends, strict=True)
+        )
+        return msgspec.structs.replace(PLAN, exact=0, spans=spans)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_step_is_larger_than_the_runner(
+    make: Make, monkeypatch: pytest.MonkeyPatch, ahead: bool, seed: int
+) -> None:
+    """Whenever plans come: the rows of a step and what holds a row without one, and its tokens."""
+    rng = random.Random(seed)
+    unsteady = Unsteady(rng)
+    unsteady.client = SimpleNamespace(greeted=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(link_module, "open_link", lambda config: unsteady)
+    bench = make(ahead=ahead, max_num_seqs=6, max_num_batched_tokens=200, blocks=64)
+    placed, begun = 0, 0
+    for _ in range(120):
+        while len(bench.scheduler.waiting) < 3 and begun < 40:
+            begun += 1
+            first = rng.randrange(0, 500)
+            bench.add(range(first, first + LENGTH), max_tokens=rng.choice([1, 4, 8]))
+        output = bench.schedule()
+        running = {request.request_id for request in bench.scheduler.running}
+        assert len(running | output.num_scheduled_tokens.keys()) <= 6
+        assert output.total_num_scheduled_tokens <= 200
+        placed += len(runs_of(output))
+        bench.finish(output)
+    assert placed > 20
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -520,6 +606,37 @@ def test_a_failed_load_of_kvshares_own_begins_again_once(make: Make, link: FakeL
     assert (answer["kvshare.reused"], answer["kvshare.reason"]) == (0, "load_failed")
 
 
+def twice(tmp_path: Path) -> dict[str, Any]:
+    return beside(tmp_path, kvshare_alone(tmp_path / "first"))
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_kvshare_beside_itself_is_refused(make: Make, tmp_path: Path, stock: bool) -> None:
+    """Each would store as exact what the other has edited, and both would answer."""
+    with pytest.raises(ConfigError, match="names KVShareConnector more than once"):
+        make(twice(tmp_path), stock=stock)
+    bench = make(beside(tmp_path), stock=stock)  # once is fine, also after that
+    bench.add()
+    bench.drain()
+
+
+def test_kvshare_beside_itself_is_refused_where_the_model_is_not_served(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle connectors answer too: vLLM's scheduler would raise when a request ends."""
+    monkeypatch.setattr(connector_module, "decline_reason", lambda config: "sliding_window")
+    with pytest.raises(ConfigError, match="names KVShareConnector more than once"):
+        make(twice(tmp_path), stock=True)
+
+
+def test_two_engines_of_a_process_have_a_connector_each(make: Make) -> None:
+    first, second = make(), make()
+    for bench in (first, second):
+        request = bench.add()
+        bench.drain()
+        assert said(bench, request)["reused"] == 70
+
+
 # --- what the answer says -------------------------------------------------------------------------
 
 
@@ -549,6 +666,47 @@ def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
     bench.drain()
     found = said(bench, request)
     assert (found["reused"], found["recomputed"], found["reason"]) == (0, LENGTH, "no_donor")
+
+
+@pytest.mark.parametrize("by", ["preemption", "reset"])
+def test_an_answer_of_a_preempted_request_counts_what_was_computed_anew(
+    make: Make, link: FakeLink, by: str
+) -> None:
+    """It computes the prompt itself: nothing of what it had loaded is left."""
+    bench = make()
+    request = bench.add(max_tokens=30)
+    bench.step()
+    if by == "reset":
+        assert bench.scheduler.reset_prefix_cache(True, True)
+    else:
+        bench.scheduler.running.remove(request)
+        bench.scheduler._preempt_request(request, 0.0)
+        bench.scheduler.reset_prefix_cache()
+    told = list(link.told)
+    saves = []
+    while bench.scheduler.has_unfinished_requests():
+        saves += bench.step().kv_connector_metadata.saves
+    assert said(bench, request) == {
+        "reused": 0, "exact": 0, "edited": 0, "recomputed": LENGTH, "prefix_cached": 0,
+        "donor": "", "reason": "preempted", "policy": "balanced",
+    }  # fmt: skip
+    assert not saves
+    assert link.told == told  # its lookup was counted when its rows were loaded
+
+
+def test_what_vllms_cache_kept_of_a_preempted_request_is_no_reuse(
+    make: Make, link: FakeLink
+) -> None:
+    bench = make()
+    request = bench.add(max_tokens=30)
+    bench.step()
+    bench.scheduler.running.remove(request)
+    bench.scheduler._preempt_request(request, 0.0)
+    told = list(link.told)
+    bench.drain()
+    found = said(bench, request)
+    assert (found["reused"], found["prefix_cached"], found["recomputed"]) == (0, 32, LENGTH - 32)
+    assert link.told == told
 
 
 @pytest.mark.parametrize(

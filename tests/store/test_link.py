@@ -16,7 +16,7 @@ import pytest
 
 from kvshare_store.blocks import files
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
+from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.server import Server
@@ -102,6 +102,22 @@ def test_a_killed_daemon_is_brought_back(daemon: Daemon, link: Link, home: Path)
     assert not link._reviver.spawned.ended
     with Client(home, timeout=PATIENCE_S) as client:
         assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
+
+
+def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link) -> None:
+    """The daemon cuts off whoever sends more than it takes, and with it the lookups of others."""
+    planned_in_the_end(link)
+    other = link.ask(TOKENS, NAMESPACE, None)
+    assert other is not None
+    for size in (1 << 20, wire.MESSAGE_BYTES - (2 << 20), wire.MESSAGE_BYTES, 32 << 20):
+        asked = link.ask(TOKENS, NAMESPACE.for_tenant("x" * size), None)
+        assert (asked is None) == (size >= wire.MESSAGE_BYTES)
+        if asked is not None:
+            assert link.answer(asked, PATIENCE_S) is not None
+    assert link.answer(other, PATIENCE_S) is not None
+    assert planned(link, PATIENCE_S) is not None
+    assert link.failures == []
+    assert link._reviver is None
 
 
 def test_a_hanging_daemon_is_waited_for_once(daemon: Daemon, link: Link, home: Path) -> None:

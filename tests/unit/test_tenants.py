@@ -15,6 +15,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.tenants import Tenants
 
 KEY = bytes(range(32))
+NAMES = st.text(st.characters(exclude_characters="@/\\\0"), min_size=1, max_size=63)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_the_format_that_gateways_make(tenants: Tenants) -> None:
     assert tenants.of(f"alice.{mac}") == "alice"
 
 
-@given(name=st.text(min_size=1), at=st.integers(min_value=0), other=st.characters())
+@given(name=NAMES, at=st.integers(min_value=0), other=st.characters())
 def test_a_salt_with_one_other_sign_proves_nobody(
     tenants: Tenants, name: str, at: int, other: str
 ) -> None:
@@ -53,6 +54,12 @@ def test_a_salt_with_one_other_sign_proves_nobody(
 @pytest.mark.parametrize("salt", ["", ".", "alice", "alice.", ".00", "alice.\udcff", "\ud800.00"])
 def test_what_is_no_proof(tenants: Tenants, salt: str) -> None:
     assert tenants.of(salt) is None
+
+
+@pytest.mark.parametrize("name", ["alice@example.com", "org/team", "a\\b", "a\0", "n" * 64])
+def test_a_name_whose_salt_engines_refuse_has_none(tenants: Tenants, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"at most 63 characters and none of @ / \\ NUL"):
+        tenants.salt(name)
 
 
 def test_nobody_has_no_salt(tenants: Tenants) -> None:
