@@ -7,7 +7,8 @@ docs/design/ordering.md says what a crash leaves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,11 @@ from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.ledger import Fact
 
 _POLL_S = 0.05
+_CHUNK = 512
+_KEPT_S = 90 * 86_400.0
+"""How long a purge is kept for machines that are off."""
+_BEGUN = "begun "
+"""Before the id of a purge while rows of it may be in the catalogue."""
 _WIPED_AT_ONCE = 1 << 26
 """Bytes of the arena that are wiped while the lock is held."""
 
@@ -123,13 +129,21 @@ class Purge:
             return remaining  # the rows say what is left to be removed the next time
         try:
             if shelf.catalog is not None:
-                if shelf.shared:
-                    shelf.catalog.facts.put([Fact(f"purged/{digest}", time.time(), shelf.machine)])
+                event = uuid.uuid4().hex
+                self._write_down(shelf.catalog, _BEGUN + event)
                 shelf.catalog.purge(digest)
+                self._write_down(shelf.catalog, event)
         except KVShareError as error:
             return [*remaining, f"catalogue: {error}"]
         shelf.forget_namespace(digest)
         return [f"{what} (unreadable: the key is destroyed)" for what in remaining]
+
+    def _write_down(self, catalog: Catalog, event: str) -> None:
+        """Before rows are removed, or a crash would leave other machines' copies; and after that,
+        because from then on rows of the namespace are new ones."""
+        if self._shelf.shared:
+            key, now = f"purged/{self._digest}", time.time()
+            catalog.facts.overwrite(Fact(key, now, self._shelf.machine, event))
 
     def _wipe(self, deadline: float) -> list[str]:
         """Zero what is free of the arena. Slots that are being filled may have held rows of the
@@ -156,7 +170,9 @@ def _wipe_free(shelf: Shelf) -> None:
 
 class OthersPurges:
     """Purges are facts of a shared catalogue: each machine removes its own copies when it next
-    looks, also one that was not running; the home remembers which purges it has carried out."""
+    looks, also one that was not running; the home remembers which purges it has carried out.
+
+    A purge is known by its id, never by a time: clocks differ."""
 
     def __init__(self, shelf: Shelf, saving: Saving, home: Path) -> None:
         self._shelf = shelf
@@ -165,11 +181,14 @@ class OthersPurges:
         self._done = self._remembered()
         self._version = -1
 
-    def _remembered(self) -> dict[str, float]:
+    def _remembered(self) -> dict[str, str]:
+        """Of each namespace the purge that was carried out last. Homes of a release before have
+        numbers: the times of purges that had no id."""
         try:
-            return msgspec.json.decode(self._file.read_bytes(), type=dict[str, float])
+            done = msgspec.json.decode(self._file.read_bytes(), type=dict[str, str | float])
         except (FileNotFoundError, msgspec.DecodeError):  # then they are carried out once more
             return {}
+        return {digest: str(event) for digest, event in done.items()}
 
     def look(self) -> None:
         """Carry out what is new. What is leased or being saved now is left for the next look."""
@@ -177,36 +196,68 @@ class OthersPurges:
         if catalog is None or (version := catalog.facts.refresh()) == self._version:
             return
         waiting = False
-        for fact in catalog.facts.facts("key LIKE 'purged/%'"):
-            digest = fact.key.rpartition("/")[2]
-            if self._done.get(digest) == fact.at:
+        purges = _purges(catalog)
+        for digest, fact in purges.items():
+            event = fact.state or str(fact.at)
+            if self._done.get(digest) == event:
                 continue
-            done = fact.by == self._shelf.machine or self._carried_out(catalog, digest, fact.at)
-            if done:
-                self._remember(digest, fact.at)
-            waiting |= not done
+            if fact.by == self._shelf.machine or self._carried_out(catalog, digest, event):
+                self._remember(digest, event, purges)
+            else:
+                waiting = True
         self._version = -1 if waiting else version
 
-    def _remember(self, digest: str, at: float) -> None:
-        self._done[digest] = at
+    def _remember(self, digest: str, event: str, known: Collection[str]) -> None:
+        self._done = {at: done for at, done in self._done.items() if at in known}
+        self._done[digest] = event
         written = self._file.with_suffix(".new")
         written.write_bytes(msgspec.json.encode(self._done))
         written.replace(self._file)
 
-    def _carried_out(self, catalog: Catalog, digest: str, at: float) -> bool:
-        """Also False while rows of nodes that were purged can still be read: whoever purges says so
-        before it removes them."""
+    def _carried_out(self, catalog: Catalog, digest: str, event: str) -> bool:
+        with self._shelf.lock:
+            nodes = [node for node in self._shelf.tree if node.namespace == digest]
+        here = {node.id: node.stamp for node in nodes}
+        begun = event.startswith(_BEGUN)
+        remove = self._remove_copies
+        return self._shelf.committer.run(lambda: remove(catalog, digest, here, begun))
+
+    def _remove_copies(
+        self, catalog: Catalog, digest: str, here: Mapping[str, int], begun: bool
+    ) -> bool:
+        """In the committer's thread: what was `here` (stamps by id) is committed by now, so what
+        the catalogue does not have has been purged, and what it has was saved anew, unless the
+        purge has only `begun`. Then rows of it may still be there: False."""
         shelf, blocks = self._shelf, self._shelf.blocks
+        catalog.refresh()
+        shelf.unlearn(_absent(catalog, here))
+        shelf.keep_registered(catalog.digests())
         with shelf.lock:
-            nodes = [node for node in shelf.tree if node.namespace == digest]
-            names = sorted({name for node in nodes for name in node.blocks})
-            held = any(map(blocks.leases.pinned, names))
-        if held or self._saving.in_progress(digest):
-            return False
-        refused = shelf.committer.run(lambda: blocks.purge(digest, names, shared=False))
-        blocks.doubt_shared(names)
-        if not nodes:
-            shelf.forget_namespace(digest)
-            catalog.forget_key(digest)
+            kept = [node for node in shelf.tree if node.namespace == digest]
+            if (begun and kept) or self._saving.in_progress(digest):
+                return False
+            if not kept:
+                shelf.forget_namespace(digest)
+                catalog.forget_key(digest)
+        refused = blocks.purge_copies(digest, {name for node in kept for name in node.blocks})
+        blocks.doubt_shared(None)
         _wipe_free(shelf)
-        return not refused and all(node.created > at for node in nodes)
+        return refused is not None and not refused
+
+
+def _purges(catalog: Catalog) -> dict[str, Fact]:
+    """The last purge of each namespace, but for those of long ago: by then a machine that was off
+    has forgotten the nodes, and removes their blocks as nobody's."""
+    facts = catalog.facts.facts("key LIKE 'purged/%'")
+    long_ago = time.time() - _KEPT_S
+    if any(fact.at < long_ago for fact in facts):
+        catalog.facts.remove(f"key LIKE 'purged/%' AND at < {long_ago}")
+    return {fact.key.rpartition("/")[2]: fact for fact in facts if fact.at >= long_ago}
+
+
+def _absent(catalog: Catalog, here: Mapping[str, int]) -> dict[str, int]:
+    """Those whose rows are gone, or have another stamp."""
+    ids, rows = list(here), dict[str, int]()
+    for start in range(0, len(ids), _CHUNK):
+        rows |= catalog.stamps(ids=ids[start : start + _CHUNK])
+    return {node_id: stamp for node_id, stamp in here.items() if rows.get(node_id) != stamp}

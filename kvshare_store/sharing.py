@@ -7,6 +7,7 @@ are new to it, and whoever replaces or removes one says which form it means.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,11 +24,15 @@ _NAME = "kvshare-sync"
 _SETTLED_S, _HEAL_S = 2.0, 60.0
 """Age of the nodes that are committed again when the catalogue has lost them."""
 _OVERLAP_NS = 60 * 10**9
-"""How far a stamp may lie behind a later row's: clocks differ, and a save may wait for its commit.
-What is later still is found when all stamps are read."""
+"""How far a stamp may lie behind a later row's: a machine may not have seen that when it made its
+own, and a save may wait for its commit. What is later still is found when all stamps are read."""
 _REST = 50
 """Reading all stamps, which takes the longer the more rows there are, is done again after so many
-times as long as it took."""
+times as long as it took, …"""
+_LONGEST_S = 5.0
+"""… and after at most so long where something is known to be missing."""
+_EXPLAINED_S = 5.0
+"""… and after no less where nothing seems to be."""
 
 
 class Sharing:
@@ -50,8 +55,11 @@ class Sharing:
         self._seen: dict[str, int] = {}
         """Stamps of the rows that the catalogue held when it was last asked, by id."""
         self._newest = 0
-        self._all_again = 0.0
-        """When (monotonic) all stamps may be read again."""
+        self._rest = 0.0
+        self._all_read = time.monotonic()
+        """When all stamps were read last, and for how long they may not be again."""
+        self._all_due = math.inf
+        """When (monotonic) all stamps must be read; never, while nothing has changed since."""
         self._alone = threading.Lock()
         self._failing = False
         if not catalog.place.conditional:
@@ -83,10 +91,16 @@ class Sharing:
                 self._shelf.condemned.look()
             if self._shelf.uses is not None and self._shelf.uses.due():
                 self._shelf.uses.exchange()
-            self._note(self._catalog.take_changes())  # first: what others make of it is seen below
+            ours = self._catalog.take_changes()
+            self._note(ours)  # first: what others make of it is seen below
             version = self._catalog.refresh()
-            if version != self._version or self._behind():
-                self._look_for_changes(version)
+            if version != self._version:
+                self._look_for_changes(explained=bool(ours))
+                self._version = version
+            if self._behind():
+                self._must_read_all(min(self._rest, _LONGEST_S))
+            if time.monotonic() >= self._all_due:
+                self._look_at_all()
             self._look_for_purges()
 
     def _note(self, ours: Mapping[str, int | None]) -> None:
@@ -97,20 +111,26 @@ class Sharing:
                 self._seen[node_id] = stamp
 
     def _behind(self) -> bool:
-        """Whether the last look left removals for later."""
+        """Whether rows were removed, or came with an old stamp."""
         return self._catalog.count() != len(self._seen)
 
-    def _look_for_changes(self, version: int) -> None:
+    def _look_for_changes(self, *, explained: bool) -> None:
+        """Learn rows with new stamps. A change may be none of these: all stamps are read soon where
+        nothing explains the table's new version, and some time later in any case."""
         recent = self._catalog.stamps(since=max(0, self._newest - _OVERLAP_NS))
-        self._learn(recent)
-        lossy = not self._catalog.place.conditional
-        if (self._behind() or lossy) and time.monotonic() >= self._all_again:
-            self._look_at_all()
-        self._version = version
+        found = self._learn(recent)
+        if (found or explained) and self._catalog.place.conditional:
+            self._must_read_all(max(self._rest, _EXPLAINED_S))
+        else:
+            self._must_read_all(min(self._rest, _LONGEST_S))
+
+    def _must_read_all(self, rest: float) -> None:
+        """So many seconds after the last time, or sooner, if that was so already."""
+        self._all_due = min(self._all_due, self._all_read + rest)
 
     def _look_at_all(self) -> None:
         """What was removed, and rows whose stamps are older than their commits."""
-        begun = time.monotonic()
+        begun, self._all_due = time.monotonic(), math.inf
         everything = self._catalog.stamps()
         gone = {i: stamp for i, stamp in self._seen.items() if i not in everything}
         if gone:
@@ -121,10 +141,12 @@ class Sharing:
         self._learn(everything)
         if not self._catalog.place.conditional:
             self._heal(everything)
-        self._all_again = time.monotonic() + _REST * (time.monotonic() - begun)
+        self._all_read = time.monotonic()
+        self._rest = _REST * (self._all_read - begun)
 
-    def _learn(self, stamps: dict[str, int]) -> None:
-        """Read the rows that are new, or have a new stamp, and are not what this machine has."""
+    def _learn(self, stamps: dict[str, int]) -> int:
+        """Read the rows that are new, or have a new stamp, and are not what this machine has; how
+        many have a stamp that was not seen before."""
         changed = [i for i, stamp in stamps.items() if self._seen.get(i) != stamp]
         unknown = [i for i in changed if not self._has(i, stamps[i])]
         if unknown:
@@ -132,6 +154,7 @@ class Sharing:
             self._shelf.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
         self._seen |= stamps
         self._newest = max(self._newest, *stamps.values(), 0)
+        return len(changed)
 
     def _has(self, node_id: str, stamp: int) -> bool:
         node = self._shelf.tree.get(node_id)

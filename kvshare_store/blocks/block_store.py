@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import msgspec
@@ -351,20 +351,35 @@ class BlockStore:
         first refusal."""
         self._io.run(self.levels.delete_shared(blocks))
 
-    def purge(
-        self, namespace: str, names: Sequence[str], *, shared: bool = True
-    ) -> dict[str, KVShareError]:
-        """Remove a namespace, of which `names` are known, from every tier of this machine, and
-        (`shared`) from what other machines use too; what refused and why.
+    def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
+        """Remove a namespace, of which `names` are known, from every tier, those too that other
+        machines use; what refused and why.
 
         Its nodes are gone, and nobody leases or saves blocks of it.
         """
         with self._lock:
-            held = [name for name in self.host.names() if self.host.namespace(name) == namespace]
-            for name in held:
-                self.host.drop(name)
-                self._dirty.pop(name, None)
-        return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=shared))
+            held = self._of_namespace(namespace)
+            self._drop(held)
+        return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=True))
+
+    def purge_copies(self, namespace: str, keep: Collection[str]) -> dict[str, KVShareError] | None:
+        """Remove this machine's copies of blocks of a namespace that no node uses; what refused and
+        why. None, and nothing is removed, while somebody leases one. `keep`: blocks of its nodes.
+        """
+        with self._lock:
+            unused = [name for name in self._of_namespace(namespace) if not self.users(name)]
+            if any(map(self.leases.pinned, unused)):
+                return None
+            self._drop(unused)
+        return self._io.run(self.levels.purge(namespace, unused, shared=False, keep=keep))
+
+    def _of_namespace(self, namespace: str) -> list[str]:
+        return [name for name in self.host.names() if self.host.namespace(name) == namespace]
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.host.drop(name)
+            self._dirty.pop(name, None)
 
     def filling(self) -> set[int]:
         """Offsets of the slots that are reserved."""

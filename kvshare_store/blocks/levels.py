@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from kvshare_store.blocks.tiers.base import Tier
@@ -247,16 +247,16 @@ class Levels:
                 raise error
 
     async def purge(
-        self, namespace: str, names: Sequence[str], *, shared: bool
+        self, namespace: str, names: Sequence[str], *, shared: bool, keep: Collection[str] = ()
     ) -> dict[str, KVShareError]:
         """Remove a namespace from every level of this machine, and (`shared`) from those that
-        others use too; tiers that refused, and why."""
+        others use too, but for blocks of `keep`; tiers that refused, and why."""
         refused: dict[str, KVShareError] = {}
         for level in self._levels:
             if level.shared and not shared:
                 continue
             try:
-                await level.tier.purge(namespace, names)
+                await level.tier.purge(namespace, names, keep)
             except KVShareError as error:
                 self._metrics.error(error.kind)
                 refused[level.tier.name] = error

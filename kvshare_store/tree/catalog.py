@@ -33,7 +33,7 @@ from kvshare_store.tree.batches import namespace_rows, node_rows, numbers, texts
 from kvshare_store.tree.faults import Fault
 from kvshare_store.tree.lance import lance_errors
 from kvshare_store.tree.ledger import MARKED, Fact, Ledger
-from kvshare_store.tree.node import Node
+from kvshare_store.tree.node import Node, saw_stamps
 from kvshare_store.tree.place import Place
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
 from kvshare_store.tree.table import Fields, Table
@@ -244,6 +244,7 @@ class Catalog:
                 seen = batch.column("stamp").to_pylist() if "stamp" in columns else None
                 for at, node_id in enumerate(texts(batch, "id")):
                     found[node_id] = (seen[at] or 0) if seen is not None else 0
+        saw_stamps(found.values())
         return found
 
     def refresh(self) -> int:
@@ -267,9 +268,12 @@ class Catalog:
             for batch in batches:
                 for row in node_rows(batch):
                     try:
-                        yield self._rows.node(row)
+                        node, vectors = self._rows.node(row)
                     except MissError as error:
                         self._fault(row.id, error)
+                        continue
+                    saw_stamps([node.stamp])
+                    yield node, vectors
 
     def count(self) -> int:
         """How many nodes are committed."""

@@ -98,6 +98,10 @@ class Ledger:
         """Write those whose key is not there; how many that were."""
         return self._merged(facts, replace=False)
 
+    def overwrite(self, fact: Fact) -> None:
+        """Write it, whatever is there."""
+        self._merged([fact], replace=True)
+
     def put(self, facts: Sequence[Fact]) -> int:
         """Write all, in the place of those that are there and not as late."""
         return self._merged(facts, replace="target.at < source.at")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import blake3
@@ -70,10 +71,36 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
         return self.generation == 0
 
 
+class _Stamps:
+    """Stamps of this process. They grow over all that it has seen, whatever its clock says."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen = 0
+
+    def saw(self, stamps: Iterable[int]) -> None:
+        with self._lock:
+            self._seen = max(self._seen, *stamps, 0)
+
+    def new(self) -> int:
+        with self._lock:
+            number = max(time.time_ns() >> _DRAWN, (self._seen >> _DRAWN) + 1)
+        return number << _DRAWN | secrets.randbits(_DRAWN)
+
+
+_DRAWN = 20
+"""Bits of a stamp (a millisecond) that are drawn: two machines may make one at the same moment."""
+_stamps = _Stamps()
+
+
 def new_stamp() -> int:
-    """The stamp of a row that is made now. Its last 20 bits (a millisecond) are drawn: two machines
-    may make one at the same moment."""
-    return time.time_ns() & ~0xFFFFF | secrets.randbits(20)
+    """The stamp of a row that is made now: greater than any that this process has seen."""
+    return _stamps.new()
+
+
+def saw_stamps(stamps: Iterable[int]) -> None:
+    """Rows of a catalogue have these."""
+    _stamps.saw(stamps)
 
 
 def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:

@@ -322,7 +322,7 @@ class Refusing(FaultyTier):
 
     refuses = False
 
-    async def purge(self, namespace: str, names: object) -> None:
+    async def purge(self, namespace: str, names: object, keep: object = ()) -> None:
         if self.refuses:
             raise StorageError("read-only file system")
         await self.inner.purge(namespace, names)  # type: ignore[arg-type]

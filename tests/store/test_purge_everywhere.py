@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kvshare_store.errors import StorageError
+from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
+from kvshare_store.tree.ledger import Fact
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -161,3 +166,132 @@ def test_names_that_a_claim_kept_are_erased_with_it(machine: Machine, tmp_path: 
     files = (tmp_path / "catalog" / "facts.lance").rglob("*")
     written = b"".join(file.read_bytes() for file in files if file.is_file())
     assert [name for name in names if name.encode() in written] == []
+
+
+def clock_of_purges(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
+    """The machine that purges has a clock that is so many seconds ahead."""
+    clock = SimpleNamespace(
+        time=lambda: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
+    )
+    monkeypatch.setattr("kvshare_store.purge.time", clock)
+
+
+def own_blocks(engine: Driver) -> int:
+    """Blocks in this machine's memory."""
+    return len(list(engine.store.blocks.host.names()))
+
+
+def test_a_second_purge_is_carried_out_whatever_the_clocks_say(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, other = (machine(name, **ASKED_ONLY) for name in "abc")
+    two.book = one.book
+    save(one, prompt(2, 40))
+    clock_of_purges(monkeypatch, ahead=300.0)
+    one.store.purge(NAMESPACE.digest)
+    clock_of_purges(monkeypatch, ahead=0.0)
+    learn(two)
+    learn(other)
+    save(two, PROMPT)
+    learn(other)
+    other.book = two.book
+    assert other.serve(PROMPT).exact == 39
+    row = bytes(two.book.computed(PROMPT, 40, "")[0, 0, 0].tobytes())
+    assert row in copies(other)
+    two.store.purge(NAMESPACE.digest)
+    learn(other)
+    assert row not in copies(other)
+    assert other.store.namespace(NAMESPACE.digest) is None
+
+
+def test_what_was_saved_after_a_purge_stays(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a machine that hears of the purge later than of what was saved, and whose clock is
+    far behind that of the machine that purged."""
+    one, two, late = (machine(name, **ASKED_ONLY) for name in "abc")
+    two.book = late.book = one.book
+    save(one, PROMPT)
+    learn(late)
+    late.serve(PROMPT)
+    clock_of_purges(monkeypatch, ahead=300.0)
+    one.store.purge(NAMESPACE.digest)
+    learn(two)
+    save(two, prompt(2, 40))
+    for _ in range(2):
+        learn(late)
+    assert not knows(late, PROMPT)
+    assert own_blocks(late) == 0
+    assert late.serve(prompt(2, 40)).exact == 39
+    learn(late)
+    assert own_blocks(late) == 5
+    assert late.store.namespace(NAMESPACE.digest) == NAMESPACE
+
+
+def test_leased_rows_are_left_until_their_readers_are_done(machine: Machine) -> None:
+    one, reader = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    reader.book = one.book
+    save(one, PROMPT)
+    learn(reader)
+    reader.serve(PROMPT)
+    plan = reader.store.plan(PROMPT, NAMESPACE)
+    arena = reader.store.blocks.host.arena
+    before = [bytes(arena.rows(ref.offset, ref.nbytes)) for ref in plan.blocks]
+    one.store.purge(NAMESPACE.digest)
+    for _ in range(2):
+        learn(reader)
+    assert [bytes(arena.rows(ref.offset, ref.nbytes)) for ref in plan.blocks] == before
+    reader.store.finish(plan.lease, Outcome(failed="not needed", recomputed=40))
+    reader.store.flush()
+    learn(reader)
+    assert own_blocks(reader) == 0
+    assert not any(map(any, [arena.rows(ref.offset, ref.nbytes) for ref in plan.blocks]))
+
+
+def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that can still be read are not taken for rows that were saved after it."""
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    other.book = one.book
+    save(one, PROMPT)
+    learn(other)
+    other.serve(PROMPT)
+    catalog = one.store.shelf.catalog
+    assert catalog is not None
+    erase = catalog.purge
+
+    def refuse(namespace: str) -> None:
+        raise StorageError("the catalogue does not answer")
+
+    monkeypatch.setattr(catalog, "purge", refuse)
+    assert "does not answer" in one.store.purge(NAMESPACE.digest)[0].remaining[0]
+    learn(other)
+    monkeypatch.setattr(catalog, "purge", erase)
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    learn(other)
+    assert own_blocks(other) == 0
+    assert other.store.namespace(NAMESPACE.digest) is None
+
+
+def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_path: Path) -> None:
+    """It told them by their times; those of long ago are forgotten, here and in the catalogue."""
+    one = machine("a", **ASKED_ONLY)
+    save(one, PROMPT)
+    catalog = one.store.shelf.catalog
+    assert catalog is not None
+    recent = time.time()
+    other = "ab" * 32
+    catalog.facts.create([Fact(f"purged/{NAMESPACE.digest}", recent), Fact(f"purged/{other}", 5.0)])
+    machine("b", **ASKED_ONLY).store.close()
+    told = tmp_path / "b" / "purges.json"
+    told.write_text(json.dumps({NAMESPACE.digest: recent, other: 5.0}))
+    late = machine("b", **ASKED_ONLY)
+    late.book = one.book
+    assert late.serve(PROMPT).exact == 39
+    learn(late)
+    assert own_blocks(late) == 5
+    assert [fact.at for fact in catalog.facts.facts("key LIKE 'purged/%'")] == [recent]
+    one.store.purge(NAMESPACE.digest)
+    learn(late)
+    assert set(json.loads(told.read_text())) == {NAMESPACE.digest}

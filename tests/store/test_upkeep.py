@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import lancedb
 import msgspec
@@ -386,6 +387,7 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         asked.append(since)
         return stamps(since, **options)  # type: ignore[arg-type]
 
+    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 3600.0)
     save(one, prompt(0, 40))
     learn(other)
     monkeypatch.setattr(catalog, "stamps", counted)
@@ -395,6 +397,68 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         assert knows(other, prompt(seed, 40))
     assert asked
     assert all(asked), "all stamps were read"
+
+
+def old_stamp() -> int:
+    """Of a machine whose clock is three minutes behind, and that has seen no other's stamps."""
+    return new_stamp() - 180 * 10**9
+
+
+def test_a_pin_with_an_old_stamp_is_learned(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of rows does not tell of it."""
+    one, other = machine("a", gc_seconds=0.0), machine("b", **ASKED_ONLY)
+    node_id = save(one, PROMPT)
+    assert node_id is not None
+    until(lambda: knows(one, PROMPT))
+    learn(other)
+    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    assert other.store.pin(node_id)
+
+    def pinned() -> bool:
+        node = one.store.tree.get(node_id)
+        return node is not None and node.pinned
+
+    until(pinned)
+
+
+def test_an_old_stamp_is_learned_beside_a_new_one(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row went, one with an old stamp came and one with a new stamp: the number of rows does not
+    tell, and something new was found."""
+    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 0.2)
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    node_id = save(one, PROMPT)
+    assert node_id is not None
+    learn(one)
+    learn(other)
+    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    assert other.store.pin(node_id)
+    save(other, prompt(2, 40))
+
+    def pinned() -> bool:
+        learn(one)
+        node = one.store.tree.get(node_id)
+        return node is not None and node.pinned
+
+    until(pinned)
+    assert knows(one, prompt(2, 40))
+
+
+def test_stamps_grow_over_those_that_were_seen(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock of the machine says that makes one."""
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    save(one, PROMPT)
+    learn(other)
+    (seen,) = (node.stamp for node in other.store.tree)
+    behind = SimpleNamespace(time_ns=lambda: time.time_ns() - 180 * 10**9)
+    monkeypatch.setattr("kvshare_store.tree.node.time", behind)
+    assert len({new_stamp() >> 20 for _ in range(3)}) == 1
+    assert new_stamp() > seen
 
 
 def test_a_catalogue_of_the_release_before_opens(machine: Machine, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -76,8 +76,9 @@ class Tier(ABC):
         """As `use`, without waiting: what is known so far."""
         return self.use()
 
-    async def purge(self, namespace: str, names: Sequence[str]) -> None:
-        """Remove every block of a namespace; `names` are those that are known."""
+    async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
+        """Remove every block of a namespace; `names` are those that are known. Where only copies
+        are removed, those of `keep` stay."""
         for name in names:
             await self.delete(name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -218,9 +218,9 @@ class DiskTier(Tier):
         self._inventory.forget(name)
         return removed
 
-    async def purge(self, namespace: str, names: Sequence[str]) -> None:
+    async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
         """Looks into every file: a block that no node uses any more is nobody's known block."""
-        for name in {*names, *await self._finish(self._traces, namespace)}:
+        for name in {*names, *await self._finish(self._traces, namespace)}.difference(keep):
             await self.delete(name)
 
     def _traces(self, namespace: str) -> list[str]:

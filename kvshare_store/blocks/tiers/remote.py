@@ -7,7 +7,7 @@ import contextlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from kvshare_store.errors import (
     KVShareError,
     MissingBlockError,
     NoSpaceError,
+    PlanError,
     StorageError,
 )
 from kvshare_store.tensors.frame import (
@@ -156,8 +157,11 @@ class RemoteTier(Tier):
         if self._owner is not None:
             await self._owner.check(self.remote)
 
-    async def purge(self, namespace: str, names: Sequence[str]) -> None:
-        """Remove every block of a namespace, whoever put it, quarantined ones too."""
+    async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
+        """Remove every block of a namespace, whoever put it, quarantined ones too. They are no
+        mere copies: `PlanError` with `keep`."""
+        if keep:
+            raise PlanError("a remote is purged as a whole")
         with self._call():
             await self._ours()
             for area in (_BLOCKS, _QUARANTINE):

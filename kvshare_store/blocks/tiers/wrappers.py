@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import perf_counter
 from typing import TypeVar
 
@@ -56,8 +56,8 @@ class WrapperTier(Tier):
     def counted(self) -> TierUse:
         return self.inner.counted()
 
-    async def purge(self, namespace: str, names: Sequence[str]) -> None:
-        await self.inner.purge(namespace, names)
+    async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
+        await self.inner.purge(namespace, names, keep)
 
     async def close(self) -> None:
         await self.inner.close()
