@@ -33,10 +33,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def engine(daemon: Daemon) -> Iterator[ClientDriver]:
-    """It has stored the prompts 1 and 2, and is connected."""
+def engine(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[ClientDriver]:
+    """It has stored the prompts 1 and 2 for a tenant of its own, and is connected."""
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
-        driver = ClientDriver(client, NAMESPACE)
+        driver = ClientDriver(client, NAMESPACE.for_tenant(request.node.name))
         for seed in (1, 2):
             driver.save(prompt(seed, 64))
         yield driver
@@ -67,8 +67,8 @@ def test_a_parent_never_gets_its_childs_plan(daemon: Daemon, engine: ClientDrive
     client = engine.client
     first, second = (as_tokens(prompt(seed, 64)) for seed in (1, 2))
     daemon.send(signal.SIGSTOP)
-    assert ended(forked(lambda: client.send(plan_request(second, NAMESPACE, None)))) == 0
-    request = client.send(plan_request(first, NAMESPACE, None))
+    assert ended(forked(lambda: client.send(plan_request(second, engine.namespace, None)))) == 0
+    request = client.send(plan_request(first, engine.namespace, None))
     daemon.send(signal.SIGCONT)
     plan = msgspec.convert(client.receive(request, PATIENCE_S), ReusePlan)
     assert plan.exact == 63
@@ -86,7 +86,7 @@ def test_parent_and_child_are_both_served(engine: ClientDriver) -> None:
 
 
 def test_a_child_does_not_keep_what_its_parent_held(daemon: Daemon, engine: ClientDriver) -> None:
-    assert engine.client.plan(prompt(1, 64), NAMESPACE).lease
+    assert engine.client.plan(prompt(1, 64), engine.namespace).lease
     reading, writing = os.pipe()
 
     def wait() -> None:
@@ -109,7 +109,7 @@ def test_a_child_does_not_keep_what_its_parent_held(daemon: Daemon, engine: Clie
 def test_the_end_of_a_child_ends_nothing_of_its_parents(
     daemon: Daemon, engine: ClientDriver
 ) -> None:
-    plan = engine.client.plan(prompt(1, 64), NAMESPACE)
+    plan = engine.client.plan(prompt(1, 64), engine.namespace)
     assert ended(forked(engine.client.close)) == 0
     engine.book.check(prompt(1, 64), plan, engine.load(plan))
     assert engine.client.stats()["leases"] == 1
