@@ -2,6 +2,10 @@
 
 The connection is the session: what a client holds ends with it. It is opened by the first message
 that is sent; the hello goes first and the message right behind it, so nobody waits for a welcome.
+
+It belongs to the process that opened it. A forked child drops its copy at once: two processes that
+read one stream take each other's answers, and a child that lives on would keep the connection of a
+parent that died. The child's next message opens a connection of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import select
 import socket
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +39,8 @@ _READ_BYTES = 1 << 18
 _REST_S = 0.02
 _UNSENT_BYTES = 64 * MIB
 """What may wait to be sent to a daemon that does not read."""
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+"""All of this process."""
 
 
 class Session:
@@ -56,6 +63,7 @@ class Session:
         self.outbox: Outbox | None = None
         """Of this connection alone: a daemon that is late with a save of an earlier one must not
         read what is written for another."""
+        _sessions.add(self)
 
     # --- the connection ----------------------------------------------------------------------
 
@@ -267,3 +275,12 @@ class Session:
             return self.receive(request_id, timeout)
         finally:
             self.forget(request_id)
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: the connections of the parent are the parent's alone."""
+    for session in list(_sessions):
+        session.reconnect()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
