@@ -55,7 +55,7 @@ def check_tree(shelf: Shelf, *, repair: bool) -> TreeReport:
 
     `repair`: nodes with a problem leave the store, and so do rows that are no node's.
     """
-    shelf.committer.flush()
+    shelf.committer.settle()
     with shelf.lock:
         nodes = list(shelf.tree)
     found = [problem for node in nodes for problem in _node_problems(shelf, node)]
@@ -119,7 +119,7 @@ def _row_problems(shelf: Shelf, repair: bool, known: set[str]) -> list[Problem]:
     wrong with the rows of `known` nodes was said already."""
     if shelf.catalog is None:
         return []
-    shelf.committer.flush()
+    shelf.committer.settle()
     with shelf.lock:
         ours = {node.id: node.namespace for node in shelf.tree}
     rows = shelf.committer.run(shelf.catalog.ids)
@@ -139,7 +139,7 @@ def _row_problems(shelf: Shelf, repair: bool, known: set[str]) -> list[Problem]:
     if repair and found:
         shelf.remove([problem.about for problem in found])
         shelf.committer.order(Removal(tuple(problem.about for problem in found), ()))
-        shelf.committer.flush()
+        shelf.committer.settle()
     return found
 
 

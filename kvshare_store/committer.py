@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
-from kvshare_store.errors import InternalError, KVShareError, StorageError
+from kvshare_store.errors import (
+    InternalError,
+    KVShareError,
+    MissError,
+    NoSpaceError,
+    OverloadError,
+    StorageError,
+)
 from kvshare_store.threads import STORING, Health, Supervised
 from kvshare_store.tree.catalog import Catalog, Vectors
 from kvshare_store.tree.node import Node
@@ -25,6 +32,12 @@ T = TypeVar("T")
 
 _BATCH = 64
 """Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
+_MOST_WAITING = 4096
+"""Pieces of work that wait. Beyond that saves wait, or what `flush` waits for had no bound."""
+_SHOWN = 200
+"""Letters of an error: LanceDB's are long."""
+_PATIENCE_S = 1.0
+"""How long a save waits for that."""
 
 
 class Addition(NamedTuple):
@@ -63,15 +76,24 @@ class Committer:
         delete_blocks: Callable[[list[str]], None],
         failed: Callable[[Node, KVShareError], None],
         health: Health,
-        committed: Callable[[Sequence[Node], set[str]], None] = lambda nodes, known: None,
+        committed: Callable[
+            [Sequence[Node], set[str]], list[KVShareError | None]
+        ] = lambda nodes, known: [None] * len(nodes),
     ) -> None:
+        """`make_durable` and `committed` (rows are there, of `known` nodes another machine's) say
+        for each node what went wrong, or None; `failed` hears of each node that is given up."""
         self._catalog = catalog
         self._make_durable = make_durable
         self._delete_blocks = delete_blocks
         self._failed = failed
         self._committed = committed
         self._queue: queue.Queue[Work | None] = queue.Queue()
+        self._taken = threading.Condition()
         self._health = health
+        self.failures = 0
+        """Nodes so far that storage refused, for want of anything but room."""
+        self._last = ""
+        """Why, of the last one."""
         self._thread = Supervised(STORING, self._run, health)
 
     def order(self, work: Work) -> None:
@@ -91,12 +113,32 @@ class Committer:
             self._check_alive()
         return done.result()
 
-    def flush(self) -> None:
-        """Return once everything ordered so far is done; `StorageError` if nobody is doing it."""
-        with self._queue.all_tasks_done:
-            while self._queue.unfinished_tasks:
-                self._check_alive()
-                self._queue.all_tasks_done.wait(1.0)
+    def settle(self) -> None:
+        """Return once everything ordered so far is done, and what that ordered in its turn."""
+        for _ in range(2):
+            self.run(lambda: None)
+
+    def flush(self, since: int | None = None) -> None:
+        """`settle`, then `StorageError` if storage refuses nodes, or has refused one since there
+        were `since` `failures` (None: since now)."""
+        before = self.failures if since is None else since
+        self.settle()
+        lost = self.failures - before
+        if lost or self._health.failing(STORING):
+            raise StorageError(
+                f"{lost or 'the last'} prompts were not stored and are forgotten: {self._last}. "
+                "See to the home's disk and its catalogue, restart the store, and save them again"
+            )
+
+    def admit(self) -> None:
+        """Wait until there is room for one more save; `OverloadError` after a second. Do not hold
+        the shelf's lock: what is waited for may need it."""
+        with self._taken:
+            if self._taken.wait_for(lambda: self._queue.qsize() < _MOST_WAITING, _PATIENCE_S):
+                return
+        raise OverloadError(
+            f"{self._queue.qsize():,} prompts wait to be made durable; save more slowly"
+        )
 
     def _check_alive(self) -> None:
         if not self._thread.alive:
@@ -112,11 +154,7 @@ class Committer:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while True:
             batch = self._take()
-            try:
-                self._attempt([work for work in batch if work is not None])
-            finally:
-                for _ in batch:
-                    self._queue.task_done()
+            self._attempt([work for work in batch if work is not None])
             if None in batch:
                 return
 
@@ -127,6 +165,8 @@ class Committer:
                 batch.append(self._queue.get_nowait())
             except queue.Empty:
                 break
+        with self._taken:
+            self._taken.notify_all()
         return batch
 
     def _attempt(self, batch: list[Work]) -> None:
@@ -135,12 +175,10 @@ class Committer:
         changes nothing."""
         try:
             self._do(batch)
-            if any(isinstance(work, Addition) for work in batch):
-                self._health.well(STORING)
         except BaseException as error:  # a panic of a library is no Exception
             log.exception("kvshare: %d pieces of work failed", len(batch))
-            self._health.failed(STORING, error)
             if len(batch) == 1:
+                self._health.failed(STORING, error)
                 self._give_up(batch[0], InternalError(f"{type(error).__name__}: {error}"))
                 return
             for work in batch:
@@ -150,9 +188,15 @@ class Committer:
         if not isinstance(work, Addition):
             return
         try:
-            self._failed(work.node, error)
+            self._fail(work.node, error)
         except BaseException:  # the rest of the batch must not suffer
             log.exception("kvshare: node %s could not be given up", work.node.id[:12])
+
+    def _fail(self, node: Node, error: KVShareError) -> None:
+        if _is_refusal(error):
+            self.failures += 1
+            self._last = str(error)[:_SHOWN]
+        self._failed(node, error)
 
     def _do(self, batch: list[Work]) -> None:
         """What can be done in one go is: additions first, or a node that takes another's place
@@ -177,22 +221,33 @@ class Committer:
     def _add(self, additions: list[Addition]) -> None:
         if not additions:
             return
-        durable = []
-        ended = self._make_durable([addition.node for addition in additions])
+        ended = self._stored(additions)
         for addition, error in zip(additions, ended, strict=True):
             if error is not None:
-                self._failed(addition.node, error)
-            else:
-                durable.append(addition)
+                self._fail(addition.node, error)
+        refusal = next((error for error in ended if error and _is_refusal(error)), None)
+        if None in ended:
+            self._health.well(STORING)
+        elif refusal is not None:
+            text = str(refusal)[:_SHOWN]
+            log.warning("kvshare: %d prompts were not stored: %s", len(ended), text)
+            self._health.failed(STORING, refusal)
+
+    def _stored(self, additions: Sequence[Addition]) -> list[KVShareError | None]:
+        """Blocks, then rows; for each node what went wrong, or None."""
+        ended = self._make_durable([addition.node for addition in additions])
+        durable = [at for at, error in enumerate(ended) if error is None]
         if self._catalog is None or not durable:
-            return
+            return ended
+        nodes = [additions[at].node for at in durable]
         try:
-            known = self._catalog.add(durable)
+            known = self._catalog.add([additions[at] for at in durable])
+            confirmed = self._committed(nodes, known)
         except KVShareError as error:
-            for addition in durable:
-                self._failed(addition.node, error)
-        else:
-            self._committed([addition.node for addition in durable], known)
+            confirmed = [error] * len(durable)
+        for at, outcome in zip(durable, confirmed, strict=True):
+            ended[at] = outcome
+        return ended
 
     def _remove(self, removals: list[Removal]) -> None:
         if not removals:
@@ -212,6 +267,12 @@ class Committer:
             if some:
                 nodes = [node for removal in some for node in removal.nodes]
                 self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
+
+
+def _is_refusal(error: KVShareError) -> bool:
+    """Whether storage has refused what it should take. A node that left before it was durable and
+    a budget that is full are nothing of that kind."""
+    return not isinstance(error, MissError | NoSpaceError)
 
 
 def _do_errand(errand: Errand) -> None:

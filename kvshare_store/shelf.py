@@ -403,21 +403,23 @@ class Shelf:
             return [error] * len(nodes)
         return self.durable.make(nodes)
 
-    def _committed(self, nodes: Sequence[Node], known: set[str]) -> None:
-        """Rows are committed. Of `known` nodes another machine's row was there before."""
+    def _committed(self, nodes: Sequence[Node], known: set[str]) -> list[KVShareError | None]:
+        """Rows are committed. Of `known` nodes another machine's row was there before. For each
+        node what went wrong, or None."""
         if not self.shared or self.catalog is None:
-            return
+            return [None] * len(nodes)
         ours = [node for node in nodes if node.id not in known]
-        for node, error in zip(ours, self.durable.confirmed(ours), strict=True):
-            if error is not None:
-                self._uncommitted(node, error)
+        failed = {
+            node.id: error
+            for node, error in zip(ours, self.durable.confirmed(ours), strict=True)
+            if error is not None
+        }
         try:
             theirs = list(self.catalog.load(ids=known)) if known else []
             self.learn((), theirs, {node.id: node.stamp for node in nodes})
         except KVShareError as error:
-            for node in nodes:
-                if node.id in known:
-                    self._uncommitted(node, error)
+            failed |= dict.fromkeys(known, error)
+        return [failed.get(node.id) for node in nodes]
 
     def _uncommitted(self, node: Node, error: KVShareError) -> None:
         """What cannot be made durable is no node: a full disk stops saving, not serving."""

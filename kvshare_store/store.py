@@ -59,6 +59,8 @@ class Store:
         self._serving = Serving(config, self.shelf, self.costs, self.text, self.metrics)
         self._saving = Saving(config, self.shelf, self.metrics, self._serving.donors)
         self._janitor = Janitor(config, self.shelf)
+        self._failures: dict[str, int] = {}
+        """How many failures of the committer each owner knew of when it first saved."""
         self._sharing: Sharing | None = None
         if config.catalog and self.shelf.catalog is not None:
             purges = OthersPurges(self.shelf, self._saving, config.home_path)
@@ -183,9 +185,12 @@ class Store:
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
-        it names, `StorageError` while nothing can be stored.
+        it names, `StorageError` while nothing can be stored, `OverloadError` while thousands of
+        prompts wait to be made durable.
         """
         self.metrics.health.check_storing()
+        self.shelf.committer.admit()
+        self._failures.setdefault(owner, self.shelf.committer.failures)
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
     def abandon(self, staged_id: str) -> None:
@@ -240,7 +245,7 @@ class Store:
     def clear(self) -> int:
         """Forget every node and remove its blocks; returns how many nodes there were."""
         count = self.shelf.clear()
-        self.flush()
+        self.shelf.committer.settle()
         return count
 
     def pin(self, node_id: str, pinned: bool = True) -> bool:
@@ -274,10 +279,14 @@ class Store:
             self._serving.reap(dead)
             self._saving.reap(dead)
         self.text.gone(dead)
+        for owner in dead:
+            self._failures.pop(owner, None)
 
-    def flush(self) -> None:
-        """Return once everything committed so far is durable."""
-        self.shelf.committer.flush()
+    def flush(self, *, owner: str = "") -> None:
+        """Return once everything committed so far is durable; what is committed later is not waited
+        for. `StorageError` if storage has refused a prompt, anybody's, since `owner` staged its
+        first one after its last `flush`: one of its own may be lost."""
+        self.shelf.committer.flush(self._failures.pop(owner, None))
 
     def namespace(self, digest: str) -> Namespace | None:
         """What a digest stands for."""

@@ -38,7 +38,7 @@ class Health:
         self._failures: Counter[str] = Counter()
 
     def failed(self, part: str, error: BaseException) -> None:
-        """A part has met an error that it was not written for."""
+        """A part has met an error that it was not written for, or cannot do what it is for."""
         with self._lock:
             self._failures[part] += 1
             before = self._troubles.get(part)
@@ -52,8 +52,13 @@ class Health:
             with self._lock:
                 self._troubles.pop(part, None)
 
+    def failing(self, part: str) -> bool:
+        """Whether the last thing that a part did failed."""
+        return part in self._troubles
+
     def check_storing(self) -> None:
-        """`StorageError` while storing keeps failing for reasons that nobody expected."""
+        """`StorageError` while storing keeps failing: for reasons that nobody expected, or because
+        storage refuses every prompt."""
         trouble = self._troubles.get(STORING)
         if trouble is None or trouble.in_a_row < _IN_A_ROW:
             return

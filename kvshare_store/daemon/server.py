@@ -78,7 +78,7 @@ class Server:
             protocol.Abandon: lambda message, _: self.store.abandon(message.staged),
             protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
-            protocol.Flush: lambda *_: self.store.flush(),
+            protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
             protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
             protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
             protocol.Clear: lambda *_: self.store.clear(),

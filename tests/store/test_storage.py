@@ -20,6 +20,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     BusyError,
     CorruptBlockError,
+    FullDiskError,
     HomeError,
     NoSpaceError,
     StorageError,
@@ -58,7 +59,7 @@ def faulty(store: Store) -> FaultyTier:
 
 def agrees(engine: Driver, home: Path) -> None:
     """Files, tree and catalogue tell one story."""
-    engine.store.flush()
+    engine.store.shelf.committer.settle()
     catalog = engine.store.shelf.catalog
     assert catalog is not None
     assert files(home) == engine.store.tree.blocks()
@@ -314,7 +315,7 @@ def test_a_full_disk_stops_saving_not_serving(driver: Open, home: Path) -> None:
     engine.save(prompt(1, 40))
     engine.store.flush()
     disk = faulty(engine.store)
-    disk.fail_always("put", NoSpaceError("No space left on device"))
+    disk.fail_always("put", FullDiskError("No space left on device"))
     assert engine.save(prompt(2, 40)), "it can be used at once"
     engine.store.flush()
     assert engine.plan(prompt(2, 40)).declined == "empty_store", "and is forgotten when that fails"
@@ -386,6 +387,23 @@ def test_a_disk_that_cannot_delete_leaves_garbage_for_the_next_start(
     assert files(home) == set()
 
 
+@pytest.mark.parametrize("lost", ["catalog/nodes.lance", "catalog", "tmp"])
+def test_folders_that_were_removed_are_no_secret(driver: Open, home: Path, lost: str) -> None:
+    """Nothing can be stored any more: `flush` says so, `health` too, and saves are refused."""
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    shutil.rmtree(home / lost)
+    for seed in range(2, 5):
+        engine.save(prompt(seed, 40))
+        with pytest.raises(StorageError, match="prompts were not stored"):
+            engine.store.flush()
+    assert engine.store.stats()["health"]["state"] == "degraded"
+    with pytest.raises(StorageError, match="nothing can be stored at present"):
+        engine.save(prompt(5, 40))
+    assert engine.serve(prompt(1, 40)).exact == 39, "what is here is served"
+
+
 @pytest.mark.parametrize("call", ["add", "delete", "compact"])
 def test_a_catalogue_that_refuses_does_not_stop_the_store(
     driver: Open, monkeypatch: pytest.MonkeyPatch, home: Path, call: str
@@ -400,9 +418,10 @@ def test_a_catalogue_that_refuses_does_not_stop_the_store(
     with monkeypatch.context() as broken:
         broken.setattr(catalog, call, refuse)
         engine.save(prompt(1, 40))
-        engine.store.flush()
+        with pytest.raises(StorageError) if call == "add" else contextlib.nullcontext():
+            engine.store.flush()
         engine.store.evict(nodes=1)
-        engine.store.flush()
+        engine.store.shelf.committer.settle()
         with contextlib.suppress(StorageError):
             engine.store.collect()
     assert engine.save(prompt(2, 40))

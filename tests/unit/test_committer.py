@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvshare_store import committer
 from kvshare_store.committer import Addition, Committer, Removal
-from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+from kvshare_store.errors import (
+    KVShareError,
+    MissingBlockError,
+    NoSpaceError,
+    OverloadError,
+    StorageError,
+)
 from kvshare_store.plan import Span
 from kvshare_store.threads import Health
 from kvshare_store.tree.catalog import Vectors
@@ -81,7 +88,7 @@ class Desk:
         for piece in work:
             self.committer.order(piece)
         self.start.set()
-        self.committer.flush()
+        self.committer.settle()
         return self.log
 
 
@@ -149,6 +156,89 @@ def test_rows_that_are_refused_fail_their_nodes() -> None:
     desk.committer.close()
 
 
+def test_a_refused_batch_counts_and_flush_says_so() -> None:
+    desk = Desk()
+    desk.catalogue.error = StorageError("refused")
+    desk.run(addition("a"))
+    assert desk.health.report()["reasons"] == {"kvshare-commit": "StorageError: refused"}
+    for name in "bc":
+        with pytest.raises(StorageError, match=r"1 prompts were not stored.*: refused\."):
+            flush_after(desk, addition(name))
+    with pytest.raises(StorageError, match="nothing can be stored at present"):
+        desk.health.check_storing()
+    desk.catalogue.error = None
+    before = desk.committer.failures
+    desk.run(addition("d"))
+    desk.health.check_storing()
+    assert desk.health.report()["state"] == "ok"
+    desk.committer.flush(before)
+    with pytest.raises(StorageError, match="3 prompts were not stored"):
+        desk.committer.flush(since=0)
+    desk.committer.close()
+
+
+def flush_after(desk: Desk, work: Addition) -> None:
+    before = desk.committer.failures
+    desk.committer.order(work)
+    desk.committer.flush(before)
+
+
+def test_a_batch_of_which_some_were_stored_is_no_trouble() -> None:
+    def refused(node: Node) -> None:
+        if node.id == "b":
+            raise StorageError("Input/output error")
+
+    desk = Desk(refused)
+    desk.committer.order(addition("z"))  # so that the others make one batch
+    desk.run(addition("a"), addition("b"))
+    desk.run(addition("c"))
+    assert desk.health.report()["state"] == "ok"
+    assert desk.committer.failures == 1
+    desk.committer.close()
+
+
+def test_no_room_and_nodes_that_left_are_no_failure_of_storage() -> None:
+    def full(node: Node) -> None:
+        raise MissingBlockError("left") if node.id == "left" else NoSpaceError("full")
+
+    desk = Desk(full)
+    desk.run(addition("left"), addition("large"))
+    desk.committer.flush(since=0)
+    assert desk.health.report()["state"] == "ok"
+    desk.committer.close()
+
+
+def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
+    """The committer never comes to the end of its queue: each addition orders the next one."""
+    desk = Desk(lambda node: desk.committer.order(addition(f"{node.id}+")) if go.is_set() else None)
+    go = threading.Event()
+    go.set()
+    desk.start.set()
+    desk.committer.order(addition("a"))
+    flushing = threading.Thread(target=desk.committer.flush)
+    flushing.start()
+    flushing.join(30)
+    hangs = flushing.is_alive()
+    go.clear()
+    flushing.join(30)
+    desk.committer.close()
+    assert not hangs
+
+
+def test_saves_wait_while_thousands_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(committer, "_MOST_WAITING", 8)
+    monkeypatch.setattr(committer, "_PATIENCE_S", 0.01)
+    desk = Desk()
+    for at in range(80):  # one batch is taken at once
+        desk.committer.order(addition(str(at)))
+    with pytest.raises(OverloadError, match="save more slowly"):
+        desk.committer.admit()
+    monkeypatch.setattr(committer, "_PATIENCE_S", 30.0)
+    desk.start.set()
+    desk.committer.admit()
+    desk.committer.close()
+
+
 def test_closing_finishes_what_was_ordered() -> None:
     desk = Desk()
     desk.start.set()
@@ -173,8 +263,7 @@ def test_work_that_cannot_be_done_takes_no_other_along() -> None:
         "a",
         "c",
     }
-    desk.committer.order(addition("d"))
-    desk.committer.flush()
+    desk.run(addition("d"))
     assert log[-1] == "rows d"
     report = desk.health.report()
     assert (report["state"], report["reasons"]) == ("ok", {})
