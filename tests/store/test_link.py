@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -219,15 +220,18 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server) -> None:
     end(link)
 
 
-def test_several_late_plans_in_a_row_are_a_hung_daemon(server: Server) -> None:
-    event, link = stuck(server), Link(server.config)
+def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon) -> None:
+    link = Link(daemon.config)
     link.client.greet(PATIENCE_S)
     link._pause = PATIENCE_S  # however slow this machine is
+    daemon.send(signal.SIGSTOP)
+    assert daemon.process is not None
+    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
     asked = 0
-    while (request := link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)) is not None:
+    while (request := link.ask(TOKENS, NAMESPACE, None)) is not None:
         link.give_up(request)
         asked += 1
-    event.set()
+    daemon.send(signal.SIGCONT)
     assert asked == 4
     assert link._reviver is None, "one that hangs keeps the home: no other can serve it"
     link._paused_until = 0.0
