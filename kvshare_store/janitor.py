@@ -74,7 +74,8 @@ class Janitor:
         self._shelf = shelf
         self._pass = threading.Lock()
         self._stop = threading.Event()
-        self._seen_versions = 0
+        self._seen_versions: dict[str, int] = {}
+        """Old versions of each table when they were last counted."""
         self._unmerged: dict[str, _Unmerged] = {}
         """Nodes whose merge has failed."""
         self._shared = self._shared_garbage()
@@ -140,7 +141,7 @@ class Janitor:
             len(gone),
             sum(map(self._shelf.size_of, gone)),
             len(self._scattered()),
-            self._versions(),
+            sum(self._versions().values()),
         )
 
     # --- nodes -------------------------------------------------------------------------------
@@ -301,25 +302,29 @@ class Janitor:
 
     # --- the catalogue -----------------------------------------------------------------------
 
-    def _versions(self) -> int:
+    def _versions(self) -> dict[str, int]:
         catalog = self._shelf.catalog
-        return max(0, catalog.versions() - 1) if catalog is not None else 0
+        return catalog.old_versions() if catalog is not None else {}
 
     def _compact(self, patient: bool) -> int:
-        """Drop old versions; a patient pass waits until nobody has written since the last one."""
-        catalog, versions = self._shelf.catalog, self._versions()
-        busy = versions != self._seen_versions and versions < _VERSIONS
-        self._seen_versions = versions
-        if catalog is None or not versions or self._stop.is_set() or (patient and busy):
+        """Drop old versions, table by table; a patient pass waits until nobody has written to a
+        table since the last one."""
+        catalog, uses = self._shelf.catalog, self._shelf.uses
+        if catalog is None or self._stop.is_set():
             return 0
         try:
-            catalog.compact()
-            if self._shelf.uses is not None:
-                self._shelf.uses.prune()
+            if uses is not None:
+                uses.prune()
+            seen, self._seen_versions = self._seen_versions, self._versions()
+            due = {name: old for name, old in self._seen_versions.items() if old}
+            if patient:
+                due = {n: old for n, old in due.items() if old == seen.get(n) or old >= _VERSIONS}
+            if due:
+                catalog.compact(due)
+                self._seen_versions = self._versions()
         except StorageError as error:
             if not self._shelf.shared:
                 raise
             log.info("kvshare: another machine compacts the catalogue: %s", error)
             return 0
-        self._seen_versions = self._versions()
-        return versions
+        return sum(due.values())

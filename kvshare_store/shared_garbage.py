@@ -46,11 +46,17 @@ class SharedGarbage:
         self._listed_again = 0.0
 
     def my_turn(self) -> bool:
-        """Whether the work is this machine's; the others take it over when it does none."""
+        """Whether the work is this machine's; the others take it over when it does none. A turn is
+        renewed only when it is half over: each renewal is a version of the table."""
         now, facts = time.time(), self._catalog.facts
-        mine = f"(by = '{self._machine}' OR at < {now - self._turn_s})"
-        taken = facts.change(f"key = '{_TURN}' AND {mine}", by=self._machine, at=now)
-        return bool(taken or facts.create([Fact(_TURN, now, self._machine)]))
+        turn = next(iter(facts.facts(f"key = '{_TURN}'")), None)
+        if turn is None:
+            return bool(facts.create([Fact(_TURN, now, self._machine)]))
+        mine, age = turn.by == self._machine, now - turn.at
+        if age < self._turn_s / (2 if mine else 1):
+            return mine
+        same = f"key = '{_TURN}' AND by = '{turn.by}' AND at = {turn.at!r}"
+        return bool(facts.change(same, by=self._machine, at=now))
 
     def collect(self, *, patient: bool, stopped: Callable[[], bool]) -> int:
         """One pass; how many blocks were removed. A patient one leaves out what was done lately.

@@ -95,7 +95,8 @@ class Sharing:
             self._note(ours)  # first: what others make of it is seen below
             version = self._catalog.refresh()
             if version != self._version:
-                self._look_for_changes(explained=bool(ours))
+                first = self._version < 0  # which reads every stamp
+                self._look_for_changes(explained=first or bool(ours))
                 self._version = version
             if self._behind():
                 self._must_read_all(min(self._rest, _LONGEST_S))

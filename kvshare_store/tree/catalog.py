@@ -101,6 +101,7 @@ class Catalog:
             self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
             self.facts = Ledger(self.place, database, "facts", create=self.place.shared)
             self.uses = Ledger(self.place, database, "uses", create=self.place.shared)
+            self._ledgers = {"facts": self.facts, "uses": self.uses}
         except (OSError, NoSpaceError) as error:
             if isinstance(error, HomeError):
                 raise
@@ -292,11 +293,16 @@ class Catalog:
 
     # --- versions ----------------------------------------------------------------------------
 
-    def versions(self) -> int:
-        """How many versions of the tables there are, the current one (of both) included."""
+    def old_versions(self) -> dict[str, int]:
+        """How many versions of each table `compact` would drop."""
         with self._lock:
-            namespaces = 1 if self.place.shared else self._namespaces.versions()
-            return self._nodes.versions() + namespaces - 1
+            if self.place.shared:
+                self._namespaces.refresh()
+            found = {
+                "nodes": self._nodes.old_versions(),
+                "namespaces": self._namespaces.old_versions(),
+            }
+        return found | {name: ledger.old_versions() for name, ledger in self._ledgers.items()}
 
     def clear(self) -> None:
         """Remove every node, from old versions too."""
@@ -304,16 +310,22 @@ class Catalog:
             self._nodes.delete("true")
             self._nodes.drop_versions()
 
-    def compact(self) -> None:
-        """Merge small fragments and drop old versions. Only the owner of the home may call it."""
+    def compact(self, tables: Collection[str] | None = None) -> None:
+        """Merge small fragments and drop old versions, of all tables or of some. Only the owner of
+        the home may call it."""
         if self.place.shared:
             self.refresh()
-        for ledger in (self.facts, self.uses):
-            ledger.compact()
+        for name, ledger in self._ledgers.items():
+            if tables is None or name in tables:
+                ledger.compact()
         with self._lock:
-            self._nodes.compact()
-            if not self.place.shared and self._namespaces.versions() > 1:
-                self._namespaces.rewrite()  # a file may hold the salt of what was purged
+            if tables is None or "nodes" in tables:
+                self._nodes.compact()
+            if (tables is None or "namespaces" in tables) and self._namespaces.old_versions():
+                if self.place.shared:
+                    self._namespaces.compact()
+                else:
+                    self._namespaces.rewrite()  # a file may hold the salt of what was purged
 
     @property
     def bytes(self) -> int:

@@ -124,6 +124,12 @@ class Ledger:
             return 0
         return self._do(lambda table: table.delete(where))
 
+    def old_versions(self) -> int:
+        """How many versions `compact` would drop."""
+        if self._table is None:
+            return 0
+        return self._do(lambda table: table.old_versions(), fresh=True)
+
     def compact(self) -> None:
         """Join small files and drop old versions."""
         if self._table is not None:

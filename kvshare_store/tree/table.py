@@ -194,10 +194,15 @@ class Table:
         with lance_errors():
             self._handle.checkout_latest()
 
-    def versions(self) -> int:
-        """How many versions there are, the current one included."""
+    def old_versions(self) -> int:
+        """How many versions `compact` would drop: all but the newest, of a shared table those that
+        are an hour old."""
         with lance_errors():
-            return len(self._handle.list_versions())
+            *old, _ = self._handle.list_versions()
+        if not self._place.shared:
+            return len(old)
+        latest = time.time() - _SHARED_VERSIONS.total_seconds()
+        return sum(version["timestamp"].timestamp() < latest for version in old)
 
     def count(self) -> int:
         """How many rows there are."""

@@ -126,6 +126,7 @@ def test_a_claim_outlives_a_purge(
     save(one, PROMPT)
     one.store.clear()
     one.store.flush()
+    until(lambda: not knows(janitor, PROMPT))
     blocks = janitor.store.blocks
     delete, stuck, go = blocks.delete_shared, threading.Event(), threading.Event()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 from kvshare_store.errors import StorageError
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
+from kvshare_store.tree.ledger import Fact
 from kvshare_store.tree.node import new_stamp
 from tests.store.neighbours import (
     NAMESPACE,
@@ -372,6 +374,62 @@ def test_one_machine_of_several_lists_the_remote(
             engine.store._janitor.collect(patient=True)
     assert listed
     assert set(listed) == {engines[0]}
+
+
+def files_of(folder: Path, table: str) -> int:
+    """Files of a table of the shared catalogue."""
+    return sum(file.is_file() for file in (folder / "catalog" / f"{table}.lance").rglob("*"))
+
+
+def test_upkeep_alone_lets_no_table_grow(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody saves any more: the other tables are written to and compacted all the same."""
+    monkeypatch.setattr("kvshare_store.tree.table._SHARED_VERSIONS", timedelta(milliseconds=1))
+    one = machine("a", **ASKED_ONLY)
+    save(one, PROMPT)
+    one.store.collect()
+    catalog = one.store.shelf.catalog
+    assert catalog is not None
+    for at in range(20):
+        catalog.facts.overwrite(Fact("a", time.time() + at))
+        catalog.uses.overwrite(Fact("b", time.time() + at))
+    before = {table: files_of(tmp_path, table) for table in ("facts", "uses")}
+    for _ in range(2):
+        one.store._janitor.collect(patient=True)
+    for table, files in before.items():
+        assert files_of(tmp_path, table) < files / 2
+
+
+def test_uses_of_long_ago_go_although_nobody_saves(machine: Machine) -> None:
+    one = machine("a", **ASKED_ONLY)
+    save(one, PROMPT)
+    one.store.collect()
+    catalog = one.store.shelf.catalog
+    assert catalog is not None
+    catalog.uses.create([Fact("ab" * 16, 5.0)])
+    one.store._janitor.collect(patient=True)
+    assert not catalog.uses.facts("at < 6")
+
+
+def test_a_turn_is_renewed_only_when_it_is_half_over(machine: Machine) -> None:
+    """Each renewal is one more version of the table."""
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    catalog = one.store.shelf.catalog
+    assert catalog is not None
+    mine, theirs = (engine.store._janitor._shared for engine in (one, other))
+    assert mine is not None
+    assert theirs is not None
+    assert mine.my_turn()
+    version = catalog.facts.refresh()
+    assert [mine.my_turn(), theirs.my_turn(), mine.my_turn()] == [True, False, True]
+    assert catalog.facts.refresh() == version
+    catalog.facts.change("key = 'janitor'", at=time.time() - 100)
+    assert mine.my_turn()
+    assert catalog.facts.refresh() == version + 2
+    catalog.facts.change("key = 'janitor'", at=time.time() - 200)
+    assert theirs.my_turn()
+    assert not mine.my_turn()
 
 
 def test_commits_of_others_are_learned_without_reading_every_stamp(
