@@ -43,7 +43,7 @@ _SIZES = {
     "save": _Size(1, 1),
     "flush": _Size(1, 1),
     "chore": _Size(1, 1),
-    "purge": _Size(4, 1, 8),
+    "purge": _Size(1, 1, 8),
 }
 _LANES: dict[type, str] = {
     **dict.fromkeys(

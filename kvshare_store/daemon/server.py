@@ -82,7 +82,7 @@ class Server:
             protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
             protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
             protocol.Clear: lambda *_: self.store.clear(),
-            **dict.fromkeys(CHORES, lambda message, _: do_chore(self.store, message)),
+            **dict.fromkeys(CHORES, self._chore),
         }
 
     # --- the main thread -------------------------------------------------------------------------
@@ -225,6 +225,9 @@ class Server:
             self.store.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self.store.plan_soon(tokens, space, policy=message.policy, owner=client.owner)
+
+    def _chore(self, message: Any, client: Connection) -> Any:
+        return do_chore(self.store, message, lambda: client.gone or self._stopping)
 
     def _observe(self, message: protocol.Observe, _: Connection) -> None:
         self.store.observe(message.model, message.tokens, message.seconds)
