@@ -205,20 +205,6 @@ def test_a_process_that_is_stuck_is_ended_and_started_again(
     wait_for(lambda: engine.store.text._worker.pid is None)
 
 
-def test_a_process_that_others_have_stopped_goes_on(
-    embedder: Embedder, open_store: OpenStore
-) -> None:
-    embedder("well")
-    engine = open_store()
-    engine.save(prompt(0, 40))
-    wait_for(lambda: vectors_of(engine) == 1)
-    child = psutil.Process(engine.store.text._worker.pid)
-    child.suspend()
-    wait_for(lambda: child.status() == psutil.STATUS_STOPPED)
-    engine.save(prompt(1, 40))
-    wait_for(lambda: vectors_of(engine) == 2)
-
-
 @pytest.mark.parametrize("how", ["short", "nan"])
 def test_what_is_no_vector_costs_its_prompt_only(
     embedder: Embedder, open_store: OpenStore, how: str
@@ -297,6 +283,17 @@ def test_a_prompt_larger_than_a_pipe_waits_for_nobody(tmp_path: Path) -> None:
     vector = worker.answer()
     assert vector is not None
     assert vector.shape == (384,)
+    worker.close()
+
+
+def test_a_process_that_others_have_stopped_goes_on() -> None:
+    worker = EmbeddingWorker([sys.executable, str(SCRIPT), "well"])
+    worker.ask(Wanted("", bytes(4)))
+    assert worker.pid is not None
+    psutil.Process(worker.pid).suspend()
+    assert not any(worker.answered(0.01) for _ in range(20))
+    worker.resume()
+    wait_for(lambda: worker.answered(0.1))
     worker.close()
 
 

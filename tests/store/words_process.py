@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.embedding_process import (
     end_with,
     private_streams,
     run_when_idle,
     serve,
 )
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.testing.embedders import WordEmbedder
 from kvshare_store.tree.edits import Tokens
 
