@@ -57,6 +57,38 @@ class OpenPlan(NamedTuple):
             raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
 
 
+class OpenPlans:
+    """Plans that have not ended, by their leases, and the nodes they were made from. Not
+    thread-safe."""
+
+    def __init__(self) -> None:
+        self._plans: dict[str, OpenPlan] = {}
+        self._forms: dict[str, dict[int, list[Node]]] = {}
+        """By id and by form: the node, once for each plan."""
+
+    def add(self, lease: str, plan: OpenPlan) -> None:
+        """A plan was made."""
+        self._plans[lease] = plan
+        for node in plan.donors:
+            self._forms.setdefault(node.id, {}).setdefault(id(node), []).append(node)
+
+    def pop(self, lease: str) -> OpenPlan | None:
+        """A plan has ended; None if there was none with this lease."""
+        plan = self._plans.pop(lease, None)
+        for node in plan.donors if plan is not None else ():
+            forms = self._forms[node.id]
+            forms[id(node)].pop()
+            if not forms[id(node)]:
+                del forms[id(node)]
+            if not forms:
+                del self._forms[node.id]
+        return plan
+
+    def donors(self, node_id: str) -> list[Node]:
+        """The forms of a node that open plans were made from, each once."""
+        return [same[0] for same in self._forms.get(node_id, {}).values()]
+
+
 class _Origin(NamedTuple):
     """A segment of a donor: what rows of one block are."""
 

@@ -61,13 +61,20 @@ class Purge:
     """One purge of one namespace. Do not hold the lock."""
 
     def __init__(
-        self, shelf: Shelf, saving: Saving, namespace: Namespace, reap: Callable[[], None]
+        self,
+        shelf: Shelf,
+        saving: Saving,
+        namespace: Namespace,
+        reap: Callable[[], None],
+        given_up: Callable[[], bool],
     ) -> None:
+        """`given_up`: whether whoever asked for it waits no more."""
         self._shelf = shelf
         self._saving = saving
         self._namespace = namespace
         self._digest = namespace.digest
         self._reap = reap
+        self._given_up = given_up
         self._nodes: set[str] = set()
         self._names: set[str] = set()
 
@@ -108,9 +115,12 @@ class Purge:
                 saves = self._saving.in_progress(self._digest)
             remaining = [f"{leased:,} blocks are leased"] if leased else []
             remaining += [f"{saves:,} saves are in progress"] if saves else []
-            if not remaining or time.monotonic() > deadline:
+            if not remaining or self._over(deadline):
                 return remaining
             time.sleep(_POLL_S)
+
+    def _over(self, deadline: float) -> bool:
+        return time.monotonic() > deadline or self._given_up()
 
     def _remove(self) -> list[str]:
         """Blocks, then rows, then what the namespace is. In the committer's thread, after all that
@@ -153,7 +163,7 @@ class Purge:
             filling = blocks.filling()
         _wipe_free(self._shelf)
         while filling := filling & blocks.filling():
-            if time.monotonic() > deadline:
+            if self._over(deadline):
                 return [f"{len(filling):,} slots in shared memory are being filled"]
             self._reap()
             time.sleep(_POLL_S)

@@ -24,13 +24,16 @@ from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.provenance import OpenPlan
+from kvshare_store.provenance import OpenPlan, OpenPlans
 from kvshare_store.shelf import Shelf
 from kvshare_store.text_vectors import TextVectors
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 
 Leased = tuple[Lease, dict[str, BlockRef]]
+
+_LEASES = 1024
+"""One client may hold. An engine holds one for each request that is about to load."""
 
 
 class _Lookup(NamedTuple):
@@ -64,7 +67,7 @@ class Serving:
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
-        self._open: dict[str, OpenPlan] = {}
+        self._open = OpenPlans()
 
     def plan_soon(
         self,
@@ -80,6 +83,9 @@ class Serving:
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
+        if owner and self._blocks.leases.count(owner) >= _LEASES:
+            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+            return answer
         draft = self._draft(request, lookup)
         self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
         leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
@@ -152,9 +158,10 @@ class Serving:
                     return lookup.plan("lossy")
             reused = sum(span.length for span in draft.spans)
             row_bytes = lookup.namespace.layout.row_bytes
-            self._open[lease.id] = OpenPlan(
+            opened = OpenPlan(
                 lookup.tokens, reused, row_bytes, draft.tier, lookup.start, draft.donors
             )
+            self._open.add(lease.id, opened)
             for donor in draft.donors:
                 self._shelf.tree.touch(donor.id)
         return msgspec.structs.replace(
@@ -209,8 +216,7 @@ class Serving:
         """The node that is here and those that open plans were made from, which may differ. Hold
         the store's lock."""
         here = self._shelf.tree.get(node_id)
-        planned = [node for plan in self._open.values() for node in plan.donors]
-        found = [node for node in planned if node.id == node_id and node is not here]
+        found = [node for node in self._open.donors(node_id) if node is not here]
         return [*found, here] if here is not None else found
 
     def decline(self, reason: str, tokens: int) -> None:
@@ -230,7 +236,7 @@ class Serving:
         """A lease has ended: what it held may go; returns the plan it was for."""
         with self._shelf.lock:
             self._shelf.sweep(lease.names)
-            return self._open.pop(lease.id, None)
+            return self._open.pop(lease.id)
 
     def _count_miss(self, reason: str, tokens: int) -> None:
         self._metrics.add("misses")

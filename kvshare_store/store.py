@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -261,15 +261,16 @@ class Store:
 
     def purge(
         self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
-        dry_run: bool = False,
+        dry_run: bool = False, given_up: Callable[[], bool] = lambda: False,
     ) -> list[Purged]:  # fmt: skip
         """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's.
 
-        Waits up to `patience` seconds for leases and saves to end, for each of them; `Purged` says
-        what remains. `NamespaceError` if there is no such namespace.
+        Waits up to `patience` seconds for leases and saves to end, for each of them, and no
+        longer than until `given_up`; `Purged` says what remains. `NamespaceError` if there is no
+        such namespace.
         """
         found = matching(self.shelf, namespace, tenant)
-        purges = [Purge(self.shelf, self._saving, one, self.reap) for one in found]
+        purges = [Purge(self.shelf, self._saving, one, self.reap, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:

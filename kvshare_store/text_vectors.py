@@ -14,8 +14,15 @@ import time
 from collections import OrderedDict
 from typing import NamedTuple
 
+import numpy as np
+
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import InternalError, KVShareError, UnsupportedError
+from kvshare_store.errors import (
+    InternalError,
+    KVShareError,
+    UnavailableError,
+    UnsupportedError,
+)
 from kvshare_store.lookup.embedders import Vector, text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker, embedding_command
@@ -24,6 +31,7 @@ from kvshare_store.rewrite import describe
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import node_id
+from kvshare_store.tree.rows import VECTOR_DIMENSIONS
 
 log = logging.getLogger("kvshare")
 
@@ -38,8 +46,10 @@ _BATCH = 16
 _TICK_S = 0.2
 _UNUSED_S = 60.0
 """The process ends after so long without a prompt: a model takes hundreds of megabytes."""
-_FAILURES = 3
-"""After so many in a row no more texts are embedded until the store is opened again."""
+_LONGEST_S = 120.0
+"""The process may run so long for one prompt, a model's loading included; then it is stuck."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 600.0
+"""Rest after a failure: it doubles while the process keeps failing."""
 
 
 def wanted(config: StoreConfig) -> bool:
@@ -136,23 +146,26 @@ class TextVectors:
     # --- in the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
-        while failures < _FAILURES and (job := self._next()) is not None:
+        pause = _FIRST_PAUSE_S
+        while (job := self._next()) is not None:
             try:
                 self._describe(job)
-                failures = 0
+                pause = _FIRST_PAUSE_S
+                continue
             except KVShareError as error:
-                failures += 1
                 self._metrics.error(error.kind)
                 log.warning("kvshare: no text vector of a prompt: %s", error)
             except Exception:  # a thread must not end in silence
-                failures = _FAILURES
                 self._metrics.error(InternalError.kind)
                 log.exception("kvshare: text vectors failed")
-        with self._wake:
-            self._wanted = False
-            self._jobs.clear()
+            self._worker.close()
+            self._rest(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
         self._worker.close()
+
+    def _rest(self, seconds: float) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed, seconds)
 
     def _next(self) -> _Job | None:
         """The next prompt, once the machine is idle; None when the store closes."""
@@ -192,11 +205,31 @@ class TextVectors:
         if node is None or namespace is None or not namespace.tokenizer or late:
             return None
         self._worker.ask(Wanted(namespace.tokenizer, node.token_bytes))
-        while True:
+        if not self._answered():
+            return None
+        vector = self._worker.answer()
+        if vector is None or _is_one(vector):
+            return vector
+        self._metrics.error(InternalError.kind)
+        log.warning("kvshare: the embedding model made no vector of a prompt: %s", vector.shape)
+        return None
+
+    def _answered(self) -> bool:
+        """Wait for the answer; False if the store closes. `UnavailableError` if the process has run
+        too long; the time for which it was stopped does not count."""
+        ran = 0.0
+        while ran < _LONGEST_S:
             with self._wake:
                 if self._closed:
-                    return None
-                if self._idle():
+                    return False
+                if runs := self._idle():
                     self._worker.resume()
+            began = time.monotonic()
             if self._worker.answered(_TICK_S):
-                return self._worker.answer()
+                return True
+            ran += time.monotonic() - began if runs else 0.0
+        raise UnavailableError(f"the embedding process is stuck: it ran {ran:.0f} s for a prompt")
+
+
+def _is_one(vector: Vector) -> bool:
+    return vector.shape == (VECTOR_DIMENSIONS,) and bool(np.isfinite(vector).all())

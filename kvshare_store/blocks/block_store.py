@@ -248,15 +248,9 @@ class BlockStore:
     def reap(self, dead_owners: set[str]) -> list[Lease]:
         """End leases that have expired or whose client is gone; returns them."""
         with self._lock:
-            ended = self.leases.expired()
-            ended += [
-                lease
-                for owner in dead_owners
-                for lease in self.leases.of_owner(owner)
-                if lease not in ended
-            ]
-            for lease in ended:
-                self.leases.end(lease.id)
+            ended = [self.leases.end(lease.id) for lease in self.leases.expired()]
+            for owner in dead_owners:
+                ended += [self.leases.end(lease.id) for lease in self.leases.of_owner(owner)]
             return ended
 
     # --- making room --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 import uuid
 from collections import Counter
@@ -20,12 +21,19 @@ class Lease(NamedTuple):
     expires: float
 
 
+_SPARE = 64
+"""Entries of ended leases that the heap may keep, beside as many as there are leases."""
+
+
 class LeaseBook:
-    """Every lease ends: by `end`, by `end_owner`, or by `expire`. Not thread-safe by itself."""
+    """Every lease ends: by `end`, with its owner, or by its time. Not thread-safe by itself."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._leases: dict[str, Lease] = {}
+        self._owned: dict[str, dict[str, Lease]] = {}
+        self._ends: list[tuple[float, str]] = []
+        """A heap of when which lease expires; some have ended meanwhile."""
         self._pins: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -38,6 +46,10 @@ class LeaseBook:
         """Pin `names`, whether they are resident yet or not."""
         lease = Lease(uuid.uuid4().hex, owner, tuple(names), self._clock() + seconds)
         self._leases[lease.id] = lease
+        self._owned.setdefault(owner, {})[lease.id] = lease
+        heapq.heappush(self._ends, (lease.expires, lease.id))
+        if len(self._ends) > 2 * len(self._leases) + _SPARE:
+            self._ends = sorted((one.expires, one.id) for one in self._leases.values())
         self._pins.update(lease.names)
         return lease
 
@@ -46,6 +58,10 @@ class LeaseBook:
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             raise LeaseError(f"lease {lease_id[:12]} is unknown or has ended")
+        owned = self._owned[lease.owner]
+        del owned[lease_id]
+        if not owned:
+            del self._owned[lease.owner]
         self._pins.subtract(lease.names)
         for name in lease.names:
             if self._pins[name] <= 0:
@@ -54,12 +70,20 @@ class LeaseBook:
 
     def of_owner(self, owner: str) -> list[Lease]:
         """Leases of one client."""
-        return [lease for lease in self._leases.values() if lease.owner == owner]
+        return list(self._owned.get(owner, {}).values())
+
+    def count(self, owner: str) -> int:
+        """How many leases a client has."""
+        return len(self._owned.get(owner, ()))
 
     def expired(self) -> list[Lease]:
-        """Leases whose time is over; end each of them."""
-        now = self._clock()
-        return [lease for lease in self._leases.values() if lease.expires <= now]
+        """Leases whose time is over, the oldest first; end each of them now."""
+        now, found = self._clock(), list[Lease]()
+        while self._ends and self._ends[0][0] <= now:
+            lease = self._leases.get(heapq.heappop(self._ends)[1])
+            if lease is not None:
+                found.append(lease)
+        return found
 
     def pinned(self, name: str) -> bool:
         """Whether any lease holds the block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from kvshare_store.check import check_blocks, check_tree
@@ -13,8 +14,11 @@ Chore = protocol.Pin | protocol.Collect | protocol.Purge | protocol.CheckTree | 
 CHORES = get_args(Chore)
 
 
-def do_chore(store: Store, message: Chore) -> Any:
-    """The answer to one message. Takes its time, and makes no request wait for it."""
+def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda: False) -> Any:
+    """The answer to one message. Takes its time, and makes no request wait for it.
+
+    `given_up`: whether nobody wants the answer any more.
+    """
     if isinstance(message, protocol.Pin):
         return pin_node(store, message.node, message.pinned)
     if isinstance(message, protocol.Collect):
@@ -25,6 +29,7 @@ def do_chore(store: Store, message: Chore) -> Any:
             tenant=message.tenant,
             patience=message.patience,
             dry_run=message.dry_run,
+            given_up=given_up,
         )
     if isinstance(message, protocol.CheckTree):
         return check_tree(store.shelf, repair=message.repair)

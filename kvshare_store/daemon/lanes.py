@@ -1,23 +1,50 @@
 """Threads that answer requests: each kind of request has its lane, so that none waits for another.
 
-`status` answers people, `notes` takes what engines report, `lookup` plans, `save` stores in the
-order of arrival, `flush` waits for the disk, `chore` does what takes long.
+`status` answers people, `notes` takes what engines report, `lookup` plans, `save` stores, `flush`
+waits for the disk, `chore` does what takes long, `purge` waits for leases. Within a lane clients
+take turns: one that asks for much keeps nobody else waiting but itself.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.chores import CHORES
+from kvshare_store.errors import OverloadError
 
 log = logging.getLogger("kvshare")
 
+Work = Callable[[], None]
+
 _STEP_S = 0.05
 
-_THREADS = {"status": 1, "notes": 1, "lookup": 4, "save": 1, "flush": 1, "chore": 1}
+
+class _Size(NamedTuple):
+    """Of a lane."""
+
+    threads: int
+    each: int
+    """Of these, for one client at a time: the others stay free for others."""
+    queued: int = 1 << 30
+    """Requests of one client that wait for a thread."""
+
+
+_SIZES = {
+    "status": _Size(1, 1),
+    "notes": _Size(1, 1),
+    "lookup": _Size(4, 2, 64),
+    "save": _Size(1, 1),
+    "flush": _Size(1, 1),
+    "chore": _Size(1, 1),
+    "purge": _Size(1, 1, 8),
+}
 _LANES: dict[type, str] = {
     **dict.fromkeys(
         (
@@ -34,6 +61,7 @@ _LANES: dict[type, str] = {
     **dict.fromkeys((protocol.Stage, protocol.Commit, protocol.Abandon), "save"),
     protocol.Flush: "flush",
     **dict.fromkeys((*CHORES, protocol.Clear), "chore"),
+    protocol.Purge: "purge",
 }
 """All others are what people ask: `status`."""
 
@@ -42,39 +70,96 @@ class Lanes:
     """Work goes in; nothing that goes wrong in it ends a thread or stays unsaid."""
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        self._failed = failed
-        self._pools = {
-            name: ThreadPoolExecutor(count, f"kvshare-{name}") for name, count in _THREADS.items()
-        }
-        self._going_on: set[Future[None]] = set()
+        self._lanes = {name: _Lane(name, size, failed) for name, size in _SIZES.items()}
 
-    def submit(self, kind: type, work: Callable[[], None]) -> None:
-        """Do what a request of this kind asks for, in its lane."""
-        self.run(_LANES.get(kind, "status"), work)
+    def submit(self, client: str, kind: type, work: Work) -> None:
+        """Do what a request of this kind asks for, in its lane, when it is the client's turn.
 
-    def run(self, lane: str, work: Callable[[], None]) -> Future[None]:
-        """Do something in a lane, after what is queued there. One thread's."""
-        future = self._pools[lane].submit(self._guarded, work)
-        self._going_on.add(future)
-        future.add_done_callback(self._going_on.discard)
-        return future
+        `OverloadError` if too many such requests of the client wait already.
+        """
+        self._lanes[_LANES.get(kind, "status")].put(client, work)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # a bug must not go unnoticed, nor a library's panic
-            log.exception("kvshare: work in a lane failed")
-            self._failed(error)
+    def run(self, lane: str, work: Work) -> None:
+        """Do something for nobody in particular, when it is its turn."""
+        self._lanes[lane].put("", work)
 
     def close(self, seconds: float, meanwhile: Callable[[], object]) -> bool:
         """Drop what has not begun and wait for the rest, at most so long; whether all has ended.
 
         `meanwhile` is called again and again until then.
         """
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes.values():
+            lane.close()
         for _ in range(max(1, round(seconds / _STEP_S))):
             meanwhile()
-            if not wait(list(self._going_on), _STEP_S).not_done:
+            if not any(lane.running for lane in self._lanes.values()):
                 return True
+            time.sleep(_STEP_S)
         return False
+
+
+class _Lane:
+    """Some threads, and a queue for each client. Clients take turns; each client's requests begin
+    in the order of their arrival."""
+
+    def __init__(self, name: str, size: _Size, failed: Callable[[BaseException], None]) -> None:
+        self._size = size
+        self._failed = failed
+        self._pool = ThreadPoolExecutor(size.threads, f"kvshare-{name}")
+        self._lock = threading.Lock()
+        self._queues: dict[str, deque[Work]] = {}
+        """Of clients for whom something waits, whose turn is next first."""
+        self._busy: Counter[str] = Counter()
+        """Threads that work for each client."""
+        self._closed = False
+
+    @property
+    def running(self) -> bool:
+        """Whether any work has begun and not ended."""
+        return bool(self._busy)
+
+    def put(self, client: str, work: Work) -> None:
+        """Do it when it is the client's turn; `OverloadError` if the client's queue is full."""
+        with self._lock:
+            if self._closed:
+                return
+            queue = self._queues.setdefault(client, deque())
+            if len(queue) >= self._size.queued:
+                raise OverloadError(f"{len(queue)} such requests wait already; ask again later")
+            queue.append(work)
+            self._begin()
+
+    def close(self) -> None:
+        """Begin nothing any more."""
+        with self._lock:
+            self._closed = True
+            self._queues.clear()
+        self._pool.shutdown(wait=False)
+
+    def _begin(self) -> None:
+        """Give free threads to the clients whose turn it is. Hold the lock."""
+        each = self._size.each
+        while self._busy.total() < self._size.threads:
+            client = next((one for one in self._queues if self._busy[one] < each), None)
+            if client is None:
+                return
+            queue = self._queues.pop(client)
+            work = queue.popleft()
+            if queue:
+                self._queues[client] = queue  # behind the others
+            self._busy[client] += 1
+            self._pool.submit(self._do, client, work)
+
+    def _do(self, client: str, work: Work) -> None:
+        try:
+            work()
+        except BaseException as error:  # a bug must not go unnoticed, nor a library's panic
+            log.exception("kvshare: work in a lane failed")
+            self._failed(error)
+        finally:
+            with self._lock:
+                self._busy[client] -= 1
+                if not self._busy[client]:
+                    del self._busy[client]
+                if not self._closed:
+                    self._begin()

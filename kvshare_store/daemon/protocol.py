@@ -8,7 +8,7 @@ whose descriptor comes with the hello.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import msgspec
 
@@ -17,6 +17,8 @@ from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
 from kvshare_store.staging import Reuse
+
+Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 OLDEST, NEWEST = 2, 2
 """Versions of the protocol that this release speaks. (1 was spoken over ZeroMQ.)"""
@@ -53,7 +55,7 @@ class Decline(msgspec.Struct, frozen=True, tag="decline"):
 class EngineCached(msgspec.Struct, frozen=True, tag="engine_cached"):
     """Tokens of a missed lookup that the engine's own prefix cache had. Reply: None."""
 
-    tokens: int
+    tokens: Count
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
@@ -157,7 +159,8 @@ class Purge(msgspec.Struct, frozen=True, tag="purge"):
     namespace: str = ""
     """The beginning of a digest."""
     tenant: str | None = None
-    patience: float = 0.0
+    patience: Patience = 0.0
+    """Seconds to wait for leases and saves to end. The client waits too, or the purge is over."""
     dry_run: bool = False
 
 

@@ -36,6 +36,7 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
+from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tree.edits import Tokens
 
@@ -61,10 +62,9 @@ class Server:
         self.switchboard = Switchboard(self._listener, self, limits or Limits())
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
-        self._reaped: Future[None] | None = None
+        self._reaping = False
         self._started = self._idle_since = self._tended = time.monotonic()
         self._handlers: dict[type, Callable[[Any, Connection], Any]] = {
-            protocol.Plan: self._plan,
             protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
             protocol.EngineCached: lambda message, _: self.store.engine_cached(message.tokens),
             protocol.Settings: lambda *_: self.config,
@@ -82,7 +82,7 @@ class Server:
             protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
             protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
             protocol.Clear: lambda *_: self.store.clear(),
-            **dict.fromkeys(CHORES, lambda message, _: do_chore(self.store, message)),
+            **dict.fromkeys(CHORES, self._chore),
         }
 
     # --- the main thread -------------------------------------------------------------------------
@@ -129,8 +129,9 @@ class Server:
 
     def _tend(self) -> None:
         """Once a second: leases that have run out, and reasons to end."""
-        if self._reaped is None or self._reaped.done():
-            self._reaped = self._lanes.run("save", self.store.reap)
+        if not self._reaping:
+            self._reaping = True
+            self._lanes.run("save", self._reap)
         if not self._listener.in_place:
             log.warning("kvshare: the home was removed or replaced, exiting; nothing is written")
             self._homeless = True
@@ -140,6 +141,12 @@ class Server:
         if limit and not self.switchboard.connections and idle > limit:
             log.info("kvshare: no clients for %.0f s, exiting", limit)
             self.stop()
+
+    def _reap(self) -> None:
+        try:
+            self.store.reap()
+        finally:
+            self._reaping = False
 
     # --- what the switchboard asks; nothing here may wait ---------------------------------------
 
@@ -167,7 +174,8 @@ class Server:
             self.switchboard.answer(connection, frame.id, _encoded(None), frame.nbytes)
             self.stop()
             return
-        self._lanes.submit(kind, partial(self._answer, connection, frame))
+        work = partial(self._answer, connection, frame, time.monotonic())
+        self._lanes.submit(connection.owner, kind, work)
 
     def left(self, connection: Connection) -> None:
         """End what a client held, after all that it had sent is done."""
@@ -176,11 +184,13 @@ class Server:
 
     # --- in the lanes ------------------------------------------------------------------------
 
-    def _answer(self, connection: Connection, frame: Frame) -> None:
-        self._settle(connection, frame, partial(self._result, connection, frame))
+    def _answer(self, connection: Connection, frame: Frame, came: float) -> None:
+        self._settle(connection, frame, partial(self._result, connection, frame, came))
 
-    def _result(self, connection: Connection, frame: Frame) -> Any:
+    def _result(self, connection: Connection, frame: Frame, came: float) -> Any:
         message = protocol.decode_request(frame.body)
+        if isinstance(message, protocol.Plan):
+            return self._plan(message, connection, came)
         if isinstance(message, _WRITING) and not self._listener.in_place:
             raise HomeError(f"home {self.config.home_path} was removed or replaced")
         return self._handlers[type(message)](message, connection)
@@ -206,12 +216,18 @@ class Server:
     def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)
 
-    def _plan(self, message: protocol.Plan, client: Connection) -> Any:
-        if client.gone or 0 < message.until < time.monotonic():
+    def _plan(self, message: protocol.Plan, client: Connection, came: float) -> Any:
+        """`came`: when the request arrived (monotonic seconds)."""
+        now, tokens, space = time.monotonic(), _tokens(message.tokens), message.namespace
+        if client.gone or 0 < message.until < now:
             raise DeadlineError("the engine has stopped waiting for this plan")
-        return self.store.plan_soon(
-            _tokens(message.tokens), message.namespace, policy=message.policy, owner=client.owner
-        )
+        if now - came > self.config.plan_deadline_ms / 1e3:
+            self.store.decline("late", len(tokens))
+            return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
+        return self.store.plan_soon(tokens, space, policy=message.policy, owner=client.owner)
+
+    def _chore(self, message: Any, client: Connection) -> Any:
+        return do_chore(self.store, message, lambda: client.gone or self._stopping)
 
     def _observe(self, message: protocol.Observe, _: Connection) -> None:
         self.store.observe(message.model, message.tokens, message.seconds)

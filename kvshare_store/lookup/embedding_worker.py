@@ -109,8 +109,10 @@ class EmbeddingWorker:
 
     def _signal(self, pause: bool) -> None:
         with self._lock:
-            if self._process is not None and pause != self._paused and self._process.poll() is None:
-                self._paused = pause
+            if pause and self._paused:
+                return
+            self._paused = pause  # going on is said always: others can stop a process too
+            if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGSTOP if pause else signal.SIGCONT)
 
     def _failed(self) -> UnavailableError:

@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 import psutil
@@ -38,13 +38,15 @@ _BURST = 200
 """Messages sent before the answers are read."""
 _SPACE = Namespace("fuzz", KVLayout(2, 1, 4, "float32"))
 _TOKENS = bytes(range(256))
-_OFTEN: list[protocol.Request] = [
+_EXAMPLES: list[protocol.Request] = [
     protocol.Plan(_SPACE, _TOKENS, "exact"),
     protocol.Stage(_SPACE, _TOKENS, Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("n",), 1)),
     protocol.Commit("save"),
     protocol.Abandon("save"),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Decline("late", 40),
+    protocol.EngineCached(32),
+    protocol.Working(True),
     protocol.Observe(512, 0.25),
     protocol.Failed("timeout"),
     protocol.Stats(),
@@ -52,16 +54,24 @@ _OFTEN: list[protocol.Request] = [
     protocol.ShowNode("ab"),
     protocol.Pin("ab", False),
     protocol.CheckBlocks(("../../etc/passwd",), False),
-    protocol.Hello(),
-]
-_SELDOM: list[protocol.Request] = [
-    protocol.Flush(),
     protocol.Collect(True),
-    protocol.CheckTree(False),
     protocol.Purge("ab", None, 0.0, True),
-    protocol.Clear(),
 ]
+_LONG = (
+    protocol.Flush, protocol.Collect, protocol.CheckTree, protocol.Purge, protocol.Clear,
+)  # fmt: skip
 """What takes long, and would be nearly all that the daemon does."""
+
+
+def requests() -> list[protocol.Request]:
+    """One of every kind but `Stop`: an example, or one without fields where there is none."""
+    examples = {type(message): message for message in _EXAMPLES}
+    kinds = set(get_args(protocol.Request)) - {protocol.Stop}
+    return [examples.get(kind) or kind() for kind in sorted(kinds, key=lambda kind: kind.__name__)]
+
+
+_SELDOM = [message for message in requests() if isinstance(message, _LONG)]
+_OFTEN = [message for message in requests() if not isinstance(message, _LONG)]
 _ODD: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 0.5, -1.0, float("nan"),
     float("inf"), "", "x", "x" * 5000, "\0", "../..", b"", b"123", bytes(4096), b"\xff" * 64,

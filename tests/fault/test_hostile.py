@@ -15,23 +15,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
 
+from kvshare_store import serving
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
-from kvshare_store.errors import HomeError, OverloadError
+from kvshare_store.errors import HomeError, NodeError, OverloadError, ProtocolError
 from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.fuzz import MIB, Fuzzer, fuzz, left_over, small
+from kvshare_store.testing.fuzz import MIB, Fuzzer, fuzz, left_over, requests, small
 from kvshare_store.testing.oracle import Driver, RowBook, prompt
 from kvshare_store.testing.peer import Peer
 from tests.needs import need
@@ -249,6 +253,77 @@ def test_a_client_that_holds_all_it_can(daemon: Daemon) -> None:
         assert greedy.stats()["leases"] == 200
         check_served(daemon, 2)
     check_nothing_lasts(daemon, before)
+
+
+def test_leases_of_one_client_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_LEASES", 3)
+    with Store(small(str(tmp_path))) as store:
+        Driver(store, SPACE).save(prompt(1, 64))
+        plans = [store.plan(prompt(1, 64), SPACE, owner="greedy") for _ in range(4)]
+        assert [plan.declined for plan in plans] == ["", "", "", "too_many_leases"]
+        assert store.plan(prompt(1, 64), SPACE, owner="other").lease
+        store.finish(plans[0], Outcome(exact=63, recomputed=1))
+        assert store.plan(prompt(1, 64), SPACE, owner="greedy").lease
+        store.reap({"greedy"})
+        assert store.plan(prompt(1, 64), SPACE, owner="greedy").lease
+
+
+def test_a_burst_of_lookups_delays_its_own_client(server: Callable[[Limits], Server]) -> None:
+    """Beyond what it may queue it is refused; another's lookup has its turn at once."""
+    running = server(Limits())
+    plan_soon, event = running.store.plan_soon, threading.Event()
+
+    def stuck(tokens: Any, namespace: Namespace, **others: Any) -> Any:
+        assert namespace.tenant or event.wait(PATIENCE_S)
+        return plan_soon(tokens, namespace, **others)
+
+    running.store.plan_soon = stuck  # type: ignore[method-assign]
+    home = running.config.home_path
+    with Client(home, timeout=PATIENCE_S) as greedy, Client(home, timeout=PATIENCE_S) as other:
+        asked = [greedy.send(protocol.Plan(SPACE, bytes(160))) for _ in range(100)]
+        with pytest.raises(OverloadError, match="ask again later"):
+            greedy.receive(asked[-1], PATIENCE_S)
+        for _ in range(3):
+            plan = other.plan(prompt(1, 64), SPACE.for_tenant("other"))
+            assert plan.declined == "empty_store"
+        time.sleep(2 * running.config.plan_deadline_ms / 1e3)
+        event.set()
+        late = msgspec.convert(greedy.receive(asked[10], PATIENCE_S), ReusePlan)
+        assert late.declined == "late", "nobody makes plans that nobody waits for"
+
+
+def test_a_purge_that_waits_holds_up_nobody_and_ends_with_its_client(
+    server: Callable[[Limits], Server],
+) -> None:
+    running = server(Limits())
+    home = running.config.home_path
+    with Client(home, timeout=PATIENCE_S) as holder:
+        driver = ClientDriver(holder, SPACE)
+        node = driver.save(prompt(1, 64))
+        assert holder.plan(prompt(1, 64), SPACE).lease
+        with Client(home, timeout=PATIENCE_S) as hostile:
+            for patience in (1e300, float("nan"), 601.0, -1.0):
+                with pytest.raises(ProtocolError):
+                    hostile.call(protocol.Purge(SPACE.digest, None, patience))
+            hostile.send(protocol.Purge(SPACE.digest, None, 600.0))
+            until(lambda: SPACE.digest in running.store.shelf.closed)
+            assert holder.call(protocol.Collect(True)) is not None
+            with pytest.raises(NodeError):
+                holder.call(protocol.Pin(str(node)))
+        until(lambda: SPACE.digest not in running.store.shelf.closed)
+
+
+def test_reports_of_numbers_that_cannot_be(daemon: Daemon) -> None:
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+        for tokens in (2**63 - 1, -1):
+            with pytest.raises(ProtocolError):
+                client.call(protocol.EngineCached(tokens))
+        assert client.stats()["tokens_engine_cached"] < 2**60
+
+
+def test_the_fuzzer_sends_every_kind_of_request() -> None:
+    sent = {type(message) for message in requests()}
+    assert sent == set(get_args(protocol.Request)) - {protocol.Stop}
 
 
 def test_more_connections_than_it_takes(server: Callable[[Limits], Server]) -> None:

@@ -177,12 +177,46 @@ def test_a_prompt_that_waited_too_long_is_dropped(
 def test_an_embedder_that_fails_stops_nothing(embedder: Embedder, open_store: OpenStore) -> None:
     embedder("fail")
     engine = open_store()
-    for seed in range(5):
+    for seed in range(3):
         engine.save(prompt(seed, 40))
-    wait_for(lambda: not engine.store.text._thread.is_alive())
-    assert engine.store.stats()["errors"] == {"unavailable": 3}, "it is not tried for ever"
+    wait_for(lambda: engine.store.stats()["errors"].get("unavailable", 0) == 1)
     assert engine.serve(prompt(0, 40)).exact == 39
     assert engine.save(prompt(9, 40))
+    assert engine.store.stats()["errors"] == {"unavailable": 1}, "it rests before it tries again"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stuck process is not waited for, nor is there a rest."""
+    monkeypatch.setattr(text_vectors, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(text_vectors, "_LONGEST_S", 0.5)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_process_that_is_stuck_is_ended_and_started_again(
+    embedder: Embedder, open_store: OpenStore
+) -> None:
+    embedder("hang")
+    engine = open_store()
+    for seed in range(2):
+        engine.save(prompt(seed, 40))
+    wait_for(lambda: engine.store.stats()["errors"] == {"unavailable": 2})
+    assert engine.store.text._thread.is_alive()
+    wait_for(lambda: engine.store.text._worker.pid is None)
+
+
+@pytest.mark.parametrize("how", ["short", "nan"])
+def test_what_is_no_vector_costs_its_prompt_only(
+    embedder: Embedder, open_store: OpenStore, how: str
+) -> None:
+    """It is made of the first token 1; that of the others is fine."""
+    embedder(how)
+    engine = open_store()
+    for first in (0, 1, 2):
+        engine.save([first, *prompt(first, 40)])
+    wait_for(lambda: vectors_of(engine) == 2)
+    wait_for(lambda: engine.store.stats()["errors"] == {"internal": 1})
+    assert engine.store.text._worker.pid is not None, "the process is fine"
 
 
 def test_a_process_that_is_not_used_ends(
@@ -249,6 +283,17 @@ def test_a_prompt_larger_than_a_pipe_waits_for_nobody(tmp_path: Path) -> None:
     vector = worker.answer()
     assert vector is not None
     assert vector.shape == (384,)
+    worker.close()
+
+
+def test_a_process_that_others_have_stopped_goes_on() -> None:
+    worker = EmbeddingWorker([sys.executable, str(SCRIPT), "well"])
+    worker.ask(Wanted("", bytes(4)))
+    assert worker.pid is not None
+    psutil.Process(worker.pid).suspend()
+    assert not any(worker.answered(0.01) for _ in range(20))
+    worker.resume()
+    wait_for(lambda: worker.answered(0.1))
     worker.close()
 
 

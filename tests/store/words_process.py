@@ -1,14 +1,19 @@
 """The embedding process with an embedder that needs no model: tokens are their own words.
 
 `words_process.py HOW PARENT`; HOW is `well`, `idle` (in the kernel's idle class), `fail` (each
-prompt ends it) or a folder, in which it notes each prompt.
+prompt ends it), `hang`, `short` or `nan` (the prompt that begins with token 1 gets no vector that
+is one) or a folder, in which it notes each prompt.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+
+from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.embedding_process import (
     end_with,
     private_streams,
@@ -24,10 +29,22 @@ how, parent = sys.argv[1:]
 def words(folder: str, tokens: Tokens) -> str:
     if how == "fail":
         sys.exit("this embedder always fails")
-    if how not in ("well", "idle"):
+    if how == "hang":
+        time.sleep(1000)
+    if how not in ("well", "idle", "short", "nan"):
         with (Path(how) / "prompts").open("a") as notes:
             notes.write(f"{tokens[0]}\n")
     return " ".join(map(str, tokens.tolist()))
+
+
+class OddEmbedder(WordEmbedder):
+    """Fails at one prompt in the way that is asked for."""
+
+    def embed(self, text: str) -> Vector:
+        vector = super().embed(text)
+        if how == "short" and text.startswith("1 "):
+            return vector[:10]
+        return vector * np.float32("nan") if how == "nan" and text.startswith("1 ") else vector
 
 
 if __name__ == "__main__":
@@ -36,4 +53,4 @@ if __name__ == "__main__":
         run_when_idle()
     requests, answers = private_streams()
     print("what a library prints must not end up between the answers")
-    serve(WordEmbedder(), requests, answers, words)
+    serve(OddEmbedder(), requests, answers, words)
