@@ -24,10 +24,12 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.durable import Durable
 from kvshare_store.errors import (
     ConfigError,
+    HomeError,
     KVShareError,
     MissError,
     MissingBlockError,
     NoSpaceError,
+    StorageError,
 )
 from kvshare_store.home import Home
 from kvshare_store.lookup.embedders import lexical_vector
@@ -107,8 +109,13 @@ class Shelf:
             with _no_collections():
                 self._recover()
             _give_memory_back()
-        except KVShareError:
+        except KVShareError as error:
             self.close()
+            if isinstance(error, StorageError):
+                raise HomeError(
+                    f"home {config.home_path} cannot be read: {error}. See to its disk and the "
+                    "rights of its folders, or choose another home"
+                ) from error
             raise
 
     def _open_condemned(self) -> Condemned | None:
