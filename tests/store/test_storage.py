@@ -24,10 +24,12 @@ from kvshare_store.errors import (
     FullDiskError,
     HomeError,
     NoSpaceError,
+    PlanError,
     StorageError,
 )
 from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
+from kvshare_store.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
@@ -174,8 +176,11 @@ def test_rows_that_are_only_in_memory_do_not_leave_it(driver: Open) -> None:
 
 def test_a_save_that_does_not_fit_gives_back_what_it_got(driver: Open) -> None:
     engine = driver(host_bytes=4 * SLOT)
-    with pytest.raises(NoSpaceError):
-        engine.save(prompt(1, 40))
+    with pytest.raises(NoSpaceError, match="raise host_bytes"):
+        engine.store.stage(prompt(1, 40), engine.namespace)  # before anything is copied
+    staged = engine.store.stage(prompt(1, 32), engine.namespace)
+    with pytest.raises(PlanError, match="fewer rows"):
+        engine.store.commit(staged.id, Buffer(bytes(31 * engine.namespace.layout.row_bytes)))
     assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
     assert engine.save(prompt(1, 32))
 
