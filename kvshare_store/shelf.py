@@ -402,10 +402,10 @@ class Shelf:
 
     def _make_durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         try:
-            for digest in {node.namespace for node in nodes} - self._registered:
-                if self.catalog is not None:
-                    self.catalog.add_namespace(self._namespaces[digest])
-                self._registered.add(digest)
+            new = {node.namespace for node in nodes} - self._registered
+            if new and self.catalog is not None:
+                self.catalog.add_namespaces([self._namespaces[digest] for digest in new])
+            self._registered |= new
         except KVShareError as error:
             return [error] * len(nodes)
         return self.durable.make(nodes)

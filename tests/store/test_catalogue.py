@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,7 @@ def test_rows_around_a_page_that_cannot_be_read(
 ) -> None:
     monkeypatch.setattr(table_module, "_READ_ROWS", 10)
     catalog = Catalog(tmp_path)
-    catalog.add_namespace(NAMESPACE)
+    catalog.add_namespaces([NAMESPACE])
     nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
     catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
     rows = Table.rows
@@ -434,3 +435,23 @@ def test_vectors_are_finite_and_of_length_one(scale: float) -> None:
     with pytest.raises(CorruptRowError, match="vector"):
         reader().node(row._replace(lexical=UNIT * scale))
     assert reader().node(row._replace(semantic=UNIT * scale))[1].semantic is None
+
+
+def test_the_records_of_a_batch_are_one_commit(driver: Open) -> None:
+    """Each record on its own took as long as the rows of a whole batch."""
+    engine = driver()
+    shelf = engine.store.shelf
+    assert shelf.catalog is not None
+    spaces = [engine.namespace.for_tenant(str(at)) for at in range(20)]
+    before = shelf.catalog.versions()
+    go = threading.Event()
+    shelf.committer.call(lambda: go.wait(30))
+    rows = bytes(8 * engine.namespace.layout.row_bytes)
+    for seed, space in enumerate(spaces):
+        engine.store.save(prompt(seed, 8), space, rows)
+    go.set()
+    engine.store.flush()
+    assert shelf.catalog.versions() <= before + 4, "records and rows, of one batch or of two"
+    engine = driver()
+    known = {space.digest for space in engine.store.shelf.namespaces()}
+    assert known == {space.digest for space in spaces}
