@@ -402,7 +402,8 @@ class Shelf:
 
     def _make_durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         try:
-            new = {node.namespace for node in nodes} - self._registered
+            wanted = {node.namespace for node in nodes} & self._namespaces.keys()
+            new = wanted - self._registered  # a node that has left may be of a forgotten one
             if new and self.catalog is not None:
                 self.catalog.add_namespaces([self._namespaces[digest] for digest in new])
             self._registered |= new

@@ -347,6 +347,14 @@ class Catalog:
                 self._namespaces.merge([rows[digest] for digest in sorted(bad)], replace=True)
             self.namespaces(*bad)
 
+    def remove_namespaces(self, digests: Sequence[str]) -> None:
+        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
+        if digests:
+            with self._lock:
+                self._namespaces.delete(f"digest IN ({_quoted(digests)})")
+        for digest in digests:
+            self._rows.forget(digest)
+
     def namespaces(self, *digests: str) -> list[Namespace]:
         """Every namespace that was ever saved into, or those of digests; their keys are known then.
 
