@@ -39,7 +39,7 @@ _AT_ONCE = 20_000
 def fill(home: Path, nodes: int) -> None:
     """Commit so many nodes, in few commits."""
     catalog = Catalog(home / "catalog")
-    catalog.add_namespace(NAMESPACE)
+    catalog.add_namespaces([NAMESPACE])
     chance = np.random.default_rng(nodes)
     for first in track(range(0, nodes, _AT_ONCE), f"Writing {nodes:,} nodes"):
         count = min(_AT_ONCE, nodes - first)

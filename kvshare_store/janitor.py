@@ -18,6 +18,7 @@ import msgspec
 
 from kvshare_store.committer import Removal
 from kvshare_store.config import StoreConfig
+from kvshare_store.empty_namespaces import EmptyNamespaces
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError, StorageError
 from kvshare_store.rewrite import swap
 from kvshare_store.shared_garbage import SharedGarbage
@@ -79,6 +80,7 @@ class Janitor:
         self._unmerged: dict[str, _Unmerged] = {}
         """Nodes whose merge has failed."""
         self._shared = self._shared_garbage()
+        self._empty = EmptyNamespaces(shelf)
         self._thread: Supervised | None = None
         if config.gc_seconds:
             self._thread = Supervised(_NAME, self._run, shelf.health, self._stop)
@@ -122,6 +124,7 @@ class Janitor:
             if self._shared is None or not patient or self._shared.my_turn():
                 blocks += self._collect_shared(patient)
                 merged = self._merge(patient)
+            self._empty.collect(patient=patient)
             return Collected(nodes, blocks, nbytes, merged, self._compact(patient))
 
     def _collect_shared(self, patient: bool) -> int:

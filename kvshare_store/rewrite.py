@@ -14,6 +14,7 @@ from kvshare_store.lookup.embedders import Vector
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node, new_stamp
+from kvshare_store.tree.rows import is_vector
 
 _ATTEMPTS = 4
 
@@ -55,7 +56,8 @@ def _commit(shelf: Shelf, node: Node, changed: Node, vectors: Vectors) -> bool:
 
 def describe(shelf: Shelf, vectors: Mapping[str, Vector]) -> None:
     """Give nodes their text vectors: to lookups now, to the catalogue in the committer's thread,
-    which this waits for. Nodes that left are ignored."""
+    which this waits for. Nodes that left are ignored, and vectors that are none."""
+    vectors = {node_id: vector for node_id, vector in vectors.items() if is_vector(vector)}
     with shelf.lock:
         for node_id, vector in vectors.items():
             node = shelf.tree.get(node_id)

@@ -71,13 +71,15 @@ class Saving:
             check_reuse(reuse, len(request))
             reuse = of_used_blocks(reuse)
             block_bytes = self._verified(reuse, request, namespace)
+            staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+            row_bytes = namespace.layout.row_bytes
+            self._blocks.check_fits(rows * row_bytes for rows in staged.sizes)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
         if block_bytes is None:
             self._metrics.error(MissingBlockError.kind)
             return Staged(known=True)
-        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
         return self._kept(Save(namespace, request, reuse, block_bytes, staged, owner))
 
     def _verified(
@@ -211,8 +213,9 @@ class Saving:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
         self._shelf.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
+        fresh.reverse()  # taken from its end, or each would move all the others
         while fresh:
-            filled = fresh.pop(0)
+            filled = fresh.pop()
             self._blocks.seal(filled.offset, filled.name, filled.block)
         self._shelf.add(node, vectors)
         if node.exact:

@@ -24,10 +24,12 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.durable import Durable
 from kvshare_store.errors import (
     ConfigError,
+    HomeError,
     KVShareError,
     MissError,
     MissingBlockError,
     NoSpaceError,
+    StorageError,
 )
 from kvshare_store.home import Home
 from kvshare_store.lookup.embedders import lexical_vector
@@ -107,8 +109,13 @@ class Shelf:
             with _no_collections():
                 self._recover()
             _give_memory_back()
-        except KVShareError:
+        except KVShareError as error:
             self.close()
+            if isinstance(error, StorageError):
+                raise HomeError(
+                    f"home {config.home_path} cannot be read: {error}. See to its disk and the "
+                    "rights of its folders, or choose another home"
+                ) from error
             raise
 
     def _open_condemned(self) -> Condemned | None:
@@ -395,10 +402,11 @@ class Shelf:
 
     def _make_durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         try:
-            for digest in {node.namespace for node in nodes} - self._registered:
-                if self.catalog is not None:
-                    self.catalog.add_namespace(self._namespaces[digest])
-                self._registered.add(digest)
+            wanted = {node.namespace for node in nodes} & self._namespaces.keys()
+            new = wanted - self._registered  # a node that has left may be of a forgotten one
+            if new and self.catalog is not None:
+                self.catalog.add_namespaces([self._namespaces[digest] for digest in new])
+            self._registered |= new
         except KVShareError as error:
             return [error] * len(nodes)
         return self.durable.make(nodes)

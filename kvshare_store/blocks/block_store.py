@@ -18,6 +18,7 @@ from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import Lease, LeaseBook
 from kvshare_store.blocks.levels import Level, Levels
+from kvshare_store.blocks.tally import Tally
 from kvshare_store.blocks.tiers.base import TierUse
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
@@ -52,10 +53,10 @@ class BlockStore:
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: dict[int, int] = {}
-        """Bytes of each slot that is being filled, by its offset."""
-        self._dirty: dict[str, int] = {}
-        """Bytes of each block that no tier below the host holds yet, its slot included."""
+        self._reserved: Tally[int] = Tally()
+        """Bytes of rows of each slot that is being filled, by its offset."""
+        self._dirty: Tally[str] = Tally()
+        """Bytes of each block that no tier below the host holds yet."""
         self._persisting: frozenset[str] = frozenset()
         """Blocks that are being written below at this moment, from where they lie in the host."""
         self._writing_back = 0
@@ -75,9 +76,18 @@ class BlockStore:
             self._reserved[offset] = nbytes
             return offset
 
+    def check_fits(self, sizes: Iterable[int]) -> None:
+        """`NoSpaceError` if blocks of so many bytes can never be in the host all at once, as those
+        of one save must."""
+        needed, there = sum(map(slot_bytes, sizes)), self.host.arena.nbytes
+        if needed > there:
+            raise NoSpaceError(
+                f"the rows take {needed:,} bytes, the host tier has {there:,}: raise host_bytes"
+            )
+
     def _check_dirty(self, nbytes: int) -> None:
-        dirty = sum(self._dirty.values())
-        taken = dirty + sum(map(slot_bytes, self._reserved.values()))
+        dirty = self._dirty.slots
+        taken = dirty + self._reserved.slots
         if dirty and taken + slot_bytes(nbytes) > self.host.arena.nbytes * _DIRTY_SHARE:
             raise NoSpaceError(
                 f"{dirty:,} bytes of the host tier wait to be written below; "
@@ -96,7 +106,7 @@ class BlockStore:
         with self._lock:
             self._seal(offset, name, block)
             if self.levels and self.levels.holder(name) is None:
-                self._dirty[name] = slot_bytes(len(block.data))
+                self._dirty[name] = len(block.data)
 
     def _seal(self, offset: int, name: str, block: Block) -> None:
         if self._reserved.pop(offset, None) is None:

@@ -7,12 +7,16 @@ can stand in its place and make any one of them fail. Whatever is refused is an 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from kvshare_store.errors import CorruptBlockError
 
 
 def make_folder(path: str) -> bool:
@@ -50,12 +54,28 @@ def measure(path: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
+def _open_to_read(path: str) -> int:
+    """A descriptor of a regular file. Anything else of that name (a pipe, whose reader would wait
+    for ever, a link, a device, a folder) is `CorruptBlockError`; `FileNotFoundError` if there is
+    nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise CorruptBlockError(f"{path} is no regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptBlockError(f"{path} is no regular file")
+    return descriptor
+
+
 def read(path: str) -> memoryview:
     """The whole file, in memory that is the caller's; shorter than the file if reading ended early.
 
-    `FileNotFoundError` if there is none.
+    `FileNotFoundError` if there is none, `CorruptBlockError` if it is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = _open_to_read(path)
     try:
         # not zeroed first: every byte that is returned has been read
         view = np.empty(os.fstat(descriptor).st_size, np.uint8).data
@@ -71,8 +91,8 @@ def read(path: str) -> memoryview:
 
 
 def read_beginning(path: str, nbytes: int) -> bytes:
-    """The first bytes of a file, at most `nbytes`; `FileNotFoundError` if there is none."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """The first bytes of a file, at most `nbytes`; errors as `read`."""
+    descriptor = _open_to_read(path)
     try:
         return os.read(descriptor, nbytes)
     finally:

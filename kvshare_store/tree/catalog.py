@@ -346,29 +346,40 @@ class Catalog:
             batches = list(self._namespaces.rows(columns=["digest"]))
         return {digest for batch in batches for digest in texts(batch, "digest")}
 
-    def add_namespace(self, namespace: Namespace) -> None:
-        """Remember what a digest stands for, and the salt of its key.
+    def add_namespaces(self, namespaces: Sequence[Namespace]) -> None:
+        """Remember what digests stand for, and the salts of their keys, in one commit.
 
         A record that is there stays: another writer may have been first, and one salt counts. One
         that cannot be read is replaced.
         """
-        row = self._rows.namespace_row(namespace)
+        rows = {each.digest: self._rows.namespace_row(each) for each in namespaces}
+        if not rows:
+            return
         with self._lock:
-            self._namespaces.merge([row], replace=False)
-        if not self.namespaces(namespace.digest):
+            self._namespaces.merge(list(rows.values()), replace=False)
+        bad = rows.keys() - {each.digest for each in self.namespaces(*rows)}
+        if bad:
             with self._lock:
-                self._namespaces.merge([row], replace=True)
-            self.namespaces(namespace.digest)
+                self._namespaces.merge([rows[digest] for digest in sorted(bad)], replace=True)
+            self.namespaces(*bad)
 
-    def namespaces(self, digest: str | None = None) -> list[Namespace]:
-        """Every namespace that was ever saved into, or the one of a digest; its key is known then.
+    def remove_namespaces(self, digests: Sequence[str]) -> None:
+        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
+        if digests:
+            with self._lock:
+                self._namespaces.delete(f"digest IN ({_quoted(digests)})")
+        for digest in digests:
+            self._rows.forget(digest)
+
+    def namespaces(self, *digests: str) -> list[Namespace]:
+        """Every namespace that was ever saved into, or those of digests; their keys are known then.
 
         Bad records, and those that only a newer release understands, are left out. `ConfigError` if
         they were sealed with another key than ours, or with none.
         """
         with self._lock:
-            if digest is not None:
-                batches = list(self._namespaces.rows(f"digest = '{_hex(digest)}'"))
+            if digests:
+                batches = list(self._namespaces.rows(f"digest IN ({_quoted(digests)})"))
             else:
                 batches = list(self._namespaces.salvage())
             found = []

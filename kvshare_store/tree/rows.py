@@ -23,10 +23,11 @@ from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.node import NODE_FORMAT, Node, check_node
 
-VECTOR_DIMENSIONS = 384
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"
 """MessagePack: the key `check`, then the head of a binary of 32 bytes."""
+_SEMANTIC_FIELD = b"\xa8semantic\xc4\x20"
+"""The same of the BLAKE3 of the text vector, in the field before."""
 _MAP16 = 0xDE
 """MessagePack: a map of more than 15 fields; of fewer the number is in the first byte itself."""
 _COMMON = 4096
@@ -83,9 +84,11 @@ class Rows:
         """Digests of namespaces that only a newer release knows."""
 
     def node_row(self, node: Node, vectors: Vectors) -> dict[str, Any]:
-        """The row of a node; a sealed one has its vectors inside."""
+        """The row of a node; a sealed one has its vectors inside. A text vector that is none is
+        left out: the database would drop it after the checksum was made."""
         row: dict[str, Any] = {"id": node.id, "namespace": node.namespace, "stamp": node.stamp}
-        lexical, semantic = vectors
+        lexical = vectors.lexical
+        semantic = _vector_or_none(vectors.semantic)
         encoded = msgspec.msgpack.encode(node)
         if self._keys is None:
             checked = _with_check(Row(node.id, node.namespace, encoded, lexical, semantic))
@@ -190,15 +193,18 @@ def _decoded(row: Row) -> Node:
 
 
 def _vectors(row: Row) -> Vectors:
-    lexical, semantic = row.lexical, row.semantic
-    if lexical is None or not _is_vector(lexical):
+    """A node without its text vector is a donor all the same: a bad one costs itself only."""
+    if row.lexical is None or not is_vector(row.lexical):
         raise CorruptRowError("its lexical vector is none")
-    if semantic is not None and not _is_vector(semantic):
-        raise CorruptRowError("its text vector is none")
-    return Vectors(lexical, semantic)
+    semantic = _vector_or_none(row.semantic)
+    return Vectors(row.lexical, semantic if _semantic_holds(row, semantic) else None)
 
 
-def _is_vector(vector: np.ndarray) -> bool:
+def _vector_or_none(vector: np.ndarray | None) -> np.ndarray | None:
+    return vector if vector is not None and is_vector(vector) else None
+
+
+def is_vector(vector: np.ndarray) -> bool:
     """Of length 1, or all zeros: what a text or a prompt without content has."""
     if vector.shape != (VECTOR_DIMENSIONS,):
         return False
@@ -211,26 +217,50 @@ def _is_vector(vector: np.ndarray) -> bool:
 
 
 def _with_check(row: Row) -> bytes:
-    """The node's bytes with one more field behind the others: what the whole row hashes to."""
+    """The node's bytes with two more fields behind the others: what the text vector hashes to, and
+    what the rest of the row does."""
     long = row.node[0] == _MAP16
-    fields = int.from_bytes(row.node[1:3]) if long else row.node[0] & 0x0F
-    head = bytes([0x80 | fields + 1]) if fields < 15 else struct.pack(">BH", _MAP16, fields + 1)
-    body = head + row.node[3 if long else 1 :] + _CHECK_FIELD
+    fields = 2 + (int.from_bytes(row.node[1:3]) if long else row.node[0] & 0x0F)
+    head = bytes([0x80 | fields]) if fields <= 15 else struct.pack(">BH", _MAP16, fields)
+    body = head + row.node[3 if long else 1 :] + _SEMANTIC_FIELD + _digest_of_vector(row.semantic)
+    body += _CHECK_FIELD
     return body + _digest_of(row, body)
 
 
 def _check_holds(row: Row) -> bool:
-    """False if the bytes are others than when the row was written.
+    """False if the bytes are others than when the row was written, those of the text vector aside.
 
-    Rows of the release before have no such field; what they say is verified all the same.
+    Rows of the release before have no such field; what they say is verified all the same. Where
+    what the text vector hashes to is not written down, the check is of that vector too.
     """
     body, check = row.node[:-_CHECK_BYTES], row.node[-_CHECK_BYTES:]
-    return not body.endswith(_CHECK_FIELD) or check == _digest_of(row, body)
+    if not body.endswith(_CHECK_FIELD):
+        return True
+    return check == _digest_of(row, body)
+
+
+def _semantic_of(node: bytes) -> bytes | None:
+    """What the text vector hashes to, as the node's bytes say up to `check`; None if they do not
+    say."""
+    before = node.removesuffix(_CHECK_FIELD)
+    head, digest = before[:-_CHECK_BYTES], before[-_CHECK_BYTES:]
+    return digest if before != node and head.endswith(_SEMANTIC_FIELD) else None
+
+
+def _semantic_holds(row: Row, semantic: np.ndarray | None) -> bool:
+    """Whether a text vector is the one that was written; a sealed one has been verified."""
+    written = _semantic_of(row.node[:-_CHECK_BYTES])
+    return written is None or written == _digest_of_vector(semantic)
+
+
+def _digest_of_vector(vector: np.ndarray | None) -> bytes:
+    return blake3.blake3(b"-" if vector is None else _raw(vector)).digest()
 
 
 def _digest_of(row: Row, body: bytes) -> bytes:
     hasher = blake3.blake3(f"kvshare row:{row.id}:{row.namespace}:".encode())
-    for vector in (row.lexical, row.semantic):
+    known = _semantic_of(body) is not None
+    for vector in (row.lexical,) if known else (row.lexical, row.semantic):
         hasher.update(b"-" if vector is None else _raw(vector))
     return hasher.update(body).digest()
 

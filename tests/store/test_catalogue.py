@@ -10,10 +10,12 @@ import errno
 import io
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import blake3
 import lancedb
 import msgspec
 import numpy as np
@@ -283,7 +285,7 @@ def test_rows_around_a_page_that_cannot_be_read(
 ) -> None:
     monkeypatch.setattr(table_module, "_READ_ROWS", 10)
     catalog = Catalog(tmp_path)
-    catalog.add_namespace(NAMESPACE)
+    catalog.add_namespaces([NAMESPACE])
     nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
     catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
     rows = Table.rows
@@ -351,12 +353,48 @@ def test_any_flipped_bit_of_a_row_is_noticed() -> None:
     for at in range(VECTOR_DIMENSIONS):
         nearly = UNIT.copy()
         nearly[at] += 1e-6
-        for name in ("lexical", "semantic"):
-            with pytest.raises(CorruptRowError):
-                rows.node(row._replace(**{name: nearly}))
-    for changed in (row._replace(id="0" * 32), row._replace(semantic=None)):
         with pytest.raises(CorruptRowError):
-            rows.node(changed)
+            rows.node(row._replace(lexical=nearly))
+        assert rows.node(row._replace(semantic=nearly))[1].semantic is None
+    with pytest.raises(CorruptRowError):
+        rows.node(row._replace(id="0" * 32))
+    with pytest.raises(CorruptRowError):
+        rows.node(row._replace(lexical=None))
+
+
+BAD = [None, UNIT * 3, UNIT * np.float32("nan"), UNIT[:10], np.zeros((2, 384), np.float32)]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=["none", "long", "nan", "short", "two"])
+def test_a_bad_text_vector_costs_the_vector_not_the_node(bad: Any) -> None:
+    """When it is written it is left out; when it is read the node is a donor all the same."""
+    node = node_of(np.arange(20, dtype=np.int32))
+    row = Row(**without_stamp(reader().node_row(node, Vectors(UNIT, bad))))
+    assert row.semantic is None
+    found, vectors = reader().node(row)
+    assert (found.id, vectors.semantic) == (node.id, None)
+    found, vectors = reader().node(packed()._replace(semantic=bad))
+    assert (found.id, vectors.semantic) == (node.id, None)
+    assert np.array_equal(reader().node(packed())[1].semantic, UNIT)
+
+
+def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "stamp"}
+
+
+@pytest.mark.parametrize("semantic", [None, UNIT], ids=["without", "with"])
+def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
+    """Rows that do not write down what their text vector hashes to were checked as a whole."""
+    encoded = msgspec.msgpack.encode(node_of(np.arange(20, dtype=np.int32)))
+    assert encoded[0] == 0x8F, "a map of 15 fields; one more needs a longer head"
+    body = b"\xde\x00\x10" + encoded[1:] + b"\xa5check\xc4\x20"
+    node = msgspec.msgpack.decode(encoded)
+    text = b"-" if semantic is None else semantic.tobytes()
+    whole = f"kvshare row:{node['id']}:{node['namespace']}:".encode() + UNIT.tobytes() + text + body
+    row = Row(node["id"], node["namespace"], body + blake3.blake3(whole).digest(), UNIT, semantic)
+    assert reader().node(row)[1].semantic is semantic
+    with pytest.raises(CorruptRowError):
+        reader().node(row._replace(semantic=None if semantic is not None else UNIT))
 
 
 SELF_CONTRADICTIONS: dict[str, dict[str, Any]] = {
@@ -394,6 +432,26 @@ def test_vectors_are_finite_and_of_length_one(scale: float) -> None:
     del plain["check"]
     row = row._replace(node=msgspec.msgpack.encode(plain))
     assert reader().node(row)[1].lexical[0] == 1.0
-    for name in ("lexical", "semantic"):
-        with pytest.raises(CorruptRowError, match="vector"):
-            reader().node(row._replace(**{name: UNIT * scale}))
+    with pytest.raises(CorruptRowError, match="vector"):
+        reader().node(row._replace(lexical=UNIT * scale))
+    assert reader().node(row._replace(semantic=UNIT * scale))[1].semantic is None
+
+
+def test_the_records_of_a_batch_are_one_commit(driver: Open) -> None:
+    """Each record on its own took as long as the rows of a whole batch."""
+    engine = driver()
+    shelf = engine.store.shelf
+    assert shelf.catalog is not None
+    spaces = [engine.namespace.for_tenant(str(at)) for at in range(20)]
+    before = shelf.catalog.versions()
+    go = threading.Event()
+    shelf.committer.call(lambda: go.wait(30))
+    rows = bytes(8 * engine.namespace.layout.row_bytes)
+    for seed, space in enumerate(spaces):
+        engine.store.save(prompt(seed, 8), space, rows)
+    go.set()
+    engine.store.flush()
+    assert shelf.catalog.versions() <= before + 4, "records and rows, of one batch or of two"
+    engine = driver()
+    known = {space.digest for space in engine.store.shelf.namespaces()}
+    assert known == {space.digest for space in spaces}

@@ -348,3 +348,39 @@ def test_the_catalogue_and_the_tree_must_agree(driver: Open) -> None:
     engine.store.collect()
     assert problems(engine.store) == []
     assert catalog.count() == len(engine.store.tree) == 0
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_records_of_empty_namespaces_are_collected(
+    driver: Open, tmp_path: Path, key: str | None
+) -> None:
+    """At once by hand, later by itself; what comes back gets a new record, and a new salt."""
+    settings: dict[str, Any] = {}
+    if key is not None:
+        (tmp_path / key).write_text("ab" * 32)
+        settings = {"encryption_key": f"file:{tmp_path / key}"}
+        (tmp_path / key).chmod(0o600)
+    engine = driver(**settings)
+    store = engine.store
+    catalog = store.shelf.catalog
+    assert catalog is not None
+    rows = bytes(16 * engine.namespace.layout.row_bytes)
+    for at in range(3):
+        store.save(prompt(at, 16), engine.namespace.for_tenant(str(at)), rows)
+    store.flush()
+    store.evict(namespace=engine.namespace.for_tenant("0").digest, nodes=0)
+    store._janitor.collect(patient=True)
+    assert len(catalog.digests()) == 3, "it may be used again"
+    closed = engine.namespace.for_tenant("0").digest
+    store.shelf.closed.add(closed)
+    store.collect()
+    assert len(catalog.digests()) == 3, "it is being purged"
+    store.shelf.closed.discard(closed)
+    store.collect()
+    assert len(catalog.digests()) == len(store.shelf.namespaces()) == 2
+    store.clear()
+    store.collect()
+    assert not catalog.digests()
+    assert engine.save(prompt(7, 40))
+    store.flush()
+    assert driver(**settings).serve(prompt(7, 40)).exact == 39

@@ -385,7 +385,7 @@ def test_the_first_save_of_a_namespace(
     catalog = engine.store.shelf.catalog
     assert catalog is not None
     monkeypatch.setattr(
-        catalog, "add_namespace", found.after(catalog.add_namespace, "namespace added")
+        catalog, "add_namespaces", found.after(catalog.add_namespaces, "namespace added")
     )
     engine.save(OLD)
     engine.store.flush()

@@ -77,7 +77,7 @@ def test_saving_into_a_shared_catalogue(
     with site.open("b"), site.open("a") as store:
         engine, found = Driver(store, NAMESPACE), Crashes(site.folder, tmp_path / "copies")
         catalog: Any = store.shelf.catalog
-        for name, step in (("add_namespace", "namespace added"), ("add", "row added")):
+        for name, step in (("add_namespaces", "namespace added"), ("add", "row added")):
             monkeypatch.setattr(catalog, name, found.after(getattr(catalog, name), step))
         after_calls(monkeypatch, found, ObjectRemote, "put", "remote put")
         engine.save(OLD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from kvshare_store.errors import (
     FullDiskError,
     HomeError,
     NoSpaceError,
+    PlanError,
     StorageError,
 )
 from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
+from kvshare_store.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
@@ -173,8 +176,11 @@ def test_rows_that_are_only_in_memory_do_not_leave_it(driver: Open) -> None:
 
 def test_a_save_that_does_not_fit_gives_back_what_it_got(driver: Open) -> None:
     engine = driver(host_bytes=4 * SLOT)
-    with pytest.raises(NoSpaceError):
-        engine.save(prompt(1, 40))
+    with pytest.raises(NoSpaceError, match="raise host_bytes"):
+        engine.store.stage(prompt(1, 40), engine.namespace)  # before anything is copied
+    staged = engine.store.stage(prompt(1, 32), engine.namespace)
+    with pytest.raises(PlanError, match="fewer rows"):
+        engine.store.commit(staged.id, Buffer(bytes(31 * engine.namespace.layout.row_bytes)))
     assert engine.store.stats()["tiers"]["host"]["bytes"] == 0
     assert engine.save(prompt(1, 32))
 
@@ -500,6 +506,41 @@ def test_a_home_that_cannot_be(config: Config, tmp_path: Path) -> None:
         with pytest.raises(HomeError) as caught:
             Store(config(home=str(home)))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["blocks", "tmp", "quarantine"])
+def test_a_file_where_a_folder_should_be(driver: Open, home: Path, folder: str) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.close()
+    shutil.rmtree(home / folder)
+    (home / folder).write_bytes(b"")
+    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; put it right"):
+        driver()
+    (home / folder).unlink()
+    driver()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "socket"])
+def test_what_is_no_regular_file_is_no_block(driver: Open, home: Path, kind: str) -> None:
+    """A reader of a pipe would wait for ever, and closing for the reader."""
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.close()
+    block = sorted((home / "blocks").glob("*/*"))[0]
+    block.rename(home.parent / "aside")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(block.parent):
+        make: dict[str, Callable[[], object]] = {
+            "pipe": lambda: os.mkfifo(block),
+            "link": lambda: block.symlink_to(home.parent / "aside"),
+            "folder": block.mkdir,
+            "socket": lambda: listener.bind(block.name),
+        }
+        make[kind]()
+    engine = driver()
+    assert engine.serve(prompt(1, 40)).exact == 0
+    engine.store.close()
+    assert (home / "quarantine" / block.stem).exists() or kind == "link"
 
 
 def test_too_little_shared_memory_for_the_budget(config: Config, home: Path) -> None:

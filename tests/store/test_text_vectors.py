@@ -21,6 +21,7 @@ from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker
 from kvshare_store.namespace import Namespace
+from kvshare_store.rewrite import describe
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
@@ -384,3 +385,19 @@ def demo_model(require: Require) -> Path:
     except DemoModelError as error:
         require(False, str(error))
         raise
+
+
+@pytest.mark.parametrize("how", ["nan", "long"])
+def test_a_vector_that_is_none_costs_no_node(
+    how: str, embedder: Callable[[str], None], open_store: Callable[..., Driver]
+) -> None:
+    embedder(how)
+    engine = open_store()
+    ids = [engine.save([1, *prompt(seed, 40)]) for seed in (1, 2, 3)]
+    wait_for(lambda: sum(engine.store.stats()["errors"].values()) >= 3)
+    assert vectors_of(engine) == 0
+    bad = np.full(384, np.nan if how == "nan" else 3.0, np.float32)
+    describe(engine.store.shelf, {str(node): bad for node in ids})
+    assert vectors_of(engine) == 0
+    again = open_store(semantic="never")
+    assert (len(again.store.tree), again.store.stats()["errors"]) == (3, {})

@@ -1,8 +1,8 @@
 """The embedding process with an embedder that needs no model: tokens are their own words.
 
 `words_process.py HOW PARENT`; HOW is `well`, `idle` (in the kernel's idle class), `fail` (each
-prompt ends it), `hang`, `short` or `nan` (the prompt that begins with token 1 gets no vector that
-is one) or a folder, in which it notes each prompt.
+prompt ends it), `hang`, `short`, `nan` or `long` (a prompt that begins with token 1 gets no vector
+that is one), or a folder, in which it notes each prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def words(folder: str, tokens: Tokens) -> str:
         sys.exit("this embedder always fails")
     if how == "hang":
         time.sleep(1000)
-    if how not in ("well", "idle", "short", "nan"):
+    if how not in ("well", "idle", "short", "nan", "long"):
         with (Path(how) / "prompts").open("a") as notes:
             notes.write(f"{tokens[0]}\n")
     return " ".join(map(str, tokens.tolist()))
@@ -42,9 +42,11 @@ class OddEmbedder(WordEmbedder):
 
     def embed(self, text: str) -> Vector:
         vector = super().embed(text)
-        if how == "short" and text.startswith("1 "):
+        if not text.startswith("1 "):
+            return vector
+        if how == "short":
             return vector[:10]
-        return vector * np.float32("nan") if how == "nan" and text.startswith("1 ") else vector
+        return vector * np.float32({"nan": "nan", "long": 3.0}.get(how, 1.0))
 
 
 if __name__ == "__main__":

@@ -81,10 +81,14 @@ class DiskTier(Tier):
         try:
             for name in ("blocks", "quarantine"):
                 files.make_durable_folder(str(self._folder / name))
+                files.names(str(self._folder / name))  # refused where it is no folder
             self._scratch.open()
         except OSError as error:
             self._scratch.close()
-            raise HomeError(f"{self._folder} cannot be used: {error.strerror}") from error
+            raise HomeError(
+                f"{error.filename or self._folder} cannot be used: {error.strerror}; put it right, "
+                "or move it away: the store then makes an empty one and forgets what was there"
+            ) from error
 
     def _look_around(self) -> None:
         with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
