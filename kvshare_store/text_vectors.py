@@ -14,8 +14,6 @@ import time
 from collections import OrderedDict
 from typing import NamedTuple
 
-import numpy as np
-
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     InternalError,
@@ -31,7 +29,7 @@ from kvshare_store.rewrite import describe
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import node_id
-from kvshare_store.tree.rows import VECTOR_DIMENSIONS
+from kvshare_store.tree.rows import is_vector
 
 log = logging.getLogger("kvshare")
 
@@ -208,10 +206,13 @@ class TextVectors:
         if not self._answered():
             return None
         vector = self._worker.answer()
-        if vector is None or _is_one(vector):
+        if vector is None or is_vector(vector):
             return vector
         self._metrics.error(InternalError.kind)
-        log.warning("kvshare: the embedding model made no vector of a prompt: %s", vector.shape)
+        log.warning(
+            "kvshare: the embedding model made no unit vector of 384 numbers: set another "
+            "embedder, or semantic: never"
+        )
         return None
 
     def _answered(self) -> bool:
@@ -229,7 +230,3 @@ class TextVectors:
                 return True
             ran += time.monotonic() - began if runs else 0.0
         raise UnavailableError(f"the embedding process is stuck: it ran {ran:.0f} s for a prompt")
-
-
-def _is_one(vector: Vector) -> bool:
-    return vector.shape == (VECTOR_DIMENSIONS,) and bool(np.isfinite(vector).all())
