@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from kvshare_connectors.vllm.identity import namespace_of
 from kvshare_connectors.vllm.orders import from_first
 from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.requests import Reserved
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
@@ -509,6 +510,7 @@ def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
 def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each name is either refused by us or accepted by vLLM."""
     from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+    from vllm.exceptions import VLLMValidationError
 
     monkeypatch.setenv("TENANTS", "ab" * 32)
     tenants = Tenants(StoreConfig(tenant_key="env:TENANTS"))
@@ -516,7 +518,7 @@ def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -
         with contextlib.suppress(ConfigError):
             validate_cache_salt(tenants.salt(name))
     for name in ("alice@example.com", "org/team", "org\\team", "a\0b", "n" * 64):
-        with pytest.raises(ValueError, match="cache_salt"):
+        with pytest.raises(VLLMValidationError, match="cache_salt"):
             validate_cache_salt(f"{name}.{'0' * 64}")
         with pytest.raises(ConfigError, match="at most 63 characters and none of"):
             tenants.salt(name)
@@ -585,9 +587,9 @@ def test_a_request_in_the_queue_for_long_asks_again(link: FakeLink) -> None:
 
 def test_a_reservation_holds_for_one_step(planning: Planning) -> None:
     (state,) = planning.look_ahead([request()], busy=False)
-    state.reserved = True
+    state.reserved = Reserved(1, 10)
     planning.look_ahead([], busy=False)
-    assert not state.reserved
+    assert state.reserved == Reserved()
 
 
 def test_a_late_plan_is_asked_for_again_in_the_next_step(
