@@ -99,7 +99,7 @@ class AtOnceLaws(TierLaw):
                     await tier.delete(name)  # room comes while others wait for it
                 await asyncio.sleep(0)
             ends = await asyncio.gather(*writes, return_exceptions=True)
-            assert {type(end) for end in ends} <= {type(None), NoSpaceError}
+            assert all(end is None or isinstance(end, NoSpaceError) for end in ends)
             check_use(tier)
 
         self.law(tmp_path, scenario, budget=budget)
