@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _BATCH = 64
 """Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
-_MOST_WAITING = 4096
+_MOST_WAITING = 512
 """Pieces of work that wait. Beyond that saves wait, or what `flush` waits for had no bound."""
 _SHOWN = 200
 """Letters of an error: LanceDB's are long."""
@@ -89,6 +89,8 @@ class Committer:
         self._committed = committed
         self._queue: queue.Queue[Work | None] = queue.Queue()
         self._taken = threading.Condition()
+        self._follow_ups = 0
+        """Pieces of work that others have led to."""
         self._health = health
         self.failures = 0
         """Nodes so far that storage refused, for want of anything but room."""
@@ -98,6 +100,8 @@ class Committer:
 
     def order(self, work: Work) -> None:
         """Queue one piece of work."""
+        if threading.current_thread().name == STORING:
+            self._follow_ups += 1
         self._queue.put(work)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
@@ -115,7 +119,9 @@ class Committer:
 
     def settle(self) -> None:
         """Return once everything ordered so far is done, and what that ordered in its turn."""
-        for _ in range(2):
+        before = self._follow_ups
+        self.run(lambda: None)
+        if self._follow_ups != before:
             self.run(lambda: None)
 
     def flush(self, since: int | None = None) -> None:

@@ -185,7 +185,7 @@ class Store:
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
-        it names, `StorageError` while nothing can be stored, `OverloadError` while thousands of
+        it names, `StorageError` while nothing can be stored, `OverloadError` while hundreds of
         prompts wait to be made durable.
         """
         self.metrics.health.check_storing()

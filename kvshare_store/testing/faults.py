@@ -70,7 +70,7 @@ def places(calls: list[str], fault: AnyFault) -> range:
 
 def from_below(engine: Driver, tokens: list[int], **options: Any) -> ReusePlan:
     """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
-    engine.store.flush()
+    engine.store.shelf.committer.settle()
     blocks = engine.store.blocks
     for name in blocks.host.names():
         blocks.host.drop(name)
@@ -89,7 +89,7 @@ def round_of(
     from_below(engine, tokens)
     assert node is not None
     engine.store.shelf.remove([node])
-    engine.store.flush()
+    engine.store.shelf.committer.settle()
     faults.heal()
     calls = faults.calls[before:]
     engine.save(tokens)

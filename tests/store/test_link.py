@@ -391,7 +391,8 @@ def test_saves_are_refused_and_lookups_go_on_while_nothing_can_be_stored(
             patch.setattr(server.store.shelf.durable, "make", broken)
             for seed in range(2, 5):
                 driver.save(prompt(seed, 40))
-                client.flush()
+                with pytest.raises(StorageError, match="1 prompts were not stored"):
+                    client.flush()
             with pytest.raises(StorageError, match="nothing can be stored at present"):
                 driver.save(prompt(9, 40))
         health = client.stats()["health"]

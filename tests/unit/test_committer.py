@@ -225,7 +225,7 @@ def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
     assert not hangs
 
 
-def test_saves_wait_while_thousands_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_wait_while_hundreds_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committer, "_MOST_WAITING", 8)
     monkeypatch.setattr(committer, "_PATIENCE_S", 0.01)
     desk = Desk()
