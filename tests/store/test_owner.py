@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.blocks.remotes.owner import MARK
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import ForeignError
+from kvshare_store.errors import ForeignError, StorageError
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.servers import RedisServer, S3Server
@@ -122,6 +122,7 @@ def test_a_remote_that_is_away_at_the_start_is_asked_before_the_first_write(
         server.pause()
         late = stack.enter_context(Store(alone(tmp_path, "b", **remote)))
         server.resume()
-        assert save(Driver(late, NAMESPACE), prompt(2, 40))
+        with pytest.raises(StorageError, match="belongs to store"):
+            save(Driver(late, NAMESPACE), prompt(2, 40))
         assert late.stats()["errors"].get(str(ForeignError.kind))
         assert len(late.tree) == 0
