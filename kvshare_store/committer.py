@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
 from kvshare_store.errors import (
+    ClaimedBlockError,
     InternalError,
     KVShareError,
     MissError,
@@ -278,7 +279,7 @@ class Committer:
 def _is_refusal(error: KVShareError) -> bool:
     """Whether storage has refused what it should take. A node that left before it was durable and
     a budget that is full are nothing of that kind."""
-    return not isinstance(error, MissError | NoSpaceError)
+    return not isinstance(error, MissError | NoSpaceError | ClaimedBlockError)
 
 
 def _do_errand(errand: Errand) -> None:

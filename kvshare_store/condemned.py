@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from kvshare_store.errors import StorageError
+from kvshare_store.errors import ClaimedBlockError
 from kvshare_store.tree.ledger import MARKED, Fact, Ledger, within
 
 _PATIENCE_S = 5.0
@@ -92,7 +92,7 @@ class Condemned:
             if not (hit := self.look() & wanted):
                 return
             if self.clock() > deadline:
-                raise StorageError(
+                raise ClaimedBlockError(
                     f"another machine is removing block {min(hit)[:12]}; save the prompt again"
                 )
             time.sleep(_POLL_S)

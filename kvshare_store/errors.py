@@ -181,6 +181,10 @@ class StorageError(KVShareError, OSError):
     retryable = True
 
 
+class ClaimedBlockError(StorageError):
+    """Another machine is removing a block from the shared remote; the prompt can be saved again."""
+
+
 class OverloadError(KVShareError):
     """The daemon has as much to do as it takes, for this client or for all; ask again later."""
 

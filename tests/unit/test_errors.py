@@ -9,6 +9,7 @@ import pytest
 
 from kvshare_store import errors
 from kvshare_store.errors import (
+    ClaimedBlockError,
     ErrorKind,
     FullDiskError,
     KVShareError,
@@ -65,7 +66,9 @@ def classes(root: type[KVShareError] = KVShareError) -> set[type[KVShareError]]:
 def test_every_class_has_its_own_stable_kind() -> None:
     public = {cls for cls in classes() if cls.__module__ == errors.__name__}
     of_their_own = {cls for cls in public if "kind" in vars(cls)}
-    assert public - of_their_own == {KVShareError, FullDiskError}, "travels as its base does"
+    assert public - of_their_own == {KVShareError, ClaimedBlockError, FullDiskError}, (
+        "each travels as its base does"
+    )
     concrete = of_their_own - {MissError}
     assert {cls.kind: cls for cls in concrete} == KINDS
     assert len(concrete) == len(KINDS)
