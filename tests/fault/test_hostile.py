@@ -137,7 +137,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(daemon: Daemon) -> None:
         for _ in range(20):
             peer.send_with(protocol.encode(protocol.Stats()), [reading] * 8)
             assert peer.receive() is not None
-        assert held(daemon)[1] <= before[1] + 4
+        until(lambda: held(daemon)[1] <= before[1] + 4)  # not one of the 160
     with Peer(daemon.config.home_path) as peer:
         peer.send_with(protocol.encode(protocol.Hello()), [reading])
         reply = peer.receive()

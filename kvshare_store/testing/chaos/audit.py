@@ -39,7 +39,11 @@ _REMOTE_TIMEOUT_MS = 20_000.0
 def copied(home: Path) -> Iterator[Path]:
     """A copy of a home that nobody has open."""
     copy = home.with_name(f"{home.name}-copy")
-    shutil.copytree(home, copy, copy_function=_linked, ignore=_sockets)
+    try:
+        shutil.copytree(home, copy, copy_function=_linked, ignore=_sockets)
+    except (FileNotFoundError, shutil.Error):  # what a process left behind was still being removed
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(home, copy, copy_function=_linked, ignore=_sockets)
     try:
         yield copy
     finally:
