@@ -368,7 +368,7 @@ def test_what_else_makes_another_model(model: Path) -> None:
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("options", OTHERWISE[3:], ids=str)
+@pytest.mark.parametrize("options", OTHERWISE[3:], ids=", ".join)
 def test_another_engine_that_runs_them_in_that_way_shares(
     model: Path, options: dict[str, Any]
 ) -> None:
