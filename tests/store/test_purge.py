@@ -81,11 +81,25 @@ def two(config: Config, mine: Namespace, namespace: Namespace, key: str) -> Iter
         yield two
 
 
+_others: set[int] = set()
+"""Inodes of the memory files of stores that other tests have closed: rows that were handed out keep
+them open until the garbage collector drops those rows."""
+
+
+@pytest.fixture(autouse=True)
+def memory_of_others() -> None:
+    _others.clear()
+    _others.update(path.stat().st_ino for path in arenas())
+
+
 def arenas() -> Iterator[Path]:
-    """Anonymous memory files that this process has open."""
+    """Anonymous memory files that this process has opened in this test."""
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the descriptor of this very folder
-            if os.readlink(path).startswith("/memfd:kvshare "):
+            if (
+                os.readlink(path).startswith("/memfd:kvshare ")
+                and path.stat().st_ino not in _others
+            ):
                 yield path
 
 

@@ -74,7 +74,13 @@ def test_gzip_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"no json\n", b"[1]\n", lines({"text": "x"}), gzip.compress(b"{}", mtime=0)[:-4], b'{"tokens": 1}'],
+    [
+        b"no json\n",
+        b"[1]\n",
+        lines({"text": "x"}),
+        gzip.compress(b"{}", mtime=0)[:-4],
+        b'{"tokens": 1}',
+    ],
 )
 def test_what_is_no_trace_is_an_error(raw: bytes) -> None:
     with pytest.raises(ConfigError, match="trace"):

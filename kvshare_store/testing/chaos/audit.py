@@ -33,6 +33,9 @@ _LOOKED_AT = 24
 _POSITIONS = 1024
 _REMOTE_TIMEOUT_MS = 20_000.0
 """A remote that is slow because the machine is busy is no finding."""
+_DISK_BYTES = 1 << 30
+"""So much that looking makes no room: the blocks of a node that the copy forgets would leave the
+remote, and the home itself still uses them."""
 
 
 @contextmanager
@@ -78,7 +81,11 @@ class Auditor:
             return set()
         with copied(home) as copy:
             config = msgspec.structs.replace(
-                config, home=str(copy), remote_timeout_ms=_REMOTE_TIMEOUT_MS
+                config,
+                home=str(copy),
+                remote_timeout_ms=_REMOTE_TIMEOUT_MS,
+                disk_bytes=_DISK_BYTES,
+                namespace_bytes=0,
             )
             try:
                 with Store(config) as store:
