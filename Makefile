@@ -15,6 +15,7 @@
 .PHONY: setup bench-setup test test-upstream demo bench bench-store chaos chaos-machines churn docs lint packages clean
 
 PYTHON = python3
+TEST_PROCESSES = 2
 PY = .venv/bin/python
 BENCH_SITE = $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
@@ -52,7 +53,7 @@ bench-setup: setup .venv-bench/packages.stamp
 # Waiting threads sleep: engines, daemons and tests share few cores.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # vLLM's tests, from its source distribution, and what they import live in .upstream.
 test-upstream: setup .upstream/prepared.stamp
