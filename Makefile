@@ -53,7 +53,7 @@ bench-setup: setup .venv-bench/packages.stamp
 # Waiting threads sleep: engines, daemons and tests share few cores.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: setup
-	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # vLLM's tests, from its source distribution, and what they import live in .upstream.
 test-upstream: setup .upstream/prepared.stamp

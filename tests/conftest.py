@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[bool, str], None]:
-    """`require(present, what)`: skip without `what`; with KVSHARE_REQUIRE_ALL=1 fail instead."""
+    """`require(present, what)`: skip without `what`; with REQUIRE_ALL_TESTS=1 fail instead."""
     return need
 
 
