@@ -27,6 +27,9 @@ LONG, SHORT_LONG = 131_072, 32_768
 SECONDS, SHORT_SECONDS = 5.0, 1.0
 SLOW_TIER_S = 0.2
 TARGET_P99_MS, TARGET_ALIGNMENT_MS, TARGET_BESIDE_MS = 10.0, 50.0, 2.0
+_PROMPTS = 2_000
+TARGET_PLANS = 714
+"""Twice what the store made before lookups left its lock."""
 NAMESPACE = Namespace("plans", KVLayout(1, 1, 4, "float16"))
 
 
@@ -59,9 +62,7 @@ def opened(**settings: Any) -> Iterator[Store]:
 def save(store: Store, tokens: Tokens, seed: int) -> None:
     """Store a prompt with random rows, so that no two share a block."""
     rows = np.random.default_rng(seed).standard_normal(NAMESPACE.layout.shape(len(tokens)))
-    staged = store.save(tokens, NAMESPACE, rows.astype(np.float16))
-    if not staged.known:
-        store.commit(staged.id)
+    store.save(tokens, NAMESPACE, rows.astype(np.float16))
 
 
 def fill(store: Store) -> None:
@@ -79,11 +80,12 @@ def rate(
 ) -> tuple[float, float, float, float]:
     """Plans a second, median and 99th percentile of milliseconds, processor milliseconds a plan."""
     times: list[list[float]] = [[] for _ in range(threads)]
+    prompts = [prompt(number) for number in range(_PROMPTS)]
     stop = perf_counter() + seconds
 
     def ask(mine: list[float], number: int) -> None:
         while perf_counter() < stop:
-            tokens = prompt(len(mine) * threads + number)
+            tokens = prompts[(len(mine) * threads + number) % _PROMPTS]
             start = perf_counter()
             plan = store.plan(tokens, NAMESPACE)
             mine.append(1e3 * (perf_counter() - start))
@@ -202,7 +204,7 @@ def measure(options: Options) -> Result:
         ):
             measured = rate(store, prompt, threads, seconds)
             rows.append([name, LENGTH, threads, *measured, None])
-    p99 = rows[-1][5]
+    plans, _, p99 = rows[-1][3:6]
     length = SHORT_LONG if options.short else LONG
     longest = 0.0
     for name, aligned, whole in alignment(length):
@@ -221,6 +223,8 @@ def measure(options: Options) -> Result:
         rows=rows,
         notes=_NOTES,
         targets=[
+            (f"≥ {TARGET_PLANS} edited plans a second with {THREADS} threads", f"{plans:.0f}",
+             float(plans or 0) >= TARGET_PLANS),
             (f"p99 ≤ {TARGET_P99_MS:.0f} ms with {THREADS} threads", f"{p99:.1f} ms",
              float(p99 or 0) <= TARGET_P99_MS),
             (f"≤ {TARGET_ALIGNMENT_MS:.0f} ms of alignment for any prompt", f"{longest:.0f} ms",

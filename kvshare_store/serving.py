@@ -8,6 +8,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from time import perf_counter
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.provenance import OpenPlan, OpenPlans
 from kvshare_store.shelf import Shelf
 from kvshare_store.text_vectors import TextVectors
+from kvshare_store.threads import FairLock
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 
@@ -34,6 +36,10 @@ Leased = tuple[Lease, dict[str, BlockRef]]
 
 _LEASES = 1024
 """One client may hold. An engine holds one for each request that is about to load."""
+_SHORT = 1 << 11
+"""Prompts of so many tokens and fewer are planned one at a time: their plans are many short steps,
+and threads that take turns within them lose more time to Python's lock than they compute. Plans of
+longer prompts spend it in libraries that let other threads run."""
 
 
 class _Lookup(NamedTuple):
@@ -68,6 +74,7 @@ class Serving:
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._open = OpenPlans()
+        self._turns = FairLock()
 
     def plan_soon(
         self,
@@ -86,7 +93,8 @@ class Serving:
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             self._answer(answer, lookup, lookup.plan("too_many_leases"))
             return answer
-        draft = self._draft(request, lookup)
+        with self._turns if lookup.tokens <= _SHORT else nullcontext():
+            draft = self._draft(request, lookup)
         self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
         leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
         if leasing is None:

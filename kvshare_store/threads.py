@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,3 +121,38 @@ class Supervised:
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end."""
         self._thread.join(timeout)
+
+
+class FairLock:
+    """A lock that threads get in the order in which they asked for it. Not reentrant."""
+
+    def __init__(self) -> None:
+        self._inner = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        turn = threading.Lock()
+        with self._inner:
+            if not self._taken:
+                self._taken = True
+                return
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:  # a signal: whoever comes next must not wait for this thread
+            with self._inner:
+                waits = turn in self._waiting
+                if waits:
+                    self._waiting.remove(turn)
+            if not waits:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._inner:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False

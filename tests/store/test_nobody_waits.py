@@ -145,12 +145,13 @@ EDITED = [*prompt(1, 24), 7, *prompt(1, 48)[25:]]
 def test_an_alignment_delays_no_other_lookup_and_no_save(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = driver()
-    engine.save(prompt(1, 48))
+    """Short prompts take turns, which is quicker for all; one that takes time is long."""
+    engine, long = driver(), prompt(1, 2_100)
+    engine.save(long)
     stranger = Driver(engine.store, engine.namespace.for_tenant("other"), engine.book)
     stranger.save(prompt(2, 40))
     with held_alignment(monkeypatch) as (begun, go_on), ThreadPoolExecutor(2) as pool:
-        edited = pool.submit(engine.plan, EDITED)
+        edited = pool.submit(engine.plan, [*long[:1_000], 7, *long[1_001:]])
         assert begun.wait(PATIENCE)
         assert pool.submit(stranger.serve, prompt(2, 40)).result(PATIENCE).exact == 39
         assert pool.submit(engine.save, prompt(3, 40)).result(PATIENCE) is not None
