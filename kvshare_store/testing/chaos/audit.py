@@ -33,9 +33,15 @@ _LOOKED_AT = 24
 _POSITIONS = 1024
 _REMOTE_TIMEOUT_MS = 20_000.0
 """A remote that is slow because the machine is busy is no finding."""
-_DISK_BYTES = 1 << 30
-"""So much that looking makes no room: the blocks of a node that the copy forgets would leave the
-remote, and the home itself still uses them."""
+_ONLY_LOOK = {
+    "remote_timeout_ms": _REMOTE_TIMEOUT_MS,
+    "disk_bytes": 1 << 30,
+    "max_chain": 1 << 20,
+    "max_scatter": 1e9,
+    "gc_seconds": 0.0,
+}
+"""Settings of whoever looks at a copy: nothing is evicted or merged there, or blocks would leave
+the remote that the home itself still uses."""
 
 
 @contextmanager
@@ -80,13 +86,7 @@ class Auditor:
         if not (home / "format").exists():
             return set()
         with copied(home) as copy:
-            config = msgspec.structs.replace(
-                config,
-                home=str(copy),
-                remote_timeout_ms=_REMOTE_TIMEOUT_MS,
-                disk_bytes=_DISK_BYTES,
-                namespace_bytes=0,
-            )
+            config = msgspec.structs.replace(config, home=str(copy), **_ONLY_LOOK)
             try:
                 with Store(config) as store:
                     self._look(store, spaces)
