@@ -171,8 +171,9 @@ def exists(test: str) -> bool:
 
 
 def examples() -> dict[str, str]:
-    """The Python blocks of the README, by what they are about."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    """The Python blocks of the page on the library, by what they are about."""
+    page = (ROOT / "docs" / "library.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     assert len(blocks) == len(set(blocks)) == 2, "a new block needs a test here"
     return {("library" if "StoreConfig" in block else "transformers"): block for block in blocks}
 
@@ -194,7 +195,7 @@ def run_example(
     return run
 
 
-def test_the_library_example_of_the_readme_runs(
+def test_the_library_example_runs(
     run_example: Callable[[str], tuple[dict[str, Any], str]],
 ) -> None:
     names, out = run_example("library")
@@ -207,7 +208,7 @@ def test_the_library_example_of_the_readme_runs(
 
 
 @pytest.mark.slow
-def test_the_transformers_example_of_the_readme_reuses_more_than_the_chat_template(
+def test_the_transformers_example_reuses_more_than_the_chat_template(
     run_example: Callable[[str], tuple[dict[str, Any], str]], tmp_path: Path
 ) -> None:
     (tmp_path / "model-folder").symlink_to(prepare_model())
