@@ -11,38 +11,38 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.result import APART, Options, run
+from benchmarks.harness.result import APART, Options, run
 
 MEASUREMENTS: dict[str, str] = {
-    "figure2": "figure2",
-    "figure4": "figure4",
-    "ttft": "ttft",
-    "shapes": "shapes",
-    "load": "load",
-    "conversations": "conversations",
-    "misses": "misses",
-    "misses_store": "misses_store",
-    "plans": "plans",
-    "steady": "steady",
-    "eviction": "eviction",
-    "tiers": "tiers",
-    "async-files": "async_files",
-    "codecs": "codecs",
-    "startup": "startup",
-    "metadata": "metadata",
-    "pipelining": "pipelining",
-    "machines": "machines",
-    "scale": "scale",
-    "lmcache": "lmcache",
-    "semblend": "semblend",
-    "table1": "table1",
-    "table1-presets": "table1_presets",
-    "probes": "probes",
-    "rag": "rag",
-    "agreement": "agreement",
-    "agreement-presets": "agreement_presets",
-    "agreement-weights": "agreement_weights",
-    "agreement-tune": "agreement_tune",
+    "figure2": "paper.figure2",
+    "figure4": "paper.figure4",
+    "ttft": "latency.ttft",
+    "shapes": "latency.model_shapes",
+    "load": "latency.load",
+    "conversations": "latency.conversations",
+    "misses": "latency.misses",
+    "misses_store": "store.lookup_misses",
+    "plans": "store.lookups",
+    "steady": "store.steady_state",
+    "eviction": "store.eviction",
+    "tiers": "store.tiers",
+    "async-files": "store.async_files",
+    "codecs": "store.codecs",
+    "startup": "store.startup",
+    "metadata": "store.metadata",
+    "pipelining": "store.pipelining",
+    "machines": "store.across_machines",
+    "scale": "store.cluster_scale",
+    "lmcache": "peers.lmcache",
+    "semblend": "peers.semblend",
+    "table1": "paper.table1",
+    "table1-presets": "paper.table1_presets",
+    "probes": "quality.probes",
+    "rag": "quality.rag",
+    "agreement": "quality.agreement",
+    "agreement-presets": "quality.agreement_presets",
+    "agreement-weights": "quality.agreement_weights",
+    "agreement-tune": "quality.agreement_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 
@@ -101,7 +101,7 @@ def _run_apart(names: list[str], options: Options) -> int:
 @app.command("report")
 def write_report(out: Out = Path("docs/benchmarks")) -> None:
     """Make `index.md` from the JSON files in a folder."""
-    from benchmarks.report import ReportError, report
+    from benchmarks.harness.report import ReportError, report
 
     try:
         typer.echo(report(out, list(MEASUREMENTS)))
@@ -115,8 +115,8 @@ def fetch_data(
     to: Annotated[Path, typer.Option(help="The folder that `--data` will name.")],
 ) -> None:
     """Bring a data set into place."""
-    from benchmarks.data import DataError
-    from benchmarks.fetch import fetch
+    from benchmarks.data.datasets import DataError
+    from benchmarks.data.fetch import fetch
 
     try:
         typer.echo(f"{fetch(name, to):,} rows")

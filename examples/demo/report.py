@@ -15,6 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from examples.engines.engine import Answer
+
 LONG = 1000
 """Tokens from which a prompt counts as long."""
 LIGHT = 0.10
@@ -23,20 +25,6 @@ LIGHT = 0.10
 
 Times = dict[str, list[float]]
 """Seconds to first token, by what served the prompt; one value a repetition."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one engine made of one prompt."""
-
-    ttft_s: float
-    tokens: int
-    """Tokens of the prompt."""
-    cached: int
-    """Tokens of the prompt that the engine itself says it did not compute."""
-    token_ids: list[int]
-    """The answer."""
-    text: str
 
 
 @dataclass(frozen=True)

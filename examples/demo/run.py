@@ -54,11 +54,12 @@ from typing import IO, Any, Self
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.engine import Arm, DemoError
-from examples.demo.families import FAMILIES, WARM_UP, Family, misses
-from examples.demo.model import DemoModelError, prepare_model
 from examples.demo.progress import Bar, Lines, progress_of
-from examples.demo.report import Answer, FollowerResult, Results, Reuse, Times
+from examples.demo.report import FollowerResult, Results, Reuse, Times
+from examples.engines.engine import SETTINGS, Answer, Engine, kvshare_settings
+from examples.engines.process import EngineError
+from examples.engines.small_model import SmallModelError, prepare_model
+from examples.prompts.families import FAMILIES, WARM_UP, Family, misses
 from kvshare_store.errors import KVShareError
 
 ANSWER_TOKENS = 32
@@ -68,6 +69,18 @@ DONOR_KEPT_S = 30
 KEPT_S = 0.5
 """How long other prompts may take to become nodes. Some never do; nothing depends on them."""
 COMPARED = ("full", "prefix", "kvshare")
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message is one line that says why."""
+
+
+def arm_settings(arm: str, home: str) -> dict[str, Any]:
+    """What this arm's engine has beside the common settings."""
+    caching = {"enable_prefix_caching": arm in ("prefix", "kvshare")}
+    if arm in ("full", "prefix"):
+        return caching
+    return caching | kvshare_settings(home=home, policy="balanced")
 
 
 # --- the store, from outside ----------------------------------------------------------------------
@@ -148,7 +161,7 @@ class Workload:
 class Session:
     """One run of the demo: engines, store, and what has been measured so far."""
 
-    def __init__(self, workload: Workload, arms: dict[str, Arm], store: StoreView) -> None:
+    def __init__(self, workload: Workload, arms: dict[str, Engine], store: StoreView) -> None:
         self.workload = workload
         self.arms = arms
         self.store = store
@@ -280,9 +293,10 @@ class Demo:
             for _ in session.repeated():
                 progress.advance()
 
-    def start(self, name: str, home: str) -> Arm:
+    def start(self, name: str, home: str) -> Engine:
         """Start one engine; it is not ready yet."""
-        return Arm(name, self.options.model, home, self.log, compiled=self.options.compile)
+        model = {"model": str(self.options.model), "enforce_eager": not self.options.compile}
+        return Engine(name, SETTINGS | model | arm_settings(name, home), self.log)
 
 
 @contextmanager
@@ -320,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with log_path.open("w") as log:
             demo = Demo(options, console, log)
             results = demo.run()
-    except (DemoError, DemoModelError, KVShareError, OSError) as error:
+    except (DemoError, EngineError, SmallModelError, KVShareError, OSError) as error:
         console.print(f"The demo did not work: {error}. Details: {log_path}", style="red")
         return 1
     made = report.build_report(f"vllm {demo.version}", options.model.name, results)

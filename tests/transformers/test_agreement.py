@@ -12,14 +12,14 @@ import pytest
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
 
-from benchmarks import agreement, agreement_pairs
-from benchmarks.agreement_grid import Lineup, grid, windowed
-from benchmarks.agreement_pairs import SimilarPair, Split, similar_pairs
-from benchmarks.agreement_scores import Score, floors, score, scores
+from benchmarks.harness.result import Options
 from benchmarks.methods.base import Prefilled, full_compute
 from benchmarks.methods.full import Full
 from benchmarks.methods.kvshare import KVShare, kvshare
-from benchmarks.result import Options
+from benchmarks.quality import agreement, agreement_pairs
+from benchmarks.quality.agreement_grid import Lineup, grid, windowed
+from benchmarks.quality.agreement_pairs import SimilarPair, Split, similar_pairs
+from benchmarks.quality.agreement_scores import Score, floors, score, scores
 from tests.transformers.tiny import prompt_of, tiny_model
 
 DONOR = prompt_of(64)
@@ -98,7 +98,9 @@ def test_result_and_plot_hold_every_method() -> None:
         Score("window 8", "a", 100, 85, True, 0.01, 0.006, 1.0),
     ]
     tuned, result = (
-        agreement.result_of(Options(data=Path()), [PAIR], found, noise, name="agreement", split=one)
+        agreement.result_of(
+            Options(data=Path()), "m", [PAIR], found, noise, name="agreement", split=one
+        )
         for one in get_args(Split)
     )
     names = [line[0] for line in result.rows]

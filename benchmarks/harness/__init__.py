@@ -1,0 +1,1 @@
+"""What every measurement is made with: results, the report, engines, timers."""
