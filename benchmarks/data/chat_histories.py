@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.data.datasets import MissingDataError
+from benchmarks.data.datasets import file_of, lines
 
 Message = dict[str, str]
 
@@ -60,12 +60,8 @@ def conversations(data: Path) -> Iterator[list[Message]]:
 
     `MissingDataError` if the data set is not there.
     """
-    path = data / "tau" / "airline.jsonl"
-    if not path.exists():
-        raise MissingDataError("tau", path)
-    with path.open() as lines:
-        for line in lines:
-            yield [_plain(message) for message in json.loads(line)["messages"]]
+    for row in lines(file_of(data, "tau", "airline.jsonl")):
+        yield [_plain(message) for message in row["messages"]]
 
 
 def _plain(message: dict[str, Any]) -> Message:

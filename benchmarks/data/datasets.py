@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,9 +114,9 @@ TRACES = ("conversation", "synthetic")
 
 def sharegpt(data: Path, conversations: int | None = None) -> list[Conversation]:
     """ShareGPT in file order, at most the first `conversations` of it."""
-    path = _file(data, "sharegpt", "human_turns.jsonl.gz")
+    path = file_of(data, "sharegpt", "human_turns.jsonl.gz")
     rows = []
-    for row in _lines(path):
+    for row in lines(path):
         if conversations is not None and len(rows) == conversations:
             break
         rows.append(Conversation(row["id"], tuple(row["human"])))
@@ -135,7 +135,7 @@ def all_turns(conversations: list[Conversation]) -> list[Prompt]:
 
 def wmt19(data: Path, pair: str) -> list[Pair]:
     """newstest2019; `pair` is `de-en` or `zh-en`."""
-    path = _file(data, "wmt19", f"newstest2019.{pair}.tsv")
+    path = file_of(data, "wmt19", f"newstest2019.{pair}.tsv")
     rows = []
     for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         source, tab, reference = line.partition("\t")
@@ -147,13 +147,13 @@ def wmt19(data: Path, pair: str) -> list[Pair]:
 
 def samsum(data: Path) -> list[Dialogue]:
     """The test split of SAMSum."""
-    rows = _json(_file(data, "samsum", "test.json"))
+    rows = _json(file_of(data, "samsum", "test.json"))
     return [Dialogue(dialogue, summary) for summary, dialogue in rows]
 
 
 def musique(data: Path) -> list[Question]:
     """CacheBlend's sample of MuSiQue: 150 questions with ten passages each."""
-    rows = _json(_file(data, "musique", "musique_s.json"))
+    rows = _json(file_of(data, "musique", "musique_s.json"))
     return [
         Question(
             row["question"],
@@ -166,7 +166,7 @@ def musique(data: Path) -> list[Question]:
 
 def minilongbench(data: Path, task: str) -> list[LongPrompt]:
     """One task of MiniLongBench (`MINILONGBENCH`)."""
-    rows = _json(_file(data, "minilongbench", f"MiniLongBench_{task}.json"))
+    rows = _json(file_of(data, "minilongbench", f"MiniLongBench_{task}.json"))
     return [LongPrompt(row["origin_prompt"], _answers(row["gold"])) for row in rows.values()]
 
 
@@ -179,19 +179,19 @@ def mooncake(data: Path, trace: str = "conversation") -> list[Arrival]:
             row["output_length"],
             tuple(row["hash_ids"]),
         )
-        for row in _lines(_file(data, "mooncake", f"{trace}_trace.jsonl"))
+        for row in lines(file_of(data, "mooncake", f"{trace}_trace.jsonl"))
     ]
 
 
-def arena_hard(data: Path) -> list[Prompt]:
+def arena_hard(data: Path, versions: Sequence[str] = ARENA_HARD) -> list[Prompt]:
     """Both versions of arena-hard: prompts that were picked to be unlike each other."""
-    rows = [row for name in ARENA_HARD for row in _lines(_file(data, "arena-hard", name))]
+    rows = [row for name in versions for row in lines(file_of(data, "arena-hard", name))]
     return [Prompt(row["uid"], row["prompt"]) for row in rows]
 
 
 def qqp(data: Path) -> list[Labelled]:
     """Quora question pairs, as GPTCache's benchmark picked them."""
-    path = _file(data, "qqp", "similiar_qqp.json.gz")  # the name is misspelt at its source
+    path = file_of(data, "qqp", "similiar_qqp.json.gz")  # the name is misspelt at its source
     with tarfile.open(path) as archive:
         members = [member for member in archive if member.isfile()]
         file = archive.extractfile(members[0]) if members else None
@@ -207,7 +207,8 @@ def _answers(gold: str | list[str] | dict[str, Any]) -> tuple[str, ...]:
     return (gold,) if isinstance(gold, str) else tuple(gold)
 
 
-def _file(data: Path, name: str, file: str) -> Path:
+def file_of(data: Path, name: str, file: str) -> Path:
+    """The path of a file of a set; `MissingDataError` if it is not there."""
     path = data / name / file
     if not path.is_file():
         raise MissingDataError(name, path)
@@ -221,7 +222,8 @@ def _json(path: Path) -> Any:
         raise DataFormatError(path, f"JSON ({error})") from error
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, packed or not."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

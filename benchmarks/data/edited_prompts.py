@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data.datasets import minilongbench
 from benchmarks.harness.models import tokenizer_of
 from benchmarks.harness.result import Options
 
@@ -19,7 +19,7 @@ SCATTERED = 4
 
 
 class TextsError(RuntimeError):
-    """The data set is missing or too short for what is asked."""
+    """The data set is too short for what is asked."""
 
 
 class Texts:
@@ -42,17 +42,13 @@ class Texts:
 
 def long_texts(options: Options) -> Texts:
     """The prompts of MiniLongBench, one after the other, as tokens of the model."""
-    return Texts(_documents(options.data / "minilongbench", tokenizer_of(options)))
+    return Texts(_documents(options.data, tokenizer_of(options)))
 
 
-def _documents(folder: Path, tokenizer: Any) -> Iterator[list[int]]:
+def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:
     for task in _TASKS:
-        path = folder / f"MiniLongBench_{task}.json"
-        if not path.exists():
-            raise TextsError(f"{path} is missing")
-        for row in json.loads(path.read_text()).values():
-            encoded = tokenizer(row["origin_prompt"], add_special_tokens=False, verbose=False)
-            yield encoded["input_ids"]
+        for prompt in minilongbench(data, task):
+            yield tokenizer(prompt.text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def follower(base: Sequence[int], share: float, places: int, texts: Texts) -> list[int]:

@@ -5,7 +5,6 @@ Two engines without KVShare are measured as well; what they differ in is the noi
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 from rich.progress import track
 
+from benchmarks.data.datasets import ARENA_HARD, arena_hard
 from benchmarks.harness.engines import Arm, Engine, Home, in_turn, rest, running
 from benchmarks.harness.models import model_name, tokenizer_of
 from benchmarks.harness.plots import cumulative
@@ -63,13 +63,10 @@ def prompts(data: Path, tokenizer: Any) -> Iterator[list[int]]:
 
     A template's first tokens are the same for all, and would be a hit.
     """
-    for version in ("2.0", "0.1"):
-        for line in (data / "arena-hard" / f"question_v{version}.jsonl").open():
-            row = json.loads(line)
-            text = row["prompt"] if "prompt" in row else row["turns"][0]["content"]
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if _BUCKETS[0] <= len(tokens) <= _LONGEST:
-                yield tokens
+    for prompt in arena_hard(data, ARENA_HARD[::-1]):
+        tokens = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        if _BUCKETS[0] <= len(tokens) <= _LONGEST:
+            yield tokens
 
 
 def measure(options: Options) -> Result:

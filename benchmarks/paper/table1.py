@@ -6,55 +6,37 @@ can be reused; `near` is the same text with a small change. The reference stays 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
 
-from benchmarks.data.chat_prompts import EDITS, Chat, Task, near_duplicate, summaries, translation
+from benchmarks.data.chat_prompts import EDITS, summaries, translation
 from benchmarks.harness.result import Cell, Options, Result
-from benchmarks.methods.base import Donor, Method, Prefilled, full_compute, generate, in_two_chunks
+from benchmarks.methods.base import Method
 from benchmarks.methods.compared import BF16, FULL, NOISE, Arm, engine_for, lineup, progress
+from benchmarks.paper.table1_answers import (
+    ANOTHER,
+    NEAR,
+    Asked,
+    answer_block,
+    answer_from_gptcache,
+    answer_in_bf16,
+    asked_of,
+    blocks,
+)
 from benchmarks.peers.environment import PeerMissingError
-from benchmarks.peers.gptcache import GptCacheBaseline
-from benchmarks.quality.answer_metrics import Metric, bleu, paired_bootstrap, rouge_l
-from benchmarks.quality.drafted_answers import drafted
+from benchmarks.quality.answer_metrics import bleu, paired_bootstrap, rouge_l
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NEW = 64
-"""Tokens of an answer at most."""
-BLOCK = 4
-"""Prompts of like length whose caches are in memory together."""
-GPTCACHE = "gptcache"
-ANOTHER, NEAR = "another text", "near-duplicate"
 PAPER = (
     "Table 1 (scores from 0 to 1, n not given): full compute, prefix caching, KVShare, GPTCache. "
     "Qwen2.5-7B: WMT19 BLEU 0.380, 0.375, 0.358, 0.040; SAMSum Rouge-L 0.223, 0.225, 0.293, 0.152. "
     "Llama3-8B: BLEU 0.348, 0.353, 0.357, 0.010; Rouge-L 0.232, 0.235, 0.236, 0.054."
 )
-
-
-@dataclass
-class Asked:
-    """One task, its prompts, and what every arm answered, in the order of the items."""
-
-    task: Task
-    metric: Metric
-    prompts: list[tuple[int, ...]]
-    near: list[str]
-    """What the near-duplicate donors ask."""
-    arms: dict[tuple[str, str], Arm] = field(default_factory=dict)
-    """By method and donors."""
-
-    def arm(self, method: str, donors: str) -> Arm:
-        """The arm of that name; a new one has no answers yet."""
-        return self.arms.setdefault((method, donors), Arm(method, donors, len(self.prompts)))
 
 
 def measure(options: Options) -> Result:
@@ -77,132 +59,28 @@ def scored(
         (translation(options.data, "de-en", n, options.seed), translated),
         (summaries(options.data, n, options.seed), rouge_l()),
     ]
-    asked = [_asked(task, metric, chat) for task, metric in tasks]
+    asked = [asked_of(task, metric, chat) for task, metric in tasks]
     methods = methods_of(engine)
     total = sum(len(one.prompts) for one in asked)
     with progress("Answering", total) as step:
         for one in asked:
-            for block in _blocks(one.prompts):
-                _answer_block(engine, chat, methods, one, block)
+            for block in blocks(one.prompts):
+                answer_block(engine, chat, methods, one, block)
                 step(len(block))
     del engine
     half, _, _ = engine_for(options, torch.bfloat16)
     notes = []
     with progress("Answering in bf16", total) as step:
         for one in asked:
-            for block in _blocks(one.prompts):
-                _answer_in_bf16(half, chat, one, block)
+            for block in blocks(one.prompts):
+                answer_in_bf16(half, chat, one, block)
                 step(len(block))
     try:
         for one in asked:
-            _answer_from_gptcache(one)
+            answer_from_gptcache(one)
     except PeerMissingError as error:
         notes.append(f"GPTCache was not measured: {error}")
     return _result(name, asked, options, model, signature, notes)
-
-
-def _asked(task: Task, metric: Metric, chat: Chat) -> Asked:
-    texts = [item.text for item in task.items]
-    prompts = [chat.prompt(task.ask(text)) for text in texts]
-    near = [task.ask(near_duplicate(texts, index)) for index in range(len(texts))]
-    return Asked(task, metric, prompts, near)
-
-
-def _blocks(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of prompts of like length, `BLOCK` at a time and never one alone if there are two."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    starts = list(range(0, max(len(order) - 1, 1), BLOCK))
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-        yield order[start:stop]
-
-
-# --- answers ---------------------------------------------------------------------------------
-
-
-def _answer_block(
-    engine: RowEngine, chat: Chat, methods: list[Method], asked: Asked, block: list[int]
-) -> None:
-    prompts = [asked.prompts[index] for index in block]
-    full = [full_compute(engine, prompt) for prompt in prompts]
-    drafts = generate(engine, full, NEW, chat.stop)
-    for index, ready, draft in zip(block, full, drafts, strict=True):
-        asked.arm(FULL, "").take(index, ready, chat.text(draft))
-    whole = [
-        Donor(prompt, ready.cache.rows[:, :, 0])
-        for prompt, ready in zip(prompts, full, strict=True)
-    ]
-    waiting: list[tuple[Arm, int, Prefilled, list[int]]] = []
-    for at, index in enumerate(block):
-        edited = chat.prompt(asked.near[index])
-        edited_full = full_compute(engine, edited)
-        donors = {
-            ANOTHER: whole[(at + 1) % len(whole)],
-            NEAR: Donor(edited, edited_full.cache.rows[:, :, 0]),
-        }
-        # what GPTCache has stored is the answer to the donor
-        waiting.append((asked.arm(FULL, "to the donor"), index, edited_full, drafts[at]))
-        again = in_two_chunks(engine, prompts[at])
-        waiting.append((asked.arm(NOISE, ""), index, again, drafts[at]))
-        for kind, donor in donors.items():
-            for method in methods:
-                ready = method.prefill(engine, prompts[at], [donor])
-                waiting.append((asked.arm(method.name, kind), index, ready, drafts[at]))
-    _finish(engine, chat, waiting)
-
-
-def _answer_in_bf16(engine: RowEngine, chat: Chat, asked: Asked, block: list[int]) -> None:
-    fp32 = asked.arm(FULL, "")
-    waiting = [
-        (
-            asked.arm(BF16, ""),
-            index,
-            full_compute(engine, asked.prompts[index]),
-            list(chat.tokens(fp32.answers[index])),
-        )
-        for index in block
-    ]
-    _finish(engine, chat, waiting)
-
-
-def _finish(
-    engine: RowEngine, chat: Chat, waiting: list[tuple[Arm, int, Prefilled, list[int]]]
-) -> None:
-    """Decode all that was prefilled, and note it."""
-    ready = [prefilled for _, _, prefilled, _ in waiting]
-    answers = drafted(engine, ready, [draft for *_, draft in waiting], NEW, chat.stop)
-    for (arm, index, prefilled, _), answer in zip(waiting, answers, strict=True):
-        arm.take(index, prefilled, chat.text(answer))
-
-
-def _answer_from_gptcache(asked: Asked) -> None:
-    """What GPTCache returns; on a miss the model is asked, and answers as full compute does."""
-    users = [asked.task.ask(item.text) for item in asked.task.items]
-    full = asked.arm(FULL, "").answers
-    indices = range(len(users))
-    # half of the texts ask a store that holds the other half
-    for parity in (0, 1):
-        stored = [(users[i], full[i]) for i in indices if i % 2 != parity]
-        asking = [i for i in indices if i % 2 == parity]
-        _ask_gptcache(asked, ANOTHER, stored, asking, users)
-    donors = asked.arms.pop((FULL, "to the donor")).answers
-    stored = list(zip(asked.near, donors, strict=True))
-    _ask_gptcache(asked, NEAR, stored, list(indices), users)
-
-
-def _ask_gptcache(
-    asked: Asked, donors: str, stored: list[tuple[str, str]], asking: list[int], users: list[str]
-) -> None:
-    full = asked.arm(FULL, "").answers
-    with tempfile.TemporaryDirectory() as folder, GptCacheBaseline(Path(folder)) as cache:
-        arm = asked.arm(GPTCACHE, donors)  # none where the package is missing
-        cache.put_all(stored)
-        for index in asking:
-            found = cache.ask(users[index])
-            arm.answers[index] = full[index] if found is None else found
-            arm.reused[index] = 0 if found is None else len(asked.prompts[index])
-
-
-# --- the table -------------------------------------------------------------------------------
 
 
 def _result(

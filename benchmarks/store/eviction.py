@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from rich.progress import track
 
-from benchmarks.data.datasets import MissingDataError
+from benchmarks.data.datasets import file_of
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from kvshare_store.blocks.eviction import POLICIES
@@ -44,10 +44,7 @@ TRACES = (
 
 def load(data: Path, trace: Trace, most: int | None) -> list[Request]:
     """The first `most` requests (all, if None)."""
-    path = data / trace.folder / trace.file
-    if not path.is_file():
-        raise MissingDataError(trace.folder, path)
-    with path.open("rb") as file:
+    with file_of(data, trace.folder, trace.file).open("rb") as file:
         return list(islice(requests(file, BLOCK_TOKENS, None), most))
 
 

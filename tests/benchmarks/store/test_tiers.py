@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.data import kv_blocks
-from benchmarks.store import tiers
+from benchmarks.store import media, tiers
 from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.host import HostTier
@@ -21,9 +21,9 @@ def test_arms_put_and_get_everything(tmp_path: Path) -> None:
 
     (tmp_path / "files").mkdir()
     for arm in (
-        tiers.memcpy(named),
+        media.memcpy(named),
         tiers.through(make, named, lambda: None),
-        tiers.raw_files(tmp_path / "files", named),
+        media.raw_files(tmp_path / "files", named),
     ):
         put, got = arm()
         assert put > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.demo import report
+from examples.demo import report, terminal
 from examples.demo.report import Answer, FollowerResult, Results, Reuse
 
 TEXT = "the cat sat on the mat"
@@ -101,7 +101,7 @@ def test_nothing_measured_is_null_and_not_zero() -> None:
     assert summary["median_speedup_vs_full"] is None
     assert summary["miss_overhead"] is None
     assert summary["share_reused"] is None
-    lines = dict(report.summary_lines(summary))
+    lines = dict(terminal.summary_lines(summary))
     assert lines["Tokens reused"] == "–"  # noqa: RUF001
     assert "Identical prompt again" not in lines, "the short demo does not send any"
 
@@ -136,7 +136,7 @@ def test_an_empty_run_is_a_problem() -> None:
 def test_the_terminal_shows_everything_in_eighty_columns() -> None:
     measured = results(follower("medical_report", tokens=1999), follower("book_character"))
     console = Console(width=80, record=True, file=io.StringIO())
-    report.show(report.build_report("vllm 1", "m", measured), measured, console)
+    terminal.show(report.build_report("vllm 1", "m", measured), measured, console)
     shown = console.export_text()
     assert "…" not in shown.replace(TEXT, "")
     assert "medical_report  1,999" in shown
@@ -145,7 +145,7 @@ def test_the_terminal_shows_everything_in_eighty_columns() -> None:
 
 def test_answers_are_shown_as_they_are() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.side_by_side(follower(text="[bold]not markup[/]")))
+    console.print(terminal.side_by_side(follower(text="[bold]not markup[/]")))
     assert "[bold]not markup[/]" in console.export_text()
 
 

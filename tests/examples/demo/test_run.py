@@ -10,7 +10,8 @@ from rich.console import Console
 from examples.demo import progress
 from examples.demo.progress import progress_of
 from examples.demo.report import Reuse
-from examples.demo.run import DemoError, Session, Workload, arm_settings, main, reuse_between
+from examples.demo.run import arm_settings, main
+from examples.demo.session import DemoError, Session, Workload, reuse_between
 from examples.engines import process
 from examples.engines.engine import Answer
 from examples.prompts.families import Family
