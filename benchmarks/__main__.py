@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _all(short: bool) -> list[str]:
-    """The short form leaves out what is a part of another measurement."""
+    """All names; the short form skips measurements that repeat a part of another one."""
     return [name for name in MEASUREMENTS if not (short and name.endswith(APART))]
 
 
@@ -86,7 +86,7 @@ def run_one(
 
 
 def _run_apart(names: list[str], options: Options) -> int:
-    """Several measurements, each in a process of its own: one that fails stops no other."""
+    """Run each measurement in its own process, so that a failure stops no other."""
     failed = []
     for name in names:
         words = shlex.split(_command(name, options))[1:]
@@ -114,7 +114,7 @@ def fetch_data(
     name: Annotated[str, typer.Argument(help="A data set.")],
     to: Annotated[Path, typer.Option(help="The folder that `--data` will name.")],
 ) -> None:
-    """Bring a data set into place."""
+    """Download or unpack a data set into a folder."""
     from benchmarks.data.datasets import DataError
     from benchmarks.data.fetch import fetch
 
@@ -125,7 +125,7 @@ def fetch_data(
 
 
 def _command(name: str, options: Options) -> str:
-    """The line that reruns a measurement, with the data folder left for the reader to name."""
+    """The command that repeats a measurement; the reader puts the data folder for `DATA`."""
     words = ["python", "-m", "benchmarks", "run", name, "--data", "DATA"]
     if options.n is not None:
         words += ["--n", str(options.n)]

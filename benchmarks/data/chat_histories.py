@@ -1,6 +1,6 @@
-"""Support conversations as an engine receives them: every turn sends the whole history again.
+"""Support conversations as an engine receives them: each turn sends the whole history.
 
-A history is sent as it is, or rewritten the way frameworks rewrite it between two turns.
+A history is sent unchanged, or rewritten as agent frameworks rewrite it between turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RECENT = 1
 
 
 class Rewrite(NamedTuple):
-    """What a framework does to the history of turn `turn` before it sends it."""
+    """How a framework changes the history before it sends turn `turn`."""
 
     name: str
     apply: Callable[[list[Message], int], list[Message]]
@@ -32,7 +32,7 @@ def _as_it_is(messages: list[Message], turn: int) -> list[Message]:
 
 
 def _dated(messages: list[Message], turn: int) -> list[Message]:
-    """The system prompt names the time of the turn."""
+    """The system prompt has the time of the turn in it."""
     system = messages[0]["content"]
     changed = system.replace("15:00:00 EST", f"15:{turn:02d}:00 EST", 1)
     return [{"role": "system", "content": changed}, *messages[1:]]
@@ -81,7 +81,7 @@ def turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def as_tokens(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """A history in ChatML, the template of the demo model, up to where the answer begins."""
+    """Tokens of a history in ChatML, the small model's template, up to the start of the answer."""
     said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
     text = "".join([*said, "<|im_start|>assistant\n"])
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

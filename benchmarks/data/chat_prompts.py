@@ -1,4 +1,4 @@
-"""Chat prompts with a reference, and the earlier prompts that stand as their donors."""
+"""Chat prompts with reference answers, and near-duplicates of them that serve as donors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from benchmarks.data import datasets
 
 
 class Item(NamedTuple):
-    """A text to work on, and what people answered."""
+    """A text and its reference answers, written by people."""
 
     text: str
     references: tuple[str, ...]
 
 
 class Task(NamedTuple):
-    """A set of items under one instruction; `{}` in it is the place of the text."""
+    """Items with one instruction; the text replaces `{}` in it."""
 
     name: str
     instruction: str
     items: tuple[Item, ...]
 
     def ask(self, text: str) -> str:
-        """What the user writes."""
+        """The user's message."""
         return self.instruction.format(text)
 
 
@@ -63,21 +63,21 @@ def sampled(rows: Sequence[Any], n: int, seed: int) -> list[Any]:
 
 
 class Edit(NamedTuple):
-    """A kind of small change: `apply(text, other)` gives the donor's text."""
+    """A small change: `apply(text, other)` returns the donor's text."""
 
     name: str
     apply: Callable[[str, str], str]
 
 
 def with_word_changed(text: str, other: str) -> str:
-    """The middle unit of the text is replaced by the middle unit of another text."""
+    """Replace the middle word of the text with the middle word of another text."""
     start, stop = _middle(text)
     first, last = _middle(other)
     return text[:start] + other[first:last] + text[stop:]
 
 
 def with_number_changed(text: str, other: str) -> str:
-    """Every digit goes up by one; a text without digits gets a number after its middle unit."""
+    """Add one to every digit; without digits, insert a number after the middle word."""
     if re.search(r"[0-9]", text):
         return re.sub(r"[0-9]", lambda digit: str((int(digit[0]) + 1) % 10), text)
     _, stop = _middle(text)
@@ -85,13 +85,13 @@ def with_number_changed(text: str, other: str) -> str:
 
 
 def with_name_added(text: str, other: str) -> str:
-    """A name stands in brackets after the middle unit."""
+    """Insert a name in brackets after the middle word."""
     _, stop = _middle(text)
     return f"{text[:stop]} (Maria Keller){text[stop:]}"
 
 
 def with_sentence_added(text: str, other: str) -> str:
-    """The first line of another text stands before the text, so everything after it moves."""
+    """Put the first line of another text in front, so that all positions move."""
     mark = "\n" if "\n" in text else " "
     return other.split("\n")[0] + mark + text
 
@@ -105,13 +105,13 @@ EDITS = (
 
 
 def near_duplicate(texts: Sequence[str], index: int) -> str:
-    """The donor of text `index`: kinds of change take turns, material comes from the next text."""
+    """The donor of text `index`: edits take turns, and use words of the next text."""
     edit = EDITS[index % len(EDITS)]
     return edit.apply(texts[index], texts[(index + 1) % len(texts)])
 
 
 def _middle(text: str) -> tuple[int, int]:
-    """Where the unit nearest to the middle is: a word, or two letters of text without blanks."""
+    """Start and stop of the word nearest to the middle; in Chinese, of two characters."""
     words = [match.span() for match in re.finditer(r"\w+", text)]
     if not words:
         return len(text), len(text)
@@ -142,9 +142,9 @@ class Chat:
         return self.tokens(text + answer)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text as it is."""
+        """Tokens of a text, without a template."""
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens without control tokens."""
+        """The text of the tokens; control tokens are left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

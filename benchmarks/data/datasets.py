@@ -37,14 +37,14 @@ class MissingDataError(DataError):
 
 
 class DataFormatError(DataError):
-    """A file is there but does not hold what is expected."""
+    """A file has an unexpected format."""
 
     def __init__(self, path: Path, expected: str) -> None:
         super().__init__(f"{path} is not what is expected: {expected}. See {_GUIDE}.")
 
 
 class Conversation(NamedTuple):
-    """What one person wrote, turn by turn."""
+    """The human turns of one conversation."""
 
     id: str
     human: tuple[str, ...]
@@ -96,7 +96,7 @@ class Arrival(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """Two questions, and whether people found them to ask the same."""
+    """Two questions, and whether annotators call them duplicates."""
 
     first: str
     second: str
@@ -124,7 +124,7 @@ def sharegpt(data: Path, conversations: int | None = None) -> list[Conversation]
 
 
 def first_turns(conversations: list[Conversation]) -> list[Prompt]:
-    """What each conversation began with."""
+    """The first human turn of each conversation."""
     return [Prompt(c.id, c.human[0]) for c in conversations if c.human]
 
 
@@ -223,7 +223,7 @@ def _json(path: Path) -> Any:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, packed or not."""
+    """The rows of a JSON-lines file, which may be gzipped."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

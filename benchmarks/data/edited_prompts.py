@@ -1,4 +1,4 @@
-"""Long prompts with a known share in common with an earlier one, cut from real text."""
+"""Long prompts of real text that share a known part of their tokens with an earlier prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextsError(RuntimeError):
 
 
 class Texts:
-    """Real text as one long stream of tokens; nothing is given twice."""
+    """Real text as one stream of tokens; no token is handed out twice."""
 
     def __init__(self, documents: Iterable[Sequence[int]]) -> None:
         self._documents = iter(documents)

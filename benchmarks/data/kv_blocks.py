@@ -1,4 +1,4 @@
-"""Blocks as the store keeps them: of real KV, computed by the model, and of random rows."""
+"""KV blocks as the store keeps them: computed by the model, or random."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Named = Sequence[tuple[str, Block]]
 
 
 def random_blocks(count: int) -> Named:
-    """Blocks of random rows: nothing compresses them."""
+    """`count` blocks of random rows, which do not compress."""
     chance = np.random.default_rng(0)
     blocks = [
         Block("0" * 64, _LAYOUT, chance.bytes(_ROWS * _LAYOUT.row_bytes)) for _ in range(count)

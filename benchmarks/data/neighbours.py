@@ -1,4 +1,4 @@
-"""Which prompts have an earlier one like them, by cosine distance of their text vectors."""
+"""The nearest earlier prompt of each prompt, by cosine distance of text vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ShareGPT as the replays see it: prompts in order, as tokens and as text vectors."""
+"""ShareGPT prompts in recorded order, as text, tokens and text vectors."""
 
 from __future__ import annotations
 

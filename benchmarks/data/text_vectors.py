@@ -1,4 +1,4 @@
-"""Text vectors of many texts, by the store's own embedder, kept in the user's cache.
+"""Text vectors by the store's own embedder, cached in the user's cache folder.
 
 Thousands of texts take minutes on a CPU; the second measurement that needs them should not.
 """
@@ -28,7 +28,7 @@ _RECORD = np.dtype([("key", "V16"), ("row", np.float32, VECTOR_DIMENSIONS)])
 
 
 class VectorCache:
-    """Vectors on disk by the BLAKE2 of their text: one file a model, records appended to it."""
+    """Vectors on disk, keyed by the BLAKE2 of their text: one append-only file per model."""
 
     def __init__(self, model: str, folder: Path | None = None) -> None:
         folder = folder or user_cache_dir() / "kvshare" / "benchmarks"
@@ -36,7 +36,7 @@ class VectorCache:
         self._path = folder / f"{model.replace('/', '_')}.vectors"
 
     def read(self) -> dict[bytes, Matrix]:
-        """Everything that was written before."""
+        """All vectors in the file, by key."""
         if not self._path.exists():
             return {}
         whole = self._path.stat().st_size // _RECORD.itemsize
@@ -54,7 +54,7 @@ class VectorCache:
 
 
 def key_of(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """The 16-byte key of a text."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 

@@ -1,1 +1,1 @@
-"""What every measurement is made with: results, the report, engines, timers."""
+"""What all measurements use: results, the report, engines that take turns, timers, plots."""

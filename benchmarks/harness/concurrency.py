@@ -1,4 +1,4 @@
-"""Many asynchronous calls, so many at a time, and how long they take."""
+"""Run asynchronous calls with a limit on concurrency, and time them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 
 class Spent(NamedTuple):
-    """Seconds by the clock and of this process's CPU time."""
+    """Seconds of wall time and of this process's CPU time."""
 
     wall: float
     cpu: float
 
 
 async def spent(calls: Sequence[Callable[[], Awaitable[object]]], at_once: int) -> Spent:
-    """Make all calls, at most `at_once` at a time."""
+    """Await all calls, at most `at_once` at a time; how long that took."""
     slots = asyncio.Semaphore(at_once)
 
     async def one(call: Callable[[], Awaitable[object]]) -> None:

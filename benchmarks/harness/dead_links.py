@@ -1,4 +1,4 @@
-"""Links between the project's documents that lead nowhere.
+"""Find broken links between the project's documents.
 
 python -m benchmarks.harness.dead_links
 """

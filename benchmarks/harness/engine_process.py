@@ -21,7 +21,7 @@ from examples.engines.process import answer_commands
 
 
 class Commands(engine.Commands):
-    """What the process is told to do."""
+    """The commands of the process."""
 
     def __init__(self, llm: Any, timers: Timers) -> None:
         super().__init__(llm)
@@ -49,7 +49,7 @@ class Commands(engine.Commands):
         return asdict(answer) | {"parts": named}
 
     def replay(self, arrivals: list[float], prompts: list[list[int]], **options: Any) -> Any:
-        """Serve prompts that arrive at these seconds: TTFT of each, and when the last one ended."""
+        """Serve prompts that arrive at these seconds: TTFT of each, and seconds in all."""
         from vllm import SamplingParams, TokensPrompt
 
         sampling = SamplingParams(temperature=0, ignore_eos=True)
@@ -88,7 +88,7 @@ class Commands(engine.Commands):
 
 
 def guard_dispatcher() -> None:
-    """Let vLLM look through LMCache's modules for kernels.
+    """Let vLLM search LMCache's modules for kernels.
 
     It takes `vars` of everything it finds to be a dict; an object of LMCache's has one that is not.
     """
@@ -102,7 +102,7 @@ def guard_dispatcher() -> None:
 
 
 def package_embedder() -> None:
-    """Give SemBlend the embedding model it wants from a package; it would ask a hub for it."""
+    """Give SemBlend its embedding model from a package; it would download it from a hub."""
     from semblend_core.embedder import MiniLMEmbedder
 
     from kvshare_store.lookup.embedders import packaged_model

@@ -1,4 +1,4 @@
-"""vLLM engines that take turns: one process for each arm, all loaded, one works, the others sleep.
+"""vLLM engines that take turns: one process per arm, all loaded, one works, the others sleep.
 
 Every time that is compared with another one is measured within seconds of it, in changing order,
 so that a machine that gets slower or faster meanwhile does so for all arms.
@@ -37,7 +37,7 @@ _QUIET_S = 0.1
 
 
 class Timed(msgspec.Struct):
-    """What one engine made of one prompt."""
+    """How one engine answered one prompt, and where the time went."""
 
     ttft_s: float
     tokens: int
@@ -50,7 +50,7 @@ class Timed(msgspec.Struct):
 
 
 class Replayed(msgspec.Struct):
-    """What one engine made of requests that arrived at given times."""
+    """How one engine served requests that arrived at given times."""
 
     ttfts: list[float]
     """Seconds from arrival to first token, in order of arrival."""
@@ -59,7 +59,7 @@ class Replayed(msgspec.Struct):
 
 
 class Engine(EngineProcess):
-    """One engine from outside."""
+    """One engine, as the benchmark sees it."""
 
     def __init__(
         self, name: str, settings: dict[str, Any], log: IO[str], python: str = sys.executable
@@ -95,7 +95,7 @@ class Engine(EngineProcess):
 
 
 class Home:
-    """A store of the benchmark's own, seen from outside the engines."""
+    """The benchmark's own store and its daemon."""
 
     def __init__(self, folder: str, **fields: Any) -> None:
         self.fields: dict[str, Any] = {"home": folder, "idle_exit_s": 60.0, **fields}
@@ -119,7 +119,7 @@ class Home:
         self._client.call(Clear(), _PATIENCE_S)
 
     def pin(self) -> None:
-        """Keep the one prompt that is stored: with `max_nodes=1` none that follows stays."""
+        """Pin the one stored prompt: with `max_nodes=1`, no later prompt stays."""
         (node,) = self._client.call(ListNodes(2))
         self._client.call(Pin(node["id"]))
 
@@ -136,7 +136,7 @@ class Home:
         return float(sum(times.user + times.system for times in used))
 
     def restart(self) -> None:
-        """Empty the host tier: a new daemon, and files that the system has to read from disk."""
+        """Empty the host tier: start a new daemon, and drop block files from the page cache."""
         self._client.flush(_PATIENCE_S)
         self._stop()
         forget(self._config.home_path / "blocks")
@@ -157,14 +157,14 @@ class Home:
 
 
 def _busy(process: psutil.Process, seconds: float) -> bool:
-    """Whether a process uses more of a core than its housekeeping does, for so long."""
+    """Whether a process uses more than 20 % of a core during `seconds`."""
     before = sum(process.cpu_times()[:2])
     time.sleep(seconds)
     return sum(process.cpu_times()[:2]) - before > 0.2 * seconds
 
 
 def rest(engine: Engine, home: Home) -> None:
-    """Wait until all that a KVShare engine saved is stored and the daemon is quiet."""
+    """Wait until everything a KVShare engine saved is durable and the daemon is idle."""
     engine.settle()
     home.flush()
     home.wait_idle()
@@ -212,7 +212,7 @@ def temporary_home(**fields: Any) -> Iterator[Home]:
 
 
 def engine_settings(model: str, arm: Arm, home: Home) -> dict[str, Any]:
-    """What all arms have in common, and what this one has beside it."""
+    """The arguments of `vllm.LLM` for this arm: the common ones, and its own."""
     common = SETTINGS | {
         "model": model,
         "enforce_eager": True,
@@ -229,7 +229,7 @@ def engine_settings(model: str, arm: Arm, home: Home) -> dict[str, Any]:
 def started(
     settings: dict[str, dict[str, Any]], pythons: dict[str, str]
 ) -> Iterator[dict[str, Engine]]:
-    """Engines by name, all ready. What they print goes to a file that is shown if one dies."""
+    """Engines by name, all ready. If one dies, the error shows the end of its log."""
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.NamedTemporaryFile("w+", suffix=".log"))
         engines = {

@@ -1,4 +1,4 @@
-"""The model that the options ask for, its tokenizer, and texts as its tokens."""
+"""The model that a run uses, its tokenizer, and texts as tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvshare_store.tree.edits import Tokens
 
 
 def model_folder(options: Options) -> Path:
-    """`--model`, or the small model, which is made where it is missing."""
+    """`--model`, or the small model of the examples, which is prepared first if it is missing."""
     return Path(options.model) if options.model else prepare_model()
 
 

@@ -1,4 +1,4 @@
-"""Files that are read from disk, not from the system's memory."""
+"""Drop files from the page cache, so that the next read comes from disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def forget(folder: Path) -> None:
-    """Have the system drop the files of a folder from its cache; they are durable already."""
+    """Drop all files of a folder from the page cache. They must be durable already."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Plots in black, grey and white, and small files of them."""
+"""Plots in greys, written as small PNG files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _GREYS = 16
 
 
 def cumulative(axes: Axes, values: Sequence[float], style: str, **more: Any) -> None:
-    """A line of the share of values that are at most x."""
+    """Draw the empirical distribution of the values: the share that is at most x."""
     ranked = sorted(values)
     shares = [(index + 1) / len(ranked) for index in range(len(ranked))]
     axes.plot(ranked, shares, style, color="black", **more)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of sixteen greys: a quarter of the bytes, and looks the same."""
+    """Write a PNG in sixteen greys: it looks the same and has a quarter of the bytes."""
     from PIL import Image
 
     drawn = io.BytesIO()

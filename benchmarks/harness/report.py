@@ -41,7 +41,7 @@ def report(folder: Path, order: Sequence[str]) -> Path:
 
 
 def targets(results: Iterable[Result]) -> str:
-    """What was to be reached, missed targets as plainly as reached ones."""
+    """The table of targets, reached and missed."""
     rows = [
         (what, measured, "reached" if reached else "**missed**", _linked(result))
         for result in results
@@ -59,7 +59,7 @@ def _linked(result: Result) -> str:
 
 
 def section(result: Result, folder: Path) -> str:
-    """One measurement: what the paper says, ours, the plot, and what it takes to judge it."""
+    """One measurement: the paper's numbers, ours, the plot, sample size, noise and machine."""
     parts = [f"## {result.name}", f"**{result.title}**"]
     if result.short:
         parts.append("*Short form: fewer samples and settings than the full measurement.*")
@@ -88,7 +88,7 @@ _USES_PRESETS = (
 
 
 def _outdated(result: Result) -> str:
-    """A warning where the presets are no longer those that were measured."""
+    """A warning if the presets have changed since the measurement."""
     if result.name not in _USES_PRESETS:
         return ""
     changed = [name for name, now in presets().items() if result.policies.get(name) != now]

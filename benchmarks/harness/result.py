@@ -1,4 +1,4 @@
-"""What a measurement gives: a table for people, JSON for the report, a plot."""
+"""The result of a measurement: a table, JSON for the report, samples, a plot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ APART = "-presets"
 
 @dataclass(frozen=True)
 class Options:
-    """What every measurement is asked with."""
+    """The options of a run."""
 
     data: Path
     """Folder with the data sets; `docs/benchmarks/data.md` says where each comes from."""
@@ -41,7 +41,7 @@ class Options:
     model: str | None = None
     """Hugging Face folder or name (None: the demo model)."""
     short: bool = False
-    """A form that takes a minute or two, with fewer samples and settings."""
+    """Run with fewer samples and settings, in a minute or two."""
 
     def size(self, full: int, short: int) -> int:
         """The sample size that these options ask for."""
@@ -168,14 +168,14 @@ def read(path: Path) -> Result:
 
 
 def text(cell: Cell) -> str:
-    """A cell as people read it: three significant digits, `-` for nothing."""
+    """A cell as text: three significant digits, `-` for None."""
     if cell is None:
         return "-"
     return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 
 
 def show(result: Result) -> None:
-    """The table on the terminal, with what it takes to judge it."""
+    """Print the table, with sample size, noise floor, machine, notes and targets."""
     from rich.console import Console
     from rich.table import Table
 

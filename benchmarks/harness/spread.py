@@ -1,4 +1,4 @@
-"""What tables say of repeated measurements: a median, and how far the others lie apart."""
+"""Medians of repeated measurements, and their spread, as cells of a table."""
 
 from __future__ import annotations
 

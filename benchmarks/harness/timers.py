@@ -1,4 +1,4 @@
-"""Where the time of a request goes, by timers around functions of a process that only measures."""
+"""Timers around functions of an engine: where the time of a request goes."""
 
 from __future__ import annotations
 

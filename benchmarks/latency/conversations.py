@@ -1,7 +1,7 @@
 """Time to first token of conversations in a real engine, beside vLLM's own prefix caching.
 
-Each arm serves a whole conversation, turn after turn without a pause, then the next arm does. What
-KVShare stores or embeds meanwhile is on its own clock, as it is in production.
+Each arm serves a whole conversation, turn after turn without a pause; then the next arm does.
+KVShare saves and embeds meanwhile, and that slows its next turns down as it does in production.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 
 def measure(options: Options) -> Result:
-    """Serve conversations with every arm, every rewrite in a run of its own."""
+    """Serve all conversations with every arm, once for each way to rewrite the history."""
     tokenizer = tokenizer_of(options)
     chosen = islice(conversations(options.data), options.size(6, 2))
     histories = [turns(messages)[:_TURNS] for messages in chosen]

@@ -1,4 +1,4 @@
-"""Throughput and time to first token while requests keep arriving, some of them reusable.
+"""Throughput and time to first token under load; half of the requests can reuse KV.
 
 Requests arrive at random (Poisson); every arm serves the same prompts at the same moments, one arm
 after the other, and begins with empty caches.
@@ -40,7 +40,7 @@ _ANSWER = 8
 
 
 class Traffic(NamedTuple):
-    """What arrives: half of it resembles one of the donors, half is new."""
+    """The requests: half of them resemble a donor, half are new."""
 
     donors: list[list[int]]
     prompts: list[list[int]]
@@ -60,7 +60,7 @@ class Phase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the table and the plot call it."""
+        """Its name in the table and the plot."""
         return "at once" if self.load == _AT_ONCE else f"{self.load:.0%}"
 
     def served(self, arm: str) -> float:

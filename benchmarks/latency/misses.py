@@ -1,6 +1,6 @@
-"""What a miss costs: prompts that nothing stored resembles, with and without KVShare.
+"""The cost of a miss: prompts that resemble no stored prompt, with and without KVShare.
 
-Two engines without KVShare are measured as well; what they differ in is the noise.
+Two engines without KVShare are measured too; the difference between them is the noise.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
     @property
     def of_ideal(self) -> float:
-        """Speed-up as a share of the one if time went with the tokens computed."""
+        """Speed-up by the ideal one: time in proportion to the tokens computed."""
         return self.recomputed / self.times_full
 
 
@@ -111,7 +111,7 @@ def _noise(samples: Samples) -> str:
 
 
 def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:
-    """The median of the settings is what is judged; what each length reaches is said as well."""
+    """The verdict is on the median of the settings; the text gives each length too."""
     settings = [
         (key.length, median(sample.of_ideal for sample in values))
         for key, values in samples.items()

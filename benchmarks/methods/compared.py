@@ -1,4 +1,4 @@
-"""Which methods are compared, and what every measurement of answers needs around them."""
+"""The methods that quality measurements compare, and the engine and progress bar around them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def engine_for(options: Options, dtype: torch.dtype = torch.float32) -> tuple[Ro
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; what it gives is called with how much was done."""
+    """A progress bar on stderr; call what it yields with the number of finished steps."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -59,7 +59,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def lineup(engine: RowEngine, *, short: bool = False) -> list[Method]:
-    """The methods of every table, ours from the strictest on; the short form has one other."""
+    """The methods of every table, ours first; the short form has one other method."""
     if short:
         return [*presets(engine), cacheblend(0.15)]
     return [

@@ -107,7 +107,7 @@ def answer_in_bf16(engine: RowEngine, chat: Chat, asked: Asked, block: list[int]
 def _finish(
     engine: RowEngine, chat: Chat, waiting: list[tuple[Arm, int, Prefilled, list[int]]]
 ) -> None:
-    """Decode all that was prefilled, and note it."""
+    """Decode every prefilled prompt and keep the answers."""
     ready = [prefilled for _, _, prefilled, _ in waiting]
     answers = drafted(engine, ready, [draft for *_, draft in waiting], NEW, chat.stop)
     for (arm, index, prefilled, _), answer in zip(waiting, answers, strict=True):

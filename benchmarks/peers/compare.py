@@ -1,4 +1,4 @@
-"""Another system's engine beside plain vLLM, prefix caching and KVShare, on the same prompts.
+"""Compare another system's engine with plain vLLM, prefix caching and KVShare, on the same prompts.
 
 Each prompt is served three times: as a miss, again, and changed.
 """

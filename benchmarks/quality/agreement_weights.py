@@ -1,4 +1,4 @@
-"""What `agreement` found, counted in other ways: which weighting, which pairs, which tokens.
+"""The numbers of `agreement` under other weightings and selections of pairs and tokens.
 
 Nothing is computed anew: the share reused and the KL of every pair are samples of `agreement`.
 """
@@ -33,7 +33,7 @@ RESAMPLES = 2_000
 
 
 class Pairs(NamedTuple):
-    """What is known of each pair, in the order of `agreement.json`."""
+    """Facts about each pair, in the order of the samples of `agreement`."""
 
     tokens: NDArray[np.int64]
     template: int

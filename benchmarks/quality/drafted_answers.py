@@ -1,4 +1,4 @@
-"""Greedy answers to many caches of the same prompts, as fast as a CPU allows."""
+"""Greedy answers from many caches of the same prompts, fast on a CPU: drafts are verified first."""
 
 from __future__ import annotations
 

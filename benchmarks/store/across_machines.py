@@ -1,4 +1,4 @@
-"""How soon a prompt that one machine computed is reused on another."""
+"""Seconds from a save on one machine to reuse on another."""
 
 from __future__ import annotations
 

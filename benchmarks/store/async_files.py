@@ -1,4 +1,4 @@
-"""The disk tier through plain calls in its own threads, as it is, and through aiofiles."""
+"""The disk tier with blocking calls in threads, as it is, against the same tier with aiofiles."""
 
 from __future__ import annotations
 

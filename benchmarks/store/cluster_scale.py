@@ -1,4 +1,4 @@
-"""Scale on paper: what a cluster of 8 to 1,024 engines would save, from rates measured or assumed.
+"""A model of what a cluster of 8 to 1,024 engines would save, from measured or assumed rates.
 
 What can be checked is: the share of tokens that engines find in caches of their own and in a shared
 store, by a formula and by replaying a production trace.

@@ -1,4 +1,4 @@
-"""How rows are packed: size, speed, and what a lossy codec does to the next token."""
+"""Codecs: size, speed, and how a lossy codec changes the next token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a lookup costs that never helps: prompts unlike each other, nodes unlike them."""
+"""The cost of a lookup that finds nothing: prompts and stored nodes are all unlike each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lookups a second, what a crafted prompt costs, and a lookup beside a slow tier: a real store."""
+"""Lookups of a real store: rate, the cost of crafted prompts, and latency beside a slow tier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What media give without the store: memory, files, remotes by their own clients."""
+"""The speed of media without the store: memory, files, and remotes through their own clients."""
 
 from __future__ import annotations
 

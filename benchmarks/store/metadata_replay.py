@@ -1,4 +1,4 @@
-"""A store of metadata only: the store's own planner and index over nodes without rows.
+"""Replay prompts through the store's own planner and index, over nodes without rows.
 
 What a plan would reuse depends on tokens and vectors alone, so thousands of prompts can be replayed
 in order without a model. Plans are never declined for their cost: what is counted is the same on
@@ -38,7 +38,7 @@ ENGINE_BLOCK = 16
 
 
 class Served(NamedTuple):
-    """What became of one prompt: tokens."""
+    """Token counts of one served prompt."""
 
     tokens: int
     reused: int
@@ -111,7 +111,7 @@ class MetadataStore:
         self._delimiters = delimiters
 
     def plan(self, tokens: Tokens, vector: Vector | None = None) -> Draft:
-        """What the store would answer."""
+        """The plan that the store would make."""
         nominator: Nominator = Nominator(self.tree, self.index)
         if self._own:
             nominator = _WithOwnVector(self.tree, self.index)

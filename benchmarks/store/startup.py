@@ -1,4 +1,4 @@
-"""How long a store with many blocks takes to its first answer, beside one that is empty."""
+"""Seconds from opening a store of many blocks to its first answer, beside an empty store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put and get of every tier, beside what the medium gives without us, in the same run."""
+"""Put and get rates of every tier, beside those of its medium alone, in the same run."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _remotes(
 
 
 def measure(options: Options) -> Result:
-    """All arms, one after the other, so often."""
+    """Run all arms in turn, several rounds."""
     named = random_blocks(options.size(BLOCKS, SHORT_BLOCKS))
     rounds = SHORT_ROUNDS if options.short else ROUNDS
     times: dict[str, list[tuple[float, float]]] = {}
