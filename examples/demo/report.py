@@ -147,7 +147,7 @@ def speedups(rows: Iterable[dict[str, Any]], arm: str) -> list[float]:
 
 
 def ratio(times: Times, over: str, under: str) -> float:
-    """How many times as long one way took as the other, by their medians."""
+    """Median time of one way, as a multiple of the other's."""
     return statistics.median(times[over]) / statistics.median(times[under])
 
 
@@ -176,7 +176,7 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine: processor, cores, and whether it has AMX."""
     cpu = cpu_info()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
@@ -186,7 +186,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_info(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """What Linux says about the first CPU; nothing elsewhere."""
+    """Linux's facts about the first CPU; empty elsewhere."""
     try:
         first = path.read_text().split("\n\n")[0]
     except OSError:
@@ -199,7 +199,7 @@ def cpu_info(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 
 def problems(results: Results) -> list[str]:
-    """Why the job did not work, a line each; empty if it did."""
+    """Reasons why the demo failed, a line each; empty if it worked."""
     silent = [f.family for f in results.followers if not f.answered]
     found = []
     if not results.followers or silent:

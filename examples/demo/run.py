@@ -62,7 +62,7 @@ from kvshare_store.errors import KVShareError
 
 
 def arm_settings(arm: str, home: str) -> dict[str, Any]:
-    """What this arm's engine has beside the common settings."""
+    """The settings of this arm's engine, beside the common ones."""
     caching = {"enable_prefix_caching": arm in ("prefix", "kvshare")}
     if arm in ("full", "prefix"):
         return caching
@@ -120,7 +120,7 @@ class Demo:
 
 @contextmanager
 def temporary_home() -> Iterator[str]:
-    """A store of the demo's own; its daemon ends with it."""
+    """A temporary store; its daemon stops with the context."""
     with tempfile.TemporaryDirectory(prefix="kvshare-demo-") as home:
         try:
             yield home

@@ -1,4 +1,4 @@
-"""What the demo sends to which engine, in which order, and what it counts."""
+"""One run of the demo: which prompts go to which engine, in which order, and what is counted."""
 
 import time
 import uuid
@@ -25,7 +25,7 @@ class DemoError(RuntimeError):
 
 
 class StoreView:
-    """What the daemon of the demo's home has counted."""
+    """The counters of the demo's daemon."""
 
     def __init__(self, home: str) -> None:
         from kvshare_store.daemon.client import Client
@@ -50,12 +50,12 @@ class StoreView:
         return True
 
     def close(self) -> None:
-        """Leave the daemon alone again."""
+        """Close the connection to the daemon."""
         self._client.close()
 
 
 def reuse_between(before: dict[str, Any], after: dict[str, Any], answer: Answer) -> Reuse:
-    """What became of one prompt's tokens, from the counters around it.
+    """How many of a prompt's tokens were reused and recomputed, from the counters around it.
 
     The store does not count the tokens that the engine's own prefix cache already covered; they are
     what is missing from the prompt's length.
@@ -71,7 +71,7 @@ def reuse_between(before: dict[str, Any], after: dict[str, Any], answer: Answer)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is sent, and how often all of it."""
+    """The prompts that are sent, and how often."""
 
     families: Sequence[Family] = FAMILIES
     misses: Sequence[str] = misses()
@@ -81,13 +81,13 @@ class Workload:
 
     @classmethod
     def short(cls) -> Self:
-        """What fits into four minutes: two followers of five families and two misses, once."""
+        """A workload of four minutes: two followers of five families and two misses, once."""
         families = [Family(f.name, f.donor, f.followers[:2]) for f in FAMILIES[:5]]
         return cls(families, misses()[:2], 1, repeats=False)
 
     @property
     def steps(self) -> int:
-        """Prompts of one kind or another, for the progress bar."""
+        """The number of prompts, for the progress bar."""
         sent = sum(1 + len(family.followers) for family in self.families)
         again = len(self.families) if self.repeats else 0
         return self.repetitions * (sent + len(self.misses)) + again

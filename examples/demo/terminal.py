@@ -1,4 +1,4 @@
-"""How the terminal shows the report: a table, a summary, and one answer side by side."""
+"""The report in the terminal: a table, a summary, and one answer side by side."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -63,7 +63,7 @@ def summary_panel(summary: dict[str, Any]) -> Panel:
 
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the summary says, as pairs of a label and a value; nothing of what was not sent."""
+    """Labels and values of the summary; prompts that were not sent have no line."""
     light, long, floor = (
         summary[key] for key in ("speedup_1k_10pct", "speedup_1k_balanced", "noise_floor")
     )
@@ -111,7 +111,7 @@ def number(value: float | None) -> str:
 
 
 def pick_example(followers: Sequence[FollowerResult]) -> FollowerResult:
-    """The two readers of the seed paper's figure if they were measured; never by its outcome."""
+    """The two readers of the paper's figure if they were measured; the outcome plays no part."""
     return next((f for f in followers if f.family == "book_character"), followers[0])
 
 

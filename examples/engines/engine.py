@@ -65,7 +65,7 @@ class Engine(EngineProcess):
         super().__init__(name, command, log)
 
     def ask(self, text: str, salt: str, max_tokens: int = 1, *, chat: bool = True) -> Answer:
-        """Have one prompt answered: the text as it is, or as the one message of a chat."""
+        """Answer one prompt: the plain text, or the text as the one message of a chat."""
         asked = {"text": text, "salt": salt, "max_tokens": max_tokens, "chat": chat}
         return Answer(**self._do("ask", **asked))
 
@@ -75,7 +75,7 @@ class Engine(EngineProcess):
 
 
 class Commands:
-    """What the process is told to do."""
+    """The commands of the process."""
 
     def __init__(self, llm: "LLM") -> None:
         self._llm = llm

@@ -1,4 +1,4 @@
-"""A process that holds an engine: it takes commands as lines of JSON and answers each with a line.
+"""A process that runs an engine. Each command and each answer is a line of JSON.
 
 `EngineProcess` is the side of the caller, `answer_commands` the side of the process.
 """
@@ -32,7 +32,7 @@ class EngineError(RuntimeError):
 
 
 class EngineProcess:
-    """A process that runs one engine, as its caller sees it."""
+    """The caller's side of a process that runs one engine."""
 
     def __init__(self, name: str, command: Sequence[str], log: IO[str]) -> None:
         """Start `command`; what it prints to stderr goes to `log`."""
@@ -48,7 +48,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process."""
         return self._process.pid
 
     def ready(self) -> str:

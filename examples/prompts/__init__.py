@@ -1,1 +1,1 @@
-"""Prompts written for the examples: families of similar prompts, and prompts that have no like."""
+"""Prompts written for the examples: families of similar prompts, and unrelated prompts."""

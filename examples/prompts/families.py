@@ -1,4 +1,4 @@
-"""Families of similar prompts, and prompts that resemble nothing else.
+"""Families of similar prompts, and prompts that are unlike all others.
 
 A family is what a busy server sees from people who share a template. One person sends the donor;
 others send followers, which differ in names and numbers and have sentences added or left out.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.result import Options, Result, presets, read, run
+import msgspec
+
+from benchmarks.harness.result import Options, Result, presets, read, run, write
 from tests.benchmarks.results import result
 
 
@@ -24,3 +26,12 @@ def test_a_short_result_does_not_take_the_place_of_a_full_one(tmp_path: Path) ->
         options = Options(data=tmp_path, out=tmp_path, short=short)
         assert run(measured, None, options, "command").n == {"prompts": 2 if short else 100}
         assert read(tmp_path / "a.json").n == {"prompts": kept}
+
+
+def test_samples_lie_apart_and_are_read_back_where_they_still_are(tmp_path: Path) -> None:
+    made = result("a", series={"kl": [0.5, 0.25]}, notes=["one", "two"])
+    write(made, None, tmp_path)
+    assert read(tmp_path / "a.json") == made
+    assert "0.25" not in (tmp_path / "a.json").read_text()
+    (tmp_path / "samples" / "a.json").unlink()
+    assert read(tmp_path / "a.json") == msgspec.structs.replace(made, series={})

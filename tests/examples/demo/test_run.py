@@ -1,4 +1,4 @@
-"""How the demo measures: who is asked what, in which order."""
+"""How the demo measures: which engine is sent what, in which order."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""The demo model: converted once, complete or not there at all, and it answers."""
+"""The small model: converted once, complete or not there at all, and it answers."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""The demo's prompts are what the demo says they are."""
+"""Prompts are as similar to each other, and as long, as they are said to be."""
 
 from collections.abc import Callable
 from itertools import combinations
