@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from benchmarks.__main__ import MEASUREMENTS
 from benchmarks.harness.report import ReportError, report
 from benchmarks.harness.result import presets, write
 from tests.benchmarks.results import result
@@ -55,3 +56,20 @@ def test_results_of_other_presets_and_sample_sizes_say_so(tmp_path: Path) -> Non
         assert f"| soon in {name} | it is | reached | [{name}](#{name}) |" in verdicts
     assert "| soon in ttft | it is | reached | [ttft](#ttft) (*other settings*) |" in verdicts
     assert all("*The sample size was given" in sections[name] for name in ("ttft", "scale"))
+
+
+RECORDED = Path(__file__).parents[3] / "docs" / "benchmarks"
+
+
+def test_the_recorded_page_is_made_of_the_recorded_results(tmp_path: Path) -> None:
+    for path in (*RECORDED.glob("*.json"), *RECORDED.glob("*.png")):
+        (tmp_path / path.name).symlink_to(path)
+    assert report(tmp_path, list(MEASUREMENTS)).read_text() == (RECORDED / "index.md").read_text()
+
+
+def test_what_is_recorded_weighs_little() -> None:
+    """Raw samples are not in git, and no plot is larger than 100 kB."""
+    for path in RECORDED.glob("*.json"):
+        assert '"series"' not in path.read_text(), path.name
+    sizes = {path.name: path.stat().st_size for path in RECORDED.glob("*.png")}
+    assert [name for name, size in sizes.items() if size > 100_000] == []
