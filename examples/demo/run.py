@@ -39,11 +39,9 @@ How it is measured:
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -53,11 +51,12 @@ from rich.console import Console
 from examples.demo import report
 from examples.demo.progress import Bar, Lines, progress_of
 from examples.demo.report import Results
-from examples.demo.session import COMPARED, DemoError, Session, StoreView, Workload
+from examples.demo.session import COMPARED, DemoError, Session, Workload
 from examples.demo.terminal import show
 from examples.engines.engine import SETTINGS, Engine, kvshare_settings
 from examples.engines.process import EngineError
 from examples.engines.small_model import SmallModelError, prepare_model
+from examples.engines.store import StoreView, temporary_home
 from kvshare_store.errors import KVShareError
 
 
@@ -116,17 +115,6 @@ class Demo:
         """Start one engine; it is not ready yet."""
         model = {"model": str(self.options.model), "enforce_eager": not self.options.compile}
         return Engine(name, SETTINGS | model | arm_settings(name, home), self.log)
-
-
-@contextmanager
-def temporary_home() -> Iterator[str]:
-    """A temporary store; its daemon stops with the context."""
-    with tempfile.TemporaryDirectory(prefix="kvshare-demo-") as home:
-        try:
-            yield home
-        finally:
-            command = [sys.executable, "-m", "kvshare_store.cli.main", "stop", "--home", home]
-            subprocess.run(command, capture_output=True, check=False)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

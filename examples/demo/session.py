@@ -1,6 +1,5 @@
 """One run of the demo: which prompts go to which engine, in which order, and what is counted."""
 
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Self
 from examples.demo import report
 from examples.demo.report import FollowerResult, Results, Reuse, Times
 from examples.engines.engine import Answer, Engine
+from examples.engines.store import StoreView
 from examples.prompts.families import FAMILIES, WARM_UP, Family, misses
 
 ANSWER_TOKENS = 32
@@ -22,36 +22,6 @@ COMPARED = ("full", "prefix", "kvshare")
 
 class DemoError(RuntimeError):
     """The demo cannot go on; the message is one line that says why."""
-
-
-class StoreView:
-    """The counters of the demo's daemon."""
-
-    def __init__(self, home: str) -> None:
-        from kvshare_store.daemon.client import Client
-
-        self._client = Client(home)
-
-    def stats(self) -> dict[str, Any]:
-        """All counters."""
-        return self._client.stats()
-
-    def settle(self, nodes: int, seconds: float) -> bool:
-        """Wait for the store to have more than `nodes` nodes, all durable; False if it takes long.
-
-        Not every prompt becomes a node: one whose every row is stored already does not.
-        """
-        deadline = time.monotonic() + seconds
-        while self.stats()["nodes"] <= nodes:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        self._client.flush()
-        return True
-
-    def close(self) -> None:
-        """Close the connection to the daemon."""
-        self._client.close()
 
 
 def reuse_between(before: dict[str, Any], after: dict[str, Any], answer: Answer) -> Reuse:
