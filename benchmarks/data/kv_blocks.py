@@ -35,6 +35,12 @@ def random_blocks(count: int) -> Named:
     return [(block_name(block), block) for block in blocks]
 
 
+def described(named: Named) -> str:
+    """Random blocks, as the `model` of a result."""
+    size = len(named[0][1].data)
+    return f"none (random rows of SmolLM2-135M's shape, {size:,} bytes a block)"
+
+
 def bf16_engine(options: Options) -> RowEngine:
     """The model in bf16, as engines serve it."""
     return RowEngine.load(model_folder(options), torch.bfloat16)

@@ -13,7 +13,7 @@ import aiofiles.os
 import numpy as np
 from rich.progress import track
 
-from benchmarks.data.kv_blocks import Named, random_blocks
+from benchmarks.data.kv_blocks import Named, described, random_blocks
 from benchmarks.harness.concurrency import spent
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
@@ -137,8 +137,7 @@ def measure(options: Options) -> Result:
         title="Block files: plain calls in threads, and aiofiles",
         n={"blocks": len(named), "rounds": rounds},
         seed=0,
-        model="none (random rows of SmolLM2-135M's shape, "
-        f"{len(named[0][1].data):,} bytes a block)",
+        model=described(named),
         noise_floor="the spread over rounds, in the table",
         columns=["what", "threads", "spread", "aiofiles", "spread", "aiofiles costs %", "spread"],
         rows=rows,

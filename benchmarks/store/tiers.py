@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.progress import track
 
-from benchmarks.data.kv_blocks import Named, random_blocks
+from benchmarks.data.kv_blocks import Named, described, random_blocks
 from benchmarks.harness.concurrency import spent
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
@@ -170,8 +170,7 @@ def measure(options: Options) -> Result:
         title="Tiers: putting and getting blocks, beside the medium without us",
         n={"blocks": len(named), "rounds": rounds},
         seed=0,
-        model="none (random rows of SmolLM2-135M's shape, "
-        f"{len(named[0][1].data):,} bytes a block)",
+        model=described(named),
         noise_floor="the spread over rounds, in the table",
         columns=["arm", "put GB/s", "spread", "get GB/s", "spread", "beside", "put ratio",
                  "get ratio"],
