@@ -15,9 +15,9 @@ from benchmarks.data.datasets import file_of, lines
 Message = dict[str, str]
 
 _TRUNCATED_TO = 120
-"""Characters that are left of an old tool result."""
+"""Length of a truncated tool result in characters."""
 _RECENT = 1
-"""Tool results that are kept in full, the last ones."""
+"""How many of the latest tool results are kept in full."""
 
 
 class Rewrite(NamedTuple):

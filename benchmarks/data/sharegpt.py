@@ -16,7 +16,7 @@ from benchmarks.harness.result import Options
 from kvshare_store.tree.edits import Tokens
 
 CONVERSATIONS, SHORT_CONVERSATIONS = 8_865, 600
-"""The first so many of ShareGPT."""
+"""How many conversations of ShareGPT are read."""
 
 
 class Prompts(NamedTuple):

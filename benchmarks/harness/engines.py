@@ -30,7 +30,7 @@ from kvshare_store.daemon.protocol import Clear, ListNodes, Pin
 from kvshare_store.daemon.spawn import ensure_daemon
 
 LONGEST = 8192
-"""Tokens of a sequence: what the demo model was made for."""
+"""Longest sequence in tokens: the small model's context length."""
 _GONE_S = 30.0
 _PATIENCE_S = 300.0
 _QUIET_S = 0.1
@@ -42,7 +42,7 @@ class Timed(msgspec.Struct):
     ttft_s: float
     tokens: int
     cached: int
-    """Prompt tokens that vLLM did not compute before the request's own rows, as vLLM says."""
+    """Prompt tokens that vLLM reports as cached."""
     token_ids: list[int]
     text: str
     parts: dict[str, float]
@@ -55,7 +55,7 @@ class Replayed(msgspec.Struct):
     ttfts: list[float]
     """Seconds from arrival to first token, in order of arrival."""
     seconds: float
-    """From the first moment to the end of the last request."""
+    """Seconds from the start to the end of the last request."""
 
 
 class Engine(EngineProcess):
@@ -181,7 +181,7 @@ class Arm:
     more: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
     python: str = sys.executable
-    """What runs it: another system may live in an environment of its own."""
+    """The interpreter: another system may have its own environment."""
 
 
 @contextmanager

@@ -24,7 +24,7 @@ Cell = str | int | float | None
 SAMPLES = "samples"
 """The folder of samples beside the results."""
 APART = "-presets"
-"""How the name of a measurement ends that takes more samples of a part of the one before it."""
+"""Suffix of a measurement that repeats a part of another one with more samples."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options:
     """Sample size (None: the measurement's own, or its short one)."""
     seed: int = 0
     model: str | None = None
-    """Hugging Face folder or name (None: the demo model)."""
+    """Hugging Face folder or name (None: the small model)."""
     short: bool = False
     """Run with fewer samples and settings, in a minute or two."""
 
@@ -57,17 +57,17 @@ class Result(msgspec.Struct, kw_only=True):
     """Sample sizes by what was sampled: `{"prompts": 500, "hits": 212}`."""
     seed: int
     model: str
-    """What computed the numbers; `none` where nothing was computed but counts."""
+    """The model that computed the numbers; `none` for pure counts."""
     noise_floor: str
-    """What the same measurement gives for full compute run twice, or why there is none."""
+    """The result for full compute against itself, or why there is none."""
     columns: list[str]
     rows: list[list[Cell]]
     paper: str = ""
     """What the paper reports for the same thing, in a sentence."""
     notes: list[str] = []
-    """What differs, what failed, what a reader must know."""
+    """Differences from the paper, failures, and other facts for the reader."""
     targets: list[tuple[str, str, bool]] = []
-    """`(what was to be reached, what was measured, reached or not)`."""
+    """`(target, measured value, whether it was reached)`."""
     series: dict[str, Any] = {}
     """Samples that the plot or another measurement needs. They are written apart."""
     command: str = ""
@@ -76,7 +76,7 @@ class Result(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     short: bool = False
     policies: dict[str, str] = {}
-    """The presets as they were when this was measured; `run` fills in those of today."""
+    """The presets at the time of the measurement; `run` fills in the current ones."""
 
 
 def presets() -> dict[str, str]:

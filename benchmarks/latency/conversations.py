@@ -31,7 +31,7 @@ _ARMS = {
 _TURNS = 6
 _ANSWER = 8
 _MOST = {"as it is": 0.7}
-"""What KVShare may take at most, times prefix caching's, by kind of history."""
+"""Target: KVShare's time as a multiple of prefix caching's, by kind of history."""
 
 
 class Turn(NamedTuple):

@@ -30,7 +30,7 @@ _ARMS = {
     "kvshare": Arm(caching=True, kvshare=True),
 }
 _AT_ONCE = math.inf
-"""All requests are there when the first is served: what can an arm serve?"""
+"""All requests arrive at once, which measures the arm's throughput."""
 _LOADS = (_AT_ONCE, 0.5, 0.8, 1.1)
 """Arrivals a second, as a share of what plain vLLM serves at once."""
 _LENGTHS = (512, 768, 1024, 1536)
@@ -45,7 +45,7 @@ class Traffic(NamedTuple):
     donors: list[list[int]]
     prompts: list[list[int]]
     arrivals: list[float]
-    """Seconds, were the rate one request a second."""
+    """Arrival times in seconds at a rate of one request a second."""
 
 
 class Phase(NamedTuple):

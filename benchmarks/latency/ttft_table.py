@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TARGET_LENGTHS, TARGET_RECOMPUTED, TARGET_SHARE = (2048, 4096), 0.10, 0.65
 DEADLINE_MS = 10_000.0
-"""How long a plan may take here, so that reading from disk is seen in full."""
+"""Deadline of a plan, long enough to measure reads from disk in full."""
 
 
 class Key(NamedTuple):

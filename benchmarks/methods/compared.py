@@ -19,7 +19,7 @@ from benchmarks.methods.kvshare import kvshare, prefix
 from kvshare_store.lookup.text import delimiter_ids
 
 FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
-"""Full compute as what all is held against, and the two noise floors."""
+"""Full compute, which is the reference, and the two noise floors."""
 
 
 class Arm:

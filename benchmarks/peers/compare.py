@@ -27,7 +27,7 @@ LENGTHS = (768, 1024, 1536, 2048)
 SHARE = 0.9
 _KINDS = ("miss", "again", "similar")
 _STORED_S = 1.0
-"""Others store in the background and do not say when they are done."""
+"""Pause after a request: other systems store in the background and do not report completion."""
 
 
 class Peer(NamedTuple):
@@ -35,9 +35,9 @@ class Peer(NamedTuple):
 
     name: str
     settings: dict[str, Any]
-    """Of its engine, beside those that all have."""
+    """Arguments of `vllm.LLM` for its engine, beside the common ones."""
     python: str
-    """That can import it."""
+    """A Python interpreter that can import it."""
     salted: bool = True
     """Whether it can find prompts that have a `cache_salt`."""
 

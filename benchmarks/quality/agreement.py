@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FLOOR_EVERY = 3
 """The noise floor is computed on every third pair: bf16 is slow on most CPUs."""
 LONG = 256
-"""Tokens from which on a prompt is a long one."""
+"""Least length of a long prompt in tokens."""
 COLUMNS = [
     "method",
     "reused",
@@ -209,7 +209,7 @@ _MARKS = {
 
 
 _LABELS = 20
-"""With more points than this only presets and the frontier are named: names would lie on names."""
+"""With more points than this, only presets and the frontier get labels, which would overlap."""
 
 
 def draw(result: Result) -> Figure:

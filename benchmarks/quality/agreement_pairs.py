@@ -24,10 +24,10 @@ SHARE = 0.8
 """Least share of the prompt that aligns with the donor in runs of at least `_RUN` tokens."""
 _RUN = 8
 _AFTER_EDIT = 16
-"""Fewest such tokens after the first edit; with fewer it is a matter of prefix caching."""
+"""Least number of such tokens after the first edit; below it, prefix caching is enough."""
 _NOMINATED = 4
 _PER_DONOR = 2
-"""How often one prompt may be a donor, so that a much used template does not rule the mean."""
+"""Most uses of one prompt as a donor, so that a popular template does not dominate the mean."""
 
 
 class SimilarPair(NamedTuple):

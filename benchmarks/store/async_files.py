@@ -25,12 +25,12 @@ from kvshare_store.tensors.frame import Block, decode_frame, encode_frame
 BLOCKS, SHORT_BLOCKS = 64, 16
 ROUNDS, SHORT_ROUNDS = 15, 3
 MOST = 5
-"""Per cent of a rate or a latency: what aiofiles may cost and be used."""
+"""Limit in per cent of a rate or a latency: aiofiles is used if it costs no more."""
 
 RATES = ("put GB/s", "get, cold GB/s", "get, warm GB/s")
 """With eight blocks at a time."""
 LATENCIES = ("put alone ms", "get alone ms", "put alone, CPU ms", "get alone, CPU ms")
-"""One block after the other, of warm files; of CPU time nobody else's work is a part."""
+"""One block after the other, with warm files. CPU time excludes other processes."""
 
 
 class AsyncDiskTier(DiskTier):

@@ -45,11 +45,11 @@ class Rates(NamedTuple):
     """Bytes of rows ÷ bytes kept."""
     pack: float
     unpack: float
-    """Verified: what reading a block costs apart from the medium."""
+    """Unpacking and verification: the cost of a read without the medium."""
     warm: float
-    """Loading from the disk tier, files in the system's cache."""
+    """Loading from the disk tier with a warm page cache."""
     cold: float
-    """The same with the system told to forget the files."""
+    """The same with a cold page cache."""
     spread: tuple[float, float]
     """Least and greatest of the cold rounds."""
 

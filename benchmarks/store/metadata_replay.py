@@ -33,7 +33,7 @@ from kvshare_store.tree.node import Node, node_id
 MEASURED_TOKENS = 64
 """Shorter prompts are stored (from `min_prompt_tokens` on) but not counted."""
 REUSABLE = ReusePolicy("aggressive", min_run=4, tail=1, max_generation=1_000_000)
-"""What alignment finds: runs of 4 tokens and more, nothing recomputed for quality."""
+"""All that alignment finds: runs of 4 tokens and more, with nothing recomputed for quality."""
 ENGINE_BLOCK = 16
 
 

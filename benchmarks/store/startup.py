@@ -35,7 +35,7 @@ REPEATS, SHORT_REPEATS = 5, 2
 BLOCK_TOKENS = 64
 TARGET_S = 1.0
 NAMESPACE = Namespace("startup", KVLayout(1, 1, 16, "float32"))
-"""Rows of 128 bytes: what counts here is how many files there are."""
+"""Rows of 128 bytes: only the number of files matters here."""
 
 
 def fill(home: Path, blocks: int) -> list[int]:

@@ -33,10 +33,10 @@ WINDOW = 100
 SHARE = 4
 """The host budget is the working set divided by this."""
 LONGEST = 1_024
-"""Prompts are cut here, so that no single one is much of a budget."""
+"""Longest prompt in tokens, so that no prompt takes much of the budget."""
 _PAUSE = 10
 NAMESPACE = Namespace(model="steady", layout=KVLayout(1, 1, 16, "float32"))
-"""Rows of 128 bytes: budgets bite as with a real model, and the bytes stay few."""
+"""Rows of 128 bytes: budgets work as with a real model, and memory stays small."""
 
 
 class Stream(NamedTuple):

@@ -65,11 +65,11 @@ class Results:
 
     followers: list[FollowerResult] = field(default_factory=list)
     misses: list[Times] = field(default_factory=list)
-    """For each prompt that resembles no other: what `full` and `kvshare` took."""
+    """For each unrelated prompt: the times of `full` and `kvshare`."""
     repeated: list[Times] = field(default_factory=list)
-    """For each prompt sent twice: what `full` and `again`, the second time, took."""
+    """For each prompt sent twice: the time of `full`, and of the second time (`again`)."""
     errors: dict[str, int] = field(default_factory=dict)
-    """What the store counted as failures."""
+    """Errors that the store counted, by kind."""
 
 
 # --- the report -----------------------------------------------------------------------------------

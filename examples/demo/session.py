@@ -14,9 +14,9 @@ from examples.prompts.families import FAMILIES, WARM_UP, Family, misses
 ANSWER_TOKENS = 32
 REPETITIONS = 3
 DONOR_KEPT_S = 30
-"""Nothing can be measured without the donor in the store; a failure after this long."""
+"""Longest wait for the store to keep a donor; without it nothing can be measured."""
 KEPT_S = 0.5
-"""How long other prompts may take to become nodes. Some never do; nothing depends on them."""
+"""Longest wait for other prompts. Some never become nodes; nothing depends on them."""
 COMPARED = ("full", "prefix", "kvshare")
 
 
