@@ -1,9 +1,9 @@
-# make setup    the virtual environment .venv, the project in it, and the demo model
+# make setup    the virtual environment .venv, the project in it, and a small model
 # make test     every test
 # make test-upstream   vLLM's own scheduler tests with our schedulers (ARMS="schedulers beside": more)
 # make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
 # make bench-setup   what the benchmarks compare with, in .venv-bench
-# make bench DATA=DIR   a short form of every measurement, and the page of results
+# make bench DATA=DIR   a short form of every measurement, and a page of them, in bench-results/
 # make bench-store DATA=DIR   the store alone: tiers beside their media, codecs, start-up, lookups
 # make chaos N=1000   kill processes at random moments and compare every row (SEED=, REMOTE=)
 # make chaos-machines   three machines on one remote and one catalogue: is anything lost (STEPS=, SEED=)
@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
 setup: .venv/project.stamp
-	@$(PY) -m examples.demo.model
+	@$(PY) -m examples.engines.small_model
 
 # The stamps are written last, so a set-up that was cut short is done again from the start.
 .venv/packages.stamp: requirements/lock.txt
@@ -70,8 +70,8 @@ demo: setup
 bench: export OMP_WAIT_POLICY = PASSIVE
 bench: setup bench-setup
 	@test -d "$(DATA)" || { echo "make bench DATA=DIR: see docs/benchmarks/data.md"; exit 1; }
-	$(PY) -m benchmarks run all --short --data "$(DATA)"; status=$$?; \
-		$(PY) -m benchmarks report && exit $$status
+	$(PY) -m benchmarks run all --short --data "$(DATA)" --out bench-results; status=$$?; \
+		$(PY) -m benchmarks report --out bench-results && exit $$status
 
 STORE_BENCHMARKS = tiers codecs startup metadata pipelining machines eviction misses_store plans steady
 bench-store: setup
@@ -93,7 +93,7 @@ churn: setup
 
 docs: setup
 	$(PY) -m benchmarks report
-	$(PY) -m benchmarks.links
+	$(PY) -m benchmarks.harness.dead_links
 
 lint: setup packages
 	.venv/bin/ruff check .

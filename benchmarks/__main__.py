@@ -11,38 +11,38 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.result import APART, Options, run
+from benchmarks.harness.result import APART, Options, run
 
 MEASUREMENTS: dict[str, str] = {
-    "figure2": "figure2",
-    "figure4": "figure4",
-    "ttft": "ttft",
-    "shapes": "shapes",
-    "load": "load",
-    "conversations": "conversations",
-    "misses": "misses",
-    "misses_store": "misses_store",
-    "plans": "plans",
-    "steady": "steady",
-    "eviction": "eviction",
-    "tiers": "tiers",
-    "async-files": "async_files",
-    "codecs": "codecs",
-    "startup": "startup",
-    "metadata": "metadata",
-    "pipelining": "pipelining",
-    "machines": "machines",
-    "scale": "scale",
-    "lmcache": "lmcache",
-    "semblend": "semblend",
-    "table1": "table1",
-    "table1-presets": "table1_presets",
-    "probes": "probes",
-    "rag": "rag",
-    "agreement": "agreement",
-    "agreement-presets": "agreement_presets",
-    "agreement-weights": "agreement_weights",
-    "agreement-tune": "agreement_tune",
+    "figure2": "paper.figure2",
+    "figure4": "paper.figure4",
+    "ttft": "latency.ttft",
+    "shapes": "latency.model_shapes",
+    "load": "latency.load",
+    "conversations": "latency.conversations",
+    "misses": "latency.misses",
+    "misses_store": "store.lookup_misses",
+    "plans": "store.lookups",
+    "steady": "store.steady_state",
+    "eviction": "store.eviction",
+    "tiers": "store.tiers",
+    "async-files": "store.async_files",
+    "codecs": "store.codecs",
+    "startup": "store.startup",
+    "metadata": "store.metadata",
+    "pipelining": "store.pipelining",
+    "machines": "store.across_machines",
+    "scale": "store.cluster_scale",
+    "lmcache": "peers.lmcache",
+    "semblend": "peers.semblend",
+    "table1": "paper.table1",
+    "table1-presets": "paper.table1_presets",
+    "probes": "quality.probes",
+    "rag": "quality.rag",
+    "agreement": "quality.agreement",
+    "agreement-presets": "quality.agreement_presets",
+    "agreement-weights": "quality.agreement_weights",
+    "agreement-tune": "quality.agreement_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _all(short: bool) -> list[str]:
-    """The short form leaves out what is a part of another measurement."""
+    """All names; the short form skips measurements that repeat a part of another one."""
     return [name for name in MEASUREMENTS if not (short and name.endswith(APART))]
 
 
@@ -86,7 +86,7 @@ def run_one(
 
 
 def _run_apart(names: list[str], options: Options) -> int:
-    """Several measurements, each in a process of its own: one that fails stops no other."""
+    """Run each measurement in its own process, so that a failure stops no other."""
     failed = []
     for name in names:
         words = shlex.split(_command(name, options))[1:]
@@ -101,7 +101,7 @@ def _run_apart(names: list[str], options: Options) -> int:
 @app.command("report")
 def write_report(out: Out = Path("docs/benchmarks")) -> None:
     """Make `index.md` from the JSON files in a folder."""
-    from benchmarks.report import ReportError, report
+    from benchmarks.harness.report import ReportError, report
 
     try:
         typer.echo(report(out, list(MEASUREMENTS)))
@@ -114,9 +114,9 @@ def fetch_data(
     name: Annotated[str, typer.Argument(help="A data set.")],
     to: Annotated[Path, typer.Option(help="The folder that `--data` will name.")],
 ) -> None:
-    """Bring a data set into place."""
-    from benchmarks.data import DataError
-    from benchmarks.fetch import fetch
+    """Download or unpack a data set into a folder."""
+    from benchmarks.data.datasets import DataError
+    from benchmarks.data.fetch import fetch
 
     try:
         typer.echo(f"{fetch(name, to):,} rows")
@@ -125,7 +125,7 @@ def fetch_data(
 
 
 def _command(name: str, options: Options) -> str:
-    """The line that reruns a measurement, with the data folder left for the reader to name."""
+    """The command that repeats a measurement; the reader puts the data folder for `DATA`."""
     words = ["python", "-m", "benchmarks", "run", name, "--data", "DATA"]
     if options.n is not None:
         words += ["--n", str(options.n)]

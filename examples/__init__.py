@@ -1,0 +1,1 @@
+"""Examples, and what they share with the benchmarks and the tests."""

@@ -10,8 +10,8 @@ import tempfile
 
 from kvshare_connectors.transformers import KVShareModel
 
-from examples.demo.families import FAMILIES
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
+from examples.prompts.families import FAMILIES
 
 
 def main() -> None:

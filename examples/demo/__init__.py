@@ -1,0 +1,1 @@
+"""The demo: similar prompts served by stock vLLM, with and without KVShare."""

@@ -1,4 +1,4 @@
-"""What the demo is doing: a bar in a terminal, plain lines where there is none."""
+"""Progress of the demo: a bar in a terminal, plain lines in a log."""
 
 import time
 from types import TracebackType
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _EVERY_S = 10.0
-"""At most so often a line says how far it is."""
+"""Least time between two lines of progress."""
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -18,19 +18,19 @@ _COLUMNS = (
 
 
 def progress_of(console: Console) -> "Bar | Lines":
-    """What suits the console."""
+    """A bar for a terminal, lines for anything else."""
     return Bar(console) if console.is_terminal else Lines(console)
 
 
 class Bar:
-    """In a terminal: what is being done, how much of it is done, and for how long already."""
+    """A progress bar: the current step, how much is done, and the time so far."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(*_COLUMNS, console=console)
         self._task = self._progress.add_task("", total=None)
 
     def says(self, what: str, total: int | None = -1) -> None:
-        """Begin with something; `total` steps from here on, if that changes."""
+        """Name the current step; `total` sets the number of steps from here on."""
         if total != -1:
             self._progress.update(self._task, total=total)
         self._progress.update(self._task, description=what)
@@ -53,7 +53,7 @@ class Bar:
 
 
 class Lines:
-    """In a log: a line when something begins, and every ten seconds how far it is."""
+    """A line when a step begins, and one every ten seconds with the progress."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -63,7 +63,7 @@ class Lines:
         self._total: int | None = None
 
     def says(self, what: str, total: int | None = -1) -> None:
-        """Begin with something; `total` steps from here on, if that changes."""
+        """Name the current step; `total` sets the number of steps from here on."""
         if total != -1:
             self._total = total
         self._what = what

@@ -39,202 +39,33 @@ How it is measured:
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.engine import Arm, DemoError
-from examples.demo.families import FAMILIES, WARM_UP, Family, misses
-from examples.demo.model import DemoModelError, prepare_model
 from examples.demo.progress import Bar, Lines, progress_of
-from examples.demo.report import Answer, FollowerResult, Results, Reuse, Times
+from examples.demo.report import Results
+from examples.demo.session import COMPARED, DemoError, Session, Workload
+from examples.demo.terminal import show
+from examples.engines.engine import SETTINGS, Engine, kvshare_settings
+from examples.engines.process import EngineError
+from examples.engines.small_model import SmallModelError, prepare_model
+from examples.engines.store import StoreView, temporary_home
 from kvshare_store.errors import KVShareError
 
-ANSWER_TOKENS = 32
-REPETITIONS = 3
-DONOR_KEPT_S = 30
-"""Nothing can be measured without the donor in the store; a failure after this long."""
-KEPT_S = 0.5
-"""How long other prompts may take to become nodes. Some never do; nothing depends on them."""
-COMPARED = ("full", "prefix", "kvshare")
 
-
-# --- the store, from outside ----------------------------------------------------------------------
-
-
-class StoreView:
-    """What the daemon of the demo's home has counted."""
-
-    def __init__(self, home: str) -> None:
-        from kvshare_store.daemon.client import Client
-
-        self._client = Client(home)
-
-    def stats(self) -> dict[str, Any]:
-        """All counters."""
-        return self._client.stats()
-
-    def settle(self, nodes: int, seconds: float) -> bool:
-        """Wait for the store to have more than `nodes` nodes, all durable; False if it takes long.
-
-        Not every prompt becomes a node: one whose every row is stored already does not.
-        """
-        deadline = time.monotonic() + seconds
-        while self.stats()["nodes"] <= nodes:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        self._client.flush()
-        return True
-
-    def close(self) -> None:
-        """Leave the daemon alone again."""
-        self._client.close()
-
-
-def reuse_between(before: dict[str, Any], after: dict[str, Any], answer: Answer) -> Reuse:
-    """What became of one prompt's tokens, from the counters around it.
-
-    The store does not count the tokens that the engine's own prefix cache already covered; they are
-    what is missing from the prompt's length.
-    """
-    edited = after["tokens_reused_edited"] - before["tokens_reused_edited"]
-    exact = after["tokens_reused_exact"] - before["tokens_reused_exact"]
-    if edited + exact:
-        recomputed = after["tokens_recomputed"] - before["tokens_recomputed"]
-    else:
-        recomputed = answer.tokens - answer.cached
-    return Reuse(answer.tokens - edited - recomputed, edited, recomputed)
-
-
-# --- the measurements -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is sent, and how often all of it."""
-
-    families: Sequence[Family] = FAMILIES
-    misses: Sequence[str] = misses()
-    repetitions: int = REPETITIONS
-    repeats: bool = True
-    """Whether prompts are also sent twice, to a fourth engine."""
-
-    @classmethod
-    def short(cls) -> Self:
-        """What fits into four minutes: two followers of five families and two misses, once."""
-        families = [Family(f.name, f.donor, f.followers[:2]) for f in FAMILIES[:5]]
-        return cls(families, misses()[:2], 1, repeats=False)
-
-    @property
-    def steps(self) -> int:
-        """Prompts of one kind or another, for the progress bar."""
-        sent = sum(1 + len(family.followers) for family in self.families)
-        again = len(self.families) if self.repeats else 0
-        return self.repetitions * (sent + len(self.misses)) + again
-
-
-class Session:
-    """One run of the demo: engines, store, and what has been measured so far."""
-
-    def __init__(self, workload: Workload, arms: dict[str, Arm], store: StoreView) -> None:
-        self.workload = workload
-        self.arms = arms
-        self.store = store
-        self.run = uuid.uuid4().hex[:8]
-        self.results = Results(
-            [FollowerResult(f.name) for f in workload.families for _ in f.followers],
-            [{"full": [], "kvshare": []} for _ in workload.misses],
-        )
-
-    def warm_up(self, names: Sequence[str]) -> None:
-        """Run every code path once with prompts that are not reported."""
-        for name in names:
-            salt = f"{self.run}-warm-up-{name}"
-            self.ask_and_settle(name, WARM_UP.donor, salt, donor=True)
-            for text in WARM_UP.followers:
-                self.ask_and_settle(name, text, salt)
-
-    def ask_and_settle(
-        self, name: str, text: str, salt: str, *, donor: bool = False, chat: bool = True
-    ) -> Answer:
-        """Serve one prompt, and wait until the store has kept it if this engine uses the store."""
-        if name in ("full", "prefix"):
-            return self.arms[name].ask(text, salt, chat=chat)
-        nodes = self.store.stats()["nodes"]
-        answer = self.arms[name].ask(text, salt, chat=chat)
-        if not self.store.settle(nodes, DONOR_KEPT_S if donor else KEPT_S) and donor:
-            raise DemoError(f"the store has not kept a donor after {DONOR_KEPT_S} s")
-        return answer
-
-    def followers(self, repetition: int) -> Iterator[None]:
-        """Serve every family once, donor first."""
-        self.arms["prefix"].forget()
-        salt = f"{self.run}-{repetition}"
-        pending = iter(self.results.followers)
-        for family in self.workload.families:
-            for name in ("prefix", "kvshare"):
-                self.ask_and_settle(name, family.donor, salt, donor=True)
-            yield
-            for turn, text in enumerate(family.followers):
-                self.follower(next(pending), text, salt, repetition, turn)
-                yield
-
-    def follower(
-        self, result: FollowerResult, text: str, salt: str, repetition: int, turn: int
-    ) -> None:
-        """Serve one follower on every engine, beginning with another one each time."""
-        length = ANSWER_TOKENS if repetition == 0 else 1
-        first = (repetition + turn) % len(COMPARED)
-        for name in COMPARED[first:] + COMPARED[:first]:
-            before = self.store.stats()
-            answer = self.arms[name].ask(text, salt, length)
-            result.add(name, answer)
-            if name == "kvshare":
-                self.store.settle(before["nodes"], KEPT_S)
-                result.reuses.append(reuse_between(before, self.store.stats(), answer))
-
-    def misses(self, repetition: int) -> Iterator[None]:
-        """Serve the unrelated prompts with and without KVShare, next to the families' nodes."""
-        salt = f"{self.run}-{repetition}"
-        for turn, (text, times) in enumerate(
-            zip(self.workload.misses, self.results.misses, strict=True)
-        ):
-            pair = ("full", "kvshare")
-            for name in pair if (turn + repetition) % 2 else reversed(pair):
-                times[name].append(self.ask_and_settle(name, text, salt, chat=False).ttft_s)
-            yield
-
-    def repeated(self) -> Iterator[None]:
-        """Serve long donors twice where only KVShare can have kept them, and once without it."""
-        for family in self.workload.families:
-            times: Times = {"full": [], "again": []}
-            for repetition in range(self.workload.repetitions):
-                salt = f"{self.run}-{repetition}-repeated"
-                full = self.ask_and_settle("full", family.donor, salt)
-                if full.tokens < report.LONG:
-                    break
-                self.ask_and_settle("identical", family.donor, salt, donor=True)
-                again = self.ask_and_settle("identical", family.donor, salt)
-                times["full"].append(full.ttft_s)
-                times["again"].append(again.ttft_s)
-            if times["again"]:
-                self.results.repeated.append(times)
-            yield
-
-
-# --- the command ----------------------------------------------------------------------------------
+def arm_settings(arm: str, home: str) -> dict[str, Any]:
+    """The settings of this arm's engine, beside the common ones."""
+    caching = {"enable_prefix_caching": arm in ("prefix", "kvshare")}
+    if arm in ("full", "prefix"):
+        return caching
+    return caching | kvshare_settings(home=home, policy="balanced")
 
 
 class Demo:
@@ -280,20 +111,10 @@ class Demo:
             for _ in session.repeated():
                 progress.advance()
 
-    def start(self, name: str, home: str) -> Arm:
+    def start(self, name: str, home: str) -> Engine:
         """Start one engine; it is not ready yet."""
-        return Arm(name, self.options.model, home, self.log, compiled=self.options.compile)
-
-
-@contextmanager
-def temporary_home() -> Iterator[str]:
-    """A store of the demo's own; its daemon ends with it."""
-    with tempfile.TemporaryDirectory(prefix="kvshare-demo-") as home:
-        try:
-            yield home
-        finally:
-            command = [sys.executable, "-m", "kvshare_store.cli.main", "stop", "--home", home]
-            subprocess.run(command, capture_output=True, check=False)
+        model = {"model": str(self.options.model), "enforce_eager": not self.options.compile}
+        return Engine(name, SETTINGS | model | arm_settings(name, home), self.log)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -320,12 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with log_path.open("w") as log:
             demo = Demo(options, console, log)
             results = demo.run()
-    except (DemoError, DemoModelError, KVShareError, OSError) as error:
+    except (DemoError, EngineError, SmallModelError, KVShareError, OSError) as error:
         console.print(f"The demo did not work: {error}. Details: {log_path}", style="red")
         return 1
     made = report.build_report(f"vllm {demo.version}", options.model.name, results)
     options.out.write_text(json.dumps(made, indent=2) + "\n")
-    report.show(made, results, console)
+    show(made, results, console)
     found = report.problems(results)
     for problem in found:
         console.print(f"The demo did not work: {problem}. Details: {log_path}", style="red")

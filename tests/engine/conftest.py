@@ -12,8 +12,8 @@ with warnings.catch_warnings():
     import vllm.v1.core.sched.scheduler
     import vllm.v1.worker.cpu_model_runner  # noqa: F401
 
-from examples.demo.families import FAMILIES
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
+from examples.prompts.families import FAMILIES
 from tests.engine.harness import close_kept_engine
 
 

@@ -24,7 +24,7 @@ from kvshare_connectors.vllm.planning import Planning
 from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.worker import Worker
 
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.plan import ReusePlan, Span, clip_spans

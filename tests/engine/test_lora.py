@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
 from tests.engine.harness import Engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]

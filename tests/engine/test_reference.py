@@ -10,7 +10,7 @@ from kvshare_connectors.transformers.decode import teacher_forced
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.model import KVShareModel, Served
 
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from tests.engine.harness import Answer, Engine, kept_engine

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from examples.demo.families import FAMILIES
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
+from examples.prompts.families import FAMILIES
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout

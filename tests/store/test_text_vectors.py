@@ -376,13 +376,13 @@ def test_the_real_model_finds_a_paraphrase(config: Config, require: Require) -> 
 def demo_model(require: Require) -> Path:
     """The folder of the example's model."""
     try:
-        from examples.demo.model import DemoModelError, prepare_model
+        from examples.engines.small_model import SmallModelError, prepare_model
     except ImportError:
         require(False, "the example")
         raise
     try:
         return prepare_model()
-    except DemoModelError as error:
+    except SmallModelError as error:
         require(False, str(error))
         raise
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from benchmarks.links import broken
-from examples.demo.model import prepare_model
+from benchmarks.harness.dead_links import broken
+from examples.engines.small_model import prepare_model
 from kvshare_store import home, text_vectors
 from kvshare_store.cli.main import app
 from kvshare_store.config import FIELDS, StoreConfig

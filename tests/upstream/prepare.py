@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from examples.demo.model import prepare_model
+from examples.engines.small_model import prepare_model
 from tests.upstream.models import make_models
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""Data sets, and the prompts that measurements make of them."""

@@ -1,0 +1,1 @@
+"""What all measurements use: results, the report, engines that take turns, timers, plots."""

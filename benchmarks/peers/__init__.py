@@ -1,0 +1,1 @@
+"""Other systems beside KVShare: LMCache, SemBlend, GPTCache."""

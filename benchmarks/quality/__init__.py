@@ -1,0 +1,1 @@
+"""Are the answers as good when KV is reused?"""

@@ -1,0 +1,1 @@
+"""The store alone: tiers, codecs, lookups, start-up, eviction. No engine."""

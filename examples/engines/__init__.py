@@ -1,0 +1,1 @@
+"""A small model and real vLLM engines, for the examples, the benchmarks and the tests."""

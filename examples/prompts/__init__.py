@@ -1,0 +1,1 @@
+"""Prompts written for the examples: families of similar prompts, and unrelated prompts."""

@@ -1,0 +1,31 @@
+"""Plots are drawn from a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.result import write
+from benchmarks.paper import figure2, figure4
+from benchmarks.store import cluster_scale, lookup_misses, steady_state
+from tests.benchmarks.results import result
+
+
+@pytest.mark.parametrize(
+    ("module", "made"),
+    [
+        (figure2, {"rows": [["first turns", 9, 0.1, 0.1, 0.2, 0.3, 0.2]]}),
+        (figure4, {"series": {"m": {"all prompts": [0.9, 0.1]}}}),
+        (
+            steady_state,
+            {"rows": [["s", "x"], ["t", "x"]], "series": {"s: x": [0.1], "t: x": [0.2]}},
+        ),
+        (cluster_scale, {"rows": [[8, 0.1, 0.1, 0.4, 0.1, 0.3, 0.4, 0.1, 2.0]]}),
+        (lookup_misses, {"series": {"0 nodes": [0.1, 0.2], "9 nodes": [0.3]}}),
+    ],
+)
+def test_plots_are_drawn(module: Any, made: dict[str, Any], tmp_path: Path) -> None:
+    write(result("p", **made), module.draw, tmp_path)
+    assert 1_000 < (tmp_path / "p.png").stat().st_size < 100_000

@@ -1,0 +1,17 @@
+"""Packages to compare with that may be missing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.peers.environment import PeerMissingError, make_importable, python_with
+
+
+def test_a_missing_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("benchmarks.peers.environment.ENVIRONMENT", tmp_path)
+    assert python_with("json") == sys.executable
+    with pytest.raises(PeerMissingError, match="make bench-setup"):
+        make_importable("a_package_nobody_has")
