@@ -15,7 +15,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing vLLM warns, and here warnings are errors
     pytest.importorskip("vllm.distributed")
-    from kvshare_connectors.vllm import timing, worker
+    from kvshare_connectors.vllm import saver, timing, worker
     from kvshare_connectors.vllm.idle import IdleWorker
     from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
     from kvshare_connectors.vllm.paged_cache import PagedCache
@@ -36,10 +36,10 @@ class Notebook:
     """Stands for the saver: what it is told is kept, and made when it is read."""
 
     def __init__(self, *_: Any) -> None:
-        self.told: list[worker.Message] = []
+        self.told: list[saver.Message] = []
         self.stored: list[str] = []
 
-    def tell(self, message: worker.Message) -> None:
+    def tell(self, message: saver.Message) -> None:
         self.told.append(message)
 
     def failed(self, error: KVShareError) -> None:
@@ -48,7 +48,7 @@ class Notebook:
     def check_room(self) -> None:
         pass
 
-    def store(self, snapshot: worker.Snapshot) -> None:
+    def store(self, snapshot: saver.Snapshot) -> None:
         self.stored.append(snapshot.spec.request_id)
 
     def messages(self) -> list[protocol.Request]:
