@@ -32,3 +32,13 @@ def require() -> Callable[[bool, str], None]:
 def home(tmp_path: Path) -> Path:
     """A home for one store."""
     return tmp_path / "home"
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting and no colour from whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("KVSHARE_")]:
+        monkeypatch.delenv(name)
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kvshare_connectors.transformers.types import Model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,7 +23,7 @@ _FEW = 128
 
 
 def grouped_attention(
-    module: Any,
+    module: object,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -50,7 +51,7 @@ def grouped_attention(
 
 
 @contextmanager
-def attending(model: Any, name: str) -> Iterator[None]:
+def attending(model: Model, name: str) -> Iterator[None]:
     """Let a model that attends by `sdpa` use a registered function instead, for a while."""
     config = model.config
     before = config._attn_implementation

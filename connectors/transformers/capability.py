@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvshare_connectors.dtypes import NAMES
+from kvshare_connectors.transformers.types import Config, Model
 
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.tensors.layout import KVLayout
@@ -34,7 +36,7 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Scalings whose table depends on the position alone."""
 
 
-def decline_reason(config: Any) -> str | None:
+def decline_reason(config: Config) -> str | None:
     """Why KVShare does not serve a model of this configuration, as a stable code, or None.
 
     Gemma 2 and 3 are served when all their layers attend globally: a row outside a layer's window
@@ -57,35 +59,35 @@ def decline_reason(config: Any) -> str | None:
     return None
 
 
-def rope_parameters(config: Any) -> dict[str, Any]:
+def rope_parameters(config: Config) -> dict[str, Any]:
     """The rotary parameters of the layers; Gemma 3 states them by kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     nested = found.get("full_attention")
     return dict(nested if isinstance(nested, dict) else found)
 
 
-def _window(config: Any) -> bool:
+def _window(config: Config) -> bool:
     return bool(getattr(config, "sliding_window", None)) and getattr(
         config, "use_sliding_window", True
     )
 
 
-def layout_of(model: Any) -> KVLayout:
+def layout_of(model: Model) -> KVLayout:
     """The rows of a model. `UnsupportedError` for dtypes that the store does not hold."""
     config = model.config
     heads = config.num_attention_heads
-    dtype = str(model.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise UnsupportedError(f"KVShare does not store rows of {dtype}")
+    dtype = NAMES.get(model.dtype)
+    if dtype is None:
+        raise UnsupportedError(f"KVShare does not store rows of {model.dtype}")
     return KVLayout(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
     )
 
 
-def rope_of(model: Any) -> Rope:
+def rope_of(model: Model) -> Rope:
     """The cos/sin table of a model, from its own rotary module and in its own dtype."""
     config = model.config
     positions = torch.arange(config.max_position_embeddings, device=model.device)[None]

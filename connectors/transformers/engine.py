@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from kvshare_connectors.transformers.attention import NAME as GROUPED
 from kvshare_connectors.transformers.attention import attending
 from kvshare_connectors.transformers.capability import decline_reason, layout_of, rope_of
 from kvshare_connectors.transformers.rows import RowCache
+from kvshare_connectors.transformers.types import Model
 from torch import Tensor
 
 from kvshare_store.errors import PlanError, UnsupportedError
 
-Context = contextlib.AbstractContextManager[Any]
+Context = contextlib.AbstractContextManager[object]
 
 
 class RowEngine:
@@ -25,7 +25,7 @@ class RowEngine:
     `UnsupportedError` when partial prefill would not be exact with this model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         if reason := decline_reason(model.config):
             raise UnsupportedError(f"KVShare does not serve this model: {reason}")
         self.model = model.eval()
@@ -34,8 +34,8 @@ class RowEngine:
         self._attention = GROUPED if own == "sdpa" else own
         self.layout = layout_of(model)
         self.rope = rope_of(model)
-        self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
+        self.device = model.device
+        self.dtype = model.dtype
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None) -> RowEngine:
@@ -87,8 +87,7 @@ class RowEngine:
                 use_cache=True,
                 logits_to_keep=at,
             )
-        logits: Tensor = output.logits
-        return logits.float()
+        return output.logits.float()
 
     def prefill(self, tokens: Sequence[int]) -> tuple[RowCache, Tensor]:
         """Every row of a prompt; its cache and the logits `[vocab]` of its last position."""

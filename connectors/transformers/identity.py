@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import blake3
 import torch
 from kvshare_connectors.transformers.capability import layout_of, rope_parameters
+from kvshare_connectors.transformers.types import Model
 
 from kvshare_store.namespace import Namespace
 
@@ -16,7 +16,7 @@ _ELEMENTS = 1 << 16
 ENGINE = "transformers"
 
 
-def namespace_of(model: Any, tokenizer: str = "") -> Namespace:
+def namespace_of(model: Model, tokenizer: str = "") -> Namespace:
     """The namespace of a loaded model, for no tenant.
 
     The engine is part of it: rows that vLLM computed differ from these in their last bits, and an
@@ -32,7 +32,7 @@ def namespace_of(model: Any, tokenizer: str = "") -> Namespace:
     )
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Model) -> str:
     """Names, shapes and contents of the weights as they are loaded, adapters included."""
     hasher = blake3.blake3(repr(type(model)).encode())
     for name, weight in sorted(model.state_dict().items()):

@@ -14,10 +14,11 @@ from kvshare_connectors.transformers.decode import generate
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.identity import namespace_of
 from kvshare_connectors.transformers.rows import RowCache
+from kvshare_connectors.transformers.types import Model, Tokenizer
 from torch import Tensor
 
 from kvshare_store.config import load_config
-from kvshare_store.errors import KVShareError
+from kvshare_store.errors import KVShareError, UnsupportedError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan, gaps
 from kvshare_store.store import Store
@@ -61,7 +62,7 @@ class KVShareModel:
     `UnsupportedError` when the model is one that KVShare declines; `capability.py` lists why.
     """
 
-    def __init__(self, model: Any, store: Store, tokenizer: Any = None) -> None:
+    def __init__(self, model: Model, store: Store, tokenizer: Tokenizer | None = None) -> None:
         self.engine = RowEngine(model)
         self.store = store
         self.tokenizer = tokenizer
@@ -150,7 +151,12 @@ class KVShareModel:
         return Answer(text, answer, len(tokens), served.reused, seconds)
 
     def encode(self, text: str) -> list[int]:
-        """A message as token ids, in the chat template when the tokenizer has one."""
+        """A message as token ids, in the chat template when the tokenizer has one.
+
+        `UnsupportedError` if the model was given no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UnsupportedError("there is no tokenizer for text: pass token ids instead")
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer.encode(text))
         message = [{"role": "user", "content": text}]

@@ -1,8 +1,8 @@
-"""Which weights an adapter has: told by what is in its files, not by its name and place.
+"""The identity of an adapter: a fingerprint of its files, not only its name and path.
 
 A worker loads an adapter when its id (`lora_int_id`) is first used, keeps it while there is room,
-and may read the files again later. So while the files are as they were when the id was first seen,
-they are what it computes with; once they differ, it may use either. Requests are then declined
+and may read the files again later. While the files are unchanged since the id was first seen, they
+are the weights in use. Once they differ, the worker may use either version: requests are declined
 until the adapter is loaded under another id, in place, or by another engine.
 """
 
@@ -24,7 +24,7 @@ Files = list[tuple[str, int, int]]
 
 
 class Adapter(NamedTuple):
-    """What the namespace says of an adapter, and why its requests are declined, if they are."""
+    """An adapter's identity in the namespace, and why its requests are declined, if they are."""
 
     identity: str
     declined: str = ""
@@ -38,12 +38,12 @@ class Adapters:
 
     def __init__(self) -> None:
         self._loaded: dict[int, str] = {}
-        """Fingerprint of the files when an id was first seen, or last loaded in place."""
+        """By id: fingerprint of the files when it was first seen, or last loaded in place."""
         self._read: dict[Path, tuple[Files, str]] = {}
-        """Fingerprint of a folder, and the files that it is of."""
+        """By folder: its files when they were last read, and their fingerprint."""
 
     def of(self, lora: LoRARequest | None) -> Adapter:
-        """The adapter of a request: a look at its folder, and a read of files that have changed."""
+        """The adapter of a request. Reads its files only if they have changed."""
         if lora is None:
             return NO_ADAPTER
         label = f"{lora.lora_name}@{lora.lora_path}"
@@ -61,7 +61,7 @@ class Adapters:
         return Adapter(identity)
 
     def _contents(self, path: str) -> str:
-        """Fingerprint of the adapter's files; empty if they are not to be found."""
+        """Fingerprint of the adapter's files; empty if there are none."""
         folder = local_folder(os.path.expanduser(path)) or snapshot_of(path)
         if folder is None or not (files := _files(folder)):
             return ""
@@ -73,7 +73,7 @@ class Adapters:
 
 
 def _files(folder: Path) -> Files:
-    """Empty if there are no weights among them."""
+    """The files of an adapter; empty if none of them holds weights."""
     with os.scandir(folder) as entries:
         kept = [entry for entry in entries if entry.name.endswith((*WEIGHTS, _CONFIGURATION))]
         stats = [(entry.name, entry.stat()) for entry in kept]

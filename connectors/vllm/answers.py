@@ -1,17 +1,19 @@
-"""What the answer to a request says about reuse, in the `kv_transfer_params` that vLLM returns."""
+"""The report on reuse in an answer's `kv_transfer_params`, and in the log."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from kvshare_connectors.vllm.requests import PREFIX, RequestState
+from kvshare_connectors.vllm.requests import RequestState
+from kvshare_connectors.vllm.settings import PREFIX
 
 log = logging.getLogger("kvshare")
 
 _LONGEST = 64
-"""Characters of a client's own words that are said back."""
+"""Characters of a client's parameter that an answer or the log repeats."""
 _MOST = 8
+"""Unknown parameters that an answer names."""
 
 
 def answer_of(state: RequestState) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def log_line(state: RequestState, answer: dict[str, Any]) -> None:
 
 
 def show_log_lines() -> None:
-    """Lines of level INFO are wanted, and go somewhere also where nothing is set up for that."""
+    """Turn on lines of level INFO, and send them to standard error if logging is not set up."""
     if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.INFO)
     if not log.hasHandlers():
@@ -56,13 +58,13 @@ def show_log_lines() -> None:
 
 
 class Warnings:
-    """What clients ask for in vain: said in each answer, logged once for each kind."""
+    """Parameters that are not granted: each answer says so, the log once for each kind."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def consider(self, state: RequestState) -> None:
-        """Log what this request asks for and does not get, unless such a thing was logged."""
+        """Log what this request asked for and did not get, unless that kind was logged before."""
         wish = state.wish
         if wish.unknown:
             name = wish.unknown[0][:_LONGEST]

@@ -1,5 +1,5 @@
-"""What an engine says at its start: that KVShare is active, under which settings, and which of the
-settings that it was given do not count because its daemon was started with others.
+"""What an engine logs when it starts: that KVShare is active, settings that have no effect because
+its daemon runs with others, and a home that holds prompts of other models only.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from kvshare_store.config import Settings, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import KVShareError
+from kvshare_store.namespace import Namespace
 
 # vLLM shows information of its own loggers only
 _banner = init_logger("vllm.kvshare")
 log = logging.getLogger("kvshare")
 
 _ANSWER_S = 5.0
+_RECENT_PROMPTS = 256
+"""How many of the prompts used last are asked for their model."""
 _OWN = ("home", "device_bytes", "plan_deadline_ms", "tenant_key")
-"""Settings that each engine has for itself."""
+"""Settings that belong to the engine, not to its daemon."""
 
 
 def introduce(link: Link, settings: Settings) -> None:
-    """One line that KVShare is active; a warning for what was set in vain."""
+    """Log that KVShare is active, and a warning for each setting without effect."""
     for name in unknown_variables(os.environ):
         log.warning("kvshare: %s in the environment is no setting and is ignored", name)
     home = settings.config.home_path
@@ -46,7 +49,7 @@ def introduce(link: Link, settings: Settings) -> None:
 
 
 def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
-    """The line that says what serves this engine."""
+    """The line that names this engine's policy, home and daemon."""
     policy = granted(theirs["policy"], settings.config.policy)
     return (
         f"KVShare active: policy {policy}, home {settings.config.home_path}, "
@@ -55,13 +58,32 @@ def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, An
 
 
 def in_vain(settings: Settings, theirs: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that was given and is not what the running daemon uses."""
+    """A line for each given setting that differs from the running daemon's."""
     policy = settings.config.policy
     return [
         f"{name}={value} does not count here: the daemon of {settings.config.home_path} runs with "
         f"{theirs[name]}; stop it (kvshare stop) to start one with other settings"
         for name, value in settings.given().items()
         if name not in _OWN and name in theirs and theirs[name] != value
-        # a stricter policy counts for this engine's requests
+        # a stricter policy does count: it holds for this engine's requests
         if name != "policy" or granted(theirs["policy"], policy) != policy
     ]
+
+
+def look_for_own_prompts(link: Link, namespace: Namespace) -> None:
+    """Warn if the home holds prompts of other models only: every request will miss at first."""
+    if not link.client.greeted:
+        return
+    try:
+        nodes = link.client.call(protocol.ListNodes(_RECENT_PROMPTS), _ANSWER_S)
+    except KVShareError as error:
+        log.debug("kvshare: the daemon did not say what it holds: %s", error)
+        return
+    models = sorted({str(node["model"]) for node in nodes})
+    if models and namespace.model not in models:
+        log.warning(
+            "kvshare: the prompts stored last in %s are of %s, none is of %s: nothing is reused "
+            "until its own are stored; if that is the same model, serve it under the same name, "
+            "else choose another home with kvshare.home",
+            link.client.home, ", ".join(models), namespace.model,
+        )  # fmt: skip

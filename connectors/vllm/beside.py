@@ -1,4 +1,4 @@
-"""KVShare among other connectors: where it is, and what the others allow."""
+"""KVShare beside other connectors, under vLLM's MultiConnector."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def ours(connector: KVConnectorBase_V1 | None) -> KVShareConnector | None:
 
 
 def check_failure_policy(planning: Planning, *, recompute: bool) -> None:
-    """MultiConnector's own policy is what the scheduler goes by, whatever its children's say.
+    """`ConfigError` unless failed loads are recomputed.
 
-    Raises `ConfigError`.
+    Under MultiConnector its own policy counts, not that of its children.
     """
     if not recompute:
         planning.close()
@@ -41,9 +41,9 @@ def check_failure_policy(planning: Planning, *, recompute: bool) -> None:
 
 
 def keeps_rows_by_tokens(connector: KVConnectorBase_V1 | None) -> bool:
-    """Whether another connector may store or send rows under what their tokens say.
+    """Whether there is another connector, which may store or send rows by their tokens.
 
-    To it edited rows are rows like any other, and whoever it serves would take them for exact.
+    It cannot tell edited rows, and its readers would take them for exact.
     """
     others = [c for c in all_of(connector) if not isinstance(c, KVShareConnector)]
     if others:

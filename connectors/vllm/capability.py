@@ -1,15 +1,16 @@
-"""Which models KVShare serves, and the rotary table of the one that is loaded.
+"""Which models KVShare serves, and the rotary table of the loaded model.
 
 Reuse moves K between positions and computes runs of a prompt out of order. Both are right only if
-every layer is causal attention over all earlier tokens and turns its K by one table that depends
-on the position alone. What is not known to be so is declined.
+every layer is causal attention over all earlier tokens and rotates K by one table that depends on
+the position alone. Models not known to be so are declined.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from kvshare_connectors.vllm.types import model_dtype
 
 from kvshare_store.errors import UnsupportedError
 
@@ -53,9 +54,9 @@ ARCHITECTURES = frozenset(
         "TeleChat3ForCausalLM",
     }
 )
-"""Architectures whose code in vllm/model_executor/models was read: every attention layer rotates
-its K by one `get_rope` module made from the config's rotary parameters. Whether a layer leaves it
-out (NoPE), or brings its own, is decided in such code and cannot be seen in a config."""
+"""Architectures whose code in vllm/model_executor/models was read: every attention layer rotates K
+by one `get_rope` module made from the config's rotary parameters. Whether a layer leaves that out
+(NoPE) or has its own is decided in that code; a config does not show it."""
 
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Scalings whose table depends on the position alone."""
@@ -82,8 +83,8 @@ _NOPE_FIELDS = (
 def decline_reason(vllm_config: VllmConfig) -> str | None:
     """Why KVShare does not serve this engine, as a stable code; None if it does.
 
-    Judged from the configuration alone, so both sides of the connector answer alike. Worker-side
-    checks of what was really built follow in `model_rope` and `PagedCache.from_context`.
+    Judged from the configuration alone, so both sides of the connector agree. The worker then
+    checks what was built, in `model_rope` and `PagedCache.from_context`.
     """
     judges: tuple[Callable[[VllmConfig], str | None], ...] = (
         _engine_reason,
@@ -97,7 +98,7 @@ def decline_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def _engine_reason(vllm_config: VllmConfig) -> str | None:
-    """Ways of running in which a step is not one forward of whole rows on one rank."""
+    """Modes in which a step is not one forward of whole rows on one rank."""
     parallel = vllm_config.parallel_config
     return _first(
         ("tensor_parallel", parallel.tensor_parallel_size > 1),
@@ -112,7 +113,7 @@ def _engine_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def _model_reason(vllm_config: VllmConfig) -> str | None:
-    """Models that are no causal decoders of plain attention layers."""
+    """Models that are not causal decoders of plain attention layers."""
     model = vllm_config.model_config
     return _first(
         ("encoder_decoder", model.is_encoder_decoder),
@@ -137,7 +138,7 @@ def _cache_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def _attention_reason(vllm_config: VllmConfig) -> str | None:
-    """Attention that does not see all earlier tokens, or sees their distance."""
+    """Attention that does not see all earlier tokens, or adds a bias by distance."""
     model = vllm_config.model_config
     text = model.hf_text_config
     kinds = set(getattr(text, "layer_types", None) or ()) - _FULL_ATTENTION
@@ -156,7 +157,7 @@ def _attention_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def _rope_reason(vllm_config: VllmConfig) -> str | None:
-    """Rotary embeddings that are missing, not alike in all layers, or of an unlisted scaling.
+    """Rotary embeddings that are missing, differ by layer, or use an unlisted scaling.
 
     `rope_parameters` is what transformers 5 makes of every older spelling; vLLM fills it in for
     configs of custom code (`patch_rope_parameters`).
@@ -188,7 +189,7 @@ def _architecture_reason(vllm_config: VllmConfig) -> str | None:
     )
 
 
-def _given(config: Any, field: str) -> bool:
+def _given(config: object, field: str) -> bool:
     """Whether the config sets the field to something that is not empty, zero or false."""
     return bool(getattr(config, field, None))
 
@@ -201,22 +202,29 @@ def model_rope(vllm_config: VllmConfig) -> Rope:
     """The cos/sin table that the loaded model rotates with. Worker side, after the model is loaded.
 
     vLLM's models share their rotary modules through `get_rope`, which keeps them in `_ROPE_DICT`
-    (vllm/model_executor/layers/rotary_embedding/__init__.py) until the worker shuts down; that is
-    the only way from a connector to a module. It must hold exactly one for this model's heads.
+    (vllm/model_executor/layers/rotary_embedding/__init__.py) until the worker shuts down. A
+    connector has no other way to find them. There must be exactly one for this model's heads.
 
     Raises `UnsupportedError` if there is none or more than one, or it is of a class whose table
     does not depend on the position alone.
     """
-    from kvshare_store.tensors.rope import Rope  # noqa: PLC0415 - needs torch
-
-    rotary_embedding: Any = importlib.import_module("vllm.model_executor.layers.rotary_embedding")
-    served = (
-        rotary_embedding.RotaryEmbedding,
-        rotary_embedding.LinearScalingRotaryEmbedding,
-        rotary_embedding.Llama3RotaryEmbedding,
-        rotary_embedding.YaRNScalingRotaryEmbedding,
+    from vllm.model_executor.layers import rotary_embedding  # noqa: PLC0415 - needs torch
+    from vllm.model_executor.layers.rotary_embedding import (  # noqa: PLC0415
+        base,
+        linear_scaling_rope,
+        llama3_rope,
+        yarn_scaling_rope,
     )
-    made: Iterable[Any] = getattr(rotary_embedding, "_ROPE_DICT", {}).values()
+
+    from kvshare_store.tensors.rope import Rope  # noqa: PLC0415
+
+    served = (
+        base.RotaryEmbedding,
+        linear_scaling_rope.LinearScalingRotaryEmbedding,
+        llama3_rope.Llama3RotaryEmbedding,
+        yarn_scaling_rope.YaRNScalingRotaryEmbedding,
+    )
+    made = rotary_embedding._ROPE_DICT.values()
     head_size = vllm_config.model_config.get_head_size()
     modules = list({id(rope): rope for rope in made if rope.head_size == head_size}.values())
     names = sorted(type(rope).__name__ for rope in modules)
@@ -229,5 +237,5 @@ def model_rope(vllm_config: VllmConfig) -> Rope:
     if type(rope) not in served or len(getattr(rope, "scaling_factors", [1])) != 1:
         raise UnsupportedError(f"KVShare cannot move K rotated by {names[0]}")
     # vLLM casts the table to the dtype of the queries when it is first used.
-    table = rope.cos_sin_cache.detach().to("cpu", vllm_config.model_config.dtype)
+    table = rope.cos_sin_cache.detach().to("cpu", model_dtype(vllm_config.model_config))
     return Rope.from_cache(table, bool(rope.is_neox_style))

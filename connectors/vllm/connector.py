@@ -1,4 +1,4 @@
-"""KVShareConnector: what vLLM's `--kv-transfer-config` names. Both roles, each in its process."""
+"""KVShareConnector, the class that `--kv-transfer-config` names: scheduler side and worker side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvshare_store.errors import ConfigError, KVShareError, UnsupportedError
+from kvshare_store.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from kvshare_store.daemon.link import Link
-    from kvshare_store.namespace import Namespace
 
 log = logging.getLogger("kvshare")
 
@@ -41,20 +40,17 @@ NEEDS_RECOMPUTE = (
     'kv_transfer_config needs "kv_load_failure_policy": "recompute", so that a failed load is a '
     "miss and not a failed request"
 )
-_LOOKED_AT = 256
-"""Prompts, the most recently used, whose model is looked at when an engine starts."""
-_ANSWER_S = 5.0
 _open: WeakSet[KVShareConnector] = WeakSet()
 """The connectors of this process: one for each engine and role."""
 
 
 class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
-    """Loads edited KV before the forward, saves fresh KV after it.
+    """Loads reused KV before the forward and saves fresh KV after it.
 
-    A model that KVShare does not serve gets an idle connector and one line in the log: requests are
-    then computed in full. So does a worker that cannot read or write what was really built. A wrong
-    setting stops the engine with one clear line. vLLM manages the memory of hybrid models as it
-    does without a connector: KVShare is idle for those.
+    For a model that KVShare does not serve the connector stays idle and logs one line: every
+    request is computed in full. The same happens if a worker cannot use the KV cache that was
+    built. An invalid setting stops the engine. `SupportsHMA`: vLLM goes on managing the memory of
+    hybrid models, for which KVShare is idle.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         return reason
 
     def _open_scheduler_side(self) -> None:
-        from kvshare_connectors.vllm.banner import introduce  # noqa: PLC0415 - one role only
+        from kvshare_connectors.vllm.banner import introduce, look_for_own_prompts  # noqa: PLC0415 - one role only
         from kvshare_connectors.vllm.identity import namespace_of  # noqa: PLC0415
         from kvshare_connectors.vllm.planning import Planning  # noqa: PLC0415
 
@@ -89,14 +85,15 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         if self._unserved is not None:
             log.warning("kvshare: this model is served without reuse: %s", self._unserved)
             return
-        if self._vllm.kv_transfer_config.kv_load_failure_policy != "recompute":
+        transfer = self._vllm.kv_transfer_config
+        if transfer is None or transfer.kv_load_failure_policy != "recompute":
             raise ConfigError(NEEDS_RECOMPUTE)
-        tenants = Tenants(self.config)  # a key that is not there stops the engine before the rest
+        tenants = Tenants(self.config)  # first, so that a missing key stops the engine at once
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
         link = open_link(self.config)
         introduce(link, sourced_settings(self._vllm))
-        _look_for_own_prompts(link, namespace)
+        look_for_own_prompts(link, namespace)
         self.planning = Planning(self.config, namespace, link, size, tenants)
 
     # --- worker side ----------------------------------------------------------------------------
@@ -112,7 +109,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = self._open_worker(kv_caches, size)
         except ConfigError:
             raise
-        except Exception as found:  # noqa: BLE001 - whatever it is, the engine can do without
+        except Exception as found:  # noqa: BLE001 - the engine runs without reuse
             error = contained(found)
             log.warning("kvshare: this model is served without reuse: %s", error)
             self._worker = IdleWorker(f"worker_{error.kind}", size)
@@ -143,7 +140,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         """Loads are complete before the forward begins."""
 
     def save_kv_layer(
-        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
     ) -> None:
         """Rows are taken once a prompt is complete, in `wait_for_save`."""
 
@@ -178,7 +179,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         if self.planning is not None:
-            self.planning.bind(kv_cache_manager)
+            self.planning.publishing.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         if self.planning is not None:
@@ -223,15 +224,16 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache may lose anything: a request never fails for it."""
+        """False: a request never fails because cached KV is lost."""
         return False
 
 
 def _refuse_a_second(vllm_config: VllmConfig, role: KVConnectorRole) -> None:
     """`ConfigError` if this engine has a KVShare connector already.
 
-    Either would store as exact what the other has edited. MultiConnector shows its children no
-    configuration but their own, a copy of the engine's that shares the parts.
+    Each would store rows that the other edited as exact. MultiConnector gives every child its own
+    copy of the engine's configuration. The copies share their parts, so the same
+    `scheduler_config` means the same engine.
     """
     parts = vllm_config.scheduler_config
     for other in list(_open):
@@ -241,24 +243,3 @@ def _refuse_a_second(vllm_config: VllmConfig, role: KVConnectorRole) -> None:
                 "kv_transfer_config names KVShareConnector more than once: name it once in "
                 '"connectors"; engines share a store by its home'
             )
-
-
-def _look_for_own_prompts(link: Link, namespace: Namespace) -> None:
-    """Say so if the home holds prompts, but of other models: every request will miss at first."""
-    from kvshare_store.daemon.protocol import ListNodes  # noqa: PLC0415 - one role only
-
-    if not link.client.greeted:
-        return
-    try:
-        nodes = link.client.call(ListNodes(_LOOKED_AT), _ANSWER_S)
-    except KVShareError as error:
-        log.debug("kvshare: the daemon did not say what it holds: %s", error)
-        return
-    models = sorted({str(node["model"]) for node in nodes})
-    if models and namespace.model not in models:
-        log.warning(
-            "kvshare: the prompts stored last in %s are of %s, none is of %s: nothing is reused "
-            "until its own are stored; if that is the same model, serve it under the same name, "
-            "else choose another home with kvshare.home",
-            link.client.home, ", ".join(models), namespace.model,
-        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a worker makes of whatever goes wrong in it: a miss, counted and logged once."""
+"""Errors in a worker: each is a miss, counted by the daemon and logged once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _logged: Counter[str] = Counter()
 
 
 def contained(error: Exception) -> KVShareError:
-    """The error of the store's own tree that stands for `error`.
+    """`error` as a `KVShareError`.
 
-    Memory that ran out is `NoSpaceError`. What nobody foresaw is a bug: `InternalError`, and the
-    first of each type leaves its traceback in the log.
+    Out of memory is `NoSpaceError`. Anything unexpected is a bug, `InternalError`; the first of
+    each type is logged with its traceback.
     """
     if isinstance(error, KVShareError):
         return error
@@ -35,7 +35,7 @@ def contained(error: Exception) -> KVShareError:
 
 
 def log_once(error: KVShareError) -> None:
-    """Every kind of failure is logged once per process; the daemon counts them all."""
+    """Log each kind of failure once per process; the daemon counts them all."""
     _logged[error.kind] += 1
     if _logged[error.kind] == 1:
         log.warning("kvshare: %s (counted from now on, not logged)", error)

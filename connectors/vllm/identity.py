@@ -1,20 +1,22 @@
-"""From a vLLM configuration to a namespace: all that must be equal before rows are shared."""
+"""The namespace of a vLLM engine: everything that must be equal before rows are shared."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import blake3
 from huggingface_hub import snapshot_download
+from kvshare_connectors.dtypes import NAMES
+from kvshare_connectors.vllm.types import attention_spec
 
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -22,7 +24,6 @@ _WHOLE_BYTES = 512 << 20
 _READ_BYTES = 1 << 20
 _SLICES = 256
 _SLICE_BYTES = 256 << 10
-_DTYPES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
 def namespace_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Namespace:
@@ -51,14 +52,14 @@ def layout_of(kv_cache_config: KVCacheConfig) -> KVLayout:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise UnsupportedError(f"{len(groups)} KV cache groups; KVShare serves models with one")
-    spec: Any = groups[0].kv_cache_spec
-    dtype = _DTYPES.get(str(spec.dtype))
+    spec = attention_spec(kv_cache_config)
+    dtype = NAMES.get(spec.dtype)
     if dtype is None:
         raise UnsupportedError(f"KV dtype {spec.dtype} is not served")
-    return KVLayout(len(groups[0].layer_names), spec.num_kv_heads, spec.head_size, dtype)  # type: ignore[arg-type]
+    return KVLayout(len(groups[0].layer_names), spec.num_kv_heads, spec.head_size, dtype)
 
 
-def rope_parameters(model_config: Any) -> Any:
+def rope_parameters(model_config: ModelConfig) -> object:
     """The rotary parameters as the model's configuration states them."""
     text = model_config.hf_text_config
     return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
@@ -73,7 +74,7 @@ def local_folder(path: str) -> Path | None:
 def snapshot_of(
     repository: str, revision: str | None = None, cache: str | None = None
 ) -> Path | None:
-    """Where a Hugging Face repository was downloaded to; None if it was not. No hub is asked."""
+    """The local snapshot of a Hugging Face repository; None if there is none. Offline."""
     try:
         found = snapshot_download(
             repository, revision=revision, cache_dir=cache, local_files_only=True
@@ -88,27 +89,27 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def _name(folder: Path) -> str:
-    """What people call the model: a snapshot's folder is named by its commit."""
+    """The model's name: that of its folder, or of the repository for a snapshot."""
     if not _is_snapshot(folder):
         return folder.name
     return folder.parents[1].name.removeprefix("models--").replace("--", "/")
 
 
 def _weights(folder: Path) -> str:
-    """A fingerprint, or the commit of a snapshot whose weights are kept elsewhere."""
+    """A fingerprint, or the commit of a snapshot that holds no weights."""
     if _is_snapshot(folder) and not weight_files(folder):
         return folder.name
     return fingerprint(folder)
 
 
 def _as_loaded(vllm_config: VllmConfig) -> str:
-    """A digest of all that makes other rows of the same files; empty if nothing does."""
+    """A digest of the options that change what the files mean; empty if none is set."""
     model, load = vllm_config.model_config, vllm_config.load_config
     altered = model.hf_overrides or model.hf_config_path
     facts = {
         "quantization": model.quantization,
         "quantization_config": model.quantization_config,
-        # as it has become: an override may be a function
+        # the result, since an override may be a function
         "config": model.hf_config.to_dict() if altered else None,
         "classes": model.model_class_overrides,
         "weights": model.model_weights,
@@ -130,8 +131,8 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path, configuration: str = "config.json") -> str:
     """Configuration and weights files: names, sizes, and contents.
 
-    Of a very large file only evenly spaced slices are read: reading it all at every start would
-    cost more than it proves, since what trains or merges weights changes them everywhere.
+    Of a file above 512 MiB only evenly spaced slices are read. Training and merging change weights
+    everywhere, so reading it all at every start would prove little more.
     """
     hasher = blake3.blake3()
     config = folder / configuration
@@ -147,7 +148,7 @@ def fingerprint(folder: Path, configuration: str = "config.json") -> str:
 
 
 def _update_with_all(hasher: blake3.blake3, path: Path) -> None:
-    # read, not mapped: whoever shortens a mapped file meanwhile ends this process
+    # read, not mapped: if the file shrinks meanwhile, a mapping kills the process
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):
             hasher.update(part)

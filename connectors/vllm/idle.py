@@ -1,4 +1,4 @@
-"""A worker that cannot serve what was really built: it fails every load and stores nothing."""
+"""The worker of an engine whose KV cache KVShare cannot use: it loads and stores nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Unserved(KVConnectorWorkerMetadata):
     """A stable code."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """One worker that does not serve is enough."""
+        """One such worker is enough."""
         return self
 
 
 class IdleWorker:
-    """Stands in for a `Worker`. Plans that are under way when the engine starts become misses."""
+    """Stands in for a `Worker`: fails the loads ordered before the scheduler side knows of it."""
 
     def __init__(self, reason: str, block_size: int) -> None:
         self.unserved: Unserved | None = Unserved(reason)

@@ -1,4 +1,4 @@
-"""Plans for requests: asked for as early as possible, waited for no longer than allowed."""
+"""Lookups of requests: started early, waited for until a deadline, given up when not needed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kvshare_store.plan import Outcome
 from kvshare_store.tree.edits import as_tokens
 
 LOOK_AHEAD = 8
-"""Requests that may hold a plan before they are admitted: a plan pins blocks in memory."""
+"""How many requests may hold a plan before vLLM admits them: a plan pins blocks in memory."""
 _BUSY_WAIT_S = 0.005
-"""How long a step with other work in it waits for plans; they are asked again in the next step."""
+"""How long a step with other work waits for plans. The next step asks again."""
 
 
 class Lookups:
@@ -29,11 +29,11 @@ class Lookups:
         self._link = link
         self._heads: list[RequestState] = []
         self._late: list[RequestState] = []
-        """Requests that ended, or whose namespace did, before their plan came."""
+        """Requests that ended, or whose namespace was replaced, before their plan came."""
         self._wait_until = 0.0
         self.exact_only = True
-        """Whether edited rows are never asked for: nobody computes placeholders, or a sibling of
-        KVShare would keep edited rows as exact ones."""
+        """Ask for exact rows only: the scheduler computes no placeholders, or another connector
+        would store edited rows as exact."""
 
     def ask(self, state: RequestState) -> None:
         """Start the lookup, unless it was started or there is nothing to look up."""
@@ -47,12 +47,12 @@ class Lookups:
             state.settled, state.reason = True, "unavailable"
 
     def ask_early(self, state: RequestState) -> None:
-        """As `ask`, for a request that nobody waits for yet."""
+        """As `ask`, for a request that no step waits for yet."""
         self.ask(state)
         state.early = True
 
     def collect(self, state: RequestState, seconds: float) -> None:
-        """Take the answer if it comes within `seconds`; past the deadline the request is a miss."""
+        """Wait up to `seconds` for the plan. Past its deadline the request is a miss."""
         if state.settled or state.asked is None:
             return
         left = self._left(state)
@@ -65,7 +65,7 @@ class Lookups:
         return state.asked_at + self._config.plan_deadline_ms / 1e3 - time.monotonic()
 
     def _take(self, state: RequestState, asked: bytes, seconds: float) -> bool:
-        """Whether the answer is there within `seconds`."""
+        """Take the plan if it comes within `seconds`; returns whether it did."""
         try:
             plan = self._link.answer(asked, max(0.0, seconds))
         except DeadlineError:
@@ -98,8 +98,10 @@ class Lookups:
         return max(0.0, self._wait_until - time.monotonic())
 
     def _refresh(self, state: RequestState) -> None:
-        """A plan that waited in the queue for half its lease is asked for again, and so is one that
-        was asked for when its request arrived, if the daemon had no time for it then."""
+        """Ask again for a plan that waited in the queue for half its lease.
+
+        So too where the lookup that began at the request's arrival missed its deadline.
+        """
         waited = time.monotonic() - state.planned_at
         early, state.early = state.early, False
         if state.plan is not None and waited > self._config.lease_seconds / 2:
@@ -110,7 +112,7 @@ class Lookups:
             state.ask_again()
 
     def _too_late(self, state: RequestState) -> bool:
-        """Whether the deadline of its lookup has passed and no answer is there."""
+        """Whether the deadline of its lookup has passed without a plan."""
         if state.settled or state.asked is None or self._left(state) > 0:
             return False
         return not self._take(state, state.asked, 0.0)
@@ -118,7 +120,7 @@ class Lookups:
     # --- plans that nobody loads -------------------------------------------------------------
 
     def give_up(self, state: RequestState, reason: str) -> None:
-        """Nothing of the plan is loaded: its blocks are free, and the daemon learns why."""
+        """Load nothing of the plan: end its lease and tell the daemon why."""
         if state.plan is not None:
             computed = state.length - state.local
             outcome = Outcome(failed=reason, recomputed=computed, cached=state.local)
@@ -126,17 +128,17 @@ class Lookups:
             state.plan, state.reason, state.cached_counted = None, reason, True
 
     def count_cached(self, state: RequestState) -> None:
-        """Of a request that was counted as a miss, vLLM's own cache had the beginning."""
+        """Tell the daemon what vLLM's own cache had of a request that was counted as a miss."""
         if state.local and not state.cached_counted:
             self._link.tell(protocol.EngineCached(state.local))
             state.cached_counted = True
 
     def ended(self, state: RequestState) -> None:
-        """The request has ended: a plan that it did not load holds blocks for nobody."""
+        """The request has ended: give up the plan that it did not load."""
         self._let_go(state, "aborted", 0.0 if self._late else _BUSY_WAIT_S)
 
     def abandon(self, state: RequestState, reason: str) -> None:
-        """Drop plan and lookup; the request goes on, and may ask again."""
+        """Drop plan and lookup; the request goes on and may be looked up again."""
         self._let_go(replace(state), reason, 0.0)
         state.plan = None
         state.ask_again()

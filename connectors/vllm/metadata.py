@@ -31,7 +31,7 @@ class LoadSpec:
     """Positions of the prompt, from `start` on, that the engine computes."""
 
     def own_blocks(self, block_size: int) -> list[int]:
-        """Paged blocks that no other request may rely on; those before are vLLM's own hit."""
+        """The request's own blocks: those before come from vLLM's prefix cache."""
         return self.block_ids[self.start // block_size :]
 
 
@@ -56,10 +56,11 @@ class KVShareMetadata(KVConnectorMetadata):
     loads: list[LoadSpec] = field(default_factory=list)
     saves: list[SaveSpec] = field(default_factory=list)
     finished_loads: list[str] = field(default_factory=list)
-    """Parked requests whose last placeholder run is in this step, or that were aborted."""
+    """Parked requests that need not wait any longer: their last run is in this step, or they were
+    aborted."""
     handled: set[int] = field(default_factory=set)
-    """Paged blocks whose failed load the scheduler has heard of since the step before. A scheduler
-    that is a step ahead of the worker's output still orders saves and loads that build on them."""
+    """Paged blocks whose failed load the scheduler has learned of since the last step. Until then
+    an asynchronous scheduler, a step ahead, orders saves and loads that depend on these."""
     prefilled: int = 0
     """Prompt tokens computed by this step when it is a pure prefill of some length, else 0."""
     model: str = ""

@@ -1,4 +1,4 @@
-"""What the worker is told in each step, and what the steps in flight have touched."""
+"""The worker's orders for each step, and the blocks that steps in flight load or wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 _IN_FLIGHT = 2
-"""Steps that vLLM may have given out before it hears of the first one's failures."""
+"""Steps that vLLM may schedule before it learns which loads of the first one failed."""
 
 
 class Orders:
@@ -32,15 +32,15 @@ class Orders:
         self._block = block
         self._step = KVShareMetadata()
         self._ended: deque[list[Sequence[int]]] = deque([[]], _IN_FLIGHT)
-        """Paged blocks of requests that ended since this step was made, and since the one before:
-        what these steps computed in them is published, and its worth not known yet."""
+        """Paged blocks of requests that ended since this step and the one before. They are
+        published, and it is not known yet whether these steps computed them right."""
         self._loading: deque[set[int]] = deque(maxlen=_IN_FLIGHT)
-        """Paged blocks that these steps load; whether they succeed is not known yet."""
+        """Paged blocks that these steps load. Which loads fail is not known yet."""
 
     # --- the next step -----------------------------------------------------------------------
 
     def load(self, state: RequestState, plan: ReusePlan) -> None:
-        """Write the rows that were promised into the blocks that vLLM gave the request."""
+        """Order the promised rows to be written into the blocks that vLLM gave the request."""
         reused = sum(span.length for span in state.loaded)
         spec = LoadSpec(
             request_id=state.id,
@@ -56,11 +56,11 @@ class Orders:
         self._step.loads.append(spec)
 
     def finish_load(self, request_id: str) -> None:
-        """Report to vLLM that the request need not wait any longer."""
+        """Report to vLLM that the parked request may go on."""
         self._step.finished_loads.append(request_id)
 
     def take_back(self, request_id: str) -> bool:
-        """Do not report it after all; False if that is out of hand already."""
+        """Undo `finish_load`; False if the worker has been told already."""
         if request_id not in self._step.finished_loads:
             return False
         self._step.finished_loads.remove(request_id)
@@ -83,12 +83,12 @@ class Orders:
         return step
 
     def _wanted(self, state: RequestState) -> bool:
-        """Whether the rows of its prompt, complete now, are to be stored."""
+        """Whether to store the rows of its prompt, which this step completes."""
         unwanted = state.declined or state.request.num_preemptions > state.restarts
         if state.saved or unwanted or state.length < self._config.min_prompt_tokens:
             return False
         adapter = self._adapters.of(state.request.lora_request)
-        # if its files have changed since, the rows may be of either, or of both
+        # if its files have changed since, the rows may come from either version
         return not adapter.declined and adapter.identity == state.namespace.lora
 
     def _save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
@@ -115,13 +115,13 @@ class Orders:
         self._ended[-1].append(block_ids)
 
     def own(self, invalid: set[int]) -> set[int]:
-        """Those of the invalid paged blocks that KVShare was to load, not another connector."""
+        """Those of the invalid paged blocks that KVShare loads, not another connector."""
         return invalid & set().union(*self._loading)
 
     def failed(self, invalid: set[int]) -> set[int]:
-        """Loads into these blocks failed. Returns all blocks whose contents are wrong therefore.
+        """Loads into these blocks failed. Returns all blocks whose contents are wrong.
 
-        Blocks of running requests are left to the scheduler.
+        Not those of running requests: the scheduler finds them.
         """
         self._step.handled |= invalid
         ended = (ids for step in self._ended for ids in step)

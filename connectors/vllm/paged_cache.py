@@ -1,30 +1,27 @@
-"""Rows in and out of vLLM's paged KV cache, over all layers of a model.
+"""Reads and writes rows of vLLM's paged KV cache, over all layers of a model.
 
-A slot is `block_id * block_size + offset`. What lies inside a block is `paged_formats`' business.
+A slot is `block_id * block_size + offset`. `paged_formats` knows what lies inside a block.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
+from kvshare_connectors.dtypes import NAMES
+from kvshare_connectors.vllm.joined_caches import JoinedCaches, join
 from kvshare_connectors.vllm.paged_formats import Format, format_of
 from kvshare_connectors.vllm.raw_blocks import RawBlocks, SpareBuffers, check_range
 from kvshare_connectors.vllm.snapshots import Copied, SnapshotRing
+from kvshare_connectors.vllm.types import AttentionLayer
 from torch import Tensor
 
 from kvshare_store.errors import NamespaceError, UnsupportedError
-from kvshare_store.tensors.layout import DTypeName, KVLayout
+from kvshare_store.tensors.layout import KVLayout
 
-_DTYPES: dict[torch.dtype, DTypeName] = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _SPARE_BYTES = 256 << 20
-_WORD = torch.int64
 
 
 class PagedCache:
@@ -36,7 +33,7 @@ class PagedCache:
 
     def __init__(
         self,
-        layers: Sequence[Any],
+        layers: Sequence[AttentionLayer],
         form: Format,
         *,
         block_size: int | None = None,
@@ -45,9 +42,9 @@ class PagedCache:
     ) -> None:
         self._layers = list(layers)
         self._format = form
-        cache: Tensor = self._layers[0].kv_cache
+        cache = self._layers[0].kv_cache
         blocks, heads, self._kernel_block_size, width = cache.shape
-        self.layout = KVLayout(len(self._layers), heads, width // 2, _DTYPES[cache.dtype])
+        self.layout = KVLayout(len(self._layers), heads, width // 2, NAMES[cache.dtype])
         self.device = cache.device
         self.slots = blocks * self._kernel_block_size
         self.block_size = block_size or self._kernel_block_size
@@ -56,7 +53,7 @@ class PagedCache:
                 f"blocks of {self.block_size} tokens are not made of whole kernel blocks of"
                 f" {self._kernel_block_size}"
             )
-        self._joined = _join([layer.kv_cache for layer in self._layers])
+        self._joined = join([layer.kv_cache for layer in self._layers])
         if ring is None and self.device.type != "cpu":
             ring = SnapshotRing(self.device)
         self._ring = ring
@@ -87,7 +84,7 @@ class PagedCache:
             raise UnsupportedError("the model has no KV cache")
         if len({_layer_index(name) for name in names}) < len(names):
             raise UnsupportedError(f"a layer has several KV caches: {names}")
-        layers = []
+        layers: list[AttentionLayer] = []
         for name in names:
             layer = static_forward_context.get(name)
             if layer is None:
@@ -115,7 +112,7 @@ class PagedCache:
         Rows whose slot is -1 are skipped. Raises `NamespaceError` if the rows are of another
         layout, `PlanError` if a slot is outside the cache; nothing is written then.
         """
-        if rows.shape != self.layout.shape(len(slots)) or _DTYPES.get(rows.dtype) != (
+        if rows.shape != self.layout.shape(len(slots)) or NAMES.get(rows.dtype) != (
             self.layout.dtype
         ):
             raise NamespaceError(
@@ -134,11 +131,11 @@ class PagedCache:
                 layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
             )
 
-    def _write_joined(self, joined: _Joined, rows: Tensor, slots: Tensor) -> None:
+    def _write_joined(self, joined: JoinedCaches, rows: Tensor, slots: Tensor) -> None:
         """Write all layers in one call, as if their caches were one.
 
-        Canonical rows are taken as `2 * L * T` tokens: first a layer's K, then its V. V of the
-        token at i is K of the "token" at i + T, and the slots of V itself are -1.
+        Canonical rows are read as `2 * L * T` tokens: for each layer first K, then V. So V of the
+        token at i is K of the "token" at i + T. The slots of the V part are -1, which skips them.
         """
         tokens = len(slots)
         every = torch.full((len(self._layers), 2, tokens), -1)
@@ -153,8 +150,8 @@ class PagedCache:
     def snapshot(self, block_ids: Sequence[int]) -> RawBlocks:
         """Copy these blocks of all layers to host memory as they are, to be unpacked later.
 
-        On a GPU the copy runs after what the current stream was given so far, and this returns
-        before it is made. Raises `PlanError` if a block id is outside the cache, `NoSpaceError`
+        On a GPU the copy runs after all work queued on the current stream, and this returns before
+        it is done. Raises `PlanError` if a block id is outside the cache, `NoSpaceError`
         if snapshots that are not in host memory yet fill the device memory kept for them.
         """
         ids = torch.tensor(block_ids, dtype=torch.int64)
@@ -162,7 +159,7 @@ class PagedCache:
             check_range("block id", ids, 0, self.slots // self.block_size)
         split = self.block_size // self._kernel_block_size
         ids = (ids[:, None] * split + torch.arange(split)).flatten()
-        cache: Tensor = self._layers[0].kv_cache
+        cache = self._layers[0].kv_cache
         shape = (len(self._layers), len(ids), *cache.shape[1:])
         nbytes = cache[0].numel() * cache.itemsize * len(self._layers) * len(ids)
         buffer = self._spare.take(nbytes)
@@ -202,69 +199,23 @@ class PagedCache:
             return raw.rows(index * self.block_size + slots % self.block_size)
 
 
-class _Joined(NamedTuple):
-    """The caches of all layers as one.
-
-    One operation on it does what would be one for every layer. That matters on a busy machine,
-    where each operation waits until all of PyTorch's threads have had their turn.
-    """
-
-    cache: Tensor
-    """`[blocks of all layers, H, N, 2 * D]`."""
-    first_blocks: Tensor
-    """int64 `[L]`: where the blocks of every layer begin."""
-
-    def copy_blocks(self, ids: Tensor, copies: Tensor) -> None:
-        """Copy these blocks of every layer to `copies` `[L, len(ids), H, N, 2 * D]`.
-
-        By (block, head) and in wide words: `index_select` splits the copy of a single row of
-        2**15 elements over the threads, and then waits for them at each row.
-        """
-        heads = self.cache.shape[1]
-        blocks = (self.first_blocks[:, None] + ids).flatten()
-        wanted = (blocks[:, None] * heads + torch.arange(heads, device=ids.device)).flatten()
-        matrix, out = (
-            side.view(-1, side.shape[-2] * side.shape[-1]).view(_WORD)
-            for side in (self.cache, copies)
-        )
-        torch.index_select(matrix, 0, wanted, out=out)
-
-
-def _join(caches: Sequence[Tensor]) -> _Joined | None:
-    """None unless the caches are dense parts of one allocation, as vLLM makes them for the CPU."""
-    first = min(caches, key=Tensor.storage_offset)
-    start, block = int(first.storage_offset()), first[0].numel()
-    apart = [int(cache.storage_offset()) - start for cache in caches]
-    if (
-        not all(cache.is_contiguous() for cache in caches)
-        or len({cache.untyped_storage().data_ptr() for cache in caches}) > 1
-        or any(distance % block for distance in apart)
-        or any(size * first.itemsize % _WORD.itemsize for size in (start, first[0, 0].numel()))
-    ):
-        return None
-    blocks = max(apart) // block + len(first)
-    cache = first.as_strided((blocks, *first.shape[1:]), first.stride())
-    first_blocks = torch.tensor([distance // block for distance in apart], device=cache.device)
-    return _Joined(cache, first_blocks)
-
-
 def _layer_index(name: str) -> int:
-    """The position of a layer in the model: the one number in its name."""
+    """The index of a layer in the model: the one number in its name."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     if len(numbers) != 1:
         raise UnsupportedError(f"cannot tell the place of layer {name!r} in the model")
     return int(numbers[0])
 
 
-def _refuse_unserved(name: str, layer: Any) -> None:
+def _refuse_unserved(name: str, layer: AttentionLayer) -> None:
     """Raise `UnsupportedError` unless the layer's rows are plain K and V of every token.
 
-    The model's config should have been declined before; this looks at what was really built.
+    `capability` has judged the model's configuration; this checks the layer that was built.
     """
     cache = layer.kv_cache
     if not isinstance(cache, Tensor) or cache.ndim != 4:
         raise UnsupportedError(f"{name}: the KV cache is no [blocks, heads, tokens, K | V] tensor")
-    if cache.dtype not in _DTYPES:
+    if cache.dtype not in NAMES:
         raise UnsupportedError(f"{name}: KV cache dtype {cache.dtype} is not supported")
     if cache.shape[3] != 2 * layer.head_size or cache.shape[1] != layer.num_kv_heads:
         raise UnsupportedError(

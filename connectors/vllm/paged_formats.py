@@ -1,14 +1,15 @@
-"""What lies inside a block of vLLM's paged KV cache. No other module knows.
+"""The layout inside a block of vLLM's paged KV cache; no other module knows it.
 
-Every backend served here gives a layer a view `[blocks, kv_heads, block_size, 2 * head_dim]`; how
+Every backend served here gives a layer a view `[blocks, kv_heads, block_size, 2 * head_dim]`. How
 K and V lie in it differs.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from kvshare_connectors.vllm.types import AttentionLayer
 from torch import Tensor
 
 from kvshare_store.errors import UnsupportedError
@@ -17,8 +18,8 @@ from kvshare_store.errors import UnsupportedError
 class Format(Protocol):
     """How K and V lie in the `[kv_heads, block_size, 2 * head_dim]` elements of a block.
 
-    `blocks`: `[B, H, N, 2 * D]`. A format answers with a view of the same memory, token by token
-    and tile by tile: `[B, N/n, n, H, D/d, d]`, n dividing 16. Its dtype may be a wider word.
+    `blocks`: `[B, H, N, 2 * D]`. Both methods return a view of the same memory in tiles of n tokens
+    by d elements: `[B, N/n, n, H, D/d, d]`, n dividing 16. Its dtype may be a wider word.
     """
 
     def keys(self, blocks: Tensor) -> Tensor: ...
@@ -93,7 +94,7 @@ _CPU_FORMATS: dict[str, type[Format]] = {
 _LOGICAL_BACKENDS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION"})
 
 
-def format_of(name: str, layer: Any) -> Format:
+def format_of(name: str, layer: AttentionLayer) -> Format:
     """The format of one attention layer; `UnsupportedError` if it is not one listed here."""
     backend = layer.attn_backend.get_name()
     if backend in _LOGICAL_BACKENDS:

@@ -1,4 +1,4 @@
-"""Virtual rows: what they look like to the runner, and how many fit into a step."""
+"""Virtual rows: what the runner sees of them, and how many fit into a step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Room:
     def left(
         cls, output: SchedulerOutput, requests: Mapping[str, Request], tokens: int, rows: int
     ) -> Room:
-        """`rows`: of the batch, before any virtual ones, which this step has already."""
+        """`rows`: free rows of the batch, not counting the virtual ones that this step has."""
         scheduled = [requests.get(name) for name in output.num_scheduled_tokens]
         loras = [request.lora_request for request in scheduled if request is not None]
         adapters = {lora.lora_int_id for lora in loras if lora is not None}
         return cls(tokens, rows - scheduled.count(None), adapters)
 
     def take(self, state: RequestState, most_adapters: int) -> Iterator[Run]:
-        """The next runs of the request, as far as they fit; they are no longer its runs."""
+        """Take the next runs off the request, as far as they fit; the last may be cut short."""
         lora = state.request.lora_request
         if lora is not None and len(self.adapters | {lora.lora_int_id}) > most_adapters:
             return
@@ -54,10 +54,10 @@ class Room:
 
 
 def add_row(output: SchedulerOutput, state: RequestState, run: Run) -> str:
-    """One virtual request: samples nothing, is forgotten at the start of the next step.
+    """Add a virtual request, which samples nothing and ends with the step. Returns its id.
 
-    Its prompt goes on beyond the run, so the runner takes it for an unfinished prefill. It is the
-    request's own list: pickled once for all rows of a step. Returns its id.
+    Its prompt continues past the run, so the runner takes it for an unfinished prefill. The prompt
+    is the request's own list, so that all rows of a step pickle it once.
     """
     name = f"{state.id}/kvshare-{run.start}"
     prompt = state.request.prompt_token_ids
@@ -80,7 +80,7 @@ def add_row(output: SchedulerOutput, state: RequestState, run: Run) -> str:
 
 
 def metadata_of(output: SchedulerOutput) -> KVShareMetadata:
-    """KVShare's part of what the workers are told."""
+    """KVShare's part of a step's metadata."""
     metadata = output.kv_connector_metadata
     parts = metadata.metadata if isinstance(metadata, MultiKVConnectorMetadata) else (metadata,)
     for part in parts:

@@ -1,4 +1,4 @@
-"""Snapshots of paged blocks: copied on the critical path, unpacked to canonical rows later."""
+"""Raw copies of paged blocks: copied on the critical path, unpacked to canonical rows later."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ while the engine computes, and an operation split over threads would wait for th
 
 
 class RawBlocks:
-    """Copies of some blocks, in the order they were asked for, not yet unpacked.
+    """Copies of some blocks, in the order of the request, not yet unpacked.
 
-    Independent of the live cache. `release` (or leaving `with`) hands the memory to the next
-    snapshot; without it the memory is freed as usual. `copied`: what to wait for before the
-    copies are read, where a GPU makes them.
+    `release` (or leaving `with`) hands the memory to the next snapshot; without it the memory is
+    freed as usual. `copied`: the event to wait for before reading, where a GPU copies.
     """
 
     def __init__(
@@ -49,10 +48,9 @@ class RawBlocks:
     def rows(self, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """Canonical rows `[L, 2, T, H, D]` of the tokens at `positions` (int64 `[T]`).
 
-        They are in host memory. Any thread may call it; it waits until a GPU's copy is complete.
-        A position counts tokens through the snapshot's blocks: the k-th block holds
-        `k * block_size` and on; ascending ones are read fastest. `out`: where to put the rows,
-        contiguous in D; else a new tensor.
+        In host memory, from any thread; waits until a GPU's copy is complete. Positions count
+        tokens through the snapshot's blocks: the k-th block starts at `k * block_size`. Ascending
+        positions are fastest. `out`: where to put the rows, contiguous in D; else a new tensor.
         Raises `PlanError` for a position outside the snapshot, `LeaseError` after `release`.
         """
         copies = self._copies
@@ -95,8 +93,8 @@ class RawBlocks:
 
 
 class SpareBuffers:
-    """Byte buffers in host memory between two uses: fresh memory costs more in page faults than
-    the copy. `pinned`: memory that a GPU copies to while the thread goes on."""
+    """Byte buffers in host memory, kept for reuse: page faults of fresh memory cost more than the
+    copy. `pinned`: memory that a GPU can copy to asynchronously."""
 
     def __init__(self, limit: int, *, pinned: bool = False) -> None:
         self._limit = limit
@@ -124,7 +122,7 @@ class SpareBuffers:
 
 
 class _Piece(NamedTuple):
-    """What is unpacked at once."""
+    """A part of the snapshot that is unpacked at once."""
 
     blocks: slice
     """Which blocks of the snapshot."""

@@ -1,4 +1,4 @@
-"""One request as the scheduler side knows it, and what it may ask of the store."""
+"""The scheduler side's state of one request, and what its client asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvshare_connectors.vllm.private_hashes import PrivateHashes
+from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.config import policy_names
 from kvshare_store.namespace import Namespace
@@ -15,7 +16,6 @@ from kvshare_store.plan import ReusePlan, Run, Span
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-PREFIX = "kvshare."
 POLICY = "kvshare.policy"
 ANSWERED = frozenset(
     PREFIX + name
@@ -24,7 +24,7 @@ ANSWERED = frozenset(
         "reused", "unknown",
     )
 )  # fmt: skip
-"""What an answer says. A client may send it back, as proxies do: only the policy is read."""
+"""Fields of an answer. Proxies may send them back with a request: only the policy is read."""
 
 
 class Wish(NamedTuple):
@@ -32,11 +32,11 @@ class Wish(NamedTuple):
 
     policy: str | None = None
     unknown: tuple[str, ...] = ()
-    """Names that begin with `kvshare.` and mean nothing."""
+    """Parameters that begin with `kvshare.` and do not exist."""
 
 
 class Reserved(NamedTuple):
-    """What a step sets aside for the placeholder runs of one request, as its plan had them."""
+    """Batch rows and tokens that a step sets aside for the placeholder runs of one request."""
 
     rows: int = 0
     tokens: int = 0
@@ -47,16 +47,16 @@ class Reserved(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What the last answer to vLLM promised; it holds once vLLM has allocated blocks for it."""
+    """What vLLM was last promised for a request. It may ask again, or take none of it."""
 
     local: int
     """Tokens that vLLM's own prefix cache covers."""
     spans: list[Span]
-    """From there on, loaded if the promise is taken."""
+    """What is loaded behind them if vLLM takes the promise."""
     reason: str = ""
     """Why nothing is promised, if nothing is."""
     parks: bool = False
-    """Whether vLLM was told that the request waits for it."""
+    """Whether the request waits for its rows or placeholders while others go on."""
 
     @property
     def tokens(self) -> int:
@@ -78,23 +78,24 @@ class RequestState:
     reason: str = ""
     """Why nothing is reused, as far as that is known."""
     asked: bytes | None = None
+    """Id of the lookup, once it has started."""
     asked_at: float = 0.0
     early: bool = False
-    """Asked for when the request arrived, and nobody has waited for the answer yet."""
+    """The lookup started when the request arrived, and no step has waited for it yet."""
     settled: bool = False
     """The lookup has ended, with a plan or without."""
     plan: ReusePlan | None = None
     """What may be loaded."""
     stored: ReusePlan | None = None
-    """What says which rows the store has already, loaded or not."""
+    """The same plan, kept after loading or giving up: it says which rows the store has."""
     planned_at: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(0, []))
     reserved: Reserved = field(default_factory=Reserved)
-    """Of this step. Nothing while the plan is not there: it may come before vLLM asks for it."""
+    """Set aside in this step. Nothing if the plan was not there when the step began."""
     local: int = 0
     """Tokens that vLLM's own prefix cache covered when the request was admitted."""
     cached_counted: bool = False
-    """The daemon knows of them."""
+    """Whether the daemon has been told of them."""
     loaded: list[Span] = field(default_factory=list)
     """Spans that were promised to vLLM and are loaded."""
     runs: list[Run] = field(default_factory=list)
@@ -125,8 +126,26 @@ class RequestState:
         asking = self.asked is not None and not self.settled
         return asking or (self.plan is not None and not self.loaded)
 
+    def count_reuse(self) -> None:
+        """Tell vLLM's statistics what is loaded: it takes all that is promised for cached."""
+        if self.request.prefill_stats is not None:
+            loaded = sum(span.length for span in self.loaded)
+            self.request.prefill_stats.set(self.length, self.local, loaded)
+
+    def restarted(self) -> None:
+        """Its load failed while it was running: it starts over and is computed in full."""
+        self.start_over("load_failed")
+        self.restarts += 1
+
+    def preempted(self) -> None:
+        """vLLM took its blocks: all that it computes from now on is exact."""
+        self.show_hashes()
+        if self.loaded:
+            self.start_over("preempted")
+            self.cached_counted = True  # as reused, when its rows were loaded
+
     def start_over(self, reason: str = "") -> None:
-        """Nothing of it is loaded any more: the engine computes the prompt in full."""
+        """Forget the plan and what was loaded: the engine computes the whole prompt."""
         self.plan, self.stored, self.saved = None, None, False
         self.loaded, self.runs = [], []
         self.promise = Promise(0, [])
@@ -134,42 +153,24 @@ class RequestState:
         self.show_hashes()
 
     def ask_again(self) -> None:
-        """The next lookup is a new one."""
+        """Forget the lookup, so that the next step starts a new one."""
         self.asked, self.settled, self.stored, self.reason = None, bool(self.declined), None, ""
         self.cached_counted = False
 
     def hide_hashes(self, key: bytes, first: int) -> None:
-        """It is about to hold edited rows, from block `first` on: nobody else's are like them."""
+        """Publish its blocks under private hashes from block `first` on.
+
+        `first` is its first block with edited rows; `key`: see `private_hashes.key_of`.
+        """
         if self.hashes is None or self.hashes.key != key:
             self.show_hashes()
             self.hashes = PrivateHashes(self.request, key, first)
         self.hashes.hide()
 
     def show_hashes(self) -> None:
-        """It holds no edited rows (any more): its blocks are shared as vLLM shares them."""
+        """Publish its blocks under vLLM's own hashes: it holds no edited rows."""
         if self.hashes is not None:
             self.hashes.show()
-
-
-def decline_reason(request: Request, wish: Wish, policy: str) -> str:
-    """Why a request is served without the store, or the empty string."""
-    sampling = request.sampling_params
-    if request.mm_features or request.prompt_embeds is not None:
-        return "multimodal"
-    if sampling is None or not request.prompt_token_ids:
-        return "pooling"
-    if (
-        sampling.prompt_logprobs is not None
-        or getattr(sampling, "prompt_logprob_token_ids", None) is not None
-    ):
-        return "prompt_logprobs"
-    if request.resumable:
-        return "streaming_input"
-    if wish.unknown:
-        return "unknown_parameter"
-    if wish.policy is not None and wish.policy not in policy_names():
-        return "unknown_policy"
-    return "policy_off" if policy == "off" else ""
 
 
 def granted(configured: str, asked: str | None) -> str:
@@ -185,10 +186,10 @@ def granted(configured: str, asked: str | None) -> str:
 
 
 def wish_of(request: Request) -> Wish:
-    """What the client asks for. It may steer one thing, a stricter policy.
+    """What the client asks for in `kv_transfer_params`.
 
-    What other connectors read is none of ours; a name that begins with `kvshare.` and means
-    nothing is a mistake, and may be a mistyped policy.
+    Names without the prefix `kvshare.` belong to other connectors. An unknown name with it is
+    taken for a mistake, perhaps a mistyped policy.
     """
     params: Any = request.kv_transfer_params
     if not isinstance(params, dict):

@@ -1,4 +1,4 @@
-"""What a worker keeps on its own device: the blocks that its requests reuse most."""
+"""The device tier of a worker: blocks that its requests reuse most stay on its device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 
 _USES = 2
-"""A block used so often is worth its place."""
+"""A block is kept from this use on."""
 _REMEMBERED = 4096
+"""Blocks whose uses are counted."""
 _BLOCKS_PER_STEP = 16
 
 
 class Resident:
-    """A device tier filled after the forward, off the way of any token. No budget: nothing."""
+    """Filled after the forward, so that no token waits for it. Without a budget it is off."""
 
     def __init__(self, budget: int, device: torch.device | str, layout: KVLayout) -> None:
         self._tier = DeviceTier(budget, device) if budget else None
@@ -30,7 +31,7 @@ class Resident:
         self._wanted: dict[str, tuple[ArenaView, BlockRef]] = {}
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
-        """The block's rows on the device, as exact as those in the arena or more, or None."""
+        """The block's rows on the device, at least as exact as the arena's; None if absent."""
         return self._tier.rows(ref.name) if self._tier is not None and self._serves(ref) else None
 
     def _serves(self, ref: BlockRef) -> bool:
@@ -48,8 +49,11 @@ class Resident:
             self._uses.popitem(last=False)
 
     def fill(self) -> None:
-        """Copy what has become worth it. Its lease may have ended: the label in the arena says,
-        before and after the copy, whether the block was still there."""
+        """Copy blocks that were used often enough.
+
+        Their lease may have ended. The label in the arena, checked before and after the copy, says
+        whether the block was still there.
+        """
         wanted, self._wanted = list(self._wanted.values())[:_BLOCKS_PER_STEP], {}
         for arena, ref in wanted:
             self._copy(arena, ref)
@@ -63,5 +67,5 @@ class Resident:
             arena.check(ref)
         except LeaseError:
             return
-        # a plan names blocks of its own namespace only, so none needs to be written down here
+        # the namespace is not needed: a plan names blocks of its own namespace only
         self._tier.keep(ref.name, Block("", self._layout, rows, ref.lossy))

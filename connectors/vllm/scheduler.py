@@ -9,48 +9,34 @@ rows of earlier ones: exact causal attention with stock kernels.
 from __future__ import annotations
 
 import itertools
-import time
-from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvshare_connectors.vllm.beside import check_failure_policy, keeps_rows_by_tokens, ours
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.orders import from_first
 from kvshare_connectors.vllm.placing import Room, add_row, metadata_of
 from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.recovery import Recovery
 from kvshare_connectors.vllm.requests import Reserved
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
-
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
 _MEASURED_PREFILL = 128
 
 
-class VirtualRows(_Base):
+class VirtualRows(Recovery):
     """Mixin over a vLLM scheduler; without a KVShare connector it changes nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._meaningless_reports: Counter[str] = Counter()
-        """Loads that the worker will report as finished, of requests that were released."""
         planning = self._planning()
         if planning is not None:
             check_failure_policy(planning, recompute=self.recompute_kv_load_failures)
             planning.place_runs(self._adapter_fits, exact_only=keeps_rows_by_tokens(self.connector))
-
-    def _planning(self) -> Planning | None:
-        connector = ours(self.connector)
-        return connector.planning if connector is not None else None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         planning = self._planning()
@@ -66,29 +52,29 @@ class VirtualRows(_Base):
             self.max_num_scheduled_tokens += tokens
             self.max_num_active_reqs = active
         self._place_runs(planning, output)
-        self._uncount(planning.take_placeholders())
+        self._uncount(planning.runs.take_placeholders())
         return output
 
     # --- before the step ---------------------------------------------------------------------
 
     def _free_rows(self) -> int:
-        """Rows of the batch that no request has; one that vLLM does not schedule keeps its own."""
+        """Free rows of the batch. A running request keeps its row even when not scheduled."""
         taken = len(self.running) + self.num_waiting_for_streaming_input
         return self.max_num_running_reqs - taken
 
     def _reserve(self, planning: Planning) -> tuple[int, int]:
         """Tokens and rows of the batch to keep free for placeholder runs.
 
-        Decides who computes all of them in this step. Running requests come first. What is set
-        aside for a request that is then not admitted is lost for this step only. A request gets
-        what its plan needs as far as it is known here: one whose plan comes later is parked.
+        Decides which requests compute all their runs in this step. Running requests come first. A
+        request whose plan is not there yet gets nothing and is parked. What is set aside for a
+        request that vLLM then does not admit is lost for this step only.
         """
         total = self.max_num_scheduled_tokens
         free = total - sum(self._need(request) for request in self.running)
         rows = self._free_rows()
-        parked = [run.length for state in planning.parked for run in state.runs]
-        # at least half the step goes to requests already parked, and new ones leave them their
-        # rows, or they might wait for ever
+        parked = [run.length for state in planning.runs.parked for run in state.runs]
+        # requests already parked get up to half the step, and their rows: else they might wait
+        # for ever
         reserved = min(sum(parked), max(free, total // 2) - 1) if parked and rows > 0 else 0
         reserved_rows = min(len(parked), max(rows, 0))
         free, rows = free - reserved, rows - reserved_rows
@@ -120,8 +106,11 @@ class VirtualRows(_Base):
         return iter(self.waiting)
 
     def _adapter_fits(self, request: Request) -> bool:
-        """Whether the request's adapter has a place beside those of running requests, which vLLM
-        counts, and of requests that hold rows without running, which have virtual rows."""
+        """Whether the request's adapter fits beside those in use.
+
+        vLLM counts running requests only. Requests that hold rows without running count too: they
+        have virtual rows.
+        """
         if not self.lora_config or request.lora_request is None:
             return True
         held = {r.lora_request.lora_int_id for r in self._holders() if r.lora_request is not None}
@@ -132,8 +121,8 @@ class VirtualRows(_Base):
         yield from self.running
         planning = self._planning()
         if planning is not None:
-            yield from (r for r in self.kv_holding_waiting if planning.holds_rows(r))
-            yield from (state.request for state in planning.parked)  # of this step
+            yield from (state.request for state in self._held(planning))
+            yield from (state.request for state in planning.runs.parked)  # of this step
 
     # --- after it ----------------------------------------------------------------------------
 
@@ -143,7 +132,7 @@ class VirtualRows(_Base):
         if prefill_only and output.total_num_scheduled_tokens >= _MEASURED_PREFILL:
             metadata.prefilled = output.total_num_scheduled_tokens
         before = output.total_num_scheduled_tokens
-        for state in planning.take_ready():
+        for state in planning.runs.take_ready():
             for run in state.runs:
                 self.finished_req_ids.add(add_row(output, state, run))
             state.runs = []
@@ -161,16 +150,16 @@ class VirtualRows(_Base):
     def _place_parked(
         self, planning: Planning, output: SchedulerOutput, metadata: KVShareMetadata
     ) -> set[str]:
-        """Runs of parked requests go into what the step has left, in order; their ids."""
+        """Fill the rest of the step with runs of parked requests, in order; returns their ids."""
         adapters = self.lora_config.max_loras if self.lora_config else 0
         room = Room.left(output, self.requests, self._tokens_left(output), self._free_rows())
         placed = set()
-        for state in planning.parked:
+        for state in planning.runs.parked:
             for run in room.take(state, adapters):
                 self.finished_req_ids.add(add_row(output, state, run))
                 placed.add(state.id)
             if not state.runs:
-                planning.unpark(state)
+                planning.runs.unpark(state)
                 metadata.finished_loads.append(state.id)
         return placed
 
@@ -178,104 +167,22 @@ class VirtualRows(_Base):
         return self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
 
     def _fence(self, touched: set[str], *, empty: bool) -> None:
-        """Blocks that this step writes outside of vLLM's own rows are not free before its end.
+        """Keep blocks that virtual rows and loads write allocated until this step has ended.
 
-        A step without tokens has no number; what comes after it has run it too.
+        A step without tokens has no number: it has ended once the next one has.
         """
         if self.defer_block_free:
             for request_id in touched:
                 self.requests[request_id].last_sched_seq = self.sched_step_seq + empty
 
     def _uncount(self, placeholders: int) -> None:
-        """vLLM counts all that is promised as hits; placeholders are computed."""
+        """Take placeholders out of vLLM's count of cache hits: they are computed."""
         stats = self.connector_prefix_cache_stats
         connector = ours(self.connector)
         if stats is not None and connector is not None and placeholders:
             stats.hits -= placeholders
             source = connector._cache_hit_source
             stats.hits_by_source[source] = stats.hits_by_source.get(source, 0) - placeholders
-
-    # --- requests that lose their rows -------------------------------------------------------
-
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(request, *args, **kwargs)
-        planning = self._planning()
-        if planning is not None:
-            planning.preempted(request)
-
-    def reset_prefix_cache(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        planning = self._planning()
-        if planning is not None and reset_running_requests:
-            self._release_waiting(planning)
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
-
-    def reset_connector_cache(self) -> bool:
-        planning = self._planning()
-        if planning is not None:
-            self._release_waiting(planning)  # what they hold is stale too
-        return super().reset_connector_cache()
-
-    def _release_waiting(self, planning: Planning) -> None:
-        """Requests that hold rows of KVShare without running give them back and begin again."""
-        held = [r for r in self.kv_holding_waiting if planning.holds_rows(r)]
-        self.kv_holding_waiting.remove_requests(held)
-        self.deferred_waiting.difference_update(held)
-        for request in reversed(held):  # each goes to the head of the queue
-            name = request.request_id
-            waiting = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-            reported = not waiting or name in self.finished_recving_kv_req_ids
-            if planning.released(request) and not reported:
-                self._meaningless_reports[name] += 1
-            self.finished_recving_kv_req_ids.discard(name)
-            self.failed_recving_kv_req_ids.discard(name)
-            self._inflight_prefills.discard(request)
-            self._set_kv_fetch_stage(request, None)
-            self._free_request_blocks(request)
-            request.status = RequestStatus.WAITING
-            request.num_computed_tokens = 0
-            self.waiting.prepend_request(request)
-
-    def _update_from_kv_xfer_finished(self, kv_connector_output: KVConnectorOutput) -> None:
-        reported = kv_connector_output.finished_recving or set()
-        meaningless = reported & self._meaningless_reports.keys()
-        if meaningless:
-            self._meaningless_reports -= Counter(meaningless)
-            kv_connector_output.finished_recving = reported - meaningless
-        super()._update_from_kv_xfer_finished(kv_connector_output)
-
-    # --- loads that failed -------------------------------------------------------------------
-
-    def _handle_invalid_blocks(
-        self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
-    ) -> set[str]:
-        """Preempt running requests that hold such blocks: they begin again, computed in full.
-
-        vLLM's own way is to go on from the first such block. What an asynchronous scheduler has
-        scheduled ahead then stays in its counts, and the step that follows reads tokens that do
-        not exist (vllm-project/vllm#45138, #49250). Preemption undoes all of it. Only KVShare may
-        do so: after a failure it promises nothing again, which another connector would.
-        """
-        planning = self._planning()
-        own = planning.orders.own(invalid_block_ids) if planning is not None else set()
-        if planning is None or not own:
-            return super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
-        held = [request for request in self.running if self._forget(request, own)]
-        for request in reversed(held):  # each goes to the head of the queue
-            self.running.remove(request)
-            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-            planning.restarted(request)
-        parked = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
-        return parked | {request.request_id for request in held}
-
-    def _forget(self, request: Request, invalid: set[int]) -> bool:
-        """Whether a request holds such a block. If so, that block and all that was computed after
-        it leave the prefix cache."""
-        (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-        wrong = set(from_first(block_ids, invalid))
-        self.kv_cache_manager.evict_blocks(wrong)
-        return bool(wrong)
 
 
 def _is_fresh(request: Request) -> bool:

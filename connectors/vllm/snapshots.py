@@ -1,16 +1,16 @@
-"""Snapshots of paged blocks on their way from a GPU to host memory, beside the engine's stream.
+"""Copies of paged blocks on their way from a GPU to host memory, beside the engine's stream.
 
 The engine's stream copies blocks into a slot of a small ring and goes on. A second stream waits
-for that copy alone, moves the slot to pinned memory and records an event; whoever reads the
-host's copy waits for the event. So rows are never read before they are written, the engine's
-thread waits for nothing, and the ring is all the device memory that snapshots ever take.
+for that copy alone, moves the slot to pinned memory and records an event. A reader of the host's
+copy waits for the event. So rows are never read before they are written, the engine's thread never
+waits, and the ring is all the device memory that snapshots take.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ _SLOT_BYTES = 32 << 20
 
 
 class Copied(Protocol):
-    """A point in the order of a stream: everything that it was given before."""
+    """An event in a stream: reached once all work queued before it is done."""
 
     def query(self) -> bool:
-        """Whether the device has come past it."""
+        """Whether it was reached."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until it has."""
+        """Wait until it is reached."""
         ...
 
 
@@ -37,14 +37,14 @@ class Side(Protocol):
     """A second stream of a device."""
 
     def copy(self, source: Tensor, target: Tensor) -> Copied:
-        """Copy `[L, ...]` layer by layer, after all that the caller's stream was given so far.
+        """Copy `[L, ...]` layer by layer, after all work queued on the caller's stream so far.
 
-        Returns at once. Copies run in the order they were asked for.
+        Returns at once. Copies run in the order of the calls.
         """
         ...
 
     def hold(self, copied: Copied) -> None:
-        """Let the caller's stream wait for a copy, not its thread."""
+        """Make the caller's stream wait for a copy; the thread goes on."""
         ...
 
 
@@ -61,9 +61,8 @@ class CudaSide:
         with torch.cuda.stream(self._stream):
             for layer, to in zip(source, target, strict=True):
                 to.copy_(layer, non_blocking=True)
-        copied: Any = torch.cuda.Event(blocking=True)
-        copied.record(self._stream)
-        return copied  # type: ignore[no-any-return]
+        copied: Copied = self._stream.record_event(torch.cuda.Event(blocking=True))
+        return copied
 
     def hold(self, copied: Copied) -> None:
         torch.cuda.current_stream(self._device).wait_event(copied)
@@ -75,9 +74,9 @@ class _Slot(NamedTuple):
 
 
 class SnapshotRing:
-    """A fixed piece of device memory that snapshots pass through. For one thread.
+    """Device memory of a fixed size that snapshots pass through. For one thread.
 
-    `slot_bytes`: of a slot; at least one block of all layers must fit, so it may be enlarged.
+    `slot_bytes`: size of a slot; raised to one block of all layers where that is larger.
     """
 
     def __init__(
@@ -119,13 +118,13 @@ class SnapshotRing:
         return self._busy[-1].copied
 
     def _retire(self, block_bytes: int) -> list[Tensor]:
-        """The free slots. Made at first use: before, vLLM's own sleep mode would own them."""
+        """The free slots. Allocated at first use: earlier, vLLM's sleep mode would own them."""
         if self._free is None:
             self._slot_bytes = max(self._slot_bytes, block_bytes)
             size = self._slots * self._slot_bytes
             with torch.inference_mode(False):
                 ring = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._free = list(ring.split(self._slot_bytes))
+            self._free = list(torch.split(ring, self._slot_bytes))
         while self._busy and self._busy[0].copied.query():
             self._free.append(self._busy.popleft().memory)
         return self._free

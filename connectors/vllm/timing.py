@@ -1,19 +1,19 @@
-"""How long a device takes for the work it is given, which on a GPU is not how long giving takes."""
+"""Time that a device works. On a GPU the launching thread returns long before."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 Seconds = Callable[[], float]
-"""Seconds of device time. The call waits until the work is done: not for the engine's thread."""
+"""Seconds of device time. Waits until the work is done, so not for the engine's thread."""
 
 
 class Stopwatch(Protocol):
-    """Runs from its making until `stop`, in the order of the stream that both are called on."""
+    """Measures from its creation to `stop`, in the order of the current stream."""
 
     def stop(self) -> Seconds:
         """End the measurement; returns at once."""
@@ -21,7 +21,7 @@ class Stopwatch(Protocol):
 
 
 class HostStopwatch:
-    """For devices that have done their work when a call returns."""
+    """For devices that finish their work before a call returns."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -31,8 +31,20 @@ class HostStopwatch:
         return lambda: seconds
 
 
+class _Event(Protocol):
+    """`torch.cuda.Event`, whose methods have no annotations."""
+
+    def record(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        """Milliseconds."""
+        ...
+
+
 class CudaStopwatch:
-    """Two events on the current stream: what the GPU did between them, and its idle time there."""
+    """Two events on the current stream; idle time between them counts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,13 +55,13 @@ class CudaStopwatch:
 
         def seconds() -> float:
             stopped.synchronize()
-            return float(self._started.elapsed_time(stopped)) / 1e3
+            return self._started.elapsed_time(stopped) / 1e3
 
         return seconds
 
-    def _event(self) -> Any:
+    def _event(self) -> _Event:
         # `blocking`: the thread that reads it sleeps instead of spinning beside the engine
-        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event: _Event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
@@ -21,11 +22,13 @@ from kvshare_store.cli import (
     simulate,
     stats,
     stop,
-    vllm,
 )
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.errors import KVShareError
 from kvshare_store.version import version
+
+_ENGINES = {"vllm": "kvshare_connectors.vllm.launch"}
+"""Modules whose `app` has the commands of an engine. By name: the store imports no engine."""
 
 app = typer.Typer(
     name="kvshare",
@@ -50,7 +53,8 @@ def group(
 
 
 app.command("serve", epilog=FIELDS_HELP)(serve.command)
-app.add_typer(vllm.app, name="vllm")
+for engine, module in _ENGINES.items():
+    app.add_typer(import_module(module).app, name=engine)
 app.command("stats")(stats.command)
 app.command("ls")(ls.command)
 app.command("show")(show.command)

@@ -312,7 +312,7 @@ class Engine:
         assert not self.scheduler.requests
         assert self.free_blocks == self.free_at_start
         assert not self.planning._states
-        assert not self.planning.parked
+        assert not self.planning.runs.parked
         assert stats["leases"] == 0
 
     @contextmanager

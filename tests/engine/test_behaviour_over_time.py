@@ -53,7 +53,7 @@ def park(engine: Engine, prompt: list[int]) -> str:
     name = engine.add(prompt)
     for _ in range(50):
         engine.step()
-        if engine.planning.parked:
+        if engine.planning.runs.parked:
             return name
     raise AssertionError("it was never parked")
 

@@ -13,6 +13,7 @@ from typing import Any
 import kvshare_connectors.vllm.adapters as adapters_module
 import kvshare_connectors.vllm.identity as identity_module
 import pytest
+import torch
 from huggingface_hub import constants
 from kvshare_connectors.vllm.identity import namespace_of
 from kvshare_connectors.vllm.orders import from_first
@@ -285,7 +286,7 @@ def namespace_for(
 ) -> Namespace:
     """The namespace of an engine with this model; `loading` and `fields` are of vLLM's load and
     model configuration."""
-    spec = SimpleNamespace(dtype="torch.float32", num_kv_heads=1, head_size=8)
+    spec = SimpleNamespace(dtype=torch.float32, num_kv_heads=1, head_size=8)
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["0", "1"])
     plain = {
         "model": str(model),
@@ -661,10 +662,10 @@ def test_a_loaded_plan_is_the_workers_to_finish(planning: Planning, link: FakeLi
     planning.matched(wanted, 0)
     blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],))
     planning.allocated(wanted, blocks, 80)  # type: ignore[arg-type]
-    (state,) = planning.parked
+    (state,) = planning.runs.parked
     assert state.runs == [Run(40, 50)]
     planning.finished(wanted)
-    assert not planning.parked
+    assert not planning.runs.parked
     assert not link.told
 
 

@@ -393,9 +393,9 @@ def test_abort_while_parked(engine: Engine, prompt: list[int], steps: int) -> No
         name = engine.add(prompt)
         for _ in range(steps):
             engine.step()
-        assert len(engine.planning.parked) == 1
+        assert len(engine.planning.runs.parked) == 1
         engine.abort(name)
-        assert not engine.planning.parked
+        assert not engine.planning.runs.parked
         assert not engine.core.has_unfinished_requests()
     assert gained["hits_edited"] == 1
     assert not engine.scheduler.requests
@@ -411,7 +411,7 @@ def test_abort_while_a_step_computes_placeholders(
 
     def aborted(metadata: KVShareMetadata) -> None:
         done(metadata)
-        last = not engine.planning.parked
+        last = not engine.planning.runs.parked
         if names and (last if step == -1 else len(runs_by_step(engine)) == step + 1):
             engine.abort(names.pop())
 

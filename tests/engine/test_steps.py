@@ -98,7 +98,7 @@ def test_requests_that_a_step_leaves_out_keep_their_rows(
     bench.scheduler.max_num_scheduled_tokens = 4
     parked, _ = bench.add(), bench.add(range(200, 300))
     bench.step()
-    assert len(bench.planning.parked) == 2
+    assert len(bench.planning.runs.parked) == 2
     bench.scheduler.max_num_scheduled_tokens = 64
     bench.scheduler.num_waiting_for_streaming_input = streaming
     bench.scheduler.running[0].next_decode_eligible_step = 10**9  # left out from now on
@@ -146,7 +146,7 @@ def test_a_plan_that_comes_after_the_budget_was_made_parks_its_request(
     request = bench.add()
     output = bench.schedule()
     assert len(output.num_scheduled_tokens) <= 4
-    assert [state.request for state in bench.planning.parked] == [request]
+    assert [state.request for state in bench.planning.runs.parked] == [request]
     bench.finish(output)
     bench.drain(200)
     assert said(bench, request)["edited"] == sum(span.length for span in spans[:-1]) + 1
@@ -267,7 +267,7 @@ def parked(bench: Bench) -> Any:
     request = bench.add()
     bench.scheduler.max_num_scheduled_tokens = 4
     bench.step()
-    assert [state.request for state in bench.planning.parked] == [request]
+    assert [state.request for state in bench.planning.runs.parked] == [request]
     return request
 
 
@@ -310,7 +310,7 @@ def at(bench: Bench, moment: str) -> Any:
         return request, None
     bench.scheduler.max_num_scheduled_tokens = 64
     output = bench.schedule()  # places the last of them
-    assert not bench.planning.parked
+    assert not bench.planning.runs.parked
     if moment == "last step in flight":
         return request, output
     bench.finish(output)
@@ -338,7 +338,7 @@ def test_a_reset_releases_requests_that_wait_with_rows(
     asked = len(link.asked)
     assert bench.scheduler.reset_prefix_cache(True, connector_too)
     assert request.status == RequestStatus.WAITING
-    assert not bench.planning.parked
+    assert not bench.planning.runs.parked
     if in_flight is not None:
         bench.finish(in_flight)  # the report of a load that means nothing any more
     bench.drain()

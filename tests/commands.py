@@ -1,0 +1,35 @@
+"""Runs `kvshare` commands in the process of the test."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.cli.main import main
+
+Result = tuple[int, str, str]
+
+
+def run(*arguments: str | Path) -> Result:
+    """Exit code, standard output and standard error of one command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+def one_line(result: Result, code: int) -> str:
+    """The line on standard error; nothing else may be said."""
+    found, out, err = result
+    assert (found, out) == (code, "")
+    assert err.startswith("kvshare: ")
+    assert err.count("\n") == 1
+    return err
