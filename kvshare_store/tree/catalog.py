@@ -330,8 +330,16 @@ class Catalog:
     @property
     def bytes(self) -> int:
         """Bytes of all files of a catalogue in a folder."""
-        tables = self._nodes, self._namespaces, self.facts, self.uses
-        return sum(table.bytes for table in tables)
+        return sum(table.bytes for table in self._tables)
+
+    @property
+    def data_bytes(self) -> int:
+        """Of these, what compaction may have to write anew before it can drop anything."""
+        return sum(table.data_bytes for table in self._tables)
+
+    @property
+    def _tables(self) -> tuple[Table | Ledger, ...]:
+        return self._nodes, self._namespaces, self.facts, self.uses
 
     # --- namespaces --------------------------------------------------------------------------
 
