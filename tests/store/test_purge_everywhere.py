@@ -30,6 +30,8 @@ from tests.store.neighbours import (
 )
 from tests.store.test_upkeep import ASKED_ONLY, PROMPT
 
+LATER = prompt(77, 40)
+
 
 def copies(engine: Driver) -> bytes:
     """What this machine's arena and disk hold."""
@@ -227,6 +229,38 @@ def test_what_was_saved_after_a_purge_stays(
     learn(late)
     assert own_blocks(late) == 5
     assert late.store.namespace(NAMESPACE.digest) == NAMESPACE
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "killed before it looked"])
+def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
+    machine: Machine, tmp_path: Path, restarted: bool
+) -> None:
+    """The purge has removed the record of the namespace: without it nobody could read those rows,
+    nor purge them."""
+    late = config_of(tmp_path, "b", sync_seconds=3600.0)
+    one, store = machine("a"), Store(late)
+    try:
+        other = Driver(store, NAMESPACE)
+        save(other, PROMPT)
+        until(lambda: knows(one, PROMPT))
+        assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+        save(other, LATER)
+        if restarted:
+            store.close()
+            store = Store(late)
+            other = Driver(store, NAMESPACE)
+        learn(other)
+        assert not knows(other, LATER)
+        catalog = other.store.shelf.catalog
+        assert catalog is not None
+        assert catalog.ids() == []
+        assert remote_blocks(tmp_path) == 0
+        third = machine("c")
+        assert third.store.stats()["errors"] == {}
+        save(other, PROMPT)
+        until(lambda: knows(third, PROMPT))
+    finally:
+        store.close()
 
 
 def test_leased_rows_are_left_until_their_readers_are_done(machine: Machine) -> None:
