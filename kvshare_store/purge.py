@@ -245,6 +245,7 @@ class OthersPurges:
         catalog.refresh()
         if not begun:
             _remove_without_record(shelf, catalog, digest)
+            catalog.drop_unreadable(digest)
         shelf.unlearn(_absent(catalog, here))
         shelf.keep_registered(catalog.digests())
         with shelf.lock:

@@ -413,6 +413,21 @@ class Catalog:
         self.uses.erase(f"by = '{digest}'")
         self._rows.forget(namespace)
 
+    def drop_unreadable(self, namespace: str) -> None:
+        """Remove rows of a namespace that the key of its record does not open: who committed them
+        had not heard of a purge, and used the key that it had destroyed."""
+        if not self.namespaces(namespace):
+            return
+        with self._lock:
+            batches = list(self._nodes.rows(f"namespace = '{_hex(namespace)}'"))
+            rows = [row for batch in batches for row in node_rows(batch)]
+            errors = [_error_of(self._rows.node, row) for row in rows]
+        self.delete(
+            row.id
+            for row, error in zip(rows, errors, strict=True)
+            if error is not None and not isinstance(error, NewerRowError)
+        )
+
     def forget_key(self, namespace: str) -> None:
         """The key of a namespace that another machine has purged; that of a new record is known
         from the next `namespaces`."""

@@ -263,6 +263,34 @@ def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
         store.close()
 
 
+def test_rows_that_were_sealed_with_the_key_that_a_purge_destroyed_go(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Also where another machine has saved there anew, and the namespace has a new key."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("0123456789abcdef" * 4)
+    sealed = {"encryption_key": f"file:{key}"}
+    one, other = machine("a", **sealed), machine("b", sync_seconds=3600.0, **sealed)
+    save(other, PROMPT)
+    until(lambda: knows(one, PROMPT))
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    kept = save(one, prompt(78, 40))
+    save(other, LATER)
+    learn(other)
+    assert not knows(other, LATER)
+    assert knows(other, prompt(78, 40))
+    catalog = other.store.shelf.catalog
+    assert catalog is not None
+    assert [name for name, _ in catalog.ids()] == [kept]
+    save(other, LATER)
+    third = machine("c", **sealed)
+    assert third.store.stats()["errors"] == {}
+    assert knows(third, LATER)
+    third.book = one.book
+    assert third.serve(prompt(78, 40)).exact == 39
+
+
 def test_leased_rows_are_left_until_their_readers_are_done(machine: Machine) -> None:
     one, reader = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     reader.book = one.book
