@@ -87,7 +87,19 @@ class Durable:
 
     def add_rows(self, add: Callable[[], None]) -> None:
         """Call `add`, which commits rows, with room for them on a file system that is full."""
+        self._fit_catalog()
         self._retried(add, _COMMIT_BYTES)
+
+    def hold_budget(self) -> None:
+        """What commits since the last save have added counts as well: make room for it now."""
+        self._fit_catalog()
+        self.make_room((), set())
+
+    def _fit_catalog(self) -> None:
+        """Each commit adds to the catalogue: drop its old versions, where blocks cannot move down,
+        before they are more than the budget has room for."""
+        if not self._blocks.make_room("disk", 0):
+            self._compact(1)
 
     def confirmed(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
         """`confirm` for each node on its own where it fails for all: what went wrong, or None."""
@@ -127,9 +139,10 @@ class Durable:
         if needed > tier.use().budget:
             raise NoSpaceError(f"the prompts take {needed:,} bytes, more than {tier.name}_bytes")
         while not self._blocks.make_room(tier.name, needed):
-            if self._compact(needed):
+            missing = tier.use().missing(needed)
+            if self._compact(missing):
                 continue
-            gone, unused = self._take(tier.use().bytes + needed - tier.use().budget, keep)
+            gone, unused = self._take(missing, keep)
             if not gone and not self._compact(1):
                 return
             # rows leave the catalogue before their blocks leave the tiers

@@ -13,6 +13,7 @@ from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
 from kvshare_store.blocks.remotes.owner import Owner
+from kvshare_store.blocks.tiers.base import Beside
 from kvshare_store.blocks.tiers.host import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
@@ -64,7 +65,7 @@ class Home:
             owner = None
             if config.remote and catalog is not None:
                 owner = Owner(catalog.store_id(), catalog.digests())
-            below = open_levels(config, io, keys, _bytes_beside(catalog), owner)
+            below = open_levels(config, io, keys, _beside(catalog), owner)
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close()
@@ -79,11 +80,11 @@ class Home:
         os.close(self._lock)
 
 
-def _bytes_beside(catalog: Catalog | None) -> Callable[[], int]:
+def _beside(catalog: Catalog | None) -> Callable[[], Beside]:
     """A catalogue of several machines is not in the home and not in its budget."""
     if catalog is None or catalog.place.shared:
-        return int
-    return lambda: catalog.bytes
+        return Beside
+    return lambda: Beside(catalog.bytes, catalog.data_bytes)
 
 
 def _foreign(home: Path) -> bool:

@@ -318,6 +318,7 @@ class Janitor:
         try:
             if uses is not None:
                 uses.prune()
+            self._shelf.committer.run(self._shelf.durable.hold_budget)
             seen, self._seen_versions = self._seen_versions, self._versions()
             due = {name: old for name, old in self._seen_versions.items() if old}
             if patient:

@@ -10,6 +10,7 @@ from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
 from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.blocks.remotes.owner import Owner
+from kvshare_store.blocks.tiers.base import Beside
 from kvshare_store.blocks.tiers.disk import DiskTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.blocks.tiers.wrappers import CountingTier, resilient
@@ -27,10 +28,10 @@ def open_levels(
     config: StoreConfig,
     io: IoLoop,
     keys: Keyring | None,
-    beside: Callable[[], int],
+    beside: Callable[[], Beside],
     owner: Owner | None,
 ) -> list[Level]:
-    """The levels, the fastest first. `beside`: bytes of the home that are no blocks.
+    """The levels, the fastest first. `beside`: files of the home that are no blocks.
 
     `ForeignError` if the remote's prefix is not `owner`'s.
     """

@@ -6,6 +6,7 @@ docs/design/ordering.md says what a crash leaves.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +20,8 @@ from kvshare_store.saving import Saving
 from kvshare_store.shelf import Shelf
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.ledger import Fact
+
+log = logging.getLogger("kvshare")
 
 _POLL_S = 0.05
 _CHUNK = 512
@@ -240,6 +243,9 @@ class OthersPurges:
         purge has only `begun`. Then rows of it may still be there: False."""
         shelf, blocks = self._shelf, self._shelf.blocks
         catalog.refresh()
+        if not begun:
+            _remove_without_record(shelf, catalog, digest)
+            catalog.drop_unreadable(digest)
         shelf.unlearn(_absent(catalog, here))
         shelf.keep_registered(catalog.digests())
         with shelf.lock:
@@ -253,6 +259,19 @@ class OthersPurges:
         blocks.doubt_shared(None)
         _wipe_free(shelf)
         return refused is not None and not refused
+
+
+def _remove_without_record(shelf: Shelf, catalog: Catalog, digest: str) -> None:
+    """Rows that were committed by who had not heard of the purge: it took their namespace's record,
+    so nobody can read them, nor name them to purge them again. In the committer's thread."""
+    if digest in catalog.digests() or all(digest != namespace for _, namespace in catalog.ids()):
+        return
+    with shelf.lock:
+        nodes = [node for node in shelf.tree if node.namespace == digest]
+    refused = shelf.blocks.purge(digest, sorted({name for node in nodes for name in node.blocks}))
+    for tier, error in refused.items():  # the janitor removes what no row names
+        log.warning("kvshare: a purge left blocks in tier %s: %s", tier, error)
+    catalog.purge(digest)
 
 
 def _purges(catalog: Catalog) -> dict[str, Fact]:

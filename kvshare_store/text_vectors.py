@@ -228,5 +228,6 @@ class TextVectors:
             began = time.monotonic()
             if self._worker.answered(_TICK_S):
                 return True
-            ran += time.monotonic() - began if runs else 0.0
+            # longer than a tick: this process was stopped, and the other one probably with it
+            ran += min(time.monotonic() - began, _TICK_S) if runs else 0.0
         raise UnavailableError(f"the embedding process is stuck: it ran {ran:.0f} s for a prompt")

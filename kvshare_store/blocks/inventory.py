@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvshare_store.blocks import files
-from kvshare_store.blocks.tiers.base import TierUse
+from kvshare_store.blocks.tiers.base import Beside, TierUse
 from kvshare_store.errors import FullDiskError, StorageError
 
 _SUFFIX = ".kvb"
@@ -42,8 +42,8 @@ class Inventory:
     system, unlike the disk blocks it takes.
     """
 
-    def __init__(self, folder: Path, budget: int, beside: Callable[[], int] = int) -> None:
-        """`beside`: bytes of other files that count in the budget."""
+    def __init__(self, folder: Path, budget: int, beside: Callable[[], Beside] = Beside) -> None:
+        """`beside`: other files that count in the budget."""
         self._root = str(folder)
         self._budget = budget
         self._beside = beside
@@ -77,8 +77,9 @@ class Inventory:
     def reserve(self, nbytes: int) -> None:
         """Set bytes aside for a file in the making; `FullDiskError` if the budget is full."""
         with self._lock:
-            used = self._used + self._beside()
-            if used + self._pending + nbytes > self._budget:
+            beside, kept_free = self._beside()
+            used = self._used + beside
+            if used + kept_free + self._pending + nbytes > self._budget:
                 raise FullDiskError(f"disk tier holds {used:,} of {self._budget:,} bytes")
             self._pending += nbytes
 
@@ -172,8 +173,9 @@ class Inventory:
     def counted(self) -> TierUse:
         """As `use`, of what has been looked at so far."""
         with self._lock:
-            used = self._used + self._beside()
-            return TierUse(used, self._budget, len(self._sizes) + len(self._unmeasured))
+            beside, kept_free = self._beside()
+            blocks = len(self._sizes) + len(self._unmeasured)
+            return TierUse(self._used + beside, self._budget, blocks, kept_free)
 
     # --- looking ------------------------------------------------------------------------------
 

@@ -183,8 +183,7 @@ class Levels:
         False when that is not enough: then nodes must be forgotten.
         """
         below = self._levels[self._levels.index(level) + 1 :]
-        use = level.tier.use()
-        missing = use.bytes + nbytes - use.budget if use.budget else 0
+        missing = level.tier.use().missing(nbytes)
         for name in level.tier.names() if below and missing > 0 else ():
             if missing <= 0:
                 break

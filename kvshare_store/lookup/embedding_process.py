@@ -81,8 +81,11 @@ def run_when_idle() -> None:
 
 
 def private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Requests and answers. What a library prints goes to the log instead."""
+    """Requests and answers; an empty answer says that the process has begun and may be stopped.
+    What a library prints goes to the log instead."""
     answers = os.fdopen(os.dup(1), "wb")
+    answers.write(framed(b""))
+    answers.flush()
     os.dup2(2, 1)
     return sys.stdin.buffer, answers
 

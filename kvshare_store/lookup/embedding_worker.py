@@ -32,6 +32,8 @@ class EmbeddingWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._unsent = memoryview(b"")
         self._paused = False
+        self._ready = False
+        """Whether it ends with this process by now: one that was stopped before would stay."""
         self._lock = threading.Lock()
 
     @property
@@ -51,14 +53,25 @@ class EmbeddingWorker:
         process has ended."""
         requests, answers = self._streams()
         readable, writable, _ = select.select(
-            [answers], [requests] if self._unsent else [], [], seconds
+            [answers], [requests] if self._unsent and self._ready else [], [], seconds
         )
+        if readable and not self._ready:
+            self._has_begun()
+            return False
         if writable:
             try:
                 self._unsent = self._unsent[os.write(requests.fileno(), self._unsent) :]
             except OSError as error:
                 raise self._failed() from error
         return bool(readable)
+
+    def _has_begun(self) -> None:
+        if read_frame(self._streams()[1]) is None:
+            raise self._failed()
+        with self._lock:
+            self._ready = True
+            if self._paused and self._process is not None:
+                self._process.send_signal(signal.SIGSTOP)
 
     def answer(self) -> Vector | None:
         """What the model made of the prompt, unchecked; None for a prompt without text.
@@ -97,7 +110,7 @@ class EmbeddingWorker:
             "TOKENIZERS_PARALLELISM": "false",
         }
         with self._lock:
-            self._paused = False
+            self._paused = self._ready = False
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
@@ -115,6 +128,8 @@ class EmbeddingWorker:
             if pause and self._paused:
                 return
             self._paused = pause  # going on is said always: others can stop a process too
+            if pause and not self._ready:
+                return
             if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGSTOP if pause else signal.SIGCONT)
 

@@ -330,8 +330,16 @@ class Catalog:
     @property
     def bytes(self) -> int:
         """Bytes of all files of a catalogue in a folder."""
-        tables = self._nodes, self._namespaces, self.facts, self.uses
-        return sum(table.bytes for table in tables)
+        return sum(table.bytes for table in self._tables)
+
+    @property
+    def data_bytes(self) -> int:
+        """Of these, what compaction may have to write anew before it can drop anything."""
+        return sum(table.data_bytes for table in self._tables)
+
+    @property
+    def _tables(self) -> tuple[Table | Ledger, ...]:
+        return self._nodes, self._namespaces, self.facts, self.uses
 
     # --- namespaces --------------------------------------------------------------------------
 
@@ -404,6 +412,21 @@ class Catalog:
         self.facts.erase(f"key LIKE 'block/{digest}/%' AND state = '{MARKED}'")
         self.uses.erase(f"by = '{digest}'")
         self._rows.forget(namespace)
+
+    def drop_unreadable(self, namespace: str) -> None:
+        """Remove rows of a namespace that the key of its record does not open: who committed them
+        had not heard of a purge, and used the key that it had destroyed."""
+        if not self.namespaces(namespace):
+            return
+        with self._lock:
+            batches = list(self._nodes.rows(f"namespace = '{_hex(namespace)}'"))
+            rows = [row for batch in batches for row in node_rows(batch)]
+            errors = [_error_of(self._rows.node, row) for row in rows]
+        self.delete(
+            row.id
+            for row, error in zip(rows, errors, strict=True)
+            if error is not None and not isinstance(error, NewerRowError)
+        )
 
     def forget_key(self, namespace: str) -> None:
         """The key of a namespace that another machine has purged; that of a new record is known

@@ -145,6 +145,11 @@ class Ledger:
         """Bytes of all files of the table; 0 in object storage."""
         return 0 if self._table is None else self._table.bytes
 
+    @property
+    def data_bytes(self) -> int:
+        """Of these, bytes of files with rows."""
+        return 0 if self._table is None else self._table.data_bytes
+
 
 def within(column: str, values: Collection[str]) -> str:
     """SQL: the column is one of the values; `ValueError` for text that SQL could misread."""

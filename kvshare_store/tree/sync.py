@@ -23,15 +23,17 @@ class SyncedFolder:
         self._root = str(root)
         self._known: dict[str, Known] = {}
         """What is durable in each folder."""
-        self.bytes = 0
-        """Of all files when they were last synced."""
 
     def sync(self) -> None:
         """Return once everything in the folder is durable; `OSError` if that is refused."""
         fresh: dict[str, Known] = {}
         self._sync(self._root, fresh)
         self._known = fresh
-        self.bytes = sum(size for entries in fresh.values() for size in entries.values())
+
+    def bytes(self, inside: str = "") -> int:
+        """Of all files when they were last synced, or of those in one folder."""
+        folders = [f"{self._root}/{inside}"] if inside else self._known
+        return sum(size for folder in folders for size in self._known.get(folder, {}).values())
 
     def _sync(self, folder: str, fresh: dict[str, Known]) -> None:
         """Files before the folder that names them, folders from the inside to the outside."""

@@ -68,6 +68,9 @@ class Table:
         if place.folder is not None:
             self._folder = place.folder / f"{name}.lance"
         self._synced = SyncedFolder(self._folder) if self._folder is not None else None
+        self.bytes = self.data_bytes = 0
+        """Of all files of the table after the last change, and of those with rows; 0 in object
+        storage."""
         for fragment in self._open():
             self._skip(fragment)
         self.sync()
@@ -354,7 +357,7 @@ class Table:
         files that belong to none yet: those are left alone."""
         with lance_errors():
             self._handle.optimize(cleanup_older_than=_ALL_VERSIONS)
-        self.sync()  # or a power cut could find neither the new files nor the old ones
+        self._fsync()  # or a power cut could find neither the new files nor the old ones
         # zero would warn of other readers, and those of a shared table ask again. A version
         # is kept unless it was that old when this began.
         time.sleep(0.002)
@@ -374,14 +377,14 @@ class Table:
 
     def sync(self) -> None:
         """Return once all that was committed is durable."""
+        self._fsync()
+        if self._synced is not None:
+            self.bytes, self.data_bytes = self._synced.bytes(), self._synced.bytes("data")
+
+    def _fsync(self) -> None:
         if self._synced is not None:
             with lance_errors():
                 self._synced.sync()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all files of the table; 0 in object storage."""
-        return self._synced.bytes if self._synced is not None else 0
 
 
 def _between(first: int, end: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,18 @@ def test_a_sound_home_has_nothing_wrong(config: StoreConfig) -> None:
     assert report.findings == []
     assert report.rows > 6 * 59
     assert {path: path.stat().st_mtime_ns for path in config.home_path.rglob("*")} == before
+
+
+def test_a_home_is_copied_only_once_its_owner_is_gone(config: StoreConfig) -> None:
+    """What a killed process is still removing must not vanish under the copy."""
+    with (config.home_path / "lock").open("rb") as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copying = pool.submit(audited, config)
+        wait([copying], 0.2)
+        assert not config.home_path.with_name("home-copy").exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        nodes, report = copying.result()
+    assert (len(nodes), report.findings) == (6, [])
 
 
 def test_a_missing_block_is_found(config: StoreConfig) -> None:

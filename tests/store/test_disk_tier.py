@@ -15,6 +15,7 @@ import pytest
 
 from kvshare_store.blocks import files, inventory
 from kvshare_store.blocks.inventory import Inventory
+from kvshare_store.blocks.tiers.base import Beside
 from kvshare_store.blocks.tiers.disk import DiskTier
 from kvshare_store.errors import CorruptBlockError, HomeError, NoSpaceError, StorageError
 from kvshare_store.testing.faulty_files import Fault, FaultyFiles, refusal, slow
@@ -235,7 +236,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
         names = await _filled(tmp_path, 5)
         unreadable = Fault("EIO", frozenset({"listdir", "stat"}), refusal(errno.EIO).happen)
         with FaultyFiles() as disk:
-            tier = DiskTier(tmp_path, ROOMY, "none", None, int)
+            tier = DiskTier(tmp_path, ROOMY, "none", None, Beside)
             tier._prepare()
             disk.arm(unreadable)
             tier._look_around()

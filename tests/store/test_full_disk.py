@@ -11,15 +11,22 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.check import check_tree
+from kvshare_store.config import StoreConfig
 from kvshare_store.errors import StorageError
 from kvshare_store.namespace import Namespace
+from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
+from kvshare_store.tree.sync import SyncedFolder
 from tests.needs import need
 
 pytestmark = pytest.mark.fault
 
 Open = Callable[..., Driver]
+
+BUDGET = 600_000
+ONE_COMMIT = 80_000
+"""Bytes that the last commit may exceed the budget by."""
 
 
 @pytest.fixture
@@ -46,6 +53,40 @@ def test_the_catalogue_counts_in_the_budget_of_the_disk(driver: Open, home: Path
     assert sum(files) + sum(blocks) <= 4_000_000 + 150_000, "but for the last commit"
     assert 8 < stats["nodes"] < 15, "old versions are dropped rather than prompts"
     assert engine.serve([*prompt(15, 40), 5]).exact == 40, "what came last is kept"
+
+
+def bytes_in(home: Path) -> int:
+    """Of all files that count in the budget."""
+    found = [*(home / "catalog").rglob("*"), *(home / "blocks").rglob("*")]
+    return sum(file.stat().st_size for file in found if file.is_file())
+
+
+def test_files_stay_in_the_budget_while_the_catalogue_is_written_anew(
+    config: Callable[..., StoreConfig], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compaction writes new files before the old ones go. All are measured at every fsync: then
+    what a change has written is there. Rows are small, so the catalogue is most of the home."""
+    seen: list[int] = []
+    sync = SyncedFolder.sync
+
+    def measured(folder: SyncedFolder) -> None:
+        seen.append(bytes_in(home))
+        sync(folder)
+
+    monkeypatch.setattr(SyncedFolder, "sync", measured)
+    with Store(config(disk_bytes=BUDGET)) as store:
+        engine = Driver(store, Namespace("model", KVLayout(2, 1, 4, "float32")))
+        for seed in range(80):
+            saved = engine.save(prompt(seed, 20))
+            store.flush()
+            if seed % 10 == 0:
+                store.pin(str(saved), True)
+                store.pin(str(saved), False)
+                store.collect()
+        assert max(seen) > 0.9 * BUDGET, "the budget is used"
+        assert max(seen) <= BUDGET + ONE_COMMIT
+        assert store.stats()["tiers"]["disk"]["bytes"] == bytes_in(home)
+        assert engine.serve([*prompt(79, 20), 5]).exact == 20
 
 
 @pytest.fixture(params=["size=6m", "nr_inodes=260"])

@@ -14,6 +14,7 @@ import pytest
 from kvshare_store import home as home_module
 from kvshare_store.blocks import scratch
 from kvshare_store.blocks.remotes.objects import ObjectRemote
+from kvshare_store.blocks.tiers.base import Beside
 from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
@@ -318,7 +319,7 @@ def test_demoting_from_disk_to_the_remote(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A block leaves the disk once the remote has it: no crash in between loses a row."""
-    monkeypatch.setattr(home_module, "_bytes_beside", lambda _: int)  # room for blocks, to a byte
+    monkeypatch.setattr(home_module, "_beside", lambda _: Beside)  # room for blocks, to a byte
     settings = {"disk_bytes": 26_000, "remote_write": "back"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)

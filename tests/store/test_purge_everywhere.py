@@ -30,6 +30,8 @@ from tests.store.neighbours import (
 )
 from tests.store.test_upkeep import ASKED_ONLY, PROMPT
 
+LATER = prompt(77, 40)
+
 
 def copies(engine: Driver) -> bytes:
     """What this machine's arena and disk hold."""
@@ -227,6 +229,66 @@ def test_what_was_saved_after_a_purge_stays(
     learn(late)
     assert own_blocks(late) == 5
     assert late.store.namespace(NAMESPACE.digest) == NAMESPACE
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "killed before it looked"])
+def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
+    machine: Machine, tmp_path: Path, restarted: bool
+) -> None:
+    """The purge has removed the record of the namespace: without it nobody could read those rows,
+    nor purge them."""
+    late = config_of(tmp_path, "b", sync_seconds=3600.0)
+    one, store = machine("a"), Store(late)
+    try:
+        other = Driver(store, NAMESPACE)
+        save(other, PROMPT)
+        until(lambda: knows(one, PROMPT))
+        assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+        save(other, LATER)
+        if restarted:
+            store.close()
+            store = Store(late)
+            other = Driver(store, NAMESPACE)
+        learn(other)
+        assert not knows(other, LATER)
+        catalog = other.store.shelf.catalog
+        assert catalog is not None
+        assert catalog.ids() == []
+        assert remote_blocks(tmp_path) == 0
+        third = machine("c")
+        assert third.store.stats()["errors"] == {}
+        save(other, PROMPT)
+        until(lambda: knows(third, PROMPT))
+    finally:
+        store.close()
+
+
+def test_rows_that_were_sealed_with_the_key_that_a_purge_destroyed_go(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Also where another machine has saved there anew, and the namespace has a new key."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("0123456789abcdef" * 4)
+    sealed = {"encryption_key": f"file:{key}"}
+    one, other = machine("a", **sealed), machine("b", sync_seconds=3600.0, **sealed)
+    save(other, PROMPT)
+    until(lambda: knows(one, PROMPT))
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    kept = save(one, prompt(78, 40))
+    save(other, LATER)
+    learn(other)
+    assert not knows(other, LATER)
+    assert knows(other, prompt(78, 40))
+    catalog = other.store.shelf.catalog
+    assert catalog is not None
+    assert [name for name, _ in catalog.ids()] == [kept]
+    save(other, LATER)
+    third = machine("c", **sealed)
+    assert third.store.stats()["errors"] == {}
+    assert knows(third, LATER)
+    third.book = one.book
+    assert third.serve(prompt(78, 40)).exact == 39
 
 
 def test_leased_rows_are_left_until_their_readers_are_done(machine: Machine) -> None:

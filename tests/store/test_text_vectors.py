@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -272,6 +273,41 @@ def test_the_process_is_of_the_idle_class_and_ends_with_its_parent(tmp_path: Pat
         wait_for(lambda: child.status() == psutil.STATUS_STOPPED)
         parent.send_signal(signal.SIGKILL)
         child.wait(PATIENCE)
+
+
+def test_a_process_that_was_stopped_while_it_began_ends_with_its_parent() -> None:
+    """A stop right after the start must not come before it has asked the kernel for that."""
+    code = (
+        "import sys, time\n"
+        "from kvshare_store.lookup.embedding_process import Wanted\n"
+        "from kvshare_store.lookup.embedding_worker import EmbeddingWorker\n"
+        f"worker = EmbeddingWorker([sys.executable, {str(SCRIPT)!r}, 'well'])\n"
+        "worker.ask(Wanted('', bytes(4))); worker.pause()\n"
+        "print(worker.pid, flush=True); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent, parent.stdout:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+        try:
+            child.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def test_a_process_that_begins_is_stopped_once_it_has() -> None:
+    worker = EmbeddingWorker([sys.executable, str(SCRIPT), "well"])
+    worker.ask(Wanted("", bytes(4)))
+    worker.pause()
+    assert worker.pid is not None
+    child = psutil.Process(worker.pid)
+    wait_for(lambda: worker.answered(0.1) or child.status() == psutil.STATUS_STOPPED)
+    assert child.status() == psutil.STATUS_STOPPED
+    worker.resume()
+    wait_for(lambda: worker.answered(0.1))
+    worker.close()
 
 
 def test_a_prompt_larger_than_a_pipe_waits_for_nobody(tmp_path: Path) -> None:

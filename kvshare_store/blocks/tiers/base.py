@@ -28,6 +28,20 @@ class TierUse(msgspec.Struct, frozen=True):
     bytes: int
     budget: int
     blocks: int
+    kept_free: int = 0
+    """Of the budget: no block may take it."""
+
+    def missing(self, nbytes: int) -> int:
+        """What must go before so many bytes more fit; not positive if they fit as it is."""
+        return self.bytes + self.kept_free + nbytes - self.budget if self.budget else 0
+
+
+class Beside(NamedTuple):
+    """Bytes of other files that count in a tier's budget, and what must stay free for them: they
+    are written anew from time to time, and the old ones go after that."""
+
+    bytes: int = 0
+    kept_free: int = 0
 
 
 class Tier(ABC):

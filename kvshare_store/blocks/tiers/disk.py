@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from kvshare_store.blocks import files, traces
 from kvshare_store.blocks.inventory import Inventory
 from kvshare_store.blocks.scratch import Scratch
-from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
+from kvshare_store.blocks.tiers.base import Beside, Tier, TierProperties, TierUse
 from kvshare_store.errors import (
     CorruptBlockError,
     FullDiskError,
@@ -45,7 +45,7 @@ class DiskTier(Tier):
     properties = TierProperties(persistent=True, shared=False, max_concurrency=8)
 
     def __init__(
-        self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], int]
+        self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], Beside]
     ) -> None:
         self._folder = folder
         self._codec: Codec = codec
@@ -64,11 +64,11 @@ class DiskTier(Tier):
         budget: int,
         codec: Codec = "none",
         key: Key | None = None,
-        beside: Callable[[], int] = int,
+        beside: Callable[[], Beside] = Beside,
     ) -> DiskTier:
         """Make the folders and drop what dead writers left unfinished; `HomeError` if refused.
 
-        `beside`: bytes of other files that count in the budget.
+        `beside`: other files that count in the budget.
 
         What is there is counted while the tier is in use already.
         """

@@ -6,9 +6,11 @@ started afterwards recovers from exactly what the killed one left, not from what
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +21,12 @@ import torch
 
 from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError
+from kvshare_store.errors import BusyError, KVShareError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.rope import Rope
+from kvshare_store.testing.chaos.processes import START_S
 from kvshare_store.testing.chaos.report import Report
 from kvshare_store.testing.chaos.rows import DescribedRows, moved, quarter_turns
 from kvshare_store.testing.oracle import Driver, gather, positions_of
@@ -46,17 +49,34 @@ the remote that the home itself still uses."""
 
 @contextmanager
 def copied(home: Path) -> Iterator[Path]:
-    """A copy of a home that nobody has open."""
+    """A copy of a home that nobody has open.
+
+    Whoever removes files there holds the home's lock, and the kernel lets go of it only once the
+    last thread of a killed process, and the last process that has inherited it, are gone.
+    """
     copy = home.with_name(f"{home.name}-copy")
-    try:
-        shutil.copytree(home, copy, copy_function=_linked, ignore=_sockets)
-    except (FileNotFoundError, shutil.Error):  # what a process left behind was still being removed
-        shutil.rmtree(copy, ignore_errors=True)
+    with _unowned(home):
         shutil.copytree(home, copy, copy_function=_linked, ignore=_sockets)
     try:
         yield copy
     finally:
         shutil.rmtree(copy)
+
+
+@contextmanager
+def _unowned(home: Path) -> Iterator[None]:
+    """Nobody owns the home meanwhile; `BusyError` if somebody goes on owning it."""
+    with (home / "lock").open("rb") as lock:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BusyError(f"home {home} has an owner that should be dead") from None
+                time.sleep(0.01)
+        yield
 
 
 def _linked(source: str, target: str) -> None:
