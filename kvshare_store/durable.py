@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.blocks.levels import FRAME_BYTES
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.condemned import Condemned
 from kvshare_store.errors import (
@@ -24,8 +25,6 @@ from kvshare_store.tree.node import Node
 
 log = logging.getLogger("kvshare")
 
-_FRAME_BYTES = 4096
-"""More than the header of any block file."""
 _COMMIT_BYTES = 1 << 16
 """About what LanceDB writes for one commit, beside the rows."""
 _TIMES = 4
@@ -159,7 +158,7 @@ class Durable:
         tier = self._tier
         with self._lock:
             return sum(
-                slot_bytes(ref.nbytes) + _FRAME_BYTES
+                slot_bytes(ref.nbytes) + FRAME_BYTES
                 for name in names
                 if (tier is None or tier.size(name) is None)
                 and (ref := self._blocks.host.ref(name)) is not None

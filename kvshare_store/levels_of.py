@@ -12,7 +12,7 @@ from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers.disk import DiskTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
-from kvshare_store.blocks.tiers.wrappers import CountingTier, resilient
+from kvshare_store.blocks.tiers.wrappers import resilient
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, ForeignError, KVShareError
 from kvshare_store.keys import Keyring
@@ -37,7 +37,7 @@ def open_levels(
     levels = []
     if config.disk:
         opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys, beside)
-        disk = CountingTier(io.run(opened))
+        disk = io.run(opened)
         # other machines do not see this disk: with a shared catalogue it is only a cache
         required = config.disk_write == "through" and not config.catalog
         levels.append(Level(disk, config.disk_write, required=required))
@@ -75,7 +75,7 @@ def _remote(
     if config.remote_bytes and tier.remote.properties.listing:
         io.submit(tier.discover())  # what is there already counts
     return Level(
-        CountingTier(resilient(tier, config.remote_timeout_ms)),
+        resilient(tier, config.remote_timeout_ms),
         config.remote_write,
         required=required,
         shared=bool(config.catalog),

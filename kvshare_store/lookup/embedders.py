@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.errors import UnsupportedError
+from kvshare_store.lookup.grams import MIX
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.rows import VECTOR_DIMENSIONS
 
 Vector = npt.NDArray[np.float32]
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 _GRAMS = (2, 3)
 _WINDOW_CHARACTERS = 900
 _WINDOW_STEP = 700
@@ -44,7 +44,7 @@ def lexical_vector(tokens: Tokens) -> Vector:
     hashed, grams = np.zeros(len(ids), np.uint64), []
     for length in range(1, max(_GRAMS) + 1):  # each gram's hash goes on from that of its beginning
         count = max(0, len(ids) - length + 1)
-        hashed = (hashed[:count] ^ ids[length - 1 :]) * _MIX
+        hashed = (hashed[:count] ^ ids[length - 1 :]) * MIX
         hashed ^= hashed >> np.uint64(29)
         if length in _GRAMS:
             grams.append(hashed)

@@ -60,19 +60,3 @@ def _kind(fresh: tuple[int, ...], removed: bool) -> EditKind:
     if not removed:
         return "insert"
     return "replace" if fresh else "delete"
-
-
-def apply_edits(edits: Iterable[Edit], donor: Tokens) -> Tokens:
-    """The request that `edits` makes of `donor`; `PlanError` if they do not fit it."""
-    parts: list[Tokens] = []
-    at = 0
-    for edit in edits:
-        if edit.start != at or edit.stop > len(donor):
-            raise PlanError(f"edit {edit} does not continue the donor at {at}")
-        if edit.kind == "keep":
-            parts.append(donor[edit.start : edit.stop])
-        parts.append(np.asarray(edit.tokens, np.int32))
-        at = edit.stop
-    if at != len(donor):
-        raise PlanError(f"edits end at {at}, the donor has {len(donor)} tokens")
-    return np.concatenate(parts) if parts else np.empty(0, np.int32)

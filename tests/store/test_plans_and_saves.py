@@ -22,8 +22,8 @@ from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import SlowTier
 from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for
-from kvshare_store.tree.edits import apply_edits
 from kvshare_store.version import version
+from tests.edits import apply_edits
 
 Open = Callable[..., Driver]
 ROW = 64

@@ -39,7 +39,7 @@ class DeviceTier(Tier):
     """Canonical rows in one arena of `budget` bytes on `device`. Not thread-safe."""
 
     name = "device"
-    properties = TierProperties(persistent=False, shared=False, max_concurrency=1)
+    properties = TierProperties(max_concurrency=1)
 
     def __init__(self, budget: int, device: torch.device | str = "cpu") -> None:
         self._arena = torch.empty(budget, dtype=torch.uint8, device=device)

@@ -42,7 +42,7 @@ class DiskTier(Tier):
     """
 
     name = "disk"
-    properties = TierProperties(persistent=True, shared=False, max_concurrency=8)
+    properties = TierProperties(max_concurrency=8)
 
     def __init__(
         self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], int]

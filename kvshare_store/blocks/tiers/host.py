@@ -33,7 +33,7 @@ class HostTier(Tier):
     """Not thread-safe by itself: `BlockStore` serialises its callers."""
 
     name = "host"
-    properties = TierProperties(persistent=False, shared=True, max_concurrency=1)
+    properties = TierProperties(max_concurrency=1)
 
     def __init__(self, arena: Arena, policy: EvictionPolicy | None = None) -> None:
         self.arena = arena
