@@ -13,7 +13,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from kvshare_store.blocks.block_store import BlockStore
@@ -140,22 +141,41 @@ class Shelf:
         for namespace in self.catalog.namespaces():
             self._namespaces[namespace.digest] = namespace
             self._registered.add(namespace.digest)
-        lost = []
         now = time.time()
         used = self.uses.recorded() if self.uses is not None else {}
-        for node, vectors in self.catalog.load():
-            if self.blocks.expect(node.blocks, node.namespace):
-                last = max(node.created, used.get(node.id, 0.0))
-                self._insert(node, vectors, idle=max(0.0, now - last))
-            else:
-                lost.append(node)
-                self._metrics.error(MissingBlockError.kind)
-        self.tree.settle()
+        lost: list[Node] = []
+        idle: dict[str, tuple[Node, float]] = {}
+        for batch in self.catalog.load_batches():
+            for namespace, rows in self._complete(batch, lost, idle.keys()).items():
+                self._index_of(namespace).extend(rows)
+                for node, _ in rows:
+                    last = max(node.created, used.get(node.id, 0.0))
+                    idle[node.id] = node, max(0.0, now - last)
+        self.tree.fill(idle.values())
+        for index in self._indexes.values():
+            index.settle()
         self._count_faults()
         if lost:
             self.committer.order(self._removal(lost))
         if self.shared:
             self._let_go_of_excess()
+
+    def _complete(
+        self,
+        batch: Iterable[tuple[Node, Vectors]],
+        lost: list[Node],
+        known: Collection[str],
+    ) -> dict[str, list[tuple[Node, Vectors]]]:
+        """Rows whose blocks are there, by namespace; others are `lost`. A row of a node that is
+        known by then is one too many."""
+        found: defaultdict[str, dict[str, tuple[Node, Vectors]]] = defaultdict(dict)
+        for node, vectors in batch:
+            if not self.blocks.expect(node.blocks, node.namespace):
+                lost.append(node)
+                self._metrics.error(MissingBlockError.kind)
+            elif node.id not in known:
+                found[node.namespace].setdefault(node.id, (node, vectors))
+        return {namespace: list(rows.values()) for namespace, rows in found.items()}
 
     def _count_faults(self) -> None:
         """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
@@ -216,11 +236,14 @@ class Shelf:
         node = self.tree.rooted(node)
         self.tree.add(node, idle)
         self.blocks.weigh(node.blocks)
-        index = self._indexes.get(node.namespace)
-        if index is None:
-            index = self._indexes[node.namespace] = NamespaceIndex(self._config.block_tokens)
-        index.add(node, vectors)
+        self._index_of(node.namespace).add(node, vectors)
         return node
+
+    def _index_of(self, namespace: str) -> NamespaceIndex:
+        index = self._indexes.get(namespace)
+        if index is None:
+            index = self._indexes[namespace] = NamespaceIndex(self._config.block_tokens)
+        return index
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
         """Forget nodes of a namespace that is over its quota, and of no other; returns how many.

@@ -50,7 +50,9 @@ class Store:
         self.config = config
         self._since = time.time()
         self.metrics = Metrics()
-        self.tree = DeltaTree(lambda: make_policy(config.eviction))
+        self.tree = DeltaTree(
+            lambda: make_policy(config.eviction), quotas=bool(config.namespace_bytes)
+        )
         wanted(config)
         self.costs = Costs()
         self.shelf = Shelf(config, self.tree, self.metrics)

@@ -268,7 +268,7 @@ class BlockStore:
     def weigh(self, names: Iterable[str]) -> None:
         """Other nodes than before use these blocks, so they are worth more or less. Hold the
         lock."""
-        for name in names:
+        for name in filter(self.host.has, names):
             self.host.weigh(name, self.users(name))
 
     def _allocate(self, nbytes: int) -> int:

@@ -34,8 +34,12 @@ def numbers(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
 
 def texts(batch: pa.RecordBatch, name: str) -> list[str]:
     """A column of text; bytes that are none become replacement characters."""
-    raw = batch.column(name).cast(pa.binary()).to_pylist()
-    return [(text or b"").decode("utf-8", "replace") for text in raw]
+    column = batch.column(name)
+    try:
+        return [text or "" for text in column.to_pylist()]
+    except UnicodeDecodeError:
+        raw = column.cast(pa.binary()).to_pylist()
+        return [(text or b"").decode("utf-8", "replace") for text in raw]
 
 
 def _binary(batch: pa.RecordBatch, name: str) -> list[bytes | None]:
@@ -54,5 +58,9 @@ def _vectors(batch: pa.RecordBatch, name: str) -> list[np.ndarray | None]:
     first = column.offset * VECTOR_DIMENSIONS
     flat = column.values[first : first + len(column) * VECTOR_DIMENSIONS]
     matrix = flat.to_numpy(zero_copy_only=False).reshape(len(column), VECTOR_DIMENSIONS)
+    if not column.null_count:
+        return list(matrix)
+    if column.null_count == len(column):
+        return [None] * len(column)
     valid = column.is_valid().to_pylist()
     return [row if ok else None for row, ok in zip(matrix, valid, strict=True)]

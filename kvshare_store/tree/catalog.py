@@ -262,19 +262,26 @@ class Catalog:
 
         Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
         """
+        for batch in self.load_batches(namespace, ids):
+            yield from batch
+
+    def load_batches(
+        self, namespace: str | None = None, ids: Collection[str] | None = None
+    ) -> Iterator[list[tuple[Node, Vectors]]]:
+        """As `load`, many at a time."""
         where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
         where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
         with self._lock:
             batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
             for batch in batches:
+                found = []
                 for row in node_rows(batch):
                     try:
-                        node, vectors = self._rows.node(row)
+                        found.append(self._rows.node(row))
                     except MissError as error:
                         self._fault(row.id, error)
-                        continue
-                    saw_stamps([node.stamp])
-                    yield node, vectors
+                saw_stamps(node.stamp for node, _ in found)
+                yield found
 
     def count(self) -> int:
         """How many nodes are committed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice, pairwise
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
+from kvshare_store.tree.block_users import BlockUsers
 from kvshare_store.tree.node import Node
 
 
@@ -20,20 +21,21 @@ class DeltaTree:
         self,
         make_policy: Callable[[], EvictionPolicy] = LRU,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        quotas: bool = True,
     ) -> None:
+        """`quotas`: whether anybody asks for the victims of one namespace."""
         self._clock = clock
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
-        self._users: dict[str, str | set[str]] = {}
-        """The nodes with rows in a block; most blocks have one, and a set would be 200 bytes."""
-        self._sizes: dict[str, int] = {}
-        self._bytes: Counter[str] = Counter()
-        """Bytes of the blocks of each namespace."""
-        self._used: OrderedDict[str, float] = OrderedDict()
+        self._blocks = BlockUsers(self._nodes.get)
+        self._used: dict[str, float] = {}
         """When each node was last used, by `clock`, the longest ago first."""
         self._order = make_policy()
-        self._orders: defaultdict[str, EvictionPolicy] = defaultdict(make_policy)
-        """The same order within each namespace, for quotas."""
+        self._orders: defaultdict[str, EvictionPolicy] | None = None
+        """The same order within each namespace."""
+        if quotas:
+            self._orders = defaultdict(make_policy)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -56,12 +58,33 @@ class DeltaTree:
         if node.id in self._nodes:
             self.touch(node.id)
             return
+        sharing = self._blocks.enter(node)
         self._nodes[node.id] = node
         self._used[node.id] = self._clock() - idle
         if node.parent is not None:
             self._children[node.parent].add(node.id)
-        self._use_blocks(node)
+        self._rank_again(sharing)
         self._rank(node)
+
+    def fill(self, nodes: Iterable[tuple[Node, float]]) -> None:
+        """Insert the first nodes, with the seconds since their last use. Of several with one id
+        the first counts."""
+        now = self._clock()
+        used: dict[str, float] = {}
+        for node, idle in nodes:
+            if self._nodes.setdefault(node.id, node) is node:
+                used[node.id] = now - idle
+        for node_id in sorted(used, key=used.__getitem__):
+            self._used[node_id] = used[node_id]
+        for node_id in self._used:
+            self._nodes[node_id] = self.rooted(self._nodes[node_id])
+        found = list(self)
+        for node in found:
+            if node.parent is not None:
+                self._children[node.parent].add(node.id)
+        for node, freed in zip(found, self._blocks.fill(found), strict=True):
+            for order in self._orders_of(node):
+                order.add(node.id, freed, float(node.length))
 
     def rooted(self, node: Node) -> Node:
         """The node, without its parent where that descends from it.
@@ -90,7 +113,10 @@ class DeltaTree:
             self._children[node.parent].discard(node_id)
             if not self._children[node.parent]:
                 del self._children[node.parent]
-        return node, self._leave_blocks(node)
+        self._blocks.forget(node_id)
+        unused, alone = self._blocks.leave(node)
+        self._rank_again(alone)
+        return node, unused
 
     def replace(self, node: Node) -> list[str]:
         """Let a node of the same id, parent and prompt take the place of the one that is here.
@@ -98,9 +124,10 @@ class DeltaTree:
         Returns the blocks that nobody uses any more. `KeyError` if no such node is here.
         """
         old = self._nodes[node.id]
+        sharing = self._blocks.enter(node)
         self._nodes[node.id] = node
-        self._use_blocks(node)
-        unused = self._leave_blocks(old, set(node.blocks))
+        unused, alone = self._blocks.leave(old, set(node.blocks))
+        self._rank_again(sharing | alone)
         if node.pinned:
             self._unrank(old)
         self._rank(node)
@@ -110,89 +137,48 @@ class DeltaTree:
         """The node was used just now."""
         node = self._nodes.get(node_id)
         if node is not None:
-            self._used[node_id] = self._clock()
-            self._used.move_to_end(node_id)
-            self._touch(node)
+            self._use(node, self._clock())
 
-    def settle(self) -> None:
-        """Put nodes that were added in any order into the order of their last use."""
-        if all(earlier <= later for earlier, later in pairwise(self._used.values())):
-            return
-        for node_id in sorted(self._used, key=self._used.__getitem__):
-            self._used.move_to_end(node_id)
-            self._touch(self._nodes[node_id])
-
-    def _use_blocks(self, node: Node) -> None:
-        shared: set[str] = set()
-        """Nodes that have a block for themselves no longer."""
-        sizes = node.block_bytes or (0,) * len(node.blocks)
-        for name, nbytes in zip(node.blocks, sizes, strict=True):
-            users = self._users.get(name)
-            if users is None:
-                self._users[name] = node.id
-                self._sizes[name] = nbytes
-                self._bytes[node.namespace] += nbytes
-            elif isinstance(users, set):
-                users.add(node.id)
-            elif users != node.id:
-                self._users[name] = {users, node.id}
-                shared.add(users)
-        self._rank_again(shared)
-
-    def _leave_blocks(self, node: Node, kept: Collection[str] = ()) -> list[str]:
-        unused: list[str] = []
-        alone: set[str] = set()
-        for name in dict.fromkeys(node.blocks):
-            users = self._users[name]
-            if name in kept:
-                continue
-            if isinstance(users, set):
-                users.discard(node.id)
-                if len(users) == 1:
-                    self._users[name] = last = users.pop()
-                    alone.add(last)
-            else:
-                del self._users[name]
-                self._bytes[node.namespace] -= self._sizes.pop(name)
-                unused.append(name)
-        if not self._bytes[node.namespace]:
-            del self._bytes[node.namespace]
-        self._rank_again(alone)
-        return unused
+    def _use(self, node: Node, at: float) -> None:
+        self._used.pop(node.id)
+        self._used[node.id] = at  # last
+        for order in self._orders_of(node):
+            order.touch(node.id)
 
     # --- who goes first ----------------------------------------------------------------------
 
     def freed(self, node: Node) -> int:
         """Bytes of the blocks that only this node uses."""
-        names = dict.fromkeys(node.blocks)
-        return sum(self._sizes[name] for name in names if not isinstance(self._users[name], set))
+        return self._blocks.freed(node)
+
+    def _orders_of(self, node: Node) -> Iterator[EvictionPolicy]:
+        if not node.pinned:
+            yield self._order
+            if self._orders is not None:
+                yield self._orders[node.namespace]
 
     def _rank(self, node: Node) -> None:
         """What computing its rows again would cost, against the bytes that forgetting it frees."""
-        if not node.pinned:
-            freed = self.freed(node)
-            for order in (self._order, self._orders[node.namespace]):
-                order.add(node.id, freed, float(node.length))
+        freed = 0 if node.pinned else self.freed(node)
+        for order in self._orders_of(node):
+            order.add(node.id, freed, float(node.length))
 
     def _rank_again(self, ids: Iterable[str]) -> None:
         for node_id in ids:
             if node_id in self._order:
                 self._rank(self._nodes[node_id])
 
-    def _touch(self, node: Node) -> None:
-        if not node.pinned:
-            self._order.touch(node.id)
-            self._orders[node.namespace].touch(node.id)
-
     def _unrank(self, node: Node) -> None:
         self._order.remove(node.id)
-        self._orders[node.namespace].remove(node.id)
-        if not len(self._orders[node.namespace]):
-            del self._orders[node.namespace]
+        if self._orders is not None:
+            self._orders[node.namespace].remove(node.id)
+            if not len(self._orders[node.namespace]):
+                del self._orders[node.namespace]
 
     def victims(self, namespace: str | None = None) -> Iterator[Node]:
-        """Nodes in the order in which they should be forgotten; pinned ones never are."""
-        order = self._order if namespace is None else self._orders.get(namespace)
+        """Nodes in the order in which they should be forgotten; pinned ones never are. Of one
+        namespace: only with `quotas`."""
+        order = self._order if namespace is None else (self._orders or {}).get(namespace)
         return (self._nodes[node_id] for node_id in (order.victims() if order is not None else ()))
 
     def idle(self, seconds: float) -> list[str]:
@@ -215,21 +201,19 @@ class DeltaTree:
         """The node was used `idle` seconds ago, by somebody else."""
         at = self._clock() - idle
         if self._used.get(node_id, at) < at:
-            self._used[node_id] = at
-            self._used.move_to_end(node_id)
-            self._touch(self._nodes[node_id])
+            self._use(self._nodes[node_id], at)
 
     def bytes_of(self, namespace: str) -> int:
         """Bytes of the rows in the blocks of a namespace, each block once."""
-        return self._bytes[namespace]
+        return self._blocks.bytes[namespace]
 
     def size(self, block: str) -> int | None:
         """Bytes of the rows of a block; None if no node uses it."""
-        return self._sizes.get(block)
+        return self._blocks.size(block)
 
     def namespaces(self) -> list[str]:
         """Digests of the namespaces that have blocks."""
-        return [digest for digest, nbytes in self._bytes.items() if nbytes]
+        return [digest for digest, nbytes in self._blocks.bytes.items() if nbytes]
 
     # --- questions ---------------------------------------------------------------------------
 
@@ -239,26 +223,24 @@ class DeltaTree:
 
     def users(self, block: str) -> set[str]:
         """Nodes with rows in the block."""
-        users = self._users.get(block, ())
-        return {users} if isinstance(users, str) else set(users)
+        return set(self._blocks.of(block))
 
     def user_count(self, block: str) -> int:
         """How many nodes have rows in the block."""
-        users = self._users.get(block, ())
-        return 1 if isinstance(users, str) else len(users)
+        return len(self._blocks.of(block))
 
     def uses(self, block: str) -> bool:
         """Whether any node has rows in the block."""
-        return block in self._users
+        return bool(self._blocks.of(block))
 
     def blocks(self) -> set[str]:
         """Blocks that some node points at."""
-        return set(self._users)
+        return {name for node in self._nodes.values() for name in node.blocks}
 
     @property
     def block_count(self) -> int:
         """How many blocks some node points at."""
-        return len(self._users)
+        return len(self._blocks)
 
     def newest(self, count: int) -> list[Node]:
         """The nodes used last, the newest first."""

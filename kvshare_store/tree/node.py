@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import secrets
 import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from operator import attrgetter
+from typing import Any, cast
 
 import blake3
 import msgspec
@@ -17,8 +19,8 @@ import numpy as np
 from kvshare_store.errors import PlanError
 from kvshare_store.plan import Span, gaps
 from kvshare_store.tree.edits import Edit, Tokens
+from kvshare_store.tree.packed import Edits, Names, Sizes, Spans
 
-_HEX = re.compile("[0-9a-f]+")
 NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""
 
@@ -28,16 +30,17 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
 
     A segment has the fields of a `Span`; its `block` indexes this node's `blocks`. Rows that the
     node shares with its parent are segments into the parent's blocks; only fresh rows are its own.
+    The sequences are kept packed (`tree/packed.py`).
     """
 
     id: str
     namespace: str
     token_bytes: bytes
     parent: str | None = None
-    edits: tuple[Edit, ...] = ()
-    segments: tuple[Span, ...]
-    blocks: tuple[str, ...]
-    block_bytes: tuple[int, ...] = ()
+    edits: Sequence[Edit] = ()
+    segments: Sequence[Span]
+    blocks: Sequence[str]
+    block_bytes: Sequence[int] = ()
     """Bytes of the rows of each block, whatever a tier makes of them: what quotas count, and what
     forgetting the node may free, known without asking any tier."""
     exact_rows: int
@@ -55,6 +58,17 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     format: int = NODE_FORMAT
     """How a reader must understand the other fields. One with a greater number is left alone."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.edits, Edits):
+            msgspec.structs.force_setattr(self, "edits", Edits.of(self.edits))
+        if not isinstance(self.segments, Spans):
+            msgspec.structs.force_setattr(self, "segments", Spans.of(self.segments))
+        if not isinstance(self.block_bytes, Sizes):
+            msgspec.structs.force_setattr(self, "block_bytes", Sizes.of(self.block_bytes))
+        if not isinstance(self.blocks, Names):
+            with contextlib.suppress(ValueError):  # what are no names `check_node` refuses
+                msgspec.structs.force_setattr(self, "blocks", Names.of(self.blocks))
+
     @property
     def tokens(self) -> Tokens:
         """Token ids, int32, read-only."""
@@ -69,6 +83,69 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     def exact(self) -> bool:
         """Provenance: every row was computed in its own full context."""
         return self.generation == 0
+
+
+class _Fields(msgspec.Struct, kw_only=True, gc=False):
+    """A node as bytes: what is packed in memory is taken as it is, and must be checked."""
+
+    id: str
+    namespace: str
+    token_bytes: bytes
+    parent: str | None = None
+    edits: msgspec.Raw = msgspec.Raw(b"\x90")
+    segments: msgspec.Raw
+    blocks: tuple[str, ...]
+    block_bytes: msgspec.Raw = msgspec.Raw(b"\x90")
+    exact_rows: int
+    generation: int = 0
+    created: float = msgspec.field(default_factory=time.time)
+    merged: bool = False
+    pinned: bool = False
+    stamp: int = 0
+    format: int = NODE_FORMAT
+
+
+def _as_they_were(packed: Any) -> Any:
+    return list(packed) if isinstance(packed, Names) else msgspec.Raw(packed.raw)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_as_they_were)
+_decoder = msgspec.msgpack.Decoder(_Fields)
+
+
+def encode_node(node: Node) -> bytes:
+    """A map of the fields, in MessagePack."""
+    return _encoder.encode(node)
+
+
+def decode_node(encoded: bytes) -> Node:
+    """The reverse. `check_node` must check it: sequences may be none. `msgspec.DecodeError` or
+    `UnicodeDecodeError` if the other fields are not a node's."""
+    read = _decoder.decode(encoded)
+    return Node(
+        id=read.id,
+        namespace=_interned(read.namespace),
+        token_bytes=read.token_bytes,
+        parent=read.parent,
+        edits=_interned(bytes(read.edits), Edits),
+        segments=_interned(bytes(read.segments), Spans),
+        blocks=read.blocks,
+        block_bytes=_interned(bytes(read.block_bytes), Sizes),
+        exact_rows=read.exact_rows,
+        generation=read.generation,
+        created=read.created,
+        merged=read.merged,
+        pinned=read.pinned,
+        stamp=read.stamp,
+        format=read.format,
+    )
+
+
+@lru_cache(4096)
+def _interned(value: Any, kind: Any = None) -> Any:
+    """Segments and sizes of most prompts of one length are equal: kept once, they take no memory.
+    That many are remembered."""
+    return value if kind is None else kind(value)
 
 
 class _Stamps:
@@ -119,13 +196,28 @@ def check_node(node: Node, row_bytes: int) -> None:
         raise PlanError(f"{node.exact_rows} exact rows of {node.length}")
     if node.exact and node.exact_rows != node.length:
         raise PlanError("it is exact, but not all of its rows are")
-    if not _HEX.fullmatch("".join(node.blocks)) or any(len(n) != 64 for n in node.blocks):
+    if not isinstance(node.blocks, Names):
         raise PlanError("a block has a name that no block has")
-    check_segments(node.segments, node.length, len(node.blocks))
-    if node.block_bytes and len(node.block_bytes) != len(node.blocks):
-        raise PlanError(f"{len(node.block_bytes)} sizes of {len(node.blocks)} blocks")
-    for segment in node.segments:
-        nbytes = node.block_bytes[segment.block] if node.block_bytes else 0
+    try:
+        cast(Edits, node.edits).unpacked()
+        segments, sizes = cast(Spans, node.segments).raw, cast(Sizes, node.block_bytes).raw
+        _check_rows(segments, sizes, node.length, len(node.blocks), row_bytes)
+    except msgspec.DecodeError as error:
+        raise PlanError(str(error)) from error
+
+
+@lru_cache(4096)
+def _check_rows(
+    packed_segments: bytes, packed_sizes: bytes, length: int, blocks: int, row_bytes: int
+) -> None:
+    """`PlanError` unless the segments cover the node, within its blocks. What holds of the segments
+    of one node holds of all that are equal."""
+    segments, sizes = Spans(packed_segments).unpacked(), Sizes(packed_sizes).unpacked()
+    check_segments(segments, length, blocks)
+    if sizes and len(sizes) != blocks:
+        raise PlanError(f"{len(sizes)} sizes of {blocks} blocks")
+    for segment in segments:
+        nbytes = sizes[segment.block] if sizes else 0
         if nbytes and (segment.row + segment.length) * row_bytes > nbytes:
             raise PlanError(f"segment {segment} ends behind its block of {nbytes} bytes")
 
@@ -146,8 +238,9 @@ def check_segments(segments: Sequence[Span], length: int, blocks: int) -> None:
 
 def segments_between(node: Node, start: int, stop: int) -> Sequence[Span]:
     """The segments with rows of the positions `start … stop-1`, of which there is at least one."""
-    first = bisect_right(node.segments, start, key=_start) - 1
-    return node.segments[first : bisect_left(node.segments, stop, first, key=_start)]
+    segments = cast(Spans, node.segments).unpacked()
+    first = bisect_right(segments, start, key=_start) - 1
+    return segments[first : bisect_left(segments, stop, first, key=_start)]
 
 
 _start = attrgetter("start")

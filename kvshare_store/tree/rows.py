@@ -21,7 +21,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
-from kvshare_store.tree.node import NODE_FORMAT, Node, check_node
+from kvshare_store.tree.node import NODE_FORMAT, Node, check_node, decode_node, encode_node
 
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"
@@ -30,7 +30,6 @@ _SEMANTIC_FIELD = b"\xa8semantic\xc4\x20"
 """The same of the BLAKE3 of the text vector, in the field before."""
 _MAP16 = 0xDE
 """MessagePack: a map of more than 15 fields; of fewer the number is in the first byte itself."""
-_COMMON = 4096
 _UNIT = 1e-3
 """How far the length of a vector may be from 1."""
 
@@ -77,9 +76,6 @@ class Rows:
         self._keys = keys
         self._row_bytes: dict[str, int] = {}
         """Of each namespace whose record was read."""
-        self._common: dict[object, object] = {}
-        """Segments and sizes of recent nodes. Those of most prompts of one length are equal: kept
-        only once, they save a quarter of the memory of a node."""
         self._newer: set[str] = set()
         """Digests of namespaces that only a newer release knows."""
 
@@ -89,7 +85,7 @@ class Rows:
         row: dict[str, Any] = {"id": node.id, "namespace": node.namespace, "stamp": node.stamp}
         lexical = vectors.lexical
         semantic = _vector_or_none(vectors.semantic)
-        encoded = msgspec.msgpack.encode(node)
+        encoded = encode_node(node)
         if self._keys is None:
             checked = _with_check(Row(node.id, node.namespace, encoded, lexical, semantic))
             return {**row, "node": checked, "lexical": lexical, "semantic": semantic}
@@ -120,15 +116,7 @@ class Rows:
             check_node(node, row_bytes)
         except PlanError as error:
             raise CorruptRowError(str(error)) from error
-        return self._compact(node), _vectors(row)
-
-    def _compact(self, node: Node) -> Node:
-        if len(self._common) > _COMMON:
-            self._common.clear()
-        for name in ("namespace", "segments", "block_bytes"):
-            value = getattr(node, name)
-            msgspec.structs.force_setattr(node, name, self._common.setdefault(value, value))
-        return node
+        return node, _vectors(row)
 
     def _unsealed(self, row: Row, keys: Keyring) -> Row:
         try:
@@ -182,7 +170,7 @@ class Rows:
 
 def _decoded(row: Row) -> Node:
     try:
-        node = msgspec.msgpack.decode(row.node, type=Node)
+        node = decode_node(row.node)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptRowError(f"it is no node: {error}") from error
     if node.format > NODE_FORMAT:
@@ -208,8 +196,8 @@ def is_vector(vector: np.ndarray) -> bool:
     """Of length 1, or all zeros: what a text or a prompt without content has."""
     if vector.shape != (VECTOR_DIMENSIONS,):
         return False
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = float(np.dot(vector, vector))
+    exact = vector.astype(np.float64)  # which no square of a float32 overflows
+    square = float(exact.dot(exact))
     return square == 0.0 or abs(square - 1.0) < _UNIT  # NaN is neither
 
 
@@ -224,7 +212,7 @@ def _with_check(row: Row) -> bytes:
     head = bytes([0x80 | fields]) if fields <= 15 else struct.pack(">BH", _MAP16, fields)
     body = head + row.node[3 if long else 1 :] + _SEMANTIC_FIELD + _digest_of_vector(row.semantic)
     body += _CHECK_FIELD
-    return body + _digest_of(row, body)
+    return body + _digest_of(row._replace(node=body), len(body))
 
 
 def _check_holds(row: Row) -> bool:
@@ -233,23 +221,27 @@ def _check_holds(row: Row) -> bool:
     Rows of the release before have no such field; what they say is verified all the same. Where
     what the text vector hashes to is not written down, the check is of that vector too.
     """
-    body, check = row.node[:-_CHECK_BYTES], row.node[-_CHECK_BYTES:]
-    if not body.endswith(_CHECK_FIELD):
+    end = len(row.node) - _CHECK_BYTES
+    if not row.node.endswith(_CHECK_FIELD, 0, max(0, end)):
         return True
-    return check == _digest_of(row, body)
+    return row.node[end:] == _digest_of(row, end)
 
 
-def _semantic_of(node: bytes) -> bytes | None:
-    """What the text vector hashes to, as the node's bytes say up to `check`; None if they do not
-    say."""
-    before = node.removesuffix(_CHECK_FIELD)
-    head, digest = before[:-_CHECK_BYTES], before[-_CHECK_BYTES:]
-    return digest if before != node and head.endswith(_SEMANTIC_FIELD) else None
+def _semantic_of(node: bytes, end: int) -> bytes | None:
+    """What the text vector hashes to, as the node's bytes say up to `check`, which begins before
+    `end`; None if they do not say."""
+    end -= len(_CHECK_FIELD)
+    start = end - _CHECK_BYTES
+    if start < 0 or not node.endswith(_CHECK_FIELD, 0, end + len(_CHECK_FIELD)):
+        return None
+    return node[start:end] if node.endswith(_SEMANTIC_FIELD, 0, start) else None
 
 
 def _semantic_holds(row: Row, semantic: np.ndarray | None) -> bool:
     """Whether a text vector is the one that was written; a sealed one has been verified."""
-    written = _semantic_of(row.node[:-_CHECK_BYTES])
+    if semantic is None:
+        return True
+    written = _semantic_of(row.node, max(0, len(row.node) - _CHECK_BYTES))
     return written is None or written == _digest_of_vector(semantic)
 
 
@@ -257,12 +249,13 @@ def _digest_of_vector(vector: np.ndarray | None) -> bytes:
     return blake3.blake3(b"-" if vector is None else _raw(vector)).digest()
 
 
-def _digest_of(row: Row, body: bytes) -> bytes:
+def _digest_of(row: Row, end: int) -> bytes:
+    """Of a row with the bytes of the node up to `end`."""
     hasher = blake3.blake3(f"kvshare row:{row.id}:{row.namespace}:".encode())
-    known = _semantic_of(body) is not None
+    known = _semantic_of(row.node, end) is not None
     for vector in (row.lexical,) if known else (row.lexical, row.semantic):
         hasher.update(b"-" if vector is None else _raw(vector))
-    return hasher.update(body).digest()
+    return hasher.update(memoryview(row.node)[:end]).digest()
 
 
 def _namespace(digest: str, encoded: bytes) -> Namespace:

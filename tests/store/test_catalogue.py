@@ -32,7 +32,7 @@ from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.tree import table as table_module
 from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
-from kvshare_store.tree.node import Node, node_id
+from kvshare_store.tree.node import Node, encode_node, node_id
 from kvshare_store.tree.rows import NamespaceRow, Row, Rows
 from kvshare_store.tree.table import Table
 
@@ -385,7 +385,7 @@ def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("semantic", [None, UNIT], ids=["without", "with"])
 def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
     """Rows that do not write down what their text vector hashes to were checked as a whole."""
-    encoded = msgspec.msgpack.encode(node_of(np.arange(20, dtype=np.int32)))
+    encoded = encode_node(node_of(np.arange(20, dtype=np.int32)))
     assert encoded[0] == 0x8F, "a map of 15 fields; one more needs a longer head"
     body = b"\xde\x00\x10" + encoded[1:] + b"\xa5check\xc4\x20"
     node = msgspec.msgpack.decode(encoded)

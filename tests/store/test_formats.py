@@ -27,7 +27,7 @@ from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
 from kvshare_store.tree.edits import Edit
-from kvshare_store.tree.node import NODE_FORMAT, Node, node_id
+from kvshare_store.tree.node import NODE_FORMAT, Node, encode_node, node_id
 
 Open = Callable[..., Driver]
 DATA = Path(__file__).parent.parent / "data"
@@ -229,7 +229,7 @@ def add_node(folder: Path, namespace: str, changes: dict[str, Any]) -> str:
         blocks=("ab" * 32,),
         exact_rows=24,
     )
-    encoded = msgspec.msgpack.encode(msgspec.structs.asdict(node) | changes)
+    encoded = msgspec.msgpack.encode(msgspec.msgpack.decode(encode_node(node)) | changes)
     unit = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
     row = {"id": node.id, "namespace": namespace, "node": encoded, "lexical": unit}
     put(folder, "nodes", "id", {**row, "semantic": None})
