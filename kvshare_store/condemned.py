@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.errors import ClaimedBlockError
 from kvshare_store.tree.ledger import MARKED, Fact, Ledger, within
 
@@ -37,23 +38,20 @@ class _Seen(NamedTuple):
 
 
 class Condemned:
-    """What this machine knows of them. Thread-safe.
-
-    `doubt` is told which blocks this machine cannot be sure of any more, or None: of none.
-    """
+    """What this machine knows of them. Thread-safe."""
 
     def __init__(
         self,
         ledger: Ledger,
         machine: str,
         grace_s: float,
-        doubt: Callable[[Collection[str] | None], None],
+        blocks: BlockStore,
         clock: Callable[[], float] = now_s,
     ) -> None:
         self.grace_s = grace_s
         self._ledger = ledger
         self._machine = machine
-        self._doubt = doubt
+        self._blocks = blocks
         self.clock = clock
         """Seconds, on this machine alone: only how long something lasts is measured."""
         self._lock = threading.Lock()
@@ -68,11 +66,13 @@ class Condemned:
             asked = self.clock()
             version = self._ledger.refresh()
             if asked - self._looked > self.grace_s / 2:
-                self._doubt(None)
+                self._blocks.doubt_shared(None)
             self._looked = asked
             if version != self._version:
                 facts = self._ledger.facts("key LIKE 'block/%'")
-                self._doubt([name for fact in facts if (name := _name(fact)) not in self._seen])
+                self._blocks.doubt_shared(
+                    [name for fact in facts if (name := _name(fact)) not in self._seen]
+                )
                 self._seen = {_name(fact): self._since(fact, asked) for fact in facts}
                 self._version = version
             return set(self._seen)

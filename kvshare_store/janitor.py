@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvshare_store.committer import Removal
+from kvshare_store.commit_queue import Removal
 from kvshare_store.config import StoreConfig
 from kvshare_store.empty_namespaces import EmptyNamespaces
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError, StorageError
-from kvshare_store.rewrite import swap
+from kvshare_store.repository import Repository
+from kvshare_store.rewrite import Rewriter
 from kvshare_store.shared_garbage import SharedGarbage
-from kvshare_store.shelf import Shelf
 from kvshare_store.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.threads import Supervised
@@ -70,9 +70,15 @@ class _Unmerged(NamedTuple):
 class Janitor:
     """One pass every `gc_seconds`, the first at once; `collect` makes one now."""
 
-    def __init__(self, config: StoreConfig, shelf: Shelf) -> None:
+    def __init__(self, config: StoreConfig, repository: Repository, rewriter: Rewriter) -> None:
         self._config = config
-        self._shelf = shelf
+        self._repository = repository
+        self._nodes = repository.nodes
+        self._blocks = repository.blocks
+        self._queue = repository.queue
+        self._uses = repository.uses
+        self._rewriter = rewriter
+        self._health = repository.metrics.health
         self._pass = threading.Lock()
         self._stop = threading.Event()
         self._seen_versions: dict[str, int] = {}
@@ -80,17 +86,18 @@ class Janitor:
         self._unmerged: dict[str, _Unmerged] = {}
         """Nodes whose merge has failed."""
         self._shared = self._shared_garbage()
-        self._empty = EmptyNamespaces(shelf)
+        self._empty = EmptyNamespaces(repository)
         self._thread: Supervised | None = None
         if config.gc_seconds:
-            self._thread = Supervised(_NAME, self._run, shelf.health, self._stop)
+            self._thread = Supervised(_NAME, self._run, self._health, self._stop)
 
     def _shared_garbage(self) -> SharedGarbage | None:
-        catalog, condemned = self._shelf.catalog, self._shelf.condemned
+        repository = self._repository
+        catalog, condemned = repository.catalog, repository.condemned
         if catalog is None or condemned is None:
             return None
         turn_s = _TURN * (self._config.gc_seconds or 60.0)
-        return SharedGarbage(self._shelf, catalog, condemned, self._shelf.machine, turn_s)
+        return SharedGarbage(self._nodes, catalog, condemned, repository.machine, turn_s)
 
     def _run(self) -> None:
         if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
@@ -98,7 +105,7 @@ class Janitor:
         while not self._stop.is_set():
             try:
                 self.collect(patient=True)
-                self._shelf.health.well(_NAME)
+                self._health.well(_NAME)
             except KVShareError as error:
                 log.warning("kvshare: garbage was not collected: %s", error)
             self._stop.wait(self._config.gc_seconds)
@@ -115,8 +122,8 @@ class Janitor:
         with self._pass:
             if dry_run:
                 return self._would_collect()
-            if self._shelf.uses is not None:
-                self._shelf.uses.exchange()
+            if self._uses is not None:
+                self._uses.exchange()
             nodes = self._remove_expired() + self._hold_quotas()
             self._done_so_far()
             blocks, nbytes = self._remove_orphans()
@@ -133,16 +140,16 @@ class Janitor:
         return self._shared.collect(patient=patient, stopped=self._stop.is_set)
 
     def _would_collect(self) -> Collected:
-        with self._shelf.lock:
+        with self._nodes.lock:
             expired = set(self._expired())
-        tree = self._shelf.tree
+        tree = self._nodes.tree
         names = {name for i in expired if (node := tree.get(i)) for name in node.blocks}
         freed = [name for name in names if tree.users(name) <= expired]
         gone = [*self._orphans(), *freed]
         return Collected(
             len(expired),
             len(gone),
-            sum(map(self._shelf.size_of, gone)),
+            sum(map(self._blocks.size_of, gone)),
             len(self._scattered()),
             sum(self._versions().values()),
         )
@@ -151,28 +158,28 @@ class Janitor:
 
     def _ttl(self) -> float:
         """Of other machines' uses the latest may not be written down yet."""
-        late = self._shelf.uses.period if self._shelf.shared and self._shelf.uses else 0.0
+        late = self._uses.period if self._repository.shared and self._uses else 0.0
         return self._config.ttl_seconds + late
 
     def _expired(self) -> list[str]:
-        return self._shelf.tree.idle(self._ttl()) if self._config.ttl_seconds else []
+        return self._nodes.tree.idle(self._ttl()) if self._config.ttl_seconds else []
 
     def _remove_expired(self) -> int:
-        with self._shelf.lock:
+        with self._nodes.lock:
             expired = self._expired()
         return sum(self._remove_idle(chunk) for chunk in self._chunks(expired))
 
     def _remove_idle(self, ids: Sequence[str]) -> int:
-        with self._shelf.lock:  # one may have been used since
-            still = [i for i in ids if self._shelf.tree.idle_for(i) >= self._ttl()]
-            self._shelf.remove(still)
+        with self._nodes.lock:  # one may have been used since
+            still = [i for i in ids if self._nodes.tree.idle_for(i) >= self._ttl()]
+            self._nodes.remove(still)
         return len(still)
 
     def _hold_quotas(self) -> int:
         """A quota may be new, or smaller than it was when the nodes were saved."""
-        with self._shelf.lock:
-            namespaces = self._shelf.tree.namespaces()
-        return sum(self._shelf.hold_quota(namespace) for namespace in namespaces)
+        with self._nodes.lock:
+            namespaces = self._nodes.tree.namespaces()
+        return sum(self._nodes.hold_quota(namespace) for namespace in namespaces)
 
     # --- blocks ------------------------------------------------------------------------------
 
@@ -183,27 +190,26 @@ class Janitor:
         committed yet is none of them; nor are slots that are being filled: they have no name.
         """
         found: list[str] = []
-        for names in self._chunks(list(self._shelf.blocks.names())):
-            with self._shelf.lock:
+        for names in self._chunks(list(self._blocks.names())):
+            with self._nodes.lock:
                 found += [name for name in names if self._is_orphan(name)]
         return found
 
     def _is_orphan(self, name: str) -> bool:
-        shelf = self._shelf
-        return not shelf.tree.uses(name) and not shelf.blocks.leases.pinned(name)
+        return not self._nodes.tree.uses(name) and not self._blocks.leases.pinned(name)
 
     def _remove_orphans(self) -> tuple[int, int]:
         """How many, and their bytes. The committer looks once more whether they are in use."""
         orphans = self._orphans()
-        nbytes = sum(map(self._shelf.size_of, orphans))
+        nbytes = sum(map(self._blocks.size_of, orphans))
         for chunk in self._chunks(orphans):
-            self._shelf.committer.order(Removal((), tuple(chunk)))
+            self._queue.put(Removal((), tuple(chunk)))
             self._done_so_far()
         return len(orphans), nbytes
 
     def _done_so_far(self) -> None:
         """Wait for the committer, however busy it is kept."""
-        self._shelf.committer.run(lambda: None)
+        self._queue.run(lambda: None)
 
     def _chunks(self, items: Sequence[str]) -> Iterator[Sequence[str]]:
         for start in range(0, len(items), _CHUNK):
@@ -215,13 +221,13 @@ class Janitor:
 
     def _scattered(self) -> list[Node]:
         """Nodes to merge, the one used last first."""
-        config, tree = self._config, self._shelf.tree
+        config, tree = self._config, self._nodes.tree
         limits = config.block_tokens, config.max_chain, config.max_scatter
-        with self._shelf.lock:
+        with self._nodes.lock:
             nodes = list(tree)[::-1]
         found: list[Node] = []
         for start in range(0, len(nodes), _CHUNK):
-            with self._shelf.lock:
+            with self._nodes.lock:
                 some = nodes[start : start + _CHUNK]
                 found += [n for n in some if n.id in tree and wants_merge(n, tree, *limits)]
         return found
@@ -255,7 +261,7 @@ class Janitor:
         self._unmerged[node.id] = _Unmerged(times, time.monotonic() + pause)
 
     def _merge_one(self, node: Node) -> bool:
-        namespace = self._shelf.namespace(node.namespace)
+        namespace = self._nodes.namespaces.get(node.namespace)
         if namespace is None:
             return False
         step, row_bytes = self._config.block_tokens, namespace.layout.row_bytes
@@ -264,7 +270,7 @@ class Janitor:
         if not names:
             return False
         merged = merged_node(node, names, sizes, step)
-        return self._shelf.committer.run(lambda: swap(self._shelf, node, merged))
+        return self._rewriter.swap(node, merged)
 
     def _gather(self, node: Node, sizes: Sequence[int], step: int) -> list[str]:
         """Copy the node's rows into new blocks of the host tier; their names, in order."""
@@ -275,15 +281,14 @@ class Janitor:
                 stop = min(start + step, node.length)
                 names.append(self._copied(node, start, stop, nbytes, read))
         except KVShareError:
-            self._shelf.sweep(names)
+            self._nodes.remove_unused(names)
             raise
         return names
 
     def _copied(
         self, node: Node, start: int, stop: int, nbytes: int, read: Callable[[str], Block]
     ) -> str:
-        blocks = self._shelf.blocks
-        offset = blocks.reserve(nbytes)
+        blocks, offset = self._blocks, self._nodes.reserve(nbytes)
         try:
             block = copy_rows(node, start, stop, read, blocks.reserved(offset))
             name = block_name(block)
@@ -295,9 +300,9 @@ class Janitor:
     def _read(self, name: str) -> Block:
         """As `BlockStore.read`; a block that is gone or bad takes its nodes along."""
         try:
-            block = self._shelf.blocks.read(name)
+            block = self._blocks.read(name)
         except MissError:
-            self._shelf.lost([name])
+            self._nodes.remove_lost([name])
             raise
         if block.lossy:  # under a new name nobody would know that they were changed
             raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
@@ -306,13 +311,13 @@ class Janitor:
     # --- the catalogue -----------------------------------------------------------------------
 
     def _versions(self) -> dict[str, int]:
-        catalog = self._shelf.catalog
+        catalog = self._repository.catalog
         return catalog.old_versions() if catalog is not None else {}
 
     def _compact(self, patient: bool) -> int:
         """Drop old versions, table by table; a patient pass waits until nobody has written to a
         table since the last one."""
-        catalog, uses = self._shelf.catalog, self._shelf.uses
+        catalog, uses = self._repository.catalog, self._uses
         if catalog is None or self._stop.is_set():
             return 0
         try:
@@ -326,7 +331,7 @@ class Janitor:
                 catalog.compact(due)
                 self._seen_versions = self._versions()
         except StorageError as error:
-            if not self._shelf.shared:
+            if not self._repository.shared:
                 raise
             log.info("kvshare: another machine compacts the catalogue: %s", error)
             return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -17,8 +17,8 @@ from kvshare_store.lookup.align import align
 from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
-from kvshare_store.provenance import check_provenance
-from kvshare_store.shelf import Shelf
+from kvshare_store.node_store import NodeStore
+from kvshare_store.provenance import OpenPlans, check_provenance
 from kvshare_store.staging import (
     Reuse,
     RowSource,
@@ -37,24 +37,16 @@ from kvshare_store.tree.node import Node, check_segments, new_stamp, node_id
 
 
 class Saving:
-    """Staged saves of one store. Thread-safe under the shelf's lock.
-
-    `donors` gives the nodes of an id that a client may have been planned: the one that is here, and
-    those that its plans still hold.
-    """
+    """Staged saves of one store. Thread-safe under the lock of the nodes."""
 
     def __init__(
-        self,
-        config: StoreConfig,
-        shelf: Shelf,
-        metrics: Metrics,
-        donors: Callable[[str], list[Node]],
+        self, config: StoreConfig, nodes: NodeStore, plans: OpenPlans, metrics: Metrics
     ) -> None:
         self._config = config
-        self._shelf = shelf
-        self._blocks = shelf.blocks
+        self._nodes = nodes
+        self._blocks = nodes.blocks
+        self._plans = plans
         self._metrics = metrics
-        self._donors = donors
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
@@ -89,7 +81,7 @@ class Saving:
         another form since."""
         if len(reuse.donors) > self._config.max_donors + 1:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
-        with self._shelf.lock:
+        with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
         donors = [node for nodes in named for node in nodes]
         try:
@@ -98,14 +90,21 @@ class Saving:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
             return None
-        return tuple(sizes.get(name) or self._shelf.size_of(name) for name in reuse.blocks)
+        return tuple(sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks)
+
+    def _donors(self, node_id: str) -> list[Node]:
+        """The nodes of an id that a client may have been planned: those that open plans hold, and
+        the one that is here."""
+        here = self._nodes.tree.get(node_id)
+        found = [node for node in self._plans.donors(node_id) if node is not here]
+        return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, digest = self._shelf.tree, save.namespace.digest
+        tree, digest = self._nodes.tree, save.namespace.digest
         name, exact = _node_id(save), node_id(digest, save.tokens, True)
-        with self._shelf.lock:
+        with self._nodes.lock:
             known = name in tree or exact in tree or name in self._saving
-            closed = digest in self._shelf.closed
+            closed = digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 tree.touch(exact if exact in tree else name)
                 return Staged(known=True)
@@ -115,20 +114,20 @@ class Saving:
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save; one that has ended already is ignored."""
-        with self._shelf.lock:
+        with self._nodes.lock:
             save = self._saves.pop(staged_id, None)
             if save is not None:
                 self._saving.discard(_node_id(save))
 
     def reap(self, dead_owners: set[str]) -> None:
         """Forget the saves of clients that are gone."""
-        with self._shelf.lock:
+        with self._nodes.lock:
             for staged_id in [i for i, save in self._saves.items() if save.owner in dead_owners]:
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:
         """How many staged saves of a namespace have not ended."""
-        with self._shelf.lock:
+        with self._nodes.lock:
             return sum(save.namespace.digest == namespace for save in self._saves.values())
 
     def __len__(self) -> int:
@@ -151,7 +150,7 @@ class Saving:
                 self._copy(save, source, fresh)
                 node = self._node(save, [filled.name for filled in fresh])
                 vectors = Vectors(lexical_vector(save.tokens), None)
-                with self._shelf.lock:
+                with self._nodes.lock:
                     if staged_id not in self._saves:
                         raise LeaseError("the staged save ended while it was committed")
                     self._add(save, node, vectors, fresh)
@@ -162,7 +161,7 @@ class Saving:
                 self._metrics.error(error.kind)
                 raise
             finally:
-                with self._shelf.lock:
+                with self._nodes.lock:
                     for filled in fresh:  # those that were not sealed
                         self._blocks.cancel(filled.offset)
                     self.abandon(staged_id)
@@ -174,7 +173,7 @@ class Saving:
         layout, at = save.namespace.layout, 0
         for rows in save.staged.sizes:
             nbytes = rows * layout.row_bytes
-            offset = self._blocks.reserve(nbytes)
+            offset = self._nodes.reserve(nbytes)
             block = Block(save.namespace.digest, layout, self._blocks.reserved(offset))
             filled = _Filled(offset, "", block)
             fresh.append(filled)
@@ -189,7 +188,7 @@ class Saving:
         segments.sort(key=lambda segment: segment.start)
         blocks = (*reuse.blocks, *fresh)
         check_segments(segments, length, len(blocks))
-        parent = self._shelf.tree.get(reuse.donors[0]) if reuse.donors else None
+        parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
         return Node(
@@ -211,15 +210,15 @@ class Saving:
         for name in save.reuse.blocks:
             if self._blocks.tier_of(name) is None:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
-        self._shelf.register(save.namespace)
+        self._nodes.namespaces.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
         fresh.reverse()  # taken from its end, or each would move all the others
         while fresh:
             filled = fresh.pop()
             self._blocks.seal(filled.offset, filled.name, filled.block)
-        self._shelf.add(node, vectors)
+        self._nodes.add(node, vectors)
         if node.exact:
-            self._shelf.remove([node_id(node.namespace, save.tokens, False)])
+            self._nodes.remove([node_id(node.namespace, save.tokens, False)])
         self._metrics.add("bytes_stored", nbytes)
 
 

@@ -23,12 +23,11 @@ from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.node_store import NodeStore
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.provenance import OpenPlan, OpenPlans
-from kvshare_store.shelf import Shelf
 from kvshare_store.text_vectors import TextVectors
 from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.node import Node
 
 Leased = tuple[Lease, dict[str, BlockRef]]
 
@@ -57,17 +56,23 @@ class Serving:
     """Plans of one store, from the question to the outcome. Thread-safe."""
 
     def __init__(
-        self, config: StoreConfig, shelf: Shelf, costs: Costs, text: TextVectors, metrics: Metrics
+        self,
+        config: StoreConfig,
+        nodes: NodeStore,
+        plans: OpenPlans,
+        costs: Costs,
+        text: TextVectors,
+        metrics: Metrics,
     ) -> None:
         self._config = config
-        self._shelf = shelf
-        self._blocks = shelf.blocks
+        self._nodes = nodes
+        self._blocks = nodes.blocks
+        self._open = plans
         self._costs = costs
         self._text = text
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
-        self._open = OpenPlans()
 
     def plan_soon(
         self,
@@ -99,7 +104,9 @@ class Serving:
         namespace, policy = lookup.namespace, lookup.policy
         return self._planner.draft(
             request,
-            Nominator(self._shelf.tree, self._shelf.index(namespace.digest), self._shelf.lock),
+            Nominator(
+                self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
+            ),
             policy,
             self._costs.of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
@@ -111,12 +118,14 @@ class Serving:
         """None if a donor or a block has left the store since the draft was made."""
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
-        with self._shelf.lock:
-            tree = self._shelf.tree
+        with self._nodes.lock:
+            self._nodes.remove_lost()
+            tree = self._nodes.tree
             here = all(node.id in tree for node in draft.donors)
             if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
                 return None
-            return self._blocks.lease_soon(list(draft.blocks), owner, seconds, timeout)
+            users = {name: tree.user_count(name) for name in draft.blocks}
+            return self._blocks.lease_soon(users, owner, seconds, timeout)
 
     def _complete(
         self,
@@ -145,7 +154,8 @@ class Serving:
         lease: Lease,
         refs: dict[str, BlockRef],
     ) -> ReusePlan:
-        with self._shelf.lock:
+        with self._nodes.lock:
+            self._nodes.remove_lost()
             alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
             if not alive or len(refs) < len(draft.blocks):
                 if alive:
@@ -163,7 +173,7 @@ class Serving:
             )
             self._open.add(lease.id, opened)
             for donor in draft.donors:
-                self._shelf.tree.touch(donor.id)
+                self._nodes.tree.touch(donor.id)
         return msgspec.structs.replace(
             lookup.plan(),
             exact=draft.exact,
@@ -212,13 +222,6 @@ class Serving:
         self._metrics.add("tokens_engine_cached", tokens)
         self._metrics.add("tokens_recomputed", -tokens)
 
-    def donors(self, node_id: str) -> list[Node]:
-        """The node that is here and those that open plans were made from, which may differ. Hold
-        the store's lock."""
-        here = self._shelf.tree.get(node_id)
-        found = [node for node in self._open.donors(node_id) if node is not here]
-        return [*found, here] if here is not None else found
-
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
         self._metrics.add("lookups")
@@ -227,6 +230,7 @@ class Serving:
 
     def reap(self, dead_owners: set[str]) -> None:
         """End leases that expired, or whose owner is gone; each counts as a miss."""
+        self._nodes.remove_lost()
         for lease in self._blocks.reap(dead_owners):
             opened = self._closed(lease)
             if opened is not None:
@@ -234,8 +238,8 @@ class Serving:
 
     def _closed(self, lease: Lease) -> OpenPlan | None:
         """A lease has ended: what it held may go; returns the plan it was for."""
-        with self._shelf.lock:
-            self._shelf.sweep(lease.names)
+        with self._nodes.lock:
+            self._nodes.remove_unused(lease.names)
             return self._open.pop(lease.id)
 
     def _count_miss(self, reason: str, tokens: int) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 
 from kvshare_store.condemned import Condemned
 from kvshare_store.errors import StorageError
-from kvshare_store.shelf import Shelf
+from kvshare_store.node_store import NodeStore
 from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.ledger import Fact
 
@@ -34,9 +34,9 @@ class SharedGarbage:
     some of it."""
 
     def __init__(
-        self, shelf: Shelf, catalog: Catalog, condemned: Condemned, machine: str, turn_s: float
+        self, nodes: NodeStore, catalog: Catalog, condemned: Condemned, machine: str, turn_s: float
     ) -> None:
-        self._shelf = shelf
+        self._nodes = nodes
         self._catalog = catalog
         self._condemned = condemned
         self._machine = machine
@@ -72,9 +72,9 @@ class SharedGarbage:
 
     def _condemn(self) -> None:
         begun = self._condemned.clock()
-        listed = self._shelf.blocks.list_shared()
+        listed = self._nodes.blocks.list_shared()
         used = self._named() if listed else set()
-        orphans = [name for name in listed if name not in used and not self._shelf.tree.uses(name)]
+        orphans = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
         self._orphans = {name: self._orphans.get(name, begun) for name in orphans}
         grace = self._condemned.grace_s
         due = [name for name, since in self._orphans.items() if begun - since >= grace]
@@ -96,7 +96,7 @@ class SharedGarbage:
             if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}
-            self._shelf.blocks.delete_shared(gone)
+            self._nodes.blocks.delete_shared(gone)
             self._condemned.release(gone, purged)
             removed += len(gone)
         return removed
@@ -109,9 +109,9 @@ class SharedGarbage:
         named: set[str] = set()
         elsewhere: list[str] = []
         for chunk in _chunks(list(stamps), _CHUNK):
-            with self._shelf.lock:
+            with self._nodes.lock:
                 for node_id in chunk:
-                    node = self._shelf.tree.get(node_id)
+                    node = self._nodes.tree.get(node_id)
                     if node is not None and node.stamp == stamps[node_id]:
                         named.update(node.blocks)
                     else:

@@ -10,13 +10,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from kvshare_store.errors import KVShareError
-from kvshare_store.metrics import Metrics
-from kvshare_store.shelf import Shelf
+from kvshare_store.others_purges import OthersPurges
+from kvshare_store.repository import Repository
 from kvshare_store.threads import Supervised
 from kvshare_store.tree.catalog import Catalog
+from kvshare_store.tree.faults import report
 
 log = logging.getLogger("kvshare")
 
@@ -41,16 +42,17 @@ class Sharing:
     def __init__(
         self,
         catalog: Catalog,
-        shelf: Shelf,
+        repository: Repository,
         seconds: float,
-        metrics: Metrics,
-        look_for_purges: Callable[[], None],
+        purges: OthersPurges,
     ) -> None:
         self._catalog = catalog
-        self._shelf = shelf
+        self._nodes = repository.nodes
+        self._condemned = repository.condemned
+        self._uses = repository.uses
         self._seconds = seconds
-        self._metrics = metrics
-        self._look_for_purges = look_for_purges
+        self._metrics = metrics = repository.metrics
+        self._purges = purges
         self._version = -1
         self._seen: dict[str, int] = {}
         """Stamps of the rows that the catalogue held when it was last asked, by id."""
@@ -87,10 +89,10 @@ class Sharing:
     def sync(self) -> None:
         """Learn and forget what has changed since the last time; `StorageError` if it refuses."""
         with self._alone:
-            if self._shelf.condemned is not None:
-                self._shelf.condemned.look()
-            if self._shelf.uses is not None and self._shelf.uses.due():
-                self._shelf.uses.exchange()
+            if self._condemned is not None:
+                self._condemned.look()
+            if self._uses is not None and self._uses.due():
+                self._uses.exchange()
             ours = self._catalog.take_changes()
             self._note(ours)  # first: what others make of it is seen below
             version = self._catalog.refresh()
@@ -102,7 +104,7 @@ class Sharing:
                 self._must_read_all(min(self._rest, _LONGEST_S))
             if time.monotonic() >= self._all_due:
                 self._look_at_all()
-            self._look_for_purges()
+            self._purges.look()
 
     def _note(self, ours: Mapping[str, int | None]) -> None:
         for node_id, stamp in ours.items():
@@ -135,8 +137,10 @@ class Sharing:
         everything = self._catalog.stamps()
         gone = {i: stamp for i, stamp in self._seen.items() if i not in everything}
         if gone:
-            self._shelf.unlearn(gone)
-            self._shelf.keep_registered(self._catalog.digests())
+            self._nodes.learn_removals(gone)
+            digests = self._catalog.digests()
+            with self._nodes.lock:
+                self._nodes.namespaces.keep_recorded(digests)
         for node_id in gone:
             del self._seen[node_id]
         self._learn(everything)
@@ -152,25 +156,26 @@ class Sharing:
         unknown = [i for i in changed if not self._has(i, stamps[i])]
         if unknown:
             namespaces = self._catalog.namespaces()
-            self._shelf.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
+            self._nodes.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
+            report(self._catalog.take_faults(), self._metrics)
         self._seen |= stamps
         self._newest = max(self._newest, *stamps.values(), 0)
         return len(changed)
 
     def _has(self, node_id: str, stamp: int) -> bool:
-        node = self._shelf.tree.get(node_id)
+        node = self._nodes.tree.get(node_id)
         return node is not None and node.stamp == stamp
 
     def _heal(self, stamps: dict[str, int]) -> None:
         """Without conditional writes two commits at the same moment leave one of them."""
-        with self._shelf.lock:
-            nodes = [node for node in self._shelf.tree if node.id not in stamps]
+        with self._nodes.lock:
+            nodes = [node for node in self._nodes.tree if node.id not in stamps]
         now = time.time()
         # a node that is still being written looks the same: committing it twice does no harm
         lost = [node for node in nodes if _SETTLED_S < now - node.created < _HEAL_S]
         if lost:
             log.info("kvshare: %d commits were overwritten and are repeated", len(lost))
-            self._shelf.commit_again(lost)
+            self._nodes.add_again(lost)
 
     def close(self) -> None:
         """Stop asking."""

@@ -25,8 +25,8 @@ from kvshare_store.lookup.embedders import Vector, text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker, embedding_command
 from kvshare_store.metrics import Metrics
-from kvshare_store.rewrite import describe
-from kvshare_store.shelf import Shelf
+from kvshare_store.node_store import NodeStore
+from kvshare_store.rewrite import Rewriter
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import node_id
 from kvshare_store.tree.rows import is_vector
@@ -70,8 +70,11 @@ class _Job(NamedTuple):
 class TextVectors:
     """Thread-safe."""
 
-    def __init__(self, config: StoreConfig, shelf: Shelf, metrics: Metrics) -> None:
-        self._shelf = shelf
+    def __init__(
+        self, config: StoreConfig, nodes: NodeStore, rewriter: Rewriter, metrics: Metrics
+    ) -> None:
+        self._nodes = nodes
+        self._rewriter = rewriter
         self._metrics = metrics
         self._worker = EmbeddingWorker(embedding_command(config.embedder))
         self._jobs: list[_Job] = []
@@ -115,7 +118,7 @@ class TextVectors:
 
     def saved(self, name: str) -> None:
         """A prompt became a node."""
-        node = self._shelf.tree.get(name)
+        node = self._nodes.tree.get(name)
         if not self._wanted or node is None:
             return
         exact_name = node.id if node.exact else node_id(node.namespace, node.tokens, True)
@@ -194,11 +197,11 @@ class TextVectors:
                     job = heapq.heappop(self._jobs) if more and not self._closed else None
         finally:
             if found:
-                describe(self._shelf, found)
+                self._rewriter.describe(found)
 
     def _vector(self, job: _Job) -> Vector | None:
-        node = self._shelf.tree.get(job.node)
-        namespace = None if node is None else self._shelf.namespace(node.namespace)
+        node = self._nodes.tree.get(job.node)
+        namespace = None if node is None else self._nodes.namespaces.get(node.namespace)
         late = time.monotonic() - job.since > _LATE_S
         if node is None or namespace is None or not namespace.tokenizer or late:
             return None

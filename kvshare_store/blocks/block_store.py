@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import msgspec
@@ -29,13 +29,23 @@ from kvshare_store.tensors.frame import Block
 _DIRTY_SHARE = 0.75
 """Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
 saving faster than the tiers below can write would leave no room to bring stored rows back."""
+_WIPED_AT_ONCE = 1 << 26
+"""Bytes of the arena that are wiped while the lock is held."""
 _WRITING_BACK = 64
 """Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
 
 
+class _Promotion(msgspec.Struct):
+    """A block on its way to the host."""
+
+    done: Future[None]
+    users: int
+    """Nodes that use it. Where none does and no lease holds it, it need not come."""
+
+
 class BlockStore:
-    """Names to rows. `on_lost` is told which blocks are about to leave the last tier; `users` says
-    how many nodes use a block: one that any uses is not deleted."""
+    """Names to rows. It knows no nodes: whoever changes them says how many use a block (`weigh`)
+    and asks which blocks have left their last tier (`take_lost`)."""
 
     def __init__(
         self,
@@ -48,8 +58,6 @@ class BlockStore:
         self.host = host
         self.levels = Levels(below, metrics)
         self.leases = LeaseBook()
-        self.on_lost: Callable[[list[str]], None] = lambda names: None
-        self.users: Callable[[str], int] = lambda name: 0
         self._io = io
         self._lock = lock
         self._metrics = metrics
@@ -60,12 +68,15 @@ class BlockStore:
         self._persisting: frozenset[str] = frozenset()
         """Blocks that are being written below at this moment, from where they lie in the host."""
         self._writing_back = 0
-        self._promotions: dict[str, Future[None]] = {}
+        self._promotions: dict[str, _Promotion] = {}
+        self._lost: list[str] = []
+        """Blocks that no tier has any more, until somebody asks."""
 
     # --- writing ------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> int:
-        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go.
+        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go. Without
+        a tier below, what goes is lost (`take_lost`).
 
         Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
         without the lock.
@@ -143,6 +154,11 @@ class BlockStore:
         level = self.levels.holder(name)
         return None if level is None else level.tier.name
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a block in the fastest tier that has it; 0 if none has."""
+        level = self.levels.holder(name)
+        return self.host.size(name) or (level and level.tier.size(name)) or 0
+
     def expect(self, names: Sequence[str], namespace: str) -> bool:
         """A node that was committed elsewhere, or before a restart, uses these blocks: what no
         tier of this machine has must be in one that others reach too. False if there is none."""
@@ -170,19 +186,24 @@ class BlockStore:
                 return msgspec.structs.replace(block, data=copied)
         return self._io.run(self.levels.get(name))[0]
 
+    def read_from(self, level: Level, name: str) -> Block:
+        """A verified block from this very tier, or what the tier says. Do not hold the lock."""
+        return self._io.run(level.tier.get(name))
+
     def lease_soon(
-        self, names: list[str], owner: str, seconds: float, timeout: float
+        self, users: Mapping[str, int], owner: str, seconds: float, timeout: float
     ) -> Future[tuple[Lease, dict[str, BlockRef]]]:
         """Pin blocks now and bring them into the arena, without waiting in the caller's thread.
+        `users`: how many nodes use each.
 
         The future has the lease and where each block lies that is resident after at most `timeout`
         seconds; promotions that are late go on for the next request. It is done on return when
         every block is resident already, else it ends in the I/O loop.
         """
         with self._lock:
-            lease = self.leases.grant(names, owner, seconds)
-            absent = [name for name in names if not self.host.has(name)]
-            promotions = [self._promote(name) for name in absent] if self.levels else []
+            lease = self.leases.grant(list(users), owner, seconds)
+            absent = [name for name in users if not self.host.has(name)]
+            promotions = [self._promote(name, users[name]) for name in absent if self.levels]
             if not promotions:
                 ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
                 ready.set_result(self._resident(lease))
@@ -203,12 +224,13 @@ class BlockStore:
             refs = ((name, self.host.ref(name)) for name in lease.names)
             return lease, {name: ref for name, ref in refs if ref is not None}
 
-    def _promote(self, name: str) -> Future[None]:
+    def _promote(self, name: str, users: int) -> Future[None]:
         """Bring one block from below to host; requests for the same block share one read."""
         running = self._promotions.get(name)
         if running is None:
-            running = self._promotions[name] = self._io.submit(self._fetch(name))
-        return running
+            running = _Promotion(self._io.submit(self._fetch(name)), users)
+            self._promotions[name] = running
+        return running.done
 
     async def _fetch(self, name: str) -> None:
         try:
@@ -216,8 +238,9 @@ class BlockStore:
             self._place(name, block)
             self._io.submit(self.levels.fill(name, block, level))  # whoever waits has its rows
         except MissError:  # counted where it was seen
-            if self.host.size(name) is None:
-                self.on_lost([name])
+            with self._lock:
+                if self.host.size(name) is None:
+                    self._lost.append(name)
         except KVShareError:
             pass  # counted; the block may be there for the next request
         finally:
@@ -241,14 +264,25 @@ class BlockStore:
         with self._lock:
             if self._lacks(name):
                 self._seal(offset, name, block)
-                self.weigh([name])
+                self.host.weigh(name, self._users_of(name))
             else:
                 self.cancel(offset)
 
     def _lacks(self, name: str) -> bool:
         """Whether the host should have a block and has not. Hold the lock."""
-        wanted = self.leases.pinned(name) or self.users(name)
+        wanted = self.leases.pinned(name) or self._users_of(name)
         return bool(wanted) and self.host.size(name) is None
+
+    def _users_of(self, name: str) -> int:
+        """Nodes that use a block which is on its way to the host."""
+        promotion = self._promotions.get(name)
+        return 0 if promotion is None else promotion.users
+
+    def take_lost(self) -> list[str]:
+        """Blocks that no tier has any more, of those not told yet. Hold the lock: what is lost must
+        take the nodes that use it along."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""
@@ -265,11 +299,15 @@ class BlockStore:
 
     # --- making room --------------------------------------------------------------------------
 
-    def weigh(self, names: Iterable[str]) -> None:
-        """Other nodes than before use these blocks, so they are worth more or less. Hold the
-        lock."""
-        for name in filter(self.host.has, names):
-            self.host.weigh(name, self.users(name))
+    def weighs(self, name: str) -> bool:
+        """Whether it matters here how many nodes use the block."""
+        return self.host.has(name) or name in self._promotions
+
+    def weigh(self, name: str, users: int) -> None:
+        """So many nodes use the block from now on: it is worth more or less. Hold the lock."""
+        if name in self._promotions:
+            self._promotions[name].users = users
+        self.host.weigh(name, users)
 
     def _allocate(self, nbytes: int) -> int:
         while True:
@@ -292,10 +330,8 @@ class BlockStore:
             if self.levels:
                 self._write_back(name)
                 return self.host.drop(name)
-            self.on_lost([name])
-            if self.host.size(name) is not None:
-                self.host.drop(name)
-            return True
+            self._lost.append(name)
+            return self.host.drop(name)
         return False
 
     def _write_back(self, name: str) -> None:
@@ -320,20 +356,23 @@ class BlockStore:
         level = self.levels.named(tier)
         return level is None or self._io.run(self.levels.make_room(level, nbytes))
 
-    def delete(self, names: list[str]) -> None:
-        """Remove blocks that nobody pins or uses from every tier and wait for it.
+    def drop(self, names: Iterable[str]) -> list[str]:
+        """Remove blocks that no node uses from the host, but for those that are leased; returns
+        those that may be deleted below. Hold the lock since nobody used them."""
+        free = [name for name in names if not self.leases.pinned(name)]
+        for name in free:
+            self.host.drop(name)
+            self._dirty.pop(name, None)
+        return free
 
-        Whoever pointed at them must be gone before; a block that came into use again since then
-        stays. Only one thread may delete and persist, so
-        that a block which comes back at that moment is not deleted with its predecessor.
+    def delete(self, names: list[str]) -> None:
+        """Remove blocks that were dropped from every tier below and wait for it.
+
+        Only one thread may delete and persist, so that a block which comes back at that moment is
+        not deleted with its predecessor.
         """
-        with self._lock:
-            free = [n for n in names if not (self.leases.pinned(n) or self.users(n))]
-            for name in free:
-                self.host.drop(name)
-                self._dirty.pop(name, None)
-        if free:
-            self._io.run(self.levels.delete(free))
+        if names:
+            self._io.run(self.levels.delete(names))
 
     def list_shared(self) -> dict[str, str]:
         """Blocks in a remote tier that several machines share, whoever put them, and the namespace
@@ -366,16 +405,28 @@ class BlockStore:
             self._drop(held)
         return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=True))
 
-    def purge_copies(self, namespace: str, keep: Collection[str]) -> dict[str, KVShareError] | None:
-        """Remove this machine's copies of blocks of a namespace that no node uses; what refused and
-        why. None, and nothing is removed, while somebody leases one. `keep`: blocks of its nodes.
-        """
-        with self._lock:
-            unused = [name for name in self._of_namespace(namespace) if not self.users(name)]
-            if any(map(self.leases.pinned, unused)):
-                return None
-            self._drop(unused)
-        return self._io.run(self.levels.purge(namespace, unused, shared=False, keep=keep))
+    def drop_copies(self, namespace: str, keep: Collection[str]) -> list[str] | None:
+        """Remove blocks of a namespace from the host, but for `keep`, those of its nodes; returns
+        them. None, and nothing is removed, while somebody leases one. Hold the lock."""
+        unused = [name for name in self._of_namespace(namespace) if name not in keep]
+        if any(map(self.leases.pinned, unused)):
+            return None
+        self._drop(unused)
+        return unused
+
+    def purge_copies(
+        self, namespace: str, names: Sequence[str], keep: Collection[str]
+    ) -> dict[str, KVShareError]:
+        """Remove this machine's copies of blocks of a namespace below the host, of which `names`
+        are known, but for `keep`; what refused and why."""
+        return self._io.run(self.levels.purge(namespace, names, shared=False, keep=keep))
+
+    def wipe(self) -> None:
+        """Zero what is free of the arena."""
+        at: int | None = 0
+        while at is not None:
+            with self._lock:
+                at = self.host.wipe(at, _WIPED_AT_ONCE)
 
     def _of_namespace(self, namespace: str) -> list[str]:
         return [name for name in self.host.names() if self.host.namespace(name) == namespace]

@@ -32,5 +32,5 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
             given_up=given_up,
         )
     if isinstance(message, protocol.CheckTree):
-        return check_tree(store.shelf, repair=message.repair)
-    return check_blocks(store.shelf, message.names, repair=message.repair)
+        return check_tree(store.repository, repair=message.repair)
+    return check_blocks(store.repository, message.names, repair=message.repair)

@@ -376,7 +376,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert wanted <= set(files), "a node points at a block that is not on disk"
         assert set(files) <= wanted | held, "blocks without a node were left behind"
         use = self.store.blocks.use()
-        catalog = self.store.shelf.catalog.bytes if self.store.shelf.catalog is not None else 0
+        catalog = (
+            self.store.repository.catalog.bytes if self.store.repository.catalog is not None else 0
+        )
         blocks = sum(file.stat().st_size for file in files.values())
         assert use["disk"].bytes == blocks + catalog
         assert blocks <= self.config.disk_bytes  # the last commit may be more than the rest of it
@@ -386,7 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._check_catalogue()
 
     def _check_catalogue(self) -> None:
-        catalog = self.store.shelf.catalog
+        catalog = self.store.repository.catalog
         assert catalog is not None
         durable = {node.id: set(node.blocks) for node, _ in catalog.load()}
         assert durable == {node.id: set(node.blocks) for node in self.store.tree}

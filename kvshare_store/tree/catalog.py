@@ -85,8 +85,6 @@ class Catalog:
         """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
         for one that several machines write to. `HomeError` if it cannot be had."""
         self._lock = threading.Lock()
-        self.with_room: Callable[[Callable[[], None]], None] = lambda commit: commit()
-        """Commits rows where the file system may be full; a store can forget nodes for them."""
         self._rows = Rows(keys)
         self._ours: dict[str, int | None] = {}
         self._faults: list[Fault] = []
@@ -156,10 +154,9 @@ class Catalog:
         """
         if not rows:
             return set()
-        inserted: list[int] = []
-        self.with_room(lambda: inserted.append(self._commit(lambda: self._add(rows))))
+        inserted = self._commit(lambda: self._add(rows))
         ours = {node.id: node.stamp for node, _ in rows}
-        theirs = self.stamps(ids=ours) if self.place.shared and inserted[-1] < len(rows) else {}
+        theirs = self.stamps(ids=ours) if self.place.shared and inserted < len(rows) else {}
         known = {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
         self._note({node_id: stamp for node_id, stamp in ours.items() if node_id not in known})
         return known
@@ -182,11 +179,10 @@ class Catalog:
                 row = self._rows.node_row(node, vectors)
                 return self._nodes.merge([row], replace=where, insert=False)[1]
 
-        replaced: list[bool] = []
-        self.with_room(lambda: replaced.append(bool(self._commit(change))))
-        if replaced[-1]:
+        replaced = bool(self._commit(change))
+        if replaced:
             self._note({node.id: node.stamp})
-        return replaced[-1]
+        return replaced
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
         """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows

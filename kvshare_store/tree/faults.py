@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvshare_store.errors import KVShareError
+from kvshare_store.metrics import Metrics
+
+log = logging.getLogger("kvshare")
 
 
 class Fault(NamedTuple):
@@ -16,3 +21,15 @@ class Fault(NamedTuple):
     """Its kind says what: `row`, `newer`, `namespace` or `torn`."""
     repaired: bool = False
     """It is not in the catalogue any more."""
+
+
+def report(faults: Sequence[Fault], metrics: Metrics) -> None:
+    """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
+    for fault in faults:
+        metrics.error(fault.error.kind)
+    if faults:
+        first = faults[0]
+        log.warning(
+            "kvshare: %d faults in the catalogue, `kvshare check` names them; the first: %s: %s",
+            len(faults), first.about, first.error,
+        )  # fmt: skip

@@ -306,11 +306,11 @@ def test_a_purge_that_waits_holds_up_nobody_and_ends_with_its_client(
                 with pytest.raises(ProtocolError):
                     hostile.call(protocol.Purge(SPACE.digest, None, patience))
             hostile.send(protocol.Purge(SPACE.digest, None, 600.0))
-            until(lambda: SPACE.digest in running.store.shelf.closed)
+            until(lambda: SPACE.digest in running.store.nodes.namespaces.closed)
             assert holder.call(protocol.Collect(True)) is not None
             with pytest.raises(NodeError):
                 holder.call(protocol.Pin(str(node)))
-        until(lambda: SPACE.digest not in running.store.shelf.closed)
+        until(lambda: SPACE.digest not in running.store.nodes.namespaces.closed)
 
 
 def test_reports_of_numbers_that_cannot_be(daemon: Daemon) -> None:

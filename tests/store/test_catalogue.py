@@ -61,7 +61,7 @@ def served(engine: Driver) -> list[int]:
 
 
 def checked(engine: Driver, *, repair: bool = False) -> TreeReport:
-    return check_tree(engine.store.shelf, repair=repair)
+    return check_tree(engine.store.repository, repair=repair)
 
 
 def check(*arguments: str | Path) -> tuple[int, str]:
@@ -440,20 +440,20 @@ def test_vectors_are_finite_and_of_length_one(scale: float) -> None:
 def test_the_records_of_a_batch_are_one_commit(driver: Open) -> None:
     """Each record on its own took as long as the rows of a whole batch."""
     engine = driver()
-    shelf = engine.store.shelf
-    assert shelf.catalog is not None
+    catalog = engine.store.repository.catalog
+    assert catalog is not None
     spaces = [engine.namespace.for_tenant(str(at)) for at in range(20)]
-    before = sum(shelf.catalog.old_versions().values())
+    before = sum(catalog.old_versions().values())
     go = threading.Event()
-    shelf.committer.call(lambda: go.wait(30))
+    engine.store.repository.queue.call(lambda: go.wait(30))
     rows = bytes(8 * engine.namespace.layout.row_bytes)
     for seed, space in enumerate(spaces):
         engine.store.save(prompt(seed, 8), space, rows)
     go.set()
     engine.store.flush()
-    assert sum(shelf.catalog.old_versions().values()) <= before + 4, (
+    assert sum(catalog.old_versions().values()) <= before + 4, (
         "records and rows, of one batch or of two"
     )
     engine = driver()
-    known = {space.digest for space in engine.store.shelf.namespaces()}
+    known = {space.digest for space in list(engine.store.nodes.namespaces)}
     assert known == {space.digest for space in spaces}

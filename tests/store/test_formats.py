@@ -100,7 +100,7 @@ def test_a_home_of_the_release_before_is_served(before: Open) -> None:
     assert (plan.exact, plan.generation) == (24, 0)
     assert sorted(node.generation for node in engine.store.tree) == [0, 1]
     assert engine.store.stats()["errors"] == {}
-    assert check_tree(engine.store.shelf, repair=False).problems == ()
+    assert check_tree(engine.store.repository, repair=False).problems == ()
 
 
 def test_rows_of_the_release_before_get_a_checksum_when_they_are_written_again(
@@ -256,7 +256,7 @@ def test_a_node_of_a_later_format_is_left_alone(driver: Open, home: Path) -> Non
     assert again.store.stats()["errors"] == {"newer": 1}
     assert [node.id for node in again.store.tree] != [later]
     for repair in (False, True):
-        (problem,) = check_tree(again.store.shelf, repair=repair).problems
+        (problem,) = check_tree(again.store.repository, repair=repair).problems
         assert (problem.kind, problem.about, problem.repaired) == ("newer", later, False)
     again.store.collect()
     again.store.close()
@@ -294,7 +294,7 @@ def test_a_namespace_that_means_more_is_left_alone(driver: Open, home: Path) -> 
     assert again.store.stats()["errors"] == {"newer": 2}
     assert again.store.namespace(digest) is None
     for repair in (False, True):
-        problems = check_tree(again.store.shelf, repair=repair).problems
+        problems = check_tree(again.store.repository, repair=repair).problems
         assert {(p.kind, p.about) for p in problems} == {("newer", digest), ("newer", theirs)}
     again.store.close()
     assert theirs in {row["id"] for row in rows_of(home / "catalog", "nodes")}

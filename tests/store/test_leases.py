@@ -302,7 +302,7 @@ class Watched:
 
 def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
     """`what` happens in another thread, with the lock free, whenever rows are copied up."""
-    arena, lock = engine.store.blocks.host.arena, engine.store.shelf.lock
+    arena, lock = engine.store.blocks.host.arena, engine.store.nodes.lock
     rows, pool = arena.rows, ThreadPoolExecutor(1)
 
     def with_lock() -> None:
@@ -321,7 +321,7 @@ def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable
 def only_on_disk(engine: Driver, tokens: list[int]) -> None:
     engine.save(tokens)
     engine.store.flush()
-    with engine.store.shelf.lock:
+    with engine.store.nodes.lock:
         for name in engine.store.blocks.host.names():
             engine.store.blocks.host.drop(name)
 

@@ -55,9 +55,9 @@ def sound(copy: Copy, config: Config, engine: Driver, **settings: Any) -> None:
         assert again.serve(OLD).exact == 39, copy.step
         store.collect()
         store.flush()
-        tree = check_tree(store.shelf, repair=False)
+        tree = check_tree(store.repository, repair=False)
         assert tree.problems == (), copy.step
-        assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
+        assert check_blocks(store.repository, tree.blocks, repair=False).problems == (), copy.step
         assert store.stats()["errors"] == {}, copy.step
 
 

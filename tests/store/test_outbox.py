@@ -200,4 +200,4 @@ def test_rows_that_are_written_while_they_are_read(
         outbox.close()
     server.store.flush()
     names = [name for node in server.store.tree for name in node.blocks]
-    assert check_blocks(server.store.shelf, names, repair=False).problems == ()
+    assert check_blocks(server.store.repository, names, repair=False).problems == ()

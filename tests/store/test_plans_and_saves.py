@@ -379,13 +379,13 @@ def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
 def _hold_the_committer(store: Store) -> Callable[[], None]:
     """Stop the committer thread before its next piece of work; the result lets it go on."""
     go = threading.Event()
-    carry_out = store.shelf.committer._do
+    carry_out = store.repository.committer._do
 
     def wait_then_do(batch: Any) -> None:
         assert go.wait(30)
         carry_out(batch)
 
-    store.shelf.committer._do = wait_then_do  # type: ignore[method-assign]
+    store.repository.committer._do = wait_then_do  # type: ignore[method-assign]
     return go.set
 
 

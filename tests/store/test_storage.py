@@ -61,8 +61,8 @@ def faulty(store: Store) -> FaultyTier:
 
 def agrees(engine: Driver, home: Path) -> None:
     """Files, tree and catalogue tell one story."""
-    engine.store.shelf.committer.settle()
-    catalog = engine.store.shelf.catalog
+    engine.store.repository.queue.settle()
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     assert files(home) == engine.store.tree.blocks()
     assert {node.id for node, _ in catalog.load()} == {node.id for node in engine.store.tree}
@@ -414,7 +414,7 @@ def test_a_catalogue_that_refuses_does_not_stop_the_store(
     driver: Open, monkeypatch: pytest.MonkeyPatch, home: Path, call: str
 ) -> None:
     engine = driver()
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
 
     def refuse(*_: object) -> None:
@@ -426,7 +426,7 @@ def test_a_catalogue_that_refuses_does_not_stop_the_store(
         with pytest.raises(StorageError) if call == "add" else contextlib.nullcontext():
             engine.store.flush()
         engine.store.evict(nodes=1)
-        engine.store.shelf.committer.settle()
+        engine.store.repository.queue.settle()
         with contextlib.suppress(StorageError):
             engine.store.collect()
     assert engine.save(prompt(2, 40))
