@@ -146,8 +146,8 @@ class Shelf:
         lost: list[Node] = []
         idle: dict[str, tuple[Node, float]] = {}
         for batch in self.catalog.load_batches():
-            for namespace, rows in self._complete(batch, lost, idle.keys()).items():
-                self._index_of(namespace).extend(rows)
+            for digest, rows in self._complete(batch, lost, idle.keys()).items():
+                self._index_of(digest).extend(rows)
                 for node, _ in rows:
                     last = max(node.created, used.get(node.id, 0.0))
                     idle[node.id] = node, max(0.0, now - last)

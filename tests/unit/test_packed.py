@@ -61,7 +61,8 @@ def test_a_packed_sequence_is_its_tuple(
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "ab", "ab" * 31, "ab" * 33, "AB" * 32, "xy" * 32, "ab" * 31 + " a", "ab " * 21 + "a"]
+    "bad",
+    ["", "ab", "ab" * 31, "ab" * 33, "AB" * 32, "xy" * 32, "ab" * 31 + " a", "ab " * 21 + "a"],
 )
 def test_what_is_no_name_is_not_packed(bad: str) -> None:
     with pytest.raises(ValueError, match=r"hex|names of blocks"):
