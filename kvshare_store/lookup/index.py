@@ -240,7 +240,8 @@ def _products(rows: Rows, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.flo
 
 
 def _packed(vectors: npt.NDArray[np.float32]) -> Rows:
-    return np.rint(vectors * np.float32(_ONE)).astype(np.int16)
+    packed: Rows = np.rint(vectors * np.float32(_ONE)).astype(np.int16)
+    return packed
 
 
 def _unpacked(rows: Rows) -> npt.NDArray[np.float32]:

@@ -42,12 +42,12 @@ def texts(batch: pa.RecordBatch, name: str) -> list[str]:
         return [(text or b"").decode("utf-8", "replace") for text in raw]
 
 
-def _binary(batch: pa.RecordBatch, name: str) -> list[bytes | None]:
-    """A column of bytes; of nothing where a table of another release has no such column."""
+def _binary(batch: pa.RecordBatch, name: str) -> Iterator[bytes | None]:
+    """A column of bytes; of nothing where a table of another release has no such column. One at a
+    time: thousands at once would leave holes in memory between what is kept of them."""
     if name not in batch.schema.names:
-        return [None] * batch.num_rows
-    found: list[bytes | None] = batch.column(name).to_pylist()
-    return found
+        return iter([None] * batch.num_rows)
+    return (value.as_py() for value in batch.column(name))
 
 
 def _vectors(batch: pa.RecordBatch, name: str) -> list[np.ndarray | None]:

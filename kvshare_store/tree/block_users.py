@@ -136,7 +136,7 @@ class BlockUsers:
         self._fill_bytes(nodes, freed)
         blocks = several - (counts.cumsum() - counts)[whose[several]]
         self._fill_shared(nodes, zip(whose[several].tolist(), blocks.tolist(), strict=True), freed)
-        return freed.tolist()
+        return list(map(int, freed.tolist()))
 
     def _fill_bytes(self, nodes: Sequence[Node], freed: Counts) -> None:
         found: dict[str, int] = {}

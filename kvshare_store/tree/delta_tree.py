@@ -178,7 +178,9 @@ class DeltaTree:
     def victims(self, namespace: str | None = None) -> Iterator[Node]:
         """Nodes in the order in which they should be forgotten; pinned ones never are. Of one
         namespace: only with `quotas`."""
-        order = self._order if namespace is None else (self._orders or {}).get(namespace)
+        order: EvictionPolicy | None = self._order
+        if namespace is not None:
+            order = None if self._orders is None else self._orders.get(namespace)
         return (self._nodes[node_id] for node_id in (order.victims() if order is not None else ()))
 
     def idle(self, seconds: float) -> list[str]:

@@ -18,7 +18,7 @@ from kvshare_store.errors import StorageError
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
 from kvshare_store.tree.ledger import Fact
-from kvshare_store.tree.node import new_stamp
+from kvshare_store.tree.node import encode_node, new_stamp
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -529,7 +529,7 @@ def test_a_catalogue_of_the_release_before_opens(machine: Machine, tmp_path: Pat
     node = one.store.tree.get(node_id)
     assert node is not None
     before = msgspec.structs.replace(node, stamp=0)
-    table.update(where="true", values={"node": msgspec.msgpack.encode(before)})
+    table.update(where="true", values={"node": encode_node(before)})
     table.drop_columns(["stamp"])
     again, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     again.book = one.book
