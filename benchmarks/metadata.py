@@ -28,10 +28,11 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span, clip_spans
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.edits import Match, edit_script
 from kvshare_store.tree.node import Node, node_id
 from kvshare_store.tree.rows import Rows
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 NODES = (10_000, 100_000)
 SHORT_NODES = (10_000,)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvshare_store.errors import KVShareError, OverloadError, StorageError
 from kvshare_store.threads import STORING, Health
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vectors
 
 T = TypeVar("T")
 

@@ -14,9 +14,10 @@ from kvshare_store.errors import KVShareError, MissingBlockError, StorageError
 from kvshare_store.metrics import Metrics
 from kvshare_store.node_store import NodeStore
 from kvshare_store.room import Room
-from kvshare_store.tree.catalog import Catalog, Vectors
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.faults import report
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vectors
 
 log = logging.getLogger("kvshare")
 

@@ -14,12 +14,11 @@ from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.commit_queue import Addition, CommitQueue, Removal
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, NoSpaceError
-from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.state import Change, NodeState
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vectors, lexical_vector
 
 
 class NodeStore:

@@ -13,9 +13,10 @@ from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.errors import MissingBlockError
 from kvshare_store.metrics import Metrics
 from kvshare_store.state import NodeState
-from kvshare_store.tree.catalog import Catalog, Vectors
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.faults import report
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vectors
 
 Row = tuple[Node, Vectors]
 

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.repository import Repository
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.faults import report
 from kvshare_store.tree.node import Node, new_stamp
-from kvshare_store.tree.rows import is_vector
+from kvshare_store.tree.vectors import Vector, Vectors, is_vector
 
 _ATTEMPTS = 4
 

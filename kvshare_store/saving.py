@@ -14,11 +14,11 @@ from kvshare_store.errors import (
     PlanError,
 )
 from kvshare_store.lookup.align import align
-from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.node_store import NodeStore
-from kvshare_store.provenance import OpenPlans, check_provenance
+from kvshare_store.open_plans import OpenPlans
+from kvshare_store.provenance import check_provenance
 from kvshare_store.staging import (
     Reuse,
     RowSource,
@@ -31,9 +31,9 @@ from kvshare_store.staging import (
     of_used_blocks,
 )
 from kvshare_store.tensors.frame import Block, block_name
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.edits import Tokens, edit_script
 from kvshare_store.tree.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.tree.vectors import Vectors, lexical_vector
 
 
 class Saving:

@@ -24,8 +24,8 @@ from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.node_store import NodeStore
+from kvshare_store.open_plans import OpenPlan, OpenPlans
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.provenance import OpenPlan, OpenPlans
 from kvshare_store.text_vectors import TextVectors
 from kvshare_store.tree.edits import Tokens
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.namespaces import Namespaces
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.delta_tree import DeltaTree
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vector, Vectors
 
 
 class Change(NamedTuple):

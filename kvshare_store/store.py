@@ -18,9 +18,9 @@ from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.open_plans import OpenPlans
 from kvshare_store.others_purges import OthersPurges
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.provenance import OpenPlans
 from kvshare_store.purge import Purge, Purged, matching
 from kvshare_store.repository import Repository
 from kvshare_store.rewrite import Rewriter

@@ -21,7 +21,7 @@ from kvshare_store.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from kvshare_store.lookup.embedders import Vector, text_embeddings_installed
+from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker, embedding_command
 from kvshare_store.metrics import Metrics
@@ -29,7 +29,7 @@ from kvshare_store.node_store import NodeStore
 from kvshare_store.rewrite import Rewriter
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import node_id
-from kvshare_store.tree.rows import is_vector
+from kvshare_store.tree.vectors import Vector, is_vector
 
 log = logging.getLogger("kvshare")
 

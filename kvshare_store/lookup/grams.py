@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.tree.edits import Tokens
+from kvshare_store.tree.vectors import MIX
 
 Hashes = npt.NDArray[np.uint64]
 
 GRAM = 8
 """Tokens of a gram: text that shares none has no run worth a seam in common."""
-MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)

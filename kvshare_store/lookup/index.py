@@ -14,10 +14,10 @@ import blake3
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.tree.edits import Tokens
 from kvshare_store.tree.node import Node
 from kvshare_store.tree.postings import Keys, Postings
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 Counts = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int16]

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kvshare_store.tree.rows import VECTOR_DIMENSIONS, NamespaceRow, Row
+from kvshare_store.tree.rows import NamespaceRow, Row
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS
 
 
 def node_rows(batch: pa.RecordBatch) -> Iterator[Row]:

@@ -35,10 +35,9 @@ from kvshare_store.tree.lance import lance_errors
 from kvshare_store.tree.ledger import MARKED, Fact, Ledger
 from kvshare_store.tree.node import Node, saw_stamps
 from kvshare_store.tree.place import Place
-from kvshare_store.tree.rows import VECTOR_DIMENSIONS, Rows, Vectors
+from kvshare_store.tree.rows import Rows
 from kvshare_store.tree.table import Fields, Table
-
-__all__ = ["VECTOR_DIMENSIONS", "Catalog", "Vectors"]
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 T = TypeVar("T")
 

@@ -22,6 +22,7 @@ from kvshare_store.errors import (
 from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.tree.node import NODE_FORMAT, Node, check_node, decode_node, encode_node
+from kvshare_store.tree.vectors import Vectors, is_vector
 
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"
@@ -30,17 +31,6 @@ _SEMANTIC_FIELD = b"\xa8semantic\xc4\x20"
 """The same of the BLAKE3 of the text vector, in the field before."""
 _MAP16 = 0xDE
 """MessagePack: a map of more than 15 fields; of fewer the number is in the first byte itself."""
-_UNIT = 1e-3
-"""How far the length of a vector may be from 1."""
-
-VECTOR_DIMENSIONS = 384
-
-
-class Vectors(NamedTuple):
-    """What nominates a node: float32 unit vectors of 384 numbers; no semantic one may be known."""
-
-    lexical: np.ndarray
-    semantic: np.ndarray | None
 
 
 class Row(NamedTuple):
@@ -190,15 +180,6 @@ def _vectors(row: Row) -> Vectors:
 
 def _vector_or_none(vector: np.ndarray | None) -> np.ndarray | None:
     return vector if vector is not None and is_vector(vector) else None
-
-
-def is_vector(vector: np.ndarray) -> bool:
-    """Of length 1, or all zeros: what a text or a prompt without content has."""
-    if vector.shape != (VECTOR_DIMENSIONS,):
-        return False
-    exact = vector.astype(np.float64)  # which no square of a float32 overflows
-    square = float(exact.dot(exact))
-    return square == 0.0 or abs(square - 1.0) < _UNIT  # NaN is neither
 
 
 # --- the checksum of a row in clear -----------------------------------------------------------

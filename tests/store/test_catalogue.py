@@ -31,10 +31,11 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.tree import table as table_module
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.node import Node, encode_node, node_id
 from kvshare_store.tree.rows import NamespaceRow, Row, Rows
 from kvshare_store.tree.table import Table
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 pytestmark = pytest.mark.fault
 

@@ -25,9 +25,10 @@ from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.edits import Edit
 from kvshare_store.tree.node import NODE_FORMAT, Node, encode_node, node_id
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS
 
 Open = Callable[..., Driver]
 DATA = Path(__file__).parent.parent / "data"

@@ -20,8 +20,9 @@ from kvshare_store.errors import StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Span
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
+from kvshare_store.tree.catalog import Catalog
 from kvshare_store.tree.node import Node, node_id
+from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 SCHEMA = pa.schema(
     [

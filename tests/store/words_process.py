@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.embedding_process import (
     end_with,
     private_streams,
@@ -22,6 +21,7 @@ from kvshare_store.lookup.embedding_process import (
 )
 from kvshare_store.testing.embedders import WordEmbedder
 from kvshare_store.tree.edits import Tokens
+from kvshare_store.tree.vectors import Vector
 
 how, parent = sys.argv[1:]
 

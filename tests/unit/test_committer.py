@@ -22,8 +22,8 @@ from kvshare_store.errors import (
 )
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import Span
-from kvshare_store.tree.catalog import Vectors
 from kvshare_store.tree.node import Node
+from kvshare_store.tree.vectors import Vectors
 
 
 def addition(name: str) -> Addition:
