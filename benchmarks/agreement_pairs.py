@@ -13,8 +13,8 @@ from rich.progress import track
 from benchmarks import data
 from benchmarks.chats import Chat
 from kvshare_store.lookup.align import align
-from kvshare_store.tree.edits import as_tokens
-from kvshare_store.tree.vectors import lexical_vector
+from kvshare_store.nodes.edits import as_tokens
+from kvshare_store.nodes.vectors import lexical_vector
 
 Split = Literal["tune", "report"]
 

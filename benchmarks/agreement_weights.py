@@ -19,7 +19,7 @@ from benchmarks.data import DataError
 from benchmarks.prompts import tokenizer_folder
 from benchmarks.result import Cell, Options, Result, read
 from kvshare_store.lookup.align import common_prefix
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

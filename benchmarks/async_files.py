@@ -19,7 +19,7 @@ from rich.progress import track
 from benchmarks.pages import forget
 from benchmarks.result import Cell, Options, Result
 from benchmarks.tiers import Named, make_blocks
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.errors import StorageError
 from kvshare_store.tensors.frame import Block, decode_frame, encode_frame
 

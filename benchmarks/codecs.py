@@ -20,7 +20,7 @@ from benchmarks.pages import forget
 from benchmarks.prompts import tokenizer_folder
 from benchmarks.real_kv import bf16_engine, real_blocks
 from benchmarks.result import Cell, Options, Result
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.tensors.codecs import CODECS, LOSSY, Codec, decode, encode
 from kvshare_store.tensors.frame import Block, Key, block_name, decode_frame, encode_frame
 from kvshare_store.tensors.layout import KVLayout

@@ -23,16 +23,16 @@ from rich.progress import track
 
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.rows import Rows
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Match, edit_script
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span, clip_spans
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.edits import Match, edit_script
-from kvshare_store.tree.node import Node, node_id
-from kvshare_store.tree.rows import Rows
-from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 NODES = (10_000, 100_000)
 SHORT_NODES = (10_000,)

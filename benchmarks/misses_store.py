@@ -16,7 +16,7 @@ from benchmarks.replay import MEASURED_TOKENS, MetadataStore, Sources
 from benchmarks.result import Cell, Options, Result
 from kvshare_store.lookup.planner import Draft
 from kvshare_store.lookup.policy import PRESETS
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from benchmarks.probe_items import Filler, Probe, probes
 from benchmarks.probe_table import Probed, Seen, draw, table
 from benchmarks.result import Options, Result
 from kvshare_store.lookup.align import common_prefix
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:
     from benchmarks.chats import Chat

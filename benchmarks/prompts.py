@@ -14,7 +14,7 @@ from benchmarks.result import Options
 from benchmarks.vectors import text_vectors
 from examples.demo.model import NAME, prepare_model
 from kvshare_store.lookup.text import delimiter_ids
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 CONVERSATIONS, SHORT_CONVERSATIONS = 8_865, 600
 """The first so many of ShareGPT."""

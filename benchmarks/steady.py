@@ -15,14 +15,14 @@ from benchmarks.data import all_turns, sharegpt
 from benchmarks.prompts import tokenized, tokenizer_folder, tokenizer_name
 from benchmarks.replay import ENGINE_BLOCK, MEASURED_TOKENS, block_names
 from benchmarks.result import Cell, Options, Result
-from kvshare_store.blocks.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.edits import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,12 +21,12 @@ from rich.progress import track
 
 from benchmarks.pages import forget
 from benchmarks.result import Cell, Options, Result
-from kvshare_store.blocks.arena import Arena, slot_bytes
 from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.device import DeviceTier
-from kvshare_store.blocks.tiers.disk import DiskTier
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.tensors.layout import KVLayout

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvshare_store.commit.repository import Repository
+from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, PlanError
-from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.text_vectors import TextVectors, wanted
+from kvshare_store.machines.others_purges import OthersPurges
+from kvshare_store.machines.sharing import Sharing
+from kvshare_store.maintenance.janitor import Collected, Janitor
+from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
-from kvshare_store.open_plans import OpenPlans
-from kvshare_store.others_purges import OthersPurges
+from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.purge import Purge, Purged, matching
-from kvshare_store.repository import Repository
-from kvshare_store.rewrite import Rewriter
-from kvshare_store.saving import Saving
-from kvshare_store.serving import Serving
-from kvshare_store.sharing import Sharing
-from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
-from kvshare_store.text_vectors import TextVectors, wanted
-from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.save.saving import Saving
+from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.version import version
 
 if TYPE_CHECKING:

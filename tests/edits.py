@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvshare_store.tree.edits import Edit, Tokens
+from kvshare_store.nodes.edits import Edit, Tokens
 
 
 def apply_edits(edits: Iterable[Edit], donor: Tokens) -> Tokens:

@@ -14,13 +14,13 @@ from concurrent.futures import Future
 
 import msgspec
 
-from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import Lease, LeaseBook
 from kvshare_store.blocks.levels import Level, Levels
 from kvshare_store.blocks.tally import Tally
 from kvshare_store.blocks.tiers.base import TierUse
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import BlockRef

@@ -9,9 +9,9 @@ import numpy as np
 
 from kvshare_store.errors import NodeError
 from kvshare_store.lookup.text import decode
+from kvshare_store.nodes.edits import Edit, Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
-from kvshare_store.tree.edits import Edit, Tokens
-from kvshare_store.tree.node import Node
 
 _PREVIEW_TOKENS = 24
 

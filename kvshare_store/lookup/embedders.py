@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vector, unit
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vector, unit
 
 _WINDOW_CHARACTERS = 900
 _WINDOW_STEP = 700

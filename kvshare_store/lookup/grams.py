@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.vectors import MIX
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.vectors import MIX
 
 Hashes = npt.NDArray[np.uint64]
 

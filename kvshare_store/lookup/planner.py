@@ -16,10 +16,10 @@ from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.policy import Mask, ReusePolicy, edges_of, kept_positions, runs_of
+from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import Span
-from kvshare_store.tree.edits import Match, Tokens
-from kvshare_store.tree.node import Node
-from kvshare_store.tree.vectors import lexical_vector
 
 _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""

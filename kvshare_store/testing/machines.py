@@ -23,13 +23,14 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvshare_store.blocks.arena import ArenaView, slot_bytes
 from kvshare_store.blocks.leases import LeaseBook
+from kvshare_store.blocks.tiers.host.arena import ArenaView, slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Staged
+from kvshare_store.save.staging import Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import (
@@ -42,7 +43,6 @@ from kvshare_store.testing.oracle import (
     prompt,
     rows_for,
 )
-from kvshare_store.tree.node import Node
 
 SMALL_LAYOUT = KVLayout(2, 1, 4, "float32")
 PARAGRAPHS = 6

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvshare_store.catalog.table import Table
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.power_cut import MARK
-from kvshare_store.tree.table import Table
 from tests.fault.test_power_cut import NAMESPACE, settings
 
 

@@ -22,16 +22,16 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store import serving
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import HomeError, NodeError, OverloadError, ProtocolError
+from kvshare_store.lookup import serving
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.blocks.tiers import disk as disk_tier
+from kvshare_store.blocks.tiers.disk import tier as disk_tier
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvshare_store.condemned import now_s
+from kvshare_store.catalog.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout

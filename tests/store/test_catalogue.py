@@ -21,21 +21,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.check import TreeReport, check_tree
+from kvshare_store.catalog import table as table_module
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.rows import NamespaceRow, Row, Rows
+from kvshare_store.catalog.table import Table
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import CorruptRowError, HomeError, StorageError
+from kvshare_store.maintenance.check import TreeReport, check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, encode_node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree import table as table_module
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.node import Node, encode_node, node_id
-from kvshare_store.tree.rows import NamespaceRow, Row, Rows
-from kvshare_store.tree.table import Table
-from kvshare_store.tree.vectors import VECTOR_DIMENSIONS, Vectors
 
 pytestmark = pytest.mark.fault
 

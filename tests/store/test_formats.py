@@ -17,18 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kvshare_store.check import check_tree
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import HomeError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Edit
+from kvshare_store.nodes.node import NODE_FORMAT, Node, encode_node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.edits import Edit
-from kvshare_store.tree.node import NODE_FORMAT, Node, encode_node, node_id
-from kvshare_store.tree.vectors import VECTOR_DIMENSIONS
 
 Open = Callable[..., Driver]
 DATA = Path(__file__).parent.parent / "data"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.check import check_tree
 from kvshare_store.errors import StorageError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt

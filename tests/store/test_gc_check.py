@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvshare_store.check import check_blocks, check_tree
-from kvshare_store.commit_queue import Removal
+from kvshare_store.commit.queue import Removal
 from kvshare_store.errors import StorageError
+from kvshare_store.maintenance.check import check_blocks, check_tree
+from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.node import Node
 
 Open = Callable[..., Driver]
 

@@ -17,7 +17,7 @@ from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
 from kvshare_store.plan import Outcome
-from kvshare_store.staging import Buffer, packed
+from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.testing.faulty import SlowTier

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.blocks import files
+from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request

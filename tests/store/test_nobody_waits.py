@@ -18,8 +18,8 @@ from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.lookup import planner
-from kvshare_store.lookup.index import NamespaceIndex, VectorMatrix
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from kvshare_store import home as home_module
-from kvshare_store.blocks import scratch
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.check import check_blocks, check_tree
+from kvshare_store.blocks.tiers.disk import scratch
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.place import Place
+from kvshare_store.catalog.table import Table
+from kvshare_store.commit import home as home_module
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.place import Place
-from kvshare_store.tree.table import Table
 from tests.store.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 
 pytestmark = pytest.mark.fault

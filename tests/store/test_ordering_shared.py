@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.check import check_tree
+from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
-from kvshare_store.node_store import NodeStore
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver

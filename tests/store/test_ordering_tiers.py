@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.blocks.tiers.host import HostTier
-from kvshare_store.check import check_blocks, check_tree
+from kvshare_store.blocks.tiers.host.tier import HostTier
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file

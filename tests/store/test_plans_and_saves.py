@@ -18,7 +18,7 @@ import pytest
 from kvshare_store.errors import ConfigError, LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
+from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import SlowTier
 from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for

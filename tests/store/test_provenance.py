@@ -15,7 +15,7 @@ from kvshare_store.editor import Editor
 from kvshare_store.errors import LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan, Span
-from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
+from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 

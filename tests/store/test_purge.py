@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.blocks.levels import Level
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     ConfigError,
@@ -30,7 +31,6 @@ from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.faulty import FaultyTier
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tiers import damage_file
-from kvshare_store.tree.catalog import Catalog
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"

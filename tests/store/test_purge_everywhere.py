@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.ledger import Fact
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -174,7 +174,7 @@ def clock_of_purges(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
     clock = SimpleNamespace(
         time=lambda: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
     )
-    monkeypatch.setattr("kvshare_store.purge.time", clock)
+    monkeypatch.setattr("kvshare_store.maintenance.purge.time", clock)
 
 
 def own_blocks(engine: Driver) -> int:

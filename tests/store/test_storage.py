@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.blocks.levels import Level
+from kvshare_store.commit.home import FORMAT
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     BusyError,
@@ -26,9 +27,8 @@ from kvshare_store.errors import (
     PlanError,
     StorageError,
 )
-from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
-from kvshare_store.staging import Buffer
+from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt

@@ -14,14 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store import text_vectors
+from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import UnsupportedError
+from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker
 from kvshare_store.namespace import Namespace
-from kvshare_store.rewrite import Rewriter
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.arena import Arena
-from kvshare_store.blocks.tiers import disk, host, wrappers
+from kvshare_store.blocks.tiers import wrappers
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.disk import DiskTier
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.disk import tier as disk
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.blocks.tiers.host import tier as host
+from kvshare_store.blocks.tiers.host.arena import Arena
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import NoSpaceError, StorageError
 from kvshare_store.testing import faulty

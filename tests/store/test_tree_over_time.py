@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.check import check_tree
 from kvshare_store.errors import NoSpaceError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.node import Node
 
 Open = Callable[..., Driver]
 
@@ -335,7 +335,7 @@ def test_age_survives_a_restart(driver: Open, monkeypatch: pytest.MonkeyPatch) -
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 0
     assert 0 <= engine.store.tree.idle_for(node.id) < 500
-    monkeypatch.setattr("kvshare_store.recovery.time.time", lambda: node.created + 2000)
+    monkeypatch.setattr("kvshare_store.commit.recovery.time.time", lambda: node.created + 2000)
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 1
 

@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
+from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
-from kvshare_store.tree.ledger import Fact
-from kvshare_store.tree.node import encode_node, new_stamp
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -304,7 +304,7 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
 def test_a_save_whose_blocks_a_dead_janitor_claimed_is_refused_and_can_be_made_later(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvshare_store.condemned._PATIENCE_S", 0.1)
+    monkeypatch.setattr("kvshare_store.catalog.condemned._PATIENCE_S", 0.1)
     one, other, third = (machine(name, **ASKED_ONLY) for name in "abc")
     third.book = other.book
     save(one, PROMPT)
@@ -385,7 +385,7 @@ def test_upkeep_alone_lets_no_table_grow(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody saves any more: the other tables are written to and compacted all the same."""
-    monkeypatch.setattr("kvshare_store.tree.table._SHARED_VERSIONS", timedelta(milliseconds=1))
+    monkeypatch.setattr("kvshare_store.catalog.table._SHARED_VERSIONS", timedelta(milliseconds=1))
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     one.store.collect()
@@ -445,7 +445,7 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         asked.append(since)
         return stamps(since, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 3600.0)
+    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 3600.0)
     save(one, prompt(0, 40))
     learn(other)
     monkeypatch.setattr(catalog, "stamps", counted)
@@ -471,7 +471,7 @@ def test_a_pin_with_an_old_stamp_is_learned(
     assert node_id is not None
     until(lambda: knows(one, PROMPT))
     learn(other)
-    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    monkeypatch.setattr("kvshare_store.commit.rewrite.new_stamp", old_stamp)
     assert other.store.pin(node_id)
 
     def pinned() -> bool:
@@ -486,13 +486,13 @@ def test_an_old_stamp_is_learned_beside_a_new_one(
 ) -> None:
     """A row went, one with an old stamp came and one with a new stamp: the number of rows does not
     tell, and something new was found."""
-    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 0.2)
+    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 0.2)
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     node_id = save(one, PROMPT)
     assert node_id is not None
     learn(one)
     learn(other)
-    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    monkeypatch.setattr("kvshare_store.commit.rewrite.new_stamp", old_stamp)
     assert other.store.pin(node_id)
     save(other, prompt(2, 40))
 
@@ -514,7 +514,7 @@ def test_stamps_grow_over_those_that_were_seen(
     learn(other)
     (seen,) = (node.stamp for node in other.store.tree)
     behind = SimpleNamespace(time_ns=lambda: time.time_ns() - 180 * 10**9)
-    monkeypatch.setattr("kvshare_store.tree.node.time", behind)
+    monkeypatch.setattr("kvshare_store.nodes.node.time", behind)
     assert len({new_stamp() >> 20 for _ in range(3)}) == 1
     assert new_stamp() > seen
 

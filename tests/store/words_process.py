@@ -19,9 +19,9 @@ from kvshare_store.lookup.embedding_process import (
     run_when_idle,
     serve,
 )
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.vectors import Vector
 from kvshare_store.testing.embedders import WordEmbedder
-from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.vectors import Vector
 
 how, parent = sys.argv[1:]
 

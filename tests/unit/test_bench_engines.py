@@ -17,7 +17,7 @@ from benchmarks.peers import PeerMissingError, make_importable, python_with
 from benchmarks.result import Options
 from benchmarks.timers import Timers
 from kvshare_store.lookup.align import align
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 NEW = 1_000_000
 

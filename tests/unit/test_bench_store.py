@@ -12,10 +12,10 @@ from kvshare_connectors.transformers.model import KVShareModel
 
 from benchmarks import async_files, codecs, pipelining, startup, tiers
 from benchmarks.machines import reused_after
-from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.disk import DiskTier
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.blocks.tiers.host.arena import Arena
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout

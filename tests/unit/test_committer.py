@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store import commit_queue
-from kvshare_store.commit_queue import Addition, CommitQueue, Removal
-from kvshare_store.committer import Committer
-from kvshare_store.durable import Durable
+from kvshare_store.commit import queue as commit_queue
+from kvshare_store.commit.committer import Committer
+from kvshare_store.commit.durable import Durable
+from kvshare_store.commit.queue import Addition, CommitQueue, Removal
 from kvshare_store.errors import (
     KVShareError,
     MissingBlockError,
@@ -21,9 +21,9 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.plan import Span
-from kvshare_store.tree.node import Node
-from kvshare_store.tree.vectors import Vectors
 
 
 def addition(name: str) -> Addition:

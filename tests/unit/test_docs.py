@@ -14,9 +14,10 @@ import typer.main
 
 from benchmarks.links import broken
 from examples.demo.model import prepare_model
-from kvshare_store import home, text_vectors
 from kvshare_store.cli.main import app
+from kvshare_store.commit import home
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.lookup.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.plan import Span
-from kvshare_store.tree.node import Node, node_id
 
 RUN = 3
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # many shared beginnings

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_store.blocks.eviction import LRU
+from kvshare_store.nodes import block_users, postings
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Edit
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.packed import Edits, Names, Packed, Sizes, Spans
+from kvshare_store.nodes.postings import Postings
 from kvshare_store.plan import Span
-from kvshare_store.tree import block_users, postings
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.edits import Edit
-from kvshare_store.tree.node import Node
-from kvshare_store.tree.packed import Edits, Names, Packed, Sizes, Spans
-from kvshare_store.tree.postings import Postings
 
 numbers = st.integers(0, 2**40)
 names = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -9,22 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_store.errors import PlanError
-from kvshare_store.plan import ReusePlan, Run, Span, clip_spans, gaps
-from kvshare_store.staging import (
-    Reuse,
-    check_reuse,
-    exact_rows,
-    fresh_segments,
-    new_staged,
-)
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.node import (
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.node import (
     Node,
     check_segments,
     decode_node,
     encode_node,
     node_id,
     segments_between,
+)
+from kvshare_store.plan import ReusePlan, Run, Span, clip_spans, gaps
+from kvshare_store.save.staging import (
+    Reuse,
+    check_reuse,
+    exact_rows,
+    fresh_segments,
+    new_staged,
 )
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvshare_store.blocks.allocator import Allocator
 from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
+from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout

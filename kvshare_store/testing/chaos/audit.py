@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import torch
 
-from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.store import Store
