@@ -416,9 +416,9 @@ def test_starting(
         (home / "tmp" / f"dead.{number}").write_bytes(b"half a block")
     next((home / "blocks").glob("*/*")).unlink()
     found = Crashes(home, tmp_path / "copies")
-    remove, load = scratch.files.remove, Catalog.load
+    remove, load = scratch.files.remove, Catalog.load_batches
     monkeypatch.setattr(scratch.files, "remove", found.around(remove, "unfinished file removed"))
-    monkeypatch.setattr(Catalog, "load", found.after(load, "rows read"))
+    monkeypatch.setattr(Catalog, "load_batches", found.after(load, "rows read"))
     monkeypatch.setattr(Catalog, "delete", found.after(Catalog.delete, "row deleted"))
     driver().store.flush()
     assert found.steps[:3] == [
