@@ -320,7 +320,7 @@ class Store:
             "nodes": len(self.tree),
             "blocks": self.tree.block_count,
             "leases": len(self.blocks.leases),
-            "reserved": len(self.blocks.filling()),
+            "reserved": len(self.blocks.pool.filling()),
             "staged": len(self._saving),
             "tiers": tiers,
             "health": metrics.health.report(),

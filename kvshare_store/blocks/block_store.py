@@ -1,4 +1,4 @@
-"""Content-addressed blocks through the tiers: reserve, seal, lease, persist, evict.
+"""Content-addressed blocks through the tiers: persist, read, lease, promote, delete, purge.
 
 All bookkeeping happens under one lock that the Store shares; whatever waits for a medium happens
 outside it.
@@ -15,24 +15,15 @@ from concurrent.futures import Future
 import msgspec
 
 from kvshare_store.blocks.io_loop import IoLoop
-from kvshare_store.blocks.leases import Lease, LeaseBook
+from kvshare_store.blocks.leases import Lease
 from kvshare_store.blocks.levels import Level, Levels
-from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.pool import BufferPool
 from kvshare_store.blocks.tiers.base import TierUse
-from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
-
-_DIRTY_SHARE = 0.75
-"""Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
-saving faster than the tiers below can write would leave no room to bring stored rows back."""
-_WIPED_AT_ONCE = 1 << 26
-"""Bytes of the arena that are wiped while the lock is held."""
-_WRITING_BACK = 64
-"""Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
 
 
 class _Promotion(msgspec.Struct):
@@ -45,7 +36,7 @@ class _Promotion(msgspec.Struct):
 
 class BlockStore:
     """Names to rows. It knows no nodes: whoever changes them says how many use a block (`weigh`)
-    and asks which blocks have left their last tier (`take_lost`)."""
+    and asks which blocks have left their last tier (`BufferPool.take_lost`)."""
 
     def __init__(
         self,
@@ -57,93 +48,21 @@ class BlockStore:
     ) -> None:
         self.host = host
         self.levels = Levels(below, metrics)
-        self.leases = LeaseBook()
+        self.pool = BufferPool(host, self.levels, io, lock)
+        self.leases = self.pool.leases
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: Tally[int] = Tally()
-        """Bytes of rows of each slot that is being filled, by its offset."""
-        self._dirty: Tally[str] = Tally()
-        """Bytes of each block that no tier below the host holds yet."""
-        self._persisting: frozenset[str] = frozenset()
-        """Blocks that are being written below at this moment, from where they lie in the host."""
-        self._writing_back = 0
         self._promotions: dict[str, _Promotion] = {}
-        self._lost: list[str] = []
-        """Blocks that no tier has any more, until somebody asks."""
 
     # --- writing ------------------------------------------------------------------------------
-
-    def reserve(self, nbytes: int) -> int:
-        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go. Without
-        a tier below, what goes is lost (`take_lost`).
-
-        Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
-        without the lock.
-        """
-        with self._lock:
-            self._check_dirty(nbytes)
-            offset = self._allocate(nbytes)
-            self._reserved[offset] = nbytes
-            return offset
-
-    def check_fits(self, sizes: Iterable[int]) -> None:
-        """`NoSpaceError` if blocks of so many bytes can never be in the host all at once, as those
-        of one save must."""
-        needed, there = sum(map(slot_bytes, sizes)), self.host.arena.nbytes
-        if needed > there:
-            raise NoSpaceError(
-                f"the rows take {needed:,} bytes, the host tier has {there:,}: raise host_bytes"
-            )
-
-    def _check_dirty(self, nbytes: int) -> None:
-        dirty = self._dirty.slots
-        taken = dirty + self._reserved.slots
-        if dirty and taken + slot_bytes(nbytes) > self.host.arena.nbytes * _DIRTY_SHARE:
-            raise NoSpaceError(
-                f"{dirty:,} bytes of the host tier wait to be written below; "
-                "raise host_bytes, or save more slowly"
-            )
-
-    def reserved(self, offset: int) -> memoryview:
-        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
-        nbytes = self._reserved.get(offset)
-        if nbytes is None:
-            raise LeaseError("the slot is no longer reserved; save again")
-        return self.host.arena.rows(offset, nbytes)
-
-    def seal(self, offset: int, name: str, block: Block) -> None:
-        """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
-        with self._lock:
-            self._seal(offset, name, block)
-            if self.levels and self.levels.holder(name) is None:
-                self._dirty[name] = len(block.data)
-
-    def _seal(self, offset: int, name: str, block: Block) -> None:
-        if self._reserved.pop(offset, None) is None:
-            raise LeaseError("the slot is no longer reserved; save again")
-        self.host.seal(offset, name, block, leased=not self._may_go(name))
-
-    def cancel(self, offset: int) -> None:
-        """Give a reserved slot back; one that is not reserved is ignored."""
-        with self._lock:
-            if self._reserved.pop(offset, None) is not None:
-                self.host.cancel(offset)
 
     def persist(self, names: Sequence[str]) -> None:
         """Return once every block is durable. Raises the first error; the others may be durable."""
         if not self.levels:
             return
-        with self._lock:
-            self._persisting = frozenset(names)
-        try:
+        with self.pool.persisting(names):
             self._io.run(self.levels.persist(list(dict.fromkeys(names)), self.host.peek))
-        finally:
-            with self._lock:
-                self._persisting = frozenset()
-                for name in names:
-                    if self.levels.holder(name) is not None:
-                        self._dirty.pop(name, None)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -240,7 +159,7 @@ class BlockStore:
         except MissError:  # counted where it was seen
             with self._lock:
                 if self.host.size(name) is None:
-                    self._lost.append(name)
+                    self.pool.lose(name)
         except KVShareError:
             pass  # counted; the block may be there for the next request
         finally:
@@ -255,18 +174,17 @@ class BlockStore:
             if not self._lacks(name):
                 return
             try:
-                offset = self._allocate(nbytes)
+                offset = self.pool.allocate(nbytes)
             except NoSpaceError as error:
                 self._metrics.error(error.kind)
                 return
-            self._reserved[offset] = nbytes
         self.host.arena.rows(offset, nbytes)[:] = block.data
         with self._lock:
             if self._lacks(name):
-                self._seal(offset, name, block)
+                self.pool.place(offset, name, block)
                 self.host.weigh(name, self._users_of(name))
             else:
-                self.cancel(offset)
+                self.pool.cancel(offset)
 
     def _lacks(self, name: str) -> bool:
         """Whether the host should have a block and has not. Hold the lock."""
@@ -277,12 +195,6 @@ class BlockStore:
         """Nodes that use a block which is on its way to the host."""
         promotion = self._promotions.get(name)
         return 0 if promotion is None else promotion.users
-
-    def take_lost(self) -> list[str]:
-        """Blocks that no tier has any more, of those not told yet. Hold the lock: what is lost must
-        take the nodes that use it along."""
-        lost, self._lost = self._lost, []
-        return lost
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""
@@ -309,45 +221,6 @@ class BlockStore:
             self._promotions[name].users = users
         self.host.weigh(name, users)
 
-    def _allocate(self, nbytes: int) -> int:
-        while True:
-            try:
-                return self.host.reserve(nbytes, self._may_go)
-            except NoSpaceError:
-                if slot_bytes(nbytes) > self.host.arena.nbytes or not self._evict_one():
-                    raise
-
-    def _may_go(self, name: str) -> bool:
-        """Whether a block may leave the host or move in it: nobody reads its rows in place, and
-        they are not the only ones."""
-        return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
-
-    def _evict_one(self) -> bool:
-        """Let the least valuable block leave the host tier; False if none may."""
-        for name in self.host.victims():
-            if not self._may_go(name):
-                continue
-            if self.levels:
-                self._write_back(name)
-                return self.host.drop(name)
-            self._lost.append(name)
-            return self.host.drop(name)
-        return False
-
-    def _write_back(self, name: str) -> None:
-        """Copy a block to the level that takes what leaves the host, unless one has it already."""
-        holder = self.levels.holder(name)
-        first = next(iter(self.levels))
-        if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
-            return
-        block = self.host.peek(name)
-        copied = Block(block.namespace, block.layout, bytes(block.data), block.lossy)
-        self._writing_back += 1
-        self._io.submit(self.levels.write_back(name, copied)).add_done_callback(self._written_back)
-
-    def _written_back(self, _: Future[None]) -> None:
-        self._writing_back -= 1
-
     def make_room(self, tier: str, nbytes: int) -> bool:
         """Move blocks of a tier one tier down until `nbytes` are free; False if that is not enough.
 
@@ -355,15 +228,6 @@ class BlockStore:
         """
         level = self.levels.named(tier)
         return level is None or self._io.run(self.levels.make_room(level, nbytes))
-
-    def drop(self, names: Iterable[str]) -> list[str]:
-        """Remove blocks that no node uses from the host, but for those that are leased; returns
-        those that may be deleted below. Hold the lock since nobody used them."""
-        free = [name for name in names if not self.leases.pinned(name)]
-        for name in free:
-            self.host.drop(name)
-            self._dirty.pop(name, None)
-        return free
 
     def delete(self, names: list[str]) -> None:
         """Remove blocks that were dropped from every tier below and wait for it.
@@ -401,18 +265,8 @@ class BlockStore:
         Its nodes are gone, and nobody leases or saves blocks of it.
         """
         with self._lock:
-            held = self._of_namespace(namespace)
-            self._drop(held)
+            held = self.pool.drop_namespace(namespace)
         return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=True))
-
-    def drop_copies(self, namespace: str, keep: Collection[str]) -> list[str] | None:
-        """Remove blocks of a namespace from the host, but for `keep`, those of its nodes; returns
-        them. None, and nothing is removed, while somebody leases one. Hold the lock."""
-        unused = [name for name in self._of_namespace(namespace) if name not in keep]
-        if any(map(self.leases.pinned, unused)):
-            return None
-        self._drop(unused)
-        return unused
 
     def purge_copies(
         self, namespace: str, names: Sequence[str], keep: Collection[str]
@@ -420,25 +274,6 @@ class BlockStore:
         """Remove this machine's copies of blocks of a namespace below the host, of which `names`
         are known, but for `keep`; what refused and why."""
         return self._io.run(self.levels.purge(namespace, names, shared=False, keep=keep))
-
-    def wipe(self) -> None:
-        """Zero what is free of the arena."""
-        at: int | None = 0
-        while at is not None:
-            with self._lock:
-                at = self.host.wipe(at, _WIPED_AT_ONCE)
-
-    def _of_namespace(self, namespace: str) -> list[str]:
-        return [name for name in self.host.names() if self.host.namespace(name) == namespace]
-
-    def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.host.drop(name)
-            self._dirty.pop(name, None)
-
-    def filling(self) -> set[int]:
-        """Offsets of the slots that are reserved."""
-        return set(self._reserved)
 
     def names(self) -> set[str]:
         """Every block in any tier of this machine."""

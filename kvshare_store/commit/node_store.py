@@ -90,10 +90,10 @@ class NodeStore:
             return list(self.state.replace(node, changed).unused)
 
     def reserve(self, nbytes: int) -> int:
-        """As `BlockStore.reserve`; what had to go without a tier below takes its nodes along."""
+        """As `BufferPool.reserve`; what had to go without a tier below takes its nodes along."""
         with self.lock:
             try:
-                return self.blocks.reserve(nbytes)
+                return self.blocks.pool.reserve(nbytes)
             finally:
                 self.remove_lost()
 
@@ -135,7 +135,7 @@ class NodeStore:
         """Blocks are gone or bad, `names` and those that the tiers have lost: so are the nodes that
         use them, in the same moment."""
         with self.lock:
-            lost = [*names, *self.blocks.take_lost()]
+            lost = [*names, *self.blocks.pool.take_lost()]
             if lost:
                 self.remove([user for name in lost for user in self.tree.users(name)])
 

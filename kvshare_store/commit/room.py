@@ -65,7 +65,7 @@ class Room:
         """
         with self._nodes.lock:
             unused = [name for name in names if not self._nodes.tree.uses(name)]
-            free = self._blocks.drop(unused)
+            free = self._blocks.pool.drop(unused)
         self._blocks.delete(free)
 
     def _compact(self, nbytes: int) -> bool:

@@ -95,10 +95,10 @@ class OthersPurges:
                 nodes.state.remove_namespace(digest)
                 catalog.forget_key(digest)
             keep = {name for node in kept for name in node.blocks}
-            dropped = self._blocks.drop_copies(digest, keep)
+            dropped = self._blocks.pool.drop_copies(digest, keep)
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
         self._blocks.doubt_shared(None)
-        self._blocks.wipe()
+        self._blocks.pool.wipe()
         return done
 
 

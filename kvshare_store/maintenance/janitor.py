@@ -288,13 +288,13 @@ class Janitor:
     def _copied(
         self, node: Node, start: int, stop: int, nbytes: int, read: Callable[[str], Block]
     ) -> str:
-        blocks, offset = self._blocks, self._nodes.reserve(nbytes)
+        pool, offset = self._blocks.pool, self._nodes.reserve(nbytes)
         try:
-            block = copy_rows(node, start, stop, read, blocks.reserved(offset))
+            block = copy_rows(node, start, stop, read, pool.reserved(offset))
             name = block_name(block)
-            blocks.seal(offset, name, block)
+            pool.seal(offset, name, block)
         finally:
-            blocks.cancel(offset)  # nothing, once it is sealed
+            pool.cancel(offset)  # nothing, once it is sealed
         return name
 
     def _read(self, name: str) -> Block:

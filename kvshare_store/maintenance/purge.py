@@ -157,11 +157,11 @@ class Purge:
     def _wipe(self, deadline: float) -> list[str]:
         """Zero what is free of the arena. Slots that are being filled may have held rows of the
         namespace: once they are filled or given back they hold none."""
-        blocks = self._blocks
+        pool = self._blocks.pool
         with self._nodes.lock:
-            filling = blocks.filling()
-        blocks.wipe()
-        while filling := filling & blocks.filling():
+            filling = pool.filling()
+        pool.wipe()
+        while filling := filling & pool.filling():
             if self._over(deadline):
                 return [f"{len(filling):,} slots in shared memory are being filled"]
             self._serving.reap(set())

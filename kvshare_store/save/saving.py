@@ -45,6 +45,7 @@ class Saving:
         self._config = config
         self._nodes = nodes
         self._blocks = nodes.blocks
+        self._pool = nodes.blocks.pool
         self._plans = plans
         self._metrics = metrics
         self._saves: dict[str, Save] = {}
@@ -65,7 +66,7 @@ class Saving:
             block_bytes = self._verified(reuse, request, namespace)
             staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
             row_bytes = namespace.layout.row_bytes
-            self._blocks.check_fits(rows * row_bytes for rows in staged.sizes)
+            self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
@@ -163,7 +164,7 @@ class Saving:
             finally:
                 with self._nodes.lock:
                     for filled in fresh:  # those that were not sealed
-                        self._blocks.cancel(filled.offset)
+                        self._pool.cancel(filled.offset)
                     self.abandon(staged_id)
         return node.id
 
@@ -174,7 +175,7 @@ class Saving:
         for rows in save.staged.sizes:
             nbytes = rows * layout.row_bytes
             offset = self._nodes.reserve(nbytes)
-            block = Block(save.namespace.digest, layout, self._blocks.reserved(offset))
+            block = Block(save.namespace.digest, layout, self._pool.reserved(offset))
             filled = _Filled(offset, "", block)
             fresh.append(filled)
             source.read_into(at, block.data)
@@ -215,7 +216,7 @@ class Saving:
         fresh.reverse()  # taken from its end, or each would move all the others
         while fresh:
             filled = fresh.pop()
-            self._blocks.seal(filled.offset, filled.name, filled.block)
+            self._pool.seal(filled.offset, filled.name, filled.block)
         self._nodes.add(node, vectors)
         if node.exact:
             self._nodes.remove([node_id(node.namespace, save.tokens, False)])

@@ -228,18 +228,18 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     engine.save(shared + prompt(2, 24))
     store.flush()
     first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
-    seal, reserved = store.blocks.seal, list[int]()
+    seal, reserved = store.blocks.pool.seal, list[int]()
 
     def seal_and_reserve(offset: int, name: str, block: Block) -> None:
         seal(offset, name, block)
         if store.blocks.host.ref(name).offset != offset:  # type: ignore[union-attr]
-            reserved.append(store.blocks.reserve(8 * ROW))
+            reserved.append(store.blocks.pool.reserve(8 * ROW))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.blocks, "seal", seal_and_reserve)
+        patch.setattr(store.blocks.pool, "seal", seal_and_reserve)
         assert engine.commit(first)
     assert len(reserved) == 2
-    assert set(reserved) <= store.blocks.filling(), "they were taken away again"
+    assert set(reserved) <= store.blocks.pool.filling(), "they were taken away again"
 
 
 def test_what_a_client_writes_late_changes_no_row(driver: Open) -> None:

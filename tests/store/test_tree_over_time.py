@@ -185,7 +185,7 @@ def all_memory(engine: Driver) -> list[int]:
     for nbytes in (1 << 14, 1 << 10, 64):
         with contextlib.suppress(NoSpaceError):
             while True:
-                held.append(engine.store.blocks.reserve(nbytes))
+                held.append(engine.store.blocks.pool.reserve(nbytes))
     return held
 
 
@@ -196,7 +196,7 @@ def test_memory_full_of_rows_in_use_postpones_a_merge(driver: Open) -> None:
     assert engine.store.collect().merged == 0
     assert not here(engine, nodes[2]).merged
     for offset in held:
-        engine.store.blocks.cancel(offset)
+        engine.store.blocks.pool.cancel(offset)
     assert engine.store.collect().merged == 1
 
 
