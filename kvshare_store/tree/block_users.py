@@ -67,10 +67,13 @@ class BlockUsers:
         for themselves."""
         sharing: set[str] = set()
         alone: list[int] = []
-        for name, size in _sizes(node).items():
-            users = self.of(name)
+        sizes = _sizes(node)
+        keys = list(map(_key, sizes))
+        known = self._alone.known(keys)
+        for (name, size), key, maybe in zip(sizes.items(), keys, known, strict=True):
+            users = self.of(name) if maybe or name in self._shared else ()
             if not users:
-                alone.append(_key(name))
+                alone.append(key)
                 self._count += 1
                 self.bytes[node.namespace] += size
             elif node.id not in users:

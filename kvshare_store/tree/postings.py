@@ -72,12 +72,22 @@ class Postings:
 
     def _found(self, key: int) -> Iterator[int]:
         yield from reversed(self._recent.get(key, ()))
-        if len(self._keys):
-            sought = np.uint64(key)  # a Python number would be compared as a float
-            at = int(self._keys.searchsorted(sought))
-            if at < len(self._keys) and self._keys[at] == sought:
-                end = int(self._keys.searchsorted(sought, "right"))
-                yield from map(int, self._numbers[at:end][::-1])
+        keys, sought = self._keys, np.uint64(key)  # a Python number would be compared as a float
+        at = int(keys.searchsorted(sought))
+        if at < len(keys) and keys[at] == sought:
+            several = at + 1 < len(keys) and keys[at + 1] == sought
+            end = int(keys.searchsorted(sought, "right")) if several else at + 1
+            yield from map(int, self._numbers[at:end][::-1])
+
+    def known(self, keys: Sequence[int]) -> list[bool]:
+        """Of each key whether `find` may find an id; False if it finds none."""
+        self.settle()
+        recent = self._recent
+        if not len(self._keys):
+            return [key in recent for key in keys]
+        sought = np.asarray(keys, np.uint64)
+        there = self._keys.take(self._keys.searchsorted(sought), mode="clip") == sought
+        return [sure or key in recent for key, sure in zip(keys, there.tolist(), strict=True)]
 
     def settle(self) -> None:
         """Do now what the next question would wait for."""
@@ -91,24 +101,26 @@ class Postings:
         return number
 
     def _merge(self) -> None:
-        """Entries of ids that left go, and the others are numbered anew."""
+        """Into the arrays, without the entries of ids that left where those are many."""
         counts = np.fromiter(map(len, self._recent.values()), np.int64, len(self._recent))
         keys = np.fromiter(self._recent.keys(), np.uint64, len(self._recent)).repeat(counts)
         flat = (number for numbers in self._recent.values() for number in numbers)
-        numbers = np.fromiter(flat, np.uint32, self._recent_count)
-        parts = [(self._keys, self._numbers), (keys, numbers), *self._batches]
+        parts = [(keys, np.fromiter(flat, np.uint32, self._recent_count)), *self._batches]
         self._recent, self._recent_count, self._batches = {}, 0, []
-        self._keys = np.concatenate([part[0] for part in parts])
-        self._numbers = np.concatenate([part[1] for part in parts])
-        if len(self._number) < len(self._ids):
-            self._renumber()
-        order = self._keys.argsort(kind="stable")
-        self._keys, self._numbers = self._keys[order], self._numbers[order]
+        if _SHARE * (len(self._ids) - len(self._number)) > len(self._ids):
+            parts = self._renumbered([(self._keys, self._numbers), *parts])
+            self._keys, self._numbers = parts.pop(0)
+        keys, numbers = (np.concatenate(each) for each in zip(*parts, strict=True))
+        order = keys.argsort(kind="stable")
+        keys, numbers = keys[order], numbers[order]
+        at = self._keys.searchsorted(keys, "right")
+        self._keys = np.insert(self._keys, at, keys)
+        self._numbers = np.insert(self._numbers, at, numbers)
 
-    def _renumber(self) -> None:
+    def _renumbered(self, parts: list[tuple[Keys, Numbers]]) -> list[tuple[Keys, Numbers]]:
         here = np.fromiter((i is not None for i in self._ids), np.bool_, len(self._ids))
-        kept = here[self._numbers]
-        self._keys = self._keys[kept]
-        self._numbers = (here.cumsum(dtype=np.uint32) - 1)[self._numbers[kept]]
+        number = here.cumsum(dtype=np.uint32) - np.uint32(1)
         self._ids = [node_id for node_id in self._ids if node_id is not None]
         self._number = {str(node_id): at for at, node_id in enumerate(self._ids)}
+        kept = [(keys, numbers, here[numbers]) for keys, numbers in parts]
+        return [(keys[those], number[numbers[those]]) for keys, numbers, those in kept]
