@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from kvshare_store.errors import KVShareError
 from kvshare_store.metrics import Metrics
 from kvshare_store.shelf import Shelf
@@ -132,18 +134,33 @@ class Sharing:
     def _look_at_all(self) -> None:
         """What was removed, and rows whose stamps are older than their commits."""
         begun, self._all_due = time.monotonic(), math.inf
-        everything = self._catalog.stamps()
-        gone = {i: stamp for i, stamp in self._seen.items() if i not in everything}
+        gone = self._removed()
+        everything = None if gone is not None else self._catalog.stamps()
+        if gone is None:
+            gone = {i: stamp for i, stamp in self._seen.items() if i not in (everything or {})}
         if gone:
             self._shelf.unlearn(gone)
             self._shelf.keep_registered(self._catalog.digests())
         for node_id in gone:
             del self._seen[node_id]
-        self._learn(everything)
-        if not self._catalog.place.conditional:
-            self._heal(everything)
+        if everything is not None:
+            self._learn(everything)
+            if not self._catalog.place.conditional:
+                self._heal(everything)
         self._all_read = time.monotonic()
         self._rest = _REST * (self._all_read - begun)
+
+    def _removed(self) -> dict[str, int] | None:
+        """The rows that are gone, where nothing else has changed, as one column of numbers tells;
+        None if that does not tell."""
+        if not self._catalog.place.conditional:
+            return None
+        there = self._catalog.all_stamps()
+        seen = np.fromiter(self._seen.values(), np.int64, len(self._seen))
+        lost = set(np.setdiff1d(seen, there).tolist())
+        if len(there) + len(lost) != len(seen) or not np.isin(there, seen).all():
+            return None  # rows are new or changed, or have one stamp: two of an older release
+        return {i: stamp for i, stamp in self._seen.items() if stamp in lost} if lost else {}
 
     def _learn(self, stamps: dict[str, int]) -> int:
         """Read the rows that are new, or have a new stamp, and are not what this machine has; how
