@@ -28,6 +28,7 @@ _SETTLED_S, _HEAL_S = 2.0, 60.0
 _OVERLAP_NS = 60 * 10**9
 """How far a stamp may lie behind a later row's: a machine may not have seen that when it made its
 own, and a save may wait for its commit. What is later still is found when all stamps are read."""
+_NO_STAMP = np.iinfo(np.int64).max
 _REST = 50
 """Reading all stamps, which takes the longer the more rows there are, is done again after so many
 times as long as it took, …"""
@@ -155,11 +156,12 @@ class Sharing:
         None if that does not tell."""
         if not self._catalog.place.conditional:
             return None
-        there = self._catalog.all_stamps()
-        seen = np.fromiter(self._seen.values(), np.int64, len(self._seen))
-        lost = set(np.setdiff1d(seen, there).tolist())
-        if len(there) + len(lost) != len(seen) or not np.isin(there, seen).all():
-            return None  # rows are new or changed, or have one stamp: two of an older release
+        there = np.append(np.sort(self._catalog.all_stamps()), _NO_STAMP)
+        seen = np.sort(np.fromiter(self._seen.values(), np.int64, len(self._seen)))
+        here = there[there.searchsorted(seen)] == seen
+        if np.count_nonzero(here) != len(there) - 1 or (seen[1:] == seen[:-1]).any():
+            return None  # rows are new or changed, or several are of a release without stamps
+        lost = set(seen[~here].tolist())
         return {i: stamp for i, stamp in self._seen.items() if stamp in lost} if lost else {}
 
     def _learn(self, stamps: dict[str, int]) -> int:

@@ -241,7 +241,8 @@ def _shortlist(
 
 def _products(rows: Rows, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     products: npt.NDArray[np.float32] = np.einsum("ij,j->i", rows["numbers"], vector)
-    return products * rows["unit"]
+    products *= rows["unit"]
+    return products
 
 
 def _packed(vectors: npt.NDArray[np.float32]) -> Rows:
