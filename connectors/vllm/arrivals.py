@@ -10,8 +10,7 @@ from kvshare_connectors.vllm.requests import RequestState, Wish, granted, wish_o
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
-from kvshare_store.namespace import Namespace
-from kvshare_store.tenants import UNPROVEN, Tenants
+from kvshare_store.namespace import UNPROVEN, Namespace, Tenants
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -21,8 +21,7 @@ from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.config import FIELDS, load_config
-from kvshare_store.errors import ConfigError, UnsupportedError
-from kvshare_store.words import unknown
+from kvshare_store.errors import ConfigError, UnsupportedError, unknown
 
 CONNECTOR_MODULE = "kvshare_connectors.vllm"
 _OPTION = f"--{PREFIX}"

@@ -24,7 +24,7 @@ from kvshare_store.errors import (
     NoSpaceError,
     UnavailableError,
 )
-from kvshare_store.staging import Staged
+from kvshare_store.save.staging import Staged
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.threads import Health, Supervised
 

@@ -18,7 +18,7 @@ from kvshare_connectors.vllm.resident import Resident
 from kvshare_connectors.vllm.saver import Saver, Snapshot
 from kvshare_connectors.vllm.timing import Seconds, stopwatch
 
-from kvshare_store.blocks.arena import Arenas, ArenaView
+from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client

@@ -27,7 +27,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Run, Span
-from kvshare_store.staging import Staged
+from kvshare_store.save.staging import Staged
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
 

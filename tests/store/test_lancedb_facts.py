@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.errors import StorageError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
-from kvshare_store.tree.node import Node, node_id
 
 SCHEMA = pa.schema(
     [
@@ -248,7 +249,7 @@ def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.tree.table._READ_ROWS", 10)
+    monkeypatch.setattr("kvshare_store.catalog.table._READ_ROWS", 10)
     catalog = opened(tmp_path)
     nodes = [make_node(first) for first in range(35)]
     catalog.add([(node, vectors()) for node in nodes])
@@ -267,16 +268,6 @@ def test_only_hex_digits_reach_the_sql_text(tmp_path: Path) -> None:
             catalog.delete([name])
     catalog.delete([])
     assert catalog.count() == 1
-
-
-def test_cleared_rows_are_gone_from_the_files(tmp_path: Path) -> None:
-    catalog = opened(tmp_path)
-    node = make_node(0)
-    catalog.add([(node, vectors())])
-    catalog.clear()
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert not any(node.id.encode() in file.read_bytes() for file in files)
-    assert Catalog(tmp_path).count() == 0
 
 
 def test_namespaces_are_remembered_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kvshare_store.cli import common, format, gc, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
-from kvshare_store.tenants import Tenants
+from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
 from tests.commands import one_line, run
 

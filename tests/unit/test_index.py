@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.lookup.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import Span
-from kvshare_store.tree.node import Node, node_id
 
 RUN = 3
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # many shared beginnings
@@ -63,6 +65,22 @@ def test_the_chain_nominates_who_shares_most(
     assert all(shared_runs(request, nodes[node_id]) == best for node_id in nominated)
 
 
+@given(st.lists(st.tuples(prompts, st.integers(0, 14)), min_size=1, max_size=12), prompts)
+def test_many_nodes_at_once_are_as_one_by_one(
+    saved: list[tuple[list[int], int]], request: list[int]
+) -> None:
+    made = [make_node(tokens, min(exact, len(tokens))) for tokens, exact in saved]
+    nodes = list({node.id: node for node in made}.values())
+    one_by_one, at_once = PrefixChain(RUN), PrefixChain(RUN)
+    for node in nodes:
+        one_by_one.add(node)
+    half = len(nodes) // 2
+    for part in (nodes[:half], nodes[half:], nodes):  # who is known stays as it is
+        at_once.extend(part)
+    hashes = at_once.hashes(np.asarray(request, np.int32))
+    assert at_once.nominate(hashes) == one_by_one.nominate(hashes)
+
+
 def test_the_newest_is_nominated_first() -> None:
     chain = PrefixChain(RUN)
     nodes = [make_node([1, 1, 1, at], 4) for at in range(12)]
@@ -80,7 +98,7 @@ def test_removing_everything_leaves_nothing() -> None:
     for node in nodes:
         chain.remove(node)
     assert chain.nominate(chain.hashes(np.ones(9, np.int32))) == []
-    assert not chain._entries
+    assert len(chain._nodes) == 0
 
 
 @given(
@@ -96,19 +114,54 @@ def test_the_matrix_against_brute_force(
     for adds, number in changes:
         name = f"node-{number}"
         if adds:
-            plain[name] = generator.standard_normal(384).astype(np.float32)
+            plain[name] = unit(generator)
             matrix.add(name, plain[name])
         else:
             plain.pop(name, None)
             matrix.remove(name)
         assert len(matrix) == len(plain)
-    query = generator.standard_normal(384).astype(np.float32)
+    query = unit(generator)
     expected = sorted(((float(v @ query), name) for name, v in plain.items()), reverse=True)
     found = matrix.nearest(query, count)
     assert [name for name, _ in found] == [name for _, name in expected[:count]]
     np.testing.assert_allclose(
-        [score for _, score in found], [score for score, _ in expected[:count]], rtol=1e-4
+        [score for _, score in found], [score for score, _ in expected[:count]], atol=1e-4
     )
+
+
+def unit(generator: np.random.Generator) -> np.ndarray:
+    vector = generator.standard_normal(384).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 1000))
+def test_many_vectors_at_once_are_as_one_by_one(sizes: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    one_by_one, at_once = VectorMatrix(), VectorMatrix()
+    for batch, size in enumerate(sizes):
+        names = [f"{batch}/{at}" for at in range(size)]
+        vectors = np.asarray([unit(generator) for _ in names], np.float32).reshape(size, 384)
+        at_once.extend(names, vectors)
+        for name, vector in zip(names, vectors, strict=True):
+            one_by_one.add(name, vector)
+    query = unit(generator)
+    assert at_once.nearest(query, 8) == one_by_one.nearest(query, 8)
+
+
+def test_what_is_packed_nominates_as_what_was_not() -> None:
+    """Of prompts as people write them: the same eight, but where two are as near to a hair."""
+    generator = np.random.default_rng(0)
+    words = (generator.zipf(1.3, (400, 300)) % 5_000).astype(np.int32)
+    words[1::2, :200] = words[::2, :200]  # half of them share most with another
+    vectors = np.stack([lexical_vector(each) for each in words])
+    matrix = VectorMatrix()
+    matrix.extend([str(at) for at in range(400)], vectors)
+    for query in vectors[::7]:
+        exact = vectors @ query
+        found = [int(name) for name, _ in matrix.nearest(query, 8)]
+        assert min(exact[found]) >= np.sort(exact)[-8] - 5e-5
+        scores = [score for _, score in matrix.nearest(query, 8)]
+        np.testing.assert_allclose(scores, exact[found], atol=5e-5)
 
 
 def test_the_matrix_grows_past_its_first_rows() -> None:
@@ -116,7 +169,9 @@ def test_the_matrix_grows_past_its_first_rows() -> None:
     eye = np.eye(384, dtype=np.float32)
     for at in range(300):
         matrix.add(str(at), eye[at])
-    assert all(matrix.nearest(eye[at], 1)[0] == (str(at), 1.0) for at in range(0, 300, 37))
+    assert all(
+        matrix.nearest(eye[at], 1) == [(str(at), pytest.approx(1.0))] for at in range(0, 300, 37)
+    )
 
 
 def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
@@ -134,7 +189,7 @@ def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
     for at in kept[::97]:
         like = rows[at] + 1.5 * rows[(at * 7) % 6_000]  # cosines of 0.55 and 0.83
         (name, cosine), *_ = matrix.nearest(rows[at], 8)
-        assert (name, round(cosine, 5)) == (str(at), 1.0)
+        assert (name, round(cosine, 3)) == (str(at), 1.0)
         names = [name for name, _ in matrix.nearest(like / np.linalg.norm(like), 8)]
         assert str(at) in names
     assert matrix.nearest(rows[0], 1)[0][0] == "1"
