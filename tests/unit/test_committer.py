@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -36,6 +36,9 @@ def addition(name: str) -> Addition:
         exact_rows=1,
     )
     return Addition(node, Vectors(np.zeros(1, np.float32), None))
+
+
+T = TypeVar("T")
 
 
 class Catalogue:
@@ -95,6 +98,9 @@ class Steps(Durable):
             return error
         self._log.append(f"durable {node.id}")
         return None
+
+    def _with_room(self, commit: Callable[[], T]) -> T:
+        return commit()
 
     def delete(self, names: Sequence[str]) -> None:
         self._log.append("blocks gone " + " ".join(names))
