@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
-from kvshare_store.errors import ConfigError
-from kvshare_store.words import either, nearest, unknown
+from kvshare_store.errors import ConfigError, either, nearest, unknown
 
 PolicyName = Literal["off", "exact", "faithful", "balanced", "aggressive"]
 SemanticMode = Literal["auto", "always", "never"]

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvshare_store.blocks.eviction import make_policy
+from kvshare_store.commit.repository import Repository
+from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, PlanError
-from kvshare_store.janitor import Collected, Janitor
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.text_vectors import TextVectors, wanted
+from kvshare_store.machines.others_purges import OthersPurges
+from kvshare_store.machines.sharing import Sharing
+from kvshare_store.maintenance.janitor import Collected, Janitor
+from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.purge import OthersPurges, Purge, Purged, matching
-from kvshare_store.rewrite import pin
-from kvshare_store.saving import Saving
-from kvshare_store.serving import Serving
-from kvshare_store.sharing import Sharing
-from kvshare_store.shelf import Shelf
-from kvshare_store.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
-from kvshare_store.text_vectors import TextVectors, wanted
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.save.saving import Saving
+from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.version import version
 
 if TYPE_CHECKING:
@@ -50,23 +50,25 @@ class Store:
         self.config = config
         self._since = time.time()
         self.metrics = Metrics()
-        self.tree = DeltaTree(lambda: make_policy(config.eviction))
         wanted(config)
         self.costs = Costs()
-        self.shelf = Shelf(config, self.tree, self.metrics)
-        self.blocks = self.shelf.blocks
-        self.text = TextVectors(config, self.shelf, self.metrics)
-        self._serving = Serving(config, self.shelf, self.costs, self.text, self.metrics)
-        self._saving = Saving(config, self.shelf, self.metrics, self._serving.donors)
-        self._janitor = Janitor(config, self.shelf)
+        self.repository = repository = Repository(config, self.metrics)
+        self.nodes = nodes = repository.nodes
+        self.tree = nodes.tree
+        self.blocks = repository.blocks
+        self._queue = repository.queue
+        self._rewriter = Rewriter(repository)
+        plans = OpenPlans()
+        self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
+        self._serving = Serving(config, nodes, plans, self.costs, self.text, self.metrics)
+        self._saving = Saving(config, nodes, plans, self.metrics)
+        self._janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """How many failures of the committer each owner knew of when it first saved."""
         self._sharing: Sharing | None = None
-        if config.catalog and self.shelf.catalog is not None:
-            purges = OthersPurges(self.shelf, self._saving, config.home_path)
-            self._sharing = Sharing(
-                self.shelf.catalog, self.shelf, config.sync_seconds, self.metrics, purges.look
-            )
+        if config.catalog and repository.catalog is not None:
+            purges = OthersPurges(repository, self._saving, config.home_path)
+            self._sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -145,7 +147,7 @@ class Store:
         from kvshare_store.editor import Editor  # noqa: PLC0415 - the daemon never loads torch
 
         start = perf_counter()
-        namespace = self.shelf.namespace(plan.namespace)
+        namespace = self.nodes.namespaces.get(plan.namespace)
         if namespace is None:
             raise PlanError(f"namespace {plan.namespace[:12]} is not one of this store's")
         try:
@@ -189,8 +191,8 @@ class Store:
         prompts wait to be made durable.
         """
         self.metrics.health.check_storing()
-        self.shelf.committer.admit()
-        self._failures.setdefault(owner, self.shelf.committer.failures)
+        self._queue.admit()
+        self._failures.setdefault(owner, self._queue.failures)
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
 
     def abandon(self, staged_id: str) -> None:
@@ -240,12 +242,13 @@ class Store:
         They are gone from lookup at once; their blocks follow once their rows are gone from the
         catalogue. Leased blocks stay until their lease ends.
         """
-        return self.shelf.evict(nodes, namespace)
+        return self.nodes.evict(nodes, namespace)
 
     def clear(self) -> int:
         """Forget every node and remove its blocks; returns how many nodes there were."""
-        count = self.shelf.clear()
-        self.shelf.committer.settle()
+        with self.nodes.lock:
+            count = self.nodes.remove([node.id for node in self.tree], whatever=True)
+        self._queue.settle()
         return count
 
     def pin(self, node_id: str, pinned: bool = True) -> bool:
@@ -253,7 +256,7 @@ class Store:
 
         A pin survives restarts once it is durable (`flush` waits for that).
         """
-        return pin(self.shelf, node_id, pinned)
+        return self._rewriter.pin(node_id, pinned)
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
@@ -269,14 +272,15 @@ class Store:
         longer than until `given_up`; `Purged` says what remains. `NamespaceError` if there is no
         such namespace.
         """
-        found = matching(self.shelf, namespace, tenant)
-        purges = [Purge(self.shelf, self._saving, one, self.reap, given_up) for one in found]
+        found = matching(self.nodes, namespace, tenant)
+        parts = self.repository, self._serving, self._saving
+        purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
         """End leases that expired, and whatever clients hold that are gone."""
         dead = dead_owners or set()
-        with self.shelf.lock:
+        with self.nodes.lock:
             self._serving.reap(dead)
             self._saving.reap(dead)
         self.text.gone(dead)
@@ -287,11 +291,11 @@ class Store:
         """Return once everything committed so far is durable; what is committed later is not waited
         for. `StorageError` if storage has refused a prompt, anybody's, since `owner` staged its
         first one after its last `flush`: one of its own may be lost."""
-        self.shelf.committer.flush(self._failures.pop(owner, None))
+        self._queue.flush(self._failures.pop(owner, None))
 
     def namespace(self, digest: str) -> Namespace | None:
         """What a digest stands for."""
-        return self.shelf.namespace(digest)
+        return self.nodes.namespaces.get(digest)
 
     def stats(self) -> dict[str, Any]:
         """Counters since `since` (Unix seconds), budgets and times, in plain types.
@@ -316,11 +320,13 @@ class Store:
             "nodes": len(self.tree),
             "blocks": self.tree.block_count,
             "leases": len(self.blocks.leases),
-            "reserved": len(self.blocks.filling()),
+            "reserved": len(self.blocks.pool.filling()),
             "staged": len(self._saving),
             "tiers": tiers,
             "health": metrics.health.report(),
-            "catalog_bytes": self.shelf.catalog.bytes if self.shelf.catalog is not None else 0,
+            "catalog_bytes": self.repository.catalog.bytes
+            if self.repository.catalog is not None
+            else 0,
             "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
         }
 
@@ -331,11 +337,11 @@ class Store:
         if self._sharing is not None:
             self._sharing.close()
         try:
-            if self.shelf.uses is not None:
-                self.shelf.uses.exchange()
+            if self.repository.uses is not None:
+                self.repository.uses.exchange()
         except KVShareError as error:
             log.warning("kvshare: last uses could not be written down: %s", error)
-        self.shelf.close()
+        self.repository.close()
 
     def __enter__(self) -> Store:
         return self

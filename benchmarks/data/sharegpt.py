@@ -13,7 +13,7 @@ from benchmarks.data.datasets import Prompt, all_turns, first_turns, sharegpt
 from benchmarks.data.text_vectors import text_vectors
 from benchmarks.harness.models import model_folder, tokenized
 from benchmarks.harness.result import Options
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 CONVERSATIONS, SHORT_CONVERSATIONS = 8_865, 600
 """How many conversations of ShareGPT are read."""

@@ -16,7 +16,7 @@ from rich.progress import track
 from examples.engines.small_model import user_cache_dir
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.embedders import SentenceEmbedder
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 
 Matrix = npt.NDArray[np.float32]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.harness.result import Options
 from examples.engines.small_model import NAME, prepare_model
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 
 def model_folder(options: Options) -> Path:

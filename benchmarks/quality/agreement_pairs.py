@@ -13,8 +13,8 @@ from rich.progress import track
 from benchmarks.data import datasets
 from benchmarks.data.chat_prompts import Chat
 from kvshare_store.lookup.align import align
-from kvshare_store.lookup.embedders import lexical_vector
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
+from kvshare_store.nodes.vectors import lexical_vector
 
 Split = Literal["tune", "report"]
 

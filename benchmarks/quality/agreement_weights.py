@@ -20,7 +20,7 @@ from benchmarks.harness.spread import low_to_high
 from benchmarks.quality.agreement import FLOOR_EVERY, LONG
 from benchmarks.quality.agreement_pairs import SimilarPair, halves
 from kvshare_store.lookup.align import common_prefix
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

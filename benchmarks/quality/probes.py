@@ -26,7 +26,7 @@ from benchmarks.methods.kvshare import kvshare
 from benchmarks.quality.probe_prompts import Filler, Probe, probes
 from benchmarks.quality.probe_table import Probed, Seen, draw, table
 from kvshare_store.lookup.align import common_prefix
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:
     from benchmarks.data.chat_prompts import Chat

@@ -18,7 +18,7 @@ from benchmarks.harness.concurrency import spent
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_range
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.errors import StorageError
 from kvshare_store.tensors.frame import Block, decode_frame, encode_frame
 

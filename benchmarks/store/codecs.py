@@ -23,7 +23,7 @@ from benchmarks.harness.models import model_name
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.tensors.codecs import CODECS, LOSSY, Codec, decode, encode
 from kvshare_store.tensors.frame import Block, Key, block_name, decode_frame, encode_frame
 from kvshare_store.tensors.layout import KVLayout

@@ -17,7 +17,7 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import MEASURED_TOKENS, MetadataStore, Sources
 from kvshare_store.lookup.planner import Draft
 from kvshare_store.lookup.policy import PRESETS
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

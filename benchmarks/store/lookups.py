@@ -19,8 +19,8 @@ from kvshare_store import KVLayout, Namespace, Store, StoreConfig
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome
-from kvshare_store.tree.edits import Tokens
 
 NODES, LENGTH, FAMILIES, THREADS = 1_000, 1_000, 40, 8
 LONG, SHORT_LONG = 131_072, 32_768

@@ -19,16 +19,15 @@ from rich.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.embedders import Vector, lexical_vector
-from kvshare_store.lookup.index import NamespaceIndex, VectorMatrix
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import ReusePolicy
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 from kvshare_store.plan import Span
-from kvshare_store.tree.catalog import Vectors
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.node import Node, node_id
 
 MEASURED_TOKENS = 64
 """Shorter prompts are stored (from `min_prompt_tokens` on) but not counted."""

@@ -15,15 +15,15 @@ from rich.progress import track
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name, encode_frame
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import Catalog, Vectors
-from kvshare_store.tree.node import Node, node_id
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,14 +16,14 @@ from benchmarks.harness.models import model_folder, model_name, tokenized
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import ENGINE_BLOCK, MEASURED_TOKENS, block_names
-from kvshare_store.blocks.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.edits import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,12 +29,12 @@ from benchmarks.store.media import (
     raw_objects,
     redis_benchmark,
 )
-from kvshare_store.blocks.arena import Arena, slot_bytes
 from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.device import DeviceTier
-from kvshare_store.blocks.tiers.disk import DiskTier
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.testing.servers import (
     MooncakeClient,

@@ -84,7 +84,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         from kvshare_connectors.vllm.planning import Planning  # noqa: PLC0415
 
         from kvshare_store.daemon.link import open_link  # noqa: PLC0415
-        from kvshare_store.tenants import Tenants  # noqa: PLC0415
+        from kvshare_store.namespace import Tenants  # noqa: PLC0415
 
         if self._unserved is not None:
             log.warning("kvshare: this model is served without reuse: %s", self._unserved)

@@ -12,8 +12,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
+from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import Outcome
-from kvshare_store.tree.edits import as_tokens
 
 LOOK_AHEAD = 8
 """Requests that may hold a plan before they are admitted: a plan pins blocks in memory."""

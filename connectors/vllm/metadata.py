@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Run, Span
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 
 
 @dataclass

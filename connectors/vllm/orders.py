@@ -11,9 +11,9 @@ from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.requests import RequestState
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan, gaps
-from kvshare_store.staging import Reuse, reuse_of
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

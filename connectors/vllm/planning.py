@@ -34,9 +34,8 @@ from vllm.v1.request import RequestStatus
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
-from kvshare_store.namespace import Namespace
+from kvshare_store.namespace import UNPROVEN, Namespace, Tenants
 from kvshare_store.plan import ReusePlan, Span, clip_spans, gaps
-from kvshare_store.tenants import UNPROVEN, Tenants
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager

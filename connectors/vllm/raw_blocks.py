@@ -15,10 +15,7 @@ from torch import Tensor
 
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.tensors.layout import KVLayout
-
-_SERIAL_ELEMENTS = (1 << 15) - 1
-"""Elements up to which PyTorch runs an operation on the calling thread alone. Unpacking happens
-while the engine computes, and an operation split over threads would wait for the engine's."""
+from kvshare_store.tensors.rope import SERIAL_ELEMENTS
 
 
 class RawBlocks:
@@ -144,7 +141,7 @@ def _pieces(positions: Tensor, copies: Tensor) -> Iterator[_Piece]:
     blocks, heads, tokens, width = copies.shape[1:]
     at_once = blocks
     if copies.device.type == "cpu":
-        at_once = max(1, _SERIAL_ELEMENTS // (heads * tokens * width // 2))
+        at_once = max(1, SERIAL_ELEMENTS // (heads * tokens * width // 2))
     group = positions // (at_once * tokens)
     borders = (group.diff().nonzero().flatten() + 1).tolist()
     for start, end in pairwise([0, *borders, len(positions)]):
@@ -186,7 +183,7 @@ def _copy(tiles: Tensor, target: Tensor) -> None:
     heads = tiles.shape[3]
     step = heads
     if tiles.device.type == "cpu":
-        step = max(1, _SERIAL_ELEMENTS * heads // tiles.numel())
+        step = max(1, SERIAL_ELEMENTS * heads // tiles.numel())
     if step >= heads:
         target.copy_(tiles)
         return

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kvshare_store.blocks.arena import ArenaView
 from kvshare_store.blocks.tiers.device import DeviceTier
+from kvshare_store.blocks.tiers.host.arena import ArenaView
 from kvshare_store.errors import LeaseError
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block

@@ -22,7 +22,7 @@ from kvshare_connectors.vllm.raw_blocks import RawBlocks
 from kvshare_connectors.vllm.resident import Resident
 from kvshare_connectors.vllm.timing import Seconds, stopwatch
 
-from kvshare_store.blocks.arena import Arenas, ArenaView
+from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -36,7 +36,7 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.plan import Outcome, Run
-from kvshare_store.staging import Staged
+from kvshare_store.save.staging import Staged
 from kvshare_store.tensors.rope import Rope
 from kvshare_store.threads import Health, Supervised
 

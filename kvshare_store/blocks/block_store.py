@@ -1,4 +1,4 @@
-"""Content-addressed blocks through the tiers: reserve, seal, lease, persist, evict.
+"""Content-addressed blocks through the tiers: persist, read, lease, promote, delete, purge.
 
 All bookkeeping happens under one lock that the Store shares; whatever waits for a medium happens
 outside it.
@@ -9,33 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import msgspec
 
-from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.io_loop import IoLoop
-from kvshare_store.blocks.leases import Lease, LeaseBook
+from kvshare_store.blocks.leases import Lease
 from kvshare_store.blocks.levels import Level, Levels
-from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.pool import BufferPool
 from kvshare_store.blocks.tiers.base import TierUse
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.metrics import Metrics
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
 
-_DIRTY_SHARE = 0.75
-"""Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
-saving faster than the tiers below can write would leave no room to bring stored rows back."""
-_WRITING_BACK = 64
-"""Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
+
+class _Promotion(msgspec.Struct):
+    """A block on its way to the host."""
+
+    done: Future[None]
+    users: int
+    """Nodes that use it. Where none does and no lease holds it, it need not come."""
 
 
 class BlockStore:
-    """Names to rows. `on_lost` is told which blocks are about to leave the last tier; `users` says
-    how many nodes use a block: one that any uses is not deleted."""
+    """Names to rows. It knows no nodes: whoever changes them says how many use a block (`weigh`)
+    and asks which blocks have left their last tier (`BufferPool.take_lost`)."""
 
     def __init__(
         self,
@@ -47,92 +48,21 @@ class BlockStore:
     ) -> None:
         self.host = host
         self.levels = Levels(below, metrics)
-        self.leases = LeaseBook()
-        self.on_lost: Callable[[list[str]], None] = lambda names: None
-        self.users: Callable[[str], int] = lambda name: 0
+        self.pool = BufferPool(host, self.levels, io, lock)
+        self.leases = self.pool.leases
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: Tally[int] = Tally()
-        """Bytes of rows of each slot that is being filled, by its offset."""
-        self._dirty: Tally[str] = Tally()
-        """Bytes of each block that no tier below the host holds yet."""
-        self._persisting: frozenset[str] = frozenset()
-        """Blocks that are being written below at this moment, from where they lie in the host."""
-        self._writing_back = 0
-        self._promotions: dict[str, Future[None]] = {}
+        self._promotions: dict[str, _Promotion] = {}
 
     # --- writing ------------------------------------------------------------------------------
-
-    def reserve(self, nbytes: int) -> int:
-        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go.
-
-        Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
-        without the lock.
-        """
-        with self._lock:
-            self._check_dirty(nbytes)
-            offset = self._allocate(nbytes)
-            self._reserved[offset] = nbytes
-            return offset
-
-    def check_fits(self, sizes: Iterable[int]) -> None:
-        """`NoSpaceError` if blocks of so many bytes can never be in the host all at once, as those
-        of one save must."""
-        needed, there = sum(map(slot_bytes, sizes)), self.host.arena.nbytes
-        if needed > there:
-            raise NoSpaceError(
-                f"the rows take {needed:,} bytes, the host tier has {there:,}: raise host_bytes"
-            )
-
-    def _check_dirty(self, nbytes: int) -> None:
-        dirty = self._dirty.slots
-        taken = dirty + self._reserved.slots
-        if dirty and taken + slot_bytes(nbytes) > self.host.arena.nbytes * _DIRTY_SHARE:
-            raise NoSpaceError(
-                f"{dirty:,} bytes of the host tier wait to be written below; "
-                "raise host_bytes, or save more slowly"
-            )
-
-    def reserved(self, offset: int) -> memoryview:
-        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
-        nbytes = self._reserved.get(offset)
-        if nbytes is None:
-            raise LeaseError("the slot is no longer reserved; save again")
-        return self.host.arena.rows(offset, nbytes)
-
-    def seal(self, offset: int, name: str, block: Block) -> None:
-        """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
-        with self._lock:
-            self._seal(offset, name, block)
-            if self.levels and self.levels.holder(name) is None:
-                self._dirty[name] = len(block.data)
-
-    def _seal(self, offset: int, name: str, block: Block) -> None:
-        if self._reserved.pop(offset, None) is None:
-            raise LeaseError("the slot is no longer reserved; save again")
-        self.host.seal(offset, name, block, leased=not self._may_go(name))
-
-    def cancel(self, offset: int) -> None:
-        """Give a reserved slot back; one that is not reserved is ignored."""
-        with self._lock:
-            if self._reserved.pop(offset, None) is not None:
-                self.host.cancel(offset)
 
     def persist(self, names: Sequence[str]) -> None:
         """Return once every block is durable. Raises the first error; the others may be durable."""
         if not self.levels:
             return
-        with self._lock:
-            self._persisting = frozenset(names)
-        try:
+        with self.pool.persisting(names):
             self._io.run(self.levels.persist(list(dict.fromkeys(names)), self.host.peek))
-        finally:
-            with self._lock:
-                self._persisting = frozenset()
-                for name in names:
-                    if self.levels.holder(name) is not None:
-                        self._dirty.pop(name, None)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -142,6 +72,11 @@ class BlockStore:
             return self.host.name
         level = self.levels.holder(name)
         return None if level is None else level.tier.name
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a block in the fastest tier that has it; 0 if none has."""
+        level = self.levels.holder(name)
+        return self.host.size(name) or (level and level.tier.size(name)) or 0
 
     def expect(self, names: Sequence[str], namespace: str) -> bool:
         """A node that was committed elsewhere, or before a restart, uses these blocks: what no
@@ -170,19 +105,24 @@ class BlockStore:
                 return msgspec.structs.replace(block, data=copied)
         return self._io.run(self.levels.get(name))[0]
 
+    def read_from(self, level: Level, name: str) -> Block:
+        """A verified block from this very tier, or what the tier says. Do not hold the lock."""
+        return self._io.run(level.tier.get(name))
+
     def lease_soon(
-        self, names: list[str], owner: str, seconds: float, timeout: float
+        self, users: Mapping[str, int], owner: str, seconds: float, timeout: float
     ) -> Future[tuple[Lease, dict[str, BlockRef]]]:
         """Pin blocks now and bring them into the arena, without waiting in the caller's thread.
+        `users`: how many nodes use each.
 
         The future has the lease and where each block lies that is resident after at most `timeout`
         seconds; promotions that are late go on for the next request. It is done on return when
         every block is resident already, else it ends in the I/O loop.
         """
         with self._lock:
-            lease = self.leases.grant(names, owner, seconds)
-            absent = [name for name in names if not self.host.has(name)]
-            promotions = [self._promote(name) for name in absent] if self.levels else []
+            lease = self.leases.grant(list(users), owner, seconds)
+            absent = [name for name in users if not self.host.has(name)]
+            promotions = [self._promote(name, users[name]) for name in absent if self.levels]
             if not promotions:
                 ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
                 ready.set_result(self._resident(lease))
@@ -203,12 +143,13 @@ class BlockStore:
             refs = ((name, self.host.ref(name)) for name in lease.names)
             return lease, {name: ref for name, ref in refs if ref is not None}
 
-    def _promote(self, name: str) -> Future[None]:
+    def _promote(self, name: str, users: int) -> Future[None]:
         """Bring one block from below to host; requests for the same block share one read."""
         running = self._promotions.get(name)
         if running is None:
-            running = self._promotions[name] = self._io.submit(self._fetch(name))
-        return running
+            running = _Promotion(self._io.submit(self._fetch(name)), users)
+            self._promotions[name] = running
+        return running.done
 
     async def _fetch(self, name: str) -> None:
         try:
@@ -216,8 +157,9 @@ class BlockStore:
             self._place(name, block)
             self._io.submit(self.levels.fill(name, block, level))  # whoever waits has its rows
         except MissError:  # counted where it was seen
-            if self.host.size(name) is None:
-                self.on_lost([name])
+            with self._lock:
+                if self.host.size(name) is None:
+                    self.pool.lose(name)
         except KVShareError:
             pass  # counted; the block may be there for the next request
         finally:
@@ -232,23 +174,27 @@ class BlockStore:
             if not self._lacks(name):
                 return
             try:
-                offset = self._allocate(nbytes)
+                offset = self.pool.allocate(nbytes)
             except NoSpaceError as error:
                 self._metrics.error(error.kind)
                 return
-            self._reserved[offset] = nbytes
         self.host.arena.rows(offset, nbytes)[:] = block.data
         with self._lock:
             if self._lacks(name):
-                self._seal(offset, name, block)
-                self.weigh([name])
+                self.pool.place(offset, name, block)
+                self.host.weigh(name, self._users_of(name))
             else:
-                self.cancel(offset)
+                self.pool.cancel(offset)
 
     def _lacks(self, name: str) -> bool:
         """Whether the host should have a block and has not. Hold the lock."""
-        wanted = self.leases.pinned(name) or self.users(name)
+        wanted = self.leases.pinned(name) or self._users_of(name)
         return bool(wanted) and self.host.size(name) is None
+
+    def _users_of(self, name: str) -> int:
+        """Nodes that use a block which is on its way to the host."""
+        promotion = self._promotions.get(name)
+        return 0 if promotion is None else promotion.users
 
     def end_lease(self, lease_id: str) -> Lease:
         """Unpin a plan's blocks; `LeaseError` if the lease has ended already."""
@@ -265,52 +211,15 @@ class BlockStore:
 
     # --- making room --------------------------------------------------------------------------
 
-    def weigh(self, names: Iterable[str]) -> None:
-        """Other nodes than before use these blocks, so they are worth more or less. Hold the
-        lock."""
-        for name in names:
-            self.host.weigh(name, self.users(name))
+    def weighs(self, name: str) -> bool:
+        """Whether it matters here how many nodes use the block."""
+        return self.host.has(name) or name in self._promotions
 
-    def _allocate(self, nbytes: int) -> int:
-        while True:
-            try:
-                return self.host.reserve(nbytes, self._may_go)
-            except NoSpaceError:
-                if slot_bytes(nbytes) > self.host.arena.nbytes or not self._evict_one():
-                    raise
-
-    def _may_go(self, name: str) -> bool:
-        """Whether a block may leave the host or move in it: nobody reads its rows in place, and
-        they are not the only ones."""
-        return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
-
-    def _evict_one(self) -> bool:
-        """Let the least valuable block leave the host tier; False if none may."""
-        for name in self.host.victims():
-            if not self._may_go(name):
-                continue
-            if self.levels:
-                self._write_back(name)
-                return self.host.drop(name)
-            self.on_lost([name])
-            if self.host.size(name) is not None:
-                self.host.drop(name)
-            return True
-        return False
-
-    def _write_back(self, name: str) -> None:
-        """Copy a block to the level that takes what leaves the host, unless one has it already."""
-        holder = self.levels.holder(name)
-        first = next(iter(self.levels))
-        if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
-            return
-        block = self.host.peek(name)
-        copied = Block(block.namespace, block.layout, bytes(block.data), block.lossy)
-        self._writing_back += 1
-        self._io.submit(self.levels.write_back(name, copied)).add_done_callback(self._written_back)
-
-    def _written_back(self, _: Future[None]) -> None:
-        self._writing_back -= 1
+    def weigh(self, name: str, users: int) -> None:
+        """So many nodes use the block from now on: it is worth more or less. Hold the lock."""
+        if name in self._promotions:
+            self._promotions[name].users = users
+        self.host.weigh(name, users)
 
     def make_room(self, tier: str, nbytes: int) -> bool:
         """Move blocks of a tier one tier down until `nbytes` are free; False if that is not enough.
@@ -321,19 +230,13 @@ class BlockStore:
         return level is None or self._io.run(self.levels.make_room(level, nbytes))
 
     def delete(self, names: list[str]) -> None:
-        """Remove blocks that nobody pins or uses from every tier and wait for it.
+        """Remove blocks that were dropped from every tier below and wait for it.
 
-        Whoever pointed at them must be gone before; a block that came into use again since then
-        stays. Only one thread may delete and persist, so
-        that a block which comes back at that moment is not deleted with its predecessor.
+        Only one thread may delete and persist, so that a block which comes back at that moment is
+        not deleted with its predecessor.
         """
-        with self._lock:
-            free = [n for n in names if not (self.leases.pinned(n) or self.users(n))]
-            for name in free:
-                self.host.drop(name)
-                self._dirty.pop(name, None)
-        if free:
-            self._io.run(self.levels.delete(free))
+        if names:
+            self._io.run(self.levels.delete(names))
 
     def list_shared(self) -> dict[str, str]:
         """Blocks in a remote tier that several machines share, whoever put them, and the namespace
@@ -362,32 +265,15 @@ class BlockStore:
         Its nodes are gone, and nobody leases or saves blocks of it.
         """
         with self._lock:
-            held = self._of_namespace(namespace)
-            self._drop(held)
+            held = self.pool.drop_namespace(namespace)
         return self._io.run(self.levels.purge(namespace, sorted({*names, *held}), shared=True))
 
-    def purge_copies(self, namespace: str, keep: Collection[str]) -> dict[str, KVShareError] | None:
-        """Remove this machine's copies of blocks of a namespace that no node uses; what refused and
-        why. None, and nothing is removed, while somebody leases one. `keep`: blocks of its nodes.
-        """
-        with self._lock:
-            unused = [name for name in self._of_namespace(namespace) if not self.users(name)]
-            if any(map(self.leases.pinned, unused)):
-                return None
-            self._drop(unused)
-        return self._io.run(self.levels.purge(namespace, unused, shared=False, keep=keep))
-
-    def _of_namespace(self, namespace: str) -> list[str]:
-        return [name for name in self.host.names() if self.host.namespace(name) == namespace]
-
-    def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.host.drop(name)
-            self._dirty.pop(name, None)
-
-    def filling(self) -> set[int]:
-        """Offsets of the slots that are reserved."""
-        return set(self._reserved)
+    def purge_copies(
+        self, namespace: str, names: Sequence[str], keep: Collection[str]
+    ) -> dict[str, KVShareError]:
+        """Remove this machine's copies of blocks of a namespace below the host, of which `names`
+        are known, but for `keep`; what refused and why."""
+        return self._io.run(self.levels.purge(namespace, names, shared=False, keep=keep))
 
     def names(self) -> set[str]:
         """Every block in any tier of this machine."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Literal
 
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.remote import RemoteTier
+from kvshare_store.config import WriteMode
 from kvshare_store.errors import (
     KVShareError,
     MissError,
@@ -19,8 +19,7 @@ from kvshare_store.errors import (
 from kvshare_store.metrics import Metrics
 from kvshare_store.tensors.frame import Block
 
-Write = Literal["through", "back"]
-_FRAME_BYTES = 4096
+FRAME_BYTES = 4096
 """More than what a tier keeps around the rows of a block."""
 
 
@@ -35,7 +34,7 @@ class Level:
     def __init__(
         self,
         tier: Tier,
-        write: Write,
+        write: WriteMode,
         *,
         required: bool = False,
         shared: bool = False,
@@ -163,7 +162,7 @@ class Levels:
                 await level.tier.put(name, block)
             except NoSpaceError:
                 lowest = level is self._levels[-1]
-                if lowest or not await self.make_room(level, len(block.data) + _FRAME_BYTES):
+                if lowest or not await self.make_room(level, len(block.data) + FRAME_BYTES):
                     raise
                 await level.tier.put(name, block)
 

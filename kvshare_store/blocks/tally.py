@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from kvshare_store.blocks.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
 
 K = TypeVar("K")
 

@@ -59,7 +59,7 @@ def salt(
     set_: SetOption = None,
 ) -> None:
     """Print the cache_salt of a tenant, made with tenant_key, as a gateway must send it."""
-    from kvshare_store.tenants import Tenants  # noqa: PLC0415 - only here
+    from kvshare_store.namespace import Tenants  # noqa: PLC0415 - only here
 
     typer.echo(Tenants(sourced(None, config, set_).config).salt(tenant))
 

@@ -16,8 +16,7 @@ import typer
 
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.config import FIELDS, load_config
-from kvshare_store.errors import ConfigError, UnsupportedError
-from kvshare_store.words import unknown
+from kvshare_store.errors import ConfigError, UnsupportedError, unknown
 
 PREFIX = "--kvshare."
 CONNECTORS = "kvshare_connectors.vllm"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
-from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import pin_node
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 
 Chore = protocol.Pin | protocol.Collect | protocol.Purge | protocol.CheckTree | protocol.CheckBlocks
@@ -32,5 +32,5 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
             given_up=given_up,
         )
     if isinstance(message, protocol.CheckTree):
-        return check_tree(store.shelf, repair=message.repair)
-    return check_blocks(store.shelf, message.names, repair=message.repair)
+        return check_tree(store.repository, repair=message.repair)
+    return check_blocks(store.repository, message.names, repair=message.repair)

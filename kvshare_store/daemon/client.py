@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvshare_store.blocks.arena import Arenas, ArenaView
+from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, KVShareError, UnavailableError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.staging import Reuse, Staged
-from kvshare_store.tree.edits import Tokens, as_tokens
+from kvshare_store.save.staging import Reuse, Staged
 
 T = TypeVar("T")
 

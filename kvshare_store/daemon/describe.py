@@ -9,23 +9,23 @@ import numpy as np
 
 from kvshare_store.errors import NodeError
 from kvshare_store.lookup.text import decode
+from kvshare_store.nodes.edits import Edit, Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
-from kvshare_store.tree.edits import Edit, Tokens
-from kvshare_store.tree.node import Node
 
 _PREVIEW_TOKENS = 24
 
 
 def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
     """Summaries of the nodes, the most recently used first."""
-    with store.shelf.lock:  # nodes do not change: what takes time is done without it
+    with store.nodes.lock:  # nodes do not change: what takes time is done without it
         newest = store.tree.newest(limit)
     return [_summary(store, node) for node in newest]
 
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
     """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
-    with store.shelf.lock:
+    with store.nodes.lock:
         node = _found(store, beginning)
         parent = store.tree.get(node.parent) if node.parent else None
         family = {
@@ -68,7 +68,7 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
 
 
 def _found(store: Store, beginning: str) -> Node:
-    with store.shelf.lock:
+    with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
     if len(found) != 1:
         raise NodeError(

@@ -26,8 +26,8 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import ReusePlan
-from kvshare_store.tree.edits import Tokens
 
 log = logging.getLogger("kvshare")
 

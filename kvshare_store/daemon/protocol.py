@@ -16,7 +16,7 @@ from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 

@@ -36,9 +36,9 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
-from kvshare_store.tree.edits import Tokens
 
 log = logging.getLogger("kvshare")
 

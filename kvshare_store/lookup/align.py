@@ -18,8 +18,8 @@ from rapidfuzz.distance import Levenshtein
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import Hashes, gram_hashes, occur_in
 from kvshare_store.lookup.policy import edges_of
+from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.plan import Run
-from kvshare_store.tree.edits import Match, Tokens
 
 _MAX_CELLS = 1 << 24
 """Above this many cells (2 MiB of bits each way, 3 to 7 ms) prompts are cut at anchors first."""

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import GRAM, Hashes, gram_hashes, occur_in
 from kvshare_store.lookup.policy import Mask
+from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.node import Node, segments_between
 from kvshare_store.plan import Span
-from kvshare_store.tree.edits import Match, Tokens
-from kvshare_store.tree.node import Node, segments_between
 
 Positions = npt.NDArray[np.int64]
 

@@ -17,41 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.rows import VECTOR_DIMENSIONS
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vector, unit
 
-Vector = npt.NDArray[np.float32]
-
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_GRAMS = (2, 3)
 _WINDOW_CHARACTERS = 900
 _WINDOW_STEP = 700
 _MAX_WINDOWS = 8
-
-
-def unit(vector: npt.NDArray[Any]) -> Vector:
-    """Scaled to length 1; zeros stay zeros."""
-    norm = float(np.linalg.norm(vector))
-    return (vector / norm if norm else vector).astype(np.float32)
-
-
-def lexical_vector(tokens: Tokens) -> Vector:
-    """Signed feature hashing of token 2- and 3-grams into 384 dimensions, L2-normalised.
-
-    `tokens`: int32 ids. Needs no model and gives the same vector in every process.
-    """
-    ids = tokens.astype(np.uint64) + np.uint64(1)
-    hashed, grams = np.zeros(len(ids), np.uint64), []
-    for length in range(1, max(_GRAMS) + 1):  # each gram's hash goes on from that of its beginning
-        count = max(0, len(ids) - length + 1)
-        hashed = (hashed[:count] ^ ids[length - 1 :]) * _MIX
-        hashed ^= hashed >> np.uint64(29)
-        if length in _GRAMS:
-            grams.append(hashed)
-    every = np.concatenate(grams)
-    places = (every % np.uint64(VECTOR_DIMENSIONS)).view(np.int64)
-    signs = np.where(every >> np.uint64(63), 1.0, -1.0)
-    return unit(np.bincount(places, signs, VECTOR_DIMENSIONS))
 
 
 class TextEmbedder(ABC):

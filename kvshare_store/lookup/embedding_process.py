@@ -21,7 +21,7 @@ import numpy as np
 
 from kvshare_store.lookup.embedders import SentenceEmbedder, TextEmbedder
 from kvshare_store.lookup.text import decode
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from kvshare_store.errors import UnavailableError
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.embedding_process import Wanted, framed, read_frame
+from kvshare_store.nodes.vectors import Vector
 
 _PATIENCE_S = 2.0
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.vectors import MIX
 
 Hashes = npt.NDArray[np.uint64]
 
 GRAM = 8
 """Tokens of a gram: text that shares none has no run worth a seam in common."""
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
@@ -43,7 +43,7 @@ def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     if count <= 0:
         return np.zeros(0, np.uint64)
     base, inverse = _powers(len(tokens))
-    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _MIX
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * MIX
     mixed ^= mixed >> _SHIFT
     mixed *= base
     sums = np.empty(len(tokens) + 1, np.uint64)
@@ -51,7 +51,7 @@ def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     np.cumsum(mixed, out=sums[1:])
     hashed: Hashes = (sums[length:] - sums[:count]) * inverse[:count]
     hashed ^= hashed >> np.uint64(32)
-    hashed *= _MIX
+    hashed *= MIX
     return hashed
 
 

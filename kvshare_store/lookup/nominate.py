@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 
-from kvshare_store.lookup.embedders import Vector
-from kvshare_store.lookup.index import NamespaceIndex
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.edits import Tokens
-from kvshare_store.tree.node import Node
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vector
 
 _FLOOR = 0.02
 """Lexical cosines below this are chance."""

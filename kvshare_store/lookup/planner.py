@@ -13,13 +13,13 @@ from kvshare_store.lookup.align import align, common_prefix, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.embedders import lexical_vector
 from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.policy import Mask, ReusePolicy, edges_of, kept_positions, runs_of
+from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import Span
-from kvshare_store.tree.edits import Match, Tokens
-from kvshare_store.tree.node import Node
 
 _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""

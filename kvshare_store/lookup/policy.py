@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from kvshare_store.config import PolicyName, StoreConfig, policy_names
 from kvshare_store.errors import ConfigError
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Run
-from kvshare_store.tree.edits import Tokens
 
 Mask = npt.NDArray[np.bool_]
 LEAST_WINDOW = 8

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kvshare_store.tree.edits import Tokens
+from kvshare_store.nodes.edits import Tokens
 
 log = logging.getLogger("kvshare")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvshare_store.errors import NamespaceError, PlanError
 
-_SERIAL_ELEMENTS = (1 << 15) - 1
+SERIAL_ELEMENTS = (1 << 15) - 1
 """The largest operand of one operation on the CPU. From 2**15 elements on PyTorch splits an
 operation over its threads, and each of the hundreds of small operations here would then wait for
 threads that something else may be using: measured a third faster on an idle machine, ten to a
@@ -86,7 +86,7 @@ class Rope:
         one_run = int(moved[-1]) - first + 1 == rows
         at_once = rows
         if keys.device.type == "cpu":
-            at_once = max(1, _SERIAL_ELEMENTS // (keys.shape[2] * self.rotary_dim))
+            at_once = max(1, SERIAL_ELEMENTS // (keys.shape[2] * self.rotary_dim))
         for start in range(0, rows, at_once):
             part = moved[start : start + at_once]
             turn = self._turn(keys, source[part], target[part])

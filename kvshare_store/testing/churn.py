@@ -229,7 +229,7 @@ class Day:
         except NoSpaceError:
             self._refused += 1
         # the catalogue counts too, and takes up to as much again while it is compacted
-        catalog = self._store.shelf.catalog
+        catalog = self._store.repository.catalog
         spare = {"disk": catalog.bytes if catalog is not None else 0}
         for tier, use in self._store.blocks.use().items():
             if use.bytes > use.budget + spare.get(tier, 0):

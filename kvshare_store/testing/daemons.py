@@ -19,7 +19,7 @@ from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Reuse, Staged, reuse_of
+from kvshare_store.save.staging import Reuse, Staged, reuse_of
 from kvshare_store.testing.network import Host
 from kvshare_store.testing.oracle import (
     RowBook,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.lookup.embedders import TextEmbedder, Vector, lexical_vector
-from kvshare_store.tree.rows import VECTOR_DIMENSIONS
+from kvshare_store.lookup.embedders import TextEmbedder
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vector, lexical_vector
 
 REPORT = (
     "The patient, a man of {age}, was admitted on Tuesday with chest pain that had started in the "

@@ -70,7 +70,7 @@ def places(calls: list[str], fault: AnyFault) -> range:
 
 def from_below(engine: Driver, tokens: list[int], **options: Any) -> ReusePlan:
     """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
-    engine.store.shelf.committer.settle()
+    engine.store.repository.queue.settle()
     blocks = engine.store.blocks
     for name in blocks.host.names():
         blocks.host.drop(name)
@@ -88,13 +88,13 @@ def round_of(
     node = engine.save(tokens)
     from_below(engine, tokens)
     assert node is not None
-    engine.store.shelf.remove([node])
-    engine.store.shelf.committer.settle()
+    engine.store.nodes.remove([node])
+    engine.store.repository.queue.settle()
     faults.heal()
     calls = faults.calls[before:]
     engine.save(tokens)
     if from_below(engine, tokens).exact != 15:  # what was damaged is found, forgotten, and ...
         engine.save(tokens)
         assert from_below(engine, tokens).exact == 15, "... kept when it comes again"
-    engine.store.shelf.remove([node])
+    engine.store.nodes.remove([node])
     return calls

@@ -1,4 +1,4 @@
-"""A file system that fails: stands in for what `kvshare_store.blocks.files` calls.
+"""A file system that fails: stands in for what `kvshare_store.blocks.tiers.disk.files` calls.
 
 with FaultyFiles() as disk:
     disk.arm(refusal(errno.ENOSPC), at=3)  # the third call from now
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
-from kvshare_store.blocks import files
+from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.testing.faults import Faults
 
 CALLS = frozenset({
@@ -119,7 +119,7 @@ REFUSALS = tuple(refusal(code) for code in (errno.ENOSPC, errno.EIO, errno.EMFIL
 
 
 class FaultyFiles(Faults[Fault]):
-    """Stands in for the file system of `kvshare_store.blocks.files` while its context lasts."""
+    """Stands in for `kvshare_store.blocks.tiers.disk.files` while its context lasts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -141,13 +141,10 @@ class FaultyRemote(Faults[NetworkFault], Remote):
     async def delete(self, key: str) -> None:
         await self._call("delete", self.inner.delete, key)
 
-    async def exists(self, key: str) -> bool:
-        return await self.inner.exists(key)
-
     async def list(self, prefix: str) -> AsyncIterator[Entry]:
         fault = self.due("list")
         if fault is not None:
-            await fault.happen(self.inner, self.inner.exists, prefix)
+            await fault.happen(self.inner, self.inner.get, prefix)
         async for entry in self.inner.list(prefix):
             yield entry
 

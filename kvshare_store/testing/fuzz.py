@@ -27,7 +27,7 @@ from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
 from kvshare_store.testing.oracle import prompt

@@ -23,13 +23,14 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvshare_store.blocks.arena import ArenaView, slot_bytes
 from kvshare_store.blocks.leases import LeaseBook
+from kvshare_store.blocks.tiers.host.arena import ArenaView, slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Staged
+from kvshare_store.save.staging import Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import (
@@ -42,7 +43,6 @@ from kvshare_store.testing.oracle import (
     prompt,
     rows_for,
 )
-from kvshare_store.tree.node import Node
 
 SMALL_LAYOUT = KVLayout(2, 1, 4, "float32")
 PARAGRAPHS = 6
@@ -376,7 +376,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert wanted <= set(files), "a node points at a block that is not on disk"
         assert set(files) <= wanted | held, "blocks without a node were left behind"
         use = self.store.blocks.use()
-        catalog = self.store.shelf.catalog.bytes if self.store.shelf.catalog is not None else 0
+        catalog = (
+            self.store.repository.catalog.bytes if self.store.repository.catalog is not None else 0
+        )
         blocks = sum(file.stat().st_size for file in files.values())
         assert use["disk"].bytes == blocks + catalog
         assert blocks <= self.config.disk_bytes  # the last commit may be more than the rest of it
@@ -386,7 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._check_catalogue()
 
     def _check_catalogue(self) -> None:
-        catalog = self.store.shelf.catalog
+        catalog = self.store.repository.catalog
         assert catalog is not None
         durable = {node.id: set(node.blocks) for node, _ in catalog.load()}
         assert durable == {node.id: set(node.blocks) for node in self.store.tree}

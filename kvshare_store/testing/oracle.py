@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
-from kvshare_store.staging import Buffer, Staged, packed, reuse_of
+from kvshare_store.save.staging import Buffer, Staged, packed, reuse_of
 from kvshare_store.tensors.layout import KVLayout
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvshare_store.blocks.arena import Arenas
+from kvshare_store.blocks.tiers.host.arena import Arenas
 from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Welcome

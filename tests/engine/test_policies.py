@@ -22,9 +22,8 @@ from kvshare_connectors.vllm.requests import Reserved
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError
-from kvshare_store.namespace import Namespace
+from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import Run
-from kvshare_store.tenants import Tenants
 from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
 
 pytestmark = pytest.mark.filterwarnings("ignore")

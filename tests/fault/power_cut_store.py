@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvshare_store.catalog.table import Table
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.power_cut import MARK
-from kvshare_store.tree.table import Table
 from tests.fault.test_power_cut import NAMESPACE, settings
 
 
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
         nodes = {}
         for seeds in ([1], [2, 3], [4]):
             saved = threading.Event()
-            store.shelf.committer.call(saved.wait)  # so that one commit has all of them
+            store.repository.queue.call(saved.wait)  # so that one commit has all of them
             nodes |= {seed: engine.save(prompt(seed, 24)) for seed in seeds}
             saved.set()
             store.flush()
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
         store.flush()
         moments.cut("flush")
         moments.covered.remove(3)
-        store.shelf.remove([str(nodes[3])])
+        store.nodes.remove([str(nodes[3])])
         store.flush()
         moments.cut("flush")
         store.collect()

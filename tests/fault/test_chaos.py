@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvshare_store.blocks.inventory import Inventory
 from kvshare_store.blocks.tiers.base import TierUse
+from kvshare_store.blocks.tiers.disk.inventory import Inventory
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client

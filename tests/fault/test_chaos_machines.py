@@ -12,12 +12,12 @@ import pytest
 
 from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers import remote as remote_tier
-from kvshare_store.condemned import Condemned
-from kvshare_store.shared_garbage import SharedGarbage
-from kvshare_store.shelf import Shelf
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.condemned import Condemned
+from kvshare_store.catalog.uses import Uses
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.machines.shared_garbage import SharedGarbage
 from kvshare_store.testing.chaos.machines import run
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.uses import Uses
 
 pytestmark = pytest.mark.fault
 
@@ -26,16 +26,16 @@ Patch = pytest.MonkeyPatch
 
 def rows_told_by_id_alone(patch: Patch) -> None:
     """A machine removes and learns rows by id, whatever form of a row it knew."""
-    delete, learn = Catalog.delete, Shelf.learn
+    delete, learn = Catalog.delete, NodeStore.learn
 
     def delete_any(self: Catalog, ids: Iterable[str], stamps: Any = ()) -> None:
         delete(self, ids)
 
-    def learn_new(self: Shelf, spaces: Any, rows: Any, known: Mapping[str, int]) -> None:
+    def learn_new(self: NodeStore, spaces: Any, rows: Any, known: Mapping[str, int]) -> None:
         learn(self, spaces, [row for row in rows if row[0].id not in self.tree], known)
 
     patch.setattr(Catalog, "delete", delete_any)
-    patch.setattr(Shelf, "learn", learn_new)
+    patch.setattr(NodeStore, "learn", learn_new)
 
 
 def a_save_ignores_condemned_blocks(patch: Patch) -> None:
@@ -43,7 +43,7 @@ def a_save_ignores_condemned_blocks(patch: Patch) -> None:
 
 
 def a_janitor_believes_its_own_tree(patch: Patch) -> None:
-    patch.setattr(SharedGarbage, "_named", lambda self: self._shelf.tree.blocks())
+    patch.setattr(SharedGarbage, "_named", lambda self: self._nodes.tree.blocks())
 
 
 def uses_stay_with_the_machine(patch: Patch) -> None:
@@ -51,10 +51,10 @@ def uses_stay_with_the_machine(patch: Patch) -> None:
 
 
 def a_small_machine_evicts_for_all(patch: Patch) -> None:
-    def evict(self: Shelf) -> None:
+    def evict(self: NodeStore) -> None:
         self.evict(max(0, len(self.tree) - self._config.max_nodes))
 
-    patch.setattr(Shelf, "_let_go_of_excess", evict)
+    patch.setattr(NodeStore, "drop_excess", evict)
 
 
 def nobody_asks_whose_the_prefix_is(patch: Patch) -> None:

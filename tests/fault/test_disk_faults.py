@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, ShortBlockError
 from kvshare_store.namespace import Namespace

@@ -22,16 +22,16 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store import serving
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import HomeError, NodeError, OverloadError, ProtocolError
+from kvshare_store.lookup import serving
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
@@ -306,11 +306,11 @@ def test_a_purge_that_waits_holds_up_nobody_and_ends_with_its_client(
                 with pytest.raises(ProtocolError):
                     hostile.call(protocol.Purge(SPACE.digest, None, patience))
             hostile.send(protocol.Purge(SPACE.digest, None, 600.0))
-            until(lambda: SPACE.digest in running.store.shelf.closed)
+            until(lambda: SPACE.digest in running.store.nodes.namespaces.closed)
             assert holder.call(protocol.Collect(True)) is not None
             with pytest.raises(NodeError):
                 holder.call(protocol.Pin(str(node)))
-        until(lambda: SPACE.digest not in running.store.shelf.closed)
+        until(lambda: SPACE.digest not in running.store.nodes.namespaces.closed)
 
 
 def test_reports_of_numbers_that_cannot_be(daemon: Daemon) -> None:

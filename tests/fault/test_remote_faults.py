@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvshare_store import levels_of
+from kvshare_store.blocks import configured as levels_of
 from kvshare_store.blocks.remotes import open_remote
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError, StorageError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.blocks.tiers import disk as disk_tier
+from kvshare_store.blocks.tiers.disk import tier as disk_tier
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
@@ -89,7 +89,7 @@ def crashes(
     def watch(engine: Driver) -> Crashes:
         engine.store.flush()
         found = Crashes(home, tmp_path / "copies")
-        catalog = engine.store.shelf.catalog
+        catalog = engine.store.repository.catalog
         monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "replace", found.after(catalog.replace, "row replaced"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]

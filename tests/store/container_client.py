@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 
-from kvshare_store.blocks.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
-from kvshare_store.staging import Reuse, Staged
+from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
 from kvshare_store.testing.oracle import pick, prompt, rows_for

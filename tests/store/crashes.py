@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 
@@ -91,9 +91,9 @@ def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iter
         assert files == store.tree.blocks(), copy.step
         assert not list((copy.home / "tmp").iterdir()), copy.step
         assert store.stats()["errors"] == {}, copy.step
-        tree = check_tree(store.shelf, repair=False)
+        tree = check_tree(store.repository, repair=False)
         assert (tree.problems, tree.garbage) == ((), 0), copy.step
-        assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
+        assert check_blocks(store.repository, tree.blocks, repair=False).problems == (), copy.step
 
 
 def remote_of(home: Path) -> dict[str, Any]:

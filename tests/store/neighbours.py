@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvshare_store.condemned import now_s
+from kvshare_store.catalog.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
@@ -69,7 +69,7 @@ def learn(engine: Driver) -> None:
 
 def minutes_pass(engine: Driver, minutes: float) -> None:
     """For what this machine knows of condemned blocks."""
-    condemned = engine.store.shelf.condemned
+    condemned = engine.store.repository.condemned
     assert condemned is not None
     before = condemned.clock() - now_s()
     condemned.clock = lambda: now_s() + before + 60 * minutes
@@ -92,6 +92,6 @@ def remote_blocks(folder: Path) -> int:
 
 def forget_copies(engine: Driver) -> None:
     """Nothing is left in this machine's own memory."""
-    with engine.store.shelf.lock:
+    with engine.store.nodes.lock:
         for name in list(engine.store.blocks.host.names()):
             engine.store.blocks.host.drop(name)

@@ -21,20 +21,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.check import TreeReport, check_tree
+from kvshare_store.catalog import table as table_module
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.rows import NamespaceRow, Row, Rows
+from kvshare_store.catalog.table import Table
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import CorruptRowError, HomeError, StorageError
+from kvshare_store.maintenance.check import TreeReport, check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, encode_node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree import table as table_module
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
-from kvshare_store.tree.node import Node, node_id
-from kvshare_store.tree.rows import NamespaceRow, Row, Rows
-from kvshare_store.tree.table import Table
 
 pytestmark = pytest.mark.fault
 
@@ -61,7 +62,7 @@ def served(engine: Driver) -> list[int]:
 
 
 def checked(engine: Driver, *, repair: bool = False) -> TreeReport:
-    return check_tree(engine.store.shelf, repair=repair)
+    return check_tree(engine.store.repository, repair=repair)
 
 
 def check(*arguments: str | Path) -> tuple[int, str]:
@@ -385,7 +386,7 @@ def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("semantic", [None, UNIT], ids=["without", "with"])
 def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
     """Rows that do not write down what their text vector hashes to were checked as a whole."""
-    encoded = msgspec.msgpack.encode(node_of(np.arange(20, dtype=np.int32)))
+    encoded = encode_node(node_of(np.arange(20, dtype=np.int32)))
     assert encoded[0] == 0x8F, "a map of 15 fields; one more needs a longer head"
     body = b"\xde\x00\x10" + encoded[1:] + b"\xa5check\xc4\x20"
     node = msgspec.msgpack.decode(encoded)
@@ -440,20 +441,20 @@ def test_vectors_are_finite_and_of_length_one(scale: float) -> None:
 def test_the_records_of_a_batch_are_one_commit(driver: Open) -> None:
     """Each record on its own took as long as the rows of a whole batch."""
     engine = driver()
-    shelf = engine.store.shelf
-    assert shelf.catalog is not None
+    catalog = engine.store.repository.catalog
+    assert catalog is not None
     spaces = [engine.namespace.for_tenant(str(at)) for at in range(20)]
-    before = sum(shelf.catalog.old_versions().values())
+    before = sum(catalog.old_versions().values())
     go = threading.Event()
-    shelf.committer.call(lambda: go.wait(30))
+    engine.store.repository.queue.call(lambda: go.wait(30))
     rows = bytes(8 * engine.namespace.layout.row_bytes)
     for seed, space in enumerate(spaces):
         engine.store.save(prompt(seed, 8), space, rows)
     go.set()
     engine.store.flush()
-    assert sum(shelf.catalog.old_versions().values()) <= before + 4, (
+    assert sum(catalog.old_versions().values()) <= before + 4, (
         "records and rows, of one batch or of two"
     )
     engine = driver()
-    known = {space.digest for space in engine.store.shelf.namespaces()}
+    known = {space.digest for space in list(engine.store.nodes.namespaces)}
     assert known == {space.digest for space in spaces}

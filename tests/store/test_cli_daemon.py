@@ -28,7 +28,7 @@ from kvshare_store.daemon.protocol import Decline, EngineCached, ShowNode
 from kvshare_store.daemon.spawn import Spawned, spawn_daemon
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.version import version
 

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.commit.home import FORMAT
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import answers, socket_path
@@ -30,10 +31,9 @@ from kvshare_store.errors import (
     PlanError,
     UnavailableError,
 )
-from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Reuse, Staged
+from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
@@ -403,7 +403,7 @@ def test_what_a_killed_client_held_is_released(daemon: Callable[..., Daemon], ho
             "import sys, time\nimport numpy as np\n"
             "from kvshare_store.daemon.client import Client\n"
             "from kvshare_store.namespace import Namespace\n"
-            "from kvshare_store.staging import Reuse\n"
+            "from kvshare_store.save.staging import Reuse\n"
             "from kvshare_store.tensors.layout import KVLayout\n"
             "from kvshare_store.testing.oracle import prompt\n"
             "space = Namespace('model', KVLayout(2, 1, 4, 'float32'))\n"

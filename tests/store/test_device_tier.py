@@ -8,9 +8,9 @@ import pytest
 import torch
 from kvshare_connectors.vllm.resident import Resident
 
-from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.device import DeviceTier
+from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.editor import Editor
 from kvshare_store.errors import NoSpaceError, PlanError
 from kvshare_store.plan import BlockRef, Span

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks import files, inventory
-from kvshare_store.blocks.inventory import Inventory
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk import files, inventory
+from kvshare_store.blocks.tiers.disk.inventory import Inventory
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.errors import CorruptBlockError, HomeError, NoSpaceError, StorageError
 from kvshare_store.testing.faulty_files import Fault, FaultyFiles, refusal, slow
 from kvshare_store.testing.tiers import check_use, damage_file, make_block, same
@@ -127,7 +127,7 @@ def test_a_bad_file_of_another_writer_is_written_anew(tmp_path: Path) -> None:
 _WRITER = """
 import asyncio, sys, time
 from pathlib import Path
-from kvshare_store.blocks.scratch import Scratch
+from kvshare_store.blocks.tiers.disk.scratch import Scratch
 scratch = Scratch(Path(sys.argv[1]))
 scratch.open()
 Path(scratch.path()).write_bytes(b"half a block")

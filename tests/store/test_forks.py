@@ -13,12 +13,12 @@ import pytest
 
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver, Daemon
 from kvshare_store.testing.fuzz import small
 from kvshare_store.testing.oracle import prompt
-from kvshare_store.tree.edits import as_tokens
 
 pytestmark = pytest.mark.fault
 

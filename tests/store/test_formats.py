@@ -17,17 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kvshare_store.check import check_tree
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import HomeError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Edit
+from kvshare_store.nodes.node import NODE_FORMAT, Node, encode_node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog
-from kvshare_store.tree.edits import Edit
-from kvshare_store.tree.node import NODE_FORMAT, Node, node_id
 
 Open = Callable[..., Driver]
 DATA = Path(__file__).parent.parent / "data"
@@ -100,7 +101,7 @@ def test_a_home_of_the_release_before_is_served(before: Open) -> None:
     assert (plan.exact, plan.generation) == (24, 0)
     assert sorted(node.generation for node in engine.store.tree) == [0, 1]
     assert engine.store.stats()["errors"] == {}
-    assert check_tree(engine.store.shelf, repair=False).problems == ()
+    assert check_tree(engine.store.repository, repair=False).problems == ()
 
 
 def test_rows_of_the_release_before_get_a_checksum_when_they_are_written_again(
@@ -229,7 +230,7 @@ def add_node(folder: Path, namespace: str, changes: dict[str, Any]) -> str:
         blocks=("ab" * 32,),
         exact_rows=24,
     )
-    encoded = msgspec.msgpack.encode(msgspec.structs.asdict(node) | changes)
+    encoded = msgspec.msgpack.encode(msgspec.msgpack.decode(encode_node(node)) | changes)
     unit = np.eye(VECTOR_DIMENSIONS, dtype=np.float32)[0]
     row = {"id": node.id, "namespace": namespace, "node": encoded, "lexical": unit}
     put(folder, "nodes", "id", {**row, "semantic": None})
@@ -256,7 +257,7 @@ def test_a_node_of_a_later_format_is_left_alone(driver: Open, home: Path) -> Non
     assert again.store.stats()["errors"] == {"newer": 1}
     assert [node.id for node in again.store.tree] != [later]
     for repair in (False, True):
-        (problem,) = check_tree(again.store.shelf, repair=repair).problems
+        (problem,) = check_tree(again.store.repository, repair=repair).problems
         assert (problem.kind, problem.about, problem.repaired) == ("newer", later, False)
     again.store.collect()
     again.store.close()
@@ -294,7 +295,7 @@ def test_a_namespace_that_means_more_is_left_alone(driver: Open, home: Path) -> 
     assert again.store.stats()["errors"] == {"newer": 2}
     assert again.store.namespace(digest) is None
     for repair in (False, True):
-        problems = check_tree(again.store.shelf, repair=repair).problems
+        problems = check_tree(again.store.repository, repair=repair).problems
         assert {(p.kind, p.about) for p in problems} == {("newer", digest), ("newer", theirs)}
     again.store.close()
     assert theirs in {row["id"] for row in rows_of(home / "catalog", "nodes")}

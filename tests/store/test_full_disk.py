@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.check import check_tree
 from kvshare_store.errors import StorageError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
@@ -75,7 +75,7 @@ def test_a_full_file_system_makes_room_as_a_full_budget_does(
     again = driver()
     assert len(again.store.tree) == nodes
     assert again.store.stats()["errors"] == {}
-    assert check_tree(again.store.shelf, repair=False).problems == ()
+    assert check_tree(again.store.repository, repair=False).problems == ()
     again.store.close()
 
 
@@ -85,7 +85,7 @@ def test_a_crash_while_a_full_file_system_makes_room(
 ) -> None:
     """Blocks are gone, the rows that name them are not: the next start drops those nodes."""
     engine = driver(host_bytes=1 << 24)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     forgotten: list[str] = []
 
@@ -103,5 +103,5 @@ def test_a_crash_while_a_full_file_system_makes_room(
     for node, seed in saved.items():
         found = again.serve([*prompt(seed, 40), 5]).exact
         assert found == (0 if node in forgotten else 40), seed
-    assert check_tree(again.store.shelf, repair=False).problems == ()
+    assert check_tree(again.store.repository, repair=False).problems == ()
     again.store.close()

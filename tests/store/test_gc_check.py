@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvshare_store.check import check_blocks, check_tree
-from kvshare_store.committer import Removal
+from kvshare_store.commit.queue import Removal
 from kvshare_store.errors import StorageError
+from kvshare_store.maintenance.check import check_blocks, check_tree
+from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.node import Node
 
 Open = Callable[..., Driver]
 
@@ -113,8 +113,8 @@ def test_blocks_whose_node_is_just_coming_are_not_garbage(
 ) -> None:
     """A pass that begins between a block's name and its node waits for the lock."""
     engine = driver()
-    shelf, collected = engine.store.shelf, []
-    add = shelf.add
+    nodes, collected = engine.store.nodes, []
+    add = nodes.add
     passing = threading.Thread(target=lambda: collected.append(engine.store.collect().blocks))
 
     def add_late(*arguments: Any) -> None:
@@ -122,7 +122,7 @@ def test_blocks_whose_node_is_just_coming_are_not_garbage(
         time.sleep(0.2)
         add(*arguments)
 
-    monkeypatch.setattr(shelf, "add", add_late)
+    monkeypatch.setattr(nodes, "add", add_late)
     engine.save(prompt(2, 40))
     passing.join()
     assert collected == [0]
@@ -135,7 +135,7 @@ def test_blocks_that_are_not_in_the_catalogue_yet_are_not_garbage(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = driver()
-    catalog, orphans = engine.store.shelf.catalog, []
+    catalog, orphans = engine.store.repository.catalog, []
     assert catalog is not None
     add = catalog.add
 
@@ -153,7 +153,7 @@ def test_a_block_that_gets_a_node_while_it_is_ordered_away_stays(driver: Open, h
     """The janitor saw it without a node; the committer looks again."""
     engine = driver()
     node = saved(engine, 1)
-    engine.store.shelf.committer.order(Removal((), node.blocks))
+    engine.store.repository.queue.put(Removal((), node.blocks))
     engine.store.flush()
     assert set(files(home)) == set(node.blocks)
     assert engine.serve(prompt(1, 40)).exact == 39
@@ -172,7 +172,7 @@ def test_saving_and_collecting_side_by_side_loses_nothing(driver: Open, home: Pa
     assert engine.store.collect().blocks == 0
     for node in list(engine.store.tree):
         assert engine.serve(node.tokens.tolist()).reused == node.length - 1
-    assert check_tree(engine.store.shelf, repair=False).problems == ()
+    assert check_tree(engine.store.repository, repair=False).problems == ()
 
 
 def test_leased_blocks_are_not_garbage(driver: Open, home: Path) -> None:
@@ -220,8 +220,8 @@ def test_closing_does_not_wait_for_the_next_pass(driver: Open) -> None:
 
 def problems(store: Store, *, repair: bool = False) -> list[tuple[str, str, bool]]:
     """Kind, what it is about, whether it was repaired: tree and every block."""
-    tree = check_tree(store.shelf, repair=repair)
-    blocks = check_blocks(store.shelf, tree.blocks, repair=repair)
+    tree = check_tree(store.repository, repair=repair)
+    blocks = check_blocks(store.repository, tree.blocks, repair=repair)
     return [(p.kind, p.about, p.repaired) for p in itertools.chain(tree.problems, blocks.problems)]
 
 
@@ -235,10 +235,10 @@ def test_a_sound_store_has_no_problems(driver: Open, home: Path) -> None:
     engine = driver()
     saved(engine, 1)
     engine.serve_and_save([*prompt(1, 40)[:20], 7, *prompt(1, 40)[21:]])
-    report = check_tree(engine.store.shelf, repair=False)
+    report = check_tree(engine.store.repository, repair=False)
     assert (report.problems, report.nodes, report.garbage) == ((), 2, 0)
     assert set(report.blocks) == set(files(home))
-    blocks = check_blocks(engine.store.shelf, report.blocks, repair=False)
+    blocks = check_blocks(engine.store.repository, report.blocks, repair=False)
     assert blocks.problems == ()
     sizes = [len(engine.store.blocks.read(name).data) for name in report.blocks]
     assert blocks.read == 2 * sum(sizes), "each in memory and on disk"
@@ -250,7 +250,7 @@ def test_garbage_is_listed_and_no_problem(driver: Open, home: Path) -> None:
     engine.store.close()
     stray(home)
     engine = driver()
-    report = check_tree(engine.store.shelf, repair=True)
+    report = check_tree(engine.store.repository, repair=True)
     assert (report.problems, report.garbage) == ((), 1)
 
 
@@ -337,11 +337,11 @@ def test_loops_and_bad_segments_are_found_and_removed(driver: Open) -> None:
 def test_the_catalogue_and_the_tree_must_agree(driver: Open) -> None:
     engine = driver()
     a, b = saved(engine, 1), saved(engine, 2)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     catalog.delete([a.id])
     engine.store.tree.remove(b.id)
-    engine.store.shelf.index(b.namespace).remove(b)
+    engine.store.nodes.state.index(b.namespace).remove(b)
     found = problems(engine.store)
     assert sorted(found) == sorted([("row", a.id, False), ("row", b.id, False)])
     problems(engine.store, repair=True)
@@ -362,7 +362,7 @@ def test_records_of_empty_namespaces_are_collected(
         (tmp_path / key).chmod(0o600)
     engine = driver(**settings)
     store = engine.store
-    catalog = store.shelf.catalog
+    catalog = store.repository.catalog
     assert catalog is not None
     rows = bytes(16 * engine.namespace.layout.row_bytes)
     for at in range(3):
@@ -372,12 +372,12 @@ def test_records_of_empty_namespaces_are_collected(
     store._janitor.collect(patient=True)
     assert len(catalog.digests()) == 3, "it may be used again"
     closed = engine.namespace.for_tenant("0").digest
-    store.shelf.closed.add(closed)
+    store.nodes.namespaces.closed.add(closed)
     store.collect()
     assert len(catalog.digests()) == 3, "it is being purged"
-    store.shelf.closed.discard(closed)
+    store.nodes.namespaces.closed.discard(closed)
     store.collect()
-    assert len(catalog.digests()) == len(store.shelf.namespaces()) == 2
+    assert len(catalog.digests()) == len(list(store.nodes.namespaces)) == 2
     store.clear()
     store.collect()
     assert not catalog.digests()

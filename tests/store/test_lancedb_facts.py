@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.errors import StorageError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.tree.catalog import VECTOR_DIMENSIONS, Catalog, Vectors
-from kvshare_store.tree.node import Node, node_id
 
 SCHEMA = pa.schema(
     [
@@ -248,7 +249,7 @@ def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.tree.table._READ_ROWS", 10)
+    monkeypatch.setattr("kvshare_store.catalog.table._READ_ROWS", 10)
     catalog = opened(tmp_path)
     nodes = [make_node(first) for first in range(35)]
     catalog.add([(node, vectors()) for node in nodes])

@@ -17,7 +17,7 @@ from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
 from kvshare_store.plan import Outcome
-from kvshare_store.staging import Buffer, packed
+from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name
 from kvshare_store.testing.faulty import SlowTier
@@ -228,18 +228,18 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     engine.save(shared + prompt(2, 24))
     store.flush()
     first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
-    seal, reserved = store.blocks.seal, list[int]()
+    seal, reserved = store.blocks.pool.seal, list[int]()
 
     def seal_and_reserve(offset: int, name: str, block: Block) -> None:
         seal(offset, name, block)
         if store.blocks.host.ref(name).offset != offset:  # type: ignore[union-attr]
-            reserved.append(store.blocks.reserve(8 * ROW))
+            reserved.append(store.blocks.pool.reserve(8 * ROW))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.blocks, "seal", seal_and_reserve)
+        patch.setattr(store.blocks.pool, "seal", seal_and_reserve)
         assert engine.commit(first)
     assert len(reserved) == 2
-    assert set(reserved) <= store.blocks.filling(), "they were taken away again"
+    assert set(reserved) <= store.blocks.pool.filling(), "they were taken away again"
 
 
 def test_what_a_client_writes_late_changes_no_row(driver: Open) -> None:
@@ -302,7 +302,7 @@ class Watched:
 
 def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
     """`what` happens in another thread, with the lock free, whenever rows are copied up."""
-    arena, lock = engine.store.blocks.host.arena, engine.store.shelf.lock
+    arena, lock = engine.store.blocks.host.arena, engine.store.nodes.lock
     rows, pool = arena.rows, ThreadPoolExecutor(1)
 
     def with_lock() -> None:
@@ -321,7 +321,7 @@ def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable
 def only_on_disk(engine: Driver, tokens: list[int]) -> None:
     engine.save(tokens)
     engine.store.flush()
-    with engine.store.shelf.lock:
+    with engine.store.nodes.lock:
         for name in engine.store.blocks.host.names():
             engine.store.blocks.host.drop(name)
 

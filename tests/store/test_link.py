@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.blocks import files
+from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request
@@ -297,7 +297,7 @@ def test_status_waits_neither_for_the_lock_nor_for_the_disk(
     monkeypatch.setattr(files, "measure", slowly)
     with serving(config()) as running, Client(home, timeout=PATIENCE_S) as client:
         try:
-            with running.store.shelf.lock:
+            with running.store.nodes.lock:
                 stats = client.stats()
             assert stats["nodes"] == 1
             assert stats["health"]["state"] == "ok"
@@ -363,7 +363,7 @@ def test_a_list_is_of_one_moment(server: Server) -> None:
         def use() -> None:
             chance = random.Random(0)
             while not over.is_set():
-                with server.store.shelf.lock:
+                with server.store.nodes.lock:
                     server.store.tree.touch(chance.choice(sorted(filter(None, ids))))
 
         using = threading.Thread(target=use)
@@ -388,7 +388,7 @@ def test_saves_are_refused_and_lookups_go_on_while_nothing_can_be_stored(
         driver.save(TOKENS.tolist())
         client.flush()
         with monkeypatch.context() as patch:
-            patch.setattr(server.store.shelf.durable, "make", broken)
+            patch.setattr(server.store.repository.durable, "store", broken)
             for seed in range(2, 5):
                 driver.save(prompt(seed, 40))
                 with pytest.raises(StorageError, match="1 prompts were not stored"):

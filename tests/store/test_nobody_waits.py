@@ -18,8 +18,8 @@ from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.lookup import planner
-from kvshare_store.lookup.index import NamespaceIndex, VectorMatrix
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
@@ -215,7 +215,7 @@ def test_lookups_with_salts_that_nobody_saved_under_leave_nothing(driver: Open) 
     for tenant in tenants(engine.namespace, 10_000):
         assert engine.store.plan(tokens, tenant).declined == "empty_store"
     assert kept() == before
-    assert engine.store.shelf.namespaces() == [engine.namespace]
+    assert list(engine.store.nodes.namespaces) == [engine.namespace]
     caches = [thing for thing in gc.get_objects() if isinstance(thing, Namespace)]
     assert len(caches) < 1_000, "caches by namespace are small"
 
@@ -235,7 +235,7 @@ def test_a_save_that_is_given_up_names_no_namespace(driver: Open) -> None:
     engine = driver()
     for tenant in tenants(engine.namespace, 5):
         engine.store.abandon(engine.store.stage(prompt(1, 40), tenant).id)
-    assert engine.store.shelf.namespaces() == []
+    assert list(engine.store.nodes.namespaces) == []
 
 
 def test_an_index_of_one_prompt_is_small() -> None:

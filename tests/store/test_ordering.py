@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from kvshare_store import home as home_module
-from kvshare_store.blocks import scratch
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.check import check_blocks, check_tree
+from kvshare_store.blocks.tiers.disk import scratch
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.place import Place
+from kvshare_store.catalog.table import Table
+from kvshare_store.commit import home as home_module
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.place import Place
-from kvshare_store.tree.table import Table
 from tests.store.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 
 pytestmark = pytest.mark.fault
@@ -135,7 +135,7 @@ def test_merging(
     child = engine.serve_and_save(CHILD)
     assert parent is not None
     assert child is not None
-    engine.store.shelf.remove([parent])  # its blocks are the child's alone
+    engine.store.nodes.remove([parent])  # its blocks are the child's alone
     found = crashes(engine)
     assert engine.store.collect().merged == 1
     assert found.steps == [
@@ -238,7 +238,7 @@ def test_compacting(
     engine.save(NEW)
     engine.store.evict(nodes=1)
     found = crashes(engine)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     monkeypatch.setattr(catalog, "compact", found.around(catalog.compact, "compaction"))
     assert engine.store.collect().versions > 0
@@ -264,7 +264,7 @@ def test_purging(
     mine = kept.namespace.for_tenant("mine")
     Driver(kept.store, mine, kept.book).save(OLD)
     found = crashes(kept)
-    catalog = kept.store.shelf.catalog
+    catalog = kept.store.repository.catalog
     assert catalog is not None
     monkeypatch.setattr(catalog, "purge", found.after(catalog.purge, "rows purged"))
     (purged,) = kept.store.purge(mine.digest)
@@ -310,7 +310,7 @@ def test_saving_where_the_remote_holds_every_row(
             again = Driver(store, engine.namespace, engine.book)
             assert again.serve(OLD).exact == 39, copy.step
             assert again.serve(NEW).exact == (23 if copy.step == "row added" else 0)
-            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+            assert check_tree(store.repository, repair=False).problems == (), copy.step
 
 
 def test_demoting_from_disk_to_the_remote(
@@ -333,9 +333,11 @@ def test_demoting_from_disk_to_the_remote(
             again = Driver(store, engine.namespace, engine.book)
             assert again.serve(OLD).exact == 39, copy.step
             assert again.serve(NEW).exact == (23 if copy.step == "row added" else 0)
-            tree = check_tree(store.shelf, repair=False)
+            tree = check_tree(store.repository, repair=False)
             assert tree.problems == (), copy.step
-            assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
+            assert check_blocks(store.repository, tree.blocks, repair=False).problems == (), (
+                copy.step
+            )
 
 
 def test_reading_a_block_that_does_not_verify(
@@ -366,7 +368,7 @@ def test_reading_a_block_that_does_not_verify(
             assert again.serve(OLD).exact in (0, 16), copy.step
             store.flush()
             store.collect()
-            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+            assert check_tree(store.repository, repair=False).problems == (), copy.step
             again.save(OLD)
             assert again.serve(OLD).exact == 39, copy.step
 
@@ -382,7 +384,7 @@ def test_the_first_save_of_a_namespace(
     settings = {"encryption_key": f"file:{key}"}
     engine = driver(**settings)
     found = crashes(engine)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     monkeypatch.setattr(
         catalog, "add_namespaces", found.after(catalog.add_namespaces, "namespace added")
@@ -414,9 +416,9 @@ def test_starting(
         (home / "tmp" / f"dead.{number}").write_bytes(b"half a block")
     next((home / "blocks").glob("*/*")).unlink()
     found = Crashes(home, tmp_path / "copies")
-    remove, load = scratch.files.remove, Catalog.load
+    remove, load = scratch.files.remove, Catalog.load_batches
     monkeypatch.setattr(scratch.files, "remove", found.around(remove, "unfinished file removed"))
-    monkeypatch.setattr(Catalog, "load", found.after(load, "rows read"))
+    monkeypatch.setattr(Catalog, "load_batches", found.after(load, "rows read"))
     monkeypatch.setattr(Catalog, "delete", found.after(Catalog.delete, "row deleted"))
     driver().store.flush()
     assert found.steps[:3] == [
@@ -431,7 +433,7 @@ def test_starting(
             assert sorted([again.serve(OLD).exact, again.serve(NEW).exact]) in ([0, 39], [0, 23])
             store.flush()
             store.collect()
-            assert check_tree(store.shelf, repair=False).problems == (), copy.step
+            assert check_tree(store.repository, repair=False).problems == (), copy.step
             assert not list((copy.home / "tmp").iterdir()), copy.step
 
 
@@ -445,7 +447,7 @@ def test_saving_before_anything_is_durable(
     engine = driver()
     engine.save(OLD)
     found = crashes(engine)
-    monkeypatch.setattr(engine.store.shelf.committer, "order", lambda work: None)
+    monkeypatch.setattr(engine.store.repository.queue, "put", lambda work: None)
     staged = engine.stage(NEW)
     found.copy("staged")
     saving = engine.store._saving
@@ -469,7 +471,7 @@ def test_nodes_that_left_only_the_tree_are_back(
     engine = driver(ttl_seconds=1e-6 if how == "expire" else 0.0)
     engine.save(OLD)
     found = crashes(engine)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     monkeypatch.setattr(catalog, "delete", found.around(catalog.delete, "row deleted"))
     {
@@ -525,7 +527,7 @@ def test_purging_the_catalogue(
 
 def salt_of(store: Store, digest: str) -> bytes:
     """The salt in a namespace's record."""
-    catalog: Any = store.shelf.catalog
+    catalog: Any = store.repository.catalog
     rows = catalog._namespaces._handle.search().limit(None).to_list()
     return next(bytes(row["salt"]) for row in rows if row["digest"] == digest)
 
@@ -567,7 +569,7 @@ def test_starting_for_the_first_time(
             again.save(OLD)
             again.save(OLD)
             again.store.flush()
-            catalog: Any = again.store.shelf.catalog
+            catalog: Any = again.store.repository.catalog
             for table in (catalog._nodes, catalog._namespaces):
                 declared = [field for field in table._handle.schema if field.metadata]
                 assert len(declared) == 1, f"{copy.step}: a key that is not declared"

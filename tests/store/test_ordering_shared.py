@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.check import check_tree
+from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
-from kvshare_store.shelf import Shelf
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver
@@ -68,7 +68,7 @@ def both_are_sound(folder: Path, engine: Driver, check: Callable[[Driver, str], 
             check(Driver(store, NAMESPACE, engine.book), machine)
             collect_all(Driver(store, NAMESPACE))
             store.flush()
-            assert check_tree(store.shelf, repair=False).problems == (), (folder, machine)
+            assert check_tree(store.repository, repair=False).problems == (), (folder, machine)
 
 
 def test_saving_into_a_shared_catalogue(
@@ -76,7 +76,7 @@ def test_saving_into_a_shared_catalogue(
 ) -> None:
     with site.open("b"), site.open("a") as store:
         engine, found = Driver(store, NAMESPACE), Crashes(site.folder, tmp_path / "copies")
-        catalog: Any = store.shelf.catalog
+        catalog: Any = store.repository.catalog
         for name, step in (("add_namespaces", "namespace added"), ("add", "row added")):
             monkeypatch.setattr(catalog, name, found.after(getattr(catalog, name), step))
         after_calls(monkeypatch, found, ObjectRemote, "put", "remote put")
@@ -107,8 +107,9 @@ def test_learning_what_others_changed(
         engine.save(NEW)
         store.flush()
         found = Crashes(site.folder, tmp_path / "copies")
-        monkeypatch.setattr(Shelf, "unlearn", found.after(Shelf.unlearn, "forgotten"))
-        monkeypatch.setattr(Shelf, "learn", found.after(Shelf.learn, "learned"))
+        removed = found.after(NodeStore.learn_removals, "forgotten")
+        monkeypatch.setattr(NodeStore, "learn_removals", removed)
+        monkeypatch.setattr(NodeStore, "learn", found.after(NodeStore.learn, "learned"))
         learn(other)
         assert found.steps == ["learned", "forgotten"]
         copies = found.end()
@@ -131,10 +132,9 @@ def test_removing_from_a_shared_catalogue(
         store.flush()
         learn(other)
         found = Crashes(site.folder, tmp_path / "copies")
-        catalog: Any = store.shelf.catalog
+        catalog: Any = store.repository.catalog
         monkeypatch.setattr(catalog, "delete", found.around(catalog.delete, "row deleted"))
-        delete = store.blocks.delete
-        monkeypatch.setattr(store.shelf.committer, "_delete_blocks", found.after(delete, "removed"))
+        monkeypatch.setattr(store.blocks, "delete", found.after(store.blocks.delete, "removed"))
         store.evict(nodes=1)
         store.flush()
         assert found.steps == ["before row deleted", "after row deleted", "removed"]
@@ -193,4 +193,4 @@ def test_a_namespace_that_another_machine_has_purged_is_recorded_anew(site: Site
     with site.open("c") as late:
         assert late.namespace(NAMESPACE.digest) == NAMESPACE
         assert Driver(late, NAMESPACE, engine.book).serve(NEW).exact == 23
-        assert check_tree(late.shelf, repair=False).problems == ()
+        assert check_tree(late.repository, repair=False).problems == ()

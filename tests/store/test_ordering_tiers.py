@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.remotes.objects import ObjectRemote
-from kvshare_store.blocks.tiers.host import HostTier
-from kvshare_store.check import check_blocks, check_tree
+from kvshare_store.blocks.tiers.host.tier import HostTier
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tier_law import damage_file
@@ -55,9 +55,9 @@ def sound(copy: Copy, config: Config, engine: Driver, **settings: Any) -> None:
         assert again.serve(OLD).exact == 39, copy.step
         store.collect()
         store.flush()
-        tree = check_tree(store.shelf, repair=False)
+        tree = check_tree(store.repository, repair=False)
         assert tree.problems == (), copy.step
-        assert check_blocks(store.shelf, tree.blocks, repair=False).problems == (), copy.step
+        assert check_blocks(store.repository, tree.blocks, repair=False).problems == (), copy.step
         assert store.stats()["errors"] == {}, copy.step
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.check import check_blocks
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.outbox import Outbox, Received
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import DeadlineError, LeaseError, PlanError
+from kvshare_store.maintenance.check import check_blocks
 from kvshare_store.namespace import Namespace
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.daemons import ClientDriver
 from kvshare_store.testing.oracle import prompt
@@ -200,4 +200,4 @@ def test_rows_that_are_written_while_they_are_read(
         outbox.close()
     server.store.flush()
     names = [name for node in server.store.tree for name in node.blocks]
-    assert check_blocks(server.store.shelf, names, repair=False).problems == ()
+    assert check_blocks(server.store.repository, names, repair=False).problems == ()

@@ -18,12 +18,12 @@ import pytest
 from kvshare_store.errors import ConfigError, LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
+from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import SlowTier
 from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for
-from kvshare_store.tree.edits import apply_edits
 from kvshare_store.version import version
+from tests.edits import apply_edits
 
 Open = Callable[..., Driver]
 ROW = 64
@@ -379,13 +379,13 @@ def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
 def _hold_the_committer(store: Store) -> Callable[[], None]:
     """Stop the committer thread before its next piece of work; the result lets it go on."""
     go = threading.Event()
-    carry_out = store.shelf.committer._do
+    carry_out = store.repository.committer._do
 
     def wait_then_do(batch: Any) -> None:
         assert go.wait(30)
         carry_out(batch)
 
-    store.shelf.committer._do = wait_then_do  # type: ignore[method-assign]
+    store.repository.committer._do = wait_then_do  # type: ignore[method-assign]
     return go.set
 
 

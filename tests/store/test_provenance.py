@@ -15,7 +15,7 @@ from kvshare_store.editor import Editor
 from kvshare_store.errors import LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan, Span
-from kvshare_store.staging import Buffer, Reuse, Staged, reuse_of
+from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
 
@@ -27,7 +27,7 @@ ROWS = np.random.default_rng(0).standard_normal((2, 2, 40, 1, 4)).astype(np.floa
 
 
 def drop_from_host(store: Store) -> None:
-    with store.shelf.lock:
+    with store.nodes.lock:
         for name in store.blocks.host.names():
             store.blocks.host.drop(name)
 
@@ -74,7 +74,7 @@ def test_rounded_rows_on_a_device_do_not_come_back_as_exact(
         assert (plan.exact, plan.generation) == (0, 1)
         assert not np.array_equal(load(plan), ROWS[:, :, :39])
         store.finish(plan, Outcome(edited=39))
-    store.shelf.remove([node.id for node in store.tree])
+    store.nodes.remove([node.id for node in store.tree])
     assert store.save(TOKENS, namespace, ROWS.tobytes())
     plan = store.plan(TOKENS, namespace)
     assert plan.exact == 39

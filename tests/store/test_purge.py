@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.blocks.levels import Level
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     ConfigError,
@@ -30,7 +31,6 @@ from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.faulty import FaultyTier
 from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tiers import damage_file
-from kvshare_store.tree.catalog import Catalog
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"
@@ -181,7 +181,7 @@ def test_no_byte_stays(two: Two, home: Path, mine: Namespace, key: str) -> None:
 def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
     """LanceDB writes its files in ways that a search for bytes need not see through."""
     two.store.purge(mine.digest)
-    catalog = two.store.shelf.catalog
+    catalog = two.store.repository.catalog
     assert catalog is not None
     assert not any(catalog.old_versions().values())
     for table in ("nodes", "namespaces"):
@@ -271,10 +271,10 @@ def test_it_waits_for_saves_and_lets_no_new_one_begin(
     staged = two.mine.stage(prompt(7, 32))
     (purged,) = two.store.purge(mine.digest)
     assert purged.remaining == ("1 saves are in progress",)
-    with two.store.shelf.lock:
-        two.store.shelf.closed.add(mine.digest)
+    with two.store.nodes.lock:
+        two.store.nodes.namespaces.closed.add(mine.digest)
     assert two.store.stage(prompt(8, 32), mine).known
-    two.store.shelf.closed.clear()
+    two.store.nodes.namespaces.closed.clear()
     two.mine.commit(staged)
     (purged,) = two.store.purge(mine.digest)
     assert purged.remaining == ()
@@ -284,7 +284,7 @@ def test_it_waits_for_saves_and_lets_no_new_one_begin(
 def test_slots_that_others_fill_may_hold_old_rows(two: Two, home: Path, mine: Namespace) -> None:
     """A save of another namespace has a slot that was the purged one's: it is waited for, and what
     it gives back unfilled is wiped."""
-    with two.store.shelf.lock:
+    with two.store.nodes.lock:
         for name in two.store.blocks.host.names():
             if two.store.blocks.host.namespace(name) == mine.digest:
                 two.store.blocks.host.drop(name)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.ledger import Fact
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -156,7 +156,7 @@ def test_names_that_a_claim_kept_are_erased_with_it(machine: Machine, tmp_path: 
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     names = [name for node in one.store.tree for name in node.blocks]
-    condemned = one.store.shelf.condemned
+    condemned = one.store.repository.condemned
     assert condemned is not None
     condemned.mark(one.store.blocks.list_shared())
     condemned.look()
@@ -174,7 +174,7 @@ def clock_of_purges(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
     clock = SimpleNamespace(
         time=lambda: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
     )
-    monkeypatch.setattr("kvshare_store.purge.time", clock)
+    monkeypatch.setattr("kvshare_store.maintenance.purge.time", clock)
 
 
 def own_blocks(engine: Driver) -> int:
@@ -258,7 +258,7 @@ def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
     save(one, PROMPT)
     learn(other)
     other.serve(PROMPT)
-    catalog = one.store.shelf.catalog
+    catalog = one.store.repository.catalog
     assert catalog is not None
     erase = catalog.purge
 
@@ -279,7 +279,7 @@ def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_pat
     """It told them by their times; those of long ago are forgotten, here and in the catalogue."""
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
-    catalog = one.store.shelf.catalog
+    catalog = one.store.repository.catalog
     assert catalog is not None
     recent = time.time()
     other = "ab" * 32

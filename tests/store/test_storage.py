@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.blocks.levels import Level
-from kvshare_store.blocks.tiers.wrappers import CountingTier
+from kvshare_store.commit.home import FORMAT
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     BusyError,
@@ -27,9 +27,8 @@ from kvshare_store.errors import (
     PlanError,
     StorageError,
 )
-from kvshare_store.home import FORMAT
 from kvshare_store.namespace import Namespace
-from kvshare_store.staging import Buffer
+from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.oracle import Driver, prompt
@@ -62,8 +61,8 @@ def faulty(store: Store) -> FaultyTier:
 
 def agrees(engine: Driver, home: Path) -> None:
     """Files, tree and catalogue tell one story."""
-    engine.store.shelf.committer.settle()
-    catalog = engine.store.shelf.catalog
+    engine.store.repository.queue.settle()
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     assert files(home) == engine.store.tree.blocks()
     assert {node.id for node, _ in catalog.load()} == {node.id for node in engine.store.tree}
@@ -127,8 +126,8 @@ def test_blocks_are_demoted_and_come_back_from_disk(driver: Open) -> None:
     for seed in range(4):
         engine.save(prompt(seed, 40))
         engine.store.flush()
-    counting = disk_level(engine.store).tier
-    assert isinstance(counting, CountingTier)
+    level = disk_level(engine.store)
+    level.tier = counting = FaultyTier(level.tier)
     stats = engine.store.stats()
     assert stats["nodes"] == 4
     assert stats["tiers"]["host"]["blocks"] == 10
@@ -415,7 +414,7 @@ def test_a_catalogue_that_refuses_does_not_stop_the_store(
     driver: Open, monkeypatch: pytest.MonkeyPatch, home: Path, call: str
 ) -> None:
     engine = driver()
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
 
     def refuse(*_: object) -> None:
@@ -427,7 +426,7 @@ def test_a_catalogue_that_refuses_does_not_stop_the_store(
         with pytest.raises(StorageError) if call == "add" else contextlib.nullcontext():
             engine.store.flush()
         engine.store.evict(nodes=1)
-        engine.store.shelf.committer.settle()
+        engine.store.repository.queue.settle()
         with contextlib.suppress(StorageError):
             engine.store.collect()
     assert engine.save(prompt(2, 40))

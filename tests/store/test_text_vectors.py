@@ -14,14 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store import text_vectors
+from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import UnsupportedError
+from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker
 from kvshare_store.namespace import Namespace
-from kvshare_store.rewrite import describe
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import Driver, prompt
@@ -73,7 +73,7 @@ def open_store(config: Config) -> Iterator[Callable[..., Driver]]:
 
 def vectors_of(engine: Driver) -> int:
     """Nodes that have a text vector."""
-    index = engine.store.shelf.index(engine.namespace.digest)
+    index = engine.store.nodes.state.index(engine.namespace.digest)
     return 0 if index is None else len(index.semantic)
 
 
@@ -139,7 +139,7 @@ def test_what_words_served_badly_comes_first(
     engine.save([2, *prompt(2, 40)])
     engine.save([3, *prompt(3, 40)])
     gone = engine.save([4, *prompt(4, 40)])
-    store.shelf.remove([gone])
+    store.nodes.remove([gone])
     store.working("engine", False)
     wait_for(lambda: vectors_of(engine) == 3)
     assert (tmp_path / "prompts").read_text().split() == ["2", "3", "1"]
@@ -239,7 +239,7 @@ def test_neighbours_by_text_are_candidates(embedder: Embedder, open_store: OpenS
     text = prompt(7, 24)
     known = [*prompt(1, 30), *prompt(2, 10)]
     known_id, far_id = engine.save(known), engine.save([*prompt(3, 200), *text])
-    index = engine.store.shelf.index(NAMESPACE.digest)
+    index = engine.store.nodes.state.index(NAMESPACE.digest)
     assert index is not None
     for node in (known_id, far_id):
         index.semantic.add(node, np.eye(1, 384, dtype=np.float32)[0])
@@ -367,7 +367,7 @@ def test_the_real_model_finds_a_paraphrase(config: Config, require: Require) -> 
         while vectors_of(engine) < 3:
             assert time.monotonic() < deadline, store.stats()["errors"]
             time.sleep(0.1)
-        semantic = store.shelf.index(space.digest).semantic
+        semantic = store.nodes.state.index(space.digest).semantic
         nearest = semantic.nearest(semantic.get(ids[2]), 3)
         assert [name for name, _ in nearest] == [ids[2], ids[0], ids[1]]
         assert nearest[1][1] > 0.6 > nearest[2][1]
@@ -397,7 +397,7 @@ def test_a_vector_that_is_none_costs_no_node(
     wait_for(lambda: sum(engine.store.stats()["errors"].values()) >= 3)
     assert vectors_of(engine) == 0
     bad = np.full(384, np.nan if how == "nan" else 3.0, np.float32)
-    describe(engine.store.shelf, {str(node): bad for node in ids})
+    Rewriter(engine.store.repository).describe({str(node): bad for node in ids})
     assert vectors_of(engine) == 0
     again = open_store(semantic="never")
     assert (len(again.store.tree), again.store.stats()["errors"]) == (3, {})

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.arena import Arena
-from kvshare_store.blocks.tiers import disk, host, wrappers
+from kvshare_store.blocks.tiers import wrappers
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.disk import DiskTier
-from kvshare_store.blocks.tiers.host import HostTier
-from kvshare_store.blocks.tiers.wrappers import CountingTier, WrapperTier
-from kvshare_store.errors import MissingBlockError, NoSpaceError, StorageError
+from kvshare_store.blocks.tiers.disk import tier as disk
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.blocks.tiers.host import tier as host
+from kvshare_store.blocks.tiers.host.arena import Arena
+from kvshare_store.blocks.tiers.host.tier import HostTier
+from kvshare_store.blocks.tiers.wrappers import WrapperTier
+from kvshare_store.errors import NoSpaceError, StorageError
 from kvshare_store.testing import faulty
 from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.faulty_files import FaultyFiles, refusal, slow
 from kvshare_store.testing.file_tiers import FileTierTests
-from kvshare_store.testing.tiers import ABSENT, Damage, TierTests, make_block, same
+from kvshare_store.testing.tiers import Damage, TierTests, make_block, same
 
 
 def size_of(file: Path) -> int:
@@ -73,25 +75,6 @@ class TestCompressedDiskTier(_OnDisk):
         return await DiskTier.open(folder, budget, "zstd")
 
 
-class TestCountingTier(_OnDisk):
-    async def make_tier(self, folder: Path, budget: int) -> Tier:
-        return CountingTier(await DiskTier.open(folder, budget))
-
-    def test_it_counts(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            assert isinstance(tier, CountingTier)
-            name, block = make_block(1)
-            await tier.put(name, block)
-            await tier.get(name)
-            with pytest.raises(MissingBlockError):
-                await tier.get(ABSENT)
-            assert tier.calls == {"put": 1, "get": 2}
-            assert tier.bytes == {"put": len(block.data), "get": len(block.data)}
-            assert tier.errors == {"missing": 1}
-
-        self.law(tmp_path, scenario)
-
-
 class TestFaultyTier(_OnDisk):
     async def make_tier(self, folder: Path, budget: int) -> Tier:
         return FaultyTier(await DiskTier.open(folder, budget))
@@ -131,7 +114,6 @@ def test_every_tier_has_a_class_here() -> None:
     here = {
         HostTier: TestHostTier,
         DiskTier: TestDiskTier,
-        CountingTier: TestCountingTier,
         FaultyTier: TestFaultyTier,
         SlowTier: TestSlowTier,
     }

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.check import check_tree
 from kvshare_store.errors import NoSpaceError
+from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
 from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.tree.node import Node
 
 Open = Callable[..., Driver]
 
@@ -76,7 +76,7 @@ def test_without_the_cheap_donor_the_edit_costs_three_times_as_much(driver: Open
 def test_leaves_stay_usable_when_what_is_between_has_gone(driver: Open, home: Path) -> None:
     engine = driver()
     req1, req2, req3 = saved(engine, REQ1), saved(engine, REQ2), saved(engine, REQ3)
-    engine.store.shelf.remove([req1.id, req2.id])
+    engine.store.nodes.remove([req1.id, req2.id])
     engine.store.flush()
     assert files(home) == set(req3.blocks)
     assert engine.serve(REQ3).reused == len(REQ3) - 1
@@ -119,7 +119,7 @@ def test_a_long_chain_is_merged_and_serves_the_same_rows(driver: Open, disk: boo
     assert engine.store.collect().merged == 0
     # every row that is served is looked up in the book: token, place it was computed at, prefix
     assert engine.serve(nodes[3].tokens.tolist()).reused == 63
-    engine.store.shelf.remove([node.id for node in nodes[:3]])
+    engine.store.nodes.remove([node.id for node in nodes[:3]])
     engine.store.flush()
     assert engine.serve(nodes[3].tokens.tolist()).reused == 63
 
@@ -169,7 +169,7 @@ def test_leased_rows_stay_until_their_plan_has_ended(driver: Open, home: Path) -
     engine = driver(max_chain=1)
     nodes = chain(engine, 3)
     plan = engine.plan(nodes[2].tokens.tolist())
-    engine.store.shelf.remove([node.id for node in nodes[:2]])
+    engine.store.nodes.remove([node.id for node in nodes[:2]])
     engine.store.collect()
     engine.store.flush()
     engine.check(nodes[2].tokens.tolist(), plan)
@@ -185,7 +185,7 @@ def all_memory(engine: Driver) -> list[int]:
     for nbytes in (1 << 14, 1 << 10, 64):
         with contextlib.suppress(NoSpaceError):
             while True:
-                held.append(engine.store.blocks.reserve(nbytes))
+                held.append(engine.store.blocks.pool.reserve(nbytes))
     return held
 
 
@@ -196,7 +196,7 @@ def test_memory_full_of_rows_in_use_postpones_a_merge(driver: Open) -> None:
     assert engine.store.collect().merged == 0
     assert not here(engine, nodes[2]).merged
     for offset in held:
-        engine.store.blocks.cancel(offset)
+        engine.store.blocks.pool.cancel(offset)
     assert engine.store.collect().merged == 1
 
 
@@ -228,13 +228,13 @@ def test_a_node_that_leaves_while_it_is_merged_leaves_nothing(
 ) -> None:
     engine = driver(max_chain=1)
     chain(engine, 3)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     replace = catalog.replace
 
     def leave_after(*arguments: Any) -> bool:
         replaced = replace(*arguments)
-        engine.store.shelf.clear()
+        engine.store.nodes.remove([node.id for node in engine.store.tree], whatever=True)
         return replaced
 
     monkeypatch.setattr(catalog, "replace", leave_after)
@@ -335,7 +335,7 @@ def test_age_survives_a_restart(driver: Open, monkeypatch: pytest.MonkeyPatch) -
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 0
     assert 0 <= engine.store.tree.idle_for(node.id) < 500
-    monkeypatch.setattr("kvshare_store.shelf.time.time", lambda: node.created + 2000)
+    monkeypatch.setattr("kvshare_store.commit.recovery.time.time", lambda: node.created + 2000)
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 1
 
@@ -387,14 +387,14 @@ def test_a_prompt_that_comes_back_from_its_own_child_is_no_ancestor_of_itself(
     root = engine.save(REQ1)
     parent, child = saved(engine, REQ2), saved(engine, REQ3)
     assert child.parent == parent.id
-    engine.store.shelf.remove([str(root), parent.id])
+    engine.store.nodes.remove([str(root), parent.id])
     engine.store.flush()
     back = saved(engine, REQ2)
     assert back.id == parent.id
     assert engine.store.tree.get(child.id) == child
     for reopened in (False, True):
         store = driver().store if reopened else engine.store
-        assert check_tree(store.shelf, repair=False).problems == ()
+        assert check_tree(store.repository, repair=False).problems == ()
         for node in (back, child):
             assert node.id not in [one.id for one in store.tree.path(node.id)[:-1]]
 

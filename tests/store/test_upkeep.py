@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
+from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
 from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
-from kvshare_store.tree.ledger import Fact
-from kvshare_store.tree.node import new_stamp
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -93,7 +93,7 @@ def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> No
     forms = [next(n for n in e.store.tree if n.tokens.tolist() == edited) for e in (one, other)]
     assert forms[0].blocks == forms[1].blocks
     donor = next(node.id for node in one.store.tree if node.tokens.tolist() == PROMPT)
-    one.store.shelf.remove([donor])
+    one.store.nodes.remove([donor])
     one.store.flush()
     learn(other)
     collect_all(one)
@@ -110,7 +110,7 @@ def test_a_machine_that_missed_a_merge_does_not_remove_the_node(machine: Machine
     edited = edit_of(one)
     learn(other)
     assert one.store.collect().merged == 1
-    one.store.shelf.remove([n.id for n in one.store.tree if n.tokens.tolist() == PROMPT])
+    one.store.nodes.remove([n.id for n in one.store.tree if n.tokens.tolist() == PROMPT])
     one.store.flush()
     collect_all(one)
     assert other.serve(edited).declined == "not_resident"
@@ -151,7 +151,7 @@ def save_long_ago(engine: Driver, *prompts: list[int]) -> None:
     """Prompts that were saved five hours ago and not used since, as far as others can know."""
     for tokens in prompts:
         save(engine, tokens)
-    catalog = engine.store.shelf.catalog
+    catalog = engine.store.repository.catalog
     assert catalog is not None
     for node, vectors in list(catalog.load()):
         old = msgspec.structs.replace(node, created=time.time() - 5 * 3600, stamp=new_stamp())
@@ -160,8 +160,8 @@ def save_long_ago(engine: Driver, *prompts: list[int]) -> None:
 
 def uses_are_written(engine: Driver) -> None:
     """As the machine does by itself every few minutes."""
-    assert engine.store.shelf.uses is not None
-    engine.store.shelf.uses.exchange()
+    assert engine.store.repository.uses is not None
+    engine.store.repository.uses.exchange()
 
 
 def test_what_one_machine_uses_does_not_expire_on_another(machine: Machine) -> None:
@@ -183,7 +183,7 @@ def test_a_small_machine_forgets_for_itself_alone(machine: Machine) -> None:
     small.book = one.book
     for seed in range(4):
         save(one, prompt(seed, 40))
-    until(lambda: small.store.shelf.catalog.count() == 4)  # type: ignore[union-attr]
+    until(lambda: small.store.repository.catalog.count() == 4)  # type: ignore[union-attr]
     save(small, prompt(9, 40))
     until(lambda: len(small.store.tree) == 2)
     collect_all(small)
@@ -236,7 +236,7 @@ def test_a_save_waits_for_the_removal_of_its_blocks(machine: Machine, tmp_path: 
     learn(other)
     blocks = other.store.blocks
     one.store.clear()
-    condemned = one.store.shelf.condemned
+    condemned = one.store.repository.condemned
     assert condemned is not None
     condemned.mark(one.store.blocks.list_shared())
     condemned.look()
@@ -271,16 +271,16 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
     minutes_pass(one, 2)
     one.store.collect()
     minutes_pass(one, 2)
-    condemned = one.store.shelf.condemned
+    condemned = one.store.repository.condemned
     assert condemned is not None
     claim = condemned.claim
     saving = threading.Thread(target=save, args=(other, PROMPT))
-    catalog = other.store.shelf.catalog
+    catalog = other.store.repository.catalog
     assert catalog is not None
-    put = other.store.shelf.durable.write
+    put = other.store.repository.durable.write
     # as if the save had looked for condemned blocks before they were
     monkeypatch.setattr(
-        other.store.shelf.durable,
+        other.store.repository.durable,
         "write",
         lambda nodes: other.store.blocks.persist([n for node in nodes for n in node.blocks]),
     )
@@ -294,7 +294,7 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
     monkeypatch.setattr(condemned, "claim", claim_while_it_saves)
     one.store.collect()
     saving.join(10.0)
-    monkeypatch.setattr(other.store.shelf.durable, "write", put)
+    monkeypatch.setattr(other.store.repository.durable, "write", put)
     assert remote_blocks(tmp_path) == 5
     late = machine("c", disk=False)
     late.book = other.book
@@ -304,12 +304,12 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
 def test_a_save_whose_blocks_a_dead_janitor_claimed_is_refused_and_can_be_made_later(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvshare_store.condemned._PATIENCE_S", 0.1)
+    monkeypatch.setattr("kvshare_store.catalog.condemned._PATIENCE_S", 0.1)
     one, other, third = (machine(name, **ASKED_ONLY) for name in "abc")
     third.book = other.book
     save(one, PROMPT)
     one.store.clear()
-    dead = one.store.shelf.condemned
+    dead = one.store.repository.condemned
     assert dead is not None
     dead.mark(one.store.blocks.list_shared())
     dead.look()
@@ -385,11 +385,11 @@ def test_upkeep_alone_lets_no_table_grow(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody saves any more: the other tables are written to and compacted all the same."""
-    monkeypatch.setattr("kvshare_store.tree.table._SHARED_VERSIONS", timedelta(milliseconds=1))
+    monkeypatch.setattr("kvshare_store.catalog.table._SHARED_VERSIONS", timedelta(milliseconds=1))
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     one.store.collect()
-    catalog = one.store.shelf.catalog
+    catalog = one.store.repository.catalog
     assert catalog is not None
     for at in range(20):
         catalog.facts.overwrite(Fact("a", time.time() + at))
@@ -405,7 +405,7 @@ def test_uses_of_long_ago_go_although_nobody_saves(machine: Machine) -> None:
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     one.store.collect()
-    catalog = one.store.shelf.catalog
+    catalog = one.store.repository.catalog
     assert catalog is not None
     catalog.uses.create([Fact("ab" * 16, 5.0)])
     one.store._janitor.collect(patient=True)
@@ -415,7 +415,7 @@ def test_uses_of_long_ago_go_although_nobody_saves(machine: Machine) -> None:
 def test_a_turn_is_renewed_only_when_it_is_half_over(machine: Machine) -> None:
     """Each renewal is one more version of the table."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
-    catalog = one.store.shelf.catalog
+    catalog = one.store.repository.catalog
     assert catalog is not None
     mine, theirs = (engine.store._janitor._shared for engine in (one, other))
     assert mine is not None
@@ -436,7 +436,7 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
-    catalog = other.store.shelf.catalog
+    catalog = other.store.repository.catalog
     assert catalog is not None
     asked: list[int] = []
     stamps = catalog.stamps
@@ -445,7 +445,7 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         asked.append(since)
         return stamps(since, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 3600.0)
+    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 3600.0)
     save(one, prompt(0, 40))
     learn(other)
     monkeypatch.setattr(catalog, "stamps", counted)
@@ -471,7 +471,7 @@ def test_a_pin_with_an_old_stamp_is_learned(
     assert node_id is not None
     until(lambda: knows(one, PROMPT))
     learn(other)
-    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    monkeypatch.setattr("kvshare_store.commit.rewrite.new_stamp", old_stamp)
     assert other.store.pin(node_id)
 
     def pinned() -> bool:
@@ -486,13 +486,13 @@ def test_an_old_stamp_is_learned_beside_a_new_one(
 ) -> None:
     """A row went, one with an old stamp came and one with a new stamp: the number of rows does not
     tell, and something new was found."""
-    monkeypatch.setattr("kvshare_store.sharing._EXPLAINED_S", 0.2)
+    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 0.2)
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     node_id = save(one, PROMPT)
     assert node_id is not None
     learn(one)
     learn(other)
-    monkeypatch.setattr("kvshare_store.rewrite.new_stamp", old_stamp)
+    monkeypatch.setattr("kvshare_store.commit.rewrite.new_stamp", old_stamp)
     assert other.store.pin(node_id)
     save(other, prompt(2, 40))
 
@@ -514,7 +514,7 @@ def test_stamps_grow_over_those_that_were_seen(
     learn(other)
     (seen,) = (node.stamp for node in other.store.tree)
     behind = SimpleNamespace(time_ns=lambda: time.time_ns() - 180 * 10**9)
-    monkeypatch.setattr("kvshare_store.tree.node.time", behind)
+    monkeypatch.setattr("kvshare_store.nodes.node.time", behind)
     assert len({new_stamp() >> 20 for _ in range(3)}) == 1
     assert new_stamp() > seen
 
@@ -529,7 +529,7 @@ def test_a_catalogue_of_the_release_before_opens(machine: Machine, tmp_path: Pat
     node = one.store.tree.get(node_id)
     assert node is not None
     before = msgspec.structs.replace(node, stamp=0)
-    table.update(where="true", values={"node": msgspec.msgpack.encode(before)})
+    table.update(where="true", values={"node": encode_node(before)})
     table.drop_columns(["stamp"])
     again, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     again.book = one.book

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_store.lookup.embedders import Vector
 from kvshare_store.lookup.embedding_process import (
     end_with,
     private_streams,
     run_when_idle,
     serve,
 )
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.vectors import Vector
 from kvshare_store.testing.embedders import WordEmbedder
-from kvshare_store.tree.edits import Tokens
 
 how, parent = sys.argv[1:]
 

@@ -13,16 +13,15 @@ from kvshare_store.lookup import align as align_module
 from kvshare_store.lookup.align import align, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.embedders import lexical_vector
-from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Run, Span
-from kvshare_store.tree.catalog import Vectors
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.edits import Match, Tokens
-from kvshare_store.tree.node import Node
 
 LONG = 131_072
 CELLS = 1 << 26

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks import arena as arena_module
-from kvshare_store.blocks import huge_pages, memory
-from kvshare_store.blocks.arena import Arena, Arenas, ArenaView, Label, slot_bytes
+from kvshare_store.blocks.tiers.host import arena as arena_module
+from kvshare_store.blocks.tiers.host import huge_pages, memory
+from kvshare_store.blocks.tiers.host.arena import Arena, Arenas, ArenaView, Label, slot_bytes
 from kvshare_store.errors import HomeError, KVShareError, LeaseError, NoSpaceError, StorageError
 from kvshare_store.plan import BlockRef
 

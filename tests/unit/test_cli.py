@@ -26,7 +26,7 @@ from kvshare_store.cli import common, format, gc, ls, serve, show, stats, vllm
 from kvshare_store.cli.main import main
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.errors import ConfigError
-from kvshare_store.tenants import Tenants
+from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
 
 Result = tuple[int, str, str]

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store import committer
-from kvshare_store.committer import Addition, Committer, Removal
+from kvshare_store.commit import queue as commit_queue
+from kvshare_store.commit.committer import Committer
+from kvshare_store.commit.durable import Durable
+from kvshare_store.commit.queue import Addition, CommitQueue, Removal
 from kvshare_store.errors import (
     KVShareError,
     MissingBlockError,
@@ -18,10 +20,10 @@ from kvshare_store.errors import (
     OverloadError,
     StorageError,
 )
+from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.plan import Span
-from kvshare_store.threads import Health
-from kvshare_store.tree.catalog import Vectors
-from kvshare_store.tree.node import Node
 
 
 def addition(name: str) -> Addition:
@@ -53,26 +55,36 @@ class Catalogue:
         self._log.append("rows gone " + " ".join(ids))
 
 
-class Desk:
-    """A committer whose steps are written down in `log`."""
+class Nodes:
+    """Writes down which nodes are given up."""
 
-    def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
-        self.log: list[str] = []
-        self.catalogue = Catalogue(self.log)
-        self.start = threading.Event()
+    blocks = None
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def remove(self, ids: list[str]) -> None:
+        self._log += [f"given up {node_id}" for node_id in ids]
+
+
+class Steps(Durable):
+    """Its steps are written down in `log`, none of which has to do with a block."""
+
+    def __init__(
+        self,
+        log: list[str],
+        nodes: Any,
+        catalogue: Any,
+        start: threading.Event,
+        make_durable: Callable[[Node], None] | None,
+    ) -> None:
+        super().__init__(nodes, catalogue, None, Metrics())
+        self._log = log
+        self._start = start
         self._make_durable = make_durable
-        self.health = Health()
-        catalogue: Any = self.catalogue
-        self.committer = Committer(
-            catalogue,
-            self._durable,
-            lambda names: self.log.append("blocks gone " + " ".join(names)),
-            lambda node, error: self.log.append(f"failed {node.id}: {error.kind}"),
-            self.health,
-        )
 
-    def _durable(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
-        assert self.start.wait(30)
+    def _make(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
+        assert self._start.wait(30)
         return [self._one_durable(node) for node in nodes]
 
     def _one_durable(self, node: Node) -> KVShareError | None:
@@ -81,14 +93,32 @@ class Desk:
                 self._make_durable(node)
         except KVShareError as error:
             return error
-        self.log.append(f"durable {node.id}")
+        self._log.append(f"durable {node.id}")
         return None
+
+    def delete(self, names: Sequence[str]) -> None:
+        self._log.append("blocks gone " + " ".join(names))
+
+
+class Desk:
+    """A committer whose steps are written down in `log`."""
+
+    def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
+        self.log: list[str] = []
+        self.catalogue = Catalogue(self.log)
+        self.start = threading.Event()
+        self.metrics = Metrics()
+        self.health = self.metrics.health
+        self.queue = CommitQueue(self.health)
+        nodes: Any = Nodes(self.log)
+        durable = Steps(self.log, nodes, self.catalogue, self.start, make_durable)
+        self.committer = Committer(self.queue, nodes, durable, self.metrics)
 
     def run(self, *work: Addition | Removal) -> list[str]:
         for piece in work:
-            self.committer.order(piece)
+            self.queue.put(piece)
         self.start.set()
-        self.committer.settle()
+        self.queue.settle()
         return self.log
 
 
@@ -114,14 +144,14 @@ def test_errands_keep_their_place_and_say_what_became_of_them() -> None:
         raise NoSpaceError("full")
 
     desk = Desk()
-    desk.committer.order(addition("a"))
-    desk.committer.call(lambda: desk.log.append("errand"))
-    desk.committer.order(addition("b"))
+    desk.queue.put(addition("a"))
+    desk.queue.call(lambda: desk.log.append("errand"))
+    desk.queue.put(addition("b"))
     desk.start.set()
-    assert desk.committer.run(lambda: 7) == 7
+    assert desk.queue.run(lambda: 7) == 7
     assert desk.log == ["durable a", "rows a", "errand", "durable b", "rows b"]
     with pytest.raises(NoSpaceError):
-        desk.committer.run(refused)
+        desk.queue.run(refused)
     desk.committer.close()
 
 
@@ -139,7 +169,8 @@ def test_one_that_fails_does_not_take_others_along() -> None:
 
     desk = Desk(full)
     log = desk.run(addition("a"), addition("b"), addition("c"))
-    assert "failed b: no_space" in log
+    assert "given up b" in log
+    assert desk.metrics.errors == {"no_space": 1}
     assert " ".join(step for step in log if step.startswith("rows")).split() in (
         ["rows", "a", "c"],
         ["rows", "a", "rows", "c"],
@@ -150,7 +181,8 @@ def test_one_that_fails_does_not_take_others_along() -> None:
 def test_rows_that_are_refused_fail_their_nodes() -> None:
     desk = Desk()
     desk.catalogue.error = StorageError("refused")
-    assert "failed a: storage" in desk.run(addition("a"))
+    assert "given up a" in desk.run(addition("a"))
+    assert desk.metrics.errors == {"storage": 1}
     desk.catalogue.error = None
     assert desk.run(addition("b"))[-1] == "rows b"
     desk.committer.close()
@@ -167,20 +199,20 @@ def test_a_refused_batch_counts_and_flush_says_so() -> None:
     with pytest.raises(StorageError, match="nothing can be stored at present"):
         desk.health.check_storing()
     desk.catalogue.error = None
-    before = desk.committer.failures
+    before = desk.queue.failures
     desk.run(addition("d"))
     desk.health.check_storing()
     assert desk.health.report()["state"] == "ok"
-    desk.committer.flush(before)
+    desk.queue.flush(before)
     with pytest.raises(StorageError, match="3 prompts were not stored"):
-        desk.committer.flush(since=0)
+        desk.queue.flush(since=0)
     desk.committer.close()
 
 
 def flush_after(desk: Desk, work: Addition) -> None:
-    before = desk.committer.failures
-    desk.committer.order(work)
-    desk.committer.flush(before)
+    before = desk.queue.failures
+    desk.queue.put(work)
+    desk.queue.flush(before)
 
 
 def test_a_batch_of_which_some_were_stored_is_no_trouble() -> None:
@@ -189,11 +221,11 @@ def test_a_batch_of_which_some_were_stored_is_no_trouble() -> None:
             raise StorageError("Input/output error")
 
     desk = Desk(refused)
-    desk.committer.order(addition("z"))  # so that the others make one batch
+    desk.queue.put(addition("z"))  # so that the others make one batch
     desk.run(addition("a"), addition("b"))
     desk.run(addition("c"))
     assert desk.health.report()["state"] == "ok"
-    assert desk.committer.failures == 1
+    assert desk.queue.failures == 1
     desk.committer.close()
 
 
@@ -203,19 +235,19 @@ def test_no_room_and_nodes_that_left_are_no_failure_of_storage() -> None:
 
     desk = Desk(full)
     desk.run(addition("left"), addition("large"))
-    desk.committer.flush(since=0)
+    desk.queue.flush(since=0)
     assert desk.health.report()["state"] == "ok"
     desk.committer.close()
 
 
 def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
     """The committer never comes to the end of its queue: each addition orders the next one."""
-    desk = Desk(lambda node: desk.committer.order(addition(f"{node.id}+")) if go.is_set() else None)
+    desk = Desk(lambda node: desk.queue.put(addition(f"{node.id}+")) if go.is_set() else None)
     go = threading.Event()
     go.set()
     desk.start.set()
-    desk.committer.order(addition("a"))
-    flushing = threading.Thread(target=desk.committer.flush)
+    desk.queue.put(addition("a"))
+    flushing = threading.Thread(target=desk.queue.flush)
     flushing.start()
     flushing.join(30)
     hangs = flushing.is_alive()
@@ -226,16 +258,16 @@ def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
 
 
 def test_saves_wait_while_hundreds_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(committer, "_MOST_WAITING", 8)
-    monkeypatch.setattr(committer, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(commit_queue, "_MOST_WAITING", 8)
+    monkeypatch.setattr(commit_queue, "_PATIENCE_S", 0.01)
     desk = Desk()
     for at in range(80):  # one batch is taken at once
-        desk.committer.order(addition(str(at)))
+        desk.queue.put(addition(str(at)))
     with pytest.raises(OverloadError, match="save more slowly"):
-        desk.committer.admit()
-    monkeypatch.setattr(committer, "_PATIENCE_S", 30.0)
+        desk.queue.admit()
+    monkeypatch.setattr(commit_queue, "_PATIENCE_S", 30.0)
     desk.start.set()
-    desk.committer.admit()
+    desk.queue.admit()
     desk.committer.close()
 
 
@@ -243,7 +275,7 @@ def test_closing_finishes_what_was_ordered() -> None:
     desk = Desk()
     desk.start.set()
     for at in range(100):
-        desk.committer.order(addition(str(at)))
+        desk.queue.put(addition(str(at)))
     desk.committer.close()
     committed = [name for step in desk.log if step.startswith("rows") for name in step.split()[1:]]
     assert committed == [str(at) for at in range(100)]
@@ -258,7 +290,8 @@ def test_work_that_cannot_be_done_takes_no_other_along() -> None:
     """Whatever it raises: the node is given up, the thread lives, the others are stored."""
     desk = Desk(broken)
     log = desk.run(addition("a"), addition("bad"), addition("c"))
-    assert "failed bad: internal" in log
+    assert "given up bad" in log
+    assert desk.metrics.errors == {"internal": 1}
     assert {name for step in log if step.startswith("rows") for name in step.split()[1:]} == {
         "a",
         "c",
@@ -275,7 +308,7 @@ def test_an_errand_hands_its_error_to_whoever_waits() -> None:
     desk = Desk()
     desk.start.set()
     with pytest.raises(ZeroDivisionError):
-        desk.committer.run(lambda: 1 // 0)
+        desk.queue.run(lambda: 1 // 0)
     assert desk.run(addition("a"))[-1] == "rows a"
     desk.committer.close()
 
@@ -297,8 +330,8 @@ def test_saves_are_refused_while_nothing_can_be_stored() -> None:
 def test_nobody_waits_for_a_committer_that_has_ended() -> None:
     desk = Desk()
     desk.committer.close()
-    desk.committer.order(addition("a"))
+    desk.queue.put(addition("a"))
     with pytest.raises(StorageError, match="restart the store"):
-        desk.committer.flush()
+        desk.queue.flush()
     with pytest.raises(StorageError, match="restart the store"):
-        desk.committer.run(lambda: None)
+        desk.queue.run(lambda: None)

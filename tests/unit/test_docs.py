@@ -14,9 +14,10 @@ import typer.main
 
 from benchmarks.harness.dead_links import broken
 from examples.engines.small_model import prepare_model
-from kvshare_store import home, text_vectors
 from kvshare_store.cli.main import app
+from kvshare_store.commit import home
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 
@@ -119,7 +120,7 @@ def test_every_room_has_a_place() -> None:
     named = [name for row in table[1:] for name in quoted(row[0])]
     paths = [*(ROOT / "kvshare_store").iterdir(), *(ROOT / "connectors").iterdir()]
     rooms = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {name.rpartition("/")[2] for name in named} - {"eviction", "remotes"} == {
+    assert {name.rpartition("/")[2] for name in named} - {"eviction", "remotes", "tiers"} == {
         room for room in rooms if not room.startswith("__")
     }
 

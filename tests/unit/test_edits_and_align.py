@@ -13,7 +13,8 @@ from kvshare_store.errors import PlanError
 from kvshare_store.lookup import align as align_module
 from kvshare_store.lookup.align import align, common_prefix
 from kvshare_store.lookup.grams import GRAM, gram_hashes
-from kvshare_store.tree.edits import Edit, Match, apply_edits, as_tokens, edit_script
+from kvshare_store.nodes.edits import Match, as_tokens, edit_script
+from tests.edits import apply_edits
 
 few = st.lists(st.integers(0, 4), max_size=40)  # a small alphabet: many accidental matches
 many = st.lists(st.integers(0, 5000), max_size=60)
@@ -125,20 +126,6 @@ def test_the_four_kinds() -> None:
         "insert", "keep", "replace", "keep", "delete", "keep",
     ]  # fmt: skip
     assert apply_edits(edits, donor).tolist() == request.tolist()
-
-
-@pytest.mark.parametrize(
-    "edits",
-    [
-        (Edit("keep", 0, 2),),  # ends early
-        (Edit("keep", 0, 2), Edit("keep", 1, 3)),  # goes back
-        (Edit("keep", 1, 3),),  # starts late
-        (Edit("keep", 0, 4),),  # runs over
-    ],
-)
-def test_scripts_of_another_donor_are_refused(edits: tuple[Edit, ...]) -> None:
-    with pytest.raises(PlanError):
-        apply_edits(edits, arr([1, 2, 3]))
 
 
 # --- alignment ----------------------------------------------------------------------------------

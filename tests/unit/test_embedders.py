@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_store.lookup import embedders
-from kvshare_store.lookup.embedders import lexical_vector, packaged_model, unit, windows
+from kvshare_store.lookup.embedders import packaged_model, windows
+from kvshare_store.nodes.vectors import lexical_vector, unit
 from kvshare_store.testing.embedders import EmbedderTests
 
 

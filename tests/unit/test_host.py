@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.arena import Arena, ArenaView, slot_bytes
 from kvshare_store.blocks.eviction import LRU
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.host.arena import Arena, ArenaView, slot_bytes
+from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import LeaseError, NoSpaceError
 from kvshare_store.tensors.frame import Block
 from kvshare_store.testing.tiers import LAYOUT, make_block, same

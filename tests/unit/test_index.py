@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.lookup.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.plan import Span
-from kvshare_store.tree.node import Node, node_id
 
 RUN = 3
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # many shared beginnings
@@ -80,7 +81,7 @@ def test_removing_everything_leaves_nothing() -> None:
     for node in nodes:
         chain.remove(node)
     assert chain.nominate(chain.hashes(np.ones(9, np.int32))) == []
-    assert not chain._entries
+    assert len(chain._nodes) == 0
 
 
 @given(
@@ -96,19 +97,24 @@ def test_the_matrix_against_brute_force(
     for adds, number in changes:
         name = f"node-{number}"
         if adds:
-            plain[name] = generator.standard_normal(384).astype(np.float32)
+            plain[name] = unit(generator)
             matrix.add(name, plain[name])
         else:
             plain.pop(name, None)
             matrix.remove(name)
         assert len(matrix) == len(plain)
-    query = generator.standard_normal(384).astype(np.float32)
+    query = unit(generator)
     expected = sorted(((float(v @ query), name) for name, v in plain.items()), reverse=True)
     found = matrix.nearest(query, count)
     assert [name for name, _ in found] == [name for _, name in expected[:count]]
     np.testing.assert_allclose(
-        [score for _, score in found], [score for score, _ in expected[:count]], rtol=1e-4
+        [score for _, score in found], [score for score, _ in expected[:count]], atol=1e-4
     )
+
+
+def unit(generator: np.random.Generator) -> np.ndarray:
+    vector = generator.standard_normal(384).astype(np.float32)
+    return vector / np.linalg.norm(vector)
 
 
 def test_the_matrix_grows_past_its_first_rows() -> None:
@@ -116,7 +122,9 @@ def test_the_matrix_grows_past_its_first_rows() -> None:
     eye = np.eye(384, dtype=np.float32)
     for at in range(300):
         matrix.add(str(at), eye[at])
-    assert all(matrix.nearest(eye[at], 1)[0] == (str(at), 1.0) for at in range(0, 300, 37))
+    assert all(
+        matrix.nearest(eye[at], 1) == [(str(at), pytest.approx(1.0))] for at in range(0, 300, 37)
+    )
 
 
 def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
@@ -134,7 +142,7 @@ def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
     for at in kept[::97]:
         like = rows[at] + 1.5 * rows[(at * 7) % 6_000]  # cosines of 0.55 and 0.83
         (name, cosine), *_ = matrix.nearest(rows[at], 8)
-        assert (name, round(cosine, 5)) == (str(at), 1.0)
+        assert (name, round(cosine, 3)) == (str(at), 1.0)
         names = [name for name, _ in matrix.nearest(like / np.linalg.norm(like), 8)]
         assert str(at) in names
     assert matrix.nearest(rows[0], 1)[0][0] == "1"

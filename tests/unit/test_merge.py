@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from kvshare_store.blocks.eviction import LRU, CostAware
 from kvshare_store.errors import NamespaceError
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.merge import copy_rows, merged_node, repacked, wants_merge
+from kvshare_store.nodes.node import Node, check_segments
 from kvshare_store.plan import Span
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.oracle import row_keys, rows_for
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.merge import copy_rows, merged_node, repacked, wants_merge
-from kvshare_store.tree.node import Node, check_segments
 
 LAYOUT = KVLayout(2, 1, 4, "float32")
 

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.embedders import lexical_vector
-from kvshare_store.lookup.index import NamespaceIndex
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Span
-from kvshare_store.tree.catalog import Vectors
-from kvshare_store.tree.delta_tree import DeltaTree
-from kvshare_store.tree.node import Node
 
 ROW_BYTES = 64
 LAX = ReusePolicy("aggressive", min_run=2, max_generation=4)

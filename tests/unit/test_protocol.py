@@ -14,7 +14,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, Span
-from kvshare_store.staging import Reuse, Staged
+from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 
 NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")

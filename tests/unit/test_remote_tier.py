@@ -64,14 +64,13 @@ def test_a_block_of_another_machine_is_found_by_being_told(tmp_path: Path) -> No
     run(tmp_path, scenario)
 
 
-def test_a_namespace_may_be_looked_up(tmp_path: Path) -> None:
+def test_what_another_put_is_read_and_removed(tmp_path: Path) -> None:
     async def scenario(one: RemoteTier, two: RemoteTier) -> None:
         await one.put(NAME, BLOCK)
-        two.namespace_of = {NAME: NAMESPACE}.get
+        two.expect(NAME, NAMESPACE, 1)
         assert same(await two.get(NAME), BLOCK)
         assert two.names() == [NAME]
-        two.forget(NAME)
-        assert await two.delete(NAME) is False, "it was not known, and is gone nevertheless"
+        assert await two.delete(NAME) is True
         with pytest.raises(MissingBlockError):
             await one.get(NAME)
         assert (one.names(), one.use().bytes) == ([], 0)
@@ -248,9 +247,6 @@ class StuckRemote(Remote):
 
     async def delete(self, key: str) -> None:
         await self.inner.delete(key)
-
-    async def exists(self, key: str) -> bool:
-        return await self.inner.exists(key)
 
     def list(self, prefix: str) -> AsyncIterator[Entry]:
         return self.inner.list(prefix)

@@ -211,7 +211,7 @@ def test_long_runs_are_done_in_parts(
     keys = random_keys(100).float()
     at_once = keys.clone()
     rope_of("yarn", neox).move(at_once, source, target)
-    monkeypatch.setattr(rope_module, "_SERIAL_ELEMENTS", 2 * HEAD_DIM * 7)
+    monkeypatch.setattr(rope_module, "SERIAL_ELEMENTS", 2 * HEAD_DIM * 7)
     rope_of("yarn", neox).move(keys, source, target)
     assert torch.equal(keys, at_once)
 

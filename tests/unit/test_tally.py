@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.arena import slot_bytes
 from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
 
 CHANGES = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 10_000)))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
-from kvshare_store.tenants import Tenants
+from kvshare_store.namespace import Tenants
 
 KEY = bytes(range(32))
 NAMES = st.text(st.characters(exclude_characters="@/\\\0"), min_size=1, max_size=63)

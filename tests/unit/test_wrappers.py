@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.breaker import Breaker
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.blocks.tiers.wrappers import (
     BreakerTier,
     DeadlineTier,

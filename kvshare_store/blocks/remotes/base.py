@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
+from kvshare_store.errors import MissingBlockError
+
 Part = Any
 """A bytes-like object."""
 
@@ -23,12 +25,8 @@ class Entry(NamedTuple):
 class RemoteProperties(NamedTuple):
     """What callers may rely on; they ask, they never test the type."""
 
-    persistent: bool
-    """Values outlive the engine's processes."""
     listing: bool
     """`list` works; without it a process knows of other machines' values by being told."""
-    evicts: bool
-    """The engine may drop values by itself when its memory is full."""
     max_concurrency: int
     """Calls worth having in flight at once."""
 
@@ -67,19 +65,17 @@ class Remote(ABC):
     async def delete(self, key: str) -> None:
         """Remove a value; one that is not there is fine."""
 
-    @abstractmethod
-    async def exists(self, key: str) -> bool:
-        """Whether the key has a value now."""
-
     async def create(self, key: str, value: bytes) -> bool:
         """Store a value unless the key has one; False if it has.
 
         Here without a promise for two who do it at the same moment; engines that can give one do.
         """
-        if await self.exists(key):
-            return False
-        await self.put(key, (value,))
-        return True
+        try:
+            await self.get(key)
+        except MissingBlockError:
+            await self.put(key, (value,))
+            return True
+        return False
 
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[Entry]:

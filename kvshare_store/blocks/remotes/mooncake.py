@@ -58,12 +58,7 @@ class MooncakeRemote(Remote):
 
     def __init__(self, settings: MooncakeSettings, timeout_s: float) -> None:
         self.name = f"mooncake://{settings.host}:{settings.port}"
-        self.properties = RemoteProperties(
-            persistent=False,
-            listing=bool(settings.admin),
-            evicts=True,
-            max_concurrency=_THREADS,
-        )
+        self.properties = RemoteProperties(listing=bool(settings.admin), max_concurrency=_THREADS)
         self._settings = settings
         self._prefix = settings.prefix
         self._timeout_s = timeout_s
@@ -108,11 +103,6 @@ class MooncakeRemote(Remote):
             raise StorageError(f"{self.name}: the value is being written")
         if code != _NOT_FOUND:
             self._check(code)
-
-    async def exists(self, key: str) -> bool:
-        code = await self._call(lambda store: store.is_exist(self._prefix + key))
-        self._check(code)
-        return bool(code)
 
     async def delete_prefix(self, prefix: str) -> int:
         pattern = "^" + re.escape(self._prefix + prefix)

@@ -48,7 +48,7 @@ class ObjectRemote(Remote):
     A put is one request: it is atomic, and a block is far below the 5 GB that one may carry.
     """
 
-    properties = RemoteProperties(persistent=True, listing=True, evicts=False, max_concurrency=16)
+    properties = RemoteProperties(listing=True, max_concurrency=16)
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self._store = store
@@ -91,14 +91,6 @@ class ObjectRemote(Remote):
                 await obstore.delete_async(self._store, key)
         except MissingBlockError:
             return
-
-    async def exists(self, key: str) -> bool:
-        try:
-            with _translated(self.name):
-                await obstore.head_async(self._store, key)
-        except MissingBlockError:
-            return False
-        return True
 
     async def list(self, prefix: str) -> AsyncIterator[Entry]:
         with _translated(self.name):

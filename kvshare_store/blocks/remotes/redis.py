@@ -33,9 +33,7 @@ _MAX_VALUE = 512 << 20
 class RedisRemote(Remote):
     """Values as strings under `prefix`. One server; a cluster is not supported."""
 
-    properties = RemoteProperties(
-        persistent=False, listing=True, evicts=True, max_concurrency=_CONNECTIONS
-    )
+    properties = RemoteProperties(listing=True, max_concurrency=_CONNECTIONS)
 
     def __init__(self, client: Redis, name: str, prefix: str) -> None:
         self._client = client
@@ -61,10 +59,6 @@ class RedisRemote(Remote):
     async def delete(self, key: str) -> None:
         with self._translated():
             await self._client.unlink(self._prefix + key)
-
-    async def exists(self, key: str) -> bool:
-        with self._translated():
-            return bool(await self._client.exists(self._prefix + key))
 
     async def create(self, key: str, value: bytes) -> bool:
         with self._translated():

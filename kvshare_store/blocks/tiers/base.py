@@ -14,10 +14,6 @@ from kvshare_store.tensors.frame import Block
 class TierProperties(NamedTuple):
     """What callers may rely on; they ask, they never test the type."""
 
-    persistent: bool
-    """Blocks survive the process."""
-    shared: bool
-    """Other processes see the blocks."""
     max_concurrency: int
     """Calls worth having in flight at once."""
 

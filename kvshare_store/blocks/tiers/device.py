@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvshare_store.blocks.allocator import Allocator
 from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
+from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
@@ -39,7 +39,7 @@ class DeviceTier(Tier):
     """Canonical rows in one arena of `budget` bytes on `device`. Not thread-safe."""
 
     name = "device"
-    properties = TierProperties(persistent=False, shared=False, max_concurrency=1)
+    properties = TierProperties(max_concurrency=1)
 
     def __init__(self, budget: int, device: torch.device | str = "cpu") -> None:
         self._arena = torch.empty(budget, dtype=torch.uint8, device=device)

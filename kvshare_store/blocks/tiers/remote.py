@@ -7,7 +7,7 @@ import contextlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -48,8 +48,8 @@ class RemoteTier(Tier):
     """Blocks at `blocks/<namespace digest>/<name>`, bad ones at `quarantine/<digest>/<name>`.
 
     Other machines put and remove blocks too, so `size`, `names` and `use` tell only what this
-    process knows: what it put or got, was told by `expect`, or found by `discover`. `get` always
-    asks the engine. `namespace_of` finds the namespace of a block this process does not know.
+    process knows: what it put or got, was told by `expect`, or found by `discover`. `get` of
+    what it knows always asks the engine.
 
     `budget` in bytes holds for what this process puts; 0 leaves eviction to the engine. `owner`
     says to whom the prefix belongs: nothing is written or removed under another store's.
@@ -64,18 +64,12 @@ class RemoteTier(Tier):
         budget: int = 0,
         codec: Codec = "none",
         key: Key | None = None,
-        namespace_of: Callable[[str], str | None] = lambda name: None,
         owner: Owner | None = None,
     ) -> None:
         self.remote = remote
-        self.namespace_of = namespace_of
         self.quarantined = 0
         """Blocks that did not verify."""
-        self.properties = TierProperties(
-            persistent=True,  # they survive this process, if not always the engine's
-            shared=True,
-            max_concurrency=remote.properties.max_concurrency,
-        )
+        self.properties = TierProperties(remote.properties.max_concurrency)
         self._budget = budget
         self._codec: Codec = codec
         self._key = key
@@ -175,10 +169,6 @@ class RemoteTier(Tier):
         self._known[name] = _Known(namespace, nbytes)
         self._used += nbytes
 
-    def _namespace(self, name: str) -> str | None:
-        known = self._known.get(name)
-        return self.namespace_of(name) if known is None else known.namespace
-
     def _alone(self, name: str) -> asyncio.Lock:
         """One put or delete of a block at a time; reads do not wait, so that they can be hedged."""
         return self._locks.setdefault(name, asyncio.Lock())
@@ -230,14 +220,14 @@ class RemoteTier(Tier):
     # --- get ----------------------------------------------------------------------------------
 
     async def get(self, name: str) -> Block:
-        namespace = self._namespace(name)
-        if namespace is None:
-            raise MissingBlockError(f"block {name[:12]} is of no known namespace")
-        with self._call():
-            return await self._get(name, namespace)
-
-    async def _get(self, name: str, namespace: str) -> Block:
         known = self._known.get(name)
+        if known is None:
+            raise MissingBlockError(f"block {name[:12]} is not known to be in the remote tier")
+        with self._call():
+            return await self._get(name, known)
+
+    async def _get(self, name: str, known: _Known) -> Block:
+        namespace = known.namespace
         try:
             frame = await self.remote.get(_at(_BLOCKS, namespace, name))
         except MissingBlockError as error:
@@ -251,9 +241,7 @@ class RemoteTier(Tier):
             if not self._sealed_otherwise(frame):
                 await self._quarantine(name, namespace, frame)
             raise
-        if known is None:
-            self.expect(name, namespace, len(frame))
-        elif self._known.get(name) is known:  # and not deleted in the meantime
+        if self._known.get(name) is known:  # and not deleted in the meantime
             self._learn(name, namespace, len(frame))
         return block
 
@@ -280,14 +268,13 @@ class RemoteTier(Tier):
     async def delete(self, name: str) -> bool:
         async with self._alone(name):
             with self._call():
-                namespace = self._namespace(name)
-                if namespace is None:
+                known = self._known.get(name)
+                if known is None:
                     return False
-                present = name in self._known
                 await self._ours()
-                await self.remote.delete(_at(_BLOCKS, namespace, name))
+                await self.remote.delete(_at(_BLOCKS, known.namespace, name))
                 self.forget(name)
-                return present
+                return True
 
     def size(self, name: str) -> int | None:
         known = self._known.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import perf_counter
 from typing import TypeVar
@@ -61,36 +61,6 @@ class WrapperTier(Tier):
 
     async def close(self) -> None:
         await self.inner.close()
-
-
-class CountingTier(WrapperTier):
-    """Counts calls, bytes of rows and errors by kind."""
-
-    def __init__(self, inner: Tier) -> None:
-        super().__init__(inner)
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-
-    async def put(self, name: str, block: Block) -> None:
-        self.calls["put"] += 1
-        nbytes = len(block.data)
-        try:
-            await self.inner.put(name, block)
-        except KVShareError as error:
-            self.errors[error.kind] += 1
-            raise
-        self.bytes["put"] += nbytes
-
-    async def get(self, name: str) -> Block:
-        self.calls["get"] += 1
-        try:
-            block = await self.inner.get(name)
-        except KVShareError as error:
-            self.errors[error.kind] += 1
-            raise
-        self.bytes["get"] += len(block.data)
-        return block
 
 
 class RetryTier(WrapperTier):

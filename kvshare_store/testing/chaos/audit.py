@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import torch
 
-from kvshare_store.check import check_blocks, check_tree
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError
+from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.store import Store
@@ -138,8 +138,8 @@ class Auditor:
         """Files, tree and counters say the same once the queue is empty and garbage collected."""
         store.collect()
         store.flush()
-        tree = check_tree(store.shelf, repair=False)
-        blocks = check_blocks(store.shelf, tree.blocks, repair=False)
+        tree = check_tree(store.repository, repair=False)
+        blocks = check_blocks(store.repository, tree.blocks, repair=False)
         for problem in (*tree.problems, *blocks.problems):
             self._report.problem(f"kvshare check: {problem.kind} {problem.about}: {problem.text}")
         home = store.config.home_path
@@ -156,11 +156,11 @@ class Auditor:
 
     def _count(self, store: Store) -> None:
         """The disk tier counts its files and those of the catalogue, which share its budget."""
-        disk = store.shelf.blocks.levels.named("disk")
-        if disk is None or store.shelf.catalog is None:
+        disk = store.blocks.levels.named("disk")
+        if disk is None or store.repository.catalog is None:
             return
         files = (store.config.home_path / "blocks").glob("*/*.kvb")
-        held = sum(file.stat().st_size for file in files) + store.shelf.catalog.bytes
+        held = sum(file.stat().st_size for file in files) + store.repository.catalog.bytes
         counted = disk.tier.use().bytes
         if counted != held:
             self._report.problem(f"the disk tier counts {counted:,} bytes, its files have {held:,}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.nodes.node import node_id
 from kvshare_store.testing.chaos.audit import Auditor
 from kvshare_store.testing.chaos.processes import ChaosError, KilledDaemon, Worker
 from kvshare_store.testing.chaos.remotes import RemoteServer
@@ -18,7 +19,6 @@ from kvshare_store.testing.chaos.rows import DescribedRows
 from kvshare_store.testing.chaos.variants import Variant
 from kvshare_store.testing.chaos.worker import some_prompt, work
 from kvshare_store.testing.daemons import ClientDriver
-from kvshare_store.tree.node import node_id
 
 _WORKERS = 3
 _PATIENCE_S = 30.0

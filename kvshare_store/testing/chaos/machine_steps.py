@@ -42,7 +42,7 @@ def collect_everything(site: Site, engine: Driver) -> None:
 
 def forget_copies(engine: Driver) -> None:
     """Other requests have taken all the room in a machine's memory."""
-    with engine.store.shelf.lock:
+    with engine.store.nodes.lock:
         for name in list(engine.store.blocks.host.names()):
             engine.store.blocks.host.drop(name)
 
@@ -67,7 +67,7 @@ def merge_unheard(site: Site) -> None:
     site.learn(other)
     one.store.collect()
     donors = [node.id for node in one.store.tree if node.tokens.tolist() == tokens]
-    one.store.shelf.remove(donors)
+    one.store.nodes.remove(donors)
     one.store.flush()
     for node_id in donors:
         site.kept.pop(node_id, None)
@@ -85,7 +85,7 @@ def pin_unheard(site: Site) -> None:
     node_id, kept = list(site.kept.items())[-1]
     if one.store.pin(node_id):
         site.kept[node_id] = kept._replace(pinned=True)
-        other.store.shelf.remove([node_id])
+        other.store.nodes.remove([node_id])
         other.store.flush()
 
 
@@ -130,7 +130,7 @@ def collect_while_another_saves(site: Site) -> None:
     site.save(one, tokens)
     site.learn(other)
     (node_id,) = [n.id for n in one.store.tree if n.tokens.tolist() == tokens] or [""]
-    one.store.shelf.remove([node_id])
+    one.store.nodes.remove([node_id])
     one.store.flush()
     site.kept.pop(node_id, None)
     site.learn(other)
@@ -170,21 +170,21 @@ def minutes_pass(site: Site) -> None:
     """Two of them: longer than a grace. Machines write down what they have used."""
     site.passed += 120.0
     for engine in site.machines.values():
-        if engine.store.shelf.uses is not None and engine.store.shelf.uses.due():
-            engine.store.shelf.uses.exchange()
+        if engine.store.repository.uses is not None and engine.store.repository.uses.due():
+            engine.store.repository.uses.exchange()
 
 
 def hours_pass(site: Site) -> None:
     """Machines write down what they have used, as they do every few minutes."""
     for _ in range(site.chance.randrange(1, 3)):
         for engine in site.machines.values():
-            if engine.store.shelf.uses is not None:
-                engine.store.shelf.uses.exchange()
+            if engine.store.repository.uses is not None:
+                engine.store.repository.uses.exchange()
         site.passed += 3600.0
         serve(site)
     for engine in site.machines.values():
-        if engine.store.shelf.uses is not None:
-            engine.store.shelf.uses.exchange()
+        if engine.store.repository.uses is not None:
+            engine.store.repository.uses.exchange()
 
 
 def pin(site: Site) -> None:

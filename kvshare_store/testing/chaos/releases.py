@@ -9,11 +9,11 @@ import lancedb
 import msgspec
 import pyarrow as pa
 
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.keys import Keyring, master_key, seal
 from kvshare_store.namespace import Namespace
-from kvshare_store.tree.catalog import Catalog
-from kvshare_store.tree.node import Node
+from kvshare_store.nodes.node import Node
 
 _COLUMN = "later"
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvshare_store.condemned import now_s
+from kvshare_store.catalog.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError
 from kvshare_store.namespace import Namespace
@@ -112,16 +112,16 @@ class Site:
         book = OwnBits(self.book, _BITS[name])
         self.machines[name] = Driver(store, SPACE, book)
         self.set_clocks(store)
-        if store.shelf.uses is not None:
-            store.shelf.uses.exchange()  # it has opened by the clock on the wall
+        if store.repository.uses is not None:
+            store.repository.uses.exchange()  # it has opened by the clock on the wall
 
     def set_clocks(self, store: Store) -> None:
         """Simulated time, where the store measures it."""
         store.tree._clock = lambda: time.monotonic() + self.passed
-        if store.shelf.condemned is not None:
-            store.shelf.condemned.clock = lambda: now_s() + self.passed
-        if store.shelf.uses is not None:
-            store.shelf.uses.clock = lambda: time.time() + self.passed
+        if store.repository.condemned is not None:
+            store.repository.condemned.clock = lambda: now_s() + self.passed
+        if store.repository.uses is not None:
+            store.repository.uses.clock = lambda: time.time() + self.passed
 
     def any(self) -> Driver:
         """Some machine."""
@@ -148,7 +148,7 @@ class Site:
         in the catalogue."""
         node_id = engine.save(tokens) if full else engine.serve_and_save(tokens)
         engine.store.flush()
-        catalog = engine.store.shelf.catalog
+        catalog = engine.store.repository.catalog
         if node_id is not None and catalog is not None and catalog.stamps(ids=[node_id]):
             self.kept[node_id] = Kept(tuple(tokens), self.passed)
 

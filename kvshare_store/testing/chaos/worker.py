@@ -19,7 +19,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.errors import DeadlineError, ErrorKind, KVShareError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
-from kvshare_store.staging import Reuse
+from kvshare_store.save.staging import Reuse
 from kvshare_store.testing.chaos.namespaces import see_instead, with_foreign_pid
 from kvshare_store.testing.chaos.rows import DescribedRows
 from kvshare_store.testing.daemons import ClientDriver

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.data.edited_prompts import SCATTERED, Texts, TextsError, follower
 from kvshare_store.lookup.align import align
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 NEW = 1_000_000
 

@@ -18,7 +18,7 @@ from benchmarks.quality.probe_prompts import (
     probes,
 )
 from kvshare_store.lookup.align import align
-from kvshare_store.tree.edits import as_tokens
+from kvshare_store.nodes.edits import as_tokens
 
 PAIRS = 2 * len(RECORDS)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.data import kv_blocks
 from benchmarks.store import async_files
-from kvshare_store.blocks.tiers.disk import DiskTier
+from kvshare_store.blocks.tiers.disk.tier import DiskTier
 
 
 def test_both_ways_with_files_leave_the_same_files(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.data import kv_blocks
 from benchmarks.store import media, tiers
-from kvshare_store.blocks.arena import Arena
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.host import HostTier
+from kvshare_store.blocks.tiers.host.arena import Arena
+from kvshare_store.blocks.tiers.host.tier import HostTier
 
 
 def test_arms_put_and_get_everything(tmp_path: Path) -> None:

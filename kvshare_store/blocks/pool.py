@@ -1,0 +1,216 @@
+"""The host tier as a buffer pool: slots being filled, blocks that are pinned, what may leave."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future
+
+from kvshare_store.blocks.io_loop import IoLoop
+from kvshare_store.blocks.leases import LeaseBook
+from kvshare_store.blocks.levels import Levels
+from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.tiers.host.arena import slot_bytes
+from kvshare_store.blocks.tiers.host.tier import HostTier
+from kvshare_store.errors import LeaseError, NoSpaceError
+from kvshare_store.tensors.frame import Block
+
+_DIRTY_SHARE = 0.75
+"""Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
+saving faster than the tiers below can write would leave no room to bring stored rows back."""
+_WIPED_AT_ONCE = 1 << 26
+"""Bytes of the arena that are wiped while the lock is held."""
+_WRITING_BACK = 64
+"""Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
+
+
+class BufferPool:
+    """Which blocks are in the host tier. Thread-safe under the lock of the store."""
+
+    def __init__(self, host: HostTier, levels: Levels, io: IoLoop, lock: threading.RLock) -> None:
+        self.leases = LeaseBook()
+        self._host = host
+        self._levels = levels
+        self._io = io
+        self._lock = lock
+        self._reserved: Tally[int] = Tally()
+        """Bytes of rows of each slot that is being filled, by its offset."""
+        self._dirty: Tally[str] = Tally()
+        """Bytes of each block that no tier below the host holds yet."""
+        self._persisting: frozenset[str] = frozenset()
+        """Blocks that are being written below at this moment, from where they lie in the host."""
+        self._writing_back = 0
+        self._lost: list[str] = []
+        """Blocks that no tier has any more, until somebody asks."""
+
+    # --- slots --------------------------------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> int:
+        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go. Without
+        a tier below, what goes is lost (`take_lost`).
+
+        Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
+        without the lock.
+        """
+        with self._lock:
+            self._check_dirty(nbytes)
+            return self.allocate(nbytes)
+
+    def allocate(self, nbytes: int) -> int:
+        """As `reserve`, for a copy of a block that a tier below has: however much waits to be
+        written. Hold the lock."""
+        offset = self._allocate(nbytes)
+        self._reserved[offset] = nbytes
+        return offset
+
+    def check_fits(self, sizes: Iterable[int]) -> None:
+        """`NoSpaceError` if blocks of so many bytes can never be in the host all at once, as those
+        of one save must."""
+        needed, there = sum(map(slot_bytes, sizes)), self._host.arena.nbytes
+        if needed > there:
+            raise NoSpaceError(
+                f"the rows take {needed:,} bytes, the host tier has {there:,}: raise host_bytes"
+            )
+
+    def _check_dirty(self, nbytes: int) -> None:
+        dirty = self._dirty.slots
+        taken = dirty + self._reserved.slots
+        if dirty and taken + slot_bytes(nbytes) > self._host.arena.nbytes * _DIRTY_SHARE:
+            raise NoSpaceError(
+                f"{dirty:,} bytes of the host tier wait to be written below; "
+                "raise host_bytes, or save more slowly"
+            )
+
+    def reserved(self, offset: int) -> memoryview:
+        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
+        nbytes = self._reserved.get(offset)
+        if nbytes is None:
+            raise LeaseError("the slot is no longer reserved; save again")
+        return self._host.arena.rows(offset, nbytes)
+
+    def seal(self, offset: int, name: str, block: Block) -> None:
+        """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
+        with self._lock:
+            self.place(offset, name, block)
+            if self._levels and self._levels.holder(name) is None:
+                self._dirty[name] = len(block.data)
+
+    def place(self, offset: int, name: str, block: Block) -> None:
+        """As `seal`, for a copy of a block that a tier below has. Hold the lock."""
+        if self._reserved.pop(offset, None) is None:
+            raise LeaseError("the slot is no longer reserved; save again")
+        self._host.seal(offset, name, block, leased=not self.may_go(name))
+
+    def cancel(self, offset: int) -> None:
+        """Give a reserved slot back; one that is not reserved is ignored."""
+        with self._lock:
+            if self._reserved.pop(offset, None) is not None:
+                self._host.cancel(offset)
+
+    def filling(self) -> set[int]:
+        """Offsets of the slots that are reserved."""
+        return set(self._reserved)
+
+    @contextlib.contextmanager
+    def persisting(self, names: Collection[str]) -> Iterator[None]:
+        """The blocks stay where they are meanwhile; those that a tier below has then may leave."""
+        with self._lock:
+            self._persisting = frozenset(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._persisting = frozenset()
+                for name in names:
+                    if self._levels.holder(name) is not None:
+                        self._dirty.pop(name, None)
+
+    # --- what leaves --------------------------------------------------------------------------
+
+    def _allocate(self, nbytes: int) -> int:
+        while True:
+            try:
+                return self._host.reserve(nbytes, self.may_go)
+            except NoSpaceError:
+                if slot_bytes(nbytes) > self._host.arena.nbytes or not self._evict_one():
+                    raise
+
+    def may_go(self, name: str) -> bool:
+        """Whether a block may leave the host or move in it: nobody reads its rows in place, and
+        they are not the only ones."""
+        return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
+
+    def _evict_one(self) -> bool:
+        """Let the least valuable block leave the host tier; False if none may."""
+        for name in self._host.victims():
+            if not self.may_go(name):
+                continue
+            if self._levels:
+                self._write_back(name)
+                return self._host.drop(name)
+            self._lost.append(name)
+            return self._host.drop(name)
+        return False
+
+    def _write_back(self, name: str) -> None:
+        """Copy a block to the level that takes what leaves the host, unless one has it already."""
+        holder = self._levels.holder(name)
+        first = next(iter(self._levels))
+        if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
+            return
+        block = self._host.peek(name)
+        copied = Block(block.namespace, block.layout, bytes(block.data), block.lossy)
+        self._writing_back += 1
+        self._io.submit(self._levels.write_back(name, copied)).add_done_callback(self._written_back)
+
+    def _written_back(self, _: Future[None]) -> None:
+        self._writing_back -= 1
+
+    def lose(self, name: str) -> None:
+        """No tier has the block any more. Hold the lock."""
+        self._lost.append(name)
+
+    def take_lost(self) -> list[str]:
+        """Blocks that no tier has any more, of those not told yet. Hold the lock: what is lost must
+        take the nodes that use it along."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def drop(self, names: Iterable[str]) -> list[str]:
+        """Remove blocks that no node uses from the host, but for those that are leased; returns
+        those that may be deleted below. Hold the lock since nobody used them."""
+        free = [name for name in names if not self.leases.pinned(name)]
+        self._drop(free)
+        return free
+
+    def drop_namespace(self, namespace: str) -> list[str]:
+        """Remove every block of a namespace from the host, which nobody leases; returns them. Hold
+        the lock."""
+        found = self._of_namespace(namespace)
+        self._drop(found)
+        return found
+
+    def drop_copies(self, namespace: str, keep: Collection[str]) -> list[str] | None:
+        """Remove blocks of a namespace from the host, but for `keep`, those of its nodes; returns
+        them. None, and nothing is removed, while somebody leases one. Hold the lock."""
+        unused = [name for name in self._of_namespace(namespace) if name not in keep]
+        if any(map(self.leases.pinned, unused)):
+            return None
+        self._drop(unused)
+        return unused
+
+    def _of_namespace(self, namespace: str) -> list[str]:
+        return [name for name in self._host.names() if self._host.namespace(name) == namespace]
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._host.drop(name)
+            self._dirty.pop(name, None)
+
+    def wipe(self) -> None:
+        """Zero what is free of the arena."""
+        at: int | None = 0
+        while at is not None:
+            with self._lock:
+                at = self._host.wipe(at, _WIPED_AT_ONCE)

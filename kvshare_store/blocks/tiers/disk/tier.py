@@ -1,0 +1,270 @@
+"""The disk tier: one file a block, written under a temporary name, fsynced, then renamed.
+
+A call is one piece of work in a thread of the tier's own: open, read and verify in one go. What
+several calls at once must agree on is kept in `Inventory` (which files are there, the budget) and
+`Scratch` (unfinished files); `files` makes the calls to the file system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
+from kvshare_store.blocks.tiers.disk import files, traces
+from kvshare_store.blocks.tiers.disk.inventory import Inventory
+from kvshare_store.blocks.tiers.disk.scratch import Scratch
+from kvshare_store.errors import (
+    CorruptBlockError,
+    FullDiskError,
+    HomeError,
+    MissingBlockError,
+    StorageError,
+)
+from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame
+
+T = TypeVar("T")
+_KEPT_BAD = 32
+"""Files kept in quarantine; the oldest go."""
+
+
+class DiskTier(Tier):
+    """Blocks under `folder/blocks`, unfinished writes under `folder/tmp`, bad ones in quarantine.
+
+    Several processes may have one folder open: a block that another wrote is found, one that
+    another removed is missing. Use `await DiskTier.open(...)`.
+    """
+
+    name = "disk"
+    properties = TierProperties(max_concurrency=8)
+
+    def __init__(
+        self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], int]
+    ) -> None:
+        self._folder = folder
+        self._codec: Codec = codec
+        self._key = key
+        self._inventory = Inventory(folder / "blocks", budget, beside)
+        self._scratch = Scratch(folder)
+        self._threads = ThreadPoolExecutor(self.properties.max_concurrency + 1, "kvshare-disk")
+        self._first_look: Future[None] | None = None
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls,
+        folder: Path,
+        budget: int,
+        codec: Codec = "none",
+        key: Key | None = None,
+        beside: Callable[[], int] = int,
+    ) -> DiskTier:
+        """Make the folders and drop what dead writers left unfinished; `HomeError` if refused.
+
+        `beside`: bytes of other files that count in the budget.
+
+        What is there is counted while the tier is in use already.
+        """
+        tier = cls(folder, budget, codec, key, beside)
+        await asyncio.to_thread(tier._prepare)
+        tier._first_look = tier._threads.submit(tier._look_around)
+        return tier
+
+    def _prepare(self) -> None:
+        try:
+            for name in ("blocks", "quarantine"):
+                files.make_durable_folder(str(self._folder / name))
+                files.names(str(self._folder / name))  # refused where it is no folder
+            self._scratch.open()
+        except OSError as error:
+            self._scratch.close()
+            raise HomeError(
+                f"{error.filename or self._folder} cannot be used: {error.strerror}; put it right, "
+                "or move it away: the store then makes an empty one and forgets what was there"
+            ) from error
+
+    def _look_around(self) -> None:
+        with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
+            self._inventory.look()
+
+    def _alone(self, name: str) -> asyncio.Lock:
+        """One put, get or delete of a block at a time; others do not wait for it."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _start(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        if self._closed:
+            raise StorageError("the disk tier is closed")
+        return asyncio.wrap_future(self._threads.submit(function, *args))
+
+    async def _finish(self, function: Callable[..., T], *args: object) -> T:
+        """A caller that is cancelled waits nevertheless: the thread uses what is the caller's."""
+        work = self._start(function, *args)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
+
+    # --- put ----------------------------------------------------------------------------------
+
+    async def put(self, name: str, block: Block) -> None:
+        if self._first_look is not None and not self._first_look.done():
+            self._inventory.hurry()  # the budget is not known
+            await asyncio.wait([asyncio.wrap_future(self._first_look)])
+        async with self._alone(name):
+            if self._inventory.size(name) is not None:
+                self._inventory.touch(name)
+            else:
+                await self._finish(self._put, name, block)
+
+    def _put(self, name: str, block: Block) -> None:
+        """The block counts as here only once it is durable: until then its rows must stay put."""
+        with _refused(name, "written"):
+            self._inventory.look()
+            if self._adopt(name):
+                return
+            head, payload = encode_frame(name, block, self._codec, self._key)
+            nbytes = len(head) + len(payload)
+            self._inventory.reserve(nbytes)
+            written = None
+            try:
+                self._write(self._inventory.path(name), head, payload)
+                written = name
+            finally:
+                self._inventory.settle(nbytes, written)
+
+    def _adopt(self, name: str) -> bool:
+        """Whether a good file of that name is there already: another process wrote it."""
+        path = self._inventory.path(name)
+        if files.measure(path) is None:
+            return False
+        try:
+            nbytes = self._read(name)[1]
+        except (CorruptBlockError, FileNotFoundError):
+            return False
+        files.sync_folder(str(Path(path).parent))  # its writer may not have come to that yet
+        self._inventory.add(name, nbytes)
+        return True
+
+    def _write(self, path: str, *parts: object) -> None:
+        folder = str(Path(path).parent)
+        if files.make_folder(folder):
+            files.sync_folder(str(self._folder / "blocks"))
+        unfinished = self._scratch.path()
+        files.write(unfinished, parts)
+        try:
+            files.rename(unfinished, path)
+        except OSError:
+            files.discard(unfinished)
+            raise
+        try:
+            files.sync_folder(folder)
+        except OSError:
+            files.discard(path)  # it may not be durable, so it must not look as if it were here
+            raise
+
+    # --- get ----------------------------------------------------------------------------------
+
+    async def get(self, name: str) -> Block:
+        async with self._alone(name):
+            try:
+                block, nbytes = await self._start(self._get, name)
+            except (MissingBlockError, CorruptBlockError):
+                self._inventory.forget(name)
+                raise
+            self._inventory.add(name, nbytes)
+            return block
+
+    def _get(self, name: str) -> tuple[Block, int]:
+        with _refused(name, "read"):
+            try:
+                return self._read(name)
+            except FileNotFoundError as error:
+                raise MissingBlockError(f"block {name[:12]} is not on disk") from error
+            except CorruptBlockError:
+                self._quarantine(name)
+                raise
+
+    def _read(self, name: str) -> tuple[Block, int]:
+        """The verified block and the bytes of its file."""
+        frame = files.read(self._inventory.path(name))
+        return decode_frame(frame, name, self._key), len(frame)
+
+    def _quarantine(self, name: str) -> None:
+        """Keep the bad bytes for whoever wants to look, out of the way of every reader.
+
+        Where that fails the file stays and goes on being refused: nobody reads without verifying.
+        """
+        with contextlib.suppress(OSError):
+            folder = self._folder / "quarantine"
+            files.rename(self._inventory.path(name), str(folder / name))
+            kept = [str(folder / entry) for entry in files.names(str(folder))]
+            kept.sort(key=lambda path: (files.measure(path) or (0, 0))[1])
+            for path in kept[:-_KEPT_BAD]:
+                files.remove(path)
+
+    # --- the rest -----------------------------------------------------------------------------
+
+    async def delete(self, name: str) -> bool:
+        async with self._alone(name):
+            return await self._finish(self._delete, name)
+
+    def _delete(self, name: str) -> bool:
+        with _refused(name, "removed"):
+            removed = files.remove(self._inventory.path(name))
+        self._inventory.forget(name)
+        return removed
+
+    async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
+        """Looks into every file: a block that no node uses any more is nobody's known block."""
+        for name in {*names, *await self._finish(self._traces, namespace)}.difference(keep):
+            await self.delete(name)
+
+    def _traces(self, namespace: str) -> list[str]:
+        with _refused(namespace, "purged"):
+            for path in traces.wreckage_of(self._folder, namespace):
+                files.remove(path)
+            return traces.blocks_of(self._folder, namespace)
+
+    def size(self, name: str) -> int | None:
+        return self._inventory.size(name)
+
+    def has(self, name: str) -> bool:
+        return self._inventory.has(name)
+
+    def names(self) -> list[str]:
+        return self._inventory.names()
+
+    def touch(self, name: str) -> None:
+        self._inventory.touch(name)
+
+    def use(self) -> TierUse:
+        return self._inventory.use()
+
+    def counted(self) -> TierUse:
+        return self._inventory.counted()
+
+    async def close(self) -> None:
+        """Calls that have begun end as they would have; later ones are refused."""
+        self._closed = True
+        self._inventory.hurry()
+        await asyncio.to_thread(self._threads.shutdown)
+        self._scratch.close()
+
+
+@contextlib.contextmanager
+def _refused(name: str, verb: str) -> Iterator[None]:
+    """What the file system refuses, as the errors of a tier."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = FullDiskError if full else StorageError
+        raise kind(f"block {name[:12]} was not {verb}: {error.strerror}") from error

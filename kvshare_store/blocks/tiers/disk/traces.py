@@ -1,0 +1,40 @@
+"""Which files of a disk tier hold bytes of a namespace: by what is in them, not what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvshare_store.blocks.tiers.disk import files
+from kvshare_store.errors import CorruptBlockError
+from kvshare_store.tensors.frame import MOST_HEADER, read_header
+
+
+def blocks_of(folder: Path, namespace: str) -> list[str]:
+    """Names of the block files whose header names the namespace; `OSError` if refused."""
+    blocks = folder / "blocks"
+    return [
+        Path(entry).stem
+        for prefix in files.names(str(blocks))
+        for entry in files.names(str(blocks / prefix))
+        if _is_of(str(blocks / prefix / entry), namespace)
+    ]
+
+
+def wreckage_of(folder: Path, namespace: str) -> Iterator[str]:
+    """Unfinished files of a namespace, and everything in quarantine: what a damaged file says about
+    whose it is cannot be trusted."""
+    for entry in files.names(str(folder / "tmp")):
+        path = str(folder / "tmp" / entry)
+        if _is_of(path, namespace):
+            yield path
+    for entry in files.names(str(folder / "quarantine")):
+        yield str(folder / "quarantine" / entry)
+
+
+def _is_of(path: str, namespace: str) -> bool:
+    try:
+        header, _ = read_header(files.read_beginning(path, MOST_HEADER))
+    except (FileNotFoundError, CorruptBlockError):
+        return False
+    return header.namespace == namespace

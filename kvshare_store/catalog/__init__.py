@@ -1,0 +1,1 @@
+"""The durable copy of the nodes: LanceDB tables, and facts that several machines share."""

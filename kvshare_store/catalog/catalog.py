@@ -1,0 +1,430 @@
+"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in
+`catalog/table.py`.
+
+A row is written only after all blocks it names are durable, in one commit a batch; what a method
+committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
+nobody else sees it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from kvshare_store.catalog.batches import namespace_rows, node_rows, numbers, texts
+from kvshare_store.catalog.faults import Fault
+from kvshare_store.catalog.lance import lance_errors
+from kvshare_store.catalog.ledger import MARKED, Fact, Ledger
+from kvshare_store.catalog.place import Place
+from kvshare_store.catalog.rows import Rows
+from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.errors import (
+    ErrorKind,
+    HomeError,
+    KVShareError,
+    MissError,
+    NewerRowError,
+    NoSpaceError,
+    StorageError,
+)
+from kvshare_store.keys import Keyring
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, saw_stamps
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
+
+T = TypeVar("T")
+
+_ATTEMPTS = 4
+_VECTOR = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
+_NODES = Fields(
+    pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("namespace", pa.string(), nullable=False),
+            pa.field("node", pa.binary(), nullable=False),
+            pa.field("lexical", _VECTOR),
+            pa.field("semantic", _VECTOR),
+        ]
+    ),
+    "id",
+)
+_STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
+"""Where several machines write, each row shows the stamp of its node: whoever replaces or removes
+one says which form of it is meant."""
+_NAMESPACES = Fields(
+    pa.schema(
+        [
+            pa.field("digest", pa.string(), nullable=False),
+            pa.field("namespace", pa.binary(), nullable=False),
+            pa.field("salt", pa.binary()),
+        ]
+    ),
+    "digest",
+)
+
+
+class Catalog:
+    """Rows of nodes and namespaces. Thread-safe: one handle under one lock.
+
+    With `keys`, what a node or a namespace is is sealed, and there are no vectors beside it;
+    docs/design/encryption.md says what is left in clear.
+
+    Concurrent `merge_insert` on a nullable or undeclared key duplicates rows silently, so the keys
+    are non-nullable and declared.
+    """
+
+    def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
+        """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
+        for one that several machines write to. `HomeError` if it cannot be had."""
+        self._lock = threading.Lock()
+        self._rows = Rows(keys)
+        self._ours: dict[str, int | None] = {}
+        self._faults: list[Fault] = []
+        self._said: set[tuple[str, ErrorKind]] = set()
+        self.place = Place(folder)
+        try:
+            with lance_errors():
+                database = self.place.connect()
+            fields = _STAMPED if self.place.shared else _NODES
+            self._nodes = Table(self.place, database, "nodes", fields)
+            self._nodes.complete()
+            self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+            self.facts = Ledger(self.place, database, "facts", create=self.place.shared)
+            self.uses = Ledger(self.place, database, "uses", create=self.place.shared)
+            self._ledgers = {"facts": self.facts, "uses": self.uses}
+        except (OSError, NoSpaceError) as error:
+            if isinstance(error, HomeError):
+                raise
+            raise HomeError(f"catalogue {self.place} cannot be opened: {error}") from error
+
+    # --- what is wrong -----------------------------------------------------------------------
+
+    def take_faults(self) -> list[Fault]:
+        """What was found to be wrong since the last call, by opening and by reading."""
+        with self._lock:
+            for table in (self._namespaces, self._nodes):
+                self._faults += table.take_lost()
+            faults, self._faults = self._faults, []
+            return faults
+
+    def _fault(self, about: str, error: KVShareError) -> None:
+        """Every read of a bad row finds it again: it counts once."""
+        if (about, error.kind) not in self._said:
+            self._said.add((about, error.kind))
+            self._faults.append(Fault(about, error))
+
+    def verify(self, *, repair: bool) -> list[Fault]:
+        """Read every row again and say what is wrong with it.
+
+        `repair`: bad rows are removed; those that a newer release understands stay.
+        """
+        with self._lock:
+            found: list[Fault] = []
+            for table, rows_of, read in (
+                (self._namespaces, namespace_rows, self._rows.namespace),
+                (self._nodes, node_rows, self._rows.node),
+            ):
+                bad: list[int] = []
+                for batch in table.salvage():
+                    for row, number in zip(rows_of(batch), numbers(batch), strict=True):
+                        error = _error_of(read, row)
+                        if error is not None:
+                            removed = repair and not isinstance(error, NewerRowError)
+                            found.append(Fault(str(row[0]), error, removed))
+                            bad += [int(number)] * removed
+                table.delete_numbers(bad)
+                found += table.take_lost()
+            return found
+
+    # --- nodes -------------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
+        """Commit nodes in one LanceDB version; adding a node again replaces its row.
+
+        In a shared catalogue the first row of a node stays: another machine serves from its blocks.
+        Returns the ids of the nodes that stay as they were there.
+        """
+        if not rows:
+            return set()
+        inserted = self._commit(lambda: self._add(rows))
+        ours = {node.id: node.stamp for node, _ in rows}
+        theirs = self.stamps(ids=ours) if self.place.shared and inserted < len(rows) else {}
+        known = {node_id for node_id, stamp in theirs.items() if stamp != ours[node_id]}
+        self._note({node_id: stamp for node_id, stamp in ours.items() if node_id not in known})
+        return known
+
+    def _add(self, rows: Sequence[tuple[Node, Vectors]]) -> int:
+        with self._lock:
+            packed = [self._rows.node_row(*row) for row in rows]
+            return self._nodes.merge(packed, replace=not self.place.shared)[0]
+
+    def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
+        """Give a node another row, in the place of the one that has the stamp `expected`. False if
+        the node's row has another stamp by now, or none is there."""
+        known = f"target.stamp = {int(expected)}"
+        where: bool | str = known if expected else f"{known} OR target.stamp IS NULL"
+        if not self.place.shared:
+            where = True  # nobody else writes here
+
+        def change() -> int:
+            with self._lock:
+                row = self._rows.node_row(node, vectors)
+                return self._nodes.merge([row], replace=where, insert=False)[1]
+
+        replaced = bool(self._commit(change))
+        if replaced:
+            self._note({node.id: node.stamp})
+        return replaced
+
+    def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
+        """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows
+        that have one of these: a row that another machine has replaced meanwhile stays."""
+        gone = list(ids)
+        if not gone:
+            return
+        where = f"id IN ({_quoted(gone)})"
+        if stamps and self.place.shared:
+            numbers_ = ", ".join(str(int(stamp)) for stamp in stamps)
+            unstamped = " OR stamp IS NULL" if 0 in stamps else ""
+            where += f" AND (stamp IN ({numbers_}){unstamped})"
+        if self._commit(lambda: self._delete(where)) == len(gone):
+            self._note(dict.fromkeys(gone))
+
+    def _delete(self, where: str) -> int:
+        with self._lock:
+            return self._nodes.delete(where)
+
+    def _commit(self, change: Callable[[], T]) -> T:
+        """Of two machines that change a shared table at once LanceDB tells one to try again."""
+        for attempt in range(_ATTEMPTS if self.place.shared else 1):
+            if attempt:
+                time.sleep(random.uniform(0, 0.05 * 2**attempt))
+                self.refresh()
+            try:
+                return change()
+            except StorageError as error:
+                failed = error
+        raise failed
+
+    def _note(self, changes: Mapping[str, int | None]) -> None:
+        if self.place.shared:
+            with self._lock:
+                self._ours |= changes
+
+    def take_changes(self) -> dict[str, int | None]:
+        """What was committed to a shared catalogue through this handle since the last call: stamps
+        of rows by id, None for one that was removed."""
+        with self._lock:
+            ours, self._ours = self._ours, {}
+            return ours
+
+    def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
+        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`. Rows
+        of a catalogue that is not shared have none: 0."""
+        columns, where = ["id"], ""
+        if ids is not None:
+            where = f"id IN ({_quoted(ids)})" if ids else "false"
+        if self.place.shared:
+            columns.append("stamp")
+            where = where or (f"stamp >= {int(since)}" if since else "")
+        found: dict[str, int] = {}
+        with self._lock:
+            for batch in self._nodes.rows(where, columns):
+                seen = batch.column("stamp").to_pylist() if "stamp" in columns else None
+                for at, node_id in enumerate(texts(batch, "id")):
+                    found[node_id] = (seen[at] or 0) if seen is not None else 0
+        saw_stamps(found.values())
+        return found
+
+    def refresh(self) -> int:
+        """See what others have committed; returns the version of the node table."""
+        with self._lock:
+            self._nodes.refresh()
+            self._namespaces.refresh()  # later: whoever commits a node has committed its namespace
+            return self._nodes.version
+
+    def load(
+        self, namespace: str | None = None, ids: Collection[str] | None = None
+    ) -> Iterator[tuple[Node, Vectors]]:
+        """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
+
+        Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
+        """
+        for batch in self.load_batches(namespace, ids):
+            yield from batch
+
+    def load_batches(
+        self, namespace: str | None = None, ids: Collection[str] | None = None
+    ) -> Iterator[list[tuple[Node, Vectors]]]:
+        """As `load`, many at a time."""
+        where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
+        where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
+        with self._lock:
+            batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
+            for batch in batches:
+                found = []
+                for row in node_rows(batch):
+                    try:
+                        found.append(self._rows.node(row))
+                    except MissError as error:
+                        self._fault(row.id, error)
+                saw_stamps(node.stamp for node, _ in found)
+                yield found
+
+    def count(self) -> int:
+        """How many nodes are committed."""
+        with self._lock:
+            return self._nodes.count()
+
+    def ids(self) -> list[tuple[str, str]]:
+        """Id and namespace of every committed row, as the table has them, repetitions included."""
+        with self._lock:
+            batches = list(self._nodes.rows(columns=["id", "namespace"]))
+        return [
+            pair
+            for batch in batches
+            for pair in zip(texts(batch, "id"), texts(batch, "namespace"), strict=True)
+        ]
+
+    # --- versions ----------------------------------------------------------------------------
+
+    def old_versions(self) -> dict[str, int]:
+        """How many versions of each table `compact` would drop."""
+        with self._lock:
+            if self.place.shared:
+                self._namespaces.refresh()
+            found = {
+                "nodes": self._nodes.old_versions(),
+                "namespaces": self._namespaces.old_versions(),
+            }
+        return found | {name: ledger.old_versions() for name, ledger in self._ledgers.items()}
+
+    def clear(self) -> None:
+        """Remove every node, from old versions too."""
+        with self._lock:
+            self._nodes.delete("true")
+            self._nodes.drop_versions()
+
+    def compact(self, tables: Collection[str] | None = None) -> None:
+        """Merge small fragments and drop old versions, of all tables or of some. Only the owner of
+        the home may call it."""
+        if self.place.shared:
+            self.refresh()
+        for name, ledger in self._ledgers.items():
+            if tables is None or name in tables:
+                ledger.compact()
+        with self._lock:
+            if tables is None or "nodes" in tables:
+                self._nodes.compact()
+            if (tables is None or "namespaces" in tables) and self._namespaces.old_versions():
+                if self.place.shared:
+                    self._namespaces.compact()
+                else:
+                    self._namespaces.rewrite()  # a file may hold the salt of what was purged
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files of a catalogue in a folder."""
+        tables = self._nodes, self._namespaces, self.facts, self.uses
+        return sum(table.bytes for table in tables)
+
+    # --- namespaces --------------------------------------------------------------------------
+
+    def store_id(self) -> str:
+        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
+        return self.facts.facts("key = 'store'")[0].state
+
+    def digests(self) -> set[str]:
+        """Every namespace that was ever saved into, by its digest."""
+        with self._lock:
+            batches = list(self._namespaces.rows(columns=["digest"]))
+        return {digest for batch in batches for digest in texts(batch, "digest")}
+
+    def add_namespaces(self, namespaces: Sequence[Namespace]) -> None:
+        """Remember what digests stand for, and the salts of their keys, in one commit.
+
+        A record that is there stays: another writer may have been first, and one salt counts. One
+        that cannot be read is replaced.
+        """
+        rows = {each.digest: self._rows.namespace_row(each) for each in namespaces}
+        if not rows:
+            return
+        with self._lock:
+            self._namespaces.merge(list(rows.values()), replace=False)
+        bad = rows.keys() - {each.digest for each in self.namespaces(*rows)}
+        if bad:
+            with self._lock:
+                self._namespaces.merge([rows[digest] for digest in sorted(bad)], replace=True)
+            self.namespaces(*bad)
+
+    def remove_namespaces(self, digests: Sequence[str]) -> None:
+        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
+        if digests:
+            with self._lock:
+                self._namespaces.delete(f"digest IN ({_quoted(digests)})")
+        for digest in digests:
+            self._rows.forget(digest)
+
+    def namespaces(self, *digests: str) -> list[Namespace]:
+        """Every namespace that was ever saved into, or those of digests; their keys are known then.
+
+        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
+        they were sealed with another key than ours, or with none.
+        """
+        with self._lock:
+            if digests:
+                batches = list(self._namespaces.rows(f"digest IN ({_quoted(digests)})"))
+            else:
+                batches = list(self._namespaces.salvage())
+            found = []
+            for row in (row for batch in batches for row in namespace_rows(batch)):
+                try:
+                    found.append(self._rows.namespace(row))
+                except MissError as error:
+                    self._fault(row.digest, error)
+        return found
+
+    def purge(self, namespace: str) -> None:
+        """Remove every row of a namespace, its record and its salt, from old versions too.
+
+        Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
+        rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay until
+        whoever removes those blocks has done so: a save must wait for it.
+        """
+        digest = _hex(namespace)
+        with self._lock:
+            self._nodes.erase(f"namespace = '{digest}'")
+            self._namespaces.erase(f"digest = '{digest}'")
+        self.facts.erase(f"key LIKE 'block/{digest}/%' AND state = '{MARKED}'")
+        self.uses.erase(f"by = '{digest}'")
+        self._rows.forget(namespace)
+
+    def forget_key(self, namespace: str) -> None:
+        """The key of a namespace that another machine has purged; that of a new record is known
+        from the next `namespaces`."""
+        self._rows.forget(namespace)
+
+
+def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
+    try:
+        read(row)
+    except MissError as error:
+        return error
+    return None
+
+
+def _quoted(ids: Iterable[str]) -> str:
+    return ", ".join(f"'{_hex(node_id)}'" for node_id in ids)
+
+
+def _hex(node_id: str) -> str:
+    """Ids go into SQL text, so nothing but hex digits may pass."""
+    return f"{int(node_id, 16):0{len(node_id)}x}"

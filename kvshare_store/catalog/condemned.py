@@ -1,0 +1,157 @@
+"""Blocks of a shared remote that are about to be removed: the order of a save and a collection.
+
+Each is a fact of the shared catalogue, `marked` and then `removing`. A machine that commits a node
+takes the marks from its blocks, and waits for those that are being removed; a janitor removes only
+blocks whose mark stood for a grace and that no row names. docs/design/sharing.md has the proof.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.catalog.ledger import MARKED, Fact, Ledger, within
+from kvshare_store.errors import ClaimedBlockError
+
+_PATIENCE_S = 5.0
+"""How long a save waits for the removal of one of its blocks."""
+_POLL_S = 0.02
+_REMOVAL_S = 5.0
+"""Within this long, or half a grace, of its claim a janitor deletes, or claims again."""
+_REMOVING = "removing"
+
+
+def now_s() -> float:
+    """Seconds that go on while the machine sleeps, as the other machines' do."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+class _Seen(NamedTuple):
+    """A condemned block, and when (by this machine's clock) it was first seen as it is."""
+
+    fact: Fact
+    since: float
+
+
+class Condemned:
+    """What this machine knows of them. Thread-safe."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        machine: str,
+        grace_s: float,
+        blocks: BlockStore,
+        clock: Callable[[], float] = now_s,
+    ) -> None:
+        self.grace_s = grace_s
+        self._ledger = ledger
+        self._machine = machine
+        self._blocks = blocks
+        self.clock = clock
+        """Seconds, on this machine alone: only how long something lasts is measured."""
+        self._lock = threading.Lock()
+        self._version = -1
+        self._looked = clock()
+        self._seen: dict[str, _Seen] = {}
+
+    def look(self) -> set[str]:
+        """Names of the blocks that are condemned now. A mark stands for a grace: whoever looks more
+        often than twice in it sees each; after a longer pause nothing is sure."""
+        with self._lock:
+            asked = self.clock()
+            version = self._ledger.refresh()
+            if asked - self._looked > self.grace_s / 2:
+                self._blocks.doubt_shared(None)
+            self._looked = asked
+            if version != self._version:
+                facts = self._ledger.facts("key LIKE 'block/%'")
+                self._blocks.doubt_shared(
+                    [name for fact in facts if (name := _name(fact)) not in self._seen]
+                )
+                self._seen = {_name(fact): self._since(fact, asked) for fact in facts}
+                self._version = version
+            return set(self._seen)
+
+    def _since(self, fact: Fact, now: float) -> _Seen:
+        before = self._seen.get(_name(fact))
+        return before if before is not None and before.fact == fact else _Seen(fact, now)
+
+    # --- whoever saves -----------------------------------------------------------------------
+
+    def rescue(self, names: Collection[str]) -> None:
+        """Return once none of the blocks is condemned. `StorageError` if one is being removed and
+        that does not end: the prompt can be saved again later."""
+        wanted, deadline = set(names), self.clock() + _PATIENCE_S
+        while hit := self.look() & wanted:
+            self._ledger.remove(f"state = '{MARKED}' AND {self._keys(hit)}")
+            if not (hit := self.look() & wanted):
+                return
+            if self.clock() > deadline:
+                raise ClaimedBlockError(
+                    f"another machine is removing block {min(hit)[:12]}; save the prompt again"
+                )
+            time.sleep(_POLL_S)
+
+    def _keys(self, names: Collection[str]) -> str:
+        return within("key", [seen.fact.key for n in names if (seen := self._seen.get(n))])
+
+    # --- a janitor ---------------------------------------------------------------------------
+
+    def mark(self, blocks: Mapping[str, str]) -> None:
+        """Condemn blocks that no row of the catalogue names: their namespaces, by name."""
+        now = time.time()
+        facts = [
+            Fact(f"block/{namespace}/{name}", now, self._machine, MARKED)
+            for name, namespace in blocks.items()
+        ]
+        self._ledger.create(facts)
+
+    def claim(self, limit: int) -> dict[str, str]:
+        """Blocks that this machine alone may remove now: their namespaces, by name. The caller
+        looks into the catalogue after this, and lets go (`release`) of those that a row names.
+
+        A mark must have stood for a grace. What another machine claimed and did not remove for two
+        is taken over: it has died, or has stopped by itself.
+        """
+        self.look()
+        now = self.clock()
+        due = [name for name, seen in self._seen.items() if self._due(seen, now)][:limit]
+        if not due:
+            return {}
+        keys = self._keys(due)
+        # not one that was saved and condemned again since it was seen
+        seen = ", ".join(repr(self._seen[name].fact.at) for name in due)
+        self._ledger.change(
+            f"{keys} AND at IN ({seen})", state=_REMOVING, by=self._machine, at=time.time()
+        )
+        ours = f"{keys} AND state = '{_REMOVING}' AND by = '{self._machine}'"
+        return {_name(fact): fact.key.split("/")[1] for fact in self._ledger.facts(ours)}
+
+    def _due(self, seen: _Seen, now: float) -> bool:
+        if seen.fact.state == MARKED:
+            return now - seen.since >= self.grace_s
+        mine = seen.fact.by == self._machine
+        return mine or now - seen.since > 2 * max(self.grace_s, _REMOVAL_S)
+
+    def removal_seconds(self) -> float:
+        """How long after a claim its blocks may be deleted."""
+        return max(self.grace_s / 2, _REMOVAL_S)
+
+    def release(self, blocks: Mapping[str, str], purged: Collection[str] = ()) -> None:
+        """They are removed, or they stay: whoever saves one may rely on what it sees. Of namespaces
+        that were `purged` meanwhile the names go from old versions of the facts as well."""
+        keys = {f"block/{namespace}/{name}": namespace for name, namespace in blocks.items()}
+        gone = [key for key, namespace in keys.items() if namespace in purged]
+        kept = [key for key, namespace in keys.items() if namespace not in purged]
+        for some, remove in ((kept, self._ledger.remove), (gone, self._ledger.erase)):
+            if some:
+                remove(f"{within('key', some)} AND by = '{self._machine}'")
+
+
+def _name(fact: Fact) -> str:
+    return fact.key.rpartition("/")[2]

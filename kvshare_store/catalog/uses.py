@@ -1,0 +1,69 @@
+"""When nodes were last used, by any machine and before any restart: a table beside the nodes."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from kvshare_store.catalog.ledger import Fact, Ledger
+from kvshare_store.nodes.delta_tree import DeltaTree
+
+_LONGEST_S = 600.0
+_KEPT_S = 30 * 86_400.0
+"""What nobody used for so long (and for twice `ttl_seconds`) is forgotten here."""
+_CHUNK = 512
+
+
+class Uses:
+    """Writes this machine's uses back in batches and learns those of others.
+
+    `period`: the longest that a use is known to this machine alone, in seconds.
+    """
+
+    def __init__(
+        self, ledger: Ledger, tree: DeltaTree, lock: threading.RLock, ttl_seconds: float
+    ) -> None:
+        self.period = min(_LONGEST_S, ttl_seconds / 4 or _LONGEST_S)
+        self._kept = max(_KEPT_S, 2 * ttl_seconds)
+        self._ledger = ledger
+        self._tree = tree
+        self._lock = lock
+        self.clock = time.time
+        """Seconds since 1970."""
+        self._alone = threading.Lock()
+        self._written = self.clock()
+        self._learned = 0.0
+
+    def recorded(self) -> dict[str, float]:
+        """When each node was last used (seconds since 1970), as far as it was written down."""
+        return {fact.key: fact.at for fact in self._ledger.facts()}
+
+    def exchange(self) -> None:
+        """Write down what was used here since the last time, and learn what others wrote."""
+        with self._alone:
+            now = self.clock()
+            with self._lock:
+                used = self._tree.used_within(now - self._written)
+            facts = [Fact(node.id, now - idle, node.namespace) for node, idle in used]
+            for start in range(0, len(facts), _CHUNK):
+                self._ledger.put(facts[start : start + _CHUNK])
+            self._written = now
+            self._learn(now)
+
+    def _learn(self, now: float) -> None:
+        # another machine's clock may be behind, and it may have been slow to write
+        since = self._learned - 2 * self.period
+        heard = self._ledger.facts(f"at > {since}")
+        with self._lock:
+            for fact in heard:
+                self._tree.used_before(fact.key, now - fact.at)
+        self._learned = now
+
+    def due(self) -> bool:
+        """Whether it is time to write back again."""
+        return self.clock() - self._written >= self.period / 2
+
+    def prune(self) -> None:
+        """Forget uses of long ago."""
+        if self._ledger.facts(f"at < {self.clock() - self._kept}"):
+            self._ledger.remove(f"at < {self.clock() - self._kept}")

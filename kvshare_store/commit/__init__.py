@@ -1,0 +1,1 @@
+"""Nodes become durable and go: the home, the queue, and the thread that empties it."""

@@ -1,0 +1,132 @@
+"""What happens to a node after its rows are in the host tier: bytes, then metadata, off the path.
+
+One thread: the blocks of a batch become durable, then its node rows are committed together; node
+rows are removed before their blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+
+from kvshare_store.commit.durable import Durable
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.queue import Addition, CommitQueue, Errand, Removal, Work
+from kvshare_store.errors import (
+    ClaimedBlockError,
+    InternalError,
+    KVShareError,
+    MissError,
+    NoSpaceError,
+)
+from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.node import Node
+from kvshare_store.threads import STORING, Supervised
+
+log = logging.getLogger("kvshare")
+
+_SHOWN = 200
+"""Letters of an error: LanceDB's are long."""
+
+
+class Committer:
+    """Does what is in the queue, in that order."""
+
+    def __init__(
+        self, queue: CommitQueue, nodes: NodeStore, durable: Durable, metrics: Metrics
+    ) -> None:
+        self._queue = queue
+        self._nodes = nodes
+        self._durable = durable
+        self._metrics = metrics
+        self._health = metrics.health
+        self._thread = Supervised(STORING, self._run, metrics.health)
+
+    def close(self) -> None:
+        """Finish what is queued and stop."""
+        self._queue.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        while batch := self._queue.take():
+            self._attempt(batch)
+
+    def _attempt(self, batch: Sequence[Work]) -> None:
+        """Do it. After an error that nobody expected each piece is tried alone: one that cannot be
+        done is given up, and takes no other along. What was done before is done once more, which
+        changes nothing."""
+        try:
+            self._do(batch)
+        except BaseException as error:  # a panic of a library is no Exception
+            log.exception("kvshare: %d pieces of work failed", len(batch))
+            if len(batch) == 1:
+                self._health.failed(STORING, error)
+                self._give_up(batch[0], InternalError(f"{type(error).__name__}: {error}"))
+                return
+            for work in batch:
+                self._attempt([work])
+
+    def _give_up(self, work: Work, error: InternalError) -> None:
+        if not isinstance(work, Addition):
+            return
+        try:
+            self._fail(work.node, error)
+        except BaseException:  # the rest of the batch must not suffer
+            log.exception("kvshare: node %s could not be given up", work.node.id[:12])
+
+    def _fail(self, node: Node, error: KVShareError) -> None:
+        """What cannot be made durable is no node: a full disk stops saving, not serving."""
+        if _is_refusal(error):
+            self._queue.failed(error)
+        if not isinstance(error, MissError):
+            self._metrics.error(error.kind)
+        self._nodes.remove([node.id])
+
+    def _do(self, batch: Sequence[Work]) -> None:
+        """What can be done in one go is: additions first, or a node that takes another's place
+        could be lost with it. Only one that comes back waits until its predecessor is gone."""
+        additions: list[Addition] = []
+        removals: list[Removal] = []
+        for work in batch:
+            if isinstance(work, Removal):
+                removals.append(work)
+                continue
+            if isinstance(work, Errand) or any(work.node.id in gone.nodes for gone in removals):
+                self._add(additions)
+                self._remove(removals)
+                additions, removals = [], []
+            if isinstance(work, Addition):
+                additions.append(work)
+            else:
+                work.do()
+        self._add(additions)
+        self._remove(removals)
+
+    def _add(self, additions: Sequence[Addition]) -> None:
+        if not additions:
+            return
+        ended = self._durable.store(additions)
+        for addition, error in zip(additions, ended, strict=True):
+            if error is not None:
+                self._fail(addition.node, error)
+        refusal = next((error for error in ended if error and _is_refusal(error)), None)
+        if None in ended:
+            self._health.well(STORING)
+        elif refusal is not None:
+            text = str(refusal)[:_SHOWN]
+            log.warning("kvshare: %d prompts were not stored: %s", len(ended), text)
+            self._health.failed(STORING, refusal)
+
+    def _remove(self, removals: Sequence[Removal]) -> None:
+        if removals:
+            self._durable.remove(removals)
+
+
+def _is_refusal(error: KVShareError) -> bool:
+    """Whether storage has refused what it should take. A node that left before it was durable and
+    a budget that is full are nothing of that kind."""
+    return not isinstance(error, MissError | NoSpaceError | ClaimedBlockError)

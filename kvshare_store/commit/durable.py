@@ -1,0 +1,180 @@
+"""Bytes before metadata, in the committer's thread: namespaces, room, every block, then the rows.
+
+Rows go before their blocks; docs/design/ordering.md says what a crash leaves after each step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.condemned import Condemned
+from kvshare_store.catalog.faults import report
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.queue import Addition, Removal
+from kvshare_store.commit.room import Room
+from kvshare_store.errors import KVShareError, MissingBlockError, StorageError
+from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors
+
+log = logging.getLogger("kvshare")
+
+Ended = list[KVShareError | None]
+"""For each node what went wrong, or None."""
+
+_COMMIT_BYTES = 1 << 16
+"""About what LanceDB writes for one commit, beside the rows."""
+_CONFIRMED_IN = 4
+"""Attempts to write blocks within half a grace."""
+
+
+class Durable:
+    """Makes nodes durable, and removes them. What cannot be made durable is left to the caller."""
+
+    def __init__(
+        self,
+        nodes: NodeStore,
+        catalog: Catalog | None,
+        condemned: Condemned | None,
+        metrics: Metrics,
+    ) -> None:
+        self._nodes = nodes
+        self._blocks = nodes.blocks
+        self._catalog = catalog
+        self._condemned = condemned
+        self._metrics = metrics
+        self._room = Room(nodes, catalog)
+
+    # --- nodes come --------------------------------------------------------------------------
+
+    def store(self, additions: Sequence[Addition]) -> Ended:
+        """Blocks, then rows, as many at a time as the tiers are worth."""
+        nodes = [addition.node for addition in additions]
+        ended = self._make(nodes)
+        durable = [at for at, error in enumerate(ended) if error is None]
+        if self._catalog is None or not durable:
+            return ended
+        try:
+            known = self.add([additions[at] for at in durable])
+            confirmed = self._confirmed([nodes[at] for at in durable], known)
+        except KVShareError as error:
+            confirmed = [error] * len(durable)
+        for at, outcome in zip(durable, confirmed, strict=True):
+            ended[at] = outcome
+        return ended
+
+    def _make(self, nodes: Sequence[Node]) -> Ended:
+        try:
+            self._record_namespaces(nodes)
+        except KVShareError as error:
+            return [error] * len(nodes)
+        return _each(self.write, nodes)
+
+    def _record_namespaces(self, nodes: Sequence[Node]) -> None:
+        known = self._nodes.namespaces
+        # a node that has left may be of a namespace that is forgotten
+        new = known.unrecorded(node.namespace for node in nodes)
+        if new and self._catalog is not None:
+            self._catalog.add_namespaces(new)
+        known.recorded(new)
+
+    def write(self, nodes: Sequence[Node]) -> None:
+        """Return once every block of the nodes is durable; raises the first error."""
+        with self._nodes.lock:
+            for node in nodes:
+                if node.id not in self._nodes.tree:
+                    raise MissingBlockError(f"node {node.id[:12]} left before it was durable")
+        names = _blocks_of(nodes)
+        room = self._room
+        room.keep = {node.id for node in nodes}
+        room.make(names)
+        if self._condemned is not None:
+            self._condemned.rescue(names)
+        room.retried(lambda: self._blocks.persist(names), room.missing_bytes(names))
+
+    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
+        """Commit rows of nodes whose blocks are durable; ids of those that are another machine's
+        and stay as they are."""
+        catalog = self._catalog
+        if catalog is None:
+            return set()
+        return self._room.retried(lambda: catalog.add(rows), _COMMIT_BYTES)
+
+    def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
+        """Commit another row of a node in the place of the one with the stamp `expected`; False if
+        that is not there."""
+        catalog = self._catalog
+        if catalog is None:
+            return True
+        return self._room.retried(lambda: catalog.replace(node, vectors, expected), _COMMIT_BYTES)
+
+    def _confirmed(self, nodes: Sequence[Node], known: Collection[str]) -> Ended:
+        """Rows are committed. Of `known` nodes another machine's row was there before."""
+        if self._condemned is None or self._catalog is None:
+            return [None] * len(nodes)
+        ours = [node for node in nodes if node.id not in known]
+        ended = dict(zip((node.id for node in ours), _each(self.confirm, ours), strict=True))
+        try:
+            theirs = list(self._catalog.load(ids=known)) if known else []
+            self._nodes.learn((), theirs, {node.id: node.stamp for node in nodes})
+            report(self._catalog.take_faults(), self._metrics)
+        except KVShareError as error:
+            ended |= dict.fromkeys(known, error)
+        return [ended.get(node.id) for node in nodes]
+
+    def confirm(self, nodes: Sequence[Node]) -> None:
+        """Their rows are committed: return once no block of theirs can have been removed from a
+        shared remote before whoever removes it could see the row. Raises what stands in the way."""
+        if self._condemned is None or not nodes:
+            return
+        names = _blocks_of(nodes)
+        for _ in range(_CONFIRMED_IN):
+            self._condemned.rescue(names)
+            if self._blocks.sure(names):
+                return
+            self._blocks.persist(names)
+        raise StorageError(
+            "the catalogue is slower than shared_grace_seconds allows; raise that on every machine"
+        )
+
+    # --- nodes go ----------------------------------------------------------------------------
+
+    def remove(self, removals: Sequence[Removal]) -> None:
+        """Rows, then blocks; what is refused stays as garbage."""
+        blocks = [block for removal in removals for block in removal.blocks]
+        try:
+            self._remove_rows([removal for removal in removals if removal.nodes])
+            self.delete(list(dict.fromkeys(blocks)))
+        except KVShareError as error:
+            log.warning("kvshare: removal left garbage behind: %s", error)
+
+    def _remove_rows(self, removals: Sequence[Removal]) -> None:
+        """In one commit; those that say which form of a row they mean, in another."""
+        if self._catalog is None:
+            return
+        for some in ([r for r in removals if not r.stamps], [r for r in removals if r.stamps]):
+            if some:
+                nodes = [node for removal in some for node in removal.nodes]
+                self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
+
+    def delete(self, names: Sequence[str]) -> None:
+        """As `Room.delete`."""
+        self._room.delete(names)
+
+
+def _blocks_of(nodes: Sequence[Node]) -> list[str]:
+    return list(dict.fromkeys(name for node in nodes for name in node.blocks))
+
+
+def _each(step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> Ended:
+    """Do a step for all nodes at once; where that fails, for each alone: one that fails does not
+    take the others along."""
+    try:
+        step(nodes)
+    except KVShareError as error:
+        if len(nodes) == 1:
+            return [error]
+        return [failed for node in nodes for failed in _each(step, [node])]
+    return [None] * len(nodes)

@@ -1,0 +1,141 @@
+"""The home directory: one owner at a time, everything under it readable by that user only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from kvshare_store.blocks.configured import check_levels, open_levels
+from kvshare_store.blocks.eviction import make_policy
+from kvshare_store.blocks.io_loop import IoLoop
+from kvshare_store.blocks.levels import Level
+from kvshare_store.blocks.remotes.owner import Owner
+from kvshare_store.blocks.tiers.disk import files
+from kvshare_store.blocks.tiers.host.arena import Arena
+from kvshare_store.blocks.tiers.host.tier import HostTier
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import BusyError, HomeError, KVShareError
+from kvshare_store.keys import Keyring, master_key
+from kvshare_store.threads import Health
+
+FORMAT = "2"
+"""What a home is marked with. A later release that only adds, and changes nothing that this one
+reads, marks its homes `2.1`, `2.2` and so on."""
+_BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
+"""What may be in a home before its first owner marks it."""
+
+
+class Home:
+    """An opened home: its lock, tiers and catalogue."""
+
+    def __init__(
+        self,
+        lock: int,
+        io: IoLoop,
+        host: HostTier,
+        below: list[Level],
+        catalog: Catalog | None,
+    ) -> None:
+        self._lock = lock
+        self.io = io
+        self.host = host
+        self.below = below
+        """Tiers below host, the fastest first."""
+        self.catalog = catalog
+
+    @classmethod
+    def open(cls, config: StoreConfig, health: Health | None = None) -> Home:
+        """Take the home over; `BusyError` if another process has it, `HomeError` if unusable."""
+        home = config.home_path
+        lock = _lock(home)
+        io = IoLoop(health)
+        arena: Arena | None = None
+        try:
+            _check_format(home)
+            keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
+            arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
+            check_levels(config)
+            catalog = None
+            if config.disk or config.remote:
+                catalog = Catalog(config.catalog or home / "catalog", keys)
+            owner = None
+            if config.remote and catalog is not None:
+                owner = Owner(catalog.store_id(), catalog.digests())
+            below = open_levels(config, io, keys, _bytes_beside(catalog), owner)
+        except (KVShareError, OSError):
+            if arena is not None:
+                arena.close()
+            io.close()
+            os.close(lock)
+            raise
+        return cls(lock, io, HostTier(arena, make_policy(config.eviction)), below, catalog)
+
+    def close(self) -> None:
+        """Let go of the home."""
+        self.io.close()
+        os.close(self._lock)
+
+
+def _bytes_beside(catalog: Catalog | None) -> Callable[[], int]:
+    """A catalogue of several machines is not in the home and not in its budget."""
+    if catalog is None or catalog.place.shared:
+        return int
+    return lambda: catalog.bytes
+
+
+def _foreign(home: Path) -> bool:
+    """Whether a folder without the format mark holds anything that is not ours."""
+    names = {entry.name for entry in home.iterdir()}
+    return "format" not in names and bool(names - _BEFORE_FORMAT)
+
+
+def _lock(home: Path) -> int:
+    try:
+        if home.is_dir() and _foreign(home):
+            raise HomeError(
+                f"home {home} holds other files and no store; choose an empty or a new folder"
+            )
+        if not home.exists():
+            files.make_durable_folder(str(home))
+        descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except HomeError:  # which is an OSError too
+        raise
+    except OSError as error:
+        raise HomeError(
+            f"home {home} cannot be used: {error.strerror}; choose another with --home or "
+            "KVSHARE_HOME"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise BusyError(
+            f"home {home} belongs to a running store; stop it, or choose another home"
+        ) from error
+    return descriptor
+
+
+def _check_format(home: Path) -> None:
+    """The first owner writes the format down; a later release refuses what it cannot read."""
+    mark = home / "format"
+    try:
+        found = mark.read_bytes().strip(b" \n\0").decode(errors="replace") if mark.exists() else ""
+        if not found:  # a new home, or one whose first owner was stopped at this very moment
+            _write_format(home)
+            found = FORMAT
+    except OSError as error:
+        raise HomeError(f"home {home} cannot be used: {error.strerror}") from error
+    if found.partition(".")[0] != FORMAT:
+        raise HomeError(f"home {home} has format {found!r}, this release reads {FORMAT!r}")
+
+
+def _write_format(home: Path) -> None:
+    """Durable before anything is stored: a home without it counts as somebody else's folder."""
+    unfinished = str(home / "format.new")
+    files.discard(unfinished)
+    files.write(unfinished, [FORMAT.encode()])
+    files.rename(unfinished, str(home / "format"))
+    files.sync_folder(str(home))

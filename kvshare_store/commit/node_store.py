@@ -1,0 +1,226 @@
+"""Nodes come and go: in memory at once, in the catalogue and in the tiers in the committer's time.
+
+`NodeState` says what a change has left to do. Here it is handed on: blocks hear how many nodes use
+them, and the queue gets what must become durable or must go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.commit.queue import Addition, CommitQueue, Removal
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import ConfigError, NoSpaceError
+from kvshare_store.metrics import Metrics
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.state import Change, NodeState
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+
+
+class NodeStore:
+    """Thread-safe; `lock` may be held over several calls."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        state: NodeState,
+        blocks: BlockStore,
+        queue: CommitQueue,
+        metrics: Metrics,
+        *,
+        shared: bool,
+        late_s: float,
+    ) -> None:
+        """`shared`: other machines have these nodes too, and write down their uses up to `late_s`
+        seconds later."""
+        self.state = state
+        self.tree = state.tree
+        self.namespaces = state.namespaces
+        self.lock = state.lock
+        self.blocks = blocks
+        self.queue = queue
+        self._config = config
+        self._metrics = metrics
+        self._shared = shared
+        self._late_s = late_s
+
+    # --- nodes come --------------------------------------------------------------------------
+
+    def add(self, node: Node, vectors: Vectors) -> None:
+        """Offer a node to lookups now and make it durable soon. Its blocks are in a tier."""
+        with self.lock:
+            node = self._insert(node, vectors)
+            self.queue.put(Addition(node, vectors))
+            if self._shared:
+                self.drop_excess()
+            else:
+                self.evict(max(0, len(self.tree) - self._config.max_nodes))
+            self.hold_quota(node.namespace, newest=node.id)
+
+    def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> Node:
+        node = self.state.insert(node, vectors, idle)
+        self._weigh([node])
+        return node
+
+    def _weigh(self, nodes: Iterable[Node]) -> None:
+        """Other nodes than before use the blocks of these."""
+        for node in nodes:
+            for name in filter(self.blocks.weighs, node.blocks):
+                self.blocks.weigh(name, self.tree.user_count(name))
+
+    def add_again(self, nodes: Iterable[Node]) -> None:
+        """Repeat commits that a shared catalogue has lost."""
+        with self.lock:
+            for node in nodes:
+                if node.id in self.tree:
+                    self.queue.put(Addition(node, Vectors(lexical_vector(node.tokens), None)))
+
+    def replace(self, node: Node, changed: Node) -> list[str] | None:
+        """Let another form of a node, whose row is committed, take its place; returns the blocks
+        that no node uses any more. None if the node left or changed meanwhile, or a block is gone:
+        what becomes of the row is queued already."""
+        with self.lock:
+            complete = all(self.blocks.tier_of(name) for name in changed.blocks)
+            if self.tree.get(node.id) is not node or not complete:
+                return None
+            return list(self.state.replace(node, changed).unused)
+
+    def reserve(self, nbytes: int) -> int:
+        """As `BufferPool.reserve`; what had to go without a tier below takes its nodes along."""
+        with self.lock:
+            try:
+                return self.blocks.pool.reserve(nbytes)
+            finally:
+                self.remove_lost()
+
+    # --- nodes go ----------------------------------------------------------------------------
+
+    def drop(self, ids: Iterable[str]) -> Change:
+        """Take nodes out of memory only: their rows and blocks are left to the caller."""
+        with self.lock:
+            change = self.state.remove(ids)
+            self._weigh(change.nodes)
+            return change
+
+    def remove(self, ids: Iterable[str], *, whatever: bool = False) -> int:
+        """Out of memory now, out of catalogue and tiers in the committer's time; returns how many.
+
+        In a shared catalogue a row stays that another machine has pinned, merged or saved anew
+        meanwhile, unless somebody asked for the removal of `whatever` is there.
+        """
+        with self.lock:
+            gone, unused = self.drop(ids)
+            if gone:
+                removal = self.removal(gone, unused)
+                self.queue.put(removal._replace(stamps=()) if whatever else removal)
+            return len(gone)
+
+    def removal(self, nodes: Sequence[Node], unused: Sequence[str] = ()) -> Removal:
+        """What removes rows of nodes in the form that is known here, then blocks."""
+        stamps = tuple(node.stamp for node in nodes) if self._shared else ()
+        return Removal(tuple(node.id for node in nodes), tuple(unused), stamps)
+
+    def remove_unused(self, names: Iterable[str]) -> None:
+        """Remove those of the blocks that no node uses (any more)."""
+        with self.lock:
+            unused = tuple(name for name in names if not self.tree.uses(name))
+            if unused:
+                self.queue.put(Removal((), unused))
+
+    def remove_lost(self, names: Sequence[str] = ()) -> None:
+        """Blocks are gone or bad, `names` and those that the tiers have lost: so are the nodes that
+        use them, in the same moment."""
+        with self.lock:
+            lost = [*names, *self.blocks.pool.take_lost()]
+            if lost:
+                self.remove([user for name in lost for user in self.tree.users(name)])
+
+    # --- which go first ----------------------------------------------------------------------
+
+    def evict(self, nodes: int, namespace: str | None = None) -> int:
+        """Remove the nodes worth least, or all of one namespace, pinned or not; returns how many.
+
+        Pinned nodes go only with their namespace.
+        """
+        if nodes < 0:
+            raise ConfigError(f"cannot evict {nodes} nodes")
+        with self.lock:
+            if namespace is None:
+                chosen = list(islice(self.tree.victims(), nodes))
+            else:
+                chosen = self.state.of_namespace(namespace)
+            return self.remove([node.id for node in chosen], whatever=namespace is not None)
+
+    def drop_excess(self) -> None:
+        """With a shared catalogue `max_nodes` bounds this machine's memory: the rows stay for the
+        others."""
+        with self.lock:
+            excess = max(0, len(self.tree) - self._config.max_nodes)
+            change = self.drop([node.id for node in islice(self.tree.victims(), excess)])
+            self.remove_unused(change.unused)
+
+    def hold_quota(self, namespace: str, newest: str = "") -> int:
+        """Remove nodes of a namespace that is over its quota, and of no other; returns how many.
+
+        The newest goes only if it alone is too much. With a shared catalogue only nodes go that for
+        a while no machine has used.
+        """
+        quota, gone = self._config.namespace_bytes, 0
+        with self.lock:
+            while quota and self.tree.bytes_of(namespace) > quota:
+                victims = filter(self._quiet, self.tree.victims(namespace))
+                victim = next((node.id for node in victims if node.id != newest), newest)
+                if victim not in self.tree or (self._shared and victim == newest):
+                    break  # what is left is pinned, or others may be using it
+                if victim == newest:
+                    self._metrics.error(NoSpaceError.kind)
+                gone += self.remove([victim])
+        return gone
+
+    def _quiet(self, node: Node) -> bool:
+        """Whether no machine can have used the node lately: others write their uses down late."""
+        return not self._late_s or self.tree.idle_for(node.id) >= self._late_s
+
+    # --- other machines ----------------------------------------------------------------------
+
+    def learn(
+        self,
+        namespaces: Iterable[Namespace],
+        rows: Iterable[tuple[Node, Vectors]],
+        known: Mapping[str, int],
+    ) -> None:
+        """Rows that others have committed to a shared catalogue: they can be donors from now.
+
+        A node that is here takes the form of its row, if it has the stamp that its row had before
+        (`known`); else a change of this machine's is on its way.
+        """
+        with self.lock:
+            self.namespaces.recorded(namespaces)
+            for node, vectors in rows:
+                here = self.tree.get(node.id)
+                ours = here is not None and here.stamp != known.get(node.id)
+                if not ours and node.namespace not in self.namespaces.closed:
+                    self._adopt(node, vectors)
+            self.drop_excess()
+
+    def _adopt(self, node: Node, vectors: Vectors) -> None:
+        """The row is what counts: what this machine had of the node goes."""
+        known = node.id in self.tree
+        idle = max(0.0, self.tree.idle_for(node.id) if known else time.time() - node.created)
+        unused = self.drop([node.id]).unused
+        self.blocks.expect(node.blocks, node.namespace)
+        self._insert(node, vectors, idle)
+        self.remove_unused(unused)
+
+    def learn_removals(self, gone: Mapping[str, int]) -> None:
+        """Rows (their stamps, by id) that others have removed: what this machine keeps goes as
+        well, unless it has saved the node anew."""
+        with self.lock:
+            here = [i for i, stamp in gone.items() if (n := self.tree.get(i)) and n.stamp == stamp]
+            unused = self.drop(here).unused
+            self.blocks.doubt_shared(unused)
+            self.remove_unused(unused)

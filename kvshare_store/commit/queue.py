@@ -1,0 +1,158 @@
+"""What waits to be made durable or removed, in the order in which it was put there."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, NamedTuple, TypeVar
+
+from kvshare_store.errors import KVShareError, OverloadError, StorageError
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.threads import STORING, Health
+
+T = TypeVar("T")
+
+_BATCH = 64
+"""Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
+_MOST_WAITING = 512
+"""Pieces of work that wait. Beyond that saves wait, or what `flush` waits for had no bound."""
+_PATIENCE_S = 1.0
+"""How long a save waits for that."""
+_SHOWN = 200
+"""Letters of an error: LanceDB's are long."""
+
+
+class Addition(NamedTuple):
+    """A node to make durable."""
+
+    node: Node
+    vectors: Vectors
+
+
+class Removal(NamedTuple):
+    """Nodes to forget, then the blocks that nobody else uses. With `stamps`, only rows that have
+    one of these: in a shared catalogue another machine may have written a new one."""
+
+    nodes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    stamps: tuple[int, ...] = ()
+
+
+class Errand(NamedTuple):
+    """Anything else that must happen in the committer's thread, and who waits for it."""
+
+    run: Callable[[], Any]
+    done: Future[Any]
+
+    def do(self) -> None:
+        """Do it, unless that was done already."""
+        if self.done.done():
+            return
+        try:
+            self.done.set_result(self.run())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it deals with it
+            self.done.set_exception(error)
+
+
+Work = Addition | Removal | Errand
+
+
+class CommitQueue:
+    """Work for the committer, and how far it has come. Thread-safe."""
+
+    def __init__(self, health: Health) -> None:
+        self._queue: queue.Queue[Work | None] = queue.Queue()
+        self._taken = threading.Condition()
+        self._follow_ups = 0
+        """Pieces of work that others have led to."""
+        self._health = health
+        self._closing = self._ended = False
+        self.failures = 0
+        """Nodes so far that storage refused, for want of anything but room."""
+        self._last = ""
+        """Why, of the last one."""
+
+    # --- whoever wants something done --------------------------------------------------------
+
+    def put(self, work: Work) -> None:
+        """Queue one piece of work."""
+        if threading.current_thread().name == STORING:
+            self._follow_ups += 1
+        self._queue.put(work)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Queue a function; the future has what it returns or raises."""
+        done: Future[T] = Future()
+        self.put(Errand(function, done))
+        return done
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Queue a function and wait for it; `StorageError` if nobody will ever do it."""
+        done = self.call(function)
+        while not wait([done], 1.0).done:
+            if self._ended:
+                raise StorageError("nothing is made durable any more: restart the store")
+        return done.result()
+
+    def settle(self) -> None:
+        """Return once everything queued so far is done, and what that queued in its turn."""
+        before = self._follow_ups
+        self.run(lambda: None)
+        if self._follow_ups != before:
+            self.run(lambda: None)
+
+    def flush(self, since: int | None = None) -> None:
+        """`settle`, then `StorageError` if storage refuses nodes, or has refused one since there
+        were `since` `failures` (None: since now)."""
+        before = self.failures if since is None else since
+        self.settle()
+        lost = self.failures - before
+        if lost or self._health.failing(STORING):
+            raise StorageError(
+                f"{lost or 'the last'} prompts were not stored and are forgotten: {self._last}. "
+                "See to the home's disk and its catalogue, restart the store, and save them again"
+            )
+
+    def admit(self) -> None:
+        """Wait until there is room for one more save; `OverloadError` after a second. Do not hold
+        the lock of the nodes: what is waited for may need it."""
+        with self._taken:
+            if self._taken.wait_for(lambda: self._queue.qsize() < _MOST_WAITING, _PATIENCE_S):
+                return
+        raise OverloadError(
+            f"{self._queue.qsize():,} prompts wait to be made durable; save more slowly"
+        )
+
+    def close(self) -> None:
+        """Nothing is put here any more."""
+        self._queue.put(None)
+
+    # --- the committer -----------------------------------------------------------------------
+
+    def take(self) -> list[Work]:
+        """Some of what waits, the longest first; empty once everything is done and the queue is
+        closed. Waits."""
+        batch = [] if self._closing else self._waiting()
+        self._closing = self._closing or None in batch
+        work = [each for each in batch if each is not None]
+        self._ended = not work
+        return work
+
+    def _waiting(self) -> list[Work | None]:
+        batch = [self._queue.get()]
+        while len(batch) < _BATCH and batch[-1] is not None:
+            try:
+                batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        with self._taken:
+            self._taken.notify_all()
+        return batch
+
+    def failed(self, error: KVShareError) -> None:
+        """Storage has refused a node."""
+        self.failures += 1
+        self._last = str(error)[:_SHOWN]

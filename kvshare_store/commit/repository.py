@@ -1,0 +1,92 @@
+"""Repository: all that is stored, opened: nodes, blocks, the catalogue, and how one becomes the
+other. Every part is below this one and knows nothing of it."""
+
+from __future__ import annotations
+
+import uuid
+
+from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.blocks.eviction import make_policy
+from kvshare_store.catalog.condemned import Condemned
+from kvshare_store.catalog.uses import Uses
+from kvshare_store.commit.committer import Committer
+from kvshare_store.commit.durable import Durable
+from kvshare_store.commit.home import Home
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.queue import CommitQueue
+from kvshare_store.commit.recovery import recover
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import HomeError, KVShareError, StorageError
+from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.state import NodeState
+
+
+class Repository:
+    """What a home holds, and the thread that makes it durable."""
+
+    def __init__(self, config: StoreConfig, metrics: Metrics) -> None:
+        self._config = config
+        self.metrics = metrics
+        self.machine = uuid.uuid4().hex
+        """Names this process among those that share a catalogue."""
+        self.encrypted = bool(config.encryption_key)
+        self._home = home = Home.open(config, metrics.health)
+        self.catalog = home.catalog
+        self.shared = self.catalog is not None and self.catalog.place.shared
+        state = NodeState(
+            config.block_tokens,
+            lambda: make_policy(config.eviction),
+            quotas=bool(config.namespace_bytes),
+        )
+        self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
+        self.condemned = self._open_condemned()
+        self.uses = self._open_uses(state)
+        self.queue = CommitQueue(metrics.health)
+        late_s = 2 * self.uses.period if self.shared and self.uses is not None else 0.0
+        self.nodes = NodeStore(
+            config, state, self.blocks, self.queue, metrics, shared=self.shared, late_s=late_s
+        )
+        self.durable = Durable(self.nodes, self.catalog, self.condemned, metrics)
+        self.committer = Committer(self.queue, self.nodes, self.durable, metrics)
+        self._closed = False
+        try:
+            self._recover(state)
+        except KVShareError as error:
+            self.close()
+            if isinstance(error, StorageError):
+                raise HomeError(
+                    f"home {config.home_path} cannot be read: {error}. See to its disk and the "
+                    "rights of its folders, or choose another home"
+                ) from error
+            raise
+
+    def _open_condemned(self) -> Condemned | None:
+        if self.catalog is None or not self.shared:
+            return None
+        grace_s = self._config.shared_grace_seconds
+        return Condemned(self.catalog.facts, self.machine, grace_s, self.blocks)
+
+    def _open_uses(self, state: NodeState) -> Uses | None:
+        """Where last uses count beyond this process, they are written down."""
+        if self.catalog is None or not (self.shared or self._config.ttl_seconds):
+            return None
+        return Uses(self.catalog.uses, state.tree, state.lock, self._config.ttl_seconds)
+
+    def _recover(self, state: NodeState) -> None:
+        """Nodes whose blocks are gone leave the catalogue."""
+        if self.catalog is None:
+            return
+        used = self.uses.recorded() if self.uses is not None else {}
+        lost = recover(state, self.catalog, self.blocks, used, self.metrics)
+        if lost:
+            self.queue.put(self.nodes.removal(lost))
+        if self.shared:
+            self.nodes.drop_excess()
+
+    def close(self) -> None:
+        """Finish what is queued and let go of the home. Everything committed stays."""
+        if not self._closed:
+            self._closed = True
+            self.committer.close()
+            self.blocks.close()
+            self._home.close()

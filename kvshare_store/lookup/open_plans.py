@@ -1,0 +1,76 @@
+"""Plans that have not ended, and the nodes that they were made from."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import NamedTuple
+
+from kvshare_store.errors import PlanError
+from kvshare_store.nodes.node import Node
+from kvshare_store.plan import Outcome
+
+_LONGEST_REASON = 64
+_CLOCKS_DIFFER_S = 1.0
+"""A load may be timed on a device."""
+
+
+class OpenPlan(NamedTuple):
+    """What the store remembers of a plan until it ends."""
+
+    tokens: int
+    reused: int
+    row_bytes: int
+    tier: str
+    """The slowest that its rows came from."""
+    began: float
+    """By `perf_counter`."""
+    donors: tuple[Node, ...]
+    """As they were planned: what is saved on top of the plan is checked against them."""
+
+    def check(self, outcome: Outcome) -> None:
+        """`PlanError` if this is not what can become of the plan."""
+        loaded = outcome.exact + outcome.edited
+        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
+        possible = (
+            min(numbers) >= 0
+            and loaded <= self.reused
+            and loaded + outcome.recomputed <= self.tokens
+            and outcome.cached <= self.tokens
+            and outcome.nbytes <= self.reused * self.row_bytes
+            and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
+            and len(outcome.failed) <= _LONGEST_REASON
+        )
+        if not possible:
+            raise PlanError(f"{outcome} cannot be the outcome of a plan for {self.tokens} tokens")
+
+
+class OpenPlans:
+    """Plans that have not ended, by their leases, and the nodes they were made from. Not
+    thread-safe."""
+
+    def __init__(self) -> None:
+        self._plans: dict[str, OpenPlan] = {}
+        self._forms: dict[str, dict[int, list[Node]]] = {}
+        """By id and by form: the node, once for each plan."""
+
+    def add(self, lease: str, plan: OpenPlan) -> None:
+        """A plan was made."""
+        self._plans[lease] = plan
+        for node in plan.donors:
+            self._forms.setdefault(node.id, {}).setdefault(id(node), []).append(node)
+
+    def pop(self, lease: str) -> OpenPlan | None:
+        """A plan has ended; None if there was none with this lease."""
+        plan = self._plans.pop(lease, None)
+        for node in plan.donors if plan is not None else ():
+            forms = self._forms[node.id]
+            forms[id(node)].pop()
+            if not forms[id(node)]:
+                del forms[id(node)]
+            if not forms:
+                del self._forms[node.id]
+        return plan
+
+    def donors(self, node_id: str) -> list[Node]:
+        """The forms of a node that open plans were made from, each once."""
+        return [same[0] for same in self._forms.get(node_id, {}).values()]

@@ -1,0 +1,268 @@
+"""Serving: a prompt becomes a plan with a lease, and what became of the plan is counted.
+
+Donors are nominated under the store's lock. Alignment, policy and cost need no lock, because nodes
+do not change. The lock is taken again to lease: a donor or a block that left meanwhile makes the
+plan a miss. No caller waits for a tier: where blocks come from below, the I/O loop ends the plan.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import nullcontext
+from time import perf_counter
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.blocks.leases import Lease
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import LeaseError, PlanError
+from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter_policy
+from kvshare_store.lookup.text import delimiter_ids
+from kvshare_store.lookup.text_vectors import TextVectors
+from kvshare_store.metrics import Metrics
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.threads import FairLock
+
+Leased = tuple[Lease, dict[str, BlockRef]]
+
+_LEASES = 1024
+"""One client may hold. An engine holds one for each request that is about to load."""
+_SHORT = 1 << 11
+"""Prompts of so many tokens and fewer are planned one at a time: their plans are many short steps,
+and threads that take turns within them lose more time to Python's lock than they compute. Plans of
+longer prompts spend it in libraries that let other threads run."""
+
+
+class _Lookup(NamedTuple):
+    """What was asked, and since when."""
+
+    namespace: Namespace
+    tokens: int
+    policy: ReusePolicy
+    start: float
+
+    def plan(self, declined: str = "") -> ReusePlan:
+        return ReusePlan(
+            namespace=self.namespace.digest,
+            tokens=self.tokens,
+            policy=self.policy.name,
+            declined=declined,
+        )
+
+
+class Serving:
+    """Plans of one store, from the question to the outcome. Thread-safe."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        nodes: NodeStore,
+        plans: OpenPlans,
+        costs: Costs,
+        text: TextVectors,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._nodes = nodes
+        self._blocks = nodes.blocks
+        self._open = plans
+        self._costs = costs
+        self._text = text
+        self._metrics = metrics
+        self._policy = configured_policy(config)
+        self._planner = Planner(config)
+        self._turns = FairLock()
+
+    def plan_soon(
+        self,
+        request: Tokens,
+        namespace: Namespace,
+        policy: str | None,
+        owner: str,
+        deadline_ms: float | None,
+    ) -> Future[ReusePlan]:
+        """See `Store.plan_soon`."""
+        chosen = stricter_policy(self._policy, policy)
+        lookup = _Lookup(namespace, len(request), chosen, perf_counter())
+        self._metrics.add("lookups")
+        self._metrics.add("tokens_requested", lookup.tokens)
+        answer: Future[ReusePlan] = Future()
+        if owner and self._blocks.leases.count(owner) >= _LEASES:
+            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+            return answer
+        with self._turns if lookup.tokens <= _SHORT else nullcontext():
+            draft = self._draft(request, lookup)
+        self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
+        leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
+        if leasing is None:
+            self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
+        else:
+            leasing.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
+        return answer
+
+    def _draft(self, request: Tokens, lookup: _Lookup) -> Draft:
+        namespace, policy = lookup.namespace, lookup.policy
+        return self._planner.draft(
+            request,
+            Nominator(
+                self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
+            ),
+            policy,
+            self._costs.of(namespace.model_digest),
+            tier_of=self._blocks.tier_of,
+            row_bytes=namespace.layout.row_bytes,
+            delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+        )
+
+    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
+        """None if a donor or a block has left the store since the draft was made."""
+        timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
+        seconds = self._config.lease_seconds + timeout
+        with self._nodes.lock:
+            self._nodes.remove_lost()
+            tree = self._nodes.tree
+            here = all(node.id in tree for node in draft.donors)
+            if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
+                return None
+            users = {name: tree.user_count(name) for name in draft.blocks}
+            return self._blocks.lease_soon(users, owner, seconds, timeout)
+
+    def _complete(
+        self,
+        answer: Future[ReusePlan],
+        lookup: _Lookup,
+        draft: Draft,
+        leased: Future[Leased],
+    ) -> None:
+        try:
+            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
+            answer.set_exception(error)
+
+    def _answer(self, answer: Future[ReusePlan], lookup: _Lookup, plan: ReusePlan) -> None:
+        self._metrics.observe("lookup", perf_counter() - lookup.start)
+        if plan.declined:
+            self._count_miss(plan.declined, lookup.tokens)
+        if plan.declined == "no_saving":
+            self._costs.of(lookup.namespace.model_digest).doubt()
+        answer.set_result(plan)
+
+    def _leased(
+        self,
+        lookup: _Lookup,
+        draft: Draft,
+        lease: Lease,
+        refs: dict[str, BlockRef],
+    ) -> ReusePlan:
+        with self._nodes.lock:
+            self._nodes.remove_lost()
+            alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
+            if not alive or len(refs) < len(draft.blocks):
+                if alive:
+                    self._closed(self._blocks.end_lease(lease.id))
+                return lookup.plan("not_resident")
+            if any(ref.lossy for ref in refs.values()):
+                draft = _inexact(draft)
+                if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
+                    self._closed(self._blocks.end_lease(lease.id))
+                    return lookup.plan("lossy")
+            reused = sum(span.length for span in draft.spans)
+            row_bytes = lookup.namespace.layout.row_bytes
+            opened = OpenPlan(
+                lookup.tokens, reused, row_bytes, draft.tier, lookup.start, draft.donors
+            )
+            self._open.add(lease.id, opened)
+            for donor in draft.donors:
+                self._nodes.tree.touch(donor.id)
+        return msgspec.structs.replace(
+            lookup.plan(),
+            exact=draft.exact,
+            spans=draft.spans,
+            blocks=tuple(refs[name] for name in draft.blocks),
+            donors=tuple(donor.id for donor in draft.donors),
+            stamps=tuple(donor.stamp for donor in draft.donors),
+            generation=draft.generation,
+            lease=lease.id,
+            arena=self._blocks.host.arena.id,
+            saving_ms=draft.saving_ms,
+        )
+
+    # --- the end of a plan -----------------------------------------------------------------------
+
+    def finish(self, lease_id: str, outcome: Outcome) -> None:
+        """See `Store.finish`."""
+        try:
+            lease = self._blocks.end_lease(lease_id)
+        except LeaseError:
+            return
+        opened = self._closed(lease)
+        if opened is None:
+            return
+        try:
+            opened.check(outcome)
+        except PlanError as error:
+            self._metrics.error(error.kind)
+            self._count_miss("bad_outcome", opened.tokens)
+            raise
+        self._metrics.add("tokens_engine_cached", outcome.cached)
+        if outcome.failed:
+            self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
+            return
+        metrics = self._metrics
+        metrics.add("hits_edited" if outcome.edited else "hits_exact")
+        metrics.add("tokens_reused_exact", outcome.exact)
+        metrics.add("tokens_reused_edited", outcome.edited)
+        metrics.add("tokens_recomputed", outcome.recomputed)
+        metrics.add("bytes_loaded", outcome.nbytes)
+        metrics.observe("load", outcome.seconds)
+        self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def engine_cached(self, tokens: int) -> None:
+        """See `Store.engine_cached`."""
+        self._metrics.add("tokens_engine_cached", tokens)
+        self._metrics.add("tokens_recomputed", -tokens)
+
+    def decline(self, reason: str, tokens: int) -> None:
+        """See `Store.decline`."""
+        self._metrics.add("lookups")
+        self._metrics.add("tokens_requested", tokens)
+        self._count_miss(reason, tokens)
+
+    def reap(self, dead_owners: set[str]) -> None:
+        """End leases that expired, or whose owner is gone; each counts as a miss."""
+        self._nodes.remove_lost()
+        for lease in self._blocks.reap(dead_owners):
+            opened = self._closed(lease)
+            if opened is not None:
+                self._count_miss("lease_expired", opened.tokens)
+
+    def _closed(self, lease: Lease) -> OpenPlan | None:
+        """A lease has ended: what it held may go; returns the plan it was for."""
+        with self._nodes.lock:
+            self._nodes.remove_unused(lease.names)
+            return self._open.pop(lease.id)
+
+    def _count_miss(self, reason: str, tokens: int) -> None:
+        self._metrics.add("misses")
+        self._metrics.decline(reason)
+        self._metrics.add("tokens_recomputed", tokens)
+
+
+def _inexact(draft: Draft) -> Draft:
+    """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
+    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
+    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
+
+
+def _served_badly(draft: Draft, length: int) -> bool:
+    if draft.declined:
+        return draft.declined in ("no_donor", "nothing_kept")
+    return 2 * sum(span.length for span in draft.spans) < length

@@ -1,0 +1,1 @@
+"""Several machines, one catalogue and one remote."""

@@ -1,0 +1,120 @@
+"""Purges that other machines have made: each machine removes its own copies when it next looks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import msgspec
+
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.ledger import Fact
+from kvshare_store.commit.repository import Repository
+from kvshare_store.save.saving import Saving
+
+BEGUN = "begun "
+"""Before the id of a purge while rows of it may be in the catalogue."""
+_CHUNK = 512
+_KEPT_S = 90 * 86_400.0
+"""How long a purge is kept for machines that are off."""
+
+
+class OthersPurges:
+    """Purges are facts of a shared catalogue: each machine removes its own copies when it next
+    looks, also one that was not running; the home remembers which purges it has carried out.
+
+    A purge is known by its id, never by a time: clocks differ."""
+
+    def __init__(self, repository: Repository, saving: Saving, home: Path) -> None:
+        self._repository = repository
+        self._nodes = repository.nodes
+        self._blocks = repository.blocks
+        self._saving = saving
+        self._file = home / "purges.json"
+        self._done = self._remembered()
+        self._version = -1
+
+    def _remembered(self) -> dict[str, str]:
+        """Of each namespace the purge that was carried out last. Homes of a release before have
+        numbers: the times of purges that had no id."""
+        try:
+            done = msgspec.json.decode(self._file.read_bytes(), type=dict[str, str | float])
+        except (FileNotFoundError, msgspec.DecodeError):  # then they are carried out once more
+            return {}
+        return {digest: str(event) for digest, event in done.items()}
+
+    def look(self) -> None:
+        """Carry out what is new. What is leased or being saved now is left for the next look."""
+        catalog = self._repository.catalog
+        if catalog is None or (version := catalog.facts.refresh()) == self._version:
+            return
+        waiting = False
+        purges = _purges(catalog)
+        for digest, fact in purges.items():
+            event = fact.state or str(fact.at)
+            if self._done.get(digest) == event:
+                continue
+            if fact.by == self._repository.machine or self._carried_out(catalog, digest, event):
+                self._remember(digest, event, purges)
+            else:
+                waiting = True
+        self._version = -1 if waiting else version
+
+    def _remember(self, digest: str, event: str, known: Collection[str]) -> None:
+        self._done = {at: done for at, done in self._done.items() if at in known}
+        self._done[digest] = event
+        written = self._file.with_suffix(".new")
+        written.write_bytes(msgspec.json.encode(self._done))
+        written.replace(self._file)
+
+    def _carried_out(self, catalog: Catalog, digest: str, event: str) -> bool:
+        with self._nodes.lock:
+            nodes = self._nodes.state.of_namespace(digest)
+        here = {node.id: node.stamp for node in nodes}
+        begun = event.startswith(BEGUN)
+        remove = self._remove_copies
+        return self._repository.queue.run(lambda: remove(catalog, digest, here, begun))
+
+    def _remove_copies(
+        self, catalog: Catalog, digest: str, here: Mapping[str, int], begun: bool
+    ) -> bool:
+        """In the committer's thread: what was `here` (stamps by id) is committed by now, so what
+        the catalogue does not have has been purged, and what it has was saved anew, unless the
+        purge has only `begun`. Then rows of it may still be there: False."""
+        nodes = self._nodes
+        catalog.refresh()
+        nodes.learn_removals(_absent(catalog, here))
+        digests = catalog.digests()
+        with nodes.lock:
+            nodes.namespaces.keep_recorded(digests)
+            kept = nodes.state.of_namespace(digest)
+            if (begun and kept) or self._saving.in_progress(digest):
+                return False
+            if not kept:
+                nodes.state.remove_namespace(digest)
+                catalog.forget_key(digest)
+            keep = {name for node in kept for name in node.blocks}
+            dropped = self._blocks.pool.drop_copies(digest, keep)
+        done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
+        self._blocks.doubt_shared(None)
+        self._blocks.pool.wipe()
+        return done
+
+
+def _purges(catalog: Catalog) -> dict[str, Fact]:
+    """The last purge of each namespace, but for those of long ago: by then a machine that was off
+    has forgotten the nodes, and removes their blocks as nobody's."""
+    facts = catalog.facts.facts("key LIKE 'purged/%'")
+    long_ago = time.time() - _KEPT_S
+    if any(fact.at < long_ago for fact in facts):
+        catalog.facts.remove(f"key LIKE 'purged/%' AND at < {long_ago}")
+    return {fact.key.rpartition("/")[2]: fact for fact in facts if fact.at >= long_ago}
+
+
+def _absent(catalog: Catalog, here: Mapping[str, int]) -> dict[str, int]:
+    """Those whose rows are gone, or have another stamp."""
+    ids, rows = list(here), dict[str, int]()
+    for start in range(0, len(ids), _CHUNK):
+        rows |= catalog.stamps(ids=ids[start : start + _CHUNK])
+    return {node_id: stamp for node_id, stamp in here.items() if rows.get(node_id) != stamp}

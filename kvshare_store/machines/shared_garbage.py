@@ -1,0 +1,143 @@
+"""Garbage of a remote that several machines share: blocks that no row of the catalogue names.
+
+Nobody knows what other machines are about to commit, so a block is condemned first and removed a
+grace later, by one machine, which looks into the catalogue in between (docs/design/sharing.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.catalog.condemned import Condemned
+from kvshare_store.catalog.ledger import Fact
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.errors import StorageError
+
+log = logging.getLogger("kvshare")
+
+_CHUNK = 512
+_REMOVED_AT_ONCE = 1024
+"""Blocks that are claimed in one pass."""
+_DELETES = 16
+"""Blocks deleted side by side."""
+_REST = 50
+"""A listing that took a second is made again after so many: it costs 2 % of one machine."""
+_TURN = "janitor"
+
+
+class SharedGarbage:
+    """One machine's part in it. `turn_s`: how long the others leave the work to one that has done
+    some of it."""
+
+    def __init__(
+        self, nodes: NodeStore, catalog: Catalog, condemned: Condemned, machine: str, turn_s: float
+    ) -> None:
+        self._nodes = nodes
+        self._catalog = catalog
+        self._condemned = condemned
+        self._machine = machine
+        self._turn_s = turn_s
+        self._orphans: dict[str, float] = {}
+        """Since when blocks were seen to be nobody's."""
+        self._listed_again = 0.0
+
+    def my_turn(self) -> bool:
+        """Whether the work is this machine's; the others take it over when it does none. A turn is
+        renewed only when it is half over: each renewal is a version of the table."""
+        now, facts = time.time(), self._catalog.facts
+        turn = next(iter(facts.facts(f"key = '{_TURN}'")), None)
+        if turn is None:
+            return bool(facts.create([Fact(_TURN, now, self._machine)]))
+        mine, age = turn.by == self._machine, now - turn.at
+        if age < self._turn_s / (2 if mine else 1):
+            return mine
+        same = f"key = '{_TURN}' AND by = '{turn.by}' AND at = {turn.at!r}"
+        return bool(facts.change(same, by=self._machine, at=now))
+
+    def collect(self, *, patient: bool, stopped: Callable[[], bool]) -> int:
+        """One pass; how many blocks were removed. A patient one leaves out what was done lately.
+
+        Without conditional commits nothing is removed: a machine could not tell whether it alone
+        has a claim.
+        """
+        if not self._catalog.place.conditional:
+            return 0
+        if not patient or self._condemned.clock() >= self._listed_again:
+            self._condemn()
+        return self._remove(stopped)
+
+    def _condemn(self) -> None:
+        begun = self._condemned.clock()
+        listed = self._nodes.blocks.list_shared()
+        used = self._named() if listed else set()
+        orphans = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
+        self._orphans = {name: self._orphans.get(name, begun) for name in orphans}
+        grace = self._condemned.grace_s
+        due = [name for name, since in self._orphans.items() if begun - since >= grace]
+        for chunk in _chunks(due, _CHUNK):
+            self._condemned.mark({name: listed[name] for name in chunk})
+        self._listed_again = self._condemned.clock() + _REST * (self._condemned.clock() - begun)
+
+    def _remove(self, stopped: Callable[[], bool]) -> int:
+        claimed = self._condemned.claim(_REMOVED_AT_ONCE)
+        if not claimed:
+            return 0
+        until = self._condemned.clock() + self._condemned.removal_seconds()
+        named = self._named()  # after the claim: a row that is committed later finds it
+        self._condemned.release({n: space for n, space in claimed.items() if n in named})
+        doomed = [name for name in claimed if name not in named]
+        purged = {claimed[name] for name in doomed} - self._catalog.digests()
+        removed = 0
+        for chunk in _chunks(doomed, _DELETES):
+            if self._condemned.clock() >= until or stopped():
+                break  # still claimed; the next pass goes on
+            gone = {name: claimed[name] for name in chunk}
+            self._nodes.blocks.delete_shared(gone)
+            self._condemned.release(gone, purged)
+            removed += len(gone)
+        return removed
+
+    def _named(self) -> set[str]:
+        """Blocks that some row names, as of now. `StorageError` if a row cannot be read: what it
+        names must stay."""
+        self._catalog.refresh()
+        stamps = self._catalog.stamps()
+        named: set[str] = set()
+        elsewhere: list[str] = []
+        for chunk in _chunks(list(stamps), _CHUNK):
+            with self._nodes.lock:
+                for node_id in chunk:
+                    node = self._nodes.tree.get(node_id)
+                    if node is not None and node.stamp == stamps[node_id]:
+                        named.update(node.blocks)
+                    else:
+                        elsewhere.append(node_id)
+        if elsewhere:
+            named |= self._read(elsewhere)
+        return named
+
+    def _read(self, ids: Sequence[str]) -> set[str]:
+        """Blocks that rows name which this machine does not hold as they are."""
+        self._catalog.namespaces()  # and the keys of those that are new
+        named: set[str] = set()
+        unread = set(ids)
+        for chunk in _chunks(ids, _CHUNK):
+            for node, _ in self._catalog.load(ids=chunk):
+                named.update(node.blocks)
+                unread.discard(node.id)
+        if unread and (left := self._catalog.stamps(ids=unread)):
+            raise StorageError(
+                f"{len(left)} rows of the catalogue cannot be read, {min(left)[:12]} for one: the "
+                "remote is not collected until `kvshare check --repair` has removed them"
+            )
+        return named
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[list[str]]:
+    at = iter(items)
+    while chunk := list(islice(at, size)):
+        yield chunk

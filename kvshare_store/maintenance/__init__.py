@@ -1,0 +1,1 @@
+"""What nobody waits for: garbage, checks, purges."""

@@ -1,0 +1,1 @@
+"""The nodes in memory: what a prompt left behind, and what nominates it as a donor."""

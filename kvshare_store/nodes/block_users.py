@@ -1,0 +1,202 @@
+"""Which nodes have rows in which block, and what its rows take."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.postings import Keys, Postings
+
+Users = tuple[str, ...] | set[str]
+Counts = npt.NDArray[np.int64]
+
+_MASK = (1 << 64) - 1
+_FEW = 16
+"""So many users of a block are a tuple: a set takes more, and is faster where there are many."""
+
+
+class BlockUsers:
+    """Most blocks have one user. Those are found by a hash of their names, and verified: the node
+    must be in the tree, and name the block. Those of several are in a dictionary."""
+
+    def __init__(self, node_of: Callable[[str], Node | None]) -> None:
+        """`node_of`: the tree. A node enters before it is there, and leaves after it was."""
+        self._node_of = node_of
+        self._alone = Postings()
+        self._shared: dict[str, Users] = {}
+        self._shared_bytes: dict[str, int] = {}
+        self._count = 0
+        self.bytes: Counter[str] = Counter()
+        """Of the blocks of each namespace, each block once."""
+
+    def __len__(self) -> int:
+        """How many blocks have users."""
+        return self._count
+
+    def of(self, name: str) -> Users:
+        """Ids of the nodes that use a block."""
+        shared = self._shared.get(name)
+        if shared is not None:
+            return shared
+        for node_id in self._alone.find(_key(name)):
+            node = self._node_of(node_id)
+            if node is not None and name in node.blocks:
+                return (node_id,)
+        return ()
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the rows of a block; None if nobody uses it."""
+        if name in self._shared:
+            return self._shared_bytes[name]
+        node = next((self._node_of(node_id) for node_id in self.of(name)), None)
+        return None if node is None else _sizes(node)[name]
+
+    def freed(self, node: Node) -> int:
+        """Bytes of the blocks that only this node uses, which is in the tree."""
+        return sum(size for name, size in _sizes(node).items() if name not in self._shared)
+
+    # --- changes -----------------------------------------------------------------------------
+
+    def enter(self, node: Node) -> set[str]:
+        """The node uses its blocks from now on; returns the nodes that no longer have one of these
+        for themselves."""
+        sharing: set[str] = set()
+        alone: list[int] = []
+        for name, size in _sizes(node).items():
+            users = self.of(name)
+            if not users:
+                alone.append(_key(name))
+                self._count += 1
+                self.bytes[node.namespace] += size
+            elif node.id not in users:
+                if name not in self._shared:
+                    self._shared_bytes[name] = self.size(name) or 0
+                    sharing.update(users)
+                self._shared[name] = _with(users, node.id)
+        self._alone.add(node.id, alone)
+        return sharing
+
+    def leave(self, node: Node, kept: Collection[str] = ()) -> tuple[list[str], set[str]]:
+        """The node uses its blocks no longer, but for those that it has `kept`; returns the blocks
+        that nobody uses any more, and the nodes that have one for themselves from now on."""
+        unused: list[str] = []
+        left: set[str] = set()
+        for name, size in _sizes(node).items():
+            if name in kept:
+                continue
+            if name in self._shared:
+                left |= self._leave_shared(name, node)
+            else:
+                unused.append(name)
+                self._count -= 1
+                self.bytes[node.namespace] -= size
+        if not self.bytes[node.namespace]:
+            del self.bytes[node.namespace]
+        return unused, left
+
+    def _leave_shared(self, name: str, node: Node) -> set[str]:
+        users = self._shared[name] = _without(self._shared[name], node.id)
+        if len(users) > 1:
+            return set()
+        del self._shared[name]
+        (last,) = users
+        if not self.of(name):
+            self._alone.add(last, [_key(name)])
+        self.bytes[node.namespace] += (self.size(name) or 0) - self._shared_bytes.pop(name)
+        return {last}
+
+    def forget(self, node_id: str) -> None:
+        """The node has left the tree."""
+        self._alone.remove(node_id)
+
+    def fill(self, nodes: Sequence[Node]) -> list[int]:
+        """Let many nodes enter at once, which are in the tree already, and are all that is there;
+        returns what `freed` says of each.
+
+        Blocks are told apart by the hashes of their names; those that seem to have several users
+        are looked at one by one.
+        """
+        counts = np.fromiter((len(node.blocks) for node in nodes), np.int64, len(nodes))
+        names = chain.from_iterable(node.blocks for node in nodes)
+        keys = np.fromiter(map(hash, names), np.int64, counts.sum()).view(np.uint64)
+        order = keys.argsort(kind="stable")
+        once = _once(keys[order])
+        whose = np.arange(len(nodes)).repeat(counts)
+        alone, several = order[once], order[~once]
+        self._alone.extend([node.id for node in nodes], keys[alone], whose[alone])
+        self._alone.settle()
+        self._count = len(alone)
+        sizes = np.fromiter(chain.from_iterable(map(_block_bytes, nodes)), np.int64, len(keys))
+        freed = np.bincount(whose[alone], sizes[alone], len(nodes)).astype(np.int64)
+        self._fill_bytes(nodes, freed)
+        blocks = several - (counts.cumsum() - counts)[whose[several]]
+        self._fill_shared(nodes, zip(whose[several].tolist(), blocks.tolist(), strict=True), freed)
+        return list(map(int, freed.tolist()))
+
+    def _fill_bytes(self, nodes: Sequence[Node], freed: Counts) -> None:
+        found: dict[str, int] = {}
+        spaces = [found.setdefault(node.namespace, len(found)) for node in nodes]
+        nbytes = np.bincount(spaces, freed, len(found)).tolist()
+        self.bytes.update({space: int(nbytes[at]) for space, at in found.items()})
+
+    def _fill_shared(
+        self, nodes: Sequence[Node], places: Iterable[tuple[int, int]], freed: Counts
+    ) -> None:
+        """`places`: number of the node, and of the block in it, in the order of the nodes."""
+        users: defaultdict[str, list[int]] = defaultdict(list)
+        for number, block in places:
+            users[nodes[number].blocks[block]].append(number)
+        for name, numbers in users.items():
+            first = nodes[numbers[0]]
+            size = _sizes(first)[name]
+            self.bytes[first.namespace] += size
+            self._count += 1
+            ids = tuple(dict.fromkeys(nodes[number].id for number in numbers))
+            if len(ids) == 1:
+                self._alone.add(first.id, [_key(name)])
+                freed[numbers[0]] += size
+            else:
+                self._shared[name] = ids if len(ids) <= _FEW else set(ids)
+                self._shared_bytes[name] = size
+
+
+def _key(name: str) -> int:
+    """Of 64 bits. Others than this process cannot choose names that collide, and nothing depends on
+    it: names are compared."""
+    return hash(name) & _MASK
+
+
+def _once(keys: Keys) -> npt.NDArray[np.bool_]:
+    """Which of sorted keys are there once."""
+    edges = np.ones(len(keys) + 1, np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=edges[1:-1])
+    return edges[1:] & edges[:-1]
+
+
+def _block_bytes(node: Node) -> Sequence[int]:
+    return node.block_bytes or (0,) * len(node.blocks)
+
+
+def _sizes(node: Node) -> dict[str, int]:
+    """Bytes of each block of a node, as far as it knows them."""
+    return dict(zip(node.blocks, _block_bytes(node), strict=True))
+
+
+def _with(users: Users, node_id: str) -> Users:
+    if isinstance(users, set):
+        users.add(node_id)
+        return users
+    more = (*users, node_id)
+    return more if len(more) <= _FEW else set(more)
+
+
+def _without(users: Users, node_id: str) -> Users:
+    if isinstance(users, set):
+        users.discard(node_id)
+        return users
+    return tuple(user for user in users if user != node_id)

@@ -1,0 +1,119 @@
+"""Sequences that a node keeps packed: a tuple of names or spans takes ten times the memory of what
+it says, and of a million nodes few are looked at.
+
+Equal ones are equal to the tuple of what they hold. What was unpacked lately is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Self, TypeVar, overload
+
+import msgspec
+
+from kvshare_store.nodes.edits import Edit
+from kvshare_store.plan import Span
+
+T = TypeVar("T")
+
+_REMEMBERED = 4096
+_NAME_BYTES = 32
+_ENCODE = msgspec.msgpack.Encoder().encode
+
+
+def _decoder(kind: Any) -> Callable[[bytes], tuple[Any, ...]]:
+    """Remembers what it has decoded lately."""
+    return lru_cache(_REMEMBERED)(msgspec.msgpack.Decoder(tuple[kind, ...]).decode)
+
+
+class Packed(Sequence[T]):
+    """A tuple as the bytes `raw`. Whatever looks into it raises `msgspec.DecodeError` if they are
+    none of its kind."""
+
+    __slots__ = ("raw",)
+    _unpack: ClassVar[Callable[[bytes], tuple[Any, ...]]]
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    @classmethod
+    def of(cls, values: Iterable[T]) -> Self:
+        """Pack values."""
+        return cls(_ENCODE(tuple(values)))
+
+    def unpacked(self) -> tuple[T, ...]:
+        """What it holds."""
+        return type(self)._unpack(self.raw)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[T]: ...
+    def __getitem__(self, at: int | slice) -> T | Sequence[T]:
+        return self.unpacked()[at]
+
+    def __len__(self) -> int:
+        return len(self.unpacked())
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.unpacked())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.unpacked() == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]  # tuples that are equal would have another
+
+    def __repr__(self) -> str:
+        return repr(self.unpacked())
+
+
+class Spans(Packed[Span]):
+    """Spans, in MessagePack."""
+
+    __slots__ = ()
+    _unpack = _decoder(Span)
+
+
+class Edits(Packed[Edit]):
+    """Edits, in MessagePack."""
+
+    __slots__ = ()
+    _unpack = _decoder(Edit)
+
+
+class Sizes(Packed[int]):
+    """Whole numbers, in MessagePack."""
+
+    __slots__ = ()
+    _unpack = _decoder(int)
+
+
+class Names(Packed[str]):
+    """Names of blocks, 32 bytes each."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, values: Iterable[str]) -> Self:
+        """Pack names; `ValueError` if one is none: 64 hex digits."""
+        names = tuple(values)
+        joined = "".join(names)
+        raw = bytes.fromhex(joined)  # which skips spaces and takes capitals
+        if raw.hex() != joined or not {*map(len, names)} <= {2 * _NAME_BYTES}:
+            raise ValueError("names of blocks have 64 lower hex digits")
+        return cls(raw)
+
+    def unpacked(self) -> tuple[str, ...]:
+        """What it holds."""
+        text = self.raw.hex()
+        return tuple([text[at : at + 64] for at in range(0, len(text), 2 * _NAME_BYTES)])
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return self.unpacked()[at]
+        start = range(0, len(self.raw), _NAME_BYTES)[at]
+        return self.raw[start : start + _NAME_BYTES].hex()
+
+    def __len__(self) -> int:
+        return len(self.raw) // _NAME_BYTES

@@ -1,0 +1,85 @@
+"""What a client says of the rows it loaded and builds on, checked against what the store knows.
+
+A client that saves names donors, blocks, and for each span where its rows lie and whether they are
+exact. All of that the donors themselves say too, so nothing of it has to be believed. What cannot
+be checked are the rows a client computed: it runs the model, and shares only with its own
+namespace.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvshare_store.errors import NamespaceError, PlanError
+from kvshare_store.lookup.align import common_prefix
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
+from kvshare_store.plan import Span
+from kvshare_store.save.staging import Reuse
+
+
+class _Origin(NamedTuple):
+    """A segment of a donor: what rows of one block are."""
+
+    node: Node
+    segment: Span
+    exact: int
+    """Leading positions at which the donor has the request's tokens and exact rows."""
+
+    def generation_of(self, span: Span, request: Tokens) -> int | None:
+        """Provenance of a span's rows; None if they are not in this segment, are the rows of other
+        tokens, or are not as exact as the span says."""
+        first = self.segment.start + span.row - self.segment.row
+        last = first + span.length
+        if first < self.segment.start or last > self.segment.stop:
+            return None
+        if span.exact:
+            return 0 if first == span.start and span.stop <= self.exact else None
+        if not np.array_equal(request[span.start : span.stop], self.node.tokens[first:last]):
+            return None
+        return 0 if last <= self.node.exact_rows else self.node.generation
+
+
+def check_provenance(
+    reuse: Reuse, request: Tokens, namespace: str, donors: Sequence[Node]
+) -> dict[str, int]:
+    """Bytes of each block that the spans use, as the donors give them.
+
+    `donors`: the nodes that `reuse.donors` names, as they are now or were when they were planned.
+    `PlanError` if a span is not what it says or the generation is too low; `NamespaceError` if a
+    donor belongs to somebody else.
+    """
+    if any(node.namespace != namespace for node in donors):
+        raise NamespaceError("a save builds on a prompt of another namespace")
+    origins = _origins(request, donors)
+    lowest = 0
+    for span in reuse.spans:
+        place = reuse.blocks[span.block], span.source - span.row
+        found = [origin.generation_of(span, request) for origin in origins.get(place, ())]
+        generations = [generation for generation in found if generation is not None]
+        if not generations:
+            raise PlanError(f"{span} is not what the prompts it is said to come from hold")
+        if not span.exact:
+            lowest = max(lowest, 1 + min(generations))
+    if reuse.generation < lowest or (reuse.generation > 0) != (lowest > 0):
+        raise PlanError(f"rows of generation {lowest} are declared as {reuse.generation}")
+    return {
+        name: nbytes
+        for node in donors
+        for name, nbytes in zip(node.blocks, node.block_bytes, strict=False)
+    }  # a node of an older release does not know the bytes of its blocks
+
+
+def _origins(request: Tokens, donors: Sequence[Node]) -> dict[tuple[str, int], list[_Origin]]:
+    """Segments of the donors by block, and by the position that row 0 of it would be from."""
+    found: defaultdict[tuple[str, int], list[_Origin]] = defaultdict(list)
+    for node in donors:
+        exact = min(common_prefix(request, node.tokens), node.exact_rows)
+        for segment in node.segments:
+            place = node.blocks[segment.block], segment.source - segment.row
+            found[place].append(_Origin(node, segment, exact))
+    return found

@@ -1,0 +1,241 @@
+"""Saving: fresh rows become blocks, and a prompt becomes a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import (
+    KVShareError,
+    LeaseError,
+    MissingBlockError,
+    PlanError,
+)
+from kvshare_store.lookup.align import align
+from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.metrics import Metrics
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens, edit_script
+from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.save.provenance import check_provenance
+from kvshare_store.save.staging import (
+    Reuse,
+    RowSource,
+    Save,
+    Staged,
+    check_reuse,
+    exact_rows,
+    fresh_segments,
+    new_staged,
+    of_used_blocks,
+)
+from kvshare_store.tensors.frame import Block, block_name
+
+
+class Saving:
+    """Staged saves of one store. Thread-safe under the lock of the nodes."""
+
+    def __init__(
+        self, config: StoreConfig, nodes: NodeStore, plans: OpenPlans, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._nodes = nodes
+        self._blocks = nodes.blocks
+        self._pool = nodes.blocks.pool
+        self._plans = plans
+        self._metrics = metrics
+        self._saves: dict[str, Save] = {}
+        self._saving: set[str] = set()
+        """Ids of the nodes that the staged saves will become."""
+
+    def stage(self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str) -> Staged:
+        """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
+
+        A client (`owner`) saves one prompt at a time: what it began before and never ended is
+        abandoned here.
+        """
+        if owner:
+            self.reap({owner})
+        try:
+            check_reuse(reuse, len(request))
+            reuse = of_used_blocks(reuse)
+            block_bytes = self._verified(reuse, request, namespace)
+            staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+            row_bytes = namespace.layout.row_bytes
+            self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
+        except KVShareError as error:
+            self._metrics.error(error.kind)
+            raise
+        if block_bytes is None:
+            self._metrics.error(MissingBlockError.kind)
+            return Staged(known=True)
+        return self._kept(Save(namespace, request, reuse, block_bytes, staged, owner))
+
+    def _verified(
+        self, reuse: Reuse, request: Tokens, namespace: Namespace
+    ) -> tuple[int, ...] | None:
+        """Bytes of each block of `reuse`; None if a node that could vouch for it is gone, or has
+        another form since."""
+        if len(reuse.donors) > self._config.max_donors + 1:
+            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
+        with self._nodes.lock:
+            named = [self._donors(donor) for donor in reuse.donors]
+        donors = [node for nodes in named for node in nodes]
+        try:
+            sizes = check_provenance(reuse, request, namespace.digest, donors)
+        except PlanError:
+            if all(named) and _as_planned(reuse.stamps, named):
+                raise
+            return None
+        return tuple(sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks)
+
+    def _donors(self, node_id: str) -> list[Node]:
+        """The nodes of an id that a client may have been planned: those that open plans hold, and
+        the one that is here."""
+        here = self._nodes.tree.get(node_id)
+        found = [node for node in self._plans.donors(node_id) if node is not here]
+        return [*found, here] if here is not None else found
+
+    def _kept(self, save: Save) -> Staged:
+        tree, digest = self._nodes.tree, save.namespace.digest
+        name, exact = _node_id(save), node_id(digest, save.tokens, True)
+        with self._nodes.lock:
+            known = name in tree or exact in tree or name in self._saving
+            closed = digest in self._nodes.namespaces.closed
+            if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
+                tree.touch(exact if exact in tree else name)
+                return Staged(known=True)
+            self._saving.add(name)
+            self._saves[save.staged.id] = save
+        return save.staged
+
+    def abandon(self, staged_id: str) -> None:
+        """Forget a staged save; one that has ended already is ignored."""
+        with self._nodes.lock:
+            save = self._saves.pop(staged_id, None)
+            if save is not None:
+                self._saving.discard(_node_id(save))
+
+    def reap(self, dead_owners: set[str]) -> None:
+        """Forget the saves of clients that are gone."""
+        with self._nodes.lock:
+            for staged_id in [i for i, save in self._saves.items() if save.owner in dead_owners]:
+                self.abandon(staged_id)
+
+    def in_progress(self, namespace: str) -> int:
+        """How many staged saves of a namespace have not ended."""
+        with self._nodes.lock:
+            return sum(save.namespace.digest == namespace for save in self._saves.values())
+
+    def __len__(self) -> int:
+        return len(self._saves)
+
+    # --- commit ------------------------------------------------------------------------------
+
+    def commit(self, staged_id: str, source: RowSource) -> str | None:
+        """Copy the rows: the prompt becomes a node. None if a shared block is gone.
+
+        Whatever fails, the save has ended and its slots are free again. `NoSpaceError` when the
+        host budget is full of rows in use, `PlanError` when `source` has too few rows.
+        """
+        save = self._saves.get(staged_id)
+        if save is None:
+            raise LeaseError("the staged save is unknown or has ended; save again")
+        fresh: list[_Filled] = []
+        with self._metrics.timed("save"):
+            try:
+                self._copy(save, source, fresh)
+                node = self._node(save, [filled.name for filled in fresh])
+                vectors = Vectors(lexical_vector(save.tokens), None)
+                with self._nodes.lock:
+                    if staged_id not in self._saves:
+                        raise LeaseError("the staged save ended while it was committed")
+                    self._add(save, node, vectors, fresh)
+            except MissingBlockError as error:
+                self._metrics.error(error.kind)
+                return None
+            except KVShareError as error:
+                self._metrics.error(error.kind)
+                raise
+            finally:
+                with self._nodes.lock:
+                    for filled in fresh:  # those that were not sealed
+                        self._pool.cancel(filled.offset)
+                    self.abandon(staged_id)
+        return node.id
+
+    def _copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
+        """Block by block into slots of the store's own, without the lock: what the client writes
+        from then on reaches nothing, and the name is of the very bytes that were copied."""
+        layout, at = save.namespace.layout, 0
+        for rows in save.staged.sizes:
+            nbytes = rows * layout.row_bytes
+            offset = self._nodes.reserve(nbytes)
+            block = Block(save.namespace.digest, layout, self._pool.reserved(offset))
+            filled = _Filled(offset, "", block)
+            fresh.append(filled)
+            source.read_into(at, block.data)
+            filled.name = block_name(block)
+            at += nbytes
+
+    def _node(self, save: Save, fresh: list[str]) -> Node:
+        reuse, length = save.reuse, len(save.tokens)
+        sizes = save.staged.sizes
+        segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
+        segments.sort(key=lambda segment: segment.start)
+        blocks = (*reuse.blocks, *fresh)
+        check_segments(segments, length, len(blocks))
+        parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
+        matches = align(save.tokens, parent.tokens) if parent else []
+        row_bytes = save.namespace.layout.row_bytes
+        return Node(
+            id=_node_id(save),
+            namespace=save.namespace.digest,
+            token_bytes=save.tokens.tobytes(),
+            parent=parent.id if parent else None,
+            edits=edit_script(matches, parent.length, save.tokens) if parent else (),
+            segments=tuple(segments),
+            blocks=blocks,
+            block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
+            exact_rows=exact_rows(reuse.spans, length),
+            generation=reuse.generation,
+            stamp=new_stamp(),
+        )
+
+    def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
+        """Under the lock: the last moment at which a shared block could be missing."""
+        for name in save.reuse.blocks:
+            if self._blocks.tier_of(name) is None:
+                raise MissingBlockError(f"block {name[:12]} left the store before the commit")
+        self._nodes.namespaces.register(save.namespace)
+        nbytes = sum(len(filled.block.data) for filled in fresh)
+        fresh.reverse()  # taken from its end, or each would move all the others
+        while fresh:
+            filled = fresh.pop()
+            self._pool.seal(filled.offset, filled.name, filled.block)
+        self._nodes.add(node, vectors)
+        if node.exact:
+            self._nodes.remove([node_id(node.namespace, save.tokens, False)])
+        self._metrics.add("bytes_stored", nbytes)
+
+
+class _Filled(msgspec.Struct):
+    """A slot of the arena with a block that no node uses yet."""
+
+    offset: int
+    name: str
+    block: Block
+
+
+def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
+    """Whether the store still has the form of each donor that a client was planned."""
+    forms = [{node.stamp for node in nodes} for nodes in named]
+    return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))
+
+
+def _node_id(save: Save) -> str:
+    return node_id(save.namespace.digest, save.tokens, save.reuse.generation == 0)

@@ -1,0 +1,166 @@
+"""Staged saves: which rows of a prompt are missing, and where a commit gets them from."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from kvshare_store.errors import NamespaceError, PlanError
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.plan import ReusePlan, Run, Span, gaps
+from kvshare_store.tensors.layout import KVLayout
+
+_MOST_GENERATIONS = 1 << 15
+
+
+class Reuse(msgspec.Struct, frozen=True):
+    """What of a plan was really used, and so need not be stored again."""
+
+    spans: tuple[Span, ...] = ()
+    blocks: tuple[str, ...] = ()
+    donors: tuple[str, ...] = ()
+    generation: int = 0
+    stamps: tuple[int, ...] = ()
+    """Of each donor, the form that was planned. Without them: the one that is here now."""
+
+
+class Staged(msgspec.Struct, frozen=True, kw_only=True):
+    """A save in progress. `fresh` are the positions whose rows `commit` wants, ascending, packed
+    into blocks of `sizes` rows one after another, each in canonical order.
+
+    `known` True: the store wants none, it has every row of this prompt or takes none of it.
+    """
+
+    id: str = ""
+    fresh: tuple[Run, ...] = ()
+    sizes: tuple[int, ...] = ()
+    known: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many fresh rows there are."""
+        return sum(self.sizes)
+
+
+class Save(msgspec.Struct, frozen=True):
+    """What the store remembers about a staged save until it is committed."""
+
+    namespace: Namespace
+    tokens: Tokens
+    reuse: Reuse
+    block_bytes: tuple[int, ...]
+    """Bytes of each block of `reuse`."""
+    staged: Staged
+    owner: str
+
+
+class RowSource(Protocol):
+    """Where a commit copies fresh rows from: blocks one after another, as `Staged` says."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` from byte `offset` on; `PlanError` if there are fewer bytes."""
+
+
+class Buffer:
+    """Packed rows in this process's own memory."""
+
+    def __init__(self, data: Any) -> None:
+        self._view = memoryview(data).cast("B")
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """As `RowSource`."""
+        part = self._view[offset : offset + len(target)]
+        if len(part) < len(target):
+            raise PlanError(f"{len(self._view)} bytes are fewer rows than were staged")
+        target[:] = part
+
+
+def packed(rows: Any, sizes: Sequence[int], layout: KVLayout) -> bytearray:
+    """Canonical rows side by side, cut into blocks of `sizes` rows.
+
+    `rows`: bytes-like. `NamespaceError` if it does not hold as many rows as the blocks.
+    """
+    total = sum(sizes)
+    if memoryview(rows).nbytes != total * layout.row_bytes:
+        raise NamespaceError(f"expected {total} fresh rows of {layout.row_bytes} bytes")
+    blocks = bytearray(total * layout.row_bytes)
+    if not total:
+        return blocks
+    source, at = layout.words(rows, total), 0
+    for size in sizes:
+        nbytes = size * layout.row_bytes
+        start = at * layout.row_bytes
+        target = layout.words(memoryview(blocks)[start : start + nbytes], size)
+        target[:] = source[:, :, at : at + size]
+        at += size
+    return blocks
+
+
+def new_staged(spans: Sequence[Span], length: int, block_tokens: int) -> Staged:
+    """A staged save of the positions that `spans` leave."""
+    fresh = tuple(gaps(spans, 0, length))
+    sizes = block_sizes(sum(run.length for run in fresh), block_tokens)
+    return Staged(id=uuid.uuid4().hex, fresh=fresh, sizes=tuple(sizes))
+
+
+def of_used_blocks(reuse: Reuse) -> Reuse:
+    """The same without the blocks that no span uses."""
+    used = sorted({span.block for span in reuse.spans})
+    at = {block: index for index, block in enumerate(used)}
+    spans = tuple(msgspec.structs.replace(span, block=at[span.block]) for span in reuse.spans)
+    blocks = tuple(reuse.blocks[block] for block in used)
+    return msgspec.structs.replace(reuse, spans=spans, blocks=blocks)
+
+
+def check_reuse(reuse: Reuse, length: int) -> None:
+    """`PlanError` unless the spans ascend, stay within the prompt and within the blocks named."""
+    at = 0
+    for span in reuse.spans:
+        inside = at <= span.start < span.stop <= length and 0 <= span.block < len(reuse.blocks)
+        if not inside or span.row < 0 or span.source < 0:
+            raise PlanError(f"span {span} does not fit a prompt of {length} tokens")
+        if span.exact and span.source != span.start:
+            raise PlanError(f"span {span} has moved and cannot be exact")
+        at = span.stop
+    if not 0 <= reuse.generation <= _MOST_GENERATIONS:
+        raise PlanError(f"no rows are of generation {reuse.generation}")
+
+
+def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:
+    """Rows of each block that `fresh_rows` rows are packed into."""
+    full, rest = divmod(fresh_rows, block_tokens)
+    return [block_tokens] * full + ([rest] if rest else [])
+
+
+def fresh_segments(fresh: Sequence[Run], sizes: Sequence[int], first_block: int) -> list[Span]:
+    """Segments of the fresh rows: runs packed one after another into blocks of `sizes` rows."""
+    segments = []
+    block = row = 0
+    for run in fresh:
+        at = run.start
+        while at < run.stop:
+            if row == sizes[block]:
+                block, row = block + 1, 0
+            length = min(run.stop - at, sizes[block] - row)
+            segments.append(Span(at, length, at, first_block + block, row))
+            at, row = at + length, row + length
+    return segments
+
+
+def exact_rows(spans: Sequence[Span], length: int) -> int:
+    """Leading rows computed in their own full context: all up to the first edited span."""
+    return next((span.start for span in spans if not span.exact), length)
+
+
+def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
+    """What a save needs to know about a plan that was used, in full or only `spans` of it."""
+    if plan.declined:
+        return Reuse()
+    kept = plan.spans if spans is None else tuple(spans)
+    edited = any(not span.exact for span in kept)
+    names = tuple(block.name for block in plan.blocks)
+    return Reuse(kept, names, plan.donors, plan.generation if edited else 0, plan.stamps)

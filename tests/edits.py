@@ -1,0 +1,23 @@
+"""What edit scripts mean: the test of those that are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvshare_store.nodes.edits import Edit, Tokens
+
+
+def apply_edits(edits: Iterable[Edit], donor: Tokens) -> Tokens:
+    """The request that `edits` make of `donor`. They must cover it, in order."""
+    parts: list[Tokens] = [np.empty(0, np.int32)]
+    at = 0
+    for edit in edits:
+        assert at == edit.start <= edit.stop <= len(donor)
+        if edit.kind == "keep":
+            parts.append(donor[edit.start : edit.stop])
+        parts.append(np.asarray(edit.tokens, np.int32))
+        at = edit.stop
+    assert at == len(donor)
+    return np.concatenate(parts)
