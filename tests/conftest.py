@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.needs import need
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.needs import need  # noqa: E402 - its asserts are rewritten as well
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

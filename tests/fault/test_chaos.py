@@ -26,17 +26,17 @@ from kvshare_store.plan import BlockRef, ReusePlan, Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope
-from kvshare_store.testing.chaos.audit import Auditor
-from kvshare_store.testing.chaos.namespaces import possible
-from kvshare_store.testing.chaos.report import Report
-from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
-from kvshare_store.testing.chaos.run import run
-from kvshare_store.testing.chaos.variants import variant
-from kvshare_store.testing.chaos.worker import Engine, Orders, guarded
-from kvshare_store.testing.daemons import Daemon
-from kvshare_store.testing.oracle import Driver, Rows, prompt
-from kvshare_store.testing.servers import RedisServer
-from tests.needs import need
+from tests.support.chaos.audit import Auditor
+from tests.support.chaos.namespaces import possible
+from tests.support.chaos.report import Report
+from tests.support.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
+from tests.support.chaos.run import run
+from tests.support.chaos.variants import variant
+from tests.support.chaos.worker import Engine, Orders, guarded
+from tests.support.daemons import Daemon
+from tests.support.needs import need
+from tests.support.oracle import Driver, Rows, prompt
+from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.fault
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvshare_store.testing.churn import churn
+from tests.support.churn import churn
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 

@@ -20,11 +20,11 @@ from kvshare_store.errors import KVShareError, ShortBlockError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.faults import from_below, places, round_of
-from kvshare_store.testing.faulty_files import REFUSALS, WRONG_BYTES, Fault, FaultyFiles, refusal
-from kvshare_store.testing.faulty_files import slow as slowed
-from kvshare_store.testing.oracle import Driver, RowBook, prompt
 from kvshare_store.testing.tiers import check_use, make_block, same
+from tests.support.faults import from_below, places, round_of
+from tests.support.faulty_files import REFUSALS, WRONG_BYTES, Fault, FaultyFiles, refusal
+from tests.support.faulty_files import slow as slowed
+from tests.support.oracle import Driver, RowBook, prompt
 
 pytestmark = pytest.mark.fault
 

@@ -14,9 +14,9 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, RowBook
 from tests.store.crashes import Crashes
 from tests.store.neighbours import NAMESPACE, Machine, config_of
+from tests.support.oracle import Driver, RowBook
 
 SMALL = {
     "block_tokens": 8,

@@ -17,8 +17,8 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import pick, prompt, rows_for
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import pick, prompt, rows_for
 
 NAMESPACE = Namespace("model", KVLayout(8, 4, 64, "float32"))
 TOKENS = 40

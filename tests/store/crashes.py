@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kvshare_store.config import StoreConfig
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
 OLD, NEW = prompt(1, 40), prompt(2, 24)

@@ -11,7 +11,7 @@ from kvshare_store.catalog.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver
+from tests.support.oracle import Driver
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 PATIENCE_S = 10.0

@@ -35,7 +35,7 @@ from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 from kvshare_store.plan import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 pytestmark = pytest.mark.fault
 

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from kvshare_store.daemon.client import Client
-from kvshare_store.testing.daemons import Daemon
-from tests.needs import need
 from tests.store import container_client
 from tests.store.container_client import PATIENCE_S, config
+from tests.support.daemons import Daemon
+from tests.support.needs import need
 
 ROOT = Path(__file__).parents[2]
 MOUNTS = ("unshare", "--mount")

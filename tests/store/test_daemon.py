@@ -36,9 +36,9 @@ from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.testing.peer import Peer
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import Driver, prompt
+from tests.support.peer import Peer
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 Config = Callable[..., StoreConfig]
@@ -405,7 +405,7 @@ def test_what_a_killed_client_held_is_released(daemon: Callable[..., Daemon], ho
             "from kvshare_store.namespace import Namespace\n"
             "from kvshare_store.save.staging import Reuse\n"
             "from kvshare_store.tensors.layout import KVLayout\n"
-            "from kvshare_store.testing.oracle import prompt\n"
+            "from tests.support.oracle import prompt\n"
             "space = Namespace('model', KVLayout(2, 1, 4, 'float32'))\n"
             "client = Client(sys.argv[1])\n"
             "assert client.plan(prompt(1, 40), space).exact == 39\n"

@@ -17,8 +17,8 @@ from kvshare_store.blocks.tiers.disk import files, inventory
 from kvshare_store.blocks.tiers.disk.inventory import Inventory
 from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.errors import CorruptBlockError, HomeError, NoSpaceError, StorageError
-from kvshare_store.testing.faulty_files import Fault, FaultyFiles, refusal, slow
 from kvshare_store.testing.tiers import check_use, damage_file, make_block, same
+from tests.support.faulty_files import Fault, FaultyFiles, refusal, slow
 
 ROOMY = 1 << 20
 

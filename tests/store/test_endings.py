@@ -25,9 +25,9 @@ from kvshare_store.errors import BusyError, DeadlineError, OverloadError, Unavai
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import prompt
-from tests.needs import need
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.needs import need
+from tests.support.oracle import prompt
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 Config = Callable[..., StoreConfig]
@@ -148,9 +148,9 @@ def test_a_crowd_at_the_door_is_not_a_missing_daemon(home: Path) -> None:
 
 HOLDER = (
     "import os, sys, time\n"
-    "from kvshare_store.testing.daemons import Client, Namespace\n"
+    "from tests.support.daemons import Client, Namespace\n"
     "from kvshare_store.tensors.layout import KVLayout\n"
-    "from kvshare_store.testing.oracle import prompt\n"
+    "from tests.support.oracle import prompt\n"
     "client = Client(sys.argv[1], timeout=60)\n"
     "assert client.plan(prompt(1, 40), Namespace('model', KVLayout(2, 1, 4, 'float32'))).lease\n"
     "print(os.getpid(), flush=True)\n"

@@ -16,9 +16,9 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.fuzz import small
-from kvshare_store.testing.oracle import prompt
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.fuzz import small
+from tests.support.oracle import prompt
 
 pytestmark = pytest.mark.fault
 

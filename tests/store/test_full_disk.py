@@ -14,8 +14,8 @@ from kvshare_store.errors import StorageError
 from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, prompt
-from tests.needs import need
+from tests.support.needs import need
+from tests.support.oracle import Driver, prompt
 
 pytestmark = pytest.mark.fault
 

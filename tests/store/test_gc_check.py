@@ -18,8 +18,8 @@ from kvshare_store.errors import StorageError
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
-from kvshare_store.testing.faulty import FaultyTier, SlowTier
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.faulty import FaultyTier, SlowTier
+from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
 

@@ -20,8 +20,8 @@ from kvshare_store.plan import Outcome
 from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name
-from kvshare_store.testing.faulty import SlowTier
-from kvshare_store.testing.oracle import Driver, gather, pick, prompt, rows_for
+from tests.support.faulty import SlowTier
+from tests.support.oracle import Driver, gather, pick, prompt, rows_for
 
 Open = Callable[..., Driver]
 ROW = 64

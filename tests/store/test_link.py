@@ -25,8 +25,8 @@ from kvshare_store.errors import DeadlineError, HomeError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import prompt
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import prompt
 
 pytestmark = pytest.mark.fault
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kvshare_store.testing.machines import StoreMachine, examples
+from tests.support.machines import StoreMachine, examples
 
 TestStoreMachine = pytest.mark.timeout(900)(StoreMachine.TestCase)  # shrinking a failure takes long
 TestStoreMachine.settings = settings(

@@ -22,7 +22,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
 PATIENCE = 30.0

@@ -18,11 +18,11 @@ from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver
 from tests.store.conftest import SMALL
 from tests.store.crashes import NEW, OLD, Crashes
 from tests.store.neighbours import collect_all
 from tests.store.test_ordering_tiers import after_calls
+from tests.support.oracle import Driver
 
 pytestmark = pytest.mark.fault
 

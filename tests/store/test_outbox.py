@@ -21,9 +21,9 @@ from kvshare_store.maintenance.check import check_blocks
 from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver
-from kvshare_store.testing.oracle import prompt
-from kvshare_store.testing.peer import Peer
+from tests.support.daemons import ClientDriver
+from tests.support.oracle import prompt
+from tests.support.peer import Peer
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 ROW = 64

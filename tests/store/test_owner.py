@@ -13,10 +13,10 @@ from kvshare_store.blocks.remotes.owner import MARK
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ForeignError, StorageError
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.testing.servers import RedisServer, S3Server
-from tests.needs import need
 from tests.store.neighbours import NAMESPACE, Machine, collect_all, config_of, remote_blocks, save
+from tests.support.needs import need
+from tests.support.oracle import Driver, prompt
+from tests.support.servers import RedisServer, S3Server
 
 
 def alone(folder: Path, name: str, **settings: Any) -> StoreConfig:

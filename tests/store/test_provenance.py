@@ -17,7 +17,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan, Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
 ROW = 64

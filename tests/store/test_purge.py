@@ -28,9 +28,9 @@ from kvshare_store.keys import Keyring, master_key
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import decode_frame
-from kvshare_store.testing.faulty import FaultyTier
-from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tiers import damage_file
+from tests.support.faulty import FaultyTier
+from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"

@@ -15,7 +15,6 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -29,6 +28,7 @@ from tests.store.neighbours import (
     until,
 )
 from tests.store.test_upkeep import ASKED_ONLY, PROMPT
+from tests.support.oracle import Driver, prompt
 
 
 def copies(engine: Driver) -> bytes:

@@ -26,16 +26,16 @@ from kvshare_store.errors import (
 )
 from kvshare_store.tensors.frame import Block
 from kvshare_store.testing.remotes import RemoteTests, spoil
-from kvshare_store.testing.servers import (
+from kvshare_store.testing.tier_law import NAMESPACE, make_block, same
+from kvshare_store.testing.tiers import Damage, PersistentTierTests
+from tests.support.needs import need
+from tests.support.servers import (
     MooncakeClient,
     MooncakeMaster,
     RedisServer,
     S3Server,
     free_port,
 )
-from kvshare_store.testing.tier_law import NAMESPACE, make_block, same
-from kvshare_store.testing.tiers import Damage, PersistentTierTests
-from tests.needs import need
 
 TIMEOUT_S = 4.0
 SLACK_S = 3.0

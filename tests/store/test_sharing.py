@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvshare_store.errors import ConfigError
-from kvshare_store.testing.oracle import prompt
 from tests.store.neighbours import Machine, collect_all, knows, remote_blocks, save, until
+from tests.support.oracle import prompt
 
 
 def test_what_one_machine_computed_another_reuses(machine: Machine) -> None:

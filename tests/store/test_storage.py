@@ -30,9 +30,9 @@ from kvshare_store.errors import (
 from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
-from kvshare_store.testing.faulty import FaultyTier, SlowTier
-from kvshare_store.testing.oracle import Driver, prompt
 from kvshare_store.testing.tiers import damage_file
+from tests.support.faulty import FaultyTier, SlowTier
+from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
 Config = Callable[..., StoreConfig]

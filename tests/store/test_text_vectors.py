@@ -24,7 +24,7 @@ from kvshare_store.lookup.embedding_worker import EmbeddingWorker
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
 Require = Callable[[bool, str], None]

@@ -16,11 +16,11 @@ from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import NoSpaceError, StorageError
-from kvshare_store.testing import faulty
-from kvshare_store.testing.faulty import FaultyTier, SlowTier
-from kvshare_store.testing.faulty_files import FaultyFiles, refusal, slow
 from kvshare_store.testing.file_tiers import FileTierTests
 from kvshare_store.testing.tiers import Damage, TierTests, make_block, same
+from tests.support import faulty
+from tests.support.faulty import FaultyTier, SlowTier
+from tests.support.faulty_files import FaultyFiles, refusal, slow
 
 
 def size_of(file: Path) -> int:

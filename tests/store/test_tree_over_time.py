@@ -13,7 +13,7 @@ from kvshare_store.errors import NoSpaceError
 from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
 

@@ -18,7 +18,6 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
 from tests.store.neighbours import (
     NAMESPACE,
     Machine,
@@ -32,6 +31,7 @@ from tests.store.neighbours import (
     save,
     until,
 )
+from tests.support.oracle import Driver, RowBook, Rows, prompt
 
 ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
 """A machine that looks into the catalogue when the test says so."""

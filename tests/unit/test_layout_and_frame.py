@@ -17,7 +17,7 @@ from kvshare_store.tensors import frame
 from kvshare_store.tensors.codecs import CODECS, LOSSY, Codec
 from kvshare_store.tensors.frame import Block, block_name, decode_frame, encode_frame, split_frame
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import row_keys, rows_for
+from tests.support.oracle import row_keys, rows_for
 
 LAYOUT = KVLayout(2, 1, 4, "float32")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

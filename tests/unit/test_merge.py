@@ -16,7 +16,7 @@ from kvshare_store.nodes.node import Node, check_segments
 from kvshare_store.plan import Span
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import row_keys, rows_for
+from tests.support.oracle import row_keys, rows_for
 
 LAYOUT = KVLayout(2, 1, 4, "float32")
 

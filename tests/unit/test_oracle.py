@@ -8,7 +8,7 @@ import pytest
 
 from kvshare_store.plan import BlockRef, ReusePlan, Span
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import (
+from tests.support.oracle import (
     RowBook,
     Rows,
     check_partition,

@@ -30,8 +30,8 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.tensors.frame import Block
-from kvshare_store.testing.faulty import FaultyTier, SlowTier
 from kvshare_store.testing.tiers import TierTests, make_block, same
+from tests.support.faulty import FaultyTier, SlowTier
 
 FOREVER = 3600.0
 NAME, BLOCK = make_block(1)

@@ -20,7 +20,7 @@ from kvshare_store.errors import KVShareError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, RowBook, Rows, prompt
+from tests.support.oracle import Driver, RowBook, Rows, prompt
 
 SPACE = Namespace("machines", KVLayout(2, 1, 4, "float32"))
 TTL_S = 2 * 3600.0

@@ -24,9 +24,9 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.rope import Rope
-from kvshare_store.testing.chaos.report import Report
-from kvshare_store.testing.chaos.rows import DescribedRows, moved, quarter_turns
-from kvshare_store.testing.oracle import Driver, gather, positions_of
+from tests.support.chaos.report import Report
+from tests.support.chaos.rows import DescribedRows, moved, quarter_turns
+from tests.support.oracle import Driver, gather, positions_of
 
 _LOOKED_AT = 24
 """Nodes of which every row is compared, drawn anew each time."""

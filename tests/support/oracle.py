@@ -106,7 +106,7 @@ def gather(plan: ReusePlan, layout: KVLayout, rows_of: Any) -> Rows:
 
 class RowOracle(Protocol):
     """Computes rows, and judges those that are served: a `RowBook`, or rows that describe
-    themselves (`testing.chaos.rows`)."""
+    themselves (`tests.support.chaos.rows`)."""
 
     def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows: ...
 

@@ -1,8 +1,8 @@
 """Faults that happen to the n-th call of something, and what a store must do all the same.
 
 A scenario is run once to count its calls, then once for each of them with a fault there.
-`testing.faulty_files` and `testing.faulty_remote` say what can go wrong with a file system and with
-a network.
+`tests.support.faulty_files` and `tests.support.faulty_remote` say what can go wrong with a file
+system and with a network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from typing import Any, Generic, Protocol, TypeVar
 
 from kvshare_store.plan import ReusePlan
-from kvshare_store.testing.oracle import Driver, prompt
+from tests.support.oracle import Driver, prompt
 
 
 class AnyFault(Protocol):

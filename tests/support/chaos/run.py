@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvshare_store.testing.chaos.namespaces import possible
-from kvshare_store.testing.chaos.processes import ChaosError
-from kvshare_store.testing.chaos.remotes import RemoteServer, remote_server
-from kvshare_store.testing.chaos.report import Report
-from kvshare_store.testing.chaos.uncommon import UncommonTrial
-from kvshare_store.testing.chaos.variants import variant
+from tests.support.chaos.namespaces import possible
+from tests.support.chaos.processes import ChaosError
+from tests.support.chaos.remotes import RemoteServer, remote_server
+from tests.support.chaos.report import Report
+from tests.support.chaos.uncommon import UncommonTrial
+from tests.support.chaos.variants import variant
 
 _KILLS_A_HOME = 10
 _KINDS = {

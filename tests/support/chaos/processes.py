@@ -22,8 +22,8 @@ import psutil
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
-from kvshare_store.testing.chaos.namespaces import see_instead
-from kvshare_store.testing.power_cut import command
+from tests.support.chaos.namespaces import see_instead
+from tests.support.power_cut import command
 
 START_S = 60.0
 _IMPORTED_ONCE = [
@@ -33,7 +33,7 @@ _IMPORTED_ONCE = [
     "psutil",
     "pyarrow",
     "typer",
-    "kvshare_store.testing.chaos.worker",
+    "tests.support.chaos.worker",
 ]
 
 
@@ -121,8 +121,8 @@ def _serve(
     if other is not None:
         see_instead(config.home_path, other)
     os.environ.update(environment)
-    from kvshare_store.cli import serve  # noqa: PLC0415 - the parent must not load LanceDB
-    from kvshare_store.daemon import server  # noqa: F401, PLC0415 - the same
+    from kvshare_store.cli import serve
+    from kvshare_store.daemon import server  # noqa: F401 - the same
 
     config.home_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = os.open(config.home_path / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
-from kvshare_store.testing.oracle import Rows, prefix_hashes, row_keys
+from tests.support.oracle import Rows, prefix_hashes, row_keys
 
 _HEAD = struct.Struct("<iii32s")
 _MANTISSA = {"float32": (0x807FFFFF, 0x3F000000), "bfloat16": (0x807F, 0x3F00)}
@@ -42,7 +42,7 @@ class Head(NamedTuple):
 class DescribedRows:
     """The rows an engine would compute in one namespace, and the judge of those it is served.
 
-    Takes the place of `testing.oracle.RowBook`, and remembers nothing. The layout's dtype is
+    Takes the place of `tests.support.oracle.RowBook`, and remembers nothing. The layout's dtype is
     float32 or bfloat16 and a head of its V has room for 44 bytes.
     """
 

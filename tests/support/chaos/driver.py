@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.nodes.node import node_id
-from kvshare_store.testing.chaos.audit import Auditor
-from kvshare_store.testing.chaos.processes import ChaosError, KilledDaemon, Worker
-from kvshare_store.testing.chaos.remotes import RemoteServer
-from kvshare_store.testing.chaos.report import Report
-from kvshare_store.testing.chaos.rows import DescribedRows
-from kvshare_store.testing.chaos.variants import Variant
-from kvshare_store.testing.chaos.worker import some_prompt, work
-from kvshare_store.testing.daemons import ClientDriver
+from tests.support.chaos.audit import Auditor
+from tests.support.chaos.processes import ChaosError, KilledDaemon, Worker
+from tests.support.chaos.remotes import RemoteServer
+from tests.support.chaos.report import Report
+from tests.support.chaos.rows import DescribedRows
+from tests.support.chaos.variants import Variant
+from tests.support.chaos.worker import some_prompt, work
+from tests.support.daemons import ClientDriver
 
 _WORKERS = 3
 _PATIENCE_S = 30.0

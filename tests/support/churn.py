@@ -1,6 +1,6 @@
 """A day of traffic in a minute: full tiers, recurring templates, and a flood of prompts seen once.
 
-    python -m kvshare_store.testing.churn --requests 20000 --pause-ms 0
+    python -m tests.support.churn --requests 20000 --pause-ms 0
 
 Budgets must hold at every request, memory must stay flat, and what recurs must still be found after
 a thousand prompts that never will. Time is simulated where the store measures it (leases, idle
@@ -30,7 +30,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, Rows, positions_of, prompt
+from tests.support.oracle import Driver, Rows, positions_of, prompt
 
 _SPACE = Namespace("churn", KVLayout(1, 1, 16, "float32"))
 _HOURS = 24

@@ -1,4 +1,4 @@
-"""`python -m kvshare_store.testing.chaos`: kill, restart, compare; exits 1 if anything is wrong.
+"""`python -m tests.support.chaos`: kill, restart, compare; exits 1 if anything is wrong.
 
 What is imported here is imported by every forked process, so it is little.
 """
@@ -19,7 +19,7 @@ def main(
     remote: Annotated[str, typer.Option(help="none, file, redis, s3 or mooncake.")] = "none",
 ) -> None:
     """Kill daemons, clients and remotes at random moments and compare every row that is served."""
-    from kvshare_store.testing.chaos.run import run  # noqa: PLC0415 - see above
+    from tests.support.chaos.run import run
 
     drawn = random.SystemRandom().randrange(1 << 31) if seed is None else seed
     console = Console()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from kvshare_store.blocks.tiers.disk import files
-from kvshare_store.testing.faults import Faults
+from tests.support.faults import Faults
 
 CALLS = frozenset({
     "open", "close", "fstat", "preadv", "writev", "fsync", "mkdir", "listdir", "stat", "replace",

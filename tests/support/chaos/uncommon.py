@@ -8,16 +8,16 @@ from typing import Any
 
 import msgspec
 
-from kvshare_store.testing.chaos.driver import Trial
-from kvshare_store.testing.chaos.processes import (
+from tests.support.chaos.driver import Trial
+from tests.support.chaos.processes import (
     ChaosError,
     KilledDaemon,
     RecordedDaemon,
     Worker,
 )
-from kvshare_store.testing.chaos.releases import write_as_next_release
-from kvshare_store.testing.chaos.worker import work_elsewhere, work_with_foreign_pid
-from kvshare_store.testing.power_cut import Disk, calls
+from tests.support.chaos.releases import write_as_next_release
+from tests.support.chaos.worker import work_elsewhere, work_with_foreign_pid
+from tests.support.power_cut import Disk, calls
 
 _ENOUGH = 20
 """Requests that a neighbour is served before it dies."""

@@ -21,7 +21,7 @@ from kvshare_store.errors import (
     StorageError,
     UnavailableError,
 )
-from kvshare_store.testing.faults import Faults
+from tests.support.faults import Faults
 
 CALLS = frozenset({"put", "get", "delete", "list", "delete_prefix"})
 Real = Callable[..., Awaitable[Any]]

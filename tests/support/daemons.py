@@ -20,8 +20,8 @@ from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse, Staged, reuse_of
-from kvshare_store.testing.network import Host
-from kvshare_store.testing.oracle import (
+from tests.support.network import Host
+from tests.support.oracle import (
     RowBook,
     RowOracle,
     Rows,
@@ -45,7 +45,7 @@ def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
 
 
 class Daemon:
-    """`kvshare serve` for a configuration, on a `testing.network` host if one is named. As a
+    """`kvshare serve` for a configuration, on a `tests.support.network` host if one is named. As a
     context manager it is started and ended."""
 
     def __init__(self, config: StoreConfig, host: Host | None = None) -> None:
@@ -104,7 +104,7 @@ class Daemon:
 
 
 class ClientDriver:
-    """What `testing.oracle.Driver` is for a Store, over the socket and the mapped arena."""
+    """What `tests.support.oracle.Driver` is for a Store, over the socket and the mapped arena."""
 
     def __init__(self, client: Client, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.client = client

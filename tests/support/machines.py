@@ -33,7 +33,7 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Staged
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import (
+from tests.support.oracle import (
     RowBook,
     Rows,
     check_partition,

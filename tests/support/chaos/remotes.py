@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.testing.servers import (
+from tests.support.servers import (
     MooncakeClient,
     MooncakeMaster,
     RedisServer,
@@ -75,7 +75,7 @@ class Folder(RemoteServer):
 
 
 class Real(RemoteServer):
-    """One of `testing.servers`."""
+    """One of `tests.support.servers`."""
 
     def __init__(self, server: RedisServer | S3Server) -> None:
         self._server = server

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 from kvshare_store.errors import ForeignError
 from kvshare_store.store import Store
-from kvshare_store.testing.chaos.site import NAMES, SPACE, TTL_S, Site
-from kvshare_store.testing.oracle import Driver
+from tests.support.chaos.site import NAMES, SPACE, TTL_S, Site
+from tests.support.oracle import Driver
 
 
 def save_new(site: Site) -> None:

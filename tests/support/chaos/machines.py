@@ -1,6 +1,6 @@
 """Three machines on one remote and one catalogue: what one has committed must outlive the others.
 
-    python -m kvshare_store.testing.chaos.machines --steps 500 --seed 1
+    python -m tests.support.chaos.machines --steps 500 --seed 1
 
 Each step is drawn from `STEPS`; after a few of them a fourth machine opens with nothing of its own
 and must be served every prompt that somebody committed and nobody was asked to remove.
@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.testing.chaos.machine_steps import STEPS
-from kvshare_store.testing.chaos.site import Site
+from tests.support.chaos.machine_steps import STEPS
+from tests.support.chaos.site import Site
 
 _AUDIT_EVERY = 8
 

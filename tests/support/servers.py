@@ -1,8 +1,8 @@
 """Real servers on this machine, to be stopped, paused and killed: for tests of the remotes.
 
-Every server listens on a free port of 127.0.0.1, or of a `testing.network` host, keeps its data in
-a folder it is given, and ends with its context. A pause is SIGSTOP: connections are still accepted,
-nothing is answered.
+Every server listens on a free port of 127.0.0.1, or of a `tests.support.network` host, keeps its
+data in a folder it is given, and ends with its context. A pause is SIGSTOP: connections are still
+accepted, nothing is answered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import quote
 
-from kvshare_store.testing.network import Host
+from tests.support.network import Host
 
 T = TypeVar("T")
 _START_S = 30.0

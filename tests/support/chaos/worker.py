@@ -20,10 +20,10 @@ from kvshare_store.errors import DeadlineError, ErrorKind, KVShareError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.save.staging import Reuse
-from kvshare_store.testing.chaos.namespaces import see_instead, with_foreign_pid
-from kvshare_store.testing.chaos.rows import DescribedRows
-from kvshare_store.testing.daemons import ClientDriver
-from kvshare_store.testing.oracle import prompt
+from tests.support.chaos.namespaces import see_instead, with_foreign_pid
+from tests.support.chaos.rows import DescribedRows
+from tests.support.daemons import ClientDriver
+from tests.support.oracle import prompt
 
 PATIENCE_S = 20.0
 _SLICE_S = 0.02

@@ -1,6 +1,6 @@
 """Messages that no client would send, by the thousand, against a real daemon.
 
-    python -m kvshare_store.testing.fuzz --n 1000000
+    python -m tests.support.fuzz --n 1000000
 
 Valid messages are taken apart, changed somewhere in their structure or in their bytes, and sent;
 some frames lie about their length, come in pieces, or bring descriptors along. The daemon must go
@@ -29,9 +29,9 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import prompt
-from kvshare_store.testing.peer import Peer
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import prompt
+from tests.support.peer import Peer
 
 MIB = 1 << 20
 _BURST = 200
@@ -231,7 +231,7 @@ def left_over(daemon: Daemon) -> dict[str, int]:
 
 
 def main() -> None:
-    """`python -m kvshare_store.testing.fuzz`"""
+    """`python -m tests.support.fuzz`"""
     parser = argparse.ArgumentParser(description="Send a daemon what no client would send.")
     parser.add_argument("--n", type=int, default=1_000_000, help="messages")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,11 +18,11 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.chaos.rows import DescribedRows
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.network import Host, Network
-from kvshare_store.testing.oracle import prompt
-from kvshare_store.testing.servers import MooncakeClient, MooncakeMaster, S3Server
+from tests.support.chaos.rows import DescribedRows
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.network import Host, Network
+from tests.support.oracle import prompt
+from tests.support.servers import MooncakeClient, MooncakeMaster, S3Server
 
 SPACE = Namespace("machines", KVLayout(2, 1, 16, "float32"))
 PLAN_DEADLINE_S = 0.25
