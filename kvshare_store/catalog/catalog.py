@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from kvshare_store.catalog.batches import namespace_rows, node_rows, numbers, texts
@@ -242,6 +244,13 @@ class Catalog:
                     found[node_id] = (seen[at] or 0) if seen is not None else 0
         saw_stamps(found.values())
         return found
+
+    def all_stamps(self) -> npt.NDArray[np.int64]:
+        """The stamps of all rows of a shared catalogue, in no order; 0 of a row that has none."""
+        with self._lock:
+            batches = self._nodes.rows(columns=["stamp"])
+            found = [batch.column("stamp").fill_null(0).to_numpy() for batch in batches]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
     def refresh(self) -> int:
         """See what others have committed; returns the version of the node table."""

@@ -33,6 +33,8 @@ RowIds = npt.NDArray[np.uint64]
 
 _READ_ROWS = 1024
 """LanceDB reads 16 batches ahead: about 120 MB of prompts of 1,000 tokens."""
+_READ_FIELDS = 1 << 16
+"""Rows of some columns, which are short."""
 _FRAGMENT = 1 << 32
 """Row numbers of one fragment."""
 _KEY = b"lance-schema:unenforced-primary-key:position"
@@ -224,7 +226,8 @@ class Table:
         chosen = columns or [at.name for at in self._fields.schema if at.name in known]
         with lance_errors():
             query = self._handle.search().select(list(chosen)).with_row_id(True).limit(None)
-            yield from (query.where(where) if where else query).to_batches(_READ_ROWS)
+            at_once = _READ_FIELDS if columns else _READ_ROWS
+            yield from (query.where(where) if where else query).to_batches(at_once)
 
     def salvage(self) -> Iterator[pa.RecordBatch]:
         """All rows that can be read. The others are removed, and are in `take_lost`."""

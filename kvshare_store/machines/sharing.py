@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.faults import report
 from kvshare_store.commit.repository import Repository
@@ -27,6 +29,7 @@ _SETTLED_S, _HEAL_S = 2.0, 60.0
 _OVERLAP_NS = 60 * 10**9
 """How far a stamp may lie behind a later row's: a machine may not have seen that when it made its
 own, and a save may wait for its commit. What is later still is found when all stamps are read."""
+_NO_STAMP = np.iinfo(np.int64).max
 _REST = 50
 """Reading all stamps, which takes the longer the more rows there are, is done again after so many
 times as long as it took, …"""
@@ -134,8 +137,10 @@ class Sharing:
     def _look_at_all(self) -> None:
         """What was removed, and rows whose stamps are older than their commits."""
         begun, self._all_due = time.monotonic(), math.inf
-        everything = self._catalog.stamps()
-        gone = {i: stamp for i, stamp in self._seen.items() if i not in everything}
+        gone = self._removed()
+        everything = None if gone is not None else self._catalog.stamps()
+        if gone is None:
+            gone = {i: stamp for i, stamp in self._seen.items() if i not in (everything or {})}
         if gone:
             self._nodes.learn_removals(gone)
             digests = self._catalog.digests()
@@ -143,11 +148,25 @@ class Sharing:
                 self._nodes.namespaces.keep_recorded(digests)
         for node_id in gone:
             del self._seen[node_id]
-        self._learn(everything)
-        if not self._catalog.place.conditional:
-            self._heal(everything)
+        if everything is not None:
+            self._learn(everything)
+            if not self._catalog.place.conditional:
+                self._heal(everything)
         self._all_read = time.monotonic()
         self._rest = _REST * (self._all_read - begun)
+
+    def _removed(self) -> dict[str, int] | None:
+        """The rows that are gone, where nothing else has changed, as one column of numbers tells;
+        None if that does not tell."""
+        if not self._catalog.place.conditional:
+            return None
+        there = np.append(np.sort(self._catalog.all_stamps()), _NO_STAMP)
+        seen = np.sort(np.fromiter(self._seen.values(), np.int64, len(self._seen)))
+        here = there[there.searchsorted(seen)] == seen
+        if np.count_nonzero(here) != len(there) - 1 or (seen[1:] == seen[:-1]).any():
+            return None  # rows are new or changed, or several are of a release without stamps
+        lost = set(seen[~here].tolist())
+        return {i: stamp for i, stamp in self._seen.items() if stamp in lost} if lost else {}
 
     def _learn(self, stamps: dict[str, int]) -> int:
         """Read the rows that are new, or have a new stamp, and are not what this machine has; how

@@ -40,9 +40,9 @@ class BlockUsers:
 
     def of(self, name: str) -> Users:
         """Ids of the nodes that use a block."""
-        shared = self._shared.get(name)
-        if shared is not None:
-            return shared
+        return self._shared.get(name) or self._alone_with(name)
+
+    def _alone_with(self, name: str) -> Users:
         for node_id in self._alone.find(_key(name)):
             node = self._node_of(node_id)
             if node is not None and name in node.blocks:
@@ -67,10 +67,13 @@ class BlockUsers:
         for themselves."""
         sharing: set[str] = set()
         alone: list[int] = []
-        for name, size in _sizes(node).items():
-            users = self.of(name)
+        sizes = _sizes(node)
+        keys = list(map(_key, sizes))
+        known = self._alone.known(keys)
+        for (name, size), key, maybe in zip(sizes.items(), keys, known, strict=True):
+            users = self.of(name) if maybe or name in self._shared else ()
             if not users:
-                alone.append(_key(name))
+                alone.append(key)
                 self._count += 1
                 self.bytes[node.namespace] += size
             elif node.id not in users:
@@ -103,10 +106,10 @@ class BlockUsers:
         users = self._shared[name] = _without(self._shared[name], node.id)
         if len(users) > 1:
             return set()
-        del self._shared[name]
         (last,) = users
-        if not self.of(name):
+        if not self._alone_with(name):
             self._alone.add(last, [_key(name)])
+        del self._shared[name]
         self.bytes[node.namespace] += (self.size(name) or 0) - self._shared_bytes.pop(name)
         return {last}
 

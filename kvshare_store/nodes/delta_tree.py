@@ -237,7 +237,7 @@ class DeltaTree:
 
     def blocks(self) -> set[str]:
         """Blocks that some node points at."""
-        return {name for node in self._nodes.values() for name in node.blocks}
+        return {name for node in list(self._nodes.values()) for name in node.blocks}
 
     @property
     def block_count(self) -> int:

@@ -109,6 +109,7 @@ def _as_they_were(packed: Any) -> Any:
     return list(packed) if isinstance(packed, Names) else msgspec.Raw(packed.raw)
 
 
+_NO_EDITS = Edits.of(())
 _encoder = msgspec.msgpack.Encoder(enc_hook=_as_they_were)
 _decoder = msgspec.msgpack.Decoder(_Fields)
 
@@ -127,7 +128,7 @@ def decode_node(encoded: bytes) -> Node:
         namespace=_interned(read.namespace),
         token_bytes=read.token_bytes,
         parent=read.parent,
-        edits=_interned(bytes(read.edits), Edits),
+        edits=Edits(bytes(read.edits)) if bytes(read.edits) != _NO_EDITS.raw else _NO_EDITS,
         segments=_interned(bytes(read.segments), Spans),
         blocks=read.blocks,
         block_bytes=_interned(bytes(read.block_bytes), Sizes),

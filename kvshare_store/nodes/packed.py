@@ -1,7 +1,7 @@
 """Sequences that a node keeps packed: a tuple of names or spans takes ten times the memory of what
 it says, and of a million nodes few are looked at.
 
-Equal ones are equal to the tuple of what they hold. What was unpacked lately is remembered.
+They are equal to the tuple of what they hold.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ _ENCODE = msgspec.msgpack.Encoder().encode
 
 
 def _decoder(kind: Any) -> Callable[[bytes], tuple[Any, ...]]:
-    """Remembers what it has decoded lately."""
-    return lru_cache(_REMEMBERED)(msgspec.msgpack.Decoder(tuple[kind, ...]).decode)
+    return msgspec.msgpack.Decoder(tuple[kind, ...]).decode
 
 
 class Packed(Sequence[T]):
@@ -72,11 +71,12 @@ class Spans(Packed[Span]):
     """Spans, in MessagePack."""
 
     __slots__ = ()
-    _unpack = _decoder(Span)
+    _unpack = lru_cache(_REMEMBERED)(_decoder(Span))
 
 
 class Edits(Packed[Edit]):
-    """Edits, in MessagePack."""
+    """Edits, in MessagePack. They hold tokens, of which nothing may stay after a purge: what was
+    unpacked is not remembered."""
 
     __slots__ = ()
     _unpack = _decoder(Edit)
@@ -86,7 +86,7 @@ class Sizes(Packed[int]):
     """Whole numbers, in MessagePack."""
 
     __slots__ = ()
-    _unpack = _decoder(int)
+    _unpack = lru_cache(_REMEMBERED)(_decoder(int))
 
 
 class Names(Packed[str]):

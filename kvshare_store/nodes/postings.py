@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,24 +17,31 @@ _SHARE = 16
 part of those: like the growth of a dictionary, rare and the rarer the more there are."""
 
 
+class _Entries(NamedTuple):
+    keys: Keys
+    """Ascending."""
+    numbers: Numbers
+    """Of one key in the order in which they were added."""
+    recent: dict[int, list[int]]
+    """What came since the arrays were made."""
+    ids: list[str | None]
+    """By number."""
+
+
 class Postings:
     """Which ids were added with a key. Keys are hashes: whoever finds an id verifies it.
 
     Most entries lie in two arrays, sorted by key; what came lately is in a dictionary. An id has a
-    number here. That of one that was removed stands for nobody, and its entries go with the next
-    merge. Not thread-safe.
+    number here. That of one that was removed stands for nobody, and its entries go with a later
+    merge. Changes must not run at once; `find` may run beside them.
     """
 
     def __init__(self) -> None:
-        self._keys: Keys = np.empty(0, np.uint64)
-        self._numbers: Numbers = np.empty(0, np.uint32)
-        """Of one key in the order in which they were added."""
-        self._recent: dict[int, list[int]] = {}
+        self._entries = _Entries(np.empty(0, np.uint64), np.empty(0, np.uint32), {}, [])
+        """Takes the place of the last as a whole, for those who `find` at that moment."""
         self._recent_count = 0
         self._batches: list[tuple[Keys, Numbers]] = []
         """What `extend` brought, until the next question."""
-        self._ids: list[str | None] = []
-        """By number."""
         self._number: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -48,9 +56,9 @@ class Postings:
         self.settle()
         number = self._number_of(node_id)
         for key in keys:
-            self._recent.setdefault(key, []).append(number)
+            self._entries.recent.setdefault(key, []).append(number)
             self._recent_count += 1
-        if self._recent_count > max(_FEW, len(self._keys) // _SHARE):
+        if self._recent_count > max(_FEW, len(self._entries.keys) // _SHARE):
             self._merge()
 
     def extend(self, ids: Sequence[str], keys: Keys, whose: npt.NDArray[np.integer]) -> None:
@@ -62,22 +70,24 @@ class Postings:
         """Forget an id; unknown ones are ignored."""
         number = self._number.pop(node_id, None)
         if number is not None:
-            self._ids[number] = None
+            self._entries.ids[number] = None
 
     def find(self, key: int) -> Iterator[str]:
         """The ids of a key, the one added last first."""
         self.settle()
-        found = self._found(key)
-        return (node_id for number in found if (node_id := self._ids[number]) is not None)
+        entries = self._entries
+        found = (entries.ids[number] for number in _numbers(entries, key))
+        return (node_id for node_id in found if node_id is not None)
 
-    def _found(self, key: int) -> Iterator[int]:
-        yield from reversed(self._recent.get(key, ()))
-        if len(self._keys):
-            sought = np.uint64(key)  # a Python number would be compared as a float
-            at = int(self._keys.searchsorted(sought))
-            if at < len(self._keys) and self._keys[at] == sought:
-                end = int(self._keys.searchsorted(sought, "right"))
-                yield from map(int, self._numbers[at:end][::-1])
+    def known(self, keys: Sequence[int]) -> list[bool]:
+        """Of each key whether `find` may find an id; False if it finds none."""
+        self.settle()
+        packed, _, recent, _ = self._entries
+        if not len(packed):
+            return [key in recent for key in keys]
+        sought = np.asarray(keys, np.uint64)
+        there = packed.take(packed.searchsorted(sought), mode="clip") == sought
+        return [sure or key in recent for key, sure in zip(keys, there.tolist(), strict=True)]
 
     def settle(self) -> None:
         """Do now what the next question would wait for."""
@@ -85,30 +95,52 @@ class Postings:
             self._merge()
 
     def _number_of(self, node_id: str) -> int:
-        number = self._number.setdefault(node_id, len(self._ids))
-        if number == len(self._ids):
-            self._ids.append(node_id)
+        ids = self._entries.ids
+        number = self._number.setdefault(node_id, len(ids))
+        if number == len(ids):
+            ids.append(node_id)
         return number
 
     def _merge(self) -> None:
-        """Entries of ids that left go, and the others are numbered anew."""
-        counts = np.fromiter(map(len, self._recent.values()), np.int64, len(self._recent))
-        keys = np.fromiter(self._recent.keys(), np.uint64, len(self._recent)).repeat(counts)
-        flat = (number for numbers in self._recent.values() for number in numbers)
-        numbers = np.fromiter(flat, np.uint32, self._recent_count)
-        parts = [(self._keys, self._numbers), (keys, numbers), *self._batches]
-        self._recent, self._recent_count, self._batches = {}, 0, []
-        self._keys = np.concatenate([part[0] for part in parts])
-        self._numbers = np.concatenate([part[1] for part in parts])
-        if len(self._number) < len(self._ids):
-            self._renumber()
-        order = self._keys.argsort(kind="stable")
-        self._keys, self._numbers = self._keys[order], self._numbers[order]
+        """Into the arrays, without the entries of ids that left where those are many."""
+        keys, numbers, recent, ids = self._entries
+        counts = np.fromiter(map(len, recent.values()), np.int64, len(recent))
+        late = np.fromiter(recent.keys(), np.uint64, len(recent)).repeat(counts)
+        flat = (number for each in recent.values() for number in each)
+        parts = [(late, np.fromiter(flat, np.uint32, self._recent_count)), *self._batches]
+        if _SHARE * (len(ids) - len(self._number)) > len(ids):
+            ids, parts = _without_gaps(ids, [(keys, numbers), *parts])
+            keys, numbers = parts.pop(0)
+            self._number = {str(node_id): at for at, node_id in enumerate(ids)}
+        new_keys, new_numbers = (np.concatenate(each) for each in zip(*parts, strict=True))
+        order = new_keys.argsort(kind="stable")
+        at = keys.searchsorted(new_keys[order], "right")
+        self._entries = _Entries(
+            np.insert(keys, at, new_keys[order]),
+            np.insert(numbers, at, new_numbers[order]),
+            {},
+            ids,
+        )
+        self._recent_count, self._batches = 0, []
 
-    def _renumber(self) -> None:
-        here = np.fromiter((i is not None for i in self._ids), np.bool_, len(self._ids))
-        kept = here[self._numbers]
-        self._keys = self._keys[kept]
-        self._numbers = (here.cumsum(dtype=np.uint32) - 1)[self._numbers[kept]]
-        self._ids = [node_id for node_id in self._ids if node_id is not None]
-        self._number = {str(node_id): at for at, node_id in enumerate(self._ids)}
+
+def _numbers(entries: _Entries, key: int) -> Iterator[int]:
+    """Those of a key, the last first."""
+    yield from reversed(entries.recent.get(key, ()))
+    keys, sought = entries.keys, np.uint64(key)  # a Python number would be compared as a float
+    at = int(keys.searchsorted(sought))
+    if at < len(keys) and keys[at] == sought:
+        several = at + 1 < len(keys) and keys[at + 1] == sought
+        end = int(keys.searchsorted(sought, "right")) if several else at + 1
+        yield from map(int, entries.numbers[at:end][::-1])
+
+
+def _without_gaps(
+    ids: list[str | None], parts: list[tuple[Keys, Numbers]]
+) -> tuple[list[str | None], list[tuple[Keys, Numbers]]]:
+    """Number the ids that are left anew; the entries of the others go."""
+    here = np.fromiter((node_id is not None for node_id in ids), np.bool_, len(ids))
+    number = here.cumsum(dtype=np.uint32) - np.uint32(1)
+    kept = [(keys, numbers, here[numbers]) for keys, numbers in parts]
+    left = [node_id for node_id in ids if node_id is not None]
+    return [*left], [(keys[those], number[numbers[those]]) for keys, numbers, those in kept]

@@ -457,6 +457,28 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
     assert all(asked), "all stamps were read"
 
 
+def test_removals_of_others_are_learned_without_reading_every_id(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    catalog = other.store.repository.catalog
+    assert catalog is not None
+    gone, kept = save(one, prompt(1, 40)), save(one, prompt(2, 40))
+    learn(other)
+    asked: list[int] = []
+    stamps = catalog.stamps
+    monkeypatch.setattr(
+        catalog,
+        "stamps",
+        lambda since=0, **options: asked.append(since) or stamps(since, **options),
+    )
+    one.store.nodes.remove([gone], whatever=True)
+    one.store.flush()
+    until(lambda: (learn(other), gone not in other.store.tree)[1])
+    assert kept in other.store.tree
+    assert all(asked), "all ids were read"
+
+
 def old_stamp() -> int:
     """Of a machine whose clock is three minutes behind, and that has seen no other's stamps."""
     return new_stamp() - 180 * 10**9

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvshare_store.nodes.index import PrefixChain, VectorMatrix
 from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import Span
 
 RUN = 3
@@ -64,6 +65,22 @@ def test_the_chain_nominates_who_shares_most(
     assert all(shared_runs(request, nodes[node_id]) == best for node_id in nominated)
 
 
+@given(st.lists(st.tuples(prompts, st.integers(0, 14)), min_size=1, max_size=12), prompts)
+def test_many_nodes_at_once_are_as_one_by_one(
+    saved: list[tuple[list[int], int]], request: list[int]
+) -> None:
+    made = [make_node(tokens, min(exact, len(tokens))) for tokens, exact in saved]
+    nodes = list({node.id: node for node in made}.values())
+    one_by_one, at_once = PrefixChain(RUN), PrefixChain(RUN)
+    for node in nodes:
+        one_by_one.add(node)
+    half = len(nodes) // 2
+    for part in (nodes[:half], nodes[half:], nodes):  # who is known stays as it is
+        at_once.extend(part)
+    hashes = at_once.hashes(np.asarray(request, np.int32))
+    assert at_once.nominate(hashes) == one_by_one.nominate(hashes)
+
+
 def test_the_newest_is_nominated_first() -> None:
     chain = PrefixChain(RUN)
     nodes = [make_node([1, 1, 1, at], 4) for at in range(12)]
@@ -115,6 +132,36 @@ def test_the_matrix_against_brute_force(
 def unit(generator: np.random.Generator) -> np.ndarray:
     vector = generator.standard_normal(384).astype(np.float32)
     return vector / np.linalg.norm(vector)
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 1000))
+def test_many_vectors_at_once_are_as_one_by_one(sizes: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    one_by_one, at_once = VectorMatrix(), VectorMatrix()
+    for batch, size in enumerate(sizes):
+        names = [f"{batch}/{at}" for at in range(size)]
+        vectors = np.asarray([unit(generator) for _ in names], np.float32).reshape(size, 384)
+        at_once.extend(names, vectors)
+        for name, vector in zip(names, vectors, strict=True):
+            one_by_one.add(name, vector)
+    query = unit(generator)
+    assert at_once.nearest(query, 8) == one_by_one.nearest(query, 8)
+
+
+def test_what_is_packed_nominates_as_what_was_not() -> None:
+    """Of prompts as people write them: the same eight, but where two are as near to a hair."""
+    generator = np.random.default_rng(0)
+    words = (generator.zipf(1.3, (400, 300)) % 5_000).astype(np.int32)
+    words[1::2, :200] = words[::2, :200]  # half of them share most with another
+    vectors = np.stack([lexical_vector(each) for each in words])
+    matrix = VectorMatrix()
+    matrix.extend([str(at) for at in range(400)], vectors)
+    for query in vectors[::7]:
+        exact = vectors @ query
+        found = [int(name) for name, _ in matrix.nearest(query, 8)]
+        assert min(exact[found]) >= np.sort(exact)[-8] - 5e-5
+        scores = [score for _, score in matrix.nearest(query, 8)]
+        np.testing.assert_allclose(scores, exact[found], atol=5e-5)
 
 
 def test_the_matrix_grows_past_its_first_rows() -> None:

@@ -103,6 +103,7 @@ def test_postings_against_a_plain_list(steps: list[tuple[str, int, list[int]]]) 
         for key in range(_LARGE, _LARGE + 6):
             expected = [node_id for at, node_id in reversed(plain) if at == key]
             assert list(packed.find(key)) == expected
+            assert not expected or packed.known([key]) == [True]
     packed.settle()
     assert {i for _, i in plain} <= {str(i) for i in range(10) if str(i) in packed}
 
