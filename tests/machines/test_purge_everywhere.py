@@ -15,7 +15,8 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
-from tests.store.neighbours import (
+from tests.machines.test_upkeep import ASKED_ONLY, PROMPT
+from tests.support.neighbours import (
     NAMESPACE,
     Machine,
     collect_all,
@@ -27,7 +28,6 @@ from tests.store.neighbours import (
     save,
     until,
 )
-from tests.store.test_upkeep import ASKED_ONLY, PROMPT
 from tests.support.oracle import Driver, prompt
 
 

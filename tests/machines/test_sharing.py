@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvshare_store.errors import ConfigError
-from tests.store.neighbours import Machine, collect_all, knows, remote_blocks, save, until
+from tests.support.neighbours import Machine, collect_all, knows, remote_blocks, save, until
 from tests.support.oracle import prompt
 
 

@@ -13,8 +13,8 @@ from kvshare_store.blocks.remotes.owner import MARK
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ForeignError, StorageError
 from kvshare_store.store import Store
-from tests.store.neighbours import NAMESPACE, Machine, collect_all, config_of, remote_blocks, save
 from tests.support.needs import need
+from tests.support.neighbours import NAMESPACE, Machine, collect_all, config_of, remote_blocks, save
 from tests.support.oracle import Driver, prompt
 from tests.support.servers import RedisServer, S3Server
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from kvshare_store.daemon.client import Client
-from tests.store import container_client
-from tests.store.container_client import PATIENCE_S, config
+from tests.daemon import container_client
+from tests.daemon.container_client import PATIENCE_S, config
 from tests.support.daemons import Daemon
 from tests.support.needs import need
 

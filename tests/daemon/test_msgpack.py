@@ -12,7 +12,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.plan import ReusePlan, Span
 from kvshare_store.tensors import frame
 from kvshare_store.tensors.layout import KVLayout
-from tests.unit.test_protocol import MESSAGES, NAMESPACE
+from tests.daemon.test_protocol import MESSAGES, NAMESPACE
 
 LAYOUT = KVLayout(2, 1, 4, "float32")
 BLOCK = frame.Block("0" * 64, LAYOUT, bytes(range(64)) * 3)

@@ -22,7 +22,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.tier_law import damage_file
-from tests.store.crashes import NEW, OLD, Config, Crashes, opened, remote_of
+from tests.support.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 from tests.support.oracle import Driver, prompt
 
 pytestmark = pytest.mark.fault

@@ -31,7 +31,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SAVED, EDITED = prompt(1, 24), [*prompt(1, 24)[:12], 7, *prompt(1, 24)[13:]]
 """What `home-2` holds."""
 

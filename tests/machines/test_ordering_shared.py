@@ -18,11 +18,11 @@ from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.store.conftest import SMALL
-from tests.store.crashes import NEW, OLD, Crashes
-from tests.store.neighbours import collect_all
-from tests.store.test_ordering_tiers import after_calls
+from tests.commit.test_ordering_tiers import after_calls
+from tests.support.crashes import NEW, OLD, Crashes
+from tests.support.neighbours import collect_all
 from tests.support.oracle import Driver
+from tests.support.stores import SMALL
 
 pytestmark = pytest.mark.fault
 

@@ -1,4 +1,4 @@
-"""Small stores: rows of 64 bytes, blocks of 8 rows, everything worth saving."""
+"""Fixtures for small stores: rows of 64 bytes, blocks of 8 rows, everything worth saving."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.store.crashes import Crashes
-from tests.store.neighbours import NAMESPACE, Machine, config_of
+from tests.support.crashes import Crashes
+from tests.support.neighbours import NAMESPACE, Machine, config_of
 from tests.support.oracle import Driver, RowBook
 
 SMALL = {

@@ -18,7 +18,7 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
-from tests.store.neighbours import (
+from tests.support.neighbours import (
     NAMESPACE,
     Machine,
     collect_all,
