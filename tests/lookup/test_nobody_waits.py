@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +12,6 @@ import numpy as np
 import pytest
 
 from kvshare_store.blocks import io_loop
-from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.lookup import planner
@@ -22,6 +19,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
+from tests.support.faulty import GatedTier
 from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
@@ -29,25 +27,13 @@ PATIENCE = 30.0
 """Seconds after which a test that waits has failed; no test waits that long when it passes."""
 
 
-class GatedTier(WrapperTier):
-    """Hands out blocks only while its gate is open."""
-
-    def __init__(self, inner: Tier) -> None:
-        super().__init__(inner)
-        self.gate = threading.Event()
-
-    async def get(self, name: str):  # type: ignore[no-untyped-def]
-        while not self.gate.is_set():
-            await asyncio.sleep(1e-3)
-        return await self.inner.get(name)
-
-
 def gated(store: Store) -> GatedTier:
     """Let the store's disk hand out nothing until the gate opens."""
     level = store.blocks.levels.named("disk")
     assert level is not None
-    level.tier = GatedTier(level.tier)
-    return level.tier
+    gate = GatedTier(level.tier, threading.Event(), "get")
+    level.tier = gate
+    return gate
 
 
 def cold_and_hot(driver: Open) -> tuple[Driver, GatedTier]:

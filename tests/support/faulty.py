@@ -1,9 +1,10 @@
-"""Tiers that fail and tiers that are slow: wrappers, so that any tier can be made so."""
+"""Tiers that fail, that are slow and that wait: wrappers, so that any tier can be made so."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from threading import Event
 from typing import Literal
 
 from kvshare_store.blocks.tiers.base import Tier
@@ -74,4 +75,29 @@ class SlowTier(WrapperTier):
 
     async def delete(self, name: str) -> bool:
         await asyncio.sleep(self.seconds["delete"])
+        return await self.inner.delete(name)
+
+
+class GatedTier(WrapperTier):
+    """Calls of the kinds it is told wait until its gate is open."""
+
+    def __init__(self, inner: Tier, gate: Event, *calls: Call) -> None:
+        super().__init__(inner)
+        self.gate = gate
+        self._calls = frozenset(calls)
+
+    async def _enter(self, call: Call) -> None:
+        while call in self._calls and not self.gate.is_set():
+            await asyncio.sleep(1e-3)
+
+    async def put(self, name: str, block: Block) -> None:
+        await self._enter("put")
+        await self.inner.put(name, block)
+
+    async def get(self, name: str) -> Block:
+        await self._enter("get")
+        return await self.inner.get(name)
+
+    async def delete(self, name: str) -> bool:
+        await self._enter("delete")
         return await self.inner.delete(name)
