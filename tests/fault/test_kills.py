@@ -24,7 +24,7 @@ from tests.support.oracle import Driver, RowBook, prompt
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 NAMESPACE = Namespace("model", KVLayout(4, 2, 16, "float32"))
-KILLS = 5
+KILLS = 3
 MOST_REQUESTS = 16
 PATIENCE_S = 60.0
 
