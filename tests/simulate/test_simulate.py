@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.eviction import POLICIES
+from kvshare_store.blocks.eviction import POLICIES, make_policy
 from kvshare_store.cli.main import main
 from kvshare_store.errors import ConfigError
-from kvshare_store.simulate.replay import UNLIMITED, Machine
+from kvshare_store.simulate.replay import UNLIMITED, Machine, Shelf
 from kvshare_store.simulate.traces import Chunk, Request, chunks, four_bytes, requests
 
 
@@ -127,24 +127,36 @@ def test_what_leaves_the_host_is_found_on_disk_and_comes_back() -> None:
 
 def test_what_leaves_the_host_is_written_to_a_disk_that_had_lost_it() -> None:
     ours = machine(3, 2)
-    ours.serve(prompt("a"))
-    for name in ("b", "c"):
+    for name in ("a", "b", "c", "d"):  # the disk has lost "a" when "d" takes its place in the host
         ours.serve(prompt(name))
-    assert "a" not in ours._disk
-    ours.serve(prompt("d"))
-    assert "a" not in ours._host
-    assert "a" in ours._disk
+    ours.serve(prompt("a"))
+    assert (ours.served.host, ours.served.disk) == (0, 10)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_budgets_hold_and_unlimited_is_the_upper_bound(policy: str) -> None:
+def test_a_budget_holds_and_what_had_to_go_is_said(policy: str) -> None:
+    shelf, held = Shelf(make_policy(policy), 40), dict[str, int]()
+    for number in range(300):
+        name, nbytes = f"{number % 23}", 1 + number % 13
+        if name in shelf:
+            shelf.touch(name)
+            continue
+        for gone, size in shelf.add(name, nbytes, 1.0):
+            assert held.pop(gone) == size
+        held[name] = nbytes
+        assert sum(held.values()) <= 40
+        assert all(kept in shelf for kept in held)
+    assert shelf.add("too large", 41, 1.0) == []
+    assert "too large" not in shelf
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_unlimited_is_the_upper_bound(policy: str) -> None:
     trace = read(lines(*({"tokens": [n % 7, n % 3, n, n % 5]} for n in range(300))), 1)
     ours, best = Machine(policy, 40, 60, 1), Machine(UNLIMITED, math.inf, 0, 1)
     for request in trace:
         ours.serve(request)
         best.serve(request)
-        assert ours._host._used == sum(ours._host._sizes.values()) <= 40
-        assert ours._disk._used == sum(ours._disk._sizes.values()) <= 60
     assert 0 < ours.served.hit_rate <= best.served.hit_rate
     assert ours.served.requests == 300
 
