@@ -81,7 +81,7 @@ class BlockStore:
     def expect(self, names: Sequence[str], namespace: str) -> bool:
         """A node that was committed elsewhere, or before a restart, uses these blocks: what no
         tier of this machine has must be in one that others reach too. False if there is none."""
-        absent = [name for name in names if not self.host.has(name)]
+        absent = self.absent(names)
         for level in self.levels:
             absent = [name for name in absent if not level.has(name)]
         remotes = [level.remote for level in self.levels if level.remote is not None]
@@ -89,6 +89,10 @@ class BlockStore:
             for remote in remotes:
                 remote.expect(name, namespace, 0)
         return not absent or bool(remotes)
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Those of the blocks that are not in the host."""
+        return [name for name in names if not self.host.has(name)]
 
     def read(self, name: str) -> Block:
         """A copy of a block, verified where it came from below the host; `MissingBlockError` or
@@ -110,19 +114,24 @@ class BlockStore:
         return self._io.run(level.tier.get(name))
 
     def lease_soon(
-        self, users: Mapping[str, int], owner: str, seconds: float, timeout: float
+        self,
+        names: Sequence[str],
+        users: Mapping[str, int],
+        owner: str,
+        seconds: float,
+        timeout: float,
     ) -> Future[tuple[Lease, dict[str, BlockRef]]]:
         """Pin blocks now and bring them into the arena, without waiting in the caller's thread.
-        `users`: how many nodes use each.
+        `users`: how many nodes use each of those that are not there (`absent`).
 
         The future has the lease and where each block lies that is resident after at most `timeout`
         seconds; promotions that are late go on for the next request. It is done on return when
         every block is resident already, else it ends in the I/O loop.
         """
         with self._lock:
-            lease = self.leases.grant(list(users), owner, seconds)
-            absent = [name for name in users if not self.host.has(name)]
-            promotions = [self._promote(name, users[name]) for name in absent if self.levels]
+            lease = self.leases.grant(list(names), owner, seconds)
+            absent = self.absent(names) if self.levels else []
+            promotions = [self._promote(name, users.get(name, 0)) for name in absent]
             if not promotions:
                 ready: Future[tuple[Lease, dict[str, BlockRef]]] = Future()
                 ready.set_result(self._resident(lease))

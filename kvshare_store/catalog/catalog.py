@@ -315,12 +315,6 @@ class Catalog:
             }
         return found | {name: ledger.old_versions() for name, ledger in self._ledgers.items()}
 
-    def clear(self) -> None:
-        """Remove every node, from old versions too."""
-        with self._lock:
-            self._nodes.delete("true")
-            self._nodes.drop_versions()
-
     def compact(self, tables: Collection[str] | None = None) -> None:
         """Merge small fragments and drop old versions, of all tables or of some. Only the owner of
         the home may call it."""

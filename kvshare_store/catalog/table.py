@@ -32,7 +32,9 @@ from kvshare_store.errors import HomeError, StorageError, TornTableError
 RowIds = npt.NDArray[np.uint64]
 
 _READ_ROWS = 1024
-"""LanceDB reads 16 batches ahead: about 120 MB of prompts of 1,000 tokens."""
+_READ_SLICE = 16 * _READ_ROWS
+"""LanceDB reads ahead without end, so it is asked for so many rows at a time: about 120 MB of
+prompts of 1,000 tokens."""
 _READ_FIELDS = 1 << 16
 """Rows of some columns, which are short."""
 _FRAGMENT = 1 << 32
@@ -212,9 +214,9 @@ class Table:
             return int(self._handle.count_rows())
 
     def row_ids(self, where: str = "") -> RowIds:
-        """The numbers of the rows, ascending. Reads no column."""
+        """The numbers of the rows, ascending. Reads one short column: of none LanceDB makes all."""
         with lance_errors():
-            query = self._handle.search().select([]).with_row_id(True).limit(None)
+            query = self._handle.search().select([self._fields.key]).with_row_id(True).limit(None)
             found = (query.where(where) if where else query).to_arrow()
         numbers: RowIds = found.column("_rowid").to_numpy().astype(np.uint64)
         numbers.sort()
@@ -226,8 +228,12 @@ class Table:
         chosen = columns or [at.name for at in self._fields.schema if at.name in known]
         with lance_errors():
             query = self._handle.search().select(list(chosen)).with_row_id(True).limit(None)
-            at_once = _READ_FIELDS if columns else _READ_ROWS
-            yield from (query.where(where) if where else query).to_batches(at_once)
+            if where or columns:
+                at_once = _READ_FIELDS if columns else _READ_ROWS
+                yield from (query.where(where) if where else query).to_batches(at_once)
+                return
+            for first in range(0, self._handle.count_rows(), _READ_SLICE):
+                yield from query.limit(_READ_SLICE).offset(first).to_batches(_READ_ROWS)
 
     def salvage(self) -> Iterator[pa.RecordBatch]:
         """All rows that can be read. The others are removed, and are in `take_lost`."""

@@ -132,8 +132,9 @@ class Serving:
             here = all(node.id in tree for node in draft.donors)
             if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
                 return None
-            users = {name: tree.user_count(name) for name in draft.blocks}
-            return self._blocks.lease_soon(users, owner, seconds, timeout)
+            names = draft.blocks
+            users = {name: tree.user_count(name) for name in self._blocks.absent(names)}
+            return self._blocks.lease_soon(names, users, owner, seconds, timeout)
 
     def _complete(
         self,

@@ -122,6 +122,7 @@ class Janitor:
         with self._pass:
             if dry_run:
                 return self._would_collect()
+            self._nodes.remove_lost()
             if self._uses is not None:
                 self._uses.exchange()
             nodes = self._remove_expired() + self._hold_quotas()

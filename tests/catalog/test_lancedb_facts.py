@@ -270,16 +270,6 @@ def test_only_hex_digits_reach_the_sql_text(tmp_path: Path) -> None:
     assert catalog.count() == 1
 
 
-def test_cleared_rows_are_gone_from_the_files(tmp_path: Path) -> None:
-    catalog = opened(tmp_path)
-    node = make_node(0)
-    catalog.add([(node, vectors())])
-    catalog.clear()
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert not any(node.id.encode() in file.read_bytes() for file in files)
-    assert Catalog(tmp_path).count() == 0
-
-
 def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]

@@ -279,6 +279,26 @@ def test_a_damaged_block_is_a_miss_and_its_nodes_are_forgotten(
     assert driver().serve(tokens).exact == 79
 
 
+def test_a_loss_that_no_plan_waited_for_takes_its_nodes_along_later(
+    driver: Open, home: Path
+) -> None:
+    """The read that finds it ends after the plan did: the next look at leases hears of it."""
+    driver().save(prompt(1, 40))
+    engine = driver()
+    level = disk_level(engine.store)
+    assert len(level.tier.names()) == 5
+    for file in (home / "blocks").glob("*/*"):
+        file.unlink()
+    level.tier = SlowTier(level.tier, get=0.3)
+    plan = engine.store.plan(prompt(1, 40), engine.namespace, deadline_ms=1.0)
+    assert plan.declined == "not_resident"
+    deadline = time.monotonic() + 30
+    while len(engine.store.tree) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        engine.store.reap()
+    assert len(engine.store.tree) == 0
+
+
 def test_a_block_that_is_in_memory_outlives_its_file_until_a_restart(
     driver: Open, home: Path
 ) -> None:

@@ -9,7 +9,6 @@ with FaultyFiles() as disk:
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import os
 import time
@@ -24,7 +23,7 @@ from tests.support.faults import Faults
 
 CALLS = frozenset({
     "open", "close", "fstat", "preadv", "writev", "fsync", "mkdir", "listdir", "stat", "replace",
-    "unlink", "flock",
+    "unlink",
 })  # fmt: skip
 """Every call of `files` that reaches the file system."""
 
@@ -123,24 +122,19 @@ class FaultyFiles(Faults[Fault]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._patches = [
-            mock.patch.object(files, "os", _Stand(os, self._call)),
-            mock.patch.object(files, "fcntl", _Stand(fcntl, self._call)),
-        ]
+        self._patch = mock.patch.object(files, "os", _Stand(os, self._call))
 
     def _call(self, name: str, real: Callable[..., Any], *args: Any, **options: Any) -> Any:
         fault = self.due(name)
         return real(*args, **options) if fault is None else fault.happen(real, *args, **options)
 
     def __enter__(self) -> FaultyFiles:
-        for patch in self._patches:
-            patch.start()
+        self._patch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.heal()
-        for patch in self._patches:
-            patch.stop()
+        self._patch.stop()
 
 
 class _Stand:

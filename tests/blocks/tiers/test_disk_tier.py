@@ -1,12 +1,10 @@
-"""Several writers on one folder, and a folder with very much in it."""
+"""Files that others put there or removed, and a folder with very much in it."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,7 +32,7 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / "blocks" / name[:2] / f"{name}.kvb"
 
 
-# --- several writers ----------------------------------------------------------------------------
+# --- files of others ----------------------------------------------------------------------------
 
 
 async def _two_writers(folder: Path) -> None:
@@ -51,7 +49,6 @@ async def _two_writers(folder: Path) -> None:
     assert one.use() == two.use()
     await one.close()
     await two.close()
-    assert [file.name for file in (folder / "writers").iterdir()] == ["gate"]
 
 
 @pytest.mark.usefixtures("hasty")
@@ -122,36 +119,6 @@ def test_a_bad_file_of_another_writer_is_written_anew(tmp_path: Path) -> None:
         await two.close()
 
     asyncio.run(scenario())
-
-
-_WRITER = """
-import asyncio, sys, time
-from pathlib import Path
-from kvshare_store.blocks.tiers.disk.scratch import Scratch
-scratch = Scratch(Path(sys.argv[1]))
-scratch.open()
-Path(scratch.path()).write_bytes(b"half a block")
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def test_unfinished_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path: Path) -> None:
-    async def open_and_close() -> None:
-        await (await DiskTier.open(tmp_path, ROOMY)).close()
-
-    asyncio.run(open_and_close())
-    command = [sys.executable, "-c", _WRITER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"ready\n"
-        asyncio.run(open_and_close())
-        assert len(list((tmp_path / "tmp").iterdir())) == 1
-        writer.kill()
-        writer.wait()
-    asyncio.run(open_and_close())
-    assert list((tmp_path / "tmp").iterdir()) == []
-    assert [file.name for file in (tmp_path / "writers").iterdir()] == ["gate"]
 
 
 # --- the first look -----------------------------------------------------------------------------

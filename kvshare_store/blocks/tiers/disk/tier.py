@@ -37,8 +37,8 @@ _KEPT_BAD = 32
 class DiskTier(Tier):
     """Blocks under `folder/blocks`, unfinished writes under `folder/tmp`, bad ones in quarantine.
 
-    Several processes may have one folder open: a block that another wrote is found, one that
-    another removed is missing. Use `await DiskTier.open(...)`.
+    One process has the folder open. A file that somebody put there is found, one that somebody
+    removed is missing. Use `await DiskTier.open(...)`.
     """
 
     name = "disk"
@@ -66,7 +66,7 @@ class DiskTier(Tier):
         key: Key | None = None,
         beside: Callable[[], int] = int,
     ) -> DiskTier:
-        """Make the folders and drop what dead writers left unfinished; `HomeError` if refused.
+        """Make the folders and drop what was left unfinished; `HomeError` if refused.
 
         `beside`: bytes of other files that count in the budget.
 
@@ -84,7 +84,6 @@ class DiskTier(Tier):
                 files.names(str(self._folder / name))  # refused where it is no folder
             self._scratch.open()
         except OSError as error:
-            self._scratch.close()
             raise HomeError(
                 f"{error.filename or self._folder} cannot be used: {error.strerror}; put it right, "
                 "or move it away: the store then makes an empty one and forgets what was there"
@@ -128,8 +127,6 @@ class DiskTier(Tier):
         """The block counts as here only once it is durable: until then its rows must stay put."""
         with _refused(name, "written"):
             self._inventory.look()
-            if self._adopt(name):
-                return
             head, payload = encode_frame(name, block, self._codec, self._key)
             nbytes = len(head) + len(payload)
             self._inventory.reserve(nbytes)
@@ -139,19 +136,6 @@ class DiskTier(Tier):
                 written = name
             finally:
                 self._inventory.settle(nbytes, written)
-
-    def _adopt(self, name: str) -> bool:
-        """Whether a good file of that name is there already: another process wrote it."""
-        path = self._inventory.path(name)
-        if files.measure(path) is None:
-            return False
-        try:
-            nbytes = self._read(name)[1]
-        except (CorruptBlockError, FileNotFoundError):
-            return False
-        files.sync_folder(str(Path(path).parent))  # its writer may not have come to that yet
-        self._inventory.add(name, nbytes)
-        return True
 
     def _write(self, path: str, *parts: object) -> None:
         folder = str(Path(path).parent)
@@ -256,7 +240,6 @@ class DiskTier(Tier):
         self._closed = True
         self._inventory.hurry()
         await asyncio.to_thread(self._threads.shutdown)
-        self._scratch.close()
 
 
 @contextlib.contextmanager
