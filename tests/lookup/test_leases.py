@@ -368,7 +368,7 @@ def test_threads(driver: Open, disk: bool) -> None:
     store = engine.store
     shared = prompt(0, 48)
     errors: list[BaseException] = []
-    stop = time.monotonic() + 4.0
+    stop = time.monotonic() + 2.0
 
     def serve(number: int) -> None:
         mine = Driver(store, engine.namespace, engine.book)

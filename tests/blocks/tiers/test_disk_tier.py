@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -134,34 +133,34 @@ async def _filled(folder: Path, count: int) -> list[str]:
     return [name for name, _ in blocks]
 
 
-def test_it_answers_while_it_is_still_looking(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        names = await _filled(tmp_path, 20)
-        with FaultyFiles() as disk:
-            disk.arm(slow(0.02))
-            began = time.monotonic()
-            tier = await DiskTier.open(tmp_path, ROOMY)
-            assert tier.size(names[7]) == file_of(tmp_path, names[7]).stat().st_size
-            assert tier.size(make_block(99)[0]) is None
-            assert same(await tier.get(names[3]), make_block(3)[1])
-            assert await tier.delete(names[4]) is True
-            assert time.monotonic() - began < 0.9, "looking takes longer than that"
-            disk.heal()
-            assert tier.use().blocks == 19
-            assert tier.names() == [n for n in names if n not in (names[3], names[4])] + [names[3]]
-            check_use(tier)
-            await tier.close()
-
-    asyncio.run(scenario())
-
-
-def test_what_is_there_is_known_without_a_look_at_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def idle_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first look rests after each file, for longer than any test, until somebody needs it."""
     monkeypatch.setattr(inventory, "_PACE", 1)
     monkeypatch.setattr(inventory, "_PAUSE", 600.0)
 
+
+@pytest.mark.usefixtures("idle_look")
+def test_it_answers_while_it_is_still_looking(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        names = await _filled(tmp_path, 20)
+        tier = await DiskTier.open(tmp_path, ROOMY)
+        assert tier.size(names[7]) == file_of(tmp_path, names[7]).stat().st_size
+        assert tier.size(make_block(99)[0]) is None
+        assert same(await tier.get(names[3]), make_block(3)[1])
+        assert await tier.delete(names[4]) is True
+        assert tier.use().blocks == 19
+        assert tier.names() == [n for n in names if n not in (names[3], names[4])] + [names[3]]
+        check_use(tier)
+        await tier.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("idle_look")
+def test_what_is_there_is_known_without_a_look_at_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         names = await _filled(tmp_path, 20)
         measured: list[str] = []
