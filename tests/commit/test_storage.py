@@ -484,9 +484,11 @@ def test_another_process_cannot_open_it_either(driver: Open, home: Path) -> None
 
 
 def test_a_closed_home_is_free_again(driver: Open, home: Path) -> None:
-    for _ in range(3):
-        driver().store.close()
-        driver()
+    for opened in range(3):
+        engine = driver()
+        assert len(engine.store.tree) == opened
+        engine.save(prompt(opened, 40))
+        engine.store.close()
 
 
 def test_everything_in_it_is_the_owners(driver: Open, home: Path) -> None:

@@ -217,11 +217,15 @@ def test_long_runs_are_done_in_parts(
 
 
 def test_nothing_to_move() -> None:
-    none = torch.empty(0, dtype=torch.int64)
-    rope_of("default", True).move(torch.empty(3, 0, 2, HEAD_DIM), none, none)
-    rope_of("default", True).move(
-        torch.empty(0, 4, 2, HEAD_DIM), torch.arange(4), 1 + torch.arange(4)
-    )
+    rope, none, some = rope_of("default", True), torch.empty(0, dtype=torch.int64), torch.arange(4)
+    for keys, source, target in (
+        (torch.empty(3, 0, 2, HEAD_DIM), none, none),
+        (torch.empty(0, 4, 2, HEAD_DIM), some, 1 + some),
+        (random_keys(4).float(), some, some),
+    ):
+        before = keys.clone()
+        rope.move(keys, source, target)
+        assert torch.equal(keys, before)
 
 
 def test_cache_of_an_engine() -> None:
