@@ -8,19 +8,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import link as link_module
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.server import Server
+from kvshare_store.daemon.spawn import Spawned
 from kvshare_store.errors import DeadlineError, HomeError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
@@ -35,6 +38,26 @@ TOKENS = np.asarray(prompt(1, 40), np.int32)
 PATIENCE_S = 60.0
 
 
+@pytest.fixture(autouse=True)
+def spawned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Processes of the daemons that links bring back; they end with the test."""
+    found: list[int] = []
+    spawn = link_module.spawn_daemon
+
+    def watched(config: StoreConfig) -> Spawned:
+        daemon = spawn(config)
+        found.append(daemon.pid)
+        return daemon
+
+    monkeypatch.setattr(link_module, "spawn_daemon", watched)
+    yield found
+    for pid in found:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            process.kill()
+            process.wait(PATIENCE_S)
+
+
 @pytest.fixture
 def daemon(config: Callable[..., StoreConfig]) -> Iterator[Daemon]:
     with Daemon(config()) as running:
@@ -45,18 +68,7 @@ def daemon(config: Callable[..., StoreConfig]) -> Iterator[Daemon]:
 def link(daemon: Daemon) -> Iterator[Link]:
     opened = open_link(daemon.config, timeout=PATIENCE_S)
     yield opened
-    end(opened)
-
-
-def end(link: Link) -> None:
-    """Close it, and end the daemon that it has started."""
-    reviver = link._reviver
-    if reviver is not None:
-        reviver._thread.join(PATIENCE_S)
-        if reviver.spawned is not None:
-            reviver.spawned.send(signal.SIGKILL)
-            assert reviver.spawned.wait(PATIENCE_S)
-    link.close()
+    opened.close()
 
 
 def planned(link: Link, seconds: float) -> ReusePlan | None:
@@ -87,7 +99,9 @@ def save(home: Path) -> None:
         client.flush()
 
 
-def test_a_killed_daemon_is_brought_back(daemon: Daemon, link: Link, home: Path) -> None:
+def test_a_killed_daemon_is_brought_back(
+    daemon: Daemon, link: Link, home: Path, spawned: list[int]
+) -> None:
     save(home)
     first = planned_in_the_end(link)
     assert first.exact == 39
@@ -98,14 +112,12 @@ def test_a_killed_daemon_is_brought_back(daemon: Daemon, link: Link, home: Path)
     assert planned(link, 0.2) is None, "the next requests do not wait at all"
     assert "unavailable" in link.failures
     assert planned_in_the_end(link).exact == 39
-    assert link._reviver is not None
-    assert link._reviver.spawned is not None
-    assert not link._reviver.spawned.ended
+    assert psutil.pid_exists(spawned[-1])
     with Client(home, timeout=PATIENCE_S) as client:
         assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
 
 
-def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link) -> None:
+def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: list[int]) -> None:
     """The daemon cuts off whoever sends more than it takes, and with it the lookups of others."""
     planned_in_the_end(link)
     other = link.ask(TOKENS, NAMESPACE, None)
@@ -118,7 +130,7 @@ def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link) -> None:
     assert link.answer(other, PATIENCE_S) is not None
     assert planned(link, PATIENCE_S) is not None
     assert link.failures == []
-    assert link._reviver is None
+    assert spawned == []
 
 
 def test_a_hanging_daemon_is_waited_for_once(daemon: Daemon, link: Link, home: Path) -> None:
@@ -142,7 +154,7 @@ def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreC
     link = open_link(config(host_bytes=1 << 60), timeout=PATIENCE_S)
     assert [planned(link, 0.1) for _ in range(5)] == [None] * 5
     assert link.failures
-    end(link)
+    link.close()
 
 
 def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
@@ -199,7 +211,7 @@ def stuck(server: Server) -> threading.Event:
     return event
 
 
-def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server) -> None:
+def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: list[int]) -> None:
     """No pause, no new connection, no process: other requests are planned as ever."""
     event, link = stuck(server), Link(server.config)
     link.client.greet(PATIENCE_S)
@@ -215,12 +227,12 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server) -> None:
     assert plan is not None
     assert plan.declined == "empty_store"
     assert link.client._stream is connection
-    assert link._reviver is None
+    assert spawned == []
     event.set()
-    end(link)
+    link.close()
 
 
-def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon) -> None:
+def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: list[int]) -> None:
     link = Link(daemon.config)
     link.client.greet(PATIENCE_S)
     link._pause = PATIENCE_S  # however slow this machine is
@@ -233,10 +245,10 @@ def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon) -> None:
         asked += 1
     daemon.send(signal.SIGCONT)
     assert asked == 4
-    assert link._reviver is None, "one that hangs keeps the home: no other can serve it"
+    assert spawned == [], "one that hangs keeps the home: no other can serve it"
     link._paused_until = 0.0
     assert planned_in_the_end(link).declined == "empty_store"
-    end(link)
+    link.close()
 
 
 def test_nobody_waits_for_a_hung_daemons_welcome(daemon: Daemon) -> None:
@@ -253,7 +265,7 @@ def test_nobody_waits_for_a_hung_daemons_welcome(daemon: Daemon) -> None:
     assert plan is not None
     assert plan.declined == "empty_store"
     assert link.client.greeted
-    end(link)
+    link.close()
 
 
 def test_it_is_said_that_the_daemon_is_gone(
@@ -330,7 +342,7 @@ def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreCon
         until(lambda: works(second))
         link.working(False)
         until(lambda: not works(second))
-        end(link)
+        link.close()
 
 
 def test_an_engine_that_left_is_not_working(server: Server) -> None:
