@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.blocks.tiers.disk import tier as disk_tier
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
@@ -18,7 +19,7 @@ from tests.support.crashes import Crashes
 from tests.support.neighbours import NAMESPACE, Machine, config_of
 from tests.support.oracle import Driver, RowBook
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "block_tokens": 8,
     "host_bytes": 1 << 20,
     "disk_bytes": 1 << 24,
@@ -93,7 +94,6 @@ def crashes(
         monkeypatch.setattr(catalog, "add", found.after(catalog.add, "row added"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "replace", found.after(catalog.replace, "row replaced"))  # type: ignore[union-attr]
         monkeypatch.setattr(catalog, "delete", found.after(catalog.delete, "row deleted"))  # type: ignore[union-attr]
-        files = disk_tier.files
         monkeypatch.setattr(files, "rename", found.around(files.rename, "block renamed"))
         monkeypatch.setattr(files, "remove", found.around(files.remove, "block removed"))
         return found
