@@ -82,14 +82,14 @@ bench-store: setup
 N = 50
 REMOTE = none
 chaos: setup
-	$(PY) -m kvshare_store.testing.chaos --n $(N) --remote $(REMOTE) $(if $(SEED),--seed $(SEED))
+	$(PY) -m tests.support.chaos --n $(N) --remote $(REMOTE) $(if $(SEED),--seed $(SEED))
 
 STEPS = 200
 chaos-machines: setup
-	$(PY) -m kvshare_store.testing.chaos.machines --steps $(STEPS) $(if $(SEED),--seed $(SEED))
+	$(PY) -m tests.support.chaos.machines --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 churn: setup
-	$(PY) -m kvshare_store.testing.churn --pause-ms 1
+	$(PY) -m tests.support.churn --pause-ms 1
 
 docs: setup
 	$(PY) -m benchmarks report

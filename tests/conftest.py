@@ -1,4 +1,4 @@
-"""What every test may rely on: Hypothesis profiles, and skips that can be forbidden."""
+"""What every test may rely on: Hypothesis profiles, small stores, skips that can be forbidden."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.needs import need
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.needs import need  # noqa: E402 - its asserts are rewritten as well
+
+pytest_plugins = ["tests.support.stores"]
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -20,6 +24,22 @@ settings.register_profile(
     "nightly", max_examples=2000, deadline=None, suppress_health_check=_UNHURRIED
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_LONGEST = ["project/test_lint.py", "fault/", "engine/", "transformers/"]
+"""Where the long files are. Each process takes the next file when it has done one, so what is long
+begins first, or one process works on it alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; a file's tests keep their order."""
+    here = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(here).as_posix()
+        found = (n for n, start in enumerate(_LONGEST) if path.startswith(start))
+        return next(found, len(_LONGEST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

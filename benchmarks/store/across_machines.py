@@ -13,7 +13,7 @@ from rich.progress import track
 
 from benchmarks.harness.plots import cumulative
 from benchmarks.harness.result import Cell, Options, Result
-from kvshare_store.testing.cluster import Cluster, Machine
+from tests.support.cluster import Cluster, Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
-from kvshare_store.testing.servers import (
+from tests.support.servers import (
     MooncakeClient,
     MooncakeMaster,
     RedisServer,

@@ -1,4 +1,4 @@
-"""Law books for whoever implements an interface of KVShare, and tools to break things with.
+"""Contract tests for whoever implements an interface of KVShare.
 
     from kvshare_store.testing.tiers import TierTests
 
@@ -13,9 +13,9 @@ import pytest
 
 pytest.register_assert_rewrite(
     "kvshare_store.testing.embedders",
+    "kvshare_store.testing.eviction",
     "kvshare_store.testing.file_tiers",
-    "kvshare_store.testing.machines",
-    "kvshare_store.testing.oracle",
+    "kvshare_store.testing.remotes",
     "kvshare_store.testing.tier_law",
     "kvshare_store.testing.tiers",
     "kvshare_store.testing.tiers_at_once",

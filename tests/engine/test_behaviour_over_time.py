@@ -170,6 +170,7 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
         engine.abort(name)
     core(engine).pause_scheduler(mode="abort", clear_cache=True)
     core(engine).resume_scheduler()
+    assert not engine.core.has_unfinished_requests()
 
 
 # --- several answers to one prompt ----------------------------------------------------------------

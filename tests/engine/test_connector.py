@@ -30,8 +30,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
-from kvshare_store.testing.daemons import ClientDriver, Daemon
 from kvshare_store.version import version
+from tests.support.daemons import ClientDriver, Daemon
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:::(vllm|torch|transformers)")]
 

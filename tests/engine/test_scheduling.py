@@ -473,6 +473,6 @@ def test_preempted_requests_give_the_same_answers(
 def test_random_traffic(engine: Engine, fresh: Fresh) -> None:
     traffic = Traffic(engine, related_prompts(fresh(124)), seed=2)
     with engine.counted() as gained:
-        for _ in range(5):
+        for _ in range(3):
             traffic.batch()
     assert gained["hits_edited"]

@@ -24,9 +24,9 @@ from examples.prompts.families import FAMILIES
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver
-from kvshare_store.testing.oracle import prompt
 from tests.engine.harness import wait_until
+from tests.support.daemons import ClientDriver
+from tests.support.oracle import prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from kvshare_store.catalog.table import Table
 from kvshare_store.store import Store
-from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.testing.power_cut import MARK
 from tests.fault.test_power_cut import NAMESPACE, settings
+from tests.support.oracle import Driver, prompt
+from tests.support.power_cut import MARK
 
 
 class Moments:

@@ -1,4 +1,4 @@
-"""The kill test, forty kills of it; and that it finds what it looks for."""
+"""The kill test, 28 kills of it; and that it finds what it looks for."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from kvshare_store.plan import BlockRef, ReusePlan, Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope
-from kvshare_store.testing.chaos.audit import Auditor
-from kvshare_store.testing.chaos.namespaces import possible
-from kvshare_store.testing.chaos.report import Report
-from kvshare_store.testing.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
-from kvshare_store.testing.chaos.run import run
-from kvshare_store.testing.chaos.variants import variant
-from kvshare_store.testing.chaos.worker import Engine, Orders, guarded
-from kvshare_store.testing.daemons import Daemon
-from kvshare_store.testing.oracle import Driver, Rows, prompt
-from kvshare_store.testing.servers import RedisServer
-from tests.needs import need
+from tests.support.chaos.audit import Auditor
+from tests.support.chaos.namespaces import possible
+from tests.support.chaos.report import Report
+from tests.support.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
+from tests.support.chaos.run import run
+from tests.support.chaos.variants import variant
+from tests.support.chaos.worker import Engine, Orders, guarded
+from tests.support.daemons import Daemon
+from tests.support.needs import need
+from tests.support.oracle import Driver, Rows, prompt
+from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.fault
 
@@ -53,7 +53,7 @@ HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
 @pytest.mark.parametrize(
     ("remote", "kills", "uncommon"),
     [
-        ("none", 40, {"daemon before the next release", "client with foreign pid",
+        ("none", 28, {"daemon before the next release", "client with foreign pid",
                       "daemon at the same path", "power"}),
         ("redis", 28, {"remote"}),
     ],

@@ -17,7 +17,7 @@ from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.machines.shared_garbage import SharedGarbage
-from kvshare_store.testing.chaos.machines import run
+from tests.support.chaos.machines import run
 
 pytestmark = pytest.mark.fault
 

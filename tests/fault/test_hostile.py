@@ -34,11 +34,11 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.fuzz import MIB, Fuzzer, fuzz, left_over, requests, small
-from kvshare_store.testing.oracle import Driver, RowBook, prompt
-from kvshare_store.testing.peer import Peer
-from tests.needs import need
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.fuzz import MIB, Fuzzer, fuzz, left_over, requests, small
+from tests.support.needs import need
+from tests.support.oracle import Driver, RowBook, prompt
+from tests.support.peer import Peer
 
 pytestmark = pytest.mark.fault
 
@@ -469,9 +469,9 @@ def test_it_ends_in_good_order_under_attack(
 def test_a_frozen_client_is_not_dead(daemon: Daemon) -> None:
     """What it holds is its own until its connection ends, however long it does not move."""
     code = (
-        "import sys, time\nfrom kvshare_store.testing.daemons import *\n"
+        "import sys, time\nfrom tests.support.daemons import *\n"
         "from kvshare_store.tensors.layout import KVLayout\n"
-        "from kvshare_store.testing.oracle import prompt\n"
+        "from tests.support.oracle import prompt\n"
         "client = Client(sys.argv[1], timeout=60)\n"
         "space = Namespace('model', KVLayout(2, 1, 4, 'float32')).for_tenant(sys.argv[2])\n"
         "assert client.plan(prompt(888, 64), space).lease\n"

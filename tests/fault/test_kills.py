@@ -18,13 +18,13 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.daemons import ClientDriver, Daemon
-from kvshare_store.testing.oracle import Driver, RowBook, prompt
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import Driver, RowBook, prompt
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 NAMESPACE = Namespace("model", KVLayout(4, 2, 16, "float32"))
-KILLS = 5
+KILLS = 3
 MOST_REQUESTS = 16
 PATIENCE_S = 60.0
 

@@ -16,9 +16,9 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.oracle import Driver, prompt
-from kvshare_store.testing.power_cut import MARK, Call, Disk, calls, command
-from tests.needs import need
+from tests.support.needs import need
+from tests.support.oracle import Driver, prompt
+from tests.support.power_cut import MARK, Call, Disk, calls, command
 
 pytestmark = pytest.mark.fault
 

@@ -21,8 +21,8 @@ from kvshare_store.errors import NoSpaceError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.faults import from_below, places, round_of
-from kvshare_store.testing.faulty_remote import (
+from tests.support.faults import from_below, places, round_of
+from tests.support.faulty_remote import (
     REFUSALS,
     REFUSED,
     WRONG_ANSWERS,
@@ -30,7 +30,7 @@ from kvshare_store.testing.faulty_remote import (
     NetworkFault,
     refusal,
 )
-from kvshare_store.testing.oracle import Driver, RowBook, prompt
+from tests.support.oracle import Driver, RowBook, prompt
 
 pytestmark = pytest.mark.fault
 

@@ -16,7 +16,7 @@ from kvshare_store.plan import Outcome
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
-from kvshare_store.testing.oracle import positions_of, prompt
+from tests.support.oracle import positions_of, prompt
 
 LAYOUT = KVLayout(2, 1, 8, "float32")
 NAMESPACE = Namespace("rotary", LAYOUT)

@@ -20,10 +20,10 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
-from kvshare_store.testing.faulty import SlowTier
-from kvshare_store.testing.oracle import Driver, pick, prompt, rows_for
 from kvshare_store.version import version
-from tests.edits import apply_edits
+from tests.support.edits import apply_edits
+from tests.support.faulty import SlowTier
+from tests.support.oracle import Driver, pick, prompt, rows_for
 
 Open = Callable[..., Driver]
 ROW = 64

@@ -74,7 +74,7 @@ def test_a_restart_empties_the_host_tier_and_nothing_else() -> None:
     from kvshare_store.daemon.client import Client
     from kvshare_store.namespace import Namespace
     from kvshare_store.tensors.layout import KVLayout
-    from kvshare_store.testing.daemons import ClientDriver
+    from tests.support.daemons import ClientDriver
 
     namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
     small = {"host_bytes": 1 << 20, "min_prompt_tokens": 8, "min_saving_ms": 0.0}

@@ -1,6 +1,6 @@
 """Every call that the disk tier makes to the file system, and those that make things durable.
 
-They all go through `os` and `fcntl` of this module, so that `kvshare_store.testing.faulty_files`
+They all go through `os` and `fcntl` of this module, so that `tests.support.faulty_files`
 can stand in its place and make any one of them fail. Whatever is refused is an `OSError`.
 """
 

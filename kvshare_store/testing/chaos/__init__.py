@@ -1,6 +1,0 @@
-"""The kill test: processes die at random moments, and every row that is served is checked.
-
-    python -m kvshare_store.testing.chaos --n 1000 --seed 1
-
-docs/design/chaos.md says what is killed, what is compared, and what a seed reproduces.
-"""

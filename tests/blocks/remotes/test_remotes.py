@@ -1,0 +1,376 @@
+"""Every remote, against the real engine: its own law, and that of tiers over a `RemoteTier`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.blocks.remotes.base import Remote
+from kvshare_store.blocks.tiers.base import Tier
+from kvshare_store.blocks.tiers.remote import RemoteTier
+from kvshare_store.blocks.tiers.wrappers import RetryTier, resilient
+from kvshare_store.errors import (
+    DeadlineError,
+    KVShareError,
+    NoSpaceError,
+    StorageError,
+    UnavailableError,
+    UnsupportedError,
+)
+from kvshare_store.tensors.frame import Block
+from kvshare_store.testing.remotes import RemoteTests, spoil
+from kvshare_store.testing.tier_law import NAMESPACE, make_block, same
+from kvshare_store.testing.tiers import Damage, PersistentTierTests
+from tests.support.needs import need
+from tests.support.servers import (
+    MooncakeClient,
+    MooncakeMaster,
+    RedisServer,
+    S3Server,
+    free_port,
+)
+
+TIMEOUT_S = 4.0
+SLACK_S = 3.0
+"""What a busy machine may add to a deadline; together less than an engine's own timeout."""
+
+
+def corner(folder: Path) -> str:
+    """A prefix that belongs to one test."""
+    return hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+
+
+class Engine:
+    """A running engine that the tests below share; each has a corner of its own."""
+
+    timeout_s = TIMEOUT_S
+
+    def url(self, folder: Path) -> str:
+        raise NotImplementedError
+
+    def remote(self, folder: Path) -> Remote:
+        return open_remote(self.url(folder), self.timeout_s)
+
+    async def damage(self, how: Damage) -> None:
+        """Make the whole engine slow or dead."""
+        raise NotImplementedError
+
+    async def heal(self) -> None:
+        """End that."""
+
+
+class FolderEngine(Engine):
+    def url(self, folder: Path) -> str:
+        return f"file://{folder}/shared"
+
+
+class ServerEngine(Engine):
+    def __init__(
+        self, server: RedisServer | S3Server | MooncakeMaster, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self.server = server
+        self.timeout_s = timeout_s
+
+    def url(self, folder: Path) -> str:
+        return self.server.url(corner(folder))
+
+    async def damage(self, how: Damage) -> None:
+        if how == "slow":
+            self.server.pause()
+        else:
+            self.server.kill()
+
+    async def heal(self) -> None:
+        if self.server.process is None:
+            await asyncio.to_thread(self.server.start)
+        else:
+            self.server.resume()
+
+
+@pytest.fixture(scope="module")
+def folder_engine() -> Engine:
+    return FolderEngine()
+
+
+@pytest.fixture(scope="module")
+def redis_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    need(RedisServer.installed(), "redis-server")
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield ServerEngine(server)
+
+
+@pytest.fixture(scope="module")
+def s3_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    need(S3Server.installed(), "rclone")
+    with pytest.MonkeyPatch.context() as patch, S3Server(tmp_path_factory.mktemp("s3")) as server:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield ServerEngine(server, TIMEOUT_S / 4)  # its client asks several times
+
+
+@pytest.fixture(scope="module")
+def mooncake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    need(MooncakeMaster.installed(), "Mooncake (Debian: libibverbs1, librdmacm1)")
+    folder = tmp_path_factory.mktemp("mooncake")
+    with MooncakeMaster(folder / "master") as master, MooncakeClient(folder / "client", master):
+        yield ServerEngine(master)
+
+
+class OnEngine(RemoteTests):
+    """The law of remotes on one of the engines above."""
+
+    engine: Engine
+
+    def make_remote(self, folder: Path) -> Remote:
+        return self.engine.remote(folder)
+
+
+class TierOnEngine(PersistentTierTests):
+    """The law of tiers on one of the engines above."""
+
+    engine: Engine
+    damages: ClassVar[frozenset[Damage]] = frozenset(
+        {"absent", "short", "corrupt", "slow", "refused"}
+    )
+
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        tier = RemoteTier(self.engine.remote(folder), budget=budget)
+        await tier.discover()
+        return tier
+
+    async def damage(self, folder: Path, name: str, how: Damage) -> None:
+        if how in ("slow", "refused"):
+            await self.engine.damage(how)
+            return
+        remote = self.engine.remote(folder)
+        await spoil(remote, f"blocks/{NAMESPACE}/{name}", how)
+        await remote.close()
+
+    async def heal(self, folder: Path) -> None:
+        await self.engine.heal()
+
+
+class _Folder:
+    @pytest.fixture(autouse=True)
+    def _engine(self, folder_engine: Engine) -> None:
+        self.engine: Any = folder_engine
+
+
+class _Redis:
+    @pytest.fixture(autouse=True)
+    def _engine(self, redis_engine: Engine) -> None:
+        self.engine: Any = redis_engine
+
+
+class _S3:
+    @pytest.fixture(autouse=True)
+    def _engine(self, s3_engine: Engine) -> None:
+        self.engine: Any = s3_engine
+
+
+class _Mooncake:
+    @pytest.fixture(autouse=True)
+    def _engine(self, mooncake_engine: Engine) -> None:
+        self.engine: Any = mooncake_engine
+
+
+class TestFolder(_Folder, OnEngine):
+    pass
+
+
+class TestRedis(_Redis, OnEngine):
+    pass
+
+
+class TestS3(_S3, OnEngine):
+    pass
+
+
+class TestMooncake(_Mooncake, OnEngine):
+    pass
+
+
+class TestFolderTier(_Folder, TierOnEngine):
+    damages = frozenset({"absent", "short", "corrupt"})
+
+
+class TestRedisTier(_Redis, TierOnEngine):
+    pass
+
+
+class TestS3Tier(_S3, TierOnEngine):
+    async def make_tier(self, folder: Path, budget: int) -> Tier:
+        # rclone removes a folder with its last object, also when the next is being put there
+        return RetryTier(await super().make_tier(folder, budget), attempts=8)
+
+
+class TestMooncakeTier(_Mooncake, TierOnEngine):
+    # a master that is killed takes its objects with it: they are missing then, not refused
+    damages = frozenset({"absent", "short", "corrupt", "slow"})
+
+
+def test_mooncake_without_its_http_server_cannot_list(
+    mooncake_engine: ServerEngine, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        address = mooncake_engine.url(tmp_path).partition("?")[0]
+        remote = open_remote(f"{address}?buffer=32MiB", TIMEOUT_S)
+        assert not remote.properties.listing
+        with pytest.raises(UnsupportedError, match="admin"):
+            await anext(aiter(remote.list("")))
+        await remote.put("blocks/a/1", (b"value",))
+        assert await remote.delete_prefix("blocks/a/") == 1
+        await remote.close()
+
+    asyncio.run(scenario())
+
+
+def test_values_that_are_too_large_are_refused_as_such(
+    mooncake_engine: ServerEngine, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        remote = mooncake_engine.remote(tmp_path)
+        with pytest.raises(NoSpaceError, match="buffer"):
+            await remote.put("blocks/a/1", (bytes(33 << 20),))
+        await remote.close()
+
+    asyncio.run(scenario())
+
+
+# --- servers that hang, die and come back ---------------------------------------------------------
+
+
+async def timed_end(call: Awaitable[Any]) -> tuple[Any, float]:
+    """What a call ended with, and after how many seconds."""
+    begun = time.perf_counter()
+    (end,) = await asyncio.gather(call, return_exceptions=True)
+    return end, time.perf_counter() - begun
+
+
+async def until_it_answers(tier: Tier, name: str) -> Block:
+    """Ask until the breaker has probed with success."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return await tier.get(name)
+        except (UnavailableError, DeadlineError, StorageError):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["slow", "refused"])
+@pytest.mark.parametrize("engine", ["redis_engine", "s3_engine"])
+def test_a_server_that_is_gone_costs_a_deadline_then_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, engine: str, how: Damage
+) -> None:
+    server: ServerEngine = request.getfixturevalue(engine)
+    name, block = make_block(1)
+
+    async def scenario() -> None:
+        # the engine's own client would wait far longer than the caller does
+        remote = open_remote(server.url(tmp_path), timeout_s=30)
+        tier = resilient(RemoteTier(remote), deadline_ms=200)
+        await tier.put(name, block)
+        await server.damage(how)
+        try:
+            for _ in range(3):
+                end, seconds = await timed_end(tier.get(name))
+                assert isinstance(end, DeadlineError if how == "slow" else UnavailableError)
+                assert seconds < 0.2 + SLACK_S
+            assert tier.breaker.state == "open"
+            end, _ = await timed_end(tier.get(name))
+            assert isinstance(end, UnavailableError), "it is not even asked"
+            assert tier.size(name) is not None, "nobody said that the block is gone"
+        finally:
+            await server.heal()
+        assert same(await until_it_answers(tier, name), block)
+        assert tier.breaker.state == "closed"
+        await tier.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.fault
+def test_mooncake_loses_its_memory_and_its_master(tmp_path: Path) -> None:
+    """Whoever is paused or killed: misses and refusals in time, and later it works again."""
+    need(MooncakeMaster.installed(), "Mooncake (Debian: libibverbs1, librdmacm1)")
+    blocks = dict(make_block(seed) for seed in range(8))
+
+    async def ends(tier: Tier, deadline_s: float) -> set[type]:
+        found = set()
+        for name, block in blocks.items():
+            end, seconds = await timed_end(tier.get(name))
+            assert seconds < deadline_s + SLACK_S
+            assert not isinstance(end, Block) or same(end, block)
+            assert isinstance(end, Block | KVShareError), repr(end)
+            found.add(type(end))
+        return found
+
+    async def refill(tier: Tier) -> None:
+        deadline = time.monotonic() + 40
+        for name, block in blocks.items():
+            got: Any = None
+            while not isinstance(got, Block):
+                assert time.monotonic() < deadline, repr(got)
+                await timed_end(tier.put(name, block))
+                got, _ = await timed_end(tier.get(name))
+            assert same(got, block)
+
+    async def scenario(master: MooncakeMaster, lender: MooncakeClient) -> None:
+        remote = open_remote(master.url("faults"), TIMEOUT_S)
+        tier = resilient(RemoteTier(remote), deadline_ms=500)
+        await refill(tier)
+        for server in (lender, master):
+            server.pause()
+            assert Block not in await ends(tier, 0.5)
+            server.resume()
+            await refill(tier)
+        lender.kill()
+        assert Block not in await ends(tier, 0.5)
+        await asyncio.to_thread(lender.start)
+        await refill(tier)
+        master.kill()
+        assert Block not in await ends(tier, 0.5)
+        await asyncio.to_thread(master.start)
+        await refill(tier)
+        await tier.close()
+
+    with (
+        MooncakeMaster(tmp_path / "master") as master,
+        MooncakeClient(tmp_path / "lender", master) as lender,
+    ):
+        asyncio.run(scenario(master, lender))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:{port}/0",
+        "s3://bucket/x?endpoint=http%3A%2F%2F127.0.0.1%3A{port}&allow_http=true",
+        "mooncake://127.0.0.1:{port}",
+    ],
+)
+def test_nobody_there_is_unavailable_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    if url.startswith("mooncake"):
+        need(MooncakeMaster.installed(), "Mooncake (Debian: libibverbs1, librdmacm1)")
+
+    async def scenario() -> None:
+        remote = open_remote(url.format(port=free_port()), timeout_s=10)
+        for call in (remote.get("blocks/a/1"), remote.put("blocks/a/1", (b"x",))):
+            end, seconds = await timed_end(call)
+            assert isinstance(end, UnavailableError), repr(end)
+            assert seconds < 5
+        await remote.close()
+
+    asyncio.run(scenario())

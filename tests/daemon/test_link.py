@@ -1,0 +1,418 @@
+"""The engine's end: a daemon that dies or hangs costs reuse and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from kvshare_store.blocks.tiers.disk import files
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import link as link_module
+from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.daemon.link import Link, open_link
+from kvshare_store.daemon.server import Server
+from kvshare_store.daemon.spawn import Spawned
+from kvshare_store.errors import DeadlineError, HomeError, StorageError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import ReusePlan
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import prompt
+
+pytestmark = pytest.mark.fault
+
+NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
+TOKENS = np.asarray(prompt(1, 40), np.int32)
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def spawned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Processes of the daemons that links bring back; they end with the test."""
+    found: list[int] = []
+    spawn = link_module.spawn_daemon
+
+    def watched(config: StoreConfig) -> Spawned:
+        daemon = spawn(config)
+        found.append(daemon.pid)
+        return daemon
+
+    monkeypatch.setattr(link_module, "spawn_daemon", watched)
+    yield found
+    for pid in found:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            process.kill()
+            process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def daemon(config: Callable[..., StoreConfig]) -> Iterator[Daemon]:
+    with Daemon(config()) as running:
+        yield running
+
+
+@pytest.fixture
+def link(daemon: Daemon) -> Iterator[Link]:
+    opened = open_link(daemon.config, timeout=PATIENCE_S)
+    yield opened
+    opened.close()
+
+
+def planned(link: Link, seconds: float) -> ReusePlan | None:
+    """What the scheduler does with a request."""
+    request = link.ask(TOKENS, NAMESPACE, None)
+    if request is None:
+        return None
+    try:
+        return link.answer(request, seconds)
+    except DeadlineError:
+        link.give_up(request)
+        return None
+
+
+def planned_in_the_end(link: Link) -> ReusePlan:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        plan = planned(link, 1.0)
+        if plan is not None:
+            return plan
+        time.sleep(0.05)
+    raise AssertionError("the link did not recover")
+
+
+def save(home: Path) -> None:
+    with Client(home, timeout=PATIENCE_S) as client:
+        ClientDriver(client, NAMESPACE).save(TOKENS.tolist())
+        client.flush()
+
+
+def test_a_killed_daemon_is_brought_back(
+    daemon: Daemon, link: Link, home: Path, spawned: list[int]
+) -> None:
+    save(home)
+    first = planned_in_the_end(link)
+    assert first.exact == 39
+    daemon.kill()
+    start = time.monotonic()
+    assert planned(link, 0.2) is None
+    assert time.monotonic() - start < 10.0
+    assert planned(link, 0.2) is None, "the next requests do not wait at all"
+    assert "unavailable" in link.failures
+    assert planned_in_the_end(link).exact == 39
+    assert psutil.pid_exists(spawned[-1])
+    with Client(home, timeout=PATIENCE_S) as client:
+        assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
+
+
+def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: list[int]) -> None:
+    """The daemon cuts off whoever sends more than it takes, and with it the lookups of others."""
+    planned_in_the_end(link)
+    other = link.ask(TOKENS, NAMESPACE, None)
+    assert other is not None
+    for size in (1 << 20, wire.MESSAGE_BYTES - (2 << 20), wire.MESSAGE_BYTES, 32 << 20):
+        asked = link.ask(TOKENS, NAMESPACE.for_tenant("x" * size), None)
+        assert (asked is None) == (size >= wire.MESSAGE_BYTES)
+        if asked is not None:
+            assert link.answer(asked, PATIENCE_S) is not None
+    assert link.answer(other, PATIENCE_S) is not None
+    assert planned(link, PATIENCE_S) is not None
+    assert link.failures == []
+    assert spawned == []
+
+
+def test_a_hanging_daemon_is_waited_for_once(daemon: Daemon, link: Link, home: Path) -> None:
+    save(home)
+    assert planned_in_the_end(link).exact == 39
+    daemon.send(signal.SIGSTOP)
+    try:
+        assert planned(link, 0.2) is None
+        start = time.monotonic()
+        for _ in range(200):
+            planned(link, 0.2)
+        assert time.monotonic() - start < 10.0
+    finally:
+        daemon.send(signal.SIGCONT)
+    assert planned_in_the_end(link).exact == 39
+    assert daemon.process is not None
+    assert daemon.process.poll() is None, "it kept its home"
+
+
+def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreConfig]) -> None:
+    link = open_link(config(host_bytes=1 << 60), timeout=PATIENCE_S)
+    assert [planned(link, 0.1) for _ in range(5)] == [None] * 5
+    assert link.failures
+    link.close()
+
+
+def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
+    link.failures = ["timeout", "unavailable"]
+    link._paused_until = time.monotonic() + 60
+    link._tell_failures()
+    assert link.failures == ["timeout", "unavailable"]
+    link._paused_until = 0.0
+    link._tell_failures()
+    assert link.failures == []
+
+
+def test_a_home_that_cannot_be_used_is_said_at_once(
+    config: Callable[..., StoreConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(HomeError, match="choose another"):
+        open_link(config(home=str(tmp_path / "file")))
+
+
+# --- a daemon that is slow ------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(config: StoreConfig) -> Iterator[Server]:
+    """A daemon in this process."""
+    running = Server(config)
+    thread = threading.Thread(target=running.serve)
+    thread.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(config: Callable[..., StoreConfig]) -> Iterator[Server]:
+    with serving(config()) as running:
+        yield running
+
+
+def stuck(server: Server) -> threading.Event:
+    """From now on the first tenant's lookups wait for the event."""
+    plan_soon, event = server.store.plan_soon, threading.Event()
+
+    def waiting(tokens: Any, namespace: Namespace, **others: Any) -> Any:
+        if namespace.tenant == "a":
+            assert event.wait(PATIENCE_S)
+        return plan_soon(tokens, namespace, **others)
+
+    server.store.plan_soon = waiting  # type: ignore[method-assign]
+    return event
+
+
+def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: list[int]) -> None:
+    """No pause, no new connection, no process: other requests are planned as ever."""
+    event, link = stuck(server), Link(server.config)
+    link.client.greet(PATIENCE_S)
+    connection = link.client._stream
+    late = link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)
+    assert late is not None
+    with pytest.raises(DeadlineError):
+        link.answer(late, 0.01)
+    link.give_up(late)
+    other = link.ask(TOKENS, NAMESPACE.for_tenant("b"), None)
+    assert other is not None, "the next lookup is asked at once"
+    plan = link.answer(other, PATIENCE_S)
+    assert plan is not None
+    assert plan.declined == "empty_store"
+    assert link.client._stream is connection
+    assert spawned == []
+    event.set()
+    link.close()
+
+
+def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: list[int]) -> None:
+    link = Link(daemon.config)
+    link.client.greet(PATIENCE_S)
+    link._pause = PATIENCE_S  # however slow this machine is
+    daemon.send(signal.SIGSTOP)
+    assert daemon.process is not None
+    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
+    asked = 0
+    while (request := link.ask(TOKENS, NAMESPACE, None)) is not None:
+        link.give_up(request)
+        asked += 1
+    daemon.send(signal.SIGCONT)
+    assert asked == 4
+    assert spawned == [], "one that hangs keeps the home: no other can serve it"
+    link._paused_until = 0.0
+    assert planned_in_the_end(link).declined == "empty_store"
+    link.close()
+
+
+def test_nobody_waits_for_a_hung_daemons_welcome(daemon: Daemon) -> None:
+    """The lookup is on its way before the daemon has said anything."""
+    link = Link(daemon.config)
+    daemon.send(signal.SIGSTOP)
+    try:
+        request = link.ask(TOKENS, NAMESPACE, None)
+        assert request is not None
+        assert not link.client.greeted
+    finally:
+        daemon.send(signal.SIGCONT)
+    plan = link.answer(request, PATIENCE_S)
+    assert plan is not None
+    assert plan.declined == "empty_store"
+    assert link.client.greeted
+    link.close()
+
+
+def test_it_is_said_that_the_daemon_is_gone(
+    daemon: Daemon, link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned_in_the_end(link)
+    daemon.kill()
+    assert planned(link, PATIENCE_S) is None
+    assert "is gone; restarting it" in caplog.text
+    assert "in time" not in caplog.text
+
+
+def test_a_stuck_lookup_keeps_nobody_else_waiting(server: Server) -> None:
+    """Neither another engine's lookups and saves, nor whoever asks how it is."""
+    event = stuck(server)
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        stuck_one = client.send(plan_request(TOKENS, NAMESPACE.for_tenant("a"), None))
+        with Client(server.config.home_path, timeout=PATIENCE_S) as other:
+            driver = ClientDriver(other, NAMESPACE)
+            driver.save(TOKENS.tolist())
+            other.flush()
+            assert driver.serve(TOKENS.tolist()).exact == 39
+            assert other.stats()["daemon"]["requests"] == 2
+            assert other.call(protocol.ListNodes(3))
+        event.set()
+        client.receive(stuck_one, PATIENCE_S)
+
+
+def test_status_waits_neither_for_the_lock_nor_for_the_disk(
+    config: Callable[..., StoreConfig], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    with Daemon(config()):
+        save(home)
+    measured = threading.Event()
+    measure = files.measure
+
+    def slowly(path: str) -> tuple[int, int] | None:
+        assert not path.endswith(".kvb") or measured.wait(PATIENCE_S)
+        return measure(path)
+
+    monkeypatch.setattr(files, "measure", slowly)
+    with serving(config()) as running, Client(home, timeout=PATIENCE_S) as client:
+        try:
+            with running.store.nodes.lock:
+                stats = client.stats()
+            assert stats["nodes"] == 1
+            assert stats["health"]["state"] == "ok"
+        finally:
+            measured.set()
+
+
+# --- engines that work ----------------------------------------------------------------------------
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def works(server: Server) -> bool:
+    """Whether the daemon takes an engine for working."""
+    return bool(server.store.text._busy)
+
+
+def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreConfig]) -> None:
+    with serving(config()) as first:
+        link = open_link(first.config, timeout=PATIENCE_S)
+        link.working(True)
+        until(lambda: works(first))
+    with serving(config()) as second:
+        planned_in_the_end(link)
+        until(lambda: works(second))
+        link.working(False)
+        until(lambda: not works(second))
+        link.close()
+
+
+def test_an_engine_that_left_is_not_working(server: Server) -> None:
+    """What it said last is heard after its connection has ended, and before what it held ends."""
+    working, event, heard = server.store.working, threading.Event(), list[bool]()
+
+    def late(owner: str, busy: bool) -> None:
+        assert event.wait(PATIENCE_S)
+        working(owner, busy)
+        heard.append(works(server))
+
+    server.store.working = late  # type: ignore[method-assign]
+    with Client(server.config.home_path, timeout=PATIENCE_S) as engine:
+        engine.greet()
+        engine.tell(protocol.Working(True))
+        until(lambda: server.switchboard.under_way == 1)
+    until(lambda: not server.switchboard.connections)
+    event.set()
+    until(lambda: bool(heard) and not works(server))
+    assert heard == [True]
+
+
+def test_a_list_is_of_one_moment(server: Server) -> None:
+    """Nodes are used, and so change their order, while they are listed."""
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, NAMESPACE)
+        ids = {driver.save(prompt(seed, 16)) for seed in range(60)}
+        over = threading.Event()
+
+        def use() -> None:
+            chance = random.Random(0)
+            while not over.is_set():
+                with server.store.nodes.lock:
+                    server.store.tree.touch(chance.choice(sorted(filter(None, ids))))
+
+        using = threading.Thread(target=use)
+        using.start()
+        try:
+            for _ in range(200):
+                listed = [node["id"] for node in client.call(protocol.ListNodes(100))]
+                assert (len(listed), set(listed)) == (60, ids)
+        finally:
+            over.set()
+            using.join()
+
+
+def test_saves_are_refused_and_lookups_go_on_while_nothing_can_be_stored(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(nodes: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, NAMESPACE)
+        driver.save(TOKENS.tolist())
+        client.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(server.store.repository.durable, "store", broken)
+            for seed in range(2, 5):
+                driver.save(prompt(seed, 40))
+                with pytest.raises(StorageError, match="1 prompts were not stored"):
+                    client.flush()
+            with pytest.raises(StorageError, match="nothing can be stored at present"):
+                driver.save(prompt(9, 40))
+        health = client.stats()["health"]
+        assert health["state"] == "degraded"
+        assert "ZeroDivisionError" in health["reasons"]["kvshare-commit"]
+        assert driver.serve(TOKENS.tolist()).exact == 39
+        assert client.stats()["nodes"] == 1, "what could not be stored is no node"
+        server.store.metrics.health.well("kvshare-commit")
+        driver.save(prompt(9, 40))
+        client.flush()
+        assert client.stats()["health"]["state"] == "ok"

@@ -1,0 +1,181 @@
+"""A real daemon in a process of its own, to be killed; and a client that checks its rows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.address import answers
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
+from kvshare_store.errors import KVShareError, LeaseError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.save.staging import Reuse, Staged, reuse_of
+from tests.support.network import Host
+from tests.support.oracle import (
+    RowBook,
+    RowOracle,
+    Rows,
+    check_partition,
+    gather,
+    pick,
+    positions_of,
+)
+
+START_S = 60.0
+
+
+def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
+    """As `spawn_daemon`, but a child of this process, which then knows how it ends."""
+    log = open_log(config.home_path)
+    try:
+        environment = daemon_environment(config)
+        return subprocess.Popen(daemon_command(config), stdout=log, stderr=log, env=environment)
+    finally:
+        os.close(log)
+
+
+class Daemon:
+    """`kvshare serve` for a configuration, on a `tests.support.network` host if one is named. As a
+    context manager it is started and ended."""
+
+    def __init__(self, config: StoreConfig, host: Host | None = None) -> None:
+        self.config = config
+        self._host = host
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+        if self._host is None:
+            self.process = child_daemon(self.config)
+        else:  # a child lives where the thread lives that starts it
+            self.process = self._host.here(lambda: child_daemon(self.config))
+        deadline = time.monotonic() + START_S
+        while not answers(self.config.home_path):
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.02)
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return (self.config.home_path / "daemon.log").read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL: no code of its own runs any more."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(START_S)
+            self.process = None
+
+    def end(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        code = self.process.wait(START_S)
+        self.process = None
+        return code
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+
+class ClientDriver:
+    """What `tests.support.oracle.Driver` is for a Store, over the socket and the mapped arena."""
+
+    def __init__(self, client: Client, namespace: Namespace, book: RowOracle | None = None) -> None:
+        self.client = client
+        self.namespace = namespace
+        self.book = book or RowBook(namespace.layout)
+
+    def load(self, plan: ReusePlan) -> Rows:
+        """The rows of a plan, copied out; `LeaseError` if they were not there all the time."""
+        rows = gather(plan, self.namespace.layout, lambda ref: self.client.rows_of(plan.arena, ref))
+        self.client.check(plan.arena, plan.blocks)
+        return rows
+
+    def plan(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
+        """A checked plan; `finish` it."""
+        plan = self.client.plan(list(tokens), self.namespace, timeout=timeout)
+        check_partition(plan)
+        if plan.declined:
+            return plan
+        try:
+            rows = self.load(plan)
+        except LeaseError:
+            self.client.finish(plan.lease, Outcome(recomputed=plan.tokens, failed="lease"))
+            raise
+        self.book.check(tokens, plan, rows)
+        return plan
+
+    def finish(self, plan: ReusePlan) -> None:
+        """The request has used the plan."""
+        edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
+        self.client.finish(plan.lease, Outcome(plan.exact, edited, missing))
+
+    def serve(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
+        """Plan, check and finish."""
+        plan = self.plan(tokens, timeout)
+        if not plan.declined:
+            self.finish(plan)
+        return plan
+
+    def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
+        """Stage a prompt, compute what is missing, and commit it."""
+        array = np.asarray(tokens, np.int32)
+        reuse = Reuse() if plan is None else reuse_of(plan)
+        staged = self.client.stage(array, self.namespace, reuse)
+        if staged.known:
+            return None
+        exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
+        rows = self.book.computed(tokens, exact, staged.id)
+        fresh = positions_of(staged.fresh)
+        self.book.write(tokens, rows, fresh, exact)
+        return self.client.commit(staged, _blocks(staged, rows, fresh))
+
+    def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
+        """One request of an engine for which every failure of the store is a miss."""
+        try:
+            plan = self.plan(tokens)
+        except LeaseError:
+            return None
+        try:
+            if plan.declined:
+                self.save(tokens)
+            else:
+                self.finish(plan)
+                self.save(tokens, plan)
+        except KVShareError:
+            return plan
+        return plan
+
+
+def _blocks(staged: Staged, rows: Rows, fresh: Sequence[int]) -> Iterator[bytes]:
+    """Rows at the `fresh` positions, block by block."""
+    at = 0
+    for size in staged.sizes:
+        yield pick(rows, fresh[at : at + size])
+        at += size

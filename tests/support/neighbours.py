@@ -1,0 +1,97 @@
+"""Several stores, each with its own host and disk, one remote tier and one catalogue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvshare_store.catalog.condemned import now_s
+from kvshare_store.config import StoreConfig
+from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.oracle import Driver
+
+NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
+PATIENCE_S = 10.0
+Machine = Callable[..., Driver]
+
+
+def config_of(folder: Path, name: str, **settings: Any) -> StoreConfig:
+    """The store of one machine; all machines of a folder share what others can reach."""
+    shared = {
+        "remote": f"file://{folder / 'remote'}",
+        "remote_write": "through",
+        "remote_timeout_ms": 5_000.0,
+        "catalog": str(folder / "catalog"),
+        "sync_seconds": 0.05,
+    }
+    small = {
+        "home": str(folder / name),
+        "host_bytes": 1 << 20,
+        "disk_bytes": 1 << 20,
+        "block_tokens": 8,
+        "min_prompt_tokens": 8,
+        "min_saving_ms": -1e9,
+        "semantic": "never",
+        "plan_deadline_ms": 5_000.0,
+    }
+    return StoreConfig(**{**shared, **small, **settings})
+
+
+def until(happens: Callable[[], bool]) -> float:
+    """Seconds until it happened; fails when it does not."""
+    start = time.monotonic()
+    while not happens():
+        assert time.monotonic() - start < PATIENCE_S
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def knows(engine: Driver, tokens: list[int]) -> bool:
+    """Whether the store has a node of exactly this prompt."""
+    return any(node.tokens.tolist() == tokens for node in engine.store.tree)
+
+
+def save(engine: Driver, tokens: list[int]) -> str | None:
+    """Store a prompt and wait until others can see it; the node's id."""
+    node_id = engine.save(tokens)
+    engine.store.flush()
+    return node_id
+
+
+def learn(engine: Driver) -> None:
+    """Ask the catalogue what is new, now."""
+    assert engine.store._sharing is not None
+    engine.store._sharing.sync()
+
+
+def minutes_pass(engine: Driver, minutes: float) -> None:
+    """For what this machine knows of condemned blocks."""
+    condemned = engine.store.repository.condemned
+    assert condemned is not None
+    before = condemned.clock() - now_s()
+    condemned.clock = lambda: now_s() + before + 60 * minutes
+
+
+def collect_all(engine: Driver) -> int:
+    """Passes of the janitor until what nobody uses is seen, condemned and removed; how many blocks
+    went."""
+    gone = 0
+    for _ in range(3):
+        minutes_pass(engine, 2)
+        gone += engine.store.collect().blocks
+    return gone
+
+
+def remote_blocks(folder: Path) -> int:
+    """Blocks in the remote tier."""
+    return sum(file.is_file() for file in (folder / "remote" / "blocks").rglob("*"))
+
+
+def forget_copies(engine: Driver) -> None:
+    """Nothing is left in this machine's own memory."""
+    with engine.store.nodes.lock:
+        for name in list(engine.store.blocks.host.names()):
+            engine.store.blocks.host.drop(name)

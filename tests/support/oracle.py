@@ -1,0 +1,242 @@
+"""Rows that can be told apart: what a test saves, and what it knows about every row it is served.
+
+No model is needed to see whether a store serves the right rows. Every row here is a hash of the
+tokens up to it, so a row names the very prefix it was computed for; rows computed after an edit
+carry a salt as well, as a real engine's would differ there. Nothing here uses the store's own ideas
+of alignment, segments or provenance.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.save.staging import Buffer, Staged, packed, reuse_of
+from kvshare_store.tensors.layout import KVLayout
+
+if TYPE_CHECKING:
+    from kvshare_store.store import Store  # seconds to import, and clients do without
+
+Rows = npt.NDArray[Any]
+"""Words in canonical order: `[layers, 2, T, kv_heads, head_dim]`."""
+
+
+class RowFact(NamedTuple):
+    """What is known about one row: its token, where it was computed, and after what."""
+
+    token: int
+    position: int
+    exact: bool
+    """Whether it was computed in its own full context."""
+    prefix: bytes
+    """Hash of the tokens up to and including it."""
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """A prompt that has next to nothing in common with those of other seeds."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 1 << 30, length)]
+
+
+def prefix_hashes(tokens: Sequence[int]) -> list[bytes]:
+    """For each position a hash of the tokens up to and including it."""
+    hasher, hashes = blake3.blake3(), []
+    for token in tokens:
+        hasher.update(int(token).to_bytes(4, "little"))
+        hashes.append(hasher.digest())
+    return hashes
+
+
+def rows_for(
+    tokens: Sequence[int], layout: KVLayout, *, exact: int | None = None, salt: str = ""
+) -> Rows:
+    """The rows an engine would compute for a prompt.
+
+    Those of the first `exact` positions (None: all) depend on the prefix only, the others on
+    `salt` too.
+    """
+    exact = len(tokens) if exact is None else exact
+    raw = bytearray()
+    for at, prefix in enumerate(prefix_hashes(tokens)):
+        hasher = blake3.blake3(prefix)
+        hasher.update(b"" if at < exact else f"edited:{salt}".encode())
+        raw += hasher.digest(length=layout.row_bytes)
+    dtype = np.uint32 if layout.itemsize == 4 else np.uint16
+    by_row = np.frombuffer(bytes(raw), dtype).reshape(
+        len(tokens), layout.layers, 2, layout.kv_heads, layout.head_dim
+    )
+    return np.ascontiguousarray(np.moveaxis(by_row, 0, 2))
+
+
+def row_keys(rows: Rows) -> list[bytes]:
+    """The bytes of each row on their own: what rows are recognised by."""
+    return [rows[:, :, at].tobytes() for at in range(rows.shape[2])]
+
+
+def positions_of(runs: Iterable[Any]) -> list[int]:
+    """The positions in runs or spans (anything with `start` and `stop`)."""
+    return [at for run in runs for at in range(run.start, run.stop)]
+
+
+def pick(rows: Rows, positions: Sequence[int]) -> bytes:
+    """The rows at `positions`, side by side in canonical order, as `Store.save` wants them."""
+    return np.ascontiguousarray(rows[:, :, list(positions)]).tobytes()
+
+
+def gather(plan: ReusePlan, layout: KVLayout, rows_of: Any) -> Rows:
+    """The rows that a plan's spans point at, not moved, as whole rows of the request.
+
+    `rows_of(ref)` gives a block's bytes. Positions that no span covers stay zero.
+    """
+    shape = layout.shape(plan.tokens)
+    found = np.zeros(shape, np.uint32 if layout.itemsize == 4 else np.uint16)
+    blocks: list[BlockRef] = list(plan.blocks)
+    for span in plan.spans:
+        ref = blocks[span.block]
+        words = layout.words(rows_of(ref), ref.rows)
+        found[:, :, span.start : span.stop] = words[:, :, span.row : span.row + span.length]
+    return found
+
+
+class RowOracle(Protocol):
+    """Computes rows, and judges those that are served: a `RowBook`, or rows that describe
+    themselves (`tests.support.chaos.rows`)."""
+
+    def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows: ...
+
+    def write(
+        self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
+    ) -> None: ...
+
+    def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None: ...
+
+
+class RowBook:
+    """Every row that was ever saved, by its bytes."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        self._facts: dict[bytes, RowFact] = {}
+
+    def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows:
+        """The rows of a prompt whose first `exact` ones have their own full context."""
+        return rows_for(tokens, self.layout, exact=exact, salt=salt)
+
+    def write(
+        self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
+    ) -> None:
+        """Note the rows that are about to be saved for the fresh `positions` of a prompt."""
+        prefixes, keys = prefix_hashes(tokens), row_keys(rows)
+        for at in positions:
+            fact = RowFact(int(tokens[at]), at, at < exact, prefixes[at])
+            known = self._facts.setdefault(keys[at], fact)
+            assert known == fact, "two different rows have the same bytes: the test is broken"
+
+    def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
+        """The served `rows` are rows that were saved, for these tokens and from the places planned.
+
+        Exact rows are those of this very prefix, bit for bit.
+        """
+        prefixes, keys = prefix_hashes(tokens), row_keys(rows)
+        for span in plan.spans:
+            for at in range(span.start, span.stop):
+                fact = self._facts.get(keys[at])
+                assert fact is not None, f"position {at} got bytes that nobody saved"
+                assert fact.token == tokens[at], f"position {at} got the row of another token"
+                source = span.source + at - span.start
+                assert fact.position == source, f"position {at} is not moved from its root"
+                if span.exact:
+                    assert fact.exact, f"position {at}: an edited row poses as exact"
+                    assert fact.prefix == prefixes[at], f"position {at} is of another prefix"
+
+
+def check_partition(plan: ReusePlan) -> None:
+    """Spans and placeholders cover the request up to `stop` exactly once, in order."""
+    covered = sorted(positions_of(plan.spans) + positions_of(plan.placeholders()))
+    assert covered == list(range(plan.stop)), "spans and placeholders do not partition the request"
+    assert plan.stop < plan.tokens or not plan.spans, "the last position is never reused"
+    assert positions_of(s for s in plan.spans if s.exact) == list(range(plan.exact))
+    for span in plan.spans:
+        assert span.row >= 0
+        assert span.row + span.length <= plan.blocks[span.block].rows
+        assert not span.exact or span.source == span.start
+
+
+class Driver:
+    """An engine without a model: saves prompts of one namespace and checks every row it is served.
+
+    Several drivers, also of several stores one after the other, may share a `book`.
+    """
+
+    def __init__(self, store: Store, namespace: Namespace, book: RowOracle | None = None) -> None:
+        self.store = store
+        self.namespace = namespace
+        self.book = book or RowBook(namespace.layout)
+        self._salts = itertools.count()
+        self._computed: dict[str, Buffer] = {}
+        """Rows of each staged prompt, by the id of its save."""
+
+    def plan(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
+        """A checked plan; `finish` it."""
+        plan = self.store.plan(tokens, self.namespace, **options)
+        check_partition(plan)
+        self.check(tokens, plan)
+        return plan
+
+    def check(self, tokens: Sequence[int], plan: ReusePlan) -> None:
+        """The rows that the plan points at now are the right ones."""
+        rows = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
+        self.book.check(tokens, plan, rows)
+
+    def _rows_of(self, plan: ReusePlan, ref: BlockRef) -> memoryview:
+        return self.store.rows_of(plan, plan.blocks.index(ref))
+
+    def finish(self, plan: ReusePlan, failed: str = "") -> None:
+        """The request has used the plan, or has given it up."""
+        edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
+        nbytes = plan.reused * self.namespace.layout.row_bytes
+        self.store.finish(plan, Outcome(plan.exact, edited, missing, nbytes, 1e-3, failed))
+
+    def serve(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
+        """Plan, check and finish."""
+        plan = self.plan(tokens, **options)
+        if not plan.declined:
+            self.finish(plan)
+        return plan
+
+    def stage(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> Staged:
+        """Stage a prompt and compute what `plan` leaves; `commit` makes it a node."""
+        reuse = None if plan is None else reuse_of(plan)
+        staged = self.store.stage(tokens, self.namespace, reuse)
+        if not staged.known:
+            spans = () if plan is None else plan.spans
+            exact = min((span.start for span in spans if not span.exact), default=len(tokens))
+            rows = self.book.computed(tokens, exact, f"{id(self)} {next(self._salts)}")
+            fresh = positions_of(staged.fresh)
+            self.book.write(tokens, rows, fresh, exact)
+            blocks = packed(pick(rows, fresh), staged.sizes, self.namespace.layout)
+            self._computed[staged.id] = Buffer(blocks)
+        return staged
+
+    def commit(self, staged: Staged) -> str | None:
+        """Store the rows of a staged prompt; the node's id, or None if it could not be kept."""
+        return self.store.commit(staged.id, self._computed[staged.id])
+
+    def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
+        """Stage and commit; the node's id, or None if it was known or could not be kept."""
+        staged = self.stage(tokens, plan)
+        return None if staged.known else self.commit(staged)
+
+    def serve_and_save(self, tokens: Sequence[int]) -> str | None:
+        """What an engine does with every request."""
+        plan = self.plan(tokens)
+        if plan.declined:
+            return self.save(tokens)
+        self.finish(plan)
+        return self.save(tokens, plan)
