@@ -15,7 +15,7 @@ from concurrent.futures import Future
 import msgspec
 
 from kvshare_store.blocks.io_loop import IoLoop
-from kvshare_store.blocks.leases import Lease
+from kvshare_store.blocks.leases import Lease, LeaseBook
 from kvshare_store.blocks.levels import Level, Levels
 from kvshare_store.blocks.pool import BufferPool
 from kvshare_store.blocks.tiers.base import TierUse
@@ -49,11 +49,15 @@ class BlockStore:
         self.host = host
         self.levels = Levels(below, metrics)
         self.pool = BufferPool(host, self.levels, io, lock)
-        self.leases = self.pool.leases
         self._io = io
         self._lock = lock
         self._metrics = metrics
         self._promotions: dict[str, _Promotion] = {}
+
+    @property
+    def leases(self) -> LeaseBook:
+        """What plans and clients hold."""
+        return self.pool.leases
 
     # --- writing ------------------------------------------------------------------------------
 

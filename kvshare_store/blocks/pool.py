@@ -100,7 +100,7 @@ class BufferPool:
         """As `seal`, for a copy of a block that a tier below has. Hold the lock."""
         if self._reserved.pop(offset, None) is None:
             raise LeaseError("the slot is no longer reserved; save again")
-        self._host.seal(offset, name, block, leased=not self.may_go(name))
+        self._host.seal(offset, name, block, leased=not self._may_go(name))
 
     def cancel(self, offset: int) -> None:
         """Give a reserved slot back; one that is not reserved is ignored."""
@@ -131,12 +131,12 @@ class BufferPool:
     def _allocate(self, nbytes: int) -> int:
         while True:
             try:
-                return self._host.reserve(nbytes, self.may_go)
+                return self._host.reserve(nbytes, self._may_go)
             except NoSpaceError:
                 if slot_bytes(nbytes) > self._host.arena.nbytes or not self._evict_one():
                     raise
 
-    def may_go(self, name: str) -> bool:
+    def _may_go(self, name: str) -> bool:
         """Whether a block may leave the host or move in it: nobody reads its rows in place, and
         they are not the only ones."""
         return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
@@ -144,7 +144,7 @@ class BufferPool:
     def _evict_one(self) -> bool:
         """Let the least valuable block leave the host tier; False if none may."""
         for name in self._host.victims():
-            if not self.may_go(name):
+            if not self._may_go(name):
                 continue
             if self._levels:
                 self._write_back(name)

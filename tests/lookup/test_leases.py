@@ -39,7 +39,7 @@ class Clock:
 def clocked(store: Store) -> Clock:
     """Let leases go by a clock of the test's."""
     clock = Clock()
-    store.blocks.leases = LeaseBook(clock)
+    store.blocks.pool.leases = LeaseBook(clock)
     return clock
 
 

@@ -135,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _opened(self) -> Store:
         store = Store(self.config)
-        store.blocks.leases = LeaseBook(self.clock)
+        store.blocks.pool.leases = LeaseBook(self.clock)
         return store
 
     def teardown(self) -> None:
