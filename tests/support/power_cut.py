@@ -150,20 +150,22 @@ class Disk:
     def restore(self, snapshot: Path, target: Path, *, zeros: bool) -> None:
         """Make in `target` what is durable of the root; `snapshot` is a copy of all of it as it is.
 
-        A durable name of a file that was removed since is left out: its bytes are nowhere.
+        A durable name of a file that was removed since is left out: its bytes are nowhere. The
+        recording may lack the very last removal: a process killed within a call leaves no result.
         """
-        where = {file: path for path, file in self._now.items()}
-        self._restore(0, snapshot, target, where, zeros)
+        there = {
+            file: snapshot / Path(path).relative_to(self._root) for path, file in self._now.items()
+        }
+        where = {file: path for file, path in there.items() if path.exists()}
+        self._restore(0, target, where, zeros)
 
-    def _restore(
-        self, folder: int, snapshot: Path, target: Path, where: dict[int, str], zeros: bool
-    ) -> None:
+    def _restore(self, folder: int, target: Path, where: dict[int, Path], zeros: bool) -> None:
         target.mkdir(exist_ok=True)
         for name, file in self._durable[folder].items():
             if file in self._durable:
-                self._restore(file, snapshot, target / name, where, zeros)
+                self._restore(file, target / name, where, zeros)
             elif file in where:
-                data = (snapshot / Path(where[file]).relative_to(self._root)).read_bytes()
+                data = where[file].read_bytes()
                 if file in self._written:
                     data = bytes(len(data)) if zeros else b""
                 (target / name).write_bytes(data)
