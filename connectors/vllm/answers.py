@@ -26,6 +26,8 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     exact = sum(span.length for span in state.loaded if span.exact)
     edited = sum(span.length for span in state.loaded) - exact
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
+    # the daemon has the last word: another engine may have started it with a stricter policy
+    policy = state.stored.policy if state.stored is not None else state.policy
     said: dict[str, Any] = {
         "reused": exact + edited,
         "exact": exact,
@@ -34,9 +36,9 @@ def answer_of(state: RequestState) -> dict[str, Any]:
         "prefix_cached": state.local,
         "donor": donors[0] if donors else "",
         "reason": "" if state.loaded else state.declined or state.reason,
-        "policy": state.policy,
+        "policy": policy,
     }
-    if state.wish.policy not in (None, state.policy):
+    if state.wish.policy not in (None, policy):
         said["asked"] = str(state.wish.policy)[:_LONGEST]
     if state.wish.unknown:
         said["unknown"] = [name[:_LONGEST] for name in state.wish.unknown[:_MOST]]

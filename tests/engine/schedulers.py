@@ -13,8 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from kvshare_connectors.vllm.planning import Planning
+from kvshare_connectors.vllm.requests import granted
 
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
@@ -54,6 +56,8 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.plan: ReusePlan | None = PLAN
+        self.policy = "aggressive"
+        """The daemon's own: what it grants is never laxer."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
         self.told: list[Any] = []
@@ -68,7 +72,10 @@ class FakeLink:
         if self.late > 0:
             self.late -= 1
             raise DeadlineError("not yet")
-        return self.plan
+        if self.plan is None:
+            return None
+        policy = granted(self.policy, self.asked[int(request_id) - 1][1])
+        return msgspec.structs.replace(self.plan, policy=policy)
 
     def give_up(self, request_id: bytes) -> None:
         self.given_up += 1

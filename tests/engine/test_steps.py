@@ -754,6 +754,19 @@ def test_a_laxer_policy_is_not_granted_and_the_answer_says_so(
     assert "policy 'aggressive' was asked for, 'balanced' is granted" in line
 
 
+def test_an_answer_names_the_policy_that_the_daemon_grants(
+    make: Make, link: FakeLink, tmp_path: Path
+) -> None:
+    """Another engine has started the daemon, with a stricter one."""
+    link.policy = "faithful"
+    bench = make(kvshare_alone(tmp_path / "home", policy="aggressive"))
+    found = [bench.add(params=params) for params in (None, {"kvshare.policy": "balanced"})]
+    bench.drain()
+    plain, asking = (said(bench, request) for request in found)
+    assert (plain["policy"], asking["policy"]) == ("faithful", "faithful")
+    assert ("asked" in plain, asking["asked"]) == (False, "balanced")
+
+
 def test_an_answer_may_be_sent_back(make: Make, link: FakeLink) -> None:
     """Proxies hand the whole field on: nothing in it steers, and nothing in it is a mistake."""
     bench = make()
