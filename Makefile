@@ -26,6 +26,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 setup: .venv/project.stamp
 	@$(PY) -m examples.engines.small_model
+	@echo "The commands are in .venv/bin: .venv/bin/kvshare --help"
 
 # The stamps are written last, so a set-up that was cut short is done again from the start.
 .venv/packages.stamp: requirements/lock.txt
