@@ -54,7 +54,11 @@ def _answer(store: Store, message: Any) -> Any:
 def refuse_without_store(config: StoreConfig) -> None:
     """`HomeError` if the home holds no store: probably its path is mistyped."""
     if not (config.home_path / "format").exists():
-        raise HomeError(f"there is no store in {config.home_path}; name its home with --home")
+        what = "is a file, no folder" if config.home_path.is_file() else "has no store"
+        raise HomeError(
+            f"home {config.home_path} {what}; name another with --home, or start a store there "
+            "with `kvshare serve`"
+        )
 
 
 def _served(config: StoreConfig) -> bool:
