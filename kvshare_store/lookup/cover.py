@@ -123,13 +123,14 @@ class Cover:
         """Spans of the pieces, and the blocks they index."""
         spans: list[Span] = []
         blocks: dict[str, int] = {}
+        names = [tuple(node.blocks) for node in self.donors]  # unpacked once
         places = np.stack((*pieces, self.donor_of[pieces.start], self.source_of[pieces.start]), 1)
         for start, stop, donor, source in places.tolist():
             node, shift, exact = self.donors[donor], start - source, start < self.exact
             for part in segments_between(node, source, stop - shift):
                 first, last = max(part.start, source), min(part.stop, stop - shift)
                 skip = first - part.start
-                block = blocks.setdefault(node.blocks[part.block], len(blocks))
+                block = blocks.setdefault(names[donor][part.block], len(blocks))
                 at, row = first + shift, part.row + skip
                 spans.append(Span(at, last - first, part.source + skip, block, row, exact))
         return spans, list(blocks)

@@ -248,8 +248,12 @@ class Serving:
     def _closed(self, lease: Lease) -> OpenPlan | None:
         """A lease has ended: what it held may go; returns the plan it was for."""
         with self._nodes.lock:
-            self._nodes.remove_unused(lease.names)
-            return self._open.pop(lease.id)
+            opened = self._open.pop(lease.id)
+            tree = self._nodes.tree
+            # as long as the donors are here, all of the plan's blocks are in use
+            if opened is None or any(tree.get(node.id) is not node for node in opened.donors):
+                self._nodes.remove_unused(lease.names)
+            return opened
 
     def _count_miss(self, reason: str, tokens: int) -> None:
         self._metrics.add("misses")

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
+from kvshare_connectors.vllm import promises
 
 from kvshare_store.errors import LeaseError
 from tests.engine.harness import BLOCK, Answer, Engine, random_runs
@@ -219,7 +220,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
         engine.step()
         assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
         second = engine.add(longer, policy="exact")
-        monkeypatch.setattr(engine.planning, "worth", lambda plan, spans: False)
+        monkeypatch.setattr(promises, "_saves_enough", lambda plan, spans, least: False)
         answers = engine.drain()
     monkeypatch.undo()
     assert len(tried) == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from kvshare_connectors.vllm import promises
 
 from kvshare_store.blocks.tiers.host.arena import Arenas
 from kvshare_store.daemon.address import home_taken
@@ -258,7 +259,9 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
     engine.forget()
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine.planning, "worth", lambda plan, spans: bool(spans) and not spans[0].start
+            promises,
+            "_saves_enough",
+            lambda plan, spans, least: bool(spans) and not spans[0].start,
         )
         with failing_loads(engine, monkeypatch) as tried:
             engine.add(prompt, policy="exact")

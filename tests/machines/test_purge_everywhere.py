@@ -140,7 +140,7 @@ def test_a_claim_outlives_a_purge(
     monkeypatch.setattr(blocks, "delete_shared", delete_late)
     with ThreadPoolExecutor(2) as pool:
         collecting = pool.submit(collect_all, janitor)
-        assert stuck.wait(30)
+        assert stuck.wait(60), collecting.exception(30)
         assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
         saving = pool.submit(save, one, PROMPT)
         time.sleep(0.2)

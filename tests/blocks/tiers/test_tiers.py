@@ -125,4 +125,5 @@ def test_every_tier_has_a_class_here() -> None:
     }
     # those around a remote are held to the law on real servers, in test_remotes.py
     around = {wrappers.RetryTier, wrappers.DeadlineTier, wrappers.HedgedTier, wrappers.BreakerTier}
-    assert found - {Tier, WrapperTier} - around == set(here)
+    never_done = {faulty.GatedTier}  # until somebody opens its gate
+    assert found - {Tier, WrapperTier} - around - never_done == set(here)
