@@ -216,7 +216,7 @@ def test_a_socket_that_a_dead_daemon_left(home: Path) -> None:
 def test_errors_reach_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--home", tmp_path]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "there is no store" in one_line((found.returncode, found.stdout, found.stderr), 3)
+    assert "has no store" in one_line((found.returncode, found.stdout, found.stderr), 3)
 
 
 def test_version() -> None:
