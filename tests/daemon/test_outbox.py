@@ -22,6 +22,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver
+from tests.support.neighbours import until
 from tests.support.oracle import prompt
 from tests.support.peer import Peer
 
@@ -134,7 +135,7 @@ def test_a_commit_that_was_given_up_never_gets_rows_of_the_next_prompt(
         assert hasty.outbox is not None
         hasty.outbox.write(0, bytes([2]) * 40 * ROW)  # what another save would begin with
         go.set()
-        engine.client.flush()
+        until(lambda: engine.client.stats()["nodes"] == 1)  # its thread copies and commits now
         plan = engine.client.plan(tokens_of(1), NAMESPACE)
         assert plan.exact == 39, "what it had written was complete"
         assert set(engine.load(plan)[:, :, :39].tobytes()) == {1}
