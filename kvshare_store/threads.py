@@ -132,11 +132,11 @@ class FairLock:
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
-        turn = threading.Lock()
         with self._inner:
             if not self._taken:
                 self._taken = True
                 return
+            turn = threading.Lock()
             turn.acquire()
             self._waiting.append(turn)
         try:

@@ -148,8 +148,8 @@ class BufferPool:
                 continue
             if self._levels:
                 self._write_back(name)
-                return self._host.drop(name)
-            self._lost.append(name)
+            else:
+                self.lose(name)
             return self._host.drop(name)
         return False
 

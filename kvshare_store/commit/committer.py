@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.commit.queue import Addition, CommitQueue, Errand, Removal, Work
+from kvshare_store.commit.queue import Addition, CommitQueue, Errand, Removal, Work, shown
 from kvshare_store.errors import (
     ClaimedBlockError,
     InternalError,
@@ -26,9 +26,6 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.threads import STORING, Supervised
 
 log = logging.getLogger("kvshare")
-
-_SHOWN = 200
-"""Letters of an error: LanceDB's are long."""
 
 
 class Committer:
@@ -117,8 +114,7 @@ class Committer:
         if None in ended:
             self._health.well(STORING)
         elif refusal is not None:
-            text = str(refusal)[:_SHOWN]
-            log.warning("kvshare: %d prompts were not stored: %s", len(ended), text)
+            log.warning("kvshare: %d prompts were not stored: %s", len(ended), shown(refusal))
             self._health.failed(STORING, refusal)
 
     def _remove(self, removals: Sequence[Removal]) -> None:

@@ -155,4 +155,9 @@ class CommitQueue:
     def failed(self, error: KVShareError) -> None:
         """Storage has refused a node."""
         self.failures += 1
-        self._last = str(error)[:_SHOWN]
+        self._last = shown(error)
+
+
+def shown(error: KVShareError) -> str:
+    """What is said of an error."""
+    return str(error)[:_SHOWN]

@@ -17,12 +17,11 @@ import numpy.typing as npt
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.postings import Keys, Postings
-from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
+from kvshare_store.nodes.vectors import MIX, VECTOR_DIMENSIONS, Vectors
 
 Counts = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.void]
 
-_MIX = np.uint64(0x9E37_79B9_7F4A_7C15)
 _CHAIN_FANOUT = 8
 """Nodes looked at per chain entry: they share the run, only one of them can be the longest."""
 
@@ -121,7 +120,7 @@ _SECRET = secrets.token_bytes(32)
 
 def _mixed(words: Keys) -> Keys:
     """Every bit of a word changes the lower half of them."""
-    return (words ^ (words >> np.uint64(32))) * _MIX
+    return (words ^ (words >> np.uint64(32))) * MIX
 
 
 class VectorMatrix:

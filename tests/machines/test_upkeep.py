@@ -82,13 +82,19 @@ def edit_of(engine: Driver) -> list[int]:
     return edited
 
 
-def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> None:
+def merged_on_one(machine: Machine) -> tuple[Driver, Driver, list[int]]:
+    """Two machines with an edited prompt, which the first has merged; its tokens."""
     settings = {"policy": "aggressive", "disk": False, "max_scatter": 1.0, **ASKED_ONLY}
     one, other = machine("a", **settings), machine("b", **settings)
     other.book = one.book
     edited = edit_of(one)
     learn(other)
     assert one.store.collect().merged == 1
+    return one, other, edited
+
+
+def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> None:
+    one, other, edited = merged_on_one(machine)
     learn(other)
     forms = [next(n for n in e.store.tree if n.tokens.tolist() == edited) for e in (one, other)]
     assert forms[0].blocks == forms[1].blocks
@@ -104,12 +110,7 @@ def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> No
 
 def test_a_machine_that_missed_a_merge_does_not_remove_the_node(machine: Machine) -> None:
     """Its old blocks are gone when it wants them: it forgets its form of the node, not the row."""
-    settings = {"policy": "aggressive", "disk": False, "max_scatter": 1.0, **ASKED_ONLY}
-    one, other = machine("a", **settings), machine("b", **settings)
-    other.book = one.book
-    edited = edit_of(one)
-    learn(other)
-    assert one.store.collect().merged == 1
+    one, other, edited = merged_on_one(machine)
     one.store.nodes.remove([n.id for n in one.store.tree if n.tokens.tolist() == PROMPT])
     one.store.flush()
     collect_all(one)

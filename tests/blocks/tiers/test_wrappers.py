@@ -321,11 +321,17 @@ async def warmed_up(tier: HedgedTier, reads: int = 60) -> None:
         await tier.get(NAME)
 
 
+async def hedged(disk: Tier) -> tuple[ScriptedTier, HedgedTier]:
+    """A scripted tier, and one around it that knows what is usual."""
+    scripted = ScriptedTier(disk)
+    tier = HedgedTier(scripted)
+    await warmed_up(tier)
+    return scripted, tier
+
+
 def test_a_slow_read_is_asked_for_again_and_the_loser_cancelled(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
-        scripted = ScriptedTier(disk)
-        tier = HedgedTier(scripted)
-        await warmed_up(tier)
+        scripted, tier = await hedged(disk)
         before = scripted.begun
         scripted.script = [FOREVER]
         assert same(await asyncio.wait_for(tier.get(NAME), 10), BLOCK)
@@ -337,9 +343,7 @@ def test_a_slow_read_is_asked_for_again_and_the_loser_cancelled(tmp_path: Path) 
 
 def test_the_first_may_still_win(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
-        scripted = ScriptedTier(disk)
-        tier = HedgedTier(scripted)
-        await warmed_up(tier)
+        scripted, tier = await hedged(disk)
         hedges = tier.hedges
         scripted.script = [0.1, FOREVER]
         assert same(await asyncio.wait_for(tier.get(NAME), 10), BLOCK)
@@ -353,9 +357,7 @@ def test_the_first_may_still_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [CorruptBlockError("x"), StorageError("x")])
 def test_only_a_verified_answer_wins(tmp_path: Path, error: KVShareError) -> None:
     async def scenario(disk: Tier) -> None:
-        scripted = ScriptedTier(disk)
-        tier = HedgedTier(scripted)
-        await warmed_up(tier)
+        scripted, tier = await hedged(disk)
         scripted.script = [0.1, error]
         assert same(await tier.get(NAME), BLOCK)
         scripted.script = [error, error]
@@ -376,9 +378,7 @@ def test_nothing_is_hedged_before_it_is_known_what_is_usual(tmp_path: Path) -> N
 
 def test_a_server_that_becomes_slow_is_not_asked_twice_as_often(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
-        scripted = ScriptedTier(disk)
-        tier = HedgedTier(scripted)
-        await warmed_up(tier)
+        scripted, tier = await hedged(disk)
         hedges = tier.hedges
         scripted.script = [0.03] * 400
         await asyncio.gather(*(tier.get(NAME) for _ in range(100)))
@@ -389,9 +389,7 @@ def test_a_server_that_becomes_slow_is_not_asked_twice_as_often(tmp_path: Path) 
 
 def test_a_caller_that_gives_up_takes_its_reads_along(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
-        scripted = ScriptedTier(disk)
-        tier = HedgedTier(scripted)
-        await warmed_up(tier)
+        scripted, tier = await hedged(disk)
         scripted.script, cancelled = [FOREVER, FOREVER], scripted.cancelled
         call = asyncio.ensure_future(tier.get(NAME))
         await asyncio.sleep(0.2)
