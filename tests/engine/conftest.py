@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -51,17 +53,25 @@ def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def fresh(families: dict[str, list[list[int]]]) -> Callable[[int], list[int]]:
-    """Prompts of a given length that have no text in common with any given before.
+    """Prompts of a given length that have no run of tokens in common with any given before.
 
-    The family `few_shot` repeats itself, so when the others are used up they come backwards.
+    Real text always has some: the tokens of the families come in random order, as often as needed.
+    No two prompts start with the same token, which would be a prefix.
     """
-    once = [token for name in families if name != "few_shot" for token in families[name][0]]
-    text = once + once[::-1]
-    used = 0
+    shuffled = random.Random(0)
+    tokens = [token for texts in families.values() for token in texts[0]]
+    begun: set[int] = set()
+
+    def endless() -> Iterator[int]:
+        while True:
+            shuffled.shuffle(tokens)
+            yield from tokens
+
+    text = endless()
 
     def take(length: int) -> list[int]:
-        nonlocal used
-        used = used + length if used + length <= len(text) else length
-        return text[used - length : used]
+        first = next(token for token in text if token not in begun)
+        begun.add(first)
+        return [first, *itertools.islice(text, length - 1)]
 
     return take
