@@ -57,20 +57,11 @@ class Counted(NamedTuple):
     lengths: list[int]
     reused: dict[str, list[Reused]]
     """By arm; as many as `lengths`."""
-    sessions: list[str]
 
     def to_compute(self, arm: str) -> list[int]:
         """Tokens of each prompt that an arm computes."""
         pairs = zip(self.lengths, self.reused[arm], strict=True)
         return [length - reused.tokens for length, reused in pairs]
-
-    def only(self, sessions: set[str]) -> Counted:
-        """The prompts of some sessions."""
-        kept = [at for at, session in enumerate(self.sessions) if session in sessions]
-        reused = {arm: [each[at] for at in kept] for arm, each in self.reused.items()}
-        return Counted(
-            [self.lengths[at] for at in kept], reused, [self.sessions[at] for at in kept]
-        )
 
 
 def replay(
@@ -81,7 +72,7 @@ def replay(
 ) -> Counted:
     """Serve every prompt in every arm. Those of fewer than `min_tokens` tokens are served and do
     not count. `served` is called after each prompt."""
-    counted = Counted([], {name: [] for name in arms}, [])
+    counted = Counted([], {name: [] for name in arms})
     for prompt in prompts:
         counts = len(prompt.tokens) >= min_tokens
         for name, arm in arms.items():
@@ -90,7 +81,6 @@ def replay(
                 counted.reused[name].append(reused)
         if counts:
             counted.lengths.append(len(prompt.tokens))
-            counted.sessions.append(prompt.session)
         served()
     return counted
 

@@ -34,9 +34,8 @@ def prompt(
     *,
     at: float | None = None,
     tenant: str = "",
-    session: str = "",
 ) -> Prompt:
-    return Prompt(as_tokens(tokens), as_tokens(answer or range(0)), at, tenant, session)
+    return Prompt(as_tokens(tokens), as_tokens(answer or range(0)), at, tenant, "")
 
 
 def lines(*rows: dict[str, Any]) -> bytes:
@@ -222,7 +221,7 @@ def test_short_prompts_are_served_and_do_not_count() -> None:
     arms = arms_of(StoreConfig(), ["exact"], Room(ROW_BYTES))
     tokens = text(0, 320)
     counted = replay(
-        [prompt(tokens[:100], session="a"), prompt(tokens, session="b")],
+        [prompt(tokens[:100]), prompt(tokens)],
         arms,
         200,
         lambda: served.append(1),
@@ -238,8 +237,7 @@ def test_short_prompts_are_served_and_do_not_count() -> None:
         "p90_to_compute": 220.0,
     }
     assert result["prefix_caching"]["to_compute"] == 320 - 96
-    assert counted.only({"a"}).lengths == []
-    assert counted.only({"b"}).to_compute("exact") == [220]
+    assert counted.to_compute("exact") == [220]
 
 
 # --- the command --------------------------------------------------------------------------------
