@@ -183,18 +183,8 @@ class Serving:
             self._open.add(lease.id, opened)
             for donor in draft.donors:
                 self._nodes.tree.touch(donor.id)
-        return msgspec.structs.replace(
-            lookup.plan(),
-            exact=draft.exact,
-            spans=draft.spans,
-            blocks=tuple(refs[name] for name in draft.blocks),
-            donors=tuple(donor.id for donor in draft.donors),
-            stamps=tuple(donor.stamp for donor in draft.donors),
-            generation=draft.generation,
-            lease=lease.id,
-            arena=self._blocks.host.arena.id,
-            saving_ms=draft.saving_ms,
-        )
+        plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
+        return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
     # --- the end of a plan -----------------------------------------------------------------------
 
@@ -218,8 +208,9 @@ class Serving:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
         metrics = self._metrics
-        metrics.add("hits_edited" if outcome.edited else "hits_exact")
+        metrics.add(_kind(outcome))
         metrics.add("tokens_reused_exact", outcome.exact)
+        metrics.add("tokens_reused_continued", outcome.continued)
         metrics.add("tokens_reused_edited", outcome.edited)
         metrics.add("tokens_recomputed", outcome.recomputed)
         metrics.add("bytes_loaded", outcome.nbytes)
@@ -263,8 +254,16 @@ class Serving:
 
 def _inexact(draft: Draft) -> Draft:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
-    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
-    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
+    changed = {"exact": False, "continued": False}
+    spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)
+    generation = max(1, draft.generation + (draft.continued > 0))
+    return draft._replace(exact=0, continued=0, contexts=(), spans=spans, generation=generation)
+
+
+def _kind(outcome: Outcome) -> str:
+    if outcome.edited:
+        return "hits_edited"
+    return "hits_continued" if outcome.continued else "hits_exact"
 
 
 def _served_badly(draft: Draft, length: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from itertools import count
 
 from kvshare_store.blocks.eviction import make_policy
@@ -18,11 +19,12 @@ from kvshare_store.lookup.policy import configured_policy
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.node import node_id
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.save.new_node import id_of, new_node, stored_as
+from kvshare_store.save.provenance import check_provenance
 from kvshare_store.save.staging import Reuse, Save, new_staged, of_used_blocks, reuse_of
 from kvshare_store.simulate.prompts import Prompt, Reused
 from kvshare_store.tensors.layout import KVLayout
@@ -67,7 +69,7 @@ class PlannedReuse:
         for donor in draft.donors:
             self._state.tree.touch(donor.id)
         if len(prompt.tokens) >= self._config.min_prompt_tokens:
-            self._keep(prompt, namespace, _reuse(draft))
+            self._keep(prompt, namespace, draft)
         return _reused(draft)
 
     def _draft(self, tokens: Tokens, namespace: Namespace) -> Draft:
@@ -84,20 +86,29 @@ class PlannedReuse:
 
     # --- what is stored ----------------------------------------------------------------------
 
-    def _keep(self, prompt: Prompt, namespace: Namespace, reuse: Reuse) -> None:
-        save = self._save(prompt.computed, namespace, reuse)
+    def _keep(self, prompt: Prompt, namespace: Namespace, draft: Draft) -> None:
+        save = self._save(prompt.computed, namespace, self._reuse(draft), draft.donors)
         stored = stored_as(self._state.tree, save)
         if stored is not None:
             self._state.tree.touch(stored)
             return
         self._add(save)
-        if reuse.generation and self._settle is not None and prompt.at is not None:
+        if save.reuse.generation and self._settle is not None and prompt.at is not None:
             self._unsettled.append((prompt.at + self._settle, id_of(save), save))
 
-    def _save(self, tokens: Tokens, namespace: Namespace, reuse: Reuse) -> Save:
-        block_bytes = tuple(self._state.tree.size(name) or 0 for name in reuse.blocks)
+    def _reuse(self, draft: Draft) -> Reuse:
+        """What a client that used all of a draft builds on."""
+        plan = ReusePlan(namespace="", tokens=0, policy=self._policy.name)
+        refs = (BlockRef(name, rows=0, nbytes=0) for name in draft.blocks)
+        return of_used_blocks(reuse_of(draft.fill(plan, refs)))
+
+    def _save(
+        self, tokens: Tokens, namespace: Namespace, reuse: Reuse, donors: Sequence[Node] = ()
+    ) -> Save:
+        verified = check_provenance(reuse, tokens, namespace.digest, donors)
+        sizes = tuple(verified.sizes[name] for name in reuse.blocks)
         staged = new_staged(reuse.spans, len(tokens), self._config.block_tokens)
-        return Save(namespace, tokens, reuse, block_bytes, staged, "")
+        return Save(namespace, tokens, reuse, sizes, verified.policy, staged, owner="")
 
     def _add(self, save: Save) -> None:
         state, donors = self._state, save.reuse.donors
@@ -121,29 +132,7 @@ class PlannedReuse:
                 self._add(self._save(save.tokens, save.namespace, Reuse()))
 
 
-def _reuse(draft: Draft) -> Reuse:
-    """What a client that used all of a draft would save on top of."""
-    plan = ReusePlan(
-        namespace="",
-        tokens=0,
-        exact=draft.exact,
-        spans=draft.spans,
-        blocks=tuple(BlockRef(name, 0, 0) for name in draft.blocks),
-        donors=tuple(donor.id for donor in draft.donors),
-        stamps=tuple(donor.stamp for donor in draft.donors),
-        generation=draft.generation,
-        declined=draft.declined,
-    )
-    return of_used_blocks(reuse_of(plan))
-
-
 def _reused(draft: Draft) -> Reused:
-    exact = continued = edited = 0
-    for span in draft.spans:
-        if span.exact:
-            exact += span.length
-        elif getattr(span, "continued", False):
-            continued += span.length
-        else:
-            edited += span.length
-    return Reused(exact, continued, edited)
+    exact = sum(span.length for span in draft.spans if span.exact)
+    continued = sum(span.length for span in draft.spans if span.continued)
+    return Reused(exact, continued, sum(span.length for span in draft.spans if span.edited))
