@@ -133,6 +133,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The daemon exits after this long without clients (0: never)."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
+    log_prompts: bool = False
+    """The daemon's log of requests keeps their tokens, in memory: `kvshare explain --request` can
+    then plan them again."""
 
     def __post_init__(self) -> None:
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",

@@ -10,7 +10,8 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
-Label = Annotated[str, msgspec.Meta(max_length=128)]
+LABEL_CHARS = 128
+Label = Annotated[str, msgspec.Meta(max_length=LABEL_CHARS)]
 """What clients report: checked when it is decoded, so that sums stay numbers and names short."""
 
 

@@ -15,9 +15,11 @@ import msgspec
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, PlanError
+from kvshare_store.errors import KVShareError, NodeError, PlanError
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.request_log import RequestLog
 from kvshare_store.lookup.serving import Serving
 from kvshare_store.lookup.text_vectors import TextVectors, wanted
 from kvshare_store.machines.others_purges import OthersPurges
@@ -99,14 +101,42 @@ class Store:
         policy: str | None = None,
         owner: str = "",
         deadline_ms: float | None = None,
+        request: str = "",
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
 
         Then it ends within the deadline in another thread, which also runs its callbacks: keep them
         short. Input that makes no sense raises here; the future has a plan in every other case.
+        `request`: the engine's name of the request, for the log.
         """
-        return self._serving.plan_soon(as_tokens(tokens), namespace, policy, owner, deadline_ms)
+        return self._serving.plan_soon(
+            as_tokens(tokens), namespace, policy, owner, deadline_ms, request
+        )
+
+    def explain(
+        self,
+        tokens: Sequence[int] | Tokens,
+        namespace: Namespace,
+        *,
+        policy: str | None = None,
+        only: str = "",
+        without: str = "",
+    ) -> Explanation:
+        """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
+
+        `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
+        `without`: of one to leave out. `NodeError` if `only` is not here.
+        """
+        donor = self.tree.get(only) if only else None
+        if only and donor is None:
+            raise NodeError(f"node {only[:12]} is not in the store")
+        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without)
+
+    @property
+    def requests(self) -> RequestLog:
+        """The last requests, and how they ended."""
+        return self._serving.log
 
     def decline(self, reason: str, tokens: int) -> None:
         """Count a request of `tokens` tokens that the engine could not ask a plan for."""

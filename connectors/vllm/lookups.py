@@ -41,7 +41,7 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self._link.ask(tokens, state.namespace, policy)
+        state.asked = self._link.ask(tokens, state.namespace, policy, state.id)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.settled, state.reason = True, "unavailable"

@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, one_line, short
+from kvshare_store.cli.format import age, one_line, printable, short
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
@@ -51,7 +51,8 @@ def command(
 
 
 def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
-    """One line a node: leading exact rows, generation of the edits, beginning of the prompt."""
+    """One line a node: leading exact rows, generation of the edits, beginning of the prompt. A
+    flag marks pinned ones."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("node", style="cyan", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
@@ -59,11 +60,14 @@ def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
     table.add_column("provenance", no_wrap=True)
     table.add_column("parent", style="cyan", no_wrap=True)
     table.add_column("age", justify="right", no_wrap=True)
+    whose = any(node["tenant"] for node in nodes)
+    if whose:
+        table.add_column("tenant", overflow="ellipsis", max_width=16)
     table.add_column("preview")  # the one that gives way when the terminal is narrow
     for node in nodes:
         generation = node["generation"]
         table.add_row(
-            short(node["id"]),
+            Text(f"{short(node['id'])}{' ⚑' if node['pinned'] else ''}"),
             f"{node['tokens']:,}",
             f"{node['exact_rows']:,}",
             Text(f"edited ({generation})", style="yellow")
@@ -71,6 +75,7 @@ def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
             else Text("exact", "green"),
             short(node["parent"] or "-"),
             age(node["created"]),
+            *((Text(printable(node["tenant"])),) if whose else ()),
             Text(one_line(node["preview"]), no_wrap=True, overflow="ellipsis"),
         )
     return table

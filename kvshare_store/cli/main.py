@@ -12,7 +12,11 @@ import typer
 from kvshare_store.cli import (
     check,
     clear,
+    diff,
+    evict,
+    explain,
     gc,
+    log,
     ls,
     pin,
     purge,
@@ -58,8 +62,12 @@ for engine, module in _ENGINES.items():
 app.command("stats")(stats.command)
 app.command("ls")(ls.command)
 app.command("show")(show.command)
+app.command("diff")(diff.command)
+app.command("explain")(explain.command)
+app.command("log")(log.command)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)
+app.command("evict")(evict.command)
 app.command("gc")(gc.command)
 app.command("check")(check.command)
 app.command("purge")(purge.command)

@@ -13,7 +13,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import connect
 from kvshare_store.daemon.chores import do_chore
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.describe import list_nodes, show_node
+from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.errors import HomeError, UnavailableError
 from kvshare_store.store import Store
 
@@ -42,10 +42,8 @@ def _answer(store: Store, message: Any) -> Any:
     """What a daemon would answer."""
     if isinstance(message, protocol.Stats):
         return store.stats()
-    if isinstance(message, protocol.ListNodes):
-        return list_nodes(store, message.limit)
-    if isinstance(message, protocol.ShowNode):
-        return show_node(store, message.node)
+    if isinstance(message, QUESTIONS):
+        return answer(store, message)
     if isinstance(message, protocol.Clear):
         return store.clear()
     return do_chore(store, message)

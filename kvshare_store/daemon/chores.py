@@ -7,10 +7,14 @@ from typing import Any, get_args
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import pin_node
+from kvshare_store.daemon.evicting import evict_nodes
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
 
-Chore = protocol.Pin | protocol.Collect | protocol.Purge | protocol.CheckTree | protocol.CheckBlocks
+Chore = (
+    protocol.Pin | protocol.Evict | protocol.Collect | protocol.Purge | protocol.CheckTree
+    | protocol.CheckBlocks
+)  # fmt: skip
 CHORES = get_args(Chore)
 
 
@@ -21,6 +25,8 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
     """
     if isinstance(message, protocol.Pin):
         return pin_node(store, message.node, message.pinned)
+    if isinstance(message, protocol.Evict):
+        return evict_nodes(store, message)
     if isinstance(message, protocol.Collect):
         return store.collect(dry_run=message.dry_run)
     if isinstance(message, protocol.Purge):

@@ -15,7 +15,7 @@ from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, KVShareError, UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.plan import LABEL_CHARS, BlockRef, Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse, Staged
 
 T = TypeVar("T")
@@ -129,7 +129,11 @@ class Client(Session):
 
 
 def plan_request(
-    tokens: Tokens, namespace: Namespace, policy: str | None, until: float = 0.0
+    tokens: Tokens,
+    namespace: Namespace,
+    policy: str | None,
+    until: float = 0.0,
+    request: str = "",
 ) -> protocol.Plan:
-    """The message behind `Client.plan`, for callers that do not wait."""
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until)
+    """The message behind `Client.plan`, for callers that do not wait. `request`: its name."""
+    return protocol.Plan(namespace, tokens.tobytes(), policy, until, request[:LABEL_CHARS])

@@ -20,13 +20,13 @@ def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
     """Summaries of the nodes, the most recently used first."""
     with store.nodes.lock:  # nodes do not change: what takes time is done without it
         newest = store.tree.newest(limit)
-    return [_summary(store, node) for node in newest]
+    return [summary(store, node) for node in newest]
 
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
     """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
     with store.nodes.lock:
-        node = _found(store, beginning)
+        node = found_node(store, beginning)
         parent = store.tree.get(node.parent) if node.parent else None
         family = {
             "path": [ancestor.id for ancestor in store.tree.path(node.id)],
@@ -35,9 +35,9 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
         }
         users = [len(store.tree.users(name)) for name in node.blocks]
     return {
-        **_summary(store, node),
+        **summary(store, node),
         **family,
-        "edits": [_edit(store, node, parent, edit) for edit in node.edits] if parent else [],
+        "edits": [edit_text(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
         "blocks": _blocks(store, node, users),
     }
@@ -60,14 +60,15 @@ def _blocks(store: Store, node: Node, users: list[int]) -> list[dict[str, Any]]:
 
 def pin_node(store: Store, beginning: str, pinned: bool) -> str:
     """Pin the one node that begins so, or pin it no longer; its id, once that is durable."""
-    node = _found(store, beginning)
+    node = found_node(store, beginning)
     if not store.pin(node.id, pinned):
         raise NodeError(f"node {node.id[:12]} has just left the store")
     store.flush()
     return node.id
 
 
-def _found(store: Store, beginning: str) -> Node:
+def found_node(store: Store, beginning: str) -> Node:
+    """The one node whose id begins so; `NodeError` if there is none, or are several."""
     with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
     if len(found) != 1:
@@ -99,15 +100,18 @@ def _place(store: Store, node: Node) -> dict[str, Any]:
     }
 
 
-def _summary(store: Store, node: Node) -> dict[str, Any]:
+def summary(store: Store, node: Node) -> dict[str, Any]:
+    """What a list says of a node."""
     namespace = store.namespace(node.namespace)
     return {
         "id": node.id,
         "namespace": node.namespace[:12],
         "model": namespace.model if namespace else "",
+        "tenant": namespace.tenant if namespace else "",
         "tokens": node.length,
         "exact_rows": node.exact_rows,
         "generation": node.generation,
+        "policy": node.policy,
         "parent": node.parent,
         "created": node.created,
         "pinned": node.pinned,
@@ -116,22 +120,23 @@ def _summary(store: Store, node: Node) -> dict[str, Any]:
     }
 
 
-def _edit(store: Store, node: Node, parent: Node, edit: Edit) -> dict[str, Any]:
+def edit_text(store: Store, node: Node, parent: Node, edit: Edit) -> dict[str, Any]:
+    """An edit of `parent` that leads to `node`, in words."""
     removed = "" if edit.kind == "insert" else _text(store, parent, edit.start, edit.stop)
     return {
         "kind": edit.kind,
         "start": edit.start,
         "stop": edit.stop,
         "removed": removed,
-        "added": _words(store, node.namespace, np.asarray(edit.tokens, np.int32)),
+        "added": words_of(store, node.namespace, np.asarray(edit.tokens, np.int32)),
     }
 
 
 def _text(store: Store, node: Node, start: int, stop: int) -> str:
-    return _words(store, node.namespace, node.tokens[start:stop])
+    return words_of(store, node.namespace, node.tokens[start:stop])
 
 
-def _words(store: Store, digest: str, tokens: Tokens) -> str:
+def words_of(store: Store, digest: str, tokens: Tokens) -> str:
     """Tokens as text, or as numbers where the namespace names no tokenizer."""
     namespace = store.namespace(digest)
     text = decode(namespace.tokenizer, tokens) if namespace is not None else None

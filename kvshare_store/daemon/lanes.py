@@ -60,7 +60,7 @@ _LANES: dict[type, str] = {
     protocol.Plan: "lookup",
     **dict.fromkeys((protocol.Stage, protocol.Commit, protocol.Abandon), "save"),
     protocol.Flush: "flush",
-    **dict.fromkeys((*CHORES, protocol.Clear), "chore"),
+    **dict.fromkeys((*CHORES, protocol.Clear, protocol.Explain, protocol.Diff), "chore"),
     protocol.Purge: "purge",
 }
 """All others are what people ask: `status`."""

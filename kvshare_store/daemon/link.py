@@ -53,8 +53,11 @@ class Link:
         self._paused_until = 0.0
         self._reviver: Reviver | None = None
 
-    def ask(self, tokens: Tokens, namespace: Namespace, policy: str | None) -> bytes | None:
-        """Send a lookup; None while the daemon is given a rest, and for one too long to send."""
+    def ask(
+        self, tokens: Tokens, namespace: Namespace, policy: str | None, request: str = ""
+    ) -> bytes | None:
+        """Send the lookup of a request; None while the daemon is given a rest, and for one too long
+        to send."""
         resting = time.monotonic() < self._paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
@@ -62,7 +65,7 @@ class Link:
         try:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
-            request_id = self.client.send(plan_request(tokens, namespace, policy, until))
+            request_id = self.client.send(plan_request(tokens, namespace, policy, until, request))
         except OverloadError as error:
             self._failed(error.kind)
             self._rest()

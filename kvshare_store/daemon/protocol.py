@@ -43,6 +43,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     policy: str | None = None
     until: float = 0.0
     """Monotonic seconds after which nobody waits for the plan, so none is made; 0: never."""
+    request: Label = ""
+    """The engine's name of the request, for the log."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):
@@ -133,6 +135,42 @@ class ShowNode(msgspec.Struct, frozen=True, tag="show"):
     node: str
 
 
+class Explain(msgspec.Struct, frozen=True, tag="explain"):
+    """Reply: `Explanation` of a prompt's plan, with the text of its parts. Nothing is served.
+
+    The prompt is that of a logged `request`, of a stored `node`, `tokens`, or `text` for the
+    tokenizer of the namespace.
+    """
+
+    tokens: bytes = b""
+    text: str = ""
+    node: str = ""
+    """Id of a node, or a unique beginning of it; it is no candidate for its own prompt."""
+    request: str = ""
+    """Number or name of a logged request, or a beginning of the name."""
+    only: str = ""
+    """The one node that is a candidate."""
+    namespace: str = ""
+    """The beginning of a digest; may be empty where a node says it, or there is only one."""
+    policy: str | None = None
+
+
+class ListRequests(msgspec.Struct, frozen=True, tag="list_requests"):
+    """Reply: list of `Logged` without prompts, the newest first, or the slowest."""
+
+    limit: int = 50
+    declined: bool = False
+    slow: bool = False
+    request: str = ""
+
+
+class Diff(msgspec.Struct, frozen=True, tag="diff"):
+    """Reply: the edits that turn the prompt of one node into that of another, as text."""
+
+    first: str
+    second: str
+
+
 class Clear(msgspec.Struct, frozen=True, tag="clear"):
     """Forget everything. Reply: number of nodes removed."""
 
@@ -145,6 +183,19 @@ class Pin(msgspec.Struct, frozen=True, tag="pin"):
 
     node: str
     pinned: bool = True
+
+
+class Evict(msgspec.Struct, frozen=True, tag="evict"):
+    """Forget the nodes for which all that is given holds; pinned ones stay. Reply: `Evicted`."""
+
+    nodes: tuple[str, ...] = ()
+    """Ids, or unique beginnings of them."""
+    tenant: str | None = None
+    older_than: Seconds | None = None
+    """Stored more than so many seconds ago."""
+    policy: str = ""
+    """Rows of them were reused under this policy."""
+    dry_run: bool = False
 
 
 class Collect(msgspec.Struct, frozen=True, tag="collect"):
@@ -183,8 +234,8 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Request = (
     Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
-    | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Clear | Pin | Collect | Purge
-    | CheckTree | CheckBlocks | Stop
+    | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Explain | ListRequests | Diff
+    | Clear | Pin | Evict | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 

@@ -22,9 +22,9 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
-from kvshare_store.daemon.describe import list_nodes, show_node
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.outbox import Received
+from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
@@ -79,8 +79,7 @@ class Server:
             protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
-            protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
-            protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
+            **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
             protocol.Clear: lambda *_: self.store.clear(),
             **dict.fromkeys(CHORES, self._chore),
         }
@@ -224,7 +223,9 @@ class Server:
         if now - came > self.config.plan_deadline_ms / 1e3:
             self.store.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
-        return self.store.plan_soon(tokens, space, policy=message.policy, owner=client.owner)
+        return self.store.plan_soon(
+            tokens, space, policy=message.policy, owner=client.owner, request=message.request
+        )
 
     def _chore(self, message: Any, client: Connection) -> Any:
         return do_chore(self.store, message, lambda: client.gone or self._stopping)

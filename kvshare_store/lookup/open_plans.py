@@ -6,8 +6,9 @@ from time import perf_counter
 from typing import NamedTuple
 
 from kvshare_store.errors import PlanError
+from kvshare_store.lookup.request_log import Asked
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Outcome
+from kvshare_store.plan import Outcome, ReusePlan
 
 _LONGEST_REASON = 64
 _CLOCKS_DIFFER_S = 1.0
@@ -17,26 +18,36 @@ _CLOCKS_DIFFER_S = 1.0
 class OpenPlan(NamedTuple):
     """What the store remembers of a plan until it ends."""
 
-    tokens: int
-    reused: int
-    row_bytes: int
+    asked: Asked
+    plan: ReusePlan
     tier: str
     """The slowest that its rows came from."""
-    began: float
-    """By `perf_counter`."""
     donors: tuple[Node, ...]
     """As they were planned: what is saved on top of the plan is checked against them."""
+    made: float
+    """When the plan was there, by `perf_counter`."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the request."""
+        return self.asked.tokens
+
+    @property
+    def began(self) -> float:
+        """When the plan was asked for, by `perf_counter`."""
+        return self.asked.start
 
     def check(self, outcome: Outcome) -> None:
         """`PlanError` if this is not what can become of the plan."""
+        reused = self.plan.reused
         loaded = outcome.exact + outcome.edited + outcome.continued
         numbers = (loaded, outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
         possible = (
             min(outcome.continued, *numbers) >= 0
-            and loaded <= self.reused
+            and loaded <= reused
             and loaded + outcome.recomputed <= self.tokens
             and outcome.cached <= self.tokens
-            and outcome.nbytes <= self.reused * self.row_bytes
+            and outcome.nbytes <= reused * self.asked.namespace.layout.row_bytes
             and 0.0 <= outcome.seconds <= perf_counter() - self.began + _CLOCKS_DIFFER_S
             and len(outcome.failed) <= _LONGEST_REASON
         )

@@ -94,8 +94,10 @@ class Planner:
         tier_of: Callable[[str], str | None],
         row_bytes: int,
         delimiters: Collection[int] = (),
+        watch: Callable[[Cover, Mask], None] | None = None,
     ) -> Draft:
-        """The best plan for `request`, or one that is declined with a reason code."""
+        """The best plan for `request`, or one that is declined with a reason code. `watch` is
+        shown what covers the request, and which positions of it are kept."""
         if policy.name == "off":
             return Draft(declined="policy_off")
         if len(request) < max(2, self._config.min_prompt_tokens):
@@ -114,6 +116,8 @@ class Planner:
         )
         if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
             keep[cover.in_place :] = False
+        if watch is not None:
+            watch(cover, keep)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
-from typing import NamedTuple
 
 import msgspec
 
@@ -19,15 +18,18 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.explain import Explainer, Explanation, Watched
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Draft, Planner
-from kvshare_store.lookup.policy import ReusePolicy, configured_policy, stricter_policy
+from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
+from kvshare_store.lookup.request_log import Asked, RequestLog, kind_of, prompt_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.threads import FairLock
 
@@ -39,23 +41,6 @@ _SHORT = 1 << 11
 """Prompts of so many tokens and fewer are planned one at a time: their plans are many short steps,
 and threads that take turns within them lose more time to Python's lock than they compute. Plans of
 longer prompts spend it in libraries that let other threads run."""
-
-
-class _Lookup(NamedTuple):
-    """What was asked, and since when."""
-
-    namespace: Namespace
-    tokens: int
-    policy: ReusePolicy
-    start: float
-
-    def plan(self, declined: str = "") -> ReusePlan:
-        return ReusePlan(
-            namespace=self.namespace.digest,
-            tokens=self.tokens,
-            policy=self.policy.name,
-            declined=declined,
-        )
 
 
 class Serving:
@@ -80,6 +65,7 @@ class Serving:
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._turns = FairLock()
+        self.log = RequestLog(prompts=config.log_prompts)
 
     def plan_soon(
         self,
@@ -88,10 +74,18 @@ class Serving:
         policy: str | None,
         owner: str,
         deadline_ms: float | None,
+        name: str = "",
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
-        lookup = _Lookup(namespace, len(request), chosen, perf_counter())
+        lookup = Asked(
+            namespace,
+            len(request),
+            chosen,
+            perf_counter(),
+            name,
+            prompt_of(request, self.log.prompts),
+        )
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
@@ -108,7 +102,7 @@ class Serving:
             leasing.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
         return answer
 
-    def _draft(self, request: Tokens, lookup: _Lookup) -> Draft:
+    def _draft(self, request: Tokens, lookup: Asked) -> Draft:
         namespace, policy = lookup.namespace, lookup.policy
         return self._planner.draft(
             request,
@@ -139,7 +133,7 @@ class Serving:
     def _complete(
         self,
         answer: Future[ReusePlan],
-        lookup: _Lookup,
+        lookup: Asked,
         draft: Draft,
         leased: Future[Leased],
     ) -> None:
@@ -148,17 +142,19 @@ class Serving:
         except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
             answer.set_exception(error)
 
-    def _answer(self, answer: Future[ReusePlan], lookup: _Lookup, plan: ReusePlan) -> None:
-        self._metrics.observe("lookup", perf_counter() - lookup.start)
+    def _answer(self, answer: Future[ReusePlan], lookup: Asked, plan: ReusePlan) -> None:
+        seconds = perf_counter() - lookup.start
+        self._metrics.observe("lookup", seconds)
         if plan.declined:
             self._count_miss(plan.declined, lookup.tokens)
+            self.log.missed(lookup, plan.declined, seconds)
         if plan.declined == "no_saving":
             self._costs.of(lookup.namespace.model_digest).doubt()
         answer.set_result(plan)
 
     def _leased(
         self,
-        lookup: _Lookup,
+        lookup: Asked,
         draft: Draft,
         lease: Lease,
         refs: dict[str, BlockRef],
@@ -175,16 +171,33 @@ class Serving:
                 if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
-            reused = sum(span.length for span in draft.spans)
-            row_bytes = lookup.namespace.layout.row_bytes
-            opened = OpenPlan(
-                lookup.tokens, reused, row_bytes, draft.tier, lookup.start, draft.donors
-            )
+            plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
+            opened = OpenPlan(lookup, plan, draft.tier, draft.donors, perf_counter())
             self._open.add(lease.id, opened)
             for donor in draft.donors:
                 self._nodes.tree.touch(donor.id)
-        plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
+
+    def explain(
+        self,
+        request: Tokens,
+        namespace: Namespace,
+        policy: str | None,
+        only: Node | None = None,
+        without: str = "",
+    ) -> Explanation:
+        """See `Store.explain`."""
+        chosen = stricter_policy(self._policy, policy)
+        if policy is not None and chosen.name != policy:
+            chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
+        cost = self._costs.of(namespace.model_digest)
+        return Explainer(self._config, request, chosen, cost).explain(
+            self._planner,
+            Watched(self._nodes.state, namespace.digest, only, without),
+            self._blocks.tier_of,
+            namespace.layout.row_bytes,
+            delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
+        )
 
     # --- the end of a plan -----------------------------------------------------------------------
 
@@ -201,14 +214,15 @@ class Serving:
             opened.check(outcome)
         except PlanError as error:
             self._metrics.error(error.kind)
-            self._count_miss("bad_outcome", opened.tokens)
+            self._missed(opened, "bad_outcome")
             raise
         self._metrics.add("tokens_engine_cached", outcome.cached)
+        self._log_end(opened, outcome)
         if outcome.failed:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
         metrics = self._metrics
-        metrics.add(_kind(outcome))
+        metrics.add(f"hits_{kind_of(outcome)}")
         metrics.add("tokens_reused_exact", outcome.exact)
         metrics.add("tokens_reused_continued", outcome.continued)
         metrics.add("tokens_reused_edited", outcome.edited)
@@ -227,6 +241,7 @@ class Serving:
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", tokens)
         self._count_miss(reason, tokens)
+        self.log.declined(reason, tokens)
 
     def reap(self, dead_owners: set[str]) -> None:
         """End leases that expired, or whose owner is gone; each counts as a miss."""
@@ -234,7 +249,7 @@ class Serving:
         for lease in self._blocks.reap(dead_owners):
             opened = self._closed(lease)
             if opened is not None:
-                self._count_miss("lease_expired", opened.tokens)
+                self._missed(opened, "lease_expired")
 
     def _closed(self, lease: Lease) -> OpenPlan | None:
         """A lease has ended: what it held may go; returns the plan it was for."""
@@ -245,6 +260,15 @@ class Serving:
             if opened is None or any(tree.get(node.id) is not node for node in opened.donors):
                 self._nodes.remove_unused(lease.names)
             return opened
+
+    def _missed(self, opened: OpenPlan, reason: str) -> None:
+        """A plan has ended without having been used."""
+        self._count_miss(reason, opened.tokens)
+        self._log_end(opened, Outcome(recomputed=opened.tokens, failed=reason))
+
+    def _log_end(self, opened: OpenPlan, outcome: Outcome) -> None:
+        lookup = opened.made - opened.began
+        self.log.ended(opened.asked, opened.plan, lookup, perf_counter() - opened.began, outcome)
 
     def _count_miss(self, reason: str, tokens: int) -> None:
         self._metrics.add("misses")
@@ -258,12 +282,6 @@ def _inexact(draft: Draft) -> Draft:
     spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)
     generation = max(1, draft.generation + (draft.continued > 0))
     return draft._replace(exact=0, continued=0, contexts=(), spans=spans, generation=generation)
-
-
-def _kind(outcome: Outcome) -> str:
-    if outcome.edited:
-        return "hits_edited"
-    return "hits_continued" if outcome.continued else "hits_exact"
 
 
 def _served_badly(draft: Draft, length: int) -> bool:

@@ -40,6 +40,15 @@ def decode(folder: str, tokens: Tokens) -> str | None:
     return text
 
 
+def encode(folder: str, text: str) -> list[int] | None:
+    """Text as token ids, without any that a tokenizer adds by itself; None without one."""
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
+        return None
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
 @functools.lru_cache(maxsize=16)
 def delimiter_ids(folder: str) -> frozenset[int]:
     """Token ids of line ends and turn markers, by the tokenizer in a folder; empty without one."""

@@ -359,7 +359,8 @@ def test_stats_of_an_idle_daemon_leave_out_what_is_empty() -> None:
 
 
 NODE: dict[str, Any] = {
-    "id": "b" * 32, "namespace": "n" * 12, "model": "org/model", "tokens": 1500, "exact_rows": 600,
+    "id": "b" * 32, "namespace": "n" * 12, "model": "org/model", "tenant": "",
+    "tokens": 1500, "exact_rows": 600,
     "generation": 2, "parent": "a" * 32, "created": 0.0, "preview": "Dear [bold]all[/bold],\nhello",
     "text": "t" * 1000,
     "edits": [

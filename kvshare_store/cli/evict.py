@@ -1,0 +1,92 @@
+"""`kvshare evict`: forget some stored prompts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from kvshare_store.cli.clear import YesOption
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    answering,
+    configured,
+    print_json,
+)
+from kvshare_store.cli.format import short
+from kvshare_store.errors import ConfigError
+
+_AGE = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)$")
+_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+NodesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NODE]...", help="Ids, or unique beginnings of them."),
+]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", metavar="NAME", help="Prompts of this tenant.")
+]
+OlderOption = Annotated[
+    str | None,
+    typer.Option("--older-than", metavar="AGE", help="Stored longer ago than 90s, 10min, 6h, 7d."),
+]
+PolicyOption = Annotated[
+    str,
+    typer.Option("--policy", metavar="NAME", help="Edited prompts that were made under a policy."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")]
+
+
+def command(
+    nodes: NodesArgument = None,
+    tenant: TenantOption = None,
+    older_than: OlderOption = None,
+    policy: PolicyOption = "",
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Forget the stored prompts for which all of this holds; pinned ones stay.
+
+    Their rows go with them where no other prompt uses them. To leave no trace of a tenant, purge.
+    """
+    from kvshare_store.daemon.protocol import Evict  # noqa: PLC0415 - seconds, not for --help
+
+    seconds = None if older_than is None else parse_age(older_than)
+    chosen = configured(home, config)
+    ids = tuple(nodes or ())
+    with answering(chosen) as ask:
+        found = ask(Evict(ids, tenant, seconds, policy, dry_run=True))
+        if not dry_run and found["nodes"]:
+            if not yes:
+                typer.confirm(f"Forget {counted(found)}?", abort=True)
+            # what was shown and confirmed, and no more
+            found = ask(Evict(tuple(found["nodes"])))
+    if json:
+        print_json(found)
+        return
+    if dry_run:
+        for node in found["nodes"]:
+            typer.echo(short(node))
+    typer.echo(f"{'Would forget' if dry_run else 'Forgot'} {counted(found)}.")
+
+
+def parse_age(text: str) -> float:
+    """Seconds of `90s`, `10min`, `6h`, `7d`; `ConfigError` for anything else."""
+    match = _AGE.match(text.strip())
+    if match is None:
+        raise ConfigError(f"--older-than {text}: write an age such as 90s, 10min, 6h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def counted(found: dict[str, Any]) -> str:
+    """How much there is, in words."""
+    pinned = len(found["pinned"])
+    stay = f"; {pinned:,} pinned {'stays' if pinned == 1 else 'stay'}" if pinned else ""
+    count = len(found["nodes"])
+    return f"{count:,} node{'' if count == 1 else 's'} ({found['tokens']:,} tokens{stay})"

@@ -1,0 +1,149 @@
+"""What people ask about a store, answered for a daemon or for whoever opened the home."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.describe import (
+    edit_text,
+    found_node,
+    list_nodes,
+    show_node,
+    summary,
+    words_of,
+)
+from kvshare_store.errors import NamespaceError, NodeError, PlanError
+from kvshare_store.lookup.align import align
+from kvshare_store.lookup.request_log import Logged
+from kvshare_store.lookup.text import encode
+from kvshare_store.maintenance.purge import matching
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens, edit_script
+from kvshare_store.store import Store
+
+Question = (
+    protocol.ListNodes | protocol.ShowNode | protocol.Explain | protocol.ListRequests
+    | protocol.Diff
+)  # fmt: skip
+QUESTIONS = get_args(Question)
+
+
+def answer(store: Store, message: Question) -> Any:
+    """The answer to one message, in plain types. Nothing changes."""
+    if isinstance(message, protocol.ListNodes):
+        return list_nodes(store, message.limit)
+    if isinstance(message, protocol.ShowNode):
+        return show_node(store, message.node)
+    if isinstance(message, protocol.Explain):
+        return explain(store, message)
+    if isinstance(message, protocol.Diff):
+        return diff(store, message.first, message.second)
+    found = store.requests.last(
+        message.limit, declined=message.declined, slow=message.slow, request=message.request
+    )
+    return [_plain(entry) for entry in found]
+
+
+def _plain(entry: Logged) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, prompt=b""))
+    del found["prompt"]
+    return found
+
+
+def diff(store: Store, first: str, second: str) -> dict[str, Any]:
+    """The edits that turn the first prompt into the second."""
+    one, other = found_node(store, first), found_node(store, second)
+    matches = align(other.tokens, one.tokens)
+    edits = edit_script(matches, one.length, other.tokens)
+    kept = sum(match.length for match in matches)
+    return {
+        "first": summary(store, one),
+        "second": summary(store, other),
+        "kept": kept,
+        "removed": one.length - kept,
+        "added": other.length - kept,
+        "edits": [edit_text(store, other, one, edit) for edit in edits],
+    }
+
+
+def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
+    """Why a plan is so; for a logged request also how it ended, which is all if its tokens were
+    not kept."""
+    logged = _logged(store, message.request) if message.request else None
+    if logged is not None and not logged.prompt:
+        return {"request": _plain(logged), "explanation": None}
+    tokens, namespace, without = _prompt(store, message, logged)
+    only = found_node(store, message.only).id if message.only else ""
+    found = store.explain(tokens, namespace, policy=message.policy, only=only, without=without)
+    plain: dict[str, Any] = msgspec.to_builtins(found)
+    for part in plain["parts"]:
+        words = tokens[part["start"] : part["stop"]]
+        part["tokens"] = words.tolist()
+        part["text"] = words_of(store, namespace.digest, words)
+    if plain["divergence"] is not None:
+        for side in ("request", "donor"):
+            ids = np.asarray(plain["divergence"][side], np.int32)
+            plain["divergence"][f"{side}_text"] = words_of(store, namespace.digest, ids)
+    return {
+        "request": None if logged is None else _plain(logged),
+        "explanation": {
+            "namespace": namespace.digest[:12],
+            "model": namespace.model,
+            "tenant": namespace.tenant,
+            **plain,
+        },
+    }
+
+
+def _logged(store: Store, request: str) -> Logged:
+    found = store.requests.last(2, request=request)
+    if not found:
+        raise NodeError(f"no logged request is {request!r}; `kvshare log` shows the last ones")
+    return found[0]
+
+
+def _prompt(
+    store: Store, message: protocol.Explain, logged: Logged | None
+) -> tuple[Tokens, Namespace, str]:
+    """The tokens to plan, their namespace, and the node that is no candidate."""
+    if logged is not None:
+        (namespace,) = matching(store.nodes, logged.namespace, None)
+        return np.frombuffer(logged.prompt, np.int32), namespace, ""
+    if message.node:
+        node = found_node(store, message.node)
+        found = store.namespace(node.namespace)
+        if found is None:
+            raise NodeError(f"node {node.id[:12]} has just left the store")
+        return node.tokens, found, node.id
+    namespace = _namespace(store, message.namespace)
+    if message.text:
+        ids = encode(namespace.tokenizer, message.text)
+        if ids is None:
+            raise PlanError(
+                f"namespace {namespace.digest[:12]} names no tokenizer that can be read here: "
+                "name one with --tokenizer, or give token ids with --tokens"
+            )
+        return np.asarray(ids, np.int32), namespace, ""
+    if not message.tokens or len(message.tokens) % 4:
+        raise PlanError("the prompt is empty, or its tokens are not int32")
+    return np.frombuffer(message.tokens, np.int32), namespace, ""
+
+
+def _namespace(store: Store, beginning: str) -> Namespace:
+    if beginning:
+        return matching(store.nodes, beginning, None)[0]
+    with store.nodes.lock:
+        known = list(store.nodes.namespaces)
+    if len(known) == 1:
+        return known[0]
+    if not known:
+        raise NamespaceError("the store holds no prompt yet")
+    names = ", ".join(
+        f"{one.digest[:12]} ({one.model}{f', tenant {one.tenant}' if one.tenant else ''})"
+        for one in known[:8]
+    )
+    raise NamespaceError(f"{len(known)} namespaces are here, name one with --namespace: {names}")

@@ -1,0 +1,386 @@
+"""Why a plan is what it is: who was nominated, who was taken, and which rule recomputes what.
+
+The planner is watched while it plans, so that what is told is what happens. What it does not need
+to know, such as what a candidate that it passed over would have given, is found out afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup.align import align, common_prefix
+from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import (
+    Mask,
+    ReusePolicy,
+    continues,
+    edges_of,
+    kept_positions,
+    usable_tokens,
+)
+from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.state import NodeState
+from kvshare_store.nodes.vectors import Vector, lexical_vector
+
+KINDS = ("exact", "continued", "edited")
+EDIT, WINDOW, TAIL, MIN_RUN, DELIMITERS = "edit", "window", "tail", "min_run", "delimiters"
+GENERATION, COST, POLICY = "generation", "cost", "policy"
+_SHOWN = 16
+"""Tokens on both sides of the first difference."""
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A stored prompt that was nominated. Lengths in tokens."""
+
+    node: str
+    found_by: tuple[str, ...]
+    """`prefix`, `words`, `text`, `passages`, or `asked` where it was named by whoever asks."""
+    score: float
+    """Cosine of the word vectors."""
+    tokens: int
+    prefix: int
+    """It begins with so many tokens of the request."""
+    usable: int
+    """So many of its leading rows may be built on under the policy."""
+    shared: int
+    """Tokens of the request that it has in the same order, whoever they are taken from."""
+    covers: int
+    """Tokens that the planner took from it,"""
+    kept: int
+    """and those of them that the policy did not recompute."""
+    taken: bool
+    why: str
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Positions `start … stop-1` of the request, all of one fate."""
+
+    start: int
+    stop: int
+    kind: str
+    """`exact`, `continued`, `edited` or `recomputed`."""
+    reason: str = ""
+    """Which rule recomputes them."""
+    donor: str = ""
+    source: int = -1
+    """Position of the first of them in the donor."""
+
+
+class Divergence(msgspec.Struct, frozen=True):
+    """Where the request leaves the stored prompt with which it begins longest."""
+
+    node: str
+    position: int
+    request: tuple[int, ...]
+    donor: tuple[int, ...]
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """Milliseconds, by the rates that were measured so far."""
+
+    without: float
+    """Computing the whole prompt."""
+    compute: float
+    load: float
+    seams: float
+    """What placeholder runs cost beside their tokens."""
+    saving: float
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan, and why."""
+
+    policy: str
+    tokens: int
+    declined: str
+    generation: int
+    by_kind: dict[str, int]
+    by_reason: dict[str, int]
+    """Recomputed tokens."""
+    expected: Expected | None
+    divergence: Divergence | None
+    candidates: tuple[Candidate, ...]
+    parts: tuple[Part, ...]
+
+
+class Watched(Nominator):
+    """Remembers whom it named, and by what."""
+
+    def __init__(self, state: NodeState, namespace: str, only: Node | None, without: str) -> None:
+        """`only`: name nobody else. `without`: never this node."""
+        super().__init__(state.tree, state.index(namespace), state.lock)
+        self._state, self._namespace = state, namespace
+        self._only, self._without = only, without
+        self.named: dict[str, tuple[Node, list[str]]] = {}
+
+    def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
+        """As `Nominator`."""
+        if not self._without:
+            return self._noted("prefix", super().by_prefix(tokens, policies))
+        # the index names the prompt itself: the next best is looked for among all
+        with self._state.lock:
+            others = self._state.of_namespace(self._namespace)
+        others = [node for node in others if node.id != self._without]
+        others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
+        return self._noted("prefix", others[:1])
+
+    def by_words(self, vector: Vector, count: int) -> list[Node]:
+        """As `Nominator`."""
+        return self._noted("words", super().by_words(vector, count + bool(self._without)))
+
+    def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
+        """As `Nominator`."""
+        return self._noted("text", super().by_text(like, count))
+
+    def _noted(self, how: str, found: list[Node]) -> list[Node]:
+        if self._only is not None:
+            how, found = "asked", [self._only]
+        found = [node for node in found if node.id != self._without]
+        for node in found:
+            ways = self.named.setdefault(node.id, (node, []))[1]
+            if how not in ways:
+                ways.append(how)
+        return found
+
+
+class Explainer:
+    """Explains one request."""
+
+    def __init__(
+        self, config: StoreConfig, request: Tokens, policy: ReusePolicy, cost: CostModel
+    ) -> None:
+        self._config, self._request = config, request
+        self._policy, self._cost = policy, cost
+        self._cover: Cover | None = None
+        self._keep: Mask = np.zeros(len(request), np.bool_)
+
+    def explain(
+        self,
+        planner: Planner,
+        nominator: Watched,
+        tier_of: Callable[[str], str | None],
+        row_bytes: int,
+        delimiters: Collection[int],
+    ) -> Explanation:
+        """Plan, and say why the plan is so."""
+        draft = planner.draft(
+            self._request,
+            nominator,
+            self._policy,
+            self._cost,
+            tier_of=tier_of,
+            row_bytes=row_bytes,
+            delimiters=delimiters,
+            watch=self._watch,
+        )
+        nodes = {node_id: node for node_id, (node, _) in nominator.named.items()}
+        for donor in self._cover.donors if self._cover else ():
+            nodes.setdefault(donor.id, donor)
+        shared = {node.id: align(self._request, node.tokens) for node in nodes.values()}
+        kind_of, reason_of = self._fates(draft, nodes, shared, delimiters)
+        ways = {node_id: tuple(ways) for node_id, (_, ways) in nominator.named.items()}
+        candidates = [
+            self._candidate(node, ways.get(node.id, ("passages",)), shared[node.id], draft)
+            for node in nodes.values()
+        ]
+        candidates.sort(key=lambda one: (-one.kept, -one.covers, -one.shared))
+        return Explanation(
+            policy=self._policy.name,
+            tokens=len(self._request),
+            declined=draft.declined,
+            generation=draft.generation,
+            by_kind=_counted(kind_of),
+            by_reason=_counted(reason_of[reason_of != ""]),
+            expected=self._expected(tier_of, row_bytes),
+            divergence=self._divergence(list(nodes.values())),
+            candidates=tuple(candidates),
+            parts=tuple(self._parts(kind_of, reason_of)),
+        )
+
+    def _watch(self, cover: Cover, keep: Mask) -> None:
+        self._cover, self._keep = cover, keep
+
+    # --- what becomes of each token ----------------------------------------------------------
+
+    def _fates(
+        self,
+        draft: Draft,
+        nodes: dict[str, Node],
+        shared: dict[str, list[Match]],
+        delimiters: Collection[int],
+    ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]]:
+        """The kind of reuse of each position, and which rule recomputes it."""
+        length, cover = len(self._request), self._cover
+        kind_of = np.full(length, "recomputed", "<U10")
+        reason_of = np.full(length, EDIT if self._policy.edited else POLICY, "<U16")
+        if cover is None:
+            if draft.declined != "no_donor":
+                reason_of[:] = draft.declined
+            return kind_of, reason_of
+        for reason, dropped in self._dropped(cover, delimiters):
+            reason_of[dropped] = reason
+        free = cover.donor_of < 0
+        for node in nodes.values():
+            usable = len(usable_tokens(self._policy, node))
+            for start, source, count in shared[node.id] if self._policy.edited else ():
+                barred = slice(start + max(0, usable - source), start + count)
+                reason_of[barred][free[barred]] = GENERATION
+        reason_of[length - 1] = TAIL  # an engine computes it in any case
+        if draft.declined:
+            reason_of[self._keep] = COST if draft.declined == "no_saving" else draft.declined
+            return kind_of, reason_of
+        positions = np.arange(length)
+        bounds = [positions < cover.exact, positions < cover.in_place]
+        kind_of[self._keep] = np.select(bounds, KINDS[:2], KINDS[2])[self._keep]
+        reason_of[self._keep] = ""
+        return kind_of, reason_of
+
+    def _dropped(self, cover: Cover, delimiters: Collection[int]) -> Iterator[tuple[str, Mask]]:
+        """The rules of the policy one after another, and what each recomputes that those before it
+        did not."""
+        policy, none = self._policy, ()
+        bare = msgspec.structs.replace(
+            policy, edit_window=0, edit_growth=0.0, tail=1, min_run=1, delimiters=False
+        )
+        window = msgspec.structs.replace(
+            bare, edit_window=policy.edit_window, edit_growth=policy.edit_growth
+        )
+        tail = msgspec.structs.replace(window, tail=policy.tail)
+        runs = msgspec.structs.replace(tail, min_run=policy.min_run)
+        before = cover.donor_of >= 0
+        for reason, rules, ids in (
+            (TAIL, bare, none), (WINDOW, window, none), (TAIL, tail, none), (MIN_RUN, runs, none),
+            (DELIMITERS, policy, delimiters),
+        ):  # fmt: skip
+            kept = kept_positions(
+                rules, self._request, cover.donor_of, cover.source_of, cover.in_place, ids
+            )
+            yield reason, before & ~kept
+            before = kept
+        yield COST, before & ~self._keep
+
+    def _parts(
+        self, kind_of: npt.NDArray[np.str_], reason_of: npt.NDArray[np.str_]
+    ) -> Iterator[Part]:
+        length, cover = len(self._request), self._cover
+        donor_of = np.full(length, -1) if cover is None else cover.donor_of
+        source_of = np.full(length, -1) if cover is None else cover.source_of
+        reused = kind_of != "recomputed"
+        same = (kind_of[1:] == kind_of[:-1]) & (reason_of[1:] == reason_of[:-1])
+        follows = (donor_of[1:] == donor_of[:-1]) & (source_of[1:] == source_of[:-1] + 1)
+        cuts = np.flatnonzero(~(same & (follows | ~reused[1:]))) + 1
+        starts = [0, *cuts.tolist()] if length else []
+        for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            kind, reason = str(kind_of[start]), str(reason_of[start])
+            if cover is None or not reused[start]:
+                yield Part(start, stop, kind, reason)
+                continue
+            donor = cover.donors[int(donor_of[start])].id
+            yield Part(start, stop, kind, reason, donor, int(source_of[start]))
+
+    # --- candidates --------------------------------------------------------------------------
+
+    def _candidate(
+        self, node: Node, ways: tuple[str, ...], shared: list[Match], draft: Draft
+    ) -> Candidate:
+        cover, usable = self._cover, len(usable_tokens(self._policy, node))
+        mine = np.zeros(len(self._request), np.bool_)
+        if cover is not None:
+            for index, donor in enumerate(cover.donors):
+                if donor.id == node.id:
+                    mine = cover.donor_of == index
+        kept = 0 if draft.declined else int(np.count_nonzero(mine & self._keep))
+        covers = int(np.count_nonzero(mine))
+        common = common_prefix(self._request, node.tokens)
+        why = self._taken(kept, draft) if covers else self._passed_over(node, usable, shared)
+        return Candidate(
+            node=node.id,
+            found_by=ways,
+            score=round(float(lexical_vector(self._request) @ lexical_vector(node.tokens)), 4),
+            tokens=node.length,
+            prefix=common,
+            usable=usable,
+            shared=sum(match.length for match in shared),
+            covers=covers,
+            kept=kept,
+            taken=kept > 0,
+            why=why,
+        )
+
+    def _taken(self, kept: int, draft: Draft) -> str:
+        if kept:
+            return "taken"
+        if draft.declined:
+            return f"the plan was declined: {draft.declined}"
+        return f"policy {self._policy.name} recomputes all that it covers"
+
+    def _passed_over(self, node: Node, usable: int, shared: list[Match]) -> str:
+        policy = self._policy
+        if not shared:
+            return "no token in common"
+        if not policy.edited:
+            return f"policy {policy.name} reuses prefixes only, and another has a longer one"
+        if not usable:
+            lax = "" if continues(policy, node) or node.exact else f", made under {node.policy}"
+            return (
+                f"its rows are of generation {node.generation}{lax}: policy {policy.name} does not "
+                "build on them"
+            )
+        cover = self._cover
+        if cover is None:
+            return "its passages are too short to be worth a seam"
+        free = cover.donor_of < 0
+        new = sum(
+            int(np.count_nonzero(free[start : start + min(count, max(0, usable - source))]))
+            for start, source, count in shared
+        )
+        if not new:
+            return "has nothing that the donors taken lack"
+        if len(cover.donors) >= self._config.max_donors:
+            return f"{self._config.max_donors} donors were taken already (max_donors)"
+        return f"what it could add ({new:,} tokens) lies in runs too short to be worth a seam"
+
+    # --- the rest ----------------------------------------------------------------------------
+
+    def _divergence(self, nodes: list[Node]) -> Divergence | None:
+        if not nodes:
+            return None
+        request = self._request
+        node = max(nodes, key=lambda one: common_prefix(request, one.tokens))
+        at = common_prefix(request, node.tokens)
+        ours, theirs = request[at : at + _SHOWN], node.tokens[at : at + _SHOWN]
+        return Divergence(node.id, at, tuple(ours.tolist()), tuple(theirs.tolist()))
+
+    def _expected(self, tier_of: Callable[[str], str | None], row_bytes: int) -> Expected | None:
+        """None where nothing could be reused."""
+        keep, cost = self._keep, self._cost
+        reused = int(np.count_nonzero(keep))
+        if self._cover is None or not reused:
+            return None
+        pieces = self._cover.pieces(keep)
+        spans, blocks = self._cover.spans(pieces)
+        tiers: dict[str, int] = {}
+        for span in spans:
+            tier = tier_of(blocks[span.block]) or "host"
+            tiers[tier] = tiers.get(tier, 0) + span.length * row_bytes
+        runs = len(edges_of(~keep[: int(pieces.stop[-1])])[0])
+        load = sum(cost.load[tier].seconds(nbytes) for tier, nbytes in tiers.items())
+        whole = cost.prefill.seconds(len(self._request))
+        left = cost.prefill.seconds(len(self._request) - reused)
+        seams = runs * cost.run_seconds
+        values = (whole, left, load, seams, whole - left - load - seams)
+        return Expected(*(round(seconds * 1e3, 3) for seconds in values))
+
+
+def _counted(values: npt.NDArray[np.str_]) -> dict[str, int]:
+    names, counts = np.unique(values, return_counts=True)
+    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}

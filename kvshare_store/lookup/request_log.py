@@ -1,0 +1,203 @@
+"""The last requests of a store: how each ended, why, and how long it took. In memory only.
+
+There is no prompt text in it, unless `log_prompts` asks for that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.lookup.policy import ReusePolicy
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.plan import Outcome, ReusePlan, Span
+
+_ENTRIES = 1000
+_PROMPT_BYTES = 64 << 20
+"""Tokens of all logged prompts together."""
+
+
+class Asked(NamedTuple):
+    """A lookup: what was asked, by whom, and since when."""
+
+    namespace: Namespace
+    tokens: int
+    policy: ReusePolicy
+    start: float
+    """By `perf_counter`."""
+    request: str = ""
+    """The engine's name of the request; empty if it did not say."""
+    prompt: bytes = b""
+    """Its tokens, where they are logged."""
+
+    def plan(self, declined: str = "") -> ReusePlan:
+        """A plan without rows."""
+        return ReusePlan(
+            namespace=self.namespace.digest,
+            tokens=self.tokens,
+            policy=self.policy.name,
+            declined=declined,
+        )
+
+
+class Logged(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that has ended. Tokens and seconds."""
+
+    number: int
+    """Counted since the daemon started."""
+    request: str
+    at: float
+    """Unix seconds of its end."""
+    namespace: str
+    """The beginning of the digest."""
+    model: str
+    tenant: str
+    lora: str
+    policy: str
+    tokens: int
+    outcome: str
+    """`exact`, `continued`, `edited` or `miss`."""
+    reason: str = ""
+    """Why it missed."""
+    exact: int = 0
+    continued: int = 0
+    edited: int = 0
+    recomputed: int = 0
+    cached: int = 0
+    """The engine's own prefix cache had them."""
+    generation: int = 0
+    donors: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int, str], ...] = ()
+    """Runs `start … stop-1` of one kind that were planned."""
+    lookup: float = 0.0
+    load: float = 0.0
+    held: float = 0.0
+    """From the question to the end of the plan."""
+    saving_ms: float = 0.0
+    """What the plan was expected to save."""
+    prompt: bytes = b""
+
+    @property
+    def seconds(self) -> float:
+        """What the store had of the request's time."""
+        return self.lookup + self.load
+
+
+class RequestLog:
+    """A ring of the last requests. Thread-safe."""
+
+    def __init__(self, *, prompts: bool = False) -> None:
+        """`prompts`: keep their tokens too."""
+        self.prompts = prompts
+        self._lock = threading.Lock()
+        self._entries: deque[Logged] = deque(maxlen=_ENTRIES)
+        self._count = 0
+
+    def missed(self, asked: Asked, reason: str, lookup: float) -> None:
+        """A lookup ended without a plan."""
+        self._add(_entry(asked, "miss", reason=reason, recomputed=asked.tokens, lookup=lookup))
+
+    def declined(self, reason: str, tokens: int) -> None:
+        """The engine asked for no plan; whose request it was, it did not say."""
+        self._add({"outcome": "miss", "reason": reason, "tokens": tokens, "recomputed": tokens})
+
+    def ended(
+        self, asked: Asked, plan: ReusePlan, lookup: float, held: float, outcome: Outcome
+    ) -> None:
+        """A plan was used, or given up where the outcome says `failed`."""
+        entry = _entry(
+            asked,
+            "miss" if outcome.failed else kind_of(outcome),
+            reason=outcome.failed,
+            exact=outcome.exact,
+            continued=outcome.continued,
+            edited=outcome.edited,
+            recomputed=outcome.recomputed or (asked.tokens if outcome.failed else 0),
+            cached=outcome.cached,
+            generation=plan.generation,
+            donors=plan.donors,
+            spans=runs_by_kind(plan.spans),
+            lookup=lookup,
+            load=outcome.seconds,
+            held=held,
+            saving_ms=plan.saving_ms,
+        )
+        self._add(entry)
+
+    def _add(self, fields: dict[str, object]) -> None:
+        blank = {"request": "", "namespace": "", "model": "", "tenant": "", "lora": "",
+                 "policy": "", "at": time.time()}  # fmt: skip
+        with self._lock:
+            self._count += 1
+            entry = Logged(**(blank | fields | {"number": self._count}))  # type: ignore[arg-type]
+            self._entries.append(entry)
+            if entry.prompt:
+                self._forget_prompts()
+
+    def _forget_prompts(self) -> None:
+        room = _PROMPT_BYTES
+        for at in reversed(range(len(self._entries))):
+            room -= len(self._entries[at].prompt)
+            if room < 0 and self._entries[at].prompt:
+                self._entries[at] = msgspec.structs.replace(self._entries[at], prompt=b"")
+
+    def last(
+        self, limit: int, *, declined: bool = False, slow: bool = False, request: str = ""
+    ) -> list[Logged]:
+        """The newest first; `slow`: the slowest first. `declined`: misses only. `request`: the one
+        of this number, or those whose name begins so."""
+        with self._lock:
+            found = list(self._entries)[::-1]
+        if declined:
+            found = [entry for entry in found if entry.outcome == "miss"]
+        if request:
+            by_name = [entry for entry in found if entry.request.startswith(request)]
+            found = by_name or [entry for entry in found if str(entry.number) == request]
+        if slow:
+            found.sort(key=lambda entry: -entry.seconds)
+        return found[:limit]
+
+
+def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
+    space = asked.namespace
+    return {
+        "request": asked.request,
+        "namespace": space.digest[:12],
+        "model": space.model,
+        "tenant": space.tenant,
+        "lora": space.lora,
+        "policy": asked.policy.name,
+        "tokens": asked.tokens,
+        "outcome": outcome,
+        "prompt": asked.prompt,
+        **fields,
+    }
+
+
+def prompt_of(tokens: Tokens, logged: bool) -> bytes:
+    """What the log keeps of a prompt."""
+    return tokens.tobytes() if logged else b""
+
+
+def kind_of(outcome: Outcome) -> str:
+    """The least exact kind of reuse that there was."""
+    if outcome.edited:
+        return "edited"
+    return "continued" if outcome.continued else "exact"
+
+
+def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:
+    """Spans of one kind that touch, as one run."""
+    runs: list[tuple[int, int, str]] = []
+    for span in spans:
+        kind = "exact" if span.exact else "continued" if span.continued else "edited"
+        if runs and runs[-1][1:] == (span.start, kind):
+            runs[-1] = (runs[-1][0], span.stop, kind)
+        else:
+            runs.append((span.start, span.stop, kind))
+    return tuple(runs)

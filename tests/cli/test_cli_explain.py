@@ -1,0 +1,247 @@
+"""`explain`, `log`, `diff`, `evict` and `ls`, with a daemon and on an offline home."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvshare_store.cli import evict
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.daemon.protocol import ListNodes
+from kvshare_store.errors import ConfigError
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from tests.commands import one_line, run
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.stores import SMALL
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+SPACE = Namespace("org/model", KVLayout(2, 1, 4, "float32"))
+FIRST = list(range(1000, 1200))
+SECOND = [*FIRST[:80], 7, 8, 9, *FIRST[83:]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """Home of a daemon with three prompts, and their ids; four requests were made."""
+    home = tmp_path_factory.mktemp("explain") / "home"
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, 0.0, "chat-7"))
+        plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
+        client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 4, seconds=0.002))
+        second = engine.save(SECOND, plan)
+        other = ClientDriver(client, SPACE.for_tenant("alice"), engine.book)
+        assert other.plan(FIRST).declined == "empty_store"
+        third = other.save(FIRST)
+        client.flush()
+        assert first and second and third  # noqa: PT018
+        yield home, [first, second, third]
+
+
+Served = tuple[Path, list[str]]
+
+
+def ok(*arguments: str | Path) -> str:
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def as_json(*arguments: str | Path) -> Any:
+    return json.loads(ok(*arguments, "--json"))
+
+
+# --- explain --------------------------------------------------------------------------------------
+
+
+def test_a_stored_prompt_against_another(served: Served) -> None:
+    home, (first, second, _) = served
+    found = as_json("explain", "--node", second[:10], "--node", first[:10], "--home", home)
+    explained = found["explanation"]
+    assert (found["request"], explained["declined"]) == (None, "")
+    assert explained["by_kind"] == {"exact": 80, "edited": 116, "recomputed": 4}
+    assert explained["by_reason"] == {"edit": 3, "tail": 1}
+    (candidate,) = explained["candidates"]
+    assert (candidate["node"], candidate["kept"], candidate["why"]) == (first, 196, "taken")
+    out = ok("explain", "--node", second[:10], "--node", first[:10], "--home", home)
+    for words in (
+        "200 tokens, policy aggressive",
+        "plan: 196 tokens reused, 4 computed",
+        "at token 80, from",
+        "recomputed: edit",
+        "[edit: 7 8 9]",
+        "80…82",
+    ):
+        assert words in out
+
+
+def test_a_prompt_of_token_ids(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps([*FIRST, 1, 2, 3]))
+    arguments = ("explain", file, "--tokens", "--home", served[0])
+    line = one_line(run(*arguments), 5)
+    assert "2 namespaces are here, name one with --namespace" in line
+    found = as_json(*arguments, "--namespace", SPACE.digest[:8])["explanation"]
+    assert found["by_kind"] == {"exact": 200, "recomputed": 3}
+    assert found["parts"][-1]["tokens"] == [3]
+    strict = as_json(*arguments, "--namespace", SPACE.digest[:8], "--policy", "off")
+    assert strict["explanation"]["declined"] == "policy_off"
+
+
+def test_text_is_split_by_a_tokenizer(served: Served, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {str(token): token for token in range(1000, 1200)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | {"?": 3}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "prompt.txt"
+    file.write_text(" ".join(map(str, FIRST)) + " what")
+    arguments = ("explain", file, "--home", served[0], "--namespace", SPACE.digest)
+    assert "names no tokenizer that can be read here" in one_line(run(*arguments), 1)
+    found = as_json(*arguments, "--tokenizer", tmp_path)["explanation"]
+    assert found["by_kind"] == {"exact": 200, "recomputed": 1}
+    assert found["parts"][0]["text"].startswith("1000 1001")
+
+
+def test_an_offline_home_explains_the_same(driver: Any, home: Path, namespace: Namespace) -> None:
+    engine = driver()
+    first, second = engine.save(FIRST), engine.save(SECOND)
+    engine.store.close()
+    found = as_json("explain", "--node", second, "--node", first, "--home", home)["explanation"]
+    assert found["by_kind"]["exact"] == 80
+    assert as_json("log", "--home", home) == []
+    assert "1 removed" not in run("diff", first, second, "--home", home)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "name what to explain"),
+        (["--node", "a", "--node", "b", "--node", "c"], 2, "name what to explain"),
+        (["/no/such/file"], 2, "/no/such/file cannot be read"),
+        (["--request", "nobody"], 1, "no logged request is 'nobody'"),
+        (["--node", "zz"], 1, "0 nodes begin with 'zz'"),
+    ],
+)
+def test_what_cannot_be_explained(
+    served: Served, arguments: list[str], code: int, words: str
+) -> None:
+    assert words in one_line(run("explain", *arguments, "--home", served[0]), code)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[1.5]", '["a"]', "[99999999999]", "nonsense"])
+def test_what_are_no_token_ids(served: Served, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "prompt.json"
+    file.write_text(content)
+    line = one_line(run("explain", file, "--tokens", "--home", served[0]), 2)
+    assert "is not a JSON list of token ids" in line
+
+
+# --- log ------------------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_daemon(served: Served) -> None:
+    found = as_json("log", "--home", served[0])
+    last = {request["request"] or request["number"]: request for request in found}
+    used = last["chat-7"]
+    assert (used["outcome"], used["exact"], used["edited"]) == ("edited", 80, 116)
+    assert (used["load"], used["policy"]) == (0.002, "aggressive")
+    assert used["spans"] == [[0, 80, "exact"], [83, 199, "edited"]]
+    assert "prompt" not in used
+    (missed,) = as_json("log", "--declined", "--home", served[0])
+    assert (missed["reason"], missed["tenant"]) == ("empty_store", "alice")
+    assert as_json("log", "--slow", "-n", "1", "--home", served[0])[0]["request"] == "chat-7"
+    out = ok("log", "--home", served[0])
+    assert "chat-7" in out
+    assert "miss" in out
+
+
+def test_a_logged_request_in_full(served: Served) -> None:
+    out = ok("explain", "--request", "chat", "--home", served[0])
+    assert "request chat-7" in out
+    assert "80 exact, 0 continued, 116 edited, 4 computed" in out
+    assert "load 2.00 ms" in out
+    assert "log_prompts" in out
+
+
+def test_a_logged_request_is_planned_again(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        assert engine.plan(SECOND).declined == "empty_store"
+        engine.save(FIRST)
+        found = as_json("explain", "--request", "1", "--home", home)
+        assert found["request"]["reason"] == "empty_store"
+        assert found["explanation"]["by_kind"]["edited"] == 116
+        assert "Planned again" in ok("explain", "--request", "1", "--home", home)
+
+
+# --- diff, ls, evict ------------------------------------------------------------------------------
+
+
+def test_the_edits_between_two_prompts(served: Served) -> None:
+    home, (first, second, _) = served
+    code, out, err = run("diff", first, second, "--home", home)
+    assert (code, err) == (1, "")
+    assert "197 tokens in common (98.5 % of the second), 3 removed, 3 added" in out
+    assert "[-1080 1081 1082-]{+7 8 9+}" in out
+    assert run("diff", first, first, "--home", home)[0] == 0
+    code, out, _ = run("diff", first, second, "--json", "--home", home)
+    assert [edit["kind"] for edit in json.loads(out)["edits"]] == ["keep", "replace", "keep"]
+
+
+def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        plan = engine.serve(SECOND)
+        second = engine.save(SECOND, plan)
+        other = ClientDriver(client, SPACE.for_tenant("alice"), engine.book).save(FIRST)
+        assert first and second and other  # noqa: PT018
+        ok("pin", other, "--home", home)
+        out = ok("ls", "--home", home)
+        assert "⚑" in out
+        assert "alice" in out
+        assert "name what to evict" in one_line(run("evict", "--home", home), 2)
+        assert "unknown policy 'lax'" in one_line(
+            run("evict", "--policy", "lax", "--home", home), 2
+        )
+        out = ok("evict", "--tenant", "alice", "--yes", "--home", home)
+        assert out == "Forgot 0 nodes (0 tokens; 1 pinned stays).\n"
+        assert ok("evict", "--older-than", "1h", "--yes", "--home", home).startswith("Forgot 0")
+        out = ok("evict", "--policy", "aggressive", "--dry-run", "--home", home)
+        assert out.splitlines() == [second[:12], "Would forget 1 node (200 tokens)."]
+        assert run("evict", first, "--home", home)[0] == 1  # nobody confirms
+        assert len(client.call(ListNodes())) == 3
+        assert as_json("evict", first, "--yes", "--home", home)["nodes"] == [first]
+        assert {node["id"] for node in client.call(ListNodes())} == {second, other}
+    with Store(StoreConfig(home=str(home), **SMALL)) as store:
+        assert {node.id for node in store.tree} == {second, other}
+    ok("unpin", other, "--home", home)
+    assert ok("evict", "--older-than", "0s", "--yes", "--home", home).startswith("Forgot 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10min", 600), ("1.5h", 5400), ("7d", 604_800)]
+)
+def test_ages(text: str, seconds: float) -> None:
+    assert evict.parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "d", "-1d", "1y"])
+def test_what_is_no_age(text: str) -> None:
+    with pytest.raises(ConfigError, match="older-than"):
+        evict.parse_age(text)
