@@ -12,7 +12,9 @@ import typer
 from kvshare_store.cli import (
     check,
     clear,
+    completion,
     diff,
+    doctor,
     evict,
     explain,
     gc,
@@ -26,6 +28,7 @@ from kvshare_store.cli import (
     simulate,
     stats,
     stop,
+    top,
 )
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.errors import KVShareError
@@ -73,13 +76,17 @@ app.command("check")(check.command)
 app.command("purge")(purge.command)
 app.command("clear")(clear.command)
 app.command("config", epilog=FIELDS_HELP)(settings.config)
+app.command("doctor", epilog=FIELDS_HELP)(doctor.command)
 app.command("salt")(settings.salt)
 app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)
+app.command("top")(top.command)
+app.command("completion")(completion.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command; an error is one line on standard error and an exit code."""
+    completion.prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="kvshare", standalone_mode=False)

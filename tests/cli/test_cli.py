@@ -387,7 +387,7 @@ NODE: dict[str, Any] = {
 def test_nodes_are_listed_one_a_line() -> None:
     out = rendered(ls.nodes_table([NODE, {**NODE, "generation": 0, "parent": None}]), width=100)
     _, _, first, second = out.splitlines()
-    assert " ".join(first.split()).startswith("bbbbbbbbbbbb 1,500 600 edited (2) aaaaaaaaaaaa")
+    assert " ".join(first.split()).startswith("bbbbbbbbbbbb ⚑ 1,500 600 edited (2) aaaaaaaaaaaa")
     assert "Dear [bold]all" in first
     assert " exact        -  " in second
 
