@@ -20,6 +20,7 @@ from kvshare_store.cli import (
     gc,
     log,
     ls,
+    move,
     pin,
     purge,
     serve,
@@ -77,6 +78,8 @@ app.command("purge")(purge.command)
 app.command("clear")(clear.command)
 app.command("config", epilog=FIELDS_HELP)(settings.config)
 app.command("doctor", epilog=FIELDS_HELP)(doctor.command)
+app.command("export")(move.export)
+app.command("import")(move.import_)
 app.command("salt")(settings.salt)
 app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)

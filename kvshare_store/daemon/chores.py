@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import pin_node
-from kvshare_store.daemon.evicting import evict_nodes
+from kvshare_store.daemon.evicting import chosen_nodes, evict_nodes
 from kvshare_store.maintenance.check import check_blocks, check_tree
+from kvshare_store.maintenance.moving import export_nodes, import_nodes
 from kvshare_store.store import Store
 
 Chore = (
-    protocol.Pin | protocol.Evict | protocol.Collect | protocol.Purge | protocol.CheckTree
-    | protocol.CheckBlocks
+    protocol.Pin | protocol.Evict | protocol.Export | protocol.Import | protocol.Collect
+    | protocol.Purge | protocol.CheckTree | protocol.CheckBlocks
 )  # fmt: skip
 CHORES = get_args(Chore)
 
@@ -27,6 +29,14 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
         return pin_node(store, message.node, message.pinned)
     if isinstance(message, protocol.Evict):
         return evict_nodes(store, message)
+    if isinstance(message, protocol.Export):
+        meant = protocol.Evict(message.nodes, message.tenant)
+        nodes = chosen_nodes(store, meant)
+        return export_nodes(store.repository, nodes, Path(message.path), plain=message.plain)
+    if isinstance(message, protocol.Import):
+        found = import_nodes(store.repository, Path(message.path))
+        store.flush()
+        return found
     if isinstance(message, protocol.Collect):
         return store.collect(dry_run=message.dry_run)
     if isinstance(message, protocol.Purge):

@@ -32,7 +32,7 @@ def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
     if message.policy and message.policy not in policy_names():
         raise ConfigError(unknown("policy", message.policy, policy_names()))
     with store.nodes.lock:
-        found = [node for node in _named(store, message) if _meant(store, node, message)]
+        found = chosen_nodes(store, message)
         goes = [node for node in found if not node.pinned]
         if not message.dry_run:
             store.nodes.remove([node.id for node in goes], whatever=True)
@@ -43,6 +43,12 @@ def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
         sum(node.length for node in goes),
         tuple(node.id for node in found if node.pinned),
     )
+
+
+def chosen_nodes(store: Store, message: protocol.Evict) -> list[Node]:
+    """The nodes for which all holds that a message says."""
+    with store.nodes.lock:
+        return [node for node in _named(store, message) if _meant(store, node, message)]
 
 
 def _named(store: Store, message: protocol.Evict) -> list[Node]:

@@ -198,6 +198,25 @@ class Evict(msgspec.Struct, frozen=True, tag="evict"):
     dry_run: bool = False
 
 
+class Export(msgspec.Struct, frozen=True, tag="export"):
+    """Write an archive of nodes, all if none is named. Reply: `Exported`."""
+
+    path: str
+    """Absolute, as the daemon sees it."""
+    nodes: tuple[str, ...] = ()
+    """Ids, or unique beginnings of them."""
+    tenant: str | None = None
+    plain: bool = False
+    """Also of an encrypted store."""
+
+
+class Import(msgspec.Struct, frozen=True, tag="import"):
+    """Take in the nodes of an archive. Reply: `Imported`, once they are durable."""
+
+    path: str
+    """Absolute, as the daemon sees it."""
+
+
 class Collect(msgspec.Struct, frozen=True, tag="collect"):
     """Collect garbage now. Reply: `Collected`, what was or would be removed."""
 
@@ -235,7 +254,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 Request = (
     Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
     | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Explain | ListRequests | Diff
-    | Clear | Pin | Evict | Collect | Purge | CheckTree | CheckBlocks | Stop
+    | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 

@@ -245,3 +245,24 @@ def test_ages(text: str, seconds: float) -> None:
 def test_what_is_no_age(text: str) -> None:
     with pytest.raises(ConfigError, match="older-than"):
         evict.parse_age(text)
+
+
+# --- export and import ----------------------------------------------------------------------------
+
+
+def test_prompts_move_from_a_daemon_to_an_offline_home(
+    served: Served, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    there, ids = served
+    out = ok("export", "a.kv", "--home", there)
+    assert out.startswith("3 nodes and ")
+    assert run("export", "a.kv", "--home", there)[0] == 1  # nobody confirms
+    assert as_json("export", "b.kv", "--tenant", "alice", "--home", there)["nodes"] == 1
+    Store(StoreConfig(home=str(home), **SMALL)).close()
+    assert as_json("import", "b.kv", "--home", home)["nodes"] == [ids[2]]
+    assert ok("import", "a.kv", "--home", home) == "2 nodes are new, 1 were here.\n"
+    assert {node["id"] for node in as_json("ls", "--home", home)} == set(ids)
+    (tmp_path / "a.kv").write_bytes((tmp_path / "a.kv").read_bytes()[:-1])
+    assert "is cut off" in one_line(run("import", "a.kv", "--home", home), 1)

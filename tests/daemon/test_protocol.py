@@ -42,6 +42,8 @@ MESSAGES = [
     protocol.Clear(),
     protocol.Evict(("ab",), "t", 1.0, "exact", True),
     protocol.Pin("ab", False),
+    protocol.Export("/a", ("ab",), "t", True),
+    protocol.Import("/a"),
     protocol.Purge("ab"),
     protocol.Collect(True),
     protocol.CheckTree(True),

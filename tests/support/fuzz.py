@@ -56,6 +56,8 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Diff("ab", "cd"),
     protocol.ListRequests(3),
     protocol.Evict(("ab",), dry_run=True),
+    protocol.Export("/no/such/folder/x", ("ab",)),
+    protocol.Import("/no/such/file"),
     protocol.Pin("ab", False),
     protocol.CheckBlocks(("../../etc/passwd",), False),
     protocol.Collect(True),

@@ -1,0 +1,86 @@
+"""`kvshare export` and `kvshare import`: stored prompts as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvshare_store.cli.clear import YesOption
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    answering,
+    configured,
+    print_json,
+)
+from kvshare_store.cli.format import short, size
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]
+NodesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NODE]...", help="Ids, or unique beginnings of them; else all."),
+]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", metavar="NAME", help="Prompts of this tenant.")
+]
+PlainOption = Annotated[
+    bool, typer.Option("--plain", help="Also of an encrypted store: an archive is not encrypted.")
+]
+
+
+def export(
+    file: FileArgument,
+    nodes: NodesArgument = None,
+    tenant: TenantOption = None,
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    plain: PlainOption = False,
+    yes: YesOption = False,
+    json: JsonOption = False,
+) -> int:
+    """Write stored prompts with their rows into a file that another store can import.
+
+    The exit code is 1 if a prompt was left out because its rows could not be read.
+    """
+    from kvshare_store.daemon.protocol import Export  # noqa: PLC0415 - seconds, not for --help
+
+    if file.exists() and not yes:
+        typer.confirm(f"Replace {file}?", abort=True)
+    with answering(configured(home, config)) as ask:
+        found = ask(Export(str(file.absolute()), tuple(nodes or ()), tenant, plain))
+    if json:
+        print_json(found)
+    else:
+        typer.echo(
+            f"{found['nodes']:,} nodes and {found['blocks']:,} blocks are in {file} "
+            f"({size(found['nbytes'])})."
+        )
+        for node in found["skipped"]:
+            typer.echo(f"{short(node)}: its rows could not be read", err=True)
+    return int(bool(found["skipped"]))
+
+
+def import_(
+    file: FileArgument,
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Take in the prompts of an archive that `kvshare export` has written.
+
+    All of it is verified before anything is taken. The exit code is 1 if some had no room.
+    """
+    from kvshare_store.daemon.protocol import Import  # noqa: PLC0415 - seconds, not for --help
+
+    with answering(configured(home, config)) as ask:
+        found = ask(Import(str(file.absolute())))
+    if json:
+        print_json(found)
+    else:
+        typer.echo(f"{len(found['nodes']):,} nodes are new, {found['known']:,} were here.")
+        for node in found["skipped"]:
+            typer.echo(f"{short(node)}: there was no room for its rows", err=True)
+    return int(bool(found["skipped"]))

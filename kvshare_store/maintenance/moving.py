@@ -1,0 +1,181 @@
+"""Exporting nodes into an archive, and importing them into another store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from kvshare_store.commit.repository import Repository
+from kvshare_store.errors import (
+    ConfigError,
+    KVShareError,
+    MissError,
+    NoSpaceError,
+    StorageError,
+)
+from kvshare_store.maintenance.archive import (
+    BLOCK,
+    NAMESPACE,
+    NODE,
+    Contents,
+    Writer,
+    block_at,
+    verified,
+)
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node, encode_node, new_stamp, node_id
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.tensors.frame import Block, encode_frame
+
+_AT_ONCE = 32
+"""Nodes that are made durable together."""
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """What is in a new archive."""
+
+    nodes: int
+    blocks: int
+    nbytes: int
+    skipped: tuple[str, ...]
+    """Nodes of which a block could not be read."""
+
+
+class Imported(msgspec.Struct, frozen=True):
+    """What became of an archive."""
+
+    nodes: tuple[str, ...]
+    known: int
+    """Nodes that the store had already."""
+    skipped: tuple[str, ...]
+    """Nodes for which there was no room, or whose namespace is being purged."""
+
+
+def export_nodes(
+    repository: Repository, nodes: Sequence[Node], path: Path, *, plain: bool
+) -> Exported:
+    """Write an archive of some nodes, readable by its owner only. An existing file is replaced when
+    the new one is complete.
+
+    `plain`: also of an encrypted store; `ConfigError` for one otherwise, because an archive is not
+    encrypted. `StorageError` if the file cannot be written.
+    """
+    if repository.encrypted and not plain:
+        raise ConfigError("this store is encrypted and an archive is not: say --plain if it may be")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                found = _export(repository, nodes, file)
+                file.flush()
+                os.fsync(file.fileno())
+                found = msgspec.structs.replace(found, nbytes=file.tell())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, KVShareError):
+            raise
+        raise StorageError(f"archive {path} cannot be written: {error.strerror}") from error
+    return found
+
+
+def _export(repository: Repository, nodes: Sequence[Node], file: BinaryIO) -> Exported:
+    writer, written, count = Writer(file), set[str](), 0
+    skipped: list[str] = []
+    for digest in sorted({node.namespace for node in nodes}):
+        namespace = repository.nodes.namespaces.get(digest)
+        if namespace is not None:
+            writer.put(NAMESPACE, msgspec.msgpack.encode(namespace))
+    for node in nodes:
+        try:
+            for name in node.blocks:
+                if name not in written:
+                    block = repository.blocks.read(name)
+                    head, payload = encode_frame(name, block)
+                    writer.put(BLOCK, head, memoryview(payload).cast("B"))
+                    written.add(name)
+        except MissError:
+            skipped.append(node.id)
+            continue
+        writer.put(NODE, encode_node(node))
+        count += 1
+    writer.end()
+    return Exported(count, len(written), 0, tuple(skipped))
+
+
+def import_nodes(repository: Repository, path: Path) -> Imported:
+    """Take the nodes of an archive into a store.
+
+    `ConfigError` for a file that is no archive or cannot be read, `ShortBlockError` for one that is
+    cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
+    """
+    try:
+        with path.open("rb") as file:
+            contents = verified(file, path)
+            return _import(repository, file, contents)
+    except KVShareError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"archive {path} cannot be read: {error.strerror}") from error
+
+
+def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Imported:
+    added: list[str] = []
+    skipped: list[str] = []
+    known = 0
+    for node in contents.nodes:
+        tree = repository.nodes.tree
+        exact_one = node_id(node.namespace, node.tokens, True)
+        if node.id in tree or exact_one in tree:
+            known += 1
+            continue
+        namespace = contents.namespaces[node.namespace]
+        if len(added) % _AT_ONCE == _AT_ONCE - 1:
+            repository.queue.settle()
+        if _add(repository, node, namespace, partial(block_at, file, contents)):
+            added.append(node.id)
+        else:
+            skipped.append(node.id)
+    repository.queue.settle()
+    tree = repository.nodes.tree
+    skipped += [each for each in added if each not in tree]  # others took their room
+    added = [each for each in added if each in tree]
+    return Imported(tuple(added), known, tuple(skipped))
+
+
+def _add(
+    repository: Repository, node: Node, namespace: Namespace, block_of: Callable[[str], Block]
+) -> bool:
+    """Let a node in, with those of its blocks that the store lacks; False if there is no room."""
+    nodes, pool = repository.nodes, repository.blocks.pool
+    filled: dict[str, tuple[int, Block]] = {}
+    try:
+        for name in node.blocks:
+            if name in filled or repository.blocks.tier_of(name) is not None:
+                continue
+            block = block_of(name)
+            filled[name] = nodes.reserve(len(block.data)), block
+            pool.reserved(filled[name][0])[:] = block.data
+        with nodes.lock:
+            here = all(n in filled or repository.blocks.tier_of(n) for n in node.blocks)
+            if not here or namespace.digest in nodes.namespaces.closed:
+                return False
+            nodes.namespaces.register(namespace)
+            for name, (offset, block) in filled.items():
+                if repository.blocks.tier_of(name) is None:
+                    pool.seal(offset, name, block)
+            vectors = Vectors(lexical_vector(node.tokens), None)
+            nodes.add(msgspec.structs.replace(node, stamp=new_stamp()), vectors)
+            return node.id in nodes.tree
+    except NoSpaceError:
+        return False
+    finally:
+        for offset, _ in filled.values():
+            pool.cancel(offset)  # those that were not sealed

@@ -1,0 +1,224 @@
+"""Archives: what is exported is imported elsewhere as it was; a damaged file changes nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import (
+    ConfigError,
+    CorruptBlockError,
+    KVShareError,
+    ShortBlockError,
+    StorageError,
+)
+from kvshare_store.maintenance.moving import export_nodes, import_nodes
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import encode_node
+from kvshare_store.store import Store
+from tests.support.oracle import Driver
+from tests.support.stores import Open
+
+Config = Callable[..., StoreConfig]
+
+
+def prompt(seed: int = 1, length: int = 100) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 30_000, length).astype(np.int32)
+
+
+def edited(tokens: Tokens) -> Tokens:
+    changed = tokens.copy()
+    changed[40:43] = (40_001, 40_002, 40_003)
+    return changed
+
+
+def filled(engine: Driver) -> list[str]:
+    """An exact prompt, an edit of it, and another tenant's prompt."""
+    ids = [engine.save(prompt())]
+    plan = engine.plan(edited(prompt()))
+    engine.finish(plan)
+    ids.append(engine.save(edited(prompt()), plan))
+    ids.append(
+        Driver(engine.store, engine.namespace.for_tenant("alice"), engine.book).save(prompt(2))
+    )
+    engine.store.flush()
+    assert all(ids)
+    return [str(each) for each in ids]
+
+
+def exported(engine: Driver, path: Path, **how: Any) -> Any:
+    nodes = list(engine.store.tree)
+    return export_nodes(engine.store.repository, nodes, path, plain=how.get("plain", False))
+
+
+@pytest.fixture
+def archive(driver: Open, tmp_path: Path) -> Path:
+    """Of three nodes."""
+    engine = driver()
+    filled(engine)
+    exported(engine, tmp_path / "a.kv")
+    return tmp_path / "a.kv"
+
+
+@pytest.fixture
+def other(config: Config, tmp_path: Path) -> Callable[..., Store]:
+    """`other(field=value)` opens the store of another home."""
+    return lambda **changes: Store(config(home=str(tmp_path / "other"), **changes))
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+def test_nodes_are_imported_as_they_were(
+    driver: Open, other: Callable[..., Store], tmp_path: Path
+) -> None:
+    engine = driver()
+    ids = filled(engine)
+    path = tmp_path / "a.kv"
+    found = exported(engine, path)
+    blocks = {name for node in engine.store.tree for name in node.blocks}
+    assert (found.nodes, found.blocks, found.skipped) == (3, len(blocks), ())
+    assert found.nbytes == path.stat().st_size
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.glob("*.part")) == []
+    before = {node.id: node for node in engine.store.tree}
+    with other() as store:
+        result = import_nodes(store.repository, path)
+        assert (sorted(result.nodes), result.known, result.skipped) == (sorted(ids), 0, ())
+        assert import_nodes(store.repository, path).known == 3
+        for node in store.tree:
+            same = before[node.id]
+            assert (node.generation, node.exact_rows, node.policy) == (
+                same.generation, same.exact_rows, same.policy)  # fmt: skip
+            assert (node.token_bytes, list(node.blocks)) == (same.token_bytes, list(same.blocks))
+            assert node.contexts == same.contexts
+            assert node.stamp != same.stamp
+        store.flush()
+    with other() as store:  # durable, and every row is what was saved
+        assert {node.id for node in store.tree} == set(ids)
+        there = Driver(store, engine.namespace, engine.book)
+        assert there.serve(prompt()).exact == 99
+        assert there.serve(edited(prompt())).reused > 90
+        mine = Driver(store, engine.namespace.for_tenant("alice"), engine.book)
+        assert mine.serve(prompt(2)).exact == 99
+        assert mine.serve(prompt()).exact == 0
+
+
+def test_rows_that_others_share_are_not_copied_twice(
+    driver: Open, other: Callable[..., Store], tmp_path: Path
+) -> None:
+    engine = driver()
+    filled(engine)
+    exported(engine, tmp_path / "a.kv")
+    with other() as store:
+        Driver(store, engine.namespace, engine.book).save(prompt())
+        count = store.tree.block_count
+        result = import_nodes(store.repository, tmp_path / "a.kv")
+        assert (len(result.nodes), result.known) == (2, 1)
+        assert store.tree.block_count == engine.store.tree.block_count > count
+
+
+def test_lossy_rows_stay_lossy(driver: Open, other: Callable[..., Store], tmp_path: Path) -> None:
+    engine = driver(disk_codec="int8")
+    engine.save(prompt())
+    engine = driver(disk_codec="int8")  # from disk, where a codec has changed the rows
+    exported(engine, tmp_path / "a.kv")
+    with other(policy="exact") as store:
+        assert len(import_nodes(store.repository, tmp_path / "a.kv").nodes) == 1
+        assert store.plan(prompt(), engine.namespace).declined == "lossy"
+
+
+def test_where_there_is_no_room(archive: Path, other: Callable[..., Store]) -> None:
+    with other(disk=False, host_bytes=8 << 10) as store:
+        result = import_nodes(store.repository, archive)
+        assert result.skipped
+        assert {node.id for node in store.tree} <= set(result.nodes)
+        assert not store.blocks.pool.filling()
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(store: Store, path: Path) -> KVShareError:
+    with pytest.raises(KVShareError) as error:
+        import_nodes(store.repository, path)
+    assert len(store.tree) == store.tree.block_count == 0
+    assert not store.blocks.pool.filling()
+    return error.value
+
+
+def test_a_damaged_archive_changes_nothing(
+    archive: Path, other: Callable[..., Store], tmp_path: Path
+) -> None:
+    whole, chance = archive.read_bytes(), random.Random(4)
+    bad = tmp_path / "bad.kv"
+    with other() as store:
+        for at in [*range(60), *(chance.randrange(len(whole)) for _ in range(60))]:
+            bad.write_bytes(
+                whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :]
+            )
+            assert isinstance(refused(store, bad), (ConfigError, CorruptBlockError))
+        for length in [0, 5, 18, 20, 30, *(chance.randrange(len(whole)) for _ in range(40))]:
+            bad.write_bytes(whole[:length])
+            kind = ConfigError if length < 18 else ShortBlockError
+            assert isinstance(refused(store, bad), kind)
+        bad.write_bytes(whole + b"x")
+        assert isinstance(refused(store, bad), CorruptBlockError)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_what_is_no_archive(other: Callable[..., Store], tmp_path: Path) -> None:
+    file = tmp_path / "no.kv"
+    with other() as store:
+        assert "cannot be read" in str(refused(store, file))
+        for content in (b"", b"PK\3\4", pickle.dumps(_Bomb()), bytes(100)):
+            file.write_bytes(content)
+            assert "no archive" in str(refused(store, file))
+
+
+def test_a_node_whose_fields_disagree(
+    driver: Open, other: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive with a right hash and a node that is none."""
+    engine = driver()
+    engine.save(prompt())
+    encoded = "kvshare_store.maintenance.moving.encode_node"
+    wrong = {b"exact_rows": b"exact_row5", prompt().tobytes(): prompt(3).tobytes()}
+    for old, new in wrong.items():
+        monkeypatch.setattr(
+            encoded, lambda node, old=old, new=new: encode_node(node).replace(old, new)
+        )
+        exported(engine, tmp_path / "a.kv")
+        with other() as store:
+            assert isinstance(refused(store, tmp_path / "a.kv"), CorruptBlockError)
+
+
+def test_an_encrypted_store_is_exported_only_when_that_is_said(
+    driver: Open, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    engine = driver(encryption_key=f"file:{key}")
+    engine.save(prompt())
+    with pytest.raises(ConfigError, match="--plain"):
+        exported(engine, tmp_path / "a.kv")
+    assert not (tmp_path / "a.kv").exists()
+    assert exported(engine, tmp_path / "a.kv", plain=True).nodes == 1
+
+
+def test_a_file_that_cannot_be_written(driver: Open, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written"):
+        exported(driver(), tmp_path / "no" / "a.kv")
