@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from typer.completion import completion_init, get_completion_script
+from typer import completion as shells
 
 VARIABLE = "_KVSHARE_COMPLETE"
 """The shell sets it when it asks."""
@@ -30,10 +30,13 @@ def command(shell: ShellArgument) -> None:
     For bash: `eval "$(kvshare completion bash)"` in ~/.bashrc; zsh the same in ~/.zshrc; fish:
     `kvshare completion fish > ~/.config/fish/completions/kvshare.fish`.
     """
-    typer.echo(get_completion_script(prog_name="kvshare", complete_var=VARIABLE, shell=shell.value))
+    script = shells.get_completion_script(  # type: ignore[attr-defined] - public, and not exported
+        prog_name="kvshare", complete_var=VARIABLE, shell=shell.value
+    )
+    typer.echo(script)
 
 
 def prepare() -> None:
     """Answer the shell's questions, if it is the shell that asks."""
     if VARIABLE in os.environ:
-        completion_init()
+        shells.completion_init()  # type: ignore[attr-defined]
