@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -21,12 +21,14 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.save.answers import Answers, rows_of, sizes_of
 from kvshare_store.save.provenance import check_provenance
 from kvshare_store.save.staging import (
     Reuse,
     RowSource,
     Save,
     Staged,
+    check_extends,
     check_reuse,
     exact_rows,
     fresh_segments,
@@ -48,32 +50,52 @@ class Saving:
         self._pool = nodes.blocks.pool
         self._plans = plans
         self._metrics = metrics
+        self._answers = Answers(nodes)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
 
-    def stage(self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str) -> Staged:
+    def stage(
+        self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
+    ) -> Staged:
         """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
 
         A client (`owner`) saves one prompt at a time: what it began before and never ended is
-        abandoned here.
+        abandoned here. `extends`: see `Store.stage`.
         """
         if owner:
             self.reap({owner})
         try:
-            check_reuse(reuse, len(request))
-            reuse = of_used_blocks(reuse)
-            block_bytes = self._verified(reuse, request, namespace)
-            staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
-            row_bytes = namespace.layout.row_bytes
-            self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
+            save = self._checked(request, namespace, reuse, owner, extends)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
+        return self._kept(save) if save is not None else Staged(known=True)
+
+    def _checked(
+        self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
+    ) -> Save | None:
+        """What is to be saved. None if the nodes that could vouch for its rows are gone."""
+        check_reuse(reuse, len(request))
+        check_extends(extends, len(request))
+        base = None
+        block_bytes: tuple[int, ...] | None
+        if extends and not reuse.spans:
+            base = self._answers.base(namespace.digest, request[:extends], reuse.generation)
+            if base is None:
+                return None
+            reuse = rows_of(base, extends)
+            block_bytes = self._block_bytes(reuse, sizes_of(base))
+        else:
+            reuse = of_used_blocks(reuse)
+            block_bytes = self._verified(reuse, request, namespace)
         if block_bytes is None:
             self._metrics.error(MissingBlockError.kind)
-            return Staged(known=True)
-        return self._kept(Save(namespace, request, reuse, block_bytes, staged, owner))
+            return None
+        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+        row_bytes = namespace.layout.row_bytes
+        self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
+        return Save(namespace, request, reuse, block_bytes, staged, owner, extends, base)
 
     def _verified(
         self, reuse: Reuse, request: Tokens, namespace: Namespace
@@ -91,23 +113,28 @@ class Saving:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
             return None
+        return self._block_bytes(reuse, sizes)
+
+    def _block_bytes(self, reuse: Reuse, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks)
 
     def _donors(self, node_id: str) -> list[Node]:
         """The nodes of an id that a client may have been planned: those that open plans hold, and
-        the one that is here."""
-        here = self._nodes.tree.get(node_id)
+        the one that is here or has taken its place."""
+        here = self._answers.now(node_id)
         found = [node for node in self._plans.donors(node_id) if node is not here]
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, digest = self._nodes.tree, save.namespace.digest
-        name, exact = _node_id(save), node_id(digest, save.tokens, True)
+        tree, digest, name = self._nodes.tree, save.namespace.digest, _node_id(save)
+        exact = self._answers.base(digest, save.tokens, 0)
         with self._nodes.lock:
-            known = name in tree or exact in tree or name in self._saving
+            here = exact or self._answers.now(name)
+            known = here is not None or name in self._saving
             closed = digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
-                tree.touch(exact if exact in tree else name)
+                if here is not None:
+                    tree.touch(here.id)
                 return Staged(known=True)
             self._saving.add(name)
             self._saves[save.staged.id] = save
@@ -189,7 +216,7 @@ class Saving:
         segments.sort(key=lambda segment: segment.start)
         blocks = (*reuse.blocks, *fresh)
         check_segments(segments, length, len(blocks))
-        parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
+        parent = self._parent(save)
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
         return Node(
@@ -206,6 +233,11 @@ class Saving:
             stamp=new_stamp(),
         )
 
+    def _parent(self, save: Save) -> Node | None:
+        if save.base is not None:
+            return self._answers.parent(save.base, save.tokens)
+        return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
+
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Under the lock: the last moment at which a shared block could be missing."""
         for name in save.reuse.blocks:
@@ -220,6 +252,11 @@ class Saving:
         self._nodes.add(node, vectors)
         if node.exact:
             self._nodes.remove([node_id(node.namespace, save.tokens, False)])
+        if save.base is not None:
+            self._answers.replace(save.base, node)
+        if save.extends:
+            self._metrics.add("answers_stored")
+            self._metrics.add("tokens_answers_stored", node.length - save.extends)
         self._metrics.add("bytes_stored", nbytes)
 
 
