@@ -6,9 +6,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import blake3
+import msgspec
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
-from kvshare_connectors.vllm.requests import RequestState
+from kvshare_connectors.vllm.requests import Kept, RequestState
+from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
@@ -17,6 +20,7 @@ from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 _IN_FLIGHT = 2
 """Steps that vLLM may schedule before it learns which loads of the first one failed."""
@@ -84,8 +88,12 @@ class Orders:
 
     def _wanted(self, state: RequestState) -> bool:
         """Whether to store the rows of its prompt, which this step completes."""
-        unwanted = state.declined or state.request.num_preemptions > state.restarts
-        if state.saved or unwanted or state.length < self._config.min_prompt_tokens:
+        short = state.length < self._config.min_prompt_tokens
+        return not state.saved and not short and self._sure(state)
+
+    def _sure(self, state: RequestState) -> bool:
+        """Whether its rows are known to be what the store would take them for."""
+        if state.declined or state.request.num_preemptions > state.restarts:
             return False
         adapter = self._adapters.of(state.request.lora_request)
         # if its files have changed since, the rows may come from either version
@@ -97,16 +105,60 @@ class Orders:
         exact = [span for span in state.stored.spans if span.exact] if state.stored else []
         spans = [*exact, *edited]  # the exact prefix comes first
         fresh = gaps(spans, 0, state.length)
+        reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
         if not edited and sum(run.length for run in fresh) <= 1:
+            state.kept = Kept(reuse)
             return  # the very prompt is stored
         blocks = output.kv_connector_block_state
         if blocks is not None:
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
-            reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
+            form = _form(tokens, reuse) if edited else b""
+            state.kept = Kept(Reuse(generation=reuse.generation), form)
+            ids = list(block_ids)
             step.saves.append(
-                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
+                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, ids, form=form)
             )
+
+    # --- answers -----------------------------------------------------------------------------
+
+    def answer(self, state: RequestState, block_ids: Sequence[int]) -> None:
+        """Order the rows of the tokens that an ended request has generated to be stored.
+
+        `block_ids`: its paged blocks, free from now on. A step that is in flight writes none of the
+        rows that count here, and the next one copies them first.
+        """
+        kept = state.kept if self._config.store_answers else None
+        if kept is None or not self._sure(state):
+            return
+        rows, spans = self._rows(state.request, block_ids), kept.reuse.spans
+        if rows <= state.length:
+            return
+        spec = SaveSpec(
+            state.id,
+            state.namespace,
+            as_tokens(state.request.all_token_ids[:rows]).tobytes(),
+            kept.reuse,
+            gaps(spans, 0 if spans else state.length, rows),
+            list(block_ids),
+            extends=state.length,
+            form=kept.form,
+        )
+        self._step.answers.append(spec)
+
+    def _rows(self, request: Request, block_ids: Sequence[int]) -> int:
+        """How many tokens of an ended request have rows, or 0 if some of these are missing.
+
+        The last token has none. What steps in flight compute does not count.
+        """
+        rows = int(request.num_tokens) - 1
+        computed = request.num_computed_tokens - request.num_in_flight_tokens
+        missing = rows > min(computed, len(block_ids) * self._block)
+        return 0 if missing or request.status == RequestStatus.FINISHED_ERROR else rows
+
+    def forget_answers(self) -> None:
+        """Store none that the next step would: what their blocks hold may be gone or stale."""
+        self._step.answers.clear()
 
     # --- steps in flight ---------------------------------------------------------------------
 
@@ -126,6 +178,11 @@ class Orders:
         self._step.handled |= invalid
         ended = (ids for step in self._ended for ids in step)
         return invalid.union(block for ids in ended for block in from_first(ids, invalid))
+
+
+def _form(tokens: bytes, reuse: Reuse) -> bytes:
+    """The same for prompts of the same tokens whose rows come from the same places."""
+    return blake3.blake3(msgspec.msgpack.encode((tokens, reuse))).digest()
 
 
 def from_first(block_ids: Sequence[int], invalid: set[int]) -> Sequence[int]:

@@ -12,6 +12,7 @@ from kvshare_connectors.vllm.settings import PREFIX
 from kvshare_store.config import policy_names
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan, Run, Span
+from kvshare_store.save.staging import Reuse
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -64,6 +65,14 @@ class Promise(NamedTuple):
         return self.spans[-1].stop - self.local if self.spans else 0
 
 
+class Kept(NamedTuple):
+    """How the store has a request's prompt, or will have it: what its answer is saved with."""
+
+    reuse: Reuse
+    form: bytes = b""
+    """As `SaveSpec.form`."""
+
+
 @dataclass
 class RequestState:
     """What the connector knows about one request between its arrival and its end."""
@@ -107,6 +116,8 @@ class RequestState:
     parked: bool = False
     saved: bool = False
     """Its prompt is stored, or must not be."""
+    kept: Kept | None = None
+    """None while its answer must not be stored."""
     restarts: int = 0
     """How often it was preempted because rows that it held did not load."""
 
@@ -146,7 +157,7 @@ class RequestState:
 
     def start_over(self, reason: str = "") -> None:
         """Forget the plan and what was loaded: the engine computes the whole prompt."""
-        self.plan, self.stored, self.saved = None, None, False
+        self.plan, self.stored, self.saved, self.kept = None, None, False, None
         self.loaded, self.runs = [], []
         self.promise = Promise(0, [])
         self.reason = reason

@@ -48,7 +48,12 @@ class Worker:
         self._watch = stopwatch(cache.device)
 
     def step_begins(self, step: KVShareMetadata) -> None:
-        """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
+        """Copy the answers of requests that have ended: other requests may own their blocks from
+        this step on. Then start the clock for the prefill rate, and drop failures that the
+        scheduler has handled.
+        """
+        for spec in step.answers:
+            self._save(spec)
         self._wrong_blocks -= step.handled
         self._watch = stopwatch(self._cache.device)
 
@@ -114,13 +119,16 @@ class Worker:
             seconds, tokens, model = self._watch.stop(), step.prefilled, step.model
             self.saver.tell(lambda: protocol.Observe(tokens, seconds(), model))
         for spec in step.saves:
-            # store neither rows of a failed load nor what was computed from them
-            if self._wrong_blocks.isdisjoint(spec.block_ids):
-                self._save(spec)
+            self._save(spec)
         self._fill_resident()
 
     def _save(self, spec: SaveSpec) -> None:
-        """Copy a prompt's rows. A failure loses the prompt for the store, not its answer."""
+        """Copy rows to be stored, unless they are of a failed load or were computed from such.
+
+        A failure loses them for the store, not the request its answer.
+        """
+        if not self._wrong_blocks.isdisjoint(spec.block_ids):
+            return
         try:
             self.saver.store(self._snapshot(spec))
         except Exception as error:  # noqa: BLE001 - see above
