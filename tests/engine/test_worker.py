@@ -292,3 +292,87 @@ def test_the_saver_commits_the_fresh_rows_block_by_block(monkeypatch: pytest.Mon
     parts = torch.split(cache.read(slots), [32, 8], dim=2)
     assert Daemon.committed == [part.contiguous().numpy().tobytes() for part in parts]
     assert Daemon.told == [protocol.Failed("before"), protocol.Failed("after")]
+
+
+class OldDaemon(Daemon):
+    """Of the release before: it does not know of answers and wants every row."""
+
+    abandoned: list[str]
+
+    def abandon(self, staged: str) -> None:
+        OldDaemon.abandoned.append(staged)
+
+
+def saved_with(daemon: type, specs: list[SaveSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker sends of these."""
+    monkeypatch.setattr(saver, "Client", daemon)
+    cache = PagedCache(
+        [SimpleNamespace(kv_cache=torch.zeros(BLOCKS, 2, TOKENS, 16))], LogicalFormat()
+    )
+    one = worker.Worker(StoreConfig(), cache, rope=None)
+    for spec in specs:
+        one.after_forward(KVShareMetadata(saves=[spec]))
+    one.close()
+
+
+def test_an_older_daemon_stores_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    OldDaemon.committed, OldDaemon.abandoned = [], []
+    answer = save_of("a", [3, 1, 5])
+    answer.extends, answer.fresh = 30, [Run(30, 40)]
+    saved_with(OldDaemon, [answer], monkeypatch)
+    assert OldDaemon.abandoned == ["save"]
+    assert OldDaemon.committed == []
+
+
+class Choosy(Daemon):
+    """Knows the prompts of some requests already."""
+
+    known: bool
+    staged: list[int]
+
+    def stage_bytes(self, tokens: bytes, namespace: Any, reuse: Any, extends: int = 0) -> Staged:
+        Choosy.staged.append(extends)
+        return Staged(known=True) if Choosy.known else super().stage_bytes()
+
+    def commit(self, staged: Staged, blocks: Iterable[memoryview]) -> str:
+        super().commit(staged, blocks)
+        return "node"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_answer_is_not_sent_whose_edited_prompt_was_stored_by_another(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Its rows were computed from others than the store has of these tokens."""
+    Choosy.committed, Choosy.staged, Choosy.known = [], [], known
+    edited, answer, other = (save_of(name, [3, 1, 5]) for name in ("a", "b", "c"))
+    for spec in (edited, answer, other):
+        spec.fresh, spec.form = [Run(0, 40)], b"form"
+    answer.extends = other.extends = 30
+    other.form = b"another form"
+    saved_with(Choosy, [edited, answer, other], monkeypatch)
+    assert Choosy.staged == ([0] if known else [0, 30])
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_answers_are_copied_before_the_step_writes_anything(one: worker.Worker) -> None:
+    """Their blocks may belong to others in the same step."""
+    rows = []
+    one._load = lambda spec: rows.append(len(told(one).stored)) or 0  # type: ignore[method-assign]
+    step = KVShareMetadata(answers=[save_of("a", [1, 2])], loads=[load_of("b", [1, 2])])
+    one.step_begins(step)
+    assert told(one).stored == ["a"]
+    one.load(step)
+    assert rows == [1]
+    one.after_forward(step)
+    assert told(one).stored == ["a"]
+
+
+def test_an_answer_in_blocks_whose_load_failed_is_not_stored(one: worker.Worker) -> None:
+    one._load = raising(LeaseError("gone"))  # type: ignore[method-assign]
+    one.load(KVShareMetadata(loads=[load_of("a", [1, 2, 3])]))
+    answers = [save_of("a", [1, 2, 3]), save_of("b", [4, 5])]
+    one.step_begins(KVShareMetadata(answers=answers, handled={2, 3}))
+    assert told(one).stored == ["b"]
