@@ -186,9 +186,9 @@ class Store:
     ) -> Staged:
         """Which rows of this prompt are not stored yet: `Staged.fresh`.
 
-        `extends`: the first so many tokens are a prompt that is stored, computed with `reuse`, and
-        the others its answer. If `reuse` has no spans the rows of that prompt are its node's, and
-        the longer node takes the place of that one; `known` if there is no such node.
+        `extends`: the first so many tokens are a prompt that is stored, and the others its answer.
+        The rows of that prompt are taken from its node, whose place the longer one takes; `reuse`
+        says only of which generation and contexts they are. `known` if there is no such node.
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
@@ -309,9 +309,9 @@ class Store:
         """
         metrics = self.metrics
         names = (
-            "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
-            "tokens_reused_exact", "tokens_reused_edited", "tokens_recomputed",
-            "tokens_engine_cached", "bytes_loaded", "bytes_stored",
+            "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
+            "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
+            "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
             "answers_stored", "tokens_answers_stored",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}

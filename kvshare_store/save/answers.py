@@ -14,8 +14,8 @@ import numpy as np
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, segments_between
-from kvshare_store.plan import Span, clip_spans
-from kvshare_store.save.staging import Reuse, of_used_blocks
+from kvshare_store.plan import Context, Span, clip_spans
+from kvshare_store.save.staging import Reuse, Save, of_used_blocks
 
 _REMEMBERED = 4096
 """Nodes that longer ones replaced: whoever was planned one of them saves within seconds."""
@@ -36,51 +36,62 @@ class Answers:
                 node = self._longer[node]
             return self._nodes.tree.get(node)
 
-    def base(self, namespace: str, prompt: Tokens, generation: int) -> Node | None:
-        """A node that begins with the rows of a prompt of this generation.
+    def base(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Node | None:
+        """A node that begins with the rows of a prompt, computed with `reuse`.
 
-        Exact rows may be any node's. Those of an edited prompt are its own node's: another edit of
-        the same tokens has other rows.
+        Its generation and contexts say which rows these are; its donors, where to look first.
         """
-        same = self.now(node_id(namespace, prompt, generation == 0))
-        if generation:
-            found = same is not None and same.generation == generation
-            return same if found and same is not None and _begins(same, prompt) else None
-        nodes = self._sharing(namespace, prompt) if same is None else [same]
-        held = (node for node in nodes if node.exact_rows >= len(prompt) and _begins(node, prompt))
-        return next(held, None)
+        return next(
+            (
+                node
+                for node in self._nominated(namespace, prompt, reuse)
+                if _is_prefix(prompt, node.tokens) and _has_rows(node, len(prompt), reuse)
+            ),
+            None,
+        )
 
-    def _sharing(self, namespace: str, prompt: Tokens) -> Iterator[Node]:
-        """Nodes that share the longest part of the prompt."""
+    def _nominated(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Iterator[Node]:
+        exact = reuse.generation == 0
+        for node_name in (*reuse.donors, node_id(namespace, prompt, exact)):
+            node = self.now(node_name)
+            if node is not None and node.namespace == namespace:
+                yield node
         index = self._nodes.state.index(namespace)
         if index is None:
             return
         hashes = index.chain.hashes(prompt)
         with self._nodes.lock:
-            found = [self._nodes.tree.get(node) for node in index.chain.nominate(hashes)]
+            chains = (index.chain,) if exact else tuple(index.edited.values())
+            names = [name for chain in chains for name in chain.nominate(hashes)]
+            found = [self._nodes.tree.get(name) for name in names]
         yield from (node for node in found if node is not None)
 
-    def parent(self, base: Node, tokens: Tokens) -> Node | None:
-        """What the node of an answer hangs from: the base, or what that hangs from."""
+    def parent(self, save: Save) -> Node | None:
+        """What the node of an answer hangs from: its base, or what that hangs from."""
+        base = save.base
         with self._nodes.lock:
-            if not self._replaceable(base, tokens):
-                return base
-            return self.now(base.parent) if base.parent is not None else None
+            if base is not None and self._replaceable(base, save):
+                return self.now(base.parent) if base.parent is not None else None
+            return base
 
-    def replace(self, base: Node, longer: Node) -> None:
-        """The longer node is in the tree: its base goes, unless somebody needs it as it is."""
+    def stored(self, save: Save, node: str) -> None:
+        """The node of an answer is in the tree: its base goes, unless somebody needs that."""
+        base = save.base
         with self._nodes.lock:
-            if longer.id in self._nodes.tree and self._replaceable(base, longer.tokens):
-                self._longer[base.id] = longer.id
-                if len(self._longer) > _REMEMBERED:
-                    del self._longer[next(iter(self._longer))]
-                self._nodes.remove([base.id])
+            if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
+                return
+            self._longer[base.id] = node
+            if len(self._longer) > _REMEMBERED:
+                del self._longer[next(iter(self._longer))]
+            self._nodes.remove([base.id])
 
-    def _replaceable(self, base: Node, tokens: Tokens) -> bool:
-        """Whether nobody misses the base once a node of these tokens is there."""
+    def _replaceable(self, base: Node, save: Save) -> bool:
+        """Whether all of the base is in the answer's node, and nobody needs the base as it is."""
         here = self._nodes.tree.get(base.id)
         wanted = here is None or here.pinned or bool(self._nodes.tree.children(base.id))
-        return not wanted and base.length < len(tokens) and _is_prefix(base.tokens, tokens)
+        same = base.generation == save.reuse.generation and base.contexts == save.reuse.contexts
+        longer = base.length < len(save.tokens) and _is_prefix(base.tokens, save.tokens)
+        return same and longer and not wanted
 
 
 def rows_of(base: Node, length: int) -> Reuse:
@@ -88,26 +99,37 @@ def rows_of(base: Node, length: int) -> Reuse:
     exact = min(base.exact_rows, length)
     segments = segments_between(base, 0, length)
     spans = (
-        *_marked(clip_spans(segments, 0, exact), exact=True),
-        *_marked(clip_spans(segments, exact, length), exact=False),
+        *_marked(clip_spans(segments, 0, exact), exact=True, continued=False),
+        *_marked(clip_spans(segments, exact, length), exact=False, continued=True),
     )
-    generation = base.generation if exact < length else 0
-    reuse = Reuse(spans, tuple(base.blocks), (base.id,), generation, (base.stamp,))
-    return of_used_blocks(reuse)
+    return of_used_blocks(
+        Reuse(
+            spans,
+            tuple(base.blocks),
+            (base.id,),
+            base.generation if exact < length else 0,
+            (base.stamp,),
+            base.policy,
+            _contexts(base.contexts, length),
+        )
+    )
 
 
-def sizes_of(node: Node) -> dict[str, int]:
-    """Bytes of a node's blocks, by name, as far as it knows them: one of an older release does
-    not."""
-    return dict(zip(node.blocks, node.block_bytes, strict=False))
+def _marked(spans: Iterable[Span], *, exact: bool, continued: bool) -> Iterator[Span]:
+    return (msgspec.structs.replace(span, exact=exact, continued=continued) for span in spans)
 
 
-def _marked(spans: Iterable[Span], *, exact: bool) -> Iterator[Span]:
-    return (msgspec.structs.replace(span, exact=exact) for span in spans)
+def _contexts(contexts: Iterable[Context], length: int) -> tuple[Context, ...]:
+    """Those of the first rows."""
+    return tuple(context for context in contexts if context.start < length)
 
 
-def _begins(node: Node, prompt: Tokens) -> bool:
-    return _is_prefix(prompt, node.tokens)
+def _has_rows(node: Node, length: int, reuse: Reuse) -> bool:
+    """Whether the first rows of a node, whose tokens agree, are those that `reuse` leads to."""
+    if reuse.generation == 0:
+        return node.exact_rows >= length
+    same = _contexts(node.contexts, length) == reuse.contexts
+    return same and bool(reuse.contexts) and node.generation == reuse.generation
 
 
 def _is_prefix(short: Tokens, long: Tokens) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -21,8 +21,9 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.save.answers import Answers, rows_of, sizes_of
-from kvshare_store.save.provenance import check_provenance
+from kvshare_store.plan import contexts_of
+from kvshare_store.save.answers import Answers, rows_of
+from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
     RowSource,
@@ -75,48 +76,40 @@ class Saving:
     def _checked(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
     ) -> Save | None:
-        """What is to be saved. None if the nodes that could vouch for its rows are gone."""
+        """What is to be saved; None if the rows that it builds on are not here as it says."""
         check_reuse(reuse, len(request))
-        check_extends(extends, len(request))
-        base = None
-        block_bytes: tuple[int, ...] | None
-        if extends and not reuse.spans:
-            base = self._answers.base(namespace.digest, request[:extends], reuse.generation)
-            if base is None:
-                return None
-            reuse = rows_of(base, extends)
-            block_bytes = self._block_bytes(reuse, sizes_of(base))
-        else:
+        check_extends(extends, reuse, len(request))
+        if len(reuse.donors) > self._config.max_donors + 1:
+            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
+        base, verified = None, None
+        if not extends:
             reuse = of_used_blocks(reuse)
-            block_bytes = self._verified(reuse, request, namespace)
-        if block_bytes is None:
+            verified = self._verified(reuse, request, namespace)
+        elif base := self._answers.base(namespace.digest, request[:extends], reuse):
+            reuse = rows_of(base, extends)
+            verified = check_provenance(reuse, request, namespace.digest, [base])
+        if verified is None:
             self._metrics.error(MissingBlockError.kind)
             return None
         staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
         row_bytes = namespace.layout.row_bytes
         self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
-        return Save(namespace, request, reuse, block_bytes, staged, owner, extends, base)
+        sizes = tuple(
+            verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
+        )
+        return Save(namespace, request, reuse, sizes, verified.policy, staged, owner, extends, base)
 
-    def _verified(
-        self, reuse: Reuse, request: Tokens, namespace: Namespace
-    ) -> tuple[int, ...] | None:
-        """Bytes of each block of `reuse`; None if a node that could vouch for it is gone, or has
-        another form since."""
-        if len(reuse.donors) > self._config.max_donors + 1:
-            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
+    def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
+        """What the donors vouch for; None if one that could is gone, or has another form since."""
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
         donors = [node for nodes in named for node in nodes]
         try:
-            sizes = check_provenance(reuse, request, namespace.digest, donors)
+            return check_provenance(reuse, request, namespace.digest, donors)
         except PlanError:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
             return None
-        return self._block_bytes(reuse, sizes)
-
-    def _block_bytes(self, reuse: Reuse, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks)
 
     def _donors(self, node_id: str) -> list[Node]:
         """The nodes of an id that a client may have been planned: those that open plans hold, and
@@ -127,7 +120,7 @@ class Saving:
 
     def _kept(self, save: Save) -> Staged:
         tree, digest, name = self._nodes.tree, save.namespace.digest, _node_id(save)
-        exact = self._answers.base(digest, save.tokens, 0)
+        exact = self._answers.base(digest, save.tokens, Reuse())
         with self._nodes.lock:
             here = exact or self._answers.now(name)
             known = here is not None or name in self._saving
@@ -219,6 +212,7 @@ class Saving:
         parent = self._parent(save)
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
+        exact = exact_rows(reuse.spans, length)
         return Node(
             id=_node_id(save),
             namespace=save.namespace.digest,
@@ -228,14 +222,16 @@ class Saving:
             segments=tuple(segments),
             blocks=blocks,
             block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact_rows(reuse.spans, length),
+            exact_rows=exact,
             generation=reuse.generation,
+            policy=save.policy,
+            contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
             stamp=new_stamp(),
         )
 
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
-            return self._answers.parent(save.base, save.tokens)
+            return self._answers.parent(save)
         return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
@@ -252,8 +248,7 @@ class Saving:
         self._nodes.add(node, vectors)
         if node.exact:
             self._nodes.remove([node_id(node.namespace, save.tokens, False)])
-        if save.base is not None:
-            self._answers.replace(save.base, node)
+        self._answers.stored(save, node.id)
         if save.extends:
             self._metrics.add("answers_stored")
             self._metrics.add("tokens_answers_stored", node.length - save.extends)

@@ -9,8 +9,8 @@ import pytest
 
 from kvshare_store.errors import PlanError
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Span
-from kvshare_store.save.staging import Buffer, Reuse, Staged, packed, reuse_of
+from kvshare_store.plan import Context, Span
+from kvshare_store.save.staging import Buffer, Reuse, Staged, packed
 from tests.support.oracle import Driver, pick, positions_of, prompt
 
 Open = Callable[..., Driver]
@@ -30,27 +30,25 @@ def engine(driver: Open) -> Driver:
     return driver()
 
 
+EXACT = Reuse()
+
+
 def stage(
-    engine: Driver, told: Sequence[int], answer: Sequence[int], generation: int = 0
+    engine: Driver, told: Sequence[int], answer: Sequence[int], reuse: Reuse = EXACT
 ) -> Staged:
-    return engine.store.stage(
-        [*told, *answer],
-        engine.namespace,
-        Reuse(generation=generation),
-        extends=len(told),
-    )
+    return engine.store.stage([*told, *answer], engine.namespace, reuse, extends=len(told))
 
 
 def save(
-    engine: Driver, told: Sequence[int], answer: Sequence[int], generation: int = 0, exact: int = -1
+    engine: Driver, told: Sequence[int], answer: Sequence[int], reuse: Reuse = EXACT
 ) -> str | None:
     """Save an answer to a prompt; the node's id, or None if it is not wanted."""
-    staged = stage(engine, told, answer, generation)
+    staged = stage(engine, told, answer, reuse)
     if staged.known:
         return None
     tokens, fresh = [*told, *answer], positions_of(staged.fresh)
     assert fresh == list(range(len(told), len(tokens)))
-    exact = len(tokens) if exact < 0 else exact
+    exact = reuse.contexts[0].start if reuse.contexts else len(tokens)
     rows = engine.book.computed(tokens, exact, "answer")
     engine.book.write(tokens, rows, fresh, exact)
     blocks = packed(pick(rows, fresh), staged.sizes, engine.namespace.layout)
@@ -132,39 +130,50 @@ def test_the_answer_to_an_edited_prompt_has_its_provenance(engine: Driver) -> No
     engine.save(PROMPT)
     follower = changed(PROMPT)
     plan = engine.serve(follower)
-    assert plan.generation == 1
     engine.save(follower, plan)
-    before = node(engine, follower, exact=False)
+    before, parent = node(engine, follower, exact=False), node(engine, PROMPT)
     assert before is not None
-    assert stage(engine, follower, ANSWER).known, "none is exact"
-    assert stage(engine, follower, ANSWER, 2).known, "none is of that generation"
-    assert save(engine, follower, ANSWER, 1, exact=before.exact_rows)
+    assert parent is not None
+    reuse = Reuse(generation=1, contexts=before.contexts)
+    assert save(engine, follower, ANSWER, reuse)
     grown = node(engine, [*follower, *ANSWER], exact=False)
     assert grown is not None
     assert node(engine, follower, exact=False) is None
-    assert (grown.generation, grown.exact_rows) == (1, before.exact_rows)
-    parent = node(engine, PROMPT)
-    assert parent is not None
-    assert grown.parent == parent.id
-    assert save(engine, follower, OTHER, 1, exact=before.exact_rows), "its sibling"
+    for field in ("generation", "exact_rows", "contexts", "policy"):
+        assert getattr(grown, field) == getattr(before, field)
+    assert (grown.generation, grown.policy, grown.parent) == (1, "aggressive", parent.id)
+    assert save(engine, follower, OTHER, reuse), "its sibling"
+    turn = engine.serve([*follower, *ANSWER, 7])
+    assert (turn.generation, turn.continued) == (1, len(follower) + len(ANSWER))
 
 
-def test_an_answer_whose_prompt_a_plan_covers_names_its_rows(engine: Driver) -> None:
-    """The prompt was stored, as the beginning of another, and was not saved again."""
-    engine.save([*PROMPT, *OTHER])
-    plan = engine.serve(PROMPT)
-    assert plan.exact == 39
-    tokens = [*PROMPT, *ANSWER]
-    staged = engine.store.stage(tokens, engine.namespace, reuse_of(plan), extends=40)
-    fresh = positions_of(staged.fresh)
-    assert fresh == list(range(39, 50))
-    rows = engine.book.computed(tokens, 50, "")
-    blocks = packed(pick(rows, fresh), staged.sizes, engine.namespace.layout)
-    engine.book.write(tokens, rows, fresh, 50)
-    assert engine.store.commit(staged.id, Buffer(blocks))
-    assert engine.serve([*tokens, 7]).exact == 50
-    assert engine.store.stats()["tokens_answers_stored"] == 10
-    assert len(engine.store.tree) == 2
+def test_an_answer_to_other_rows_of_the_same_tokens_is_not_stored(engine: Driver) -> None:
+    engine.save(PROMPT)
+    follower = changed(PROMPT)
+    engine.save(follower, engine.serve(follower))
+    before = node(engine, follower, exact=False)
+    assert before is not None
+    (context,) = before.contexts
+    for generation, contexts in (
+        (0, ()), (1, ()), (2, (context,)), (1, (Context(context.start, bytes(16)),)),
+        (1, (Context(context.start + 1, context.digest),)), (1, (context, context)),
+    ):  # fmt: skip
+        assert stage(
+            engine, follower, ANSWER, Reuse(generation=generation, contexts=contexts)
+        ).known
+    assert stage(engine, follower, ANSWER, Reuse(generation=1, contexts=(context,))).id
+
+
+def test_a_prompt_may_be_the_beginning_of_another_node(engine: Driver) -> None:
+    """It was not saved again, since a plan covers it. Which node that was from, donors say."""
+    told = prompt(5, 150)
+    engine.save([*told, *OTHER])
+    for _ in range(9):
+        engine.save([*told, *prompt(6 + _, 9)])
+    plan = engine.serve(told)
+    reuse = Reuse(donors=plan.donors)
+    assert save(engine, told[:-1], [told[-1], *ANSWER], reuse)
+    assert engine.serve([*told, *ANSWER, 7]).exact == 160
 
 
 def test_whoever_was_planned_the_prompt_can_still_build_on_it(engine: Driver) -> None:
@@ -238,12 +247,13 @@ def test_an_answer_is_longer_than_its_prompt(engine: Driver, extends: int) -> No
 @pytest.mark.parametrize(
     "reuse",
     [
-        Reuse((Span(0, 90, 0, 0, 0, True),), ("ab" * 32,), ("n",)),
-        Reuse((Span(0, 30, 4, 0, 0, True),), ("ab" * 32,), ("n",)),
+        Reuse((Span(0, 30, 0, 0, 0, True),), ("ab" * 32,), ("n",)),
         Reuse(generation=-1),
         Reuse(generation=1 << 20),
+        Reuse(generation=1, contexts=(Context(60, bytes(16)),)),
+        Reuse(donors=("n",) * 99),
     ],
-    ids=["too long", "moved and exact", "no generation", "too many generations"],
+    ids=["rows", "no generation", "too many generations", "contexts behind it", "donors"],
 )
 def test_an_answer_is_checked_as_a_prompt_is(engine: Driver, reuse: Reuse) -> None:
     engine.save(PROMPT)
@@ -251,17 +261,10 @@ def test_an_answer_is_checked_as_a_prompt_is(engine: Driver, reuse: Reuse) -> No
         engine.store.stage([*PROMPT, *ANSWER], engine.namespace, reuse, extends=40)
 
 
-def test_rows_that_nobody_vouches_for_are_not_wanted(engine: Driver) -> None:
-    engine.save(PROMPT)
-    reuse = Reuse((Span(0, 30, 0, 0, 0, True),), ("ab" * 32,), ("n",))
-    assert engine.store.stage([*PROMPT, *ANSWER], engine.namespace, reuse, extends=40).known
-
-
-def test_names_and_donors_without_rows_change_nothing(engine: Driver) -> None:
-    """Where the rows of a prompt are is never what a client says of it."""
-    engine.save(PROMPT)
-    engine.save(OTHER + PROMPT)
-    lie = Reuse(blocks=("ab" * 32,), donors=("n",), stamps=(7,))
-    staged = engine.store.stage([*PROMPT, *ANSWER], engine.namespace, lie, extends=40)
-    assert positions_of(staged.fresh) == list(range(40, 50))
-    engine.store.abandon(staged.id)
+def test_donors_of_others_are_no_prompts_of_mine(engine: Driver) -> None:
+    """Not of another tenant, and not of other tokens."""
+    theirs = engine.namespace.for_tenant("other")
+    one = Driver(engine.store, theirs, engine.book)
+    names = (one.save(PROMPT), engine.save([1, *PROMPT]))
+    reuse = Reuse(donors=(*map(str, names), "nobody"), stamps=(7,), blocks=("ab" * 32,))
+    assert stage(engine, PROMPT, ANSWER, reuse).known
