@@ -49,8 +49,6 @@ class SaveSpec:
     block_ids: list[int]
     extends: int = 0
     """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
-    form: bytes = b""
-    """Of an edited prompt, and of its answer: a digest of its tokens and of what was reused."""
 
 
 @dataclass

@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import blake3
-import msgspec
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.requests import Kept, RequestState
@@ -15,8 +13,8 @@ from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import ReusePlan, gaps
-from kvshare_store.save.staging import Reuse, reuse_of
+from kvshare_store.plan import ReusePlan, Run, gaps
+from kvshare_store.save.staging import Reuse, contexts_of_rows, reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -107,17 +105,15 @@ class Orders:
         fresh = gaps(spans, 0, state.length)
         reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
         if not edited and sum(run.length for run in fresh) <= 1:
-            state.kept = Kept(reuse)
+            state.kept = _kept(reuse, fresh[0].start if fresh else state.length)
             return  # the very prompt is stored
         blocks = output.kv_connector_block_state
         if blocks is not None:
+            state.kept = _kept(reuse, state.length)
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
-            form = _form(tokens, reuse) if edited else b""
-            state.kept = Kept(Reuse(generation=reuse.generation), form)
-            ids = list(block_ids)
             step.saves.append(
-                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, ids, form=form)
+                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
             )
 
     # --- answers -----------------------------------------------------------------------------
@@ -131,7 +127,7 @@ class Orders:
         kept = state.kept if self._config.store_answers else None
         if kept is None or not self._sure(state):
             return
-        rows, spans = self._rows(state.request, block_ids), kept.reuse.spans
+        rows = self._rows(state.request, block_ids)
         if rows <= state.length:
             return
         spec = SaveSpec(
@@ -139,10 +135,9 @@ class Orders:
             state.namespace,
             as_tokens(state.request.all_token_ids[:rows]).tobytes(),
             kept.reuse,
-            gaps(spans, 0 if spans else state.length, rows),
+            [Run(kept.tokens, rows)],
             list(block_ids),
-            extends=state.length,
-            form=kept.form,
+            kept.tokens,
         )
         self._step.answers.append(spec)
 
@@ -180,9 +175,11 @@ class Orders:
         return invalid.union(block for ids in ended for block in from_first(ids, invalid))
 
 
-def _form(tokens: bytes, reuse: Reuse) -> bytes:
-    """The same for prompts of the same tokens whose rows come from the same places."""
-    return blake3.blake3(msgspec.msgpack.encode((tokens, reuse))).digest()
+def _kept(reuse: Reuse, tokens: int) -> Kept:
+    """The first `tokens` rows of a prompt that was computed with `reuse`."""
+    contexts = contexts_of_rows(reuse, tokens) if reuse.generation else ()
+    provenance = Reuse(donors=reuse.donors, generation=reuse.generation, contexts=contexts)
+    return Kept(tokens, provenance)
 
 
 def from_first(block_ids: Sequence[int], invalid: set[int]) -> Sequence[int]:

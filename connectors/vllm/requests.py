@@ -66,11 +66,12 @@ class Promise(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """How the store has a request's prompt, or will have it: what its answer is saved with."""
+    """What of a request's prompt the store has, or is about to have."""
 
+    tokens: int
+    """Leading ones that have rows there."""
     reuse: Reuse
-    form: bytes = b""
-    """As `SaveSpec.form`."""
+    """Of which generation and contexts these rows are."""
 
 
 @dataclass
@@ -117,7 +118,7 @@ class RequestState:
     saved: bool = False
     """Its prompt is stored, or must not be."""
     kept: Kept | None = None
-    """None while its answer must not be stored."""
+    """What its answer is stored behind; None while it must not be stored."""
     restarts: int = 0
     """How often it was preempted because rows that it held did not load."""
 

@@ -30,9 +30,6 @@ from kvshare_store.threads import Health, Supervised
 
 log = logging.getLogger("kvshare")
 
-_FORMS = 4096
-"""Far more than requests run at once."""
-
 Message = protocol.Request | Callable[[], protocol.Request]
 """A message, or what makes it when its turn comes; that may wait for the device."""
 
@@ -56,8 +53,6 @@ class Saver:
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
         self._waiting_bytes = 0
         self._counting = threading.Lock()
-        self._forms: dict[bytes, None] = {}
-        """`SaveSpec.form` of edited prompts that were stored, the oldest first."""
         self._thread = Supervised("kvshare-saver", self._run, Health())
 
     def tell(self, message: Message) -> None:
@@ -125,19 +120,13 @@ class Saver:
 
     def _save(self, client: Client, snapshot: Snapshot) -> None:
         spec = snapshot.spec
-        if spec.extends and spec.form and spec.form not in self._forms:
-            return  # the store has another edit of the prompt, or none
         staged = client.stage_bytes(spec.tokens, spec.namespace, spec.reuse, spec.extends)
         if staged.known:
             return
         if list(staged.fresh) != spec.fresh:
-            client.abandon(staged.id)  # a daemon of the release before wants more of an answer
+            client.abandon(staged.id)  # a daemon of the release before wants all rows of an answer
             return
-        stored = client.commit(staged, self._blocks(staged, snapshot))
-        if spec.form and stored is not None:
-            self._forms[spec.form] = None
-            if len(self._forms) > _FORMS:
-                del self._forms[next(iter(self._forms))]
+        client.commit(staged, self._blocks(staged, snapshot))
 
     def _blocks(self, staged: Staged, snapshot: Snapshot) -> Iterator[memoryview]:
         """The fresh rows, unpacked block by block so that they stay in the CPU's cache."""

@@ -21,7 +21,6 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import contexts_of
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
@@ -31,6 +30,7 @@ from kvshare_store.save.staging import (
     Staged,
     check_extends,
     check_reuse,
+    contexts_of_rows,
     exact_rows,
     fresh_segments,
     new_staged,
@@ -89,7 +89,8 @@ class Saving:
             reuse = rows_of(base, extends)
             verified = check_provenance(reuse, request, namespace.digest, [base])
         if verified is None:
-            self._metrics.error(MissingBlockError.kind)
+            if not extends:
+                self._metrics.error(MissingBlockError.kind)
             return None
         staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
         row_bytes = namespace.layout.row_bytes
@@ -212,7 +213,6 @@ class Saving:
         parent = self._parent(save)
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
-        exact = exact_rows(reuse.spans, length)
         return Node(
             id=_node_id(save),
             namespace=save.namespace.digest,
@@ -222,10 +222,10 @@ class Saving:
             segments=tuple(segments),
             blocks=blocks,
             block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact,
+            exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
             policy=save.policy,
-            contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
+            contexts=contexts_of_rows(reuse, length),
             stamp=new_stamp(),
         )
 

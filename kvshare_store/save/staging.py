@@ -12,7 +12,7 @@ from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, ReusePlan, Run, Span, gaps
+from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, gaps
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_GENERATIONS = 1 << 15
@@ -178,6 +178,12 @@ def fresh_segments(fresh: Sequence[Run], sizes: Sequence[int], first_block: int)
 def exact_rows(spans: Sequence[Span], length: int) -> int:
     """Leading rows computed in their own full context: all up to the first edited span."""
     return next((span.start for span in spans if not span.exact), length)
+
+
+def contexts_of_rows(reuse: Reuse, length: int) -> tuple[Context, ...]:
+    """Behind which edited rows those of a prompt of `length` tokens are computed."""
+    exact = exact_rows(reuse.spans, length)
+    return contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact)
 
 
 def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:

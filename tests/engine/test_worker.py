@@ -324,36 +324,6 @@ def test_an_older_daemon_stores_no_answers(monkeypatch: pytest.MonkeyPatch) -> N
     assert OldDaemon.committed == []
 
 
-class Choosy(Daemon):
-    """Knows the prompts of some requests already."""
-
-    known: bool
-    staged: list[int]
-
-    def stage_bytes(self, tokens: bytes, namespace: Any, reuse: Any, extends: int = 0) -> Staged:
-        Choosy.staged.append(extends)
-        return Staged(known=True) if Choosy.known else super().stage_bytes()
-
-    def commit(self, staged: Staged, blocks: Iterable[memoryview]) -> str:
-        super().commit(staged, blocks)
-        return "node"
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_an_answer_is_not_sent_whose_edited_prompt_was_stored_by_another(
-    monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    """Its rows were computed from others than the store has of these tokens."""
-    Choosy.committed, Choosy.staged, Choosy.known = [], [], known
-    edited, answer, other = (save_of(name, [3, 1, 5]) for name in ("a", "b", "c"))
-    for spec in (edited, answer, other):
-        spec.fresh, spec.form = [Run(0, 40)], b"form"
-    answer.extends = other.extends = 30
-    other.form = b"another form"
-    saved_with(Choosy, [edited, answer, other], monkeypatch)
-    assert Choosy.staged == ([0] if known else [0, 30])
-
-
 # --- answers --------------------------------------------------------------------------------------
 
 
