@@ -47,13 +47,14 @@ class Worker:
         """Blocks whose load failed, until the scheduler has learned of it."""
         self._watch = stopwatch(cache.device)
 
-    def step_begins(self, step: KVShareMetadata) -> None:
-        """Copy the answers of requests that have ended: other requests may own their blocks from
-        this step on. Then start the clock for the prefill rate, and drop failures that the
-        scheduler has handled.
-        """
+    def save_answers(self, step: KVShareMetadata) -> None:
+        """Copy the answers of requests that have ended, before anything is written in this step:
+        other requests may own their blocks from now on."""
         for spec in step.answers:
             self._save(spec)
+
+    def step_begins(self, step: KVShareMetadata) -> None:
+        """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
         self._wrong_blocks -= step.handled
         self._watch = stopwatch(self._cache.device)
 

@@ -135,15 +135,15 @@ def test_a_request_that_is_aborted_before_its_prompt_is_computed(
 def serve_heir(engine: Engine, prompt: list[int], heir: list[int]) -> tuple[list[int], int]:
     """A request whose blocks another one waits for. Its answer, and how many tokens the step
     computes that stores it."""
-    manager, begins, tokens = engine.scheduler.kv_cache_manager, engine.worker.step_begins, []
+    manager, save, tokens = engine.scheduler.kv_cache_manager, engine.worker.save_answers, []
     blocks: list[int] = []
 
     def watched(step: Any) -> None:
         if step.answers and not tokens:
             tokens.append(engine.steps[-1].tokens)
-        begins(step)
+        save(step)
 
-    engine.worker.step_begins = watched  # type: ignore[method-assign]
+    engine.worker.save_answers = watched  # type: ignore[method-assign]
     try:
         with engine.room(-(-len(heir) // BLOCK)):
             first = engine.add(prompt, max_tokens=ANSWER)
@@ -160,7 +160,7 @@ def serve_heir(engine: Engine, prompt: list[int], heir: list[int]) -> tuple[list
             answers = engine.drain()
         engine.settle()
     finally:
-        engine.worker.step_begins = begins  # type: ignore[method-assign]
+        engine.worker.save_answers = save  # type: ignore[method-assign]
     return answers[first][0].tokens, tokens[0]
 
 

@@ -332,6 +332,7 @@ def test_answers_are_copied_before_the_step_writes_anything(one: worker.Worker) 
     rows = []
     one._load = lambda spec: rows.append(len(told(one).stored)) or 0  # type: ignore[method-assign]
     step = KVShareMetadata(answers=[save_of("a", [1, 2])], loads=[load_of("b", [1, 2])])
+    one.save_answers(step)
     one.step_begins(step)
     assert told(one).stored == ["a"]
     one.load(step)
@@ -344,5 +345,7 @@ def test_an_answer_in_blocks_whose_load_failed_is_not_stored(one: worker.Worker)
     one._load = raising(LeaseError("gone"))  # type: ignore[method-assign]
     one.load(KVShareMetadata(loads=[load_of("a", [1, 2, 3])]))
     answers = [save_of("a", [1, 2, 3]), save_of("b", [4, 5])]
-    one.step_begins(KVShareMetadata(answers=answers, handled={2, 3}))
+    step = KVShareMetadata(answers=answers, handled={2, 3})
+    one.save_answers(step)
+    one.step_begins(step)
     assert told(one).stored == ["b"]
