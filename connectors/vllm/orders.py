@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan, Run, gaps
-from kvshare_store.save.staging import Reuse, contexts_of_rows, reuse_of
+from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -53,6 +53,7 @@ class Orders:
             block_ids=state.block_ids[0],
             start=state.local,
             exact=sum(span.length for span in state.loaded if span.exact),
+            continued=sum(span.length for span in state.loaded if span.continued),
             recomputed=state.length - state.local - reused,
         )
         self._step.loads.append(spec)
@@ -99,11 +100,9 @@ class Orders:
 
     def _save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
         state.saved = True
-        edited = [span for span in state.loaded if not span.exact]
-        exact = [span for span in state.stored.spans if span.exact] if state.stored else []
-        spans = [*exact, *edited]  # the exact prefix comes first
-        fresh = gaps(spans, 0, state.length)
-        reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
+        reuse = state.reuse(state.loaded)
+        fresh = gaps(reuse.spans, 0, state.length)
+        edited = any(span.edited for span in reuse.spans)
         if not edited and sum(run.length for run in fresh) <= 1:
             state.kept = _kept(reuse, fresh[0].start if fresh else state.length)
             return  # the very prompt is stored

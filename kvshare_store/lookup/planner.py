@@ -3,9 +3,10 @@ holds no lock but for the moments in which donors are nominated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from kvshare_store.config import StoreConfig
@@ -28,7 +29,7 @@ from kvshare_store.lookup.policy import (
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import lexical_vector
-from kvshare_store.plan import Context, Span
+from kvshare_store.plan import BlockRef, Context, ReusePlan, Span
 
 _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""
@@ -57,6 +58,22 @@ class Draft(NamedTuple):
     tier: str = "host"
     """The slowest tier that some of the blocks come from."""
     declined: str = ""
+
+    def fill(self, plan: ReusePlan, blocks: Iterable[BlockRef]) -> ReusePlan:
+        """`plan` with all that this draft says; `blocks`: where its blocks are."""
+        return msgspec.structs.replace(
+            plan,
+            exact=self.exact,
+            continued=self.continued,
+            contexts=self.contexts,
+            spans=self.spans,
+            blocks=tuple(blocks),
+            donors=tuple(donor.id for donor in self.donors),
+            stamps=tuple(donor.stamp for donor in self.donors),
+            generation=self.generation,
+            saving_ms=self.saving_ms,
+            declined=self.declined,
+        )
 
 
 class Planner:

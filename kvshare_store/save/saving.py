@@ -14,14 +14,14 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
-from kvshare_store.lookup.align import align
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.edits import Tokens, edit_script
-from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.save.answers import Answers, rows_of
+from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
@@ -30,9 +30,6 @@ from kvshare_store.save.staging import (
     Staged,
     check_extends,
     check_reuse,
-    contexts_of_rows,
-    exact_rows,
-    fresh_segments,
     new_staged,
     of_used_blocks,
 )
@@ -120,12 +117,12 @@ class Saving:
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, digest, name = self._nodes.tree, save.namespace.digest, _node_id(save)
-        exact = self._answers.base(digest, save.tokens, Reuse())
+        tree, name = self._nodes.tree, id_of(save)
+        exact = self._answers.base(save.namespace.digest, save.tokens, Reuse())
         with self._nodes.lock:
             here = exact or self._answers.now(name)
             known = here is not None or name in self._saving
-            closed = digest in self._nodes.namespaces.closed
+            closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 if here is not None:
                     tree.touch(here.id)
@@ -139,7 +136,7 @@ class Saving:
         with self._nodes.lock:
             save = self._saves.pop(staged_id, None)
             if save is not None:
-                self._saving.discard(_node_id(save))
+                self._saving.discard(id_of(save))
 
     def reap(self, dead_owners: set[str]) -> None:
         """Forget the saves of clients that are gone."""
@@ -204,30 +201,7 @@ class Saving:
             at += nbytes
 
     def _node(self, save: Save, fresh: list[str]) -> Node:
-        reuse, length = save.reuse, len(save.tokens)
-        sizes = save.staged.sizes
-        segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
-        segments.sort(key=lambda segment: segment.start)
-        blocks = (*reuse.blocks, *fresh)
-        check_segments(segments, length, len(blocks))
-        parent = self._parent(save)
-        matches = align(save.tokens, parent.tokens) if parent else []
-        row_bytes = save.namespace.layout.row_bytes
-        return Node(
-            id=_node_id(save),
-            namespace=save.namespace.digest,
-            token_bytes=save.tokens.tobytes(),
-            parent=parent.id if parent else None,
-            edits=edit_script(matches, parent.length, save.tokens) if parent else (),
-            segments=tuple(segments),
-            blocks=blocks,
-            block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact_rows(reuse.spans, length),
-            generation=reuse.generation,
-            policy=save.policy,
-            contexts=contexts_of_rows(reuse, length),
-            stamp=new_stamp(),
-        )
+        return new_node(save, fresh, self._parent(save))
 
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
@@ -267,7 +241,3 @@ def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
     """Whether the store still has the form of each donor that a client was planned."""
     forms = [{node.stamp for node in nodes} for nodes in named]
     return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))
-
-
-def _node_id(save: Save) -> str:
-    return node_id(save.namespace.digest, save.tokens, save.reuse.generation == 0)

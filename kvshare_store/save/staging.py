@@ -194,5 +194,6 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     exact = all(span.exact for span in kept)
     names = tuple(block.name for block in plan.blocks)
     generation = 0 if exact else plan.generation
-    contexts = plan.contexts if any(span.continued for span in kept) else ()
+    stop = max((span.stop for span in kept if span.continued), default=0)
+    contexts = tuple(context for context in plan.contexts if context.start < stop)
     return Reuse(kept, names, plan.donors, generation, plan.stamps, plan.policy, contexts)
