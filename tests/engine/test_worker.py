@@ -76,7 +76,7 @@ def told(one: worker.Worker) -> Notebook:
 def load_of(name: str, blocks: list[int], start: int = TOKENS) -> LoadSpec:
     """A request whose first block is vLLM's own hit; the rest is to be loaded."""
     spans = [Span(start, 20, start, 0, 0)]
-    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 5)
+    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 0, 5)
 
 
 def save_of(name: str, blocks: list[int]) -> SaveSpec:
