@@ -149,7 +149,7 @@ def serve_heir(engine: Engine, prompt: list[int], heir: list[int]) -> tuple[list
             first = engine.add(prompt, max_tokens=ANSWER)
             engine.step()
             (request,) = engine.scheduler.requests.values()
-            engine.add(heir, max_tokens=1)
+            engine.add(heir, max_tokens=2)
             while not request.is_finished():
                 (blocks,) = manager.get_block_ids(request.request_id)
                 engine.step()
@@ -168,7 +168,7 @@ def test_the_next_owner_of_its_blocks_does_not_spoil_an_answer(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
     """It computes its prompt in the very step that copies them."""
-    heir = fresh(8 * BLOCK)
+    heir = fresh(8 * BLOCK - 1)
     answer, tokens = serve_heir(engine, prompt, heir)
     assert tokens == len(heir)
     check_next_turn(engine, [*prompt, *answer], LENGTH + ANSWER - 1)

@@ -268,7 +268,7 @@ def test_an_answer_is_stored_whose_blocks_another_request_waits_for(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
     """One step is in flight when it ends, and computes its last token."""
-    answer, _ = serve_heir(engine, prompt, fresh(8 * BLOCK))
+    answer, _ = serve_heir(engine, prompt, fresh(8 * BLOCK - 1))
     check_next_turn(engine, [*prompt, *answer], LENGTH + ANSWER - 1)
 
 

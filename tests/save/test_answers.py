@@ -9,7 +9,7 @@ import pytest
 
 from kvshare_store.errors import PlanError
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Context, Span
+from kvshare_store.plan import Context, Span, clip_spans, contexts_of
 from kvshare_store.save.staging import Buffer, Reuse, Staged, packed
 from tests.support.oracle import Driver, pick, positions_of, prompt
 
@@ -162,6 +162,17 @@ def test_an_answer_to_other_rows_of_the_same_tokens_is_not_stored(engine: Driver
             engine, follower, ANSWER, Reuse(generation=generation, contexts=contexts)
         ).known
     assert stage(engine, follower, ANSWER, Reuse(generation=1, contexts=(context,))).id
+
+
+def test_contexts_do_not_depend_on_where_spans_are_cut() -> None:
+    """An engine loads what its own cache has not; siblings find each other's blocks there."""
+    spans, names = (Span(10, 20, 40, 1, 8), Span(30, 9, 60, 1, 29)), ("a", "b")
+    whole = contexts_of((), spans, names, 10)
+    for at in (11, 16, 29, 30, 35):
+        cut = (*clip_spans(spans, 0, at), *clip_spans(spans, at, 50))
+        assert contexts_of((), cut, names, 10) == whole
+    assert contexts_of((), clip_spans(spans, 0, 35), names, 10) != whole
+    assert contexts_of((), (Span(10, 20, 40, 1, 8), Span(30, 9, 60, 1, 28)), names, 10) != whole
 
 
 def test_a_prompt_may_be_the_beginning_of_another_node(engine: Driver) -> None:
