@@ -112,8 +112,7 @@ class Planner:
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
-        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
-            keep[cover.in_place :] = False
+        self._drop_dear(cover, keep, policy)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------
@@ -169,6 +168,17 @@ class Planner:
                 return
             found = passages(cover.request, usable_tokens(policy, node), gaps, shortest, effort)
             cover.add(node, found, shortest)
+
+    def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
+        """Keep no approximation that saves too little for what it spoils: all that is computed
+        behind it becomes as approximate, and at the last generation nobody may build on that."""
+        continues = cover.continues
+        last = continues is not None and continues.generation >= policy.max_generation
+        for start in (cover.in_place, cover.exact) if last else (cover.in_place,):
+            saved = int(np.count_nonzero(keep[start:]))
+            if saved < self._config.approximation_price * (len(keep) - start - saved):
+                keep[start:] = False
+                cover.in_place = start
 
     # --- the answer --------------------------------------------------------------------------
 

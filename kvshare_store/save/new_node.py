@@ -8,8 +8,7 @@ from kvshare_store.lookup.align import align
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
-from kvshare_store.plan import contexts_of
-from kvshare_store.save.staging import Save, exact_rows, fresh_segments
+from kvshare_store.save.staging import Save, contexts_of_rows, exact_rows, fresh_segments
 
 
 def id_of(save: Save) -> str:
@@ -37,7 +36,6 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
     check_segments(segments, length, len(blocks))
     matches = align(save.tokens, parent.tokens) if parent else []
     row_bytes = save.namespace.layout.row_bytes
-    exact = exact_rows(reuse.spans, length)
     return Node(
         id=id_of(save),
         namespace=save.namespace.digest,
@@ -47,9 +45,9 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
         segments=tuple(segments),
         blocks=blocks,
         block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-        exact_rows=exact,
+        exact_rows=exact_rows(reuse.spans, length),
         generation=reuse.generation,
         policy=save.policy,
-        contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
+        contexts=contexts_of_rows(reuse, length),
         stamp=new_stamp(),
     )
