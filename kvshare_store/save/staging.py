@@ -124,8 +124,9 @@ def of_used_blocks(reuse: Reuse) -> Reuse:
 
 def check_reuse(reuse: Reuse, length: int) -> None:
     """`PlanError` unless the spans ascend, stay within the prompt and within the blocks named."""
-    at = 0
+    at, in_place = 0, True
     for span in reuse.spans:
+        in_place = in_place and not span.edited
         inside = at <= span.start < span.stop <= length and 0 <= span.block < len(reuse.blocks)
         if not inside or span.row < 0 or span.source < 0:
             raise PlanError(f"span {span} does not fit a prompt of {length} tokens")
@@ -133,6 +134,8 @@ def check_reuse(reuse: Reuse, length: int) -> None:
             raise PlanError(f"span {span} has moved and cannot be exact")
         if span.exact and span.continued:
             raise PlanError(f"span {span} is of two kinds")
+        if not (in_place or span.edited):
+            raise PlanError(f"span {span} stands behind edited rows")
         at = span.stop
     starts = [context.start for context in reuse.contexts]
     if starts != sorted(starts) or any(not 0 <= start < length for start in starts):
