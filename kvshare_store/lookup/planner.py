@@ -37,6 +37,9 @@ _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
+_GIVEN_UP = 0.1
+"""Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
+would have had them."""
 _MOSTLY = 0.5
 """A prompt of which less is covered gets a second look."""
 _WIDER = 4
@@ -114,8 +117,7 @@ class Planner:
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
-        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
-            keep[cover.in_place :] = False
+        self._drop_dear(cover, keep, policy)
         if watch is not None:
             watch(cover, keep)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
@@ -174,6 +176,16 @@ class Planner:
             found = passages(cover.request, usable_tokens(policy, node), gaps, shortest, effort)
             cover.add(node, found, shortest)
 
+    def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
+        """Keep no approximation that saves too little for what it spoils: all that is computed
+        behind it becomes as approximate, and at the last generation nobody may build on that."""
+        price = self._config.approximation_price
+        _drop(keep, cover.in_place, price)
+        continues = cover.continues
+        last = continues is not None and continues.generation >= policy.max_generation
+        if last and _drop(keep, cover.exact, min(price, _GIVEN_UP)):
+            cover.in_place = cover.exact
+
     # --- the answer --------------------------------------------------------------------------
 
     def _weigh(
@@ -215,6 +227,15 @@ class Planner:
             saving_ms=saving,
             tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
+
+
+def _drop(keep: Mask, start: int, price: float) -> bool:
+    """Keep nothing from `start` on if that saves fewer than `price` tokens for each it leaves."""
+    saved = int(np.count_nonzero(keep[start:]))
+    dear = saved < price * (len(keep) - start - saved)
+    if dear:
+        keep[start:] = False
+    return dear
 
 
 def _usable(nodes: list[Node], policy: ReusePolicy) -> list[Node]:

@@ -12,15 +12,18 @@ from typing import Any
 
 import kvshare_connectors.vllm.connector as connector_module
 import msgspec
+import numpy as np
 import pytest
 import vllm.model_executor.models.registry as registry
+from kvshare_connectors.vllm.metadata import SaveSpec
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 import kvshare_store.daemon.link as link_module
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, DeadlineError
-from kvshare_store.plan import BlockRef, Span
+from kvshare_store.plan import BlockRef, Run, Span
+from kvshare_store.save.staging import Reuse, contexts_of_rows
 from tests.engine.schedulers import (
     BLOCK,
     LENGTH,
@@ -523,7 +526,8 @@ def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
 def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
     make: Make, link: FakeLink
 ) -> None:
-    """Blocks that are filled later, one at a time, too. Another policy, tenant or donor: others."""
+    """Blocks that are filled later, one at a time, too. Another donor's: others. A stricter request
+    that is planned the same rows has the same."""
     bench = make(max_num_seqs=64)
     twins = [bench.add(max_tokens=40) for _ in range(2)]
     stricter = bench.add(max_tokens=40, params={"kvshare.policy": "faithful"})
@@ -532,11 +536,10 @@ def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
     bench.scheduler.reset_prefix_cache()
     other_donor = bench.add(max_tokens=40)
     bench.drain()
-    first, second = (tuple(twin.block_hashes) for twin in twins)
-    assert first == second
-    for other in (stricter, other_donor):
-        assert other.block_hashes[0] == first[0]
-        assert not set(other.block_hashes[1:]) & set(first)
+    first, second, third = (tuple(same.block_hashes) for same in (*twins, stricter))
+    assert first == second == third
+    assert other_donor.block_hashes[0] == first[0]
+    assert not set(other_donor.block_hashes[1:]) & set(first)
 
 
 # --- beside other connectors ----------------------------------------------------------------------
@@ -658,7 +661,8 @@ def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
     request = bench.add()
     bench.drain()
     assert said(bench, request) == {
-        "reused": 70, "exact": 40, "edited": 30, "recomputed": 30, "prefix_cached": 0,
+        "reused": 70, "exact": 40, "continued": 0, "edited": 30, "recomputed": 30,
+        "prefix_cached": 0,
         "donor": "d", "reason": "", "policy": "balanced",
     }  # fmt: skip
     link.plan = msgspec.structs.replace(PLAN, spans=(), lease="", donors=(), declined="no_donor")
@@ -687,7 +691,8 @@ def test_an_answer_of_a_preempted_request_counts_what_was_computed_anew(
     while bench.scheduler.has_unfinished_requests():
         saves += bench.step().kv_connector_metadata.saves
     assert said(bench, request) == {
-        "reused": 0, "exact": 0, "edited": 0, "recomputed": LENGTH, "prefix_cached": 0,
+        "reused": 0, "exact": 0, "continued": 0, "edited": 0, "recomputed": LENGTH,
+        "prefix_cached": 0,
         "donor": "", "reason": "preempted", "policy": "balanced",
     }  # fmt: skip
     assert not saves
@@ -788,4 +793,88 @@ def test_a_line_for_each_request_if_wanted(
     bench.drain()
     lines = [line for line in quiet() if request.request_id in line]
     assert len(lines) == wanted
-    assert all("reused=70 exact=40 edited=30 recomputed=30" in line for line in lines)
+    assert all("reused=70 exact=40 continued=0 edited=30 recomputed=30" in line for line in lines)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answers_of(output: Any) -> list[SaveSpec]:
+    """The answers that a step stores."""
+    return list(output.kv_connector_metadata.answers)
+
+
+def test_an_answer_is_ordered_in_the_step_after_the_end(make: Make, link: FakeLink) -> None:
+    link.plan = None
+    bench = make()
+    request = bench.add(max_tokens=5)
+    blocks: list[int] = []
+    while not request.is_finished():
+        output = bench.step()
+        assert answers_of(output) == []
+        if not blocks:
+            (blocks,) = bench.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    (spec,) = answers_of(bench.schedule())
+    assert np.frombuffer(spec.tokens, np.int32).tolist() == [*range(LENGTH), 7, 7, 7, 7]
+    assert (spec.extends, spec.fresh, spec.block_ids) == (LENGTH, [Run(LENGTH, LENGTH + 4)], blocks)
+    assert spec.reuse == Reuse()
+    assert answers_of(bench.schedule()) == []
+
+
+def test_the_answer_to_an_edited_prompt_says_which_rows_it_has(make: Make, link: FakeLink) -> None:
+    bench = make()
+    twins = [bench.add(max_tokens=5) for _ in range(2)]
+    saves: list[SaveSpec] = []
+    while not all(request.is_finished() for request in twins):
+        saves += bench.step().kv_connector_metadata.saves
+    answers = answers_of(bench.schedule())
+    contexts = {contexts_of_rows(spec.reuse, LENGTH) for spec in saves}
+    assert len(contexts) == 1
+    assert [spec.reuse.generation for spec in answers] == [1, 1]
+    assert {spec.reuse.contexts for spec in answers} == contexts != {()}
+    assert {spec.reuse.spans for spec in answers} == {()}
+
+
+@pytest.mark.parametrize(
+    "end", ["preempted", "reset", "error", "before its first token", "a row is missing"]
+)
+def test_what_is_unsure_is_no_answer(make: Make, link: FakeLink, end: str) -> None:
+    link.plan = None
+    bench = make()
+    request = bench.add(max_tokens=30)
+    bench.step()
+    scheduler, status = bench.scheduler, RequestStatus.FINISHED_ABORTED
+    if end != "before its first token":
+        bench.step()
+        bench.step()
+    if end == "preempted":
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, 0.0)
+        bench.step()
+        bench.step()
+    if end == "reset":
+        assert scheduler.reset_connector_cache()
+    if end == "error":
+        status = RequestStatus.FINISHED_ERROR
+    if end == "a row is missing":
+        request.num_computed_tokens -= 1
+    scheduler.finish_requests([request.request_id], status)
+    assert answers_of(bench.schedule()) == []
+
+
+def test_a_step_in_flight_does_not_count_for_an_answer(make: Make, link: FakeLink) -> None:
+    """It computes the row of the last token, and that is left out."""
+    link.plan = None
+    bench = make(ahead=True)
+    request = bench.add(max_tokens=30)
+    first = bench.schedule()
+    for _ in range(3):
+        flying = bench.schedule()
+        bench.finish(first)
+        first = flying
+    assert request.num_in_flight_tokens == 1
+    assert request.num_output_tokens == 3
+    bench.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
+    (spec,) = answers_of(bench.schedule())
+    assert spec.fresh == [Run(LENGTH, LENGTH + 2)]
+    bench.finish(first)
