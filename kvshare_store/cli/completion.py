@@ -30,7 +30,7 @@ def command(shell: ShellArgument) -> None:
     For bash: `eval "$(kvshare completion bash)"` in ~/.bashrc; zsh the same in ~/.zshrc; fish:
     `kvshare completion fish > ~/.config/fish/completions/kvshare.fish`.
     """
-    script = shells.get_completion_script(  # type: ignore[attr-defined] - public, and not exported
+    script = shells.get_completion_script(  # type: ignore[attr-defined]
         prog_name="kvshare", complete_var=VARIABLE, shell=shell.value
     )
     typer.echo(script)

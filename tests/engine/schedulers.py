@@ -64,7 +64,9 @@ class FakeLink:
         self.busy: list[bool] = []
         self.given_up = 0
 
-    def ask(self, tokens: Any, namespace: Namespace, policy: str | None) -> bytes | None:
+    def ask(
+        self, tokens: Any, namespace: Namespace, policy: str | None, request: str
+    ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
         return b"%d" % len(self.asked)
 
