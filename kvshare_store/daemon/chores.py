@@ -9,6 +9,7 @@ from typing import Any, get_args
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import pin_node
 from kvshare_store.daemon.evicting import chosen_nodes, evict_nodes
+from kvshare_store.errors import ConfigError
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.maintenance.moving import export_nodes, import_nodes
 from kvshare_store.store import Store
@@ -32,9 +33,9 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
     if isinstance(message, protocol.Export):
         meant = protocol.Evict(message.nodes, message.tenant)
         nodes = chosen_nodes(store, meant)
-        return export_nodes(store.repository, nodes, Path(message.path), plain=message.plain)
+        return export_nodes(store.repository, nodes, _path(message.path), plain=message.plain)
     if isinstance(message, protocol.Import):
-        found = import_nodes(store.repository, Path(message.path))
+        found = import_nodes(store.repository, _path(message.path))
         store.flush()
         return found
     if isinstance(message, protocol.Collect):
@@ -50,3 +51,10 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
     if isinstance(message, protocol.CheckTree):
         return check_tree(store.repository, repair=message.repair)
     return check_blocks(store.repository, message.names, repair=message.repair)
+
+
+def _path(text: str) -> Path:
+    """`ConfigError` unless it says where a file is, whatever the daemon's working folder."""
+    if "\0" in text or not Path(text).is_absolute() or Path(text).is_dir():
+        raise ConfigError(f"{text!r} is no absolute path of a file")
+    return Path(text)

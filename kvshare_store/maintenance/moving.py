@@ -117,6 +117,8 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"archive {path} is no ordinary file")
         with path.open("rb") as file:
             contents = verified(file, path)
             return _import(repository, file, contents)
