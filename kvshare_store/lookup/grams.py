@@ -15,7 +15,6 @@ GRAM = 8
 _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
-_BITS_PER_GRAM = 5
 
 
 class _Powers:
@@ -53,18 +52,3 @@ def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     hashed ^= hashed >> np.uint64(32)
     hashed *= MIX
     return hashed
-
-
-def occur_in(grams: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
-    """Which of `grams` seem to be among `others`: all that are, and one in thousands that is not.
-
-    Nothing is sorted: two tables have a byte for each value that some bits of a hash may have.
-    """
-    found = np.ones(len(grams), np.bool_)
-    bits = len(others).bit_length() + _BITS_PER_GRAM
-    for drop in (64 - bits, 64 - 2 * bits):
-        mask, shift = np.uint64((1 << bits) - 1), np.uint64(drop)
-        seen = np.zeros(1 << bits, np.bool_)
-        seen[((others >> shift) & mask).view(np.int64)] = True
-        found &= seen[((grams >> shift) & mask).view(np.int64)]
-    return found
