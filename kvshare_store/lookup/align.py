@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import sys
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.places import Places, Positions, Sought
-from kvshare_store.lookup.policy import edges_of
+from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.plan import Run
 
@@ -29,8 +29,16 @@ _SMALL = 1 << 14
 """So few are aligned (in 20 µs) without asking whether they have a gram in common."""
 _PER_SEED = 16
 """A passage has a seed for so many of its tokens, or more, if one of each gram is looked at."""
-_COMPARED = 8
-"""Tokens that are compared in the time of a cell, where they lie in a row."""
+_AHEAD = (16, 64)
+"""Tokens by which many runs are made longer at once, first and then."""
+_FEW_SEEDS = 4
+_CLOSE = 128
+"""Seeds that are no further apart may belong to one run."""
+_BITS = 31
+_MOST = 1 << _BITS
+"""No prompt has so many tokens."""
+_SEED = 64
+"""Cells that looking at a seed costs."""
 _FEW = 31
 """So few edits are found many times as fast, by looking along the diagonal only."""
 _FIRST_LOOK = 256
@@ -111,8 +119,8 @@ def passages(
         return []
     places = theirs() if theirs else Places(donor)
     seeds = _seeds(ours or Sought(request), places, gaps, Run(0, len(donor)))
-    seeds = _in_a_row(seeds, 1 + (shortest - GRAM) // (_PER_SEED * places.one_of))
-    return _runs(request, donor, seeds, gaps, shortest, effort)
+    least_seeds = 1 + (shortest - GRAM) // (_PER_SEED * places.one_of)
+    return _runs(request, donor, seeds, gaps, shortest, effort, least_seeds)
 
 
 # --- equal runs ----------------------------------------------------------------------------------
@@ -127,15 +135,6 @@ def _seeds(ours: Sought, theirs: Places, gaps: Sequence[Run], across: Run) -> Po
     return np.stack((starts[found], sources[found]))
 
 
-def _in_a_row(seeds: Positions, count: int) -> Positions:
-    """Seeds that go on from one another, at least so many. Others are in phrases, which are short,
-    or would be where another seed finds them."""
-    shifts = seeds[1] - seeds[0]
-    group = np.zeros(len(shifts), np.int64)
-    np.cumsum(shifts[1:] != shifts[:-1], out=group[1:])
-    return seeds[:, np.bincount(group)[group] >= count]
-
-
 def _runs(
     request: Tokens,
     donor: Tokens,
@@ -143,24 +142,99 @@ def _runs(
     gaps: Sequence[Run],
     shortest: int,
     effort: Effort,
+    least_seeds: int = 1,
 ) -> list[Match]:
     """Equal runs of at least `shortest` tokens around the seeds, from left to right, each as long
-    as it can be inside its gap. Where two overlap the longer has what they share."""
-    starts, sources = seeds
-    stops = [gap.stop for gap in gaps]
+    as it can be inside its gap. Where two overlap the longer has what they share.
+
+    Fewer than `least_seeds` close to one another with one shift are ignored.
+    """
+    if not seeds.size or not effort.spend(_SEED * seeds.shape[1]):
+        return []
+    starts, sources, lengths = _stretches(seeds, least_seeds)
+    if not len(starts):
+        return []
+    starts, sources, lengths = _equal(request, donor, starts, sources, lengths)
+    bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
+    begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
+    ends, room = (
+        (starts + lengths, sources + lengths),
+        np.minimum(end - starts, len(donor) - sources),
+    )
+    lengths += _extents(request, donor, *ends, room - lengths)
+    backwards, room = (
+        (len(request) - starts, len(donor) - sources),
+        np.minimum(starts - begin, sources),
+    )
+    before = _extents(request[::-1], donor[::-1], *backwards, room)
+    long = before + lengths >= shortest
+    found = np.stack((starts - before, sources - before, lengths + before), 1)[long]
     runs: list[Match] = []
-    at = 0
-    while at < len(starts):
-        start, source = int(starts[at]), int(sources[at])
-        gap = gaps[bisect_right(stops, start)]
-        after = common_prefix(request[start : gap.stop], donor[source:])
-        before = common_suffix(request[gap.start : start], donor[:source])
-        if not effort.spend((before + after) // _COMPARED):
-            break
-        if before + after >= shortest:
-            _put(runs, Match(start - before, source - before, before + after), shortest)
-        at = max(at + 1, int(starts.searchsorted(start + after - GRAM + 1)))
+    for run in found[found[:, 0].argsort(kind="stable")].tolist():
+        _put(runs, Match(*run), shortest)
     return runs
+
+
+def _stretches(seeds: Positions, least: int) -> tuple[Positions, Positions, Positions]:
+    """Starts, sources and lengths of the stretches in which at least so many seeds follow closely
+    on one another with one shift."""
+    order = np.sort(((seeds[1] - seeds[0] + _MOST) << _BITS) + seeds[0])
+    starts, shifts = order & (_MOST - 1), (order >> _BITS) - _MOST
+    first = np.ones(len(order), np.bool_)
+    first[1:] = np.diff(order) > _CLOSE  # also where the shift is another one
+    begin = np.flatnonzero(first)
+    count = np.diff(begin, append=len(order))
+    lengths = starts[begin + count - 1] + GRAM - starts[begin]
+    kept = (count >= least) & ~_phrases(starts[begin], lengths, count)
+    begin = begin[kept]
+    return starts[begin], starts[begin] + shifts[begin], lengths[kept]
+
+
+def _phrases(starts: Positions, lengths: Positions, seeds: Positions) -> Mask:
+    """Which stretches have few seeds and lie in one that has more: phrases that also stand
+    elsewhere in the donor."""
+    few = seeds < _FEW_SEEDS
+    by_start = np.flatnonzero(~few)[starts[~few].argsort(kind="stable")]
+    stops = np.append(0, np.maximum.accumulate(starts[by_start] + lengths[by_start]))
+    return few & (starts + lengths <= stops[starts[by_start].searchsorted(starts, "right")])
+
+
+def _equal(
+    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, lengths: Positions
+) -> tuple[Positions, Positions, Positions]:
+    """The maximal parts of some runs in which the tokens are equal."""
+    ends = np.cumsum(lengths)
+    at = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+    shift = sources - starts
+    equal = np.zeros(len(at) + len(ends), np.bool_)  # one that is not between each two runs
+    place = np.arange(len(at)) + np.repeat(np.arange(len(ends)), lengths)
+    equal[place] = request[at] == donor[at + np.repeat(shift, lengths)]
+    begin, end = edges_of(equal)
+    whose = np.searchsorted(ends + np.arange(len(ends)), begin, "right")
+    found = begin - whose - (ends - lengths)[whose] + starts[whose]
+    return found, found + shift[whose], end - begin
+
+
+def _extents(
+    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, room: Positions
+) -> Positions:
+    """How many tokens are equal from each pair of places on, at most as many as there is room."""
+    counts = np.zeros_like(starts)
+    going_on = np.arange(len(starts))
+    for ahead in _AHEAD:
+        done = counts[going_on]
+        inside = np.arange(ahead) < (room[going_on] - done)[:, None]
+        ours = np.where(inside, (starts[going_on] + done)[:, None] + np.arange(ahead), 0)
+        theirs = np.where(inside, (sources[going_on] + done)[:, None] + np.arange(ahead), 0)
+        same = inside & (request[ours] == donor[theirs])
+        equal = same.all(1)
+        counts[going_on] += np.where(equal, ahead, same.argmin(1))
+        going_on = going_on[equal]
+    for at in going_on.tolist():
+        first, second = starts[at] + counts[at], sources[at] + counts[at]
+        stop = starts[at] + room[at]
+        counts[at] += common_prefix(request[first:stop], donor[second:])
+    return counts
 
 
 def _put(runs: list[Match], new: Match, shortest: int) -> None:
@@ -184,7 +258,7 @@ def _cut(
     request: Tokens, donor: Tokens, seeds: Positions, effort: Effort, least: int
 ) -> list[Match]:
     """The heaviest chain of equal runs, and what aligning the pieces between them finds."""
-    runs = _runs(request, donor, seeds, [Run(0, len(request))], GRAM, effort)
+    runs = _runs(request, donor, seeds, [Run(0, len(request))], 2 * GRAM, effort)
     if not runs:
         return []
     found: list[Match] = []
