@@ -85,12 +85,12 @@ class Places:
         return np.where(self._tags[slots] == hashes.astype(np.uint32), self._places[slots], -1)
 
 
-def guess(ours: Sought, theirs: Places) -> float:
-    """About how many tokens of a request a donor has in runs of some length. 0: they have no gram
-    in common."""
+def guess(ours: Sought, theirs: Places, length: int) -> float:
+    """About how many tokens of a request the first `length` tokens of a donor have in runs of some
+    length. 0: they have no gram in common."""
     at = ours.sampled(max(theirs.one_of, 1 << (len(ours.tokens) // _GUESSED_FROM).bit_length()))
     places = theirs.find(ours.hashes[at])
-    found = places >= 0
+    found = (places >= 0) & (places <= length - GRAM)
     shifts = (places - at)[found]
     if not len(shifts):
         return 0.0

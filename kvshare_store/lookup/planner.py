@@ -17,11 +17,20 @@ from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces, guess
-from kvshare_store.lookup.policy import LEAST_WINDOW, Mask, ReusePolicy, edges_of, kept_positions
+from kvshare_store.lookup.policy import (
+    LEAST_WINDOW,
+    Mask,
+    ReusePolicy,
+    as_strict,
+    continues,
+    edges_of,
+    kept_positions,
+    usable_tokens,
+)
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import Context, Span
 
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
@@ -39,6 +48,9 @@ class Draft(NamedTuple):
     """A plan before its blocks are leased. `spans[i].block` indexes `blocks`."""
 
     exact: int = 0
+    continued: int = 0
+    contexts: tuple[Context, ...] = ()
+    """Of the rows that are continued."""
     spans: tuple[Span, ...] = ()
     blocks: tuple[str, ...] = ()
     donors: tuple[Node, ...] = ()
@@ -77,32 +89,39 @@ class Planner:
         if not nominator:
             return Draft(declined="empty_store")
         cover = Cover(request)
-        self._take_best_prefix(cover, nominator.by_prefix(request))
-        if policy.edited and cover.exact < len(request) - 1:
+        allowed = as_strict(policy.name) if policy.edited else ()
+        self._take_prefix(cover, nominator.by_prefix(request, allowed), policy)
+        if policy.edited and cover.in_place < len(request) - 1:
             self._cover_edited(cover, nominator, policy)
         cover.add_what_waits()
         if not cover.covered:
             return Draft(declined="no_donor")
         keep = kept_positions(
-            policy, request, cover.donor_of, cover.source_of, cover.exact, delimiters
+            policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
+        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
+            keep[cover.in_place :] = False
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------
 
-    def _take_best_prefix(self, cover: Cover, nodes: list[Node]) -> None:
-        """Tokens decide: the chain's hashes only nominated."""
+    def _take_prefix(self, cover: Cover, nodes: list[Node], policy: ReusePolicy) -> None:
+        """The longest exact prefix, and how much further an edited prompt goes on with the same
+        tokens. Tokens decide: the chain's hashes only nominated."""
         longest = len(cover.request) - 1
         for node in nodes:
-            exact = min(common_prefix(cover.request, node.tokens), node.exact_rows, longest)
+            common = min(common_prefix(cover.request, node.tokens), longest)
+            exact = min(common, node.exact_rows)
             if exact > cover.exact:
                 cover.add_exact(node, exact)
+            if common > max(exact, cover.in_place) and continues(policy, node):
+                cover.add_continued(node, common)
 
     def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
         """A prompt that goes on from a stored one needs no candidates but for what is new. Most
         others are served by the first few; the rest get a second look."""
         count, effort = self._config.candidates, self._effort()
-        continued = self._usable(cover.donors, policy)
+        continued = _usable(cover.donors, policy)
         served = self._take_donor(cover, continued, policy, effort, _ENOUGH)
         if served:
             self._fill_gaps(cover, continued, policy, effort)
@@ -110,21 +129,16 @@ class Planner:
                 return
         nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
         first, more = nodes[:count], nodes[count:]
-        usable = self._usable([*cover.donors, *first], policy)
+        usable = _usable([*cover.donors, *first], policy)
         if not served:
             self._take_donor(cover, usable, policy, effort)
         self._fill_gaps(cover, usable, policy, effort)
         if cover.covered < _MOSTLY * len(cover.request):
-            more = self._usable([*more, *nominator.by_text(first, count)], policy)
+            more = _usable([*more, *nominator.by_text(first, count)], policy)
             seen = {node.id for node in usable}
             more = [node for node in more if node.id not in seen]
             self._take_donor(cover, more, policy, effort)
             self._fill_gaps(cover, more, policy, effort)
-
-    def _usable(self, nodes: list[Node], policy: ReusePolicy) -> list[Node]:
-        """Nodes that may be built on, each once."""
-        distinct = {node.id: node for node in nodes}
-        return [node for node in distinct.values() if node.generation < policy.max_generation]
 
     def _take_donor(
         self,
@@ -137,20 +151,25 @@ class Planner:
         """The node that seems to have most of the request, and at least this share, is aligned with
         it. Whether there is one."""
         effort.reserve = _FOR_GAPS
-        self._take_best_prefix(cover, nodes)
-        tokens, donor = self._likeliest(cover, nodes, effort)
+        self._take_prefix(cover, nodes, policy)
+        tokens, donor = self._likeliest(cover, nodes, policy, effort)
         if donor is None or tokens < share * len(cover.request):
             return False
-        theirs = partial(self._places.of, donor)
-        request, least = cover.request, policy.min_run
-        found = align(request, donor.tokens, effort, least=least, ours=cover.sought, theirs=theirs)
-        sure, doubtful = _sorted_out(found, len(request), policy)
+        found = align(
+            cover.request,
+            usable_tokens(policy, donor),
+            effort,
+            least=policy.min_run,
+            ours=cover.sought,
+            theirs=partial(self._places.of, donor),
+        )
+        sure, doubtful = _sorted_out(found, len(cover.request), policy)
         cover.add(donor, sure)
         cover.add_later(donor, doubtful)
         return True
 
     def _likeliest(
-        self, cover: Cover, nodes: list[Node], effort: Effort
+        self, cover: Cover, nodes: list[Node], policy: ReusePolicy, effort: Effort
     ) -> tuple[float, Node | None]:
         """The node that shares most text with the request, and about how many tokens. Looks no
         further than to one that seems to have nearly all."""
@@ -158,7 +177,8 @@ class Planner:
         for node in nodes:
             if not self._places.known(node) and not effort.spend(_HASHED * node.length):
                 continue
-            tokens = guess(cover.sought, self._places.of(node))
+            usable = len(usable_tokens(policy, node))
+            tokens = guess(cover.sought, self._places.of(node), usable)
             if tokens > best[0]:
                 best = tokens, node
             if tokens >= _ENOUGH * len(cover.request):
@@ -171,16 +191,23 @@ class Planner:
         """Passages of the nodes fill what the first donor leaves."""
         effort.reserve = 0.0
         shortest = _shortest(policy)
+        gaps = cover.gaps(shortest)
         first = cover.donors[-1].id if cover.donors else ""
         for node in sorted(nodes, key=lambda node: node.id != first):
-            gaps = cover.gaps(shortest)
             if not gaps or len(cover.donors) >= self._config.max_donors:
                 return
-            theirs = partial(self._places.of, node)
             found = passages(
-                cover.request, node.tokens, gaps, shortest, effort, ours=cover.sought, theirs=theirs
+                cover.request,
+                usable_tokens(policy, node),
+                gaps,
+                shortest,
+                effort,
+                ours=cover.sought,
+                theirs=partial(self._places.of, node),
             )
-            cover.add(node, found, shortest)
+            if found:
+                cover.add(node, found, shortest)
+                gaps = cover.gaps(shortest)
 
     # --- the answer --------------------------------------------------------------------------
 
@@ -214,6 +241,8 @@ class Planner:
         donors, generation = _lineage(cover, keep)
         return Draft(
             exact=min(cover.exact, spans[-1].stop),
+            continued=min(cover.in_place, spans[-1].stop) if cover.continued else 0,
+            contexts=cover.contexts(),
             spans=tuple(spans),
             blocks=tuple(blocks),
             donors=donors,
@@ -221,6 +250,12 @@ class Planner:
             saving_ms=saving,
             tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
+
+
+def _usable(nodes: list[Node], policy: ReusePolicy) -> list[Node]:
+    """Nodes that have rows to build on, each once."""
+    distinct = {node.id: node for node in nodes}
+    return [node for node in distinct.values() if len(usable_tokens(policy, node))]
 
 
 def _shortest(policy: ReusePolicy) -> int:
@@ -255,7 +290,10 @@ def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
     counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
     used = [donor for donor, count in enumerate(counts) if count]
     used.sort(key=lambda donor: (-counts[donor], int((kept == donor).argmax())))
-    # the exact prefix is kept whole, but for what the last position takes away from it
-    edited = kept[int(np.count_nonzero(keep[: cover.exact])) :]
-    generations = [cover.donors[donor].generation for donor in set(edited.tolist())]
-    return tuple(cover.donors[donor] for donor in used), 1 + max(generations, default=-1)
+    generation = cover.continues.generation if cover.continued and cover.continues else 0
+    edited = np.flatnonzero(keep[cover.in_place :]) + cover.in_place
+    donors, sources = cover.donor_of[edited], cover.source_of[edited]
+    for donor in set(donors.tolist()):
+        node, last = cover.donors[donor], int(sources[donors == donor].max())
+        generation = max(generation, 1 + (node.generation if last >= node.exact_rows else 0))
+    return tuple(cover.donors[donor] for donor in used), generation
