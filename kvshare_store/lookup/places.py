@@ -20,7 +20,7 @@ Positions = npt.NDArray[np.int64]
 
 _LOOKED_AT = 1 << 14
 """Of prompts with more grams only so many, at most, have a place in the table."""
-_GUESSED_FROM = 1 << 11
+_GUESSED_FROM = 1 << 12
 """So many grams of a request, at most, say how much of it a donor has."""
 _REMEMBERED_BYTES = 32 << 20
 """Tables of 2,000 to 4,000 prompts of 1,000 tokens, or of 130 to 260 of 64,000."""
@@ -71,8 +71,6 @@ class Places:
         self._places[slots] = at
         self._tags = np.zeros(1 << bits, np.uint32)
         self._tags[slots] = hashes[at].astype(np.uint32)
-        self.recall = float(np.mean(self.find(hashes[at]) >= 0)) if len(at) else 1.0
-        """The share of its own grams that have a place."""
 
     @property
     def nbytes(self) -> int:
@@ -85,18 +83,19 @@ class Places:
         return np.where(self._tags[slots] == hashes.astype(np.uint32), self._places[slots], -1)
 
 
-def guess(ours: Sought, theirs: Places, length: int) -> float:
+def guess(ours: Sought, theirs: Places, length: int) -> int:
     """About how many tokens of a request the first `length` tokens of a donor have in runs of some
     length. 0: they have no gram in common."""
-    at = ours.sampled(max(theirs.one_of, 1 << (len(ours.tokens) // _GUESSED_FROM).bit_length()))
+    one_of = max(theirs.one_of, 1 << (len(ours.tokens) // _GUESSED_FROM).bit_length())
+    at = ours.sampled(one_of)
     places = theirs.find(ours.hashes[at])
     found = (places >= 0) & (places <= length - GRAM)
-    shifts = (places - at)[found]
-    if not len(shifts):
-        return 0.0
-    # a gram that goes on where the last one was is text; others may be phrases that any text has
-    going_on = 1 + np.count_nonzero(shifts[1:] == shifts[:-1])
-    return len(ours.tokens) * going_on / len(at) / theirs.recall
+    starts = at[found]
+    if not len(starts):
+        return 0
+    steps, shifts = np.diff(starts), np.diff(places[found] - starts)
+    # what lies between two grams that go on from one another is most likely the same too
+    return GRAM + int(steps[(shifts == 0) & (steps <= GRAM * one_of)].sum())
 
 
 def _sample(hashes: Hashes, one_of: int) -> Positions:

@@ -40,6 +40,8 @@ _MOSTLY = 0.5
 """A prompt of which less is covered gets a second look."""
 _WIDER = 4
 """So many times as many candidates are looked at by then."""
+_BETTER = 1.02
+"""A guess is no surer than this: of nodes that seem to have as much the most similar is taken."""
 _HASHED = 32
 """Cells that hashing a token costs."""
 
@@ -91,7 +93,8 @@ class Planner:
         cover = Cover(request)
         allowed = as_strict(policy.name) if policy.edited else ()
         self._take_prefix(cover, nominator.by_prefix(request, allowed), policy)
-        if policy.edited and cover.in_place < len(request) - 1:
+        least = max(1, self._config.approximation_price * len(request))
+        if policy.edited and len(request) - 1 - cover.in_place >= least:
             self._cover_edited(cover, nominator, policy)
         cover.add_what_waits()
         if not cover.covered:
@@ -99,7 +102,7 @@ class Planner:
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
-        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
+        if np.count_nonzero(keep[cover.in_place :]) < least:
             keep[cover.in_place :] = False
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
@@ -170,16 +173,16 @@ class Planner:
 
     def _likeliest(
         self, cover: Cover, nodes: list[Node], policy: ReusePolicy, effort: Effort
-    ) -> tuple[float, Node | None]:
+    ) -> tuple[int, Node | None]:
         """The node that shares most text with the request, and about how many tokens. Looks no
         further than to one that seems to have nearly all."""
-        best: tuple[float, Node | None] = 0.0, None
+        best: tuple[int, Node | None] = 0, None
         for node in nodes:
             if not self._places.known(node) and not effort.spend(_HASHED * node.length):
                 continue
             usable = len(usable_tokens(policy, node))
             tokens = guess(cover.sought, self._places.of(node), usable)
-            if tokens > best[0]:
+            if tokens > _BETTER * best[0]:
                 best = tokens, node
             if tokens >= _ENOUGH * len(cover.request):
                 break
