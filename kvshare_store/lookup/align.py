@@ -15,10 +15,10 @@ import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and 
 from rapidfuzz.distance import Levenshtein
 
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.places import Places, Positions, Sought
 from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.grams import GRAM
 from kvshare_store.plan import Run
 
 _MAX_CELLS = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from kvshare_store.lookup.places import Positions, Sought
 from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node, segments_between
+from kvshare_store.nodes.vectors import Vector, lexical_vector
 from kvshare_store.plan import Context, Run, Span, contexts_of
 
 
@@ -33,6 +35,11 @@ class Cover:
     def covered(self) -> int:
         """Positions that some donor covers."""
         return int(np.count_nonzero(self.donor_of >= 0))
+
+    @cached_property
+    def words(self) -> Vector:
+        """The vector of the request's words."""
+        return lexical_vector(self.request)
 
     def gaps(self, shortest: int) -> list[Run]:
         """Runs of at least `shortest` positions that nobody covers."""

@@ -11,8 +11,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.lookup.grams import GRAM, Hashes, gram_hashes
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.grams import GRAM, Hashes, gram_hashes
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Run
 

@@ -14,7 +14,6 @@ from kvshare_store.lookup.align import align, common_prefix, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces, guess
 from kvshare_store.lookup.policy import (
@@ -28,8 +27,9 @@ from kvshare_store.lookup.policy import (
     usable_tokens,
 )
 from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.grams import GRAM
+from kvshare_store.nodes.index import LONG
 from kvshare_store.nodes.node import Node
-from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import Context, Span
 
 _ENOUGH = 0.95
@@ -130,18 +130,29 @@ class Planner:
             self._fill_gaps(cover, continued, policy, effort)
             if not cover.gaps(_shortest(policy)):
                 return
-        nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
-        first, more = nodes[:count], nodes[count:]
+        first = self._candidates(cover, nominator, count)
         usable = _usable([*cover.donors, *first], policy)
         if not served:
             self._take_donor(cover, usable, policy, effort)
         self._fill_gaps(cover, usable, policy, effort)
         if cover.covered < _MOSTLY * len(cover.request):
+            more = nominator.by_words(cover.words, _WIDER * count)
             more = _usable([*more, *nominator.by_text(first, count)], policy)
             seen = {node.id for node in usable}
             more = [node for node in more if node.id not in seen]
             self._take_donor(cover, more, policy, effort)
             self._fill_gaps(cover, more, policy, effort)
+
+    def _candidates(self, cover: Cover, nominator: Nominator, count: int) -> list[Node]:
+        """Long prompts by the passages that nobody covers yet; others, and where those are few, by
+        words."""
+        found: list[Node] = []
+        if len(cover.request) >= LONG:
+            hashes = cover.sought.hashes[cover.sought.inside(cover.gaps(GRAM), 1)]
+            found = nominator.by_passages(hashes, count)
+        if len(found) < count:
+            found += nominator.by_words(cover.words, count)
+        return list({node.id: node for node in found}.values())[:count]
 
     def _take_donor(
         self,

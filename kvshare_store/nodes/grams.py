@@ -12,6 +12,8 @@ Hashes = npt.NDArray[np.uint64]
 
 GRAM = 8
 """Tokens of a gram: text that shares none has no run worth a seam in common."""
+ANCHORED = 64
+"""Of so many grams about one is an anchor."""
 _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
@@ -52,3 +54,9 @@ def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     hashed ^= hashed >> np.uint64(32)
     hashed *= MIX
     return hashed
+
+
+def anchors(hashes: Hashes) -> Hashes:
+    """Of the hashes of some grams those that nominate prompts: one in `ANCHORED`, whatever stands
+    around it, each once."""
+    return np.unique(hashes[hashes & np.uint64(ANCHORED - 1) == 0])
