@@ -12,7 +12,7 @@ import numpy as np
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.align import align, common_prefix, passages
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.cover import Cover, Pieces
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces, guess
@@ -130,7 +130,7 @@ class Planner:
             self._fill_gaps(cover, continued, policy, effort)
             if not cover.gaps(_shortest(policy)):
                 return
-        first = self._candidates(cover, nominator, count)
+        first = self._candidates(cover, nominator, count, served)
         usable = _usable([*cover.donors, *first], policy)
         if not served:
             self._take_donor(cover, usable, policy, effort)
@@ -143,13 +143,17 @@ class Planner:
             self._take_donor(cover, more, policy, effort)
             self._fill_gaps(cover, more, policy, effort)
 
-    def _candidates(self, cover: Cover, nominator: Nominator, count: int) -> list[Node]:
-        """Long prompts by the passages that nobody covers yet; others, and where those are few, by
-        words."""
+    def _candidates(
+        self, cover: Cover, nominator: Nominator, count: int, served: bool
+    ) -> list[Node]:
+        """Of long prompts by the passages that nobody covers yet; where those are few, and of short
+        prompts, by words. Those of a long prompt that is served do not tell what is new in it."""
         found: list[Node] = []
         if len(cover.request) >= LONG:
             hashes = cover.sought.hashes[cover.sought.inside(cover.gaps(GRAM), 1)]
             found = nominator.by_passages(hashes, count)
+            if served:
+                return found
         if len(found) < count:
             found += nominator.by_words(cover.words, count)
         return list({node.id: node for node in found}.values())[:count]
@@ -252,7 +256,7 @@ class Planner:
         saving = cost.saving_ms(reused, runs, tier_bytes)
         if saving < least:
             return Draft(declined="no_saving")
-        donors, generation = _lineage(cover, keep)
+        donors, generation = _lineage(cover, pieces)
         return Draft(
             exact=min(cover.exact, spans[-1].stop),
             continued=min(cover.in_place, spans[-1].stop) if cover.continued else 0,
@@ -297,17 +301,19 @@ def _sorted_out(
     return sure[:-1], doubtful
 
 
-def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
-    """The donors of kept positions, the one with most of them first, and the generation
-    that building on them makes."""
-    kept = cover.donor_of[keep]
-    counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
-    used = [donor for donor, count in enumerate(counts) if count]
-    used.sort(key=lambda donor: (-counts[donor], int((kept == donor).argmax())))
+def _lineage(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:
+    """The donors of some pieces, the one with most positions first, and the generation that
+    building on them makes."""
+    lengths = pieces.stop - pieces.start
+    donor_of, source_of = cover.donor_of[pieces.start], cover.source_of[pieces.start]
+    counts = np.bincount(donor_of, lengths, len(cover.donors)).tolist()
+    used, first = np.unique(donor_of, return_index=True)
+    by_weight = sorted(zip(used.tolist(), first.tolist(), strict=True),
+                       key=lambda one: (-counts[one[0]], one[1]))  # fmt: skip
     generation = cover.continues.generation if cover.continued and cover.continues else 0
-    edited = np.flatnonzero(keep[cover.in_place :]) + cover.in_place
-    donors, sources = cover.donor_of[edited], cover.source_of[edited]
-    for donor in set(donors.tolist()):
-        node, last = cover.donors[donor], int(sources[donors == donor].max())
+    edited = pieces.start >= cover.in_place
+    for donor in set(donor_of[edited].tolist()):
+        node, its = cover.donors[donor], edited & (donor_of == donor)
+        last = int((source_of + lengths)[its].max()) - 1
         generation = max(generation, 1 + (node.generation if last >= node.exact_rows else 0))
-    return tuple(cover.donors[donor] for donor in used), generation
+    return tuple(cover.donors[donor] for donor, _ in by_weight), generation
