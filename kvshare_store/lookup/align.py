@@ -130,7 +130,7 @@ def _seeds(ours: Sought, theirs: Places, gaps: Sequence[Run], across: Run) -> Po
     """Where runs may be: int64 [2, n], positions of the request inside `gaps`, ascending, and of
     the donor inside `across` where the same gram seems to be."""
     starts = ours.inside(gaps, theirs.one_of)
-    sources = theirs.find(ours.hashes[starts])
+    sources = theirs.find(ours.hashes(starts))
     found = (sources >= across.start) & (sources <= across.stop - GRAM)
     return np.stack((starts[found], sources[found]))
 

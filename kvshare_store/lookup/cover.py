@@ -28,13 +28,17 @@ class Cover:
         self.continues: Node | None = None
         self.in_place = 0
         """Length of the prefix whose rows stay in the context that they were computed in."""
-        self.sought = Sought(request)
         self._waiting: list[tuple[Node, Sequence[Match]]] = []
 
     @property
     def covered(self) -> int:
         """Positions that some donor covers."""
         return int(np.count_nonzero(self.donor_of >= 0))
+
+    @cached_property
+    def sought(self) -> Sought:
+        """The grams behind what stays in place when they are first asked for."""
+        return Sought(self.request, self.in_place)
 
     @cached_property
     def words(self) -> Vector:

@@ -29,19 +29,24 @@ _REMEMBERED_BYTES = 32 << 20
 class Sought:
     """A request whose grams are looked up in many donors: hashed once."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, start: int = 0) -> None:
+        """`start`: what stands before it is not sought."""
         self.tokens = tokens
+        self.start = start
         self._sampled: dict[int, Positions] = {}
 
     @cached_property
-    def hashes(self) -> Hashes:
-        """Of the gram from each position on."""
-        return gram_hashes(self.tokens)
+    def _hashes(self) -> Hashes:
+        return gram_hashes(self.tokens[self.start :])
+
+    def hashes(self, at: Positions) -> Hashes:
+        """Of the grams that begin at these positions."""
+        return self._hashes[at - self.start]
 
     def sampled(self, one_of: int) -> Positions:
         """Where the grams are that a table has which takes one of so many, ascending."""
         if one_of not in self._sampled:
-            self._sampled[one_of] = _sample(self.hashes, one_of)
+            self._sampled[one_of] = _sample(self._hashes, one_of) + self.start
         return self._sampled[one_of]
 
     def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
@@ -84,11 +89,12 @@ class Places:
 
 
 def guess(ours: Sought, theirs: Places, length: int) -> int:
-    """About how many tokens of a request the first `length` tokens of a donor have in runs of some
-    length. 0: they have no gram in common."""
-    one_of = max(theirs.one_of, 1 << (len(ours.tokens) // _GUESSED_FROM).bit_length())
+    """About how many of the tokens that are sought the first `length` tokens of a donor have in
+    runs of some length. 0: they have no gram in common."""
+    sought = len(ours.tokens) - ours.start
+    one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
     at = ours.sampled(one_of)
-    places = theirs.find(ours.hashes[at])
+    places = theirs.find(ours.hashes(at))
     found = (places >= 0) & (places <= length - GRAM)
     starts = at[found]
     if not len(starts):

@@ -150,7 +150,7 @@ class Planner:
         prompts, by words. Those of a long prompt that is served do not tell what is new in it."""
         found: list[Node] = []
         if len(cover.request) >= LONG:
-            hashes = cover.sought.hashes[cover.sought.inside(cover.gaps(GRAM), 1)]
+            hashes = cover.sought.hashes(cover.sought.inside(cover.gaps(GRAM), 1))
             found = nominator.by_passages(hashes, count)
             if served:
                 return found
@@ -166,13 +166,15 @@ class Planner:
         effort: Effort,
         share: float = 0.0,
     ) -> bool:
-        """The node that seems to have most of the request, and at least this share, is aligned with
-        it. Whether there is one."""
+        """The node that seems to have most of what is sought is aligned with the request, if with it
+        at least this share of the request is covered. Whether it is."""
         effort.reserve = _FOR_GAPS
         self._take_prefix(cover, nodes, policy)
         tokens, donor = self._likeliest(cover, nodes, policy, effort)
-        if donor is None or tokens < share * len(cover.request):
+        if cover.sought.start + tokens < share * len(cover.request):
             return False
+        if donor is None:
+            return share > 0
         found = align(
             cover.request,
             usable_tokens(policy, donor),
@@ -189,8 +191,9 @@ class Planner:
     def _likeliest(
         self, cover: Cover, nodes: list[Node], policy: ReusePolicy, effort: Effort
     ) -> tuple[int, Node | None]:
-        """The node that shares most text with the request, and about how many tokens. Looks no
+        """The node that shares most text with what is sought, and about how many tokens. Looks no
         further than to one that seems to have nearly all."""
+        enough = _ENOUGH * (len(cover.request) - cover.sought.start)
         best: tuple[int, Node | None] = 0, None
         for node in nodes:
             if not self._places.known(node) and not effort.spend(_HASHED * node.length):
@@ -199,7 +202,7 @@ class Planner:
             tokens = guess(cover.sought, self._places.of(node), usable)
             if tokens > _BETTER * best[0]:
                 best = tokens, node
-            if tokens >= _ENOUGH * len(cover.request):
+            if tokens >= enough:
                 break
         return best
 
