@@ -130,7 +130,7 @@ class Planner:
             self._fill_gaps(cover, continued, policy, effort)
             if not cover.gaps(_shortest(policy)):
                 return
-        first = self._candidates(cover, nominator, count, served)
+        first = self._candidates(cover, nominator, served)
         usable = _usable([*cover.donors, *first], policy)
         if not served:
             self._take_donor(cover, usable, policy, effort)
@@ -143,20 +143,16 @@ class Planner:
             self._take_donor(cover, more, policy, effort)
             self._fill_gaps(cover, more, policy, effort)
 
-    def _candidates(
-        self, cover: Cover, nominator: Nominator, count: int, served: bool
-    ) -> list[Node]:
-        """Of long prompts by the passages that nobody covers yet; where those are few, and of short
-        prompts, by words. Those of a long prompt that is served do not tell what is new in it."""
-        found: list[Node] = []
+    def _candidates(self, cover: Cover, nominator: Nominator, served: bool) -> list[Node]:
+        """For long prompts those with the passages that nobody covers yet, where there are any; for
+        others by words. The words of a long prompt that is served do not tell what is new in it."""
+        count = self._config.candidates
         if len(cover.request) >= LONG:
             hashes = cover.sought.hashes(cover.sought.inside(cover.gaps(GRAM), 1))
             found = nominator.by_passages(hashes, count)
-            if served:
+            if found or served:
                 return found
-        if len(found) < count:
-            found += nominator.by_words(cover.words, count)
-        return list({node.id: node for node in found}.values())[:count]
+        return nominator.by_words(cover.words, count)
 
     def _take_donor(
         self,
@@ -166,8 +162,8 @@ class Planner:
         effort: Effort,
         share: float = 0.0,
     ) -> bool:
-        """The node that seems to have most of what is sought is aligned with the request, if with it
-        at least this share of the request is covered. Whether it is."""
+        """The node that seems to have most of what is sought is aligned with the request, if at
+        least this share of the request is covered then. Whether it is."""
         effort.reserve = _FOR_GAPS
         self._take_prefix(cover, nodes, policy)
         tokens, donor = self._likeliest(cover, nodes, policy, effort)
