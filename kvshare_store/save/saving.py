@@ -14,14 +14,13 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
-from kvshare_store.lookup.align import align
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.edits import Tokens, edit_script
-from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import contexts_of
+from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
@@ -29,8 +28,6 @@ from kvshare_store.save.staging import (
     Save,
     Staged,
     check_reuse,
-    exact_rows,
-    fresh_segments,
     new_staged,
     of_used_blocks,
 )
@@ -101,13 +98,13 @@ class Saving:
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, digest = self._nodes.tree, save.namespace.digest
-        name, exact = _node_id(save), node_id(digest, save.tokens, True)
+        tree, name = self._nodes.tree, id_of(save)
         with self._nodes.lock:
-            known = name in tree or exact in tree or name in self._saving
-            closed = digest in self._nodes.namespaces.closed
+            stored = stored_as(tree, save)
+            known = stored is not None or name in self._saving
+            closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
-                tree.touch(exact if exact in tree else name)
+                tree.touch(stored or name)
                 return Staged(known=True)
             self._saving.add(name)
             self._saves[save.staged.id] = save
@@ -118,7 +115,7 @@ class Saving:
         with self._nodes.lock:
             save = self._saves.pop(staged_id, None)
             if save is not None:
-                self._saving.discard(_node_id(save))
+                self._saving.discard(id_of(save))
 
     def reap(self, dead_owners: set[str]) -> None:
         """Forget the saves of clients that are gone."""
@@ -183,31 +180,9 @@ class Saving:
             at += nbytes
 
     def _node(self, save: Save, fresh: list[str]) -> Node:
-        reuse, length = save.reuse, len(save.tokens)
-        sizes = save.staged.sizes
-        segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
-        segments.sort(key=lambda segment: segment.start)
-        blocks = (*reuse.blocks, *fresh)
-        check_segments(segments, length, len(blocks))
-        parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
-        matches = align(save.tokens, parent.tokens) if parent else []
-        row_bytes = save.namespace.layout.row_bytes
-        exact = exact_rows(reuse.spans, length)
-        return Node(
-            id=_node_id(save),
-            namespace=save.namespace.digest,
-            token_bytes=save.tokens.tobytes(),
-            parent=parent.id if parent else None,
-            edits=edit_script(matches, parent.length, save.tokens) if parent else (),
-            segments=tuple(segments),
-            blocks=blocks,
-            block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact,
-            generation=reuse.generation,
-            policy=save.policy,
-            contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
-            stamp=new_stamp(),
-        )
+        donors = save.reuse.donors
+        parent = self._nodes.tree.get(donors[0]) if donors else None
+        return new_node(save, fresh, parent)
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Under the lock: the last moment at which a shared block could be missing."""
@@ -238,7 +213,3 @@ def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
     """Whether the store still has the form of each donor that a client was planned."""
     forms = [{node.stamp for node in nodes} for nodes in named]
     return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))
-
-
-def _node_id(save: Save) -> str:
-    return node_id(save.namespace.digest, save.tokens, save.reuse.generation == 0)
