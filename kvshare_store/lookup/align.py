@@ -21,8 +21,11 @@ from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.plan import Run
 
-_MAX_CELLS = 1 << 20
-"""Above this many pairs of tokens (0.3 ms) prompts are cut at equal runs first."""
+_MAX_CELLS = 1 << 24
+"""Above this many pairs of tokens (2 MiB of bits each way, 3 to 7 ms) prompts are cut at equal runs
+first;"""
+_MAX_CELLS_FOR_GRAMS = 1 << 20
+"""above this many (0.3 ms) where runs without a gram are of no use: equal runs have all others."""
 _HASHED, _CALL = 32, 1 << 15
 """Cells that hashing a token and aligning a piece of any size cost."""
 _SMALL = 1 << 14
@@ -76,9 +79,10 @@ def align(
 ) -> list[Match]:
     """Equal runs in ascending order on both sides, of a script with the fewest edits.
 
-    Exact up to `_MAX_CELLS`. Longer middles are cut at their longest equal runs, and what lies
-    between these is aligned in turn where it can hold runs of `least` tokens. What `effort` does
-    not allow stays unmatched. `ours`, `theirs`: the grams of both, where the caller has them.
+    Exact up to `_MAX_CELLS`, or less where runs of fewer than `least` tokens are of no use. Longer
+    middles are cut at their longest equal runs, and what lies between these is aligned in turn
+    where it can hold such a run. What `effort` does not allow stays unmatched. `ours`, `theirs`:
+    the grams of both, where the caller has them.
     """
     effort = effort or Effort()
     head = common_prefix(request, donor)
@@ -86,7 +90,7 @@ def align(
     middle, across = Run(head, len(request) - tail), Run(head, len(donor) - tail)
     pieces = request[head : middle.stop], donor[head : across.stop]
     cells, found = middle.length * across.length, list[Match]()
-    if cells > _MAX_CELLS:
+    if cells > (_MAX_CELLS if least < GRAM else _MAX_CELLS_FOR_GRAMS):
         if effort.spend(_HASHED * (middle.length + across.length)):
             places = theirs() if theirs else Places(donor)
             seeds = _seeds(ours or Sought(request), places, [middle], across)
