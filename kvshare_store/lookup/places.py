@@ -20,7 +20,7 @@ Positions = npt.NDArray[np.int64]
 
 _LOOKED_AT = 1 << 14
 """Of prompts with more grams only so many, at most, have a place in the table."""
-_GUESSED_FROM = 1 << 12
+_GUESSED_FROM = 1 << 11
 """So many grams of a request, at most, say how much of it a donor has."""
 _REMEMBERED_BYTES = 32 << 20
 """Tables of 2,000 to 4,000 prompts of 1,000 tokens, or of 130 to 260 of 64,000."""
