@@ -101,7 +101,8 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
         return 0
     steps, shifts = np.diff(starts), np.diff(places[found] - starts)
     # what lies between two grams that go on from one another is most likely the same too
-    return GRAM + int(steps[(shifts == 0) & (steps <= GRAM * one_of)].sum())
+    near = GRAM if one_of == 1 else 2 * GRAM * one_of
+    return GRAM + int(steps[(shifts == 0) & (steps <= near)].sum())
 
 
 def _sample(hashes: Hashes, one_of: int) -> Positions:

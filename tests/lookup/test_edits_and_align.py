@@ -160,7 +160,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
     assert common_prefix(arr(a), arr(b)) == expected
 
 
-def test_very_long_prompts_are_cut_at_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_long_prompts_are_cut_at_equal_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little memory allowed the result is still right, and nearly as good."""
     generator = np.random.default_rng(3)
     donor = generator.integers(0, 50_000, 3000).astype(np.int32)
@@ -178,7 +178,7 @@ def test_very_long_prompts_are_cut_at_anchors(monkeypatch: pytest.MonkeyPatch) -
 
 
 @given(edited_pairs())
-def test_anchored_alignment_is_never_wrong(pair: tuple[list[int], list[int]]) -> None:
+def test_alignment_around_equal_runs_is_never_wrong(pair: tuple[list[int], list[int]]) -> None:
     donor, request = arr(pair[0] * 2), arr(pair[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align_module, "_MAX_CELLS", 9)
