@@ -100,7 +100,10 @@ class Search:
         return nominator.by_words(cover.words, count)
 
     def _usable(self, nodes: list[Node]) -> list[Node]:
-        """Nodes that have rows to build on, each once."""
+        """Nodes that have rows to build on, each once; none but donors where there are as many of
+        them as may be."""
+        if len(self._cover.donors) >= self._config.max_donors:
+            nodes = self._cover.donors
         distinct = {node.id: node for node in nodes}.values()
         return [node for node in distinct if len(usable_tokens(self._policy, node))]
 
