@@ -21,6 +21,10 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Context, ReusePlan, Span
 
+_GIVEN_UP = 0.1
+"""Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
+would have had them."""
+
 
 class Draft(NamedTuple):
     """A plan before its blocks are leased. `spans[i].block` indexes `blocks`."""
@@ -88,17 +92,25 @@ class Planner:
         search = self._search(cover, policy, self._config, self._places, self._effort())
         allowed = as_strict(policy.name) if policy.edited else ()
         search.take_prefix(nominator.by_prefix(request, allowed))
-        least = max(1, self._config.approximation_price * len(request))
-        if policy.edited and len(request) - 1 - cover.in_place >= least:
+        if policy.edited and cover.in_place < len(request) - 1:
             search.edited(nominator)
         if not cover.covered:
             return Draft(declined="no_donor")
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
-        if np.count_nonzero(keep[cover.in_place :]) < least:
-            keep[cover.in_place :] = False
+        self._drop_dear(cover, keep, policy)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
+
+    def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
+        """Keep no approximation that saves too little for what it spoils: all that is computed
+        behind it becomes as approximate, and at the last generation nobody may build on that."""
+        price = self._config.approximation_price
+        _drop(keep, cover.in_place, price)
+        continues = cover.continues
+        last = continues is not None and continues.generation >= policy.max_generation
+        if last and _drop(keep, cover.exact, min(price, _GIVEN_UP)):
+            cover.in_place = cover.exact
 
     def _weigh(
         self,
@@ -139,6 +151,15 @@ class Planner:
             saving_ms=saving,
             tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
+
+
+def _drop(keep: Mask, start: int, price: float) -> bool:
+    """Keep nothing from `start` on if that saves fewer than `price` tokens for each it leaves."""
+    saved = int(np.count_nonzero(keep[start:]))
+    dear = saved < price * (len(keep) - start - saved)
+    if dear:
+        keep[start:] = False
+    return dear
 
 
 def _lineage(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:

@@ -3,6 +3,7 @@ under any policy. The replay and the planner are the real ones; only rows are mi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,7 +101,26 @@ def computed(turns: Sequence[Turn], policy: str, **settings: float) -> tuple[int
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@given(turns=st.lists(turns, min_size=1, max_size=16))
+@given(turns=st.lists(turns, min_size=1, max_size=24))
 def test_no_more_than_prefix_caching(policy: str, turns: list[Turn]) -> None:
     alone, ours = computed(turns, policy)
+    assert ours <= alone
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("price", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(2))
+def test_long_traffic(policy: str, price: float, seed: int) -> None:
+    chance = random.Random(seed)
+    turns = [
+        Turn(
+            chance.choice(CHANGES),
+            chance.randrange(4),
+            chance.randrange(6),
+            chance.randint(1, 150),
+            chance.randint(0, 80),
+        )
+        for _ in range(80)
+    ]
+    alone, ours = computed(turns, policy, approximation_price=price)
     assert ours <= alone
