@@ -200,7 +200,8 @@ def _phrases(starts: Positions, lengths: Positions, seeds: Positions) -> Mask:
     few = seeds < _FEW_SEEDS
     by_start = np.flatnonzero(~few)[starts[~few].argsort(kind="stable")]
     stops = np.append(0, np.maximum.accumulate(starts[by_start] + lengths[by_start]))
-    return few & (starts + lengths <= stops[starts[by_start].searchsorted(starts, "right")])
+    inside: Mask = starts + lengths <= stops[starts[by_start].searchsorted(starts, "right")]
+    return few & inside
 
 
 def _equal(

@@ -329,8 +329,9 @@ class NamespaceIndex:
 
     def settle(self) -> None:
         """Do now what the first question after `extend` would wait for."""
-        for postings in (self.chain, *self.edited.values(), self.passages):
-            postings.settle()
+        for chain in (self.chain, *self.edited.values()):
+            chain.settle()
+        self.passages.settle()
 
     def _edited(self, policy: str) -> PrefixChain:
         return self.edited.setdefault(policy, PrefixChain(self._run))
