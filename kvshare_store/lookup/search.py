@@ -19,6 +19,8 @@ from kvshare_store.nodes.node import Node
 
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
+_ENOUGH_OF_SHORT = 0.8
+"""The same for the guess about a short prompt, which counts eight tokens too few at each edit."""
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
 _MOSTLY = 0.5
@@ -136,7 +138,9 @@ class Search:
     def _ranked(self, nodes: list[Node]) -> list[Node]:
         """Nodes that share text with what is sought, that with most of it first. Looks no further
         than to one that seems to have nearly all."""
-        enough = _ENOUGH * (len(self._cover.request) - self._cover.sought.start)
+        length = len(self._cover.request)
+        share = _ENOUGH if length >= LONG else _ENOUGH_OF_SHORT
+        enough = share * (length - self._cover.sought.start)
         ranked: list[Node] = []
         for node in nodes:
             if not self._places.known(node) and not self._effort.spend(_HASHED * node.length):
