@@ -22,6 +22,8 @@ _LOOKED_AT = 1 << 14
 """Of prompts with more grams only so many, at most, have a place in the table."""
 _GUESSED_FROM = 1 << 11
 """So many grams of a request, at most, say how much of it a donor has."""
+_FIRST_OF_MANY, _FIRST_ONE_OF = 512, 8
+"""Of a request that long one gram in eight is looked up first."""
 _REMEMBERED_BYTES = 32 << 20
 """Tables of 2,000 to 4,000 prompts of 1,000 tokens, or of 130 to 260 of 64,000."""
 
@@ -92,6 +94,8 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     """About how many of the tokens that are sought the first `length` tokens of a donor have in
     runs of some length. 0: they have no gram in common."""
     sought = len(ours.tokens) - ours.start
+    if sought >= _FIRST_OF_MANY and not _in_common(ours, theirs):
+        return 0
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
     at = ours.sampled(one_of)
     places = theirs.find(ours.hashes(at))
@@ -103,6 +107,13 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     # what lies between two grams that go on from one another is most likely the same too
     near = GRAM if one_of == 1 else 2 * GRAM * one_of
     return GRAM + int(steps[(shifts == 0) & (steps <= near)].sum())
+
+
+def _in_common(ours: Sought, theirs: Places) -> bool:
+    """Whether any of a few grams of the request is there: most candidates of a new prompt have
+    none, and a passage worth its seam has several of the few."""
+    at = ours.sampled(_FIRST_ONE_OF * theirs.one_of)
+    return bool((theirs.find(ours.hashes(at)) >= 0).any())
 
 
 def _sample(hashes: Hashes, one_of: int) -> Positions:
