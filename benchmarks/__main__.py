@@ -19,6 +19,7 @@ MEASUREMENTS: dict[str, str] = {
     "ttft": "latency.ttft",
     "shapes": "latency.model_shapes",
     "load": "latency.load",
+    "answers": "latency.answers",
     "conversations": "latency.conversations",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",

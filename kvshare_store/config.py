@@ -103,6 +103,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Tokens that an approximation must save for each token that is computed behind it."""
     min_prompt_tokens: int = 32
     """Shorter prompts are neither looked up nor stored."""
+    store_answers: bool = True
+    """Store the rows of generated tokens too, once a request has ended."""
     min_saving_ms: float = 2.0
     """Plans that save less are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0

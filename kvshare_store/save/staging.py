@@ -11,6 +11,7 @@ import msgspec
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, gaps
 from kvshare_store.tensors.layout import KVLayout
 
@@ -62,6 +63,10 @@ class Save(msgspec.Struct, frozen=True):
     """The laxest that any of its rows is reused under."""
     staged: Staged
     owner: str
+    extends: int = 0
+    """Leading tokens that are a prompt, and the rest its answer; 0: all of it is a prompt."""
+    base: Node | None = None
+    """The node that the rows of that prompt are taken from."""
 
 
 class RowSource(Protocol):
@@ -142,6 +147,14 @@ def check_reuse(reuse: Reuse, length: int) -> None:
         raise PlanError("contexts do not ascend within the prompt")
     if not 0 <= reuse.generation <= _MOST_GENERATIONS:
         raise PlanError(f"no rows are of generation {reuse.generation}")
+
+
+def check_extends(extends: int, reuse: Reuse, length: int) -> None:
+    """`PlanError` unless an answer of at least one token extends a prompt of `extends` tokens."""
+    if not 0 <= extends < max(1, length):
+        raise PlanError(f"{length} tokens cannot extend a prompt of {extends}")
+    if extends and reuse.spans:
+        raise PlanError("where the rows of an answer's prompt are, the store knows itself")
 
 
 def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:
