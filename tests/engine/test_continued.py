@@ -13,6 +13,8 @@ from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, kept_engine
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 Fresh = Callable[[int], list[int]]
+ANSWER = 3
+"""Rows of its tokens that are stored: the last has none."""
 EXACT = 2 * BLOCK + 8
 """Of an edited prompt: its unchanged head, and the new line, which is computed behind that."""
 
