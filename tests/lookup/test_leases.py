@@ -432,7 +432,7 @@ def _serve_one(engine: Driver, tokens: list[int], *, keep: bool) -> None:
         except LeaseError:
             assert keep, "rows left under a living lease"
             return
-        engine.book.check(tokens, plan, rows)
+        engine.served(tokens, plan, rows)
         if keep:
             return
         engine.finish(plan)

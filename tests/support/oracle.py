@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import blake3
@@ -222,7 +223,10 @@ class Driver:
 
     def check(self, tokens: Sequence[int], plan: ReusePlan) -> None:
         """The rows that the plan points at now are the right ones."""
-        rows = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
+        self.served(tokens, plan, gather(plan, self.namespace.layout, partial(self._rows_of, plan)))
+
+    def served(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
+        """These rows were loaded for a plan, and must be the right ones."""
         self.book.check(tokens, plan, rows)
         if plan.generation:
             self._loaded[plan.lease] = rows
