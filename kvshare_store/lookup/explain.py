@@ -27,6 +27,7 @@ from kvshare_store.lookup.policy import (
     usable_tokens,
 )
 from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.grams import Hashes
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vector, lexical_vector
@@ -136,6 +137,10 @@ class Watched(Nominator):
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """As `Nominator`."""
         return self._noted("words", super().by_words(vector, count + bool(self._without)))
+
+    def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
+        """As `Nominator`."""
+        return self._noted("passages", super().by_passages(hashes, count + bool(self._without)))
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
