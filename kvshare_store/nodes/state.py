@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
-from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.index import CHAIN_RUN, NamespaceIndex
 from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vector, Vectors
@@ -30,6 +30,7 @@ class NodeState:
 
     def __init__(
         self,
+        block_tokens: int,
         make_policy: Callable[[], EvictionPolicy] = LRU,
         *,
         quotas: bool = True,
@@ -38,6 +39,7 @@ class NodeState:
         self.lock = threading.RLock()
         self.tree = DeltaTree(make_policy, quotas=quotas)
         self.namespaces = Namespaces()
+        self._run = min(block_tokens, CHAIN_RUN)
         self._indexes: dict[str, NamespaceIndex] = {}
 
     # --- questions ---------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class NodeState:
     def _index_of(self, namespace: str) -> NamespaceIndex:
         index = self._indexes.get(namespace)
         if index is None:
-            index = self._indexes[namespace] = NamespaceIndex()
+            index = self._indexes[namespace] = NamespaceIndex(self._run)
         return index
 
     def describe(self, vectors: Mapping[str, Vector]) -> None:

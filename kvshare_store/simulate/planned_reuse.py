@@ -54,7 +54,7 @@ class PlannedReuse:
         self._policy = configured_policy(config)
         self._planner = Planner(config, lambda: Effort(seconds=math.inf))
         self._cost = CostModel()
-        self._state = NodeState(lambda: make_policy(config.eviction))
+        self._state = NodeState(config.block_tokens, lambda: make_policy(config.eviction))
         layout = KVLayout(1, 1, row_bytes // _ROW_UNIT, "float16")
         self._namespace = Namespace("simulated", layout, tokenizer=tokenizer)
         self._budget, self._settle = budget, settle

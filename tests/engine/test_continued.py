@@ -68,9 +68,8 @@ def test_the_next_turn_continues_from_the_store(engine: Engine, fresh: Fresh) ->
     engine.forget()
     later = engine.ask(talk.third)
     assert later.said["continued"] == len(talk.second) - EXACT
-    (node,) = [
-        n for n in engine.client.call(protocol.ListNodes(100)) if n["tokens"] == len(talk.second)
-    ]
+    nodes = engine.client.call(protocol.ListNodes(100))
+    (node,) = [node for node in nodes if node["tokens"] == len(talk.second) + ANSWER]
     assert (node["generation"], node["exact_rows"]) == (1, EXACT)
 
 

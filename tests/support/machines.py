@@ -459,7 +459,10 @@ class StoreMachine(RuleBasedStateMachine):
         """No lease is forgotten, none outlives its plan, and open plans keep their rows."""
         stats = self.store.stats()
         assert stats["leases"] == len(self.store.blocks.leases) == len(self.open)
-        ended = stats["hits_exact"] + stats["hits_edited"] + stats["misses"]
+        ended = (
+            sum(stats[f"hits_{kind}"] for kind in ("exact", "continued", "edited"))
+            + stats["misses"]
+        )
         assert stats["lookups"] == self.lookups == ended + len(self.open)
         assert sum(stats["declined"].values()) == stats["misses"]
         for opened in self.open:

@@ -208,6 +208,8 @@ class Driver:
         self.namespace = namespace
         self.book = book or RowBook(namespace.layout)
         self._salts = itertools.count()
+        self._loaded: dict[str, Rows] = {}
+        """What each plan with edited rows was served, by its lease."""
         self._computed: dict[str, Buffer] = {}
         """Rows of each staged prompt, by the id of its save."""
 
@@ -222,6 +224,8 @@ class Driver:
         """The rows that the plan points at now are the right ones."""
         rows = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
         self.book.check(tokens, plan, rows)
+        if plan.generation:
+            self._loaded[plan.lease] = rows
 
     def _rows_of(self, plan: ReusePlan, ref: BlockRef) -> memoryview:
         return self.store.rows_of(plan, plan.blocks.index(ref))
@@ -252,8 +256,7 @@ class Driver:
             fresh = positions_of(staged.fresh)
             self.book.write(tokens, rows, fresh, exact)
             if plan is not None and plan.generation and isinstance(self.book, RowBook):
-                loaded = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
-                self.book.complete(tokens, plan, loaded, rows)
+                self.book.complete(tokens, plan, self._loaded[plan.lease], rows)
             blocks = packed(pick(rows, fresh), staged.sizes, self.namespace.layout)
             self._computed[staged.id] = Buffer(blocks)
         return staged
