@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
+from kvshare_store.daemon import by_id, protocol
 from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
@@ -81,6 +81,13 @@ class Server:
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
             protocol.ListNodes: lambda message, _: list_nodes(self.store, message.limit),
             protocol.ShowNode: lambda message, _: show_node(self.store, message.node),
+            protocol.HasNodes: lambda message, _: by_id.has_nodes(self.store, message.nodes),
+            protocol.PlanNode: self._plan_node,
+            protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
+            protocol.Held: lambda message, _: by_id.held(self.store, message.model),
+            protocol.NodesOf: lambda message, _: by_id.nodes_of(
+                self.store, message.namespace, message.after, message.limit
+            ),
             protocol.Clear: lambda *_: self.store.clear(),
             **dict.fromkeys(CHORES, self._chore),
         }
@@ -225,6 +232,12 @@ class Server:
             self.store.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self.store.plan_soon(tokens, space, policy=message.policy, owner=client.owner)
+
+    def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
+        left_ms = (message.until - time.monotonic()) * 1e3 if message.until else None
+        if client.gone or (left_ms is not None and left_ms < 0):
+            raise DeadlineError("the client has stopped waiting for these rows")
+        return self.store.plan_node(message.node, owner=client.owner, deadline_ms=left_ms)
 
     def _chore(self, message: Any, client: Connection) -> Any:
         return do_chore(self.store, message, lambda: client.gone or self._stopping)
