@@ -2,6 +2,7 @@
 # make test     every test
 # make test-upstream   vLLM's own scheduler tests with our schedulers (ARMS="schedulers beside": more)
 # make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
+# make lmcache-setup   LMCache, for the tests of the adapter below it, in .venv-lmcache
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and a page of them, in bench-results/
 # make bench-store DATA=DIR   the store alone: tiers beside their media, codecs, start-up, lookups
@@ -12,12 +13,11 @@
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup bench-setup test test-upstream demo bench bench-store chaos chaos-machines churn docs lint packages clean
+.PHONY: setup lmcache-setup bench-setup test test-upstream demo bench bench-store chaos chaos-machines churn docs lint packages clean
 
 PYTHON = python3
 TEST_PROCESSES = 2
 PY = .venv/bin/python
-BENCH_SITE = $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 
 # Models and data are local files: no hub is asked, no usage is reported.
@@ -41,19 +41,24 @@ setup: .venv/project.stamp
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The packages that KVShare is compared with live apart: they see .venv, nothing there sees them.
+# What KVShare is compared with, and LMCache for the tests of its adapter, live apart: those
+# environments see .venv, nothing there sees them.
+lmcache-setup: .venv/project.stamp .venv-lmcache/packages.stamp
 bench-setup: setup .venv-bench/packages.stamp
 
-.venv-bench/packages.stamp: requirements/bench.txt .venv/packages.stamp
-	$(PY) -m venv --clear --without-pip .venv-bench
+.venv-lmcache/packages.stamp: requirements/lmcache.txt
+.venv-bench/packages.stamp: requirements/bench.txt requirements/lmcache.txt
+
+.venv-%/packages.stamp: requirements/%.txt .venv/packages.stamp
+	$(PY) -m venv --clear --without-pip .venv-$*
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $(BENCH_SITE)/base.pth
-	$(PIP) --python .venv-bench/bin/python install --no-deps --no-compile -r requirements/bench.txt
+		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(PIP) --python .venv-$*/bin/python install --no-deps --no-compile -r requirements/$*.txt
 	@touch $@
 
 # Waiting threads sleep: engines, daemons and tests share few cores.
 test: export OMP_WAIT_POLICY = PASSIVE
-test: setup
+test: setup lmcache-setup
 	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # vLLM's tests, from its source distribution, and what they import live in .upstream.
@@ -111,5 +116,5 @@ packages:
 	done
 
 clean:
-	rm -rf .venv .venv-bench .upstream build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-lmcache .upstream build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -98,6 +98,11 @@ class Tenants:
         proven = dot and name and hmac.compare_digest(_bytes(mac), _mac(self._key, name).encode())
         return name if proven else None
 
+    @property
+    def keyed(self) -> bool:
+        """Whether a salt must prove its tenant."""
+        return self._key is not None
+
     def salt(self, name: str) -> str:
         """The `cache_salt` of this tenant; `ConfigError` without a key, or for a name whose salt
         vLLM would refuse."""

@@ -138,6 +138,15 @@ class Store:
         """The last requests, and how they ended."""
         return self._serving.log
 
+    def plan_node(
+        self, node_id: str, *, owner: str = "", deadline_ms: float | None = None
+    ) -> Future[ReusePlan]:
+        """All rows of one exact node, leased until `finish`: no lookup, no policy, no cost.
+
+        Ends as `plan_soon` does; a node that is not here, or not exact, is a plan without use.
+        """
+        return self._serving.plan_node(node_id, owner, deadline_ms)
+
     def decline(self, reason: str, tokens: int) -> None:
         """Count a request of `tokens` tokens that the engine could not ask a plan for."""
         self._serving.decline(reason, tokens)

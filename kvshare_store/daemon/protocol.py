@@ -176,6 +176,44 @@ class Diff(msgspec.Struct, frozen=True, tag="diff"):
     second: str
 
 
+class HasNodes(msgspec.Struct, frozen=True, tag="has_nodes"):
+    """Reply: for each id whether that node is here. Those that are count as used just now."""
+
+    nodes: tuple[str, ...]
+
+
+class PlanNode(msgspec.Struct, frozen=True, tag="plan_node"):
+    """Lease all rows of one exact node, found by its id: no lookup, no policy, no cost.
+
+    Reply: `ReusePlan`.
+    """
+
+    node: str
+    until: float = 0.0
+    """Monotonic seconds after which nobody waits for the rows; 0: as long as a plan may take."""
+
+
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Remove nodes by their ids, pinned or not. Reply: the ids of those that were here."""
+
+    nodes: tuple[str, ...]
+
+
+class Held(msgspec.Struct, frozen=True, tag="held"):
+    """Reply: a list of `Holding`, one for each namespace whose model's name begins so."""
+
+    model: str
+
+
+class NodesOf(msgspec.Struct, frozen=True, tag="nodes_of"):
+    """Reply: a list of (id, int32 tokens), by id, of the exact nodes of a namespace."""
+
+    namespace: str
+    after: str = ""
+    """Only ids behind this one."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
+
+
 class Clear(msgspec.Struct, frozen=True, tag="clear"):
     """Forget everything. Reply: number of nodes removed."""
 
@@ -259,7 +297,8 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 Request = (
     Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
     | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Explain | ListRequests | Diff
-    | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
+    | HasNodes | PlanNode | Forget | Held | NodesOf | Clear | Pin | Evict | Export | Import
+    | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 
@@ -277,6 +316,15 @@ class Welcome(msgspec.Struct, frozen=True):
     """The daemon's process, for people: in another PID namespace it has another number."""
     arena: str
     policy: str
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """What is stored of one namespace."""
+
+    digest: str
+    namespace: Namespace
+    nbytes: int
+    """Of rows, before any codec."""
 
 
 class Reply(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
+from kvshare_store.daemon import by_id, protocol
 from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
@@ -80,6 +80,13 @@ class Server:
             protocol.Stats: lambda *_: self._stats(),
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
             **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
+            protocol.HasNodes: lambda message, _: by_id.has_nodes(self.store, message.nodes),
+            protocol.PlanNode: self._plan_node,
+            protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
+            protocol.Held: lambda message, _: by_id.held(self.store, message.model),
+            protocol.NodesOf: lambda message, _: by_id.nodes_of(
+                self.store, message.namespace, message.after, message.limit
+            ),
             protocol.Clear: lambda *_: self.store.clear(),
             **dict.fromkeys(CHORES, self._chore),
         }
@@ -226,6 +233,12 @@ class Server:
         return self.store.plan_soon(
             tokens, space, policy=message.policy, owner=client.owner, request=message.request
         )
+
+    def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
+        left_ms = (message.until - time.monotonic()) * 1e3 if message.until else None
+        if client.gone or (left_ms is not None and left_ms < 0):
+            raise DeadlineError("the client has stopped waiting for these rows")
+        return self.store.plan_node(message.node, owner=client.owner, deadline_ms=left_ms)
 
     def _chore(self, message: Any, client: Connection) -> Any:
         return do_chore(self.store, message, lambda: client.gone or self._stopping)

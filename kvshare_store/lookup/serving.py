@@ -7,6 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -95,6 +96,36 @@ class Serving:
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             draft = self._draft(request, lookup)
         self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
+        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+
+    def plan_node(self, node_id: str, owner: str, deadline_ms: float | None) -> Future[ReusePlan]:
+        """See `Store.plan_node`."""
+        start, answer = perf_counter(), Future[ReusePlan]()
+        with self._nodes.lock:
+            node = self._nodes.tree.get(node_id)
+            namespace = self._nodes.namespaces.get(node.namespace) if node is not None else None
+        self._metrics.add("lookups")
+        if node is None or namespace is None or not node.exact:
+            self._count_miss("unknown_node", 0)
+            answer.set_result(ReusePlan(namespace="", tokens=0, declined="unknown_node"))
+            return answer
+        self._metrics.add("tokens_requested", node.length)
+        policy = stricter_policy(self._policy, "exact")
+        lookup = Asked(namespace, node.length, policy, start)
+        if owner and self._blocks.leases.count(owner) >= _LEASES:
+            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+            return answer
+        draft = _whole(node, {self._blocks.tier_of(name) for name in node.blocks})
+        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+
+    def _leasing(
+        self,
+        answer: Future[ReusePlan],
+        lookup: Asked,
+        draft: Draft,
+        owner: str,
+        deadline_ms: float | None,
+    ) -> Future[ReusePlan]:
         leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
         if leasing is None:
             self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
@@ -275,6 +306,20 @@ class Serving:
         self._metrics.add("misses")
         self._metrics.decline(reason)
         self._metrics.add("tokens_recomputed", tokens)
+
+
+def _whole(node: Node, tiers: Collection[str | None]) -> Draft:
+    """All rows of an exact node. `tiers`: where its blocks are."""
+    blocks = tuple(dict.fromkeys(node.blocks))  # equal rows are one block, used twice
+    at = [blocks.index(name) for name in node.blocks]
+    spans = (msgspec.structs.replace(s, block=at[s.block], exact=True) for s in node.segments)
+    return Draft(
+        exact=node.length,
+        spans=tuple(spans),
+        blocks=blocks,
+        donors=(node,),
+        tier=next((slow for slow in ("remote", "disk") if slow in tiers), "host"),
+    )
 
 
 def _inexact(draft: Draft) -> Draft:

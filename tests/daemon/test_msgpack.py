@@ -43,7 +43,7 @@ def test_requests(message: Any) -> None:
 def test_replies() -> None:
     plan = ReusePlan(namespace=NAMESPACE.digest, tokens=9, spans=(Span(0, 8, 0, 0, 0, True),))
     read = msgpack.unpackb(protocol.encode(protocol.Reply(result=plan)))
-    assert read["result"]["spans"] == [[0, 8, 0, 0, 0, True]]
+    assert read["result"]["spans"] == [[0, 8, 0, 0, 0, True, False]]
     assert protocol.decode_reply(msgpack.packb(read)).result == read["result"]
 
 

@@ -1,0 +1,50 @@
+"""Nodes by their ids, for clients that keep objects under names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import nsmallest
+
+from kvshare_store.daemon.protocol import Holding
+from kvshare_store.store import Store
+
+
+def has_nodes(store: Store, ids: Sequence[str]) -> list[bool]:
+    """For each id whether that node is here; those that are count as used just now."""
+    tree = store.tree
+    with store.nodes.lock:
+        store.nodes.remove_lost()
+        for node_id in ids:
+            tree.touch(node_id)
+        return [node_id in tree for node_id in ids]
+
+
+def forget(store: Store, ids: Sequence[str]) -> list[str]:
+    """Remove nodes; the ids of those that were here. Leased rows stay until their lease ends."""
+    with store.nodes.lock:
+        here = [node_id for node_id in dict.fromkeys(ids) if node_id in store.tree]
+        store.nodes.remove(here, whatever=True)
+    return here
+
+
+def held(store: Store, model: str) -> list[Holding]:
+    """What is stored of each namespace whose model's name begins so."""
+    with store.nodes.lock:
+        known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
+        return [
+            Holding(digest, namespace, store.tree.bytes_of(digest))
+            for digest, namespace in known
+            if namespace is not None and namespace.model.startswith(model)
+        ]
+
+
+def nodes_of(store: Store, namespace: str, after: str, limit: int) -> list[tuple[str, bytes]]:
+    """The next `limit` exact nodes of a namespace behind the id `after`: id and int32 tokens."""
+    with store.nodes.lock:
+        found = [
+            node
+            for node in store.nodes.state.of_namespace(namespace)
+            if node.exact and node.id > after
+        ]
+    chosen = nsmallest(limit, found, key=lambda node: node.id)
+    return [(node.id, node.token_bytes) for node in chosen]

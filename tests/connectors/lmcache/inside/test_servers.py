@@ -1,0 +1,150 @@
+"""LMCache's own storage manager and its real server process, with the adapter below them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, PrefetchTaskSpec
+from lmcache.v1.distributed.config import (
+    EvictionConfig,
+    L1ManagerConfig,
+    L1MemoryManagerConfig,
+    StorageManagerConfig,
+)
+from lmcache.v1.distributed.l2_adapters.config import L2AdaptersConfig
+from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig
+from lmcache.v1.distributed.storage_manager import StorageManager
+
+from kvshare_store.daemon.client import Client
+from tests.connectors.lmcache.inside.lmcache_support import adapter, key, looked_up, spec, until
+
+LAYOUT = MemoryLayoutDesc([torch.Size([2, 3, 64, 8])], [torch.bfloat16])
+
+
+@contextmanager
+def manager(home: Path) -> Iterator[StorageManager]:
+    """What LMCache's server keeps objects in: L1 in memory, the adapter below it."""
+    memory = L1MemoryManagerConfig(
+        size_in_bytes=1 << 24, use_lazy=False, shm_name=f"kvshare-test-{uuid.uuid4().hex[:8]}"
+    )
+    opened = StorageManager(
+        StorageManagerConfig(
+            l1_manager_config=L1ManagerConfig(memory_config=memory),
+            eviction_config=EvictionConfig(eviction_policy="LRU"),
+            l2_adapter_config=L2AdaptersConfig([PluginL2AdapterConfig.from_dict(spec(home))]),
+        )
+    )
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
+    """Objects written to L1, and in time below it."""
+    keys = [key(number) for number in numbers]
+    reserved = opened.reserve_write(keys, LAYOUT)
+    rows = {}
+    for number, one in zip(numbers, keys, strict=True):
+        rows[number] = torch.randn(LAYOUT.shapes[0]).to(torch.bfloat16)
+        reserved[one].tensor.copy_(rows[number])
+    opened.finish_write(keys)
+    return rows
+
+
+def check_read(opened: StorageManager, rows: dict[int, torch.Tensor], missing: int) -> None:
+    """A prefix of `rows` comes from the adapter; the object behind it is nowhere."""
+    keys = [key(number) for number in (*rows, missing)]
+    spec_ = PrefetchTaskSpec([GroupedObjectKeys(keys, 0, LAYOUT)])
+    handle = opened.submit_prefetch_task(spec_)
+    result = until(lambda: opened.query_prefetch_status(handle))
+    assert result.l2_hit_count == len(rows)
+    assert [result.hit_cells[0].test(at) for at in range(len(keys))] == [True] * len(rows) + [False]
+    with opened.read_prefetched_results(keys[:-1]) as objects:
+        assert objects is not None
+        for one, expected in zip(objects, rows.values(), strict=True):
+            assert torch.equal(one.tensor, expected)
+    opened.finish_read_prefetched(keys[:-1])
+
+
+def stop_daemon(home: Path) -> None:
+    with Client(home) as client:
+        client.stop()
+
+
+def test_managers_share_a_home_and_one_that_comes_later_reads_it(tmp_path: Path) -> None:
+    with manager(tmp_path) as first, manager(tmp_path) as second:
+        rows = written(first, range(1, 6))
+        one = adapter(tmp_path)
+        until(lambda: all(looked_up(one, [key(number) for number in rows])))
+        one.close()
+        check_read(second, rows, missing=99)
+        first.clear(force=True)
+        check_read(first, rows, missing=99)
+    stop_daemon(tmp_path)
+    with manager(tmp_path) as later:
+        check_read(later, rows, missing=99)
+    stop_daemon(tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(home: Path, log: Path) -> Iterator[str]:
+    """`lmcache server` with the adapter; yields the address of its HTTP API."""
+    port, http = free_port(), free_port()
+    command = [str(Path(sys.executable).parent / "lmcache"), "server", "--port", str(port)]
+    command += ["--http-port", str(http), "--l1-size-gb", "0.1", "--eviction-policy", "LRU"]
+    command += ["--chunk-size", "128", "--supported-transfer-mode", "auto"]
+    command += ["--shm-name", f"kvshare-test-{uuid.uuid4().hex[:8]}", "--disable-observability"]
+    command += ["--l2-adapter", json.dumps(spec(home))]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        until(lambda: process.poll() is not None or answers(http))
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield f"http://127.0.0.1:{http}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def asked(url: str, **request: Any) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(url, **request), timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_the_real_server_shows_and_deletes_what_another_process_stored(tmp_path: Path) -> None:
+    with manager(tmp_path) as first:
+        rows = written(first, range(1, 4))
+        with server(tmp_path, tmp_path.parent / "server.log") as url:
+            (status,) = asked(f"{url}/status")["storage_manager"]["l2_adapters"]
+            assert status["type"] == "KVShareL2Adapter"
+            assert status["is_healthy"], status
+            listed = asked(f"{url}/cache/objects?tier=l2")["entries"]
+            keys = [entry.get("key", entry) for entry in listed]
+            assert {int(one["chunk_hash_hex"], 16) for one in keys} == set(rows)
+            body = json.dumps({"tier": "l2", "keys": keys[:1]}).encode()
+            headers = {"Content-Type": "application/json"}
+            asked(f"{url}/cache/objects", data=body, headers=headers, method="DELETE")
+            assert len(asked(f"{url}/cache/objects?tier=l2")["entries"]) == len(rows) - 1
+    stop_daemon(tmp_path)
