@@ -19,7 +19,7 @@ MEASUREMENTS: dict[str, str] = {
     "ttft": "latency.ttft",
     "shapes": "latency.model_shapes",
     "load": "latency.load",
-    "conversations": "latency.conversations",
+    "conversations": "peers.conversations",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",

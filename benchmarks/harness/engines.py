@@ -22,7 +22,7 @@ import psutil
 from benchmarks.harness.models import model_folder
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Options
-from examples.engines.engine import SETTINGS, kvshare_settings
+from examples.engines.engine import SETTINGS, computed, kvshare_settings
 from examples.engines.process import EngineError, EngineProcess
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
@@ -47,6 +47,13 @@ class Timed(msgspec.Struct):
     text: str
     parts: dict[str, float]
     """Seconds of each of `timers.PARTS`; their sum is `ttft_s`."""
+    report: dict[str, Any] = {}
+    """What KVShare says of the prompt; empty for others."""
+
+    @property
+    def computed(self) -> int:
+        """Tokens of the prompt that the engine computed."""
+        return computed(self.tokens, self.cached, self.report)
 
 
 class Replayed(msgspec.Struct):
