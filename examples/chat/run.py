@@ -35,7 +35,7 @@ from examples.chat.measured import ARMS, Turn, problems, report
 from examples.chat.table import LEGEND, table
 from examples.demo.progress import progress_of
 from examples.engines.process import EngineError
-from examples.engines.server import KVShareServer, Server, Streamed, arguments
+from examples.engines.server import Server, Streamed, arguments
 from examples.engines.small_model import SmallModelError, prepare_model
 from examples.engines.store import StoreView, temporary_home
 from examples.prompts.histories import REWRITES, Asked, Message, Rewrite, recorded, requests
@@ -124,7 +124,8 @@ def measure(options: argparse.Namespace, console: Console) -> list[Turn]:
         settings = {"home": home, "policy": "balanced", "log_requests": "true"}
         plain = Server("prefix", arguments(options.model, None), logs["prefix"])
         stack.enter_context(plain)
-        ours = KVShareServer("kvshare", arguments(options.model, settings), logs["kvshare"])
+        command = arguments(options.model, settings)
+        ours = Server("kvshare", command, logs["kvshare"], kvshare=True)
         stack.enter_context(ours)
         servers = {"prefix": plain, "kvshare": ours}
         for server in servers.values():

@@ -67,42 +67,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """A server and its client. It is started at once and ends with its context."""
+class Client:
+    """A client of a server's OpenAI API."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
-        """Run `command`, which takes `--host` and `--port`; what it prints goes to `log`."""
-        self.name, self.log, self.port = name, log, free_port()
-        environment = os.environ | ENVIRONMENT
-        # the engine has a process of its own, and uses all cores with and without a connector
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        listen = ["--host", "127.0.0.1", "--port", str(self.port)]
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [*command, *listen], stdout=output, stderr=output, env=environment
-            )
+    def __init__(
+        self, name: str, port: int, model: str = _NAME, reports: Path | None = None
+    ) -> None:
+        """`name` of the server in messages; `model` is the name that it serves. `reports`: where
+        a server with KVShare and `log_requests` logs, since a stream has no place for a report."""
+        self.name, self.port = name, port
+        self._model, self._reports = model, reports
 
-    def ready(self) -> None:
-        """Wait until the server answers; `EngineError` if it ends or takes too long."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise EngineError(f"the server {self.name!r} has stopped")
-            try:
-                urllib.request.urlopen(self._url("health"), timeout=2).close()
-            except (urllib.error.URLError, TimeoutError):
-                time.sleep(0.5)
-            else:
-                return
-        raise EngineError(f"the server {self.name!r} has not started in {PATIENCE_S} s")
-
-    def ask(
-        self, messages: Sequence[dict[str, str]], salt: str, max_tokens: int = 1
-    ) -> Streamed:  # fmt: skip
+    def ask(self, messages: Sequence[dict[str, str]], salt: str, max_tokens: int = 1) -> Streamed:
         """Have a chat continued greedily, as a stream; `EngineError` if the server refuses."""
         body = {
-            "model": _NAME,
+            "model": self._model,
             "messages": list(messages),
             "cache_salt": salt,
             "max_tokens": max_tokens,
@@ -139,15 +118,44 @@ class Server:
             raise EngineError(f"the server {self.name!r} gave no word")
         tokens = int(usage["prompt_tokens"])
         cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        report = self._report(name)
+        report = logged(self._reports, name) if self._reports else {}
         return Streamed(first, tokens, computed(tokens, cached, report), "".join(words), report)
-
-    def _report(self, request: str) -> dict[str, str]:
-        """What KVShare logged of a request: a stream has no place for it."""
-        return {}
 
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}/{path}"
+
+
+class Server(Client):
+    """A server and its client. It is started at once and ends with its context."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, *, kvshare: bool = False
+    ) -> None:
+        """Run `command`, which takes `--host` and `--port`; what it prints goes to `log`."""
+        super().__init__(name, free_port(), reports=log if kvshare else None)
+        environment = os.environ | ENVIRONMENT
+        # the engine has a process of its own, and uses all cores with and without a connector
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        listen = ["--host", "127.0.0.1", "--port", str(self.port)]
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*command, *listen], stdout=output, stderr=output, env=environment
+            )
+
+    def ready(self) -> None:
+        """Wait until the server answers; `EngineError` if it ends or takes too long."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise EngineError(f"the server {self.name!r} has stopped")
+            try:
+                urllib.request.urlopen(self._url("health"), timeout=2).close()
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(0.5)
+            else:
+                return
+        raise EngineError(f"the server {self.name!r} has not started in {PATIENCE_S} s")
 
     def close(self) -> None:
         """End the server."""
@@ -165,19 +173,17 @@ class Server:
         self.close()
 
 
-class KVShareServer(Server):
-    """A server with KVShare and `log_requests`."""
-
-    def _report(self, request: str) -> dict[str, str]:
-        deadline = time.monotonic() + _LINE_S
-        while time.monotonic() < deadline:
-            for line in reversed(self.log.read_text(errors="replace").splitlines()):
-                _, found, said = line.partition(f"kvshare: request {request}")
-                if found:
-                    pairs = (word.partition("=") for word in said.partition(": ")[2].split())
-                    return {f"kvshare.{field}": value for field, _, value in pairs}
-            time.sleep(0.02)
-        raise EngineError(f"the server {self.name!r} has logged nothing of {request}")
+def logged(log: Path, request: str) -> dict[str, str]:
+    """What KVShare logged of a request; `EngineError` if nothing."""
+    deadline = time.monotonic() + _LINE_S
+    while time.monotonic() < deadline:
+        for line in reversed(log.read_text(errors="replace").splitlines()):
+            _, found, said = line.partition(f"kvshare: request {request}")
+            if found:
+                pairs = (word.partition("=") for word in said.partition(": ")[2].split())
+                return {f"kvshare.{field}": value for field, _, value in pairs}
+        time.sleep(0.02)
+    raise EngineError(f"{log} has no line of the request {request}: is `log_requests` on?")
 
 
 def _parts(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from examples.engines import server
 from examples.engines.process import EngineError
-from examples.engines.server import KVShareServer, Server, arguments
+from examples.engines.server import Server, arguments
 
 STAND_IN = """
 import json, sys
@@ -46,14 +46,15 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 
-Start = Callable[[type[Server]], Server]
+Start = Callable[..., Server]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     script = tmp_path / "server.py"
     script.write_text(STAND_IN)
-    return lambda kind: kind("one", [sys.executable, str(script)], tmp_path / "log")
+    command = [sys.executable, str(script)]
+    return lambda **more: Server("one", command, tmp_path / "log", **more)
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -61,7 +62,7 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 def test_a_stream_is_read_to_its_end(start: Start) -> None:
-    with start(Server) as running:
+    with start() as running:
         running.ready()
         answer = running.ask(said("hello"), "salt", 2)
     assert (answer.text, answer.tokens, answer.computed, answer.report) == ("Hello", 9, 5, {})
@@ -69,7 +70,7 @@ def test_a_stream_is_read_to_its_end(start: Start) -> None:
 
 
 def test_what_kvshare_logs_of_a_request_is_its_report(start: Start) -> None:
-    with start(KVShareServer) as running:
+    with start(kvshare=True) as running:
         running.ready()
         answer = running.ask(said("hello"), "salt")
     assert answer.computed == 2
@@ -80,7 +81,7 @@ def test_what_kvshare_logs_of_a_request_is_its_report(start: Start) -> None:
 
 
 def test_a_request_that_is_refused_says_why(start: Start) -> None:
-    with start(Server) as running:
+    with start() as running:
         running.ready()
         with pytest.raises(EngineError, match="the prompt is too long"):
             running.ask(said("refuse"), "salt")
@@ -90,9 +91,9 @@ def test_a_request_that_is_not_logged_is_an_error(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_LINE_S", 0.1)
-    with start(KVShareServer) as running:
+    with start(kvshare=True) as running:
         running.ready()
-        with pytest.raises(EngineError, match="logged nothing of chat-1"):
+        with pytest.raises(EngineError, match="no line of the request chat-1"):
             running.ask(said("unlogged"), "salt")
 
 
