@@ -69,8 +69,9 @@ class Turn(NamedTuple):
 def measure(options: Options) -> Result:
     """Serve all conversations with every arm, once for each way to rewrite the history."""
     tokenizer = tokenizer_of(options)
-    turns = 4 if options.short else 6
-    chosen = list(islice(conversations(options.data), options.size(6, 2)))
+    turns = 5 if options.short else 6
+    first = 2 if options.short else 0  # the third and fourth call tools from the second turn on
+    chosen = list(islice(conversations(options.data), first, first + options.size(6, 2)))
     groups = [chosen[at : at + _SIDE_BY_SIDE] for at in range(0, len(chosen), _SIDE_BY_SIDE)]
     parts = [(rewrite, number) for rewrite in REWRITES for number in range(len(groups))]
     served: list[Turn] = []
