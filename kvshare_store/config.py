@@ -99,6 +99,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Tokens recomputed at the end of an edited prompt (None: the policy's own)."""
     max_generation: int | None = None
     """Highest generation an edited node may have (None: the policy's own)."""
+    approximation_price: float = 0.0
+    """An edit is made only if it saves this share of the prompt beyond what stays in place."""
     min_prompt_tokens: int = 32
     """Shorter prompts are neither looked up nor stored."""
     min_saving_ms: float = 2.0
@@ -158,6 +160,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
+        if not 0 <= self.approximation_price <= 1:
+            raise ConfigError("approximation_price is a share of a prompt: from 0 to 1")
 
     @property
     def home_path(self) -> Path:

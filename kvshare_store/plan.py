@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Annotated, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
+import blake3
 import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
@@ -29,7 +30,9 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A run of request positions filled from the rows of one block.
 
     `source` is the position the first row's K was rotated for when it was computed. A span is
-    `exact` when it belongs to the exact prefix; then `source == start`.
+    `exact` when it belongs to the exact prefix; then `source == start`. It is `continued` when its
+    rows stay in the context that an edited prompt computed them in: the same tokens before them, at
+    the same position. All other spans are edited.
     """
 
     start: int
@@ -40,11 +43,17 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     row: int
     """First row inside that block."""
     exact: bool = False
+    continued: bool = False
 
     @property
     def stop(self) -> int:
         """One past the last position."""
         return self.start + self.length
+
+    @property
+    def edited(self) -> bool:
+        """Its rows moved, or stand behind other text than the one they were computed behind."""
+        return not (self.exact or self.continued)
 
     def clip(self, start: int, stop: int) -> Span | None:
         """The part of this span inside `start … stop-1`, or None."""
@@ -59,7 +68,19 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
             self.block,
             self.row + skip,
             self.exact,
+            self.continued,
         )
+
+
+class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """From position `start` on a prompt's rows were computed behind edited rows: these.
+
+    Prompts with the same tokens and contexts up to a position have the same rows up to there.
+    """
+
+    start: int
+    digest: bytes
+    """Of the edited spans, 16 bytes."""
 
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True):
@@ -84,6 +105,10 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Length of the request."""
     exact: int = 0
     """Length of the exact prefix."""
+    continued: int = 0
+    """One past the last position that continues an edited prompt; 0 if none does."""
+    contexts: tuple[Context, ...] = ()
+    """Of the rows that are continued."""
     spans: tuple[Span, ...] = ()
     blocks: tuple[BlockRef, ...] = ()
     donors: tuple[str, ...] = ()
@@ -124,6 +149,32 @@ class Outcome(msgspec.Struct, frozen=True):
     failed: Label = ""
     cached: Count = 0
     """Tokens that the engine's own prefix cache had, so the plan was not asked for them."""
+    continued: Count = 0
+
+
+def contexts_of(
+    inherited: Iterable[Context], spans: Iterable[Span], names: Sequence[str], exact: int = 0
+) -> tuple[Context, ...]:
+    """The contexts of a prompt's rows: those of the prompt that it continues, and one for the
+    edited spans behind that.
+
+    `names`: of the blocks that the spans index. `exact`: length of the prompt's exact prefix. Where
+    that is longer than the continued prompt's, its rows stand before those of an inherited context,
+    which makes it another one.
+    """
+    contexts = list(inherited)
+    before = [context for context in contexts if context.start < exact]
+    if before:
+        contexts = [Context(exact, _digest(before)), *contexts[len(before) :]]
+    edited = [span for span in spans if span.edited]
+    if edited:
+        made_of = [(s.start, s.length, s.source, names[s.block], s.row) for s in edited]
+        contexts.append(Context(edited[0].start, _digest(made_of)))
+    return tuple(contexts)
+
+
+def _digest(made_of: Any) -> bytes:
+    return blake3.blake3(msgspec.msgpack.encode(made_of)).digest(length=16)
 
 
 def gaps(spans: Iterable[Span], start: int, stop: int) -> list[Run]:

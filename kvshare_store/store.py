@@ -304,9 +304,9 @@ class Store:
         """
         metrics = self.metrics
         names = (
-            "lookups", "hits_exact", "hits_edited", "misses", "tokens_requested",
-            "tokens_reused_exact", "tokens_reused_edited", "tokens_recomputed",
-            "tokens_engine_cached", "bytes_loaded", "bytes_stored",
+            "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
+            "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
+            "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
         return {

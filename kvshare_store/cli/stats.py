@@ -87,6 +87,7 @@ def lookups_table(stats: Counts) -> Table:
     """How lookups ended."""
     rows = {
         "exact prefix": ("hits_exact", "green"),
+        "continued": ("hits_continued", "magenta"),
         "edited": ("hits_edited", "cyan"),
         "miss": ("misses", "yellow"),
     }
@@ -97,12 +98,13 @@ def tokens_table(stats: Counts) -> Table:
     """What became of the requested tokens."""
     rows = {
         "reused, exact prefix": ("tokens_reused_exact", "green"),
+        "reused, continued": ("tokens_reused_continued", "magenta"),
         "reused, edited": ("tokens_reused_edited", "cyan"),
         "engine's prefix cache": ("tokens_engine_cached", "blue"),
         "computed": ("tokens_recomputed", "yellow"),
     }
     whole = stats["tokens_requested"]
-    waiting = whole - sum(stats[name] for name, _ in rows.values())
+    waiting = whole - sum(stats.get(name, 0) for name, _ in rows.values())
     if waiting > 0:
         rows["not finished"] = ("waiting", "dim")
     return _shares_table("tokens requested", whole, {**stats, "waiting": waiting}, rows)
@@ -150,7 +152,7 @@ def _shares_table(
     table.add_column(justify="right")
     table.add_column()
     for label, (name, style) in rows.items():
-        count = stats[name]
+        count = stats.get(name, 0)  # an older daemon does not count all
         table.add_row(label, f"{count:,}", share(count, whole), _bar(count, whole, style))
     return table
 

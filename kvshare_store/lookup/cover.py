@@ -14,7 +14,7 @@ from kvshare_store.lookup.grams import GRAM, Hashes, gram_hashes, occur_in
 from kvshare_store.lookup.policy import Mask
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node, segments_between
-from kvshare_store.plan import Span
+from kvshare_store.plan import Context, Span, contexts_of
 
 Positions = npt.NDArray[np.int64]
 
@@ -34,6 +34,9 @@ class Cover:
         self.donor_of: Positions = np.full(len(request), -1, np.int64)
         self.source_of: Positions = np.full(len(request), -1, np.int64)
         self.exact = 0
+        self.continues: Node | None = None
+        self.in_place = 0
+        """Length of the prefix whose rows stay in the context that they were computed in."""
         self._grams = gram_hashes(request)
 
     @property
@@ -91,9 +94,30 @@ class Cover:
 
     def add_exact(self, node: Node, length: int) -> None:
         """The first `length` positions come from the same positions of `node`, bit for bit."""
-        self.exact = length
-        self.donor_of[:length] = self._index(node)
-        self.source_of[:length] = np.arange(length)
+        self.exact, self.in_place = length, max(length, self.in_place)
+        self._add_prefix(node, 0, length)
+
+    def add_continued(self, node: Node, length: int) -> None:
+        """The positions behind the exact prefix, up to `length`, come from the same positions of
+        `node`, an edited prompt that begins with the same tokens."""
+        self.continues, self.in_place = node, length
+        self._add_prefix(node, self.exact, length)
+
+    @property
+    def continued(self) -> int:
+        """Positions that continue an edited prompt."""
+        return self.in_place - self.exact
+
+    def contexts(self) -> tuple[Context, ...]:
+        """Behind which edited rows the continued ones were computed."""
+        if not self.continued or self.continues is None:
+            return ()
+        inherited = (c for c in self.continues.contexts if c.start < self.in_place)
+        return contexts_of(inherited, (), (), self.exact)
+
+    def _add_prefix(self, node: Node, start: int, stop: int) -> None:
+        self.donor_of[start:stop] = self._index(node)
+        self.source_of[start:stop] = np.arange(start, stop)
 
     def _index(self, node: Node) -> int:
         for index, donor in enumerate(self.donors):
@@ -103,8 +127,8 @@ class Cover:
         return len(self.donors) - 1
 
     def pieces(self, keep: Mask) -> Pieces:
-        """The kept positions, cut where the donor or the order in it changes and where the exact
-        prefix ends."""
+        """The kept positions, cut where the donor or the order in it changes and where a kind of
+        reuse ends."""
         at = np.flatnonzero(keep)
         if not len(at):
             return Pieces(at, at)
@@ -115,6 +139,7 @@ class Cover:
             | (donors[1:] != donors[:-1])
             | (sources[1:] != sources[:-1] + 1)
             | (at[1:] == self.exact)
+            | (at[1:] == self.in_place)
         )
         begin = np.flatnonzero(first)
         return Pieces(at[begin], at[np.append(begin[1:], len(at)) - 1] + 1)
@@ -126,13 +151,16 @@ class Cover:
         names = [tuple(node.blocks) for node in self.donors]  # unpacked once
         places = np.stack((*pieces, self.donor_of[pieces.start], self.source_of[pieces.start]), 1)
         for start, stop, donor, source in places.tolist():
-            node, shift, exact = self.donors[donor], start - source, start < self.exact
+            node, shift = self.donors[donor], start - source
+            exact, continued = start < self.exact, self.exact <= start < self.in_place
             for part in segments_between(node, source, stop - shift):
                 first, last = max(part.start, source), min(part.stop, stop - shift)
                 skip = first - part.start
                 block = blocks.setdefault(names[donor][part.block], len(blocks))
                 at, row = first + shift, part.row + skip
-                spans.append(Span(at, last - first, part.source + skip, block, row, exact))
+                spans.append(
+                    Span(at, last - first, part.source + skip, block, row, exact, continued)
+                )
         return spans, list(blocks)
 
 

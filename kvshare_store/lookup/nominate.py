@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
@@ -31,13 +31,17 @@ class Nominator:
         """Whether there is any node."""
         return self._index is not None and len(self._index) > 0
 
-    def by_prefix(self, tokens: Tokens) -> list[Node]:
-        """Nodes that may share the longest exact prefix with `tokens`, the newest first."""
-        if self._index is None:
+    def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
+        """Nodes that may share the longest prefix with `tokens`, the newest first: of exact rows,
+        and for each of `policies` of rows that were made under it."""
+        index = self._index
+        if index is None:
             return []
-        hashes = self._index.chain.hashes(tokens)
+        hashes = index.chain.hashes(tokens)
         with self._lock:
-            return self._nodes(self._index.chain.nominate(hashes))
+            edited = [chain for name in policies if (chain := index.edited.get(name)) is not None]
+            found = [chain.nominate(hashes) for chain in (index.chain, *edited)]
+            return self._nodes(dict.fromkeys(node_id for ids in found for node_id in ids))
 
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """Nodes with similar token n-grams, the most similar first."""

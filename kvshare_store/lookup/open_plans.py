@@ -29,10 +29,10 @@ class OpenPlan(NamedTuple):
 
     def check(self, outcome: Outcome) -> None:
         """`PlanError` if this is not what can become of the plan."""
-        loaded = outcome.exact + outcome.edited
-        numbers = (outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
+        loaded = outcome.exact + outcome.edited + outcome.continued
+        numbers = (loaded, outcome.exact, outcome.edited, outcome.recomputed, outcome.nbytes)
         possible = (
-            min(numbers) >= 0
+            min(outcome.continued, *numbers) >= 0
             and loaded <= self.reused
             and loaded + outcome.recomputed <= self.tokens
             and outcome.cached <= self.tokens

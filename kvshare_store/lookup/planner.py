@@ -15,11 +15,20 @@ from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.policy import Mask, ReusePolicy, edges_of, kept_positions, runs_of
+from kvshare_store.lookup.policy import (
+    Mask,
+    ReusePolicy,
+    as_strict,
+    continues,
+    edges_of,
+    kept_positions,
+    runs_of,
+    usable_tokens,
+)
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import Context, Span
 
 _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""
@@ -37,6 +46,9 @@ class Draft(NamedTuple):
     """A plan before its blocks are leased. `spans[i].block` indexes `blocks`."""
 
     exact: int = 0
+    continued: int = 0
+    contexts: tuple[Context, ...] = ()
+    """Of the rows that are continued."""
     spans: tuple[Span, ...] = ()
     blocks: tuple[str, ...] = ()
     donors: tuple[Node, ...] = ()
@@ -74,55 +86,58 @@ class Planner:
         if not nominator:
             return Draft(declined="empty_store")
         cover = Cover(request)
-        self._take_best_prefix(cover, nominator.by_prefix(request))
-        if policy.edited and cover.exact < len(request) - 1:
+        allowed = as_strict(policy.name) if policy.edited else ()
+        self._take_prefix(cover, nominator.by_prefix(request, allowed), policy)
+        if policy.edited and cover.in_place < len(request) - 1:
             self._cover_edited(cover, nominator, policy)
         if not cover.covered:
             return Draft(declined="no_donor")
         keep = kept_positions(
-            policy, request, cover.donor_of, cover.source_of, cover.exact, delimiters
+            policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
+        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
+            keep[cover.in_place :] = False
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------
 
-    def _take_best_prefix(self, cover: Cover, nodes: list[Node]) -> None:
-        """Tokens decide: the chain's hashes only nominated."""
+    def _take_prefix(self, cover: Cover, nodes: list[Node], policy: ReusePolicy) -> None:
+        """The longest exact prefix, and how much further an edited prompt goes on with the same
+        tokens. Tokens decide: the chain's hashes only nominated."""
         longest = len(cover.request) - 1
         for node in nodes:
-            exact = min(common_prefix(cover.request, node.tokens), node.exact_rows, longest)
+            common = min(common_prefix(cover.request, node.tokens), longest)
+            exact = min(common, node.exact_rows)
             if exact > cover.exact:
                 cover.add_exact(node, exact)
+            if common > max(exact, cover.in_place) and continues(policy, node):
+                cover.add_continued(node, common)
 
     def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
         """Most prompts are served by the first few candidates; the others get a second look."""
         count = self._config.candidates
         nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
         first, more, effort = nodes[:count], nodes[count:], self._effort()
-        self._cover_from(cover, self._usable([*cover.donors, *first], policy), policy, effort)
+        self._cover_from(cover, _usable([*cover.donors, *first], policy), policy, effort)
         if cover.covered < _MOSTLY * len(cover.request):
-            more = self._usable([*more, *nominator.by_text(first, count)], policy)
+            more = _usable([*more, *nominator.by_text(first, count)], policy)
             seen = {node.id for node in (*first, *cover.donors)}
             more = [node for node in more if node.id not in seen]
             self._cover_from(cover, more, policy, effort)
-
-    def _usable(self, nodes: list[Node], policy: ReusePolicy) -> list[Node]:
-        """Nodes that may be built on, each once."""
-        distinct = {node.id: node for node in nodes}
-        return [node for node in distinct.values() if node.generation < policy.max_generation]
 
     def _cover_from(
         self, cover: Cover, nodes: list[Node], policy: ReusePolicy, effort: Effort
     ) -> None:
         """The node that covers most becomes the first donor; others fill what it leaves."""
-        self._take_best_prefix(cover, nodes)
+        self._take_prefix(cover, nodes, policy)
         aligned: list[tuple[int, Node, list[Match]]] = []
         effort.reserve = _FOR_GAPS
         for node in cover.sharing_text(nodes, effort):
-            matches = align(cover.request, node.tokens, effort)
-            useful = sum(length for _, _, length in matches if length >= policy.min_run)
+            matches = align(cover.request, usable_tokens(policy, node), effort)
+            useful = _useful(matches, cover.in_place, policy.min_run)
             aligned.append((useful, node, matches))
-            if useful >= _ENOUGH * len(cover.request) or len(aligned) == _PRIMARIES:
+            enough = _ENOUGH * len(cover.request) - cover.in_place
+            if useful >= enough or len(aligned) == _PRIMARIES:
                 break
         if not aligned:
             return
@@ -135,7 +150,7 @@ class Planner:
             gaps = [gap for gap in runs_of(cover.donor_of < 0) if gap.length >= shortest]
             if not gaps or len(cover.donors) >= self._config.max_donors:
                 return
-            found = passages(cover.request, node.tokens, gaps, shortest, effort)
+            found = passages(cover.request, usable_tokens(policy, node), gaps, shortest, effort)
             cover.add(node, found, shortest)
 
     # --- the answer --------------------------------------------------------------------------
@@ -170,6 +185,8 @@ class Planner:
         donors, generation = _lineage(cover, keep)
         return Draft(
             exact=min(cover.exact, spans[-1].stop),
+            continued=min(cover.in_place, spans[-1].stop) if cover.continued else 0,
+            contexts=cover.contexts(),
             spans=tuple(spans),
             blocks=tuple(blocks),
             donors=donors,
@@ -179,6 +196,18 @@ class Planner:
         )
 
 
+def _usable(nodes: list[Node], policy: ReusePolicy) -> list[Node]:
+    """Nodes that have rows to build on, each once."""
+    distinct = {node.id: node for node in nodes}
+    return [node for node in distinct.values() if len(usable_tokens(policy, node))]
+
+
+def _useful(matches: list[Match], start: int, min_run: int) -> int:
+    """Positions from `start` on that runs of at least `min_run` tokens cover."""
+    runs = ((max(at, start), at + length) for at, _, length in matches if length >= min_run)
+    return sum(max(0, stop - first) for first, stop in runs)
+
+
 def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
     """The donors of kept positions, the one with most of them first, and the generation
     that building on them makes."""
@@ -186,7 +215,10 @@ def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
     counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
     used = [donor for donor, count in enumerate(counts) if count]
     used.sort(key=lambda donor: (-counts[donor], int((kept == donor).argmax())))
-    # the exact prefix is kept whole, but for what the last position takes away from it
-    edited = kept[int(np.count_nonzero(keep[: cover.exact])) :]
-    generations = [cover.donors[donor].generation for donor in set(edited.tolist())]
-    return tuple(cover.donors[donor] for donor in used), 1 + max(generations, default=-1)
+    generation = cover.continues.generation if cover.continued and cover.continues else 0
+    edited = np.flatnonzero(keep[cover.in_place :]) + cover.in_place
+    donors, sources = cover.donor_of[edited], cover.source_of[edited]
+    for donor in set(donors.tolist()):
+        node, last = cover.donors[donor], int(sources[donors == donor].max())
+        generation = max(generation, 1 + (node.generation if last >= node.exact_rows else 0))
+    return tuple(cover.donors[donor] for donor in used), generation

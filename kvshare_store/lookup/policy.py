@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kvshare_store.config import PolicyName, StoreConfig, policy_names
 from kvshare_store.errors import ConfigError
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Run
 
 Mask = npt.NDArray[np.bool_]
@@ -90,32 +91,53 @@ def _stricter_growth(one: float, other: float) -> float:
     return max(one, other) if one and other else 0.0
 
 
+def as_strict(policy: PolicyName) -> tuple[str, ...]:
+    """The policies that are at least as strict, the given one included."""
+    names = policy_names()
+    return names[: names.index(policy) + 1]
+
+
+def continues(policy: ReusePolicy, node: Node) -> bool:
+    """Whether a request may go on with the edited rows of `node`, in their own context: nothing
+    becomes more approximate by that."""
+    allowed = policy.edited and node.policy in as_strict(policy.name)
+    return allowed and node.generation <= policy.max_generation
+
+
+def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
+    """The leading tokens of `node` whose rows may be reused behind other text: all, or those that
+    are exact."""
+    if node.generation < policy.max_generation and (node.exact or continues(policy, node)):
+        return node.tokens
+    return node.tokens[: node.exact_rows if policy.max_generation else 0]
+
+
 def kept_positions(
     policy: ReusePolicy,
     request: Tokens,
     donor_of: npt.NDArray[np.int64],
     source_of: npt.NDArray[np.int64],
-    exact: int,
+    in_place: int,
     delimiters: Collection[int] = (),
 ) -> Mask:
     """Which positions of the request are filled from stored rows.
 
     `donor_of[i]` is the donor that covers position i (-1: none) and `source_of[i]` its position
-    there. Positions below `exact` are always kept; the last position never is, because the engine
-    must compute it to sample.
+    there. Positions below `in_place` are always kept; the last position never is, because the
+    engine must compute it to sample.
     """
     length = len(request)
     keep = donor_of >= 0
     if not policy.edited:
-        keep[exact:] = False
+        keep[in_place:] = False
     keep &= ~_after_edits(keep, donor_of, source_of, policy)
     keep[max(0, length - policy.tail) :] = False
     keep = _without_short_runs(keep, policy.min_run)
     if policy.delimiters and len(delimiters):
-        # after short runs have gone: the lines of code and lists are shorter than `min_run`. The
-        # exact prefix ends where the first edit is, also where that only removed text
-        keep[exact:] &= ~np.isin(request[exact:], np.fromiter(delimiters, np.int64))
-    keep[:exact] = True
+        # after short runs have gone: the lines of code and lists are shorter than `min_run`. What
+        # stays in place ends where the first edit is, also where that only removed text
+        keep[in_place:] &= ~np.isin(request[in_place:], np.fromiter(delimiters, np.int64))
+    keep[:in_place] = True
     keep[length - 1 :] = False
     return keep
 

@@ -186,6 +186,8 @@ class Serving:
         return msgspec.structs.replace(
             lookup.plan(),
             exact=draft.exact,
+            continued=draft.continued,
+            contexts=draft.contexts,
             spans=draft.spans,
             blocks=tuple(refs[name] for name in draft.blocks),
             donors=tuple(donor.id for donor in draft.donors),
@@ -218,8 +220,9 @@ class Serving:
             self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
             return
         metrics = self._metrics
-        metrics.add("hits_edited" if outcome.edited else "hits_exact")
+        metrics.add(_kind(outcome))
         metrics.add("tokens_reused_exact", outcome.exact)
+        metrics.add("tokens_reused_continued", outcome.continued)
         metrics.add("tokens_reused_edited", outcome.edited)
         metrics.add("tokens_recomputed", outcome.recomputed)
         metrics.add("bytes_loaded", outcome.nbytes)
@@ -263,8 +266,16 @@ class Serving:
 
 def _inexact(draft: Draft) -> Draft:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
-    spans = tuple(msgspec.structs.replace(span, exact=False) for span in draft.spans)
-    return draft._replace(exact=0, spans=spans, generation=max(1, draft.generation))
+    changed = {"exact": False, "continued": False}
+    spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)
+    generation = max(1, draft.generation + (draft.continued > 0))
+    return draft._replace(exact=0, continued=0, contexts=(), spans=spans, generation=generation)
+
+
+def _kind(outcome: Outcome) -> str:
+    if outcome.edited:
+        return "hits_edited"
+    return "hits_continued" if outcome.continued else "hits_exact"
 
 
 def _served_badly(draft: Draft, length: int) -> bool:

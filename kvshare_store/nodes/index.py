@@ -71,26 +71,26 @@ class PrefixChain:
         (hashes * _factors(int(counts.max(initial=0)))[place]).cumsum(out=sums[1:])
         return _mixed(sums[1:] - sums[starts].repeat(counts)), counts
 
-    def add(self, node: Node) -> None:
-        """Index the node's exact rows."""
-        if node.id not in self._nodes:
-            self._nodes.add(node.id, self.hashes(node.tokens[: node.exact_rows]).tolist())
+    def add(self, node_id: str, tokens: Tokens) -> None:
+        """Index a node under these of its leading tokens."""
+        if node_id not in self._nodes:
+            self._nodes.add(node_id, self.hashes(tokens).tolist())
 
-    def extend(self, nodes: Sequence[Node]) -> None:
+    def extend(self, nodes: Sequence[tuple[str, Tokens]]) -> None:
         """Index many nodes."""
-        new = [node for node in nodes if node.id not in self._nodes]
+        new = [entry for entry in nodes if entry[0] not in self._nodes]
         if not new:
             return
-        keys, counts = self._chains([node.tokens[: node.exact_rows] for node in new])
-        self._nodes.extend([node.id for node in new], keys, np.arange(len(new)).repeat(counts))
+        keys, counts = self._chains([tokens for _, tokens in new])
+        self._nodes.extend([node for node, _ in new], keys, np.arange(len(new)).repeat(counts))
 
     def settle(self) -> None:
         """Do now what the first question after `extend` would wait for."""
         self._nodes.settle()
 
-    def remove(self, node: Node) -> None:
+    def remove(self, node_id: str) -> None:
         """Forget the node."""
-        self._nodes.remove(node.id)
+        self._nodes.remove(node_id)
 
     def nominate(self, hashes: Keys) -> list[str]:
         """Nodes that share the longest part of a chain, the newest first. Not yet verified."""
@@ -278,20 +278,29 @@ class NamespaceIndex:
     """Everything that nominates donors inside one namespace."""
 
     def __init__(self, run: int) -> None:
+        self._run = run
         self.chain = PrefixChain(run)
+        """Of exact rows."""
+        self.edited: dict[str, PrefixChain] = {}
+        """Of all rows of edited nodes, by the policy that they were made under."""
         self.lexical = VectorMatrix()
         self.semantic = VectorMatrix()
 
     def add(self, node: Node, vectors: Vectors) -> None:
         """Index a node."""
-        self.chain.add(node)
+        self.chain.add(node.id, node.tokens[: node.exact_rows])
+        if not node.exact:
+            self._edited(node.policy).add(node.id, node.tokens)
         self.lexical.add(node.id, vectors.lexical)
         if vectors.semantic is not None:
             self.semantic.add(node.id, vectors.semantic)
 
     def extend(self, nodes: Sequence[tuple[Node, Vectors]]) -> None:
         """Index many nodes that are not here yet."""
-        self.chain.extend([node for node, _ in nodes])
+        self.chain.extend([(node.id, node.tokens[: node.exact_rows]) for node, _ in nodes])
+        for policy in {node.policy for node, _ in nodes if not node.exact}:
+            same = [n for n, _ in nodes if not n.exact and n.policy == policy]
+            self._edited(policy).extend([(node.id, node.tokens) for node in same])
         lexical = np.stack([vectors.lexical for _, vectors in nodes])
         self.lexical.extend([node.id for node, _ in nodes], lexical)
         text = {node.id: each.semantic for node, each in nodes if each.semantic is not None}
@@ -300,11 +309,16 @@ class NamespaceIndex:
 
     def settle(self) -> None:
         """Do now what the first question after `extend` would wait for."""
-        self.chain.settle()
+        for chain in (self.chain, *self.edited.values()):
+            chain.settle()
+
+    def _edited(self, policy: str) -> PrefixChain:
+        return self.edited.setdefault(policy, PrefixChain(self._run))
 
     def remove(self, node: Node) -> None:
         """Forget a node."""
-        self.chain.remove(node)
+        for chain in (self.chain, *self.edited.values()):
+            chain.remove(node.id)
         self.lexical.remove(node.id)
         self.semantic.remove(node.id)
 

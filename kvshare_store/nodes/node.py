@@ -19,7 +19,7 @@ import numpy as np
 from kvshare_store.errors import PlanError
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.packed import Edits, Names, Sizes, Spans
-from kvshare_store.plan import Span, gaps
+from kvshare_store.plan import Context, Span, gaps
 
 NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""
@@ -46,6 +46,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     exact_rows: int
     """Leading rows that were computed in their own full context."""
     generation: int = 0
+    policy: str = ""
+    """The laxest policy that any of its rows was reused under; empty if it is exact, or if it was
+    written by a release that did not say."""
+    contexts: tuple[Context, ...] = ()
+    """Behind which edited rows its rows were computed, ascending."""
     created: float = msgspec.field(default_factory=time.time)
     merged: bool = False
     """Its rows were gathered into blocks of their own: chains of edits begin anew below it."""
@@ -98,6 +103,8 @@ class _Fields(msgspec.Struct, kw_only=True, gc=False):
     block_bytes: msgspec.Raw = msgspec.Raw(b"\x90")
     exact_rows: int
     generation: int = 0
+    policy: str = ""
+    contexts: tuple[Context, ...] = ()
     created: float = msgspec.field(default_factory=time.time)
     merged: bool = False
     pinned: bool = False
@@ -134,6 +141,8 @@ def decode_node(encoded: bytes) -> Node:
         block_bytes=_interned(bytes(read.block_bytes), Sizes),
         exact_rows=read.exact_rows,
         generation=read.generation,
+        policy=read.policy,
+        contexts=read.contexts,
         created=read.created,
         merged=read.merged,
         pinned=read.pinned,
@@ -197,6 +206,9 @@ def check_node(node: Node, row_bytes: int) -> None:
         raise PlanError(f"{node.exact_rows} exact rows of {node.length}")
     if node.exact and node.exact_rows != node.length:
         raise PlanError("it is exact, but not all of its rows are")
+    starts = [context.start for context in node.contexts]
+    if starts != sorted(starts) or any(start < node.exact_rows for start in starts):
+        raise PlanError("its contexts are not in order")
     if not isinstance(node.blocks, Names):
         raise PlanError("a block has a name that no block has")
     try:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from kvshare_store.config import policy_names
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.lookup.align import common_prefix
 from kvshare_store.nodes.edits import Tokens
@@ -27,8 +29,8 @@ class _Origin(NamedTuple):
 
     node: Node
     segment: Span
-    exact: int
-    """Leading positions at which the donor has the request's tokens and exact rows."""
+    common: int
+    """Leading positions at which the donor has the request's tokens."""
 
     def generation_of(self, span: Span, request: Tokens) -> int | None:
         """Provenance of a span's rows; None if they are not in this segment, are the rows of other
@@ -37,17 +39,29 @@ class _Origin(NamedTuple):
         last = first + span.length
         if first < self.segment.start or last > self.segment.stop:
             return None
-        if span.exact:
-            return 0 if first == span.start and span.stop <= self.exact else None
+        if span.exact or span.continued:
+            in_place = first == span.start and span.stop <= self.common
+            if not in_place or (span.exact and span.stop > self.node.exact_rows):
+                return None
+            return 0 if span.exact else self.node.generation
         if not np.array_equal(request[span.start : span.stop], self.node.tokens[first:last]):
             return None
         return 0 if last <= self.node.exact_rows else self.node.generation
 
 
+class Verified(NamedTuple):
+    """What the store knows of the rows that a save builds on."""
+
+    sizes: dict[str, int]
+    """Bytes of each block that the spans use, as the donors give them."""
+    policy: str = ""
+    """The laxest that any of the rows was reused under; empty if all are exact."""
+
+
 def check_provenance(
     reuse: Reuse, request: Tokens, namespace: str, donors: Sequence[Node]
-) -> dict[str, int]:
-    """Bytes of each block that the spans use, as the donors give them.
+) -> Verified:
+    """What the donors say of the spans.
 
     `donors`: the nodes that `reuse.donors` names, as they are now or were when they were planned.
     `PlanError` if a span is not what it says or the generation is too low; `NamespaceError` if a
@@ -57,29 +71,45 @@ def check_provenance(
         raise NamespaceError("a save builds on a prompt of another namespace")
     origins = _origins(request, donors)
     lowest = 0
+    lineage: list[Node] = []
     for span in reuse.spans:
         place = reuse.blocks[span.block], span.source - span.row
-        found = [origin.generation_of(span, request) for origin in origins.get(place, ())]
-        generations = [generation for generation in found if generation is not None]
-        if not generations:
+        found = [
+            (generation, origin.node)
+            for origin in origins.get(place, ())
+            if (generation := origin.generation_of(span, request)) is not None
+        ]
+        if not found:
             raise PlanError(f"{span} is not what the prompts it is said to come from hold")
-        if not span.exact:
-            lowest = max(lowest, 1 + min(generations))
+        generation, node = min(found, key=itemgetter(0))
+        lowest = max(lowest, generation + span.edited)
+        if generation:
+            lineage.append(node)
     if reuse.generation < lowest or (reuse.generation > 0) != (lowest > 0):
         raise PlanError(f"rows of generation {lowest} are declared as {reuse.generation}")
-    return {
+    sizes = {
         name: nbytes
         for node in donors
         for name, nbytes in zip(node.blocks, node.block_bytes, strict=False)
     }  # a node of an older release does not know the bytes of its blocks
+    return Verified(sizes, _laxest(reuse, lineage) if lowest else "")
+
+
+def _laxest(reuse: Reuse, lineage: Sequence[Node]) -> str:
+    """The laxest policy of the rows; empty, which nobody builds on, if one of them is unknown."""
+    edited = any(span.edited for span in reuse.spans)
+    policies = {node.policy for node in lineage} | ({reuse.policy} if edited else set())
+    names = policy_names()
+    known = policies <= {*names}
+    return max(policies, key=names.index) if known else ""
 
 
 def _origins(request: Tokens, donors: Sequence[Node]) -> dict[tuple[str, int], list[_Origin]]:
     """Segments of the donors by block, and by the position that row 0 of it would be from."""
     found: defaultdict[tuple[str, int], list[_Origin]] = defaultdict(list)
     for node in donors:
-        exact = min(common_prefix(request, node.tokens), node.exact_rows)
+        common = common_prefix(request, node.tokens)
         for segment in node.segments:
             place = node.blocks[segment.block], segment.source - segment.row
-            found[place].append(_Origin(node, segment, exact))
+            found[place].append(_Origin(node, segment, common))
     return found

@@ -21,7 +21,8 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.save.provenance import check_provenance
+from kvshare_store.plan import contexts_of
+from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
     RowSource,
@@ -63,35 +64,34 @@ class Saving:
         try:
             check_reuse(reuse, len(request))
             reuse = of_used_blocks(reuse)
-            block_bytes = self._verified(reuse, request, namespace)
+            verified = self._verified(reuse, request, namespace)
             staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
             row_bytes = namespace.layout.row_bytes
             self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
-        if block_bytes is None:
+        if verified is None:
             self._metrics.error(MissingBlockError.kind)
             return Staged(known=True)
-        return self._kept(Save(namespace, request, reuse, block_bytes, staged, owner))
+        sizes = tuple(
+            verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
+        )
+        return self._kept(Save(namespace, request, reuse, sizes, verified.policy, staged, owner))
 
-    def _verified(
-        self, reuse: Reuse, request: Tokens, namespace: Namespace
-    ) -> tuple[int, ...] | None:
-        """Bytes of each block of `reuse`; None if a node that could vouch for it is gone, or has
-        another form since."""
+    def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
+        """What the donors vouch for; None if one that could is gone, or has another form since."""
         if len(reuse.donors) > self._config.max_donors + 1:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
         donors = [node for nodes in named for node in nodes]
         try:
-            sizes = check_provenance(reuse, request, namespace.digest, donors)
+            return check_provenance(reuse, request, namespace.digest, donors)
         except PlanError:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
             return None
-        return tuple(sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks)
 
     def _donors(self, node_id: str) -> list[Node]:
         """The nodes of an id that a client may have been planned: those that open plans hold, and
@@ -192,6 +192,7 @@ class Saving:
         parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
+        exact = exact_rows(reuse.spans, length)
         return Node(
             id=_node_id(save),
             namespace=save.namespace.digest,
@@ -201,8 +202,10 @@ class Saving:
             segments=tuple(segments),
             blocks=blocks,
             block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact_rows(reuse.spans, length),
+            exact_rows=exact,
             generation=reuse.generation,
+            policy=save.policy,
+            contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
             stamp=new_stamp(),
         )
 

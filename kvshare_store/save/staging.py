@@ -11,7 +11,7 @@ import msgspec
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.plan import ReusePlan, Run, Span, gaps
+from kvshare_store.plan import Context, ReusePlan, Run, Span, gaps
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_GENERATIONS = 1 << 15
@@ -26,6 +26,10 @@ class Reuse(msgspec.Struct, frozen=True):
     generation: int = 0
     stamps: tuple[int, ...] = ()
     """Of each donor, the form that was planned. Without them: the one that is here now."""
+    policy: str = ""
+    """What the plan was made under."""
+    contexts: tuple[Context, ...] = ()
+    """Of the rows that are continued."""
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +58,8 @@ class Save(msgspec.Struct, frozen=True):
     reuse: Reuse
     block_bytes: tuple[int, ...]
     """Bytes of each block of `reuse`."""
+    policy: str
+    """The laxest that any of its rows is reused under."""
     staged: Staged
     owner: str
 
@@ -125,7 +131,12 @@ def check_reuse(reuse: Reuse, length: int) -> None:
             raise PlanError(f"span {span} does not fit a prompt of {length} tokens")
         if span.exact and span.source != span.start:
             raise PlanError(f"span {span} has moved and cannot be exact")
+        if span.exact and span.continued:
+            raise PlanError(f"span {span} is of two kinds")
         at = span.stop
+    starts = [context.start for context in reuse.contexts]
+    if starts != sorted(starts) or any(not 0 <= start < length for start in starts):
+        raise PlanError("contexts do not ascend within the prompt")
     if not 0 <= reuse.generation <= _MOST_GENERATIONS:
         raise PlanError(f"no rows are of generation {reuse.generation}")
 
@@ -161,6 +172,8 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     if plan.declined:
         return Reuse()
     kept = plan.spans if spans is None else tuple(spans)
-    edited = any(not span.exact for span in kept)
+    exact = all(span.exact for span in kept)
     names = tuple(block.name for block in plan.blocks)
-    return Reuse(kept, names, plan.donors, plan.generation if edited else 0, plan.stamps)
+    generation = 0 if exact else plan.generation
+    contexts = plan.contexts if any(span.continued for span in kept) else ()
+    return Reuse(kept, names, plan.donors, generation, plan.stamps, plan.policy, contexts)

@@ -387,8 +387,8 @@ def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
     """Rows that do not write down what their text vector hashes to were checked as a whole."""
     encoded = encode_node(node_of(np.arange(20, dtype=np.int32)))
-    assert encoded[0] == 0x8F, "a map of 15 fields; one more needs a longer head"
-    body = b"\xde\x00\x10" + encoded[1:] + b"\xa5check\xc4\x20"
+    assert encoded[:3] == b"\xde\x00\x11", "a map of 17 fields"
+    body = b"\xde\x00\x12" + encoded[3:] + b"\xa5check\xc4\x20"
     node = msgspec.msgpack.decode(encoded)
     text = b"-" if semantic is None else semantic.tobytes()
     whole = f"kvshare row:{node['id']}:{node['namespace']}:".encode() + UNIT.tobytes() + text + body

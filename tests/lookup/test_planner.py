@@ -22,7 +22,7 @@ from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import Context, Span, contexts_of
 
 ROW_BYTES = 64
 LAX = ReusePolicy("aggressive", min_run=2, max_generation=4)
@@ -51,6 +51,8 @@ class Shelf:
         exact_rows: int | None = None,
         semantic: np.ndarray | None = None,
         sources: int = 0,
+        policy: str = "aggressive",
+        contexts: tuple[Context, ...] = (),
     ) -> Node:
         """One block per 8 tokens; `sources` shifts where the edited rows were computed."""
         array = np.asarray(tokens, np.int32)
@@ -71,6 +73,8 @@ class Shelf:
             blocks=tuple(f"{name}/{at}" for at in range(-(-len(tokens) // 8))),
             exact_rows=exact,
             generation=generation,
+            policy=policy if generation else "",
+            contexts=contexts,
         )
         self.tree.add(node)
         self.index.add(node, Vectors(lexical_vector(array), semantic))
@@ -161,16 +165,87 @@ def test_an_exact_prefix_ends_where_the_donor_was_edited() -> None:
     draft = shelf.plan(request, PRESETS["exact"])
     assert (draft.exact, reused(draft), draft.generation) == (21, 21, 0)
     more = shelf.plan(request)
-    assert (more.exact, reused(more), more.generation) == (21, 39, 2)
+    assert (more.exact, more.continued, reused(more), more.generation) == (21, 39, 39, 1)
     assert all(span.source == span.start + 5 for span in more.spans if not span.exact)
 
 
 def test_exact_rows_are_preferred_to_edited_ones() -> None:
+    """The edited prompt is continued behind the exact prefix of another."""
     shelf = Shelf()
     request = text(1, 40)
     shelf.add(request[:24] + text(2, 16))
-    shelf.add(request, generation=1, exact_rows=0)
-    assert shelf.plan(request).exact == 24
+    edited = Context(3, b"some edited rows")
+    shelf.add(request, generation=1, exact_rows=0, contexts=(edited,))
+    draft = shelf.plan(request)
+    assert (draft.exact, draft.continued, draft.generation) == (24, 39, 1)
+    assert draft.contexts == contexts_of([edited], (), (), 24)
+    assert [context.start for context in draft.contexts] == [24]
+
+
+# --- continued prompts --------------------------------------------------------------------------
+
+
+def test_a_continuation_is_no_new_generation() -> None:
+    shelf = Shelf()
+    last_turn = text(1, 60)
+    edited = Context(16, b"some edited rows")
+    node = shelf.add(last_turn, generation=4, exact_rows=16, contexts=(edited,))
+    draft = shelf.plan(last_turn + text(2, 30))
+    assert (draft.exact, draft.continued, reused(draft)) == (16, 60, 60)
+    assert (draft.generation, draft.contexts, draft.donors) == (4, (edited,), (node,))
+    assert [(s.exact, s.continued) for s in draft.spans if s.start >= 16] == [(False, True)] * 6
+
+
+def test_contexts_behind_what_is_continued_are_not_inherited() -> None:
+    shelf = Shelf()
+    last_turn = text(1, 60)
+    contexts = Context(8, b"first"), Context(40, b"second")
+    shelf.add(last_turn, generation=2, exact_rows=8, contexts=contexts)
+    assert shelf.plan(last_turn[:40] + text(2, 30)).contexts == contexts[:1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "made_under", "continued"),
+    [
+        ("aggressive", "aggressive", 39),
+        ("aggressive", "faithful", 39),
+        ("balanced", "aggressive", 0),
+        ("balanced", "", 0),
+        ("faithful", "faithful", 39),
+        ("exact", "faithful", 0),
+    ],
+)
+def test_only_what_is_as_strict_is_continued(policy: str, made_under: str, continued: int) -> None:
+    shelf = Shelf()
+    request = text(1, 40)
+    shelf.add(request, generation=1, exact_rows=8, policy=made_under)
+    assert shelf.plan(request, PRESETS[policy]).continued == continued
+
+
+def test_of_what_may_not_be_built_on_the_exact_rows_are() -> None:
+    shelf = Shelf()
+    donor = text(1, 80)
+    shelf.add(donor, generation=4, exact_rows=60)
+    draft = shelf.plan([3, *donor[:70], 4])
+    assert (reused(draft), draft.generation) == (60, 1)
+
+
+def test_an_edit_behind_a_continuation_counts_its_own_donors() -> None:
+    shelf = Shelf()
+    first, second = text(1, 40), text(2, 80)
+    shelf.add(first, generation=1, exact_rows=0)
+    shelf.add(text(3, 5) + second)
+    draft = shelf.plan(first + second)
+    assert (draft.continued, draft.generation) == (40, 1)
+    assert reused(draft) == 40 + 79
+
+
+def test_an_edit_that_gains_too_little_for_its_price_is_not_made() -> None:
+    shelf = Shelf(approximation_price=0.3)
+    donor = text(1, 80)
+    shelf.add(donor)
+    assert reused(shelf.plan(donor[:60] + text(2, 5) + donor[60:])) == 60
+    assert reused(shelf.plan(donor[:30] + text(2, 5) + donor[30:])) == 79
 
 
 # --- edited rows --------------------------------------------------------------------------------
@@ -234,7 +309,7 @@ def test_donors_are_named_by_how_much_they_give() -> None:
 # --- generations --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cap", "generation"), [(0, None), (1, None), (2, None), (3, 3), (4, 3)])
+@pytest.mark.parametrize(("cap", "generation"), [(0, None), (1, None), (2, 2), (3, 3), (4, 3)])
 def test_generations_are_capped(cap: int, generation: int | None) -> None:
     shelf = Shelf()
     donor = text(1, 80)

@@ -51,13 +51,13 @@ def test_the_chain_nominates_who_shares_most(
         node = make_node(tokens, min(exact_rows, len(tokens)))
         if node.id not in nodes:
             nodes[node.id] = node
-            chain.add(node)
+            chain.add(node.id, node.tokens[: node.exact_rows])
     for at in removed:
         if at < len(saved):
             tokens, exact_rows = saved[at]
             gone = nodes.pop(make_node(tokens, min(exact_rows, len(tokens))).id, None)
             if gone is not None:
-                chain.remove(gone)
+                chain.remove(gone.id)
     nominated = chain.nominate(chain.hashes(np.asarray(request, np.int32)))
     best = max((shared_runs(request, node) for node in nodes.values()), default=0)
     assert bool(nominated) == (best > 0)
@@ -73,10 +73,10 @@ def test_many_nodes_at_once_are_as_one_by_one(
     nodes = list({node.id: node for node in made}.values())
     one_by_one, at_once = PrefixChain(RUN), PrefixChain(RUN)
     for node in nodes:
-        one_by_one.add(node)
+        one_by_one.add(node.id, node.tokens[: node.exact_rows])
     half = len(nodes) // 2
     for part in (nodes[:half], nodes[half:], nodes):  # who is known stays as it is
-        at_once.extend(part)
+        at_once.extend([(node.id, node.tokens[: node.exact_rows]) for node in part])
     hashes = at_once.hashes(np.asarray(request, np.int32))
     assert at_once.nominate(hashes) == one_by_one.nominate(hashes)
 
@@ -85,7 +85,7 @@ def test_the_newest_is_nominated_first() -> None:
     chain = PrefixChain(RUN)
     nodes = [make_node([1, 1, 1, at], 4) for at in range(12)]
     for node in nodes:
-        chain.add(node)
+        chain.add(node.id, node.tokens[: node.exact_rows])
     nominated = chain.nominate(chain.hashes(np.asarray([1, 1, 1, 5], np.int32)))
     assert nominated == [node.id for node in nodes[:3:-1]]
 
@@ -94,9 +94,9 @@ def test_removing_everything_leaves_nothing() -> None:
     chain = PrefixChain(RUN)
     nodes = [make_node([1, 1, 1, 1, 1, 1, at], 7) for at in range(5)]
     for node in nodes:
-        chain.add(node)
+        chain.add(node.id, node.tokens[: node.exact_rows])
     for node in nodes:
-        chain.remove(node)
+        chain.remove(node.id)
     assert chain.nominate(chain.hashes(np.ones(9, np.int32))) == []
     assert len(chain._nodes) == 0
 
