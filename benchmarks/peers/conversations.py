@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import track
 
@@ -24,7 +24,7 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.peers import lmcache, semblend
 from benchmarks.peers.environment import PeerMissingError, python_with
-from examples.prompts.histories import REWRITES, Rewrite, requests
+from examples.prompts.histories import REWRITES, Message, requests
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,8 @@ _PEERS = ("lmcache", "semblend")
 _SIDE_BY_SIDE = 3
 """Conversations that an engine serves turn about."""
 _ANSWER = 16
+_OWN_ANSWER = 48
+_OWN = "as it is, answered by the model"
 _STORED_S = 1.0
 """Pause after a peer, which does not say when it has stored what it served."""
 _MOST = {
@@ -52,7 +54,8 @@ _MOST = {
 class Turn(NamedTuple):
     """One turn, served by every arm."""
 
-    rewrite: str
+    kind: str
+    """What was done to the history."""
     number: int
     """From 1."""
     timed: dict[str, Timed]
@@ -73,21 +76,41 @@ def measure(options: Options) -> Result:
     first = 2 if options.short else 0  # the third and fourth call tools from the second turn on
     chosen = list(islice(conversations(options.data), first, first + options.size(6, 2)))
     groups = [chosen[at : at + _SIDE_BY_SIDE] for at in range(0, len(chosen), _SIDE_BY_SIDE)]
-    parts = [(rewrite, number) for rewrite in REWRITES for number in range(len(groups))]
+    kinds = {rewrite.name: rewrite for rewrite in REWRITES} | {_OWN: REWRITES[0]}
+    parts = [(kind, number) for kind in kinds for number in range(len(groups))]
     served: list[Turn] = []
     with others() as peers, running(options, _ARMS | peers) as (engines, home):
         salt = ""
-        for at, (rewrite, number) in enumerate(track(parts, "Conversations")):
+        for at, (kind, number) in enumerate(track(parts, "Conversations")):
             if number == 0:
                 salt = uuid.uuid4().hex
                 for engine in engines.values():
                     engine.forget()
+            spoken = groups[number]
+            if kind == _OWN:
+                spoken = [answered(each, engines["full"], tokenizer, turns) for each in spoken]
             asked = [
-                (one.turn, as_tokens(one.messages, tokenizer)[-LONGEST + _ANSWER :])
-                for one in requests(groups[number], rewrite, turns)
+                (one.turn, _prompt(one.messages, tokenizer))
+                for one in requests(spoken, kinds[kind], turns)
             ]
-            served += _serve(engines, home, rewrite, asked, salt, at)
+            served += _serve(engines, home, kind, asked, salt, at)
     return _result(served, options, model_name(options))
+
+
+def answered(
+    messages: Sequence[Message], engine: Engine, tokenizer: Any, turns: int
+) -> list[Message]:
+    """The conversation with the engine's answers in place of the first `turns` recorded ones."""
+    own = list(messages)
+    places = [at for at, one in enumerate(messages) if one["role"] == "assistant" and at]
+    for at in places[:turns]:
+        said = engine.ask(_prompt(own[:at], tokenizer), "", max_tokens=_OWN_ANSWER)
+        own[at] = {**own[at], "content": said.text}
+    return own
+
+
+def _prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    return as_tokens(messages, tokenizer)[-LONGEST + _OWN_ANSWER :]
 
 
 @contextmanager
@@ -109,21 +132,22 @@ def others() -> Iterator[dict[str, Arm]]:
 
 
 def _serve(
-    engines: Mapping[str, Engine], home: Home, rewrite: Rewrite,
+    engines: Mapping[str, Engine], home: Home, kind: str,
     asked: Sequence[tuple[int, list[int]]], salt: str, part: int,
 ) -> list[Turn]:  # fmt: skip
     timed: dict[str, list[Timed]] = {}
+    length = _OWN_ANSWER if kind == _OWN else _ANSWER
     for arm in in_turn(list(engines), part):
         engine = engines[arm]
         own = "" if arm == "semblend" else salt  # with a salt it never finds what it stored
-        timed[arm] = [engine.ask(prompt, own, max_tokens=_ANSWER) for _, prompt in asked]
+        timed[arm] = [engine.ask(prompt, own, max_tokens=length) for _, prompt in asked]
         # what is still to be stored must not slow the next arm down
         if arm == "kvshare":
             rest(engine, home)
         elif arm in _PEERS:
             time.sleep(_STORED_S)
     return [
-        Turn(rewrite.name, turn, {arm: timed[arm][at] for arm in engines})
+        Turn(kind, turn, {arm: timed[arm][at] for arm in engines})
         for at, (turn, _) in enumerate(asked)
     ]
 
@@ -139,8 +163,8 @@ _COLUMNS = [
 def _result(served: list[Turn], options: Options, model: str) -> Result:
     later = [turn for turn in served if turn.number > 1]
     arms = list(served[0].timed)
-    kinds = [rewrite.name for rewrite in REWRITES]
-    of_kind = {kind: [turn for turn in later if turn.rewrite == kind] for kind in kinds}
+    kinds = list(dict.fromkeys(turn.kind for turn in later))
+    of_kind = {kind: [turn for turn in later if turn.kind == kind] for kind in kinds}
     middle, half = median_and_middle_half([turn.ratio("prefix again") for turn in later], 2)
     return Result(
         name="conversations",
@@ -165,7 +189,9 @@ def _notes(served: list[Turn], arms: list[str]) -> list[str]:
     notes = [
         f"prompts of {tokens[0]:,} to {tokens[-1]:,} tokens; {_SIDE_BY_SIDE} conversations take "
         f"turns and are sent without a pause; {_ANSWER} greedy tokens are generated for each",
-        "the recorded answers are sent as history, whatever the model answers",
+        "the recorded answers are sent as history, whatever the model answers; in the last kind "
+        f"the history has what full compute answered, up to {_OWN_ANSWER} tokens, and all answer "
+        "as much",
         "the recordings have no thoughts: those of `thoughts stripped` are made of what was said, "
         "two rules of the system prompt and what follows; only the latest turn keeps its own",
         "sum: seconds of all turns, times prefix caching's. computed: tokens of the prompts that "

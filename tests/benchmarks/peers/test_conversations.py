@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.data.chat_histories import as_tokens
 from benchmarks.harness.engines import Timed, in_turn
 from benchmarks.harness.result import Options
 from benchmarks.peers import conversations, environment
@@ -15,6 +16,7 @@ from examples.prompts.histories import REWRITES
 ARMS = [*conversations._ARMS, "lmcache", "semblend"]
 SECONDS = {"full": 2.0, "prefix": 1.0, "prefix again": 1.1, "kvshare": 0.5, "lmcache": 1.2,
            "semblend": 1.3}  # fmt: skip
+KINDS = [*(rewrite.name for rewrite in REWRITES), conversations._OWN]
 ASKED = [(1, [1, 2]), (2, [1, 2, 5]), (3, [1, 2, 5, 6])]
 
 
@@ -44,8 +46,8 @@ def serve(calls: list[tuple[str, str]]) -> list[Turn]:
     engines = {arm: FakeEngine(arm, calls) for arm in ARMS}
     return [
         turn
-        for rewrite in REWRITES
-        for turn in conversations._serve(engines, FakeHome(), rewrite, ASKED, "salt", 0)  # type: ignore[arg-type]
+        for kind in KINDS
+        for turn in conversations._serve(engines, FakeHome(), kind, ASKED, "salt", 0)  # type: ignore[arg-type]
     ]
 
 
@@ -57,7 +59,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_arm_serves_all_turns_before_the_next_one_begins() -> None:
     calls: list[tuple[str, str]] = []
     serve(calls)
-    first = calls[: len(calls) // len(REWRITES)]
+    first = calls[: len(calls) // len(KINDS)]
     asked = [arm for arm, salt in first if salt != "settled"]
     assert asked == [arm for arm in in_turn(ARMS, 0) for _ in ASKED]
     assert first[asked.index("kvshare") + len(ASKED)] == ("kvshare", "settled")
@@ -66,7 +68,7 @@ def test_an_arm_serves_all_turns_before_the_next_one_begins() -> None:
 
 def test_the_table_compares_later_turns() -> None:
     made = conversations._result(serve([]), Options(data=Path(), model="model"), "model")
-    assert len(made.rows) == len(REWRITES) * len(ARMS)
+    assert len(made.rows) == len(KINDS) * len(ARMS)
     rows = {(row[0], row[1]): dict(zip(made.columns, row, strict=True)) for row in made.rows}
     ours, floor = rows["as it is", "kvshare"], rows["as it is", "prefix"]
     assert (ours["n"], ours["ms"]) == (2, 500)
@@ -87,3 +89,24 @@ def test_without_the_others_it_says_so(
     assert "make bench-setup" in capsys.readouterr().out
     notes = conversations._notes(serve([]), list(conversations._ARMS))
     assert notes[-1] == "not installed, so not measured: lmcache, semblend"
+
+
+def test_the_model_answers_turn_after_turn() -> None:
+    """Each answer is given to the history that has the answers before it."""
+
+    class Echo:
+        def ask(self, tokens: list[int], salt: str, *, max_tokens: int) -> Timed:
+            return Timed(1.0, len(tokens), 0, [1], f"answer to {len(tokens)}", {})
+
+    def letters(text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    spoken = [
+        {"role": role, "content": "word"}
+        for role in ("system", "user", "assistant", "user", "assistant", "user", "assistant")
+    ]
+    own = conversations.answered(spoken, Echo(), letters, 2)  # type: ignore[arg-type]
+    first, second, third = (own[at]["content"] for at in (2, 4, 6))
+    assert first == f"answer to {len(as_tokens(spoken[:2], letters))}"
+    assert second == f"answer to {len(as_tokens(own[:4], letters))}"
+    assert third == "word"
