@@ -19,20 +19,22 @@ _MOST = 8
 def answer_of(state: RequestState) -> dict[str, Any]:
     """Tokens of the prompt by where their rows came from, and why.
 
-    `prefix_cached` + `exact` + `edited` + `recomputed` is the length of the prompt; `reused` is
-    `exact` + `edited`. `reason` says why nothing was reused, `asked` what the client wanted and
-    did not get, `unknown` which of its parameters mean nothing.
+    `prefix_cached` + `exact` + `continued` + `edited` + `recomputed` is the length of the prompt;
+    `reused` is `exact` + `continued` + `edited`. `reason` says why nothing was reused, `asked`
+    what the client wanted and did not get, `unknown` which of its parameters mean nothing.
     """
     exact = sum(span.length for span in state.loaded if span.exact)
-    edited = sum(span.length for span in state.loaded) - exact
+    continued = sum(span.length for span in state.loaded if span.continued)
+    reused = sum(span.length for span in state.loaded)
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
     # the daemon has the last word: another engine may have started it with a stricter policy
     policy = state.stored.policy if state.stored is not None else state.policy
     said: dict[str, Any] = {
-        "reused": exact + edited,
+        "reused": reused,
         "exact": exact,
-        "edited": edited,
-        "recomputed": state.length - state.local - exact - edited,
+        "continued": continued,
+        "edited": reused - exact - continued,
+        "recomputed": state.length - state.local - reused,
         "prefix_cached": state.local,
         "donor": donors[0] if donors else "",
         "reason": "" if state.loaded else state.declined or state.reason,

@@ -27,6 +27,8 @@ class LoadSpec:
     """First position that is loaded or computed; the blocks from here on are the request's own."""
     exact: int
     """Reused positions that belong to the exact prefix."""
+    continued: int
+    """Reused positions that continue an edited prompt."""
     recomputed: int
     """Positions of the prompt, from `start` on, that the engine computes."""
 

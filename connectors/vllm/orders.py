@@ -13,7 +13,6 @@ from kvshare_connectors.vllm.requests import RequestState
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan, gaps
-from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -51,6 +50,7 @@ class Orders:
             block_ids=state.block_ids[0],
             start=state.local,
             exact=sum(span.length for span in state.loaded if span.exact),
+            continued=sum(span.length for span in state.loaded if span.continued),
             recomputed=state.length - state.local - reused,
         )
         self._step.loads.append(spec)
@@ -93,17 +93,15 @@ class Orders:
 
     def _save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
         state.saved = True
-        edited = [span for span in state.loaded if not span.exact]
-        exact = [span for span in state.stored.spans if span.exact] if state.stored else []
-        spans = [*exact, *edited]  # the exact prefix comes first
-        fresh = gaps(spans, 0, state.length)
+        reuse = state.reuse(state.loaded)
+        fresh = gaps(reuse.spans, 0, state.length)
+        edited = any(span.edited for span in reuse.spans)
         if not edited and sum(run.length for run in fresh) <= 1:
             return  # the very prompt is stored
         blocks = output.kv_connector_block_state
         if blocks is not None:
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
-            reuse = reuse_of(state.stored, spans) if state.stored is not None else Reuse()
             step.saves.append(
                 SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
             )

@@ -167,7 +167,6 @@ class Planning:
             self.lookups.count_cached(state)
             return
         if external <= 0:
-            state.show_hashes()
             self.lookups.give_up(state, state.promise.reason or "not_taken")
             return
         stop = state.local + external

@@ -1,7 +1,9 @@
-"""Keeps edited rows out of vLLM's prefix cache.
+"""Keeps edited rows apart in vLLM's prefix cache.
 
-vLLM publishes blocks while it allocates them. So right before it allocates for a request that loads
-edited rows, the request's block hashes become private from its first edited block on.
+vLLM publishes blocks while it allocates them. So right before it allocates for a request that will
+hold edited rows, the request's block hashes become private from its first edited block on. And
+before it promises stored rows, it looks up under private hashes what its own cache still has of
+them.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvshare_connectors.vllm.private_hashes import key_of
+from kvshare_connectors.vllm.private_hashes import keys_of
 from kvshare_connectors.vllm.requests import RequestState
 
-from kvshare_store.plan import clip_spans
+from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -32,19 +34,39 @@ class Publishing:
         self._manager: KVCacheManager | None = None
 
     def bind(self, manager: KVCacheManager) -> None:
-        """Wrap `allocate_slots` of vLLM's manager of paged blocks."""
+        """Wrap `get_computed_blocks` and `allocate_slots` of vLLM's manager of paged blocks."""
         self._manager = manager
-        allocate = manager.allocate_slots
+        find, allocate = manager.get_computed_blocks, manager.allocate_slots
+
+        @functools.wraps(find)
+        def get_computed_blocks(request: Request) -> tuple[KVCacheBlocks, int, int]:
+            found = find(request)
+            state = self._plans_to_reuse(request)
+            if state is None:
+                return found
+            state.in_engine = 0
+            if not self._hide_hashes(state, state.planned):
+                return found
+            private = find(request)
+            state.show_hashes()
+            if private[1] <= found[1]:
+                return found
+            state.in_engine = private[1]
+            return private
 
         @functools.wraps(allocate)
         def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-            hidden = self._hide_hashes(request, kwargs.get("num_external_computed_tokens", 0))
+            state = self._plans_to_reuse(request)
+            if state is not None:
+                external = kwargs.get("num_external_computed_tokens", 0)
+                self._hide_hashes(state, state.holding(external))
             blocks = allocate(request, *args, **kwargs)
-            if blocks is None and hidden is not None:  # no room: nothing is published
-                hidden.show_hashes()
+            if blocks is None and state is not None:  # no room: nothing is published
+                state.show_hashes()
             return blocks
 
-        # vLLM has no hook there
+        # vLLM has no hooks there
+        manager.get_computed_blocks = get_computed_blocks  # type: ignore[method-assign]
         manager.allocate_slots = allocate_slots  # type: ignore[method-assign]
 
     def withdraw(self, blocks: set[int]) -> None:
@@ -52,20 +74,20 @@ class Publishing:
         if self._manager is not None:
             self._manager.block_pool.evict_blocks(blocks)
 
-    def _hide_hashes(self, request: Request, external: int) -> RequestState | None:
-        """Make the hashes of a request private if it is about to load edited rows.
-
-        `external`: tokens of the promise that vLLM takes. Returns the state if hashes were hidden.
-        """
+    def _plans_to_reuse(self, request: Request) -> RequestState | None:
+        """The state of a request with a plan that is neither loaded nor given up."""
         state = self._states.get(request.request_id)
-        if state is None or state.plan is None or state.loaded or not external:
-            return None
-        spans = state.promise.spans
-        edited = next((span.start for span in spans if not span.exact), None)
-        if edited is None or request._block_hasher is None:
-            return None
-        first = edited // self._block
-        made_of = clip_spans(spans, first * self._block, state.length)  # all before it is exact
-        key = key_of(self._secret, state.namespace.digest, state.policy, state.plan, made_of)
-        state.hide_hashes(key, first)
-        return state
+        waits = state is not None and state.plan is not None and not state.loaded
+        # without a hasher vLLM caches no prefixes
+        return state if waits and request._block_hasher is not None else None
+
+    def _hide_hashes(self, state: RequestState, reuse: Reuse) -> bool:
+        """Make the hashes of a request private if what it reuses is not all exact.
+
+        Returns whether they are.
+        """
+        contexts = contexts_of_rows(reuse, state.length)
+        if contexts:
+            keys = keys_of(self._secret, state.namespace.digest, contexts, self._block)
+            state.hide_hashes(keys)
+        return bool(contexts)

@@ -11,7 +11,8 @@ from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.config import policy_names
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan, Run, Span
+from kvshare_store.plan import ReusePlan, Run, Span, clip_spans
+from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -20,8 +21,8 @@ POLICY = "kvshare.policy"
 ANSWERED = frozenset(
     PREFIX + name
     for name in (
-        "asked", "donor", "edited", "exact", "policy", "prefix_cached", "reason", "recomputed",
-        "reused", "unknown",
+        "asked", "continued", "donor", "edited", "exact", "policy", "prefix_cached", "reason",
+        "recomputed", "reused", "unknown",
     )
 )  # fmt: skip
 """Fields of an answer. Proxies may send them back with a request: only the policy is read."""
@@ -94,6 +95,8 @@ class RequestState:
     """Set aside in this step. Nothing if the plan was not there when the step began."""
     local: int = 0
     """Tokens that vLLM's own prefix cache covered when the request was admitted."""
+    in_engine: int = 0
+    """As many, if they are those of its plan, found under private hashes; else 0."""
     cached_counted: bool = False
     """Whether the daemon has been told of them."""
     loaded: list[Span] = field(default_factory=list)
@@ -140,14 +143,14 @@ class RequestState:
     def preempted(self) -> None:
         """vLLM took its blocks: all that it computes from now on is exact."""
         self.show_hashes()
-        if self.loaded:
+        if self.loaded or self.in_engine:
             self.start_over("preempted")
             self.cached_counted = True  # as reused, when its rows were loaded
 
     def start_over(self, reason: str = "") -> None:
         """Forget the plan and what was loaded: the engine computes the whole prompt."""
         self.plan, self.stored, self.saved = None, None, False
-        self.loaded, self.runs = [], []
+        self.loaded, self.runs, self.in_engine = [], [], 0
         self.promise = Promise(0, [])
         self.reason = reason
         self.show_hashes()
@@ -157,14 +160,34 @@ class RequestState:
         self.asked, self.settled, self.stored, self.reason = None, bool(self.declined), None, ""
         self.cached_counted = False
 
-    def hide_hashes(self, key: bytes, first: int) -> None:
-        """Publish its blocks under private hashes from block `first` on.
+    @property
+    def planned(self) -> Reuse:
+        """What it reuses if it loads its whole plan."""
+        return Reuse() if self.stored is None else reuse_of(self.stored)
 
-        `first` is its first block with edited rows; `key`: see `private_hashes.key_of`.
+    def holding(self, external: int) -> Reuse:
+        """What it reuses if vLLM takes `external` tokens of the promise."""
+        local = self.promise.local
+        return self.reuse(clip_spans(self.promise.spans, local, local + external))
+
+    def reuse(self, loaded: Sequence[Span]) -> Reuse:
+        """What it reuses of the store's rows: its exact prefix, what vLLM's own cache had of its
+        plan, and what is loaded."""
+        if self.stored is None:
+            return Reuse()
+        exact = [span for span in self.stored.spans if span.exact]
+        found = clip_spans(self.stored.spans, 0, self.in_engine)
+        others = [span for span in (*found, *loaded) if not span.exact]
+        return reuse_of(self.stored, [*exact, *others])
+
+    def hide_hashes(self, keys: list[tuple[int, bytes]]) -> None:
+        """Publish and find its blocks under private hashes.
+
+        `keys`: see `private_hashes.keys_of`.
         """
-        if self.hashes is None or self.hashes.key != key:
+        if self.hashes is None or self.hashes.keys != keys:
             self.show_hashes()
-            self.hashes = PrivateHashes(self.request, key, first)
+            self.hashes = PrivateHashes(self.request, keys)
         self.hashes.hide()
 
     def show_hashes(self) -> None:

@@ -156,10 +156,18 @@ class Worker:
 
 def _loaded(spec: LoadSpec, nbytes: int, seconds: Seconds) -> Callable[[], protocol.Request]:
     """The report on a load, made once the device has finished it."""
-    edited = sum(span.length for span in spec.spans) - spec.exact
+    edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
 
     def message() -> protocol.Request:
-        outcome = Outcome(spec.exact, edited, spec.recomputed, nbytes, seconds(), cached=spec.start)
+        outcome = Outcome(
+            spec.exact,
+            edited,
+            spec.recomputed,
+            nbytes,
+            seconds(),
+            cached=spec.start,
+            continued=spec.continued,
+        )
         return protocol.Finish(spec.lease, outcome)
 
     return message

@@ -21,7 +21,6 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import contexts_of
 from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
@@ -29,6 +28,7 @@ from kvshare_store.save.staging import (
     Save,
     Staged,
     check_reuse,
+    contexts_of_rows,
     exact_rows,
     fresh_segments,
     new_staged,
@@ -192,7 +192,6 @@ class Saving:
         parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
         matches = align(save.tokens, parent.tokens) if parent else []
         row_bytes = save.namespace.layout.row_bytes
-        exact = exact_rows(reuse.spans, length)
         return Node(
             id=_node_id(save),
             namespace=save.namespace.digest,
@@ -202,10 +201,10 @@ class Saving:
             segments=tuple(segments),
             blocks=blocks,
             block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact,
+            exact_rows=exact_rows(reuse.spans, length),
             generation=reuse.generation,
             policy=save.policy,
-            contexts=contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact),
+            contexts=contexts_of_rows(reuse, length),
             stamp=new_stamp(),
         )
 

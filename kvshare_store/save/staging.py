@@ -11,7 +11,7 @@ import msgspec
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.plan import Context, ReusePlan, Run, Span, gaps
+from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, gaps
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_GENERATIONS = 1 << 15
@@ -167,6 +167,12 @@ def exact_rows(spans: Sequence[Span], length: int) -> int:
     return next((span.start for span in spans if not span.exact), length)
 
 
+def contexts_of_rows(reuse: Reuse, length: int) -> tuple[Context, ...]:
+    """Behind which edited rows those of a prompt of `length` tokens are computed."""
+    exact = exact_rows(reuse.spans, length)
+    return contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact)
+
+
 def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     """What a save needs to know about a plan that was used, in full or only `spans` of it."""
     if plan.declined:
@@ -175,5 +181,6 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     exact = all(span.exact for span in kept)
     names = tuple(block.name for block in plan.blocks)
     generation = 0 if exact else plan.generation
-    contexts = plan.contexts if any(span.continued for span in kept) else ()
+    stop = max((span.stop for span in kept if span.continued), default=0)
+    contexts = tuple(context for context in plan.contexts if context.start < stop)
     return Reuse(kept, names, plan.donors, generation, plan.stamps, plan.policy, contexts)
