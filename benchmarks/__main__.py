@@ -19,12 +19,14 @@ MEASUREMENTS: dict[str, str] = {
     "ttft": "latency.ttft",
     "shapes": "latency.model_shapes",
     "load": "latency.load",
+    "answers": "latency.answers",
     "conversations": "peers.conversations",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
+    "agents": "store.agents",
     "tiers": "store.tiers",
     "async-files": "store.async_files",
     "codecs": "store.codecs",
@@ -122,6 +124,25 @@ def fetch_data(
         typer.echo(f"{fetch(name, to):,} rows")
     except DataError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@app.command("prompts")
+def write_prompts(
+    data: Data,
+    to: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    model: Annotated[str | None, typer.Option(help="Hugging Face folder or name.")] = None,
+) -> None:
+    """Recorded requests of agents, as a file for `kvshare simulate --prompts`."""
+    from benchmarks.data import agents
+    from benchmarks.data.datasets import DataError
+    from benchmarks.harness.models import model_folder
+
+    folder = model_folder(Options(data=data, model=model))
+    try:
+        recorded = agents.recorded(data)
+    except DataError as error:
+        raise typer.BadParameter(str(error)) from error
+    agents.write(agents.prompts_of(recorded, agents.as_recorded(recorded), folder), to)
 
 
 def _command(name: str, options: Options) -> str:

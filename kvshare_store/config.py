@@ -99,10 +99,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Tokens recomputed at the end of an edited prompt (None: the policy's own)."""
     max_generation: int | None = None
     """Highest generation an edited node may have (None: the policy's own)."""
-    approximation_price: float = 0.0
-    """An edit is made only if it saves this share of the prompt beyond what stays in place."""
+    approximation_price: float = 0.25
+    """Tokens that an approximation must save for each token that is computed behind it."""
     min_prompt_tokens: int = 32
     """Shorter prompts are neither looked up nor stored."""
+    store_answers: bool = True
+    """Store the rows of generated tokens too, once a request has ended."""
     min_saving_ms: float = 2.0
     """Plans that save less are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
@@ -137,7 +139,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
                      "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
-                     "sync_seconds", "shared_grace_seconds"):  # fmt: skip
+                     "sync_seconds", "shared_grace_seconds", "approximation_price"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
@@ -156,12 +158,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
         for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",
                      "min_prompt_tokens", "idle_exit_s", "max_chain", "ttl_seconds",
-                     "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes"):  # fmt: skip
+                     "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes",
+                     "approximation_price"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
-        if not 0 <= self.approximation_price <= 1:
-            raise ConfigError("approximation_price is a share of a prompt: from 0 to 1")
 
     @property
     def home_path(self) -> Path:

@@ -166,11 +166,31 @@ def contexts_of(
     before = [context for context in contexts if context.start < exact]
     if before:
         contexts = [Context(exact, _digest(before)), *contexts[len(before) :]]
-    edited = [span for span in spans if span.edited]
+    edited = list(_joined(span for span in spans if span.edited))
     if edited:
         made_of = [(s.start, s.length, s.source, names[s.block], s.row) for s in edited]
         contexts.append(Context(edited[0].start, _digest(made_of)))
     return tuple(contexts)
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """The same rows in as few spans as possible: an engine loads a part of what was planned."""
+    last: Span | None = None
+    for span in spans:
+        if last is not None and span == _following(last, span.length):
+            last = msgspec.structs.replace(last, length=last.length + span.length)
+            continue
+        if last is not None:
+            yield last
+        last = span
+    if last is not None:
+        yield last
+
+
+def _following(span: Span, length: int) -> Span:
+    """The next rows of the same block, for the next positions."""
+    places = {"start": span.stop, "source": span.source + span.length}
+    return msgspec.structs.replace(span, row=span.row + span.length, length=length, **places)
 
 
 def _digest(made_of: Any) -> bytes:

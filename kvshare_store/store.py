@@ -182,8 +182,13 @@ class Store:
         reuse: Reuse | None = None,
         *,
         owner: str = "",
+        extends: int = 0,
     ) -> Staged:
         """Which rows of this prompt are not stored yet: `Staged.fresh`.
+
+        `extends`: the first so many tokens are a prompt that is stored, and the others its answer.
+        The rows of that prompt are taken from its node, whose place the longer one takes; `reuse`
+        says only of which generation and contexts they are. `known` if there is no such node.
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
@@ -193,7 +198,7 @@ class Store:
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
-        return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner)
+        return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""
@@ -307,6 +312,7 @@ class Store:
             "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
             "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
             "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
+            "answers_stored", "tokens_answers_stored",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
         return {

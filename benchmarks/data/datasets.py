@@ -18,6 +18,7 @@ _HOW = {
     "minilongbench": "copy pred_data/example/*.json from the repository MiniLongBench",
     "mooncake": "copy FAST25-release/traces/*.jsonl from the repository kvcache-ai/Mooncake",
     "arena-hard": "copy data/arena-hard-v*/question.jsonl of lmarena/arena-hard-auto",
+    "agents": "copy magagent/*.openai_chat.jsonl of LMCache/lmcache-agent-trace to agents/magagent",
     "tau": "copy historical_trajectories/gpt-4o-airline.json from the repository sierra-research/"
     "tau-bench, trials 0 and 1, a line a conversation, as tau/airline.jsonl",
     "qqp": "copy examples/benchmark/*.json.gz from the repository zilliztech/GPTCache",

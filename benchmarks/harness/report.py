@@ -81,8 +81,8 @@ def section(result: Result, folder: Path) -> str:
 
 
 _USES_PRESETS = (
-    "figure4", "ttft", "misses", "load", "conversations", "lmcache", "semblend", "steady", "table1",
-    "table1-presets", "probes", "rag", "agreement", "agreement-presets",
+    "agents", "figure4", "ttft", "misses", "load", "conversations", "lmcache", "semblend", "steady",
+    "table1", "table1-presets", "probes", "rag", "agreement", "agreement-presets",
 )  # fmt: skip
 """Measurements whose numbers depend on what a policy recomputes."""
 

@@ -26,8 +26,6 @@ from kvshare_store.plan import Span
 
 PLACEHOLDERS_ONLY = PRESETS["aggressive"]
 """The paper as written: what the other selection rules start from."""
-_PREFIX_RUN = 16
-"""Shortest common prefix that is found without a vector: vLLM's own block size."""
 _CONFIG = StoreConfig(home="none", min_saving_ms=-1e9, min_prompt_tokens=2)
 
 
@@ -38,7 +36,7 @@ def draft(
     delimiters: Collection[int] = (),
 ) -> Draft:
     """What the planner would answer if the store held these donors. Block i is donor i's rows."""
-    tree, index = DeltaTree(), NamespaceIndex(_PREFIX_RUN)
+    tree, index = DeltaTree(), NamespaceIndex()
     for number, donor in enumerate(donors):
         node = _node(number, donor)
         tree.add(node)

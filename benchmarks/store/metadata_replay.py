@@ -98,7 +98,7 @@ class MetadataStore:
         self.config = StoreConfig(min_saving_ms=-1e12, max_donors=donors, semantic="always")
         self.policy = policy
         self.tree = DeltaTree()
-        self.index = NamespaceIndex(self.config.block_tokens)
+        self.index = NamespaceIndex()
         if not sources.lexical:
             self.index.lexical = _Limited(-1.0)
         self.index.semantic = _Limited(sources.within if sources.semantic else -1.0)

@@ -127,6 +127,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         )
         return Worker(self.config, cache, model_rope(self._vllm))
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """vLLM calls this first in each step, before blocks that were given away are written."""
+        if self._worker is not None and isinstance(kv_connector_metadata, KVShareMetadata):
+            self._worker.save_answers(kv_connector_metadata)
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:

@@ -28,6 +28,9 @@ class IdleWorker:
         self._block_size = block_size
         self._failed_blocks: set[int] = set()
 
+    def save_answers(self, step: KVShareMetadata) -> None:
+        """Nothing is stored."""
+
     def step_begins(self, step: KVShareMetadata) -> None:
         """Nothing is measured."""
 

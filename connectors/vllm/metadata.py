@@ -39,7 +39,7 @@ class LoadSpec:
 
 @dataclass
 class SaveSpec:
-    """A prompt that is complete after this step's forward."""
+    """A prompt that is complete after this step's forward, or an answer that was before it."""
 
     request_id: str
     namespace: Namespace
@@ -49,6 +49,8 @@ class SaveSpec:
     fresh: list[Run]
     """Positions whose rows the store does not have."""
     block_ids: list[int]
+    extends: int = 0
+    """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
 
 
 @dataclass
@@ -57,6 +59,9 @@ class KVShareMetadata(KVConnectorMetadata):
 
     loads: list[LoadSpec] = field(default_factory=list)
     saves: list[SaveSpec] = field(default_factory=list)
+    answers: list[SaveSpec] = field(default_factory=list)
+    """Of requests that have ended. Their blocks may be given away in this step, so they are copied
+    before it writes anything."""
     finished_loads: list[str] = field(default_factory=list)
     """Parked requests that need not wait any longer: their last run is in this step, or they were
     aborted."""

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
-from kvshare_connectors.vllm.requests import RequestState
+from kvshare_connectors.vllm.requests import Kept, RequestState
+from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import ReusePlan, gaps
+from kvshare_store.plan import ReusePlan, Run, gaps
+from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 _IN_FLIGHT = 2
 """Steps that vLLM may schedule before it learns which loads of the first one failed."""
@@ -84,8 +87,12 @@ class Orders:
 
     def _wanted(self, state: RequestState) -> bool:
         """Whether to store the rows of its prompt, which this step completes."""
-        unwanted = state.declined or state.request.num_preemptions > state.restarts
-        if state.saved or unwanted or state.length < self._config.min_prompt_tokens:
+        short = state.length < self._config.min_prompt_tokens
+        return not state.saved and not short and self._sure(state)
+
+    def _sure(self, state: RequestState) -> bool:
+        """Whether its rows are known to be what the store would take them for."""
+        if state.declined or state.request.num_preemptions > state.restarts:
             return False
         adapter = self._adapters.of(state.request.lora_request)
         # if its files have changed since, the rows may come from either version
@@ -97,14 +104,55 @@ class Orders:
         fresh = gaps(reuse.spans, 0, state.length)
         edited = any(span.edited for span in reuse.spans)
         if not edited and sum(run.length for run in fresh) <= 1:
+            state.kept = _kept(reuse, fresh[0].start if fresh else state.length)
             return  # the very prompt is stored
         blocks = output.kv_connector_block_state
         if blocks is not None:
+            state.kept = _kept(reuse, state.length)
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
             step.saves.append(
                 SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
             )
+
+    # --- answers -----------------------------------------------------------------------------
+
+    def answer(self, state: RequestState, block_ids: Sequence[int]) -> None:
+        """Order the rows of the tokens that an ended request has generated to be stored.
+
+        `block_ids`: its paged blocks, free from now on. A step that is in flight writes none of the
+        rows that count here, and the next one copies them first.
+        """
+        kept = state.kept if self._config.store_answers else None
+        if kept is None or not self._sure(state):
+            return
+        rows = self._rows(state.request, block_ids)
+        if rows <= state.length:
+            return
+        spec = SaveSpec(
+            state.id,
+            state.namespace,
+            as_tokens(state.request.all_token_ids[:rows]).tobytes(),
+            kept.reuse,
+            [Run(kept.tokens, rows)],
+            list(block_ids),
+            kept.tokens,
+        )
+        self._step.answers.append(spec)
+
+    def _rows(self, request: Request, block_ids: Sequence[int]) -> int:
+        """How many tokens of an ended request have rows, or 0 if some of these are missing.
+
+        The last token has none. What steps in flight compute does not count.
+        """
+        rows = int(request.num_tokens) - 1
+        computed = request.num_computed_tokens - request.num_in_flight_tokens
+        missing = rows > min(computed, len(block_ids) * self._block)
+        return 0 if missing or request.status == RequestStatus.FINISHED_ERROR else rows
+
+    def forget_answers(self) -> None:
+        """Store none that the next step would: what their blocks hold may be gone or stale."""
+        self._step.answers.clear()
 
     # --- steps in flight ---------------------------------------------------------------------
 
@@ -124,6 +172,13 @@ class Orders:
         self._step.handled |= invalid
         ended = (ids for step in self._ended for ids in step)
         return invalid.union(block for ids in ended for block in from_first(ids, invalid))
+
+
+def _kept(reuse: Reuse, tokens: int) -> Kept:
+    """The first `tokens` rows of a prompt that was computed with `reuse`."""
+    contexts = contexts_of_rows(reuse, tokens) if reuse.generation else ()
+    provenance = Reuse(donors=reuse.donors, generation=reuse.generation, contexts=contexts)
+    return Kept(tokens, provenance)
 
 
 def from_first(block_ids: Sequence[int], invalid: set[int]) -> Sequence[int]:

@@ -121,6 +121,7 @@ class Planning:
         self._link.working(bool(self._states))
         self.lookups.ended(state)
         self._stop_waiting(state)
+        self.orders.answer(state, block_ids)
         answer = answer_of(state)
         if self.config.log_requests:
             log_line(state, answer)
@@ -227,11 +228,13 @@ class Planning:
         """
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
         self._namespace = msgspec.structs.replace(self._origin, revision=revision)
+        self.orders.forget_answers()
         for state in self._states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")
             before = state.namespace
             state.namespace = self._namespace.for_tenant(before.tenant, before.lora)
             state.saved = state.saved or state.request.num_computed_tokens > 0
+            state.kept = None
         waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
         return not any(s.loaded and s.request.status == waiting for s in self._states.values())

@@ -65,6 +65,15 @@ class Promise(NamedTuple):
         return self.spans[-1].stop - self.local if self.spans else 0
 
 
+class Kept(NamedTuple):
+    """What of a request's prompt the store has, or is about to have."""
+
+    tokens: int
+    """Leading ones that have rows there."""
+    reuse: Reuse
+    """Of which generation and contexts these rows are."""
+
+
 @dataclass
 class RequestState:
     """What the connector knows about one request between its arrival and its end."""
@@ -110,6 +119,8 @@ class RequestState:
     parked: bool = False
     saved: bool = False
     """Its prompt is stored, or must not be."""
+    kept: Kept | None = None
+    """What its answer is stored behind; None while it must not be stored."""
     restarts: int = 0
     """How often it was preempted because rows that it held did not load."""
 
@@ -149,7 +160,7 @@ class RequestState:
 
     def start_over(self, reason: str = "") -> None:
         """Forget the plan and what was loaded: the engine computes the whole prompt."""
-        self.plan, self.stored, self.saved = None, None, False
+        self.plan, self.stored, self.saved, self.kept = None, None, False, None
         self.loaded, self.runs, self.in_engine = [], [], 0
         self.promise = Promise(0, [])
         self.reason = reason

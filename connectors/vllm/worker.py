@@ -47,6 +47,12 @@ class Worker:
         """Blocks whose load failed, until the scheduler has learned of it."""
         self._watch = stopwatch(cache.device)
 
+    def save_answers(self, step: KVShareMetadata) -> None:
+        """Copy the answers of requests that have ended, before anything is written in this step:
+        other requests may own their blocks from now on."""
+        for spec in step.answers:
+            self._save(spec)
+
     def step_begins(self, step: KVShareMetadata) -> None:
         """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
         self._wrong_blocks -= step.handled
@@ -114,13 +120,16 @@ class Worker:
             seconds, tokens, model = self._watch.stop(), step.prefilled, step.model
             self.saver.tell(lambda: protocol.Observe(tokens, seconds(), model))
         for spec in step.saves:
-            # store neither rows of a failed load nor what was computed from them
-            if self._wrong_blocks.isdisjoint(spec.block_ids):
-                self._save(spec)
+            self._save(spec)
         self._fill_resident()
 
     def _save(self, spec: SaveSpec) -> None:
-        """Copy a prompt's rows. A failure loses the prompt for the store, not its answer."""
+        """Copy rows to be stored, unless they are of a failed load or were computed from such.
+
+        A failure loses them for the store, not the request its answer.
+        """
+        if not self._wrong_blocks.isdisjoint(spec.block_ids):
+            return
         try:
             self.saver.store(self._snapshot(spec))
         except Exception as error:  # noqa: BLE001 - see above

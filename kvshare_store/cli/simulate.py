@@ -1,59 +1,117 @@
-"""`kvshare simulate`: what a trace would have found in tiers of some size, by eviction policy."""
+"""`kvshare simulate`: what recorded traffic would have found, without an engine and without rows.
+
+Of a trace: exact prefixes in tiers of some size, by eviction policy. Of prompts: all that is
+reused, by reuse policy, beside the engine's own prefix cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
-from rich import box
-from rich.progress import Progress
-from rich.table import Table
 
 from kvshare_store.blocks.eviction import POLICIES
-from kvshare_store.cli.common import console, print_json
-from kvshare_store.cli.format import bar, share
-from kvshare_store.config import parse_size
-from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.cli.common import ConfigOption, SetOption, configured, console
+from kvshare_store.cli.simulated import STDOUT, draw, figure_class, write_json
+from kvshare_store.config import StoreConfig, parse_size
+from kvshare_store.errors import ConfigError
 
-if TYPE_CHECKING:
-    from kvshare_store.simulate.replay import Machine
+_HOST_BYTES = "4GiB"
+_REUSE = "exact,faithful,balanced,aggressive"
 
-_SAMPLES = 200
-"""Points of a plotted line."""
 
-Points = dict[str, list[tuple[int, float]]]
+class _Options(msgspec.Struct, frozen=True):
+    """What both replays take."""
+
+    policies: list[str]
+    host_bytes: str | None
+    row_bytes: int
+    tokenizer: Path | None
+    plot: Path | None
+    json: Path | None
 
 
 def command(
     trace: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="TRACE",
             help="JSONL, gzip or not: lines with hash_ids, with tokens, or with human turns.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Instead of TRACE: JSONL with `prompt` or `tokens`, and `answer` or "
+            "`answer_tokens`, `at`, `tenant`, `session`.",
+            show_default=False,
+        ),
+    ] = None,
     policy: Annotated[
-        str, typer.Option("--policy", metavar="NAMES", help="Policies, parted by commas.")
-    ] = ",".join(POLICIES),
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="NAMES",
+            help=f"Policies, parted by commas. TRACE: {','.join(POLICIES)}; --prompts: {_REUSE}.",
+            show_default=False,
+        ),
+    ] = None,
     host_bytes: Annotated[
-        str, typer.Option("--host-bytes", metavar="SIZE", help="Budget of the host tier.")
-    ] = "4GiB",
+        str | None,
+        typer.Option(
+            "--host-bytes",
+            metavar="SIZE",
+            help=f"Budget of the host tier. TRACE: {_HOST_BYTES}; --prompts: none.",
+            show_default=False,
+        ),
+    ] = None,
     disk_bytes: Annotated[
-        str, typer.Option("--disk-bytes", metavar="SIZE", help="Budget of the disk tier; 0: none.")
+        str,
+        typer.Option("--disk-bytes", metavar="SIZE", help="TRACE: of the disk tier; 0: no disk."),
     ] = "0",
     row_bytes: Annotated[
         int, typer.Option("--row-bytes", min=1, help="K and V of a token; default: Qwen2.5-7B.")
     ] = 57_344,
     block_tokens: Annotated[
-        int, typer.Option("--block-tokens", min=1, help="Tokens of a block, where lines have none.")
+        int,
+        typer.Option("--block-tokens", min=1, help="TRACE: of a block, where lines have none."),
     ] = 64,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="FILE", help="tokenizer.json for text (else bytes/4)."),
+        typer.Option(
+            "--tokenizer",
+            metavar="PATH",
+            help="tokenizer.json, or its folder, for text. TRACE: else four bytes are a token.",
+        ),
     ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="--prompts: are answers kept as well?")
+    ] = True,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--min-tokens",
+            min=0,
+            help="--prompts: shorter ones are stored, not counted; default: min_prompt_tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    settle: Annotated[
+        str,
+        typer.Option(
+            "--settle",
+            metavar="SECONDS",
+            help="--prompts: an edited prompt is exact after so long (by `at`), or never.",
+        ),
+    ] = "never",
+    config: ConfigOption = None,
+    settings: SetOption = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="PNG", help="Write a plot.")
     ] = None,
@@ -61,121 +119,81 @@ def command(
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; `-`: print it.")
     ] = None,
 ) -> None:
-    """Replay a trace against eviction policies and show the share of tokens that were found."""
+    """Replay recorded traffic and show what would have been found of it, without an engine."""
+    if (trace is None) == (prompts is None):
+        raise ConfigError("name either a TRACE or --prompts FILE")
+    if plot is not None:
+        figure_class()  # before the work, not after it
+    names = policy if policy is not None else _REUSE if prompts else ",".join(POLICIES)
+    policies = [name.strip() for name in names.split(",") if name.strip()]
+    options = _Options(policies, host_bytes, row_bytes, tokenizer, plot, json)
+    if trace is not None:
+        _of_trace(trace, options, disk_bytes, block_tokens)
+    elif prompts is not None:
+        store = configured(None, config, settings)
+        least = store.min_prompt_tokens if min_tokens is None else min_tokens
+        _of_prompts(prompts, options, store, answers, least, _seconds(settle))
+
+
+def _of_trace(trace: Path, options: _Options, disk_bytes: str, block_tokens: int) -> None:
+    from kvshare_store.cli import simulated_trace as simulated  # noqa: PLC0415 - NumPy
     from kvshare_store.simulate import replay, traces  # noqa: PLC0415 - NumPy, not for --help
 
-    names = [name.strip() for name in policy.split(",") if name.strip()]
-    budgets = parse_size(host_bytes, "--host-bytes"), parse_size(disk_bytes, "--disk-bytes")
-    if min(budgets) < 0:
-        raise ConfigError("a budget is negative")
-    if plot is not None:
-        _figure_class()  # before the work, not after it
-    machines = replay.machines(names, *budgets, row_bytes)
-    tokenize = traces.tokenizer(str(tokenizer)) if tokenizer is not None else None
-    points = _replay(trace, machines, block_tokens, tokenize)
-    result = report(machines)
-    if json is not None:
-        _write_json(json, result)
-    if json != Path("-"):
-        console().print(table(result))
-    if plot is not None:
-        _draw(points, f"{trace.name}, host {host_bytes}, disk {disk_bytes}", plot)
+    host_bytes = options.host_bytes or _HOST_BYTES
+    budgets = _size(host_bytes, "--host-bytes"), _size(disk_bytes, "--disk-bytes")
+    machines = replay.machines(options.policies, *budgets, options.row_bytes)
+    tokenize = traces.tokenizer(options.tokenizer) if options.tokenizer is not None else None
+    points = simulated.run(trace, machines, block_tokens, tokenize)
+    result = simulated.report(machines)
+    if options.json is not None:
+        write_json(options.json, result)
+    if options.json != STDOUT:
+        console().print(simulated.table(result))
+    if options.plot is not None:
+        draw(points, f"{trace.name}, host {host_bytes}, disk {disk_bytes}", options.plot)
 
 
-def _replay(trace: Path, machines: Sequence[Machine], block_tokens: int, tokenize: Any) -> Points:
-    """Every machine serves every request; returns how their shares went, request by request."""
-    from kvshare_store.simulate.traces import requests  # noqa: PLC0415 - NumPy, not for --help
+def _of_prompts(
+    path: Path,
+    options: _Options,
+    store: StoreConfig,
+    answers: bool,
+    least: int,
+    settle: float | None,
+) -> None:
+    from kvshare_store.cli import simulated_prompts as simulated  # noqa: PLC0415 - NumPy
+    from kvshare_store.simulate import prompt_replay, prompts, traces  # noqa: PLC0415 - NumPy
 
-    points: Points = {machine.policy: [] for machine in machines}
-    every = 1
+    budget = math.inf if options.host_bytes is None else _size(options.host_bytes, "--host-bytes")
+    room = prompt_replay.Room(options.row_bytes, budget, settle)
+    folder = str(options.tokenizer or "")
+    arms = prompt_replay.arms_of(store, options.policies, room, folder)
+    tokenize = traces.tokenizer(options.tokenizer) if options.tokenizer is not None else None
+    reader = prompts.Reader(tokenize, answers, settle is not None)
+    counted = simulated.run(path, reader, arms, least)
+    result = prompt_replay.report(counted)
+    if options.json is not None:
+        write_json(options.json, result)
+    if options.json != STDOUT:
+        console().print(simulated.table(result))
+    if options.plot is not None:
+        draw(simulated.points(counted), path.name, options.plot)
+
+
+def _size(text: str, name: str) -> int:
+    size = parse_size(text, name)
+    if size < 0:
+        raise ConfigError(f"{name}: a budget is negative")
+    return size
+
+
+def _seconds(text: str) -> float | None:
+    if text == "never":
+        return None
     try:
-        with Progress(console=_stderr(), transient=True) as progress, trace.open("rb") as file:
-            task = progress.add_task(trace.name, total=trace.stat().st_size)
-            for number, request in enumerate(requests(file, block_tokens, tokenize), 1):
-                for machine in machines:
-                    machine.serve(request)
-                if number % every:
-                    continue
-                progress.update(task, completed=file.tell())
-                for machine in machines:
-                    points[machine.policy].append((number, machine.served.hit_rate))
-                if len(points[machines[0].policy]) == 2 * _SAMPLES:
-                    every *= 2
-                    points = {name: line[1::2] for name, line in points.items()}
-    except OSError as error:
-        raise ConfigError(f"trace {trace} cannot be read: {error.strerror}") from error
-    if not machines[0].served.tokens:
-        raise ConfigError(f"trace {trace} has no requests")
-    return points
-
-
-def report(machines: Sequence[Machine]) -> list[dict[str, Any]]:
-    """What each machine served, as plain types. Everything but `requests` is in tokens."""
-    return [
-        {"policy": machine.policy, **msgspec.structs.asdict(machine.served),
-         "hit_rate": machine.served.hit_rate}
-        for machine in machines
-    ]  # fmt: skip
-
-
-def table(result: Sequence[dict[str, Any]]) -> Table:
-    """A line a policy; the last is what no policy can surpass."""
-    first = result[0]
-    title = f"{first['requests']:,} requests, {first['tokens']:,} tokens"
-    found = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    found.add_column("policy", style="cyan", no_wrap=True)
-    for column in ("found", "host", "disk"):
-        found.add_column(column, justify="right", no_wrap=True)
-    found.add_column("")
-    for row in result:
-        hits, tokens = row["host"] + row["disk"], row["tokens"]
-        cells = (share(hits, tokens), share(row["host"], tokens), share(row["disk"], tokens))
-        found.add_row(row["policy"], *cells, bar(hits, tokens))
-    return found
-
-
-def _write_json(path: Path, result: Sequence[dict[str, Any]]) -> None:
-    if path == Path("-"):
-        print_json(list(result))
-        return
-    try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _stderr() -> Any:
-    from rich.console import Console  # noqa: PLC0415 - only where there is a bar to show
-
-    return Console(stderr=True)
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional: `kvshare-store[plot]`
-    except ImportError as error:
-        raise UnsupportedError(
-            "--plot needs a library: pip install 'kvshare-store[plot]'"
-        ) from error
-    return Figure
-
-
-def _draw(points: Points, title: str, path: Path) -> None:
-    """Share of tokens found so far, a line a policy; told apart without colour."""
-    figure = _figure_class()(figsize=(7, 4))
-    axes = figure.subplots()
-    styles = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "x"), ("-", "D"))
-    for index, (name, line) in enumerate(points.items()):
-        dashes, marker = styles[index % len(styles)]
-        requests, rates = [number for number, _ in line], [100 * rate for _, rate in line]
-        axes.plot(
-            requests, rates, dashes, marker=marker, markevery=max(1, len(line) // 10),
-            color="black", linewidth=1, markersize=4, label=name,
-        )  # fmt: skip
-    axes.set(xlabel="requests", ylabel="% of tokens found so far", title=title)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"--settle {text}: write seconds, or never")
+    return seconds

@@ -64,7 +64,8 @@ def headline(home: str, stats: Counts) -> str:
     return (
         f"{home}: {stats['nodes']:,} nodes, {stats['blocks']:,} blocks, "
         f"{stats['leases']:,} leases; "
-        f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored"
+        f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored, "
+        f"{stats['answers_stored']:,} answers of {stats['tokens_answers_stored']:,} tokens"
     )
 
 

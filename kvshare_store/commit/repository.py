@@ -33,11 +33,7 @@ class Repository:
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
         self.shared = self.catalog is not None and self.catalog.place.shared
-        state = NodeState(
-            config.block_tokens,
-            lambda: make_policy(config.eviction),
-            quotas=bool(config.namespace_bytes),
-        )
+        state = NodeState(lambda: make_policy(config.eviction), quotas=bool(config.namespace_bytes))
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
         self.condemned = self._open_condemned()
         self.uses = self._open_uses(state)

@@ -55,9 +55,11 @@ class Client(Session):
         """As `Store.stage`. One at a time: what this client staged before ends."""
         return self.stage_bytes(tokens.tobytes(), namespace, reuse)
 
-    def stage_bytes(self, tokens: bytes, namespace: Namespace, reuse: Reuse) -> Staged:
-        """As `stage`, for int32 tokens that are bytes already."""
-        return self._typed(protocol.Stage(namespace, tokens, reuse), Staged)
+    def stage_bytes(
+        self, tokens: bytes, namespace: Namespace, reuse: Reuse, extends: int = 0
+    ) -> Staged:
+        """As `stage`, for int32 tokens that are bytes already; `extends` as in `Store.stage`."""
+        return self._typed(protocol.Stage(namespace, tokens, reuse, extends), Staged)
 
     def commit(self, staged: Staged, blocks: Iterable[Any]) -> str | None:
         """As `Store.commit`. `blocks`: bytes-like, the rows of each block of `staged.sizes`; one is

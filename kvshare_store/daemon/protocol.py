@@ -89,6 +89,11 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
     namespace: Namespace
     tokens: bytes
     reuse: Reuse
+    extends: Count = 0
+    """Leading tokens that are a prompt which the store has, and the rest its answer; 0: all of it
+    is a prompt. The store takes the prompt's rows from a node: the one whose generation and
+    contexts are those of `reuse`, which names no rows. A daemon of the release before ignores this
+    and wants every row."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

@@ -234,7 +234,11 @@ class Server:
 
     def _stage(self, message: protocol.Stage, client: Connection) -> Any:
         return self.store.stage(
-            _tokens(message.tokens), message.namespace, message.reuse, owner=client.owner
+            _tokens(message.tokens),
+            message.namespace,
+            message.reuse,
+            owner=client.owner,
+            extends=message.extends,
         )
 
     def _commit(self, message: protocol.Commit, client: Connection) -> str | None:

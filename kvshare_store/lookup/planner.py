@@ -3,9 +3,10 @@ holds no lock but for the moments in which donors are nominated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from kvshare_store.config import StoreConfig
@@ -28,7 +29,7 @@ from kvshare_store.lookup.policy import (
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import lexical_vector
-from kvshare_store.plan import Context, Span
+from kvshare_store.plan import BlockRef, Context, ReusePlan, Span
 
 _PRIMARIES = 3
 """Candidates aligned in full before one becomes the first donor."""
@@ -36,6 +37,9 @@ _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
+_GIVEN_UP = 0.1
+"""Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
+would have had them."""
 _MOSTLY = 0.5
 """A prompt of which less is covered gets a second look."""
 _WIDER = 4
@@ -57,6 +61,22 @@ class Draft(NamedTuple):
     tier: str = "host"
     """The slowest tier that some of the blocks come from."""
     declined: str = ""
+
+    def fill(self, plan: ReusePlan, blocks: Iterable[BlockRef]) -> ReusePlan:
+        """`plan` with all that this draft says; `blocks`: where its blocks are."""
+        return msgspec.structs.replace(
+            plan,
+            exact=self.exact,
+            continued=self.continued,
+            contexts=self.contexts,
+            spans=self.spans,
+            blocks=tuple(blocks),
+            donors=tuple(donor.id for donor in self.donors),
+            stamps=tuple(donor.stamp for donor in self.donors),
+            generation=self.generation,
+            saving_ms=self.saving_ms,
+            declined=self.declined,
+        )
 
 
 class Planner:
@@ -95,8 +115,7 @@ class Planner:
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
-        if np.count_nonzero(keep[cover.in_place :]) < self._config.approximation_price * len(keep):
-            keep[cover.in_place :] = False
+        self._drop_dear(cover, keep, policy)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
 
     # --- candidates --------------------------------------------------------------------------
@@ -153,6 +172,16 @@ class Planner:
             found = passages(cover.request, usable_tokens(policy, node), gaps, shortest, effort)
             cover.add(node, found, shortest)
 
+    def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
+        """Keep no approximation that saves too little for what it spoils: all that is computed
+        behind it becomes as approximate, and at the last generation nobody may build on that."""
+        price = self._config.approximation_price
+        _drop(keep, cover.in_place, price)
+        continues = cover.continues
+        last = continues is not None and continues.generation >= policy.max_generation
+        if last and _drop(keep, cover.exact, min(price, _GIVEN_UP)):
+            cover.in_place = cover.exact
+
     # --- the answer --------------------------------------------------------------------------
 
     def _weigh(
@@ -194,6 +223,15 @@ class Planner:
             saving_ms=saving,
             tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
+
+
+def _drop(keep: Mask, start: int, price: float) -> bool:
+    """Keep nothing from `start` on if that saves fewer than `price` tokens for each it leaves."""
+    saved = int(np.count_nonzero(keep[start:]))
+    dear = saved < price * (len(keep) - start - saved)
+    if dear:
+        keep[start:] = False
+    return dear
 
 
 def _usable(nodes: list[Node], policy: ReusePolicy) -> list[Node]:

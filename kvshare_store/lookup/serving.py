@@ -183,20 +183,8 @@ class Serving:
             self._open.add(lease.id, opened)
             for donor in draft.donors:
                 self._nodes.tree.touch(donor.id)
-        return msgspec.structs.replace(
-            lookup.plan(),
-            exact=draft.exact,
-            continued=draft.continued,
-            contexts=draft.contexts,
-            spans=draft.spans,
-            blocks=tuple(refs[name] for name in draft.blocks),
-            donors=tuple(donor.id for donor in draft.donors),
-            stamps=tuple(donor.stamp for donor in draft.donors),
-            generation=draft.generation,
-            lease=lease.id,
-            arena=self._blocks.host.arena.id,
-            saving_ms=draft.saving_ms,
-        )
+        plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
+        return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
     # --- the end of a plan -----------------------------------------------------------------------
 

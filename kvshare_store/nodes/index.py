@@ -22,6 +22,9 @@ from kvshare_store.nodes.vectors import MIX, VECTOR_DIMENSIONS, Vectors
 Counts = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.void]
 
+CHAIN_RUN = 16
+"""Tokens of a run of the prefix chain: as many as a block of vLLM has, so that a prefix which its
+own cache would find is always nominated."""
 _CHAIN_FANOUT = 8
 """Nodes looked at per chain entry: they share the run, only one of them can be the longest."""
 
@@ -277,7 +280,7 @@ def _planes() -> npt.NDArray[np.float32]:
 class NamespaceIndex:
     """Everything that nominates donors inside one namespace."""
 
-    def __init__(self, run: int) -> None:
+    def __init__(self, run: int = CHAIN_RUN) -> None:
         self._run = run
         self.chain = PrefixChain(run)
         """Of exact rows."""

@@ -30,7 +30,6 @@ class NodeState:
 
     def __init__(
         self,
-        block_tokens: int,
         make_policy: Callable[[], EvictionPolicy] = LRU,
         *,
         quotas: bool = True,
@@ -39,7 +38,6 @@ class NodeState:
         self.lock = threading.RLock()
         self.tree = DeltaTree(make_policy, quotas=quotas)
         self.namespaces = Namespaces()
-        self._block_tokens = block_tokens
         self._indexes: dict[str, NamespaceIndex] = {}
 
     # --- questions ---------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class NodeState:
     def _index_of(self, namespace: str) -> NamespaceIndex:
         index = self._indexes.get(namespace)
         if index is None:
-            index = self._indexes[namespace] = NamespaceIndex(self._block_tokens)
+            index = self._indexes[namespace] = NamespaceIndex()
         return index
 
     def describe(self, vectors: Mapping[str, Vector]) -> None:

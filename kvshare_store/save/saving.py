@@ -14,23 +14,22 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
-from kvshare_store.lookup.align import align
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.edits import Tokens, edit_script
-from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.save.answers import Answers, rows_of
+from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
 from kvshare_store.save.staging import (
     Reuse,
     RowSource,
     Save,
     Staged,
+    check_extends,
     check_reuse,
-    contexts_of_rows,
-    exact_rows,
-    fresh_segments,
     new_staged,
     of_used_blocks,
 )
@@ -49,40 +48,57 @@ class Saving:
         self._pool = nodes.blocks.pool
         self._plans = plans
         self._metrics = metrics
+        self._answers = Answers(nodes)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
 
-    def stage(self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str) -> Staged:
+    def stage(
+        self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
+    ) -> Staged:
         """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
 
         A client (`owner`) saves one prompt at a time: what it began before and never ended is
-        abandoned here.
+        abandoned here. `extends`: see `Store.stage`.
         """
         if owner:
             self.reap({owner})
         try:
-            check_reuse(reuse, len(request))
-            reuse = of_used_blocks(reuse)
-            verified = self._verified(reuse, request, namespace)
-            staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
-            row_bytes = namespace.layout.row_bytes
-            self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
+            save = self._checked(request, namespace, reuse, owner, extends)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
+        return self._kept(save) if save is not None else Staged(known=True)
+
+    def _checked(
+        self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
+    ) -> Save | None:
+        """What is to be saved; None if the rows that it builds on are not here as it says."""
+        check_reuse(reuse, len(request))
+        check_extends(extends, reuse, len(request))
+        if len(reuse.donors) > self._config.max_donors + 1:
+            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
+        base, verified = None, None
+        if not extends:
+            reuse = of_used_blocks(reuse)
+            verified = self._verified(reuse, request, namespace)
+        elif base := self._answers.base(namespace.digest, request[:extends], reuse):
+            reuse = rows_of(base, extends)
+            verified = check_provenance(reuse, request, namespace.digest, [base])
         if verified is None:
-            self._metrics.error(MissingBlockError.kind)
-            return Staged(known=True)
+            if not extends:
+                self._metrics.error(MissingBlockError.kind)
+            return None
+        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+        row_bytes = namespace.layout.row_bytes
+        self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
         sizes = tuple(
             verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
         )
-        return self._kept(Save(namespace, request, reuse, sizes, verified.policy, staged, owner))
+        return Save(namespace, request, reuse, sizes, verified.policy, staged, owner, extends, base)
 
     def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
         """What the donors vouch for; None if one that could is gone, or has another form since."""
-        if len(reuse.donors) > self._config.max_donors + 1:
-            raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
         donors = [node for nodes in named for node in nodes]
@@ -95,19 +111,21 @@ class Saving:
 
     def _donors(self, node_id: str) -> list[Node]:
         """The nodes of an id that a client may have been planned: those that open plans hold, and
-        the one that is here."""
-        here = self._nodes.tree.get(node_id)
+        the one that is here or has taken its place."""
+        here = self._answers.now(node_id)
         found = [node for node in self._plans.donors(node_id) if node is not here]
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, digest = self._nodes.tree, save.namespace.digest
-        name, exact = _node_id(save), node_id(digest, save.tokens, True)
+        tree, name = self._nodes.tree, id_of(save)
+        exact = self._answers.base(save.namespace.digest, save.tokens, Reuse())
         with self._nodes.lock:
-            known = name in tree or exact in tree or name in self._saving
-            closed = digest in self._nodes.namespaces.closed
+            here = exact or self._answers.now(name)
+            known = here is not None or name in self._saving
+            closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
-                tree.touch(exact if exact in tree else name)
+                if here is not None:
+                    tree.touch(here.id)
                 return Staged(known=True)
             self._saving.add(name)
             self._saves[save.staged.id] = save
@@ -118,7 +136,7 @@ class Saving:
         with self._nodes.lock:
             save = self._saves.pop(staged_id, None)
             if save is not None:
-                self._saving.discard(_node_id(save))
+                self._saving.discard(id_of(save))
 
     def reap(self, dead_owners: set[str]) -> None:
         """Forget the saves of clients that are gone."""
@@ -183,30 +201,12 @@ class Saving:
             at += nbytes
 
     def _node(self, save: Save, fresh: list[str]) -> Node:
-        reuse, length = save.reuse, len(save.tokens)
-        sizes = save.staged.sizes
-        segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
-        segments.sort(key=lambda segment: segment.start)
-        blocks = (*reuse.blocks, *fresh)
-        check_segments(segments, length, len(blocks))
-        parent = self._nodes.tree.get(reuse.donors[0]) if reuse.donors else None
-        matches = align(save.tokens, parent.tokens) if parent else []
-        row_bytes = save.namespace.layout.row_bytes
-        return Node(
-            id=_node_id(save),
-            namespace=save.namespace.digest,
-            token_bytes=save.tokens.tobytes(),
-            parent=parent.id if parent else None,
-            edits=edit_script(matches, parent.length, save.tokens) if parent else (),
-            segments=tuple(segments),
-            blocks=blocks,
-            block_bytes=(*save.block_bytes, *(rows * row_bytes for rows in sizes)),
-            exact_rows=exact_rows(reuse.spans, length),
-            generation=reuse.generation,
-            policy=save.policy,
-            contexts=contexts_of_rows(reuse, length),
-            stamp=new_stamp(),
-        )
+        return new_node(save, fresh, self._parent(save))
+
+    def _parent(self, save: Save) -> Node | None:
+        if save.base is not None:
+            return self._answers.parent(save)
+        return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Under the lock: the last moment at which a shared block could be missing."""
@@ -222,6 +222,10 @@ class Saving:
         self._nodes.add(node, vectors)
         if node.exact:
             self._nodes.remove([node_id(node.namespace, save.tokens, False)])
+        self._answers.stored(save, node.id)
+        if save.extends:
+            self._metrics.add("answers_stored")
+            self._metrics.add("tokens_answers_stored", node.length - save.extends)
         self._metrics.add("bytes_stored", nbytes)
 
 
@@ -237,7 +241,3 @@ def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
     """Whether the store still has the form of each donor that a client was planned."""
     forms = [{node.stamp for node in nodes} for nodes in named]
     return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))
-
-
-def _node_id(save: Save) -> str:
-    return node_id(save.namespace.digest, save.tokens, save.reuse.generation == 0)

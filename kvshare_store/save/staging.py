@@ -11,6 +11,7 @@ import msgspec
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, gaps
 from kvshare_store.tensors.layout import KVLayout
 
@@ -62,6 +63,10 @@ class Save(msgspec.Struct, frozen=True):
     """The laxest that any of its rows is reused under."""
     staged: Staged
     owner: str
+    extends: int = 0
+    """Leading tokens that are a prompt, and the rest its answer; 0: all of it is a prompt."""
+    base: Node | None = None
+    """The node that the rows of that prompt are taken from."""
 
 
 class RowSource(Protocol):
@@ -124,8 +129,9 @@ def of_used_blocks(reuse: Reuse) -> Reuse:
 
 def check_reuse(reuse: Reuse, length: int) -> None:
     """`PlanError` unless the spans ascend, stay within the prompt and within the blocks named."""
-    at = 0
+    at, in_place = 0, True
     for span in reuse.spans:
+        in_place = in_place and not span.edited
         inside = at <= span.start < span.stop <= length and 0 <= span.block < len(reuse.blocks)
         if not inside or span.row < 0 or span.source < 0:
             raise PlanError(f"span {span} does not fit a prompt of {length} tokens")
@@ -133,12 +139,22 @@ def check_reuse(reuse: Reuse, length: int) -> None:
             raise PlanError(f"span {span} has moved and cannot be exact")
         if span.exact and span.continued:
             raise PlanError(f"span {span} is of two kinds")
+        if not (in_place or span.edited):
+            raise PlanError(f"span {span} stands behind edited rows")
         at = span.stop
     starts = [context.start for context in reuse.contexts]
     if starts != sorted(starts) or any(not 0 <= start < length for start in starts):
         raise PlanError("contexts do not ascend within the prompt")
     if not 0 <= reuse.generation <= _MOST_GENERATIONS:
         raise PlanError(f"no rows are of generation {reuse.generation}")
+
+
+def check_extends(extends: int, reuse: Reuse, length: int) -> None:
+    """`PlanError` unless an answer of at least one token extends a prompt of `extends` tokens."""
+    if not 0 <= extends < max(1, length):
+        raise PlanError(f"{length} tokens cannot extend a prompt of {extends}")
+    if extends and reuse.spans:
+        raise PlanError("where the rows of an answer's prompt are, the store knows itself")
 
 
 def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:

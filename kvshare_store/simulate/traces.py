@@ -7,19 +7,22 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import IO, Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
 
 import blake3
 import msgspec
 import numpy as np
 
 from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.nodes.edits import Tokens
 
 HASHED_TOKENS = 512
 """Tokens that one of `hash_ids` stands for."""
 _BETWEEN_TURNS = 100.0
 """Other conversations that begin, on average, between two turns of one."""
 
+Line = TypeVar("Line")
 Tokenize = Callable[[str], Sequence[int]]
 
 
@@ -49,20 +52,27 @@ def requests(file: IO[bytes], block_tokens: int, tokenize: Tokenize | None) -> I
     `tokens`, or `human`: the turns of one conversation, which become a request each, on top of the
     turns before, interleaved with other conversations. `ConfigError` names a line that has neither.
     """
-    return _interleaved(_lines(file), block_tokens, tokenize or four_bytes)
+    return _interleaved(json_lines(file, _Line, "the trace"), block_tokens, tokenize or four_bytes)
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, _Line]]:
-    decode = msgspec.json.Decoder(_Line).decode
+def json_lines(file: IO[bytes], kind: type[Line], what: str) -> Iterator[tuple[int, Line]]:
+    """The lines of a JSONL file (gzip or not) with their numbers; empty ones are skipped.
+
+    `ConfigError` names the line that is not of this kind; `what`: how it calls the file.
+    """
+    decode = msgspec.json.Decoder(kind).decode
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
+    number = 0
     try:
         with gzip.open(file) if packed else nullcontext(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, decode(line)
-    except (msgspec.DecodeError, OSError, EOFError) as error:
-        raise ConfigError(f"the trace cannot be read: {error}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{what} cannot be read: line {number}: {error}") from error
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"{what} cannot be read after line {number}: {error}") from error
 
 
 def _interleaved(
@@ -110,15 +120,20 @@ def _hashed(ids: Sequence[int | str], length: int | None) -> Request:
     return (*(Chunk(str(name), HASHED_TOKENS) for name in ids[:-1]), Chunk(str(ids[-1]), last))
 
 
-def chunks(tokens: Sequence[int], block_tokens: int) -> Request:
-    """Runs of `block_tokens` tokens, the last one shorter, each named by its whole prefix."""
+def chunks(tokens: Sequence[int] | Tokens, block_tokens: int, tenant: str = "") -> Request:
+    """Runs of `block_tokens` tokens, the last one shorter, each named by its tenant and its whole
+    prefix."""
     raw = np.asarray(tokens, np.int64).tobytes()
-    hasher, found = blake3.blake3(), []
+    hasher, found = blake3.blake3(_seed(tenant)), []
     for start in range(0, len(tokens), block_tokens):
         stop = min(start + block_tokens, len(tokens))
         hasher.update(raw[8 * start : 8 * stop])
         found.append(Chunk(hasher.hexdigest(length=16), stop - start))
     return tuple(found)
+
+
+def _seed(tenant: str) -> bytes:
+    return blake3.blake3(tenant.encode()).digest() if tenant else b""
 
 
 def four_bytes(text: str) -> Sequence[int]:
@@ -129,16 +144,18 @@ def four_bytes(text: str) -> Sequence[int]:
     return tokens
 
 
-def tokenizer(path: str) -> Tokenize:
-    """The tokenizer in a `tokenizer.json`."""
+def tokenizer(path: Path) -> Tokenize:
+    """The tokenizer in a `tokenizer.json`, or in a folder with one. It adds no tokens of its own:
+    recorded text has those of its turns."""
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional: `kvshare-store[transformers]`
     except ImportError as error:
         raise UnsupportedError(
             "--tokenizer needs a library: pip install 'kvshare-store[transformers]'"
         ) from error
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        loaded = Tokenizer.from_file(path)
+        loaded = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise ConfigError(f"{path} is not a tokenizer.json: {error}") from error
-    return lambda text: list(loaded.encode(text).ids)
+    return lambda text: list(loaded.encode(text, add_special_tokens=False).ids)

@@ -322,6 +322,7 @@ STATS: dict[str, Any] = {
     "tokens_requested": 10_000, "tokens_reused_exact": 1_000, "tokens_reused_edited": 6_000,
     "tokens_recomputed": 2_500, "tokens_engine_cached": 500,
     "bytes_loaded": 3 * 2**20, "bytes_stored": 5 * 2**30,
+    "answers_stored": 3, "tokens_answers_stored": 1_200,
     "declined": {"too_short": 1, "no_donor": 12}, "errors": {"corrupt": 3},
     "health": {"state": "degraded", "failures": {"kvshare-sync": 2}},
     "nodes": 1234, "blocks": 99, "leases": 1,
@@ -333,7 +334,8 @@ STATS: dict[str, Any] = {
 def test_stats_are_readable() -> None:
     out = rendered(stats.headline("/h", STATS), *stats.tables(STATS))
     for words in (
-        "/h: 1,234 nodes, 99 blocks, 1 leases; 3.0 MiB loaded, 5.0 GiB stored",
+        "/h: 1,234 nodes, 99 blocks, 1 leases; 3.0 MiB loaded, 5.0 GiB stored, "
+        "3 answers of 1,200 tokens",
         "lookups: 8",
         "tokens requested: 10,000",
     ):

@@ -21,11 +21,12 @@ from kvshare_store.catalog.table import Table
 from kvshare_store.commit import home as home_module
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.tier_law import damage_file
 from tests.support.crashes import NEW, OLD, Config, Crashes, opened, remote_of
-from tests.support.oracle import Driver, prompt
+from tests.support.oracle import Driver, pick, prompt
 
 pytestmark = pytest.mark.fault
 
@@ -115,6 +116,28 @@ def test_an_exact_node_replaces_an_edited_one(
         for again in opened(copy, config, engine):
             assert again.serve(OLD).exact == 39
             assert again.serve(CHILD).reused >= 38, copy.step
+
+
+def test_an_answer_replaces_its_prompt(
+    driver: Open, config: Config, crashes: Callable[[Driver], Crashes]
+) -> None:
+    engine = driver()
+    engine.save(OLD)
+    told = [*OLD, *NEW[:12]]
+    rows = engine.book.computed(told, len(told), "")
+    engine.book.write(told, rows, range(40, 52), len(told))
+    found = crashes(engine)
+    staged = engine.store.stage(told, engine.namespace, extends=len(OLD))
+    blocks = packed(pick(rows, range(40, 52)), staged.sizes, engine.namespace.layout)
+    engine.store.commit(staged.id, Buffer(blocks))
+    engine.store.flush()
+    assert [step for step in found.steps if step.startswith("row")] == ["row added", "row deleted"]
+    nodes = {"row added": 2, "row deleted": 1}
+    for copy in found.end():
+        for again in opened(copy, config, engine):
+            assert again.serve(OLD).exact == 39
+            assert again.serve([*told, 7]).exact == (52 if copy.step in nodes else 40)
+            assert len(again.store.tree) == nodes.get(copy.step, 1), copy.step
 
 
 def test_clearing(driver: Open, config: Config, crashes: Callable[[Driver], Crashes]) -> None:

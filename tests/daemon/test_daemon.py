@@ -33,11 +33,11 @@ from kvshare_store.errors import (
 )
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, Span
-from kvshare_store.save.staging import Reuse, Staged
+from kvshare_store.save.staging import Reuse, Staged, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver, Daemon
-from tests.support.oracle import Driver, prompt
+from tests.support.oracle import Driver, pick, positions_of, prompt
 from tests.support.peer import Peer
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
@@ -155,6 +155,44 @@ def test_tokens_that_are_no_int32(wire: Peer, tokens: bytes) -> None:
         protocol.Stage(NAMESPACE, tokens, Reuse()),
     ):
         assert wire.ask(message).error == "plan"
+
+
+@pytest.mark.parametrize(
+    ("extends", "kind"),
+    [(-1, "protocol"), (1 << 50, "protocol"), ("4", "protocol"), (40, "plan"), (1 << 40, "plan")],
+)
+def test_an_answer_that_extends_too_much(wire: Peer, extends: Any, kind: str) -> None:
+    wire.ask(protocol.Hello())
+    tokens = np.asarray(prompt(101, 40), np.int32).tobytes()
+    assert wire.ask(protocol.Stage(NAMESPACE, tokens, Reuse(), extends)).error == kind
+
+
+def test_a_client_of_the_release_before_saves_prompts(wire: Peer) -> None:
+    wire.ask(protocol.Hello())
+    stage = protocol.Stage(NAMESPACE, np.asarray(prompt(102, 40), np.int32).tobytes(), Reuse())
+    fields = msgspec.msgpack.decode(protocol.encode(stage))
+    assert fields.pop("extends") == 0
+    wire.send(msgspec.msgpack.encode(fields))
+    reply = wire.receive()
+    assert reply is not None
+    assert msgspec.convert(reply.result, Staged).rows == 40
+
+
+def test_an_answer_over_the_socket(engine: ClientDriver) -> None:
+    told, answer = prompt(103, 40), prompt(104, 10)
+    engine.save(told)
+    whole = [*told, *answer]
+    raw = np.asarray(whole, np.int32).tobytes()
+    staged = engine.client.stage_bytes(raw, NAMESPACE, Reuse(), 40)
+    assert positions_of(staged.fresh) == list(range(40, 50))
+    rows = engine.book.computed(whole, 50, "")
+    engine.book.write(whole, rows, range(40, 50), 50)
+    data = packed(pick(rows, range(40, 50)), staged.sizes, NAMESPACE.layout)
+    sizes = [size * NAMESPACE.layout.row_bytes for size in staged.sizes]
+    blocks = [data[sum(sizes[:at]) : sum(sizes[: at + 1])] for at in range(len(sizes))]
+    assert engine.client.commit(staged, blocks)
+    assert engine.serve([*whole, 7]).exact == 50
+    assert engine.client.stage_bytes(raw, NAMESPACE, Reuse(), 40).known
 
 
 def test_errors_arrive_as_they_were_raised(engine: ClientDriver) -> None:

@@ -28,7 +28,7 @@ MESSAGES = [
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Observe(512, 0.25, "model"),
     protocol.Working(True),
-    protocol.Stage(NAMESPACE, b"1234", REUSE),
+    protocol.Stage(NAMESPACE, b"1234", REUSE, 1),
     protocol.Commit("save"),
     protocol.Abandon("save"),
     protocol.Failed("timeout"),

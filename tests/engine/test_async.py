@@ -16,6 +16,7 @@ from kvshare_connectors.vllm import promises
 from kvshare_store.errors import LeaseError
 from tests.engine.harness import BLOCK, Answer, Engine, random_runs
 from tests.engine.soak import Traffic, related_prompts
+from tests.engine.test_answers import ANSWER, begin, check_next_turn, serve_heir
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -258,6 +259,28 @@ def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_c
     assert not names
     for _ in range(3):  # whoever computes the blocks before it makes it reachable again
         assert engine.ask(longer, policy="off").agrees(full)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_stored_whose_blocks_another_request_waits_for(
+    engine: Engine, prompt: list[int], fresh: Fresh
+) -> None:
+    """One step is in flight when it ends, and computes its last token."""
+    answer, _ = serve_heir(engine, prompt, fresh(8 * BLOCK - 1))
+    check_next_turn(engine, [*prompt, *answer], LENGTH + ANSWER - 1)
+
+
+def test_an_answer_is_stored_that_is_aborted_with_a_step_in_flight(
+    engine: Engine, prompt: list[int]
+) -> None:
+    name, request = begin(engine, prompt, 10)
+    told = list(request.all_token_ids)
+    assert request.num_in_flight_tokens
+    engine.abort(name)
+    engine.settle()
+    check_next_turn(engine, told, LENGTH + 9)
 
 
 # --- everything together --------------------------------------------------------------------------

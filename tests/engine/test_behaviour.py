@@ -215,16 +215,16 @@ def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]
     engine.store(whole)
     longer = [*whole, *donor[:40]]
     with engine.counted() as gained:
-        answer = engine.store(longer, policy="exact")
+        answer = engine.store(longer, policy="exact", max_tokens=1)
     assert answer.cached == len(whole)
     assert gained["declined.engine_prefix"] == gained["nodes"] == 1
     assert gained["bytes_stored"] == 40 * engine.worker._cache.layout.row_bytes
     engine.forget()
     with engine.counted() as gained:
-        again = engine.ask(longer, policy="exact")
+        again = engine.ask(longer, policy="exact", max_tokens=1)
     assert gained["tokens_reused_exact"] == len(longer) - 1
     engine.forget()
-    assert again.agrees(engine.ask(longer, policy="off"))
+    assert again.agrees(engine.ask(longer, policy="off", max_tokens=1))
 
 
 def test_a_request_that_waits_for_room_becomes_private_once(

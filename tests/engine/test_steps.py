@@ -12,15 +12,18 @@ from typing import Any
 
 import kvshare_connectors.vllm.connector as connector_module
 import msgspec
+import numpy as np
 import pytest
 import vllm.model_executor.models.registry as registry
+from kvshare_connectors.vllm.metadata import SaveSpec
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 import kvshare_store.daemon.link as link_module
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, DeadlineError
-from kvshare_store.plan import BlockRef, Span
+from kvshare_store.plan import BlockRef, Run, Span
+from kvshare_store.save.staging import Reuse, contexts_of_rows
 from tests.engine.schedulers import (
     BLOCK,
     LENGTH,
@@ -789,3 +792,87 @@ def test_a_line_for_each_request_if_wanted(
     lines = [line for line in quiet() if request.request_id in line]
     assert len(lines) == wanted
     assert all("reused=70 exact=40 edited=30 recomputed=30" in line for line in lines)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answers_of(output: Any) -> list[SaveSpec]:
+    """The answers that a step stores."""
+    return list(output.kv_connector_metadata.answers)
+
+
+def test_an_answer_is_ordered_in_the_step_after_the_end(make: Make, link: FakeLink) -> None:
+    link.plan = None
+    bench = make()
+    request = bench.add(max_tokens=5)
+    blocks: list[int] = []
+    while not request.is_finished():
+        output = bench.step()
+        assert answers_of(output) == []
+        if not blocks:
+            (blocks,) = bench.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    (spec,) = answers_of(bench.schedule())
+    assert np.frombuffer(spec.tokens, np.int32).tolist() == [*range(LENGTH), 7, 7, 7, 7]
+    assert (spec.extends, spec.fresh, spec.block_ids) == (LENGTH, [Run(LENGTH, LENGTH + 4)], blocks)
+    assert spec.reuse == Reuse()
+    assert answers_of(bench.schedule()) == []
+
+
+def test_the_answer_to_an_edited_prompt_says_which_rows_it_has(make: Make, link: FakeLink) -> None:
+    bench = make()
+    twins = [bench.add(max_tokens=5) for _ in range(2)]
+    saves: list[SaveSpec] = []
+    while not all(request.is_finished() for request in twins):
+        saves += bench.step().kv_connector_metadata.saves
+    answers = answers_of(bench.schedule())
+    contexts = {contexts_of_rows(spec.reuse, LENGTH) for spec in saves}
+    assert len(contexts) == 1
+    assert [spec.reuse.generation for spec in answers] == [1, 1]
+    assert {spec.reuse.contexts for spec in answers} == contexts != {()}
+    assert {spec.reuse.spans for spec in answers} == {()}
+
+
+@pytest.mark.parametrize(
+    "end", ["preempted", "reset", "error", "before its first token", "a row is missing"]
+)
+def test_what_is_unsure_is_no_answer(make: Make, link: FakeLink, end: str) -> None:
+    link.plan = None
+    bench = make()
+    request = bench.add(max_tokens=30)
+    bench.step()
+    scheduler, status = bench.scheduler, RequestStatus.FINISHED_ABORTED
+    if end != "before its first token":
+        bench.step()
+        bench.step()
+    if end == "preempted":
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, 0.0)
+        bench.step()
+        bench.step()
+    if end == "reset":
+        assert scheduler.reset_connector_cache()
+    if end == "error":
+        status = RequestStatus.FINISHED_ERROR
+    if end == "a row is missing":
+        request.num_computed_tokens -= 1
+    scheduler.finish_requests([request.request_id], status)
+    assert answers_of(bench.schedule()) == []
+
+
+def test_a_step_in_flight_does_not_count_for_an_answer(make: Make, link: FakeLink) -> None:
+    """It computes the row of the last token, and that is left out."""
+    link.plan = None
+    bench = make(ahead=True)
+    request = bench.add(max_tokens=30)
+    first = bench.schedule()
+    for _ in range(3):
+        flying = bench.schedule()
+        bench.finish(first)
+        first = flying
+    assert request.num_in_flight_tokens == 1
+    assert request.num_output_tokens == 3
+    bench.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
+    (spec,) = answers_of(bench.schedule())
+    assert spec.fresh == [Run(LENGTH, LENGTH + 2)]
+    bench.finish(first)

@@ -76,7 +76,7 @@ def told(one: worker.Worker) -> Notebook:
 def load_of(name: str, blocks: list[int], start: int = TOKENS) -> LoadSpec:
     """A request whose first block is vLLM's own hit; the rest is to be loaded."""
     spans = [Span(start, 20, start, 0, 0)]
-    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 5)
+    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 0, 5)
 
 
 def save_of(name: str, blocks: list[int]) -> SaveSpec:
@@ -292,3 +292,60 @@ def test_the_saver_commits_the_fresh_rows_block_by_block(monkeypatch: pytest.Mon
     parts = torch.split(cache.read(slots), [32, 8], dim=2)
     assert Daemon.committed == [part.contiguous().numpy().tobytes() for part in parts]
     assert Daemon.told == [protocol.Failed("before"), protocol.Failed("after")]
+
+
+class OldDaemon(Daemon):
+    """Of the release before: it does not know of answers and wants every row."""
+
+    abandoned: list[str]
+
+    def abandon(self, staged: str) -> None:
+        OldDaemon.abandoned.append(staged)
+
+
+def saved_with(daemon: type, specs: list[SaveSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker sends of these."""
+    monkeypatch.setattr(saver, "Client", daemon)
+    cache = PagedCache(
+        [SimpleNamespace(kv_cache=torch.zeros(BLOCKS, 2, TOKENS, 16))], LogicalFormat()
+    )
+    one = worker.Worker(StoreConfig(), cache, rope=None)
+    for spec in specs:
+        one.after_forward(KVShareMetadata(saves=[spec]))
+    one.close()
+
+
+def test_an_older_daemon_stores_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    OldDaemon.committed, OldDaemon.abandoned = [], []
+    answer = save_of("a", [3, 1, 5])
+    answer.extends, answer.fresh = 30, [Run(30, 40)]
+    saved_with(OldDaemon, [answer], monkeypatch)
+    assert OldDaemon.abandoned == ["save"]
+    assert OldDaemon.committed == []
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_answers_are_copied_before_the_step_writes_anything(one: worker.Worker) -> None:
+    """Their blocks may belong to others in the same step."""
+    rows = []
+    one._load = lambda spec: rows.append(len(told(one).stored)) or 0  # type: ignore[method-assign]
+    step = KVShareMetadata(answers=[save_of("a", [1, 2])], loads=[load_of("b", [1, 2])])
+    one.save_answers(step)
+    one.step_begins(step)
+    assert told(one).stored == ["a"]
+    one.load(step)
+    assert rows == [1]
+    one.after_forward(step)
+    assert told(one).stored == ["a"]
+
+
+def test_an_answer_in_blocks_whose_load_failed_is_not_stored(one: worker.Worker) -> None:
+    one._load = raising(LeaseError("gone"))  # type: ignore[method-assign]
+    one.load(KVShareMetadata(loads=[load_of("a", [1, 2, 3])]))
+    answers = [save_of("a", [1, 2, 3]), save_of("b", [4, 5])]
+    step = KVShareMetadata(answers=answers, handled={2, 3})
+    one.save_answers(step)
+    one.step_begins(step)
+    assert told(one).stored == ["b"]

@@ -241,11 +241,25 @@ def test_an_edit_behind_a_continuation_counts_its_own_donors() -> None:
 
 
 def test_an_edit_that_gains_too_little_for_its_price_is_not_made() -> None:
-    shelf = Shelf(approximation_price=0.3)
+    shelf = Shelf(approximation_price=0.5)
     donor = text(1, 80)
     shelf.add(donor)
-    assert reused(shelf.plan(donor[:60] + text(2, 5) + donor[60:])) == 60
-    assert reused(shelf.plan(donor[:30] + text(2, 5) + donor[30:])) == 79
+    assert reused(shelf.plan(donor[:60] + text(2, 60) + donor[60:])) == 60
+    assert reused(shelf.plan(donor[:60] + text(2, 5) + donor[60:])) == 79
+
+
+def test_much_text_is_not_computed_behind_rows_of_the_last_generation() -> None:
+    donor = text(1, 80)
+
+    def planned(generation: int, fresh: int) -> Draft:
+        shelf = Shelf(approximation_price=0.5)
+        shelf.add(donor, generation=generation, exact_rows=30)
+        return shelf.plan(donor + text(2, fresh))
+
+    much, little = planned(4, 600), planned(4, 400)
+    assert (reused(much), much.continued, much.generation) == (30, 0, 0)
+    assert (reused(little), little.continued, little.generation) == (80, 80, 4)
+    assert planned(3, 600).continued == 80, "others may build on that"
 
 
 # --- edited rows --------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from kvshare_connectors.vllm.resident import Resident
 from kvshare_store.editor import Editor
 from kvshare_store.errors import LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, ReusePlan, Span
+from kvshare_store.nodes.node import Node
+from kvshare_store.plan import Context, Outcome, ReusePlan, Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from tests.support.oracle import Driver, prompt
@@ -259,6 +260,79 @@ def test_edited_rows_do_not_become_exact(driver: Open) -> None:
     assert reuse.generation == 1
     with pytest.raises(PlanError):
         engine.store.stage([*middle, *prompt(6, 8)], engine.namespace, lie)
+
+
+def edited_prompt(engine: Driver) -> Node:
+    """Ten exact rows, a changed token, the rest moved behind it."""
+    engine.save(TOKENS)
+    node_id = engine.serve_and_save([*TOKENS[:10], 5, *TOKENS[11:]])
+    node = engine.store.tree.get(node_id or "")
+    assert node is not None
+    assert (node.exact_rows, node.generation, node.policy) == (11, 1, "aggressive")
+    return node
+
+
+def test_a_continued_prompt_keeps_generation_policy_and_context(driver: Open) -> None:
+    engine = driver()
+    node = edited_prompt(engine)
+    (context,) = node.contexts
+    assert context.start == node.exact_rows
+    tokens = node.tokens.tolist()
+    for turn in range(5):
+        tokens = [*tokens, *prompt(10 + turn, 8)]
+        longer = engine.store.tree.get(engine.serve_and_save(tokens) or "")
+        assert longer is not None
+        assert (longer.generation, longer.policy, longer.exact_rows) == (1, "aggressive", 11)
+        assert longer.contexts == node.contexts
+    other = [*tokens[:30], 9, *tokens[31:]]
+    edited = engine.store.tree.get(engine.serve_and_save(other) or "")
+    assert edited is not None
+    assert edited.generation == 2
+    assert edited.contexts[:-1] == node.contexts
+
+
+def test_continued_rows_are_a_prefix_of_an_edited_prompt(driver: Open) -> None:
+    """Not of another text, not moved, not behind edited rows, not of a lower generation."""
+    engine = driver()
+    node = edited_prompt(engine)
+    tokens = [*node.tokens.tolist(), *prompt(7, 8)]
+    plan = engine.plan(tokens)
+    honest = reuse_of(plan)
+    engine.finish(plan)
+    assert engine.store.stage(tokens, engine.namespace, honest).id
+    at = next(index for index, span in enumerate(honest.spans) if span.continued)
+    lies = [
+        (tokens, msgspec.structs.replace(honest, generation=0)),
+        (tokens, changed(honest, at, exact=True)),
+        (tokens, changed(honest, at, exact=True, continued=False)),
+        (tokens, changed(honest, 0, exact=False)),
+        ([tokens[0] + 1, *tokens[1:]], honest),
+        ([1, *tokens], moved(honest)),
+        (tokens, msgspec.structs.replace(honest, contexts=(Context(len(tokens), b""),))),
+    ]
+    for request, lie in lies:
+        with pytest.raises(PlanError):
+            engine.store.stage(request, engine.namespace, lie)
+
+
+def moved(reuse: Reuse) -> Reuse:
+    """The same rows one position later, except for the exact ones."""
+    spans = [
+        msgspec.structs.replace(span, start=span.start + 1)
+        for span in reuse.spans
+        if span.continued
+    ]
+    return msgspec.structs.replace(reuse, spans=tuple(spans))
+
+
+def test_a_stricter_policy_does_not_continue_laxer_rows(driver: Open) -> None:
+    engine = driver()
+    node = edited_prompt(engine)
+    tokens = [*node.tokens.tolist(), *prompt(7, 8)]
+    for policy in ("exact", "faithful", "balanced"):
+        plan = engine.store.plan(tokens, engine.namespace, policy=policy)
+        assert (plan.exact, plan.continued, plan.generation) == (11, 0, 0)
+        engine.store.finish(plan, Outcome(exact=11))
 
 
 def test_a_donor_of_another_tenant(driver: Open) -> None:

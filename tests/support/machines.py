@@ -10,6 +10,7 @@ says, and every row that is ever served with what was computed for it. Subclass 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -30,7 +31,7 @@ from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.save.staging import Staged
+from kvshare_store.save.staging import Buffer, Reuse, Staged, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.oracle import (
@@ -275,6 +276,38 @@ class StoreMachine(RuleBasedStateMachine):
         run = self.config.block_tokens
         assert again.plan.exact >= min(node.exact_rows // run * run, len(tokens) - 1)
         self._finish(again)
+
+    @rule(
+        which=st.integers(0, 50),
+        space=st.integers(0, 1),
+        added=st.lists(st.integers(0, 50), min_size=1, max_size=9),
+    )
+    def answer(self, which: int, space: int, added: list[int]) -> None:
+        """An answer grows the node of its prompt."""
+        namespace = self.namespaces[space]
+        nodes = self.store.nodes.state.of_namespace(namespace.digest)
+        if not nodes:
+            return
+        base = nodes[which % len(nodes)]
+        tokens = (*base.tokens.tolist(), *added)
+        reuse = Reuse(generation=base.generation, contexts=base.contexts)
+        staged = self.store.stage(tokens, namespace, reuse, extends=base.length)
+        if staged.known:
+            return
+        fresh = list(range(base.length, len(tokens)))
+        assert positions_of(staged.fresh) == fresh
+        self.salt += 1
+        exact = base.exact_rows if base.generation else len(tokens)
+        rows = rows_for(tokens, self.row_layout, exact=exact, salt=str(self.salt))
+        self.books[namespace.digest].write(tokens, rows, fresh, exact)
+        source = Buffer(packed(pick(rows, fresh), staged.sizes, self.row_layout))
+        with contextlib.suppress(NoSpaceError):
+            stored = self.store.commit(staged.id, source)
+            self.store.flush()
+            node = None if stored is None else self.store.tree.get(stored)
+            if node is not None:
+                assert (node.generation, node.exact_rows) == (base.generation, exact)
+                self._check_served((*tokens, *added), space, node)
 
     @rule(which=prompts, space=st.integers(0, 1), owner=st.sampled_from(["", "dies"]))
     def stage_only(self, which: Which, space: int, owner: str) -> None:

@@ -123,6 +123,12 @@ class RowBook:
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self._facts: dict[bytes, RowFact] = {}
+        self._prompts: list[tuple[list[int], list[bytes]]] = []
+        """Tokens and rows of every prompt that was computed in part."""
+
+    def complete(self, tokens: Sequence[int], rows: Rows) -> None:
+        """Note all rows of a prompt, those that were loaded included."""
+        self._prompts.append((list(tokens), row_keys(rows)))
 
     def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows:
         """The rows of a prompt whose first `exact` ones have their own full context."""
@@ -154,6 +160,17 @@ class RowBook:
                 if span.exact:
                     assert fact.exact, f"position {at}: an edited row poses as exact"
                     assert fact.prefix == prefixes[at], f"position {at} is of another prefix"
+        self._check_continued(list(tokens), plan, keys)
+
+    def _check_continued(self, tokens: list[int], plan: ReusePlan, keys: list[bytes]) -> None:
+        """Some prompt that begins with the same tokens had these very rows in these places."""
+        start, stop = plan.exact, plan.continued
+        assert positions_of(s for s in plan.spans if s.continued) == list(range(start, stop))
+        if stop:
+            assert any(
+                known[:stop] == tokens[:stop] and rows[start:stop] == keys[start:stop]
+                for known, rows in self._prompts
+            ), "rows are continued in a context that they were not computed in"
 
 
 def check_partition(plan: ReusePlan) -> None:
@@ -199,9 +216,11 @@ class Driver:
 
     def finish(self, plan: ReusePlan, failed: str = "") -> None:
         """The request has used the plan, or has given it up."""
-        edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
+        continued = max(0, plan.continued - plan.exact)
+        edited, missing = plan.reused - plan.exact - continued, plan.tokens - plan.reused
         nbytes = plan.reused * self.namespace.layout.row_bytes
-        self.store.finish(plan, Outcome(plan.exact, edited, missing, nbytes, 1e-3, failed))
+        outcome = Outcome(plan.exact, edited, missing, nbytes, 1e-3, failed, continued=continued)
+        self.store.finish(plan, outcome)
 
     def serve(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
         """Plan, check and finish."""
@@ -220,6 +239,10 @@ class Driver:
             rows = self.book.computed(tokens, exact, f"{id(self)} {next(self._salts)}")
             fresh = positions_of(staged.fresh)
             self.book.write(tokens, rows, fresh, exact)
+            if plan is not None and plan.generation and isinstance(self.book, RowBook):
+                loaded = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
+                loaded[:, :, fresh] = rows[:, :, fresh]
+                self.book.complete(tokens, loaded)
             blocks = packed(pick(rows, fresh), staged.sizes, self.namespace.layout)
             self._computed[staged.id] = Buffer(blocks)
         return staged

@@ -1,0 +1,66 @@
+"""What both replays share: progress, JSON, and a plot of what was found so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvshare_store.cli.common import print_json
+from kvshare_store.errors import ConfigError, UnsupportedError
+
+Points = dict[str, list[tuple[int, float]]]
+"""Lines of a plot: after how many requests, which share of their tokens was found."""
+
+STDOUT = Path("-")
+
+
+def stderr() -> Any:
+    """Standard error for progress."""
+    from rich.console import Console  # noqa: PLC0415 - only where there is a bar to show
+
+    return Console(stderr=True)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Write a result as JSON; `-` prints it. `ConfigError` if the file cannot be written."""
+    if path == STDOUT:
+        print_json(result)
+        return
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def figure_class() -> Any:
+    """The library that draws; `UnsupportedError` without it."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional: `kvshare-store[plot]`
+    except ImportError as error:
+        raise UnsupportedError(
+            "--plot needs a library: pip install 'kvshare-store[plot]'"
+        ) from error
+    return Figure
+
+
+def draw(points: Points, title: str, path: Path) -> None:
+    """Share of tokens found so far, a line a policy; told apart without colour."""
+    figure = figure_class()(figsize=(7, 4))
+    axes = figure.subplots()
+    styles = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "x"), ("-", "D"))
+    for index, (name, line) in enumerate(points.items()):
+        dashes, marker = styles[index % len(styles)]
+        requests, rates = [number for number, _ in line], [100 * rate for _, rate in line]
+        axes.plot(
+            requests, rates, dashes, marker=marker, markevery=max(1, len(line) // 10),
+            color="black", linewidth=1, markersize=4, label=name,
+        )  # fmt: skip
+    axes.set(xlabel="requests", ylabel="% of tokens found so far", title=title)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error

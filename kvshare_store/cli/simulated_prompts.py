@@ -1,0 +1,78 @@
+"""`kvshare simulate --prompts`: what recorded prompts would have found, by reuse policy."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+
+from kvshare_store.cli.format import share
+from kvshare_store.cli.simulated import Points, stderr
+from kvshare_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvshare_store.simulate.prompt_replay import Arm, Counted
+    from kvshare_store.simulate.prompts import Reader
+
+
+def run(path: Path, reader: Reader, arms: Mapping[str, Arm], min_tokens: int) -> Counted:
+    """Read all of a file, then serve its prompts in every arm."""
+    from kvshare_store.simulate import prompt_replay, prompts  # noqa: PLC0415 - NumPy, not for --help
+
+    try:
+        with Progress(console=stderr(), transient=True) as progress, path.open("rb") as file:
+            reading = progress.add_task("reading", total=path.stat().st_size)
+            found = []
+            for prompt in prompts.read_prompts(file, reader):
+                found.append(prompt)
+                progress.update(reading, completed=file.tell())
+            serving = progress.add_task("serving", total=len(found))
+            counted = prompt_replay.replay(
+                prompts.in_order(found), arms, min_tokens, lambda: progress.advance(serving)
+            )
+    except OSError as error:
+        raise ConfigError(f"prompts {path} cannot be read: {error.strerror}") from error
+    if not counted.lengths:
+        raise ConfigError(f"prompts {path}: no line has {min_tokens} tokens or more")
+    return counted
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A line for prefix caching and for each policy."""
+    title = f"{result['requests']:,} requests, {result['tokens']:,} tokens"
+    caption = "ratio: of tokens to compute; median, 90 %: tokens to compute a request"
+    found = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.show_edge = found.pad_edge = False
+    found.add_column("reused", style="cyan", no_wrap=True)
+    for column in ("exact", "continued", "edited", "to compute", "ratio", "median", "90 %"):
+        found.add_column(column, justify="right", no_wrap=True)
+    arms = {name: arm for name, arm in result.items() if isinstance(arm, dict)}
+    first = next(iter(arms.values()))["to_compute"]
+    for name, arm in arms.items():
+        left, kinds = arm["to_compute"], arm["by_kind"].values()
+        per_request = (arm["median_to_compute"], arm["p90_to_compute"])
+        found.add_row(
+            name.replace("_", " "),
+            *(share(tokens, result["tokens"]) for tokens in kinds),
+            f"{left:,}",
+            f"{left / max(1, first):.2f}",
+            *(f"{tokens:,.0f}" for tokens in per_request),
+        )
+    return found
+
+
+def points(counted: Counted) -> Points:
+    """The share of all tokens so far that each arm reused, request by request."""
+    so_far = list(accumulate(counted.lengths))
+    lines: Points = {}
+    for name, reused in counted.reused.items():
+        found = accumulate(each.tokens for each in reused)
+        shares = (each / tokens for each, tokens in zip(found, so_far, strict=True))
+        lines[name] = list(enumerate(shares, 1))
+    return lines

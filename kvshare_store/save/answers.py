@@ -1,0 +1,136 @@
+"""Answers: the node of a prompt grows by the rows of the tokens that were generated after it.
+
+An answer is saved on top of a prompt that the store has. Its rows are taken from that prompt's
+node, the base, so only those of the answer are fresh; and the longer node takes the base's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+import numpy as np
+
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node, node_id, segments_between
+from kvshare_store.plan import Context, Span, clip_spans
+from kvshare_store.save.staging import Reuse, Save, of_used_blocks
+
+_REMEMBERED = 4096
+"""Nodes that longer ones replaced: whoever was planned one of them saves within seconds."""
+
+
+class Answers:
+    """Which node has the rows of a prompt, and what becomes of it when its answer is stored."""
+
+    def __init__(self, nodes: NodeStore) -> None:
+        self._nodes = nodes
+        self._longer: dict[str, str] = {}
+        """By id of a node that was replaced: the one that took its place."""
+
+    def now(self, node: str) -> Node | None:
+        """The node of this id, or the longer one that took its place: it begins with its rows."""
+        with self._nodes.lock:
+            while node not in self._nodes.tree and node in self._longer:
+                node = self._longer[node]
+            return self._nodes.tree.get(node)
+
+    def base(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Node | None:
+        """A node that begins with the rows of a prompt, computed with `reuse`.
+
+        Its generation and contexts say which rows these are; its donors, where to look first.
+        """
+        return next(
+            (
+                node
+                for node in self._nominated(namespace, prompt, reuse)
+                if _is_prefix(prompt, node.tokens) and _has_rows(node, len(prompt), reuse)
+            ),
+            None,
+        )
+
+    def _nominated(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Iterator[Node]:
+        exact = reuse.generation == 0
+        for node_name in (*reuse.donors, node_id(namespace, prompt, exact)):
+            node = self.now(node_name)
+            if node is not None and node.namespace == namespace:
+                yield node
+        index = self._nodes.state.index(namespace)
+        if index is None:
+            return
+        hashes = index.chain.hashes(prompt)
+        with self._nodes.lock:
+            chains = (index.chain,) if exact else tuple(index.edited.values())
+            names = [name for chain in chains for name in chain.nominate(hashes)]
+            found = [self._nodes.tree.get(name) for name in names]
+        yield from (node for node in found if node is not None)
+
+    def parent(self, save: Save) -> Node | None:
+        """What the node of an answer hangs from: its base, or what that hangs from."""
+        base = save.base
+        with self._nodes.lock:
+            if base is not None and self._replaceable(base, save):
+                return self.now(base.parent) if base.parent is not None else None
+            return base
+
+    def stored(self, save: Save, node: str) -> None:
+        """The node of an answer is in the tree: its base goes, unless somebody needs that."""
+        base = save.base
+        with self._nodes.lock:
+            if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
+                return
+            self._longer[base.id] = node
+            if len(self._longer) > _REMEMBERED:
+                del self._longer[next(iter(self._longer))]
+            self._nodes.remove([base.id])
+
+    def _replaceable(self, base: Node, save: Save) -> bool:
+        """Whether all of the base is in the answer's node, and nobody needs the base as it is."""
+        here = self._nodes.tree.get(base.id)
+        wanted = here is None or here.pinned or bool(self._nodes.tree.children(base.id))
+        same = base.generation == save.reuse.generation and base.contexts == save.reuse.contexts
+        longer = base.length < len(save.tokens) and _is_prefix(base.tokens, save.tokens)
+        return same and longer and not wanted
+
+
+def rows_of(base: Node, length: int) -> Reuse:
+    """The first rows of a node, as a save that builds on it names them."""
+    exact = min(base.exact_rows, length)
+    segments = segments_between(base, 0, length)
+    spans = (
+        *_marked(clip_spans(segments, 0, exact), exact=True, continued=False),
+        *_marked(clip_spans(segments, exact, length), exact=False, continued=True),
+    )
+    return of_used_blocks(
+        Reuse(
+            spans,
+            tuple(base.blocks),
+            (base.id,),
+            base.generation if exact < length else 0,
+            (base.stamp,),
+            base.policy,
+            _contexts(base.contexts, length),
+        )
+    )
+
+
+def _marked(spans: Iterable[Span], *, exact: bool, continued: bool) -> Iterator[Span]:
+    return (msgspec.structs.replace(span, exact=exact, continued=continued) for span in spans)
+
+
+def _contexts(contexts: Iterable[Context], length: int) -> tuple[Context, ...]:
+    """Those of the first rows."""
+    return tuple(context for context in contexts if context.start < length)
+
+
+def _has_rows(node: Node, length: int, reuse: Reuse) -> bool:
+    """Whether the first rows of a node, whose tokens agree, are those that `reuse` leads to."""
+    if reuse.generation == 0:
+        return node.exact_rows >= length
+    same = _contexts(node.contexts, length) == reuse.contexts
+    return same and bool(reuse.contexts) and node.generation == reuse.generation
+
+
+def _is_prefix(short: Tokens, long: Tokens) -> bool:
+    return np.array_equal(short, long[: len(short)])

@@ -1,0 +1,138 @@
+"""What KVShare would plan for each prompt after those before it: the planner itself, over nodes
+without rows in the memory of one process."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+
+from kvshare_store.blocks.eviction import make_policy
+from kvshare_store.config import StoreConfig
+from kvshare_store.errors import ConfigError
+from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import configured_policy
+from kvshare_store.lookup.text import delimiter_ids
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.state import NodeState
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.save.new_node import id_of, new_node, stored_as
+from kvshare_store.save.provenance import check_provenance
+from kvshare_store.save.staging import Reuse, Save, new_staged, of_used_blocks, reuse_of
+from kvshare_store.simulate.prompts import Prompt, Reused
+from kvshare_store.tensors.layout import KVLayout
+
+_ROW_UNIT = 4
+"""Bytes of K and V of one number each, in half precision: rows are a multiple of it."""
+
+
+class PlannedReuse:
+    """One store under one policy. Its answers depend on the prompts alone: alignment is bounded by
+    work and not by time, and costs are those of a store that has measured nothing yet."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        row_bytes: int,
+        *,
+        budget: float = math.inf,
+        settle: float | None = None,
+        tokenizer: str = "",
+    ) -> None:
+        """`budget`: bytes of rows. `settle`: seconds after which the rows of an edited prompt count
+        as computed in full (None: never). `tokenizer`: a folder, for policies with delimiters."""
+        if row_bytes % _ROW_UNIT:
+            raise ConfigError(f"--row-bytes must be a multiple of {_ROW_UNIT}, got {row_bytes}")
+        self._config = config
+        self._policy = configured_policy(config)
+        self._planner = Planner(config, lambda: Effort(seconds=math.inf))
+        self._cost = CostModel()
+        self._state = NodeState(lambda: make_policy(config.eviction))
+        layout = KVLayout(1, 1, row_bytes // _ROW_UNIT, "float16")
+        self._namespace = Namespace("simulated", layout, tokenizer=tokenizer)
+        self._budget, self._settle = budget, settle
+        self._unsettled: deque[tuple[float, str, Save]] = deque()
+        self._blocks = count()
+
+    def serve(self, prompt: Prompt) -> Reused:
+        """What is reused of a prompt, which is then stored with its answer."""
+        self._settle_until(prompt.at)
+        namespace = self._namespace.for_tenant(prompt.tenant)
+        draft = self._draft(prompt.tokens, namespace)
+        for donor in draft.donors:
+            self._state.tree.touch(donor.id)
+        if len(prompt.tokens) >= self._config.min_prompt_tokens:
+            self._keep(prompt, namespace, draft)
+        return _reused(draft)
+
+    def _draft(self, tokens: Tokens, namespace: Namespace) -> Draft:
+        state = self._state
+        return self._planner.draft(
+            tokens,
+            Nominator(state.tree, state.index(namespace.digest), state.lock),
+            self._policy,
+            self._cost,
+            tier_of=lambda _: "host",
+            row_bytes=namespace.layout.row_bytes,
+            delimiters=delimiter_ids(namespace.tokenizer) if self._policy.delimiters else (),
+        )
+
+    # --- what is stored ----------------------------------------------------------------------
+
+    def _keep(self, prompt: Prompt, namespace: Namespace, draft: Draft) -> None:
+        save = self._save(prompt.computed, namespace, self._reuse(draft), draft.donors)
+        stored = stored_as(self._state.tree, save)
+        if stored is not None:
+            self._state.tree.touch(stored)
+            return
+        self._add(save)
+        if save.reuse.generation and self._settle is not None and prompt.at is not None:
+            self._unsettled.append((prompt.at + self._settle, id_of(save), save))
+
+    def _reuse(self, draft: Draft) -> Reuse:
+        """What a client that used all of a draft builds on."""
+        plan = ReusePlan(namespace="", tokens=0, policy=self._policy.name)
+        refs = (BlockRef(name, rows=0, nbytes=0) for name in draft.blocks)
+        return of_used_blocks(reuse_of(draft.fill(plan, refs)))
+
+    def _save(
+        self, tokens: Tokens, namespace: Namespace, reuse: Reuse, donors: Sequence[Node] = ()
+    ) -> Save:
+        verified = check_provenance(reuse, tokens, namespace.digest, donors)
+        sizes = tuple(verified.sizes[name] for name in reuse.blocks)
+        staged = new_staged(reuse.spans, len(tokens), self._config.block_tokens)
+        return Save(namespace, tokens, reuse, sizes, verified.policy, staged, owner="")
+
+    def _add(self, save: Save) -> None:
+        state, donors = self._state, save.reuse.donors
+        fresh = [f"{next(self._blocks):064x}" for _ in save.staged.sizes]
+        node = new_node(save, fresh, state.tree.get(donors[0]) if donors else None)
+        state.insert(node, Vectors(lexical_vector(save.tokens), None))
+        if node.exact:
+            state.remove([node_id(node.namespace, save.tokens, False)])
+        self._make_room()
+
+    def _make_room(self) -> None:
+        tree = self._state.tree
+        while sum(map(tree.bytes_of, tree.namespaces())) > self._budget:
+            self._state.remove([next(tree.victims()).id])
+
+    def _settle_until(self, now: float | None) -> None:
+        """Edited prompts whose time has come are stored as exact ones, if they are still here."""
+        while self._unsettled and now is not None and self._unsettled[0][0] <= now:
+            _, edited, save = self._unsettled.popleft()
+            if edited in self._state.tree:
+                self._add(self._save(save.tokens, save.namespace, Reuse()))
+
+
+def _reused(draft: Draft) -> Reused:
+    exact = sum(span.length for span in draft.spans if span.exact)
+    continued = sum(span.length for span in draft.spans if span.continued)
+    return Reused(exact, continued, sum(span.length for span in draft.spans if span.edited))

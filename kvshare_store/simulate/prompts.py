@@ -1,0 +1,115 @@
+"""Recorded prompts: one a line, with what was answered, when, and whose they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import IO, NamedTuple
+
+import msgspec
+
+from kvshare_store.errors import ConfigError, PlanError
+from kvshare_store.nodes.edits import Tokens, as_tokens
+from kvshare_store.simulate.traces import Tokenize, json_lines
+
+
+class Prompt(NamedTuple):
+    """One recorded request."""
+
+    tokens: Tokens
+    answer: Tokens
+    """Tokens that were generated; none where the line has no answer."""
+    at: float | None
+    """When it was sent, in seconds since any moment; None where the line does not say."""
+    tenant: str
+    session: str
+
+    @property
+    def computed(self) -> Tokens:
+        """The tokens that an engine has rows of when the request has ended: the last token of an
+        answer was never its input."""
+        if len(self.answer) < 2:
+            return self.tokens
+        return as_tokens([*self.tokens.tolist(), *self.answer[:-1].tolist()])
+
+
+class Reused(NamedTuple):
+    """Tokens of one prompt that need not be computed, by kind."""
+
+    exact: int = 0
+    continued: int = 0
+    edited: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class _Line(msgspec.Struct):
+    """What a line may hold; other fields are ignored."""
+
+    prompt: str | None = None
+    tokens: list[int] | None = None
+    answer: str | None = None
+    answer_tokens: list[int] | None = None
+    at: float | None = None
+    tenant: str = ""
+    session: str = ""
+
+
+class Reader(NamedTuple):
+    """How lines become prompts."""
+
+    tokenize: Tokenize | None = None
+    answers: bool = True
+    """Without it no prompt has an answer."""
+    timed: bool = False
+    """Every line must say when it was sent."""
+
+    def prompt(self, line: _Line) -> Prompt:
+        """`ConfigError` or `PlanError` if the line is none."""
+        if line.tokens is None and line.prompt is None:
+            raise ConfigError("it has neither prompt nor tokens")
+        if line.at is None and self.timed:
+            raise ConfigError("it has no `at`, which --settle needs")
+        if line.at is not None and not math.isfinite(line.at):
+            raise ConfigError("`at` is not a number of seconds")
+        answer = self._tokens(line.answer_tokens, line.answer) if self.answers else _NONE
+        tokens = self._tokens(line.tokens, line.prompt)
+        return Prompt(tokens, answer, line.at, line.tenant, line.session)
+
+    def _tokens(self, ids: list[int] | None, text: str | None) -> Tokens:
+        if ids is None and text:
+            if self.tokenize is None:
+                raise ConfigError("it has text: name its tokenizer with --tokenizer DIR")
+            ids = list(self.tokenize(text))
+        return as_tokens(ids) if ids else _NONE
+
+
+def read_prompts(file: IO[bytes], reader: Reader) -> Iterator[Prompt]:
+    """The prompts of a JSONL file (gzip or not), in its order.
+
+    A line has `tokens`, or `prompt` as text; it may have `answer_tokens`, or `answer` as text, `at`
+    in seconds, `tenant` and `session`. Where it has both, tokens count. `ConfigError` names the
+    line that is wrong.
+    """
+    for number, line in json_lines(file, _Line, "the prompts"):
+        try:
+            yield reader.prompt(line)
+        except (ConfigError, PlanError) as error:
+            raise ConfigError(f"the prompts cannot be read: line {number}: {error}") from error
+
+
+def in_order(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """By `at`; those of one moment, and all that do not say when, stay in the order of the file:
+    a prompt without `at` comes with the one before it."""
+    timed: list[tuple[float, Prompt]] = []
+    for prompt in prompts:
+        before = timed[-1][0] if timed else -math.inf
+        timed.append((before if prompt.at is None else prompt.at, prompt))
+    timed.sort(key=lambda entry: entry[0])
+    return [prompt for _, prompt in timed]
+
+
+_NONE = as_tokens(range(0))

@@ -1,0 +1,126 @@
+"""Conversations that are rewritten at random: KVShare computes no more than prefix caching alone,
+under any policy. The replay and the planner are the real ones; only rows are missing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.nodes.edits import as_tokens
+from kvshare_store.simulate.prompt_replay import PREFIX_CACHING, Room, arms_of, replay
+from kvshare_store.simulate.prompts import Prompt
+
+ROW_BYTES = 64
+POLICIES = ("exact", "faithful", "balanced", "aggressive")
+
+Message = list[int]
+Conversation = list[Message]
+
+
+class Turn(NamedTuple):
+    """What happens to one of the conversations before it is sent again."""
+
+    what: str
+    which: int
+    """The conversation."""
+    where: int
+    """The message of it."""
+    length: int
+    """Tokens of the new message."""
+    answer: int
+    """Tokens of the answer to this turn."""
+
+
+CHANGES = ("begin", "append", "branch", "rewrite", "strip", "compact", "reorder", "again", "date")
+
+turns = st.builds(
+    Turn,
+    st.sampled_from(CHANGES),
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.integers(1, 150),
+    st.integers(0, 80),
+)
+
+
+class Traffic:
+    """Some conversations, each a list of messages; what is new is drawn from one source."""
+
+    def __init__(self) -> None:
+        self._chance = np.random.default_rng(0)
+        self._system = self._new(60)
+        self._all: list[Conversation] = [[self._system, self._new(40)]]
+
+    def prompt(self, turn: Turn) -> Prompt:
+        """The next request: the conversation after its change. The answer becomes its last
+        message, and every other turn finds it as it was generated."""
+        which = turn.which % len(self._all)
+        conversation = self._changed(turn, self._all[which])
+        if turn.what in ("begin", "branch"):
+            self._all.append(conversation)
+        else:
+            self._all[which] = conversation
+        tokens = [token for message in conversation for token in message]
+        answer = self._new(turn.answer)
+        conversation.append(answer)
+        return Prompt(as_tokens(tokens), as_tokens(answer), None, "", "")
+
+    def _changed(self, turn: Turn, old: Conversation) -> Conversation:
+        new, at = self._new(turn.length), 1 + turn.where % max(1, len(old) - 1)
+        changes: dict[str, Conversation] = {
+            "begin": [self._system, new],
+            "append": [*old, new],
+            "branch": [*old[:at], new],
+            "rewrite": [*old[:at], new, *old[at + 1 :]],
+            "strip": [*old[:at], *(message[len(message) // 2 :] for message in old[at:])],
+            "compact": [old[0], new, *old[at:]],
+            "reorder": [*old[:at], *reversed(old[at:])],
+            "again": list(old),
+            "date": [[*new[:4], *old[0][4:]], *old[1:]],
+        }
+        return changes[turn.what]
+
+    def _new(self, length: int) -> Message:
+        return [int(token) for token in self._chance.integers(0, 30_000, length)]
+
+
+def computed(turns: Sequence[Turn], policy: str, **settings: float) -> tuple[int, int]:
+    """Tokens that prefix caching and KVShare compute of the conversations that turns make."""
+    traffic = Traffic()
+    prompts = [traffic.prompt(turn) for turn in turns]
+    config = StoreConfig(**settings)
+    counted = replay(prompts, arms_of(config, [policy], Room(ROW_BYTES)), 0)
+    return sum(counted.to_compute(PREFIX_CACHING)), sum(counted.to_compute(policy))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(turns=st.lists(turns, min_size=1, max_size=24))
+def test_no_more_than_prefix_caching(policy: str, turns: list[Turn]) -> None:
+    alone, ours = computed(turns, policy)
+    assert ours <= alone
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("price", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(2))
+def test_long_traffic(policy: str, price: float, seed: int) -> None:
+    chance = random.Random(seed)
+    turns = [
+        Turn(
+            chance.choice(CHANGES),
+            chance.randrange(4),
+            chance.randrange(6),
+            chance.randint(1, 150),
+            chance.randint(0, 80),
+        )
+        for _ in range(80)
+    ]
+    alone, ours = computed(turns, policy, approximation_price=price)
+    assert ours <= alone
