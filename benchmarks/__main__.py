@@ -24,6 +24,7 @@ MEASUREMENTS: dict[str, str] = {
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
+    "lookups": "store.rewritten_lookups",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
     "agents": "store.agents",

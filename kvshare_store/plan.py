@@ -83,7 +83,7 @@ class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Of the edited spans, 16 bytes."""
 
 
-class BlockRef(msgspec.Struct, frozen=True, array_like=True):
+class BlockRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a leased block lies: `offset` bytes into the arena (-1: not resident), and what its
     label must say there."""
 

@@ -32,7 +32,7 @@ from benchmarks.harness.spread import median_and_middle_half
 TARGET = 0.99
 _ARMS = {"with": True, "without": False}
 """Name, and whether answers are stored."""
-_REQUESTS = 8
+_REQUESTS = 6
 _PROMPT = 128
 _ANSWER = 256
 _APART_S = 0.5

@@ -153,8 +153,7 @@ class BlockStore:
             for name in lease.names:
                 self.host.touch(name)
                 self.levels.touch(name)
-            refs = ((name, self.host.ref(name)) for name in lease.names)
-            return lease, {name: ref for name, ref in refs if ref is not None}
+            return lease, self.host.refs(lease.names)
 
     def _promote(self, name: str, users: int) -> Future[None]:
         """Bring one block from below to host; requests for the same block share one read."""

@@ -7,34 +7,43 @@ from __future__ import annotations
 
 import codecs
 import sys
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and more
-import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.grams import Hashes, gram_hashes, occur_in
-from kvshare_store.lookup.policy import edges_of
+from kvshare_store.lookup.places import Places, Positions, Sought
+from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.nodes.grams import GRAM
 from kvshare_store.plan import Run
 
 _MAX_CELLS = 1 << 24
-"""Above this many cells (2 MiB of bits each way, 3 to 7 ms) prompts are cut at anchors first."""
-_ANCHOR = 16
-"""Tokens of an anchor: long enough that a chance repeat is not unique on both sides."""
-_LOOKED_AT = 2048
-"""About so many grams of a long prompt may become anchors."""
-_ANCHORS = 512
-"""Anchors of one alignment, the longest: choosing among them takes time by the square."""
-_HASHED, _CHOSEN, _CALL = 32, 1 << 14, 1 << 15
-"""Cells that hashing a token, choosing an anchor, and aligning a piece of any size cost."""
+"""Above this many pairs of tokens (2 MiB of bits each way, 3 to 7 ms) prompts are cut at equal runs
+first;"""
+_MAX_CELLS_FOR_GRAMS = 1 << 20
+"""above this many (0.3 ms) where runs without a gram are of no use: equal runs have all others."""
+_HASHED, _CALL = 32, 1 << 15
+"""Cells that hashing a token and aligning a piece of any size cost."""
+_SMALL = 1 << 14
+"""So few are aligned (in 20 µs) without asking whether they have a gram in common."""
+_PER_SEED = 16
+"""A passage has a seed for so many of its tokens, or more, if one of each gram is looked at."""
+_AHEAD = (16, 64)
+"""Tokens by which many runs are made longer at once, first and then."""
+_FEW_SEEDS = 4
+_CLOSE = 128
+"""Seeds that are no further apart may belong to one run."""
+_BITS = 31
+_MOST = 1 << _BITS
+"""No prompt has so many tokens."""
+_SEED = 64
+"""Cells that looking at a seed costs."""
 _FEW = 31
 """So few edits are found many times as fast, by looking along the diagonal only."""
-_PLACES = 8
-"""Places in a donor that are tried for a passage that occurs in it more often."""
 _FIRST_LOOK = 256
 _LARGEST_CHARACTER = 0x10FFFF
 _CHARACTERS = codecs.lookup(f"utf-32-{sys.byteorder[0]}e").name
@@ -54,28 +63,53 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
     return shorter
 
 
-def align(request: Tokens, donor: Tokens, effort: Effort | None = None) -> list[Match]:
+def common_suffix(a: Tokens, b: Tokens) -> int:
+    """Length of the longest common suffix."""
+    return common_prefix(a[::-1], b[::-1])
+
+
+def align(
+    request: Tokens,
+    donor: Tokens,
+    effort: Effort | None = None,
+    *,
+    least: int = 1,
+    ours: Sought | None = None,
+    theirs: Callable[[], Places] | None = None,
+) -> list[Match]:
     """Equal runs in ascending order on both sides, of a script with the fewest edits.
 
-    Exact up to `_MAX_CELLS`; longer middles are cut at runs of 16 tokens that occur once on both
-    sides. What `effort` does not allow stays unmatched.
+    Exact up to `_MAX_CELLS`, or less where runs of fewer than `least` tokens are of no use. Longer
+    middles are cut at their longest equal runs, and what lies between these is aligned in turn
+    where it can hold such a run. What `effort` does not allow stays unmatched. `ours`, `theirs`:
+    the grams of both, where the caller has them.
     """
     effort = effort or Effort()
     head = common_prefix(request, donor)
-    tail = common_prefix(request[head:][::-1], donor[head:][::-1])
-    rest = slice(head, len(request) - tail), slice(head, len(donor) - tail)
-    middle = _align_middle(request[rest[0]], donor[rest[1]], effort)
-    return _join(
-        [
-            Match(0, 0, head),
-            *(Match(head + start, head + source, length) for start, source, length in middle),
-            Match(len(request) - tail, len(donor) - tail, tail),
-        ]
-    )
+    tail = common_suffix(request[head:], donor[head:])
+    middle, across = Run(head, len(request) - tail), Run(head, len(donor) - tail)
+    pieces = request[head : middle.stop], donor[head : across.stop]
+    cells, found = middle.length * across.length, list[Match]()
+    if cells > (_MAX_CELLS if least < GRAM else _MAX_CELLS_FOR_GRAMS):
+        if effort.spend(_HASHED * (middle.length + across.length)):
+            places = theirs() if theirs else Places(donor)
+            seeds = _seeds(ours or Sought(request), places, [middle], across)
+            found = _cut(*pieces, seeds - head, effort, least)
+    elif cells and effort.spend(cells + _CALL):
+        found = _levenshtein(*pieces)
+    found = [Match(head + start, head + source, length) for start, source, length in found]
+    return _join([Match(0, 0, head), *found, Match(middle.stop, across.stop, tail)])
 
 
 def passages(
-    request: Tokens, donor: Tokens, gaps: Sequence[Run], shortest: int, effort: Effort | None = None
+    request: Tokens,
+    donor: Tokens,
+    gaps: Sequence[Run],
+    shortest: int,
+    effort: Effort | None = None,
+    *,
+    ours: Sought | None = None,
+    theirs: Callable[[], Places] | None = None,
 ) -> list[Match]:
     """Runs of at least `shortest` tokens inside the `gaps` of the request that occur anywhere in
     the donor; from left to right, each as long as it can be.
@@ -83,66 +117,215 @@ def passages(
     An edit script would miss them: it would rather replace what stands in the same place.
     """
     effort = effort or Effort()
-    if not effort.spend(_HASHED * (len(request) + len(donor))):
+    if not effort.spend(_HASHED * sum(gap.length for gap in gaps)):
         return []
-    ours, theirs = gram_hashes(request, shortest), gram_hashes(donor, shortest)
-    wanted = np.zeros(len(ours), np.bool_)
-    for gap in gaps:
-        wanted[gap.start : max(gap.start, gap.stop - shortest + 1)] = True
-    starts = np.flatnonzero(wanted)
-    starts = starts[occur_in(ours[starts], theirs)]
-    places_of = _Places(theirs, ours[starts])
-    stops = [gap.stop for gap in gaps]
-    matches: list[Match] = []
-    next_free = 0
-    for at in starts.tolist():
-        if at < next_free:
-            continue
-        if not effort.spend(shortest):
+    if not theirs and not effort.spend(_HASHED * len(donor)):
+        return []
+    places = theirs() if theirs else Places(donor)
+    seeds = _seeds(ours or Sought(request), places, gaps, Run(0, len(donor)))
+    least_seeds = 1 + (shortest - GRAM) // (_PER_SEED * places.one_of)
+    return _runs(request, donor, seeds, gaps, shortest, effort, least_seeds)
+
+
+# --- equal runs ----------------------------------------------------------------------------------
+
+
+def _seeds(ours: Sought, theirs: Places, gaps: Sequence[Run], across: Run) -> Positions:
+    """Where runs may be: int64 [2, n], positions of the request inside `gaps`, ascending, and of
+    the donor inside `across` where the same gram seems to be."""
+    starts = ours.inside(gaps, theirs.one_of)
+    sources = theirs.find(ours.hashes(starts))
+    found = (sources >= across.start) & (sources <= across.stop - GRAM)
+    return np.stack((starts[found], sources[found]))
+
+
+def _runs(
+    request: Tokens,
+    donor: Tokens,
+    seeds: Positions,
+    gaps: Sequence[Run],
+    shortest: int,
+    effort: Effort,
+    least_seeds: int = 1,
+) -> list[Match]:
+    """Equal runs of at least `shortest` tokens around the seeds, from left to right, each as long
+    as it can be inside its gap. Where two overlap the longer has what they share.
+
+    Fewer than `least_seeds` close to one another with one shift are ignored.
+    """
+    if not seeds.size or not effort.spend(_SEED * seeds.shape[1]):
+        return []
+    starts, sources, lengths = _stretches(seeds, least_seeds)
+    if not len(starts):
+        return []
+    starts, sources, lengths = _equal(request, donor, starts, sources, lengths)
+    bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
+    begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
+    ends, room = (
+        (starts + lengths, sources + lengths),
+        np.minimum(end - starts, len(donor) - sources),
+    )
+    lengths += _extents(request, donor, *ends, room - lengths)
+    backwards, room = (
+        (len(request) - starts, len(donor) - sources),
+        np.minimum(starts - begin, sources),
+    )
+    before = _extents(request[::-1], donor[::-1], *backwards, room)
+    long = before + lengths >= shortest
+    found = np.stack((starts - before, sources - before, lengths + before), 1)[long]
+    runs: list[Match] = []
+    for run in found[found[:, 0].argsort(kind="stable")].tolist():
+        _put(runs, Match(*run), shortest)
+    return runs
+
+
+def _stretches(seeds: Positions, least: int) -> tuple[Positions, Positions, Positions]:
+    """Starts, sources and lengths of the stretches in which at least so many seeds follow closely
+    on one another with one shift."""
+    order = np.sort(((seeds[1] - seeds[0] + _MOST) << _BITS) + seeds[0])
+    starts, shifts = order & (_MOST - 1), (order >> _BITS) - _MOST
+    first = np.ones(len(order), np.bool_)
+    first[1:] = np.diff(order) > _CLOSE  # also where the shift is another one
+    begin = np.flatnonzero(first)
+    count = np.diff(begin, append=len(order))
+    lengths = starts[begin + count - 1] + GRAM - starts[begin]
+    kept = (count >= least) & ~_phrases(starts[begin], lengths, count)
+    begin = begin[kept]
+    return starts[begin], starts[begin] + shifts[begin], lengths[kept]
+
+
+def _phrases(starts: Positions, lengths: Positions, seeds: Positions) -> Mask:
+    """Which stretches have few seeds and lie in one that has more: phrases that also stand
+    elsewhere in the donor."""
+    few = seeds < _FEW_SEEDS
+    by_start = np.flatnonzero(~few)[starts[~few].argsort(kind="stable")]
+    stops = np.append(0, np.maximum.accumulate(starts[by_start] + lengths[by_start]))
+    inside: Mask = starts + lengths <= stops[starts[by_start].searchsorted(starts, "right")]
+    return few & inside
+
+
+def _equal(
+    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, lengths: Positions
+) -> tuple[Positions, Positions, Positions]:
+    """The maximal parts of some runs in which the tokens are equal."""
+    ends = np.cumsum(lengths)
+    at = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+    shift = sources - starts
+    equal = np.zeros(len(at) + len(ends), np.bool_)  # one that is not between each two runs
+    place = np.arange(len(at)) + np.repeat(np.arange(len(ends)), lengths)
+    equal[place] = request[at] == donor[at + np.repeat(shift, lengths)]
+    begin, end = edges_of(equal)
+    whose = np.searchsorted(ends + np.arange(len(ends)), begin, "right")
+    found = begin - whose - (ends - lengths)[whose] + starts[whose]
+    return found, found + shift[whose], end - begin
+
+
+def _extents(
+    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, room: Positions
+) -> Positions:
+    """How many tokens are equal from each pair of places on, at most as many as there is room."""
+    counts = np.zeros_like(starts)
+    going_on = np.arange(len(starts))
+    for ahead in _AHEAD:
+        done = counts[going_on]
+        inside = np.arange(ahead) < (room[going_on] - done)[:, None]
+        ours = np.where(inside, (starts[going_on] + done)[:, None] + np.arange(ahead), 0)
+        theirs = np.where(inside, (sources[going_on] + done)[:, None] + np.arange(ahead), 0)
+        same = inside & (request[ours] == donor[theirs])
+        equal = same.all(1)
+        counts[going_on] += np.where(equal, ahead, same.argmin(1))
+        going_on = going_on[equal]
+    for at in going_on.tolist():
+        first, second = starts[at] + counts[at], sources[at] + counts[at]
+        stop = starts[at] + room[at]
+        counts[at] += common_prefix(request[first:stop], donor[second:])
+    return counts
+
+
+def _put(runs: list[Match], new: Match, shortest: int) -> None:
+    """Append a run that goes on behind all others. Of two that overlap the longer stays whole, and
+    the other if enough of it is left."""
+    start, source, length = new
+    while runs and (over := runs[-1].start + runs[-1].length - start) > 0:
+        last = runs[-1]
+        if last.length >= length:
+            start, source, length = start + over, source + over, length - over
             break
-        piece = request[at : stops[bisect_right(stops, at)]]
-        places = places_of(ours[at])
-        lengths = [common_prefix(piece, donor[place:]) for place in places]
-        longest = max(lengths, default=0)
-        if longest >= shortest:
-            matches.append(Match(at, places[lengths.index(longest)], longest))
-            next_free = at + longest
-    return matches
+        runs.pop()
+        if last.length - over >= shortest:
+            runs.append(last._replace(length=last.length - over))
+            break
+    if length >= shortest:
+        runs.append(Match(start, source, length))
 
 
-class _Places:
-    """Where a donor has the grams that were asked about."""
-
-    def __init__(self, grams: Hashes, asked: Hashes) -> None:
-        at = np.flatnonzero(occur_in(grams, asked))
-        order = np.argsort(grams[at], kind="stable")
-        self._places, self._grams = at[order], grams[at][order]
-
-    def __call__(self, gram: np.uint64) -> list[int]:
-        """The first `_PLACES` of them, ascending."""
-        first = int(np.searchsorted(self._grams, gram))
-        few = slice(first, first + _PLACES)
-        return list(self._places[few][self._grams[few] == gram].tolist())
-
-
-def _align_middle(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
-    cells = len(request) * len(donor)
-    if not cells:
+def _cut(
+    request: Tokens, donor: Tokens, seeds: Positions, effort: Effort, least: int
+) -> list[Match]:
+    """The heaviest chain of equal runs, and what aligning the pieces between them finds."""
+    runs = _runs(request, donor, seeds, [Run(0, len(request))], 2 * GRAM, effort)
+    if not runs:
         return []
-    if cells <= _MAX_CELLS:
-        return _levenshtein(request, donor) if effort.spend(cells + _CALL) else []
-    anchors = _anchors(request, donor, effort)
-    matches = []
+    found: list[Match] = []
     at = source = 0
-    for anchor in (*anchors, Match(len(request), len(donor), 0)) if anchors else ():
-        piece = request[at : anchor.start], donor[source : anchor.source]
-        if len(piece[0]) and len(piece[1]):
-            matches += [
-                Match(at + m.start, source + m.source, m.length) for m in align(*piece, effort)
-            ]
-        matches.append(anchor)
-        at, source = anchor.start + anchor.length, anchor.source + anchor.length
-    return matches
+    for run in (*_heaviest_chain(runs), Match(len(request), len(donor), 0)):
+        ours, theirs = request[at : run.start], donor[source : run.source]
+        piece = Run(at, run.start), Run(source, run.source)
+        if min(len(ours), len(theirs)) >= least and (least < GRAM or _promising(*piece, seeds)):
+            inside = align(ours, theirs, effort, least=least)
+            found += [Match(at + m.start, source + m.source, m.length) for m in inside]
+        found.append(run)
+        at, source = run.start + run.length, run.source + run.length
+    return found
+
+
+def _promising(ours: Run, theirs: Run, seeds: Positions) -> bool:
+    """Whether two pieces may have a gram in common. Small ones are quicker aligned than asked."""
+    if ours.length * theirs.length <= _SMALL:
+        return True
+    starts, sources = seeds
+    inside = sources[slice(*starts.searchsorted((ours.start, ours.stop - GRAM + 1)))]
+    return bool(((inside >= theirs.start) & (inside <= theirs.stop - GRAM)).any())
+
+
+def _heaviest_chain(runs: list[Match]) -> list[Match]:
+    """Of runs that ascend in the request those that ascend in the donor as well and have the most
+    tokens."""
+    sources: list[int] = []
+    """Where the last runs of the best chains begin in the donor, ascending; so do their tokens."""
+    chains: list[tuple[int, int]] = []
+    """Tokens of each of these chains, and its last run."""
+    before: list[int] = []
+    for number, run in enumerate(runs):
+        at = bisect_left(sources, run.source)
+        tokens, last = chains[at - 1] if at else (0, -1)
+        before.append(last)
+        tokens += run.length
+        stop = at
+        while stop < len(chains) and chains[stop][0] <= tokens:
+            stop += 1
+        sources[at:stop], chains[at:stop] = [run.source], [(tokens, number)]
+    number = chains[-1][1]
+    heaviest: list[Match] = []
+    while number >= 0:
+        heaviest.append(runs[number])
+        number = before[number]
+    return _apart(heaviest[::-1])
+
+
+def _apart(runs: list[Match]) -> list[Match]:
+    """Two runs may overlap by some tokens of the donor where text between them was removed; the
+    first has them."""
+    chain: list[Match] = []
+    for start, source, length in runs:
+        last = chain[-1] if chain else Match(0, 0, 0)
+        over = max(0, last.source + last.length - source)
+        if over < length:
+            chain.append(Match(start + over, source + over, length - over))
+    return chain
+
+
+# --- fewest edits --------------------------------------------------------------------------------
 
 
 def _levenshtein(request: Tokens, donor: Tokens) -> list[Match]:
@@ -165,70 +348,6 @@ def _sequence(tokens: Tokens) -> str | list[int]:
     if int(tokens.max()) > _LARGEST_CHARACTER:
         return list(tokens.tolist())
     return tokens.tobytes().decode(_CHARACTERS, "surrogatepass")
-
-
-def _anchors(request: Tokens, donor: Tokens, effort: Effort) -> list[Match]:
-    """Equal runs that begin with `_ANCHOR` tokens which are unique on both sides: of those that
-    ascend on both sides the chain with the most tokens."""
-    if not effort.spend(_HASHED * (len(request) + len(donor))):
-        return []
-    length = min(_ANCHOR, len(request), len(donor))
-    one_of = 1 << (max(len(request), len(donor)) // _LOOKED_AT).bit_length()
-    ours, theirs = (_unique_grams(tokens, length, one_of) for tokens in (request, donor))
-    _, first, second = np.intersect1d(ours[0], theirs[0], True, return_indices=True)
-    starts, sources = ours[1][first], theirs[1][second]
-    order = np.argsort(starts)
-    runs: list[Match] = []
-    for start, source in zip(starts[order].tolist(), sources[order].tolist(), strict=True):
-        last = runs[-1] if runs else Match(0, 0, 0)
-        if start - source == last.start - last.source and start < last.start + last.length:
-            continue
-        same = common_prefix(request[start:], donor[source:]) if effort.spend(0) else 0
-        if same:
-            runs.append(Match(start, source, same))
-    effort.spend(_CHOSEN * min(len(runs), _ANCHORS))  # what was found is used in any case
-    return _heaviest_chain(runs)
-
-
-def _unique_grams(tokens: Tokens, length: int, one_of: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Hashes of the grams that occur once, sorted, and where. Only about every `one_of`th distinct
-    gram is looked at: which, its hash decides, so that both sides look at the same."""
-    hashes = gram_hashes(tokens, length)
-    at = np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
-    distinct, first, counts = np.unique(hashes[at], return_index=True, return_counts=True)
-    return distinct[counts == 1], at[first[counts == 1]]
-
-
-def _heaviest_chain(runs: list[Match]) -> list[Match]:
-    """Of the longest runs those that ascend in the donor as well and have the most tokens."""
-    runs = sorted(sorted(runs, key=lambda run: -run.length)[:_ANCHORS])
-    sources = np.asarray([run.source for run in runs])
-    weights = np.zeros(len(runs), np.int64)
-    before = np.full(len(runs), -1)
-    for at, run in enumerate(runs):
-        weights[at] = run.length
-        ahead = np.where(sources[:at] < run.source, weights[:at], 0)
-        if at and ahead[best := int(ahead.argmax())]:
-            weights[at] += ahead[best]
-            before[at] = best
-    heaviest: list[Match] = []
-    at = int(weights.argmax()) if len(runs) else -1
-    while at >= 0:
-        heaviest.append(runs[at])
-        at = int(before[at])
-    return _apart(heaviest[::-1])
-
-
-def _apart(runs: list[Match]) -> list[Match]:
-    """Two runs may overlap by some tokens where text between them was removed; the first has
-    them."""
-    chain: list[Match] = []
-    for start, source, length in runs:
-        last = chain[-1] if chain else Match(0, 0, 0)
-        over = max(0, last.start + last.length - start, last.source + last.length - source)
-        if over < length:
-            chain.append(Match(start + over, source + over, length - over))
-    return chain
 
 
 def _join(matches: list[Match]) -> list[Match]:

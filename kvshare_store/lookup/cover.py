@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.grams import GRAM, Hashes, gram_hashes, occur_in
-from kvshare_store.lookup.policy import Mask
+from kvshare_store.lookup.places import Positions, Sought
+from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node, segments_between
-from kvshare_store.plan import Context, Span, contexts_of
-
-Positions = npt.NDArray[np.int64]
-
-_FEW_TOGETHER, _TOGETHER = 1 << 11, 1 << 15
-"""Tokens of nodes that are hashed in one go, after the first node and after that."""
-_ENOUGH = 64
-_HASHED = 16
-"""Cells that hashing a token costs."""
+from kvshare_store.nodes.vectors import Vector, lexical_vector
+from kvshare_store.plan import Context, Run, Span, contexts_of
 
 
 class Cover:
@@ -37,46 +28,28 @@ class Cover:
         self.continues: Node | None = None
         self.in_place = 0
         """Length of the prefix whose rows stay in the context that they were computed in."""
-        self._grams = gram_hashes(request)
+        self._waiting: list[tuple[Node, Sequence[Match]]] = []
 
     @property
     def covered(self) -> int:
         """Positions that some donor covers."""
         return int(np.count_nonzero(self.donor_of >= 0))
 
-    def sharing_text(self, nodes: Iterable[Node], effort: Effort) -> Iterator[Node]:
-        """Those of the nodes that have some gram of the request in them, in the same order.
+    @cached_property
+    def sought(self) -> Sought:
+        """The grams behind what stays in place when they are first asked for."""
+        return Sought(self.request, self.in_place)
 
-        The first is looked at alone, since it often is enough; then a few, then many at a time.
-        """
-        batch: list[Node] = []
-        limit = 0
-        for node in nodes:
-            batch.append(node)
-            if sum(each.length for each in batch) >= limit:
-                yield from self._sharing(batch, effort)
-                batch, limit = [], min(_TOGETHER, max(_FEW_TOGETHER, 16 * limit))
-        if batch:
-            yield from self._sharing(batch, effort)
+    @cached_property
+    def words(self) -> Vector:
+        """The vector of the request's words."""
+        return lexical_vector(self.request)
 
-    def _sharing(self, nodes: list[Node], effort: Effort) -> list[Node]:
-        ends = np.cumsum([node.length for node in nodes])
-        if not len(self._grams) or not effort.spend(_HASHED * int(ends[-1])):
-            return []
-        grams = gram_hashes(np.concatenate([node.tokens for node in nodes]))
-        likely = np.flatnonzero(occur_in(grams, self._grams))
-        if len(nodes) == 1:  # a few more than can be there by mistake are enough
-            likely = likely[: _ENOUGH + len(grams) // 256]
-        whose = np.searchsorted(ends, likely, "right")
-        within = likely + GRAM <= ends[whose]  # others lie across two nodes
-        asked, whose = grams[likely[within]], whose[within]
-        places = np.minimum(np.searchsorted(self._ordered, asked), len(self._ordered) - 1)
-        sharing = set(whose[self._ordered[places] == asked].tolist())
-        return [node for at, node in enumerate(nodes) if at in sharing]
-
-    @functools.cached_property
-    def _ordered(self) -> Hashes:
-        return np.sort(self._grams)
+    def gaps(self, shortest: int) -> list[Run]:
+        """Runs of at least `shortest` positions that nobody covers."""
+        starts, stops = edges_of(self.donor_of < 0)
+        long = stops - starts >= shortest
+        return [Run(*gap) for gap in zip(starts[long].tolist(), stops[long].tolist(), strict=True)]
 
     def add(self, node: Node, matches: Sequence[Match], shortest: int = 1) -> None:
         """Let `node` cover what is still uncovered, in runs of at least `shortest`. `matches`
@@ -91,6 +64,15 @@ class Cover:
         position = position[free]
         self.donor_of[position] = self._index(node)
         self.source_of[position] = position + np.repeat(source - start, length)[free]
+
+    def add_later(self, node: Node, matches: Sequence[Match]) -> None:
+        """As `add`, but what else is added meanwhile goes first."""
+        self._waiting.append((node, matches))
+
+    def add_what_waits(self) -> None:
+        """All of `add_later`."""
+        while self._waiting:
+            self.add(*self._waiting.pop(0))
 
     def add_exact(self, node: Node, length: int) -> None:
         """The first `length` positions come from the same positions of `node`, bit for bit."""

@@ -7,10 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.grams import Hashes, anchors
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vector
 
+_ANCHORS = 256
+"""Anchors of a request that are looked up, at most."""
 _FLOOR = 0.02
 """Lexical cosines below this are chance."""
 
@@ -42,6 +45,16 @@ class Nominator:
             edited = [chain for name in policies if (chain := index.edited.get(name)) is not None]
             found = [chain.nominate(hashes) for chain in (index.chain, *edited)]
             return self._nodes(dict.fromkeys(node_id for ids in found for node_id in ids))
+
+    def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
+        """Long prompts with the same passages, that with most of them first. `hashes`: of all grams
+        of what is sought."""
+        if self._index is None or not len(self._index.passages):
+            return []
+        keys = anchors(hashes)
+        keys = keys[:: 1 + len(keys) // _ANCHORS]
+        with self._lock:
+            return self._nodes(self._index.passages.most_often(keys, count, count))
 
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """Nodes with similar token n-grams, the most similar first."""

@@ -10,40 +10,20 @@ import msgspec
 import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.align import align, common_prefix, passages
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.cover import Cover, Pieces
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.grams import GRAM
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.policy import (
-    Mask,
-    ReusePolicy,
-    as_strict,
-    continues,
-    edges_of,
-    kept_positions,
-    runs_of,
-    usable_tokens,
-)
-from kvshare_store.nodes.edits import Match, Tokens
+from kvshare_store.lookup.places import KnownPlaces
+from kvshare_store.lookup.policy import Mask, ReusePolicy, as_strict, edges_of, kept_positions
+from kvshare_store.lookup.search import Search
+from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.nodes.vectors import lexical_vector
 from kvshare_store.plan import BlockRef, Context, ReusePlan, Span
 
-_PRIMARIES = 3
-"""Candidates aligned in full before one becomes the first donor."""
-_ENOUGH = 0.95
-"""A first donor that covers this much needs no further candidates."""
-_FOR_GAPS = 0.3
-"""Share of the effort that is kept for filling the gaps of the first donor."""
 _GIVEN_UP = 0.1
 """Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
 would have had them."""
-_MOSTLY = 0.5
-"""A prompt of which less is covered gets a second look."""
-_WIDER = 4
-"""So many times as many candidates are looked at by then."""
 
 
 class Draft(NamedTuple):
@@ -82,10 +62,13 @@ class Draft(NamedTuple):
 class Planner:
     """Makes plans of immutable nodes. Thread-safe."""
 
+    _search = Search
+
     def __init__(self, config: StoreConfig, effort: Callable[[], Effort] = Effort) -> None:
         """`effort`: what each plan may spend on alignment."""
         self._config = config
         self._effort = effort
+        self._places = KnownPlaces()
 
     def draft(
         self,
@@ -106,10 +89,11 @@ class Planner:
         if not nominator:
             return Draft(declined="empty_store")
         cover = Cover(request)
+        search = self._search(cover, policy, self._config, self._places, self._effort())
         allowed = as_strict(policy.name) if policy.edited else ()
-        self._take_prefix(cover, nominator.by_prefix(request, allowed), policy)
+        search.take_prefix(nominator.by_prefix(request, allowed))
         if policy.edited and cover.in_place < len(request) - 1:
-            self._cover_edited(cover, nominator, policy)
+            search.edited(nominator)
         if not cover.covered:
             return Draft(declined="no_donor")
         keep = kept_positions(
@@ -117,60 +101,6 @@ class Planner:
         )
         self._drop_dear(cover, keep, policy)
         return self._weigh(cover, keep, cost, tier_of, row_bytes)
-
-    # --- candidates --------------------------------------------------------------------------
-
-    def _take_prefix(self, cover: Cover, nodes: list[Node], policy: ReusePolicy) -> None:
-        """The longest exact prefix, and how much further an edited prompt goes on with the same
-        tokens. Tokens decide: the chain's hashes only nominated."""
-        longest = len(cover.request) - 1
-        for node in nodes:
-            common = min(common_prefix(cover.request, node.tokens), longest)
-            exact = min(common, node.exact_rows)
-            if exact > cover.exact:
-                cover.add_exact(node, exact)
-            if common > max(exact, cover.in_place) and continues(policy, node):
-                cover.add_continued(node, common)
-
-    def _cover_edited(self, cover: Cover, nominator: Nominator, policy: ReusePolicy) -> None:
-        """Most prompts are served by the first few candidates; the others get a second look."""
-        count = self._config.candidates
-        nodes = nominator.by_words(lexical_vector(cover.request), _WIDER * count)
-        first, more, effort = nodes[:count], nodes[count:], self._effort()
-        self._cover_from(cover, _usable([*cover.donors, *first], policy), policy, effort)
-        if cover.covered < _MOSTLY * len(cover.request):
-            more = _usable([*more, *nominator.by_text(first, count)], policy)
-            seen = {node.id for node in (*first, *cover.donors)}
-            more = [node for node in more if node.id not in seen]
-            self._cover_from(cover, more, policy, effort)
-
-    def _cover_from(
-        self, cover: Cover, nodes: list[Node], policy: ReusePolicy, effort: Effort
-    ) -> None:
-        """The node that covers most becomes the first donor; others fill what it leaves."""
-        self._take_prefix(cover, nodes, policy)
-        aligned: list[tuple[int, Node, list[Match]]] = []
-        effort.reserve = _FOR_GAPS
-        for node in cover.sharing_text(nodes, effort):
-            matches = align(cover.request, usable_tokens(policy, node), effort)
-            useful = _useful(matches, cover.in_place, policy.min_run)
-            aligned.append((useful, node, matches))
-            enough = _ENOUGH * len(cover.request) - cover.in_place
-            if useful >= enough or len(aligned) == _PRIMARIES:
-                break
-        if not aligned:
-            return
-        _, first, matches = max(aligned, key=lambda entry: entry[0])
-        cover.add(first, matches)
-        effort.reserve = 0.0
-        # text from elsewhere is worth its seam only in runs that outlast the window after it
-        shortest = max(2 * GRAM, 2 * policy.edit_window, policy.min_run)
-        for node in (first, *(node for node in nodes if node is not first)):
-            gaps = [gap for gap in runs_of(cover.donor_of < 0) if gap.length >= shortest]
-            if not gaps or len(cover.donors) >= self._config.max_donors:
-                return
-            found = passages(cover.request, usable_tokens(policy, node), gaps, shortest, effort)
-            cover.add(node, found, shortest)
 
     def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
         """Keep no approximation that saves too little for what it spoils: all that is computed
@@ -181,8 +111,6 @@ class Planner:
         last = continues is not None and continues.generation >= policy.max_generation
         if last and _drop(keep, cover.exact, min(price, _GIVEN_UP)):
             cover.in_place = cover.exact
-
-    # --- the answer --------------------------------------------------------------------------
 
     def _weigh(
         self,
@@ -211,7 +139,7 @@ class Planner:
         saving = cost.saving_ms(reused, runs, tier_bytes)
         if saving < least:
             return Draft(declined="no_saving")
-        donors, generation = _lineage(cover, keep)
+        donors, generation = _lineage(cover, pieces)
         return Draft(
             exact=min(cover.exact, spans[-1].stop),
             continued=min(cover.in_place, spans[-1].stop) if cover.continued else 0,
@@ -234,29 +162,19 @@ def _drop(keep: Mask, start: int, price: float) -> bool:
     return dear
 
 
-def _usable(nodes: list[Node], policy: ReusePolicy) -> list[Node]:
-    """Nodes that have rows to build on, each once."""
-    distinct = {node.id: node for node in nodes}
-    return [node for node in distinct.values() if len(usable_tokens(policy, node))]
-
-
-def _useful(matches: list[Match], start: int, min_run: int) -> int:
-    """Positions from `start` on that runs of at least `min_run` tokens cover."""
-    runs = ((max(at, start), at + length) for at, _, length in matches if length >= min_run)
-    return sum(max(0, stop - first) for first, stop in runs)
-
-
-def _lineage(cover: Cover, keep: Mask) -> tuple[tuple[Node, ...], int]:
-    """The donors of kept positions, the one with most of them first, and the generation
-    that building on them makes."""
-    kept = cover.donor_of[keep]
-    counts = np.bincount(kept, minlength=len(cover.donors)).tolist()
-    used = [donor for donor, count in enumerate(counts) if count]
-    used.sort(key=lambda donor: (-counts[donor], int((kept == donor).argmax())))
+def _lineage(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:
+    """The donors of some pieces, the one with most positions first, and the generation that
+    building on them makes."""
+    lengths = pieces.stop - pieces.start
+    donor_of, source_of = cover.donor_of[pieces.start], cover.source_of[pieces.start]
+    counts = np.bincount(donor_of, lengths, len(cover.donors)).tolist()
+    used, first = np.unique(donor_of, return_index=True)
+    by_weight = sorted(zip(used.tolist(), first.tolist(), strict=True),
+                       key=lambda one: (-counts[one[0]], one[1]))  # fmt: skip
     generation = cover.continues.generation if cover.continued and cover.continues else 0
-    edited = np.flatnonzero(keep[cover.in_place :]) + cover.in_place
-    donors, sources = cover.donor_of[edited], cover.source_of[edited]
-    for donor in set(donors.tolist()):
-        node, last = cover.donors[donor], int(sources[donors == donor].max())
+    edited = pieces.start >= cover.in_place
+    for donor in set(donor_of[edited].tolist()):
+        node, its = cover.donors[donor], edited & (donor_of == donor)
+        last = int((source_of + lengths)[its].max()) - 1
         generation = max(generation, 1 + (node.generation if last >= node.exact_rows else 0))
-    return tuple(cover.donors[donor] for donor in used), generation
+    return tuple(cover.donors[donor] for donor, _ in by_weight), generation

@@ -126,6 +126,28 @@ def kept_positions(
     there. Positions below `in_place` are always kept; the last position never is, because the
     engine must compute it to sample.
     """
+    # so much of what stays in place decides what is kept behind it
+    start = max(0, in_place - policy.min_run - 1)
+    keep = np.ones(len(request), np.bool_)
+    keep[start:] = _kept(
+        policy,
+        request[start:],
+        donor_of[start:],
+        source_of[start:] - (source_of[start] if start else 0),
+        in_place - start,
+        delimiters,
+    )
+    return keep
+
+
+def _kept(
+    policy: ReusePolicy,
+    request: Tokens,
+    donor_of: npt.NDArray[np.int64],
+    source_of: npt.NDArray[np.int64],
+    in_place: int,
+    delimiters: Collection[int],
+) -> Mask:
     length = len(request)
     keep = donor_of >= 0
     if not policy.edited:

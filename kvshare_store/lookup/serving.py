@@ -130,10 +130,11 @@ class Serving:
             self._nodes.remove_lost()
             tree = self._nodes.tree
             here = all(node.id in tree for node in draft.donors)
-            if not here or any(self._blocks.tier_of(name) is None for name in draft.blocks):
-                return None
             names = draft.blocks
-            users = {name: tree.user_count(name) for name in self._blocks.absent(names)}
+            absent = self._blocks.absent(names)
+            if not here or any(self._blocks.tier_of(name) is None for name in absent):
+                return None
+            users = {name: tree.user_count(name) for name in absent}
             return self._blocks.lease_soon(names, users, owner, seconds, timeout)
 
     def _complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,22 @@ class Postings:
         entries = self._entries
         found = (entries.ids[number] for number in _numbers(entries, key))
         return (node_id for node_id in found if node_id is not None)
+
+    def most_often(self, keys: Keys, each: int, count: int) -> list[str]:
+        """The `count` ids that most of the keys have, the best first, of those that were added last
+        the last first. Of each key only the last `each` ids count."""
+        self.settle()
+        entries = self._entries
+        last = entries.keys.searchsorted(keys, "right")
+        first = np.maximum(entries.keys.searchsorted(keys), last - each)
+        lengths = last - first
+        at = np.arange(lengths.sum()) + (first - lengths.cumsum() + lengths).repeat(lengths)
+        recent = [n for key in keys.tolist() for n in entries.recent.get(key, ())[-each:]]
+        both = np.concatenate((entries.numbers[at], np.asarray(recent, np.uint32)))
+        numbers, votes = np.unique(both, return_counts=True)
+        order = np.lexsort((numbers, votes))[::-1]
+        ids = (entries.ids[number] for number in numbers[order].tolist())
+        return list(islice((node_id for node_id in ids if node_id is not None), count))
 
     def known(self, keys: Sequence[int]) -> list[bool]:
         """Of each key whether `find` may find an id; False if it finds none."""

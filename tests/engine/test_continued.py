@@ -13,6 +13,8 @@ from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, kept_engine
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 Fresh = Callable[[int], list[int]]
+ANSWER = 3
+"""Rows of its tokens that are stored: the last has none."""
 EXACT = 2 * BLOCK + 8
 """Of an edited prompt: its unchanged head, and the new line, which is computed behind that."""
 
@@ -66,9 +68,8 @@ def test_the_next_turn_continues_from_the_store(engine: Engine, fresh: Fresh) ->
     engine.forget()
     later = engine.ask(talk.third)
     assert later.said["continued"] == len(talk.second) - EXACT
-    (node,) = [
-        n for n in engine.client.call(protocol.ListNodes(100)) if n["tokens"] == len(talk.second)
-    ]
+    nodes = engine.client.call(protocol.ListNodes(100))
+    (node,) = [node for node in nodes if node["tokens"] == len(talk.second) + ANSWER]
     assert (node["generation"], node["exact_rows"]) == (1, EXACT)
 
 

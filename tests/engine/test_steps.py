@@ -526,7 +526,8 @@ def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
 def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
     make: Make, link: FakeLink
 ) -> None:
-    """Blocks that are filled later, one at a time, too. Another policy, tenant or donor: others."""
+    """Blocks that are filled later, one at a time, too. Another donor's: others. A stricter request
+    that is planned the same rows has the same."""
     bench = make(max_num_seqs=64)
     twins = [bench.add(max_tokens=40) for _ in range(2)]
     stricter = bench.add(max_tokens=40, params={"kvshare.policy": "faithful"})
@@ -535,11 +536,10 @@ def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
     bench.scheduler.reset_prefix_cache()
     other_donor = bench.add(max_tokens=40)
     bench.drain()
-    first, second = (tuple(twin.block_hashes) for twin in twins)
-    assert first == second
-    for other in (stricter, other_donor):
-        assert other.block_hashes[0] == first[0]
-        assert not set(other.block_hashes[1:]) & set(first)
+    first, second, third = (tuple(same.block_hashes) for same in (*twins, stricter))
+    assert first == second == third
+    assert other_donor.block_hashes[0] == first[0]
+    assert not set(other_donor.block_hashes[1:]) & set(first)
 
 
 # --- beside other connectors ----------------------------------------------------------------------
@@ -661,7 +661,8 @@ def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
     request = bench.add()
     bench.drain()
     assert said(bench, request) == {
-        "reused": 70, "exact": 40, "edited": 30, "recomputed": 30, "prefix_cached": 0,
+        "reused": 70, "exact": 40, "continued": 0, "edited": 30, "recomputed": 30,
+        "prefix_cached": 0,
         "donor": "d", "reason": "", "policy": "balanced",
     }  # fmt: skip
     link.plan = msgspec.structs.replace(PLAN, spans=(), lease="", donors=(), declined="no_donor")
@@ -690,7 +691,8 @@ def test_an_answer_of_a_preempted_request_counts_what_was_computed_anew(
     while bench.scheduler.has_unfinished_requests():
         saves += bench.step().kv_connector_metadata.saves
     assert said(bench, request) == {
-        "reused": 0, "exact": 0, "edited": 0, "recomputed": LENGTH, "prefix_cached": 0,
+        "reused": 0, "exact": 0, "continued": 0, "edited": 0, "recomputed": LENGTH,
+        "prefix_cached": 0,
         "donor": "", "reason": "preempted", "policy": "balanced",
     }  # fmt: skip
     assert not saves
@@ -791,7 +793,7 @@ def test_a_line_for_each_request_if_wanted(
     bench.drain()
     lines = [line for line in quiet() if request.request_id in line]
     assert len(lines) == wanted
-    assert all("reused=70 exact=40 edited=30 recomputed=30" in line for line in lines)
+    assert all("reused=70 exact=40 continued=0 edited=30 recomputed=30" in line for line in lines)
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvshare_store.errors import PlanError
 from kvshare_store.lookup import align as align_module
 from kvshare_store.lookup.align import align, common_prefix
-from kvshare_store.lookup.grams import GRAM, gram_hashes
 from kvshare_store.nodes.edits import Match, as_tokens, edit_script
+from kvshare_store.nodes.grams import GRAM, gram_hashes
 from tests.support.edits import apply_edits
 
 few = st.lists(st.integers(0, 4), max_size=40)  # a small alphabet: many accidental matches
@@ -160,7 +160,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
     assert common_prefix(arr(a), arr(b)) == expected
 
 
-def test_very_long_prompts_are_cut_at_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_long_prompts_are_cut_at_equal_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little memory allowed the result is still right, and nearly as good."""
     generator = np.random.default_rng(3)
     donor = generator.integers(0, 50_000, 3000).astype(np.int32)
@@ -178,11 +178,10 @@ def test_very_long_prompts_are_cut_at_anchors(monkeypatch: pytest.MonkeyPatch) -
 
 
 @given(edited_pairs())
-def test_anchored_alignment_is_never_wrong(pair: tuple[list[int], list[int]]) -> None:
+def test_alignment_around_equal_runs_is_never_wrong(pair: tuple[list[int], list[int]]) -> None:
     donor, request = arr(pair[0] * 2), arr(pair[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align_module, "_MAX_CELLS", 9)
-        patch.setattr(align_module, "_ANCHOR", 3)
         check_matches(align(request, donor), request, donor)
 
 

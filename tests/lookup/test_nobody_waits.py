@@ -14,7 +14,7 @@ import pytest
 from kvshare_store.blocks import io_loop
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
-from kvshare_store.lookup import planner
+from kvshare_store.lookup import search
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
 from kvshare_store.plan import ReusePlan
@@ -110,7 +110,7 @@ def test_input_that_makes_no_sense_raises_at_once(driver: Open) -> None:
 def held_alignment(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, ...]]:
     """The first alignment says that it has begun and waits until it may go on."""
     begun, go_on = threading.Event(), threading.Event()
-    align = planner.align
+    align = search.align
 
     def wait(*given, **named):  # type: ignore[no-untyped-def]
         if not begun.is_set():
@@ -118,7 +118,7 @@ def held_alignment(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.
             assert go_on.wait(PATIENCE), "nobody let the alignment go on"
         return align(*given, **named)
 
-    monkeypatch.setattr(planner, "align", wait)
+    monkeypatch.setattr(search, "align", wait)
     try:
         yield begun, go_on
     finally:

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.nodes.index import PrefixChain, VectorMatrix
+from kvshare_store.nodes.grams import anchors, gram_hashes
+from kvshare_store.nodes.index import LONG, NamespaceIndex, PrefixChain, VectorMatrix
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.nodes.vectors import lexical_vector
+from kvshare_store.nodes.postings import Postings
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Span
 
 RUN = 3
@@ -194,3 +196,55 @@ def test_a_large_matrix_still_finds_what_is_like_the_query() -> None:
         assert str(at) in names
     assert matrix.nearest(rows[0], 1)[0][0] == "1"
     assert str(3) not in [name for name, _ in matrix.nearest(rows[3], 100)]
+
+
+# --- passages -----------------------------------------------------------------------------------
+
+keys_of_ids = st.lists(st.sets(st.integers(0, 6), max_size=5), max_size=12)
+
+
+@given(keys_of_ids, st.sets(st.integers(0, 11)), st.sets(st.integers(0, 8)), st.integers(1, 4))
+def test_ids_with_most_of_the_keys(
+    saved: list[set[int]], removed: set[int], asked: set[int], count: int
+) -> None:
+    postings = Postings()
+    half = len(saved) // 2
+    ids = [str(at) for at in range(half)]
+    keys = np.asarray([key for some in saved[:half] for key in sorted(some)], np.uint64)
+    postings.extend(ids, keys, np.arange(half).repeat([len(some) for some in saved[:half]]))
+    for at in range(half, len(saved)):
+        postings.add(str(at), sorted(saved[at]))
+    for at in removed:
+        postings.remove(str(at))
+    votes = {
+        at: len(some & asked) for at, some in enumerate(saved) if at not in removed and some & asked
+    }
+    best = sorted(votes, key=lambda at: (votes[at], at), reverse=True)[:count]
+    found = postings.most_often(np.asarray(sorted(asked), np.uint64), len(saved) + 1, count)
+    assert found == [str(at) for at in best]
+
+
+def test_a_key_that_many_have_counts_for_the_last_of_them() -> None:
+    postings = Postings()
+    for at in range(5_000):  # more than are kept apart before they are merged
+        postings.add(str(at), [1])
+    for at in range(5_000, 5_003):
+        postings.add(str(at), [1, 2])
+    assert postings.most_often(np.asarray([1], np.uint64), 4, 9)[:3] == ["5002", "5001", "5000"]
+    assert len(postings.most_often(np.asarray([1], np.uint64), 4, 9)) <= 8
+
+
+def test_long_prompts_are_nominated_by_their_passages() -> None:
+    draws = np.random.default_rng(8)
+    texts = [draws.integers(0, 50, LONG).astype(np.int32) for _ in range(20)]
+    index, more = NamespaceIndex(RUN), NamespaceIndex(RUN)
+    nodes = [make_node(text.tolist(), LONG) for text in texts]
+    vectors = [Vectors(lexical_vector(text), None) for text in texts]
+    for node, vector in zip(nodes, vectors, strict=True):
+        index.add(node, vector)
+    more.extend(list(zip(nodes, vectors, strict=True)))
+    passage = anchors(gram_hashes(texts[7][500:1_500]))
+    for each in (index, more):
+        assert each.passages.most_often(passage, 8, 1) == [nodes[7].id]
+    index.remove(nodes[7])
+    assert nodes[7].id not in index.passages.most_often(passage, 8, 20)

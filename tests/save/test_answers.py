@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from kvshare_store.errors import PlanError
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.plan import Context, Span, clip_spans, contexts_of
 from kvshare_store.save.staging import Buffer, Reuse, Staged, packed
-from tests.support.oracle import Driver, pick, positions_of, prompt
+from tests.support.oracle import Driver, RowBook, pick, positions_of, prompt
 
 Open = Callable[..., Driver]
 
@@ -51,6 +52,7 @@ def save(
     exact = reuse.contexts[0].start if reuse.contexts else len(tokens)
     rows = engine.book.computed(tokens, exact, "answer")
     engine.book.write(tokens, rows, fresh, exact)
+    cast(RowBook, engine.book).answered(len(told), tokens, rows)
     blocks = packed(pick(rows, fresh), staged.sizes, engine.namespace.layout)
     return engine.store.commit(staged.id, Buffer(blocks))
 

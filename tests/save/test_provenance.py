@@ -263,12 +263,12 @@ def test_edited_rows_do_not_become_exact(driver: Open) -> None:
 
 
 def edited_prompt(engine: Driver) -> Node:
-    """Ten exact rows, a changed token, the rest moved behind it."""
+    """Twenty exact rows, a changed token, the rest moved behind it."""
     engine.save(TOKENS)
-    node_id = engine.serve_and_save([*TOKENS[:10], 5, *TOKENS[11:]])
+    node_id = engine.serve_and_save([*TOKENS[:20], 5, *TOKENS[21:]])
     node = engine.store.tree.get(node_id or "")
     assert node is not None
-    assert (node.exact_rows, node.generation, node.policy) == (11, 1, "aggressive")
+    assert (node.exact_rows, node.generation, node.policy) == (21, 1, "aggressive")
     return node
 
 
@@ -282,7 +282,7 @@ def test_a_continued_prompt_keeps_generation_policy_and_context(driver: Open) ->
         tokens = [*tokens, *prompt(10 + turn, 8)]
         longer = engine.store.tree.get(engine.serve_and_save(tokens) or "")
         assert longer is not None
-        assert (longer.generation, longer.policy, longer.exact_rows) == (1, "aggressive", 11)
+        assert (longer.generation, longer.policy, longer.exact_rows) == (1, "aggressive", 21)
         assert longer.contexts == node.contexts
     other = [*tokens[:30], 9, *tokens[31:]]
     edited = engine.store.tree.get(engine.serve_and_save(other) or "")
@@ -331,8 +331,8 @@ def test_a_stricter_policy_does_not_continue_laxer_rows(driver: Open) -> None:
     tokens = [*node.tokens.tolist(), *prompt(7, 8)]
     for policy in ("exact", "faithful", "balanced"):
         plan = engine.store.plan(tokens, engine.namespace, policy=policy)
-        assert (plan.exact, plan.continued, plan.generation) == (11, 0, 0)
-        engine.store.finish(plan, Outcome(exact=11))
+        assert (plan.exact, plan.continued, plan.generation) == (21, 0, 0)
+        engine.store.finish(plan, Outcome(exact=21))
 
 
 def test_a_donor_of_another_tenant(driver: Open) -> None:
@@ -360,10 +360,10 @@ def test_a_donor_that_was_merged_has_other_blocks(driver: Open) -> None:
     engine.save(TOKENS)
     tokens = TOKENS
     for token in (5, 6):
-        tokens = [*tokens[:8], token, *tokens[9:]]
+        tokens = [*tokens[:20], token, *tokens[21:]]
         assert engine.serve_and_save(tokens)
     engine.store.flush()
-    last = [*tokens[:8], 7, *tokens[9:]]
+    last = [*tokens[:20], 7, *tokens[21:]]
     plan = engine.plan(last)
     assert engine.store.collect().merged == 1
     merged = engine.store.tree.get(plan.donors[0])

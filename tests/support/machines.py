@@ -191,9 +191,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _finish(self, open_: Open, *, failed: str = "") -> None:
         plan = open_.plan
-        edited = plan.reused - plan.exact
+        continued = max(0, plan.continued - plan.exact)
+        edited = plan.reused - plan.exact - continued
         recomputed = plan.tokens - plan.reused
-        self.store.finish(plan, Outcome(plan.exact, edited, recomputed, failed=failed))
+        outcome = Outcome(plan.exact, edited, recomputed, failed=failed, continued=continued)
+        self.store.finish(plan, outcome)
 
     @rule(which=prompts, space=st.integers(0, 1), owner=st.sampled_from(["", "dies"]))
     def plan_and_hold(self, which: Which, space: int, owner: str) -> None:
@@ -239,6 +241,7 @@ class StoreMachine(RuleBasedStateMachine):
         covered = set(positions_of(plan.spans))
         fresh = [at for at in range(len(tokens)) if at not in covered]
         self.books[namespace.digest].write(tokens, rows, fresh, exact)
+        self.books[namespace.digest].complete(tokens, plan, opened.rows, rows)
         if early:
             self._finish(opened)
         node = self._save(tokens, space, pick(rows, fresh), plan)
@@ -300,6 +303,7 @@ class StoreMachine(RuleBasedStateMachine):
         exact = base.exact_rows if base.generation else len(tokens)
         rows = rows_for(tokens, self.row_layout, exact=exact, salt=str(self.salt))
         self.books[namespace.digest].write(tokens, rows, fresh, exact)
+        self.books[namespace.digest].answered(base.length, tokens, rows)
         source = Buffer(packed(pick(rows, fresh), staged.sizes, self.row_layout))
         with contextlib.suppress(NoSpaceError):
             stored = self.store.commit(staged.id, source)

@@ -126,9 +126,21 @@ class RowBook:
         self._prompts: list[tuple[list[int], list[bytes]]] = []
         """Tokens and rows of every prompt that was computed in part."""
 
-    def complete(self, tokens: Sequence[int], rows: Rows) -> None:
-        """Note all rows of a prompt, those that were loaded included."""
-        self._prompts.append((list(tokens), row_keys(rows)))
+    def complete(self, tokens: Sequence[int], plan: ReusePlan, loaded: Rows, rows: Rows) -> None:
+        """Note all rows of a prompt: those it `loaded` for a plan, and its own for the rest."""
+        whole = rows.copy()
+        reused = positions_of(plan.spans)
+        whole[:, :, reused] = loaded[:, :, reused]
+        self._prompts.append((list(tokens), row_keys(whole)))
+
+    def answered(self, length: int, tokens: Sequence[int], rows: Rows) -> None:
+        """Note the rows of an answer behind those of a prompt of this length."""
+        told, keys = list(tokens[:length]), row_keys(rows)[length:]
+        self._prompts += [
+            (list(tokens), [*known[:length], *keys])
+            for prompt, known in self._prompts
+            if prompt[:length] == told
+        ]
 
     def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows:
         """The rows of a prompt whose first `exact` ones have their own full context."""
@@ -241,8 +253,7 @@ class Driver:
             self.book.write(tokens, rows, fresh, exact)
             if plan is not None and plan.generation and isinstance(self.book, RowBook):
                 loaded = gather(plan, self.namespace.layout, lambda ref: self._rows_of(plan, ref))
-                loaded[:, :, fresh] = rows[:, :, fresh]
-                self.book.complete(tokens, loaded)
+                self.book.complete(tokens, plan, loaded, rows)
             blocks = packed(pick(rows, fresh), staged.sizes, self.namespace.layout)
             self._computed[staged.id] = Buffer(blocks)
         return staged

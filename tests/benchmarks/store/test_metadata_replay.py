@@ -81,5 +81,5 @@ def test_policies_build_on_what_they_stored() -> None:
     assert [node.generation for node in store.tree] != [0, 0, 0, 0]
     assert max(node.generation for node in store.tree) <= PRESETS["balanced"].max_generation
     exact = replay(MetadataStore(PRESETS["exact"], Sources()), chain, none)
-    assert [s.reused for s in exact] == [0, 0, 100, 140]  # nominated by runs of 64
+    assert [s.reused for s in exact] == [0, 60, 100, 140]  # nominated by runs of 16
     assert all(s.reused >= 100 for s in served[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import CostAware, EvictionPolicy
@@ -147,6 +147,20 @@ class HostTier(Tier):
             return None
         rows = slot.layout.rows_in(slot.nbytes)
         return BlockRef(name, rows, slot.nbytes, slot.offset, slot.seq, slot.lossy)
+
+    def refs(self, names: Iterable[str]) -> dict[str, BlockRef]:
+        """As `ref`, of those of the blocks that are here."""
+        slots, found = self._slots, dict[str, BlockRef]()
+        layout, row_bytes = None, 0
+        for name in names:
+            slot = slots.get(name)
+            if slot is None:
+                continue
+            if slot.layout is not layout:  # blocks of one plan share theirs
+                layout, row_bytes = slot.layout, slot.layout.row_bytes
+            rows = slot.nbytes // row_bytes
+            found[name] = BlockRef(name, rows, slot.nbytes, slot.offset, slot.seq, slot.lossy)
+        return found
 
     def peek(self, name: str) -> Block:
         """The block in place: shared memory, valid until the block is deleted."""

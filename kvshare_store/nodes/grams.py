@@ -12,14 +12,16 @@ Hashes = npt.NDArray[np.uint64]
 
 GRAM = 8
 """Tokens of a gram: text that shares none has no run worth a seam in common."""
+ANCHORED = 64
+"""Of so many grams about one is an anchor."""
+_AT_ONCE = 1 << 13
 _SHIFT = np.uint64(29)
 _BASE = 0xD6E8FEB86659FD93
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
-_BITS_PER_GRAM = 5
 
 
 class _Powers:
-    """Powers of the base of the rolling hash and of its inverse, as many as a prompt was long."""
+    """Powers of the base of the rolling hash and of its inverse."""
 
     def __init__(self) -> None:
         self._both = np.ones((2, 1), np.uint64)
@@ -39,9 +41,15 @@ _powers = _Powers()
 
 def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     """A hash of the `length` tokens from each position on; empty for shorter prompts."""
-    count = len(tokens) - length + 1
-    if count <= 0:
-        return np.zeros(0, np.uint64)
+    count = max(0, len(tokens) - length + 1)
+    hashed = np.empty(count, np.uint64)
+    for start in range(0, count, _AT_ONCE):  # so that what is computed stays in the cache
+        stop = min(start + _AT_ONCE, count)
+        _hash_into(hashed[start:stop], tokens[start : stop + length - 1], length)
+    return hashed
+
+
+def _hash_into(hashed: Hashes, tokens: Tokens, length: int) -> None:
     base, inverse = _powers(len(tokens))
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * MIX
     mixed ^= mixed >> _SHIFT
@@ -49,22 +57,13 @@ def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
     sums = np.empty(len(tokens) + 1, np.uint64)
     sums[0] = 0
     np.cumsum(mixed, out=sums[1:])
-    hashed: Hashes = (sums[length:] - sums[:count]) * inverse[:count]
+    np.subtract(sums[length:], sums[: len(hashed)], out=hashed)
+    hashed *= inverse[: len(hashed)]
     hashed ^= hashed >> np.uint64(32)
     hashed *= MIX
-    return hashed
 
 
-def occur_in(grams: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
-    """Which of `grams` seem to be among `others`: all that are, and one in thousands that is not.
-
-    Nothing is sorted: two tables have a byte for each value that some bits of a hash may have.
-    """
-    found = np.ones(len(grams), np.bool_)
-    bits = len(others).bit_length() + _BITS_PER_GRAM
-    for drop in (64 - bits, 64 - 2 * bits):
-        mask, shift = np.uint64((1 << bits) - 1), np.uint64(drop)
-        seen = np.zeros(1 << bits, np.bool_)
-        seen[((others >> shift) & mask).view(np.int64)] = True
-        found &= seen[((grams >> shift) & mask).view(np.int64)]
-    return found
+def anchors(hashes: Hashes) -> Hashes:
+    """Of the hashes of some grams those that nominate prompts: one in `ANCHORED`, whatever stands
+    around it, each once."""
+    return np.unique(hashes[hashes & np.uint64(ANCHORED - 1) == 0])

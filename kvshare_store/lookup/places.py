@@ -1,0 +1,141 @@
+"""Where stored prompts have which grams: found by hash, in time that does not depend on how long a
+prompt is. Hashes nominate; tokens decide."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.grams import GRAM, Hashes, gram_hashes
+from kvshare_store.nodes.node import Node
+from kvshare_store.plan import Run
+
+Positions = npt.NDArray[np.int64]
+
+_LOOKED_AT = 1 << 14
+"""Of prompts with more grams only so many, at most, have a place in the table."""
+_GUESSED_FROM = 1 << 11
+"""So many grams of a request, at most, say how much of it a donor has."""
+_REMEMBERED_BYTES = 32 << 20
+"""Tables of 2,000 to 4,000 prompts of 1,000 tokens, or of 130 to 260 of 64,000."""
+
+
+class Sought:
+    """A request whose grams are looked up in many donors: hashed once."""
+
+    def __init__(self, tokens: Tokens, start: int = 0) -> None:
+        """`start`: what stands before it is not sought."""
+        self.tokens = tokens
+        self.start = start
+        self._sampled: dict[int, Positions] = {}
+
+    @cached_property
+    def _hashes(self) -> Hashes:
+        return gram_hashes(self.tokens[self.start :])
+
+    def hashes(self, at: Positions) -> Hashes:
+        """Of the grams that begin at these positions."""
+        return self._hashes[at - self.start]
+
+    def sampled(self, one_of: int) -> Positions:
+        """Where the grams are that a table has which takes one of so many, ascending."""
+        if one_of not in self._sampled:
+            self._sampled[one_of] = _sample(self._hashes, one_of) + self.start
+        return self._sampled[one_of]
+
+    def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
+        """Those of `sampled` whose grams lie inside one of the gaps, which ascend."""
+        sampled = self.sampled(one_of)
+        bounds = np.asarray([(gap.start, gap.stop - GRAM + 1) for gap in gaps], np.int64)
+        parts = [sampled[first:last] for first, last in sampled.searchsorted(bounds).tolist()]
+        return np.concatenate(parts) if parts else sampled[:0]
+
+
+class Places:
+    """Where a donor has its grams, by their hashes; nothing is sorted.
+
+    One place for each: that of the first of equal grams. A gram may lack its place, because another
+    has the same slot of the table; of long donors only grams whose hash says so are taken, so that
+    both sides take the same. A passage has many grams, and one that is found is enough.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        hashes = gram_hashes(tokens)
+        self.one_of = 1 << (len(hashes) // _LOOKED_AT).bit_length()
+        at = _sample(hashes, self.one_of)[::-1]  # the last that is put into a slot stays there
+        bits = max(1, len(at).bit_length())
+        self._shift = np.uint64(64 - bits)
+        slots = (hashes[at] >> self._shift).view(np.int64)
+        self._places = np.full(1 << bits, -1, np.int32)
+        self._places[slots] = at
+        self._tags = np.zeros(1 << bits, np.uint32)
+        self._tags[slots] = hashes[at].astype(np.uint32)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return self._places.nbytes + self._tags.nbytes
+
+    def find(self, hashes: Hashes) -> npt.NDArray[np.int32]:
+        """The place of each gram, or -1. Not yet verified."""
+        slots = (hashes >> self._shift).view(np.int64)
+        return np.where(self._tags[slots] == hashes.astype(np.uint32), self._places[slots], -1)
+
+
+def guess(ours: Sought, theirs: Places, length: int) -> int:
+    """About how many of the tokens that are sought the first `length` tokens of a donor have in
+    runs of some length. 0: they have no gram in common."""
+    sought = len(ours.tokens) - ours.start
+    one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
+    at = ours.sampled(one_of)
+    places = theirs.find(ours.hashes(at))
+    found = (places >= 0) & (places <= length - GRAM)
+    starts = at[found]
+    if not len(starts):
+        return 0
+    steps, shifts = np.diff(starts), np.diff(places[found] - starts)
+    # what lies between two grams that go on from one another is most likely the same too
+    near = GRAM if one_of == 1 else 2 * GRAM * one_of
+    return GRAM + int(steps[(shifts == 0) & (steps <= near)].sum())
+
+
+def _sample(hashes: Hashes, one_of: int) -> Positions:
+    if one_of == 1:
+        return np.arange(len(hashes))
+    return np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
+
+
+class KnownPlaces:
+    """Tables of the stored prompts that were looked at last. Thread-safe."""
+
+    def __init__(self, nbytes: int = _REMEMBERED_BYTES) -> None:
+        """`nbytes`: memory of all tables together."""
+        self._left = nbytes
+        self._tables: OrderedDict[str, Places] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def known(self, node: Node) -> bool:
+        """Whether `of` has only to look it up."""
+        return node.id in self._tables
+
+    def of(self, node: Node) -> Places:
+        """The table of a node."""
+        with self._lock:
+            known = self._tables.get(node.id)
+            if known is not None:
+                self._tables.move_to_end(node.id)
+                return known
+        made = Places(node.tokens)
+        with self._lock:
+            if node.id not in self._tables:
+                self._tables[node.id] = made
+                self._left -= made.nbytes
+            while self._left < 0:
+                self._left += self._tables.popitem(last=False)[1].nbytes
+        return made

@@ -1,0 +1,216 @@
+"""The search for donors of one request: who is asked, in which order, and for what."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup.align import align, common_prefix, passages
+from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.places import KnownPlaces, guess
+from kvshare_store.lookup.policy import LEAST_WINDOW, ReusePolicy, continues, usable_tokens
+from kvshare_store.nodes.edits import Match
+from kvshare_store.nodes.grams import GRAM
+from kvshare_store.nodes.index import LONG
+from kvshare_store.nodes.node import Node
+
+_ENOUGH = 0.95
+"""A first donor that covers this much needs no further candidates."""
+_ENOUGH_OF_SHORT = 0.8
+"""The same for the guess about a short prompt, which counts eight tokens too few at each edit."""
+_FOR_GAPS = 0.3
+"""Share of the effort that is kept for filling the gaps of the first donor."""
+_MOSTLY = 0.5
+"""A prompt of which less is covered gets a second look."""
+_WIDER = 4
+"""So many times as many candidates are looked at by then."""
+_BETTER = 1.02
+"""A guess is no surer than this: of nodes that seem to have as much the first is taken."""
+_PRIMARIES = 3
+"""Candidates that are aligned before one becomes the first donor, where grams say too little: short
+prompts under a policy that keeps runs without a gram."""
+_HASHED = 32
+"""Cells that hashing a token costs."""
+
+
+class Search:
+    """Fills a cover with what stored prompts have of its request."""
+
+    def __init__(
+        self,
+        cover: Cover,
+        policy: ReusePolicy,
+        config: StoreConfig,
+        places: KnownPlaces,
+        effort: Effort,
+    ) -> None:
+        self._cover = cover
+        self._policy = policy
+        self._config = config
+        self._places = places
+        self._effort = effort
+        self._guesses: dict[str, int] = {}
+        # text from elsewhere is worth its seam only in runs that outlast the window after it
+        self._shortest = max(2 * GRAM, 2 * policy.edit_window, policy.min_run)
+
+    def take_prefix(self, nodes: list[Node]) -> None:
+        """The longest exact prefix, and how much further an edited prompt goes on with the same
+        tokens. Tokens decide: the chain's hashes only nominated."""
+        cover = self._cover
+        longest = len(cover.request) - 1
+        for node in nodes:
+            common = min(common_prefix(cover.request, node.tokens), longest)
+            exact = min(common, node.exact_rows)
+            if exact > cover.exact:
+                cover.add_exact(node, exact)
+            if common > max(exact, cover.in_place) and continues(self._policy, node):
+                cover.add_continued(node, common)
+
+    def edited(self, nominator: Nominator) -> None:
+        """Cover what does not stay in place.
+
+        A prompt that goes on from a stored one needs no candidates but for what is new. Most others
+        are served by the first few; the rest get a second look.
+        """
+        cover, count = self._cover, self._config.candidates
+        continued = self._usable(cover.donors)
+        served = self._take_donor(continued, _ENOUGH)
+        if served:
+            self._fill_gaps(continued)
+        if not served or cover.gaps(self._shortest):
+            nodes = self._candidates(nominator, served)
+            self._cover_from(self._usable([*cover.donors, *nodes]), served)
+            if cover.covered < _MOSTLY * len(cover.request):
+                seen = {node.id for node in (*nodes, *continued)}
+                more = nominator.by_words(cover.words, _WIDER * count)
+                more += nominator.by_text(nodes, count)
+                self._cover_from(self._usable([node for node in more if node.id not in seen]))
+        cover.add_what_waits()
+
+    def _candidates(self, nominator: Nominator, served: bool) -> list[Node]:
+        """For long prompts those with the passages that nobody covers yet, where there are any; for
+        others by words. The words of a long prompt that is served do not tell what is new in it."""
+        cover, count = self._cover, self._config.candidates
+        if len(cover.request) >= LONG:
+            hashes = cover.sought.hashes(cover.sought.inside(cover.gaps(GRAM), 1))
+            found = nominator.by_passages(hashes, count)
+            if found or served:
+                return found
+        return nominator.by_words(cover.words, count)
+
+    def _usable(self, nodes: list[Node]) -> list[Node]:
+        """Nodes that have rows to build on, each once; none but donors where there are as many of
+        them as may be."""
+        if len(self._cover.donors) >= self._config.max_donors:
+            nodes = self._cover.donors
+        distinct = {node.id: node for node in nodes}.values()
+        return [node for node in distinct if len(usable_tokens(self._policy, node))]
+
+    def _cover_from(self, nodes: list[Node], served: bool = False) -> None:
+        if not served:
+            self._take_donor(nodes)
+        self._fill_gaps(nodes)
+
+    # --- the first donor ---------------------------------------------------------------------
+
+    def _take_donor(self, nodes: list[Node], share: float = 0.0) -> bool:
+        """The node that seems to have most of what is sought is aligned with the request, if at
+        least this share of the request is covered then. Whether it is."""
+        cover = self._cover
+        self._effort.reserve = _FOR_GAPS
+        self.take_prefix(nodes)
+        ranked = self._ranked(nodes)
+        tokens = self._guesses[ranked[0].id] if ranked else 0
+        if cover.sought.start + tokens < share * len(cover.request):
+            return False
+        few = len(cover.request) < LONG and self._policy.min_run < GRAM
+        found = [(self._aligned(node), node) for node in ranked[: _PRIMARIES if few else 1]]
+        if found:
+            matches, donor = max(found, key=lambda each: self._useful(each[0]))
+            sure, doubtful = self._sorted_out(matches)
+            cover.add(donor, sure)
+            cover.add_later(donor, doubtful)
+        return True
+
+    def _ranked(self, nodes: list[Node]) -> list[Node]:
+        """Nodes that share text with what is sought, that with most of it first. Looks no further
+        than to one that seems to have nearly all."""
+        length = len(self._cover.request)
+        share = _ENOUGH if length >= LONG else _ENOUGH_OF_SHORT
+        enough = share * (length - self._cover.sought.start)
+        ranked: list[Node] = []
+        for node in nodes:
+            if not self._places.known(node) and not self._effort.spend(_HASHED * node.length):
+                continue
+            usable = len(usable_tokens(self._policy, node))
+            tokens = guess(self._cover.sought, self._places.of(node), usable)
+            self._guesses[node.id] = tokens
+            if tokens:
+                ranked.append(node)
+            if tokens >= enough:
+                break
+        return sorted(ranked, key=lambda node: -int(math.log(self._guesses[node.id], _BETTER)))
+
+    def _aligned(self, donor: Node) -> list[Match]:
+        return align(
+            self._cover.request,
+            usable_tokens(self._policy, donor),
+            self._effort,
+            least=self._policy.min_run,
+            ours=self._cover.sought,
+            theirs=partial(self._places.of, donor),
+        )
+
+    def _useful(self, matches: list[Match]) -> int:
+        """Positions behind what stays in place that runs cover which are long enough."""
+        start, least = self._cover.in_place, self._policy.min_run
+        runs = ((max(at, start), at + length) for at, _, length in matches if length >= least)
+        return sum(max(0, stop - first) for first, stop in runs)
+
+    def _sorted_out(self, found: list[Match]) -> tuple[list[Match], list[Match]]:
+        """Matches that other donors cannot better, and short ones that are all there is in a
+        stretch of the request where a passage from elsewhere might be."""
+        policy, length = self._policy, len(self._cover.request)
+        lasting = policy.min_run + (LEAST_WINDOW if policy.edit_growth else policy.edit_window)
+        sure: list[Match] = []
+        doubtful: list[Match] = []
+        few: list[Match] = []
+        at = 0
+        for match in (*found, Match(length, 0, 0)):
+            if match.length < lasting and match.start < length:
+                few.append(match)
+                continue
+            (doubtful if match.start - at >= self._shortest else sure).extend(few)
+            sure.append(match)
+            few, at = [], match.start + match.length
+        return sure[:-1], doubtful
+
+    # --- what it leaves ----------------------------------------------------------------------
+
+    def _fill_gaps(self, nodes: list[Node]) -> None:
+        """Passages of the nodes fill what the first donor leaves; of nodes that seem to have no
+        more than phrases none is looked for."""
+        cover, shortest = self._cover, self._shortest
+        self._effort.reserve = 0.0
+        gaps = cover.gaps(shortest)
+        first = cover.donors[-1].id if cover.donors else ""
+        for node in sorted(nodes, key=lambda node: node.id != first):
+            if not gaps or len(cover.donors) >= self._config.max_donors:
+                return
+            if self._guesses.get(node.id, GRAM + 1) <= GRAM:
+                continue
+            found = passages(
+                cover.request,
+                usable_tokens(self._policy, node),
+                gaps,
+                shortest,
+                self._effort,
+                ours=cover.sought,
+                theirs=partial(self._places.of, node),
+            )
+            if found:
+                cover.add(node, found, shortest)
+                gaps = cover.gaps(shortest)

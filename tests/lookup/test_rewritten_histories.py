@@ -1,0 +1,175 @@
+"""Histories that a framework rewrote are recognised as what they are, however long they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup.cost import CostModel
+from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.policy import PRESETS
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.plan import Span
+
+LENGTHS = (3_000, 50_000)
+SYSTEM, MESSAGE, THOUGHT, NEW = 600, 250, 80, 300
+HISTORIES, TURNS = 40, 1
+WORDS = np.cumsum(1 / np.arange(1, 5_001))
+
+
+def text(seed: int, length: int) -> Tokens:
+    """Words as often as in a language: whoever wrote it, long prompts have much the same ones."""
+    draws = np.random.default_rng(seed).random(length) * WORDS[-1]
+    return WORDS.searchsorted(draws).astype(np.int32)
+
+
+@cache
+def messages(seed: int, length: int) -> tuple[tuple[Tokens, Tokens], ...]:
+    """Thoughts and what was said; a phrase that every message begins with."""
+    phrase = text(0, 12)
+    return tuple(
+        (text(1_000 * seed + 2 * at + 7, THOUGHT),
+         np.concatenate((phrase, text(1_000 * seed + 2 * at + 8, MESSAGE))))
+        for at in range((length - SYSTEM) // (MESSAGE + THOUGHT))
+    )  # fmt: skip
+
+
+def history(seed: int, length: int, turns: int | None = None) -> list[Tokens]:
+    return [text(1, SYSTEM), *(part for both in messages(seed, length)[:turns] for part in both)]
+
+
+def appended(length: int) -> Iterator[Tokens]:
+    yield from history(0, length)
+
+
+def compacted(length: int) -> Iterator[Tokens]:
+    system, *said = history(0, length)
+    yield system
+    yield text(2, NEW)
+    yield from said[len(said) // 4 * 2 :]
+
+
+def replaced(length: int) -> Iterator[Tokens]:
+    parts = history(0, length)
+    parts[len(parts) // 4 * 2] = text(3, NEW)
+    yield from parts
+
+
+def without_thoughts(length: int) -> Iterator[Tokens]:
+    yield text(1, SYSTEM)
+    yield from (said for _, said in messages(0, length))
+
+
+def other_thoughts(length: int) -> Iterator[Tokens]:
+    yield text(1, SYSTEM)
+    for at, (_, said) in enumerate(messages(0, length)):
+        yield text(50_000 + at, THOUGHT)
+        yield said
+
+
+def reordered(length: int) -> Iterator[Tokens]:
+    said = messages(0, length)
+    yield text(1, SYSTEM)
+    for at in np.random.default_rng(4).permutation(len(said)).tolist():
+        yield np.concatenate(said[at])
+
+
+def other_agent(length: int) -> Iterator[Tokens]:
+    yield text(5, SYSTEM)
+    yield from history(0, length)[1:]
+
+
+def dated(length: int) -> Iterator[Tokens]:
+    system, *said = history(0, length)
+    yield np.concatenate((system[:20], text(6, 5), system[25:]))
+    yield from said
+
+
+KINDS: dict[str, tuple[Callable[[int], Iterator[Tokens]], float]] = {
+    "appended": (appended, 0.99),
+    "front deleted": (compacted, 0.93),
+    "one message replaced": (replaced, 0.93),
+    "thoughts stripped": (without_thoughts, 0.6),
+    "other thoughts": (other_thoughts, 0.5),
+    "re-ordered": (reordered, 0.6),
+    "another agent's prompt": (other_agent, 0.93),
+    "a date": (dated, 0.93),
+}
+"""How each is made, and the share of all but the system prompt and what is new that a plan must
+reuse: a window of 48 tokens is computed after each place where text was taken out or moved."""
+
+
+class Shelf:
+    """Stored histories, each at its last turns."""
+
+    def __init__(self, length: int) -> None:
+        self.tree, self.index = DeltaTree(), NamespaceIndex(64)
+        self.planner = Planner(
+            StoreConfig(home="none", min_saving_ms=-1e9), lambda: Effort(seconds=math.inf)
+        )
+        count = len(messages(0, length))
+        for seed in range(HISTORIES):
+            for turns in range(count - TURNS + 1, count + 1):
+                self.add(np.concatenate(history(seed, length, turns)), f"{seed}/{turns}")
+
+    def add(self, tokens: Tokens, name: str) -> None:
+        node = Node(
+            id=name,
+            namespace="n",
+            token_bytes=tokens.tobytes(),
+            segments=(Span(0, len(tokens), 0, 0, 0),),
+            blocks=(name,),
+            exact_rows=len(tokens),
+        )
+        self.tree.add(node)
+        self.index.add(node, Vectors(lexical_vector(tokens), None))
+
+    def plan(self, request: Tokens) -> Draft:
+        return self.planner.draft(
+            request,
+            Nominator(self.tree, self.index),
+            PRESETS["balanced"],
+            CostModel(),
+            tier_of=lambda name: "host",
+            row_bytes=1,
+        )
+
+
+shelf = cache(Shelf)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
+    make, share = KINDS[kind]
+    parts = [*make(length), text(9, 100)]
+    request = np.concatenate(parts).astype(np.int32)
+    draft = shelf(length).plan(request)
+    for span in draft.spans:
+        node = shelf(length).tree.get(draft.blocks[span.block])
+        assert node is not None
+        there = node.tokens[span.row : span.row + span.length]
+        assert there.tolist() == request[span.start : span.stop].tolist()
+    reused = sum(max(0, span.stop - max(span.start, SYSTEM)) for span in draft.spans)
+    assert reused >= share * (len(request) - SYSTEM - NEW - 100)
+
+
+def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
+    """A result that another conversation has got too."""
+    length = LENGTHS[1]
+    known = messages(5, length)[20][1]
+    request = np.concatenate((*history(0, length), known, text(9, 100))).astype(np.int32)
+    draft = shelf(length).plan(request)
+    assert sum(span.length for span in draft.spans) >= len(request) - 100 - 50 - 12
+    assert {draft.blocks[span.block][0] for span in draft.spans} == {"0", "5"}
