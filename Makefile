@@ -2,6 +2,7 @@
 # make test     every test
 # make test-upstream   vLLM's own scheduler tests with our schedulers (ARMS="schedulers beside": more)
 # make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
+# make chat     conversations with rewritten histories, about eight minutes (DATA=PATH: recorded ones)
 # make lmcache-setup   LMCache, for the tests of the adapter below it, in .venv-lmcache
 # make bench-setup   what the benchmarks compare with, in .venv-bench
 # make bench DATA=DIR   a short form of every measurement, and a page of them, in bench-results/
@@ -13,7 +14,7 @@
 # make lint     style, types, and which room may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup lmcache-setup bench-setup test test-upstream demo bench bench-store chaos chaos-machines churn docs lint packages clean
+.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs lint packages clean
 
 PYTHON = python3
 TEST_PROCESSES = 2
@@ -71,6 +72,9 @@ test-upstream: setup .upstream/prepared.stamp
 
 demo: setup
 	$(PY) -m examples.demo.run $(if $(FULL),--full)
+
+chat: setup
+	$(PY) -m examples.chat $(if $(DATA),--data $(DATA))
 
 # Each measurement has a process of its own; one that fails is named at the end, the others run.
 bench: export OMP_WAIT_POLICY = PASSIVE

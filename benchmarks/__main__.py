@@ -20,7 +20,7 @@ MEASUREMENTS: dict[str, str] = {
     "shapes": "latency.model_shapes",
     "load": "latency.load",
     "answers": "latency.answers",
-    "conversations": "latency.conversations",
+    "conversations": "peers.conversations",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",

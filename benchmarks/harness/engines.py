@@ -22,8 +22,9 @@ import psutil
 from benchmarks.harness.models import model_folder
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Options
-from examples.engines.engine import SETTINGS, kvshare_settings
+from examples.engines.engine import SETTINGS, computed, kvshare_settings
 from examples.engines.process import EngineError, EngineProcess
+from examples.engines.store import wait_idle
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.protocol import Clear, ListNodes, Pin
@@ -33,7 +34,6 @@ LONGEST = 8192
 """Longest sequence in tokens: the small model's context length."""
 _GONE_S = 30.0
 _PATIENCE_S = 300.0
-_QUIET_S = 0.1
 
 
 class Timed(msgspec.Struct):
@@ -47,6 +47,13 @@ class Timed(msgspec.Struct):
     text: str
     parts: dict[str, float]
     """Seconds of each of `timers.PARTS`; their sum is `ttft_s`."""
+    report: dict[str, Any] = {}
+    """What KVShare says of the prompt; empty for others."""
+
+    @property
+    def computed(self) -> int:
+        """Tokens of the prompt that the engine computed."""
+        return computed(self.tokens, self.cached, self.report)
 
 
 class Replayed(msgspec.Struct):
@@ -125,9 +132,7 @@ class Home:
 
     def wait_idle(self) -> None:
         """Wait until the daemon has done what it does in the background, such as embedding."""
-        process = psutil.Process(self._client.greet().pid)
-        while _busy(process, _QUIET_S):
-            pass
+        wait_idle(self._client.greet().pid)
 
     def processor_seconds(self) -> float:
         """Seconds of processor time that the daemon and its children have used so far."""
@@ -154,13 +159,6 @@ class Home:
     def close(self) -> None:
         """End the daemon."""
         self._stop()
-
-
-def _busy(process: psutil.Process, seconds: float) -> bool:
-    """Whether a process uses more than 20 % of a core during `seconds`."""
-    before = sum(process.cpu_times()[:2])
-    time.sleep(seconds)
-    return sum(process.cpu_times()[:2]) - before > 0.2 * seconds
 
 
 def rest(engine: Engine, home: Home) -> None:

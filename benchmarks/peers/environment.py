@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-bench"
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-bench"
 
 
 class PeerMissingError(RuntimeError):

@@ -8,8 +8,8 @@ is that process. `SETTINGS` is JSON: the arguments of `vllm.LLM`. `Engine` is th
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from examples.engines.process import EngineError, EngineProcess, answer_commands
@@ -41,6 +41,21 @@ class Answer:
     token_ids: list[int]
     """The answer."""
     text: str
+    report: dict[str, Any] = field(default_factory=dict)
+    """What KVShare says of the prompt (`kv_transfer_params`); empty without KVShare."""
+
+    @property
+    def computed(self) -> int:
+        """Tokens of the prompt that the engine computed."""
+        return computed(self.tokens, self.cached, self.report)
+
+
+def computed(tokens: int, cached: int, report: Mapping[str, Any]) -> int:
+    """Tokens of a prompt that were computed: KVShare says so itself, others count what was cached.
+
+    vLLM's own count knows nothing of rows that are reused behind a change.
+    """
+    return int(report.get("kvshare.recomputed", tokens - cached))
 
 
 def kvshare_settings(**store: Any) -> dict[str, Any]:
@@ -128,7 +143,8 @@ def serve(
         raise EngineError("the engine gave no token")
     completion = output.outputs[0]
     cached = output.num_cached_tokens or 0
-    return Answer(first, len(tokens), cached, list(completion.token_ids), completion.text)
+    report = output.kv_transfer_params or {}
+    return Answer(first, len(tokens), cached, list(completion.token_ids), completion.text, report)
 
 
 def tokens_of(llm: "LLM", text: str, chat: bool) -> list[int]:

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from kvshare_store.daemon.client import Client
+
+_QUIET_S = 0.1
 
 
 class StoreView:
@@ -34,9 +38,31 @@ class StoreView:
         self._client.flush()
         return True
 
+    def rest(self) -> None:
+        """Wait until all that arrives is durable and the daemon has done its work of the
+        background, such as embedding."""
+        daemon = self._client.greet().pid
+        wait_idle(daemon)
+        self._client.flush()
+        wait_idle(daemon)
+
     def close(self) -> None:
         """Close the connection to the daemon."""
         self._client.close()
+
+
+def wait_idle(pid: int) -> None:
+    """Wait until a process uses at most a fifth of a core."""
+    process = psutil.Process(pid)
+    while _busy(process, _QUIET_S):
+        pass
+
+
+def _busy(process: psutil.Process, seconds: float) -> bool:
+    """Whether a process uses more than 20 % of a core during `seconds`."""
+    before = sum(process.cpu_times()[:2])
+    time.sleep(seconds)
+    return bool(sum(process.cpu_times()[:2]) - before > 0.2 * seconds)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,8 +18,12 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+from examples.chat.run import written
+from examples.engines.server import Client as ChatClient
+from examples.engines.server import free_port
 from examples.engines.small_model import prepare_model
 from examples.prompts.families import FAMILIES
+from examples.prompts.histories import REWRITES, requests
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
@@ -38,12 +41,6 @@ Ask = Callable[..., str]
 Call = Callable[[str, dict[str, Any]], str]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
@@ -54,13 +51,14 @@ class Server(NamedTuple):
 
     process: subprocess.Popen[bytes]
     port: int
+    log: Path
     in_shared_memory: set[str]
 
 
 def command(home: Path, port: int) -> list[str]:
     settings = {
         "home": home, "semantic": "never", "host_bytes": "256MiB", "idle_exit_s": 5,
-        "plan_deadline_ms": 10_000,
+        "plan_deadline_ms": 10_000, "log_requests": "true",
     }  # fmt: skip
     kvshare = [
         part for name, value in settings.items() for part in (f"--kvshare.{name}", str(value))
@@ -97,7 +95,7 @@ def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         )
     try:
         wait_for(port, process, log)
-        yield Server(process, port, before)
+        yield Server(process, port, log, before)
     finally:
         process.terminate()
         try:
@@ -150,13 +148,17 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"no server after {START_S} s: {log.read_text()[-4000:]}")
 
 
-def stored(home: Path, nodes: int) -> dict[str, Any]:
-    """Stats once that many prompts are stored."""
+def stored(home: Path, nodes: int, *, exactly: bool = False) -> dict[str, Any]:
+    """Stats once that many prompts are stored, or exactly as many: a prompt with its answer takes
+    the place of the prompt, and for a moment both are there."""
     with Client(home) as client:
         deadline = time.monotonic() + 30
-        while client.stats()["nodes"] < nodes and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            stats = client.stats()
+            if stats["nodes"] == nodes or (stats["nodes"] > nodes and not exactly):
+                break
             time.sleep(0.1)
-        return client.stats()
+        return stats
 
 
 def words(text: str) -> list[str]:
@@ -166,7 +168,7 @@ def words(text: str) -> list[str]:
 def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path) -> None:
     family = next(family for family in FAMILIES if family.name == "support_ticket")
     ask(family.donor)
-    assert stored(home, 1)["nodes"] == 1
+    assert stored(home, 1, exactly=True)["nodes"] == 1
     edited = ask(family.followers[0], cache_salt=None)
     after = stored(home, 2)
     assert after["hits_edited"] == 1
@@ -178,9 +180,9 @@ def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path
 
 def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
     family = next(family for family in FAMILIES if family.name == "support_ticket")
-    before = stored(home, 2)
+    before = stored(home, 2, exactly=True)
     ask(family.donor, cache_salt="another tenant")
-    after = stored(home, before["nodes"] + 1)
+    after = stored(home, before["nodes"] + 1, exactly=True)
     assert after["misses"] == before["misses"] + 1
     assert after["nodes"] == before["nodes"] + 1
 
@@ -204,6 +206,25 @@ def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
     assert (said["kvshare.reason"], said["kvshare.asked"]) == ("unknown_policy", "wild")
     streamed = call("chat/completions", chat(text, stream=True))
     assert streamed.rstrip().endswith("data: [DONE]")
+
+
+def test_rewritten_histories_stream_and_say_in_the_log_what_was_reused(
+    server: Server, home: Path
+) -> None:
+    """What the chat example does, with one conversation whose system prompt has the time in it."""
+    client = ChatClient("demo", server.port, "demo", server.log)
+    dated = next(rewrite for rewrite in REWRITES if "date" in rewrite.name)
+    for one in requests(written()[2:3], dated, 3):
+        before = stored(home, 1)["nodes"]
+        answer = client.ask(one.messages, "a conversation", 4)
+        stored(home, before + 1)
+        parts = ("reused", "prefix_cached", "recomputed")
+        assert sum(int(answer.report[f"kvshare.{part}"]) for part in parts) == answer.tokens
+        assert answer.text
+        assert answer.ttft_s > 0
+        if one.turn > 1:
+            assert int(answer.report["kvshare.edited"]) > 300
+            assert answer.computed < answer.tokens - 300
 
 
 def test_a_stopped_server_leaves_the_daemon_to_others(server: Server, ask: Ask, home: Path) -> None:

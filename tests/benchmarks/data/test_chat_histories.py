@@ -1,4 +1,4 @@
-"""Conversations as an engine receives them, and what a rewrite does to their histories."""
+"""Recorded conversations, and histories as tokens."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.data.chat_histories import REWRITES, as_tokens, conversations, turns
-from benchmarks.data.datasets import MissingDataError
+from benchmarks.data.chat_histories import as_tokens, conversations
+from benchmarks.data.datasets import DataFormatError, MissingDataError
+from examples.prompts.histories import turns
 
-RESULT = "a long result " * 40
-RECORDED = [
-    {"role": "system", "content": "The current time is 2024-05-15 15:00:00 EST."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": None,
-     "tool_calls": [{"function": {"name": "look", "arguments": "{}"}, "id": "1"}]},
-    {"role": "tool", "content": RESULT, "name": "look"},
-    {"role": "assistant", "content": "Once more."},
-    {"role": "tool", "content": RESULT, "name": "look"},
-    {"role": "assistant", "content": "Done."},
-]  # fmt: skip
+MESSAGES = [
+    {"role": role, "content": f"{role} {number}"}
+    for number in range(2)
+    for role in ("user", "assistant")
+]
 
 
 class Letters:
@@ -31,44 +26,24 @@ class Letters:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
-@pytest.fixture
-def recorded(tmp_path: Path) -> list[dict[str, str]]:
-    (tmp_path / "tau").mkdir()
-    (tmp_path / "tau" / "airline.jsonl").write_text(json.dumps({"messages": RECORDED}) + "\n")
+def write(data: Path, line: str) -> None:
+    (data / "tau").mkdir()
+    (data / "tau" / "airline.jsonl").write_text(line + "\n")
+
+
+def test_a_later_turn_begins_with_the_tokens_of_an_earlier_one(tmp_path: Path) -> None:
+    write(tmp_path, json.dumps({"messages": MESSAGES}))
     (only,) = conversations(tmp_path)
-    return only
-
-
-def texts(messages: list[dict[str, str]]) -> list[str]:
-    return [message["content"] for message in messages]
-
-
-def test_every_answer_has_the_history_before_it(recorded: list[dict[str, str]]) -> None:
-    assert [len(history) for history in turns(recorded)] == [2, 4, 6]
-    assert '<tool_call>{"arguments": "{}", "name": "look"}</tool_call>' in texts(recorded)[2]
-    encoded = as_tokens(turns(recorded)[1], Letters())
-    assert as_tokens(turns(recorded)[2], Letters())[: len(encoded)] == encoded
-
-
-def test_each_rewrite_changes_what_its_name_says(recorded: list[dict[str, str]]) -> None:
-    last = turns(recorded)[-1]
-    changed = {
-        rewrite.name: [
-            at
-            for at, (old, new) in enumerate(
-                zip(texts(last), texts(rewrite.apply(last, 3)), strict=True)
-            )
-            if old != new
-        ]
-        for rewrite in REWRITES
-    }
-    assert changed == {
-        "as it is": [],
-        "old tool results truncated": [3],
-        "a date in the system prompt": [0],
-    }
+    first, second = (as_tokens(history, Letters()) for history in turns(only))
+    assert second[: len(first)] == first
 
 
 def test_missing_conversations_say_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match="tau-bench"):
+        next(conversations(tmp_path))
+
+
+def test_what_is_no_conversation_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "{}")
+    with pytest.raises(DataFormatError, match="line 1"):
         next(conversations(tmp_path))

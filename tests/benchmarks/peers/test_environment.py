@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.environment import PeerMissingError, make_importable, python_with
+from benchmarks.peers.environment import (
+    ENVIRONMENT,
+    PeerMissingError,
+    make_importable,
+    python_with,
+)
 
 
 def test_a_missing_package_says_how_to_get_it(
@@ -15,3 +20,7 @@ def test_a_missing_package_says_how_to_get_it(
     assert python_with("json") == sys.executable
     with pytest.raises(PeerMissingError, match="make bench-setup"):
         make_importable("a_package_nobody_has")
+
+
+def test_the_environment_is_where_make_puts_it() -> None:
+    assert f"{ENVIRONMENT.name}/packages.stamp" in (ENVIRONMENT.parent / "Makefile").read_text()

@@ -1,0 +1,1 @@
+"""The chat example: conversations through `kvshare vllm serve`, beside vLLM alone."""

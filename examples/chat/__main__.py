@@ -1,0 +1,7 @@
+"""`python -m examples.chat`."""
+
+import sys
+
+from examples.chat.run import main
+
+sys.exit(main())
