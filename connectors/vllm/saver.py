@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -102,9 +103,14 @@ class Saver:
     def _do(self, client: Client, work: Snapshot | Message) -> None:
         try:
             if isinstance(work, Snapshot):
-                self._save(client, work)
+                task = partial(self._save, client, work)
             else:
-                client.call(work() if callable(work) else work)
+                task = partial(client.call, work() if callable(work) else work)
+            try:
+                task()
+            except UnavailableError:  # a daemon that came back hears of it on a new connection
+                client.reconnect()
+                task()
         except (UnavailableError, DeadlineError) as error:
             log_once(error)
             client.reconnect()
