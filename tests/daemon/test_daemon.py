@@ -169,7 +169,7 @@ def test_an_answer_that_extends_too_much(wire: Peer, extends: Any, kind: str) ->
 
 def test_a_client_of_the_release_before_saves_prompts(wire: Peer) -> None:
     wire.ask(protocol.Hello())
-    stage = protocol.Stage(NAMESPACE, np.asarray(prompt(102, 40), np.int32).tobytes(), Reuse())
+    stage = protocol.Stage(NAMESPACE, np.asarray(prompt(172, 40), np.int32).tobytes(), Reuse())
     fields = msgspec.msgpack.decode(protocol.encode(stage))
     assert fields.pop("extends") == 0
     wire.send(msgspec.msgpack.encode(fields))

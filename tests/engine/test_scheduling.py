@@ -46,7 +46,7 @@ def nothing_left_behind(engine: Engine) -> Iterator[None]:
     yield
     engine.check_idle()
     stats = engine.client.stats()
-    reused = stats["tokens_reused_exact"] + stats["tokens_reused_edited"]
+    reused = sum(stats[f"tokens_reused_{kind}"] for kind in ("exact", "continued", "edited"))
     assert stats["tokens_requested"] == reused + stats["tokens_recomputed"]
     assert all(step.rows <= ROWS for step in engine.steps)
     assert all(step.tokens <= 512 for step in engine.steps)
@@ -126,7 +126,7 @@ def test_what_follows_edited_rows_is_stored_with_its_own_rows(
         assert gained["hits_edited"] == gained["nodes"] == 1
         with engine.counted() as gained:
             second = engine.ask(follower)
-    assert gained["tokens_reused_edited"] + gained["tokens_reused_exact"] == len(follower) - 1
+    assert gained["tokens_reused_continued"] + gained["tokens_reused_exact"] == len(follower) - 1
     assert second.agrees(first)
 
 

@@ -125,7 +125,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.config = StoreConfig(home=str(self.home), **self.store_settings)
         self.namespaces = [Namespace("m", self.row_layout, tenant=tenant) for tenant in "ab"]
         self.clock = Clock()
-        self.books = {space.digest: RowBook(self.row_layout) for space in self.namespaces}
+        self.books = {
+            space.digest: RowBook(self.row_layout, whole=True) for space in self.namespaces
+        }
         self.prompts: list[tuple[int, ...]] = []
         self.open: list[Open] = []
         self.staged: list[tuple[str, Staged]] = []

@@ -121,8 +121,10 @@ class RowOracle(Protocol):
 class RowBook:
     """Every row that was ever saved, by its bytes."""
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, *, whole: bool = False) -> None:
+        """`whole`: every prompt that is computed in part is noted with `complete`."""
         self.layout = layout
+        self._whole = whole
         self._facts: dict[bytes, RowFact] = {}
         self._prompts: list[tuple[list[int], list[bytes]]] = []
         """Tokens and rows of every prompt that was computed in part."""
@@ -179,7 +181,7 @@ class RowBook:
         """Some prompt that begins with the same tokens had these very rows in these places."""
         start, stop = plan.exact, plan.continued
         assert positions_of(s for s in plan.spans if s.continued) == list(range(start, stop))
-        if stop:
+        if stop and self._whole:
             assert any(
                 known[:stop] == tokens[:stop] and rows[start:stop] == keys[start:stop]
                 for known, rows in self._prompts
@@ -207,7 +209,7 @@ class Driver:
     def __init__(self, store: Store, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.store = store
         self.namespace = namespace
-        self.book = book or RowBook(namespace.layout)
+        self.book = book or RowBook(namespace.layout, whole=True)
         self._salts = itertools.count()
         self._loaded: dict[str, Rows] = {}
         """What each plan with edited rows was served, by its lease."""

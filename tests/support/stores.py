@@ -52,7 +52,7 @@ def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator
     All of them know the rows that any of them saved.
     """
     opened: list[Store] = []
-    book = RowBook(namespace.layout)
+    book = RowBook(namespace.layout, whole=True)
 
     def open_(**changes: Any) -> Driver:
         while opened:
