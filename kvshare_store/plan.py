@@ -82,6 +82,8 @@ class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     start: int
     digest: bytes
     """Of the edited spans, 16 bytes."""
+    stop: int = 0
+    """Where the last of them ends."""
 
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -166,11 +168,12 @@ def contexts_of(
     contexts = list(inherited)
     before = [context for context in contexts if context.start < exact]
     if before:
-        contexts = [Context(exact, _digest(before)), *contexts[len(before) :]]
+        stop = max(context.stop for context in before)
+        contexts = [Context(exact, _digest(before), stop), *contexts[len(before) :]]
     edited = list(_joined(span for span in spans if span.edited))
     if edited:
         made_of = [(s.start, s.length, s.source, names[s.block], s.row) for s in edited]
-        contexts.append(Context(edited[0].start, _digest(made_of)))
+        contexts.append(Context(edited[0].start, _digest(made_of), edited[-1].stop))
     return tuple(contexts)
 
 
@@ -192,6 +195,16 @@ def _following(span: Span, length: int) -> Span:
     """The next rows of the same block, for the next positions."""
     places = {"start": span.stop, "source": span.source + span.length}
     return msgspec.structs.replace(span, row=span.row + span.length, length=length, **places)
+
+
+def cut_contexts(contexts: Iterable[Context], length: int) -> tuple[Context, ...]:
+    """The contexts of the first `length` rows of a prompt. One whose edited rows go on behind them
+    is another one: what follows is not what followed there."""
+    return tuple(
+        c if c.stop <= length else Context(c.start, _digest((c.digest, length)), length)
+        for c in contexts
+        if c.start < length
+    )
 
 
 def _digest(made_of: Any) -> bytes:

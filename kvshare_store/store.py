@@ -129,7 +129,7 @@ class Store:
         `without`: of one to leave out. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
-        if only and donor is None:
+        if only and (donor is None or donor.namespace != namespace.digest):
             raise NodeError(f"node {only[:12]} is not in the store")
         return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without)
 
@@ -319,6 +319,9 @@ class Store:
         found = matching(self.nodes, namespace, tenant)
         parts = self.repository, self._serving, self._saving
         purges = [Purge(*parts, one, given_up) for one in found]
+        if not dry_run:
+            for one in found:
+                self.requests.forget(one.digest)
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:

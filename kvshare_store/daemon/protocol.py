@@ -18,6 +18,8 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
 from kvshare_store.save.staging import Reuse
 
+Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
+"""Of nodes, or what they begin with; asked for under the store's lock."""
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 OLDEST, NEWEST = 2, 2
@@ -179,7 +181,7 @@ class Diff(msgspec.Struct, frozen=True, tag="diff"):
 class HasNodes(msgspec.Struct, frozen=True, tag="has_nodes"):
     """Reply: for each id whether that node is here. Those that are count as used just now."""
 
-    nodes: tuple[str, ...]
+    nodes: Ids
 
 
 class PlanNode(msgspec.Struct, frozen=True, tag="plan_node"):
@@ -196,7 +198,7 @@ class PlanNode(msgspec.Struct, frozen=True, tag="plan_node"):
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
     """Remove nodes by their ids, pinned or not. Reply: the ids of those that were here."""
 
-    nodes: tuple[str, ...]
+    nodes: Ids
 
 
 class Held(msgspec.Struct, frozen=True, tag="held"):
@@ -231,7 +233,7 @@ class Pin(msgspec.Struct, frozen=True, tag="pin"):
 class Evict(msgspec.Struct, frozen=True, tag="evict"):
     """Forget the nodes for which all that is given holds; pinned ones stay. Reply: `Evicted`."""
 
-    nodes: tuple[str, ...] = ()
+    nodes: Ids = ()
     """Ids, or unique beginnings of them."""
     tenant: str | None = None
     older_than: Seconds | None = None
@@ -246,7 +248,7 @@ class Export(msgspec.Struct, frozen=True, tag="export"):
 
     path: str
     """Absolute, as the daemon sees it."""
-    nodes: tuple[str, ...] = ()
+    nodes: Ids = ()
     """Ids, or unique beginnings of them."""
     tenant: str | None = None
     plain: bool = False

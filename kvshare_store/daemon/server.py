@@ -235,8 +235,10 @@ class Server:
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
-        left_ms = (message.until - time.monotonic()) * 1e3 if message.until else None
-        if client.gone or (left_ms is not None and left_ms < 0):
+        left_ms = self.config.plan_deadline_ms
+        if message.until:
+            left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
+        if client.gone or not left_ms >= 0:  # nor where it is no number
             raise DeadlineError("the client has stopped waiting for these rows")
         return self.store.plan_node(message.node, owner=client.owner, deadline_ms=left_ms)
 

@@ -50,6 +50,10 @@ _CHARACTERS = codecs.lookup(f"utf-32-{sys.byteorder[0]}e").name
 """Looked up here, or the first prompt would wait for the import of the codec."""
 
 
+_MOST_STRETCHES = 1 << 12
+"""The longest that are looked at: text that repeats one token has as many as it has places."""
+
+
 def common_prefix(a: Tokens, b: Tokens) -> int:
     """Length of the longest common prefix; costs as much as that prefix is long."""
     shorter = min(len(a), len(b))
@@ -158,6 +162,9 @@ def _runs(
     starts, sources, lengths = _stretches(seeds, least_seeds)
     if not len(starts):
         return []
+    if len(starts) > _MOST_STRETCHES:
+        longest = np.sort(np.argsort(-lengths, kind="stable")[:_MOST_STRETCHES])
+        starts, sources, lengths = starts[longest], sources[longest], lengths[longest]
     starts, sources, lengths = _equal(request, donor, starts, sources, lengths)
     bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
     begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
@@ -165,12 +172,12 @@ def _runs(
         (starts + lengths, sources + lengths),
         np.minimum(end - starts, len(donor) - sources),
     )
-    lengths += _extents(request, donor, *ends, room - lengths)
+    lengths += _extents(request, donor, *ends, room - lengths, effort)
     backwards, room = (
         (len(request) - starts, len(donor) - sources),
         np.minimum(starts - begin, sources),
     )
-    before = _extents(request[::-1], donor[::-1], *backwards, room)
+    before = _extents(request[::-1], donor[::-1], *backwards, room, effort)
     long = before + lengths >= shortest
     found = np.stack((starts - before, sources - before, lengths + before), 1)[long]
     runs: list[Match] = []
@@ -221,9 +228,15 @@ def _equal(
 
 
 def _extents(
-    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, room: Positions
+    request: Tokens,
+    donor: Tokens,
+    starts: Positions,
+    sources: Positions,
+    room: Positions,
+    effort: Effort,
 ) -> Positions:
-    """How many tokens are equal from each pair of places on, at most as many as there is room."""
+    """How many tokens are equal from each pair of places on, at most as many as there is room, or
+    as the effort allows to look at."""
     counts = np.zeros_like(starts)
     going_on = np.arange(len(starts))
     for ahead in _AHEAD:
@@ -238,7 +251,11 @@ def _extents(
     for at in going_on.tolist():
         first, second = starts[at] + counts[at], sources[at] + counts[at]
         stop = starts[at] + room[at]
-        counts[at] += common_prefix(request[first:stop], donor[second:])
+        if not effort.spend(_CALL):
+            break
+        more = common_prefix(request[first:stop], donor[second:])
+        effort.spend(more)
+        counts[at] += more
     return counts
 
 
@@ -271,7 +288,8 @@ def _cut(
     for run in (*_heaviest_chain(runs), Match(len(request), len(donor), 0)):
         ours, theirs = request[at : run.start], donor[source : run.source]
         piece = Run(at, run.start), Run(source, run.source)
-        if min(len(ours), len(theirs)) >= least and (least < GRAM or _promising(*piece, seeds)):
+        wanted = min(len(ours), len(theirs)) >= max(1, least)
+        if wanted and (least < GRAM or _promising(*piece, seeds)) and effort.spend(_CALL):
             inside = align(ours, theirs, effort, least=least)
             found += [Match(at + m.start, source + m.source, m.length) for m in inside]
         found.append(run)

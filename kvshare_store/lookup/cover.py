@@ -13,7 +13,7 @@ from kvshare_store.lookup.policy import Mask, edges_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node, segments_between
 from kvshare_store.nodes.vectors import Vector, lexical_vector
-from kvshare_store.plan import Context, Run, Span, contexts_of
+from kvshare_store.plan import Context, Run, Span, contexts_of, cut_contexts
 
 
 class Cover:
@@ -94,7 +94,7 @@ class Cover:
         """Behind which edited rows the continued ones were computed."""
         if not self.continued or self.continues is None:
             return ()
-        inherited = (c for c in self.continues.contexts if c.start < self.in_place)
+        inherited = cut_contexts(self.continues.contexts, self.in_place)
         return contexts_of(inherited, (), (), self.exact)
 
     def _add_prefix(self, node: Node, start: int, stop: int) -> None:

@@ -100,7 +100,8 @@ def as_strict(policy: PolicyName) -> tuple[str, ...]:
 def continues(policy: ReusePolicy, node: Node) -> bool:
     """Whether a request may go on with the edited rows of `node`, in their own context: nothing
     becomes more approximate by that."""
-    allowed = policy.edited and node.policy in as_strict(policy.name)
+    known = bool(node.policy and node.contexts)  # releases before did not write them
+    allowed = policy.edited and known and node.policy in as_strict(policy.name)
     return allowed and node.generation <= policy.max_generation
 
 

@@ -88,6 +88,10 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
         return self.lookup + self.load
 
 
+_MOST_RUNS = 256
+"""Of one plan that are kept; a plan may have thousands."""
+
+
 class RequestLog:
     """A ring of the last requests. Thread-safe."""
 
@@ -121,7 +125,7 @@ class RequestLog:
             cached=outcome.cached,
             generation=plan.generation,
             donors=plan.donors,
-            spans=runs_by_kind(plan.spans),
+            spans=runs_by_kind(plan.spans)[:_MOST_RUNS],
             lookup=lookup,
             load=outcome.seconds,
             held=held,
@@ -145,6 +149,14 @@ class RequestLog:
             room -= len(self._entries[at].prompt)
             if room < 0 and self._entries[at].prompt:
                 self._entries[at] = msgspec.structs.replace(self._entries[at], prompt=b"")
+
+    def forget(self, digest: str) -> None:
+        """Drop what a namespace has asked."""
+        with self._lock:
+            kept = [
+                e for e in self._entries if not (e.namespace and digest.startswith(e.namespace))
+            ]
+            self._entries = deque(kept, maxlen=_ENTRIES)
 
     def last(
         self, limit: int, *, declined: bool = False, slow: bool = False, request: str = ""

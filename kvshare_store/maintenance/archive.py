@@ -8,6 +8,7 @@ verified, then nodes are taken from it, so a damaged one changes nothing.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import blake3
 import msgspec
 
+from kvshare_store.config import policy_names
 from kvshare_store.errors import (
     ConfigError,
     CorruptBlockError,
@@ -33,6 +35,7 @@ NAMESPACE, BLOCK, NODE, _END = b"S", b"B", b"N", b"E"
 _LONGEST = 1 << 32
 """Bytes of a record that anybody would write."""
 _HASHED = 1 << 20
+_MOST_GENERATIONS = 1 << 15
 
 
 class Writer:
@@ -68,6 +71,8 @@ class Contents(NamedTuple):
     namespaces: dict[str, Namespace]
     nodes: list[Node]
     blocks: dict[str, tuple[int, int]]
+    facts: dict[str, tuple[str, int]]
+    """Of each block: its namespace, and bytes of its rows."""
 
 
 def verified(file: BinaryIO, path: Path) -> Contents:
@@ -76,7 +81,7 @@ def verified(file: BinaryIO, path: Path) -> Contents:
     `ConfigError` for a file that is no archive, `ShortBlockError` for one that is cut off,
     `CorruptBlockError` for one that is damaged.
     """
-    contents = Contents({}, [], {})
+    contents = Contents({}, [], {}, {})
     for kind, at, body in _records(file, path):
         try:
             _take(contents, kind, at, body)
@@ -131,8 +136,11 @@ def _take(contents: Contents, kind: bytes, at: int, body: bytes) -> None:
         contents.namespaces[namespace.digest] = namespace
     elif kind == BLOCK:
         name = split_frame(body)[0].name
-        decode_frame(body, name)
+        block = decode_frame(body, name)
+        if block.lossy:  # nothing says whose rows these are
+            raise PlanError("rows that a codec changed cannot be verified by their name")
         contents.blocks[name] = (at, len(body))
+        contents.facts[name] = block.namespace, len(block.data)
     elif kind == NODE:
         contents.nodes.append(decode_node(body))
     else:
@@ -140,7 +148,7 @@ def _take(contents: Contents, kind: bytes, at: int, body: bytes) -> None:
 
 
 def _check(contents: Contents, node: Node, path: Path) -> None:
-    """A node must be whole, and its blocks of its namespace and long enough."""
+    """A node must be whole, and its blocks of its namespace and as long as it says."""
     namespace = contents.namespaces.get(node.namespace)
     if namespace is None:
         raise CorruptBlockError(f"archive {path} lacks the namespace of node {node.id[:12]}")
@@ -153,6 +161,19 @@ def _check(contents: Contents, node: Node, path: Path) -> None:
     lacking = [name for name in node.blocks if name not in contents.blocks]
     if lacking:
         raise CorruptBlockError(f"archive {path} lacks block {lacking[0][:12]} of {node.id[:12]}")
+    facts = [(node.namespace, nbytes) for nbytes in node.block_bytes]
+    moved = any(s.source != s.start for s in node.segments if s.start < node.exact_rows)
+    if facts != [contents.facts[name] for name in node.blocks] or moved or not _sane(node):
+        raise CorruptBlockError(f"archive {path}: node {node.id[:12]} is not what it says")
+
+
+def _sane(node: Node) -> bool:
+    policies = ("", *policy_names()) if node.generation else ("",)
+    return (
+        node.policy in policies
+        and math.isfinite(node.created)
+        and node.generation <= _MOST_GENERATIONS
+    )
 
 
 def block_at(file: BinaryIO, contents: Contents, name: str) -> Block:

@@ -15,6 +15,7 @@ from kvshare_store.errors import (
     ConfigError,
     KVShareError,
     MissError,
+    MissingBlockError,
     NoSpaceError,
     StorageError,
 )
@@ -69,7 +70,8 @@ def export_nodes(
         raise ConfigError("this store is encrypted and an archive is not: say --plain if it may be")
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(beside, flags, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 found = _export(repository, nodes, file)
@@ -98,6 +100,8 @@ def _export(repository: Repository, nodes: Sequence[Node], file: BinaryIO) -> Ex
             for name in node.blocks:
                 if name not in written:
                     block = repository.blocks.read(name)
+                    if block.lossy:
+                        raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
                     head, payload = encode_frame(name, block)
                     writer.put(BLOCK, head, memoryview(payload).cast("B"))
                     written.add(name)

@@ -14,7 +14,7 @@ import numpy as np
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, segments_between
-from kvshare_store.plan import Context, Span, clip_spans
+from kvshare_store.plan import Span, clip_spans, cut_contexts
 from kvshare_store.save.staging import Reuse, Save, of_used_blocks
 
 _REMEMBERED = 4096
@@ -110,7 +110,7 @@ def rows_of(base: Node, length: int) -> Reuse:
             base.generation if exact < length else 0,
             (base.stamp,),
             base.policy,
-            _contexts(base.contexts, length),
+            cut_contexts(base.contexts, length),
         )
     )
 
@@ -119,16 +119,11 @@ def _marked(spans: Iterable[Span], *, exact: bool, continued: bool) -> Iterator[
     return (msgspec.structs.replace(span, exact=exact, continued=continued) for span in spans)
 
 
-def _contexts(contexts: Iterable[Context], length: int) -> tuple[Context, ...]:
-    """Those of the first rows."""
-    return tuple(context for context in contexts if context.start < length)
-
-
 def _has_rows(node: Node, length: int, reuse: Reuse) -> bool:
     """Whether the first rows of a node, whose tokens agree, are those that `reuse` leads to."""
     if reuse.generation == 0:
         return node.exact_rows >= length
-    same = _contexts(node.contexts, length) == reuse.contexts
+    same = cut_contexts(node.contexts, length) == reuse.contexts
     return same and bool(reuse.contexts) and node.generation == reuse.generation
 
 

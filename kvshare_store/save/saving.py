@@ -76,12 +76,15 @@ class Saving:
         """What is to be saved; None if the rows that it builds on are not here as it says."""
         check_reuse(reuse, len(request))
         check_extends(extends, reuse, len(request))
-        if len(reuse.donors) > self._config.max_donors + 1:
+        # an exact prefix, what continues an edited prompt, and a first donor come beside them
+        if len(reuse.donors) > self._config.max_donors + 3:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         base, verified = None, None
         if not extends:
             reuse = of_used_blocks(reuse)
             verified = self._verified(reuse, request, namespace)
+        elif not self._fits_quota(len(request), namespace):
+            return None  # the prompt without its answer is better than neither
         elif base := self._answers.base(namespace.digest, request[:extends], reuse):
             reuse = rows_of(base, extends)
             verified = check_provenance(reuse, request, namespace.digest, [base])
@@ -96,6 +99,10 @@ class Saving:
             verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
         )
         return Save(namespace, request, reuse, sizes, verified.policy, staged, owner, extends, base)
+
+    def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
+        quota = self._config.namespace_bytes
+        return not quota or rows * namespace.layout.row_bytes <= quota
 
     def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
         """What the donors vouch for; None if one that could is gone, or has another form since."""
@@ -220,8 +227,9 @@ class Saving:
             filled = fresh.pop()
             self._pool.seal(filled.offset, filled.name, filled.block)
         self._nodes.add(node, vectors)
-        if node.exact:
-            self._nodes.remove([node_id(node.namespace, save.tokens, False)])
+        edited = self._nodes.tree.get(node_id(node.namespace, save.tokens, False))
+        if node.exact and edited is not None and not edited.pinned:
+            self._nodes.remove([edited.id])
         self._answers.stored(save, node.id)
         if save.extends:
             self._metrics.add("answers_stored")

@@ -12,7 +12,7 @@ from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, gaps
+from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, cut_contexts, gaps
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_GENERATIONS = 1 << 15
@@ -142,6 +142,8 @@ def check_reuse(reuse: Reuse, length: int) -> None:
         if not (in_place or span.edited):
             raise PlanError(f"span {span} stands behind edited rows")
         at = span.stop
+    if not reuse.contexts and any(span.continued for span in reuse.spans):
+        raise PlanError("rows are continued, but nothing says in which context")
     starts = [context.start for context in reuse.contexts]
     if starts != sorted(starts) or any(not 0 <= start < length for start in starts):
         raise PlanError("contexts do not ascend within the prompt")
@@ -198,5 +200,5 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
     names = tuple(block.name for block in plan.blocks)
     generation = 0 if exact else plan.generation
     stop = max((span.stop for span in kept if span.continued), default=0)
-    contexts = tuple(context for context in plan.contexts if context.start < stop)
+    contexts = cut_contexts(plan.contexts, stop)
     return Reuse(kept, names, plan.donors, generation, plan.stamps, plan.policy, contexts)

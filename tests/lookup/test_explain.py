@@ -221,3 +221,20 @@ def test_the_log_is_bounded(driver: Open, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(1100):
         engine.store.decline("late", 1)
     assert len(engine.store.requests.last(5000)) == 1000
+
+
+def test_a_donor_of_another_tenant_is_not_explained(driver: Open) -> None:
+    engine = driver()
+    stranger = Driver(engine.store, engine.namespace.for_tenant("stranger"))
+    node = stranger.save(prompt())
+    with pytest.raises(NodeError):
+        engine.store.explain(prompt(), engine.namespace, only=node or "")
+
+
+def test_what_was_purged_is_not_in_the_log(driver: Open) -> None:
+    engine = driver(log_prompts=True)
+    engine.save(prompt())
+    engine.serve(prompt())
+    assert engine.store.requests.last(10)
+    engine.store.purge(engine.namespace.digest)
+    assert not engine.store.requests.last(10)

@@ -74,7 +74,7 @@ class Shelf:
             exact_rows=exact,
             generation=generation,
             policy=policy if generation else "",
-            contexts=contexts,
+            contexts=contexts or ((Context(exact, b"edited"),) if generation else ()),
         )
         self.tree.add(node)
         self.index.add(node, Vectors(lexical_vector(array), semantic))

@@ -281,3 +281,13 @@ def test_donors_of_others_are_no_prompts_of_mine(engine: Driver) -> None:
     names = (one.save(PROMPT), engine.save([1, *PROMPT]))
     reuse = Reuse(donors=(*map(str, names), "nobody"), stamps=(7,), blocks=("ab" * 32,))
     assert stage(engine, PROMPT, ANSWER, reuse).known
+
+
+def test_an_answer_that_is_too_much_for_the_quota_does_not_take_its_prompt_along(
+    driver: Open,
+) -> None:
+    row = driver().namespace.layout.row_bytes
+    engine = driver(namespace_bytes=45 * row)
+    engine.save(PROMPT)
+    assert save(engine, PROMPT, ANSWER) is None
+    assert node(engine, PROMPT) is not None

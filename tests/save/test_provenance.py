@@ -219,7 +219,7 @@ def test_more_donors_than_any_plan_has(driver: Open) -> None:
     engine = driver(max_donors=2)
     engine.save(TOKENS)
     reuse = reuse_all(engine)
-    refused(engine, [*TOKENS, 1], msgspec.structs.replace(reuse, donors=reuse.donors * 4))
+    refused(engine, [*TOKENS, 1], msgspec.structs.replace(reuse, donors=reuse.donors * 6))
 
 
 @pytest.mark.parametrize("generation", [-1, 0, 1, 2, 1 << 40])
@@ -288,7 +288,7 @@ def test_a_continued_prompt_keeps_generation_policy_and_context(driver: Open) ->
     edited = engine.store.tree.get(engine.serve_and_save(other) or "")
     assert edited is not None
     assert edited.generation == 2
-    assert edited.contexts[:-1] == node.contexts
+    assert [c.start for c in edited.contexts] == [node.exact_rows, 31]
 
 
 def test_continued_rows_are_a_prefix_of_an_edited_prompt(driver: Open) -> None:
@@ -309,6 +309,7 @@ def test_continued_rows_are_a_prefix_of_an_edited_prompt(driver: Open) -> None:
         ([tokens[0] + 1, *tokens[1:]], honest),
         ([1, *tokens], moved(honest)),
         (tokens, msgspec.structs.replace(honest, contexts=(Context(len(tokens), b""),))),
+        (tokens, msgspec.structs.replace(honest, contexts=())),
     ]
     for request, lie in lies:
         with pytest.raises(PlanError):
@@ -323,6 +324,28 @@ def moved(reuse: Reuse) -> Reuse:
         if span.continued
     ]
     return msgspec.structs.replace(reuse, spans=tuple(spans))
+
+
+def test_a_context_that_is_cut_is_another_one(driver: Open) -> None:
+    """Behind the cut stand other rows than behind the whole."""
+    engine = driver()
+    node = edited_prompt(engine)
+    tokens = node.tokens.tolist()
+    (context,) = node.contexts
+    assert context.stop == len(tokens) - 1
+    shorter = engine.plan(tokens[:30] + prompt(7, 20))
+    (cut,) = shorter.contexts
+    assert (cut.start, cut.stop) == (context.start, 30)
+    assert cut.digest != context.digest
+    engine.finish(shorter)
+
+
+def test_a_pinned_prompt_stays_when_it_is_saved_exactly(driver: Open) -> None:
+    engine = driver()
+    node = edited_prompt(engine)
+    engine.store.pin(node.id)
+    engine.save(node.tokens.tolist())
+    assert engine.store.tree.get(node.id) is not None
 
 
 def test_a_stricter_policy_does_not_continue_laxer_rows(driver: Open) -> None:
