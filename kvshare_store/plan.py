@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -55,6 +56,11 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def edited(self) -> bool:
         """Its rows moved, or stand behind other text than the one they were computed behind."""
         return not (self.exact or self.continued)
+
+    @property
+    def kind(self) -> str:
+        """`exact`, `continued` or `edited`."""
+        return "exact" if self.exact else "continued" if self.continued else "edited"
 
     def clip(self, start: int, stop: int) -> Span | None:
         """The part of this span inside `start … stop-1`, or None."""
@@ -226,6 +232,27 @@ def _gaps(spans: Iterable[Span], start: int, stop: int) -> Iterator[Run]:
             return
     if at < stop:
         yield Run(at, stop)
+
+
+class Reused(NamedTuple):
+    """Tokens of one prompt that need not be computed, by kind."""
+
+    exact: int = 0
+    continued: int = 0
+    edited: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def reused_of(spans: Iterable[Span]) -> Reused:
+    """How many tokens spans cover, by kind."""
+    counts = Counter[str]()
+    for span in spans:
+        counts[span.kind] += span.length
+    return Reused(**counts)
 
 
 def clip_spans(spans: Iterable[Span], start: int, stop: int) -> list[Span]:

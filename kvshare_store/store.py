@@ -319,9 +319,6 @@ class Store:
         found = matching(self.nodes, namespace, tenant)
         parts = self.repository, self._serving, self._saving
         purges = [Purge(*parts, one, given_up) for one in found]
-        if not dry_run:
-            for one in found:
-                self.requests.forget(one.digest)
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:

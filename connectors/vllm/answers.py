@@ -8,6 +8,8 @@ from typing import Any
 from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.settings import PREFIX
 
+from kvshare_store.plan import reused_of
+
 log = logging.getLogger("kvshare")
 
 _LONGEST = 64
@@ -23,18 +25,14 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     `reused` is `exact` + `continued` + `edited`. `reason` says why nothing was reused, `asked`
     what the client wanted and did not get, `unknown` which of its parameters mean nothing.
     """
-    exact = sum(span.length for span in state.loaded if span.exact)
-    continued = sum(span.length for span in state.loaded if span.continued)
-    reused = sum(span.length for span in state.loaded)
+    reused = reused_of(state.loaded)
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
     # the daemon has the last word: another engine may have started it with a stricter policy
     policy = state.stored.policy if state.stored is not None else state.policy
     said: dict[str, Any] = {
-        "reused": reused,
-        "exact": exact,
-        "continued": continued,
-        "edited": reused - exact - continued,
-        "recomputed": state.length - state.local - reused,
+        "reused": reused.tokens,
+        **reused._asdict(),
+        "recomputed": state.length - state.local - reused.tokens,
         "prefix_cached": state.local,
         "donor": donors[0] if donors else "",
         "reason": "" if state.loaded else state.declined or state.reason,

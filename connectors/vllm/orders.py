@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import ReusePlan, Run, gaps
+from kvshare_store.plan import ReusePlan, Run, gaps, reused_of
 from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Orders:
 
     def load(self, state: RequestState, plan: ReusePlan) -> None:
         """Order the promised rows to be written into the blocks that vLLM gave the request."""
-        reused = sum(span.length for span in state.loaded)
+        reused = reused_of(state.loaded)
         spec = LoadSpec(
             request_id=state.id,
             lease=plan.lease,
@@ -52,9 +52,9 @@ class Orders:
             blocks=plan.blocks,
             block_ids=state.block_ids[0],
             start=state.local,
-            exact=sum(span.length for span in state.loaded if span.exact),
-            continued=sum(span.length for span in state.loaded if span.continued),
-            recomputed=state.length - state.local - reused,
+            exact=reused.exact,
+            continued=reused.continued,
+            recomputed=state.length - state.local - reused.tokens,
         )
         self._step.loads.append(spec)
 
@@ -176,7 +176,7 @@ class Orders:
 
 def _kept(reuse: Reuse, tokens: int) -> Kept:
     """The first `tokens` rows of a prompt that was computed with `reuse`."""
-    contexts = contexts_of_rows(reuse, tokens) if reuse.generation else ()
+    contexts = contexts_of_rows(reuse, tokens)
     provenance = Reuse(donors=reuse.donors, generation=reuse.generation, contexts=contexts)
     return Kept(tokens, provenance)
 

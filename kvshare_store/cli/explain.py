@@ -25,13 +25,13 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import printable, share, short, shortened
+from kvshare_store.cli.format import KIND_COLOURS, printable, share, short, shortened
 from kvshare_store.cli.log import request_lines
 from kvshare_store.errors import ConfigError
 
 Found = Mapping[str, Any]
 
-COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan", "recomputed": "yellow"}
+COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
 REASONS = {
     "edit": "no stored prompt has these tokens here",
     "window": "they follow an edit closely (edit_window, edit_growth)",

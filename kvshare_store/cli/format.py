@@ -12,6 +12,9 @@ _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _BAR = 20
 _ID = 12
 
+KIND_COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan"}
+"""Of the kinds of reuse, wherever they are shown."""
+
 
 def size(nbytes: int) -> str:
     """`1.5 MiB`."""

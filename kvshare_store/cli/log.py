@@ -19,11 +19,11 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, milliseconds, printable, short
+from kvshare_store.cli.format import KIND_COLOURS, age, milliseconds, printable, short
 
 Request = Mapping[str, Any]
 
-COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan", "miss": "yellow"}
+COLOURS = {**KIND_COLOURS, "miss": "yellow"}
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many requests.")

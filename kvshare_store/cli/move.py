@@ -16,15 +16,13 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
+from kvshare_store.cli.evict import TenantOption
 from kvshare_store.cli.format import short, size
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]
 NodesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NODE]...", help="Ids, or unique beginnings of them; else all."),
-]
-TenantOption = Annotated[
-    str | None, typer.Option("--tenant", metavar="NAME", help="Prompts of this tenant.")
 ]
 PlainOption = Annotated[
     bool, typer.Option("--plain", help="Also of an encrypted store: an archive is not encrypted.")

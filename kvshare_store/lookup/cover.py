@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_store.lookup.places import Positions, Sought
-from kvshare_store.lookup.policy import Mask, edges_of
+from kvshare_store.lookup.policy import Mask, runs_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node, segments_between
 from kvshare_store.nodes.vectors import Vector, lexical_vector
@@ -47,9 +47,7 @@ class Cover:
 
     def gaps(self, shortest: int) -> list[Run]:
         """Runs of at least `shortest` positions that nobody covers."""
-        starts, stops = edges_of(self.donor_of < 0)
-        long = stops - starts >= shortest
-        return [Run(*gap) for gap in zip(starts[long].tolist(), stops[long].tolist(), strict=True)]
+        return runs_of(self.donor_of < 0, shortest)
 
     def add(self, node: Node, matches: Sequence[Match], shortest: int = 1) -> None:
         """Let `node` cover what is still uncovered, in runs of at least `shortest`. `matches`

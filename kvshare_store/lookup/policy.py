@@ -225,7 +225,8 @@ def edges_of(mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     return edges[::2], edges[1::2]
 
 
-def runs_of(mask: Mask) -> list[Run]:
-    """Maximal runs of True, ascending."""
+def runs_of(mask: Mask, shortest: int = 1) -> list[Run]:
+    """Maximal runs of at least `shortest` True, ascending."""
     starts, stops = edges_of(mask)
-    return [Run(*run) for run in zip(starts.tolist(), stops.tolist(), strict=True)]
+    long = stops - starts >= shortest
+    return [Run(*run) for run in zip(starts[long].tolist(), stops[long].tolist(), strict=True)]

@@ -207,9 +207,8 @@ def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:
     """Spans of one kind that touch, as one run."""
     runs: list[tuple[int, int, str]] = []
     for span in spans:
-        kind = "exact" if span.exact else "continued" if span.continued else "edited"
-        if runs and runs[-1][1:] == (span.start, kind):
-            runs[-1] = (runs[-1][0], span.stop, kind)
+        if runs and runs[-1][1:] == (span.start, span.kind):
+            runs[-1] = (runs[-1][0], span.stop, span.kind)
         else:
-            runs.append((span.start, span.stop, kind))
+            runs.append((span.start, span.stop, span.kind))
     return tuple(runs)

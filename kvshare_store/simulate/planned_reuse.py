@@ -22,11 +22,11 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.plan import BlockRef, Reused, ReusePlan, reused_of
 from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import check_provenance
 from kvshare_store.save.staging import Reuse, Save, new_staged, of_used_blocks, reuse_of
-from kvshare_store.simulate.prompts import Prompt, Reused
+from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.tensors.layout import KVLayout
 
 _ROW_UNIT = 4
@@ -70,7 +70,7 @@ class PlannedReuse:
             self._state.tree.touch(donor.id)
         if len(prompt.tokens) >= self._config.min_prompt_tokens:
             self._keep(prompt, namespace, draft)
-        return _reused(draft)
+        return reused_of(draft.spans)
 
     def _draft(self, tokens: Tokens, namespace: Namespace) -> Draft:
         state = self._state
@@ -130,9 +130,3 @@ class PlannedReuse:
             _, edited, save = self._unsettled.popleft()
             if edited in self._state.tree:
                 self._add(self._save(save.tokens, save.namespace, Reuse()))
-
-
-def _reused(draft: Draft) -> Reused:
-    exact = sum(span.length for span in draft.spans if span.exact)
-    continued = sum(span.length for span in draft.spans if span.continued)
-    return Reused(exact, continued, sum(span.length for span in draft.spans if span.edited))

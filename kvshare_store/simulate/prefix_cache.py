@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from kvshare_store.blocks.eviction import LRU
-from kvshare_store.simulate.prompts import Prompt, Reused
+from kvshare_store.plan import Reused
+from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.simulate.replay import Shelf
 from kvshare_store.simulate.traces import Request, chunks
 

@@ -33,19 +33,6 @@ class Prompt(NamedTuple):
         return as_tokens([*self.tokens.tolist(), *self.answer[:-1].tolist()])
 
 
-class Reused(NamedTuple):
-    """Tokens of one prompt that need not be computed, by kind."""
-
-    exact: int = 0
-    continued: int = 0
-    edited: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """All of them."""
-        return sum(self)
-
-
 class _Line(msgspec.Struct):
     """What a line may hold; other fields are ignored."""
 
