@@ -37,14 +37,14 @@ class Lookups:
 
     def ask(self, state: RequestState) -> None:
         """Start the lookup, unless it was started or there is nothing to look up."""
-        if state.settled or state.asked is not None:
+        if state.looked_up or state.asked is not None:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
         state.asked = self._link.ask(tokens, state.namespace, policy, state.id)
         state.asked_at = time.monotonic()
         if state.asked is None:
-            state.settled, state.reason = True, "unavailable"
+            state.looked_up, state.reason = True, "unavailable"
 
     def ask_early(self, state: RequestState) -> None:
         """As `ask`, for a request that no step waits for yet."""
@@ -53,12 +53,12 @@ class Lookups:
 
     def collect(self, state: RequestState, seconds: float) -> None:
         """Wait up to `seconds` for the plan. Past its deadline the request is a miss."""
-        if state.settled or state.asked is None:
+        if state.looked_up or state.asked is None:
             return
         left = self._left(state)
         if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
             self._link.give_up(state.asked)
-            state.settled, state.reason = True, "deadline"
+            state.looked_up, state.reason = True, "deadline"
 
     def _left(self, state: RequestState) -> float:
         """Seconds until the lookup's deadline."""
@@ -70,7 +70,7 @@ class Lookups:
             plan = self._link.answer(asked, max(0.0, seconds))
         except DeadlineError:
             return False
-        state.settled = True
+        state.looked_up = True
         state.planned_at = time.monotonic()
         state.stored = plan
         state.reason = "unavailable" if plan is None else plan.declined
@@ -113,7 +113,7 @@ class Lookups:
 
     def _too_late(self, state: RequestState) -> bool:
         """Whether the deadline of its lookup has passed without a plan."""
-        if state.settled or state.asked is None or self._left(state) > 0:
+        if state.looked_up or state.asked is None or self._left(state) > 0:
             return False
         return not self._take(state, state.asked, 0.0)
 
@@ -145,7 +145,7 @@ class Lookups:
 
     def _let_go(self, state: RequestState, reason: str, seconds: float) -> None:
         self.collect(state, seconds)
-        if not state.settled and state.asked is not None:
+        if not state.looked_up and state.asked is not None:
             self._late.append(state)
         elif not state.loaded:
             self.give_up(state, reason)

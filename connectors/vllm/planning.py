@@ -151,7 +151,7 @@ class Planning:
             self.lookups.look_ahead([state], busy=True)  # vLLM's own scheduler does not
         self.lookups.ask(state)
         self.lookups.collect(state, self.lookups.patience())
-        if not state.settled:
+        if not state.looked_up:
             return None, False
         least = self.config.min_saving_ms
         promise = promise_of(state, local, places_runs=self.places_runs, min_saving_ms=least)

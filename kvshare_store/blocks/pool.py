@@ -83,7 +83,7 @@ class BufferPool:
             )
 
     def reserved(self, offset: int) -> memoryview:
-        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
+        """The bytes of a reserved slot; `LeaseError` if it is no longer reserved."""
         nbytes = self._reserved.get(offset)
         if nbytes is None:
             raise LeaseError("the slot is no longer reserved; save again")

@@ -21,7 +21,7 @@ FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}. `kvshare config` shows the
 
 HomeOption = Annotated[
     str | None,
-    typer.Option("--home", metavar="DIR", help="Home directory of the store.", show_default=False),
+    typer.Option("--home", metavar="DIR", help="Folder that holds the store.", show_default=False),
 ]
 ConfigOption = Annotated[
     Path | None,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.commit.queue import Addition, CommitQueue, Errand, Removal, Work, shown
+from kvshare_store.commit.queue import Addition, Call, CommitQueue, Removal, Work, shown
 from kvshare_store.errors import (
     ClaimedBlockError,
     InternalError,
@@ -92,7 +92,7 @@ class Committer:
             if isinstance(work, Removal):
                 removals.append(work)
                 continue
-            if isinstance(work, Errand) or any(work.node.id in gone.nodes for gone in removals):
+            if isinstance(work, Call) or any(work.node.id in gone.nodes for gone in removals):
                 self._add(additions)
                 self._remove(removals)
                 additions, removals = [], []

@@ -1,4 +1,4 @@
-"""The home directory: one owner at a time, everything under it readable by that user only."""
+"""The home: one owner at a time, everything under it readable by that user only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Vectors that nominate donors. They never decide: alignment does.
 
-`kvshare_store.testing.embedders.EmbedderTests` is the law of this interface.
+`kvshare_store.testing.embedders.EmbedderTests` has the contract tests of this interface.
 """
 
 from __future__ import annotations

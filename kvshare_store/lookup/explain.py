@@ -46,7 +46,7 @@ class Candidate(msgspec.Struct, frozen=True):
     found_by: tuple[str, ...]
     """`prefix`, `words`, `text`, `passages`, or `asked` where it was named by whoever asks."""
     score: float
-    """Cosine of the word vectors."""
+    """Cosine of the lexical vectors."""
     tokens: int
     prefix: int
     """It begins with so many tokens of the request."""

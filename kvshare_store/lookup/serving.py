@@ -199,7 +199,7 @@ class Serving:
                     self._closed(self._blocks.end_lease(lease.id))
                 return lookup.plan("not_resident")
             if any(ref.lossy for ref in refs.values()):
-                draft = _inexact(draft)
+                draft = _as_edited(draft)
                 if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
@@ -322,7 +322,7 @@ def _whole(node: Node, tiers: Collection[str | None]) -> Draft:
     )
 
 
-def _inexact(draft: Draft) -> Draft:
+def _as_edited(draft: Draft) -> Draft:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
     changed = {"exact": False, "continued": False}
     spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)

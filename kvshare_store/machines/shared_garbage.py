@@ -41,7 +41,7 @@ class SharedGarbage:
         self._condemned = condemned
         self._machine = machine
         self._turn_s = turn_s
-        self._orphans: dict[str, float] = {}
+        self._garbage: dict[str, float] = {}
         """Since when blocks were seen to be nobody's."""
         self._listed_again = 0.0
 
@@ -74,10 +74,10 @@ class SharedGarbage:
         begun = self._condemned.clock()
         listed = self._nodes.blocks.list_shared()
         used = self._named() if listed else set()
-        orphans = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
-        self._orphans = {name: self._orphans.get(name, begun) for name in orphans}
+        garbage = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
+        self._garbage = {name: self._garbage.get(name, begun) for name in garbage}
         grace = self._condemned.grace_s
-        due = [name for name, since in self._orphans.items() if begun - since >= grace]
+        due = [name for name, since in self._garbage.items() if begun - since >= grace]
         for chunk in _chunks(due, _CHUNK):
             self._condemned.mark({name: listed[name] for name in chunk})
         self._listed_again = self._condemned.clock() + _REST * (self._condemned.clock() - begun)
@@ -89,10 +89,10 @@ class SharedGarbage:
         until = self._condemned.clock() + self._condemned.removal_seconds()
         named = self._named()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
-        doomed = [name for name in claimed if name not in named]
-        purged = {claimed[name] for name in doomed} - self._catalog.digests()
+        unused = [name for name in claimed if name not in named]
+        purged = {claimed[name] for name in unused} - self._catalog.digests()
         removed = 0
-        for chunk in _chunks(doomed, _DELETES):
+        for chunk in _chunks(unused, _DELETES):
             if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}

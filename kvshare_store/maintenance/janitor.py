@@ -127,7 +127,7 @@ class Janitor:
                 self._uses.exchange()
             nodes = self._remove_expired() + self._hold_quotas()
             self._done_so_far()
-            blocks, nbytes = self._remove_orphans()
+            blocks, nbytes = self._remove_garbage()
             merged = 0
             if self._shared is None or not patient or self._shared.my_turn():
                 blocks += self._collect_shared(patient)
@@ -146,7 +146,7 @@ class Janitor:
         tree = self._nodes.tree
         names = {name for i in expired if (node := tree.get(i)) for name in node.blocks}
         freed = [name for name in names if tree.users(name) <= expired]
-        gone = [*self._orphans(), *freed]
+        gone = [*self._garbage(), *freed]
         return Collected(
             len(expired),
             len(gone),
@@ -184,7 +184,7 @@ class Janitor:
 
     # --- blocks ------------------------------------------------------------------------------
 
-    def _orphans(self) -> list[str]:
+    def _garbage(self) -> list[str]:
         """Blocks of this machine's tiers that no node uses and no lease holds.
 
         A block gets its name and its node in one step under the lock, so what was saved and is not
@@ -193,20 +193,20 @@ class Janitor:
         found: list[str] = []
         for names in self._chunks(list(self._blocks.names())):
             with self._nodes.lock:
-                found += [name for name in names if self._is_orphan(name)]
+                found += [name for name in names if self._is_garbage(name)]
         return found
 
-    def _is_orphan(self, name: str) -> bool:
+    def _is_garbage(self, name: str) -> bool:
         return not self._nodes.tree.uses(name) and not self._blocks.leases.pinned(name)
 
-    def _remove_orphans(self) -> tuple[int, int]:
+    def _remove_garbage(self) -> tuple[int, int]:
         """How many, and their bytes. The committer looks once more whether they are in use."""
-        orphans = self._orphans()
-        nbytes = sum(map(self._blocks.size_of, orphans))
-        for chunk in self._chunks(orphans):
+        garbage = self._garbage()
+        nbytes = sum(map(self._blocks.size_of, garbage))
+        for chunk in self._chunks(garbage):
             self._queue.put(Removal((), tuple(chunk)))
             self._done_so_far()
-        return len(orphans), nbytes
+        return len(garbage), nbytes
 
     def _done_so_far(self) -> None:
         """Wait for the committer, however busy it is kept."""

@@ -440,5 +440,5 @@ def test_a_root_shows_its_text() -> None:
 
 
 def test_a_parent_that_was_evicted_is_named_as_gone() -> None:
-    orphan = {**NODE, "edits": [], "path": ["b" * 32]}
-    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(orphan))
+    child = {**NODE, "edits": [], "path": ["b" * 32]}
+    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(child))

@@ -24,7 +24,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.tier_law import damage_file
+from kvshare_store.testing.tier_contract import damage_file
 from tests.support.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 from tests.support.oracle import Driver, pick, prompt
 

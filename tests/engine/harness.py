@@ -350,9 +350,9 @@ class Engine:
         collect, load = lookups.collect, worker._load
 
         def fewer(state: RequestState, seconds: float) -> None:
-            settled = state.settled
+            looked_up = state.looked_up
             collect(state, seconds)
-            if state.plan is not None and not settled:
+            if state.plan is not None and not looked_up:
                 parts = keep(state.length) if callable(keep) else keep
                 state.plan = state.stored = _only(state.plan, parts)
 

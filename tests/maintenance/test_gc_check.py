@@ -135,18 +135,18 @@ def test_blocks_that_are_not_in_the_catalogue_yet_are_not_garbage(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = driver()
-    catalog, orphans = engine.store.repository.catalog, []
+    catalog, garbage = engine.store.repository.catalog, []
     assert catalog is not None
     add = catalog.add
 
     def look_first(rows: Any) -> None:
-        orphans.append(engine.store._janitor._orphans())
+        garbage.append(engine.store._janitor._garbage())
         add(rows)
 
     monkeypatch.setattr(catalog, "add", look_first)
     engine.save(prompt(2, 40))
     engine.store.flush()
-    assert orphans == [[]], "durable, and their row is not"
+    assert garbage == [[]], "durable, and their row is not"
 
 
 def test_a_block_that_gets_a_node_while_it_is_ordered_away_stays(driver: Open, home: Path) -> None:

@@ -143,7 +143,7 @@ def disk_level(store: Store) -> Level:
     return level
 
 
-def leave_wreckage(two: Two, home: Path, mine: Namespace) -> None:
+def leave_leftovers(two: Two, home: Path, mine: Namespace) -> None:
     """Bytes where nobody's books know of them: quarantined, unfinished, and without a node."""
     names = [
         name for node in two.store.tree if node.namespace == mine.digest for name in node.blocks
@@ -151,9 +151,9 @@ def leave_wreckage(two: Two, home: Path, mine: Namespace) -> None:
     block = home / "blocks" / names[0][:2] / f"{names[0]}.kvb"
     frame = block.read_bytes()
     (home / "tmp" / "0123.4").write_bytes(frame[: len(frame) // 2])
-    orphan = "ab" * 32
+    garbage = "ab" * 32
     (home / "blocks" / "ab").mkdir(exist_ok=True)
-    (home / "blocks" / "ab" / f"{orphan}.kvb").write_bytes(frame)
+    (home / "blocks" / "ab" / f"{garbage}.kvb").write_bytes(frame)
     (home / "quarantine" / names[1]).write_bytes(damaged(frame))
 
 
@@ -165,7 +165,7 @@ def damaged(frame: bytes) -> bytes:
 
 
 def test_no_byte_stays(two: Two, home: Path, mine: Namespace, key: str) -> None:
-    leave_wreckage(two, home, mine)
+    leave_leftovers(two, home, mine)
     before = found(home, mine)
     assert before["rows"] == ({"arena"} if key else {"arena", "blocks", "quarantine", "tmp"})
     assert ("tokens" in before, "tenant" in before) == (not key, not key)

@@ -1,11 +1,11 @@
-"""What the documents say about settings, commands, dependencies, rooms and tests is so."""
+"""What the documents say about settings, commands, dependencies, packages and tests is so."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,11 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
+from tests.support.tables import Table, quoted, tables
 
 ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "docs" / "design"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-
-Table = list[list[str]]
-"""Rows of cells, the header first."""
-
-
-def tables(text: str) -> Iterator[Table]:
-    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
-        head, _, *rows = (
-            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
-            for line in block.splitlines()
-        )
-        yield [head, *rows]
 
 
 def tables_of(path: Path, *head: str) -> list[Table]:
@@ -47,10 +36,6 @@ def tables_of(path: Path, *head: str) -> list[Table]:
     ]
     assert found, f"{path.name} has no table with {head}"
     return found
-
-
-def quoted(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -116,13 +101,13 @@ def test_every_dependency_has_a_line() -> None:
     assert set(lines) == required()
 
 
-def test_every_room_has_a_place() -> None:
-    (table,) = tables_of(DESIGN / "architecture.md", "room")
+def test_every_package_has_a_place() -> None:
+    (table,) = tables_of(DESIGN / "architecture.md", "package or module")
     named = [name for row in table[1:] for name in quoted(row[0])]
     paths = [*(ROOT / "kvshare_store").iterdir(), *(ROOT / "connectors").iterdir()]
-    rooms = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
+    here = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {name.rpartition("/")[2] for name in named} - {"eviction", "remotes", "tiers"} == {
-        room for room in rooms if not room.startswith("__")
+        name for name in here if not name.startswith("__")
     }
 
 

@@ -1,4 +1,4 @@
-"""What a policy is. `kvshare_store.testing.eviction` has the laws that each one obeys."""
+"""The interface of eviction policies; `kvshare_store.testing.eviction` has its contract tests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The interface of a remote: bytes under keys, kept by an engine that others wrote.
 
-`kvshare_store.testing.remotes.RemoteTests` is its law.
+`kvshare_store.testing.remotes.RemoteTests` has its contract tests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Eviction policies: the laws of all of them, and what makes each one itself."""
+"""Eviction policies: the contract tests of all of them, and what is special about each."""
 
 from __future__ import annotations
 

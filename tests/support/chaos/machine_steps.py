@@ -154,11 +154,11 @@ def collect_slowly(engine: Driver, meanwhile: Callable[[], None]) -> None:
     delete = blocks.delete_shared
     other = threading.Thread(target=meanwhile)
 
-    def slow(doomed: Mapping[str, str]) -> None:
+    def slow(named: Mapping[str, str]) -> None:
         if other.ident is None:
             other.start()
             other.join(0.5)
-        delete(doomed)
+        delete(named)
 
     with patch.object(blocks, "delete_shared", slow):
         engine.store.collect()

@@ -213,7 +213,7 @@ class DiskTier(Tier):
 
     def _traces(self, namespace: str) -> list[str]:
         with _refused(namespace, "purged"):
-            for path in traces.wreckage_of(self._folder, namespace):
+            for path in traces.leftovers_of(self._folder, namespace):
                 files.remove(path)
             return traces.blocks_of(self._folder, namespace)
 

@@ -21,7 +21,7 @@ def blocks_of(folder: Path, namespace: str) -> list[str]:
     ]
 
 
-def wreckage_of(folder: Path, namespace: str) -> Iterator[str]:
+def leftovers_of(folder: Path, namespace: str) -> Iterator[str]:
     """Unfinished files of a namespace, and everything in quarantine: what a damaged file says about
     whose it is cannot be trusted."""
     for entry in files.names(str(folder / "tmp")):
