@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.requests import Kept, RequestState
@@ -13,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import ReusePlan, Run, gaps, reused_of
+from kvshare_store.plan import ReusePlan, Run, gaps
 from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
@@ -43,20 +44,8 @@ class Orders:
 
     def load(self, state: RequestState, plan: ReusePlan) -> None:
         """Order the promised rows to be written into the blocks that vLLM gave the request."""
-        reused = reused_of(state.loaded)
-        spec = LoadSpec(
-            request_id=state.id,
-            lease=plan.lease,
-            arena=plan.arena,
-            spans=state.loaded,
-            blocks=plan.blocks,
-            block_ids=state.block_ids[0],
-            start=state.local,
-            exact=reused.exact,
-            continued=reused.continued,
-            recomputed=state.length - state.local - reused.tokens,
-        )
-        self._step.loads.append(spec)
+        taken = msgspec.structs.replace(plan, spans=tuple(state.loaded))
+        self._step.loads.append(LoadSpec(state.id, taken, state.block_ids[0], state.local))
 
     def finish_load(self, request_id: str) -> None:
         """Report to vLLM that the parked request may go on."""
@@ -73,7 +62,7 @@ class Orders:
         """The orders of this step, with the saves of prompts that it completes."""
         step, self._step = self._step, KVShareMetadata()
         self._ended.append([])
-        own = (spec.block_ids[spec.start // self._block :] for spec in step.loads)
+        own = (spec.own_blocks(self._block) for spec in step.loads)
         self._loading.append({block for ids in own for block in ids})
         cached = output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}

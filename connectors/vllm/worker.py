@@ -24,7 +24,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import Outcome, Run
+from kvshare_store.plan import Outcome, Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
 
@@ -74,19 +74,20 @@ class Worker:
     def _load(self, spec: LoadSpec) -> int:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
-        arena = self._arena(spec.arena)
-        used = {span.block for span in spec.spans}
-        for index in used:
-            arena.check(spec.blocks[index])
+        plan = spec.plan
+        arena = self._arena(plan.arena)
+        used = [plan.blocks[index] for index in {span.block for span in plan.spans}]
+        for ref in used:
+            arena.check(ref)
         edited = self._editor.edit(
-            spec.spans,
-            spec.blocks,
+            plan.spans,
+            plan.blocks,
             lambda ref: arena.rows(ref.offset, ref.nbytes),
             self._resident.rows,
         )
-        for index in used:  # unchanged labels: what was copied is what was planned
-            arena.check(spec.blocks[index])
-        self._resident.used(arena, [spec.blocks[index] for index in used])
+        for ref in used:  # unchanged labels: what was copied is what was planned
+            arena.check(ref)
+        self._resident.used(arena, used)
         self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
         return edited.rows.numel() * edited.rows.element_size()
 
@@ -108,10 +109,10 @@ class Worker:
         own = spec.own_blocks(self._cache.block_size)
         self._failed_blocks.update(own)
         self._wrong_blocks.update(own)
-        recomputed = spec.recomputed + sum(span.length for span in spec.spans)
+        recomputed = spec.plan.tokens - spec.start
         failed = f"load_{error.kind}"
         outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
-        self.saver.tell(protocol.Finish(spec.lease, outcome))
+        self.saver.tell(protocol.Finish(spec.plan.lease, outcome))
         self.saver.tell(protocol.Failed(str(error.kind)))
 
     def after_forward(self, step: KVShareMetadata) -> None:
@@ -165,19 +166,19 @@ class Worker:
 
 def _loaded(spec: LoadSpec, nbytes: int, seconds: Seconds) -> Callable[[], protocol.Request]:
     """The report on a load, made once the device has finished it."""
-    edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
+    reused = reused_of(spec.plan.spans)
 
     def message() -> protocol.Request:
         outcome = Outcome(
-            spec.exact,
-            edited,
+            reused.exact,
+            reused.edited,
             spec.recomputed,
             nbytes,
             seconds(),
             cached=spec.start,
-            continued=spec.continued,
+            continued=reused.continued,
         )
-        return protocol.Finish(spec.lease, outcome)
+        return protocol.Finish(spec.plan.lease, outcome)
 
     return message
 

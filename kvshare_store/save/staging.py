@@ -197,7 +197,7 @@ def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
         return Reuse()
     kept = plan.spans if spans is None else tuple(spans)
     exact = all(span.exact for span in kept)
-    names = tuple(block.name for block in plan.blocks)
+    names = plan.block_names
     generation = 0 if exact else plan.generation
     stop = max((span.stop for span in kept if span.continued), default=0)
     contexts = cut_contexts(plan.contexts, stop)

@@ -357,7 +357,7 @@ class Engine:
                 state.plan = state.stored = _only(state.plan, parts)
 
         def noisy(spec: LoadSpec) -> int:
-            own = torch.arange(spec.start, spec.spans[-1].stop)
+            own = torch.arange(spec.start, spec.plan.stop)
             size = worker._cache.block_size
             slots = torch.tensor(spec.block_ids)[own // size] * size + own % size
             rows = torch.randn(worker._cache.layout.shape(len(own))) * noise

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvshare_store.plan import reused_of
 from tests.engine.harness import BLOCK, TOLERANCE, Engine, kept_engine
 from tests.engine.soak import Traffic, related_prompts
 
@@ -83,7 +84,7 @@ def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def loading(spec: Any) -> int:
         nbytes = load(spec)
-        exact = torch.arange(spec.start, spec.start + spec.exact)
+        exact = torch.arange(spec.start, spec.start + reused_of(spec.plan.spans).exact)
         rows["loaded"], rows["positions"] = read(spec.block_ids, exact), exact
         return nbytes
 

@@ -86,9 +86,10 @@ def cleared_labels(engine: Engine) -> Iterator[None]:
     worker, load = engine.worker, engine.worker._load
 
     def late(spec: Any) -> int:
-        at, blocks = spec.spans[-1].block, list(spec.blocks)
+        at, blocks = spec.plan.spans[-1].block, list(spec.plan.blocks)
         blocks[at] = msgspec.structs.replace(blocks[at], seq=blocks[at].seq - 1)
-        return load(dataclasses.replace(spec, blocks=tuple(blocks)))
+        plan = msgspec.structs.replace(spec.plan, blocks=tuple(blocks))
+        return load(dataclasses.replace(spec, plan=plan))
 
     worker._load = late
     try:

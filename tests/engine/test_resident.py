@@ -32,7 +32,9 @@ def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.T
     load, gathered = worker._load, worker._editor._gathered
 
     def read(spec: Any) -> torch.Tensor:
-        places = [at for span in spec.spans for at in range(span.start, span.start + span.length)]
+        places = [
+            at for span in spec.plan.spans for at in range(span.start, span.start + span.length)
+        ]
         positions, blocks = torch.tensor(places), torch.tensor(spec.block_ids)
         return worker._cache.read(blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
 

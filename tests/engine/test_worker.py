@@ -26,7 +26,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Run, Span
+from kvshare_store.plan import ReusePlan, Run, Span
 from kvshare_store.save.staging import Staged
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
@@ -75,8 +75,9 @@ def told(one: worker.Worker) -> Notebook:
 
 def load_of(name: str, blocks: list[int], start: int = TOKENS) -> LoadSpec:
     """A request whose first block is vLLM's own hit; the rest is to be loaded."""
-    spans = [Span(start, 20, start, 0, 0)]
-    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 0, 5)
+    spans = (Span(start, 20, start, 0, 0),)
+    plan = ReusePlan(namespace="", tokens=start + 25, spans=spans, lease=f"lease-{name}")
+    return LoadSpec(name, plan, blocks, start)
 
 
 def save_of(name: str, blocks: list[int]) -> SaveSpec:
