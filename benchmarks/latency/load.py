@@ -136,7 +136,7 @@ def _result(phases: list[Phase], options: Options, model: str) -> Result:
         noise_floor="none: every arm serves each rate once; the machine's noise is in `misses`",
         columns=["load", "requests/s", "arm", "served/s", "p50 ms", "p99 ms", "p50 times plain",
                  "mean times plain", "p99 times plain"],
-        rows=[_row(phase, arm) for phase in phases for arm in _ARMS],
+        rows=[row_of(phase, arm) for phase in phases for arm in _ARMS],
         paper="not measured",
         notes=[
             "load is the share of what plain vLLM serves when all requests are there at once, "
@@ -163,7 +163,7 @@ def _target(at_once: Phase) -> tuple[str, str, bool]:
     return what, f"{ratio:.2f}", ratio >= TARGET
 
 
-def _row(phase: Phase, arm: str) -> list[Cell]:
+def row_of(phase: Phase, arm: str) -> list[Cell]:
     ours, plain = _summary(phase.replayed[arm].ttfts), _summary(phase.replayed["plain"].ttfts)
     middle, _, slow = ours
     return [

@@ -26,7 +26,7 @@ class Lookups:
 
     def __init__(self, config: StoreConfig, link: Link) -> None:
         self._config = config
-        self._link = link
+        self.link = link
         self._heads: list[RequestState] = []
         self._late: list[RequestState] = []
         """Requests that ended, or whose namespace was replaced, before their plan came."""
@@ -41,7 +41,7 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self._link.ask(tokens, state.namespace, policy, state.id)
+        state.asked = self.link.ask(tokens, state.namespace, policy, state.id)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"
@@ -57,7 +57,7 @@ class Lookups:
             return
         left = self._left(state)
         if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
-            self._link.give_up(state.asked)
+            self.link.give_up(state.asked)
             state.looked_up, state.reason = True, "deadline"
 
     def _left(self, state: RequestState) -> float:
@@ -67,7 +67,7 @@ class Lookups:
     def _take(self, state: RequestState, asked: bytes, seconds: float) -> bool:
         """Take the plan if it comes within `seconds`; returns whether it did."""
         try:
-            plan = self._link.answer(asked, max(0.0, seconds))
+            plan = self.link.answer(asked, max(0.0, seconds))
         except DeadlineError:
             return False
         state.looked_up = True
@@ -124,13 +124,13 @@ class Lookups:
         if state.plan is not None:
             computed = state.length - state.local
             outcome = Outcome(failed=reason, recomputed=computed, cached=state.local)
-            self._link.tell(protocol.Finish(state.plan.lease, outcome))
+            self.link.tell(protocol.Finish(state.plan.lease, outcome))
             state.plan, state.reason, state.cached_counted = None, reason, True
 
     def count_cached(self, state: RequestState) -> None:
         """Tell the daemon what vLLM's own cache had of a request that was counted as a miss."""
         if state.local and not state.cached_counted:
-            self._link.tell(protocol.EngineCached(state.local))
+            self.link.tell(protocol.EngineCached(state.local))
             state.cached_counted = True
 
     def ended(self, state: RequestState) -> None:

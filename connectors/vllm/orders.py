@@ -30,14 +30,14 @@ class Orders:
 
     def __init__(self, config: StoreConfig, adapters: Adapters, block: int) -> None:
         """`block`: tokens of a paged block."""
-        self._config = config
+        self.config = config
         self._adapters = adapters
         self._block = block
         self._step = KVShareMetadata()
         self._ended: deque[list[Sequence[int]]] = deque([[]], _IN_FLIGHT)
         """Paged blocks of requests that ended since this step and the one before. They are
         published, and it is not known yet whether these steps computed them right."""
-        self._loading: deque[set[int]] = deque(maxlen=_IN_FLIGHT)
+        self.loading: deque[set[int]] = deque(maxlen=_IN_FLIGHT)
         """Paged blocks that these steps load. Which loads fail is not known yet."""
 
     # --- the next step -----------------------------------------------------------------------
@@ -63,7 +63,7 @@ class Orders:
         step, self._step = self._step, KVShareMetadata()
         self._ended.append([])
         own = (spec.own_blocks(self._block) for spec in step.loads)
-        self._loading.append({block for ids in own for block in ids})
+        self.loading.append({block for ids in own for block in ids})
         cached = output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -71,12 +71,12 @@ class Orders:
             state = states.get(request_id)
             after = before + output.num_scheduled_tokens[request_id]
             if state is not None and after >= state.length and self._wanted(state):
-                self._save(state, output, step)
+                self.save(state, output, step)
         return step
 
     def _wanted(self, state: RequestState) -> bool:
         """Whether to store the rows of its prompt, which this step completes."""
-        short = state.length < self._config.min_prompt_tokens
+        short = state.length < self.config.min_prompt_tokens
         return not state.saved and not short and self._sure(state)
 
     def _sure(self, state: RequestState) -> bool:
@@ -87,7 +87,8 @@ class Orders:
         # if its files have changed since, the rows may come from either version
         return not adapter.declined and adapter.identity == state.namespace.lora
 
-    def _save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
+    def save(self, state: RequestState, output: SchedulerOutput, step: KVShareMetadata) -> None:
+        """Order the rows of a prompt that this step completes to be stored."""
         state.saved = True
         reuse = state.reuse(state.loaded)
         fresh = gaps(reuse.spans, 0, state.length)
@@ -112,7 +113,7 @@ class Orders:
         `block_ids`: its paged blocks, free from now on. A step that is in flight writes none of the
         rows that count here, and the next one copies them first.
         """
-        kept = state.kept if self._config.store_answers else None
+        kept = state.kept if self.config.store_answers else None
         if kept is None or not self._sure(state):
             return
         rows = self._rows(state.request, block_ids)
@@ -151,7 +152,7 @@ class Orders:
 
     def own(self, invalid: set[int]) -> set[int]:
         """Those of the invalid paged blocks that KVShare loads, not another connector."""
-        return invalid & set().union(*self._loading)
+        return invalid & set().union(*self.loading)
 
     def failed(self, invalid: set[int]) -> set[int]:
         """Loads into these blocks failed. Returns all blocks whose contents are wrong.

@@ -35,11 +35,11 @@ class Worker:
     """Why nothing is loaded or stored; see `idle.py`."""
 
     def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
-        self._cache = cache
-        self._editor = Editor(cache.layout, rope, cache.device)
+        self.cache = cache
+        self.editor = Editor(cache.layout, rope, cache.device)
         self._config = config
-        self._arenas = Arenas()
-        self._resident = Resident(config.device_bytes, cache.device, cache.layout)
+        self.arenas = Arenas()
+        self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
         """Not yet reported."""
@@ -56,22 +56,23 @@ class Worker:
     def step_begins(self, step: KVShareMetadata) -> None:
         """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
         self._wrong_blocks -= step.handled
-        self._watch = stopwatch(self._cache.device)
+        self._watch = stopwatch(self.cache.device)
 
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
         for spec in step.loads:
-            watch = stopwatch(self._cache.device)
+            watch = stopwatch(self.cache.device)
             try:
-                nbytes = self._load(spec)
+                nbytes = self.load_one(spec)
             except Exception as error:  # noqa: BLE001 - the request is computed instead
                 self._load_failed(spec, contained(error))
                 continue
             self.saver.tell(_loaded(spec, nbytes, watch.stop()))
         if step.loads:
-            self._watch = stopwatch(self._cache.device)
+            self._watch = stopwatch(self.cache.device)
 
-    def _load(self, spec: LoadSpec) -> int:
+    def load_one(self, spec: LoadSpec) -> int:
+        """Write the rows of one load into the paged cache; returns their bytes."""
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
         plan = spec.plan
@@ -79,16 +80,16 @@ class Worker:
         used = [plan.blocks[index] for index in {span.block for span in plan.spans}]
         for ref in used:
             arena.check(ref)
-        edited = self._editor.edit(
+        edited = self.editor.edit(
             plan.spans,
             plan.blocks,
             lambda ref: arena.rows(ref.offset, ref.nbytes),
-            self._resident.rows,
+            self.resident.rows,
         )
         for ref in used:  # unchanged labels: what was copied is what was planned
             arena.check(ref)
-        self._resident.used(arena, used)
-        self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
+        self.resident.used(arena, used)
+        self.cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self.cache))
         return edited.rows.numel() * edited.rows.element_size()
 
     def _arena(self, arena_id: str) -> ArenaView:
@@ -96,17 +97,17 @@ class Worker:
 
         A restarted daemon has another one. Waits at most as long as for a plan.
         """
-        if arena_id not in self._arenas:
+        if arena_id not in self.arenas:
             patience = self._config.plan_deadline_ms / 1e3
             with Client(self._config.home_path, timeout=patience) as client:
                 welcome = client.greet()
-                self._arenas.add(welcome.arena, os.dup(client.arena))
-        return self._arenas.at(arena_id)
+                self.arenas.add(welcome.arena, os.dup(client.arena))
+        return self.arenas.at(arena_id)
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
         """Report the request's own blocks as invalid: the engine computes them."""
         log_once(error)
-        own = spec.own_blocks(self._cache.block_size)
+        own = spec.own_blocks(self.cache.block_size)
         self._failed_blocks.update(own)
         self._wrong_blocks.update(own)
         recomputed = spec.plan.tokens - spec.start
@@ -132,25 +133,26 @@ class Worker:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             return
         try:
-            self.saver.store(self._snapshot(spec))
+            self.saver.store(self.snapshot(spec))
         except Exception as error:  # noqa: BLE001 - see above
             self.saver.failed(contained(error))
 
     def _fill_resident(self) -> None:
         try:
-            self._resident.fill()
+            self.resident.fill()
         except Exception as error:  # noqa: BLE001 - the block is read from the arena next time
             self.saver.failed(contained(error))
 
-    def _snapshot(self, spec: SaveSpec) -> Snapshot:
-        size = self._cache.block_size
+    def snapshot(self, spec: SaveSpec) -> Snapshot:
+        """Copy the paged blocks that hold the fresh rows of a prompt."""
+        size = self.cache.block_size
         positions = _positions(spec.fresh)
         needed = torch.unique(positions // size)
         compact = torch.empty(int(needed[-1]) + 1, dtype=torch.int64)
         compact[needed] = torch.arange(len(needed))
-        nbytes = len(needed) * size * self._cache.layout.row_bytes
+        nbytes = len(needed) * size * self.cache.layout.row_bytes
         self.saver.check_room()
-        raw = self._cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
+        raw = self.cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
         offsets = compact[positions // size] * size + positions % size
         return Snapshot(spec, raw, offsets, nbytes)
 

@@ -239,10 +239,11 @@ def _engines() -> Iterator[Finding]:
             continue
         names = [Path(word).name for word in line[:3]]
         if "vllm" in names and "serve" in line[:4]:
-            yield _flags(process.pid, " ".join(line))
+            yield flags_of(process.pid, " ".join(line))
 
 
-def _flags(pid: int, line: str) -> Finding:
+def flags_of(pid: int, line: str) -> Finding:
+    """What is missing in the command line of a running vLLM."""
     what, number = "vllm flags", f"process {pid}"
     if "KVShareConnector" not in line and "kvshare vllm" not in line:
         advice = "start it with `kvshare vllm serve MODEL`"

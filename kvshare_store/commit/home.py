@@ -51,11 +51,11 @@ class Home:
     def open(cls, config: StoreConfig, health: Health | None = None) -> Home:
         """Take the home over; `BusyError` if another process has it, `HomeError` if unusable."""
         home = config.home_path
-        lock = _lock(home)
+        lock = take_lock(home)
         io = IoLoop(health)
         arena: Arena | None = None
         try:
-            _check_format(home)
+            check_format(home)
             keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
             arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
             check_levels(config)
@@ -65,7 +65,7 @@ class Home:
             owner = None
             if config.remote and catalog is not None:
                 owner = Owner(catalog.store_id(), catalog.digests())
-            below = open_levels(config, io, keys, _beside(catalog), owner)
+            below = open_levels(config, io, keys, beside(catalog), owner)
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close()
@@ -80,7 +80,7 @@ class Home:
         os.close(self._lock)
 
 
-def _beside(catalog: Catalog | None) -> Callable[[], Beside]:
+def beside(catalog: Catalog | None) -> Callable[[], Beside]:
     """A catalogue of several machines is not in the home and not in its budget."""
     if catalog is None or catalog.place.shared:
         return Beside
@@ -93,7 +93,8 @@ def _foreign(home: Path) -> bool:
     return "format" not in names and bool(names - _BEFORE_FORMAT)
 
 
-def _lock(home: Path) -> int:
+def take_lock(home: Path) -> int:
+    """Become the owner of a home; the descriptor that says so."""
     try:
         if home.is_dir() and _foreign(home):
             raise HomeError(
@@ -119,7 +120,7 @@ def _lock(home: Path) -> int:
     return descriptor
 
 
-def _check_format(home: Path) -> None:
+def check_format(home: Path) -> None:
     """The first owner writes the format down; a later release refuses what it cannot read."""
     mark = home / "format"
     try:

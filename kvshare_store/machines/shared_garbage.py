@@ -73,7 +73,7 @@ class SharedGarbage:
     def _condemn(self) -> None:
         begun = self._condemned.clock()
         listed = self._nodes.blocks.list_shared()
-        used = self._named() if listed else set()
+        used = self.named_blocks() if listed else set()
         garbage = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
         self._garbage = {name: self._garbage.get(name, begun) for name in garbage}
         grace = self._condemned.grace_s
@@ -87,7 +87,7 @@ class SharedGarbage:
         if not claimed:
             return 0
         until = self._condemned.clock() + self._condemned.removal_seconds()
-        named = self._named()  # after the claim: a row that is committed later finds it
+        named = self.named_blocks()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
         unused = [name for name in claimed if name not in named]
         purged = {claimed[name] for name in unused} - self._catalog.digests()
@@ -101,7 +101,7 @@ class SharedGarbage:
             removed += len(gone)
         return removed
 
-    def _named(self) -> set[str]:
+    def named_blocks(self) -> set[str]:
         """Blocks that some row names, as of now. `StorageError` if a row cannot be read: what it
         names must stay."""
         self._catalog.refresh()

@@ -173,7 +173,7 @@ class Saving:
         fresh: list[_Filled] = []
         with self._metrics.timed("save"):
             try:
-                self._copy(save, source, fresh)
+                self.copy(save, source, fresh)
                 node = self._node(save, [filled.name for filled in fresh])
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._nodes.lock:
@@ -193,7 +193,7 @@ class Saving:
                     self.abandon(staged_id)
         return node.id
 
-    def _copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
+    def copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
         """Block by block into slots of the store's own, without the lock: what the client writes
         from then on reaches nothing, and the name is of the very bytes that were copied."""
         layout, at = save.namespace.layout, 0

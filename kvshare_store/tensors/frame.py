@@ -90,14 +90,15 @@ def encode_frame(
     contents = Contents(block.layout, codec, len(block.data), lossy)
     if key is None:
         if lossy or codec != "none":
-            check = _check(name, block.namespace, contents, body)
+            check = check_of(name, block.namespace, contents, body)
             contents = msgspec.structs.replace(contents, check=check)
         about = msgspec.msgpack.encode(contents)
-        return _head(FrameHeader(VERSION, name, block.namespace, False, about, len(body))), body
+        header = FrameHeader(VERSION, name, block.namespace, False, about, len(body))
+        return packed_header(header), body
     secret = key(block.namespace)
     sealed = seal(secret, msgspec.msgpack.encode(contents), _whose(name, block.namespace))
     size = len(body) + SEAL_BYTES
-    head = _head(FrameHeader(VERSION, name, block.namespace, True, bytes(sealed), size))
+    head = packed_header(FrameHeader(VERSION, name, block.namespace, True, bytes(sealed), size))
     return head, seal(secret, body, head)
 
 
@@ -166,7 +167,8 @@ def _cut(view: memoryview, begins_well: bool) -> CorruptBlockError:
     return kind(f"{len(view)} bytes are too few for a frame")
 
 
-def _head(header: FrameHeader) -> bytes:
+def packed_header(header: FrameHeader) -> bytes:
+    """What a frame begins with: magic bytes, the length of the header, the header."""
     encoded = msgspec.msgpack.encode(header)
     return _PREFIX.pack(MAGIC, len(encoded)) + encoded
 
@@ -174,7 +176,7 @@ def _head(header: FrameHeader) -> bytes:
 def _plain(header: FrameHeader, payload: memoryview) -> tuple[Contents, memoryview]:
     contents = _contents(header.contents)
     if contents.lossy or contents.codec != "none":
-        check = _check(header.name, header.namespace, contents, payload)
+        check = check_of(header.name, header.namespace, contents, payload)
         if contents.check != check:
             raise CorruptBlockError(f"block {header.name[:12]} is damaged")
     return contents, payload
@@ -186,7 +188,7 @@ def _opened(header: FrameHeader, payload: memoryview, key: Key) -> tuple[Content
     except NamespaceError as error:
         raise CorruptBlockError(f"block {header.name[:12]} cannot be opened: {error}") from error
     about = unseal(secret, header.contents, _whose(header.name, header.namespace))
-    return _contents(about), unseal(secret, payload, _head(header))
+    return _contents(about), unseal(secret, payload, packed_header(header))
 
 
 def _contents(encoded: bytes | bytearray) -> Contents:
@@ -196,7 +198,8 @@ def _contents(encoded: bytes | bytearray) -> Contents:
         raise CorruptBlockError(f"unreadable frame contents: {error}") from error
 
 
-def _check(name: str, namespace: str, contents: Contents, body: Any) -> bytes:
+def check_of(name: str, namespace: str, contents: Contents, body: Any) -> bytes:
+    """The checksum of a frame that is not sealed: of its contents and its payload."""
     covered = msgspec.structs.replace(contents, check=b"")
     hasher = blake3.blake3(msgspec.msgpack.encode((name, namespace, covered)))
     hasher.update(body)

@@ -140,7 +140,7 @@ def test_variables_that_are_no_settings(home: Path, monkeypatch: pytest.MonkeyPa
     ],
 )  # fmt: skip
 def test_flags_of_a_running_engine(line: str, state: str) -> None:
-    assert checkup._flags(1, line).state == state
+    assert checkup.flags_of(1, line).state == state
 
 
 # --- top ------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def test_demoting_from_disk_to_the_remote(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A block leaves the disk once the remote has it: no crash in between loses a row."""
-    monkeypatch.setattr(home_module, "_beside", lambda _: Beside)  # room for blocks, to a byte
+    monkeypatch.setattr(home_module, "beside", lambda _: Beside)  # room for blocks, to a byte
     settings = {"disk_bytes": 26_000, "remote_write": "back"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)
@@ -475,8 +475,8 @@ def test_saving_before_anything_is_durable(
     monkeypatch.setattr(engine.store.repository.queue, "put", lambda work: None)
     staged = engine.stage(NEW)
     found.copy("staged")
-    saving = engine.store._saving
-    monkeypatch.setattr(saving, "_copy", found.after(saving._copy, "copied"))
+    saving = engine.store.saving
+    monkeypatch.setattr(saving, "copy", found.after(saving.copy, "copied"))
     engine.commit(staged)
     assert engine.serve(NEW).exact == 23
     found.copy("visible")
@@ -566,9 +566,9 @@ def test_starting_for_the_first_time(
 ) -> None:
     """Every step of making a home, also between a table and the key that it is told to have."""
     found = Crashes(home, tmp_path / "copies")
-    monkeypatch.setattr(home_module, "_lock", found.after(home_module._lock, "locked"))
+    monkeypatch.setattr(home_module, "take_lock", found.after(home_module.take_lock, "locked"))
     monkeypatch.setattr(
-        home_module, "_check_format", found.after(home_module._check_format, "format written")
+        home_module, "check_format", found.after(home_module.check_format, "format written")
     )
     create = home_module.Arena.create
     monkeypatch.setattr(home_module.Arena, "create", found.after(create, "arena made"))

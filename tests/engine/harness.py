@@ -311,7 +311,7 @@ class Engine:
         stats = self.stats()
         assert not self.scheduler.requests
         assert self.free_blocks == self.free_at_start
-        assert not self.planning._states
+        assert not self.planning.states
         assert not self.planning.runs.parked
         assert stats["leases"] == 0
 
@@ -347,7 +347,7 @@ class Engine:
         the prompt's own, partial prefill must give full prefill's answer.
         """
         lookups, worker = self.planning.lookups, self.worker
-        collect, load = lookups.collect, worker._load
+        collect, load = lookups.collect, worker.load_one
 
         def fewer(state: RequestState, seconds: float) -> None:
             looked_up = state.looked_up
@@ -358,17 +358,17 @@ class Engine:
 
         def noisy(spec: LoadSpec) -> int:
             own = torch.arange(spec.start, spec.plan.stop)
-            size = worker._cache.block_size
+            size = worker.cache.block_size
             slots = torch.tensor(spec.block_ids)[own // size] * size + own % size
-            rows = torch.randn(worker._cache.layout.shape(len(own))) * noise
-            worker._cache.write(rows.to(torch.float32), slots)
+            rows = torch.randn(worker.cache.layout.shape(len(own))) * noise
+            worker.cache.write(rows.to(torch.float32), slots)
             return load(spec)
 
-        lookups.collect, worker._load = fewer, noisy
+        lookups.collect, worker.load_one = fewer, noisy
         try:
             yield
         finally:
-            lookups.collect, worker._load = collect, load
+            lookups.collect, worker.load_one = collect, load
 
     def close(self) -> None:
         """Stop engine and daemon and forget vLLM's globals."""

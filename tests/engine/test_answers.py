@@ -231,7 +231,7 @@ def test_an_answer_after_a_failed_load_is_of_rows_computed_in_full(
     engine.store(prompt[:70], max_tokens=1)
     engine.forget()
     with monkeypatch.context() as patch, engine.counted() as gained:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         answer = engine.store(prompt, policy="exact", max_tokens=ANSWER)
     assert gained["declined.load_lease"] == gained["answers_stored"] == 1
     check_next_turn(engine, [*prompt, *answer.tokens], LENGTH + ANSWER - 1)
@@ -241,8 +241,8 @@ def test_answers_may_be_left_alone(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders = engine.planning.orders
-    without = msgspec.structs.replace(orders._config, store_answers=False)
-    monkeypatch.setattr(orders, "_config", without)
+    without = msgspec.structs.replace(orders.config, store_answers=False)
+    monkeypatch.setattr(orders, "config", without)
     engine.store(prompt, max_tokens=ANSWER)
     assert list(nodes(engine)) == [LENGTH]
 

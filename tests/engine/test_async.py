@@ -116,7 +116,7 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
@@ -221,7 +221,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
         engine.step()
         assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
         second = engine.add(longer, policy="exact")
-        monkeypatch.setattr(promises, "_saves_enough", lambda plan, spans, least: False)
+        monkeypatch.setattr(promises, "saves_enough", lambda plan, spans, least: False)
         answers = engine.drain()
     monkeypatch.undo()
     assert len(tried) == 1

@@ -71,11 +71,11 @@ def blocks_below(position: int) -> int:
 def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Rows in the paged cache: of the last prompt `saved`, and `loaded` right after its load."""
     worker, rows = engine.worker, {}
-    snapshot, load = worker._snapshot, worker._load
+    snapshot, load = worker.snapshot, worker.load_one
 
     def read(block_ids: list[int], positions: torch.Tensor) -> torch.Tensor:
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker._cache.read(slots)
+        return worker.cache.read(slots)
 
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)
@@ -88,8 +88,8 @@ def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         rows["loaded"], rows["positions"] = read(spec.block_ids, exact), exact
         return nbytes
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
-    monkeypatch.setattr(worker, "_load", loading)
+    monkeypatch.setattr(worker, "snapshot", saving)
+    monkeypatch.setattr(worker, "load_one", loading)
     return rows
 
 
@@ -219,7 +219,7 @@ def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]
         answer = engine.store(longer, policy="exact", max_tokens=1)
     assert answer.cached == len(whole)
     assert gained["declined.engine_prefix"] == gained["nodes"] == 1
-    assert gained["bytes_stored"] == 40 * engine.worker._cache.layout.row_bytes
+    assert gained["bytes_stored"] == 40 * engine.worker.cache.layout.row_bytes
     engine.forget()
     with engine.counted() as gained:
         again = engine.ask(longer, policy="exact", max_tokens=1)
@@ -238,7 +238,7 @@ def test_a_request_that_waits_for_room_becomes_private_once(
             engine.add(follower)
             for _ in range(3):
                 engine.step()
-            state = next(iter(engine.planning._states.values()))
+            state = next(iter(engine.planning.states.values()))
             hasher = state.request._block_hasher
             engine.step()
             assert state.plan is not None

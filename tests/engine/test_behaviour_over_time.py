@@ -260,13 +260,13 @@ def test_abort_while_loading(
 ) -> None:
     engine.store(prompt)
     engine.forget()
-    load, names = engine.worker._load, []
+    load, names = engine.worker.load_one, []
 
     def aborted(spec: Any) -> Any:
         engine.abort(names.pop())
         return load(spec)
 
-    monkeypatch.setattr(engine.worker, "_load", aborted)
+    monkeypatch.setattr(engine.worker, "load_one", aborted)
     with engine.keeping(holes if edited else lambda length: [(0, length)]):
         names.append(engine.add(prompt))
         engine.drain()

@@ -76,14 +76,14 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
 @contextmanager
 def cleared_labels(engine: Engine) -> Iterator[None]:
     """Between plan and load the arena gives a block's place to another copy."""
-    worker, load = engine.worker, engine.worker._load
+    worker, load = engine.worker, engine.worker.load_one
 
     def late(spec: Any) -> int:
         at, blocks = spec.plan.spans[-1].block, list(spec.plan.blocks)
@@ -91,11 +91,11 @@ def cleared_labels(engine: Engine) -> Iterator[None]:
         plan = msgspec.structs.replace(spec.plan, blocks=tuple(blocks))
         return load(dataclasses.replace(spec, plan=plan))
 
-    worker._load = late
+    worker.load_one = late
     try:
         yield
     finally:
-        worker._load = load
+        worker.load_one = load
 
 
 BUDGETS = pytest.mark.parametrize("budget", [16, None], ids=["parked", "same step"])
@@ -148,7 +148,7 @@ def test_shared_memory_that_cannot_be_mapped_is_a_miss(
     engine.forget()
     with engine.counted() as gained, monkeypatch.context() as patch:
         patch.setattr("kvshare_connectors.vllm.worker.Client", Unmappable)
-        patch.setattr(engine.worker, "_arenas", Arenas())
+        patch.setattr(engine.worker, "arenas", Arenas())
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_storage"] == gained["errors.storage"] == 1
     engine.forget()
@@ -227,7 +227,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
     full_other = engine.ask(other, policy="off")
     engine.forget()
     fails = iter([True])
-    load = engine.worker._load
+    load = engine.worker.load_one
 
     def first_fails(spec: Any) -> int:
         if next(fails, False):
@@ -235,7 +235,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
         return load(spec)
 
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", first_fails)
+        patch.setattr(engine.worker, "load_one", first_fails)
         first = engine.add(prompt)
         with engine.keeping(lambda length: [(0, 133), (136, length - 2)]):
             second = engine.add(longer)
@@ -280,7 +280,7 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
 def waits(engine: Engine) -> Iterator[list[float]]:
     """Seconds that the engine was ready to wait for plans: of a daemon that says nothing, what it
     did wait, however busy the machine is."""
-    link, waited = engine.planning.lookups._link, []
+    link, waited = engine.planning.lookups.link, []
     answer = link.answer
 
     def watched(request_id: bytes, seconds: float) -> Any:
@@ -393,13 +393,13 @@ def test_what_waits_for_a_frozen_daemon_does_not_fill_memory(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, frozen = engine.worker.saver, engine.daemon
-    small = msgspec.structs.replace(saver._config, host_bytes=1 << 20)
-    monkeypatch.setattr(saver, "_config", small)
+    small = msgspec.structs.replace(saver.config, host_bytes=1 << 20)
+    monkeypatch.setattr(saver, "config", small)
     os.kill(frozen, signal.SIGSTOP)
     try:
         for _ in range(4):
             engine.ask(fresh(40), max_tokens=1)
-        assert saver._waiting_bytes <= 64 * engine.worker._cache.layout.row_bytes
+        assert saver.waiting_bytes <= 64 * engine.worker.cache.layout.row_bytes
     finally:
         os.kill(frozen, signal.SIGCONT)
     engine.settle()
@@ -448,11 +448,11 @@ def test_rows_of_another_model_are_a_miss(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = engine.store(prompt)
-    other = msgspec.structs.replace(engine.planning._namespace, revision="another")
+    other = msgspec.structs.replace(engine.planning.namespace, revision="another")
     hits = []
-    for namespace in (other, engine.planning._namespace):
+    for namespace in (other, engine.planning.namespace):
         engine.forget()
-        monkeypatch.setattr(engine.planning, "_namespace", namespace)
+        monkeypatch.setattr(engine.planning, "namespace", namespace)
         with engine.counted() as gained:
             assert engine.ask(prompt, policy="exact").agrees(full)
         hits.append(gained["hits_exact"])

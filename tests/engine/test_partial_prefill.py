@@ -59,15 +59,15 @@ def test_one_noisy_row_left_in_place_would_be_seen(engine: Engine, prompt: list[
     full = engine.store(prompt, policy="off")
     engine.store(prompt)
     worker = engine.worker
-    write = worker._cache.write
+    write = worker.cache.write
 
     def spoiled(rows, slots):
         write(rows, slots)
-        write(torch.randn(worker._cache.layout.shape(1)) * 50.0, slots[5:6])
+        write(torch.randn(worker.cache.layout.shape(1)) * 50.0, slots[5:6])
 
-    worker._cache.write = spoiled
+    worker.cache.write = spoiled
     try:
         answer = engine.ask(prompt)
     finally:
-        worker._cache.write = write
+        worker.cache.write = write
     assert answer.tokens != full.tokens or answer.difference(full) > 100 * TOLERANCE, engine.stats()

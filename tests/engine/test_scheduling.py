@@ -336,7 +336,7 @@ def test_a_failed_load_is_a_miss(
 
     full = engine.store(prompt)
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         with engine.keeping(holes), engine.budget(**limits):
             assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1
@@ -376,11 +376,11 @@ def test_abort_while_the_lookup_runs(
 
     with engine.counted() as gained:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.planning._link, "answer", slow)
+            patch.setattr(engine.planning.link, "answer", slow)
             patch.setattr(engine.planning.lookups, "patience", lambda: 0.0)
             name = engine.add(prompt)
             engine.step()
-            assert engine.planning._states
+            assert engine.planning.states
             engine.abort(name)
         wait_until(lambda: leases(engine) == 1, 5.0)
     assert gained["declined.aborted"] == 1

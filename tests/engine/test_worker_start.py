@@ -41,7 +41,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
     engine: Engine, fresh: Fresh
 ) -> None:
-    assert engine.worker._cache._layers[0].kv_cache.shape[2] == KERNEL_BLOCK
+    assert engine.worker.cache.layers[0].kv_cache.shape[2] == KERNEL_BLOCK
     others, prompt = [fresh(LENGTH) for _ in range(2)], fresh(LENGTH)
     for other in others:  # so that the prompt's blocks are not the first of the cache
         engine.store(other)

@@ -346,8 +346,8 @@ def test_rows_that_nobody_wants_once_they_are_copied_are_given_back(
     only_on_disk(engine, prompt(1, 8))
 
     def leave() -> None:
-        for lease_id in list(store.blocks.leases._leases):
-            store.finish(lease_id, Outcome())
+        for lease in store.blocks.leases.of_owner(""):
+            store.finish(lease.id, Outcome())
         store.evict(nodes=1)
 
     with monkeypatch.context() as patch:

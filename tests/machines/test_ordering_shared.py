@@ -56,8 +56,8 @@ def site(tmp_path: Path) -> Site:
 
 def learn(store: Store) -> None:
     """Ask the catalogue what is new, now."""
-    assert store._sharing is not None
-    store._sharing.sync()
+    assert store.sharing is not None
+    store.sharing.sync()
 
 
 def both_are_sound(folder: Path, engine: Driver, check: Callable[[Driver, str], None]) -> None:

@@ -3,6 +3,7 @@ whose client says more than is true."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,11 @@ def drop_from_host(store: Store) -> None:
 
 def expire(store: Store, plan: ReusePlan) -> None:
     """The plan's lease ends as if by time; its engine does not know."""
-    lease = store.blocks.leases._leases[plan.lease]
-    store.blocks.leases._leases[plan.lease] = lease._replace(expires=0.0)
+    assert plan.lease in store.blocks.leases
+    store.blocks.leases.clock = lambda: time.monotonic() + 1e6
     store.reap()
+    store.blocks.leases.clock = time.monotonic
+    assert plan.lease not in store.blocks.leases
 
 
 # --- bytes that a codec changed -----------------------------------------------------------------

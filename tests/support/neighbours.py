@@ -63,8 +63,8 @@ def save(engine: Driver, tokens: list[int]) -> str | None:
 
 def learn(engine: Driver) -> None:
     """Ask the catalogue what is new, now."""
-    assert engine.store._sharing is not None
-    engine.store._sharing.sync()
+    assert engine.store.sharing is not None
+    engine.store.sharing.sync()
 
 
 def minutes_pass(engine: Driver, minutes: float) -> None:

@@ -24,8 +24,8 @@ def test_load_says_what_each_arm_serves_and_its_times_beside_plain() -> None:
         plain, ours = Replayed([1.0, 2.0, 6.0], 4.0), Replayed([0.5, 1.0, 9.0], 3.0)
         return load.Phase(share, rate, {"plain": plain, "prefix": plain, "kvshare": ours}, 1.0)
 
-    assert load._row(phase(math.inf, math.inf), "kvshare")[:4] == ["at once", "-", "kvshare", 1.0]
-    name, rate, _, served, p50, p99, *beside = load._row(phase(0.8, 0.6), "kvshare")
+    assert load.row_of(phase(math.inf, math.inf), "kvshare")[:4] == ["at once", "-", "kvshare", 1.0]
+    name, rate, _, served, p50, p99, *beside = load.row_of(phase(0.8, 0.6), "kvshare")
     assert (name, rate, served, p50, p99) == ("80%", 0.6, 1.0, 1000, 9000)
     assert beside == pytest.approx([0.5, 10.5 / 9, 1.5])
 

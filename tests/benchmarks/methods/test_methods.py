@@ -143,15 +143,15 @@ def chosen_by(llama: RowEngine, donor: Donor, method: Selective) -> list[list[in
     counts = {i: round(method.share * m * reused) for i, m in enumerate(method.schedule, 1)}
     narrowing = Narrowing(llama, placed.cache, ~placed.kept, counts, method.rule)
     found = []
-    choose = narrowing._choose
+    choose = narrowing.choose
 
     def watched(*args: object) -> torch.Tensor:
-        rows = narrowing._rows
+        rows = narrowing.rows
         going = choose(*args)
         found.append([p for p in rows[going].tolist() if placed.kept[p]])
         return going
 
-    narrowing._choose = watched
+    narrowing.choose = watched
     tokens = torch.tensor([PROMPT])
     llama.compute(placed.cache, tokens, torch.arange(LENGTH)[None], during=narrowing)
     return found

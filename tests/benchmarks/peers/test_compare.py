@@ -54,7 +54,7 @@ def test_each_kind_of_prompt_goes_to_every_arm(
     calls: list[tuple[str, str]] = []
     arms = {name: FakeEngine(name, calls) for name in ("plain", "prefix", "peer", "kvshare")}
     peer = compare.Peer("peer", {}, sys.executable, salted)
-    samples = list(compare._serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
+    samples = list(compare.serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
     assert [sample.kind for sample in samples] == ["miss", "again", "similar"]
     asked = [name for name, salt in calls if salt != "settled"]
     assert asked == in_turn(list(arms), 0) * 3

@@ -73,11 +73,12 @@ class DiskTier(Tier):
         What is there is counted while the tier is in use already.
         """
         tier = cls(folder, budget, codec, key, beside)
-        await asyncio.to_thread(tier._prepare)
-        tier._first_look = tier._threads.submit(tier._look_around)
+        await asyncio.to_thread(tier.prepare)
+        tier._first_look = tier._threads.submit(tier.look_around)
         return tier
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make the folders; `HomeError` if they cannot be used."""
         try:
             for name in ("blocks", "quarantine"):
                 files.make_durable_folder(str(self._folder / name))
@@ -89,7 +90,8 @@ class DiskTier(Tier):
                 "or move it away: the store then makes an empty one and forgets what was there"
             ) from error
 
-    def _look_around(self) -> None:
+    def look_around(self) -> None:
+        """Take stock of what is there."""
         with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
             self._inventory.look()
 
