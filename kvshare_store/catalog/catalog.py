@@ -21,14 +21,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kvshare_store.catalog.batches import namespace_rows, node_rows, numbers, texts
-from kvshare_store.catalog.faults import Fault
-from kvshare_store.catalog.lance import lance_errors
+from kvshare_store.catalog.faults import Fault, Faults
+from kvshare_store.catalog.lance import hex_only, lance_errors, quoted
 from kvshare_store.catalog.ledger import MARKED, Fact, Ledger
 from kvshare_store.catalog.place import Place
+from kvshare_store.catalog.records import NAMESPACES, NamespaceRecords
 from kvshare_store.catalog.rows import Rows
 from kvshare_store.catalog.table import Fields, Table
 from kvshare_store.errors import (
-    ErrorKind,
     HomeError,
     KVShareError,
     MissError,
@@ -37,7 +37,6 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.keys import Keyring
-from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, saw_stamps
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 
@@ -60,16 +59,6 @@ _NODES = Fields(
 _STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
 """Where several machines write, each row shows the stamp of its node: whoever replaces or removes
 one says which form of it is meant."""
-_NAMESPACES = Fields(
-    pa.schema(
-        [
-            pa.field("digest", pa.string(), nullable=False),
-            pa.field("namespace", pa.binary(), nullable=False),
-            pa.field("salt", pa.binary()),
-        ]
-    ),
-    "digest",
-)
 
 
 class Catalog:
@@ -88,8 +77,7 @@ class Catalog:
         self._lock = threading.Lock()
         self._rows = Rows(keys)
         self._ours: dict[str, int | None] = {}
-        self._faults: list[Fault] = []
-        self._said: set[tuple[str, ErrorKind]] = set()
+        self._faults = Faults()
         self.place = Place(folder)
         try:
             with lance_errors():
@@ -97,7 +85,8 @@ class Catalog:
             fields = _STAMPED if self.place.shared else _NODES
             self._nodes = Table(self.place, database, "nodes", fields)
             self._nodes.complete()
-            self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+            table = self._namespaces = Table(self.place, database, "namespaces", NAMESPACES)
+            self.records = NamespaceRecords(table, self._rows, self._lock, self._faults)
             self.facts = Ledger(self.place, database, "facts", create=self.place.shared)
             self.uses = Ledger(self.place, database, "uses", create=self.place.shared)
             self._ledgers = {"facts": self.facts, "uses": self.uses}
@@ -111,16 +100,8 @@ class Catalog:
     def take_faults(self) -> list[Fault]:
         """What was found to be wrong since the last call, by opening and by reading."""
         with self._lock:
-            for table in (self._namespaces, self._nodes):
-                self._faults += table.take_lost()
-            faults, self._faults = self._faults, []
-            return faults
-
-    def _fault(self, about: str, error: KVShareError) -> None:
-        """Every read of a bad row finds it again: it counts once."""
-        if (about, error.kind) not in self._said:
-            self._said.add((about, error.kind))
-            self._faults.append(Fault(about, error))
+            lost = [*self._namespaces.take_lost(), *self._nodes.take_lost()]
+            return self._faults.take() + lost
 
     def verify(self, *, repair: bool) -> list[Fault]:
         """Read every row again and say what is wrong with it.
@@ -191,7 +172,7 @@ class Catalog:
         gone = list(ids)
         if not gone:
             return
-        where = f"id IN ({_quoted(gone)})"
+        where = f"id IN ({quoted(gone)})"
         if stamps and self.place.shared:
             numbers_ = ", ".join(str(int(stamp)) for stamp in stamps)
             unstamped = " OR stamp IS NULL" if 0 in stamps else ""
@@ -232,7 +213,7 @@ class Catalog:
         of a catalogue that is not shared have none: 0."""
         columns, where = ["id"], ""
         if ids is not None:
-            where = f"id IN ({_quoted(ids)})" if ids else "false"
+            where = f"id IN ({quoted(ids)})" if ids else "false"
         if self.place.shared:
             columns.append("stamp")
             where = where or (f"stamp >= {int(since)}" if since else "")
@@ -264,7 +245,7 @@ class Catalog:
     ) -> Iterator[tuple[Node, Vectors]]:
         """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
 
-        Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
+        Rows that are bad, or of a namespace whose record has not been read, are left out.
         """
         for batch in self.load_batches(namespace, ids):
             yield from batch
@@ -273,8 +254,8 @@ class Catalog:
         self, namespace: str | None = None, ids: Collection[str] | None = None
     ) -> Iterator[list[tuple[Node, Vectors]]]:
         """As `load`, many at a time."""
-        where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
-        where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
+        where = [f"namespace = '{hex_only(namespace)}'"] if namespace is not None else []
+        where += [f"id IN ({quoted(ids)})"] if ids is not None else []
         with self._lock:
             batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
             for batch in batches:
@@ -283,7 +264,7 @@ class Catalog:
                     try:
                         found.append(self._rows.node(row))
                     except MissError as error:
-                        self._fault(row.id, error)
+                        self._faults.add(row.id, error)
                 saw_stamps(node.stamp for node, _ in found)
                 yield found
 
@@ -353,56 +334,6 @@ class Catalog:
         self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
         return self.facts.facts("key = 'store'")[0].state
 
-    def digests(self) -> set[str]:
-        """Every namespace that was ever saved into, by its digest."""
-        with self._lock:
-            batches = list(self._namespaces.rows(columns=["digest"]))
-        return {digest for batch in batches for digest in texts(batch, "digest")}
-
-    def add_namespaces(self, namespaces: Sequence[Namespace]) -> None:
-        """Remember what digests stand for, and the salts of their keys, in one commit.
-
-        A record that is there stays: another writer may have been first, and one salt counts. One
-        that cannot be read is replaced.
-        """
-        rows = {each.digest: self._rows.namespace_row(each) for each in namespaces}
-        if not rows:
-            return
-        with self._lock:
-            self._namespaces.merge(list(rows.values()), replace=False)
-        bad = rows.keys() - {each.digest for each in self.namespaces(*rows)}
-        if bad:
-            with self._lock:
-                self._namespaces.merge([rows[digest] for digest in sorted(bad)], replace=True)
-            self.namespaces(*bad)
-
-    def remove_namespaces(self, digests: Sequence[str]) -> None:
-        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
-        if digests:
-            with self._lock:
-                self._namespaces.delete(f"digest IN ({_quoted(digests)})")
-        for digest in digests:
-            self._rows.forget(digest)
-
-    def namespaces(self, *digests: str) -> list[Namespace]:
-        """Every namespace that was ever saved into, or those of digests; their keys are known then.
-
-        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
-        they were sealed with another key than ours, or with none.
-        """
-        with self._lock:
-            if digests:
-                batches = list(self._namespaces.rows(f"digest IN ({_quoted(digests)})"))
-            else:
-                batches = list(self._namespaces.salvage())
-            found = []
-            for row in (row for batch in batches for row in namespace_rows(batch)):
-                try:
-                    found.append(self._rows.namespace(row))
-                except MissError as error:
-                    self._fault(row.digest, error)
-        return found
-
     def purge(self, namespace: str) -> None:
         """Remove every row of a namespace, its record and its salt, from old versions too.
 
@@ -410,7 +341,7 @@ class Catalog:
         rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay until
         whoever removes those blocks has done so: a save must wait for it.
         """
-        digest = _hex(namespace)
+        digest = hex_only(namespace)
         with self._lock:
             self._nodes.erase(f"namespace = '{digest}'")
             self._namespaces.erase(f"digest = '{digest}'")
@@ -421,10 +352,10 @@ class Catalog:
     def drop_unreadable(self, namespace: str) -> None:
         """Remove rows of a namespace that the key of its record does not open: who committed them
         had not heard of a purge, and used the key that it had destroyed."""
-        if not self.namespaces(namespace):
+        if not self.records.read(namespace):
             return
         with self._lock:
-            batches = list(self._nodes.rows(f"namespace = '{_hex(namespace)}'"))
+            batches = list(self._nodes.rows(f"namespace = '{hex_only(namespace)}'"))
             rows = [row for batch in batches for row in node_rows(batch)]
             errors = [_error_of(self._rows.node, row) for row in rows]
         self.delete(
@@ -433,11 +364,6 @@ class Catalog:
             if error is not None and not isinstance(error, NewerRowError)
         )
 
-    def forget_key(self, namespace: str) -> None:
-        """The key of a namespace that another machine has purged; that of a new record is known
-        from the next `namespaces`."""
-        self._rows.forget(namespace)
-
 
 def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
     try:
@@ -445,12 +371,3 @@ def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
     except MissError as error:
         return error
     return None
-
-
-def _quoted(ids: Iterable[str]) -> str:
-    return ", ".join(f"'{_hex(node_id)}'" for node_id in ids)
-
-
-def _hex(node_id: str) -> str:
-    """Ids go into SQL text, so nothing but hex digits may pass."""
-    return f"{int(node_id, 16):0{len(node_id)}x}"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_store.errors import KVShareError
+from kvshare_store.errors import ErrorKind, KVShareError
 from kvshare_store.metrics import Metrics
 
 log = logging.getLogger("kvshare")
@@ -33,3 +33,22 @@ def report(faults: Sequence[Fault], metrics: Metrics) -> None:
             "kvshare: %d faults in the catalogue, `kvshare check` names them; the first: %s: %s",
             len(faults), first.about, first.error,
         )  # fmt: skip
+
+
+class Faults:
+    """What reading has found to be wrong. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._found: list[Fault] = []
+        self._said: set[tuple[str, ErrorKind]] = set()
+
+    def add(self, about: str, error: KVShareError) -> None:
+        """Every read of a bad row finds it again: it counts once."""
+        if (about, error.kind) not in self._said:
+            self._said.add((about, error.kind))
+            self._found.append(Fault(about, error))
+
+    def take(self) -> list[Fault]:
+        """All since the last call."""
+        found, self._found = self._found, []
+        return found

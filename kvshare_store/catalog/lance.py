@@ -1,11 +1,11 @@
-"""What LanceDB's errors and files say: what is damage, and what is only the way to the files."""
+"""LanceDB's errors and files: what is damage, what only bars the way to them. And its SQL."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,3 +57,13 @@ def _number(manifest: re.Match[str]) -> int:
     """Names of one table are all of one kind: numbers, or numbers counted down."""
     number = int(manifest[1])
     return -number if len(manifest[1]) == _COUNTED_DOWN else number
+
+
+def quoted(ids: Iterable[str]) -> str:
+    """Ids as a list in SQL."""
+    return ", ".join(f"'{hex_only(each)}'" for each in ids)
+
+
+def hex_only(digits: str) -> str:
+    """Ids go into SQL text, so nothing but hex digits may pass."""
+    return f"{int(digits, 16):0{len(digits)}x}"

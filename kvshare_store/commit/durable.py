@@ -80,7 +80,7 @@ class Durable:
         # a node that has left may be of a namespace that is forgotten
         new = known.unrecorded(node.namespace for node in nodes)
         if new and self._catalog is not None:
-            self._catalog.add_namespaces(new)
+            self._catalog.records.add(new)
         known.recorded(new)
 
     def write(self, nodes: Sequence[Node]) -> None:

@@ -64,7 +64,7 @@ class Home:
                 catalog = Catalog(config.catalog or home / "catalog", keys)
             owner = None
             if config.remote and catalog is not None:
-                owner = Owner(catalog.store_id(), catalog.digests())
+                owner = Owner(catalog.store_id(), catalog.records.digests())
             below = open_levels(config, io, keys, beside(catalog), owner)
         except (KVShareError, OSError):
             if arena is not None:

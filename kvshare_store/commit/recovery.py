@@ -31,7 +31,7 @@ def recover(
     """Every node whose blocks are there, last `used` (Unix seconds, by id) or when it was made.
     Returns the others; blocks that no node uses are left to the janitor."""
     with _no_collections():
-        state.namespaces.recorded(catalog.namespaces())
+        state.namespaces.recorded(catalog.records.read())
         now = time.time()
         lost: list[Node] = []
         idle: dict[str, tuple[Node, float]] = {}

@@ -91,7 +91,7 @@ class OthersPurges:
             self._remove_without_record(catalog, digest)
             catalog.drop_unreadable(digest)
         nodes.learn_removals(_absent(catalog, here))
-        digests = catalog.digests()
+        digests = catalog.records.digests()
         with nodes.lock:
             nodes.namespaces.keep_recorded(digests)
             kept = nodes.state.of_namespace(digest)
@@ -99,7 +99,7 @@ class OthersPurges:
                 return False
             if not kept:
                 nodes.state.remove_namespace(digest)
-                catalog.forget_key(digest)
+                catalog.records.forget_key(digest)
             keep = {name for node in kept for name in node.blocks}
             dropped = self._blocks.pool.drop_copies(digest, keep)
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
@@ -110,7 +110,7 @@ class OthersPurges:
     def _remove_without_record(self, catalog: Catalog, digest: str) -> None:
         """Rows that were committed by who had not heard of the purge: it took their namespace's
         record, so nobody can read them, nor name them to purge them again."""
-        if digest in catalog.digests() or all(digest != at for _, at in catalog.ids()):
+        if digest in catalog.records.digests() or all(digest != at for _, at in catalog.ids()):
             return
         with self._nodes.lock:
             nodes = self._nodes.state.of_namespace(digest)

@@ -90,7 +90,7 @@ class SharedGarbage:
         named = self.named_blocks()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
         unused = [name for name in claimed if name not in named]
-        purged = {claimed[name] for name in unused} - self._catalog.digests()
+        purged = {claimed[name] for name in unused} - self._catalog.records.digests()
         removed = 0
         for chunk in _chunks(unused, _DELETES):
             if self._condemned.clock() >= until or stopped():
@@ -122,7 +122,7 @@ class SharedGarbage:
 
     def _read(self, ids: Sequence[str]) -> set[str]:
         """Blocks that rows name which this machine does not hold as they are."""
-        self._catalog.namespaces()  # and the keys of those that are new
+        self._catalog.records.read()  # and the keys of those that are new
         named: set[str] = set()
         unread = set(ids)
         for chunk in _chunks(ids, _CHUNK):

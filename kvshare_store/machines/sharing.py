@@ -143,7 +143,7 @@ class Sharing:
             gone = {i: stamp for i, stamp in self._seen.items() if i not in (everything or {})}
         if gone:
             self._nodes.learn_removals(gone)
-            digests = self._catalog.digests()
+            digests = self._catalog.records.digests()
             with self._nodes.lock:
                 self._nodes.namespaces.keep_recorded(digests)
         for node_id in gone:
@@ -174,7 +174,7 @@ class Sharing:
         changed = [i for i, stamp in stamps.items() if self._seen.get(i) != stamp]
         unknown = [i for i in changed if not self._has(i, stamps[i])]
         if unknown:
-            namespaces = self._catalog.namespaces()
+            namespaces = self._catalog.records.read()
             self._nodes.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
             report(self._catalog.take_faults(), self._metrics)
         self._seen |= stamps

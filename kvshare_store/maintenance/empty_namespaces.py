@@ -49,5 +49,5 @@ class EmptyNamespaces:
             gone = [digest for digest in digests if digest not in taken]
             for digest in gone:
                 nodes.state.remove_namespace(digest)
-        catalog.remove_namespaces(gone)
+        catalog.records.remove(gone)
         return len(gone)

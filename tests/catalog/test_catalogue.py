@@ -286,7 +286,7 @@ def test_rows_around_a_page_that_cannot_be_read(
 ) -> None:
     monkeypatch.setattr(table_module, "_READ_ROWS", 10)
     catalog = Catalog(tmp_path)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
     catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
     rows = Table.rows

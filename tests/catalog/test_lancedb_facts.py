@@ -216,7 +216,7 @@ def make_node(first: int, pinned: bool = False) -> Node:
 
 def opened(folder: Path) -> Catalog:
     catalog = Catalog(folder)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     return catalog
 
 
@@ -274,7 +274,7 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]
     for space in (*spaces, *spaces):
-        catalog.add_namespaces([space])
+        catalog.records.add([space])
     assert Catalog(tmp_path).namespaces() == spaces
 
 

@@ -18,7 +18,7 @@ from kvshare_store.cli import common, format, gc, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 

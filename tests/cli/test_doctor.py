@@ -18,7 +18,7 @@ from kvshare_store.cli import checkup, top
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.neighbours import NAMESPACE
 from tests.support.stores import SMALL

@@ -206,7 +206,7 @@ def test_collecting_blocks_that_no_node_uses(
     engine.store.close()
     before = {file.stem for file in (home / "blocks").glob("*/*")}
     catalog = Catalog(home / "catalog")
-    catalog.namespaces()
+    catalog.records.read()
     catalog.delete([node.id for node, _ in catalog.load() if node.tokens.tolist() == OLD])
     engine = driver()
     found = crashes(engine)

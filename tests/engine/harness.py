@@ -35,8 +35,18 @@ PATIENCE_S = 60.0
 TOLERANCE = 1e-4
 """What two fp32 computations of the same log-probability may differ by."""
 
+SHARED: dict[str, Any] = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+}
+WITH_DEVICE_TIER: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
+"""Settings of engines that several modules share (`SETTINGS = SHARED`)."""
+
 Keep = list[tuple[int, int]]
 """Positions `start … stop-1` that a plan may reuse."""
+Fresh = Callable[[int], list[int]]
+"""Prompts of some length that have no run of tokens in common with any before."""
 
 
 @dataclass
@@ -406,6 +416,11 @@ def random_runs(length: int, seed: int) -> Keep:
     generator = random.Random(seed)
     cuts = sorted(generator.sample(range(1, length - 1), 2 * generator.randint(2, 12)))
     return list(zip(cuts[::2], cuts[1::2], strict=True))
+
+
+def half(length: int) -> Keep:
+    """About half of the prompt, in runs of every length."""
+    return random_runs(length, seed=3)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from kvshare_store.plan import reused_of
-from tests.engine.harness import BLOCK, TOLERANCE, Engine, kept_engine
+from tests.engine.harness import BLOCK, SHARED, TOLERANCE, Engine, Fresh
 from tests.engine.soak import Traffic, related_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -23,25 +22,7 @@ LATE_EDIT = 98
 """Inside the last block, which is not full."""
 NEW = [11111, 22222, 33333, 44444, 12345]
 """Tokens that the edit puts there, rare ones; what follows them is reused."""
-SETTINGS: dict[str, Any] = {
-    "kvshare": {"policy": "aggressive"},
-    "enable_prefix_caching": True,
-    "disable_log_stats": False,
-}
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
+SETTINGS = SHARED
 
 
 @pytest.fixture

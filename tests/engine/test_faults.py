@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Welcome
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import Engine, random_runs, wait_until
+from tests.engine.harness import Engine, Fresh, half, wait_until
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,35 +32,10 @@ pytestmark = [
 LENGTH = 130
 DEADLINE_S = 0.4
 RECOVERY_S = 60.0
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
-        enable_prefix_caching=True,
-    )
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
+SETTINGS = {
+    "kvshare": {"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
+    "enable_prefix_caching": True,
+}
 
 
 # --- loads that fail ------------------------------------------------------------------------------
@@ -114,7 +89,7 @@ def test_a_failed_load_is_a_miss(
     budget: int | None,
 ) -> None:
     full = engine.store(prompt)
-    reuse: AbstractContextManager[None] = engine.keeping(holes) if edited else nullcontext()
+    reuse: AbstractContextManager[None] = engine.keeping(half) if edited else nullcontext()
     hit = "hits_edited" if edited else "hits_exact"
     engine.forget()
     fails = failing_loads(engine, monkeypatch)
@@ -125,7 +100,7 @@ def test_a_failed_load_is_a_miss(
     assert gained[hit] == gained["tokens_reused_edited"] == gained["tokens_reused_exact"] == 0
     assert gained["tokens_recomputed"] == LENGTH
     engine.forget()
-    reuse = engine.keeping(holes) if edited else nullcontext()
+    reuse = engine.keeping(half) if edited else nullcontext()
     with engine.counted() as gained, engine.budget(tokens=budget), reuse:
         assert engine.ask(prompt).agrees(full)
     assert gained[hit] == 1
@@ -163,7 +138,7 @@ def test_a_block_that_left_the_arena_is_a_miss(
 ) -> None:
     full = engine.store(prompt)
     engine.forget()
-    reuse, cleared = engine.keeping(holes), cleared_labels(engine)
+    reuse, cleared = engine.keeping(half), cleared_labels(engine)
     with engine.counted() as gained, engine.budget(tokens=budget), reuse, cleared:
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from tests.engine.harness import TOLERANCE, Answer, Engine, Keep, kept_engine, random_runs
+from tests.engine.harness import TOLERANCE, WITH_DEVICE_TIER, Answer, Engine, Keep, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 
-SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
+SETTINGS = WITH_DEVICE_TIER
 
 
 @pytest.fixture

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import BLOCK, Answer, Engine, kept_engine
-from tests.engine.test_partial_prefill import SETTINGS
+from tests.engine.harness import BLOCK, WITH_DEVICE_TIER, Answer, Engine, Fresh
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+SETTINGS = WITH_DEVICE_TIER
 LENGTH = 150
 TIMES = 5
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture

@@ -4,17 +4,16 @@ know."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvshare_store.errors import UnsupportedError
-from tests.engine.harness import Engine, kept_engine, random_runs
+from tests.engine.harness import Engine, Fresh, kept_engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 KERNEL_BLOCK = 32
 LENGTH = 200
 

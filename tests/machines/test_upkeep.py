@@ -23,7 +23,6 @@ from tests.support.neighbours import (
     Machine,
     collect_all,
     config_of,
-    forget_copies,
     knows,
     learn,
     minutes_pass,
@@ -32,6 +31,7 @@ from tests.support.neighbours import (
     until,
 )
 from tests.support.oracle import Driver, RowBook, Rows, prompt
+from tests.support.tiers import drop_from_host
 
 ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
 """A machine that looks into the catalogue when the test says so."""
@@ -52,7 +52,7 @@ class OtherBits(RowBook):
 def served_everywhere(*engines: Driver) -> list[int]:
     """Rows of `PROMPT` that each machine serves from what the remote has."""
     for engine in engines:
-        forget_copies(engine)
+        drop_from_host(engine.store)
     return [engine.serve(PROMPT).exact for engine in engines]
 
 
@@ -103,7 +103,7 @@ def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> No
     one.store.flush()
     learn(other)
     collect_all(one)
-    forget_copies(other)
+    drop_from_host(other.store)
     assert other.serve(edited).reused == 39
     assert knows(one, edited)
 

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
@@ -31,6 +30,7 @@ from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.tiers import damage_file
 from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"
@@ -137,12 +137,6 @@ def found(home: Path, mine: Namespace) -> dict[str, set[str]]:
     return places
 
 
-def disk_level(store: Store) -> Level:
-    level = store.blocks.levels.named("disk")
-    assert level is not None
-    return level
-
-
 def leave_leftovers(two: Two, home: Path, mine: Namespace) -> None:
     """Bytes where nobody's books know of them: quarantined, unfinished, and without a node."""
     names = [
@@ -189,7 +183,7 @@ def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
         assert len(list((folder / "_versions").glob("*.manifest"))) == 1
         assert not list(folder.glob("_deletions/*")), "a deleted row would still be in its file"
     assert {namespace for _, namespace in catalog.ids()} == {two.kept.namespace.digest}
-    assert [known.digest for known in catalog.namespaces()] == [two.kept.namespace.digest]
+    assert [known.digest for known in catalog.records.read()] == [two.kept.namespace.digest]
 
 
 def test_other_namespaces_stay(two: Two, config: Config, mine: Namespace, key: str) -> None:

@@ -20,18 +20,13 @@ from kvshare_store.plan import Context, Outcome, ReusePlan, Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import drop_from_host
 
 Open = Callable[..., Driver]
 ROW = 64
 SLOT = 64 + 8 * ROW
 TOKENS = prompt(1, 40)
 ROWS = np.random.default_rng(0).standard_normal((2, 2, 40, 1, 4)).astype(np.float32)
-
-
-def drop_from_host(store: Store) -> None:
-    with store.nodes.lock:
-        for name in store.blocks.host.names():
-            store.blocks.host.drop(name)
 
 
 def expire(store: Store, plan: ReusePlan) -> None:

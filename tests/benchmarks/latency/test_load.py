@@ -1,22 +1,13 @@
 """The traffic of `load`, and its rows."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 
 from benchmarks.data.edited_prompts import Texts
 from benchmarks.harness.engines import Replayed
 from benchmarks.latency import load
-
-NEW = 1_000_000
-
-
-def numbers(start: int = NEW) -> Iterator[list[int]]:
-    """Documents of ten tokens, none of which occurs twice."""
-    while True:
-        yield list(range(start, start + 10))
-        start += 10
+from tests.benchmarks.made_prompts import numbers
 
 
 def test_load_says_what_each_arm_serves_and_its_times_beside_plain() -> None:
