@@ -1,9 +1,8 @@
-"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in
-`catalog/table.py`.
+"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in `catalog/table.py`.
 
-A row is written only after all blocks it names are durable, in one commit a batch; what a method
-committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
-nobody else sees it.
+A row is written only after all blocks that it names are durable, and each batch of rows is one
+commit. What a method commits is durable when it returns. Rows are verified when they are read: a
+bad one becomes a `Fault` and is left out.
 """
 
 from __future__ import annotations
@@ -57,23 +56,23 @@ _NODES = Fields(
     "id",
 )
 _STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
-"""Where several machines write, each row shows the stamp of its node: whoever replaces or removes
-one says which form of it is meant."""
+"""Where several machines write, each row has a column with the stamp of its node. Whoever replaces
+or removes a row says which stamp is meant."""
 
 
 class Catalog:
     """Rows of nodes and namespaces. Thread-safe: one handle under one lock.
 
-    With `keys`, what a node or a namespace is is sealed, and there are no vectors beside it;
-    docs/design/encryption.md says what is left in clear.
+    With `keys`, the contents of nodes and namespaces are encrypted, and vectors are not stored in
+    clear; docs/design/encryption.md lists what is.
 
-    Concurrent `merge_insert` on a nullable or undeclared key duplicates rows silently, so the keys
-    are non-nullable and declared.
+    LanceDB's concurrent `merge_insert` silently duplicates rows if the key is nullable or not
+    declared, so the keys are non-nullable and declared.
     """
 
     def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
-        """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
-        for one that several machines write to. `HomeError` if it cannot be had."""
+        """`folder`: a `Path` for a catalogue of one home; text (a folder or `s3://bucket/prefix`)
+        for one that several machines write to. `HomeError` if it cannot be opened."""
         self._lock = threading.Lock()
         self._rows = Rows(keys)
         self._ours: dict[str, int | None] = {}
@@ -149,8 +148,8 @@ class Catalog:
             return self._nodes.merge(packed, replace=not self.place.shared)[0]
 
     def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
-        """Give a node another row, in the place of the one that has the stamp `expected`. False if
-        the node's row has another stamp by now, or none is there."""
+        """Replace a node's row, but only if it still has the stamp `expected`. False if it has
+        another stamp by now, or no row is left."""
         known = f"target.stamp = {int(expected)}"
         where: bool | str = known if expected else f"{known} OR target.stamp IS NULL"
         if not self.place.shared:
@@ -167,8 +166,9 @@ class Catalog:
         return replaced
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
-        """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows
-        that have one of these: a row that another machine has replaced meanwhile stays."""
+        """Remove nodes; unknown ids are ignored. With `stamps`, rows of a shared catalogue are
+        removed only if they have one of these stamps: what another machine has replaced meanwhile
+        stays."""
         gone = list(ids)
         if not gone:
             return
@@ -185,7 +185,8 @@ class Catalog:
             return self._nodes.delete(where)
 
     def _commit(self, change: Callable[[], T]) -> T:
-        """Of two machines that change a shared table at once LanceDB tells one to try again."""
+        """When two machines change a shared table at the same time, LanceDB refuses one of the
+        commits: it is tried again."""
         for attempt in range(_ATTEMPTS if self.place.shared else 1):
             if attempt:
                 time.sleep(random.uniform(0, 0.05 * 2**attempt))
@@ -202,15 +203,15 @@ class Catalog:
                 self._ours |= changes
 
     def take_changes(self) -> dict[str, int | None]:
-        """What was committed to a shared catalogue through this handle since the last call: stamps
-        of rows by id, None for one that was removed."""
+        """What was committed to a shared catalogue through this handle since the last call: the
+        stamps of rows by id, None for a row that was removed."""
         with self._lock:
             ours, self._ours = self._ours, {}
             return ours
 
     def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
-        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`. Rows
-        of a catalogue that is not shared have none: 0."""
+        """Stamps of rows by id: of all rows, of those stamped at `since` or later, or of `ids`. In
+        a catalogue that is not shared every stamp is 0."""
         columns, where = ["id"], ""
         if ids is not None:
             where = f"id IN ({quoted(ids)})" if ids else "false"
@@ -320,7 +321,8 @@ class Catalog:
 
     @property
     def data_bytes(self) -> int:
-        """Of these, what compaction may have to write anew before it can drop anything."""
+        """How many of these bytes compaction may have to write again before it can delete
+        anything."""
         return sum(table.data_bytes for table in self._tables)
 
     @property
@@ -330,16 +332,16 @@ class Catalog:
     # --- namespaces --------------------------------------------------------------------------
 
     def store_id(self) -> str:
-        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        """The id of the store, the same on every machine that shares the catalogue."""
         self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
         return self.facts.facts("key = 'store'")[0].state
 
     def purge(self, namespace: str) -> None:
         """Remove every row of a namespace, its record and its salt, from old versions too.
 
-        Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
-        rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay until
-        whoever removes those blocks has done so: a save must wait for it.
+        Commits wait meanwhile; lookups do not. It takes as long as writing the files again that
+        hold rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay
+        until whoever removes those blocks is done: saves wait for that.
         """
         digest = hex_only(namespace)
         with self._lock:
@@ -350,8 +352,8 @@ class Catalog:
         self._rows.forget(namespace)
 
     def drop_unreadable(self, namespace: str) -> None:
-        """Remove rows of a namespace that the key of its record does not open: who committed them
-        had not heard of a purge, and used the key that it had destroyed."""
+        """Remove rows of a namespace that cannot be decrypted with the key of its record. A machine
+        committed them with the old key before it had heard of the purge that destroyed that key."""
         if not self.records.read(namespace):
             return
         with self._lock:

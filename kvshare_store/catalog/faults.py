@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 
 def report(faults: Sequence[Fault], metrics: Metrics) -> None:
-    """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
+    """Rows that cannot be used are counted and left out; `kvshare check` names them."""
     for fault in faults:
         metrics.error(fault.error.kind)
     if faults:
@@ -36,14 +36,14 @@ def report(faults: Sequence[Fault], metrics: Metrics) -> None:
 
 
 class Faults:
-    """What reading has found to be wrong. Not thread-safe."""
+    """Faults that reading has found. Not thread-safe."""
 
     def __init__(self) -> None:
         self._found: list[Fault] = []
         self._said: set[tuple[str, ErrorKind]] = set()
 
     def add(self, about: str, error: KVShareError) -> None:
-        """Every read of a bad row finds it again: it counts once."""
+        """A bad row is found at each read, but counted once."""
         if (about, error.kind) not in self._said:
             self._said.add((about, error.kind))
             self._found.append(Fault(about, error))

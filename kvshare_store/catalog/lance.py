@@ -19,8 +19,8 @@ _COUNTED_DOWN = 20
 
 @contextmanager
 def lance_errors() -> Iterator[None]:
-    """LanceDB's errors become ours. It also raises panics of its Rust code, as an `Exception` of a
-    type that no module exports: hence the broad net."""
+    """Turn LanceDB's errors into ours. It also raises panics of its Rust code, as `Exception`s of a
+    type that no module exports, so all exceptions are caught."""
     try:
         yield
     except KVShareError:
@@ -32,8 +32,8 @@ def lance_errors() -> Iterator[None]:
 
 
 def is_damage(error: StorageError, *, shared: bool) -> bool:
-    """Whether a file of a table is bad, not the way to it: too many open files, a missing right or
-    a network that is away are no reason to give anything up."""
+    """Whether a file of a table is damaged. Too many open files, missing permissions or a network
+    failure are not damage: then nothing is given up."""
     bad_medium = () if shared else (errno.EIO, errno.EUCLEAN)
     return _os_errors(error) <= {errno.ENOENT, *bad_medium}
 

@@ -37,16 +37,16 @@ class NamespaceRecords:
         self._faults = faults
 
     def digests(self) -> set[str]:
-        """Of all of them."""
+        """The digests of all namespaces."""
         with self._lock:
             batches = list(self._table.rows(columns=["digest"]))
         return {digest for batch in batches for digest in texts(batch, "digest")}
 
     def add(self, namespaces: Sequence[Namespace]) -> None:
-        """Remember what digests stand for, and the salts of their keys, in one commit.
+        """Record what digests stand for, and the salts of their keys, in one commit.
 
-        A record that is there stays: another writer may have been first, and one salt counts. One
-        that cannot be read is replaced.
+        An existing record stays: another writer may have been first, and only one salt may count. A
+        record that cannot be read is replaced.
         """
         rows = {each.digest: self._rows.namespace_row(each) for each in namespaces}
         if not rows:
@@ -60,7 +60,8 @@ class NamespaceRecords:
             self.read(*bad)
 
     def remove(self, digests: Sequence[str]) -> None:
-        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
+        """Delete the records of namespaces, with their salts. No row and no block of theirs may be
+        left."""
         if digests:
             with self._lock:
                 self._table.delete(f"digest IN ({quoted(digests)})")
@@ -68,10 +69,10 @@ class NamespaceRecords:
             self.forget_key(digest)
 
     def read(self, *digests: str) -> list[Namespace]:
-        """Every namespace that was ever saved into, or those of digests; their keys are known then.
+        """The namespaces of all records, or of those of `digests`; their keys are known then.
 
-        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
-        they were sealed with another key than ours, or with none.
+        Bad records, and records that only a newer release understands, are left out. `ConfigError`
+        if they were encrypted with another key than ours, or with none.
         """
         with self._lock:
             if digests:
@@ -87,6 +88,6 @@ class NamespaceRecords:
         return found
 
     def forget_key(self, digest: str) -> None:
-        """Of a namespace that was purged, here or by another machine. The key of a new record is
-        known from the next `read`."""
+        """Forget the key of a namespace that was purged, here or by another machine. If a new
+        record exists, the next `read` learns its key."""
         self._rows.forget(digest)

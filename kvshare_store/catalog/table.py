@@ -1,10 +1,11 @@
-"""One LanceDB table: durable when a change returns, and opened whatever became of its files.
+"""One LanceDB table. A change is durable when it returns, and a table with damaged files still
+opens.
 
-LanceDB never fsyncs. A file of the table that a power cut or a bad disk has damaged would end every
-start and every commit; here what it held is left out instead, and `take_lost` says so.
+LanceDB never calls fsync, and one file damaged by a power cut or a bad disk would make every start
+and every commit fail. Here the contents of such a file are left out, and `take_lost` reports them.
 
-A row's number (`_rowid`) is the number of its fragment, then its place in there. Fragments are
-written once and numbered upwards, so what was committed later has greater numbers.
+A row's number (`_rowid`) consists of the number of its fragment and its place in there. Fragments
+are written once and numbered upwards, so later commits have greater numbers.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ RowIds = npt.NDArray[np.uint64]
 
 _READ_ROWS = 1024
 _READ_SLICE = 16 * _READ_ROWS
-"""LanceDB reads ahead without end, so it is asked for so many rows at a time: about 120 MB of
+"""LanceDB reads ahead without a limit, so it is asked for so many rows at a time: about 120 MB for
 prompts of 1,000 tokens."""
 _READ_FIELDS = 1 << 16
-"""Rows of some columns, which are short."""
+"""Rows read at a time when only a few short columns are wanted."""
 _FRAGMENT = 1 << 32
 """Row numbers of one fragment."""
 _KEY = b"lance-schema:unenforced-primary-key:position"
-"""In the metadata of the field that was declared to be the key."""
+"""A key in the metadata of the column that was declared to be the primary key."""
 _MOST_FRAGMENTS = 1 << 30
 _ASIDE = "torn"
 _PAUSE_S = 0.05
@@ -49,13 +50,13 @@ _SHARED_VERSIONS = timedelta(hours=1)
 
 
 class Fields(NamedTuple):
-    """Columns that this release writes. A table may have more, and lack what may be null."""
+    """Columns that this release writes. A table may have others, and may lack nullable ones."""
 
     schema: pa.Schema
     key: str
 
     def missing(self, names: list[str]) -> list[str]:
-        """Columns that must be there and are not."""
+        """Required columns that a table lacks."""
         return [at.name for at in self.schema if not at.nullable and at.name not in names]
 
 
@@ -73,8 +74,8 @@ class Table:
             self._folder = place.folder / f"{name}.lance"
         self._synced = SyncedFolder(self._folder) if self._folder is not None else None
         self.bytes = self.data_bytes = 0
-        """Of all files of the table after the last change, and of those with rows; 0 in object
-        storage."""
+        """Bytes of all files of the table after the last change, and bytes of its data files; 0 in
+        object storage."""
         for fragment in self._open():
             self._skip(fragment)
         self.sync()
@@ -103,7 +104,7 @@ class Table:
                     time.sleep(_PAUSE_S)
 
     def _is_damage(self, error: StorageError) -> bool:
-        """What is in object storage is whole or not there at all."""
+        """Objects in object storage are complete or absent, never damaged."""
         return self._folder is not None and is_damage(error, shared=self._place.shared)
 
     def _opened(self) -> Any:
@@ -125,8 +126,8 @@ class Table:
         return table
 
     def complete(self) -> None:
-        """Give a table of an older release the columns that it lacks. Another machine may be doing
-        the same."""
+        """Add the columns that a table of an older release lacks. Another machine may be doing the
+        same."""
         for field in self._fields.schema:
             if field.name in self._handle.schema.names:
                 continue
@@ -140,7 +141,8 @@ class Table:
         self.sync()
 
     def _set_aside(self, newest: Path, error: StorageError) -> None:
-        """Let the version before be the newest; without any version the table begins anew."""
+        """Give up the newest version, so that the one before it counts. If no version is left, the
+        table starts empty."""
         aside = newest.parents[0 if newest == self._folder else 2] / _ASIDE
         aside.mkdir(mode=0o700, exist_ok=True)
         os.replace(newest, aside / f"{self._name}.{newest.name}.{time.time_ns()}")
@@ -169,7 +171,7 @@ class Table:
         return []
 
     def _search_torn(self, first: int, end: int) -> Iterator[int]:
-        """Of a range of row numbers LanceDB opens only those fragments that are in it."""
+        """Bisect: LanceDB opens only those fragments that are in the range of row numbers."""
         try:
             self.row_ids(_between(first, end))
         except StorageError as error:
@@ -183,7 +185,7 @@ class Table:
             yield from self._search_torn(middle, end)
 
     def _skip(self, fragment: int) -> None:
-        """LanceDB commits nothing while there is a fragment that it cannot open."""
+        """Delete a fragment that LanceDB cannot open: while it is there, no commit succeeds."""
         rows = self.count()
         self.delete(_between(fragment, fragment + 1))
         text = f"a file cannot be read; {rows - self.count():,} rows were in it"
@@ -202,8 +204,8 @@ class Table:
             self._handle.checkout_latest()
 
     def old_versions(self) -> int:
-        """How many versions `compact` would drop: all but the newest, of a shared table those that
-        are an hour old."""
+        """How many versions `compact` would drop: all but the newest; of a shared table only those
+        older than an hour."""
         with lance_errors():
             *old, _ = self._handle.list_versions()
         if not self._place.shared:
@@ -217,7 +219,8 @@ class Table:
             return int(self._handle.count_rows())
 
     def row_ids(self, where: str = "") -> RowIds:
-        """The numbers of the rows, ascending. Reads one short column: of none LanceDB makes all."""
+        """The numbers of the rows, ascending. Reads one short column: without any column LanceDB
+        would read all of them."""
         with lance_errors():
             query = self._handle.search().select([self._fields.key]).with_row_id(True).limit(None)
             found = (query.where(where) if where else query).to_arrow()
@@ -239,9 +242,9 @@ class Table:
                 yield from query.limit(_READ_SLICE).offset(first).to_batches(_READ_ROWS)
 
     def salvage(self) -> Iterator[pa.RecordBatch]:
-        """All rows that can be read. The others are removed, and are in `take_lost`."""
+        """All rows that can be read. The others are deleted and reported by `take_lost`."""
         done: dict[int, int] = {}
-        """Of each fragment the number behind the last row that was read."""
+        """By fragment, the number after the last row that was read."""
         try:
             for batch in self.rows():
                 for number in np.asarray(batch.column("_rowid").to_numpy())[-1:].tolist():
@@ -258,14 +261,15 @@ class Table:
             self.delete(where)
 
     def _fragments(self) -> Iterator[tuple[int, int]]:
-        """Their numbers, and the number behind the last row of each."""
+        """The number of each fragment, and the number after its last row."""
         numbers = self.row_ids()
         fragments, counts = np.unique(numbers // np.uint64(_FRAGMENT), return_counts=True)
         for fragment, last in zip(fragments, numbers[np.cumsum(counts) - 1], strict=True):
             yield int(fragment), int(last) + 1
 
     def _salvage(self, at: int, end: int, torn: list[str]) -> Iterator[pa.RecordBatch]:
-        """Of one fragment. Behind a page that cannot be read the next ones may be sound."""
+        """The rows of one fragment. After a page that cannot be read the next ones may be
+        intact."""
         skipped = 0
         while at < end:
             try:
@@ -287,11 +291,11 @@ class Table:
     def merge(
         self, rows: Sequence[Mapping[str, Any]], *, replace: bool | str, insert: bool = True
     ) -> tuple[int, int]:
-        """Commit rows in one version; how many were inserted and how many replaced.
+        """Commit rows in one version; returns how many were inserted and how many replaced.
 
-        `replace`: they take the place of rows of the same key, always or where the SQL condition on
-        `target` and `source` holds; else those stay. Without `insert`, rows of an unknown key are
-        ignored. Columns that only another release knows keep what they hold.
+        `replace`: rows replace those with the same key, always or where the SQL condition on
+        `target` and `source` holds; otherwise existing rows stay. Without `insert`, rows with new
+        keys are ignored. Columns that this release does not know keep their values.
         """
         names = self._handle.schema.names
         schema = pa.schema([field for field in self._fields.schema if field.name in names])
@@ -309,7 +313,7 @@ class Table:
         return int(done.num_inserted_rows), int(done.num_updated_rows)
 
     def update(self, where: str, **values: Any) -> int:
-        """Set columns of rows; how many there were."""
+        """Set columns of rows; returns how many."""
         with lance_errors():
             done = self._handle.update(where=where, values=values)
         self.sync()
@@ -321,8 +325,7 @@ class Table:
             self.delete(f"_rowid IN ({', '.join(map(str, numbers))})")
 
     def delete(self, where: str) -> int:
-        """Remove rows; how many there were. Their bytes stay in files until `erase` or
-        `compact`."""
+        """Remove rows; returns how many. Their bytes stay in files until `erase` or `compact`."""
         with lance_errors():
             done = self._handle.delete(where)
         self.sync()
@@ -331,8 +334,8 @@ class Table:
     def erase(self, where: str) -> None:
         """Remove rows and every byte of them.
 
-        Deleting only marks rows, and a file with few marks is never written again: what stays of
-        the files that held some is written anew, so that those can go.
+        Deleting only marks rows, and LanceDB never rewrites a file with few marks. So the remaining
+        rows of the affected files are written to new files, and the old files are deleted.
         """
         held = np.unique(self.row_ids(where) // np.uint64(_FRAGMENT))
         self.delete(where)
@@ -341,7 +344,8 @@ class Table:
         self.rewrite(" OR ".join(f"({at})" for at in ranges))
 
     def rewrite(self, where: str = "true") -> None:
-        """Write rows to new files, then drop the old files; empty: only drop files."""
+        """Write the rows that `where` selects to new files, then delete the old files. With an
+        empty `where`, only delete files."""
         if where:
             key = self._fields.key
             with lance_errors():
@@ -351,8 +355,8 @@ class Table:
     def compact(self) -> None:
         """Merge small fragments and drop old versions.
 
-        Others may be reading a version of a shared table, or writing the next: there versions stay
-        for an hour, and of two that compact at once LanceDB lets one have its way.
+        Other machines may be reading an old version of a shared table, or writing the next: there
+        versions stay for an hour. If two machines compact at once, LanceDB lets one of them win.
         """
         if self._place.shared:
             with lance_errors():
@@ -362,8 +366,8 @@ class Table:
             self.drop_versions()
 
     def drop_versions(self) -> None:
-        """All but the present one, and files that belong to none. Other machines may be writing
-        files that belong to none yet: those are left alone."""
+        """Drop all versions but the newest, and files that belong to no version. In a shared table
+        those files may belong to a version that another machine is writing: they stay."""
         with lance_errors():
             self._handle.optimize(cleanup_older_than=_ALL_VERSIONS)
         self._fsync()  # or a power cut could find neither the new files nor the old ones

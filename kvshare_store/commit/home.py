@@ -23,10 +23,10 @@ from kvshare_store.keys import Keyring, master_key
 from kvshare_store.threads import Health
 
 FORMAT = "2"
-"""What a home is marked with. A later release that only adds, and changes nothing that this one
-reads, marks its homes `2.1`, `2.2` and so on."""
+"""The format that a home is marked with. A later release that adds something and changes nothing
+that this one reads marks its homes `2.1`, `2.2` and so on."""
 _BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
-"""What may be in a home before its first owner marks it."""
+"""Files that may be in a home before its first owner has marked it."""
 
 
 class Home:
@@ -81,20 +81,21 @@ class Home:
 
 
 def beside(catalog: Catalog | None) -> Callable[[], Beside]:
-    """A catalogue of several machines is not in the home and not in its budget."""
+    """What lies beside the blocks on the home's disk: its catalogue. One that several machines
+    share is not in the home, and not in its budget."""
     if catalog is None or catalog.place.shared:
         return Beside
     return lambda: Beside(catalog.bytes, catalog.data_bytes)
 
 
 def _foreign(home: Path) -> bool:
-    """Whether a folder without the format mark holds anything that is not ours."""
+    """Whether a folder without the format mark holds files that are not a store's."""
     names = {entry.name for entry in home.iterdir()}
     return "format" not in names and bool(names - _BEFORE_FORMAT)
 
 
 def take_lock(home: Path) -> int:
-    """Become the owner of a home; the descriptor that says so."""
+    """Take the lock that makes this process the owner of a home; returns its descriptor."""
     try:
         if home.is_dir() and _foreign(home):
             raise HomeError(
@@ -121,7 +122,7 @@ def take_lock(home: Path) -> int:
 
 
 def check_format(home: Path) -> None:
-    """The first owner writes the format down; a later release refuses what it cannot read."""
+    """Mark a new home with the format; refuse one whose format this release does not read."""
     mark = home / "format"
     try:
         found = mark.read_bytes().strip(b" \n\0").decode(errors="replace") if mark.exists() else ""
@@ -135,7 +136,7 @@ def check_format(home: Path) -> None:
 
 
 def _write_format(home: Path) -> None:
-    """Durable before anything is stored: a home without it counts as somebody else's folder."""
+    """Make the mark durable before anything is stored: without it a home counts as foreign."""
     unfinished = str(home / "format.new")
     files.discard(unfinished)
     files.write(unfinished, [FORMAT.encode()])

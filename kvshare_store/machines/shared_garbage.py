@@ -1,7 +1,7 @@
 """Garbage of a remote that several machines share: blocks that no row of the catalogue names.
 
-Nobody knows what other machines are about to commit, so a block is condemned first and removed a
-grace later, by one machine, which looks into the catalogue in between (docs/design/sharing.md).
+Nobody knows what other machines are about to commit. So a block is condemned first, and removed a
+grace period later by one machine, which reads the catalogue in between (docs/design/sharing.md).
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _CHUNK = 512
 _REMOVED_AT_ONCE = 1024
 """Blocks that are claimed in one pass."""
 _DELETES = 16
-"""Blocks deleted side by side."""
+"""Blocks deleted concurrently."""
 _REST = 50
-"""A listing that took a second is made again after so many: it costs 2 % of one machine."""
+"""A listing is repeated after this many times the time that it took: it costs 2 % of one
+machine."""
 _TURN = "janitor"
 
 
 class SharedGarbage:
-    """One machine's part in it. `turn_s`: how long the others leave the work to one that has done
-    some of it."""
+    """One machine's part of the work. `turn_s`: how long the other machines leave it to the one
+    that did it last."""
 
     def __init__(
         self, nodes: NodeStore, catalog: Catalog, condemned: Condemned, machine: str, turn_s: float
@@ -42,12 +43,12 @@ class SharedGarbage:
         self._machine = machine
         self._turn_s = turn_s
         self._garbage: dict[str, float] = {}
-        """Since when blocks were seen to be nobody's."""
+        """When each block was first seen to be garbage."""
         self._listed_again = 0.0
 
     def my_turn(self) -> bool:
-        """Whether the work is this machine's; the others take it over when it does none. A turn is
-        renewed only when it is half over: each renewal is a version of the table."""
+        """Whether it is this machine's turn. If it does nothing, another takes over. A turn is
+        renewed only when it is half over, because each renewal makes a version of the table."""
         now, facts = time.time(), self._catalog.facts
         turn = next(iter(facts.facts(f"key = '{_TURN}'")), None)
         if turn is None:
@@ -59,10 +60,11 @@ class SharedGarbage:
         return bool(facts.change(same, by=self._machine, at=now))
 
     def collect(self, *, patient: bool, stopped: Callable[[], bool]) -> int:
-        """One pass; how many blocks were removed. A patient one leaves out what was done lately.
+        """One pass; returns how many blocks were removed. A patient one skips a listing that was
+        made lately.
 
-        Without conditional commits nothing is removed: a machine could not tell whether it alone
-        has a claim.
+        Nothing is removed without conditional commits: a machine could not know that it alone has
+        claimed a block.
         """
         if not self._catalog.place.conditional:
             return 0
@@ -102,8 +104,8 @@ class SharedGarbage:
         return removed
 
     def named_blocks(self) -> set[str]:
-        """Blocks that some row names, as of now. `StorageError` if a row cannot be read: what it
-        names must stay."""
+        """All blocks that rows name at this moment. `StorageError` if a row cannot be read: the
+        blocks that it names must stay."""
         self._catalog.refresh()
         stamps = self._catalog.stamps()
         named: set[str] = set()
@@ -121,7 +123,7 @@ class SharedGarbage:
         return named
 
     def _read(self, ids: Sequence[str]) -> set[str]:
-        """Blocks that rows name which this machine does not hold as they are."""
+        """Blocks named by rows that this machine does not hold in the same form."""
         self._catalog.records.read()  # and the keys of those that are new
         named: set[str] = set()
         unread = set(ids)

@@ -1,7 +1,7 @@
-"""The one background job: garbage, what is too old, quotas, merges, and LanceDB's old versions.
+"""The one background job: garbage, expired nodes, quotas, merges, old versions of the catalogue.
 
-It never makes a request wait: the lock is held for one chunk at a time, bytes are read and copied
-outside it, and everything that is removed goes through the committer's queue.
+It never makes a request wait. It holds the lock for one chunk at a time and reads and copies bytes
+without it. Everything that it removes goes through the committer's queue.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger("kvshare")
 
 _NAME = "kvshare-janitor"
 _CHUNK = 64
-"""Nodes or blocks removed, or looked at, in one go."""
+"""Nodes or blocks handled under the lock in one go."""
 _VERSIONS = 64
-"""Versions of the catalogue after which a pass compacts it although it is in use."""
+"""Versions after which a pass compacts a table that is in use."""
 _TURN = 3
-"""Passes after which another machine takes the upkeep of what is shared over."""
+"""Passes after which another machine takes over the work on what is shared."""
 
 
 class Collected(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class Collected(msgspec.Struct, frozen=True):
     blocks: int = 0
     """Blocks that no node uses any more."""
     bytes: int = 0
-    """What those blocks took."""
+    """Bytes of these blocks."""
     merged: int = 0
     versions: int = 0
     """Old versions of the catalogue, and with them the rows that were deleted since."""
@@ -96,8 +96,8 @@ class Janitor:
             self._thread.join()
 
     def collect(self, *, dry_run: bool = False, patient: bool = False) -> Collected:
-        """One pass. `dry_run` only says what it would do; `patient` leaves the catalogue alone
-        while it is written to, but not for ever."""
+        """One pass. `dry_run` only says what it would do. `patient` does not compact tables that
+        are being written to, unless they have many old versions."""
         with self._pass:
             if dry_run:
                 return self._would_collect()
@@ -137,7 +137,7 @@ class Janitor:
     # --- nodes -------------------------------------------------------------------------------
 
     def _ttl(self) -> float:
-        """Of other machines' uses the latest may not be written down yet."""
+        """The latest uses of other machines may not be written down yet."""
         late = self._uses.period if self._repository.shared and self._uses else 0.0
         return self._config.ttl_seconds + late
 
@@ -156,7 +156,7 @@ class Janitor:
         return len(still)
 
     def _hold_quotas(self) -> int:
-        """A quota may be new, or smaller than it was when the nodes were saved."""
+        """Quotas may be new, or smaller than when the nodes were saved."""
         with self._nodes.lock:
             namespaces = self._nodes.tree.namespaces()
         return sum(self._nodes.hold_quota(namespace) for namespace in namespaces)
@@ -166,8 +166,9 @@ class Janitor:
     def _garbage(self) -> list[str]:
         """Blocks of this machine's tiers that no node uses and no lease holds.
 
-        A block gets its name and its node in one step under the lock, so what was saved and is not
-        committed yet is none of them; nor are slots that are being filled: they have no name.
+        A block gets its name and its node in one step under the lock. So blocks that were saved and
+        are not committed yet are not among them, nor are slots that are being filled: they have no
+        name yet.
         """
         found: list[str] = []
         for names in self._chunks(list(self._blocks.names())):
@@ -179,7 +180,8 @@ class Janitor:
         return not self._nodes.tree.uses(name) and not self._blocks.leases.pinned(name)
 
     def _remove_garbage(self) -> tuple[int, int]:
-        """How many, and their bytes. The committer looks once more whether they are in use."""
+        """Remove garbage; returns the number of blocks and their bytes. The committer checks once
+        more whether a block is in use."""
         garbage = self._garbage()
         nbytes = sum(map(self._blocks.size_of, garbage))
         for chunk in self._chunks(garbage):
@@ -188,7 +190,7 @@ class Janitor:
         return len(garbage), nbytes
 
     def _done_so_far(self) -> None:
-        """Wait for the committer, however busy it is kept."""
+        """Wait until the committer has done what was queued so far, and not for what follows."""
         self._queue.run(lambda: None)
 
     def _chunks(self, items: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -204,8 +206,8 @@ class Janitor:
         return catalog.old_versions() if catalog is not None else {}
 
     def _compact(self, patient: bool) -> int:
-        """Drop old versions, table by table; a patient pass waits until nobody has written to a
-        table since the last one."""
+        """Drop old versions, table by table. A patient pass skips a table that was written to since
+        the last pass."""
         catalog, uses = self._repository.catalog, self._uses
         if catalog is None or self._stop.is_set():
             return 0

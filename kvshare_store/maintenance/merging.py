@@ -61,7 +61,7 @@ class Merger:
         return found
 
     def merge(self, *, patient: bool, stopped: Callable[[], bool]) -> int:
-        """One pass; how many nodes were merged. A patient one leaves those alone whose merge has
+        """One pass; returns how many nodes were merged. A patient one skips nodes whose merge has
         failed lately."""
         merged = 0
         for node in self._mergeable(patient)[:_MERGES]:
@@ -77,7 +77,7 @@ class Merger:
         return merged
 
     def _mergeable(self, patient: bool) -> list[Node]:
-        """Nodes to merge; those whose merge has failed last, or, in a patient pass, later."""
+        """Nodes to merge. Those whose merge has failed come last, or, in a patient pass, later."""
         nodes, now = self.scattered(), time.monotonic()
         ids = {node.id for node in nodes}
         self._failed = {i: failed for i, failed in self._failed.items() if i in ids}
@@ -104,7 +104,7 @@ class Merger:
         return self._rewriter.swap(node, merged)
 
     def gather(self, node: Node, sizes: Sequence[int], step: int) -> list[str]:
-        """Copy the node's rows into new blocks of the host tier; their names, in order."""
+        """Copy the node's rows into new blocks in the host tier; returns their names, in order."""
         read = functools.lru_cache(_SOURCES)(self._read)
         names: list[str] = []
         try:
@@ -129,12 +129,13 @@ class Merger:
         return name
 
     def _read(self, name: str) -> Block:
-        """As `BlockStore.read`; a block that is gone or bad takes its nodes along."""
+        """See `BlockStore.read`. If a block is missing or damaged, the nodes that use it are
+        removed."""
         try:
             block = self._blocks.read(name)
         except MissError:
             self._nodes.remove_lost([name])
             raise
-        if block.lossy:  # under a new name nobody would know that they were changed
+        if block.lossy:  # under a new name nobody could tell that the rows were changed
             raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
         return block

@@ -1,4 +1,4 @@
-"""Exporting nodes into an archive, and importing them into another store."""
+"""Exports nodes into an archive, and imports them into another store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32
-"""Nodes that are made durable together."""
+"""Nodes that are made durable in one go."""
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -121,7 +121,7 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # a pipe would block
             raise ConfigError(f"archive {path} is no ordinary file")
         with path.open("rb") as file:
             contents = verified(file, path)
@@ -159,7 +159,7 @@ def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Impor
 def _add(
     repository: Repository, node: Node, namespace: Namespace, block_of: Callable[[str], Block]
 ) -> bool:
-    """Let a node in, with those of its blocks that the store lacks; False if there is no room."""
+    """Add a node, with those of its blocks that the store lacks; False if there is no room."""
     nodes, pool = repository.nodes, repository.blocks.pool
     filled: dict[str, tuple[int, Block]] = {}
     try:

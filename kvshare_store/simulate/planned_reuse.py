@@ -1,5 +1,5 @@
-"""What KVShare would plan for each prompt after those before it: the planner itself, over nodes
-without rows in the memory of one process."""
+"""What KVShare would plan for each prompt, given the prompts before it: the real planner over nodes
+without rows, in the memory of one process."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.tensors.layout import KVLayout
 
 _ROW_UNIT = 4
-"""Bytes of K and V of one number each, in half precision: rows are a multiple of it."""
+"""Bytes of one number of K and one of V in half precision; a row is a multiple of it."""
 
 
 class PlannedReuse:
     """One store under one policy. Its answers depend on the prompts alone: alignment is bounded by
-    work and not by time, and costs are those of a store that has measured nothing yet."""
+    work and not by time, and costs are the defaults of a store that has measured nothing."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class PlannedReuse:
         self._blocks = count()
 
     def serve(self, prompt: Prompt) -> Reused:
-        """What is reused of a prompt, which is then stored with its answer."""
+        """Plan and store a prompt with its answer; returns how much of it is reused."""
         self._settle_until(prompt.at)
         namespace = self._namespace.for_tenant(prompt.tenant)
         planned = self._plan(prompt.tokens, namespace)
@@ -87,7 +87,7 @@ class PlannedReuse:
     # --- what is stored ----------------------------------------------------------------------
 
     def _keep(self, prompt: Prompt, namespace: Namespace, planned: Planned) -> None:
-        reuse = of_used_blocks(reuse_of(planned.plan))  # as of a client that used all of it
+        reuse = of_used_blocks(reuse_of(planned.plan))  # as if the client had used the whole plan
         save = self._save(prompt.computed, namespace, reuse, planned.donors)
         stored = stored_as(self._state.tree, save)
         if stored is not None:
@@ -120,7 +120,7 @@ class PlannedReuse:
             self._state.remove([next(tree.victims()).id])
 
     def _settle_until(self, now: float | None) -> None:
-        """Edited prompts whose time has come are stored as exact ones, if they are still here."""
+        """Store edited prompts as exact ones when they are due, unless they were evicted."""
         while self._unsettled and now is not None and self._unsettled[0][0] <= now:
             _, edited, save = self._unsettled.popleft()
             if edited in self._state.tree:
