@@ -50,12 +50,12 @@ class Reader(NamedTuple):
 
     tokenize: Tokenize | None = None
     answers: bool = True
-    """Without a tokenizer text answers are ignored."""
+    """False: answers are ignored."""
     timed: bool = False
     """Every line must say when it was sent."""
 
     def prompt(self, line: _Line) -> Prompt:
-        """`ConfigError` or `PlanError` if the line is none."""
+        """The prompt of a line; `ConfigError` or `PlanError` if it has none."""
         if line.tokens is None and line.prompt is None:
             raise ConfigError("it has neither prompt nor tokens")
         if line.at is None and self.timed:

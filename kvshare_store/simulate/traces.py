@@ -21,8 +21,7 @@ from kvshare_store.nodes.edits import Tokens
 HASHED_TOKENS = 512
 """Tokens of one of the `hash_ids`."""
 _BETWEEN_TURNS = 100.0
-"""Conversations that are active at a time, so that on average so many turns of others come between
-two turns of one."""
+"""How many other conversations begin, on average, between two turns of one."""
 
 Line = TypeVar("Line")
 Tokenize = Callable[[str], Sequence[int]]
