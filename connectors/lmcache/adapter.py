@@ -55,7 +55,7 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         self._loads = Lane[Any]("load", config.store, self._failures)
 
     def _with_shelf(self, work: Callable[[Shelf], T]) -> T:
-        """Do what LMCache waits for, in its own thread."""
+        """Do in LMCache's own thread what LMCache waits for."""
         with self._turn:
             return work(self._shelf)
 
@@ -116,8 +116,9 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         *_: Any,
         **__: Any,
     ) -> int:
-        """Which objects are here. A lock keeps this adapter from deleting one, and makes the store
-        evict it last; it is no promise that the store still has it when it is loaded."""
+        """Which objects are here. A lock keeps this adapter from deleting an object, and makes the
+        store evict it last. It does not promise that the store still has the object when it is
+        loaded."""
         layouts = group_layout_descs if isinstance(group_layout_descs, Mapping) else None
         none = _LMCACHE.bitmap(len(keys))
         return self._lookups.submit(lambda shelf: self._lookup(shelf, keys, layouts), none)
@@ -184,7 +185,7 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
     # --- what LMCache's eviction and its operators ask -------------------------------------------
 
     def delete(self, keys: Sequence[Any], *_: Any, **__: Any) -> None:
-        """Remove objects, but those that are locked."""
+        """Remove objects, except locked ones."""
         with self._locking:
             free = [key for key in keys if not self._locks[key]]
         places = self._places(free)
@@ -226,7 +227,7 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         )
 
     def report_status(self) -> dict[str, Any]:
-        """Whether tasks are worked off, and what has failed."""
+        """Whether tasks are processed, and what has failed."""
         lanes = (self._stores, self._lookups, self._loads)
         return {
             "is_healthy": all(lane.alive for lane in lanes) and not self._failures.last,
@@ -237,7 +238,7 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         }
 
     def close(self) -> None:
-        """Finish what is being done. Everything that was stored stays."""
+        """Finish the tasks in progress. Everything that was stored stays."""
         for lane in (self._stores, self._lookups, self._loads):
             lane.close()
         with self._turn:

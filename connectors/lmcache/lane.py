@@ -1,4 +1,4 @@
-"""A thread that works off tasks and says by an event descriptor when one is done."""
+"""A thread that processes tasks and signals each finished one on an event descriptor."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Lane(Generic[R]):
 
     @property
     def alive(self) -> bool:
-        """Whether tasks are worked off."""
+        """Whether tasks are processed."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Shelf], R], failed: R) -> int:
