@@ -111,6 +111,13 @@ def test_every_package_has_a_place() -> None:
     }
 
 
+def test_every_folder_of_tests_is_described() -> None:
+    (table,) = tables_of(ROOT / "CONTRIBUTING.md", "folder", "what its tests are about")
+    named = {name.partition("/")[0] for row in table[1:] for name in quoted(row[0])} - {"tests"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert named == folders - {"__pycache__"}
+
+
 def test_versions_of_what_is_stored() -> None:
     page = (DESIGN / "format.md").read_text()
     assert f"version of everything below: `{home.FORMAT}`" in page
