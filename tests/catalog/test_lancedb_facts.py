@@ -275,7 +275,7 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
     spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]
     for space in (*spaces, *spaces):
         catalog.records.add([space])
-    assert Catalog(tmp_path).namespaces() == spaces
+    assert Catalog(tmp_path).records.read() == spaces
 
 
 def test_what_lancedb_refuses_is_a_storage_error(tmp_path: Path) -> None:

@@ -411,9 +411,8 @@ def test_the_first_save_of_a_namespace(
     found = crashes(engine)
     catalog = engine.store.repository.catalog
     assert catalog is not None
-    monkeypatch.setattr(
-        catalog, "add_namespaces", found.after(catalog.add_namespaces, "namespace added")
-    )
+    records = catalog.records
+    monkeypatch.setattr(records, "add", found.after(records.add, "namespace added"))
     engine.save(OLD)
     engine.store.flush()
     assert found.steps == [
