@@ -24,8 +24,9 @@ from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
+from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan, Span
 
