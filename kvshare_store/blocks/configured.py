@@ -92,4 +92,6 @@ def _check_owner(owner: Owner, tier: RemoteTier, io: IoLoop, timeout_s: float) -
         io.run(tier.close())
         raise
     except (KVShareError, TimeoutError) as error:
-        log.warning("kvshare: whose the remote is could not be asked yet: %s", error)
+        log.warning(
+            "kvshare: the remote could not be asked yet which store it belongs to: %s", error
+        )

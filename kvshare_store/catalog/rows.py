@@ -135,7 +135,9 @@ class Rows:
         digest, encoded, salt = row
         if (self._keys is None) != (salt is None):
             written = "without" if salt is None else "with"
-            raise ConfigError(f"this store was written {written} an encryption_key and stays so")
+            raise ConfigError(
+                f"this store was written {written} an encryption_key, and that cannot be changed"
+            )
         if self._keys is not None and salt is not None:
             key = self._keys.of_table("namespaces")
             try:

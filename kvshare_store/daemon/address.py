@@ -42,7 +42,7 @@ def connect(home: Path) -> socket.socket:
     except BlockingIOError as error:
         raise OverloadError(
             f"the daemon of {home} accepts no connections: it hangs, or too many come at once; "
-            "try again, or end it and start it again"
+            "try again, or restart it"
         ) from error
     except OSError as error:
         if isinstance(error, HomeError):

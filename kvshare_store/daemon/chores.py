@@ -55,5 +55,5 @@ def _path(text: str) -> Path:
     """`ConfigError` unless the path is absolute, so that the daemon's working folder does not
     matter."""
     if "\0" in text or not Path(text).is_absolute() or Path(text).is_dir():
-        raise ConfigError(f"{text!r} is no absolute path of a file")
+        raise ConfigError(f"{text!r} is not an absolute path")
     return Path(text)

@@ -199,7 +199,7 @@ class Session:
         waiting.register(self._stream, select.POLLIN | unsent)
         events = waiting.poll(seconds * 1e3)
         if not events:
-            raise DeadlineError("nothing has come")
+            raise DeadlineError("no answer has come")
         if events[0][1] & select.POLLIN:
             for frame in self._frames.feed(self._read()):
                 self._answered(frame)

@@ -234,7 +234,7 @@ class Switchboard:
 
     def _cut(self, connection: Connection, reason: str) -> None:
         self.cut_off += 1
-        log.warning("kvshare: %s was cut off: %s", connection.owner, reason)
+        log.warning("kvshare: %s was disconnected: %s", connection.owner, reason)
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:

@@ -111,7 +111,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bytes]]:
             raise cut
         if kind == _END:
             if body != hasher.digest() or file.read(1):
-                raise CorruptBlockError(f"archive {path} is damaged: its hash is another")
+                raise CorruptBlockError(f"archive {path} is damaged: its hash does not match")
             return
         hasher.update(head)
         hasher.update(body)

@@ -67,7 +67,9 @@ def export_nodes(
     encrypted. `StorageError` if the file cannot be written.
     """
     if repository.encrypted and not plain:
-        raise ConfigError("this store is encrypted and an archive is not: say --plain if it may be")
+        raise ConfigError(
+            "this store is encrypted and archives are not: pass --plain to write one all the same"
+        )
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -158,7 +158,9 @@ def check_extends(extends: int, reuse: Reuse, length: int) -> None:
     if not 0 <= extends < max(1, length):
         raise PlanError(f"{length} tokens cannot extend a prompt of {extends}")
     if extends and reuse.spans:
-        raise PlanError("where the rows of an answer's prompt are, the store knows itself")
+        raise PlanError(
+            "the save of an answer must not name rows of its prompt: the store finds them itself"
+        )
 
 
 def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:

@@ -114,7 +114,7 @@ def decode_frame(frame: bytes | memoryview, name: str, key: Key | None = None) -
         raise CorruptBlockError(f"frame of block {header.name[:12]} is not of {name[:12]}")
     if header.encrypted != (key is not None):
         state = "encrypted" if header.encrypted else "not encrypted"
-        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting is another")
+        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting differs")
     contents, body = _plain(header, payload) if key is None else _opened(header, payload, key)
     data = decode(contents.codec, body, contents.layout, contents.raw_bytes)
     block = Block(header.namespace, contents.layout, data, contents.lossy)

@@ -529,7 +529,7 @@ def test_a_file_where_a_folder_should_be(driver: Open, home: Path, folder: str) 
     engine.store.close()
     shutil.rmtree(home / folder)
     (home / folder).write_bytes(b"")
-    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; put it right"):
+    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; repair it"):
         driver()
     (home / folder).unlink()
     driver()

@@ -86,8 +86,8 @@ class DiskTier(Tier):
             self._scratch.open()
         except OSError as error:
             raise HomeError(
-                f"{error.filename or self._folder} cannot be used: {error.strerror}; put it right, "
-                "or move it away: the store then makes an empty one and forgets what was there"
+                f"{error.filename or self._folder} cannot be used: {error.strerror}; repair it, or "
+                "move it away: the store then starts with an empty one"
             ) from error
 
     def look_around(self) -> None:
