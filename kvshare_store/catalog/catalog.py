@@ -1,4 +1,5 @@
-"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in `catalog/table.py`.
+"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in `catalog/table_reader.py` and
+`catalog/table.py`.
 
 A row is written only after all blocks that it names are durable, and each batch of rows is one
 commit. What a method commits is durable when it returns. Rows are verified when they are read: a
@@ -26,7 +27,8 @@ from kvshare_store.catalog.ledger import MARKED, Fact, Ledger
 from kvshare_store.catalog.place import Place
 from kvshare_store.catalog.records import NAMESPACES, NamespaceRecords
 from kvshare_store.catalog.rows import Rows
-from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.catalog.table import Table
+from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import (
     HomeError,
     KVShareError,

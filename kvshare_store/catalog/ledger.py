@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from kvshare_store.catalog.place import Place
-from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.catalog.table import Table
+from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import StorageError
 
 T = TypeVar("T")

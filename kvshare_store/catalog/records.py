@@ -11,7 +11,8 @@ from kvshare_store.catalog.batches import namespace_rows, texts
 from kvshare_store.catalog.faults import Faults
 from kvshare_store.catalog.lance import quoted
 from kvshare_store.catalog.rows import Rows
-from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.catalog.table import Table
+from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import MissError
 from kvshare_store.namespace import Namespace
 

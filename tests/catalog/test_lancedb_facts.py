@@ -249,7 +249,7 @@ def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.catalog.table._READ_ROWS", 10)
+    monkeypatch.setattr("kvshare_store.catalog.table.Table.read_rows", 10)
     catalog = opened(tmp_path)
     nodes = [make_node(first) for first in range(35)]
     catalog.add([(node, vectors()) for node in nodes])
