@@ -1,5 +1,5 @@
-"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in `catalog/table_reader.py` and
-`catalog/table.py`.
+"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in
+`catalog/table_reader.py` and `catalog/table.py`.
 
 A row is written only after all blocks that it names are durable, and each batch of rows is one
 commit. What a method commits is durable when it returns. Rows are verified when they are read: a
