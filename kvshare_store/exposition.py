@@ -163,37 +163,37 @@ def _failing(stats: Stats) -> list[Sample]:
 _SPACE = ("namespace", "tenant", "model")
 
 FAMILIES: tuple[Family, ...] = (
-    Family("kvshare_build_info", "gauge", "1; which release runs, with which policy",
-           ("version", "policy"), lambda s: [((s["version"], s["policy"]), 1)]),
-    Family("kvshare_start_time_seconds", "gauge", "Since when is counted, Unix seconds",
-           (), _one("since")),
+    Family("kvshare_build_info", "gauge", "Always 1; the labels say which release runs, with which "
+           "policy", ("version", "policy"), lambda s: [((s["version"], s["policy"]), 1)]),
+    Family("kvshare_start_time_seconds", "gauge", "When the store was opened, Unix seconds; "
+           "counters start there", (), _one("since")),
     # requests
-    Family("kvshare_lookups_total", "counter", "Requests that asked for a plan, or were declined "
-           "before that", (), _one("lookups")),
+    Family("kvshare_lookups_total", "counter", "Requests that asked for a plan, and those that the "
+           "engine declined without asking", (), _one("lookups")),
     Family("kvshare_requests_total", "counter", "Requests that have ended, by the least exact kind "
-           "of reuse that they had", ("outcome",),
+           "of reuse that they had: `exact`, `continued`, `edited`, or `miss`", ("outcome",),
            _named(exact="hits_exact", continued="hits_continued", edited="hits_edited",
                   miss="misses")),
-    Family("kvshare_declined_total", "counter", "Requests without reuse, by reason", ("reason",),
-           _each("declined")),
-    Family("kvshare_requested_tokens_total", "counter", "Tokens of the prompts of all lookups",
-           (), _one("tokens_requested")),
-    Family("kvshare_tokens_total", "counter", "Tokens of requests that have ended, by what became "
-           "of them; not_reused: computed, or found in the engine's own prefix cache", ("kind",),
-           _tokens),
-    Family("kvshare_engine_cached_tokens_total", "counter", "Of those not reused, tokens that the "
-           "engine's own prefix cache had; the others were computed", (),
+    Family("kvshare_declined_total", "counter", "Requests that ended without reuse, by reason",
+           ("reason",), _each("declined")),
+    Family("kvshare_requested_tokens_total", "counter", "Prompt tokens of all lookups", (),
+           _one("tokens_requested")),
+    Family("kvshare_tokens_total", "counter", "Prompt tokens of requests that have ended: reused "
+           "as `exact`, `continued` or `edited`; `not_reused`: computed, or found in the engine's "
+           "own prefix cache", ("kind",), _tokens),
+    Family("kvshare_engine_cached_tokens_total", "counter", "The part of `not_reused` that the "
+           "engine's own prefix cache had; the engine computed the rest", (),
            _one("tokens_engine_cached")),
-    Family("kvshare_loaded_bytes_total", "counter", "Rows that engines have loaded", (),
+    Family("kvshare_loaded_bytes_total", "counter", "Bytes of rows that engines have loaded", (),
            _one("bytes_loaded")),
-    Family("kvshare_lookup_seconds", "histogram", "From the question to the plan", (),
+    Family("kvshare_lookup_seconds", "histogram", "Time from the question to the plan", (),
            _one("seconds", "lookup")),
-    Family("kvshare_load_seconds", "histogram", "Loading the rows of a plan, in the engine", (),
-           _one("seconds", "load")),
+    Family("kvshare_load_seconds", "histogram", "Time to load the rows of a plan into the engine",
+           (), _one("seconds", "load")),
     # saves
-    Family("kvshare_save_seconds", "histogram", "Copying and naming the rows of a prompt", (),
+    Family("kvshare_save_seconds", "histogram", "Time to copy and name the rows of a prompt", (),
            _one("seconds", "save")),
-    Family("kvshare_stored_bytes_total", "counter", "Rows that were saved", (),
+    Family("kvshare_stored_bytes_total", "counter", "Bytes of rows that were saved", (),
            _one("bytes_stored")),
     Family("kvshare_stored_answers_total", "counter", "Answers that were saved", (),
            _one("answers_stored")),
@@ -208,62 +208,65 @@ FAMILIES: tuple[Family, ...] = (
            _one("leases")),
     Family("kvshare_reserved_slots", "gauge", "Slots of shared memory that are being filled", (),
            _one("reserved")),
-    Family("kvshare_catalog_bytes", "gauge", "The catalogue on disk", (), _one("catalog_bytes")),
+    Family("kvshare_catalog_bytes", "gauge", "Bytes of the catalogue on disk", (),
+           _one("catalog_bytes")),
     # tiers
-    Family("kvshare_tier_bytes", "gauge", "What a tier holds", ("tier",), _tiers("bytes")),
-    Family("kvshare_tier_budget_bytes", "gauge", "What it may hold; 0: no limit of ours",
-           ("tier",), _tiers("budget")),
+    Family("kvshare_tier_bytes", "gauge", "Bytes that a tier holds", ("tier",), _tiers("bytes")),
+    Family("kvshare_tier_budget_bytes", "gauge", "Bytes that it may hold; 0: the store sets no "
+           "limit", ("tier",), _tiers("budget")),
     Family("kvshare_tier_blocks", "gauge", "Blocks in a tier", ("tier",), _tiers("blocks")),
-    Family("kvshare_moved_blocks_total", "counter", "Blocks copied from one tier to another; new: "
-           "saved, merged or imported", ("source", "target"), _moved("blocks")),
-    Family("kvshare_moved_bytes_total", "counter", "Rows in these blocks", ("source", "target"),
-           _moved("bytes")),
+    Family("kvshare_moved_blocks_total", "counter", "Blocks copied from one tier to another; the "
+           "source of rows that were saved, merged or imported is `new`", ("source", "target"),
+           _moved("blocks")),
+    Family("kvshare_moved_bytes_total", "counter", "Bytes of rows in these blocks",
+           ("source", "target"), _moved("bytes")),
     Family("kvshare_evicted_blocks_total", "counter", "Blocks that left a tier to make room",
            ("tier",), _each("evicted")),
-    Family("kvshare_quarantined_blocks_total", "counter", "Blocks whose bytes were not what their "
-           "names say", ("tier",), _tiers("quarantined")),
+    Family("kvshare_quarantined_blocks_total", "counter", "Blocks that were read and are not what "
+           "their names say", ("tier",), _tiers("quarantined")),
     Family("kvshare_tier_retries_total", "counter", "Second and later attempts of a call",
            ("tier",), _tiers("retries")),
     Family("kvshare_tier_hedged_reads_total", "counter", "Second reads because the first took long",
            ("tier",), _tiers("hedges")),
-    Family("kvshare_tier_refused_calls_total", "counter", "Calls that the breaker did not let "
-           "through", ("tier",), _tiers("refused")),
-    Family("kvshare_tier_breaker_state", "gauge", "1 for the state of the breaker: closed, open "
-           "(the tier is not asked), half-open (one call tries)", ("tier", "state"), _breakers),
+    Family("kvshare_tier_refused_calls_total", "counter", "Calls that the breaker refused",
+           ("tier",), _tiers("refused")),
+    Family("kvshare_tier_breaker_state", "gauge", "1 for the state of the breaker: `closed`, "
+           "`open` (the tier is not asked) or `half-open` (one call tries)", ("tier", "state"),
+           _breakers),
     # health
-    Family("kvshare_healthy", "gauge", "0 while some part fails", (),
+    Family("kvshare_healthy", "gauge", "0 while a part fails, else 1", (),
            lambda s: [((), float(s["health"]["state"] == "ok"))]),
     Family("kvshare_part_failing", "gauge", "1 if the last thing that a part did failed",
            ("part",), _failing),
-    Family("kvshare_part_failures_total", "counter", "Failures that nobody expected", ("part",),
+    Family("kvshare_part_failures_total", "counter", "Unexpected failures of a part", ("part",),
            _each("health", "failures")),
-    Family("kvshare_part_last_success_timestamp_seconds", "gauge", "When a part last did what it "
-           "is for, Unix seconds", ("part",), _each("health", "well")),
-    Family("kvshare_thread_alive", "gauge", "Whether a thread runs", ("part",),
+    Family("kvshare_part_last_success_timestamp_seconds", "gauge", "When a part last did its work, "
+           "Unix seconds", ("part",), _each("health", "well")),
+    Family("kvshare_thread_alive", "gauge", "1 while a thread runs", ("part",),
            _each("health", "threads")),
-    Family("kvshare_errors_total", "counter", "Errors by kind, the expected ones too", ("kind",),
+    Family("kvshare_errors_total", "counter", "Errors by kind, expected ones too", ("kind",),
            _each("errors")),
-    Family("kvshare_commit_queue_length", "gauge", "Pieces of work that wait to be made durable",
+    Family("kvshare_commit_queue_length", "gauge", "Pieces of work that wait for the committer",
            (), _one("queue", "waiting")),
-    Family("kvshare_commit_busy_seconds", "gauge", "How long the committer has been at what it "
-           "does now; 0: it waits for work", (), _one("queue", "seconds")),
+    Family("kvshare_commit_busy_seconds", "gauge", "How long the committer has been at its present "
+           "work; 0 while it waits for some", (), _one("queue", "seconds")),
     Family("kvshare_commit_refused_total", "counter", "Prompts that storage has refused", (),
            _one("queue", "refused")),
     # the daemon
-    Family("kvshare_connections", "gauge", "Clients of the daemon", (),
+    Family("kvshare_connections", "gauge", "Clients that are connected", (),
            _one("daemon", "connections")),
-    Family("kvshare_requests_in_progress", "gauge", "Messages that wait for an answer", (),
+    Family("kvshare_requests_in_progress", "gauge", "Messages that are being answered", (),
            _one("daemon", "requests")),
-    Family("kvshare_cut_off_total", "counter", "Clients cut off because they broke a limit", (),
-           _one("daemon", "cut_off")),
+    Family("kvshare_cut_off_total", "counter", "Clients that were cut off because they broke a "
+           "limit", (), _one("daemon", "cut_off")),
     # namespaces
-    Family("kvshare_namespace_requests_total", "counter", "As kvshare_requests_total, of one "
+    Family("kvshare_namespace_requests_total", "counter", "As `kvshare_requests_total`, of one "
            "namespace", (*_SPACE, "outcome"),
            _spaces_by("requests", ("exact", "continued", "edited", "miss"))),
-    Family("kvshare_namespace_tokens_total", "counter", "As kvshare_tokens_total, of one namespace",
-           (*_SPACE, "kind"),
+    Family("kvshare_namespace_tokens_total", "counter", "As `kvshare_tokens_total`, of one "
+           "namespace", (*_SPACE, "kind"),
            _spaces_by("tokens", ("exact", "continued", "edited", "not_reused"))),
     Family("kvshare_namespace_nodes", "gauge", "Prompts of a namespace", _SPACE, _spaces("nodes")),
-    Family("kvshare_namespace_bytes", "gauge", "Rows of a namespace, before any codec", _SPACE,
-           _spaces("bytes")),
+    Family("kvshare_namespace_bytes", "gauge", "Bytes of rows of a namespace, before any codec",
+           _SPACE, _spaces("bytes")),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import KVSharePromMetrics, KVShareStats, Tally, loads
 from kvshare_connectors.vllm.settings import settings_of, sourced_settings
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from kvshare_connectors.vllm.planning import Planning
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -63,6 +68,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = settings_of(vllm_config)
         self._unserved = self._reason()
         self.planning: Planning | None = None
+        self._tally = Tally()
         self._worker: Worker | IdleWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._open_scheduler_side()
@@ -95,6 +101,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         introduce(link, sourced_settings(self._vllm))
         look_for_own_prompts(link, namespace)
         self.planning = Planning(self.config, namespace, link, size, tenants)
+        self._tally = self.planning.tally
 
     # --- worker side ----------------------------------------------------------------------------
 
@@ -216,6 +223,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.planning is None:
+            self._tally.unserved(self._unserved or "")
             return False, {"kvshare.reused": 0, "kvshare.reason": self._unserved}
         return False, self.planning.finished(request, block_ids[0])
 
@@ -223,6 +231,29 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
+
+    # --- both: what is counted -----------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._worker is not None:
+            return loads(self._worker.take_load_seconds())
+        return self._tally.take()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return KVShareStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        return KVSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool:
         return self.planning is None or self.planning.reset()

@@ -19,6 +19,7 @@ from kvshare_connectors.vllm.arrivals import Arrivals
 from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.orders import Orders
 from kvshare_connectors.vllm.promises import promise_of
 from kvshare_connectors.vllm.publishing import Publishing
@@ -55,7 +56,8 @@ class Planning:
         adapters = Adapters()
         self._states: dict[str, RequestState] = {}
         self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
-        self.lookups = Lookups(config, link)
+        self.tally = Tally()
+        self.lookups = Lookups(config, link, self.tally)
         self.publishing = Publishing(self._states, block)
         self.orders = Orders(config, adapters, block)
         self.runs = Runs()
@@ -123,6 +125,8 @@ class Planning:
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
+        computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
+        self.tally.ended(answer, computed=computed)
         if self.config.log_requests:
             log_line(state, answer)
         return answer

@@ -24,14 +24,14 @@ from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
-from kvshare_store.lookup.request_log import Asked, RequestLog, kind_of, prompt_of
+from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import BlockRef, Outcome, Reused, ReusePlan
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
@@ -298,8 +298,7 @@ class Serving:
         self.log.ended(opened.asked, opened.plan, lookup, perf_counter() - opened.began, outcome)
 
     def _count_hit(self, outcome: Outcome, namespace: Namespace) -> None:
-        kind = kind_of(outcome)
-        reused = Reused(outcome.exact, outcome.continued, outcome.edited)._asdict()
+        kind, reused = outcome.reused.kind, outcome.reused._asdict()
         counts = {f"tokens_reused_{name}": tokens for name, tokens in reused.items()}
         counts |= {f"hits_{kind}": 1, "tokens_recomputed": outcome.recomputed}
         self._metrics.add_all(counts)
