@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
-from kvshare_connectors.vllm.metrics import KVSharePromMetrics, KVShareStats, Tally, loads
+from kvshare_connectors.vllm.metrics import Counted, Tally, loads
 from kvshare_connectors.vllm.settings import settings_of, sourced_settings
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -19,17 +20,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.logs import log_as_json
 
 if TYPE_CHECKING:
     import torch
+    from kvshare_connectors.vllm.events import Announcer
     from kvshare_connectors.vllm.idle import IdleWorker
     from kvshare_connectors.vllm.planning import Planning
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-        KVConnectorPromMetrics,
-        KVConnectorStats,
-    )
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -49,7 +50,7 @@ _open: WeakSet[KVShareConnector] = WeakSet()
 """The connectors of this process: one for each engine and role."""
 
 
-class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
+class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
     """Loads reused KV before the forward and saves fresh KV after it.
 
     For a model that KVShare does not serve the connector stays idle and logs one line: every
@@ -66,6 +67,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self._vllm = vllm_config
         self._kv_cache = kv_cache_config
         self.config = settings_of(vllm_config)
+        if self.config.log_format == "json":
+            log_as_json()
         self._unserved = self._reason()
         self.planning: Planning | None = None
         self._tally = Tally()
@@ -100,8 +103,16 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         link = open_link(self.config)
         introduce(link, sourced_settings(self._vllm))
         look_for_own_prompts(link, namespace)
-        self.planning = Planning(self.config, namespace, link, size, tenants)
+        announcer = self._announcer(size)
+        self.planning = Planning(self.config, namespace, link, size, tenants, announcer)
         self._tally = self.planning.tally
+
+    def _announcer(self, block: int) -> Announcer | None:
+        from kvshare_connectors.vllm.events import Announcer  # noqa: PLC0415 - one role only
+
+        events = self._vllm.kv_events_config
+        wanted = events is not None and events.enable_kv_cache_events
+        return Announcer(self.config, block) if wanted else None
 
     # --- worker side ----------------------------------------------------------------------------
 
@@ -232,28 +243,17 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        if self.planning is None or self.planning.announcer is None:
+            return ()
+        return self.planning.announcer.take()
+
     # --- both: what is counted -----------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._worker is not None:
             return loads(self._worker.take_load_seconds())
         return self._tally.take()
-
-    @classmethod
-    def build_kv_connector_stats(
-        cls, data: dict[str, Any] | None = None
-    ) -> KVConnectorStats | None:
-        return KVShareStats(data or {})
-
-    @classmethod
-    def build_prom_metrics(
-        cls,
-        vllm_config: VllmConfig,
-        metric_types: dict[Any, Any],
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> KVConnectorPromMetrics | None:
-        return KVSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool:
         return self.planning is None or self.planning.reset()

@@ -173,3 +173,23 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
             self._of(self._lookups, engine_idx).observe(seconds)
         for seconds in transfer_stats_data["loads"]:
             self._of(self._loads, engine_idx).observe(seconds)
+
+
+class Counted:
+    """What vLLM asks the connector's class for, in processes that have no connector."""
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVShareStats:
+        """What an engine reported, as it was counted there."""
+        return KVShareStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVSharePromMetrics:
+        """Where that is added up for Prometheus."""
+        return KVSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -34,6 +34,7 @@ from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.events import Announcer
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -50,8 +51,10 @@ class Planning:
         link: Link,
         block: int,
         tenants: Tenants | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block."""
+        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block.
+        `announcer`: where vLLM publishes KV events."""
         self.config = config
         adapters = Adapters()
         self._states: dict[str, RequestState] = {}
@@ -59,7 +62,8 @@ class Planning:
         self.tally = Tally()
         self.lookups = Lookups(config, link, self.tally)
         self.publishing = Publishing(self._states, block)
-        self.orders = Orders(config, adapters, block)
+        self.announcer = announcer
+        self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
         self._namespace = self._origin = namespace
         self._link = link
@@ -81,6 +85,8 @@ class Planning:
 
     def close(self) -> None:
         """Disconnect from the daemon, which stays."""
+        if self.announcer is not None:
+            self.announcer.close()
         self._link.close()
 
     # --- requests come and go ----------------------------------------------------------------
@@ -233,6 +239,8 @@ class Planning:
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
         self._namespace = msgspec.structs.replace(self._origin, revision=revision)
         self.orders.forget_answers()
+        if self.announcer is not None:
+            self.announcer.forget()
         for state in self._states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")

@@ -11,6 +11,7 @@ import sys
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.cli.format import size
 from kvshare_store.config import StoreConfig
+from kvshare_store.logs import log_as_json
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +34,8 @@ def run(config: StoreConfig) -> None:
     from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    if config.log_format == "json":
+        log_as_json()
     server.log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,8 +29,8 @@ from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.version import version
-from tests.project.test_docs import ROOT, quoted, tables_of
 from tests.support.daemons import ClientDriver, Daemon
+from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
 from tests.support.neighbours import until
 from tests.support.oracle import Driver, prompt
@@ -426,3 +428,19 @@ def test_every_name_in_a_query_exists() -> None:
     named = set(re.findall(r"(?<![:\w])kvshare_\w+", page.split("## What to watch")[1]))
     assert named
     assert named <= known
+
+
+def test_the_store_does_without_the_library() -> None:
+    program = """
+import sys
+sys.modules["prometheus_client"] = None
+import kvshare_store.daemon.server
+from kvshare_store.errors import UnsupportedError
+try:
+    import kvshare_store.exposition
+except UnsupportedError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert "pip install 'kvshare-store[metrics]'" in ended.stdout

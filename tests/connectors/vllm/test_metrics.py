@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 from kvshare_connectors.vllm import KVShareConnector
-from kvshare_connectors.vllm.metrics import KVSharePromMetrics, KVShareStats, Tally, loads
+from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,3 +114,20 @@ def test_an_engine_that_is_not_served_says_so() -> None:
     taken = tally.take()
     assert taken is not None
     assert taken.data["requests"] == {"miss": {"mamba_or_hybrid": 1}}
+
+
+def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
+    tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
+    rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
+    made = (metrics._tokens, metrics._requests, metrics._lookups, metrics._loads)
+    exported = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            tuple(metric._labelnames[2:]),
+            HELP[family.name],
+        )
+        for metric in made
+        for family in metric.collect()
+    }
+    written = {quoted(row[0])[0]: (row[1], tuple(quoted(row[2])), row[3]) for row in rows}
+    assert written == exported
