@@ -36,6 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
             tmp_path_factory.mktemp("home"),
             kvshare={"policy": "aggressive"},
             enable_prefix_caching=True,
+            disable_log_stats=False,  # vLLM needs them for its own spans
             kv_events_config={"enable_kv_cache_events": True, "publisher": "null"},
             otlp_traces_endpoint=collector.endpoint,
         )
