@@ -7,20 +7,42 @@ import os
 import resource
 import signal
 import sys
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
-from kvshare_store.cli.format import size
 from kvshare_store.config import StoreConfig
+from kvshare_store.errors import KVShareError, UnsupportedError
+from kvshare_store.readable import size
+
+if TYPE_CHECKING:
+    from kvshare_store.daemon.server import Server
+    from kvshare_store.http.serving import HttpServer
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
+HttpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--http", metavar="HOST:PORT", help="Serve the page, JSON and metrics there as well."
+    ),
+]
 
-def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
+
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    http: HttpOption = None,
+) -> None:
     """Run the daemon of a home until it is stopped.
 
     Engines start one by themselves; run it by hand to choose its budgets or to watch it.
     """
-    run(configured(home, config, set_))
+    chosen = configured(home, config, set_)
+    run(chosen if http is None else msgspec.structs.replace(chosen, http=http))
 
 
 def run(config: StoreConfig) -> None:
@@ -37,15 +59,39 @@ def run(config: StoreConfig) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
     try:
         daemon = server.Server(config)
+        page = attached_page(daemon)
         for number in _ENDING:
             signal.signal(number, daemon.stop)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     socket = address.socket_path(config.home_path)
     server.log.info("kvshare: %s", start_line(config, str(socket)))
+    if page is not None:
+        server.log.info("kvshare: the page is on %s", page.address.url)
     daemon.serve()
     logging.shutdown()
     os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for
+
+
+def attached_page(daemon: Server) -> HttpServer | None:
+    """What serves a daemon's page, if one is asked for. A daemon whose page cannot be served is
+    closed: whoever asked for it should know."""
+    if not daemon.config.http:
+        return None
+    try:
+        from kvshare_store.http.serving import HttpServer  # noqa: PLC0415 - an extra
+
+        page = HttpServer(daemon, daemon.store.metrics.health)
+    except ImportError as error:
+        daemon.close()
+        raise UnsupportedError(
+            f"the page needs libraries ({error}): pip install 'kvshare-store[http]'"
+        ) from error
+    except KVShareError:
+        daemon.close()
+        raise
+    daemon.attach(page)
+    return page
 
 
 def start_line(config: StoreConfig, socket: str) -> str:
