@@ -8,6 +8,7 @@ browser send what changes something (`Forms`). docs/design/security.md
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -39,6 +40,8 @@ _SECURE = {
     "cross-origin-resource-policy": "same-origin",
 }
 _FORM_S = 12 * 3600.0
+_STALLED_S = 20.0
+"""How long more of a body is waited for."""
 
 
 class RefusedError(Exception):
@@ -127,12 +130,16 @@ def _same(given: str, secret: str) -> bool:
 
 
 def _limited(receive: Receive) -> Receive:
-    """No more of a body than a request may have, whatever it said before."""
-    taken = 0
+    """No more of a body than a request may have, whatever it said before, and none that stops."""
+    taken, whole = 0, False
 
     async def limited() -> Message:
-        nonlocal taken
-        message = await receive()
+        nonlocal taken, whole
+        try:
+            message = await asyncio.wait_for(receive(), None if whole else _STALLED_S)
+        except TimeoutError as error:
+            raise RefusedError(408, "the rest of the request did not come") from error
+        whole = not message.get("more_body", False)
         taken += len(message.get("body", b""))
         if taken > BODY_BYTES:
             raise RefusedError(413, f"a request may have {BODY_BYTES >> 20} MiB")

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kvshare_store.http.guard import Forms
+from kvshare_store.http.history import KINDS
 from kvshare_store.readable import (
     REASONS,
     age,
@@ -46,6 +47,8 @@ _environment.filters.update(
     grouped=lambda number: f"{number:,}",
     clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
     query=urlencode,
+    many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
+    in_order=lambda counts: [(kind, counts.get(kind, 0)) for kind in KINDS],
     zip_same=lambda names: [(name, name) for name in names],
 )
 _environment.globals.update(share=share, reasons=REASONS)

@@ -8,6 +8,7 @@ import threading
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import InternalError, KVShareError
@@ -23,6 +24,7 @@ THREAD = "kvshare-http"
 _CONNECTIONS = 128
 _HEADER_BYTES = 16 << 10
 _IDLE_S = 15
+_SILENT_S = 5.0
 _DRAIN_S = 2
 """How long answers that are on their way may take when the daemon ends."""
 
@@ -84,11 +86,27 @@ class HttpServer:
             await asyncio.sleep(STEP_S)
 
 
+class _Connection(H11Protocol):
+    """One on which nothing is asked ends soon: there are only so many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._silence = self.loop.call_later(_SILENT_S, self._end_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def _end_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
+
+
 def _settings(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_config=None,

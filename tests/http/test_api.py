@@ -74,7 +74,7 @@ def test_one_node(page: World) -> None:
     assert node == {name: shown[name] for name in node}
     assert node["text"] == CHILD
     assert node["path"] == [page.parent, page.child]
-    assert "".join(e["added"] for e in node["edits"] if e["kind"] != "keep") == "14locks"
+    assert "".join(e["added"] for e in node["edits"] if e["kind"] != "keep") == "14lock"
 
 
 def test_a_prompt_beside_its_parent(page: World) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,18 @@ def byte_tokenizer(folder: Path) -> Path:
     made.decoder = decoders.ByteLevel()
     made.save(str(folder / "tokenizer.json"))
     return folder
+
+
+class Numb:
+    """A daemon that takes questions and answers none until it is told to."""
+
+    def __init__(self) -> None:
+        self.config = StoreConfig(http="127.0.0.1:0")
+        self.asked: list[tuple[Any, Callable[[], bool]]] = []
+
+    def ask(self, message: Any, given_up: Callable[[], bool]) -> Future[Any]:
+        self.asked.append((message, given_up))
+        return Future()
 
 
 class World(NamedTuple):

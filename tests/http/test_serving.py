@@ -1,0 +1,115 @@
+"""The thread of the HTTP server: what happens when it fails, and when its daemon is busy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.server import Server
+from kvshare_store.errors import UnavailableError
+from kvshare_store.http import asking, health
+from kvshare_store.http.serving import THREAD, HttpServer
+from kvshare_store.threads import Health
+from tests.support.page import Numb
+from tests.support.stores import SMALL
+
+PATIENCE_S = 30.0
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def numb() -> Iterator[tuple[Numb, HttpServer]]:
+    daemon = Numb()
+    server = HttpServer(daemon, Health())
+    yield daemon, server
+    server.close()
+
+
+def get(server: HttpServer, path: str) -> httpx.Response:
+    return httpx.get(server.address.url.rstrip("/") + path, timeout=PATIENCE_S)
+
+
+def test_a_server_that_dies_shows_in_health_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = uvicorn.Server.serve
+    broken = threading.Event()
+    broken.set()
+
+    async def serve(self: uvicorn.Server, sockets: Any = None) -> None:
+        if broken.is_set():
+            raise RuntimeError("no more")
+        await whole(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    daemon, health_ = Numb(), Health()
+    server = HttpServer(daemon, health_)
+    try:
+        until(lambda: health_.failing(THREAD))
+        assert health_.report()["reasons"] == {THREAD: "RuntimeError: no more"}
+        broken.clear()
+        until(lambda: bool(daemon.asked))
+        assert get(server, "/healthz").status_code == 200
+    finally:
+        server.close()
+
+
+def test_a_server_that_lives_is_well(home: Path) -> None:
+    daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
+    trouble = daemon.store.metrics.health
+    trouble.failed(THREAD, RuntimeError("of a moment ago"))
+    server = HttpServer(daemon, trouble)
+    daemon.attach(server)
+    try:
+        until(lambda: not trouble.failing(THREAD))
+        assert get(server, "/readyz").json() == {"ready": True, "state": "ok"}
+    finally:
+        daemon.close()
+    with pytest.raises(httpx.ConnectError):
+        get(server, "/healthz")
+    with pytest.raises(UnavailableError):
+        daemon.ask(None).result()
+
+
+def test_who_waits_too_long_is_told_and_wants_no_answer(
+    numb: tuple[Numb, HttpServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, server = numb
+    monkeypatch.setattr(health, "READY_S", 0.1)
+    answer = get(server, "/readyz")
+    assert (answer.status_code, answer.json()["ready"]) == (503, False)
+    monkeypatch.setattr(asking.Asking.__call__, "__defaults__", (0.1,))
+    late = get(server, "/api/requests")
+    assert (late.status_code, late.json()["error"]) == (504, "timeout")
+    until(lambda: all(given_up() for _, given_up in daemon.asked[-2:]))
+
+
+def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
+    daemon, server = numb
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            get(server, "/api/requests")
+        except httpx.HTTPError as error:
+            caught.append(error)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    until(lambda: len(daemon.asked) > 1)
+    server.close()
+    asker.join(PATIENCE_S)
+    assert not asker.is_alive()
+    assert daemon.asked[-1][1](), "whoever works on it is told that nobody wants it"
