@@ -19,6 +19,7 @@ from kvshare_connectors.vllm.arrivals import Arrivals
 from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.orders import Orders
 from kvshare_connectors.vllm.promises import promise_of
 from kvshare_connectors.vllm.publishing import Publishing
@@ -33,6 +34,7 @@ from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.events import Announcer
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -49,15 +51,19 @@ class Planning:
         link: Link,
         block: int,
         tenants: Tenants | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block."""
+        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block.
+        `announcer`: where vLLM publishes KV events."""
         self.config = config
         adapters = Adapters()
         self._states: dict[str, RequestState] = {}
         self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
-        self.lookups = Lookups(config, link)
+        self.tally = Tally()
+        self.lookups = Lookups(config, link, self.tally)
         self.publishing = Publishing(self._states, block)
-        self.orders = Orders(config, adapters, block)
+        self.announcer = announcer
+        self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
         self._namespace = self._origin = namespace
         self._link = link
@@ -79,6 +85,8 @@ class Planning:
 
     def close(self) -> None:
         """Disconnect from the daemon, which stays."""
+        if self.announcer is not None:
+            self.announcer.close()
         self._link.close()
 
     # --- requests come and go ----------------------------------------------------------------
@@ -123,6 +131,8 @@ class Planning:
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
+        computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
+        self.tally.ended(answer, computed=computed)
         if self.config.log_requests:
             log_line(state, answer)
         return answer
@@ -229,6 +239,8 @@ class Planning:
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
         self._namespace = msgspec.structs.replace(self._origin, revision=revision)
         self.orders.forget_answers()
+        if self.announcer is not None:
+            self.announcer.forget()
         for state in self._states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")

@@ -90,6 +90,8 @@ class RequestState:
     asked: bytes | None = None
     """Id of the lookup, once it has started."""
     asked_at: float = 0.0
+    wanted_at: float = 0.0
+    """When a step first waited for it."""
     early: bool = False
     """The lookup started when the request arrived, and no step has waited for it yet."""
     settled: bool = False
@@ -169,7 +171,7 @@ class RequestState:
     def ask_again(self) -> None:
         """Forget the lookup, so that the next step starts a new one."""
         self.asked, self.settled, self.stored, self.reason = None, bool(self.declined), None, ""
-        self.cached_counted = False
+        self.cached_counted, self.wanted_at = False, 0.0
 
     @property
     def planned(self) -> Reuse:

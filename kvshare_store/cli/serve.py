@@ -15,6 +15,7 @@ import typer
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, UnsupportedError
+from kvshare_store.logs import log_as_json
 from kvshare_store.readable import size
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(config: StoreConfig) -> None:
     from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    if config.log_format == "json":
+        log_as_json()
     server.log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
     try:

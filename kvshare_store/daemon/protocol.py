@@ -194,9 +194,11 @@ class Diff(msgspec.Struct, frozen=True, tag="diff"):
 
 
 class HasNodes(msgspec.Struct, frozen=True, tag="has_nodes"):
-    """Reply: for each id whether that node is here. Those that are count as used just now."""
+    """Reply: for each id whether that node is here. Those that are count as used just now, but
+    not where `use` is false."""
 
     nodes: Ids
+    use: bool = True
 
 
 class PlanNode(msgspec.Struct, frozen=True, tag="plan_node"):

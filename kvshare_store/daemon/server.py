@@ -91,7 +91,9 @@ class Server:
             protocol.Stats: lambda *_: self._stats(),
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
             **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
-            protocol.HasNodes: lambda message, _: by_id.has_nodes(self.store, message.nodes),
+            protocol.HasNodes: lambda message, _: by_id.has_nodes(
+                self.store, message.nodes, use=message.use
+            ),
             protocol.PlanNode: self._plan_node,
             protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
             protocol.Held: lambda message, _: by_id.held(self.store, message.model),

@@ -8,10 +8,12 @@ from fastapi import APIRouter, Response
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError
+from kvshare_store.exposition import CONTENT_TYPE, exposition
 from kvshare_store.http import models
 from kvshare_store.http.api import Ask
 
 READY_S = 2.0
+_TEXT = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 router = APIRouter()
 
@@ -31,3 +33,9 @@ async def readyz(ask: Ask, response: Response) -> Any:
         response.status_code = 503
         return models.Ready(ready=False, state="silent")
     return models.Ready(ready=True, state=stats["health"]["state"])
+
+
+@router.get("/metrics", response_class=Response, responses=_TEXT)
+async def metrics(ask: Ask) -> Response:
+    """The daemon's counters, in the text format of Prometheus."""
+    return Response(exposition(await ask(protocol.Stats())), media_type=CONTENT_TYPE)

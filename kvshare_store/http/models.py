@@ -67,7 +67,13 @@ class Ready(BaseModel):
     state: str
 
 
-class Tier(BaseModel):
+class _Open(BaseModel):
+    """May say more than is listed."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Tier(_Open):
     """Bytes that a tier holds, and may hold."""
 
     bytes: int
@@ -76,14 +82,14 @@ class Tier(BaseModel):
     kept_free: int = 0
 
 
-class Times(BaseModel):
+class Times(_Open):
     """Seconds."""
 
     p50: float
     p99: float
 
 
-class Health(BaseModel):
+class Health(_Open):
     """`ok` or `degraded`, and why."""
 
     state: str
@@ -91,10 +97,17 @@ class Health(BaseModel):
     failures: dict[str, int]
 
 
-class Stats(BaseModel):
-    """Counters since the daemon started."""
+class Move(BaseModel):
+    """Blocks and bytes that were copied from one tier to another."""
 
-    model_config = ConfigDict(extra="allow")
+    source: str
+    target: str
+    blocks: int
+    bytes: int
+
+
+class Stats(_Open):
+    """Counters since the daemon started."""
 
     version: str
     policy: str
@@ -119,6 +132,8 @@ class Stats(BaseModel):
     declined: dict[str, int]
     errors: dict[str, int]
     tiers: dict[str, Tier]
+    moved: list[Move]
+    evicted: dict[str, int]
     health: Health
     seconds: dict[str, Times]
 

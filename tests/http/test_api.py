@@ -12,6 +12,8 @@ import pytest
 
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Explain, ListRequests, ShowNode
+from kvshare_store.exposition import CONTENT_TYPE, exposition
+from tests.support.exposition import Exposed
 from tests.support.page import CHILD, EVIL, PARENT, TENANT, World, world
 
 TOKEN = secrets.token_urlsafe(24)
@@ -34,6 +36,16 @@ def test_stats_are_those_of_the_daemon(page: World) -> None:
         ours.pop(of_the_moment), theirs.pop(of_the_moment)
     assert theirs == ours
     assert (ours["nodes"], ours["hits_edited"], ours["misses"]) == (3, 1, 1)
+
+
+def test_metrics_are_what_the_daemon_has_counted(page: World) -> None:
+    answer = page.ask("GET", "/metrics")
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    exposed = Exposed(answer.text)
+    with Client(page.daemon.config.home_path) as client:
+        counted = Exposed(exposition(client.stats()).decode())
+    assert exposed.value("kvshare_nodes") == 3
+    assert exposed.by("kvshare_tokens_total", "kind") == counted.by("kvshare_tokens_total", "kind")
 
 
 def test_tenants_with_use_and_quota(page: World) -> None:
