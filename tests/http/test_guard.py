@@ -120,22 +120,25 @@ def test_the_owner_of_a_connection_is_known() -> None:
 
 
 OTHER = """
-import os, sys, urllib.request, urllib.error
+import os, socket, sys
 os.setgid(54321); os.setuid(54321)
 for path in sys.argv[2:]:
-    try:
-        print(path, urllib.request.urlopen(sys.argv[1] + path).status)
-    except urllib.error.HTTPError as error:
-        print(path, error.code, error.read().decode())
+    with socket.socket() as there:
+        there.connect(("127.0.0.1", int(sys.argv[1])))
+        there.sendall(f"GET {path} HTTP/1.0\\r\\nHost: 127.0.0.1\\r\\n\\r\\n".encode())
+        said = b"".join(iter(lambda: there.recv(4096), b"")).decode()
+        print(path, said.split()[1], said.splitlines()[-1])
 """
 
 
 def test_another_user_of_the_machine_is_not_answered(page: World) -> None:
     need(Path("/proc/self/status").read_text().count("\nUid:\t0\t") == 1, "root")
-    command = [sys.executable, "-c", OTHER, page.url, "/healthz", "/readyz", *QUESTIONS]
+    port = page.url.rpartition(":")[2]
+    command = [sys.executable, "-c", OTHER, port, "/healthz", "/readyz", *QUESTIONS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
-    open_, ready, *closed = done.stdout.splitlines()
-    assert (open_, ready) == ("/healthz 200", "/readyz 200")
+    alive, ready, *closed = done.stdout.splitlines()
+    assert alive.startswith("/healthz 200 ")
+    assert ready.startswith("/readyz 200 ")
     assert len(closed) == len(QUESTIONS)
     for line in closed:
         assert " 403 " in line
