@@ -112,31 +112,20 @@ class Server:
 
     def ask(self, message: Any, given_up: Callable[[], bool] = lambda: False) -> Future[Any]:
         """The answer to a question or a chore as a client would get it: in its lane, when it is its
-        turn. `given_up`: whether nobody wants it any more."""
-        future: Future[Any] = Future()
+        turn. `given_up`: whether nobody wants it any more. `UnavailableError` once it ends."""
         if self._stopping:
-            future.set_exception(UnavailableError("the daemon is ending"))
-        else:
-            work = partial(self._fulfil, future, message, given_up)
-            self._lanes.submit(_INSIDE, type(message), work)
-        return future
+            raise UnavailableError("the daemon is ending")
+        question = partial(self._inside, message, given_up)
+        return self._lanes.ask(_INSIDE, type(message), question)
 
-    def _fulfil(self, future: Future[Any], message: Any, given_up: Callable[[], bool]) -> None:
-        if given_up() or not future.set_running_or_notify_cancel():
-            future.cancel()
-            return
-        try:
-            if isinstance(message, CHORES):
-                self._check_home()
-                found = do_chore(self.store, message, lambda: given_up() or self._stopping)
-            else:
-                found = self._handlers[type(message)](message, None)
-            future.set_result(msgspec.to_builtins(found))
-        except BaseException as error:  # whoever asked is told, or would wait
-            if not isinstance(error, KVShareError):
-                log.exception("kvshare: a question failed")
-                self._failed(error)
-            future.set_exception(error)
+    def _inside(self, message: Any, given_up: Callable[[], bool]) -> Any:
+        if given_up():
+            raise DeadlineError("nobody wants this answer any more")
+        if not isinstance(message, CHORES):
+            return msgspec.to_builtins(self._handlers[type(message)](message, None))
+        self._check_home()
+        found = do_chore(self.store, message, lambda: given_up() or self._stopping)
+        return msgspec.to_builtins(found)
 
     # --- the main thread -------------------------------------------------------------------------
 

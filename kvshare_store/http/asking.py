@@ -51,9 +51,9 @@ class Asking:
     async def __call__(self, message: Any, seconds: float = QUESTION_S) -> Any:
         """The answer; `DeadlineError` if it is not there in time. Nobody wants it after that."""
         given_up = threading.Event()
-        answer = asyncio.wrap_future(self._daemon.ask(message, given_up.is_set))
         try:
-            return await asyncio.wait_for(answer, seconds)
+            answer = self._daemon.ask(message, given_up.is_set)
+            return await asyncio.wait_for(asyncio.wrap_future(answer), seconds)
         except TimeoutError as error:
             raise DeadlineError(
                 f"the daemon has not answered in {seconds:.0f} s; it is busy with something longer"

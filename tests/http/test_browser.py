@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import Decline
 from tests.support.browser import Tab, browser, chromium
-from tests.support.daemons import ClientDriver
 from tests.support.needs import need
-from tests.support.page import CHILD, PARENT, TENANT, World
+from tests.support.page import PARENT, TENANT, World
 
 AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844, "phone": True}
@@ -42,8 +42,9 @@ def found_by_axe(tab: Tab) -> list[str]:
             for node in one["nodes"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("screen", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize(
+    ("screen", "dark"), [(DESK, False), (PHONE, True)], ids=["desk in light", "phone in the dark"]
+)
 def test_every_view_can_be_read(page: World, tab: Tab, screen: dict[str, Any], dark: bool) -> None:
     """Nothing is wider than the screen, axe finds nothing, nothing comes from elsewhere, and no
     prompt has become a script."""
@@ -140,7 +141,7 @@ def test_the_overview_keeps_itself_up_to_date(page: World, tab: Tab) -> None:
     tab.open(page.url + "/")
     before = text(tab)
     with Client(page.daemon.config.home_path) as client:
-        assert not ClientDriver(client, page.space).plan(page.tokens(CHILD)).declined
+        client.call(Decline("late", 9))
     tab.run("refresh()")
     assert "Requests\n2" in before
     assert "Requests\n3" in text(tab)

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import UnavailableError
 from kvshare_store.http import asking, health
@@ -80,7 +81,22 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
     with pytest.raises(httpx.ConnectError):
         get(server, "/healthz")
     with pytest.raises(UnavailableError):
-        daemon.ask(None).result()
+        daemon.ask(protocol.Stats())
+
+
+def test_a_bug_is_an_answer_and_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
+    server = HttpServer(daemon, daemon.store.metrics.health)
+    daemon.attach(server)
+    try:
+        monkeypatch.setattr(daemon.store.requests, "last", lambda *_, **__: 1 / 0)
+        answer = get(server, "/api/requests")
+        assert (answer.status_code, answer.json()["error"]) == (500, "internal")
+        assert "see its log" in answer.json()["message"]
+        assert daemon.store.metrics.errors == {"internal": 1}
+        assert get(server, "/readyz").status_code == 200
+    finally:
+        daemon.close()
 
 
 def test_who_waits_too_long_is_told_and_wants_no_answer(

@@ -42,6 +42,12 @@ def byte_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def tokens_of(space: Namespace, text: str) -> list[int]:
+    """As the tokenizer of the namespace splits a text."""
+    made = Tokenizer.from_file(f"{space.tokenizer}/tokenizer.json")
+    return list(made.encode(text, add_special_tokens=False).ids)
+
+
 class Numb:
     """A daemon that takes questions and answers none until it is told to."""
 
@@ -71,8 +77,7 @@ class World(NamedTuple):
 
     def tokens(self, text: str) -> list[int]:
         """As the world's tokenizer splits it."""
-        made = Tokenizer.from_file(f"{self.space.tokenizer}/tokenizer.json")
-        return list(made.encode(text, add_special_tokens=False).ids)
+        return tokens_of(self.space, text)
 
 
 def page_url(daemon: Daemon) -> str:

@@ -1,0 +1,75 @@
+"""Pictures of the page for the documents: `python -m tests.support.page_pictures docs/images`.
+
+A daemon serves two minutes of made-up traffic first, so that there is something to see.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client
+from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.browser import browser
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.page import byte_tokenizer, page_url, tokens_of
+from tests.support.stores import SMALL
+
+SECONDS, PAUSE_S = 125.0, 0.4
+RULES = "You answer for a bike shop. Today: {day} May. Be brief and name prices.\n"
+CATALOGUE = "".join(
+    f"{kind} {n}: {n * 137} francs, {n + 6} kg, {5 * n} in stock.\n"
+    for n in range(1, 9)
+    for kind in ("Road bike", "City bike")
+)
+QUESTIONS = ("Do you sell bells?", "Is the red one cheap?", "Which bike is light?", "And helmets?")
+
+
+def prompt(chance: random.Random) -> str:
+    """One of a few days, one of a few questions, and now and then something else."""
+    if chance.random() < 0.1:
+        return f"Tell me about number {chance.randrange(10**6)}. " * 12
+    return RULES.format(day=chance.randint(3, 9)) + CATALOGUE + chance.choice(QUESTIONS)
+
+
+def serve(client: Client, space: Namespace, seconds: float) -> str:
+    """Ask and save for so long; the id of an edited prompt."""
+    chance, engine, edited = random.Random(5), ClientDriver(client, space), ""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        tokens = tokens_of(space, prompt(chance))
+        plan = engine.serve(tokens)
+        saved = engine.save(tokens, plan)
+        edited = saved if saved and plan.reused > plan.exact else edited
+        time.sleep(PAUSE_S)
+    client.flush()
+    return edited
+
+
+def main(out: Path) -> None:
+    """Serve, look, write two pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        space = Namespace("org/model", KVLayout(2, 1, 4, "float32"),
+                          tokenizer=str(byte_tokenizer(Path(folder) / "tokenizer")))  # fmt: skip
+        settings = SMALL | {"host_bytes": 64 << 20, "disk_bytes": 64 << 20, "policy": "balanced"}
+        config = StoreConfig(home=f"{folder}/home", http="127.0.0.1:0", **settings)
+        with Daemon(config) as daemon, Client(config.home_path) as client:
+            node = serve(client, space, SECONDS)
+            with browser(Path(folder)) as tab:
+                for name, path, height in (
+                    ("overview", "/", 640),
+                    ("prompt", f"/nodes/{node}", 700),
+                ):
+                    tab.look(1000, height)
+                    tab.open(page_url(daemon) + path)
+                    tab.picture(out / f"page-{name}.png", whole=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
