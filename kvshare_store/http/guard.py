@@ -58,8 +58,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
-        self._names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
-        self._users = {os.getuid(), 0}
+        self._names = {"localhost", socket.gethostname().lower()}
+        self._users = {os.geteuid(), 0}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""

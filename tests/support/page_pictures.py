@@ -42,10 +42,12 @@ def serve(client: Client, space: Namespace, seconds: float) -> str:
     chance, engine, edited = random.Random(5), ClientDriver(client, space), ""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        tokens = tokens_of(space, prompt(chance))
+        text = prompt(chance)
+        tokens = tokens_of(space, text)
         plan = engine.serve(tokens)
         saved = engine.save(tokens, plan)
-        edited = saved if saved and plan.reused > plan.exact else edited
+        if saved and plan.reused > plan.exact and text.startswith("You"):
+            edited = saved
         time.sleep(PAUSE_S)
     client.flush()
     return edited
@@ -54,7 +56,7 @@ def serve(client: Client, space: Namespace, seconds: float) -> str:
 def main(out: Path) -> None:
     """Serve, look, write two pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="kvshare-") as folder:
         space = Namespace("org/model", KVLayout(2, 1, 4, "float32"),
                           tokenizer=str(byte_tokenizer(Path(folder) / "tokenizer")))  # fmt: skip
         settings = SMALL | {"host_bytes": 64 << 20, "disk_bytes": 64 << 20, "policy": "balanced"}
