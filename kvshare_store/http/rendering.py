@@ -53,6 +53,9 @@ _environment.filters.update(
 )
 _environment.globals.update(share=share, reasons=REASONS)
 
+for _name in _environment.list_templates():
+    _environment.get_template(_name)  # compiled now: the first who looks need not wait
+
 
 def rendered(request: Request, template: str, status: int = 200, **names: Any) -> Response:
     """A page. `csrf(path)` in a template makes the token of a form for that path."""

@@ -71,7 +71,8 @@ class HttpServer:
         sampling = asyncio.create_task(self._sample())
         try:
             # a copy: it closes what it is given, and may have to start again
-            await server.serve([self._socket.dup()])
+            with self._socket.dup() as listener:
+                await server.serve([listener])
         finally:
             sampling.cancel()
 

@@ -1,4 +1,4 @@
-"""One daemon with a page for all tests that change nothing of it."""
+"""Two daemons with pages, for all tests that leave what is stored as it is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.page import World, world
+from tests.support.page import World, owned_world, world
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Tests of one file share it."""
+    """Only its own user is answered."""
     with world(tmp_path_factory.mktemp("page")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def owned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Only who has the token is answered."""
+    with owned_world(tmp_path_factory.mktemp("owned")) as made:
         yield made

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +12,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Explain, ListRequests, ShowNode
 from kvshare_store.exposition import CONTENT_TYPE, exposition
 from tests.support.exposition import Exposed
-from tests.support.page import CHILD, EVIL, PARENT, TENANT, World, world
-
-TOKEN = secrets.token_urlsafe(24)
+from tests.support.page import BEARING, CHILD, EVIL, PARENT, TENANT, World, owned_world
 
 
 def got(page: World, path: str, **query: Any) -> Any:
@@ -151,19 +147,8 @@ def test_bad_questions_are_told_why(page: World, path: str, status: int, kind: s
 # --- what changes something, with the token -------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def owned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A daemon whose token we have."""
-    folder = tmp_path_factory.mktemp("owned")
-    secret = folder / "token"
-    secret.write_text(TOKEN + "\n")
-    secret.chmod(0o600)
-    with world(folder, http_token=str(secret)) as made:
-        yield made
-
-
 def sent(owned: World, path: str, **body: Any) -> httpx.Response:
-    return owned.ask("POST", path, json=body, headers={"authorization": f"Bearer {TOKEN}"})
+    return owned.ask("POST", path, json=body, headers=BEARING)
 
 
 def test_explain_by_text_and_by_tokens(owned: World) -> None:
@@ -201,32 +186,39 @@ def test_bad_prompts_are_told_why(
     assert (answer.status_code, why in answer.json()["message"]) == (status, True), answer.text
 
 
-def test_pin_evict_unpin_purge(owned: World) -> None:
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A daemon of this file alone, which changes it."""
+    with owned_world(tmp_path_factory.mktemp("own")) as made:
+        yield made
+
+
+def test_pin_evict_unpin_purge(own: World) -> None:
     """In the order in which somebody would find out what each does."""
-    pinned = sent(owned, f"/api/nodes/{owned.child[:12]}/pin")
-    assert (pinned.status_code, pinned.json()) == (200, owned.child)
-    kept = sent(owned, "/api/evict", nodes=[owned.child]).json()
-    assert (kept["nodes"], kept["pinned"]) == ([], [owned.child])
-    assert sent(owned, f"/api/nodes/{owned.child}/unpin").json() == owned.child
-    would = sent(owned, "/api/evict", nodes=[owned.child], dry_run=True).json()
-    gone = sent(owned, "/api/evict", nodes=[owned.child]).json()
+    pinned = sent(own, f"/api/nodes/{own.child[:12]}/pin")
+    assert (pinned.status_code, pinned.json()) == (200, own.child)
+    kept = sent(own, "/api/evict", nodes=[own.child]).json()
+    assert (kept["nodes"], kept["pinned"]) == ([], [own.child])
+    assert sent(own, f"/api/nodes/{own.child}/unpin").json() == own.child
+    would = sent(own, "/api/evict", nodes=[own.child], dry_run=True).json()
+    gone = sent(own, "/api/evict", nodes=[own.child]).json()
     assert would == gone
-    assert gone["nodes"] == [owned.child]
-    assert sent(owned, "/api/evict").json()["error"] == "config", "all is not evicted by mistake"
-    both = sent(owned, "/api/purge", namespace=owned.space.digest, tenant=TENANT)
+    assert gone["nodes"] == [own.child]
+    assert sent(own, "/api/evict").json()["error"] == "config", "all is not evicted by mistake"
+    both = sent(own, "/api/purge", namespace=own.space.digest, tenant=TENANT)
     assert both.status_code == 400
-    would = sent(owned, "/api/purge", tenant=TENANT, dry_run=True).json()
-    (purged,) = sent(owned, "/api/purge", tenant=TENANT, patience=5.0).json()
+    would = sent(own, "/api/purge", tenant=TENANT, dry_run=True).json()
+    (purged,) = sent(own, "/api/purge", tenant=TENANT, patience=5.0).json()
     assert would[0]["nodes"] == purged["nodes"] == 1
     assert purged["remaining"] == []
-    left = owned.ask("GET", "/api/tenants", headers={"authorization": f"Bearer {TOKEN}"}).json()
+    left = own.ask("GET", "/api/tenants", headers=BEARING).json()
     assert [(one["tenant"], one["nodes"]) for one in left] == [("", 1)]
 
 
-def test_the_server_ends_with_its_daemon(tmp_path: Path) -> None:
-    """The server is part of the daemon: it ends with it, in good order and at once."""
-    with world(tmp_path) as made, httpx.Client(base_url=made.url) as kept:
+def test_the_server_ends_with_its_daemon(own: World) -> None:
+    """In good order and at once. The last test of this file."""
+    with httpx.Client(base_url=own.url) as kept:
         assert kept.get("/healthz").json() == "ok"  # and the connection stays open
-        assert made.daemon.end() == 0
+        assert own.daemon.end() == 0
         with pytest.raises(httpx.ConnectError):
-            made.ask("GET", "/healthz")
+            own.ask("GET", "/healthz")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections import Counter
-from collections.abc import Iterator
 
-import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -21,9 +18,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from kvshare_store.daemon.client import Client
-from tests.support.page import World, world
+from tests.support.page import BEARING, World
 
-TOKEN = secrets.token_urlsafe(24)
 EXAMPLES = 8
 """Of each kind for each operation."""
 _LIMITS = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
@@ -36,23 +32,12 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def owned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A daemon whose token we have."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "token").write_text(TOKEN)
-    (folder / "token").chmod(0o600)
-    with world(folder, http_token=str(folder / "token")) as made:
-        yield made
-
-
 class Fuzzer:
     """Sends what is drawn and checks what comes back against the document."""
 
     def __init__(self, owned: World) -> None:
         self._owned = owned
-        self._headers = {"authorization": f"Bearer {TOKEN}"}
-        self._document = owned.ask("GET", "/api/openapi.json", headers=self._headers).json()
+        self._document = owned.ask("GET", "/api/openapi.json", headers=BEARING).json()
         self.seen: Counter[tuple[str, int]] = Counter()
 
     def all(self, mode: GenerationMode) -> None:
@@ -74,7 +59,7 @@ class Fuzzer:
             self._name_what_is_there(case)
             if case.path in ("/api/purge", "/api/evict"):
                 case.body["dry_run"] = True  # what is stored is there for the next request, too
-        response = case.call(base_url=self._owned.url, headers=self._headers)
+        response = case.call(base_url=self._owned.url, headers=BEARING)
         self.seen[mode.value, response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
 

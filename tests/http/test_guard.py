@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
-from kvshare_store.http.address import Address, parse_address, token_of
+from kvshare_store.http.address import Address, listening_socket, parse_address, token_of
 from kvshare_store.http.guard import BODY_BYTES, Forms, RefusedError
 from kvshare_store.http.peers import user_of
 from tests.support.daemons import START_S, child_daemon
 from tests.support.needs import need
-from tests.support.page import World, world
+from tests.support.page import BEARING, TOKEN, World
 from tests.support.stores import SMALL
 
-TOKEN = secrets.token_urlsafe(24)
 PAGES = ("/", "/tenants", "/requests", "/explain")
 QUESTIONS = ("/api/stats", "/api/openapi.json", "/static/page.css", "/metrics", *PAGES)
 
@@ -64,21 +61,17 @@ def test_others_are_listened_to_with_a_token_only(host: str) -> None:
 
 def test_a_daemon_that_others_would_reach_does_not_start(home: Path) -> None:
     """The whole way: nothing is left that would keep the next daemon from the home."""
-    assert "others reach 0.0.0.0" in last_words(home, "0.0.0.0:0")
+    config = StoreConfig(home=str(home), http="0.0.0.0:0", **SMALL)
+    assert child_daemon(config).wait(START_S) == ConfigError.exit_code
+    assert "others reach 0.0.0.0" in (home / "daemon.log").read_text().splitlines()[-1]
     assert not (home / "kvshare.sock").exists()
 
 
-def test_a_port_that_is_taken_is_said(home: Path) -> None:
+def test_a_port_that_is_taken_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        said = last_words(home, f"127.0.0.1:{other.getsockname()[1]}")
-    assert "Address already in use; choose another port" in said
-
-
-def last_words(home: Path, http: str) -> str:
-    """Of a daemon that does not start."""
-    config = StoreConfig(home=str(home), http=http, **SMALL)
-    assert child_daemon(config).wait(START_S) == ConfigError.exit_code
-    return (home / "daemon.log").read_text().splitlines()[-1]
+        taken = Address(*other.getsockname())
+        with pytest.raises(ConfigError, match="Address already in use; choose another port"):
+            listening_socket(taken)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +136,6 @@ def test_another_user_of_the_machine_is_not_answered(page: World) -> None:
     for line in closed:
         assert " 403 " in line
         assert "only the user that runs the daemon" in line
-
-
-@pytest.fixture(scope="module")
-def owned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A daemon that wants a token."""
-    folder = tmp_path_factory.mktemp("owned")
-    (folder / "token").write_text(TOKEN + "\n")
-    (folder / "token").chmod(0o600)
-    with world(folder, http_token=str(folder / "token")) as made:
-        yield made
 
 
 @pytest.mark.parametrize(
@@ -267,11 +250,10 @@ def test_no_script_runs_but_ours(page: World, path: str) -> None:
 
 
 def test_a_body_that_is_too_long_is_refused(owned: World) -> None:
-    allowed = {"authorization": f"Bearer {TOKEN}"}
     long = b"x" * (BODY_BYTES + 1)
-    said = owned.ask("POST", "/api/explain", content=long, headers=allowed)
+    said = owned.ask("POST", "/api/explain", content=long, headers=BEARING)
     assert said.status_code == 413
-    unsaid = owned.ask("POST", "/api/explain", content=iter([long]), headers=allowed)
+    unsaid = owned.ask("POST", "/api/explain", content=iter([long]), headers=BEARING)
     assert unsaid.status_code in (400, 413)
     assert owned.ask("GET", "/healthz").status_code == 200
 

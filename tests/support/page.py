@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -29,6 +30,8 @@ CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs & weighs < {n} kg. " for n 
 PARENT = f"{SHOP}{EVIL}{CATALOGUE}Do you sell bells?"
 CHILD = PARENT.replace("3 May", "14 May").replace("bells", "locks")
 TENANT = "<i>alice</i>"
+TOKEN = secrets.token_urlsafe(24)
+BEARING = {"authorization": f"Bearer {TOKEN}"}
 
 
 def byte_tokenizer(folder: Path) -> Path:
@@ -118,3 +121,11 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
         assert child is not None
         assert foreign is not None
         yield made._replace(parent=parent, child=child, foreign=foreign)
+
+
+def owned_world(folder: Path) -> contextlib.AbstractContextManager[World]:
+    """A world whose daemon wants `TOKEN`."""
+    secret = folder / "token"
+    secret.write_text(TOKEN + "\n")
+    secret.chmod(0o600)
+    return world(folder, http_token=str(secret))
