@@ -59,10 +59,10 @@ class ExplainBody(_Body):
 
     text: str = ""
     tokens: list[_POSITIVE] = Field(default=[], max_length=_TOKENS)
-    node: str = Field("", pattern=r"^[0-9a-f]{0,64}$")
-    request: str = Field("", max_length=_NAME)
-    only: str = Field("", pattern=r"^[0-9a-f]{0,64}$", description="The one candidate.")
-    namespace: str = Field("", pattern=r"^[0-9a-f]{0,64}$")
+    node: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
+    request: str = Field(default="", max_length=_NAME)
+    only: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$", description="The one candidate.")
+    namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     policy: PolicyName | None = None
 
     def message(self) -> protocol.Explain:
@@ -78,9 +78,9 @@ class ExplainBody(_Body):
 class PurgeBody(_Body):
     """What to purge: a namespace, or all of a tenant."""
 
-    namespace: str = Field("", pattern=r"^[0-9a-f]{0,64}$")
-    tenant: str | None = Field(None, max_length=_NAME)
-    patience: float = Field(30.0, ge=0, le=600, description="Seconds to wait for leases.")
+    namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
+    tenant: str | None = Field(default=None, max_length=_NAME)
+    patience: float = Field(default=30.0, ge=0, le=600, description="Seconds to wait for leases.")
     dry_run: bool = False
 
 
@@ -88,8 +88,8 @@ class EvictBody(_Body):
     """What to forget: the nodes for which all of it holds. Pinned ones stay."""
 
     nodes: list[Annotated[str, Field(pattern=_HEX)]] = Field(default=[], max_length=1000)
-    tenant: str | None = Field(None, max_length=_NAME)
-    older_than: float | None = Field(None, ge=0, le=1e12, description="Seconds.")
+    tenant: str | None = Field(default=None, max_length=_NAME)
+    older_than: float | None = Field(default=None, ge=0, le=1e12, description="Seconds.")
     policy: PolicyName | None = None
     dry_run: bool = False
 

@@ -13,7 +13,9 @@ from kvshare_store.http import models
 from kvshare_store.http.api import Ask
 
 READY_S = 2.0
-_TEXT = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_TEXT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 
 router = APIRouter()
 

@@ -99,7 +99,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _end_silent(self) -> None:
-        if self.cycle is None:
+        if getattr(self, "cycle", None) is None:  # until a whole request has come
             self.transport.close()
 
 
