@@ -106,6 +106,10 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         announcer = self._announcer(size)
         self.planning = Planning(self.config, namespace, link, size, tenants, announcer)
         self._tally = self.planning.tally
+        if self._vllm.observability_config.otlp_traces_endpoint is not None:
+            from kvshare_connectors.vllm.tracing import Trace  # noqa: PLC0415 - an extra of vLLM
+
+            self.planning.trace_of = Trace
 
     def _announcer(self, block: int) -> Announcer | None:
         from kvshare_connectors.vllm.events import Announcer  # noqa: PLC0415 - one role only

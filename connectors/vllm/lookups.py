@@ -64,6 +64,8 @@ class Lookups:
             state.settled, state.reason = True, "deadline"
         if state.settled:
             self._tally.looked_up(time.monotonic() - wanted_at)
+            if state.trace is not None:
+                state.trace.part("lookup", state.asked_at, reason=state.reason)
 
     def _left(self, state: RequestState) -> float:
         """Seconds until the lookup's deadline."""

@@ -63,6 +63,7 @@ class Orders:
             exact=reused.exact,
             continued=reused.continued,
             recomputed=state.length - state.local - reused.tokens,
+            trace=state.carrier,
         )
         self._step.loads.append(spec)
 
@@ -124,7 +125,15 @@ class Orders:
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
             step.saves.append(
-                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
+                SaveSpec(
+                    state.id,
+                    state.namespace,
+                    tokens,
+                    reuse,
+                    fresh,
+                    list(block_ids),
+                    trace=state.carrier,
+                )
             )
 
     # --- answers -----------------------------------------------------------------------------
@@ -149,6 +158,7 @@ class Orders:
             [Run(kept.tokens, rows)],
             list(block_ids),
             kept.tokens,
+            state.carrier,
         )
         self._step.answers.append(spec)
         if self._announcer is not None and _exact(kept.reuse):

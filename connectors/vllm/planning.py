@@ -35,6 +35,7 @@ from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.events import Announcer
+    from kvshare_connectors.vllm.tracing import Trace
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -72,6 +73,8 @@ class Planning:
         """Why the worker loads and stores nothing; empty if it does."""
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
+        self.trace_of: Callable[[Request], Trace] | None = None
+        """Begins the trace of a request."""
         self.may_start: Callable[[Request], bool] = lambda request: True
         """Asked before rows are promised: whether the scheduler has room for the request."""
         if config.log_requests:
@@ -108,6 +111,7 @@ class Planning:
         if state is None:
             state = self._arrivals.state_of(request, self._namespace, self._unserved)
             self._states[state.id] = state
+            state.trace = self.trace_of(request) if self.trace_of is not None else None
             self._link.working(True)
             if state.declined:
                 self._link.tell(protocol.Decline(state.declined, state.length))
@@ -135,6 +139,8 @@ class Planning:
         self.tally.ended(answer, computed=computed)
         if self.config.log_requests:
             log_line(state, answer)
+        if state.trace is not None:
+            state.trace.end(answer)
         return answer
 
     def _stop_waiting(self, state: RequestState) -> None:
@@ -186,6 +192,8 @@ class Planning:
         state.block_ids = blocks.get_block_ids()
         state.parked = bool(state.runs) and state.promise.parks
         state.count_reuse()
+        if state.trace is not None:
+            state.trace.loading(state)
         self.orders.load(state, state.plan)
         if self.places_runs:
             self.runs.add(state)
@@ -194,6 +202,9 @@ class Planning:
 
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
+        for state in self._states.values() if self.trace_of is not None else ():
+            if state.trace is not None:
+                state.trace.look()
         step = self.orders.build(output, self._states)
         step.model = self._namespace.model_digest
         return step

@@ -15,6 +15,7 @@ from kvshare_store.plan import ReusePlan, Run, Span, clip_spans
 from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.tracing import Trace
     from vllm.v1.request import Request
 
 POLICY = "kvshare.policy"
@@ -81,6 +82,8 @@ class RequestState:
     request: Request
     namespace: Namespace
     wish: Wish = field(default_factory=Wish)
+    trace: Trace | None = None
+    """Its spans, where vLLM sends any."""
     policy: str = "off"
     """The policy that it gets: the configured one, or a stricter one that it asked for."""
     declined: str = ""
@@ -135,6 +138,11 @@ class RequestState:
     def length(self) -> int:
         """Tokens of the prompt."""
         return int(self.request.num_prompt_tokens)
+
+    @property
+    def carrier(self) -> dict[str, str] | None:
+        """The context of its span, for the worker."""
+        return None if self.trace is None else self.trace.carrier
 
     @property
     def holds_plan(self) -> bool:

@@ -17,7 +17,7 @@ from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.resident import Resident
 from kvshare_connectors.vllm.saver import Saver, Snapshot
-from kvshare_connectors.vllm.timing import Seconds, stopwatch
+from kvshare_connectors.vllm.timing import Seconds, emit_span, stopwatch
 
 from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
@@ -173,6 +173,8 @@ class Worker:
         def message() -> protocol.Request:
             took = seconds()
             self._load_seconds.append(took)
+            if spec.trace is not None:
+                emit_span(spec.trace, "load", took, bytes=nbytes)
             outcome = Outcome(
                 spec.exact,
                 edited,

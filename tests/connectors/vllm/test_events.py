@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from kvshare_connectors.vllm.events import Announced, Prompt
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
-from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,7 +26,8 @@ def prompt(*blocks: str, salt: str = "") -> Prompt:
 
 
 def names(event: Any) -> str:
-    return "".join(digest[:1].decode() for digest in event.block_hashes)
+    every = {maybe_convert_block_hash(BlockHash(name.encode() * 32)): name for name in "abc"}
+    return "".join(every[digest] for digest in event.block_hashes)
 
 
 def test_a_prompt_is_announced_whole() -> None:
@@ -43,7 +44,7 @@ def test_a_common_beginning_is_announced_once() -> None:
     announced.add("one", prompt("a", "b"))
     (event,) = announced.add("two", prompt("a", "b", "c"))
     assert names(event) == "c"
-    assert event.parent_block_hash == b"b" * 32
+    assert event.parent_block_hash == maybe_convert_block_hash(BlockHash(b"b" * 32))
     assert event.token_ids == [99] * BLOCK
     assert announced.add("three", prompt("a")) == []
     assert announced.add("two", prompt("a", "b", "c")) == []

@@ -1,4 +1,4 @@
-"""vLLM's KV events of what the store has, as a router that listens hears them."""
+"""What an engine tells others: KV events of what the store has, and spans of its requests."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, wait_until
 from tests.engine.test_behaviour import LENGTH, NEW, edited
+from tests.support.traces import Collector, Span
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -19,15 +21,27 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive"},
-        enable_prefix_caching=True,
-        kv_events_config={"enable_kv_cache_events": True, "publisher": "null"},
-    )
-    yield engine
-    engine.close()
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    with collector.listening():
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:  # vLLM writes the endpoint to the environment
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        engine = Engine(
+            tmp_path_factory.mktemp("home"),
+            kvshare={"policy": "aggressive"},
+            enable_prefix_caching=True,
+            kv_events_config={"enable_kv_cache_events": True, "publisher": "null"},
+            otlp_traces_endpoint=collector.endpoint,
+        )
+        yield engine
+        engine.close()
+        trace.get_tracer_provider().shutdown()  # type: ignore[attr-defined]
 
 
 def step(engine: Engine) -> None:
@@ -130,3 +144,64 @@ def test_nothing_is_announced_that_new_weights_cannot_use(
     router.until(lambda: bool(router.blocks))
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
     router.until(lambda: not router.blocks)
+
+
+# --- traces --------------------------------------------------------------------------------------
+
+CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+"""Its header `traceparent`: trace, span, and that it is sampled."""
+
+
+def spans(engine: Engine, collector: Collector, wanted: int) -> dict[str, Span]:
+    """By name, once so many are there."""
+    engine.settle()
+    trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]
+    found = [span for span in collector.spans if span.name.startswith("kvshare.")]
+    assert len(found) == wanted
+    return {span.name: span for span in found}
+
+
+def test_a_request_is_part_of_its_clients_trace(
+    engine: Engine, collector: Collector, fresh: Fresh
+) -> None:
+    engine.clear()
+    prompt = fresh(LENGTH)
+    engine.store(prompt)
+    engine.forget()
+    trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]
+    collector.spans.clear()
+    name = engine.add(edited(prompt, 44), trace_headers={"traceparent": CLIENT})
+    (answer,) = engine.drain()[name]
+    found = spans(engine, collector, 7)  # with a save for its answer
+    assert found.keys() == {
+        f"kvshare.{part}"
+        for part in ("request", "lookup", "plan", "load", "partial_prefill", "save")
+    }
+    request = found.pop("kvshare.request")
+    assert {span.trace for span in (request, *found.values())} == {CLIENT.split("-")[1]}
+    assert request.parent == CLIENT.split("-")[2]
+    assert {span.parent for span in found.values()} == {request.id}
+    assert request.attributes["kvshare.edited"] == answer.said["edited"] > 0
+    assert request.attributes["gen_ai.request.id"].startswith(name)
+    computed = found["kvshare.partial_prefill"].attributes["kvshare.computed"]
+    assert computed == answer.said["recomputed"]
+    assert found["kvshare.load"].attributes["kvshare.bytes"] > 0
+    order = ("lookup", "plan", "partial_prefill")
+    starts = [found[f"kvshare.{part}"].start for part in order]
+    assert starts == sorted(starts)
+    assert all(span.start <= span.end for span in found.values())
+    assert request.start <= starts[0]
+    assert found["kvshare.partial_prefill"].end <= request.end
+
+
+def test_a_miss_has_no_spans_of_reuse(engine: Engine, collector: Collector, fresh: Fresh) -> None:
+    """And without headers it is a trace of its own."""
+    engine.clear()
+    trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]
+    collector.spans.clear()
+    engine.ask(fresh(LENGTH), max_tokens=1)
+    found = spans(engine, collector, 3)
+    assert found.keys() == {"kvshare.request", "kvshare.lookup", "kvshare.save"}
+    assert found["kvshare.request"].parent == ""
+    assert found["kvshare.request"].attributes["kvshare.reason"] == "empty_store"
+    assert found["kvshare.lookup"].attributes["kvshare.reason"] == "empty_store"
