@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -14,15 +15,19 @@ import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, UnsupportedError
+from kvshare_store.errors import UnsupportedError
 from kvshare_store.logs import log_as_json
 from kvshare_store.readable import size
 
 if TYPE_CHECKING:
     from kvshare_store.daemon.server import Server
-    from kvshare_store.http.serving import HttpServer
+    from kvshare_store.http.address import Entrance
+
+log = logging.getLogger("kvshare")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_LIBRARIES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+"""Of the extra `http`."""
 
 HttpOption = Annotated[
     str | None,
@@ -48,6 +53,7 @@ def command(
 
 def run(config: StoreConfig) -> None:
     """Serve in this process; log to standard error."""
+    entrance = page_entrance(config)
     os.umask(0o077)  # also for what LanceDB writes
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # clients and files take descriptors
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -58,43 +64,44 @@ def run(config: StoreConfig) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     if config.log_format == "json":
         log_as_json()
-    server.log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
     try:
         daemon = server.Server(config)
-        page = attached_page(daemon)
         for number in _ENDING:
             signal.signal(number, daemon.stop)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     socket = address.socket_path(config.home_path)
-    server.log.info("kvshare: %s", start_line(config, str(socket)))
-    if page is not None:
-        server.log.info("kvshare: the page is on %s", page.address.url)
+    log.info("kvshare: %s", start_line(config, str(socket)))
+    if entrance is not None:
+        serve_page(daemon, entrance)
     daemon.serve()
     logging.shutdown()
     os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for
 
 
-def attached_page(daemon: Server) -> HttpServer | None:
-    """What serves a daemon's page, if one is asked for. A daemon whose page cannot be served is
-    closed: whoever asked for it should know."""
-    if not daemon.config.http:
+def page_entrance(config: StoreConfig) -> Entrance | None:
+    """Where the page will be, if one is asked for. Whoever asks for one that cannot be had, or that
+    would be open to everybody, is told before the store is opened."""
+    if not config.http:
         return None
-    try:
-        from kvshare_store.http.serving import HttpServer  # noqa: PLC0415 - an extra
-
-        page = HttpServer(daemon, daemon.store.metrics.health)
-    except ImportError as error:
-        daemon.close()
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
         raise UnsupportedError(
-            f"the page needs libraries ({error}): pip install 'kvshare-store[http]'"
-        ) from error
-    except KVShareError:
-        daemon.close()
-        raise
-    daemon.attach(page)
-    return page
+            f"the page needs {', '.join(missing)}: pip install 'kvshare-store[http]'"
+        )
+    from kvshare_store.http import address  # noqa: PLC0415 - not for --help
+
+    return address.entrance(config)
+
+
+def serve_page(daemon: Server, entrance: Entrance) -> None:
+    """Serve the page until the daemon ends."""
+    from kvshare_store.http.serving import HttpServer  # noqa: PLC0415 - an extra
+
+    daemon.attach(HttpServer(daemon, daemon.store.metrics.health, entrance))
+    log.info("kvshare: the page is on %s", entrance.address.url)
 
 
 def start_line(config: StoreConfig, socket: str) -> str:

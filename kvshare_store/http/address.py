@@ -35,6 +35,25 @@ class Address(NamedTuple):
         return f"http://{host}:{self.port}/"
 
 
+class Entrance(NamedTuple):
+    """A socket that listens, and what whoever comes in must have."""
+
+    listener: socket.socket
+    token: str
+
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return Address(*self.listener.getsockname()[:2])
+
+
+def entrance(config: StoreConfig) -> Entrance:
+    """What the settings ask for; `ConfigError` if it cannot be had, or would let everybody in."""
+    address = parse_address(config.http)
+    token = token_of(config, address)
+    return Entrance(listening_socket(address), token)
+
+
 def parse_address(text: str) -> Address:
     """`127.0.0.1:8470`, `[::1]:8470` or `localhost:8470`; `ConfigError` for anything else."""
     match = _ADDRESS.fullmatch(text.strip())

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import InternalError, KVShareError
-from kvshare_store.http.address import Address, listening_socket, parse_address, token_of
+from kvshare_store.http.address import Entrance
 from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
@@ -32,15 +32,11 @@ _DRAIN_S = 2
 class HttpServer:
     """Serves the page of one daemon until it is closed."""
 
-    def __init__(self, daemon: Daemon, health: Health) -> None:
-        """`ConfigError` if the address or the token cannot be used."""
-        config = daemon.config
-        address = parse_address(config.http)
-        token = token_of(config, address)
-        self._socket = listening_socket(address)
-        self.address = Address(*self._socket.getsockname()[:2])
+    def __init__(self, daemon: Daemon, health: Health, entrance: Entrance) -> None:
+        self.address = entrance.address
+        self._socket = entrance.listener
         self._asking = Asking(daemon, History())
-        self._app = application(self._asking, token)
+        self._app = application(self._asking, entrance.token)
         self._health = health
         self._closing = threading.Event()
         self._server: uvicorn.Server | None = None

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 from kvshare_store.daemon.client import Client
 from tests.support.page import BEARING, World
 
-EXAMPLES = 8
+EXAMPLES = 6
 """Of each kind for each operation."""
 _LIMITS = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
 CHECKS = [

@@ -6,22 +6,21 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from kvshare_store.cli import serve
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.http.address import Address, listening_socket, parse_address, token_of
 from kvshare_store.http.guard import BODY_BYTES, Forms, RefusedError
 from kvshare_store.http.peers import user_of
-from tests.support.daemons import START_S, child_daemon
+from tests.commands import one_line, run
 from tests.support.needs import need
 from tests.support.page import BEARING, TOKEN, World
-from tests.support.stores import SMALL
 
 PAGES = ("/", "/tenants", "/requests", "/explain")
 QUESTIONS = ("/api/stats", "/api/openapi.json", "/static/page.css", "/metrics", *PAGES)
@@ -60,11 +59,16 @@ def test_others_are_listened_to_with_a_token_only(host: str) -> None:
 
 
 def test_a_daemon_that_others_would_reach_does_not_start(home: Path) -> None:
-    """The whole way: nothing is left that would keep the next daemon from the home."""
-    config = StoreConfig(home=str(home), http="0.0.0.0:0", **SMALL)
-    assert child_daemon(config).wait(START_S) == ConfigError.exit_code
-    assert "others reach 0.0.0.0" in (home / "daemon.log").read_text().splitlines()[-1]
-    assert not (home / "kvshare.sock").exists()
+    """Nor does it touch its home, or anything of its process."""
+    refused = run("serve", "--home", home, "--http", "0.0.0.0:0")
+    assert "others reach 0.0.0.0" in one_line(refused, ConfigError.exit_code)
+    assert not home.exists()
+
+
+def test_a_library_that_is_missing_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_LIBRARIES", ("sys", "no_such_library"))
+    refused = run("serve", "--home", home, "--http", "127.0.0.1:0")
+    assert "the page needs no_such_library: pip install" in one_line(refused, 6)
 
 
 def test_a_port_that_is_taken_is_said() -> None:
@@ -256,17 +260,3 @@ def test_a_body_that_is_too_long_is_refused(owned: World) -> None:
     unsaid = owned.ask("POST", "/api/explain", content=iter([long]), headers=BEARING)
     assert unsaid.status_code in (400, 413)
     assert owned.ask("GET", "/healthz").status_code == 200
-
-
-def test_connections_that_say_nothing_keep_nobody_out_for_long(page: World) -> None:
-    port = int(page.url.rpartition(":")[2])
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-    try:
-        deadline = time.monotonic() + 60.0
-        while page.ask("GET", "/healthz").status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert silent[0].recv(1) == b"", "it was ended by the other side"
-    finally:
-        for one in silent:
-            one.close()

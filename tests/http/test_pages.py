@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -25,7 +24,7 @@ from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.store import Store
 from tests.support.oracle import Driver
-from tests.support.page import CATALOGUE, CHILD, EVIL, PARENT, TENANT, World, world
+from tests.support.page import BEARING, CATALOGUE, CHILD, EVIL, PARENT, TENANT, World
 
 ALLOWED = {
     "html", "head", "meta", "title", "link", "script", "body", "a", "header", "nav", "ul", "ol",
@@ -157,9 +156,9 @@ def test_explain_a_pasted_prompt(page: World) -> None:
         assert kept in read.text, "what was typed is still there"
 
 
-def test_the_log_shows_a_prompt_again_where_its_tokens_were_kept(tmp_path: Path) -> None:
-    with world(tmp_path, log_prompts=True) as kept:
-        text = shown(kept, "/explain", request="1", full=True).text
+def test_the_log_shows_a_prompt_again_where_its_tokens_were_kept(owned: World) -> None:
+    query = {"request": "1", "full": "true"}
+    text = Page(owned.ask("GET", "/explain", params=query, headers=BEARING).text).text
     assert CHILD in re.sub(r"\[\w+: |\]", "", text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import UnavailableError
-from kvshare_store.http import asking, health
+from kvshare_store.http import asking, health, serving
+from kvshare_store.http.address import entrance
 from kvshare_store.http.serving import THREAD, HttpServer
 from kvshare_store.threads import Health
 from tests.support.page import Numb
@@ -33,9 +35,11 @@ def until(true: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def numb() -> Iterator[tuple[Numb, HttpServer]]:
+def numb(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Numb, HttpServer]]:
+    monkeypatch.setattr(serving, "_SILENT_S", 0.2)
+    monkeypatch.setattr(serving, "_DRAIN_S", 0)
     daemon = Numb()
-    server = HttpServer(daemon, Health())
+    server = HttpServer(daemon, Health(), entrance(daemon.config))
     yield daemon, server
     server.close()
 
@@ -56,7 +60,7 @@ def test_a_server_that_dies_shows_in_health_and_comes_back(monkeypatch: pytest.M
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
     daemon, health_ = Numb(), Health()
-    server = HttpServer(daemon, health_)
+    server = HttpServer(daemon, health_, entrance(daemon.config))
     try:
         until(lambda: health_.failing(THREAD))
         assert health_.report()["reasons"] == {THREAD: "RuntimeError: no more"}
@@ -71,7 +75,7 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
     daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
     trouble = daemon.store.metrics.health
     trouble.failed(THREAD, RuntimeError("of a moment ago"))
-    server = HttpServer(daemon, trouble)
+    server = HttpServer(daemon, trouble, entrance(daemon.config))
     daemon.attach(server)
     try:
         until(lambda: not trouble.failing(THREAD))
@@ -86,7 +90,7 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
 
 def test_a_bug_is_an_answer_and_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
-    server = HttpServer(daemon, daemon.store.metrics.health)
+    server = HttpServer(daemon, daemon.store.metrics.health, entrance(daemon.config))
     daemon.attach(server)
     try:
         monkeypatch.setattr(daemon.store.requests, "last", lambda *_, **__: 1 / 0)
@@ -129,3 +133,17 @@ def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
     asker.join(PATIENCE_S)
     assert not asker.is_alive()
     assert daemon.asked[-1][1](), "whoever works on it is told that nobody wants it"
+
+
+def test_connections_that_say_nothing_keep_nobody_out(numb: tuple[Numb, HttpServer]) -> None:
+    """There are only so many, and half a request is nothing."""
+    _, server = numb
+    silent = [socket.create_connection(server.address) for _ in range(200)]
+    try:
+        for one in silent[::2]:
+            one.sendall(b"GET /healthz HT")
+        until(lambda: get(server, "/healthz").status_code == 200)
+        assert silent[0].recv(1) == silent[1].recv(1) == b"", "ended by the other side"
+    finally:
+        for one in silent:
+            one.close()

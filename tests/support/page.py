@@ -128,4 +128,4 @@ def owned_world(folder: Path) -> contextlib.AbstractContextManager[World]:
     secret = folder / "token"
     secret.write_text(TOKEN + "\n")
     secret.chmod(0o600)
-    return world(folder, http_token=str(secret))
+    return world(folder, http_token=str(secret), log_prompts=True)

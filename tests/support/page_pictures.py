@@ -5,15 +5,18 @@ A daemon serves two minutes of made-up traffic first, so that there is something
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.browser import browser
 from tests.support.daemons import ClientDriver, Daemon
@@ -32,23 +35,30 @@ QUESTIONS = ("Do you sell bells?", "Is the red one cheap?", "Which bike is light
 
 def prompt(chance: random.Random) -> str:
     """One of a few days, one of a few questions, and now and then something else."""
-    if chance.random() < 0.1:
+    if chance.random() < 0.25:
         return f"Tell me about number {chance.randrange(10**6)}. " * 12
-    return RULES.format(day=chance.randint(3, 9)) + CATALOGUE + chance.choice(QUESTIONS)
+    return RULES.format(day=chance.randint(1, 28)) + CATALOGUE + chance.choice(QUESTIONS)
 
 
 def serve(client: Client, space: Namespace, seconds: float) -> str:
-    """Ask and save for so long; the id of an edited prompt."""
+    """Ask and save for so long, at a rate that changes; the id of an edited prompt."""
     chance, engine, edited = random.Random(5), ClientDriver(client, space), ""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < seconds:
         text = prompt(chance)
         tokens = tokens_of(space, text)
-        plan = engine.serve(tokens)
+        plan = engine.plan(tokens)
+        taken = Counter[str]()
+        for span in plan.spans:
+            taken[span.kind] += span.length
+        if not plan.declined:
+            left = plan.tokens - plan.reused
+            made = Outcome(taken["exact"], taken["edited"], left, continued=taken["continued"])
+            client.finish(plan.lease, made)
         saved = engine.save(tokens, plan)
-        if saved and plan.reused > plan.exact and text.startswith("You"):
+        if saved and taken["edited"] and text.startswith("You"):
             edited = saved
-        time.sleep(PAUSE_S)
+        time.sleep(PAUSE_S * (1 + 0.7 * math.sin(passed / 12)))
     client.flush()
     return edited
 
@@ -64,11 +74,8 @@ def main(out: Path) -> None:
         with Daemon(config) as daemon, Client(config.home_path) as client:
             node = serve(client, space, SECONDS)
             with browser(Path(folder)) as tab:
-                for name, path, height in (
-                    ("overview", "/", 640),
-                    ("prompt", f"/nodes/{node}", 700),
-                ):
-                    tab.look(1000, height)
+                for name, path in (("overview", "/"), ("prompt", f"/nodes/{node}")):
+                    tab.look(1000, 640)
                     tab.open(page_url(daemon) + path)
                     tab.picture(out / f"page-{name}.png", whole=False)
 
