@@ -32,7 +32,12 @@ def held(store: Store, model: str) -> list[Holding]:
     with store.nodes.lock:
         known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
         return [
-            Holding(digest, namespace, store.tree.bytes_of(digest))
+            Holding(
+                digest,
+                namespace,
+                store.tree.bytes_of(digest),
+                store.nodes.state.count(digest),
+            )
             for digest, namespace in known
             if namespace is not None and namespace.model.startswith(model)
         ]
