@@ -114,7 +114,7 @@ def measure(options: Options) -> Result:
             for arm in in_turn(list(_ARMS), turn):
                 replayed[arm], used = _serve(engines[arm], arm, home, sent, rate)
                 daemon_s += used if arm == "kvshare" else 0.0
-            phases.append(Phase(load, rate, replayed, daemon_s, _to_compute(sent)))
+            phases.append(Phase(load, rate, replayed, daemon_s, to_compute(sent)))
     return _result(phases, options, model_name(options))
 
 
@@ -139,7 +139,7 @@ def _serve(
     return replayed, used
 
 
-def _to_compute(sent: Traffic) -> dict[str, int]:
+def to_compute(sent: Traffic) -> dict[str, int]:
     """What each arm must compute of the requests, if all is stored the moment it is served."""
     arms = arms_of(load_config(), [_POLICY], Room(row_bytes=4))
     prompts = [

@@ -22,6 +22,8 @@ class LoadSpec:
     """The request's paged blocks."""
     start: int
     """First position that is loaded or computed; the blocks from here on are the request's own."""
+    trace: dict[str, str] | None = None
+    """Context of the request's span, where vLLM sends any."""
 
     @property
     def recomputed(self) -> int:
@@ -47,6 +49,8 @@ class SaveSpec:
     block_ids: list[int]
     extends: int = 0
     """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
+    trace: dict[str, str] | None = None
+    """As in `LoadSpec`."""
 
 
 @dataclass

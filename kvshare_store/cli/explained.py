@@ -11,22 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvshare_store.cli.format import KIND_COLOURS, printable, share, short, shortened
 from kvshare_store.cli.log import request_lines
+from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
 
 Found = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
-REASONS = {
-    "edit": "no stored prompt has these tokens here",
-    "window": "they follow an edit closely (edit_window, edit_growth)",
-    "min_run": "too few unedited tokens in a row (min_run)",
-    "tail": "the end of the prompt (tail; the last token always)",
-    "generation": "stored, but in rows that the policy does not build on (max_generation)",
-    "delimiters": "delimiters behind an edit (delimiters)",
-    "cost": "reuse would save too little (min_saving_ms, approximation_price)",
-    "policy": "the policy reuses prefixes only",
-}
 
 
 def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]:

@@ -247,9 +247,9 @@ class Switchboard:
             self._left(connection)
 
     def _left(self, connection: Connection) -> None:
-        if connection.settled:
+        if connection.ended:
             return
-        connection.settled = True
+        connection.ended = True
         connection.let_go()
         if connection.greeted:
             self._owner.left(connection)

@@ -20,22 +20,10 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
-from tests.support.tables import Table, quoted, tables
+from tests.support.documents import ROOT, quoted, tables_of
 
-ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "docs" / "design"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-
-
-def tables_of(path: Path, *head: str) -> list[Table]:
-    """The tables of a document whose header begins (or, for one name, ends) so."""
-    found = [
-        table
-        for table in tables(path.read_text())
-        if tuple(table[0][: len(head)]) == head or table[0][-len(head) :] == list(head)
-    ]
-    assert found, f"{path.name} has no table with {head}"
-    return found
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tables import quoted, tables
+from tests.support.documents import quoted, tables
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "docs" / "design" / "glossary.md"

@@ -38,6 +38,6 @@ def test_the_bound_by_tokens_counts_what_each_arm_must_compute() -> None:
     donor = list(range(100, 612))
     follower = [7, *donor[1:]]
     sent = load.Traffic([donor], [donor, follower], [0.0, 0.0])
-    left = load._to_compute(sent)
+    left = load.to_compute(sent)
     assert left["prefix_caching"] == 16 + 512  # the last block is computed again; then all
     assert 2 <= left["balanced"] < 100  # the last token, the edit and a short window
