@@ -9,7 +9,7 @@ from kvshare_store.blocks.tiers.host.arena import slot_bytes
 K = TypeVar("K")
 
 
-class Tally(dict[K, int], Generic[K]):
+class SlotSizes(dict[K, int], Generic[K]):
     """Bytes of rows by key, with the running sum of the bytes of their slots. Change it only by
     item assignment, `del` and `pop`."""
 
