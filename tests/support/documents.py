@@ -1,4 +1,4 @@
-"""Reading tables of documents."""
+"""Reads tables in documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def tables(text: str) -> Iterator[Table]:
 
 
 def tables_of(path: Path, *head: str) -> list[Table]:
-    """The tables of a document whose header begins (or, for one name, ends) so."""
+    """The tables of a document whose header starts with these cells (or, for one name, ends with
+    it)."""
     found = [
         table
         for table in tables(path.read_text())
