@@ -29,7 +29,7 @@ LITTLE = ("--set", "host_bytes=1MiB", "--set", "disk_bytes=1MiB")
 
 
 def diagnosed(home: Path, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]]]:
-    """Exit code, and the findings by what was looked at."""
+    """Exit code, and the findings by what was checked."""
     code, out, err = run("doctor", "--json", "--home", home, *LITTLE, *arguments)
     assert err == ""
     found = json.loads(out)
@@ -90,7 +90,7 @@ def test_more_memory_and_disk_than_there_is(home: Path) -> None:
 
 
 def test_limits_of_the_process(home: Path) -> None:
-    """In a process of its own, which cannot raise them again."""
+    """Run in a process of its own, since lowered limits cannot be raised again."""
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))\n"
