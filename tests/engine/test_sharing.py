@@ -1,4 +1,5 @@
-"""Two engines on one machine share one daemon; and no request gets more than its engine allows."""
+"""Two engines on one machine share a daemon, and no request gets more than its own engine
+allows."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class Other:
         return next(line for line in lines if line.startswith(begins))
 
     def wait(self) -> None:
-        """Until it serves."""
+        """Wait until it serves."""
         self._line("ready")
 
     def store(self, prompt: list[int], policy: str | None = None) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def test_and_the_other_way_round(engines: tuple[Engine, Other], prompt: list[int
 def test_a_request_never_gets_more_than_its_engine_allows(
     engines: tuple[Engine, Other], prompt: list[int]
 ) -> None:
-    """The daemon was started with a laxer policy; the engine's own holds all the same."""
+    """The daemon was started with a laxer policy; the engine's own still holds."""
     engine, _ = engines
     engine.store(prompt)
     follower = [*prompt[:100], 11111, 22222, *prompt[103:]]
