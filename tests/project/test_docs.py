@@ -1,4 +1,4 @@
-"""What the documents say about settings, commands, dependencies, packages and tests is so."""
+"""What the documents say about settings, commands, dependencies, packages and tests is true."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_policies_are_the_presets() -> None:
 
 
 def required() -> set[str]:
-    """Names of all that pyproject.toml and the benchmarks ask for."""
+    """Names of all packages that pyproject.toml and the benchmarks require."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
@@ -142,7 +142,7 @@ def test_every_step_names_a_test_that_exists() -> None:
 
 
 def exists(test: str) -> bool:
-    """Whether a `file.py::function` is there; a file without a folder may be anywhere in tests."""
+    """Whether a `file.py::function` exists; a file without a folder may be anywhere in tests."""
     file, _, function = test.partition("::")
     definition = re.compile(rf"^ *(?:async )?def {re.escape(function)}\(", re.MULTILINE)
     found = (ROOT / "tests").rglob(file)
@@ -205,7 +205,8 @@ def test_the_transformers_example_reuses_more_than_the_chat_template(
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
 def test_the_front_pages_say_when_which_policy_is_right(page: str) -> None:
-    """And that larger models follow old values, beside the table and not only in a design note."""
+    """That larger models repeat old values must stand beside the table, not only in a design
+    note."""
     text = (ROOT / page).read_text()
     assert re.search(r"8 ?(B|billion) parameters follow", " ".join(text.split())), page
     (table,) = (table for table in tables_of(ROOT / page, "traffic"))
@@ -217,7 +218,7 @@ def test_the_front_pages_say_when_which_policy_is_right(page: str) -> None:
 
 
 def test_the_picture_in_the_readme_is_no_record_of_a_person() -> None:
-    """Its default policy is approximate, and a patient's value is what must not be."""
+    """Its default policy is approximate, but a patient's values must be right."""
     picture = (ROOT / "README.md").read_text().split("```")[1]
     assert "reused" in picture
     assert not re.search("patient|diagnos|HbA1c", picture, re.IGNORECASE)
