@@ -157,7 +157,7 @@ def test_in_bounded_memory(policy: str, room: int, most: float) -> None:
     assert ours <= most * alone
 
 
-@pytest.mark.parametrize(("policy", "most"), [("balanced", 0.3), ("aggressive", 0.3)])
+@pytest.mark.parametrize(("policy", "most"), [("balanced", 0.2), ("aggressive", 0.2)])
 @pytest.mark.parametrize("turns", [8, 30])
 def test_a_date_that_changes_at_every_turn(policy: str, turns: int, most: float) -> None:
     """However long the conversation: when no more edits may be built on one another, a prompt is
