@@ -23,13 +23,15 @@ KINDS = ("as it is", "a date in the system prompt", "old tool results truncated"
 ARMS: dict[str, dict[str, Any]] = {"balanced": {"policy": "balanced"}}
 FIRST, LATER = "first edited", "later"
 _TURNS = 6
-_FLOOR_EVERY = 6
-"""The noise floor is computed on every sixth request: bf16 is slow on most CPUs."""
+_COMPARED = (1, 2, 4, 6)
+"""Turns that are compared with full compute, which takes most of the time; all are served."""
+_FLOORS = 3
+"""Requests that the noise floor is computed on: bf16 is slow on most CPUs."""
 
 
 def measure(options: Options) -> Result:
     """Serve conversations of the half that is reported."""
-    count, turns = options.size(4, 2), 3 if options.short else _TURNS
+    count, turns = options.size(3, 2), 2 if options.short else _TURNS
     return measured(options, rewritten(options, "report", KINDS, count, turns), ARMS)
 
 
@@ -38,9 +40,13 @@ def measured(options: Options, asked: Sequence[Request], arms: dict[str, dict[st
     exact, _, model = engine_for(options)
     with ExitStack() as stack:
         serving = Serving(exact, stack, arms)
-        served = [one for each in track(asked, "Serving turns") for one in serving.serve(each)]
+        served = [
+            one
+            for each in track(asked, "Serving turns")
+            for one in serving.serve(each, each.turn in _COMPARED)
+        ]
     rough, _, _ = engine_for(options, torch.bfloat16)
-    few = asked[_FLOOR_EVERY - 1 :: _FLOOR_EVERY]
+    few = asked[1 :: max(1, len(asked) // _FLOORS)]
     floors = [floor_of(rough, each) for each in track(few, "Noise floor")]
     return _result(options, model, served, floors)
 
@@ -63,7 +69,7 @@ def _result(
             ours = [one for one in served if (one.score.method, one.request.kind) == (arm, kind)]
             parted = parts(ours)
             rows += [_row(kind, name, kept, floor) for name, kept in parted.items() if kept]
-            verdicts += targets(kind, parted)
+            verdicts += targets(kind, parted, floor)
     return Result(
         name="agreement-turns",
         title=f"Conversations: agreement with full compute over {CONTINUATION} forced tokens",
@@ -88,26 +94,25 @@ def _result(
 
 _NOTES = [
     "Recorded airline conversations, two side by side; every turn is planned from what the store "
-    "keeps of the turns before it, and stored with its edited rows. Each request is compared with "
-    "full compute of the same prompt, in fp32.",
-    f"`{FIRST}`: the first turn of each conversation whose plan has edited rows. `{LATER}`: all "
-    "turns behind that one, which build on it: they continue its rows, edit them again, or both. "
-    "Turns before it are exact and not shown.",
+    "keeps of the turns before it, and stored with its edited rows. Turns "
+    f"{', '.join(map(str, _COMPARED))} are compared with full compute of the same prompt, in fp32, "
+    "where any of their rows is approximate.",
+    f"`{FIRST}`: the first of these turns of each conversation. `{LATER}`: those behind it, which "
+    "build on it: they continue its rows, edit them again, or both.",
     "generation: the highest of these turns' plans. `x bf16 twice`: KL 16 as a multiple of full "
     "compute in bf16 against itself with the prompt in two chunks.",
 ]
 
 
 def parts(served: Sequence[Served]) -> dict[str, list[Served]]:
-    """The requests of one kind and arm: the first edited turn of each conversation, all later ones,
-    and these by turn."""
+    """The requests of one kind and arm that are not exact: the first of each conversation, all
+    later ones, and these by turn."""
+    approximate = [one for one in served if one.generation]
     first: dict[int, int] = {}
-    for one in served:
-        if one.edited:
-            first.setdefault(one.request.conversation, one.request.turn)
-    begun = [one for one in served if one.request.conversation in first]
-    began = [one for one in begun if one.request.turn == first[one.request.conversation]]
-    later = [one for one in begun if one.request.turn > first[one.request.conversation]]
+    for one in approximate:
+        first.setdefault(one.request.conversation, one.request.turn)
+    began = [one for one in approximate if one.request.turn == first[one.request.conversation]]
+    later = [one for one in approximate if one.request.turn > first[one.request.conversation]]
     by_turn = {
         f"turn {turn}": [one for one in later if one.request.turn == turn]
         for turn in sorted({one.request.turn for one in later})
@@ -137,19 +142,21 @@ def _error(values: Sequence[float]) -> float:
     return float(np.std(values) / len(values) ** 0.5)
 
 
-def targets(kind: str, parted: dict[str, list[Served]]) -> list[tuple[str, str, bool]]:
-    """Later turns are no further from full compute than first edited ones, within two standard
-    errors of the difference."""
+def targets(
+    kind: str, parted: dict[str, list[Served]], floor: float
+) -> list[tuple[str, str, bool]]:
+    """Later turns are no further from full compute than first edited ones: what they differ by is
+    noise if it is within two standard errors, or less than rounding to bf16 does."""
     first, later = ([one.score.kl for one in parted[name]] for name in (FIRST, LATER))
     if not first or not later:
         return []
     apart = float(np.mean(later) - np.mean(first))
-    noise = 2 * float(np.hypot(_error(first), _error(later)))
+    noise = max(floor, 2 * float(np.hypot(_error(first), _error(later))))
     arm = parted[FIRST][0].score.method
     return [(
-        f"{arm}, {kind}: KL 16 of later turns no more than of first edited turns, within 2 s.e.",
-        f"{np.mean(later):.4f} (n = {len(later)}) beside {np.mean(first):.4f} "
-        f"(n = {len(first)}), apart {apart:+.4f}, 2 s.e. {noise:.4f}",
+        f"{arm}, {kind}: KL 16 of later turns no more than of first edited ones, within noise",
+        f"{np.mean(later):.5f} (n = {len(later)}) beside {np.mean(first):.5f} "
+        f"(n = {len(first)}), noise {noise:.5f}",
         apart <= noise,
     )]  # fmt: skip
 
