@@ -151,7 +151,8 @@ class Announcer:
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def forget(self) -> None:
-        """Nothing that is stored is ever served here again."""
+        """Routers know of nothing from now on: prompts are announced when they are next stored, or
+        found."""
         with self._lock:
             self._waiting.clear()
             self._take_back(self._announced.oldest(_MOST))

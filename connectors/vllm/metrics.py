@@ -46,7 +46,7 @@ class KVShareStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Nothing has happened."""
-        self.data = {"tokens": {}, "requests": {}, "lookups": [], "loads": []}
+        self.data: dict[str, Any] = {"tokens": {}, "requests": {}, "lookups": [], "loads": []}
 
     def is_empty(self) -> bool:
         """Whether nothing has happened."""

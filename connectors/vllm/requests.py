@@ -82,8 +82,6 @@ class RequestState:
     request: Request
     namespace: Namespace
     wish: Wish = field(default_factory=Wish)
-    trace: Trace | None = None
-    """Its spans, where vLLM sends any."""
     policy: str = "off"
     """The policy that it gets: the configured one, or a stricter one that it asked for."""
     declined: str = ""
@@ -128,6 +126,8 @@ class RequestState:
     """What its answer is stored behind; None while it must not be stored."""
     restarts: int = 0
     """How often it was preempted because rows that it held did not load."""
+    trace: Trace | None = None
+    """Its spans, where vLLM sends any."""
 
     @property
     def id(self) -> str:
