@@ -16,7 +16,7 @@ from kvshare_store.http.address import Entrance
 from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
-from kvshare_store.threads import Health, Supervised
+from kvshare_store.threads import Health, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -25,6 +25,8 @@ _CONNECTIONS = 128
 _HEADER_BYTES = 16 << 10
 _IDLE_S = 15
 _SILENT_S = 5.0
+_NICENESS = 5
+"""Plans go before pages."""
 _DRAIN_S = 2
 """How long answers that are on their way may take when the daemon ends."""
 
@@ -53,6 +55,7 @@ class HttpServer:
     def _serve(self) -> None:
         if self._closing.is_set():
             return
+        be_nice(_NICENESS)
         try:
             asyncio.run(self._run())
         except SystemExit as error:  # how uvicorn says that it could not start

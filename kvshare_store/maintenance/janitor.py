@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from kvshare_store.nodes.merge import copy_rows, merged_node, wants_merge
 from kvshare_store.nodes.node import Node
 from kvshare_store.save.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
-from kvshare_store.threads import Supervised
+from kvshare_store.threads import Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -100,8 +99,7 @@ class Janitor:
         return SharedGarbage(self._nodes, catalog, condemned, repository.machine, turn_s)
 
     def _run(self) -> None:
-        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        be_nice(15)
         while not self._stop.is_set():
             try:
                 self.collect(patient=True)
