@@ -48,7 +48,7 @@ class HttpServer:
         """Stop listening, finish what is being answered, end the thread."""
         self._closing.set()
         if self._server is not None:
-            self._server.should_exit = True
+            _end(self._server)
         self._thread.join(_DRAIN_S + 3.0)
         self._socket.close()
 
@@ -68,12 +68,13 @@ class HttpServer:
         if self._closing.is_set():
             return
         sampling = asyncio.create_task(self._sample())
-        try:
-            # a copy: it closes what it is given, and may have to start again
-            with self._socket.dup() as listener:
-                await server.serve([listener])
-        finally:
-            sampling.cancel()
+        sampling.add_done_callback(lambda _: _end(server))
+        # a copy: it closes what it is given, and may have to start again
+        with self._socket.dup() as listener:
+            await server.serve([listener])
+        if sampling.done():  # it has failed, and the server has ended with it
+            sampling.result()
+        sampling.cancel()
 
     async def _sample(self) -> None:
         """Every few seconds: what happened since. That it goes on says that the thread is well."""
@@ -84,6 +85,10 @@ class HttpServer:
             except KVShareError as error:
                 log.info("kvshare: the page has no numbers of this moment: %s", error)
             await asyncio.sleep(STEP_S)
+
+
+def _end(server: uvicorn.Server) -> None:
+    server.should_exit = True
 
 
 class _Connection(H11Protocol):
