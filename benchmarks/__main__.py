@@ -46,6 +46,7 @@ MEASUREMENTS: dict[str, str] = {
     "agreement-presets": "quality.agreement_presets",
     "agreement-weights": "quality.agreement_weights",
     "agreement-tune": "quality.agreement_tune",
+    "agreement-turns": "quality.agreement_turns",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -137,6 +138,12 @@ class Supervised:
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end."""
         self._thread.join(timeout)
+
+
+def be_nice(niceness: int) -> None:
+    """Let every other thread of the machine go before the calling one."""
+    if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 class FairLock:

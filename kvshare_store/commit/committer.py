@@ -8,8 +8,6 @@ Node rows are removed before their blocks.
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Sequence
 
 from kvshare_store.commit.durable import Durable
@@ -24,7 +22,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
-from kvshare_store.threads import STORING, Supervised
+from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -48,8 +46,7 @@ class Committer:
         self._thread.join()
 
     def _run(self) -> None:
-        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        be_nice(10)
         while batch := self._queue.take():
             self._attempt(batch)
 

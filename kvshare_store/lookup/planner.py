@@ -21,6 +21,9 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, ReusePlan
 
+_LAST = 4.0
+"""Times `approximation_price` that rows cost which are moved for the last time: whatever is
+computed behind them must be computed again with the next edit."""
 _GIVEN_UP = 0.1
 """Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
 would have had them."""
@@ -89,6 +92,10 @@ class Planner:
         """Keep no approximation that saves too little for what it spoils: all that is computed
         behind it becomes as approximate, and at the last generation nobody may build on that."""
         price = self._config.approximation_price
+        moved = _moved_last(cover, keep, policy)
+        left = np.count_nonzero(~keep[cover.in_place :])
+        if np.count_nonzero(moved) < _LAST * price * left:
+            keep &= ~moved
         _drop(keep, cover.in_place, price)
         continues = cover.continues
         last = continues is not None and continues.generation >= policy.max_generation
@@ -155,6 +162,19 @@ def _drop(keep: Mask, start: int, price: float) -> bool:
     if dear:
         keep[start:] = False
     return dear
+
+
+def _moved_last(cover: Cover, keep: Mask, policy: ReusePolicy) -> Mask:
+    """Positions that approximate rows are moved to, so that nobody may build on them any more. None
+    if nobody may in any case."""
+    last, continues = policy.max_generation, cover.continues
+    moved = np.zeros(len(keep), np.bool_)
+    if last > 1 and (continues is None or continues.generation < last):
+        for at, donor in enumerate(cover.donors):
+            if donor.generation + 1 >= last:
+                moved |= (cover.donor_of == at) & (cover.source_of >= donor.exact_rows)
+        moved[: cover.in_place] = False
+    return moved & keep
 
 
 def _sources(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:

@@ -7,7 +7,6 @@ without it. Everything that it removes goes through the committer's queue.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +20,7 @@ from kvshare_store.errors import KVShareError, StorageError
 from kvshare_store.machines.shared_garbage import SharedGarbage
 from kvshare_store.maintenance.empty_namespaces import EmptyNamespaces
 from kvshare_store.maintenance.merging import Merger
-from kvshare_store.threads import Supervised
+from kvshare_store.threads import Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -79,8 +78,7 @@ class Janitor:
         return SharedGarbage(self._nodes, catalog, condemned, repository.machine, turn_s)
 
     def _run(self) -> None:
-        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        be_nice(15)
         while not self._stop.is_set():
             try:
                 self.collect(patient=True)

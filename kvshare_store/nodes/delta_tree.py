@@ -84,7 +84,7 @@ class DeltaTree:
                 self._children[node.parent].add(node.id)
         for node, freed in zip(found, self._blocks.fill(found), strict=True):
             for order in self._orders_of(node):
-                order.add(node.id, freed, float(node.length))
+                order.add(node.id, freed, _cost(node, freed))
 
     def rooted(self, node: Node) -> Node:
         """The node, without its parent where that descends from it.
@@ -158,10 +158,10 @@ class DeltaTree:
                 yield self._orders[node.namespace]
 
     def _rank(self, node: Node) -> None:
-        """What computing its rows again would cost, against the bytes that forgetting it frees."""
+        """What forgetting it loses, against the bytes that it frees."""
         freed = 0 if node.pinned else self.freed(node)
         for order in self._orders_of(node):
-            order.add(node.id, freed, float(node.length))
+            order.add(node.id, freed, _cost(node, freed))
 
     def _rank_again(self, ids: Iterable[str]) -> None:
         for node_id in ids:
@@ -266,3 +266,9 @@ class DeltaTree:
                 break
             length += 1
         return length
+
+
+def _cost(node: Node, freed: int) -> float:
+    """What is lost with a node: its rows that no other node uses, each as dear as any other. Where
+    others use all of them it frees nothing, and they go first."""
+    return float(freed or node.length)

@@ -258,6 +258,32 @@ def test_much_text_is_not_computed_behind_rows_of_the_last_generation() -> None:
     assert planned(3, 600).continued == 80, "others may build on that"
 
 
+def test_rows_that_move_for_the_last_time_must_save_more() -> None:
+    """Nobody may build on what is computed behind them, so that is computed again with the next
+    edit."""
+    donor, other = text(1, 80), text(3, 40)
+
+    def planned(generation: int, fresh: int) -> ReusePlan:
+        shelf = Shelf(approximation_price=0.25)
+        shelf.add(donor, generation=generation, exact_rows=30)
+        shelf.add([9, *other])
+        return shelf.plan([5, *donor, *text(2, fresh), *other])
+
+    assert (planned(3, 40).reused, planned(3, 40).generation) == (80 + 39, 4)
+    much = planned(3, 60)
+    assert (much.reused, much.generation) == (30 + 39, 1), "exact rows may move again"
+    assert (planned(2, 60).reused, planned(2, 60).generation) == (80 + 39, 3)
+
+
+def test_behind_rows_of_the_last_generation_nothing_is_spoilt_any_more() -> None:
+    shelf = Shelf(approximation_price=0.25)
+    told, donor = text(1, 80), text(3, 40)
+    shelf.add(told, generation=4, exact_rows=30)
+    shelf.add([9, *donor], generation=3, exact_rows=0)
+    plan = shelf.plan([*told, *text(2, 100), *donor])
+    assert (plan.continued, plan.reused, plan.generation) == (80, 80 + 39, 4)
+
+
 # --- edited rows --------------------------------------------------------------------------------
 
 
