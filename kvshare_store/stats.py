@@ -1,4 +1,4 @@
-"""What a store says of itself: counters, budgets, times, in plain types."""
+"""The store's report on itself: counters, budgets, times, in plain types."""
 
 from __future__ import annotations
 
@@ -49,11 +49,8 @@ def stats_of(
 
 
 def _by_namespace(config: StoreConfig, repository: Repository) -> dict[str, dict[str, Any]]:
-    """What each namespace has asked for and holds, by the label of its digest.
-
-    Its `tenant` only where a key proves tenants: else the name is the very salt that lets anybody
-    in.
-    """
+    """What each namespace has requested and holds, by the label of its digest. `tenant` is included
+    only if a key proves tenants: otherwise the name is the very salt that gives access."""
     state, metrics = repository.nodes.state, repository.metrics
     labelled = [(metrics.label(space.digest), space) for space in state.namespaces]
     blank = {"tenant": "", "model": "", "nodes": 0, "bytes": 0}

@@ -63,7 +63,7 @@ class Store:
         self.saving = Saving(config, nodes, plans, self.metrics)
         self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
-        """How many failures of the committer each owner knew of when it first saved."""
+        """Failures of the committer so far, when each owner first saved since its last `flush`."""
         self.sharing: Sharing | None = None
         if config.catalog and repository.catalog is not None:
             purges = OthersPurges(repository, self.saving, config.home_path)
@@ -145,11 +145,11 @@ class Store:
         return self._serving.plan_node(node_id, owner, deadline_ms)
 
     def decline(self, reason: str, tokens: int) -> None:
-        """Count a request of `tokens` tokens that the engine could not ask a plan for."""
+        """Count a request of `tokens` tokens for which the engine could not ask for a plan."""
         self._serving.decline(reason, tokens)
 
     def finish(self, plan: ReusePlan | str, outcome: Outcome) -> None:
-        """The request has loaded the plan, or has given it up: ends the lease, counts the outcome.
+        """The request has loaded the plan, or given it up: ends the lease and counts the outcome.
 
         A lease that has ended already is ignored: it was counted when it expired. `PlanError` for
         an outcome that the plan cannot have; the plan has then ended as a miss.
@@ -157,15 +157,13 @@ class Store:
         self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
 
     def engine_cached(self, tokens: int) -> None:
-        """Of a lookup that was counted as a miss, so many tokens need not be computed either: the
-        engine's own prefix cache had them."""
+        """Correct a lookup that was counted as a miss: the engine's own prefix cache had `tokens`
+        of its tokens."""
         self._serving.engine_cached(tokens)
 
     def working(self, owner: str, busy: bool) -> None:
-        """A client's engine has requests, or has none any more: no text is embedded meanwhile.
-
-        `reap` of the owner ends it as well.
-        """
+        """A client's engine has requests, or none any more. While one has, no text is embedded.
+        `reap` of the owner ends it as well."""
         self.text.working(owner, busy)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
@@ -204,7 +202,7 @@ class Store:
         return edited
 
     def rows_of(self, plan: ReusePlan, block: int) -> memoryview:
-        """The bytes of one of a plan's blocks; `LeaseError` if the lease did not keep it."""
+        """The bytes of one of a plan's blocks; `LeaseError` if the lease no longer holds it."""
         ref = plan.blocks[block]
         self.blocks.host.arena.check(ref)
         return self.blocks.host.arena.rows(ref.offset, ref.nbytes)
@@ -278,7 +276,8 @@ class Store:
     # --- the rest ----------------------------------------------------------------------------
 
     def evict(self, *, nodes: int = 0, namespace: str | None = None) -> int:
-        """Forget the nodes worth least, no pinned ones, or all of one namespace; returns how many.
+        """Forget the nodes of least value, except pinned ones, or all nodes of one namespace;
+        returns how many.
 
         They are gone from lookup at once; their blocks follow once their rows are gone from the
         catalogue. Leased blocks stay until their lease ends.
@@ -293,14 +292,14 @@ class Store:
         return count
 
     def pin(self, node_id: str, pinned: bool = True) -> bool:
-        """Keep a node until it is purged, or no longer; False if it is not here.
+        """Keep a node until it is purged, or stop keeping it; False if it is not here.
 
         A pin survives restarts once it is durable (`flush` waits for that).
         """
         return self._rewriter.pin(node_id, pinned)
 
     def collect(self, *, dry_run: bool = False) -> Collected:
-        """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
+        """Collect garbage now, as the janitor does every `gc_seconds`."""
         return self.janitor.collect(dry_run=dry_run)
 
     def purge(
@@ -319,7 +318,7 @@ class Store:
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
-        """End leases that expired, and whatever clients hold that are gone."""
+        """End expired leases, and release what clients hold that are gone."""
         dead = dead_owners or set()
         with self.nodes.lock:
             self._serving.reap(dead)
@@ -329,13 +328,15 @@ class Store:
             self._failures.pop(owner, None)
 
     def flush(self, *, owner: str = "") -> None:
-        """Return once everything committed so far is durable; what is committed later is not waited
-        for. `StorageError` if storage has refused a prompt, anybody's, since `owner` staged its
-        first one after its last `flush`: one of its own may be lost."""
+        """Wait until everything committed so far is durable; later commits are not waited for.
+
+        `StorageError` if storage has refused a prompt, of any owner, between this owner's first
+        save since its last `flush` and now: one of its own may be lost.
+        """
         self._queue.flush(self._failures.pop(owner, None))
 
     def namespace(self, digest: str) -> Namespace | None:
-        """What a digest stands for."""
+        """The record behind a digest."""
         return self.nodes.namespaces.get(digest)
 
     def stats(self) -> dict[str, Any]:
@@ -346,7 +347,7 @@ class Store:
         return stats_of(self.config, self.repository, since=self._since, staged=len(self.saving))
 
     def close(self) -> None:
-        """Finish what is queued and let go of the home. Everything committed stays."""
+        """Finish what is queued and release the home. Everything committed stays."""
         self.text.close()
         self.janitor.close()
         if self.sharing is not None:

@@ -1,4 +1,4 @@
-"""Threads that do not end in silence, and what is known about how they fare."""
+"""Threads that restart after errors, and what is known about their health."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger("kvshare")
 STORING = "kvshare-commit"
 """The thread without which nothing can be stored."""
 _IN_A_ROW = 3
-"""Failures of that thread after which saves are refused ..."""
+"""After so many failures of that thread saves are refused ..."""
 _REFUSED_S = 10.0
-"""... for so long; then one is tried again."""
+"""... for so many seconds; then one save is tried again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 
 
@@ -30,7 +30,7 @@ class _Trouble(NamedTuple):
 
 
 class Health:
-    """What the threads of one store have met that nobody expected. Thread-safe."""
+    """Unexpected errors in the threads of one store. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -38,11 +38,11 @@ class Health:
         self._troubles: dict[str, _Trouble] = {}
         self._failures: Counter[str] = Counter()
         self._well: dict[str, float] = {}
-        """When each part last did what it is for, Unix seconds."""
+        """When each part last succeeded, Unix seconds."""
         self._threads: dict[str, threading.Thread] = {}
 
     def failed(self, part: str, error: BaseException) -> None:
-        """A part has met an error that it was not written for, or cannot do what it is for."""
+        """A part has met an unexpected error, or cannot do its work."""
         with self._lock:
             self._failures[part] += 1
             before = self._troubles.get(part)
@@ -55,19 +55,19 @@ class Health:
         self._threads[thread.name] = thread
 
     def well(self, part: str) -> None:
-        """A part has done what it is for."""
+        """A part has done its work."""
         self._well[part] = time.time()
         if part in self._troubles:
             with self._lock:
                 self._troubles.pop(part, None)
 
     def failing(self, part: str) -> bool:
-        """Whether the last thing that a part did failed."""
+        """Whether the last attempt of a part failed."""
         return part in self._troubles
 
     def check_storing(self) -> None:
-        """`StorageError` while storing keeps failing: for reasons that nobody expected, or because
-        storage refuses every prompt."""
+        """`StorageError` while storing keeps failing, for unexpected reasons or because storage
+        refuses every prompt."""
         trouble = self._troubles.get(STORING)
         if trouble is None or trouble.in_a_row < _IN_A_ROW:
             return
@@ -94,9 +94,10 @@ class Health:
 
 
 class Supervised:
-    """A thread that runs `body` until it returns. An error starts it again after a pause.
+    """A thread that runs `body` until it returns, and starts it again after an error.
 
-    The pause doubles while it keeps failing. `stop` ends the pause, and the thread with it.
+    Between starts it pauses; the pause doubles while it keeps failing. `stop` ends the pause, and
+    the thread with it.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Supervised:
 
 
 def be_nice(niceness: int) -> None:
-    """Let every other thread of the machine go before the calling one."""
+    """Give every other thread of the machine priority over the calling one."""
     if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
@@ -153,7 +154,7 @@ class FairLock:
         self._inner = threading.Lock()
         self._taken = False
         self.waiting: deque[threading.Lock] = deque()
-        """One for each thread that waits, the first one first."""
+        """One for each waiting thread, the first one first."""
 
     def __enter__(self) -> None:
         with self._inner:

@@ -1,4 +1,4 @@
-"""The release that runs."""
+"""The version of the running release."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import metadata
 
 
 def version() -> str:
-    """As pip knows it; `unknown` where the sources run without being installed."""
+    """The version as pip knows it; `unknown` if the sources run without being installed."""
     try:
         return metadata.version("kvshare-store")
     except metadata.PackageNotFoundError:

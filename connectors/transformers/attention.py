@@ -52,7 +52,8 @@ def grouped_attention(
 
 @contextmanager
 def attending(model: Model, name: str) -> Iterator[None]:
-    """Let a model that attends by `sdpa` use a registered function instead, for a while."""
+    """Let a model that uses `sdpa` attention use a registered function instead, inside the
+    context."""
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = name

@@ -29,8 +29,8 @@ MODEL_TYPES = frozenset(
         "qwen3",
     }
 )
-"""Model types whose code in transformers was read: every attention layer turns its K by the one
-rotary module of the model, hands it to the cache, and takes a 4-dimensional mask as it is."""
+"""Model types whose code in transformers was read: every attention layer rotates its K by the one
+rotary module of the model, hands it to the cache, and uses a 4-dimensional mask unchanged."""
 
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Scalings whose table depends on the position alone."""
@@ -39,8 +39,8 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 def decline_reason(config: Config) -> str | None:
     """Why KVShare does not serve a model of this configuration, as a stable code, or None.
 
-    Gemma 2 and 3 are served when all their layers attend globally: a row outside a layer's window
-    is not seen there, so what a run must recompute would differ by layer.
+    Gemma 2 and 3 are served if all their layers attend globally: with windows, the rows that a run
+    must recompute would differ by layer.
     """
     if config.model_type not in MODEL_TYPES:
         return "architecture_unlisted"
@@ -60,7 +60,7 @@ def decline_reason(config: Config) -> str | None:
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """The rotary parameters of the layers; Gemma 3 states them by kind of layer."""
+    """The rotary parameters of the layers; Gemma 3 has them per kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     nested = found.get("full_attention")
     return dict(nested if isinstance(nested, dict) else found)

@@ -1,4 +1,4 @@
-"""What is done with prompts whose rows are all there: greedy answers and teacher forcing."""
+"""Decoding from prefilled prompts: greedy answers and teacher forcing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Ready(Protocol):
-    """A prompt that is prefilled, by whatever means."""
+    """A prefilled prompt, whatever computed its rows."""
 
     @property
     def cache(self) -> RowCache:
@@ -41,9 +41,9 @@ def generate(
     max_new_tokens: int,
     stop: Collection[int] = (),
 ) -> list[list[int]]:
-    """Greedy answers to a batch of prefilled prompts, without the stop token that ended each.
+    """Greedy answers to a batch of prefilled prompts, without the stop token at the end of each.
 
-    The prompts' own caches are left as they are.
+    The prompts' own caches are not changed.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]

@@ -1,4 +1,4 @@
-"""From a loaded model to a namespace: all that must be equal before rows are shared."""
+"""From a loaded model to a namespace: everything that must be equal before rows are shared."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kvshare_connectors.transformers.types import Model
 from kvshare_store.namespace import Namespace
 
 _ELEMENTS = 1 << 16
-"""Of each weight, evenly spaced: what trains or merges weights changes them everywhere."""
+"""Evenly spaced samples of each weight: training and merging change weights everywhere."""
 ENGINE = "transformers"
 
 
 def namespace_of(model: Model, tokenizer: str = "") -> Namespace:
     """The namespace of a loaded model, for no tenant.
 
-    The engine is part of it: rows that vLLM computed differ from these in their last bits, and an
-    exact prefix is promised to the bit.
+    The engine is part of it: rows that vLLM computed differ from these in their last bits, and
+    exact prefixes must be equal bit for bit.
     """
     return Namespace(
         model=model.config.name_or_path or type(model).__name__,

@@ -28,7 +28,7 @@ log = logging.getLogger("kvshare")
 
 @dataclass(frozen=True)
 class Served:
-    """A prompt whose rows are all there."""
+    """A prompt with all of its rows."""
 
     tokens: tuple[int, ...]
     cache: RowCache
@@ -46,7 +46,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, and what its prompt cost."""
+    """A greedy answer, and the cost of its prompt."""
 
     text: str
     tokens: list[int]
@@ -57,9 +57,9 @@ class Answer:
 
 
 class KVShareModel:
-    """A model and a store. Not thread-safe. Use as a context manager, or call `close`.
+    """A model with a store. Not thread-safe. Use as a context manager, or call `close`.
 
-    `UnsupportedError` when the model is one that KVShare declines; `capability.py` lists why.
+    `UnsupportedError` for a model that KVShare declines; `capability.py` lists why.
     """
 
     def __init__(self, model: Model, store: Store, tokenizer: Tokenizer | None = None) -> None:
@@ -88,9 +88,9 @@ class KVShareModel:
     def prefill(
         self, tokens: Sequence[int], *, policy: str | None = None, tenant: str = ""
     ) -> Served:
-        """The prompt's rows: what the plan reuses is loaded, the rest computed in one forward.
+        """The prompt's rows: reused ones are loaded, the others computed in one forward.
 
-        Whatever goes wrong with the store is a miss: the prompt is then computed in full.
+        Any failure of the store is a miss: the prompt is then computed in full.
         """
         namespace = self.namespace.for_tenant(tenant)
         plan = self.store.plan(tokens, namespace, policy=policy)
@@ -114,7 +114,8 @@ class KVShareModel:
         cache.rows[:, :, 0, edited.positions] = edited.rows.to(cache.rows.device)
 
     def save(self, served: Served) -> str | None:
-        """Store the rows that were computed; the prompt's node, or None if it is stored already."""
+        """Store the rows that were computed. Returns the prompt's node, or None if it is already
+        stored."""
         rows = served.cache.rows[:, :, 0, _fresh(served.plan)].contiguous().cpu()
         reused = None if served.plan.declined else served.plan
         buffer = rows.view(torch.uint8).numpy()
@@ -167,7 +168,7 @@ class KVShareModel:
         )
 
     def close(self) -> None:
-        """Make everything saved durable and let go of the store's home."""
+        """Make everything saved durable and release the store's home."""
         self.store.close()
 
     def __enter__(self) -> KVShareModel:

@@ -32,18 +32,18 @@ class RowCache(Cache):
     def empty(
         cls, layout: KVLayout, slots: int, *, batch: int = 1, device: torch.device | str = "cpu"
     ) -> RowCache:
-        """A cache of zeros. A slot that no one filled is seen by no query before it is computed."""
+        """A cache of zeros. No query sees a slot before its row is computed."""
         layers, two, rows, heads, dim = layout.shape(slots)
         dtype = getattr(torch, layout.dtype)
         return cls(torch.zeros((layers, two, batch, rows, heads, dim), dtype=dtype, device=device))
 
     @property
     def slots(self) -> int:
-        """How many positions the cache has room for."""
+        """Number of positions that the cache has room for."""
         return self.rows.shape[3]
 
     def aim(self, positions: Tensor) -> None:
-        """The next rows of every layer go to `positions`, int64 `[batch, new]`."""
+        """Write the next rows of every layer to `positions`, int64 `[batch, new]`."""
         self._at = positions.to(self.rows.device)
         self._stop = int(positions.max()) + 1
 

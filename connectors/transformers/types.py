@@ -1,7 +1,8 @@
-"""What KVShare takes from transformers: its own annotations leave out what configurations hold.
+"""The parts of transformers that KVShare uses: its own annotations leave out the fields of
+configurations.
 
-A model's architecture decides which fields its configuration has; `capability` declines all but a
-few architectures, and asks with `getattr` for fields that only some of these have.
+Which fields a configuration has depends on the model's architecture. `capability` declines all but
+a few architectures, and uses `getattr` for fields that only some of these have.
 """
 
 from __future__ import annotations

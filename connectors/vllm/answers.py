@@ -16,7 +16,7 @@ log = logging.getLogger("kvshare")
 _LONGEST = 64
 """Characters of a client's parameter that an answer or the log repeats."""
 _MOST = 8
-"""Unknown parameters that an answer names."""
+"""Most unknown parameters that an answer names."""
 
 
 def answer_of(state: RequestState) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     """
     reused = reused_of(state.loaded)
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
-    # the daemon has the last word: another engine may have started it with a stricter policy
+    # the daemon decides: another engine may have started it with a stricter policy
     policy = state.stored.policy if state.stored is not None else state.policy
     said: dict[str, Any] = {
         "reused": reused.tokens,

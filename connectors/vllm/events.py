@@ -1,8 +1,8 @@
-"""What the store has of this engine's prompts, for routers that listen to vLLM's KV events.
+"""Tells routers that listen to vLLM's KV events what the store has of this engine's prompts.
 
 Only exact rows: an event says that a block holds the KV of its tokens in their full context. A
-prompt is announced once the daemon has it, and taken back once the daemon has it no more; a thread
-asks. Blocks have the hashes that vLLM itself gives them.
+prompt is announced once the daemon has stored it, and withdrawn once the daemon no longer has it; a
+thread asks. Blocks have the hashes that vLLM itself gives them.
 """
 
 from __future__ import annotations
@@ -36,29 +36,32 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvshare")
 
 _EVERY_S = 0.5
-"""Between two questions to the daemon."""
+"""Seconds between two questions to the daemon."""
 _PATIENCE = 120
-"""Questions after which a prompt that is not there was not stored."""
+"""A prompt that is still missing after so many questions was not stored."""
 _MOST = 4096
-"""Prompts that are announced; the oldest is taken back for the next one."""
+"""Most prompts that are announced; the oldest is withdrawn for the next one."""
 _ASKED = 256
-"""Of these, how many a question is about."""
+"""How many of these one question is about."""
 
 
 class Prompt(NamedTuple):
-    """The full paged blocks of a prompt, or of one with its answer, in order."""
+    """The full paged blocks of a prompt, possibly with its answer, in order."""
 
     hashes: tuple[BlockHash, ...]
     tokens: tuple[int, ...]
-    """Of these blocks."""
+    """Hashes of these blocks."""
     extra_keys: tuple[tuple[object, ...] | None, ...]
-    """What else entered each hash."""
+    """The other inputs of each hash."""
     lora: tuple[int, str] | None
 
 
 class Announced:
-    """Which blocks routers have been told of, by prompt. Blocks that several prompts have are
-    announced once, and taken back with the last of these. Not thread-safe."""
+    """Which blocks are announced to routers, by prompt.
+
+    Blocks that several prompts have are announced once, and withdrawn with the last of these
+    prompts. Not thread-safe.
+    """
 
     def __init__(self, block: int) -> None:
         """`block`: tokens of a paged block."""
@@ -67,14 +70,14 @@ class Announced:
         self._users: Counter[BlockHash] = Counter()
 
     def oldest(self, count: int) -> list[str]:
-        """Ids of announced prompts, those looked at longest ago first."""
+        """Ids of announced prompts, least recently checked first."""
         return list(self._prompts)[:count]
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def add(self, name: str, prompt: Prompt) -> list[KVCacheEvent]:
-        """A prompt is in the store."""
+        """A prompt is stored."""
         if name in self._prompts:
             return []
         known = sum(1 for digest in prompt.hashes if digest in self._users)  # they come first
@@ -97,7 +100,7 @@ class Announced:
         )
 
     def keep(self, name: str) -> None:
-        """A prompt is still in the store."""
+        """A prompt is still stored."""
         self._prompts.move_to_end(name)
 
     def remove(self, name: str) -> list[KVCacheEvent]:
@@ -122,7 +125,7 @@ class Announcer:
         self._block = block
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[Prompt, int]] = {}
-        """Prompts that are being stored, and for how many more questions they may be."""
+        """Prompts that are being stored, and how many more questions each may take."""
         self._announced = Announced(block)
         self._events: deque[KVCacheEvent] = deque()
         self._stop = threading.Event()
@@ -151,8 +154,8 @@ class Announcer:
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def forget(self) -> None:
-        """Routers know of nothing from now on: prompts are announced when they are next stored, or
-        found."""
+        """Routers have dropped everything: prompts are announced again when they are stored or
+        found next."""
         with self._lock:
             self._waiting.clear()
             self._take_back(self._announced.oldest(_MOST))
@@ -179,7 +182,7 @@ class Announcer:
         if not names:
             return
         found = client.call(protocol.HasNodes(tuple(names), use=False))
-        with self._lock:  # prompts first that came: they may have the blocks of those that went
+        with self._lock:  # new prompts first: they may have blocks of those that left
             here = {name for name, is_here in zip(names, found, strict=True) if is_here}
             self._look_at_waiting(names, here)
             for name in self._announced.oldest(_ASKED):

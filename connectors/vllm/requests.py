@@ -34,7 +34,7 @@ class Wish(NamedTuple):
 
     policy: str | None = None
     unknown: tuple[str, ...] = ()
-    """Parameters that begin with `kvshare.` and do not exist."""
+    """Parameters with the prefix `kvshare.` that do not exist."""
 
 
 class Reserved(NamedTuple):
@@ -49,16 +49,17 @@ class Reserved(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What vLLM was last promised for a request. It may ask again, or take none of it."""
+    """What vLLM was last promised for a request. It may ask again, or use none of it."""
 
     local: int
     """Tokens that vLLM's own prefix cache covers."""
     spans: list[Span]
-    """What is loaded behind them if vLLM takes the promise."""
+    """Spans that are loaded behind them if vLLM uses the promise."""
     reason: str = ""
     """Why nothing is promised, if nothing is."""
     parks: bool = False
-    """Whether the request waits for its rows or placeholders while others go on."""
+    """Whether the request is parked: it waits for its rows or placeholders while others
+    continue."""
 
     @property
     def tokens(self) -> int:
@@ -67,23 +68,23 @@ class Promise(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What of a request's prompt the store has, or is about to have."""
+    """The part of a request's prompt that is stored, or is about to be."""
 
     tokens: int
-    """Leading ones that have rows there."""
+    """Number of leading tokens whose rows are stored."""
     reuse: Reuse
-    """Of which generation and contexts these rows are."""
+    """Generation and contexts of these rows."""
 
 
 @dataclass
 class RequestState:
-    """What the connector knows about one request between its arrival and its end."""
+    """The connector's state of one request, from its arrival to its end."""
 
     request: Request
     namespace: Namespace
     wish: Wish = field(default_factory=Wish)
     policy: str = "off"
-    """The policy that it gets: the configured one, or a stricter one that it asked for."""
+    """The policy for it: the configured one, or a stricter one that it asked for."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
     reason: str = ""
@@ -92,23 +93,24 @@ class RequestState:
     """Id of the lookup, once it has started."""
     asked_at: float = 0.0
     wanted_at: float = 0.0
-    """When a step first waited for it."""
+    """When a step first waited for the lookup."""
     early: bool = False
     """The lookup started when the request arrived, and no step has waited for it yet."""
     looked_up: bool = False
-    """The lookup has ended, with a plan or without."""
+    """The lookup has ended, with or without a plan."""
     plan: ReusePlan | None = None
-    """What may be loaded."""
+    """The plan that may be loaded."""
     stored: ReusePlan | None = None
-    """The same plan, kept after loading or giving up: it says which rows the store has."""
+    """The same plan, kept after it was loaded or given up: it tells which rows are stored."""
     planned_at: float = 0.0
     promise: Promise = field(default_factory=lambda: Promise(0, []))
     reserved: Reserved = field(default_factory=Reserved)
-    """Set aside in this step. Nothing if the plan was not there when the step began."""
+    """What this step has set aside for it. Nothing if the plan was not there when the step
+    began."""
     local: int = 0
     """Tokens that vLLM's own prefix cache covered when the request was admitted."""
     in_engine: int = 0
-    """As many, if they are those of its plan, found under private hashes; else 0."""
+    """The same number if these are tokens of its plan, found under private hashes; else 0."""
     cached_counted: bool = False
     """Whether the daemon has been told of them."""
     loaded: list[Span] = field(default_factory=list)
@@ -121,13 +123,13 @@ class RequestState:
     """Its private block hashes, made when it was first about to hold edited rows."""
     parked: bool = False
     saved: bool = False
-    """Its prompt is stored, or must not be."""
+    """Its prompt is stored, or must not be stored."""
     kept: Kept | None = None
-    """What its answer is stored behind; None while it must not be stored."""
+    """The stored prefix that its answer extends; None while the answer must not be stored."""
     restarts: int = 0
-    """How often it was preempted because rows that it held did not load."""
+    """How often it was preempted because a load of its rows failed."""
     trace: Trace | None = None
-    """Its spans, where vLLM sends any."""
+    """Its trace spans, if vLLM exports traces."""
 
     @property
     def id(self) -> str:
@@ -141,17 +143,17 @@ class RequestState:
 
     @property
     def carrier(self) -> dict[str, str] | None:
-        """The context of its span, for the worker."""
+        """The context of its trace span, for the worker."""
         return None if self.trace is None else self.trace.carrier
 
     @property
     def holds_plan(self) -> bool:
-        """Its lookup runs, or its plan pins blocks in memory."""
+        """Whether its lookup runs, or its plan keeps blocks in memory."""
         asking = self.asked is not None and not self.looked_up
         return asking or (self.plan is not None and not self.loaded)
 
     def count_reuse(self) -> None:
-        """Tell vLLM's statistics what is loaded: it takes all that is promised for cached."""
+        """Correct vLLM's statistics: it counts everything that is promised as cached."""
         if self.request.prefill_stats is not None:
             loaded = sum(span.length for span in self.loaded)
             self.request.prefill_stats.set(self.length, self.local, loaded)
@@ -162,7 +164,7 @@ class RequestState:
         self.restarts += 1
 
     def preempted(self) -> None:
-        """vLLM took its blocks: all that it computes from now on is exact."""
+        """vLLM took its blocks: everything it computes from now on is exact."""
         self.show_hashes()
         if self.loaded or self.in_engine:
             self.start_over("preempted")
@@ -183,16 +185,16 @@ class RequestState:
 
     @property
     def planned(self) -> Reuse:
-        """What it reuses if it loads its whole plan."""
+        """What is reused if its whole plan is loaded."""
         return Reuse() if self.stored is None else reuse_of(self.stored)
 
     def holding(self, external: int) -> Reuse:
-        """What it reuses if vLLM takes `external` tokens of the promise."""
+        """What is reused if vLLM uses `external` tokens of the promise."""
         local = self.promise.local
         return self.reuse(clip_spans(self.promise.spans, local, local + external))
 
     def reuse(self, loaded: Sequence[Span]) -> Reuse:
-        """What it reuses of the store's rows: its exact prefix, what vLLM's own cache had of its
+        """Which of the store's rows it reuses: its exact prefix, what vLLM's own cache had of its
         plan, and what is loaded."""
         if self.stored is None:
             return Reuse()
@@ -218,7 +220,7 @@ class RequestState:
 
 
 def granted(configured: str, asked: str | None) -> str:
-    """The stricter of the two policies; `off` for one that nobody knows.
+    """The stricter of the two policies; `off` for an unknown one.
 
     The daemon is asked for it by name: another engine may have started it with a laxer one.
     """

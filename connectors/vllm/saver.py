@@ -85,7 +85,7 @@ class Saver:
             self.waiting_bytes += sign * snapshot.nbytes
 
     def wait(self) -> None:
-        """Return once everything queued so far has been told to the daemon."""
+        """Wait until everything queued so far has been sent to the daemon."""
         self._queue.join()
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Saver:
                 task = partial(client.call, work() if callable(work) else work)
             try:
                 task()
-            except UnavailableError:  # a daemon that came back hears of it on a new connection
+            except UnavailableError:  # a daemon that came back learns of it on a new connection
                 client.reconnect()
                 task()
         except (UnavailableError, DeadlineError) as error:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 PREFIX = "kvshare."
 _IDLE_EXIT_S = 600.0
-"""A daemon that an engine started goes ten minutes after its last engine, unless told otherwise."""
+"""A daemon that an engine started exits ten minutes after its last engine, unless a setting says
+otherwise."""
 
 
 def settings_of(vllm_config: VllmConfig) -> StoreConfig:
@@ -21,7 +22,7 @@ def settings_of(vllm_config: VllmConfig) -> StoreConfig:
 
 
 def sourced_settings(vllm_config: VllmConfig) -> Settings:
-    """As `settings_of`, and where each value came from."""
+    """As `settings_of`, with the source of each value."""
     transfer = vllm_config.kv_transfer_config
     extra = dict(transfer.kv_connector_extra_config) if transfer is not None else {}
     unknown = [name for name in extra if not name.startswith(PREFIX)]

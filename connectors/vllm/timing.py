@@ -1,4 +1,4 @@
-"""Time that a device works. On a GPU the launching thread returns long before."""
+"""Measures the time that a device works. On a GPU the launching thread returns long before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 Seconds = Callable[[], float]
-"""Seconds of device time. Waits until the work is done, so not for the engine's thread."""
+"""Seconds of device time. Waits until the work is done, so the engine's thread must not call it."""
 
 
 class Stopwatch(Protocol):

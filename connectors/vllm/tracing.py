@@ -1,4 +1,4 @@
-"""Spans of requests for OpenTelemetry, where vLLM is told where to send its own.
+"""Spans of requests for OpenTelemetry, if vLLM exports its own.
 
 They belong to the trace that the client's headers name, beside vLLM's `llm_request`.
 `kvshare.request` is the parent of the others; workers get its context with their orders.
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 Carrier = dict[str, str]
-"""The context of a span, as HTTP headers have it."""
+"""The context of a span, in the form of HTTP headers."""
 _REQUEST_ID = "gen_ai.request.id"
-"""As vLLM calls it."""
+"""The name that vLLM uses."""
 
 
 class Trace:
@@ -40,21 +40,21 @@ class Trace:
         TraceContextTextMapPropagator().inject(self.carrier, trace.set_span_in_context(self._span))
         self._loading_at: float | None = None
         self._left = 0
-        """Tokens of its prompt that are computed beside what is loaded."""
+        """Tokens of its prompt that are computed although others are loaded."""
 
     def part(self, name: str, began: float, **attributes: Any) -> None:
-        """A part of the request ends now; `began`: by `time.monotonic`."""
+        """Record a part of the request that ends now; `began`: by `time.monotonic`."""
         emit(self.carrier, name, time.monotonic() - began, **attributes)
 
     def loading(self, state: RequestState) -> None:
-        """vLLM has taken the promise of its plan: its rows are loaded in this step."""
+        """vLLM uses the promise of its plan: its rows are loaded in this step."""
         saving_ms = state.plan.saving_ms if state.plan is not None else 0.0
         self.part("plan", state.planned_at, saving_ms=saving_ms)
         self._loading_at = time.monotonic()
         self._left = sum(run.length for run in gaps(state.loaded, state.local, state.length))
 
     def look(self) -> None:
-        """Each step: a prompt that is computed has a first token."""
+        """Called each step: the first token says that the whole prompt is computed."""
         if self._loading_at is not None and self._request.num_output_tokens:
             self.part("partial_prefill", self._loading_at, computed=self._left)
             self._loading_at = None
@@ -67,7 +67,7 @@ class Trace:
 
 
 def emit(carrier: Carrier, name: str, seconds: float, **attributes: Any) -> None:
-    """A span that ends now, below the one that `carrier` has the context of."""
+    """Record a span that ends now, as a child of the one with the context `carrier`."""
     now = time.time_ns()
     span = trace.get_tracer("kvshare").start_span(
         PREFIX + name,

@@ -46,16 +46,16 @@ class Worker:
         self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
-        """Not yet reported."""
+        """Not reported yet."""
         self._wrong_blocks: set[int] = set()
-        """Blocks whose load failed, until the scheduler has learned of it."""
+        """Blocks whose load failed, until the scheduler has heard of it."""
         self._watch = stopwatch(cache.device)
         self._load_seconds: deque[float] = deque(maxlen=_TIMED)
         """Written by the saver's thread, which waits for the device."""
 
     def save_answers(self, step: KVShareMetadata) -> None:
-        """Copy the answers of requests that have ended, before anything is written in this step:
-        other requests may own their blocks from now on."""
+        """Copy the answers of ended requests before anything is written in this step: from now on
+        other requests may own their blocks."""
         for spec in step.answers:
             self._save(spec)
 
@@ -192,7 +192,7 @@ class Worker:
         return message
 
     def take_load_seconds(self) -> list[float]:
-        """How long the loads took that have been timed since the last call."""
+        """Durations of the loads that were timed since the last call."""
         return [self._load_seconds.popleft() for _ in range(len(self._load_seconds))]
 
     def close(self) -> None:
