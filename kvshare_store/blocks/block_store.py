@@ -28,16 +28,16 @@ from kvshare_store.tensors.frame import Block
 
 
 class _Promotion(msgspec.Struct):
-    """A block on its way to the host."""
+    """A block on its way into the host tier."""
 
     done: Future[None]
     users: int
-    """Nodes that use it. Where none does and no lease holds it, it need not come."""
+    """Number of nodes that use it. If it is 0 and no lease holds the block, it need not come."""
 
 
 class BlockStore:
-    """Names to rows. It knows no nodes: whoever changes them says how many use a block (`weigh`)
-    and asks which blocks have left their last tier (`BufferPool.take_lost`)."""
+    """Maps names to rows. It knows no nodes: the caller reports how many nodes use a block
+    (`weigh`), and asks which blocks have left their last tier (`BufferPool.take_lost`)."""
 
     def __init__(
         self,
@@ -57,13 +57,14 @@ class BlockStore:
 
     @property
     def leases(self) -> LeaseBook:
-        """What plans and clients hold."""
+        """The blocks that plans and clients hold."""
         return self.pool.leases
 
     # --- writing ------------------------------------------------------------------------------
 
     def persist(self, names: Sequence[str]) -> None:
-        """Return once every block is durable. Raises the first error; the others may be durable."""
+        """Wait until every block is durable. Raises the first error; the other blocks may be
+        durable."""
         if not self.levels:
             return
         with self.pool.persisting(names):
@@ -79,13 +80,14 @@ class BlockStore:
         return None if level is None else level.tier.name
 
     def size_of(self, name: str) -> int:
-        """Bytes of a block in the fastest tier that has it; 0 if none has."""
+        """Bytes of a block in the fastest tier that has it; 0 if no tier has it."""
         level = self.levels.holder(name)
         return self.host.size(name) or (level and level.tier.size(name)) or 0
 
     def expect(self, names: Sequence[str], namespace: str) -> bool:
-        """A node that was committed elsewhere, or before a restart, uses these blocks: what no
-        tier of this machine has must be in one that others reach too. False if there is none."""
+        """A node that was committed elsewhere, or before a restart, uses these blocks. A block that
+        no tier of this machine has must be in a tier that other machines use too; False if there is
+        no such tier."""
         absent = self.absent(names)
         for level in self.levels:
             absent = [name for name in absent if not level.has(name)]
@@ -96,26 +98,26 @@ class BlockStore:
         return not absent or bool(remotes)
 
     def absent(self, names: Iterable[str]) -> list[str]:
-        """Those of the blocks that are not in the host."""
+        """The given blocks that are not in the host."""
         return [name for name in names if not self.host.has(name)]
 
     def read(self, name: str) -> Block:
-        """A copy of a block, verified where it came from below the host; `MissingBlockError` or
-        what its tier says. Waits for the medium: do not hold the lock."""
+        """A copy of a block, verified if it comes from below the host. Raises `MissingBlockError`,
+        or the error of the tier. Waits for the medium: do not hold the lock."""
         while True:
             with self._lock:
                 ref = self.host.ref(name)
                 if ref is None:
                     break
                 block = self.host.peek(name)
-            copied = bytes(block.data)  # as any other reader: the label says what was copied
+            copied = bytes(block.data)  # checked by its label, as by any reader
             with contextlib.suppress(LeaseError):
                 self.host.arena.check(ref)
                 return msgspec.structs.replace(block, data=copied)
         return self._io.run(self.levels.get(name))[0]
 
     def read_from(self, level: Level, name: str) -> Block:
-        """A verified block from this very tier, or what the tier says. Do not hold the lock."""
+        """A verified block from exactly this tier, or the tier's error. Do not hold the lock."""
         return self._io.run(level.tier.get(name))
 
     def lease_soon(
@@ -127,11 +129,11 @@ class BlockStore:
         timeout: float,
     ) -> Future[tuple[Lease, dict[str, BlockRef]]]:
         """Pin blocks now and bring them into the arena, without waiting in the caller's thread.
-        `users`: how many nodes use each of those that are not there (`absent`).
 
-        The future has the lease and where each block lies that is resident after at most `timeout`
-        seconds; promotions that are late go on for the next request. It is done on return when
-        every block is resident already, else it ends in the I/O loop.
+        `users`: how many nodes use each of the blocks that are not in the host (`absent`). The
+        future has the lease, and the place of each block that is in the host after at most
+        `timeout` seconds; later promotions continue for the next request. The future is done on
+        return if every block is in the host already; otherwise it is completed in the I/O loop.
         """
         with self._lock:
             lease = self.leases.grant(list(names), owner, seconds)
@@ -157,7 +159,7 @@ class BlockStore:
             return lease, self.host.refs(lease.names)
 
     def _promote(self, name: str, users: int) -> Future[None]:
-        """Bring one block from below to host; requests for the same block share one read."""
+        """Bring one block from below into the host; requests for the same block share one read."""
         running = self._promotions.get(name)
         if running is None:
             running = _Promotion(self._io.submit(self._fetch(name)), users)
@@ -168,8 +170,8 @@ class BlockStore:
         try:
             block, level = await self.levels.get(name)
             self._place(name, block, level.tier.name)
-            self._io.submit(self.levels.fill(name, block, level))  # whoever waits has its rows
-        except MissError:  # counted where it was seen
+            self._io.submit(self.levels.fill(name, block, level))  # waiters have its rows
+        except MissError:  # counted where it happened
             with self._lock:
                 if self.host.size(name) is None:
                     self.pool.lose(name)
@@ -180,9 +182,11 @@ class BlockStore:
                 self._promotions.pop(name, None)
 
     def _place(self, name: str, block: Block, source: str) -> None:
-        """Copy a block into the host, from the tier `source`, if anybody still wants it there. The
-        copy is made without the lock: a slot that is reserved and has no name belongs to whoever
-        fills it."""
+        """Copy a block from the tier `source` into the host, if it is still needed there.
+
+        The copy is made without the lock: a slot that is reserved and has no name belongs to the
+        thread that fills it.
+        """
         nbytes = len(block.data)
         with self._lock:
             if not self._lacks(name):
@@ -202,12 +206,12 @@ class BlockStore:
                 self.pool.cancel(offset)
 
     def _lacks(self, name: str) -> bool:
-        """Whether the host should have a block and has not. Hold the lock."""
+        """Whether the block belongs into the host and is not there. Hold the lock."""
         wanted = self.leases.pinned(name) or self._users_of(name)
         return bool(wanted) and self.host.size(name) is None
 
     def _users_of(self, name: str) -> int:
-        """Nodes that use a block which is on its way to the host."""
+        """Number of nodes that use a block which is on its way into the host."""
         promotion = self._promotions.get(name)
         return 0 if promotion is None else promotion.users
 
@@ -227,11 +231,11 @@ class BlockStore:
     # --- making room --------------------------------------------------------------------------
 
     def weighs(self, name: str) -> bool:
-        """Whether it matters here how many nodes use the block."""
+        """Whether the number of nodes that use a block matters here."""
         return self.host.has(name) or name in self._promotions
 
     def weigh(self, name: str, users: int) -> None:
-        """So many nodes use the block from now on: it is worth more or less. Hold the lock."""
+        """From now on so many nodes use the block, which changes its value. Hold the lock."""
         if name in self._promotions:
             self._promotions[name].users = users
         self.host.weigh(name, users)
@@ -245,39 +249,39 @@ class BlockStore:
         return level is None or self._io.run(self.levels.make_room(level, nbytes))
 
     def delete(self, names: list[str]) -> None:
-        """Remove blocks that were dropped from every tier below and wait for it.
+        """Remove blocks that were dropped from every tier below, and wait for it.
 
-        Only one thread may delete and persist, so that a block which comes back at that moment is
-        not deleted with its predecessor.
+        Only one thread may delete and persist, so that a block which returns at that moment is not
+        deleted together with its predecessor.
         """
         if names:
             self._io.run(self.levels.delete(names))
 
     def list_shared(self) -> dict[str, str]:
-        """Blocks in a remote tier that several machines share, whoever put them, and the namespace
+        """Blocks in a remote tier that several machines share, of all machines, with the namespace
         of each. Waits for the engine."""
         return self._io.run(self.levels.list_shared())
 
     def doubt_shared(self, names: Iterable[str] | None) -> None:
-        """Others may have removed these blocks, or any (None), from the shared remote tier: whoever
-        saves one of them again puts it there again."""
+        """Other machines may have removed these blocks (None: any blocks) from the shared remote
+        tier. A save that uses one of them writes it there again."""
         for tier in self.levels.shared():
             tier.doubt(names)
 
     def sure(self, names: Iterable[str]) -> bool:
-        """Whether nobody can have removed any of these blocks from a shared remote tier."""
+        """Whether none of these blocks can have been removed from a shared remote tier."""
         return all(tier.sure(name) for tier in self.levels.shared() for name in names)
 
     def delete_shared(self, blocks: Mapping[str, str]) -> None:
-        """Remove blocks (their namespaces, by name) that no machine needs from there; raises the
-        first refusal."""
+        """Remove blocks that no machine needs from the shared remote tier; raises the first
+        refusal. `blocks`: their namespaces, by name."""
         self._io.run(self.levels.delete_shared(blocks))
 
     def purge(self, namespace: str, names: Sequence[str]) -> dict[str, KVShareError]:
-        """Remove a namespace, of which `names` are known, from every tier, those too that other
-        machines use; what refused and why.
+        """Remove a namespace, of which `names` are known, from every tier, including those that
+        other machines use. Returns which tiers refused, and why.
 
-        Its nodes are gone, and nobody leases or saves blocks of it.
+        Its nodes must be gone, and no lease or save may use its blocks.
         """
         with self._lock:
             held = self.pool.drop_namespace(namespace)
@@ -286,8 +290,8 @@ class BlockStore:
     def purge_copies(
         self, namespace: str, names: Sequence[str], keep: Collection[str]
     ) -> dict[str, KVShareError]:
-        """Remove this machine's copies of blocks of a namespace below the host, of which `names`
-        are known, but for `keep`; what refused and why."""
+        """Remove this machine's copies of a namespace's blocks below the host, of which `names` are
+        known, except `keep`. Returns which tiers refused, and why."""
         return self._io.run(self.levels.purge(namespace, names, shared=False, keep=keep))
 
     def names(self) -> set[str]:
@@ -296,11 +300,11 @@ class BlockStore:
         return set(self.host.names()).union(*own)
 
     def use(self) -> dict[str, TierUse]:
-        """Bytes, budget and blocks of each tier, as far as they are counted. Never waits."""
+        """Bytes, budget and blocks of each tier, as far as they are known. Never waits."""
         return {tier.name: tier.counted() for tier in self._tiers()}
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """`use` in plain types, and the trouble that each tier has had."""
+        """`use` in plain types, with the errors of each tier."""
         return {
             tier.name: msgspec.structs.asdict(tier.counted()) | tier.trouble()
             for tier in self._tiers()

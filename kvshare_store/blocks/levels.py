@@ -21,7 +21,7 @@ from kvshare_store.tensors.frame import Block
 
 HOST = "host"
 FRAME_BYTES = 4096
-"""More than what a tier keeps around the rows of a block."""
+"""Upper bound of the bytes that a tier adds to the rows of a block."""
 
 
 class Level:
@@ -46,22 +46,22 @@ class Level:
         self.required = required
         self.shared = shared
         self.remote = remote
-        """The tier itself, below its wrappers, when other processes put blocks there too."""
+        """The tier itself, without its wrappers, if other processes put blocks there too."""
         self._slots: asyncio.Semaphore | None = None
 
     def slots(self) -> asyncio.Semaphore:
-        """As many at a time as the tier is worth; made in the loop that uses it."""
+        """Limits concurrent calls to what suits the tier; made in the loop that uses it."""
         if self._slots is None:
             self._slots = asyncio.Semaphore(self.tier.properties.max_concurrency)
         return self._slots
 
     def has(self, name: str) -> bool:
-        """Whether the tier holds the block, as far as is known without waiting."""
+        """Whether the tier holds the block, as far as that is known without waiting."""
         return self.tier.has(name)
 
     def needs(self, name: str) -> bool:
-        """Whether a block must be put there to be there for sure: of one that others use as well
-        it may be known that it was there, and not whether it still is."""
+        """Whether a block must be written to make sure that it is there. If other machines use the
+        tier, it may be known that the block was there but not whether it still is."""
         return not (self.remote.sure(name) if self.remote is not None else self.has(name))
 
 
@@ -96,8 +96,8 @@ class Levels:
     async def get(self, name: str) -> tuple[Block, Level]:
         """The block and the level it came from.
 
-        `MissingBlockError` when every level that should hold it has said that it does not; the
-        last refusal when one of them could not answer, so the block may still be there.
+        `MissingBlockError` if every level that should hold it lacks it. If one of them could not
+        answer, its error is raised, since the block may still be there.
         """
         refused: KVShareError | None = None
         for level in self._levels:
@@ -114,10 +114,10 @@ class Levels:
         raise refused or MissingBlockError(f"block {name[:12]} is in no tier")
 
     async def fill(self, name: str, block: Block, source: Level) -> None:
-        """Keep a block that came from a slow level in the faster ones as well, if they have room
-        or can make it."""
+        """Also keep a block that came from a slow level in the faster ones, if they have or can
+        make room."""
         for level in self._levels[: self._levels.index(source)]:
-            with contextlib.suppress(KVShareError):  # a copy for speed; the block is safe
+            with contextlib.suppress(KVShareError):  # a copy for speed; the block itself is safe
                 await self._put(level, name, block, source.tier.name)
 
     # --- writing ------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Levels:
             for name in names
             if level.write == "through" and level.needs(name)
         ]
-        # all of them end before anybody hears of an error: a write reads the rows in place
+        # all of them end before an error is raised: a write reads the rows in place
         ended = await asyncio.gather(
             *(self._persist(level, name, peek) for level, name in writes), return_exceptions=True
         )
@@ -181,10 +181,8 @@ class Levels:
     # --- making room --------------------------------------------------------------------------
 
     async def make_room(self, level: Level, nbytes: int) -> bool:
-        """Let blocks leave a level for the next one until `nbytes` are free there.
-
-        False when that is not enough: then nodes must be forgotten.
-        """
+        """Move blocks from a level to the next one until `nbytes` are free there. False if that is
+        not enough: then nodes must be removed."""
         below = self._levels[self._levels.index(level) + 1 :]
         missing = level.tier.use().missing(nbytes)
         for name in level.tier.names() if below and missing > 0 else ():
@@ -231,12 +229,12 @@ class Levels:
                     self._metrics.error(error.kind)
 
     def shared(self) -> list[RemoteTier]:
-        """Remote tiers that several machines share, below what stands around them."""
+        """Remote tiers that several machines share, without their wrappers."""
         return [at.remote for at in self._levels if at.shared and at.remote is not None]
 
     async def list_shared(self) -> dict[str, str]:
-        """Every block in the shared level and its namespace, whoever put it; none where it cannot
-        be listed."""
+        """Every block in the shared level, of all machines, with its namespace; none where the
+        level cannot be listed."""
         found: dict[str, str] = {}
         for tier in self.shared():
             if tier.remote.properties.listing:
@@ -245,7 +243,8 @@ class Levels:
         return found
 
     async def delete_shared(self, blocks: Mapping[str, str]) -> None:
-        """Remove blocks (their namespaces, by name) that no machine needs from the shared level."""
+        """Remove blocks that no machine needs from the shared level. `blocks`: their namespaces, by
+        name."""
         removals = [tier.remove(at, name) for tier in self.shared() for name, at in blocks.items()]
         ended = await asyncio.gather(*removals, return_exceptions=True)
         for error in ended:
@@ -255,8 +254,8 @@ class Levels:
     async def purge(
         self, namespace: str, names: Sequence[str], *, shared: bool, keep: Collection[str] = ()
     ) -> dict[str, KVShareError]:
-        """Remove a namespace from every level of this machine, and (`shared`) from those that
-        others use too, but for blocks of `keep`; tiers that refused, and why."""
+        """Remove a namespace from every level of this machine and, if `shared`, from those that
+        other machines use too, except blocks of `keep`. Returns which tiers refused, and why."""
         refused: dict[str, KVShareError] = {}
         for level in self._levels:
             if level.shared and not shared:

@@ -1,4 +1,4 @@
-"""The host tier as a buffer pool: slots being filled, blocks that are pinned, what may leave."""
+"""The host tier as a buffer pool: slots being filled, pinned blocks, and which blocks may leave."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from kvshare_store.metrics import NEW, Metrics
 from kvshare_store.tensors.frame import Block
 
 _DIRTY_SHARE = 0.75
-"""Of the host budget, for rows that no tier below holds yet. The rest serves readers: without it
-saving faster than the tiers below can write would leave no room to bring stored rows back."""
+"""Share of the host budget for rows that no tier below holds yet. The rest serves readers:
+otherwise, saving faster than the tiers below can write would leave no room to bring stored rows
+back."""
 _WIPED_AT_ONCE = 1 << 26
-"""Bytes of the arena that are wiped while the lock is held."""
+"""Bytes of the arena that are wiped in one go while the lock is held."""
 _WRITING_BACK = 64
-"""Blocks on their way out of the host at once; beyond that they are dropped, not copied."""
+"""Most blocks that leave the host at the same time; beyond that they are dropped, not copied."""
 
 
 class BufferPool:
@@ -43,18 +44,19 @@ class BufferPool:
         self._dirty: SlotSizes[str] = SlotSizes()
         """Bytes of each block that no tier below the host holds yet."""
         self._persisting: frozenset[str] = frozenset()
-        """Blocks that are being written below at this moment, from where they lie in the host."""
+        """Blocks that are being written to tiers below at this moment, from their place in the
+        host."""
         self._writing_back = 0
         self._lost: list[str] = []
-        """Blocks that no tier has any more, until somebody asks."""
+        """Blocks that are in no tier any more, until `take_lost` reports them."""
 
     # --- slots --------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> int:
-        """Offset of an empty slot, making room if needed; `NoSpaceError` if nothing can go. Without
-        a tier below, what goes is lost (`take_lost`).
+        """Offset of an empty slot, after making room if needed; `NoSpaceError` if no block may
+        leave. Without a tier below, blocks that leave are lost (`take_lost`).
 
-        Nobody else gets or moves the slot until it is sealed or cancelled: whoever fills it does so
+        No other thread gets or moves the slot until it is sealed or cancelled, so it is filled
         without the lock.
         """
         with self._lock:
@@ -62,15 +64,15 @@ class BufferPool:
             return self.allocate(nbytes)
 
     def allocate(self, nbytes: int) -> int:
-        """As `reserve`, for a copy of a block that a tier below has: however much waits to be
-        written. Hold the lock."""
+        """As `reserve`, for a copy of a block that a tier below has, so it does not matter how many
+        blocks wait to be written. Hold the lock."""
         offset = self._allocate(nbytes)
         self._reserved[offset] = nbytes
         return offset
 
     def check_fits(self, sizes: Iterable[int]) -> None:
-        """`NoSpaceError` if blocks of so many bytes can never be in the host all at once, as those
-        of one save must."""
+        """`NoSpaceError` if blocks of so many bytes can never be in the host together, as those of
+        one save must be."""
         needed, there = sum(map(slot_bytes, sizes)), self._host.arena.nbytes
         if needed > there:
             raise NoSpaceError(
@@ -119,7 +121,8 @@ class BufferPool:
 
     @contextlib.contextmanager
     def persisting(self, names: Collection[str]) -> Iterator[None]:
-        """The blocks stay where they are meanwhile; those that a tier below has then may leave."""
+        """Inside the context the blocks stay where they are. Afterwards those that a tier below has
+        may leave."""
         with self._lock:
             self._persisting = frozenset(names)
         try:
@@ -142,8 +145,8 @@ class BufferPool:
                     raise
 
     def _may_go(self, name: str) -> bool:
-        """Whether a block may leave the host or move in it: nobody reads its rows in place, and
-        they are not the only ones."""
+        """Whether a block may leave the host or move within it: nothing reads its rows in place,
+        and they are not the only copy."""
         return not (self.leases.pinned(name) or name in self._dirty or name in self._persisting)
 
     def _evict_one(self) -> bool:
@@ -160,7 +163,8 @@ class BufferPool:
         return False
 
     def _write_back(self, name: str) -> None:
-        """Copy a block to the level that takes what leaves the host, unless one has it already."""
+        """Copy a block to the level that receives what leaves the host, unless a level has it
+        already."""
         holder = self._levels.holder(name)
         first = next(iter(self._levels))
         if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
@@ -174,32 +178,32 @@ class BufferPool:
         self._writing_back -= 1
 
     def lose(self, name: str) -> None:
-        """No tier has the block any more. Hold the lock."""
+        """The block is in no tier any more. Hold the lock."""
         self._lost.append(name)
 
     def take_lost(self) -> list[str]:
-        """Blocks that no tier has any more, of those not told yet. Hold the lock: what is lost must
-        take the nodes that use it along."""
+        """Blocks that left their last tier since the last call. Hold the lock: the nodes that use
+        them must go too."""
         lost, self._lost = self._lost, []
         return lost
 
     def drop(self, names: Iterable[str]) -> list[str]:
-        """Remove blocks that no node uses from the host, but for those that are leased; returns
-        those that may be deleted below. Hold the lock since nobody used them."""
+        """Remove blocks that no node uses from the host, except leased ones. Returns those that may
+        be deleted below. Keep holding the lock under which they were found unused."""
         free = [name for name in names if not self.leases.pinned(name)]
         self._drop(free)
         return free
 
     def drop_namespace(self, namespace: str) -> list[str]:
-        """Remove every block of a namespace from the host, which nobody leases; returns them. Hold
-        the lock."""
+        """Remove every block of a namespace from the host; returns them. None of them may be
+        leased. Hold the lock."""
         found = self._of_namespace(namespace)
         self._drop(found)
         return found
 
     def drop_copies(self, namespace: str, keep: Collection[str]) -> list[str] | None:
-        """Remove blocks of a namespace from the host, but for `keep`, those of its nodes; returns
-        them. None, and nothing is removed, while somebody leases one. Hold the lock."""
+        """Remove blocks of a namespace from the host, except `keep`, those of its nodes; returns
+        them. If one of them is leased, nothing is removed and the result is None. Hold the lock."""
         unused = [name for name in self._of_namespace(namespace) if name not in keep]
         if any(map(self.leases.pinned, unused)):
             return None
@@ -215,7 +219,7 @@ class BufferPool:
             self._dirty.pop(name, None)
 
     def wipe(self) -> None:
-        """Zero what is free of the arena."""
+        """Fill the free parts of the arena with zeros."""
         at: int | None = 0
         while at is not None:
             with self._lock:

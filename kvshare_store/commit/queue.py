@@ -1,4 +1,4 @@
-"""What waits to be made durable or removed, in the order in which it was put there."""
+"""Work to be made durable or removed, in the order in which it was queued."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from kvshare_store.threads import STORING, Health
 T = TypeVar("T")
 
 _BATCH = 64
-"""Pieces of work taken at once: their blocks are written side by side, their rows in one commit."""
+"""Pieces of work taken at once: their blocks are written in parallel, their rows in one commit."""
 _MOST_WAITING = 512
-"""Pieces of work that wait. Beyond that saves wait, or what `flush` waits for had no bound."""
+"""Most pieces of work that may wait. Beyond that saves wait: otherwise the time of a `flush` would
+have no bound."""
 _PATIENCE_S = 1.0
-"""How long a save waits for that."""
+"""Seconds that a save waits for room in the queue."""
 _SHOWN = 200
-"""Letters of an error: LanceDB's are long."""
+"""Most characters of an error that are kept: LanceDB's are long."""
 
 
 class Addition(NamedTuple):
@@ -34,8 +35,11 @@ class Addition(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """Nodes to forget, then the blocks that nobody else uses. With `stamps`, only rows that have
-    one of these: in a shared catalogue another machine may have written a new one."""
+    """Nodes to forget, then the blocks that no other node uses.
+
+    With `stamps`, only rows that have one of these: in a shared catalogue another machine may have
+    written a newer one.
+    """
 
     nodes: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -43,13 +47,13 @@ class Removal(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Anything else that must happen in the committer's thread, and who waits for it."""
+    """Any other function to run in the committer's thread, and the future of the caller."""
 
     run: Callable[[], Any]
     done: Future[Any]
 
     def do(self) -> None:
-        """Do it, unless that was done already."""
+        """Run it, unless it has run already."""
         if self.done.done():
             return
         try:
@@ -62,21 +66,21 @@ Work = Addition | Removal | Call
 
 
 class CommitQueue:
-    """Work for the committer, and how far it has come. Thread-safe."""
+    """The committer's work, and its progress. Thread-safe."""
 
     def __init__(self, health: Health) -> None:
         self._queue: queue.Queue[Work | None] = queue.Queue()
         self._taken = threading.Condition()
         self._follow_ups = 0
-        """Pieces of work that others have led to."""
+        """Pieces of work that other work has queued."""
         self._health = health
         self._closing = self._ended = False
         self.failures = 0
-        """Nodes so far that storage refused, for want of anything but room."""
+        """Nodes so far that storage refused, for any reason but lack of room."""
         self._last = ""
-        """Why, of the last one."""
+        """The reason of the last refusal."""
         self._began: float | None = None
-        """When the committer took what it is doing (monotonic); None while it does nothing."""
+        """When the committer took its current work (monotonic); None while it is idle."""
 
     # --- whoever wants something done --------------------------------------------------------
 
@@ -87,13 +91,13 @@ class CommitQueue:
         self._queue.put(work)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Queue a function; the future has what it returns or raises."""
+        """Queue a function; the future has its result or error."""
         done: Future[T] = Future()
         self.put(Call(function, done))
         return done
 
     def run(self, function: Callable[[], T]) -> T:
-        """Queue a function and wait for it; `StorageError` if nobody will ever do it."""
+        """Queue a function and wait for it; `StorageError` if it will never run."""
         done = self.call(function)
         while not wait([done], 1.0).done:
             if self._ended:
@@ -101,7 +105,7 @@ class CommitQueue:
         return done.result()
 
     def settle(self) -> None:
-        """Return once everything queued so far is done, and what that queued in its turn."""
+        """Wait until everything queued so far is done, and what that has queued in turn."""
         before = self._follow_ups
         self.run(lambda: None)
         if self._follow_ups != before:
@@ -120,8 +124,10 @@ class CommitQueue:
             )
 
     def admit(self) -> None:
-        """Wait until there is room for one more save; `OverloadError` after a second. Do not hold
-        the lock of the nodes: what is waited for may need it."""
+        """Wait until there is room for one more save; `OverloadError` after a second.
+
+        Do not hold the lock of the nodes: the work that makes room may need it.
+        """
         with self._taken:
             if self._taken.wait_for(lambda: self._queue.qsize() < _MOST_WAITING, _PATIENCE_S):
                 return
@@ -130,21 +136,21 @@ class CommitQueue:
         )
 
     def report(self) -> dict[str, float]:
-        """Pieces of work `waiting`, nodes `refused` so far, and for how many `seconds` the
-        committer has been at what it does now."""
+        """Pieces of work `waiting`, nodes `refused` so far, and `seconds` that the committer has
+        spent on its current work."""
         began = self._began
         seconds = 0.0 if began is None else time.monotonic() - began
         return {"waiting": self._queue.qsize(), "refused": self.failures, "seconds": seconds}
 
     def close(self) -> None:
-        """Nothing is put here any more."""
+        """Accept no more work."""
         self._queue.put(None)
 
     # --- the committer -----------------------------------------------------------------------
 
     def take(self) -> list[Work]:
-        """Some of what waits, the longest first; empty once everything is done and the queue is
-        closed. Waits."""
+        """The next pieces of work, oldest first; empty once everything is done and the queue is
+        closed. Waits for work."""
         self._began = None
         batch = [] if self._closing else self._waiting()
         self._began = time.monotonic()
@@ -171,5 +177,5 @@ class CommitQueue:
 
 
 def shown(error: KVShareError) -> str:
-    """What is said of an error."""
+    """The text that is kept of an error."""
     return str(error)[:_SHOWN]

@@ -27,19 +27,19 @@ _POLL_S = 0.05
 
 
 class Purged(msgspec.Struct, frozen=True):
-    """What became of one namespace."""
+    """The result of purging one namespace."""
 
     namespace: str
     model: str
     nodes: int
     blocks: int
     remaining: tuple[str, ...] = ()
-    """What could not be removed, and why; empty: nothing is left."""
+    """What could not be removed, and why; empty if nothing is left."""
 
 
 def matching(nodes: NodeStore, beginning: str, tenant: str | None) -> list[Namespace]:
-    """The namespace whose digest begins so, or all of a tenant; `NamespaceError` if there is none
-    or the beginning fits several."""
+    """The namespace whose digest begins with this text, or all of a tenant's; `NamespaceError` if
+    there is none, or if several digests begin with it."""
     with nodes.lock:
         known = list(nodes.namespaces)
     if tenant is not None:
@@ -64,7 +64,7 @@ class Purge:
         namespace: Namespace,
         given_up: Callable[[], bool],
     ) -> None:
-        """`given_up`: whether whoever asked for it waits no more."""
+        """`given_up`: whether the caller no longer waits."""
         self._repository = repository
         self._nodes = repository.nodes
         self._blocks = repository.blocks
@@ -77,7 +77,7 @@ class Purge:
         self._names: set[str] = set()
 
     def preview(self) -> Purged:
-        """What there is to purge."""
+        """What is to be purged."""
         with self._nodes.lock:
             nodes = self._nodes.state.of_namespace(self._digest)
         self._note(nodes)
@@ -96,7 +96,7 @@ class Purge:
             self._nodes.namespaces.closed.add(self._digest)
         try:
             remaining = self._wait(deadline)
-            self._serving.forget(self._digest)  # also requests that ended while it waited
+            self._serving.forget(self._digest)  # also those of requests that ended during the wait
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:
             with self._nodes.lock:
@@ -107,7 +107,7 @@ class Purge:
         return Purged(self._digest, self._namespace.model, nodes, blocks, tuple(remaining))
 
     def _wait(self, deadline: float) -> list[str]:
-        """For whoever reads or writes rows of the namespace; says who is left."""
+        """Wait for readers and writers of the namespace's rows; returns who is left."""
         while True:
             self._serving.reap(set())
             with self._nodes.lock:
@@ -125,8 +125,8 @@ class Purge:
         return time.monotonic() > deadline or self._given_up()
 
     def _remove(self) -> list[str]:
-        """Blocks, then rows, then what the namespace is. In the committer's thread, after all that
-        was ordered before."""
+        """Remove the blocks, then the rows, then the namespace's record. Runs in the committer's
+        thread, after all work that was queued before."""
         return self._repository.queue.run(self._remove_now)
 
     def _remove_now(self) -> list[str]:
@@ -136,7 +136,7 @@ class Purge:
         refused = self._blocks.purge(digest, sorted(self._names))
         remaining = [f"tier {tier}: {error}" for tier, error in refused.items()]
         if remaining and not self._repository.encrypted:
-            return remaining  # the rows say what is left to be removed the next time
+            return remaining  # the rows tell the next purge what is left
         try:
             if catalog is not None:
                 event = uuid.uuid4().hex
@@ -149,15 +149,18 @@ class Purge:
         return [f"{what} (unreadable: the key is destroyed)" for what in remaining]
 
     def _write_down(self, catalog: Catalog, event: str) -> None:
-        """Before rows are removed, or a crash would leave other machines' copies; and after that,
-        because from then on rows of the namespace are new ones."""
+        """Called before rows are removed, since a crash in between would leave other machines'
+        copies, and again afterwards, because from then on rows of the namespace are new ones."""
         if self._repository.shared:
             key, now = f"purged/{self._digest}", time.time()
             catalog.facts.overwrite(Fact(key, now, self._repository.machine, event))
 
     def _wipe(self, deadline: float) -> list[str]:
-        """Zero what is free of the arena. Slots that are being filled may have held rows of the
-        namespace: once they are filled or given back they hold none."""
+        """Fill the free parts of the arena with zeros.
+
+        Slots that are being filled may have held rows of the namespace. Once they are filled or
+        given back they no longer do.
+        """
         pool = self._blocks.pool
         with self._nodes.lock:
             filling = pool.filling()

@@ -1,4 +1,4 @@
-"""Which nodes have rows in which block, and what its rows take."""
+"""Which nodes use which block, and the bytes of its rows."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ Counts = npt.NDArray[np.int64]
 
 _MASK = (1 << 64) - 1
 _FEW = 16
-"""So many users of a block are a tuple: a set takes more, and is faster where there are many."""
+"""Up to so many users of a block are kept in a tuple. A set takes more memory, and is faster for
+many."""
 
 
 class BlockUsers:
-    """Most blocks have one user. Those are found by a hash of their names, and verified: the node
-    must be in the tree, and name the block. Those of several are in a dictionary."""
+    """Most blocks have one user. It is found through a hash of the block's name, and verified: the
+    node must be in the tree and name the block. Users of other blocks are in a dictionary."""
 
     def __init__(self, node_of: Callable[[str], Node | None]) -> None:
-        """`node_of`: the tree. A node enters before it is there, and leaves after it was."""
+        """`node_of`: looks a node up in the tree. Call `enter` before a node is in the tree,
+        `leave` after it has left."""
         self._node_of = node_of
         self._alone = Postings()
         self._shared: dict[str, Users] = {}
         self._shared_bytes: dict[str, int] = {}
         self._count = 0
         self.bytes: Counter[str] = Counter()
-        """Of the blocks of each namespace, each block once."""
+        """Bytes of each namespace's blocks, each block counted once."""
 
     def __len__(self) -> int:
         """How many blocks have users."""
@@ -50,21 +52,21 @@ class BlockUsers:
         return ()
 
     def size(self, name: str) -> int | None:
-        """Bytes of the rows of a block; None if nobody uses it."""
+        """Bytes of the rows of a block; None if no node uses it."""
         if name in self._shared:
             return self._shared_bytes[name]
         node = next((self._node_of(node_id) for node_id in self.of(name)), None)
         return None if node is None else _sizes(node)[name]
 
     def freed(self, node: Node) -> int:
-        """Bytes of the blocks that only this node uses, which is in the tree."""
+        """Bytes of the blocks that only this node of the tree uses."""
         return sum(size for name, size in _sizes(node).items() if name not in self._shared)
 
     # --- changes -----------------------------------------------------------------------------
 
     def enter(self, node: Node) -> set[str]:
-        """The node uses its blocks from now on; returns the nodes that no longer have one of these
-        for themselves."""
+        """From now on the node uses its blocks. Returns the nodes that were the only users of one
+        of them until now."""
         sharing: set[str] = set()
         alone: list[int] = []
         sizes = _sizes(node)
@@ -85,8 +87,8 @@ class BlockUsers:
         return sharing
 
     def leave(self, node: Node, kept: Collection[str] = ()) -> tuple[list[str], set[str]]:
-        """The node uses its blocks no longer, but for those that it has `kept`; returns the blocks
-        that nobody uses any more, and the nodes that have one for themselves from now on."""
+        """The node no longer uses its blocks, except those that it has `kept`. Returns the blocks
+        without users, and the nodes that are now the only users of one."""
         unused: list[str] = []
         left: set[str] = set()
         for name, size in _sizes(node).items():
@@ -118,11 +120,11 @@ class BlockUsers:
         self._alone.remove(node_id)
 
     def fill(self, nodes: Sequence[Node]) -> list[int]:
-        """Let many nodes enter at once, which are in the tree already, and are all that is there;
-        returns what `freed` says of each.
+        """Enter many nodes at once: all that there are, already in the tree. Returns `freed` of
+        each.
 
-        Blocks are told apart by the hashes of their names; those that seem to have several users
-        are looked at one by one.
+        Blocks are told apart by hashes of their names; those that seem to have several users are
+        checked one by one.
         """
         counts = np.fromiter((len(node.blocks) for node in nodes), np.int64, len(nodes))
         names = chain.from_iterable(node.blocks for node in nodes)
@@ -150,7 +152,7 @@ class BlockUsers:
     def _fill_shared(
         self, nodes: Sequence[Node], places: Iterable[tuple[int, int]], freed: Counts
     ) -> None:
-        """`places`: number of the node, and of the block in it, in the order of the nodes."""
+        """`places`: the number of the node and of the block in it, in the order of the nodes."""
         users: defaultdict[str, list[int]] = defaultdict(list)
         for number, block in places:
             users[nodes[number].blocks[block]].append(number)
@@ -169,13 +171,13 @@ class BlockUsers:
 
 
 def _key(name: str) -> int:
-    """Of 64 bits. Others than this process cannot choose names that collide, and nothing depends on
-    it: names are compared."""
+    """64-bit hashes. Other processes cannot choose names that collide, and nothing depends on it:
+    names are compared."""
     return hash(name) & _MASK
 
 
 def _once(keys: Keys) -> npt.NDArray[np.bool_]:
-    """Which of sorted keys are there once."""
+    """Which of the sorted keys occur once."""
     edges = np.ones(len(keys) + 1, np.bool_)
     np.not_equal(keys[1:], keys[:-1], out=edges[1:-1])
     return edges[1:] & edges[:-1]
@@ -186,7 +188,7 @@ def _block_bytes(node: Node) -> Sequence[int]:
 
 
 def _sizes(node: Node) -> dict[str, int]:
-    """Bytes of each block of a node, as far as it knows them."""
+    """Bytes of each block of a node, as far as the node knows them."""
     return dict(zip(node.blocks, _block_bytes(node), strict=True))
 
 

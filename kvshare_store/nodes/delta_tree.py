@@ -24,13 +24,13 @@ class DeltaTree:
         *,
         quotas: bool = True,
     ) -> None:
-        """`quotas`: whether anybody asks for the victims of one namespace."""
+        """`quotas`: whether victims of a single namespace are asked for."""
         self.clock = clock
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
         self._blocks = BlockUsers(self._nodes.get)
         self._used: dict[str, float] = {}
-        """When each node was last used, by `clock`, the longest ago first."""
+        """When each node was last used, by `clock`; least recently used first."""
         self._order = make_policy()
         self._orders: defaultdict[str, EvictionPolicy] | None = None
         """The same order within each namespace."""
@@ -67,8 +67,8 @@ class DeltaTree:
         self._rank(node)
 
     def fill(self, nodes: Iterable[tuple[Node, float]]) -> None:
-        """Insert the first nodes, with the seconds since their last use. Of several with one id
-        the first counts."""
+        """Insert the first nodes, with the seconds since their last use. Of several with the same
+        id the first one counts."""
         now = self.clock()
         used: dict[str, float] = {}
         for node, idle in nodes:
@@ -87,10 +87,10 @@ class DeltaTree:
                 order.add(node.id, freed, _cost(node, freed))
 
     def rooted(self, node: Node) -> Node:
-        """The node, without its parent where that descends from it.
+        """The node, without its parent if that descends from it.
 
-        Ids come from the prompts: one that was evicted and is saved again from what was once its
-        own child would else be its own ancestor.
+        Ids come from prompts. A node that was evicted and is saved again from what was once its own
+        child would otherwise be its own ancestor.
         """
         seen: set[str] = set()
         at = node.parent
@@ -103,7 +103,7 @@ class DeltaTree:
         return node
 
     def remove(self, node_id: str) -> tuple[Node, list[str]] | None:
-        """Take a node out; returns it and the blocks that nobody uses any more."""
+        """Remove a node; returns it, and the blocks that no node uses any more."""
         node = self._nodes.pop(node_id, None)
         if node is None:
             return None
@@ -119,10 +119,8 @@ class DeltaTree:
         return node, unused
 
     def replace(self, node: Node) -> list[str]:
-        """Let a node of the same id, parent and prompt take the place of the one that is here.
-
-        Returns the blocks that nobody uses any more. `KeyError` if no such node is here.
-        """
+        """Replace a node by one with the same id, parent and prompt. Returns the blocks that no
+        node uses any more. `KeyError` if there is no such node."""
         old = self._nodes[node.id]
         sharing = self._blocks.enter(node)
         self._nodes[node.id] = node
@@ -184,12 +182,12 @@ class DeltaTree:
         return (self._nodes[node_id] for node_id in (order.victims() if order is not None else ()))
 
     def idle(self, seconds: float) -> list[str]:
-        """Nodes that nobody used for so long; no pinned ones."""
+        """Nodes that were not used for so long, except pinned ones."""
         before = self.clock() - seconds
         return [i for i, at in self._used.items() if at <= before and not self._nodes[i].pinned]
 
     def idle_for(self, node_id: str) -> float:
-        """Seconds since the node was last used; less than zero if it is not here or pinned."""
+        """Seconds since the node was last used; negative if it is not here or is pinned."""
         node = self._nodes.get(node_id)
         return -1.0 if node is None or node.pinned else self.clock() - self._used[node_id]
 
@@ -200,7 +198,7 @@ class DeltaTree:
         return [(self._nodes[i], now - at) for i, at in self._used.items() if at > since]
 
     def used_before(self, node_id: str, idle: float) -> None:
-        """The node was used `idle` seconds ago, by somebody else."""
+        """Another machine used the node `idle` seconds ago."""
         at = self.clock() - idle
         if self._used.get(node_id, at) < at:
             self._use(self._nodes[node_id], at)
@@ -220,7 +218,7 @@ class DeltaTree:
     # --- questions ---------------------------------------------------------------------------
 
     def children(self, node_id: str) -> list[str]:
-        """Nodes whose parent this is, also when the parent itself is gone."""
+        """Nodes with this parent, even if the parent itself is gone."""
         return sorted(self._children.get(node_id, ()))
 
     def users(self, block: str) -> set[str]:
@@ -236,21 +234,21 @@ class DeltaTree:
         return bool(self._blocks.of(block))
 
     def blocks(self) -> set[str]:
-        """Blocks that some node points at."""
+        """Blocks that any node uses."""
         return {name for node in list(self._nodes.values()) for name in node.blocks}
 
     @property
     def block_count(self) -> int:
-        """How many blocks some node points at."""
+        """Number of blocks that any node uses."""
         return len(self._blocks)
 
     def newest(self, count: int) -> list[Node]:
-        """The nodes used last, the newest first."""
+        """The most recently used nodes, newest first."""
         newest = islice(reversed(self._used), max(0, min(count, len(self._used))))
         return [self._nodes[node_id] for node_id in newest]
 
     def path(self, node_id: str) -> list[Node]:
-        """From the oldest ancestor that is still here down to the node."""
+        """The chain from the oldest ancestor that is still here down to the node."""
         seen: dict[str, Node] = {}
         at = self._nodes.get(node_id)
         while at is not None and at.id not in seen:
@@ -259,7 +257,7 @@ class DeltaTree:
         return list(seen.values())[::-1]
 
     def chain(self, node_id: str) -> int:
-        """How many edited nodes in a row end here, up to where rows were last gathered."""
+        """Number of edited nodes in the chain that ends here, since rows were last merged."""
         length = 0
         for node in reversed(self.path(node_id)):
             if node.exact or node.merged:

@@ -1,4 +1,4 @@
-"""Ids by 64-bit keys, packed: 12 bytes an entry, where a dictionary of Python takes 100."""
+"""Ids by 64-bit keys, packed: 12 bytes per entry, where a Python dictionary takes 100."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ Numbers = npt.NDArray[np.uint32]
 
 _FEW = 4_096
 _SHARE = 16
-"""Entries are merged into the sorted ones when they are more than `_FEW`, and more than this
-part of those: like the growth of a dictionary, rare and the rarer the more there are."""
+"""New entries are merged into the sorted ones when there are more than `_FEW`, and more than this
+share of the sorted ones: rare, and rarer as they grow, like the growth of a dictionary."""
 
 
 class _Entries(NamedTuple):
     keys: Keys
     """Ascending."""
     numbers: Numbers
-    """Of one key in the order in which they were added."""
+    """For equal keys, in the order in which they were added."""
     recent: dict[int, list[int]]
-    """What came since the arrays were made."""
+    """Entries that were added since the arrays were made."""
     ids: list[str | None]
     """By number."""
 
 
 class Postings:
-    """Which ids were added with a key. Keys are hashes: whoever finds an id verifies it.
+    """Which ids were added with a key. Keys are hashes, so callers verify the ids they find.
 
-    Most entries lie in two arrays, sorted by key; what came lately is in a dictionary. An id has a
-    number here. That of one that was removed stands for nobody, and its entries go with a later
-    merge. Changes must not run at once; `find` may run beside them.
+    Most entries are in two arrays, sorted by key; recent ones are in a dictionary. Each id has a
+    number here. The number of a removed id stands for no id, and its entries go with a later merge.
+    Changes must not run concurrently; `find` may run beside them.
     """
 
     def __init__(self) -> None:
         self._entries = _Entries(np.empty(0, np.uint64), np.empty(0, np.uint32), {}, [])
-        """Takes the place of the last as a whole, for those who `find` at that moment."""
+        """Replaced as a whole, so that a concurrent `find` sees one state."""
         self._recent_count = 0
         self._batches: list[tuple[Keys, Numbers]] = []
-        """What `extend` brought, until the next question."""
+        """Entries from `extend`, until the next question."""
         self._number: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return len(self._number)
 
     def __contains__(self, node_id: object) -> bool:
@@ -63,7 +63,7 @@ class Postings:
             self._merge()
 
     def extend(self, ids: Sequence[str], keys: Keys, whose: npt.NDArray[np.integer]) -> None:
-        """Many keys at once: `keys[i]` is one of `ids[whose[i]]`."""
+        """Add many keys at once: `keys[i]` is one of `ids[whose[i]]`."""
         numbers = np.fromiter(map(self._number_of, ids), np.uint32, len(ids))
         self._batches.append((keys, numbers[whose]))
 
@@ -74,15 +74,15 @@ class Postings:
             self._entries.ids[number] = None
 
     def find(self, key: int) -> Iterator[str]:
-        """The ids of a key, the one added last first."""
+        """The ids of a key, most recently added first."""
         self.settle()
         entries = self._entries
         found = (entries.ids[number] for number in _numbers(entries, key))
         return (node_id for node_id in found if node_id is not None)
 
     def most_often(self, keys: Keys, each: int, count: int) -> list[str]:
-        """The `count` ids that most of the keys have, the best first, of those that were added last
-        the last first. Of each key only the last `each` ids count."""
+        """The `count` ids that have most of the keys, best first; of equals, the most recently
+        added first. Only the last `each` ids of each key count."""
         self.settle()
         entries = self._entries
         last = entries.keys.searchsorted(keys, "right")
@@ -97,7 +97,7 @@ class Postings:
         return list(islice((node_id for node_id in ids if node_id is not None), count))
 
     def known(self, keys: Sequence[int]) -> list[bool]:
-        """Of each key whether `find` may find an id; False if it finds none."""
+        """For each key whether `find` may find an id; False if it finds none."""
         self.settle()
         packed, _, recent, _ = self._entries
         if not len(packed):
@@ -107,7 +107,7 @@ class Postings:
         return [sure or key in recent for key, sure in zip(keys, there.tolist(), strict=True)]
 
     def settle(self) -> None:
-        """Do now what the next question would wait for."""
+        """Do the work now that the next question would wait for."""
         if self._batches:
             self._merge()
 
@@ -119,7 +119,7 @@ class Postings:
         return number
 
     def _merge(self) -> None:
-        """Into the arrays, without the entries of ids that left where those are many."""
+        """Merge into the arrays, without entries of removed ids if there are many."""
         keys, numbers, recent, ids = self._entries
         counts = np.fromiter(map(len, recent.values()), np.int64, len(recent))
         late = np.fromiter(recent.keys(), np.uint64, len(recent)).repeat(counts)
@@ -142,7 +142,7 @@ class Postings:
 
 
 def _numbers(entries: _Entries, key: int) -> Iterator[int]:
-    """Those of a key, the last first."""
+    """The ids of a key, most recent first."""
     yield from reversed(entries.recent.get(key, ()))
     keys, sought = entries.keys, np.uint64(key)  # a Python number would be compared as a float
     at = int(keys.searchsorted(sought))
@@ -155,7 +155,7 @@ def _numbers(entries: _Entries, key: int) -> Iterator[int]:
 def _without_gaps(
     ids: list[str | None], parts: list[tuple[Keys, Numbers]]
 ) -> tuple[list[str | None], list[tuple[Keys, Numbers]]]:
-    """Number the ids that are left anew; the entries of the others go."""
+    """Renumber the remaining ids and drop the entries of the others."""
     here = np.fromiter((node_id is not None for node_id in ids), np.bool_, len(ids))
     number = here.cumsum(dtype=np.uint32) - np.uint32(1)
     kept = [(keys, numbers, here[numbers]) for keys, numbers in parts]

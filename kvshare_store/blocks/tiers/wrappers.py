@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class WrapperTier(Tier):
-    """Passes every call on; subclasses change what they are about."""
+    """Passes every call on; subclasses override the calls that they change."""
 
     def __init__(self, inner: Tier) -> None:
         self.inner = inner
@@ -67,17 +67,15 @@ class WrapperTier(Tier):
 
 
 class RetryTier(WrapperTier):
-    """Tries again what may succeed later, after a random pause that may double each time.
-
-    A full tier is not asked again: room must be made first.
-    """
+    """Retries calls that may succeed later, after a random pause that may double each time. A full
+    tier is not asked again: room must be made first."""
 
     def __init__(
         self, inner: Tier, attempts: int = 3, pause_s: float = 0.02, longest_pause_s: float = 1.0
     ) -> None:
         super().__init__(inner)
         self.retries = 0
-        """Attempts after a first one."""
+        """Number of retries."""
         self._attempts = attempts
         self._pause_s = pause_s
         self._longest_pause_s = longest_pause_s
@@ -110,7 +108,7 @@ class RetryTier(WrapperTier):
 
 
 class DeadlineTier(WrapperTier):
-    """Gives a call up when its time is over: `DeadlineError`. Seconds."""
+    """Gives up a call after its deadline, in seconds, with `DeadlineError`."""
 
     def __init__(self, inner: Tier, read_s: float, write_s: float) -> None:
         super().__init__(inner)
@@ -131,7 +129,7 @@ class DeadlineTier(WrapperTier):
             async with asyncio.timeout(seconds) as limit:
                 return await call
         except TimeoutError as error:
-            if not limit.expired():  # the tier's own, with more to say
+            if not limit.expired():  # the tier's own error, with more text
                 raise
             text = f"{self.name} tier: no answer within {seconds * 1e3:.0f} ms"
             raise DeadlineError(text) from error
@@ -165,22 +163,23 @@ class BreakerTier(WrapperTier):
 
 
 class HedgedTier(WrapperTier):
-    """Asks a second time when a read takes longer than 95 % of those before it.
+    """Starts a second read if the first takes longer than 95 % of earlier reads. The first verified
+    block wins and the other read is cancelled.
 
-    The first verified block wins and the other read is cancelled. At most a tenth of the reads are
-    hedged: a server that is slow because it has too much to do is not given twice as much.
+    At most a tenth of the reads are hedged, so that a server which is slow from overload does not
+    get twice the load.
     """
 
     _SHARE = 0.1
     _MOST_CREDIT = 5.0
     _LEAST_SEEN = 20
     _LEAST_S = 0.002
-    """A second read that saves less than this is not worth its work."""
+    """A second read that saves less than this is not worth its cost."""
 
     def __init__(self, inner: Tier) -> None:
         super().__init__(inner)
         self.hedges = 0
-        """Second reads that were begun."""
+        """Number of second reads so far."""
         self._seconds: deque[float] = deque(maxlen=256)
         self._credit = 0.0
 
@@ -216,7 +215,7 @@ class HedgedTier(WrapperTier):
 
 
 async def _first(calls: Sequence[asyncio.Task[Block]]) -> Block:
-    """The first block; the first error when there is none."""
+    """The first block that arrives; the first error if none does."""
     waiting, failed = set(calls), []
     while waiting:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -228,11 +227,11 @@ async def _first(calls: Sequence[asyncio.Task[Block]]) -> Block:
 
 
 def resilient(tier: Tier, deadline_ms: float, *, attempts: int = 3) -> BreakerTier:
-    """A tier that others keep, made fit to be asked while a request waits.
+    """Wraps a tier on other machines, so that it can be asked while a request waits.
 
-    From the outside: the breaker sees whole calls, however often they were tried; the deadline
+    From the outside inwards: the breaker sees whole calls, including their retries; the deadline
     holds for all attempts of a read together, and for `attempts` times as long for a write, which
-    nobody waits for; each attempt of a read may be hedged.
+    no request waits for; each attempt of a read may be hedged.
     """
     seconds = deadline_ms / 1e3
     retried = RetryTier(HedgedTier(tier), attempts)

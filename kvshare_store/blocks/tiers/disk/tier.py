@@ -31,14 +31,14 @@ from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_
 
 T = TypeVar("T")
 _KEPT_BAD = 32
-"""Files kept in quarantine; the oldest go."""
+"""Most files kept in quarantine; the oldest are removed."""
 
 
 class DiskTier(Tier):
-    """Blocks under `folder/blocks`, unfinished writes under `folder/tmp`, bad ones in quarantine.
+    """Blocks in `folder/blocks`, unfinished writes in `folder/tmp`, bad blocks in quarantine.
 
-    One process has the folder open. A file that somebody put there is found, one that somebody
-    removed is missing. Use `await DiskTier.open(...)`.
+    One process has the folder open. A file that another program put there is found, and one that
+    was removed is missing. Use `await DiskTier.open(...)`.
     """
 
     name = "disk"
@@ -48,7 +48,7 @@ class DiskTier(Tier):
         self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], Beside]
     ) -> None:
         self.quarantined = 0
-        """Blocks that did not verify."""
+        """Blocks that failed verification."""
         self._folder = folder
         self._codec: Codec = codec
         self._key = key
@@ -68,11 +68,10 @@ class DiskTier(Tier):
         key: Key | None = None,
         beside: Callable[[], Beside] = Beside,
     ) -> DiskTier:
-        """Make the folders and drop what was left unfinished; `HomeError` if refused.
+        """Make the folders and remove unfinished files; `HomeError` if refused. `beside`: other
+        files that count against the budget.
 
-        `beside`: other files that count in the budget.
-
-        What is there is counted while the tier is in use already.
+        The tier can be used while existing files are still being counted.
         """
         tier = cls(folder, budget, codec, key, beside)
         await asyncio.to_thread(tier.prepare)
@@ -84,7 +83,7 @@ class DiskTier(Tier):
         try:
             for name in ("blocks", "quarantine"):
                 files.make_durable_folder(str(self._folder / name))
-                files.names(str(self._folder / name))  # refused where it is no folder
+                files.names(str(self._folder / name))  # refused if it is no folder
             self._scratch.open()
         except OSError as error:
             raise HomeError(
@@ -93,12 +92,13 @@ class DiskTier(Tier):
             ) from error
 
     def look_around(self) -> None:
-        """Take stock of what is there."""
-        with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
+        """Count the files that are there."""
+        with contextlib.suppress(OSError):  # the next put scans again, and raises the reason
             self._inventory.look()
 
     def _alone(self, name: str) -> asyncio.Lock:
-        """One put, get or delete of a block at a time; others do not wait for it."""
+        """Allows one put, get or delete of a block at a time; calls for other blocks do not
+        wait."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     def _start(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -107,7 +107,7 @@ class DiskTier(Tier):
         return asyncio.wrap_future(self._threads.submit(function, *args))
 
     async def _finish(self, function: Callable[..., T], *args: object) -> T:
-        """A caller that is cancelled waits nevertheless: the thread uses what is the caller's."""
+        """Also waits if the caller is cancelled: the thread uses the caller's memory."""
         work = self._start(function, *args)
         try:
             return await asyncio.shield(work)
@@ -128,7 +128,7 @@ class DiskTier(Tier):
                 await self._finish(self._put, name, block)
 
     def _put(self, name: str, block: Block) -> None:
-        """The block counts as here only once it is durable: until then its rows must stay put."""
+        """The block counts as stored only once it is durable: until then its rows must not move."""
         with _refused(name, "written"):
             self._inventory.look()
             head, payload = encode_frame(name, block, self._codec, self._key)
@@ -155,7 +155,7 @@ class DiskTier(Tier):
         try:
             files.sync_folder(folder)
         except OSError:
-            files.discard(path)  # it may not be durable, so it must not look as if it were here
+            files.discard(path)  # it may not be durable, so it must not count as stored
             raise
 
     # --- get ----------------------------------------------------------------------------------
@@ -181,14 +181,14 @@ class DiskTier(Tier):
                 raise
 
     def _read(self, name: str) -> tuple[Block, int]:
-        """The verified block and the bytes of its file."""
+        """The verified block, and the size of its file."""
         frame = files.read(self._inventory.path(name))
         return decode_frame(frame, name, self._key), len(frame)
 
     def _quarantine(self, name: str) -> None:
-        """Keep the bad bytes for whoever wants to look, out of the way of every reader.
+        """Move the bad bytes into quarantine, where they can be inspected and no reader meets them.
 
-        Where that fails the file stays and goes on being refused: nobody reads without verifying.
+        If that fails, the file stays and continues to be refused: every reader verifies.
         """
         self.quarantined += 1
         with contextlib.suppress(OSError):
@@ -212,7 +212,7 @@ class DiskTier(Tier):
         return removed
 
     async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
-        """Looks into every file: a block that no node uses any more is nobody's known block."""
+        """Looks into every file: blocks that no node uses are in no list."""
         for name in {*names, *await self._finish(self._traces, namespace)}.difference(keep):
             await self.delete(name)
 
@@ -244,7 +244,7 @@ class DiskTier(Tier):
         return {"quarantined": self.quarantined}
 
     async def close(self) -> None:
-        """Calls that have begun end as they would have; later ones are refused."""
+        """Calls that have begun end normally; later ones are refused."""
         self._closed = True
         self._inventory.hurry()
         await asyncio.to_thread(self._threads.shutdown)
@@ -252,7 +252,7 @@ class DiskTier(Tier):
 
 @contextlib.contextmanager
 def _refused(name: str, verb: str) -> Iterator[None]:
-    """What the file system refuses, as the errors of a tier."""
+    """Turn errors of the file system into errors of a tier."""
     try:
         yield
     except OSError as error:
