@@ -152,7 +152,8 @@ class FairLock:
     def __init__(self) -> None:
         self._inner = threading.Lock()
         self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self.waiting: deque[threading.Lock] = deque()
+        """One for each thread that waits, the first one first."""
 
     def __enter__(self) -> None:
         with self._inner:
@@ -161,21 +162,21 @@ class FairLock:
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._waiting.append(turn)
+            self.waiting.append(turn)
         try:
             turn.acquire()
         except BaseException:  # a signal: whoever comes next must not wait for this thread
             with self._inner:
-                waits = turn in self._waiting
+                waits = turn in self.waiting
                 if waits:
-                    self._waiting.remove(turn)
+                    self.waiting.remove(turn)
             if not waits:
                 self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         with self._inner:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if self.waiting:
+                self.waiting.popleft().release()
             else:
                 self._taken = False
