@@ -103,7 +103,7 @@ def required() -> set[str]:
     extras = project["project"]["optional-dependencies"].values()
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     asked += [requirement for extra in extras for requirement in extra]
-    for name in ("lmcache.txt", "bench.txt"):
+    for name in ("lmcache.txt", "bench.txt", "docs.txt"):
         pins = (ROOT / "requirements" / name).read_text().splitlines()
         asked += [line for line in pins if line and not line.startswith(("#", "-r "))]
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in asked}
