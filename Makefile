@@ -106,7 +106,7 @@ churn: setup
 docs: .venv/project.stamp .venv-docs/packages.stamp
 	$(PY) -m benchmarks report
 	$(PY) -m benchmarks.harness.dead_links
-	.venv-docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
 	@echo "Open site/index.html"
 
 release: .venv/project.stamp
