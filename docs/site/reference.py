@@ -46,7 +46,7 @@ def _section(name: str, command: Any) -> str:
     lines = [f"## kvshare {name}", "", "```", " ".join(["kvshare", name, *usage]), "```", ""]
     lines += [_plain(command.help or ""), ""]
     if command.params:
-        lines += ["| | |", "|---|---|", *map(_row, command.params), ""]
+        lines += ["| option | what |", "|---|---|", *map(_row, command.params), ""]
     return "\n".join(lines)
 
 
