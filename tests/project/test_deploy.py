@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -134,6 +135,32 @@ def test_prometheus_asks_what_the_daemon_answers(compose: dict[str, Any]) -> Non
     port = compose["services"]["daemon"]["environment"]["KVSHARE_HTTP"].rpartition(":")[2]
     assert jobs["kvshare"]["static_configs"] == [{"targets": [f"daemon:{port}"]}]
     assert all((DEPLOY / "prometheus" / name).exists() for name in config["rule_files"])
+
+
+PREPARED = f"""
+set -e
+mount -t tmpfs none /var/lib; mount -t tmpfs none /run
+sh {DEPLOY}/prepare.sh /run/more; first=$(cat {TOKEN})
+sh {DEPLOY}/prepare.sh; test "$first" = "$(cat {TOKEN})"
+stat -c '%n %a %u' {HOME} /run/kvshare {TOKEN} /run/more
+echo chosen > /run/chosen; TOKEN=/run/chosen sh {DEPLOY}/prepare.sh; cat {TOKEN}
+"""
+
+
+def test_folders_and_token_are_the_users_alone() -> None:
+    """And a token that is there stays, unless another is given."""
+    need(os.geteuid() == 0 and shutil.which("unshare") is not None, "root, and unshare")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", PREPARED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{HOME} 700 {USER}",
+        f"/run/kvshare 700 {USER}",
+        f"{TOKEN} 600 {USER}",
+        f"/run/more 700 {USER}",
+        "chosen",
+    ]
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------
