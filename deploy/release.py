@@ -76,7 +76,7 @@ def obstacles(version: str) -> Iterator[str]:
     """Why this folder is not a release."""
     if changed := _git("status", "--porcelain"):
         yield f"not committed:\n{changed}"
-    if not re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M):
+    if not re.search(rf"^## {re.escape(version)}(?!\S)", (ROOT / "CHANGELOG.md").read_text(), re.M):
         yield f"CHANGELOG.md has no heading `## {version}`"
     if _git("tag", "--list", f"v{version}"):
         yield f"the tag v{version} exists: change `version` in pyproject.toml"

@@ -91,3 +91,17 @@ def test_what_is_missing_is_named(built: dict[str, Path], files: list[str]) -> N
     named = "\n".join(release.faults(built["sdist"], built["wheel"], [*files, *new]))
     assert named.count("lacks") == 4
     assert "kvshare_store/page/style.css" in named
+
+
+def test_what_is_no_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost")
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.0\n")
+    run(tmp_path, *git, "init", "-q")
+    assert [why.splitlines()[0] for why in release.obstacles("1.2.0")] == ["not committed:"]
+    run(tmp_path, *git, "add", ".")
+    run(tmp_path, *git, "commit", "-qm", "all")
+    assert list(release.obstacles("1.2.0")) == []
+    assert ["no heading" in why for why in release.obstacles("1.2")] == [True]
+    run(tmp_path, *git, "tag", "v1.2.0")
+    assert ["tag v1.2.0 exists" in why for why in release.obstacles("1.2.0")] == [True]
