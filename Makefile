@@ -12,7 +12,7 @@
 # make churn    a day of traffic at full budgets
 # make docs     the site of these documents, in site/ (the page of results is made anew from what was measured)
 # make release  build wheel and source distribution from the commit, check them, say what to push
-# make lint     style, types, and which room may import which
+# make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
 .PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs release lint packages clean
