@@ -16,7 +16,7 @@ import yaml
 
 from deploy.requirements import requirements
 from kvshare_store.config import load_settings, unknown_variables
-from tests.support.documents import ROOT, quoted, tables_of
+from tests.support.documents import ROOT
 from tests.support.needs import need
 
 DEPLOY = ROOT / "deploy"
@@ -238,29 +238,3 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# --- alarms ---------------------------------------------------------------------------------------
-
-
-def rules() -> list[dict[str, Any]]:
-    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
-    found: list[dict[str, Any]] = group["rules"]
-    return found
-
-
-def test_every_alarm_is_explained() -> None:
-    page = (ROOT / "docs" / "operating.md").read_text()
-    explained = re.findall(r"^### (KVShare\w+)$", page, re.MULTILINE)
-    assert explained == [rule["alert"] for rule in rules()]
-
-
-def test_alarms_are_of_metrics_that_exist() -> None:
-    tables = tables_of(ROOT / "docs" / "metrics.md", "metric")
-    known = {name for table in tables for row in table[1:] for name in quoted(row[0])}
-    assert len(known) > 40
-    for rule in rules():
-        used = re.findall(r"\b(?:vllm:)?kvshare_\w+", rule["expr"])
-        named = {re.sub(r"_(bucket|sum|count)$", "", name) for name in used}
-        assert named <= known, rule["alert"]
-        assert named or rule["expr"].startswith("up{")
