@@ -6,12 +6,14 @@ import re
 import runpy
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
+from benchmarks.__main__ import MEASUREMENTS
 from benchmarks.harness.dead_links import broken
 from docs.site import drawings, reference
 from examples.engines.small_model import prepare_model
@@ -201,6 +203,15 @@ def test_the_drawings_are_those_of_the_source() -> None:
     for name, draw in drawings.DRAWINGS.items():
         assert (DOCS / "drawings" / name).read_text("utf-8") == draw()
     assert {path.name for path in (DOCS / "drawings").iterdir()} == set(drawings.DRAWINGS)
+
+
+def test_modules_and_measurements_that_are_shown_exist() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"python -m ((?:benchmarks|examples|tests)(?:\.\w+)*)", text))
+    assert len(named) > 3
+    assert [name for name in named if find_spec(name) is None] == []
+    run = set(re.findall(r"python -m benchmarks run ([a-z0-9_-]+)", text))
+    assert run <= {*MEASUREMENTS, "all"}
 
 
 def test_every_make_target_that_is_named_exists() -> None:
