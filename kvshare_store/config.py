@@ -138,6 +138,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Bytes of rows of a namespace, before any codec; saving evicts its own nodes (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only when asked)."""
+    start_daemon: bool = True
+    """An engine starts the daemon where none runs. Off: systemd or Kubernetes does."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
     http: str = ""
