@@ -147,6 +147,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     nodes (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only on request)."""
+    start_daemon: bool = True
+    """Whether an engine starts the daemon if none runs. Off: systemd or Kubernetes starts it."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
     http: str = ""

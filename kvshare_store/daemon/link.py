@@ -147,7 +147,8 @@ class Link:
         self._rest()
         self.client.reconnect()
         if self._reviver is None or self._reviver.done:
-            log.warning("kvshare: %s; restarting it, serving without reuse meanwhile", error)
+            what = "restarting it" if self.config.start_daemon else "it is not ours to restart"
+            log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, what)
             self._reviver = Reviver(self.config)
 
     def close(self) -> None:
@@ -169,7 +170,8 @@ class Reviver:
     def _run(self) -> None:
         home = self._config.home_path
         try:
-            if not home_taken(home) and not answers(home):
+            wanted = self._config.start_daemon and not home_taken(home)
+            if wanted and not answers(home):
                 self.spawned = spawn_daemon(self._config)
         except (KVShareError, OSError) as error:
             log.warning("kvshare: no daemon could be started: %s", error)

@@ -26,6 +26,7 @@ from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.outbox import Received
 from kvshare_store.daemon.questions import QUESTIONS, answer
+from kvshare_store.daemon.service_manager import ServiceManager
 from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
@@ -63,6 +64,7 @@ class Server:
 
     def __init__(self, config: StoreConfig, limits: Limits | None = None) -> None:
         self.config = config
+        self._manager = ServiceManager()
         self.store = Store(config)
         try:
             self._listener = Listener(config.home_path)
@@ -131,6 +133,7 @@ class Server:
 
     def serve(self) -> None:
         """Answer until a stop message, SIGTERM, SIGINT, or idleness; then close the store."""
+        self._manager.ready(f"serving {self.config.home_path}")
         try:
             while not self._stopping:
                 if self._turn():
@@ -162,6 +165,7 @@ class Server:
         What was committed becomes durable, unless the home is gone or somebody else's.
         """
         self._stopping = True
+        self._manager.stopping()
         self.switchboard.stop_listening()
         for part in self._beside:
             part.close()
@@ -173,6 +177,7 @@ class Server:
 
     def _tend(self) -> None:
         """Once a second: leases that have run out, and reasons to end."""
+        self._manager.alive()
         if not self._reaping:
             self._reaping = True
             self._lanes.run("save", self._reap)

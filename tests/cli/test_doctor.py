@@ -53,6 +53,12 @@ def test_a_home_that_is_not_there_yet(home: Path) -> None:
     assert not home.exists()
 
 
+def test_where_engines_start_no_daemon_one_must_run(home: Path) -> None:
+    code, found = diagnosed(home, "--set", "start_daemon=false")
+    assert (code, states(found["daemon"])) == (1, ["wrong"])
+    assert "kvshare serve" in found["daemon"][0]["advice"]
+
+
 def test_a_running_daemon_is_well(home: Path) -> None:
     with Daemon(StoreConfig(home=str(home), **SMALL)):
         code, found = diagnosed(home)

@@ -20,10 +20,9 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
-from tests.support.documents import ROOT, quoted, tables_of
+from tests.support.documents import DOCS, PAGES, ROOT, quoted, tables_of
 
-DESIGN = ROOT / "docs" / "design"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+DESIGN = DOCS / "design"
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def required() -> set[str]:
     extras = project["project"]["optional-dependencies"].values()
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     asked += [requirement for extra in extras for requirement in extra]
-    for name in ("lmcache.txt", "bench.txt"):
+    for name in ("lmcache.txt", "bench.txt", "docs.txt"):
         pins = (ROOT / "requirements" / name).read_text().splitlines()
         asked += [line for line in pins if line and not line.startswith(("#", "-r "))]
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in asked}
