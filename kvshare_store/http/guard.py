@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -20,6 +21,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from typing import NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +42,7 @@ _SECURE = {
     "cross-origin-resource-policy": "same-origin",
 }
 _FORM_S = 12 * 3600.0
+_DRAIN_S = 2.0
 _STALLED_S = 20.0
 """How long more of a body is waited for."""
 
@@ -67,6 +70,8 @@ class Guard:
             return
         secured = _secured(scope, send)
         try:
+            if not _fits(scope):
+                await _too_long(receive)
             self._check(scope)
             await self._app(scope, _limited(receive), secured)
         except RefusedError as refused:
@@ -77,9 +82,6 @@ class Guard:
         bearer = self._bears(headers)
         if not bearer and not self._known(headers.get("host", "")):
             raise RefusedError(421, "this name is not the daemon's: open it by its IP address")
-        length = headers.get("content-length", "0")
-        if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > BODY_BYTES:
-            raise RefusedError(413, f"a request may have {BODY_BYTES >> 20} MiB")
         if scope["path"] in OPEN:
             return
         if self._token and not bearer and not self._basic(headers):
@@ -142,10 +144,27 @@ def _limited(receive: Receive) -> Receive:
         whole = not message.get("more_body", False)
         taken += len(message.get("body", b""))
         if taken > BODY_BYTES:
-            raise RefusedError(413, f"a request may have {BODY_BYTES >> 20} MiB")
+            await _too_long(receive)
         return message
 
     return limited
+
+
+def _fits(scope: Scope) -> bool:
+    length = headers_of(scope).get("content-length", "0")
+    return bool(re.fullmatch(r"[0-9]{1,9}", length)) and int(length) <= BODY_BYTES
+
+
+async def _too_long(receive: Receive) -> NoReturn:
+    """Refuse it, once some more of it was read: who still sends would not see the answer."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        while taken < 4 * BODY_BYTES:
+            message = await asyncio.wait_for(receive(), _DRAIN_S)
+            taken += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+    raise RefusedError(413, f"a request may have {BODY_BYTES >> 20} MiB")
 
 
 def _secured(scope: Scope, send: Send) -> Send:

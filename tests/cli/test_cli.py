@@ -312,10 +312,10 @@ def test_prompts_cannot_steer_the_terminal() -> None:
 
 def test_long_text_is_shortened() -> None:
     text = "x" * 50 + "y" * 50
-    assert format.shortened(text, 100) == text
-    assert format.shortened(text, 8) == "xxxx … yyyy"
-    assert format.shortened(text, 8, head=False) == " … yyyyyyyy"
-    assert format.shortened(text, 8, tail=False) == "xxxxxxxx … "
+    assert readable.shortened(text, 100) == text
+    assert readable.shortened(text, 8) == "xxxx … yyyy"
+    assert readable.shortened(text, 8, head=False) == " … yyyyyyyy"
+    assert readable.shortened(text, 8, tail=False) == "xxxxxxxx … "
 
 
 STATS: dict[str, Any] = {
