@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
@@ -32,7 +29,7 @@ from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
-from kvshare_store.version import version
+from kvshare_store.stats import stats_of
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -63,14 +60,14 @@ class Store:
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
         self._serving = Serving(config, nodes, plans, self.costs, self.text, self.metrics)
-        self._saving = Saving(config, nodes, plans, self.metrics)
-        self._janitor = Janitor(config, repository, self._rewriter)
+        self.saving = Saving(config, nodes, plans, self.metrics)
+        self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """How many failures of the committer each owner knew of when it first saved."""
-        self._sharing: Sharing | None = None
+        self.sharing: Sharing | None = None
         if config.catalog and repository.catalog is not None:
-            purges = OthersPurges(repository, self._saving, config.home_path)
-            self._sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
+            purges = OthersPurges(repository, self.saving, config.home_path)
+            self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -237,11 +234,11 @@ class Store:
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
-        return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+        return self.saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""
-        self._saving.abandon(staged_id)
+        self.saving.abandon(staged_id)
 
     def commit(self, staged_id: str, rows: RowSource) -> str | None:
         """The staged prompt becomes a node with fresh rows copied from `rows`. Returns its id.
@@ -251,7 +248,7 @@ class Store:
         `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
         rows; whatever fails, the save has ended and nothing else has changed.
         """
-        node = self._saving.commit(staged_id, rows)
+        node = self.saving.commit(staged_id, rows)
         if node is not None:
             self.text.saved(node)
         return node
@@ -304,7 +301,7 @@ class Store:
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
-        return self._janitor.collect(dry_run=dry_run)
+        return self.janitor.collect(dry_run=dry_run)
 
     def purge(
         self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
@@ -317,7 +314,7 @@ class Store:
         such namespace.
         """
         found = matching(self.nodes, namespace, tenant)
-        parts = self.repository, self._serving, self._saving
+        parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
@@ -326,7 +323,7 @@ class Store:
         dead = dead_owners or set()
         with self.nodes.lock:
             self._serving.reap(dead)
-            self._saving.reap(dead)
+            self.saving.reap(dead)
         self.text.gone(dead)
         for owner in dead:
             self._failures.pop(owner, None)
@@ -346,41 +343,14 @@ class Store:
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
-        metrics = self.metrics
-        names = (
-            "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
-            "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
-            "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
-            "answers_stored", "tokens_answers_stored",
-        )  # fmt: skip
-        tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
-        return {
-            "version": version(),
-            "policy": self.config.policy,
-            "pid": os.getpid(),
-            "since": self._since,
-            **{name: metrics.count(name) for name in names},
-            "declined": metrics.declined,
-            "errors": metrics.errors,
-            "nodes": len(self.tree),
-            "blocks": self.tree.block_count,
-            "leases": len(self.blocks.leases),
-            "reserved": len(self.blocks.pool.filling()),
-            "staged": len(self._saving),
-            "tiers": tiers,
-            "health": metrics.health.report(),
-            "catalog_bytes": self.repository.catalog.bytes
-            if self.repository.catalog is not None
-            else 0,
-            "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
-        }
+        return stats_of(self.config, self.repository, since=self._since, staged=len(self.saving))
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
         self.text.close()
-        self._janitor.close()
-        if self._sharing is not None:
-            self._sharing.close()
+        self.janitor.close()
+        if self.sharing is not None:
+            self.sharing.close()
         try:
             if self.repository.uses is not None:
                 self.repository.uses.exchange()
