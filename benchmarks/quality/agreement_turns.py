@@ -16,11 +16,12 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.agreement_scores import CONTINUATION, Score
 from benchmarks.quality.served_turns import Request, Served, Serving, floor_of, rewritten
+from examples.prompts.histories import REWRITES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("as it is", "a date in the system prompt", "old tool results truncated")
+KINDS = tuple(rewrite.name for rewrite in REWRITES)
 ARMS: dict[str, dict[str, Any]] = {"balanced": {"policy": "balanced"}}
 FIRST, LATER = "first edited", "later"
 _TURNS = 6
@@ -102,7 +103,7 @@ _NOTES = [
     "Recorded airline conversations, two side by side; every turn is planned from what the store "
     "keeps of the turns before it, and stored with its edited rows. Turns "
     f"{', '.join(map(str, _COMPARED))} are compared with full compute of the same prompt, in fp32, "
-    "where any of their rows is approximate.",
+    "where any of their rows is approximate. A history of which no row here is has no line.",
     f"`{FIRST}`: the first of these turns of each conversation. `{LATER}`: those behind it, which "
     "build on it: they continue its rows, edit them again, or both.",
     "generation: the highest of these turns' plans. `x bf16 twice`: KL 16 as a multiple of full "

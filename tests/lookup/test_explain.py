@@ -165,6 +165,7 @@ def test_what_is_declined_before_it_is_planned(driver: Open, length: int, reason
 def test_nothing_is_leased_counted_or_logged(driver: Open) -> None:
     engine = driver()
     engine.save(prompt())
+    engine.store.flush()
     before = engine.store.stats()
     explained(engine, prompt())
     assert engine.store.stats() == before
