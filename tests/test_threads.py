@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.errors import StorageError
 from kvshare_store.threads import STORING, FairLock, Health, Supervised
+from tests.support.neighbours import Machine, until
 
 PATIENCE_S = 30.0
 
@@ -61,6 +63,33 @@ def test_saves_are_tried_again_after_a_while() -> None:
         health.check_storing()
     now[0] = 60.0
     health.check_storing()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "call"),
+    [("kvshare-janitor", "janitor", "collect"), ("kvshare-sync", "sharing", "sync")],
+)
+def test_upkeep_goes_on_after_a_bug(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, part: str, call: str
+) -> None:
+    store = machine("a", gc_seconds=0.05).store
+    worker, health = getattr(store, part), store.metrics.health
+    works, calls = getattr(worker, call), list[int]()
+
+    def broken(**_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def mended(**options: Any) -> Any:
+        calls.append(1)
+        return works(**options)
+
+    monkeypatch.setattr(worker, call, broken)
+    until(lambda: name in health.report()["reasons"])
+    assert health.report()["state"] == "degraded"
+    monkeypatch.setattr(worker, call, mended)
+    until(lambda: bool(calls) and health.report()["state"] == "ok")
+    assert health.report()["threads"][name]
+    assert health.report()["failures"][name] >= 1
 
 
 def test_the_loop_of_the_tiers_survives_what_ends_a_loop() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import time
@@ -27,6 +26,7 @@ from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import Spawned
 from kvshare_store.errors import DeadlineError, HomeError, StorageError
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver, Daemon
@@ -388,28 +388,29 @@ def test_an_engine_that_left_is_not_working(server: Server) -> None:
     assert heard == [True]
 
 
-def test_a_list_is_of_one_moment(server: Server) -> None:
-    """Nodes are used, and so change their order, while they are listed."""
-    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
-        driver = ClientDriver(client, NAMESPACE)
-        ids = {driver.save(prompt(seed, 16)) for seed in range(60)}
-        over = threading.Event()
+def test_a_list_is_of_one_moment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes are used, and so change their order, but not while they are listed."""
+    lock, newest = server.store.nodes.lock, server.store.tree.newest
+    used_meanwhile: list[bool] = []
 
-        def use() -> None:
-            chance = random.Random(0)
-            while not over.is_set():
-                with server.store.nodes.lock:
-                    server.store.tree.touch(chance.choice(sorted(filter(None, ids))))
+    def use() -> None:
+        used_meanwhile.append(lock.acquire(blocking=False))
+        if used_meanwhile[-1]:
+            lock.release()
 
+    def watched(count: int) -> list[Node]:
         using = threading.Thread(target=use)
         using.start()
-        try:
-            for _ in range(200):
-                listed = [node["id"] for node in client.call(protocol.ListNodes(100))]
-                assert (len(listed), set(listed)) == (60, ids)
-        finally:
-            over.set()
-            using.join()
+        using.join()
+        return newest(count)
+
+    monkeypatch.setattr(server.store.tree, "newest", watched)
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        driver = ClientDriver(client, NAMESPACE)
+        ids = {driver.save(prompt(seed, 16)) for seed in range(6)}
+        listed = [node["id"] for node in client.call(protocol.ListNodes(100))]
+    assert (len(listed), set(listed)) == (6, ids)
+    assert used_meanwhile == [False]
 
 
 def test_saves_are_refused_and_lookups_go_on_while_nothing_can_be_stored(
