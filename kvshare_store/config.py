@@ -129,6 +129,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Nodes that nobody used for so long are removed (0: never)."""
     namespace_bytes: int = 0
     """Bytes of rows of a namespace, before any codec; saving evicts its own nodes (0: no limit)."""
+    namespace_nodes: int = 0
+    """Prompts of a namespace; saving evicts its own nodes (0: no limit but `max_nodes`)."""
+    plans_per_second: float = 0.0
+    """Plans that one namespace may ask for in a second; the others are declined (0: no limit)."""
+    saves_per_second: float = 0.0
+    """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only when asked)."""
     idle_exit_s: float = 0.0
@@ -142,7 +148,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
                      "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
-                     "sync_seconds", "shared_grace_seconds", "approximation_price"):  # fmt: skip
+                     "sync_seconds", "shared_grace_seconds", "approximation_price",
+                     "plans_per_second", "saves_per_second"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
@@ -162,7 +169,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",
                      "min_prompt_tokens", "idle_exit_s", "max_chain", "ttl_seconds",
                      "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes",
-                     "approximation_price"):  # fmt: skip
+                     "approximation_price", "namespace_nodes", "plans_per_second",
+                     "saves_per_second"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")

@@ -37,6 +37,7 @@ class ErrorKind(StrEnum):
     NEWER = "newer"
     TORN = "torn"
     FOREIGN = "foreign"
+    LIMIT = "limit"
 
 
 class KVShareError(Exception):
@@ -191,6 +192,13 @@ class OverloadError(KVShareError):
     """The daemon has as much to do as it takes, for this client or for all; ask again later."""
 
     kind = ErrorKind.OVERLOAD
+    retryable = True
+
+
+class LimitError(KVShareError):
+    """A namespace saves more prompts than `saves_per_second` lets it; ask again later."""
+
+    kind = ErrorKind.LIMIT
     retryable = True
 
 

@@ -232,7 +232,7 @@ class Store:
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
         it names, `StorageError` while nothing can be stored, `OverloadError` while hundreds of
-        prompts wait to be made durable.
+        prompts wait to be made durable, `LimitError` beyond `saves_per_second`.
         """
         self.metrics.health.check_storing()
         self._queue.admit()

@@ -169,9 +169,9 @@ class NodeStore:
         The newest goes only if it alone is too much. With a shared catalogue only nodes go that for
         a while no machine has used.
         """
-        quota, gone = self._config.namespace_bytes, 0
+        gone = 0
         with self.lock:
-            while quota and self.tree.bytes_of(namespace) > quota:
+            while self._over_quota(namespace):
                 victims = filter(self._quiet, self.tree.victims(namespace))
                 victim = next((node.id for node in victims if node.id != newest), newest)
                 if victim not in self.tree or (self._shared and victim == newest):
@@ -180,6 +180,11 @@ class NodeStore:
                     self._metrics.error(NoSpaceError.kind)
                 gone += self.remove([victim])
         return gone
+
+    def _over_quota(self, namespace: str) -> bool:
+        nbytes, count = self._config.namespace_bytes, self._config.namespace_nodes
+        too_large = 0 < nbytes < self.tree.bytes_of(namespace)
+        return too_large or 0 < count < self.tree.count_of(namespace)
 
     def _quiet(self, node: Node) -> bool:
         """Whether no machine can have used the node lately: others write their uses down late."""

@@ -32,6 +32,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.rates import Rates
 from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
@@ -66,6 +67,7 @@ class Serving:
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._turns = FairLock()
+        self._rates = Rates(config.plans_per_second)
         self.log = RequestLog(prompts=config.log_prompts)
 
     def plan_soon(
@@ -90,8 +92,8 @@ class Serving:
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
-        if owner and self._blocks.leases.count(owner) >= _LEASES:
-            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+        if refused := self._refused(owner, namespace):
+            self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             draft = self._draft(request, lookup)
@@ -112,11 +114,17 @@ class Serving:
         self._metrics.add("tokens_requested", node.length)
         policy = stricter_policy(self._policy, "exact")
         lookup = Asked(namespace, node.length, policy, start)
-        if owner and self._blocks.leases.count(owner) >= _LEASES:
-            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+        if refused := self._refused(owner, namespace):
+            self._answer(answer, lookup, lookup.plan(refused))
             return answer
         draft = _whole(node, {self._blocks.tier_of(name) for name in node.blocks})
         return self._leasing(answer, lookup, draft, owner, deadline_ms)
+
+    def _refused(self, owner: str, namespace: Namespace) -> str:
+        """Why a client gets no plan whatever is stored; empty if it may have one."""
+        if owner and self._blocks.leases.count(owner) >= _LEASES:
+            return "too_many_leases"
+        return "" if self._rates.allow(namespace.digest) else "too_many_plans"
 
     def _leasing(
         self,

@@ -11,6 +11,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
     LeaseError,
+    LimitError,
     MissingBlockError,
     PlanError,
 )
@@ -20,6 +21,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.rates import Rates
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
@@ -49,6 +51,7 @@ class Saving:
         self._plans = plans
         self._metrics = metrics
         self._answers = Answers(nodes)
+        self._rates = Rates(config.saves_per_second)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
@@ -64,11 +67,19 @@ class Saving:
         if owner:
             self.reap({owner})
         try:
+            self._check_rate(namespace)
             save = self._checked(request, namespace, reuse, owner, extends)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
         return self._kept(save) if save is not None else Staged(known=True)
+
+    def _check_rate(self, namespace: Namespace) -> None:
+        if not self._rates.allow(namespace.digest):
+            raise LimitError(
+                f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
+                f"({self._rates.per_second:g}) lets it; try again later"
+            )
 
     def _checked(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
