@@ -139,6 +139,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How often garbage is collected and long chains are merged (0: only when asked)."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
+    drain_seconds: float = 10.0
+    """How long a daemon that is to end waits for leases and saves to end (0: not at all)."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
     log_prompts: bool = False
@@ -149,7 +151,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
                      "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
                      "sync_seconds", "shared_grace_seconds", "approximation_price",
-                     "plans_per_second", "saves_per_second"):  # fmt: skip
+                     "plans_per_second", "saves_per_second", "drain_seconds"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
@@ -170,7 +172,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                      "min_prompt_tokens", "idle_exit_s", "max_chain", "ttl_seconds",
                      "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes",
                      "approximation_price", "namespace_nodes", "plans_per_second",
-                     "saves_per_second"):  # fmt: skip
+                     "saves_per_second", "drain_seconds"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")

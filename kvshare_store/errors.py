@@ -38,6 +38,7 @@ class ErrorKind(StrEnum):
     TORN = "torn"
     FOREIGN = "foreign"
     LIMIT = "limit"
+    DENIED = "denied"
 
 
 class KVShareError(Exception):
@@ -100,6 +101,13 @@ class NodeError(KVShareError, LookupError):
     """No node has this id any more, or several ids begin like it."""
 
     kind = ErrorKind.NODE
+
+
+class DeniedError(KVShareError):
+    """This client may not ask for that: its role or its certificate does not allow it."""
+
+    kind = ErrorKind.DENIED
+    exit_code = 10
 
 
 class UnsupportedError(KVShareError):

@@ -15,7 +15,7 @@ import msgspec
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, NodeError, PlanError
+from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
@@ -71,6 +71,22 @@ class Store:
         if config.catalog and repository.catalog is not None:
             purges = OthersPurges(repository, self._saving, config.home_path)
             self._sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by the settings of `config` that may change while a store is open: its limits, the
+        deadlines and budgets of plans, and how many nodes are kept."""
+        self.config = config
+        for part in (self._serving, self._saving, self.nodes, self._janitor):
+            part.reload(config)
+
+    def drain(self) -> None:
+        """Make no more plans and stage no more saves; those that are under way go on."""
+        self._serving.ending = True
+
+    @property
+    def held(self) -> int:
+        """Leases and staged saves that have not ended."""
+        return len(self.blocks.leases) + len(self._saving)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -234,6 +250,8 @@ class Store:
         it names, `StorageError` while nothing can be stored, `OverloadError` while hundreds of
         prompts wait to be made durable, `LimitError` beyond `saves_per_second`.
         """
+        if self._serving.ending:
+            raise UnavailableError("the daemon is ending and takes no more prompts")
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)

@@ -26,10 +26,10 @@ class Daemon:
         found: dict[str, Any] = self._client.call(protocol.Settings())
         return found
 
-    def stop(self) -> int:
-        """Tell the daemon to stop; returns its process id."""
+    def stop(self, *, drain: bool = False) -> int:
+        """Tell the daemon to stop, or to let leases end first; returns its process id."""
         pid = self._client.greet().pid
-        self._client.call(protocol.Stop())
+        self._client.call(protocol.Stop(drain))
         return pid
 
     def gone(self, patience: float) -> bool:

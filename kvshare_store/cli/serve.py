@@ -7,12 +7,14 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.cli.format import size
 from kvshare_store.config import StoreConfig
 
-_ENDING = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
@@ -20,11 +22,12 @@ def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOptio
 
     Engines start one by themselves; run it by hand to choose its budgets or to watch it.
     """
-    run(configured(home, config, set_))
+    run(partial(configured, home, config, set_))
 
 
-def run(config: StoreConfig) -> None:
-    """Serve in this process; log to standard error."""
+def run(read: Callable[[], StoreConfig]) -> None:
+    """Serve in this process, by the settings that `read` returns; log to standard error."""
+    config = read()
     os.umask(0o077)  # also for what LanceDB writes
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # clients and files take descriptors
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -34,13 +37,13 @@ def run(config: StoreConfig) -> None:
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     server.log.setLevel(logging.INFO)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to tell
     try:
-        daemon = server.Server(config)
-        for number in _ENDING:
-            signal.signal(number, daemon.stop)
+        daemon = server.Server(config, reread=read)
+        for number, act in zip(_SIGNALS, (daemon.drain, daemon.stop, daemon.reload), strict=True):
+            signal.signal(number, act)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     socket = address.socket_path(config.home_path)
     server.log.info("kvshare: %s", start_line(config, str(socket)))
     daemon.serve()

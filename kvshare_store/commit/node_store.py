@@ -48,6 +48,13 @@ class NodeStore:
         self._shared = shared
         self._late_s = late_s
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; nodes that are too many now go with the next save."""
+        with self.lock:
+            self._config = config
+            if config.namespace_bytes or config.namespace_nodes:
+                self.tree.order_namespaces()
+
     # --- nodes come --------------------------------------------------------------------------
 
     def add(self, node: Node, vectors: Vectors) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvshare_store.daemon import wire
+from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
 from kvshare_store.errors import ProtocolError
 
@@ -72,6 +73,8 @@ class Connection:
 
     def __init__(self, stream: socket.socket, limits: Limits, above: Budget, now: float) -> None:
         stream.setblocking(False)
+        self.role: Role = "admin"
+        """What it may ask for; less, if its hello says so."""
         self.stream = stream
         self.owner = f"client-{next(_numbers)}"
         self.greeted = False

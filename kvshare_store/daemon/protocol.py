@@ -8,7 +8,7 @@ whose descriptor comes with the hello.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -21,6 +21,9 @@ from kvshare_store.save.staging import Reuse
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
+
+Role = Literal["reader", "engine", "admin"]
+"""What a client may ask for; `kvshare_store.daemon.roles` says which role each message needs."""
 
 OLDEST, NEWEST = 2, 2
 """Versions of the protocol that this release speaks. (1 was spoken over ZeroMQ.)"""
@@ -35,6 +38,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     oldest: int = OLDEST
     newest: int = NEWEST
+    role: Role = "admin"
+    """The client wants to be able to do no more than this."""
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan"):
@@ -295,6 +300,9 @@ class CheckBlocks(msgspec.Struct, frozen=True, tag="check_blocks"):
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Shut the daemon down. Reply: None, before it does."""
 
+    drain: bool = False
+    """First let leases and saves end, for at most `drain_seconds`."""
+
 
 Request = (
     Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
@@ -304,9 +312,12 @@ Request = (
 )  # fmt: skip
 
 
-_KINDS: dict[str, type[msgspec.Struct]] = {
-    str(kind.__struct_config__.tag): kind for kind in get_args(Request)
-}
+def tag_of(kind: type[msgspec.Struct]) -> str:
+    """What a message of this kind has as its `type`."""
+    return str(kind.__struct_config__.tag)
+
+
+_KINDS: dict[str, type[msgspec.Struct]] = {tag_of(kind): kind for kind in get_args(Request)}
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -318,6 +329,8 @@ class Welcome(msgspec.Struct, frozen=True):
     """The daemon's process, for people: in another PID namespace it has another number."""
     arena: str
     policy: str
+    role: Role = "admin"
+    """What this client may ask for."""
 
 
 class Holding(msgspec.Struct, frozen=True):

@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import by_id, protocol
+from kvshare_store.daemon import by_id, protocol, roles
 from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.outbox import Received
 from kvshare_store.daemon.questions import QUESTIONS, answer
+from kvshare_store.daemon.reloading import changed
 from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
     DeadlineError,
+    DeniedError,
     HomeError,
     InternalError,
     KVShareError,
@@ -51,8 +53,18 @@ _DRAIN_S = 10.0
 class Server:
     """Serves one Store until stopped."""
 
-    def __init__(self, config: StoreConfig, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        limits: Limits | None = None,
+        reread: Callable[[], StoreConfig] | None = None,
+    ) -> None:
+        """`reread`: the settings as they are now, for `reload`."""
         self.config = config
+        self._reread = reread
+        self._wants_reload = False
+        self._drained_by = float("inf")
+        """When a daemon that drains ends, whatever is held then."""
         self.store = Store(config)
         try:
             self._listener = Listener(config.home_path)
@@ -99,6 +111,7 @@ class Server:
             while not self._stopping:
                 if self._turn():
                     self._idle_since = time.monotonic()
+                self._heed_signals()
                 if time.monotonic() - self._tended > 1.0:
                     self._tended = time.monotonic()
                     self._tend()
@@ -119,6 +132,42 @@ class Server:
         """Stop soon; safe in a signal handler."""
         self._stopping = True
         self.switchboard.wake()
+
+    def drain(self, *_: object) -> None:
+        """Stop once leases and saves have ended, or after `drain_seconds`; at once if that was said
+        before. Safe in a signal handler."""
+        self._stopping |= self._drained_by != float("inf")
+        self._drained_by = time.monotonic() + self.config.drain_seconds
+        self.store.drain()
+        self.switchboard.wake()
+
+    def reload(self, *_: object) -> None:
+        """Read the settings again soon; safe in a signal handler."""
+        self._wants_reload = True
+        self.switchboard.wake()
+
+    def _heed_signals(self) -> None:
+        if self._wants_reload:
+            self._wants_reload = False
+            self._lanes.run("chore", self._reload)
+        if self._drained_by != float("inf"):
+            held, late = self.store.held, time.monotonic() >= self._drained_by
+            if held and late:
+                log.warning("kvshare: ending although %d leases and saves have not", held)
+            self._stopping |= late or not held
+
+    def _reload(self) -> None:
+        """What is wrong, or cannot change, changes nothing."""
+        try:
+            asked = self.config if self._reread is None else self._reread()
+        except KVShareError as error:
+            self.store.metrics.error(error.kind)
+            log.error("kvshare: the settings stay as they are: %s", error)
+            return
+        change = changed(self.config, asked)
+        self.config = change.config
+        self.store.reload(change.config)
+        log.info("kvshare: %s", change.told)
 
     def close(self) -> None:
         """Finish what is being done, drop what has not begun, let go of socket and store.
@@ -165,8 +214,9 @@ class Server:
         version = protocol.common_version(message)
         if connection.outbox >= 0 and not _is_memory(connection.outbox):
             raise ProtocolError("the descriptor that came with the hello is no memory file")
-        arena = self.store.blocks.host.arena
-        welcome = protocol.Welcome(version, os.getpid(), arena.id, self.config.policy)
+        connection.role = roles.lesser(connection.role, message.role)
+        arena, policy = self.store.blocks.host.arena, self.config.policy
+        welcome = protocol.Welcome(version, os.getpid(), arena.id, policy, connection.role)
         return protocol.encode(protocol.Reply(result=welcome)), arena.descriptor
 
     def request(self, connection: Connection, frame: Frame) -> None:
@@ -176,12 +226,21 @@ class Server:
             raise UnavailableError("the daemon is ending")
         if kind is protocol.Hello:
             raise ProtocolError("hello was said already")
+        self._check_role(kind, connection)
         if kind is protocol.Stop:
+            message = protocol.decode_request(frame.body)
             self.switchboard.answer(connection, frame.id, _encoded(None), frame.nbytes)
-            self.stop()
+            (self.drain if isinstance(message, protocol.Stop) and message.drain else self.stop)()
             return
         work = partial(self._answer, connection, frame, time.monotonic())
         self._lanes.submit(connection.owner, kind, work)
+
+    def _check_role(self, kind: type, connection: Connection) -> None:
+        try:
+            roles.check(kind, connection.role)
+        except DeniedError as error:
+            self.store.metrics.error(error.kind)
+            raise
 
     def left(self, connection: Connection) -> None:
         """End what a client held, after all that it had sent is done."""

@@ -70,6 +70,10 @@ class Planner:
         self._effort = effort
         self._places = KnownPlaces()
 
+    def reload(self, config: StoreConfig) -> None:
+        """Make the next plans by other settings."""
+        self._config = config
+
     def draft(
         self,
         request: Tokens,

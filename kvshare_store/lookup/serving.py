@@ -69,6 +69,15 @@ class Serving:
         self._turns = FairLock()
         self._rates = Rates(config.plans_per_second)
         self.log = RequestLog(prompts=config.log_prompts)
+        self.ending = False
+        """No more plans are made."""
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; the policy stays."""
+        self._config = config
+        self._planner.reload(config)
+        self._rates.per_second = config.plans_per_second
+        self.log.prompts = config.log_prompts
 
     def plan_soon(
         self,
@@ -122,6 +131,8 @@ class Serving:
 
     def _refused(self, owner: str, namespace: Namespace) -> str:
         """Why a client gets no plan whatever is stored; empty if it may have one."""
+        if self.ending:
+            return "draining"
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             return "too_many_leases"
         return "" if self._rates.allow(namespace.digest) else "too_many_plans"

@@ -91,6 +91,10 @@ class Janitor:
         if config.gc_seconds:
             self._thread = Supervised(_NAME, self._run, self._health, self._stop)
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; the pace stays."""
+        self._config = config
+
     def _shared_garbage(self) -> SharedGarbage | None:
         repository = self._repository
         catalog, condemned = repository.catalog, repository.condemned

@@ -56,6 +56,11 @@ class Saving:
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings."""
+        self._config = config
+        self._rates.per_second = config.saves_per_second
+
     def stage(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
     ) -> Staged:

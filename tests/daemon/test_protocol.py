@@ -53,7 +53,7 @@ MESSAGES = [
     protocol.Collect(True),
     protocol.CheckTree(True),
     protocol.CheckBlocks(("a", "b"), True),
-    protocol.Stop(),
+    protocol.Stop(True),
 ]
 
 
