@@ -29,7 +29,7 @@ from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.version import version
@@ -222,6 +222,10 @@ class Store:
         self.finish(plan, outcome)
         return edited
 
+    def leased_block(self, lease: str, name: str) -> BlockRef:
+        """Where a block of an open plan lies; `LeaseError` if there is no such plan or block."""
+        return self._serving.leased_block(lease, name)
+
     def rows_of(self, plan: ReusePlan, block: int) -> memoryview:
         """The bytes of one of a plan's blocks; `LeaseError` if the lease did not keep it."""
         ref = plan.blocks[block]
@@ -256,6 +260,10 @@ class Store:
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
         return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+
+    def staged_bytes(self, staged_id: str, owner: str) -> int:
+        """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
+        return self._saving.wanted_bytes(staged_id, owner)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""

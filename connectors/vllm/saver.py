@@ -17,6 +17,7 @@ from kvshare_connectors.vllm.raw_blocks import RawBlocks
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.editor import Editor
 from kvshare_store.errors import (
     DeadlineError,
@@ -92,7 +93,7 @@ class Saver:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        client = Client(self._config.home_path)
+        client = Client(place_of(self._config), role="engine")
         while (work := self._queue.get()) is not None:
             try:
                 self._do(client, work)

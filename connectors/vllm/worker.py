@@ -7,7 +7,7 @@ thread, after the token is out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from kvshare_connectors.vllm.containment import contained, log_once
@@ -22,10 +22,15 @@ from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.fetching import LeasedRows
+from kvshare_store.daemon.network import place_of
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import Outcome, Run
+from kvshare_store.plan import BlockRef, Outcome, Run
 from kvshare_store.tensors.rope import Rope
+
+_FETCH_S = 2.0
+"""Rows of a daemon on another machine that take longer are not waited for: they are computed."""
 
 
 class Worker:
@@ -39,6 +44,8 @@ class Worker:
         self._editor = Editor(cache.layout, rope, cache.device)
         self._config = config
         self._arenas = Arenas()
+        self._fetching: Client | None = None
+        """Where rows come from that are on another machine."""
         self._resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
@@ -74,8 +81,8 @@ class Worker:
     def _load(self, spec: LoadSpec) -> int:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
-        arena = self._arena(spec.arena)
         used = {span.block for span in spec.spans}
+        arena = self._leased(spec, [spec.blocks[index] for index in used])
         for index in used:
             arena.check(spec.blocks[index])
         edited = self._editor.edit(
@@ -90,6 +97,13 @@ class Worker:
         self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
         return edited.rows.numel() * edited.rows.element_size()
 
+    def _leased(self, spec: LoadSpec, refs: Sequence[BlockRef]) -> LeasedRows:
+        if not self._config.connect:
+            return self._arena(spec.arena)
+        if self._fetching is None:
+            self._fetching = Client(place_of(self._config), role="engine")
+        return self._fetching.leased_rows(spec.lease, spec.arena, refs, _FETCH_S)
+
     def _arena(self, arena_id: str) -> ArenaView:
         """The daemon's shared memory, fetched with the first plan that names it.
 
@@ -97,7 +111,7 @@ class Worker:
         """
         if arena_id not in self._arenas:
             patience = self._config.plan_deadline_ms / 1e3
-            with Client(self._config.home_path, timeout=patience) as client:
+            with Client(self._config.home_path, timeout=patience, role="engine") as client:
                 welcome = client.greet()
                 self._arenas.add(welcome.arena, os.dup(client.arena))
         return self._arenas.at(arena_id)

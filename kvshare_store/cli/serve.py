@@ -9,6 +9,9 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
+
+import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.cli.format import size
@@ -17,12 +20,42 @@ from kvshare_store.config import StoreConfig
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
+ListenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--listen", metavar="tcp://HOST:PORT", help="Serve other machines there; needs the keys."
+    ),
+]
+CertOption = Annotated[
+    str | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate of the daemon.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--tls-key", metavar="FILE", help="Private key of that certificate.")
+]
+ClientsOption = Annotated[
+    str | None,
+    typer.Option("--tls-clients", metavar="FILE", help="Certificates that vouch for clients."),
+]
+
+
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    listen: ListenOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    tls_clients: ClientsOption = None,
+) -> None:
     """Run the daemon of a home until it is stopped.
 
     Engines start one by themselves; run it by hand to choose its budgets or to watch it.
     """
-    run(partial(configured, home, config, set_))
+    network = {
+        "listen": listen, "tls_cert": tls_cert, "tls_key": tls_key, "tls_clients": tls_clients
+    }  # fmt: skip
+    given = [f"{name}={value}" for name, value in network.items() if value is not None]
+    run(partial(configured, home, config, [*(set_ or ()), *given]))
 
 
 def run(read: Callable[[], StoreConfig]) -> None:
@@ -46,6 +79,8 @@ def run(read: Callable[[], StoreConfig]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     socket = address.socket_path(config.home_path)
     server.log.info("kvshare: %s", start_line(config, str(socket)))
+    if config.listen:
+        server.log.info("kvshare: other machines reach it on port %d, with keys", daemon.port)
     daemon.serve()
     logging.shutdown()
     os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for

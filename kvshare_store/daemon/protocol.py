@@ -1,9 +1,10 @@
 """Messages between clients and the daemon: msgpack, one struct a message, a versioned hello.
 
 Unknown fields of a message are ignored, so that releases one version apart understand each other;
-an unknown message is refused and the connection lives on. Rows never travel here: clients map
-the daemon's arena, whose descriptor comes with the welcome; the daemon reads the client's outbox,
-whose descriptor comes with the hello.
+an unknown message is refused and the connection lives on. On one machine rows never travel here:
+clients map the daemon's arena, whose descriptor comes with the welcome; the daemon reads the
+client's outbox, whose descriptor comes with the hello. Between machines there are no descriptors,
+and rows travel in pieces (`ReadRows`, `WriteRows`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from kvshare_store.save.staging import Reuse
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
+
+PIECE_BYTES = MIB // 2
+"""Rows in one message, at most."""
 
 Role = Literal["reader", "engine", "admin"]
 """What a client may ask for; `kvshare_store.daemon.roles` says which role each message needs."""
@@ -43,13 +47,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan"):
-    """Reply: `ReusePlan`. `tokens`: int32, native byte order (both sides are one machine)."""
+    """Reply: `ReusePlan`. `tokens`: int32, little-endian."""
 
     namespace: Namespace
     tokens: bytes
     policy: str | None = None
     until: float = 0.0
-    """Monotonic seconds after which nobody waits for the plan, so none is made; 0: never."""
+    """Monotonic seconds after which nobody waits for the plan, so none is made; 0: never. Means
+    nothing between machines, whose clocks differ."""
     request: Label = ""
     """The engine's name of the request, for the log."""
 
@@ -72,6 +77,16 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
 
     lease: str
     outcome: Outcome
+
+
+class ReadRows(msgspec.Struct, frozen=True, tag="read_rows"):
+    """Reply: up to `PIECE_BYTES` of the rows of a leased block, from byte `start` on. For a client
+    that shares no memory with the daemon."""
+
+    lease: str
+    block: str
+    """Its name."""
+    start: Count = 0
 
 
 class Observe(msgspec.Struct, frozen=True, tag="observe"):
@@ -109,6 +124,16 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
     """The rows that were wanted lie in the client's outbox. Reply: node id or None."""
 
     staged: str
+
+
+class WriteRows(msgspec.Struct, frozen=True, tag="write_rows"):
+    """Some of the rows that a staged save wants, from a client that shares no memory with the
+    daemon; `Commit` follows when all were sent. Reply: None."""
+
+    staged: str
+    start: Count
+    """Byte of the outbox that such a client would have."""
+    rows: Annotated[bytes, msgspec.Meta(max_length=PIECE_BYTES)]
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
@@ -305,8 +330,9 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Request = (
-    Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
-    | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Explain | ListRequests | Diff
+    Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | Stage
+    | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | ShowNode
+    | Explain | ListRequests | Diff
     | HasNodes | PlanNode | Forget | Held | NodesOf | Clear | Pin | Evict | Export | Import
     | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip

@@ -15,7 +15,10 @@ from kvshare_store.errors import DeniedError
 ROLES: tuple[Role, ...] = get_args(Role)
 """From the least to the most."""
 
-_STORING = (protocol.Stage, protocol.Commit, protocol.Abandon, protocol.Forget, protocol.Flush)
+_STORING = (
+    protocol.Stage, protocol.WriteRows, protocol.Commit, protocol.Abandon, protocol.Forget,
+    protocol.Flush,
+)  # fmt: skip
 _RULING = (
     protocol.Clear, protocol.Pin, protocol.Evict, protocol.Export, protocol.Import,
     protocol.Collect, protocol.Purge, protocol.CheckTree, protocol.CheckBlocks, protocol.Stop,

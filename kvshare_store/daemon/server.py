@@ -23,10 +23,13 @@ from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.lanes import Lanes
+from kvshare_store.daemon.network import NetworkListener
 from kvshare_store.daemon.outbox import Received
 from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.daemon.reloading import changed
-from kvshare_store.daemon.switchboard import Switchboard
+from kvshare_store.daemon.rows import Inboxes, read_rows
+from kvshare_store.daemon.switchboard import Door, Switchboard
+from kvshare_store.daemon.tls import TlsStream
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
     DeadlineError,
@@ -44,6 +47,8 @@ from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")
 
+_INBOX_SHARE = 4
+"""Rows that other machines send may take this part of `host_bytes` before they are saved."""
 _TICK_S, _REST_S = 0.5, 0.1
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
@@ -65,13 +70,23 @@ class Server:
         self._wants_reload = False
         self._drained_by = float("inf")
         """When a daemon that drains ends, whatever is held then."""
-        self.store = Store(config)
+        self._network = NetworkListener(config) if config.listen else None
+        try:
+            self.store = Store(config)
+        except BaseException:
+            self._close_network()
+            raise
         try:
             self._listener = Listener(config.home_path)
         except KVShareError:
             self.store.close()
+            self._close_network()
             raise
-        self.switchboard = Switchboard(self._listener, self, limits or Limits())
+        doors: list[Door] = [self._listener]
+        if self._network is not None:
+            doors.append(self._network)
+        self.switchboard = Switchboard(doors, self, limits or Limits())
+        self._inboxes = Inboxes(config.host_bytes // _INBOX_SHARE)
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
@@ -86,8 +101,12 @@ class Server:
                 client.owner, message.busy
             ),
             protocol.Stage: self._stage,
+            protocol.ReadRows: lambda message, _: read_rows(self.store, message),
+            protocol.WriteRows: lambda message, client: self._inboxes.write(
+                self.store, client, message
+            ),
             protocol.Commit: self._commit,
-            protocol.Abandon: lambda message, _: self.store.abandon(message.staged),
+            protocol.Abandon: self._abandon,
             protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
@@ -117,6 +136,15 @@ class Server:
                     self._tend()
         finally:
             self.close()
+
+    @property
+    def port(self) -> int:
+        """Where it listens to other machines; 0 if it does not."""
+        return self._network.port if self._network is not None else 0
+
+    def _close_network(self) -> None:
+        if self._network is not None:
+            self._network.close()
 
     def _turn(self) -> bool:
         """A turn of the switchboard; an error in it must not end the daemon."""
@@ -160,6 +188,8 @@ class Server:
         """What is wrong, or cannot change, changes nothing."""
         try:
             asked = self.config if self._reread is None else self._reread()
+            if self._network is not None:  # certificates and roles may have changed
+                self._network.reload(self.config)
         except KVShareError as error:
             self.store.metrics.error(error.kind)
             log.error("kvshare: the settings stay as they are: %s", error)
@@ -214,10 +244,13 @@ class Server:
         version = protocol.common_version(message)
         if connection.outbox >= 0 and not _is_memory(connection.outbox):
             raise ProtocolError("the descriptor that came with the hello is no memory file")
+        if self._network is not None and isinstance(connection.stream, TlsStream):
+            connection.role = self._network.role_of(connection.stream)
         connection.role = roles.lesser(connection.role, message.role)
         arena, policy = self.store.blocks.host.arena, self.config.policy
         welcome = protocol.Welcome(version, os.getpid(), arena.id, policy, connection.role)
-        return protocol.encode(protocol.Reply(result=welcome)), arena.descriptor
+        descriptor = -1 if connection.remote else arena.descriptor
+        return protocol.encode(protocol.Reply(result=welcome)), descriptor
 
     def request(self, connection: Connection, frame: Frame) -> None:
         """Give a request to its lane."""
@@ -246,6 +279,7 @@ class Server:
         """End what a client held, after all that it had sent is done."""
         if not self._stopping:
             self._lanes.run("save", partial(self.store.reap, {connection.owner}))
+        self._inboxes.clear(connection)
 
     # --- in the lanes ------------------------------------------------------------------------
 
@@ -284,7 +318,7 @@ class Server:
     def _plan(self, message: protocol.Plan, client: Connection, came: float) -> Any:
         """`came`: when the request arrived (monotonic seconds)."""
         now, tokens, space = time.monotonic(), _tokens(message.tokens), message.namespace
-        if client.gone or 0 < message.until < now:
+        if client.gone or (0 < message.until < now and not client.remote):
             raise DeadlineError("the engine has stopped waiting for this plan")
         if now - came > self.config.plan_deadline_ms / 1e3:
             self.store.decline("late", len(tokens))
@@ -295,7 +329,7 @@ class Server:
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
         left_ms = self.config.plan_deadline_ms
-        if message.until:
+        if message.until and not client.remote:
             left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
         if client.gone or not left_ms >= 0:  # nor where it is no number
             raise DeadlineError("the client has stopped waiting for these rows")
@@ -308,6 +342,7 @@ class Server:
         self.store.observe(message.model, message.tokens, message.seconds)
 
     def _stage(self, message: protocol.Stage, client: Connection) -> Any:
+        self._inboxes.clear(client)
         return self.store.stage(
             _tokens(message.tokens),
             message.namespace,
@@ -317,7 +352,14 @@ class Server:
         )
 
     def _commit(self, message: protocol.Commit, client: Connection) -> str | None:
-        return self.store.commit(message.staged, Received(client.outbox))
+        try:
+            return self.store.commit(message.staged, Received(client.outbox))
+        finally:
+            self._inboxes.clear(client)
+
+    def _abandon(self, message: protocol.Abandon, client: Connection) -> None:
+        self._inboxes.clear(client)
+        self.store.abandon(message.staged)
 
     def _stats(self) -> dict[str, Any]:
         board = self.switchboard

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import DeadlineError, HomeError, KVShareError, UnavailableError
 
 _POLL_S = 0.05
@@ -114,9 +115,10 @@ def daemon_environment(config: StoreConfig) -> dict[str, str]:
 def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
     """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot."""
     deadline = time.monotonic() + timeout
-    client = Client(config.home_path)
+    client = Client(place_of(config))
     try:
-        _until_connected(client, config, deadline)
+        if not client.remote:
+            _until_connected(config, deadline)
         client.greet(max(0.0, deadline - time.monotonic()))
     except KVShareError:
         client.close()
@@ -124,7 +126,7 @@ def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
     return client
 
 
-def _until_connected(client: Client, config: StoreConfig, deadline: float) -> None:
+def _until_connected(config: StoreConfig, deadline: float) -> None:
     home, spawned = config.home_path, None
     try:
         while not answers(home):

@@ -250,6 +250,16 @@ class Serving:
             delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
         )
 
+    def leased_block(self, lease: str, name: str) -> BlockRef:
+        """See `Store.leased_block`."""
+        with self._nodes.lock:
+            opened = self._open.get(lease)
+        found = opened.plan.blocks if opened is not None else ()
+        for ref in found:
+            if ref.name == name:
+                return ref
+        raise LeaseError(f"lease {lease[:12]} has ended, or is not of block {name[:12]}")
+
     # --- the end of a plan -----------------------------------------------------------------------
 
     def finish(self, lease_id: str, outcome: Outcome) -> None:

@@ -154,6 +154,13 @@ class Saving:
             self._saves[save.staged.id] = save
         return save.staged
 
+    def wanted_bytes(self, staged_id: str, owner: str) -> int:
+        """See `Store.staged_bytes`."""
+        save = self._saves.get(staged_id)
+        if save is None or save.owner != owner:
+            raise LeaseError("the staged save is unknown or has ended; save again")
+        return save.staged.rows * save.namespace.layout.row_bytes
+
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save; one that has ended already is ignored."""
         with self._nodes.lock:
