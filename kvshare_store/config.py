@@ -23,6 +23,7 @@ CodecName = Literal["none", "zstd", "planes", "int8", "fp8"]
 WriteMode = Literal["through", "back"]
 EvictionName = Literal["cost", "lru", "s3fifo"]
 HugePages = Literal["auto", "never"]
+LogFormat = Literal["text", "json"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -156,6 +157,13 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The daemon exits after this long without clients (0: never)."""
     drain_seconds: float = 10.0
     """How long a daemon that is to end waits for leases and saves to end (0: not at all)."""
+    http: str = ""
+    """Where the daemon also serves its page, JSON and metrics: `127.0.0.1:8470`. Empty: nowhere."""
+    http_token: str = ""
+    """File, of mode 0600, with the token that whoever asks there must have. Empty: none, then only
+    this machine is listened to and only the daemon's own user is answered."""
+    log_format: LogFormat = "text"
+    """Lines of the log, of engines and daemon: for people, or one JSON object an event."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
     log_prompts: bool = False

@@ -120,7 +120,7 @@ def master_key(source: str, setting: str = "encryption_key") -> bytes:
     kind, _, where = source.partition(":")
     try:
         if kind == "file":
-            return _parsed(_from_file(Path(where).expanduser()), f"file {where}", raw=True)
+            return _parsed(private_file(Path(where).expanduser()), f"file {where}", raw=True)
         if kind == "env":
             value = os.environ.get(where)
             if value is None:
@@ -133,7 +133,8 @@ def master_key(source: str, setting: str = "encryption_key") -> bytes:
     raise ConfigError(f"{setting} must be file:PATH, env:NAME or command:ARGV")
 
 
-def _from_file(path: Path) -> bytes:
+def private_file(path: Path) -> bytes:
+    """What a short file holds; `ConfigError` if it cannot be read, or if others may read it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         with open(descriptor, "rb") as file:

@@ -160,6 +160,11 @@ class Outcome(msgspec.Struct, frozen=True):
     """Tokens that the engine's own prefix cache had, so the plan was not asked for them."""
     continued: Count = 0
 
+    @property
+    def reused(self) -> Reused:
+        """Tokens that were not computed."""
+        return Reused(self.exact, self.continued, self.edited)
+
 
 def contexts_of(
     inherited: Iterable[Context], spans: Iterable[Span], names: Sequence[str], exact: int = 0
@@ -245,6 +250,13 @@ class Reused(NamedTuple):
     def tokens(self) -> int:
         """All of them."""
         return sum(self)
+
+    @property
+    def kind(self) -> str:
+        """The least exact kind that there is."""
+        if self.edited:
+            return "edited"
+        return "continued" if self.continued else "exact"
 
 
 def reused_of(spans: Iterable[Span]) -> Reused:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
@@ -32,7 +29,7 @@ from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
-from kvshare_store.version import version
+from kvshare_store.stats import stats_of
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -372,34 +369,7 @@ class Store:
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
-        metrics = self.metrics
-        names = (
-            "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
-            "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
-            "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
-            "answers_stored", "tokens_answers_stored",
-        )  # fmt: skip
-        tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
-        return {
-            "version": version(),
-            "policy": self.config.policy,
-            "pid": os.getpid(),
-            "since": self._since,
-            **{name: metrics.count(name) for name in names},
-            "declined": metrics.declined,
-            "errors": metrics.errors,
-            "nodes": len(self.tree),
-            "blocks": self.tree.block_count,
-            "leases": len(self.blocks.leases),
-            "reserved": len(self.blocks.pool.filling()),
-            "staged": len(self._saving),
-            "tiers": tiers,
-            "health": metrics.health.report(),
-            "catalog_bytes": self.repository.catalog.bytes
-            if self.repository.catalog is not None
-            else 0,
-            "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
-        }
+        return stats_of(self.config, self.repository, since=self._since, staged=len(self._saving))
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""

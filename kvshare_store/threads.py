@@ -36,6 +36,9 @@ class Health:
         self._lock = threading.Lock()
         self._troubles: dict[str, _Trouble] = {}
         self._failures: Counter[str] = Counter()
+        self._well: dict[str, float] = {}
+        """When each part last did what it is for, Unix seconds."""
+        self._threads: dict[str, threading.Thread] = {}
 
     def failed(self, part: str, error: BaseException) -> None:
         """A part has met an error that it was not written for, or cannot do what it is for."""
@@ -46,8 +49,13 @@ class Health:
             what = f"{type(error).__name__}: {error}"[:200]
             self._troubles[part] = _Trouble(what, in_a_row, self._clock())
 
+    def watch(self, thread: threading.Thread) -> None:
+        """A thread was started: `report` says whether it still runs."""
+        self._threads[thread.name] = thread
+
     def well(self, part: str) -> None:
         """A part has done what it is for."""
+        self._well[part] = time.time()
         if part in self._troubles:
             with self._lock:
                 self._troubles.pop(part, None)
@@ -69,12 +77,19 @@ class Health:
             )
 
     def report(self) -> dict[str, Any]:
-        """`state` (`ok` or `degraded`), `reasons` by part, and `failures` so far by part."""
+        """`state` (`ok` or `degraded`), `reasons` by part, `failures` so far by part, when each
+        part was `well` last, and whether each of the `threads` runs."""
         with self._lock:
             reasons = {part: trouble.error for part, trouble in self._troubles.items()}
             failures = dict(self._failures)
         state = "degraded" if reasons else "ok"
-        return {"state": state, "reasons": reasons, "failures": failures}
+        return {
+            "state": state,
+            "reasons": reasons,
+            "failures": failures,
+            "well": dict(self._well),
+            "threads": {name: thread.is_alive() for name, thread in dict(self._threads).items()},
+        }
 
 
 class Supervised:
@@ -96,6 +111,7 @@ class Supervised:
         self._stop = stop or threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        health.watch(self._thread)
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE_S

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.requests import RequestState, Reserved
 
 from kvshare_store.config import StoreConfig
@@ -24,9 +25,10 @@ _BUSY_WAIT_S = 0.005
 class Lookups:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, link: Link) -> None:
+    def __init__(self, config: StoreConfig, link: Link, tally: Tally) -> None:
         self._config = config
         self._link = link
+        self._tally = tally
         self._heads: list[RequestState] = []
         self._late: list[RequestState] = []
         """Requests that ended, or whose namespace was replaced, before their plan came."""
@@ -55,10 +57,15 @@ class Lookups:
         """Wait up to `seconds` for the plan. Past its deadline the request is a miss."""
         if state.settled or state.asked is None:
             return
+        wanted_at = state.wanted_at = state.wanted_at or time.monotonic()
         left = self._left(state)
         if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
             self._link.give_up(state.asked)
             state.settled, state.reason = True, "deadline"
+        if state.settled:
+            self._tally.looked_up(time.monotonic() - wanted_at)
+            if state.trace is not None:
+                state.trace.part("lookup", state.asked_at, reason=state.reason)
 
     def _left(self, state: RequestState) -> float:
         """Seconds until the lookup's deadline."""

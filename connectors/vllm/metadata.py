@@ -31,6 +31,8 @@ class LoadSpec:
     """Reused positions that continue an edited prompt."""
     recomputed: int
     """Positions of the prompt, from `start` on, that the engine computes."""
+    trace: dict[str, str] | None = None
+    """Context of the request's span, where vLLM sends any."""
 
     def own_blocks(self, block_size: int) -> list[int]:
         """The request's own blocks: those before come from vLLM's prefix cache."""
@@ -51,6 +53,8 @@ class SaveSpec:
     block_ids: list[int]
     extends: int = 0
     """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
+    trace: dict[str, str] | None = None
+    """As in `LoadSpec`."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from kvshare_store.plan import ReusePlan, Run, gaps, reused_of
 from kvshare_store.save.staging import Reuse, contexts_of_rows
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.events import Announcer
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -27,9 +28,16 @@ _IN_FLIGHT = 2
 class Orders:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, adapters: Adapters, block: int) -> None:
-        """`block`: tokens of a paged block."""
+    def __init__(
+        self,
+        config: StoreConfig,
+        adapters: Adapters,
+        block: int,
+        announcer: Announcer | None = None,
+    ) -> None:
+        """`block`: tokens of a paged block. `announcer`: where vLLM publishes KV events."""
         self._config = config
+        self._announcer = announcer
         self._adapters = adapters
         self._block = block
         self._step = KVShareMetadata()
@@ -55,6 +63,7 @@ class Orders:
             exact=reused.exact,
             continued=reused.continued,
             recomputed=state.length - state.local - reused.tokens,
+            trace=state.carrier,
         )
         self._step.loads.append(spec)
 
@@ -105,14 +114,26 @@ class Orders:
         edited = any(span.edited for span in reuse.spans)
         if not edited and sum(run.length for run in fresh) <= 1:
             state.kept = _kept(reuse, fresh[0].start if fresh else state.length)
+            if self._announcer is not None and _exact(reuse) and len(reuse.donors) == 1:
+                self._announcer.found(state, state.kept.tokens, reuse.donors[0])
             return  # the very prompt is stored
         blocks = output.kv_connector_block_state
         if blocks is not None:
             state.kept = _kept(reuse, state.length)
+            if self._announcer is not None and _exact(reuse):
+                self._announcer.saving(state, state.length)
             (block_ids,) = blocks.resolve_block_ids(state.id)
             tokens = as_tokens(state.request.prompt_token_ids or ()).tobytes()
             step.saves.append(
-                SaveSpec(state.id, state.namespace, tokens, reuse, fresh, list(block_ids))
+                SaveSpec(
+                    state.id,
+                    state.namespace,
+                    tokens,
+                    reuse,
+                    fresh,
+                    list(block_ids),
+                    trace=state.carrier,
+                )
             )
 
     # --- answers -----------------------------------------------------------------------------
@@ -137,8 +158,11 @@ class Orders:
             [Run(kept.tokens, rows)],
             list(block_ids),
             kept.tokens,
+            state.carrier,
         )
         self._step.answers.append(spec)
+        if self._announcer is not None and _exact(kept.reuse):
+            self._announcer.saving(state, rows)
 
     def _rows(self, request: Request, block_ids: Sequence[int]) -> int:
         """How many tokens of an ended request have rows, or 0 if some of these are missing.
@@ -172,6 +196,11 @@ class Orders:
         self._step.handled |= invalid
         ended = (ids for step in self._ended for ids in step)
         return invalid.union(block for ids in ended for block in from_first(ids, invalid))
+
+
+def _exact(reuse: Reuse) -> bool:
+    """Whether all rows of a prompt that was computed with it are exact."""
+    return not (reuse.generation or reuse.contexts or any(not s.exact for s in reuse.spans))
 
 
 def _kept(reuse: Reuse, tokens: int) -> Kept:

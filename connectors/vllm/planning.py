@@ -19,6 +19,7 @@ from kvshare_connectors.vllm.arrivals import Arrivals
 from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.orders import Orders
 from kvshare_connectors.vllm.promises import promise_of
 from kvshare_connectors.vllm.publishing import Publishing
@@ -33,6 +34,8 @@ from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.events import Announcer
+    from kvshare_connectors.vllm.tracing import Trace
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -49,15 +52,19 @@ class Planning:
         link: Link,
         block: int,
         tenants: Tenants | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block."""
+        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block.
+        `announcer`: where vLLM publishes KV events."""
         self.config = config
         adapters = Adapters()
         self._states: dict[str, RequestState] = {}
         self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
-        self.lookups = Lookups(config, link)
+        self.tally = Tally()
+        self.lookups = Lookups(config, link, self.tally)
         self.publishing = Publishing(self._states, block)
-        self.orders = Orders(config, adapters, block)
+        self.announcer = announcer
+        self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
         self._namespace = self._origin = namespace
         self._link = link
@@ -66,6 +73,8 @@ class Planning:
         """Why the worker loads and stores nothing; empty if it does."""
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
+        self.trace_of: Callable[[Request], Trace] | None = None
+        """Begins the trace of a request."""
         self.may_start: Callable[[Request], bool] = lambda request: True
         """Asked before rows are promised: whether the scheduler has room for the request."""
         if config.log_requests:
@@ -79,6 +88,8 @@ class Planning:
 
     def close(self) -> None:
         """Disconnect from the daemon, which stays."""
+        if self.announcer is not None:
+            self.announcer.close()
         self._link.close()
 
     # --- requests come and go ----------------------------------------------------------------
@@ -100,6 +111,7 @@ class Planning:
         if state is None:
             state = self._arrivals.state_of(request, self._namespace, self._unserved)
             self._states[state.id] = state
+            state.trace = self.trace_of(request) if self.trace_of is not None else None
             self._link.working(True)
             if state.declined:
                 self._link.tell(protocol.Decline(state.declined, state.length))
@@ -123,8 +135,12 @@ class Planning:
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
+        computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
+        self.tally.ended(answer, computed=computed)
         if self.config.log_requests:
             log_line(state, answer)
+        if state.trace is not None:
+            state.trace.end(answer)
         return answer
 
     def _stop_waiting(self, state: RequestState) -> None:
@@ -176,6 +192,8 @@ class Planning:
         state.block_ids = blocks.get_block_ids()
         state.parked = bool(state.runs) and state.promise.parks
         state.count_reuse()
+        if state.trace is not None:
+            state.trace.loading(state)
         self.orders.load(state, state.plan)
         if self.places_runs:
             self.runs.add(state)
@@ -184,6 +202,9 @@ class Planning:
 
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
+        for state in self._states.values() if self.trace_of is not None else ():
+            if state.trace is not None:
+                state.trace.look()
         step = self.orders.build(output, self._states)
         step.model = self._namespace.model_digest
         return step
@@ -229,6 +250,8 @@ class Planning:
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
         self._namespace = msgspec.structs.replace(self._origin, revision=revision)
         self.orders.forget_answers()
+        if self.announcer is not None:
+            self.announcer.forget()
         for state in self._states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from kvshare_connectors.vllm.containment import log_once
 from kvshare_connectors.vllm.metadata import SaveSpec
 from kvshare_connectors.vllm.raw_blocks import RawBlocks
+from kvshare_connectors.vllm.timing import emit_span
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
@@ -126,6 +128,13 @@ class Saver:
                 work.raw.release()
 
     def _save(self, client: Client, snapshot: Snapshot) -> None:
+        began, spec = time.monotonic(), snapshot.spec
+        self._store(client, snapshot)
+        if spec.trace is not None:
+            took = time.monotonic() - began
+            emit_span(spec.trace, "save", took, bytes=snapshot.nbytes, answer=bool(spec.extends))
+
+    def _store(self, client: Client, snapshot: Snapshot) -> None:
         spec = snapshot.spec
         staged = client.stage_bytes(spec.tokens, spec.namespace, spec.reuse, spec.extends)
         if staged.known:

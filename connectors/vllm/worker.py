@@ -7,6 +7,7 @@ thread, after the token is out.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.resident import Resident
 from kvshare_connectors.vllm.saver import Saver, Snapshot
-from kvshare_connectors.vllm.timing import Seconds, stopwatch
+from kvshare_connectors.vllm.timing import Seconds, emit_span, stopwatch
 
 from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
@@ -31,6 +32,8 @@ from kvshare_store.tensors.rope import Rope
 
 _FETCH_S = 2.0
 """Rows of a daemon on another machine that take longer are not waited for: they are computed."""
+_TIMED = 4096
+"""Durations kept until vLLM asks for them, which it does each step."""
 
 
 class Worker:
@@ -53,6 +56,8 @@ class Worker:
         self._wrong_blocks: set[int] = set()
         """Blocks whose load failed, until the scheduler has learned of it."""
         self._watch = stopwatch(cache.device)
+        self._load_seconds: deque[float] = deque(maxlen=_TIMED)
+        """Written by the saver's thread, which waits for the device."""
 
     def save_answers(self, step: KVShareMetadata) -> None:
         """Copy the answers of requests that have ended, before anything is written in this step:
@@ -74,7 +79,7 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - the request is computed instead
                 self._load_failed(spec, contained(error))
                 continue
-            self.saver.tell(_loaded(spec, nbytes, watch.stop()))
+            self.saver.tell(self._loaded(spec, nbytes, watch.stop()))
         if step.loads:
             self._watch = stopwatch(self._cache.device)
 
@@ -172,28 +177,37 @@ class Worker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def _loaded(
+        self, spec: LoadSpec, nbytes: int, seconds: Seconds
+    ) -> Callable[[], protocol.Request]:
+        """The report on a load, made once the device has finished it."""
+        edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
+
+        def message() -> protocol.Request:
+            took = seconds()
+            self._load_seconds.append(took)
+            if spec.trace is not None:
+                emit_span(spec.trace, "load", took, bytes=nbytes)
+            outcome = Outcome(
+                spec.exact,
+                edited,
+                spec.recomputed,
+                nbytes,
+                took,
+                cached=spec.start,
+                continued=spec.continued,
+            )
+            return protocol.Finish(spec.lease, outcome)
+
+        return message
+
+    def take_load_seconds(self) -> list[float]:
+        """How long the loads took that have been timed since the last call."""
+        return [self._load_seconds.popleft() for _ in range(len(self._load_seconds))]
+
     def close(self) -> None:
         """Finish what is being saved."""
         self.saver.close()
-
-
-def _loaded(spec: LoadSpec, nbytes: int, seconds: Seconds) -> Callable[[], protocol.Request]:
-    """The report on a load, made once the device has finished it."""
-    edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
-
-    def message() -> protocol.Request:
-        outcome = Outcome(
-            spec.exact,
-            edited,
-            spec.recomputed,
-            nbytes,
-            seconds(),
-            cached=spec.start,
-            continued=spec.continued,
-        )
-        return protocol.Finish(spec.lease, outcome)
-
-    return message
 
 
 def _positions(runs: list[Run]) -> torch.Tensor:

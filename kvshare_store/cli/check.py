@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import printable, short, size
+from kvshare_store.readable import printable, short, size
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask

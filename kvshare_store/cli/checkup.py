@@ -19,12 +19,12 @@ import psutil
 from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.memory import available_bytes
 from kvshare_store.cli import remote
-from kvshare_store.cli.format import size
 from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import KVShareError, UnavailableError
+from kvshare_store.readable import size
 from kvshare_store.version import version
 
 OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"

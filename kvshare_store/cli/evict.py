@@ -16,8 +16,8 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.cli.format import short
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import short
 
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}

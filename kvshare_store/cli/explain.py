@@ -25,23 +25,13 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import KIND_COLOURS, printable, share, short, shortened
 from kvshare_store.cli.log import request_lines
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
 
 Found = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
-REASONS = {
-    "edit": "no stored prompt has these tokens here",
-    "window": "they follow an edit closely (edit_window, edit_growth)",
-    "min_run": "too few unedited tokens in a row (min_run)",
-    "tail": "the end of the prompt (tail; the last token always)",
-    "generation": "stored, but in rows that the policy does not build on (max_generation)",
-    "delimiters": "delimiters behind an edit (delimiters)",
-    "cost": "reuse would save too little (min_saving_ms, approximation_price)",
-    "policy": "the policy reuses prefixes only",
-}
 _PART_CHARS = 240
 
 PromptArgument = Annotated[

@@ -14,7 +14,7 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.cli.format import size
+from kvshare_store.readable import size
 
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Only say what would be collected.")

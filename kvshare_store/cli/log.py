@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import KIND_COLOURS, age, milliseconds, printable, short
+from kvshare_store.readable import KIND_COLOURS, age, milliseconds, printable, short
 
 Request = Mapping[str, Any]
 

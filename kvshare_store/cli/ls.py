@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, one_line, printable, short
+from kvshare_store.readable import age, one_line, printable, short
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
-from kvshare_store.cli.format import short
+from kvshare_store.readable import short
 
 NodeArgument = Annotated[
     str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")

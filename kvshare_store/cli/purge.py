@@ -9,8 +9,8 @@ import typer
 
 from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
-from kvshare_store.cli.format import short
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import short
 
 NamespaceOption = Annotated[
     str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")

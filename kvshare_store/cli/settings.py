@@ -20,9 +20,9 @@ from kvshare_store.cli.common import (
     print_json,
     sourced,
 )
-from kvshare_store.cli.format import printable, size
 from kvshare_store.config import FIELDS, Settings, unknown_variables
 from kvshare_store.errors import UnavailableError
+from kvshare_store.readable import printable, size
 
 Row = dict[str, Any]
 

@@ -22,7 +22,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, printable, provenance, short, shortened
+from kvshare_store.readable import age, printable, provenance, short, shortened
 
 Node = Mapping[str, Any]
 

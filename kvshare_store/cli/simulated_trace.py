@@ -12,9 +12,9 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from kvshare_store.cli.format import bar, share
 from kvshare_store.cli.simulated import Points, stderr
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import bar, share
 
 if TYPE_CHECKING:
     from kvshare_store.simulate.replay import Machine

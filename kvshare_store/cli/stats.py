@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, bar, milliseconds, share, size
+from kvshare_store.readable import age, bar, milliseconds, share, size
 
 Counts = Mapping[str, Any]
 

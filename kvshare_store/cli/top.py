@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, configured, console
-from kvshare_store.cli.format import milliseconds, share, size
 from kvshare_store.cli.log import requests_table
 from kvshare_store.cli.stats import headline, tiers_table
+from kvshare_store.readable import milliseconds, share, size
 
 Counts = Mapping[str, Any]
 

@@ -7,6 +7,7 @@ to know, such as what a candidate that it passed over would have given, is found
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -125,30 +126,37 @@ class Watched(Nominator):
 
     def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
         """As `Nominator`."""
-        if not self._without:
-            return self._noted("prefix", super().by_prefix(tokens, policies))
-        # the index names the prompt itself: the next best is looked for among all
+        if self._without:  # the index names the prompt itself
+            return self._noted("prefix", partial(self._next_best, tokens))
+        return self._noted("prefix", partial(super().by_prefix, tokens, policies))
+
+    def _next_best(self, tokens: Tokens) -> list[Node]:
+        """Looked for among all."""
         with self._state.lock:
             others = self._state.of_namespace(self._namespace)
         others = [node for node in others if node.id != self._without]
         others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
-        return self._noted("prefix", others[:1])
+        return others[:1]
 
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("words", super().by_words(vector, count + bool(self._without)))
+        return self._noted("words", partial(super().by_words, vector, count + bool(self._without)))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("passages", super().by_passages(hashes, count + bool(self._without)))
+        return self._noted(
+            "passages", partial(super().by_passages, hashes, count + bool(self._without))
+        )
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("text", super().by_text(like, count))
+        return self._noted("text", partial(super().by_text, like, count))
 
-    def _noted(self, how: str, found: list[Node]) -> list[Node]:
+    def _noted(self, how: str, find: Callable[[], list[Node]]) -> list[Node]:
         if self._only is not None:
             how, found = "asked", [self._only]
+        else:
+            found = find()
         found = [node for node in found if node.id != self._without]
         for node in found:
             ways = self.named.setdefault(node.id, (node, []))[1]

@@ -24,7 +24,7 @@ from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Draft, Planner
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
-from kvshare_store.lookup.request_log import Asked, RequestLog, kind_of, prompt_of
+from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
@@ -117,7 +117,7 @@ class Serving:
             namespace = self._nodes.namespaces.get(node.namespace) if node is not None else None
         self._metrics.add("lookups")
         if node is None or namespace is None or not node.exact:
-            self._count_miss("unknown_node", 0)
+            self._count_miss("unknown_node", 0, None)
             answer.set_result(ReusePlan(namespace="", tokens=0, declined="unknown_node"))
             return answer
         self._metrics.add("tokens_requested", node.length)
@@ -197,7 +197,7 @@ class Serving:
         seconds = perf_counter() - lookup.start
         self._metrics.observe("lookup", seconds)
         if plan.declined:
-            self._count_miss(plan.declined, lookup.tokens)
+            self._count_miss(plan.declined, lookup.tokens, lookup.namespace)
             self.log.missed(lookup, plan.declined, seconds)
         if plan.declined == "no_saving":
             self._costs.of(lookup.namespace.model_digest).doubt()
@@ -280,28 +280,23 @@ class Serving:
         self._metrics.add("tokens_engine_cached", outcome.cached)
         self._log_end(opened, outcome)
         if outcome.failed:
-            self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
+            left = outcome.recomputed or opened.tokens
+            self._count_miss(outcome.failed, left, opened.asked.namespace, outcome.cached)
             return
-        metrics = self._metrics
-        metrics.add(f"hits_{kind_of(outcome)}")
-        metrics.add("tokens_reused_exact", outcome.exact)
-        metrics.add("tokens_reused_continued", outcome.continued)
-        metrics.add("tokens_reused_edited", outcome.edited)
-        metrics.add("tokens_recomputed", outcome.recomputed)
-        metrics.add("bytes_loaded", outcome.nbytes)
-        metrics.observe("load", outcome.seconds)
+        self._count_hit(outcome, opened.asked.namespace)
+        self._metrics.add("bytes_loaded", outcome.nbytes)
+        self._metrics.observe("load", outcome.seconds)
         self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
 
     def engine_cached(self, tokens: int) -> None:
         """See `Store.engine_cached`."""
-        self._metrics.add("tokens_engine_cached", tokens)
-        self._metrics.add("tokens_recomputed", -tokens)
+        self._metrics.add_all({"tokens_engine_cached": tokens, "tokens_recomputed": -tokens})
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", tokens)
-        self._count_miss(reason, tokens)
+        self._count_miss(reason, tokens, None)
         self.log.declined(reason, tokens)
 
     def reap(self, dead_owners: set[str]) -> None:
@@ -324,17 +319,35 @@ class Serving:
 
     def _missed(self, opened: OpenPlan, reason: str) -> None:
         """A plan has ended without having been used."""
-        self._count_miss(reason, opened.tokens)
+        self._count_miss(reason, opened.tokens, opened.asked.namespace)
         self._log_end(opened, Outcome(recomputed=opened.tokens, failed=reason))
 
     def _log_end(self, opened: OpenPlan, outcome: Outcome) -> None:
         lookup = opened.made - opened.began
         self.log.ended(opened.asked, opened.plan, lookup, perf_counter() - opened.began, outcome)
 
-    def _count_miss(self, reason: str, tokens: int) -> None:
+    def _count_hit(self, outcome: Outcome, namespace: Namespace) -> None:
+        kind, reused = outcome.reused.kind, outcome.reused._asdict()
+        counts = {f"tokens_reused_{name}": tokens for name, tokens in reused.items()}
+        counts |= {f"hits_{kind}": 1, "tokens_recomputed": outcome.recomputed}
+        self._metrics.add_all(counts)
+        left = outcome.recomputed + outcome.cached
+        self._metrics.used(namespace.digest, kind, {**reused, "not_reused": left})
+
+    def _count_miss(
+        self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
+    ) -> None:
+        """`namespace`: None where nobody has said whose request it was."""
         self._metrics.add("misses")
         self._metrics.decline(reason)
         self._metrics.add("tokens_recomputed", tokens)
+        if namespace is not None:
+            self._metrics.used(namespace.digest, "miss", {"not_reused": tokens + cached})
+
+    def forget(self, digest: str) -> None:
+        """Drop what is remembered of the requests of a namespace."""
+        self.log.forget(digest)
+        self._metrics.forget(digest)
 
 
 def _whole(node: Node, tiers: Collection[str | None]) -> Draft:

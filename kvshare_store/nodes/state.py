@@ -65,6 +65,11 @@ class NodeState:
         """Every node of a namespace."""
         return [node for node in self.tree if node.namespace == namespace]
 
+    def count(self, namespace: str) -> int:
+        """How many nodes a namespace has, without looking at them."""
+        index = self._indexes.get(namespace)
+        return 0 if index is None else len(index)
+
     # --- changes -----------------------------------------------------------------------------
 
     def insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> Node:

@@ -76,7 +76,9 @@ def test_what_was_promised_is_kept(
         engine.client.call(protocol.Stop(drain=True))
     drains(engine)
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as other:
-        assert other.stats()["declined"]["draining"] >= 1, "it can be watched meanwhile"
+        stats = other.stats()
+        assert stats["declined"]["draining"] >= 1, "it can be watched meanwhile"
+        assert stats["daemon"]["draining"]
         with pytest.raises(UnavailableError, match="ending"):
             other.stage(np.asarray(prompt(3, 40), np.int32), NAMESPACE, Reuse())
     engine.book.check(prompt(1, 40), plan, engine.load(plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +77,10 @@ def test_what_a_hang_up_changes(daemon: Reloaded) -> None:
             assert "the settings stay as they are: " in daemon.reload(broken)
         assert client.call(protocol.Settings()) == settings
         assert client.stats()["errors"]["config"] == 4
-        assert "saves_per_second is 0.0 now" in daemon.reload("")
+        assert "log_format is json now" in daemon.reload("log_format: json\n")
+        line = daemon.reload("log_format: json\nmax_nodes: 7\n").strip()
+        assert "max_nodes is 7 now" in json.loads(line)["message"]
+        assert "log_format is text now" in daemon.reload("")
         assert engine.save(prompt(2, 40))
 
 

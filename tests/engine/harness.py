@@ -211,6 +211,7 @@ class Engine:
         params: dict[str, Any] | None = None,
         salt: str | None = None,
         lora: Any = None,
+        trace_headers: dict[str, str] | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a greedy request; returns its id. `params`: its whole `kv_transfer_params`."""
@@ -231,7 +232,7 @@ class Engine:
         text: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
             text["cache_salt"] = salt
-        self.core.add_request(name, text, wanted, lora_request=lora)
+        self.core.add_request(name, text, wanted, lora_request=lora, trace_headers=trace_headers)
         return name
 
     def abort(self, name: str) -> None:

@@ -29,6 +29,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 from tests.engine.harness import wait_until
 from tests.support.daemons import ClientDriver
+from tests.support.exposition import Exposed
 from tests.support.oracle import prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -206,6 +207,38 @@ def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
     assert (said["kvshare.reason"], said["kvshare.asked"]) == ("unknown_policy", "wild")
     streamed = call("chat/completions", chat(text, stream=True))
     assert streamed.rstrip().endswith("data: [DONE]")
+
+
+def scrape(server: Server) -> Exposed:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
+        return Exposed(answer.read().decode())
+
+
+def test_its_metrics_are_what_its_answers_say(server: Server, call: Call, home: Path) -> None:
+    """From the engine's process to the one that answers over HTTP."""
+    family = next(family for family in FAMILIES if family.name == "contract")
+    before, nodes = scrape(server), stored(home, 1)["nodes"]
+    said = []
+    for number, text in enumerate((family.donor, family.followers[0]), 1):
+        answer = json.loads(call("completions", {"prompt": text}))
+        said.append(answer["kv_transfer_params"])
+        stored(home, nodes + number)
+    assert said[1]["kvshare.edited"] > 0
+
+    def gained(name: str, **labels: str) -> float:
+        return scrape(server).total(name, **labels) - before.total(name, **labels)
+
+    def both_are_counted() -> bool:
+        return gained("vllm:kvshare_requests_total") == 2
+
+    wait_until(both_are_counted, STOP_S)
+    for kind in ("exact", "continued", "edited", "recomputed"):
+        tokens = sum(one[f"kvshare.{kind}"] for one in said)
+        assert gained("vllm:kvshare_tokens_total", kind=kind, model_name="demo") == tokens
+    assert gained("vllm:kvshare_requests_total", outcome="edited", engine="0") == 1
+    assert gained("vllm:kvshare_requests_total", outcome="miss") == 1
+    assert gained("vllm:kvshare_lookup_seconds_count") == 2
+    assert gained("vllm:kvshare_load_seconds_count") == 1
 
 
 def test_rewritten_histories_stream_and_say_in_the_log_what_was_reused(

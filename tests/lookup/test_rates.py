@@ -76,7 +76,7 @@ def test_plans_beyond_the_rate_are_declined(driver: Open, namespace: Namespace) 
     stats = engine.store.stats()
     assert stats["declined"] == {"too_many_plans": 2}
     assert (stats["lookups"], stats["misses"], stats["leases"]) == (4, 2, 0)
-    assert engine.store.requests.last(1)[0].reason == "too_many_plans"
+    assert engine.store.requests.last(2)[1].reason == "too_many_plans"
 
 
 def test_saves_beyond_the_rate_are_refused(driver: Open, namespace: Namespace) -> None:

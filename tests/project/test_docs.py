@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,10 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
+from tests.support.documents import ROOT, quoted, tables_of
 
-ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "docs" / "design"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-
-Table = list[list[str]]
-"""Rows of cells, the header first."""
-
-
-def tables(text: str) -> Iterator[Table]:
-    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
-        head, _, *rows = (
-            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
-            for line in block.splitlines()
-        )
-        yield [head, *rows]
-
-
-def tables_of(path: Path, *head: str) -> list[Table]:
-    """The tables of a document whose header begins (or, for one name, ends) so."""
-    found = [
-        table
-        for table in tables(path.read_text())
-        if tuple(table[0][: len(head)]) == head or table[0][-len(head) :] == list(head)
-    ]
-    assert found, f"{path.name} has no table with {head}"
-    return found
-
-
-def quoted(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Failed("timeout"),
     protocol.Stats(),
     protocol.ListNodes(3),
+    protocol.Branch("ab", after="1.5-cd", limit=3),
     protocol.ShowNode("ab"),
     protocol.HasNodes(("ab",)),
     protocol.PlanNode("ab"),

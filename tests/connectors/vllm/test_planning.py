@@ -45,6 +45,7 @@ def request(**fields: Any) -> Any:
         "request_id": f"request-{next(ids)}",
         "prompt_token_ids": list(range(LENGTH)),
         "num_prompt_tokens": LENGTH,
+        "num_output_tokens": 0,
         "num_preemptions": 0,
         "num_computed_tokens": 0,
         "prefill_stats": None,

@@ -47,6 +47,8 @@ class DiskTier(Tier):
     def __init__(
         self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], Beside]
     ) -> None:
+        self.quarantined = 0
+        """Blocks that did not verify."""
         self._folder = folder
         self._codec: Codec = codec
         self._key = key
@@ -186,6 +188,7 @@ class DiskTier(Tier):
 
         Where that fails the file stays and goes on being refused: nobody reads without verifying.
         """
+        self.quarantined += 1
         with contextlib.suppress(OSError):
             folder = self._folder / "quarantine"
             files.rename(self._inventory.path(name), str(folder / name))
@@ -234,6 +237,9 @@ class DiskTier(Tier):
 
     def counted(self) -> TierUse:
         return self._inventory.counted()
+
+    def trouble(self) -> dict[str, int | str]:
+        return {"quarantined": self.quarantined}
 
     async def close(self) -> None:
         """Calls that have begun end as they would have; later ones are refused."""
