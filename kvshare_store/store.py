@@ -115,16 +115,18 @@ class Store:
         owner: str = "",
         deadline_ms: float | None = None,
         request: str = "",
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
 
         Then it ends within the deadline in another thread, which also runs its callbacks: keep them
         short. Input that makes no sense raises here; the future has a plan in every other case.
-        `request`: the engine's name of the request, for the log.
+        `request`: the engine's name of the request, for the log. `far`: the rows go to another
+        machine, so loading is weighed at the rate measured there.
         """
         return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request
+            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far
         )
 
     def explain(
@@ -152,13 +154,18 @@ class Store:
         return self._serving.log
 
     def plan_node(
-        self, node_id: str, *, owner: str = "", deadline_ms: float | None = None
+        self,
+        node_id: str,
+        *,
+        owner: str = "",
+        deadline_ms: float | None = None,
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """All rows of one exact node, leased until `finish`: no lookup, no policy, no cost.
 
         Ends as `plan_soon` does; a node that is not here, or not exact, is a plan without use.
         """
-        return self._serving.plan_node(node_id, owner, deadline_ms)
+        return self._serving.plan_node(node_id, owner, deadline_ms, far=far)
 
     def decline(self, reason: str, tokens: int) -> None:
         """Count a request of `tokens` tokens that the engine could not ask a plan for."""
@@ -184,10 +191,11 @@ class Store:
         """
         self.text.working(owner, busy)
 
-    def observe(self, model: str, tokens: int, seconds: float) -> None:
+    def observe(self, model: str, tokens: int, seconds: float, *, far: bool = False) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
-        of its namespace."""
-        self.costs.observe(model, tokens, seconds)
+        of its namespace, `far`: on another machine."""
+        costs = self._serving.far_costs if far else self.costs
+        costs.observe(model, tokens, seconds)
 
     def load(self, plan: ReusePlan, rope: Rope | None = None) -> EditedRows:
         """The rows of a plan's spans, K moved to its new positions; ends the lease.

@@ -78,6 +78,11 @@ _LANES: dict[type, str] = {
 """All others are what people ask: `status`."""
 
 
+def lane_of(kind: type) -> str:
+    """The lane that answers messages of a kind."""
+    return _LANES.get(kind, "status")
+
+
 class Lanes:
     """Work goes in; nothing that goes wrong in it ends a thread or stays unsaid."""
 
@@ -89,7 +94,7 @@ class Lanes:
 
         `OverloadError` if too many such requests of the client wait already.
         """
-        self._lanes[_LANES.get(kind, "status")].put(client, work)
+        self._lanes[lane_of(kind)].put(client, work)
 
     def ask(self, client: str, kind: type, question: Callable[[], Any]) -> Future[Any]:
         """As `submit`, for somebody in this process: the future has the answer, or the error that

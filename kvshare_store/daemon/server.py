@@ -369,7 +369,12 @@ class Server:
             self.store.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self.store.plan_soon(
-            tokens, space, policy=message.policy, owner=client.owner, request=message.request
+            tokens,
+            space,
+            policy=message.policy,
+            owner=client.owner,
+            request=message.request,
+            far=client.remote,
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
@@ -378,13 +383,15 @@ class Server:
             left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
         if client.gone or not left_ms >= 0:  # nor where it is no number
             raise DeadlineError("the client has stopped waiting for these rows")
-        return self.store.plan_node(message.node, owner=client.owner, deadline_ms=left_ms)
+        return self.store.plan_node(
+            message.node, owner=client.owner, deadline_ms=left_ms, far=client.remote
+        )
 
     def _chore(self, message: Any, client: Connection) -> Any:
         return do_chore(self.store, message, lambda: client.gone or self._stopping)
 
-    def _observe(self, message: protocol.Observe, _: Connection) -> None:
-        self.store.observe(message.model, message.tokens, message.seconds)
+    def _observe(self, message: protocol.Observe, client: Connection) -> None:
+        self.store.observe(message.model, message.tokens, message.seconds, far=client.remote)
 
     def _stage(self, message: protocol.Stage, client: Connection) -> Any:
         self._inboxes.clear(client)

@@ -62,6 +62,8 @@ class Serving:
         self._blocks = nodes.blocks
         self._open = plans
         self._costs = costs
+        self.far_costs = Costs(far=True)
+        """Of engines on other machines."""
         self._text = text
         self._metrics = metrics
         self._policy = configured_policy(config)
@@ -87,6 +89,8 @@ class Serving:
         owner: str,
         deadline_ms: float | None,
         name: str = "",
+        *,
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -97,6 +101,7 @@ class Serving:
             perf_counter(),
             name,
             prompt_of(request, self.log.prompts),
+            far,
         )
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", lookup.tokens)
@@ -109,7 +114,9 @@ class Serving:
         self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
         return self._leasing(answer, lookup, draft, owner, deadline_ms)
 
-    def plan_node(self, node_id: str, owner: str, deadline_ms: float | None) -> Future[ReusePlan]:
+    def plan_node(
+        self, node_id: str, owner: str, deadline_ms: float | None, *, far: bool = False
+    ) -> Future[ReusePlan]:
         """See `Store.plan_node`."""
         start, answer = perf_counter(), Future[ReusePlan]()
         with self._nodes.lock:
@@ -122,7 +129,7 @@ class Serving:
             return answer
         self._metrics.add("tokens_requested", node.length)
         policy = stricter_policy(self._policy, "exact")
-        lookup = Asked(namespace, node.length, policy, start)
+        lookup = Asked(namespace, node.length, policy, start, far=far)
         if refused := self._refused(owner, namespace):
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
@@ -136,6 +143,9 @@ class Serving:
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             return "too_many_leases"
         return "" if self._rates.allow(namespace.digest) else "too_many_plans"
+
+    def _costs_of(self, lookup: Asked) -> Costs:
+        return self.far_costs if lookup.far else self._costs
 
     def _leasing(
         self,
@@ -160,7 +170,7 @@ class Serving:
                 self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
             ),
             policy,
-            self._costs.of(namespace.model_digest),
+            self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
             row_bytes=namespace.layout.row_bytes,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
@@ -200,7 +210,7 @@ class Serving:
             self._count_miss(plan.declined, lookup.tokens, lookup.namespace)
             self.log.missed(lookup, plan.declined, seconds)
         if plan.declined == "no_saving":
-            self._costs.of(lookup.namespace.model_digest).doubt()
+            self._costs_of(lookup).of(lookup.namespace.model_digest).doubt()
         answer.set_result(plan)
 
     def _leased(
@@ -286,7 +296,7 @@ class Serving:
         self._count_hit(outcome, opened.asked.namespace)
         self._metrics.add("bytes_loaded", outcome.nbytes)
         self._metrics.observe("load", outcome.seconds)
-        self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+        self._costs_of(opened.asked).load[opened.tier].observe(outcome.nbytes, outcome.seconds)
 
     def engine_cached(self, tokens: int) -> None:
         """See `Store.engine_cached`."""

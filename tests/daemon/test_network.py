@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -204,6 +205,26 @@ def test_whose_machine_died_loses_its_leases(
     assert eventually(lambda: server._inboxes._sizes == {})
 
 
+def test_far_loads_are_weighed_by_themselves(
+    connect: Callable[..., Client], server: Server
+) -> None:
+    """A slow network makes plans dear for those behind it, and for nobody else."""
+    far = ClientDriver(connect(), WIDE)
+    with Client(server.config.home_path, timeout=PATIENCE_S) as client:
+        near = ClientDriver(client, WIDE, far.book)
+        assert far.save(prompt(1, 200))
+        plan = far.plan(prompt(1, 200))
+        server.store._serving.far_costs.load["host"].observe(1 << 22, 1e4)
+        far.finish(plan)
+        assert far.plan(prompt(1, 200)).declined == "no_saving"
+        assert near.serve(prompt(1, 200)).exact == 199
+        client.call(protocol.Observe(1000, 1.0, WIDE.model_digest))
+        far.client.call(protocol.Observe(1000, 50.0, WIDE.model_digest))
+    rates = [costs.of(WIDE.model_digest).prefill.value
+             for costs in (server.store.costs, server.store._serving.far_costs)]  # fmt: skip
+    assert rates == [1000.0, 20.0]
+
+
 # --- who is let in --------------------------------------------------------------------------------
 
 
@@ -283,6 +304,27 @@ def test_keys_are_needed_at_the_start(config: Config, keys: Keys) -> None:
         Server(config(listen="tcp://0.0.0.0:0"))
     with pytest.raises(ConfigError, match="needs tls_cert, tls_key, tls_server"):
         place_of(config(connect="tcp://127.0.0.1:1"))
+
+
+def test_the_keys_that_the_page_makes(
+    config: Config, tmp_path: Path, require: Callable[[bool, str], None]
+) -> None:
+    require(shutil.which("openssl") is not None, "openssl")
+    page = (Path(__file__).parents[2] / "docs" / "design" / "security.md").read_text()
+    (commands,) = (block for block in page.split("```") if block.startswith("\nopenssl"))
+    made = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True)
+    if "unrecognized option" in made.stderr.lower():
+        require(False, "OpenSSL 3")
+    assert made.returncode == 0, made.stderr
+    ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "daemon.pem", "daemon.key"))
+    listening = {"listen": "tcp://127.0.0.1:0", "tls_cert": cert, "tls_key": key}
+    with serving(config(**listening, tls_clients=ca)) as server:
+        settings = StoreConfig(
+            connect=f"tcp://127.0.0.1:{server.port}", tls_server=ca,
+            tls_cert=str(tmp_path / "engine.pem"), tls_key=str(tmp_path / "engine.key"),
+        )  # fmt: skip
+        with Client(place_of(settings), timeout=PATIENCE_S) as client:
+            assert client.greet().role == "engine"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:80", "tcp://:1", "tcp://a", "tcp://a:99999", "x"])
