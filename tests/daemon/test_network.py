@@ -39,7 +39,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.certificates import Authority, Pair
+from tests.support.certificates import Keys, Pair, free_port
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import prompt
 
@@ -48,31 +48,6 @@ NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 WIDE = Namespace("wide", KVLayout(8, 8, 64, "float32"))
 """Rows of 32 KiB: a block of 32 rows is two pieces."""
 PATIENCE_S = 20.0
-
-
-class Keys:
-    """Those of one daemon and its clients."""
-
-    def __init__(self, folder: Path) -> None:
-        self.servers, self.clients = Authority(folder, "servers"), Authority(folder, "clients")
-        self.strangers = Authority(folder, "strangers")
-        self.server = self.servers.issue("daemon")
-
-    def listening(self, **changes: Any) -> dict[str, Any]:
-        """Settings of the daemon."""
-        return {
-            "listen": "tcp://127.0.0.1:0",
-            "tls_cert": self.server.cert,
-            "tls_key": self.server.key,
-            "tls_clients": self.clients.cert,
-        } | changes
-
-    def client(self, pair: Pair, port: int, **changes: Any) -> StoreConfig:
-        """Settings of a client that shows a certificate."""
-        return StoreConfig(**{
-            "home": "/nonexistent", "connect": f"tcp://127.0.0.1:{port}", "tls_cert": pair.cert,
-            "tls_key": pair.key, "tls_server": self.servers.cert,
-        } | changes)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +128,7 @@ def test_an_engine_of_another_machine_has_a_link(
 
 
 def test_a_daemon_that_came_back_is_greeted_anew(config: Config, keys: Keys) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = config(**keys.listening(listen=f"tcp://127.0.0.1:{port}"))
     place = place_of(keys.client(keys.clients.issue("e", "engine"), port))
     with Client(place, timeout=PATIENCE_S) as client:

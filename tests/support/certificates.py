@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -20,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 from cryptography.x509.oid import NameOID
+
+from kvshare_store.config import StoreConfig
 
 _DAY = datetime.timedelta(days=1)
 
@@ -87,6 +90,38 @@ class Authority:
         path.write_bytes(data)
         path.chmod(0o600)
         return str(path)
+
+
+class Keys:
+    """Those of one daemon and its clients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.servers, self.clients = Authority(folder, "servers"), Authority(folder, "clients")
+        self.strangers = Authority(folder, "strangers")
+        self.server = self.servers.issue("daemon")
+
+    def listening(self, **changes: Any) -> dict[str, Any]:
+        """Settings of the daemon."""
+        return {
+            "listen": "tcp://127.0.0.1:0",
+            "tls_cert": self.server.cert,
+            "tls_key": self.server.key,
+            "tls_clients": self.clients.cert,
+        } | changes
+
+    def client(self, pair: Pair, port: int, **changes: Any) -> StoreConfig:
+        """Settings of a client that shows a certificate."""
+        return StoreConfig(**{
+            "home": "/nonexistent", "connect": f"tcp://127.0.0.1:{port}", "tls_cert": pair.cert,
+            "tls_key": pair.key, "tls_server": self.servers.cert,
+        } | changes)  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _name(name: str, unit: str = "") -> x509.Name:
