@@ -53,6 +53,7 @@ class Saver:
 
     def __init__(self, config: StoreConfig, layout: KVLayout) -> None:
         self._config = config
+        self._place = place_of(config)  # what is wrong with its keys is said at the start
         self._layout = layout
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
         self._waiting_bytes = 0
@@ -95,7 +96,7 @@ class Saver:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        client = Client(place_of(self._config), role="engine")
+        client = Client(self._place, role="engine")
         while (work := self._queue.get()) is not None:
             try:
                 self._do(client, work)

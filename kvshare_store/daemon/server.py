@@ -16,19 +16,15 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import by_id, protocol, roles
+from kvshare_store.daemon import protocol, roles
 from kvshare_store.daemon.address import Listener
-from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
+from kvshare_store.daemon.handling import Handling
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.network import NetworkListener
-from kvshare_store.daemon.outbox import Received
-from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.daemon.reloading import changed
-from kvshare_store.daemon.rows import Inboxes, read_rows
 from kvshare_store.daemon.switchboard import Door, Switchboard
 from kvshare_store.daemon.tls import TlsStream
 from kvshare_store.daemon.wire import Frame
@@ -38,23 +34,17 @@ from kvshare_store.errors import (
     HomeError,
     InternalError,
     KVShareError,
-    PlanError,
     ProtocolError,
     UnavailableError,
 )
 from kvshare_store.logs import log_as_json, log_as_text
-from kvshare_store.nodes.edits import Tokens
-from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")
 
-_INBOX_SHARE = 4
-"""Rows that other machines send may take this part of `host_bytes` before they are saved."""
 _TICK_S, _REST_S = 0.5, 0.1
 _INSIDE = "inside"
 """Whoever asks from this process, as one client of the lanes."""
-_WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
 """How long a stopping daemon waits for what it is doing for clients."""
 
@@ -97,44 +87,12 @@ class Server:
         if self._network is not None:
             doors.append(self._network)
         self.switchboard = Switchboard(doors, self, limits or Limits())
-        self._inboxes = Inboxes(config.host_bytes // _INBOX_SHARE)
+        self._handling = Handling(self.store, self._stats, self._check_home)
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
         self._beside: list[Beside] = []
         self._started = self._idle_since = self._tended = time.monotonic()
-        self._handlers: dict[type, Callable[[Any, Any], Any]] = {
-            protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
-            protocol.EngineCached: lambda message, _: self.store.engine_cached(message.tokens),
-            protocol.Settings: lambda *_: self.config,
-            protocol.Finish: lambda message, _: self.store.finish(message.lease, message.outcome),
-            protocol.Observe: self._observe,
-            protocol.Working: lambda message, client: self.store.working(
-                client.owner, message.busy
-            ),
-            protocol.Stage: self._stage,
-            protocol.ReadRows: lambda message, _: read_rows(self.store, message),
-            protocol.WriteRows: lambda message, client: self._inboxes.write(
-                self.store, client, message
-            ),
-            protocol.Commit: self._commit,
-            protocol.Abandon: self._abandon,
-            protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
-            protocol.Stats: lambda *_: self._stats(),
-            protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
-            **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
-            protocol.HasNodes: lambda message, _: by_id.has_nodes(
-                self.store, message.nodes, use=message.use
-            ),
-            protocol.PlanNode: self._plan_node,
-            protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
-            protocol.Held: lambda message, _: by_id.held(self.store, message.model),
-            protocol.NodesOf: lambda message, _: by_id.nodes_of(
-                self.store, message.namespace, message.after, message.limit
-            ),
-            protocol.Clear: lambda *_: self.store.clear(),
-            **dict.fromkeys(CHORES, self._chore),
-        }
 
     # --- for parts of this process, in any thread ------------------------------------------------
 
@@ -153,10 +111,9 @@ class Server:
     def _inside(self, message: Any, given_up: Callable[[], bool]) -> Any:
         if given_up():
             raise DeadlineError("nobody wants this answer any more")
-        if not isinstance(message, CHORES):
-            return msgspec.to_builtins(self._handlers[type(message)](message, None))
-        self._check_home()
-        found = do_chore(self.store, message, lambda: given_up() or self._stopping)
+        found = self._handling.answer(
+            message, None, time.monotonic(), lambda: given_up() or self._stopping
+        )
         return msgspec.to_builtins(found)
 
     # --- the main thread -------------------------------------------------------------------------
@@ -320,7 +277,7 @@ class Server:
         """End what a client held, after all that it had sent is done."""
         if not self._stopping:
             self._lanes.run("save", partial(self.store.reap, {connection.owner}))
-        self._inboxes.clear(connection)
+        self._handling.inboxes.clear(connection)
 
     # --- in the lanes ------------------------------------------------------------------------
 
@@ -329,11 +286,9 @@ class Server:
 
     def _result(self, connection: Connection, frame: Frame, came: float) -> Any:
         message = protocol.decode_request(frame.body)
-        if isinstance(message, protocol.Plan):
-            return self._plan(message, connection, came)
-        if isinstance(message, _WRITING):
-            self._check_home()
-        return self._handlers[type(message)](message, connection)
+        return self._handling.answer(
+            message, connection, came, lambda: connection.gone or self._stopping
+        )
 
     def _check_home(self) -> None:
         if not self._listener.in_place:
@@ -360,59 +315,6 @@ class Server:
     def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)
 
-    def _plan(self, message: protocol.Plan, client: Connection, came: float) -> Any:
-        """`came`: when the request arrived (monotonic seconds)."""
-        now, tokens, space = time.monotonic(), _tokens(message.tokens), message.namespace
-        if client.gone or (0 < message.until < now and not client.remote):
-            raise DeadlineError("the engine has stopped waiting for this plan")
-        if now - came > self.config.plan_deadline_ms / 1e3:
-            self.store.decline("late", len(tokens))
-            return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
-        return self.store.plan_soon(
-            tokens,
-            space,
-            policy=message.policy,
-            owner=client.owner,
-            request=message.request,
-            far=client.remote,
-        )
-
-    def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
-        left_ms = self.config.plan_deadline_ms
-        if message.until and not client.remote:
-            left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
-        if client.gone or not left_ms >= 0:  # nor where it is no number
-            raise DeadlineError("the client has stopped waiting for these rows")
-        return self.store.plan_node(
-            message.node, owner=client.owner, deadline_ms=left_ms, far=client.remote
-        )
-
-    def _chore(self, message: Any, client: Connection) -> Any:
-        return do_chore(self.store, message, lambda: client.gone or self._stopping)
-
-    def _observe(self, message: protocol.Observe, client: Connection) -> None:
-        self.store.observe(message.model, message.tokens, message.seconds, far=client.remote)
-
-    def _stage(self, message: protocol.Stage, client: Connection) -> Any:
-        self._inboxes.clear(client)
-        return self.store.stage(
-            _tokens(message.tokens),
-            message.namespace,
-            message.reuse,
-            owner=client.owner,
-            extends=message.extends,
-        )
-
-    def _commit(self, message: protocol.Commit, client: Connection) -> str | None:
-        try:
-            return self.store.commit(message.staged, Received(client.outbox))
-        finally:
-            self._inboxes.clear(client)
-
-    def _abandon(self, message: protocol.Abandon, client: Connection) -> None:
-        self._inboxes.clear(client)
-        self.store.abandon(message.staged)
-
     def _stats(self) -> dict[str, Any]:
         board = self.switchboard
         return self.store.stats() | {
@@ -425,13 +327,6 @@ class Server:
                 "draining": self._drained_by != float("inf"),
             }
         }
-
-
-def _tokens(raw: bytes) -> Tokens:
-    try:
-        return np.frombuffer(raw, np.int32)
-    except ValueError as error:
-        raise PlanError(f"{len(raw)} bytes are no int32 tokens") from error
 
 
 def _is_memory(descriptor: int) -> bool:

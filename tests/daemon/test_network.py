@@ -39,7 +39,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.certificates import Keys, Pair, free_port
+from tests.support.certificates import Keys, Pair
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import prompt
 
@@ -128,7 +128,7 @@ def test_an_engine_of_another_machine_has_a_link(
 
 
 def test_a_daemon_that_came_back_is_greeted_anew(config: Config, keys: Keys) -> None:
-    port = free_port()
+    port = keys.port
     settings = config(**keys.listening(listen=f"tcp://127.0.0.1:{port}"))
     place = place_of(keys.client(keys.clients.issue("e", "engine"), port))
     with Client(place, timeout=PATIENCE_S) as client:
@@ -175,7 +175,7 @@ def test_whose_machine_died_loses_its_leases(
         child.wait(PATIENCE_S)
         child.stdout.close()
     assert eventually(lambda: server.store.held == 0)
-    assert eventually(lambda: server._inboxes._sizes == {})
+    assert eventually(lambda: server._handling.inboxes._sizes == {})
 
 
 def test_far_loads_are_weighed_by_themselves(
@@ -434,7 +434,7 @@ def test_rows_that_were_not_asked_for(
 
 def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], server: Server) -> None:
     first, second = connect(), connect()
-    server._inboxes._most = 3000
+    server._handling.inboxes._most = 3000
     save = staged(first, 1)
     first.call(protocol.WriteRows(save, 0, bytes(2560)))
     other = staged(second, 2)
@@ -442,7 +442,7 @@ def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], serv
     first.abandon(save)
     second.call(protocol.WriteRows(other, 0, bytes(2560)))
     assert second.call(protocol.Commit(other))
-    assert server._inboxes._sizes == {}
+    assert server._handling.inboxes._sizes == {}
 
 
 def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from tests.engine.harness import Engine
-from tests.support.certificates import Keys, free_port
+from tests.support.certificates import Keys
 from tests.support.daemons import Daemon
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -19,21 +19,21 @@ LENGTH = 150
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Keys, int]]:
-    keys, port = Keys(tmp_path_factory.mktemp("keys")), free_port()
-    settings = keys.listening(listen=f"tcp://127.0.0.1:{port}")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Keys]]:
+    keys = Keys(tmp_path_factory.mktemp("keys"))
+    settings = keys.listening(listen=f"tcp://127.0.0.1:{keys.port}")
     config = StoreConfig(
         home=str(tmp_path_factory.mktemp("far") / "home"), semantic="never", policy="aggressive",
         min_saving_ms=-1e9, host_bytes=512 << 20, plan_deadline_ms=10_000.0, **settings,
     )  # fmt: skip
     with Daemon(config) as started:
-        yield started, keys, port
+        yield started, keys
 
 
 @pytest.fixture(scope="module")
-def engine(daemon: tuple[Daemon, Keys, int]) -> Iterator[Engine]:
-    far, keys, port = daemon
-    shown = keys.client(keys.clients.issue("node-1", "engine"), port)
+def engine(daemon: tuple[Daemon, Keys]) -> Iterator[Engine]:
+    far, keys = daemon
+    shown = keys.client(keys.clients.issue("node-1", "engine"), keys.port)
     names = ("connect", "tls_cert", "tls_key", "tls_server")
     kvshare = {"policy": "aggressive"} | {name: getattr(shown, name) for name in names}
     engine = Engine(far.config.home_path, kvshare=kvshare)  # the home is for counting only
@@ -63,7 +63,7 @@ def test_rows_are_saved_and_loaded_over_the_network(engine: Engine) -> None:
 
 
 def test_a_daemon_that_went_away_costs_reuse_and_nothing_else(
-    engine: Engine, daemon: tuple[Daemon, Keys, int], tmp_path: Path
+    engine: Engine, daemon: tuple[Daemon, Keys], tmp_path: Path
 ) -> None:
     prompt = fresh(3)
     computed = engine.store(prompt)

@@ -99,6 +99,8 @@ class Keys:
         self.servers, self.clients = Authority(folder, "servers"), Authority(folder, "clients")
         self.strangers = Authority(folder, "strangers")
         self.server = self.servers.issue("daemon")
+        self.port = free_port()
+        """For a daemon whose clients must know it before it starts."""
 
     def listening(self, **changes: Any) -> dict[str, Any]:
         """Settings of the daemon."""
