@@ -11,7 +11,7 @@
 # make chaos-machines   three machines on one remote and one catalogue: is anything lost (STEPS=, SEED=)
 # make churn    a day of traffic at full budgets
 # make docs     the page of results from what was measured, and whether links lead somewhere
-# make lint     style, types, and which room may import which
+# make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
 .PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs lint packages clean

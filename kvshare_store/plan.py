@@ -94,11 +94,11 @@ class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a leased block lies: `offset` bytes into the arena (-1: not resident), and what its
-    label must say there."""
+    label must say there. Before the lease only the name is known."""
 
     name: str
-    rows: int
-    nbytes: int
+    rows: int = 0
+    nbytes: int = 0
     offset: int = -1
     seq: int = 0
     """Number of the copy into that place; no other copy has it."""
@@ -141,6 +141,11 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     def stop(self) -> int:
         """One past the last reused position; what follows is ordinary prefill."""
         return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What `Span.block` indexes."""
+        return tuple(block.name for block in self.blocks)
 
     def placeholders(self, start: int = 0) -> list[Run]:
         """Runs from `start` up to `stop` that the engine must compute, ascending."""

@@ -31,6 +31,10 @@ class Rates:
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Namespaces that are remembered."""
+        return len(self._buckets)
+
     def allow(self, namespace: str) -> bool:
         """Whether the namespace may ask now; if so, that is counted."""
         rate = self.per_second

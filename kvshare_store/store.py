@@ -51,6 +51,8 @@ class Store:
         self.metrics = Metrics()
         wanted(config)
         self.costs = Costs()
+        self.far_costs = Costs(far=True)
+        """Of engines on other machines."""
         self.repository = repository = Repository(config, self.metrics)
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
@@ -59,21 +61,23 @@ class Store:
         self._rewriter = Rewriter(repository)
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
-        self._serving = Serving(config, nodes, plans, self.costs, self.text, self.metrics)
-        self._saving = Saving(config, nodes, plans, self.metrics)
-        self._janitor = Janitor(config, repository, self._rewriter)
+        self._serving = Serving(
+            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics
+        )
+        self.saving = Saving(config, nodes, plans, self.metrics)
+        self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """How many failures of the committer each owner knew of when it first saved."""
-        self._sharing: Sharing | None = None
+        self.sharing: Sharing | None = None
         if config.catalog and repository.catalog is not None:
-            purges = OthersPurges(repository, self._saving, config.home_path)
-            self._sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
+            purges = OthersPurges(repository, self.saving, config.home_path)
+            self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
 
     def reload(self, config: StoreConfig) -> None:
         """Go on by the settings of `config` that may change while a store is open: its limits, the
         deadlines and budgets of plans, and how many nodes are kept."""
         self.config = config
-        for part in (self._serving, self._saving, self.nodes, self._janitor):
+        for part in (self._serving, self.saving, self.nodes, self.janitor):
             part.reload(config)
 
     def drain(self) -> None:
@@ -83,7 +87,7 @@ class Store:
     @property
     def held(self) -> int:
         """Leases and staged saves that have not ended."""
-        return len(self.blocks.leases) + len(self._saving)
+        return len(self.blocks.leases) + len(self.saving)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -194,7 +198,7 @@ class Store:
     def observe(self, model: str, tokens: int, seconds: float, *, far: bool = False) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
         of its namespace, `far`: on another machine."""
-        costs = self._serving.far_costs if far else self.costs
+        costs = self.far_costs if far else self.costs
         costs.observe(model, tokens, seconds)
 
     def load(self, plan: ReusePlan, rope: Rope | None = None) -> EditedRows:
@@ -264,15 +268,15 @@ class Store:
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
-        return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+        return self.saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
 
     def staged_bytes(self, staged_id: str, owner: str) -> int:
         """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
-        return self._saving.wanted_bytes(staged_id, owner)
+        return self.saving.wanted_bytes(staged_id, owner)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""
-        self._saving.abandon(staged_id)
+        self.saving.abandon(staged_id)
 
     def commit(self, staged_id: str, rows: RowSource) -> str | None:
         """The staged prompt becomes a node with fresh rows copied from `rows`. Returns its id.
@@ -282,7 +286,7 @@ class Store:
         `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
         rows; whatever fails, the save has ended and nothing else has changed.
         """
-        node = self._saving.commit(staged_id, rows)
+        node = self.saving.commit(staged_id, rows)
         if node is not None:
             self.text.saved(node)
         return node
@@ -335,7 +339,7 @@ class Store:
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
-        return self._janitor.collect(dry_run=dry_run)
+        return self.janitor.collect(dry_run=dry_run)
 
     def purge(
         self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
@@ -348,7 +352,7 @@ class Store:
         such namespace.
         """
         found = matching(self.nodes, namespace, tenant)
-        parts = self.repository, self._serving, self._saving
+        parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
@@ -357,7 +361,7 @@ class Store:
         dead = dead_owners or set()
         with self.nodes.lock:
             self._serving.reap(dead)
-            self._saving.reap(dead)
+            self.saving.reap(dead)
         self.text.gone(dead)
         for owner in dead:
             self._failures.pop(owner, None)
@@ -377,14 +381,14 @@ class Store:
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
-        return stats_of(self.config, self.repository, since=self._since, staged=len(self._saving))
+        return stats_of(self.config, self.repository, since=self._since, staged=len(self.saving))
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
         self.text.close()
-        self._janitor.close()
-        if self._sharing is not None:
-            self._sharing.close()
+        self.janitor.close()
+        if self.sharing is not None:
+            self.sharing.close()
         try:
             if self.repository.uses is not None:
                 self.repository.uses.exchange()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -139,13 +140,20 @@ class Supervised:
         self._thread.join(timeout)
 
 
+def be_nice(niceness: int) -> None:
+    """Let every other thread of the machine go before the calling one."""
+    if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
 class FairLock:
     """A lock that threads get in the order in which they asked for it. Not reentrant."""
 
     def __init__(self) -> None:
         self._inner = threading.Lock()
         self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self.waiting: deque[threading.Lock] = deque()
+        """One for each thread that waits, the first one first."""
 
     def __enter__(self) -> None:
         with self._inner:
@@ -154,21 +162,21 @@ class FairLock:
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._waiting.append(turn)
+            self.waiting.append(turn)
         try:
             turn.acquire()
         except BaseException:  # a signal: whoever comes next must not wait for this thread
             with self._inner:
-                waits = turn in self._waiting
+                waits = turn in self.waiting
                 if waits:
-                    self._waiting.remove(turn)
+                    self.waiting.remove(turn)
             if not waits:
                 self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         with self._inner:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if self.waiting:
+                self.waiting.popleft().release()
             else:
                 self._taken = False

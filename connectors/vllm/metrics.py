@@ -146,18 +146,18 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter = metric_types[prometheus_client.Counter]
         histogram = metric_types[prometheus_client.Histogram]
-        self._tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
-        self._requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
+        self.tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
+        self.requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
         seconds = {"labelnames": labelnames, "buckets": list(BUCKETS)}
-        self._lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
-        self._loads = histogram(LOAD, HELP[LOAD], **seconds)
+        self.lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
+        self.loads = histogram(LOAD, HELP[LOAD], **seconds)
         for engine in per_engine_labelvalues:  # from the beginning, so that rates are right
             for kind in KINDS:
-                self._of(self._tokens, engine, kind)
+                self._of(self.tokens, engine, kind)
             for outcome in OUTCOMES:
-                self._of(self._requests, engine, outcome, "")
-            self._of(self._lookups, engine)
-            self._of(self._loads, engine)
+                self._of(self.requests, engine, outcome, "")
+            self._of(self.lookups, engine)
+            self._of(self.loads, engine)
 
     def _of(self, metric: Any, engine: int, *labels: str) -> Any:
         return metric.labels(*self.per_engine_labelvalues[engine], *labels)
@@ -165,14 +165,14 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add what an engine reports; `transfer_stats_data`: that of a `KVShareStats`."""
         for kind, amount in transfer_stats_data["tokens"].items():
-            self._of(self._tokens, engine_idx, kind).inc(amount)
+            self._of(self.tokens, engine_idx, kind).inc(amount)
         for outcome, reasons in transfer_stats_data["requests"].items():
             for reason, amount in reasons.items():
-                self._of(self._requests, engine_idx, outcome, reason).inc(amount)
+                self._of(self.requests, engine_idx, outcome, reason).inc(amount)
         for seconds in transfer_stats_data["lookups"]:
-            self._of(self._lookups, engine_idx).observe(seconds)
+            self._of(self.lookups, engine_idx).observe(seconds)
         for seconds in transfer_stats_data["loads"]:
-            self._of(self._loads, engine_idx).observe(seconds)
+            self._of(self.loads, engine_idx).observe(seconds)
 
 
 class Counted:

@@ -58,16 +58,16 @@ class Planning:
         `announcer`: where vLLM publishes KV events."""
         self.config = config
         adapters = Adapters()
-        self._states: dict[str, RequestState] = {}
+        self.states: dict[str, RequestState] = {}
         self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
         self.tally = Tally()
         self.lookups = Lookups(config, link, self.tally)
-        self.publishing = Publishing(self._states, block)
+        self.publishing = Publishing(self.states, block)
         self.announcer = announcer
         self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
-        self._namespace = self._origin = namespace
-        self._link = link
+        self.namespace = self._origin = namespace
+        self.link = link
         self._block = block
         self._unserved = ""
         """Why the worker loads and stores nothing; empty if it does."""
@@ -90,31 +90,31 @@ class Planning:
         """Disconnect from the daemon, which stays."""
         if self.announcer is not None:
             self.announcer.close()
-        self._link.close()
+        self.link.close()
 
     # --- requests come and go ----------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
         """A new request: start its lookup while it waits, unless enough others hold plans."""
         state = self.state_of(request)
-        holding = (other for other in self._states.values() if other.holds_plan)
+        holding = (other for other in self.states.values() if other.holds_plan)
         if len(list(itertools.islice(holding, LOOK_AHEAD))) < LOOK_AHEAD:
             self.lookups.ask_early(state)
 
     def find(self, request: Request) -> RequestState | None:
         """The state of a request, if KVShare has heard of it."""
-        return self._states.get(request.request_id)
+        return self.states.get(request.request_id)
 
     def state_of(self, request: Request) -> RequestState:
         """The state of a request, created when it is first seen."""
         state = self.find(request)
         if state is None:
-            state = self._arrivals.state_of(request, self._namespace, self._unserved)
-            self._states[state.id] = state
+            state = self._arrivals.state_of(request, self.namespace, self._unserved)
+            self.states[state.id] = state
             state.trace = self.trace_of(request) if self.trace_of is not None else None
-            self._link.working(True)
+            self.link.working(True)
             if state.declined:
-                self._link.tell(protocol.Decline(state.declined, state.length))
+                self.link.tell(protocol.Decline(state.declined, state.length))
         return state
 
     def look_ahead(self, requests: Iterable[Request], *, busy: bool) -> list[RequestState]:
@@ -127,10 +127,10 @@ class Planning:
         Returns the report on reuse for its answer.
         """
         self.orders.ended(block_ids)
-        state = self._states.pop(request.request_id, None)
+        state = self.states.pop(request.request_id, None)
         if state is None:
             return None
-        self._link.working(bool(self._states))
+        self.link.working(bool(self.states))
         self.lookups.ended(state)
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
@@ -167,7 +167,7 @@ class Planning:
             self.lookups.look_ahead([state], busy=True)  # vLLM's own scheduler does not
         self.lookups.ask(state)
         self.lookups.collect(state, self.lookups.patience())
-        if not state.settled:
+        if not state.looked_up:
             return None, False
         least = self.config.min_saving_ms
         promise = promise_of(state, local, places_runs=self.places_runs, min_saving_ms=least)
@@ -202,11 +202,11 @@ class Planning:
 
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
-        for state in self._states.values() if self.trace_of is not None else ():
+        for state in self.states.values() if self.trace_of is not None else ():
             if state.trace is not None:
                 state.trace.look()
-        step = self.orders.build(output, self._states)
-        step.model = self._namespace.model_digest
+        step = self.orders.build(output, self.states)
+        step.model = self.namespace.model_digest
         return step
 
     # --- rows that are lost ------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Planning:
         if not invalid:
             return
         wrong = self.orders.failed(invalid)
-        for state in self._states.values():
+        for state in self.states.values():
             own = state.block_ids[0][state.local // self._block :] if state.loaded else ()
             if not invalid.isdisjoint(own):
                 state.start_over("load_failed")
@@ -248,16 +248,16 @@ class Planning:
         requests go on and are not stored. Returns False if a request waits for a load.
         """
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
-        self._namespace = msgspec.structs.replace(self._origin, revision=revision)
+        self.namespace = msgspec.structs.replace(self._origin, revision=revision)
         self.orders.forget_answers()
         if self.announcer is not None:
             self.announcer.forget()
-        for state in self._states.values():
+        for state in self.states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")
             before = state.namespace
-            state.namespace = self._namespace.for_tenant(before.tenant, before.lora)
+            state.namespace = self.namespace.for_tenant(before.tenant, before.lora)
             state.saved = state.saved or state.request.num_computed_tokens > 0
             state.kept = None
         waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
-        return not any(s.loaded and s.request.status == waiting for s in self._states.values())
+        return not any(s.loaded and s.request.status == waiting for s in self.states.values())

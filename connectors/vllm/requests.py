@@ -95,7 +95,7 @@ class RequestState:
     """When a step first waited for it."""
     early: bool = False
     """The lookup started when the request arrived, and no step has waited for it yet."""
-    settled: bool = False
+    looked_up: bool = False
     """The lookup has ended, with a plan or without."""
     plan: ReusePlan | None = None
     """What may be loaded."""
@@ -147,7 +147,7 @@ class RequestState:
     @property
     def holds_plan(self) -> bool:
         """Its lookup runs, or its plan pins blocks in memory."""
-        asking = self.asked is not None and not self.settled
+        asking = self.asked is not None and not self.looked_up
         return asking or (self.plan is not None and not self.loaded)
 
     def count_reuse(self) -> None:
@@ -178,7 +178,7 @@ class RequestState:
 
     def ask_again(self) -> None:
         """Forget the lookup, so that the next step starts a new one."""
-        self.asked, self.settled, self.stored, self.reason = None, bool(self.declined), None, ""
+        self.asked, self.looked_up, self.stored, self.reason = None, bool(self.declined), None, ""
         self.cached_counted, self.wanted_at = False, 0.0
 
     @property

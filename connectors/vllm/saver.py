@@ -52,11 +52,11 @@ class Saver:
     """Sends everything to the daemon in order, from one thread with one client."""
 
     def __init__(self, config: StoreConfig, layout: KVLayout) -> None:
-        self._config = config
+        self.config = config
         self._place = place_of(config)  # what is wrong with its keys is said at the start
         self._layout = layout
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
-        self._waiting_bytes = 0
+        self.waiting_bytes = 0
         self._counting = threading.Lock()
         self._thread = Supervised("kvshare-saver", self._run, Health())
 
@@ -74,7 +74,7 @@ class Saver:
 
         Memory must not fill up while the daemon is slow or away.
         """
-        if self._waiting_bytes > self._config.host_bytes // 2:
+        if self.waiting_bytes > self.config.host_bytes // 2:
             raise NoSpaceError("prompts wait to be stored and fill half of host_bytes")
 
     def store(self, snapshot: Snapshot) -> None:
@@ -84,7 +84,7 @@ class Saver:
 
     def _count(self, snapshot: Snapshot, sign: int) -> None:
         with self._counting:
-            self._waiting_bytes += sign * snapshot.nbytes
+            self.waiting_bytes += sign * snapshot.nbytes
 
     def wait(self) -> None:
         """Return once everything queued so far has been told to the daemon."""

@@ -27,7 +27,7 @@ from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.daemon.network import place_of
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import BlockRef, Outcome, Run
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
 _FETCH_S = 2.0
@@ -43,13 +43,13 @@ class Worker:
     """Why nothing is loaded or stored; see `idle.py`."""
 
     def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
-        self._cache = cache
-        self._editor = Editor(cache.layout, rope, cache.device)
+        self.cache = cache
+        self.editor = Editor(cache.layout, rope, cache.device)
         self._config = config
-        self._arenas = Arenas()
-        self._fetching: Client | None = None
+        self.arenas = Arenas()
+        self.fetching: Client | None = None
         """Where rows come from that are on another machine."""
-        self._resident = Resident(config.device_bytes, cache.device, cache.layout)
+        self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
         """Not yet reported."""
@@ -68,69 +68,71 @@ class Worker:
     def step_begins(self, step: KVShareMetadata) -> None:
         """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
         self._wrong_blocks -= step.handled
-        self._watch = stopwatch(self._cache.device)
+        self._watch = stopwatch(self.cache.device)
 
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
         for spec in step.loads:
-            watch = stopwatch(self._cache.device)
+            watch = stopwatch(self.cache.device)
             try:
-                nbytes = self._load(spec)
+                nbytes = self.load_one(spec)
             except Exception as error:  # noqa: BLE001 - the request is computed instead
                 self._load_failed(spec, contained(error))
                 continue
             self.saver.tell(self._loaded(spec, nbytes, watch.stop()))
         if step.loads:
-            self._watch = stopwatch(self._cache.device)
+            self._watch = stopwatch(self.cache.device)
 
-    def _load(self, spec: LoadSpec) -> int:
+    def load_one(self, spec: LoadSpec) -> int:
+        """Write the rows of one load into the paged cache; returns their bytes."""
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
-        used = {span.block for span in spec.spans}
-        arena = self._leased(spec, [spec.blocks[index] for index in used])
-        for index in used:
-            arena.check(spec.blocks[index])
-        edited = self._editor.edit(
-            spec.spans,
-            spec.blocks,
+        plan = spec.plan
+        used = [plan.blocks[index] for index in {span.block for span in plan.spans}]
+        arena = self._leased(plan, used)
+        for ref in used:
+            arena.check(ref)
+        edited = self.editor.edit(
+            plan.spans,
+            plan.blocks,
             lambda ref: arena.rows(ref.offset, ref.nbytes),
-            self._resident.rows,
+            self.resident.rows,
         )
-        for index in used:  # unchanged labels: what was copied is what was planned
-            arena.check(spec.blocks[index])
-        self._resident.used(arena, [spec.blocks[index] for index in used])
-        self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
+        for ref in used:  # unchanged labels: what was copied is what was planned
+            arena.check(ref)
+        self.resident.used(arena, used)
+        self.cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self.cache))
         return edited.rows.numel() * edited.rows.element_size()
 
-    def _leased(self, spec: LoadSpec, refs: Sequence[BlockRef]) -> LeasedRows:
+    def _leased(self, plan: ReusePlan, refs: Sequence[BlockRef]) -> LeasedRows:
         if not self._config.connect:
-            return self._arena(spec.arena)
-        if self._fetching is None:
-            self._fetching = Client(place_of(self._config), role="engine")
-        return self._fetching.leased_rows(spec.lease, spec.arena, refs, _FETCH_S)
+            return self._arena(plan.arena)
+        if self.fetching is None:
+            self.fetching = Client(place_of(self._config), role="engine")
+        return self.fetching.leased_rows(plan.lease, plan.arena, refs, _FETCH_S)
 
     def _arena(self, arena_id: str) -> ArenaView:
         """The daemon's shared memory, fetched with the first plan that names it.
 
         A restarted daemon has another one. Waits at most as long as for a plan.
         """
-        if arena_id not in self._arenas:
+        if arena_id not in self.arenas:
             patience = self._config.plan_deadline_ms / 1e3
             with Client(self._config.home_path, timeout=patience, role="engine") as client:
                 welcome = client.greet()
-                self._arenas.add(welcome.arena, os.dup(client.arena))
-        return self._arenas.at(arena_id)
+                self.arenas.add(welcome.arena, os.dup(client.arena))
+        return self.arenas.at(arena_id)
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
         """Report the request's own blocks as invalid: the engine computes them."""
         log_once(error)
-        own = spec.own_blocks(self._cache.block_size)
+        own = spec.own_blocks(self.cache.block_size)
         self._failed_blocks.update(own)
         self._wrong_blocks.update(own)
-        recomputed = spec.recomputed + sum(span.length for span in spec.spans)
+        recomputed = spec.plan.tokens - spec.start
         failed = f"load_{error.kind}"
         outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
-        self.saver.tell(protocol.Finish(spec.lease, outcome))
+        self.saver.tell(protocol.Finish(spec.plan.lease, outcome))
         self.saver.tell(protocol.Failed(str(error.kind)))
 
     def after_forward(self, step: KVShareMetadata) -> None:
@@ -150,25 +152,26 @@ class Worker:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             return
         try:
-            self.saver.store(self._snapshot(spec))
+            self.saver.store(self.snapshot(spec))
         except Exception as error:  # noqa: BLE001 - see above
             self.saver.failed(contained(error))
 
     def _fill_resident(self) -> None:
         try:
-            self._resident.fill()
+            self.resident.fill()
         except Exception as error:  # noqa: BLE001 - the block is read from the arena next time
             self.saver.failed(contained(error))
 
-    def _snapshot(self, spec: SaveSpec) -> Snapshot:
-        size = self._cache.block_size
+    def snapshot(self, spec: SaveSpec) -> Snapshot:
+        """Copy the paged blocks that hold the fresh rows of a prompt."""
+        size = self.cache.block_size
         positions = _positions(spec.fresh)
         needed = torch.unique(positions // size)
         compact = torch.empty(int(needed[-1]) + 1, dtype=torch.int64)
         compact[needed] = torch.arange(len(needed))
-        nbytes = len(needed) * size * self._cache.layout.row_bytes
+        nbytes = len(needed) * size * self.cache.layout.row_bytes
         self.saver.check_room()
-        raw = self._cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
+        raw = self.cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
         offsets = compact[positions // size] * size + positions % size
         return Snapshot(spec, raw, offsets, nbytes)
 
@@ -181,7 +184,7 @@ class Worker:
         self, spec: LoadSpec, nbytes: int, seconds: Seconds
     ) -> Callable[[], protocol.Request]:
         """The report on a load, made once the device has finished it."""
-        edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
+        reused = reused_of(spec.plan.spans)
 
         def message() -> protocol.Request:
             took = seconds()
@@ -189,15 +192,15 @@ class Worker:
             if spec.trace is not None:
                 emit_span(spec.trace, "load", took, bytes=nbytes)
             outcome = Outcome(
-                spec.exact,
-                edited,
+                reused.exact,
+                reused.edited,
                 spec.recomputed,
                 nbytes,
                 took,
                 cached=spec.start,
-                continued=spec.continued,
+                continued=reused.continued,
             )
-            return protocol.Finish(spec.lease, outcome)
+            return protocol.Finish(spec.plan.lease, outcome)
 
         return message
 

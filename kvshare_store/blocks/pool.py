@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.blocks.levels import Levels
-from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.slot_sizes import SlotSizes
 from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import LeaseError, NoSpaceError
@@ -38,9 +38,9 @@ class BufferPool:
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: Tally[int] = Tally()
+        self._reserved: SlotSizes[int] = SlotSizes()
         """Bytes of rows of each slot that is being filled, by its offset."""
-        self._dirty: Tally[str] = Tally()
+        self._dirty: SlotSizes[str] = SlotSizes()
         """Bytes of each block that no tier below the host holds yet."""
         self._persisting: frozenset[str] = frozenset()
         """Blocks that are being written below at this moment, from where they lie in the host."""
@@ -87,7 +87,7 @@ class BufferPool:
             )
 
     def reserved(self, offset: int) -> memoryview:
-        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
+        """The bytes of a reserved slot; `LeaseError` if it is no longer reserved."""
         nbytes = self._reserved.get(offset)
         if nbytes is None:
             raise LeaseError("the slot is no longer reserved; save again")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(path: Path, reader: Reader, arms: Mapping[str, Arm], min_tokens: int) -> Counted:
-    """Read all of a file, then serve its prompts in every arm."""
+    """Read the whole file, then serve its prompts in every arm."""
     from kvshare_store.simulate import prompt_replay, prompts  # noqa: PLC0415 - NumPy, not for --help
 
     try:

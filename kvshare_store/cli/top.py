@@ -1,4 +1,4 @@
-"""`kvshare top`: what a store does, as it does it."""
+"""`kvshare top`: watch a store at work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Watch lookups, reuse, tiers and the last requests until Ctrl-C.
 
-    Without a terminal it prints a plain line each time.
+    Without a terminal it prints plain lines.
     """
     from kvshare_store.daemon.client import Client  # noqa: PLC0415 - seconds, not for --help
     from kvshare_store.daemon.network import place_of  # noqa: PLC0415
@@ -45,7 +45,7 @@ def command(
 
     chosen = configured(home, config)
     out = console()
-    with Client(place_of(chosen)) as client:  # a look at an idle home would only lock it
+    with Client(place_of(chosen)) as client:  # opening an idle home each time would only lock it
         ask = client.call
         before, at = ask(Stats()), time.monotonic()
         with _screen(out) as live:
@@ -71,7 +71,7 @@ def _screen(out: Console) -> Live:
 
 
 def per_second(before: Counts, now: Counts, seconds: float) -> dict[str, float]:
-    """How fast each counter grew; a daemon that was restarted began anew."""
+    """The rate of each counter; the counters of a restarted daemon begin at zero."""
     began_anew = before.get("since") != now.get("since") or before["pid"] != now["pid"]
     return {
         name: (now[name] - (0 if began_anew else before[name])) / max(seconds, 1e-9)

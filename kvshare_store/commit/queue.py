@@ -42,7 +42,7 @@ class Removal(NamedTuple):
     stamps: tuple[int, ...] = ()
 
 
-class Errand(NamedTuple):
+class Call(NamedTuple):
     """Anything else that must happen in the committer's thread, and who waits for it."""
 
     run: Callable[[], Any]
@@ -58,7 +58,7 @@ class Errand(NamedTuple):
             self.done.set_exception(error)
 
 
-Work = Addition | Removal | Errand
+Work = Addition | Removal | Call
 
 
 class CommitQueue:
@@ -89,7 +89,7 @@ class CommitQueue:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Queue a function; the future has what it returns or raises."""
         done: Future[T] = Future()
-        self.put(Errand(function, done))
+        self.put(Call(function, done))
         return done
 
     def run(self, function: Callable[[], T]) -> T:

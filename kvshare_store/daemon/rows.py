@@ -28,9 +28,15 @@ class Inboxes:
     """Rows that remote clients have sent and not committed. Their memory is bounded."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        with self._lock:
+            return sum(self._sizes.values())
 
     def write(self, store: Store, client: Connection, message: protocol.WriteRows) -> None:
         """Keep some rows of a staged save of this client. `LeaseError` if it has no such save,
@@ -44,7 +50,7 @@ class Inboxes:
         with self._lock:
             size = max(stop, self._sizes.get(client.owner, 0))
             others = sum(self._sizes.values()) - self._sizes.get(client.owner, 0)
-            if size + others > self._most:
+            if size + others > self.most:
                 raise OverloadError("too many rows from other machines wait to be saved")
             if client.gone:
                 raise LeaseError("the client is gone")

@@ -87,7 +87,7 @@ class Server:
         if self._network is not None:
             doors.append(self._network)
         self.switchboard = Switchboard(doors, self, limits or Limits())
-        self._handling = Handling(self.store, self._stats, self._check_home)
+        self.handling = Handling(self.store, self._stats, self._check_home)
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
@@ -111,7 +111,7 @@ class Server:
     def _inside(self, message: Any, given_up: Callable[[], bool]) -> Any:
         if given_up():
             raise DeadlineError("nobody wants this answer any more")
-        found = self._handling.answer(
+        found = self.handling.answer(
             message, None, time.monotonic(), lambda: given_up() or self._stopping
         )
         return msgspec.to_builtins(found)
@@ -171,15 +171,15 @@ class Server:
     def _heed_signals(self) -> None:
         if self._wants_reload:
             self._wants_reload = False
-            self._lanes.run("chore", self._reload)
+            self._lanes.run("chore", self.reload_now)
         if self._drained_by != float("inf"):
             held, late = self.store.held, time.monotonic() >= self._drained_by
             if held and late:
                 log.warning("kvshare: ending although %d leases and saves have not", held)
             self._stopping |= late or not held
 
-    def _reload(self) -> None:
-        """What is wrong, or cannot change, changes nothing."""
+    def reload_now(self) -> None:
+        """Read the settings again; what is wrong, or cannot change, changes nothing."""
         try:
             asked = self.config if self._reread is None else self._reread()
             if self._network is not None:  # certificates and roles may have changed
@@ -277,7 +277,7 @@ class Server:
         """End what a client held, after all that it had sent is done."""
         if not self._stopping:
             self._lanes.run("save", partial(self.store.reap, {connection.owner}))
-        self._handling.inboxes.clear(connection)
+        self.handling.inboxes.clear(connection)
 
     # --- in the lanes ------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class Server:
 
     def _result(self, connection: Connection, frame: Frame, came: float) -> Any:
         message = protocol.decode_request(frame.body)
-        return self._handling.answer(
+        return self.handling.answer(
             message, connection, came, lambda: connection.gone or self._stopping
         )
 

@@ -1,4 +1,4 @@
-"""Starting a daemon for a home where none answers."""
+"""Starts a daemon for a home if none answers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LAUNCH = (
     "    os.setsid()\n"
     "    os.execv(sys.argv[1], sys.argv[1:])\n"
 )
-"""Runs a command as nobody's child: this process ends at once, and init adopts its child."""
+"""A program that runs a command as nobody's child: it ends at once, and init adopts the command."""
 
 
 class Spawned:
-    """A daemon that was started and belongs to nobody: who started it may end before it."""
+    """A started daemon that is nobody's child: whoever started it may end before it does."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -46,7 +46,7 @@ class Spawned:
         return self._handle < 0 or bool(select.select([self._handle], [], [], 0)[0])
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended does not mind."""
+        """Send a signal; a daemon that has ended ignores it."""
         if not self.ended:
             signal.pidfd_send_signal(self._handle, number)
 
@@ -55,14 +55,14 @@ class Spawned:
         return self._handle < 0 or bool(select.select([self._handle], [], [], seconds)[0])
 
     def close(self) -> None:
-        """Let go of it; it lives on."""
+        """Close the handle; the daemon lives on."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
 
 def daemon_command(config: StoreConfig) -> list[str]:
-    """What is executed; the home is on the command line for whoever looks at the processes."""
+    """The command; its arguments name the home for whoever lists the processes."""
     module = ["-m", "kvshare_store.cli.main", "serve", "--home", str(config.home_path)]
     return [sys.executable, *module]
 
@@ -131,7 +131,7 @@ def _until_connected(config: StoreConfig, deadline: float) -> None:
     try:
         while not answers(home):
             if home_taken(home):
-                pass  # somebody's daemon starts or ends there: ours could only fail
+                pass  # another daemon is starting or ending there: ours could only fail
             elif spawned is None:
                 spawned = spawn_daemon(config)
             elif spawned.ended:

@@ -59,9 +59,8 @@ def routes(asking: Asking) -> FastAPI:
 
 def failure(request: Request, status: int, kind: str, message: str) -> Response:
     """An error, as a page for those who asked for a page."""
-    if not request.url.path.startswith("/api/") and "text/html" in request.headers.get(
-        "accept", ""
-    ):
+    for_people = "text/html" in request.headers.get("accept", "")
+    if for_people and not request.url.path.startswith("/api/"):
         return rendered(request, "error.html", status, kind=kind, message=message)
     retry = {"retry-after": "1"} if status == 503 else None
     return JSONResponse({"error": kind, "message": message}, status, headers=retry)

@@ -16,7 +16,7 @@ from kvshare_store.http.address import Entrance
 from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
-from kvshare_store.threads import Health, Supervised
+from kvshare_store.threads import Health, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -25,6 +25,8 @@ _CONNECTIONS = 128
 _HEADER_BYTES = 16 << 10
 _IDLE_S = 15
 _SILENT_S = 5.0
+_NICENESS = 5
+"""Plans go before pages."""
 _DRAIN_S = 2
 """How long answers that are on their way may take when the daemon ends."""
 
@@ -46,13 +48,14 @@ class HttpServer:
         """Stop listening, finish what is being answered, end the thread."""
         self._closing.set()
         if self._server is not None:
-            self._server.should_exit = True
+            _end(self._server)
         self._thread.join(_DRAIN_S + 3.0)
         self._socket.close()
 
     def _serve(self) -> None:
         if self._closing.is_set():
             return
+        be_nice(_NICENESS)
         try:
             asyncio.run(self._run())
         except SystemExit as error:  # how uvicorn says that it could not start
@@ -65,12 +68,13 @@ class HttpServer:
         if self._closing.is_set():
             return
         sampling = asyncio.create_task(self._sample())
-        try:
-            # a copy: it closes what it is given, and may have to start again
-            with self._socket.dup() as listener:
-                await server.serve([listener])
-        finally:
-            sampling.cancel()
+        sampling.add_done_callback(lambda _: _end(server))
+        # a copy: it closes what it is given, and may have to start again
+        with self._socket.dup() as listener:
+            await server.serve([listener])
+        if sampling.done():  # it has failed, and the server has ended with it
+            sampling.result()
+        sampling.cancel()
 
     async def _sample(self) -> None:
         """Every few seconds: what happened since. That it goes on says that the thread is well."""
@@ -81,6 +85,10 @@ class HttpServer:
             except KVShareError as error:
                 log.info("kvshare: the page has no numbers of this moment: %s", error)
             await asyncio.sleep(STEP_S)
+
+
+def _end(server: uvicorn.Server) -> None:
+    server.should_exit = True
 
 
 class _Connection(H11Protocol):

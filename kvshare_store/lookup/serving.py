@@ -7,7 +7,6 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -22,7 +21,7 @@ from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explainer, Explanation, Watched
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.text import delimiter_ids
@@ -54,6 +53,7 @@ class Serving:
         nodes: NodeStore,
         plans: OpenPlans,
         costs: Costs,
+        far_costs: Costs,
         text: TextVectors,
         metrics: Metrics,
     ) -> None:
@@ -62,8 +62,7 @@ class Serving:
         self._blocks = nodes.blocks
         self._open = plans
         self._costs = costs
-        self.far_costs = Costs(far=True)
-        """Of engines on other machines."""
+        self._far_costs = far_costs
         self._text = text
         self._metrics = metrics
         self._policy = configured_policy(config)
@@ -110,9 +109,9 @@ class Serving:
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
-            draft = self._draft(request, lookup)
-        self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
-        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+            planned = self._planned(request, lookup)
+        self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
+        return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(
         self, node_id: str, owner: str, deadline_ms: float | None, *, far: bool = False
@@ -133,8 +132,9 @@ class Serving:
         if refused := self._refused(owner, namespace):
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
-        draft = _whole(node, {self._blocks.tier_of(name) for name in node.blocks})
-        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+        tier = slowest_of({self._blocks.tier_of(name) for name in node.blocks})
+        planned = Planned(_whole(lookup.plan(), node), (node,), tier)
+        return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def _refused(self, owner: str, namespace: Namespace) -> str:
         """Why a client gets no plan whatever is stored; empty if it may have one."""
@@ -145,26 +145,27 @@ class Serving:
         return "" if self._rates.allow(namespace.digest) else "too_many_plans"
 
     def _costs_of(self, lookup: Asked) -> Costs:
-        return self.far_costs if lookup.far else self._costs
+        return self._far_costs if lookup.far else self._costs
 
     def _leasing(
         self,
         answer: Future[ReusePlan],
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         owner: str,
         deadline_ms: float | None,
     ) -> Future[ReusePlan]:
-        leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
+        declined = planned.plan.declined
+        leasing = None if declined else self._lease(planned, owner, deadline_ms)
         if leasing is None:
-            self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
+            self._answer(answer, lookup, lookup.plan(declined or "blocks_gone"))
         else:
-            leasing.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
+            leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
 
-    def _draft(self, request: Tokens, lookup: Asked) -> Draft:
+    def _planned(self, request: Tokens, lookup: Asked) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
-        return self._planner.draft(
+        return self._planner.plan(
             request,
             Nominator(
                 self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
@@ -173,18 +174,21 @@ class Serving:
             self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
             row_bytes=namespace.layout.row_bytes,
+            namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
 
-    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
-        """None if a donor or a block has left the store since the draft was made."""
+    def _lease(
+        self, planned: Planned, owner: str, deadline_ms: float | None
+    ) -> Future[Leased] | None:
+        """None if a donor or a block has left the store since the plan was made."""
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
         with self._nodes.lock:
             self._nodes.remove_lost()
             tree = self._nodes.tree
-            here = all(node.id in tree for node in draft.donors)
-            names = draft.blocks
+            here = all(node.id in tree for node in planned.donors)
+            names = planned.plan.block_names
             absent = self._blocks.absent(names)
             if not here or any(self._blocks.tier_of(name) is None for name in absent):
                 return None
@@ -195,11 +199,11 @@ class Serving:
         self,
         answer: Future[ReusePlan],
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         leased: Future[Leased],
     ) -> None:
         try:
-            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
+            self._answer(answer, lookup, self._leased(lookup, planned, *leased.result()))
         except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
             answer.set_exception(error)
 
@@ -216,26 +220,28 @@ class Serving:
     def _leased(
         self,
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         lease: Lease,
         refs: dict[str, BlockRef],
     ) -> ReusePlan:
+        plan = planned.plan
         with self._nodes.lock:
             self._nodes.remove_lost()
             alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
-            if not alive or len(refs) < len(draft.blocks):
+            if not alive or len(refs) < len(plan.blocks):
                 if alive:
                     self._closed(self._blocks.end_lease(lease.id))
                 return lookup.plan("not_resident")
             if any(ref.lossy for ref in refs.values()):
-                draft = _inexact(draft)
-                if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
+                plan = _as_edited(plan)
+                if plan.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
-            plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
-            opened = OpenPlan(lookup, plan, draft.tier, draft.donors, perf_counter())
+            found = tuple(refs[name] for name in plan.block_names)
+            plan = msgspec.structs.replace(plan, blocks=found)
+            opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
-            for donor in draft.donors:
+            for donor in planned.donors:
                 self._nodes.tree.touch(donor.id)
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
@@ -360,29 +366,32 @@ class Serving:
         self._metrics.forget(digest)
 
 
-def _whole(node: Node, tiers: Collection[str | None]) -> Draft:
-    """All rows of an exact node. `tiers`: where its blocks are."""
-    blocks = tuple(dict.fromkeys(node.blocks))  # equal rows are one block, used twice
-    at = [blocks.index(name) for name in node.blocks]
+def _whole(bare: ReusePlan, node: Node) -> ReusePlan:
+    """All rows of an exact node."""
+    names = list(dict.fromkeys(node.blocks))  # equal rows are one block, used twice
+    at = [names.index(name) for name in node.blocks]
     spans = (msgspec.structs.replace(s, block=at[s.block], exact=True) for s in node.segments)
-    return Draft(
+    return msgspec.structs.replace(
+        bare,
         exact=node.length,
         spans=tuple(spans),
-        blocks=blocks,
-        donors=(node,),
-        tier=next((slow for slow in ("remote", "disk") if slow in tiers), "host"),
+        blocks=tuple(map(BlockRef, names)),
+        donors=(node.id,),
+        stamps=(node.stamp,),
     )
 
 
-def _inexact(draft: Draft) -> Draft:
+def _as_edited(plan: ReusePlan) -> ReusePlan:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
     changed = {"exact": False, "continued": False}
-    spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)
-    generation = max(1, draft.generation + (draft.continued > 0))
-    return draft._replace(exact=0, continued=0, contexts=(), spans=spans, generation=generation)
+    spans = tuple(msgspec.structs.replace(span, **changed) for span in plan.spans)
+    generation = max(1, plan.generation + (plan.continued > 0))
+    return msgspec.structs.replace(
+        plan, exact=0, continued=0, contexts=(), spans=spans, generation=generation
+    )
 
 
-def _served_badly(draft: Draft, length: int) -> bool:
-    if draft.declined:
-        return draft.declined in ("no_donor", "nothing_kept")
-    return 2 * sum(span.length for span in draft.spans) < length
+def _served_badly(plan: ReusePlan) -> bool:
+    if plan.declined:
+        return plan.declined in ("no_donor", "nothing_kept")
+    return 2 * plan.reused < plan.tokens

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
-from kvshare_store.nodes.index import CHAIN_RUN, NamespaceIndex
+from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.prefix_chain import CHAIN_RUN
 from kvshare_store.nodes.vectors import Vector, Vectors
 
 

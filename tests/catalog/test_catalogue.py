@@ -21,7 +21,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.catalog import table as table_module
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.rows import NamespaceRow, Row, Rows
 from kvshare_store.catalog.table import Table
@@ -284,9 +283,9 @@ def _refused(code: int) -> Callable[..., Any]:
 def test_rows_around_a_page_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "_READ_ROWS", 10)
+    monkeypatch.setattr(Table, "read_rows", 10)
     catalog = Catalog(tmp_path)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
     catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
     rows = Table.rows

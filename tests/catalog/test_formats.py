@@ -240,7 +240,7 @@ def add_node(folder: Path, namespace: str, changes: dict[str, Any]) -> str:
 def test_unknown_fields_of_a_node_are_ignored(tmp_path: Path) -> None:
     namespace = Namespace("m", KVLayout(1, 1, 4, "float32"))
     catalog = Catalog(tmp_path)
-    catalog.add_namespaces([namespace])
+    catalog.records.add([namespace])
     known = add_node(tmp_path, namespace.digest, {"score": 0.5, "notes": {"any": ["thing"]}})
     catalog.refresh()
     assert [node.id for node, _ in catalog.load()] == [known]

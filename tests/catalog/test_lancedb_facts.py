@@ -216,7 +216,7 @@ def make_node(first: int, pinned: bool = False) -> Node:
 
 def opened(folder: Path) -> Catalog:
     catalog = Catalog(folder)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     return catalog
 
 
@@ -249,7 +249,7 @@ def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.catalog.table._READ_ROWS", 10)
+    monkeypatch.setattr("kvshare_store.catalog.table.Table.read_rows", 10)
     catalog = opened(tmp_path)
     nodes = [make_node(first) for first in range(35)]
     catalog.add([(node, vectors()) for node in nodes])
@@ -274,8 +274,8 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]
     for space in (*spaces, *spaces):
-        catalog.add_namespaces([space])
-    assert Catalog(tmp_path).namespaces() == spaces
+        catalog.records.add([space])
+    assert Catalog(tmp_path).records.read() == spaces
 
 
 def test_what_lancedb_refuses_is_a_storage_error(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvshare_store.cli import common, format, gc, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -440,5 +440,5 @@ def test_a_root_shows_its_text() -> None:
 
 
 def test_a_parent_that_was_evicted_is_named_as_gone() -> None:
-    orphan = {**NODE, "edits": [], "path": ["b" * 32]}
-    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(orphan))
+    child = {**NODE, "edits": [], "path": ["b" * 32]}
+    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(child))

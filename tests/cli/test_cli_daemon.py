@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
@@ -31,6 +29,7 @@ from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.version import version
+from tests.support.commands import run
 
 NAMESPACE = Namespace("org/model", KVLayout(2, 2, 8, "float32"))
 PARENT = list(range(100, 240))
@@ -38,21 +37,6 @@ CHILD = [*PARENT[:64], 7, 8, 9, *PARENT[70:]]
 """The parent with six tokens after the first block replaced by three."""
 START_S = 60.0
 SETTINGS = ("semantic=never", "host_bytes=64MiB", "disk_bytes=128MiB", "policy=faithful")
-
-
-def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "stdin", io.StringIO(answer)),
-        mock.patch.dict(os.environ, COLUMNS=columns),
-        pytest.raises(SystemExit) as end,
-    ):
-        main([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager

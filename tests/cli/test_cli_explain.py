@@ -21,7 +21,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.stores import SMALL
 

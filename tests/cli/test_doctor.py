@@ -18,7 +18,7 @@ from kvshare_store.cli import checkup, top
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.neighbours import NAMESPACE
 from tests.support.stores import SMALL
@@ -140,7 +140,7 @@ def test_variables_that_are_no_settings(home: Path, monkeypatch: pytest.MonkeyPa
     ],
 )  # fmt: skip
 def test_flags_of_a_running_engine(line: str, state: str) -> None:
-    assert checkup._flags(1, line).state == state
+    assert checkup.flags_of(1, line).state == state
 
 
 # --- top ------------------------------------------------------------------------------------------

@@ -145,17 +145,17 @@ def test_a_node_that_comes_back_waits_until_its_predecessor_is_gone() -> None:
     desk.committer.close()
 
 
-def test_errands_keep_their_place_and_say_what_became_of_them() -> None:
+def test_calls_keep_their_place_and_say_what_became_of_them() -> None:
     def refused() -> None:
         raise NoSpaceError("full")
 
     desk = Desk()
     desk.queue.put(addition("a"))
-    desk.queue.call(lambda: desk.log.append("errand"))
+    desk.queue.call(lambda: desk.log.append("call"))
     desk.queue.put(addition("b"))
     desk.start.set()
     assert desk.queue.run(lambda: 7) == 7
-    assert desk.log == ["durable a", "rows a", "errand", "durable b", "rows b"]
+    assert desk.log == ["durable a", "rows a", "call", "durable b", "rows b"]
     with pytest.raises(NoSpaceError):
         desk.queue.run(refused)
     desk.committer.close()
@@ -310,7 +310,7 @@ def test_work_that_cannot_be_done_takes_no_other_along() -> None:
     desk.committer.close()
 
 
-def test_an_errand_hands_its_error_to_whoever_waits() -> None:
+def test_a_call_hands_its_error_to_whoever_waits() -> None:
     desk = Desk()
     desk.start.set()
     with pytest.raises(ZeroDivisionError):

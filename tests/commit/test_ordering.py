@@ -24,7 +24,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.tier_law import damage_file
+from kvshare_store.testing.tier_contract import damage_file
 from tests.support.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 from tests.support.oracle import Driver, pick, prompt
 
@@ -206,7 +206,7 @@ def test_collecting_blocks_that_no_node_uses(
     engine.store.close()
     before = {file.stem for file in (home / "blocks").glob("*/*")}
     catalog = Catalog(home / "catalog")
-    catalog.namespaces()
+    catalog.records.read()
     catalog.delete([node.id for node, _ in catalog.load() if node.tokens.tolist() == OLD])
     engine = driver()
     found = crashes(engine)
@@ -343,7 +343,7 @@ def test_demoting_from_disk_to_the_remote(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A block leaves the disk once the remote has it: no crash in between loses a row."""
-    monkeypatch.setattr(home_module, "_beside", lambda _: Beside)  # room for blocks, to a byte
+    monkeypatch.setattr(home_module, "beside", lambda _: Beside)  # room for blocks, to a byte
     settings = {"disk_bytes": 26_000, "remote_write": "back"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)
@@ -411,9 +411,8 @@ def test_the_first_save_of_a_namespace(
     found = crashes(engine)
     catalog = engine.store.repository.catalog
     assert catalog is not None
-    monkeypatch.setattr(
-        catalog, "add_namespaces", found.after(catalog.add_namespaces, "namespace added")
-    )
+    records = catalog.records
+    monkeypatch.setattr(records, "add", found.after(records.add, "namespace added"))
     engine.save(OLD)
     engine.store.flush()
     assert found.steps == [
@@ -475,8 +474,8 @@ def test_saving_before_anything_is_durable(
     monkeypatch.setattr(engine.store.repository.queue, "put", lambda work: None)
     staged = engine.stage(NEW)
     found.copy("staged")
-    saving = engine.store._saving
-    monkeypatch.setattr(saving, "_copy", found.after(saving._copy, "copied"))
+    saving = engine.store.saving
+    monkeypatch.setattr(saving, "copy", found.after(saving.copy, "copied"))
     engine.commit(staged)
     assert engine.serve(NEW).exact == 23
     found.copy("visible")
@@ -566,9 +565,9 @@ def test_starting_for_the_first_time(
 ) -> None:
     """Every step of making a home, also between a table and the key that it is told to have."""
     found = Crashes(home, tmp_path / "copies")
-    monkeypatch.setattr(home_module, "_lock", found.after(home_module._lock, "locked"))
+    monkeypatch.setattr(home_module, "take_lock", found.after(home_module.take_lock, "locked"))
     monkeypatch.setattr(
-        home_module, "_check_format", found.after(home_module._check_format, "format written")
+        home_module, "check_format", found.after(home_module.check_format, "format written")
     )
     create = home_module.Arena.create
     monkeypatch.setattr(home_module.Arena, "create", found.after(create, "arena made"))

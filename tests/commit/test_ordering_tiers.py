@@ -16,7 +16,7 @@ from kvshare_store.blocks.remotes.objects import ObjectRemote
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
-from kvshare_store.testing.tier_law import damage_file
+from kvshare_store.testing.tier_contract import damage_file
 from tests.support.crashes import NEW, OLD, Config, Copy, Crashes, remote_of
 from tests.support.oracle import Driver, prompt
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.commit.home import FORMAT
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
@@ -33,6 +32,7 @@ from kvshare_store.store import Store
 from kvshare_store.testing.tiers import damage_file
 from tests.support.faulty import FaultyTier, SlowTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Open = Callable[..., Driver]
 Config = Callable[..., StoreConfig]
@@ -43,13 +43,6 @@ SLOT = 64 + 8 * 64
 def files(home: Path) -> set[str]:
     """Names of the blocks on disk."""
     return {file.stem for file in (home / "blocks").glob("*/*")}
-
-
-def disk_level(store: Store) -> Level:
-    """The disk tier's place below the host."""
-    level = store.blocks.levels.named("disk")
-    assert level is not None
-    return level
 
 
 def faulty(store: Store) -> FaultyTier:
@@ -536,7 +529,7 @@ def test_a_file_where_a_folder_should_be(driver: Open, home: Path, folder: str) 
     engine.store.close()
     shutil.rmtree(home / folder)
     (home / folder).write_bytes(b"")
-    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; put it right"):
+    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; repair it"):
         driver()
     (home / folder).unlink()
     driver()

@@ -159,11 +159,11 @@ def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreC
 
 def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
     link.failures = ["timeout", "unavailable"]
-    link._paused_until = time.monotonic() + 60
-    link._tell_failures()
+    link.paused_until = time.monotonic() + 60
+    assert planned(link, PATIENCE_S) is None
     assert link.failures == ["timeout", "unavailable"]
-    link._paused_until = 0.0
-    link._tell_failures()
+    link.paused_until = 0.0
+    assert planned(link, PATIENCE_S) is not None
     assert link.failures == []
 
 
@@ -197,11 +197,14 @@ def stuck(server: Server) -> threading.Event:
     return event
 
 
-def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: list[int]) -> None:
+def test_a_late_plan_is_its_requests_miss_and_no_more(
+    server: Server, spawned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No pause, no new connection, no process: other requests are planned as ever."""
     event, link = stuck(server), Link(server.config)
     link.client.greet(PATIENCE_S)
-    connection = link.client._stream
+    reconnects: list[None] = []
+    monkeypatch.setattr(link.client, "reconnect", lambda: reconnects.append(None))
     late = link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)
     assert late is not None
     with pytest.raises(DeadlineError):
@@ -212,7 +215,8 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: l
     plan = link.answer(other, PATIENCE_S)
     assert plan is not None
     assert plan.declined == "empty_store"
-    assert link.client._stream is connection
+    assert reconnects == []
+    assert link.client.connected
     assert spawned == []
     event.set()
     link.close()
@@ -221,7 +225,7 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: l
 def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: list[int]) -> None:
     link = Link(daemon.config)
     link.client.greet(PATIENCE_S)
-    link._pause = PATIENCE_S  # however slow this machine is
+    link.pause = PATIENCE_S  # however slow this machine is
     daemon.send(signal.SIGSTOP)
     assert daemon.process is not None
     os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -232,7 +236,7 @@ def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: 
     daemon.send(signal.SIGCONT)
     assert asked == 4
     assert spawned == [], "one that hangs keeps the home: no other can serve it"
-    link._paused_until = 0.0
+    link.paused_until = 0.0
     assert planned_in_the_end(link).declined == "empty_store"
     link.close()
 
@@ -315,7 +319,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def works(server: Server) -> bool:
     """Whether the daemon takes an engine for working."""
-    return bool(server.store.text._busy)
+    return bool(server.store.text.busy)
 
 
 def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreConfig]) -> None:

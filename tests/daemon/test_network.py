@@ -175,7 +175,7 @@ def test_whose_machine_died_loses_its_leases(
         child.wait(PATIENCE_S)
         child.stdout.close()
     assert eventually(lambda: server.store.held == 0)
-    assert eventually(lambda: server._handling.inboxes._sizes == {})
+    assert eventually(lambda: server.handling.inboxes.nbytes == 0)
 
 
 def test_far_loads_are_weighed_by_themselves(
@@ -187,14 +187,14 @@ def test_far_loads_are_weighed_by_themselves(
         near = ClientDriver(client, WIDE, far.book)
         assert far.save(prompt(1, 200))
         plan = far.plan(prompt(1, 200))
-        server.store._serving.far_costs.load["host"].observe(1 << 22, 1e4)
+        server.store.far_costs.load["host"].observe(1 << 22, 1e4)
         far.finish(plan)
         assert far.plan(prompt(1, 200)).declined == "no_saving"
         assert near.serve(prompt(1, 200)).exact == 199
         client.call(protocol.Observe(1000, 1.0, WIDE.model_digest))
         far.client.call(protocol.Observe(1000, 50.0, WIDE.model_digest))
     rates = [costs.of(WIDE.model_digest).prefill.value
-             for costs in (server.store.costs, server.store._serving.far_costs)]  # fmt: skip
+             for costs in (server.store.costs, server.store.far_costs)]  # fmt: skip
     assert rates == [1000.0, 20.0]
 
 
@@ -370,7 +370,7 @@ def test_a_client_may_ask_for_less(server: Server, home: Path) -> None:
 
 def test_nobody_gets_more_than_the_certificate_says(connect: Callable[..., Client]) -> None:
     client = connect("reader")
-    client._role = "admin"
+    client.role = "admin"
     assert client.greet().role == "reader"
 
 
@@ -388,10 +388,10 @@ def test_a_file_gives_roles_and_is_read_again(config: Config, keys: Keys, tmp_pa
         with pytest.raises(DeniedError, match="gives the common name 'node-2' no role"):
             role(other)
         roles.write_text("node-1: bossy\n")
-        server._reload()
+        server.reload_now()
         assert role(pair) == "engine", "a mistake changes nothing"
         roles.write_text("node-1: reader\nnode-2: admin\n")
-        server._reload()
+        server.reload_now()
         assert (role(pair), role(other)) == ("reader", "admin")
 
 
@@ -434,7 +434,7 @@ def test_rows_that_were_not_asked_for(
 
 def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], server: Server) -> None:
     first, second = connect(), connect()
-    server._handling.inboxes._most = 3000
+    server.handling.inboxes.most = 3000
     save = staged(first, 1)
     first.call(protocol.WriteRows(save, 0, bytes(2560)))
     other = staged(second, 2)
@@ -442,7 +442,7 @@ def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], serv
     first.abandon(save)
     second.call(protocol.WriteRows(other, 0, bytes(2560)))
     assert second.call(protocol.Commit(other))
-    assert server._handling.inboxes._sizes == {}
+    assert server.handling.inboxes.nbytes == 0
 
 
 def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:

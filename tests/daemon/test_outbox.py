@@ -118,14 +118,14 @@ def test_a_commit_that_was_given_up_never_gets_rows_of_the_next_prompt(
 ) -> None:
     """The client's patience ends while the daemon has not begun to copy; then it saves another."""
     engine.client.greet()
-    copy, waiting, go = server.store._saving._copy, threading.Event(), threading.Event()
+    copy, waiting, go = server.store.saving.copy, threading.Event(), threading.Event()
 
     def late(*arguments: Any) -> None:
         waiting.set()
         assert go.wait(PATIENCE_S)
         copy(*arguments)
 
-    monkeypatch.setattr(server.store._saving, "_copy", late)
+    monkeypatch.setattr(server.store.saving, "copy", late)
     with Client(home, timeout=0.3) as hasty:
         staged = hasty.stage(tokens_of(1), NAMESPACE, Reuse())
         with pytest.raises(DeadlineError):

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 from examples.engines.small_model import prepare_model
 from examples.prompts.families import FAMILIES
-from tests.engine.harness import close_kept_engine
+from tests.engine.harness import Engine, Fresh, close_kept_engine, kept_engine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +24,28 @@ def no_engine_outlives_the_tests() -> Iterator[None]:
     """The last one that modules shared is closed."""
     yield
     close_kept_engine()
+
+
+@pytest.fixture(scope="module")
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The engine that the module's SETTINGS ask for."""
+    return kept_engine(tmp_path_factory, **request.module.SETTINGS)
+
+
+@pytest.fixture
+def engine(kept: Engine) -> Iterator[Engine]:
+    """That engine, with nothing in its store and in vLLM's own cache; a test leaves nothing that
+    goes on."""
+    kept.clear()
+    kept.steps.clear()
+    yield kept
+    kept.check_idle()
+
+
+@pytest.fixture
+def prompt(request: pytest.FixtureRequest, fresh: Fresh) -> list[int]:
+    """A prompt of the module's LENGTH that nobody has asked before."""
+    return fresh(request.module.LENGTH)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +74,7 @@ def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def fresh(families: dict[str, list[list[int]]]) -> Callable[[int], list[int]]:
+def fresh(families: dict[str, list[list[int]]]) -> Fresh:
     """Prompts of a given length that have no run of tokens in common with any given before.
 
     Real text always has some: the tokens of the families come in random order, as often as needed.

@@ -35,8 +35,18 @@ PATIENCE_S = 60.0
 TOLERANCE = 1e-4
 """What two fp32 computations of the same log-probability may differ by."""
 
+SHARED: dict[str, Any] = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+}
+WITH_DEVICE_TIER: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
+"""Settings of engines that several modules share (`SETTINGS = SHARED`)."""
+
 Keep = list[tuple[int, int]]
 """Positions `start … stop-1` that a plan may reuse."""
+Fresh = Callable[[int], list[int]]
+"""Prompts of some length that have no run of tokens in common with any before."""
 
 
 @dataclass
@@ -312,7 +322,7 @@ class Engine:
         stats = self.stats()
         assert not self.scheduler.requests
         assert self.free_blocks == self.free_at_start
-        assert not self.planning._states
+        assert not self.planning.states
         assert not self.planning.runs.parked
         assert stats["leases"] == 0
 
@@ -348,28 +358,28 @@ class Engine:
         the prompt's own, partial prefill must give full prefill's answer.
         """
         lookups, worker = self.planning.lookups, self.worker
-        collect, load = lookups.collect, worker._load
+        collect, load = lookups.collect, worker.load_one
 
         def fewer(state: RequestState, seconds: float) -> None:
-            settled = state.settled
+            looked_up = state.looked_up
             collect(state, seconds)
-            if state.plan is not None and not settled:
+            if state.plan is not None and not looked_up:
                 parts = keep(state.length) if callable(keep) else keep
                 state.plan = state.stored = _only(state.plan, parts)
 
         def noisy(spec: LoadSpec) -> int:
-            own = torch.arange(spec.start, spec.spans[-1].stop)
-            size = worker._cache.block_size
+            own = torch.arange(spec.start, spec.plan.stop)
+            size = worker.cache.block_size
             slots = torch.tensor(spec.block_ids)[own // size] * size + own % size
-            rows = torch.randn(worker._cache.layout.shape(len(own))) * noise
-            worker._cache.write(rows.to(torch.float32), slots)
+            rows = torch.randn(worker.cache.layout.shape(len(own))) * noise
+            worker.cache.write(rows.to(torch.float32), slots)
             return load(spec)
 
-        lookups.collect, worker._load = fewer, noisy
+        lookups.collect, worker.load_one = fewer, noisy
         try:
             yield
         finally:
-            lookups.collect, worker._load = collect, load
+            lookups.collect, worker.load_one = collect, load
 
     def close(self) -> None:
         """Stop engine and daemon and forget vLLM's globals."""
@@ -407,6 +417,11 @@ def random_runs(length: int, seed: int) -> Keep:
     generator = random.Random(seed)
     cuts = sorted(generator.sample(range(1, length - 1), 2 * generator.randint(2, 12)))
     return list(zip(cuts[::2], cuts[1::2], strict=True))
+
+
+def half(length: int) -> Keep:
+    """About half of the prompt, in runs of every length."""
+    return random_runs(length, seed=3)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

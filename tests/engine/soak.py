@@ -54,18 +54,18 @@ class Traffic:
 
     @contextmanager
     def _failing(self, chance: float) -> Iterator[None]:
-        worker, load = self.engine.worker, self.engine.worker._load
+        worker, load = self.engine.worker, self.engine.worker.load_one
 
         def flaky(spec: Any) -> int:
             if self.random.random() < chance:
                 raise LeaseError("forced")
             return load(spec)
 
-        worker._load = flaky
+        worker.load_one = flaky
         try:
             yield
         finally:
-            worker._load = load
+            worker.load_one = load
 
     def _serve(self, count: int) -> tuple[dict[str, tuple[int, int]], dict[str, list[Answer]]]:
         """Requests that were not aborted (prompt and length of the answer), and all answers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -10,8 +9,7 @@ import pytest
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import BLOCK, Engine, kept_engine
-from tests.engine.test_behaviour import SETTINGS
+from tests.engine.harness import BLOCK, SHARED, Engine, Fresh
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -19,27 +17,9 @@ LENGTH = 112
 """Tokens of a prompt here: three and a half paged blocks, and less than two of the store's."""
 ANSWER = 24
 """Tokens of most answers: they fill a paged block and begin another."""
+SETTINGS = SHARED
 NEXT = [11111, 22222, 33333, 44444, 12345]
 """What the next turn adds: rare tokens."""
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
 
 
 def nodes(engine: Engine) -> dict[int, dict[str, Any]]:
@@ -231,7 +211,7 @@ def test_an_answer_after_a_failed_load_is_of_rows_computed_in_full(
     engine.store(prompt[:70], max_tokens=1)
     engine.forget()
     with monkeypatch.context() as patch, engine.counted() as gained:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         answer = engine.store(prompt, policy="exact", max_tokens=ANSWER)
     assert gained["declined.load_lease"] == gained["answers_stored"] == 1
     check_next_turn(engine, [*prompt, *answer.tokens], LENGTH + ANSWER - 1)
@@ -241,8 +221,8 @@ def test_answers_may_be_left_alone(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders = engine.planning.orders
-    without = msgspec.structs.replace(orders._config, store_answers=False)
-    monkeypatch.setattr(orders, "_config", without)
+    without = msgspec.structs.replace(orders.config, store_answers=False)
+    monkeypatch.setattr(orders, "config", without)
     engine.store(prompt, max_tokens=ANSWER)
     assert list(nodes(engine)) == [LENGTH]
 

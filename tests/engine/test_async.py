@@ -6,15 +6,16 @@ engine. What a GPU adds, a forward that really runs meanwhile, is not tested her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 from kvshare_connectors.vllm import promises
 
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, random_runs
+from tests.engine.harness import BLOCK, Answer, Engine, Fresh, random_runs
 from tests.engine.soak import Traffic, related_prompts
 from tests.engine.test_answers import ANSWER, begin, check_next_turn, serve_heir
 
@@ -30,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 10,
 }
 
-Fresh = Callable[[int], list[int]]
+half = partial(random_runs, seed=5)
 
 
 class Served(NamedTuple):
@@ -63,30 +64,13 @@ def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[d
 
 
 @pytest.fixture(scope="module")
-def ahead(
+def kept(
     tmp_path_factory: pytest.TempPathFactory, in_step: list[dict[str, Served]]
 ) -> Iterator[Engine]:
     """An engine that schedules ahead, made after the others have gone: one at a time."""
     engine = Engine(tmp_path_factory.mktemp("home"), ahead=True, **SETTINGS)
     yield engine
     engine.close()
-
-
-@pytest.fixture
-def engine(ahead: Engine) -> Iterator[Engine]:
-    ahead.clear()
-    ahead.steps.clear()
-    yield ahead
-    ahead.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=5)
 
 
 def served(engine: Engine, prompt: list[int]) -> dict[str, Served]:
@@ -97,7 +81,7 @@ def served(engine: Engine, prompt: list[int]) -> dict[str, Served]:
     ):  # fmt: skip
         engine.forget()
         engine.steps.clear()
-        reuse = engine.keeping(holes) if edited else nullcontext()
+        reuse = engine.keeping(half) if edited else nullcontext()
         with engine.counted() as gained, reuse, engine.budget(tokens=budget):
             answer = engine.ask(prompt, max_tokens=8)
         assert gained["hits_edited" if edited else "hits_exact"] == 1
@@ -116,7 +100,7 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
@@ -155,7 +139,7 @@ def test_others_decode_in_every_step_while_a_request_is_parked(
         for _ in range(2):
             engine.step()
         engine.steps.clear()
-        with engine.keeping(holes), engine.budget(tokens=LITTLE):
+        with engine.keeping(half), engine.budget(tokens=LITTLE):
             parked = engine.add(prompt)
             answers = engine.drain()
     assert gained["hits_edited"] == 1
@@ -181,7 +165,7 @@ def test_a_failed_load_is_a_miss(
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
     engine.forget()
-    reuse = engine.keeping(holes) if edited else nullcontext()
+    reuse = engine.keeping(half) if edited else nullcontext()
     fails = failing_loads(engine, monkeypatch)
     with engine.counted() as gained, reuse, engine.budget(tokens=budget), fails as tried:
         assert engine.ask(prompt).agrees(full)
@@ -221,7 +205,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
         engine.step()
         assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
         second = engine.add(longer, policy="exact")
-        monkeypatch.setattr(promises, "_saves_enough", lambda plan, spans, least: False)
+        monkeypatch.setattr(promises, "saves_enough", lambda plan, spans, least: False)
         answers = engine.drain()
     monkeypatch.undo()
     assert len(tried) == 1

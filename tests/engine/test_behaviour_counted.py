@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from tests.engine.harness import Answer, Engine, kept_engine
-from tests.engine.test_behaviour import LENGTH, NEW, SETTINGS, edited
+from tests.engine.harness import SHARED, Answer, Engine, Fresh
+from tests.engine.test_behaviour import LENGTH, NEW, edited
 from tests.support.exposition import Exposed
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
+SETTINGS = SHARED
 KINDS = ("exact", "continued", "edited", "recomputed")
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 class Gained:

@@ -3,44 +3,21 @@ answer says about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tests.engine.harness import BLOCK, Engine, kept_engine, random_runs
-from tests.engine.test_behaviour import NEW, SETTINGS
+from tests.engine.harness import BLOCK, SHARED, Engine, Fresh, half
+from tests.engine.test_behaviour import NEW
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+SETTINGS = SHARED
 LENGTH = 150
 LITTLE = 24
 """A step's budget that the placeholders here exceed."""
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    engine.steps.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
 
 
 def core(engine: Engine) -> Any:
@@ -134,7 +111,7 @@ def test_requests_survive_a_pause(
     engine.clear()
     engine.store(prompt)
     engine.forget()
-    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.keeping(half), engine.budget(tokens=LITTLE):
         decoding = engine.add(other, policy="off", max_tokens=40)
         for _ in range(4):
             engine.step()
@@ -158,7 +135,7 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
     """One waits, one is parked, one decodes: the check comes with every test here."""
     engine.store(prompt)
     engine.forget()
-    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.keeping(half), engine.budget(tokens=LITTLE):
         names = [engine.add(fresh(40), policy="off", max_tokens=60)]
         engine.step()
         engine.step()
@@ -260,14 +237,14 @@ def test_abort_while_loading(
 ) -> None:
     engine.store(prompt)
     engine.forget()
-    load, names = engine.worker._load, []
+    load, names = engine.worker.load_one, []
 
     def aborted(spec: Any) -> Any:
         engine.abort(names.pop())
         return load(spec)
 
-    monkeypatch.setattr(engine.worker, "_load", aborted)
-    with engine.keeping(holes if edited else lambda length: [(0, length)]):
+    monkeypatch.setattr(engine.worker, "load_one", aborted)
+    with engine.keeping(half if edited else lambda length: [(0, length)]):
         names.append(engine.add(prompt))
         engine.drain()
     assert not names

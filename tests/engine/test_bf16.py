@@ -25,12 +25,12 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
 ) -> None:
     prompt = families["book_character"][0]
     worker, rows = engine.worker, {}
-    snapshot, load = worker._snapshot, worker._load
+    snapshot, load = worker.snapshot, worker.load_one
 
     def read(block_ids: list[int]) -> torch.Tensor:
         positions = torch.arange(len(prompt) - 1)
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker._cache.read(slots).view(torch.int16)
+        return worker.cache.read(slots).view(torch.int16)
 
     def saving(spec: Any) -> Any:
         rows["saved"] = read(spec.block_ids)
@@ -41,9 +41,9 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
         rows["loaded"] = read(spec.block_ids)
         return nbytes
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
-    monkeypatch.setattr(worker, "_load", loading)
-    assert worker._cache.layout.dtype == "bfloat16"
+    monkeypatch.setattr(worker, "snapshot", saving)
+    monkeypatch.setattr(worker, "load_one", loading)
+    assert worker.cache.layout.dtype == "bfloat16"
     engine.store(prompt)
     with engine.counted() as gained:
         engine.ask(prompt, policy="exact")

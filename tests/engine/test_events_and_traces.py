@@ -10,13 +10,12 @@ from opentelemetry import trace
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import BLOCK, Engine, wait_until
+from tests.engine.harness import BLOCK, Engine, Fresh, wait_until
 from tests.engine.test_behaviour import LENGTH, NEW, edited
 from tests.support.traces import Collector, Span
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 PATIENCE_S = 30.0
 
 

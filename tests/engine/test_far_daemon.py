@@ -47,12 +47,12 @@ def fresh(seed: int) -> list[int]:
 
 def test_rows_are_saved_and_loaded_over_the_network(engine: Engine) -> None:
     prompt = fresh(1)
-    assert engine.planning._link.client.remote
+    assert engine.planning.link.client.remote
     computed = engine.store(prompt)
     again = engine.ask(prompt)
     assert (again.said["exact"], again.said["recomputed"]) == (LENGTH - 1, 1)
     assert again.agrees(computed)
-    fetching = engine.worker._fetching
+    fetching = engine.worker.fetching
     assert fetching is not None
     assert fetching.greet().role == "engine"
     assert engine.stats()["bytes_loaded"] > 0

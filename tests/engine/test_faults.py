@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Welcome
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import Engine, random_runs, wait_until
+from tests.engine.harness import Engine, Fresh, half, wait_until
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,35 +32,10 @@ pytestmark = [
 LENGTH = 130
 DEADLINE_S = 0.4
 RECOVERY_S = 60.0
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
-        enable_prefix_caching=True,
-    )
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
+SETTINGS = {
+    "kvshare": {"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
+    "enable_prefix_caching": True,
+}
 
 
 # --- loads that fail ------------------------------------------------------------------------------
@@ -76,25 +51,26 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
 @contextmanager
 def cleared_labels(engine: Engine) -> Iterator[None]:
     """Between plan and load the arena gives a block's place to another copy."""
-    worker, load = engine.worker, engine.worker._load
+    worker, load = engine.worker, engine.worker.load_one
 
     def late(spec: Any) -> int:
-        at, blocks = spec.spans[-1].block, list(spec.blocks)
+        at, blocks = spec.plan.spans[-1].block, list(spec.plan.blocks)
         blocks[at] = msgspec.structs.replace(blocks[at], seq=blocks[at].seq - 1)
-        return load(dataclasses.replace(spec, blocks=tuple(blocks)))
+        plan = msgspec.structs.replace(spec.plan, blocks=tuple(blocks))
+        return load(dataclasses.replace(spec, plan=plan))
 
-    worker._load = late
+    worker.load_one = late
     try:
         yield
     finally:
-        worker._load = load
+        worker.load_one = load
 
 
 BUDGETS = pytest.mark.parametrize("budget", [16, None], ids=["parked", "same step"])
@@ -113,7 +89,7 @@ def test_a_failed_load_is_a_miss(
     budget: int | None,
 ) -> None:
     full = engine.store(prompt)
-    reuse: AbstractContextManager[None] = engine.keeping(holes) if edited else nullcontext()
+    reuse: AbstractContextManager[None] = engine.keeping(half) if edited else nullcontext()
     hit = "hits_edited" if edited else "hits_exact"
     engine.forget()
     fails = failing_loads(engine, monkeypatch)
@@ -124,7 +100,7 @@ def test_a_failed_load_is_a_miss(
     assert gained[hit] == gained["tokens_reused_edited"] == gained["tokens_reused_exact"] == 0
     assert gained["tokens_recomputed"] == LENGTH
     engine.forget()
-    reuse = engine.keeping(holes) if edited else nullcontext()
+    reuse = engine.keeping(half) if edited else nullcontext()
     with engine.counted() as gained, engine.budget(tokens=budget), reuse:
         assert engine.ask(prompt).agrees(full)
     assert gained[hit] == 1
@@ -147,7 +123,7 @@ def test_shared_memory_that_cannot_be_mapped_is_a_miss(
     engine.forget()
     with engine.counted() as gained, monkeypatch.context() as patch:
         patch.setattr("kvshare_connectors.vllm.worker.Client", Unmappable)
-        patch.setattr(engine.worker, "_arenas", Arenas())
+        patch.setattr(engine.worker, "arenas", Arenas())
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_storage"] == gained["errors.storage"] == 1
     engine.forget()
@@ -162,7 +138,7 @@ def test_a_block_that_left_the_arena_is_a_miss(
 ) -> None:
     full = engine.store(prompt)
     engine.forget()
-    reuse, cleared = engine.keeping(holes), cleared_labels(engine)
+    reuse, cleared = engine.keeping(half), cleared_labels(engine)
     with engine.counted() as gained, engine.budget(tokens=budget), reuse, cleared:
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1
@@ -226,7 +202,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
     full_other = engine.ask(other, policy="off")
     engine.forget()
     fails = iter([True])
-    load = engine.worker._load
+    load = engine.worker.load_one
 
     def first_fails(spec: Any) -> int:
         if next(fails, False):
@@ -234,7 +210,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
         return load(spec)
 
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", first_fails)
+        patch.setattr(engine.worker, "load_one", first_fails)
         first = engine.add(prompt)
         with engine.keeping(lambda length: [(0, 133), (136, length - 2)]):
             second = engine.add(longer)
@@ -279,7 +255,7 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
 def waits(engine: Engine) -> Iterator[list[float]]:
     """Seconds that the engine was ready to wait for plans: of a daemon that says nothing, what it
     did wait, however busy the machine is."""
-    link, waited = engine.planning.lookups._link, []
+    link, waited = engine.planning.lookups.link, []
     answer = link.answer
 
     def watched(request_id: bytes, seconds: float) -> Any:
@@ -392,13 +368,13 @@ def test_what_waits_for_a_frozen_daemon_does_not_fill_memory(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, frozen = engine.worker.saver, engine.daemon
-    small = msgspec.structs.replace(saver._config, host_bytes=1 << 20)
-    monkeypatch.setattr(saver, "_config", small)
+    small = msgspec.structs.replace(saver.config, host_bytes=1 << 20)
+    monkeypatch.setattr(saver, "config", small)
     os.kill(frozen, signal.SIGSTOP)
     try:
         for _ in range(4):
             engine.ask(fresh(40), max_tokens=1)
-        assert saver._waiting_bytes <= 64 * engine.worker._cache.layout.row_bytes
+        assert saver.waiting_bytes <= 64 * engine.worker.cache.layout.row_bytes
     finally:
         os.kill(frozen, signal.SIGCONT)
     engine.settle()
@@ -447,11 +423,11 @@ def test_rows_of_another_model_are_a_miss(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = engine.store(prompt)
-    other = msgspec.structs.replace(engine.planning._namespace, revision="another")
+    other = msgspec.structs.replace(engine.planning.namespace, revision="another")
     hits = []
-    for namespace in (other, engine.planning._namespace):
+    for namespace in (other, engine.planning.namespace):
         engine.forget()
-        monkeypatch.setattr(engine.planning, "_namespace", namespace)
+        monkeypatch.setattr(engine.planning, "namespace", namespace)
         with engine.counted() as gained:
             assert engine.ask(prompt, policy="exact").agrees(full)
         hits.append(gained["hits_exact"])

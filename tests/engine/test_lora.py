@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from examples.engines.small_model import prepare_model
-from tests.engine.harness import Engine, random_runs
+from tests.engine.harness import Engine, Fresh, half
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 120
 LITTLE = 24
 """A step's budget that the placeholders here exceed."""
-
-Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def plain_rows_stay_plain() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(
+def kept(
     tmp_path_factory: pytest.TempPathFactory, adapters: list[Any], plain_rows_stay_plain: None
 ) -> Iterator[Engine]:
     engine = Engine(  # after the adapters: peft needs no engine in its process
@@ -82,17 +80,6 @@ def engine(
     engine.close()
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
-
-
 def test_parked_requests_of_two_adapters_with_room_for_one(
     engine: Engine, fresh: Fresh, adapters: list[Any]
 ) -> None:
@@ -105,7 +92,7 @@ def test_parked_requests_of_two_adapters_with_room_for_one(
         engine.store(prompt, policy="exact", lora=lora)
     for budget in (LITTLE, None):
         engine.forget()
-        with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=budget):
+        with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=budget):
             names = [engine.add(prompt, lora=lora) for prompt, lora in asked]
             answers = engine.drain()
         assert gained["hits_edited"] == len(asked)

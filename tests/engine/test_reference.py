@@ -13,8 +13,7 @@ from kvshare_connectors.transformers.model import KVShareModel, Served
 from examples.engines.small_model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
-from tests.engine.harness import Answer, Engine, kept_engine
-from tests.engine.test_partial_prefill import SETTINGS
+from tests.engine.harness import WITH_DEVICE_TIER, Answer, Engine, kept_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -26,7 +25,7 @@ Prompts = dict[str, list[list[int]]]
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
+    return kept_engine(tmp_path_factory, **WITH_DEVICE_TIER)
 
 
 @pytest.fixture(scope="module")

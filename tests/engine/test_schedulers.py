@@ -53,7 +53,7 @@ def test_exact_prefixes_are_served_and_a_failed_load_is_a_miss(
             engine.forget()
             counted, failing = engine.counted(), monkeypatch.context()
             with counted as gained, engine.budget(tokens=budget), failing as patch:
-                patch.setattr(engine.worker, "_load", fail)
+                patch.setattr(engine.worker, "load_one", fail)
                 assert engine.store(other, policy="exact").agrees(full)
             assert gained["declined.load_lease"] == gained["nodes"] == 1
         engine.forget()

@@ -5,14 +5,15 @@ vLLM's own prefix cache is off here, so that every row comes from the store or i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 
 from kvshare_store.errors import DeadlineError, LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, Keep, random_runs, wait_until
+from tests.engine.harness import BLOCK, Answer, Engine, Fresh, Keep, random_runs, wait_until
 from tests.engine.soak import Traffic, related_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -23,48 +24,28 @@ ROWS = 10
 LITTLE = 24
 """A step's budget that the placeholders here exceed."""
 
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive"},
-        enable_prefix_caching=False,
-        max_num_batched_tokens=512,
-        max_num_seqs=ROWS,
-    )
-    yield engine
-    engine.close()
+half = partial(random_runs, seed=5)
+SETTINGS = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": ROWS,
+}
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    engine.steps.clear()
+def counts_add_up(engine: Engine) -> Iterator[None]:
     yield
-    engine.check_idle()
-    stats = engine.client.stats()
+    stats = engine.stats()
     reused = sum(stats[f"tokens_reused_{kind}"] for kind in ("exact", "continued", "edited"))
     assert stats["tokens_requested"] == reused + stats["tokens_recomputed"]
     assert all(step.rows <= ROWS for step in engine.steps)
     assert all(step.tokens <= 512 for step in engine.steps)
 
 
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
 def thirds(length: int) -> Keep:
     """Two runs of placeholders, three of rows: few enough for any batch here."""
     return [(0, length // 5), (length // 3, length // 2), (2 * length // 3, length - 4)]
-
-
-def holes(length: int) -> Keep:
-    """About half of the prompt, in runs of every length."""
-    return random_runs(length, seed=5)
 
 
 def runs_by_step(engine: Engine) -> list[list[tuple[int, int]]]:
@@ -141,7 +122,7 @@ def test_placeholders_over_one_step_or_many_give_the_full_answer(
 ) -> None:
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
-    keep = holes if "tokens" in limits else many
+    keep = half if "tokens" in limits else many
     engine.steps.clear()
     with engine.counted() as gained, engine.keeping(keep), engine.budget(**limits):
         assert engine.ask(prompt).agrees(full)
@@ -188,7 +169,7 @@ def test_others_decode_as_if_alone_while_a_request_is_parked(
     decoder = engine.add(other, policy="off", max_tokens=12)
     engine.step()
     engine.steps.clear()
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=LITTLE):
         parked = engine.add(prompt)
         answers = engine.drain()
     assert gained["hits_edited"] == 1
@@ -336,12 +317,12 @@ def test_a_failed_load_is_a_miss(
 
     full = engine.store(prompt)
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
-        with engine.keeping(holes), engine.budget(**limits):
+        patch.setattr(engine.worker, "load_one", fail)
+        with engine.keeping(half), engine.budget(**limits):
             assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1
     assert gained["hits_edited"] == 0
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(**limits):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(**limits):
         assert engine.ask(prompt).agrees(full)
     assert gained["hits_edited"] == 1
 
@@ -376,11 +357,11 @@ def test_abort_while_the_lookup_runs(
 
     with engine.counted() as gained:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.planning._link, "answer", slow)
+            patch.setattr(engine.planning.link, "answer", slow)
             patch.setattr(engine.planning.lookups, "patience", lambda: 0.0)
             name = engine.add(prompt)
             engine.step()
-            assert engine.planning._states
+            assert engine.planning.states
             engine.abort(name)
         wait_until(lambda: leases(engine) == 1, 5.0)
     assert gained["declined.aborted"] == 1
@@ -389,7 +370,7 @@ def test_abort_while_the_lookup_runs(
 @pytest.mark.parametrize("steps", [1, 2])
 def test_abort_while_parked(engine: Engine, prompt: list[int], steps: int) -> None:
     engine.store(prompt)
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=16):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=16):
         name = engine.add(prompt)
         for _ in range(steps):
             engine.step()
@@ -416,7 +397,7 @@ def test_abort_while_a_step_computes_placeholders(
             engine.abort(names.pop())
 
     monkeypatch.setattr(engine.worker, "after_forward", aborted)
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=16):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=16):
         engine.steps.clear()
         names.append(engine.add(prompt))
         while engine.core.has_unfinished_requests():
@@ -426,7 +407,7 @@ def test_abort_while_a_step_computes_placeholders(
     assert not engine.scheduler.requests
 
 
-@pytest.mark.parametrize("keep", [None, holes], ids=["plain", "edited"])
+@pytest.mark.parametrize("keep", [None, half], ids=["plain", "edited"])
 def test_abort_while_decoding(engine: Engine, prompt: list[int], keep: Keep | None) -> None:
     engine.store(prompt)
     with engine.counted() as gained, engine.keeping(keep) if keep else nullcontext():

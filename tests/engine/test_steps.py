@@ -512,7 +512,7 @@ def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
         hashes = list(request.block_hashes)
         output = bench.schedule()
         assert request.block_hashes[1:] != hashes[1:]
-        bench.finish(output, set(bench.planning.orders._loading[-1]) if lose == "load" else None)
+        bench.finish(output, set(bench.planning.orders.loading[-1]) if lose == "load" else None)
         if lose == "preemption":
             bench.scheduler.running.remove(request)
             bench.scheduler._preempt_request(request, 0.0)

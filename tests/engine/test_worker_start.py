@@ -4,17 +4,16 @@ know."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvshare_store.errors import UnsupportedError
-from tests.engine.harness import Engine, kept_engine, random_runs
+from tests.engine.harness import Engine, Fresh, kept_engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 KERNEL_BLOCK = 32
 LENGTH = 200
 
@@ -41,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
     engine: Engine, fresh: Fresh
 ) -> None:
-    assert engine.worker._cache._layers[0].kv_cache.shape[2] == KERNEL_BLOCK
+    assert engine.worker.cache.layers[0].kv_cache.shape[2] == KERNEL_BLOCK
     others, prompt = [fresh(LENGTH) for _ in range(2)], fresh(LENGTH)
     for other in others:  # so that the prompt's blocks are not the first of the cache
         engine.store(other)

@@ -43,7 +43,7 @@ def a_save_ignores_condemned_blocks(patch: Patch) -> None:
 
 
 def a_janitor_believes_its_own_tree(patch: Patch) -> None:
-    patch.setattr(SharedGarbage, "_named", lambda self: self._nodes.tree.blocks())
+    patch.setattr(SharedGarbage, "named_blocks", lambda self: self._nodes.tree.blocks())
 
 
 def uses_stay_with_the_machine(patch: Patch) -> None:

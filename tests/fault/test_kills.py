@@ -108,7 +108,7 @@ def check_home(
         store.collect()
         store.flush()
         files = {file.stem for file in (config.home_path / "blocks").glob("*/*")}
-        assert files == store.tree.blocks(), "orphans are collected, and nothing else"
+        assert files == store.tree.blocks(), "garbage is collected, and nothing else"
         assert list((config.home_path / "tmp").iterdir()) == []
         stats = store.stats()
         assert stats["leases"] == 0

@@ -39,7 +39,7 @@ def round_trip(order: str, kernel_block: int, block_size: int) -> str:
     if not torch.equal(cache.read(slots), rows):
         return "what was written is not what is read"
     block, offset = slots // kernel_block, slots % kernel_block
-    for index, layer in enumerate(cache._layers):
+    for index, layer in enumerate(cache.layers):
         stored = layer.kv_cache[block.to(DEVICE), :, offset.to(DEVICE)].cpu()
         if not torch.equal(stored, torch.cat([rows[index, 0], rows[index, 1]], dim=-1)):
             return f"layer {index} holds other rows"
@@ -51,9 +51,9 @@ def round_trip(order: str, kernel_block: int, block_size: int) -> str:
 
 def logical(cache: Any, slots: Tensor) -> Tensor:
     """Canonical rows by plain indexing of kernel blocks."""
-    size = cache._layers[0].kv_cache.shape[2]
+    size = cache.layers[0].kv_cache.shape[2]
     at, offset = (slots // size).to(DEVICE), (slots % size).to(DEVICE)
-    layers = [layer.kv_cache[at, :, offset].cpu() for layer in cache._layers]
+    layers = [layer.kv_cache[at, :, offset].cpu() for layer in cache.layers]
     return torch.stack([torch.stack(layer.chunk(2, dim=-1)) for layer in layers])
 
 

@@ -47,10 +47,10 @@ def without_event(cache: PagedCache) -> RawBlocks:
 def on_the_device(cache: PagedCache) -> RawBlocks:
     """What a snapshot was before: a device buffer, written on the stream of the caller."""
     ids = torch.tensor(BLOCK_IDS, device=DEVICE)
-    shape = (len(cache._layers), len(BLOCK_IDS), *cache._layers[0].kv_cache.shape[1:])
-    copies = torch.empty(shape, dtype=cache._layers[0].kv_cache.dtype, device=DEVICE)
+    shape = (len(cache.layers), len(BLOCK_IDS), *cache.layers[0].kv_cache.shape[1:])
+    copies = torch.empty(shape, dtype=cache.layers[0].kv_cache.dtype, device=DEVICE)
     cache._copy_blocks(ids, copies)
-    return RawBlocks(copies, cache._format, cache.layout, copies, cache._spare)
+    return RawBlocks(copies, cache._format, cache.layout, copies, cache.spare)
 
 
 def rounds(take: Take) -> int:
@@ -67,7 +67,7 @@ def rounds(take: Take) -> int:
             value.fill_(number)
             graph.replay()
             waiting.put((number, taken(take, cache)))
-            for layer in cache._layers:  # the next step gives the blocks to others
+            for layer in cache.layers:  # the next step gives the blocks to others
                 layer.kv_cache.fill_(-1)
             while waiting.qsize() > 4:
                 time.sleep(1e-4)
@@ -93,7 +93,7 @@ def step_of(cache: PagedCache, value: Tensor, stream: torch.cuda.Stream) -> torc
     def compute() -> None:
         for _ in range(16):
             weights @ weights
-        for layer in cache._layers:
+        for layer in cache.layers:
             layer.kv_cache.copy_(value.expand_as(layer.kv_cache))
 
     stream.wait_stream(torch.cuda.current_stream())
@@ -115,7 +115,7 @@ def read(waiting: Any, wrong: list[int]) -> None:
         expected = torch.tensor(number, dtype=torch.bfloat16)
         if not bool((rows == expected).all()):
             wrong.append(number)
-        if raw._buffer.is_cpu:
+        if raw.buffer.is_cpu:
             raw.release()
 
 
@@ -178,7 +178,7 @@ def snapshots_at_once(cache: PagedCache, prompts: list[list[int]]) -> dict[str, 
 def plain(cache: PagedCache, ids: list[int]) -> Tensor:
     """Canonical rows of blocks by plain indexing."""
     at = torch.tensor(ids, device=DEVICE)
-    layers = [layer.kv_cache[at].transpose(1, 2).flatten(0, 1).cpu() for layer in cache._layers]
+    layers = [layer.kv_cache[at].transpose(1, 2).flatten(0, 1).cpu() for layer in cache.layers]
     return torch.stack([torch.stack(layer.chunk(2, dim=-1)) for layer in layers])
 
 

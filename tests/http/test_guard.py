@@ -18,7 +18,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.http.address import Address, listening_socket, parse_address, token_of
 from kvshare_store.http.guard import BODY_BYTES, Forms, RefusedError
 from kvshare_store.http.peers import user_of
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.needs import need
 from tests.support.page import BEARING, TOKEN, World
 

@@ -91,6 +91,17 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
         daemon.ask(protocol.Stats())
 
 
+def test_counting_that_fails_is_no_secret(
+    numb: tuple[Numb, HttpServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, server = numb
+    monkeypatch.setattr(server._asking.history, "take", lambda _: 1 / 0)
+    until(lambda: bool(daemon.asked))
+    daemon.answers[0].set_result({})
+    until(lambda: server._health.failing(THREAD))
+    assert "division by zero" in server._health.report()["reasons"][THREAD]
+
+
 def test_a_bug_is_an_answer_and_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
     server = HttpServer(daemon, daemon.store.metrics.health, entrance(daemon.config))

@@ -56,8 +56,8 @@ def site(tmp_path: Path) -> Site:
 
 def learn(store: Store) -> None:
     """Ask the catalogue what is new, now."""
-    assert store._sharing is not None
-    store._sharing.sync()
+    assert store.sharing is not None
+    store.sharing.sync()
 
 
 def both_are_sound(folder: Path, engine: Driver, check: Callable[[Driver, str], None]) -> None:
@@ -77,8 +77,8 @@ def test_saving_into_a_shared_catalogue(
     with site.open("b"), site.open("a") as store:
         engine, found = Driver(store, NAMESPACE), Crashes(site.folder, tmp_path / "copies")
         catalog: Any = store.repository.catalog
-        for name, step in (("add_namespaces", "namespace added"), ("add", "row added")):
-            monkeypatch.setattr(catalog, name, found.after(getattr(catalog, name), step))
+        for rows, step in ((catalog.records, "namespace added"), (catalog, "row added")):
+            monkeypatch.setattr(rows, "add", found.after(rows.add, step))
         after_calls(monkeypatch, found, ObjectRemote, "put", "remote put")
         engine.save(OLD)
         store.flush()

@@ -23,7 +23,6 @@ from tests.support.neighbours import (
     Machine,
     collect_all,
     config_of,
-    forget_copies,
     knows,
     learn,
     minutes_pass,
@@ -32,6 +31,7 @@ from tests.support.neighbours import (
     until,
 )
 from tests.support.oracle import Driver, RowBook, Rows, prompt
+from tests.support.tiers import drop_from_host
 
 ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
 """A machine that looks into the catalogue when the test says so."""
@@ -52,7 +52,7 @@ class OtherBits(RowBook):
 def served_everywhere(*engines: Driver) -> list[int]:
     """Rows of `PROMPT` that each machine serves from what the remote has."""
     for engine in engines:
-        forget_copies(engine)
+        drop_from_host(engine.store)
     return [engine.serve(PROMPT).exact for engine in engines]
 
 
@@ -103,7 +103,7 @@ def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> No
     one.store.flush()
     learn(other)
     collect_all(one)
-    forget_copies(other)
+    drop_from_host(other.store)
     assert other.serve(edited).reused == 39
     assert knows(one, edited)
 
@@ -372,7 +372,7 @@ def test_one_machine_of_several_lists_the_remote(
         monkeypatch.setattr(blocks, "list_shared", lambda e=engine: listed.append(e) or {})
     for _ in range(2):
         for engine in engines:
-            engine.store._janitor.collect(patient=True)
+            engine.store.janitor.collect(patient=True)
     assert listed
     assert set(listed) == {engines[0]}
 
@@ -397,7 +397,7 @@ def test_upkeep_alone_lets_no_table_grow(
         catalog.uses.overwrite(Fact("b", time.time() + at))
     before = {table: files_of(tmp_path, table) for table in ("facts", "uses")}
     for _ in range(2):
-        one.store._janitor.collect(patient=True)
+        one.store.janitor.collect(patient=True)
     for table, files in before.items():
         assert files_of(tmp_path, table) < files / 2
 
@@ -409,7 +409,7 @@ def test_uses_of_long_ago_go_although_nobody_saves(machine: Machine) -> None:
     catalog = one.store.repository.catalog
     assert catalog is not None
     catalog.uses.create([Fact("ab" * 16, 5.0)])
-    one.store._janitor.collect(patient=True)
+    one.store.janitor.collect(patient=True)
     assert not catalog.uses.facts("at < 6")
 
 
@@ -418,7 +418,7 @@ def test_a_turn_is_renewed_only_when_it_is_half_over(machine: Machine) -> None:
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     catalog = one.store.repository.catalog
     assert catalog is not None
-    mine, theirs = (engine.store._janitor._shared for engine in (one, other))
+    mine, theirs = (engine.store.janitor.shared for engine in (one, other))
     assert mine is not None
     assert theirs is not None
     assert mine.my_turn()

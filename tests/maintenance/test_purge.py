@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
@@ -31,6 +30,7 @@ from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.tiers import damage_file
 from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"
@@ -137,13 +137,7 @@ def found(home: Path, mine: Namespace) -> dict[str, set[str]]:
     return places
 
 
-def disk_level(store: Store) -> Level:
-    level = store.blocks.levels.named("disk")
-    assert level is not None
-    return level
-
-
-def leave_wreckage(two: Two, home: Path, mine: Namespace) -> None:
+def leave_leftovers(two: Two, home: Path, mine: Namespace) -> None:
     """Bytes where nobody's books know of them: quarantined, unfinished, and without a node."""
     names = [
         name for node in two.store.tree if node.namespace == mine.digest for name in node.blocks
@@ -151,9 +145,9 @@ def leave_wreckage(two: Two, home: Path, mine: Namespace) -> None:
     block = home / "blocks" / names[0][:2] / f"{names[0]}.kvb"
     frame = block.read_bytes()
     (home / "tmp" / "0123.4").write_bytes(frame[: len(frame) // 2])
-    orphan = "ab" * 32
+    garbage = "ab" * 32
     (home / "blocks" / "ab").mkdir(exist_ok=True)
-    (home / "blocks" / "ab" / f"{orphan}.kvb").write_bytes(frame)
+    (home / "blocks" / "ab" / f"{garbage}.kvb").write_bytes(frame)
     (home / "quarantine" / names[1]).write_bytes(damaged(frame))
 
 
@@ -165,7 +159,7 @@ def damaged(frame: bytes) -> bytes:
 
 
 def test_no_byte_stays(two: Two, home: Path, mine: Namespace, key: str) -> None:
-    leave_wreckage(two, home, mine)
+    leave_leftovers(two, home, mine)
     before = found(home, mine)
     assert before["rows"] == ({"arena"} if key else {"arena", "blocks", "quarantine", "tmp"})
     assert ("tokens" in before, "tenant" in before) == (not key, not key)
@@ -189,7 +183,7 @@ def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
         assert len(list((folder / "_versions").glob("*.manifest"))) == 1
         assert not list(folder.glob("_deletions/*")), "a deleted row would still be in its file"
     assert {namespace for _, namespace in catalog.ids()} == {two.kept.namespace.digest}
-    assert [known.digest for known in catalog.namespaces()] == [two.kept.namespace.digest]
+    assert [known.digest for known in catalog.records.read()] == [two.kept.namespace.digest]
 
 
 def test_other_namespaces_stay(two: Two, config: Config, mine: Namespace, key: str) -> None:
@@ -356,7 +350,7 @@ def test_the_master_key_does_not_open_what_was_purged(
 
     def opened() -> bytes:
         keys = Keyring(master_key(key))
-        list(Catalog(home / "catalog", keys).namespaces())
+        Catalog(home / "catalog", keys).records.read()
         return bytes(decode_frame(copy, name, keys).data)
 
     assert opened()

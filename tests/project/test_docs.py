@@ -1,4 +1,4 @@
-"""What the documents say about settings, commands, dependencies, rooms and tests is so."""
+"""What the documents say about settings, commands, dependencies, packages and tests is so."""
 
 from __future__ import annotations
 
@@ -89,14 +89,21 @@ def test_every_dependency_has_a_line() -> None:
     assert set(lines) == required()
 
 
-def test_every_room_has_a_place() -> None:
-    (table,) = tables_of(DESIGN / "architecture.md", "room")
+def test_every_package_has_a_place() -> None:
+    (table,) = tables_of(DESIGN / "architecture.md", "package or module")
     named = [name for row in table[1:] for name in quoted(row[0])]
     paths = [*(ROOT / "kvshare_store").iterdir(), *(ROOT / "connectors").iterdir()]
-    rooms = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
+    here = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {name.rpartition("/")[2] for name in named} - {"eviction", "remotes", "tiers"} == {
-        room for room in rooms if not room.startswith("__")
+        name for name in here if not name.startswith("__")
     }
+
+
+def test_every_folder_of_tests_is_described() -> None:
+    (table,) = tables_of(ROOT / "CONTRIBUTING.md", "folder", "what its tests are about")
+    named = {name.partition("/")[0] for row in table[1:] for name in quoted(row[0])} - {"tests"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert named == folders - {"__pycache__"}
 
 
 def test_versions_of_what_is_stored() -> None:

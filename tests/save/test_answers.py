@@ -254,7 +254,7 @@ def test_an_answer_is_longer_than_its_prompt(engine: Driver, extends: int) -> No
     engine.save(PROMPT)
     with pytest.raises(PlanError):
         engine.store.stage([*PROMPT, *ANSWER], engine.namespace, extends=extends)
-    assert not len(engine.store._saving)
+    assert engine.store.stats()["staged"] == 0
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,10 @@ class Traffic:
         conversation.append(answer)
         return Prompt(as_tokens(tokens), as_tokens(answer), None, "", "")
 
+    def say(self, length: int) -> None:
+        """A new message in the first conversation."""
+        self._all[0].append(self._new(length))
+
     def _changed(self, turn: Turn, old: Conversation) -> Conversation:
         new, at = self._new(turn.length), 1 + turn.where % max(1, len(old) - 1)
         changes: dict[str, Conversation] = {
@@ -111,8 +115,13 @@ def test_no_more_than_prefix_caching(policy: str, turns: list[Turn]) -> None:
 @pytest.mark.parametrize("price", [0.0, 0.5])
 @pytest.mark.parametrize("seed", range(2))
 def test_long_traffic(policy: str, price: float, seed: int) -> None:
+    alone, ours = computed(drawn(seed, 80), policy, approximation_price=price)
+    assert ours <= alone
+
+
+def drawn(seed: int, count: int) -> list[Turn]:
     chance = random.Random(seed)
-    turns = [
+    return [
         Turn(
             chance.choice(CHANGES),
             chance.randrange(4),
@@ -120,7 +129,45 @@ def test_long_traffic(policy: str, price: float, seed: int) -> None:
             chance.randint(1, 150),
             chance.randint(0, 80),
         )
-        for _ in range(80)
+        for _ in range(count)
     ]
-    alone, ours = computed(turns, policy, approximation_price=price)
-    assert ours <= alone
+
+
+@pytest.mark.parametrize(
+    ("policy", "room", "most"),
+    [
+        ("exact", 8, 1.0),
+        ("exact", 3, 1.1),  # prompts are forgotten whole, an engine's cache gives up their ends
+        ("faithful", 3, 1.0),
+        ("balanced", 2, 1.0),
+        ("aggressive", 1, 1.0),
+    ],
+)
+def test_in_bounded_memory(policy: str, room: int, most: float) -> None:
+    """`room`: how many of the longest prompts either side may keep."""
+    alone = ours = 0
+    for seed in range(4):
+        traffic = Traffic()
+        prompts = [traffic.prompt(turn) for turn in drawn(seed, 60)]
+        budget = room * ROW_BYTES * max(len(prompt.computed) for prompt in prompts)
+        arms = arms_of(StoreConfig(), [policy], Room(ROW_BYTES, budget))
+        counted = replay(prompts, arms, 0)
+        alone += sum(counted.to_compute(PREFIX_CACHING))
+        ours += sum(counted.to_compute(policy))
+    assert ours <= most * alone
+
+
+@pytest.mark.parametrize(("policy", "most"), [("balanced", 0.2), ("aggressive", 0.2)])
+@pytest.mark.parametrize("turns", [8, 30])
+def test_a_date_that_changes_at_every_turn(policy: str, turns: int, most: float) -> None:
+    """However long the conversation: when no more edits may be built on one another, a prompt is
+    computed in full now and then, and the next ones build on that."""
+    dated = [Turn("date", 0, 0, 100, 40) for _ in range(turns)]
+    talk = Traffic()
+    prompts = []
+    for turn in dated:
+        talk.say(turn.length)
+        prompts.append(talk.prompt(turn))
+    arms = arms_of(StoreConfig(), [policy], Room(ROW_BYTES))
+    counted = replay(prompts, arms, 0)
+    assert sum(counted.to_compute(policy)) <= most * sum(counted.to_compute(PREFIX_CACHING))

@@ -245,14 +245,14 @@ def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
     engine.save(tokens)
     much = Outcome(exact=39, nbytes=39 * ROW, seconds=0.9)
     for rate in engine.store.costs.load.values():
-        rate._smallest = 1
+        rate.smallest = 1
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
     assert engine.store.costs.load["host"].value != before["host"]
     assert engine.store.costs.load["disk"].value == before["disk"]
     engine = driver()
     for rate in engine.store.costs.load.values():
-        rate._smallest = 1
+        rate.smallest = 1
     engine.serve(tokens[:20])  # only these blocks come up
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
@@ -381,13 +381,7 @@ def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
 def _hold_the_committer(store: Store) -> Callable[[], None]:
     """Stop the committer thread before its next piece of work; the result lets it go on."""
     go = threading.Event()
-    carry_out = store.repository.committer._do
-
-    def wait_then_do(batch: Any) -> None:
-        assert go.wait(30)
-        carry_out(batch)
-
-    store.repository.committer._do = wait_then_do  # type: ignore[method-assign]
+    store.repository.queue.call(lambda: go.wait(30))
     return go.set
 
 

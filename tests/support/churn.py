@@ -188,7 +188,7 @@ class Day:
         self._refused = 0
         self._reused: list[tuple[int, float]] = []
         """Per request of a template: novel prompts before it, share of the template reused."""
-        store.tree._clock = self._clock
+        store.tree.clock = self._clock
         store.blocks.pool.leases = LeaseBook(self._clock)
 
     def run(self) -> Figures:

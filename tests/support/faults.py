@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kvshare_store.plan import ReusePlan
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import drop_from_host
 
 
 class AnyFault(Protocol):
@@ -71,9 +72,7 @@ def places(calls: list[str], fault: AnyFault) -> range:
 def from_below(engine: Driver, tokens: list[int], **options: Any) -> ReusePlan:
     """Serve a prompt whose rows are in memory no more; every row is compared with the oracle."""
     engine.store.repository.queue.settle()
-    blocks = engine.store.blocks
-    for name in blocks.host.names():
-        blocks.host.drop(name)
+    drop_from_host(engine.store)
     return engine.serve(tokens, **options)
 
 

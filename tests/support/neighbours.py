@@ -63,8 +63,8 @@ def save(engine: Driver, tokens: list[int]) -> str | None:
 
 def learn(engine: Driver) -> None:
     """Ask the catalogue what is new, now."""
-    assert engine.store._sharing is not None
-    engine.store._sharing.sync()
+    assert engine.store.sharing is not None
+    engine.store.sharing.sync()
 
 
 def minutes_pass(engine: Driver, minutes: float) -> None:
@@ -88,10 +88,3 @@ def collect_all(engine: Driver) -> int:
 def remote_blocks(folder: Path) -> int:
     """Blocks in the remote tier."""
     return sum(file.is_file() for file in (folder / "remote" / "blocks").rglob("*"))
-
-
-def forget_copies(engine: Driver) -> None:
-    """Nothing is left in this machine's own memory."""
-    with engine.store.nodes.lock:
-        for name in list(engine.store.blocks.host.names()):
-            engine.store.blocks.host.drop(name)

@@ -57,10 +57,12 @@ class Numb:
     def __init__(self) -> None:
         self.config = StoreConfig(http="127.0.0.1:0")
         self.asked: list[tuple[Any, Callable[[], bool]]] = []
+        self.answers: list[Future[Any]] = []
 
     def ask(self, message: Any, given_up: Callable[[], bool]) -> Future[Any]:
+        self.answers.append(Future())
         self.asked.append((message, given_up))
-        return Future()
+        return self.answers[-1]
 
 
 class World(NamedTuple):

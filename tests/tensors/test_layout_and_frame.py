@@ -209,10 +209,10 @@ def with_contents(good: bytes, **changes: object) -> bytes:
     header, payload = split_frame(good)
     contents = msgspec.msgpack.decode(header.contents, type=frame.Contents)
     contents = msgspec.structs.replace(contents, **changes)
-    check = frame._check(header.name, header.namespace, contents, payload)
+    check = frame.check_of(header.name, header.namespace, contents, payload)
     contents = msgspec.structs.replace(contents, check=check)
     about = msgspec.msgpack.encode(contents)
-    return frame._head(msgspec.structs.replace(header, contents=about)) + bytes(payload)
+    return frame.packed_header(msgspec.structs.replace(header, contents=about)) + bytes(payload)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "planes", "int8", "fp8"])
@@ -312,7 +312,7 @@ def test_files_and_namespaces_cannot_be_swapped() -> None:
             msgspec.structs.replace(header, name=name, namespace=mine.namespace),
         ):
             with pytest.raises(CorruptBlockError, match="damaged, swapped or of another key"):
-                decode_frame(frame._head(renamed) + bytes(payload), name, key)
+                decode_frame(frame.packed_header(renamed) + bytes(payload), name, key)
 
 
 def test_the_sealed_contents_and_payload_of_two_frames_do_not_mix() -> None:
@@ -320,6 +320,6 @@ def test_the_sealed_contents_and_payload_of_two_frames_do_not_mix() -> None:
     block = finite_block()
     key = ring(block.namespace)
     one, other = (split_frame(frame_of(block, "int8", key)) for _ in range(2))
-    mixed = frame._head(one[0]) + bytes(other[1])
+    mixed = frame.packed_header(one[0]) + bytes(other[1])
     with pytest.raises(CorruptBlockError):
         decode_frame(mixed, block_name(block), key)

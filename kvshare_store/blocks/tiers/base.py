@@ -1,4 +1,4 @@
-"""The interface of a tier. `kvshare_store.testing.tiers.TierTests` is its law."""
+"""The interface of a tier. `kvshare_store.testing.tiers.TierTests` has its contract tests."""
 
 from __future__ import annotations
 

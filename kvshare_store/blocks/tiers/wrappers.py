@@ -1,4 +1,4 @@
-"""Behaviour added around a tier: a wrapper is a tier too and obeys the same law."""
+"""Behaviour added around a tier: a wrapper is a tier too and passes the same contract tests."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from benchmarks.methods.epic import Epic, chunks
 from benchmarks.methods.full import Full
 from benchmarks.methods.kvshare import kvshare, prefix
 from benchmarks.methods.narrowing import Narrowing, Seen
-from benchmarks.methods.reuse import draft, place
+from benchmarks.methods.reuse import place, plan
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.plan import Span
 from tests.transformers.tiny import prompt_of
@@ -123,7 +123,7 @@ def test_a_window_computes_the_tokens_after_the_edit(llama: RowEngine, donor: Do
 def test_epic_computes_the_first_tokens_of_chunks_and_the_end(
     llama: RowEngine, donor: Donor
 ) -> None:
-    planned = draft(PROMPT, [donor], PRESETS["aggressive"])
+    planned = plan(PROMPT, [donor], PRESETS["aggressive"])
     placed = place(llama, PROMPT, [donor], planned)
     chosen = Epic(k=3, chunk_tokens=20, tail=2).selected(placed).nonzero().flatten().tolist()
     # chunks 0-20 (exact), 23-43, 43-63, 63-64; the last position is a placeholder anyway
@@ -138,20 +138,20 @@ def test_chunks_join_spans_that_continue() -> None:
 
 def chosen_by(llama: RowEngine, donor: Donor, method: Selective) -> list[list[int]]:
     """Reused rows that go on after each choosing layer, for PROMPT."""
-    placed = place(llama, PROMPT, [donor], draft(PROMPT, [donor], method.policy))
+    placed = place(llama, PROMPT, [donor], plan(PROMPT, [donor], method.policy))
     reused = int(placed.kept.sum())
     counts = {i: round(method.share * m * reused) for i, m in enumerate(method.schedule, 1)}
     narrowing = Narrowing(llama, placed.cache, ~placed.kept, counts, method.rule)
     found = []
-    choose = narrowing._choose
+    choose = narrowing.choose
 
     def watched(*args: object) -> torch.Tensor:
-        rows = narrowing._rows
+        rows = narrowing.rows
         going = choose(*args)
         found.append([p for p in rows[going].tolist() if placed.kept[p]])
         return going
 
-    narrowing._choose = watched
+    narrowing.choose = watched
     tokens = torch.tensor([PROMPT])
     llama.compute(placed.cache, tokens, torch.arange(LENGTH)[None], during=narrowing)
     return found

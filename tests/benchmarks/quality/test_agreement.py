@@ -167,4 +167,4 @@ def test_the_frontier_is_what_nothing_else_beats_in_both() -> None:
         "least": (0.5, 0.001),
         "less for more": (0.4, 0.002),
     }
-    assert agreement._frontier(points) == {"most", "between", "least"}
+    assert agreement.best_points(points) == {"most", "between", "least"}

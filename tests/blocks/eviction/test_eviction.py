@@ -1,4 +1,4 @@
-"""Eviction policies: the laws of all of them, and what makes each one itself."""
+"""Eviction policies: the contract tests of all of them, and what is special about each."""
 
 from __future__ import annotations
 
@@ -112,6 +112,22 @@ class TestCostAware(PolicyTests):
         policy = self.filled(3)
         policy.add("0", 10, cost=4.0)
         assert list(policy.victims()) == list("120")
+
+    def test_other_bytes_make_a_name_no_younger(self) -> None:
+        policy = self.filled(3)
+        policy.add("0", 20, cost=2.0)
+        assert list(policy.victims()) == list("012")
+        policy.remove(next(policy.victims()))
+        policy.add("3", 10)
+        policy.add("1", 20, cost=2.0)
+        assert list(policy.victims()) == list("123")
+
+    def test_what_changes_meanwhile_is_not_offered_twice(self) -> None:
+        policy = self.filled(3)
+        offered = policy.victims()
+        assert next(offered) == "0"
+        policy.add("0", 10, cost=9.0)
+        assert list(offered) == ["1", "2"]
 
     def test_what_comes_back_soon_keeps_its_uses(self) -> None:
         policy = self.filled(4)

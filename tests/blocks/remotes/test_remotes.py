@@ -1,4 +1,4 @@
-"""Every remote, against the real engine: its own law, and that of tiers over a `RemoteTier`."""
+"""Every remote, against the real engine: its contract tests, and those of tiers over it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.tensors.frame import Block
 from kvshare_store.testing.remotes import RemoteTests, spoil
-from kvshare_store.testing.tier_law import NAMESPACE, make_block, same
+from kvshare_store.testing.tier_contract import NAMESPACE, make_block, same
 from kvshare_store.testing.tiers import Damage, PersistentTierTests
 from tests.support.needs import need
 from tests.support.servers import (
@@ -124,7 +124,7 @@ def mooncake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine
 
 
 class OnEngine(RemoteTests):
-    """The law of remotes on one of the engines above."""
+    """The contract tests of remotes on one of the engines above."""
 
     engine: Engine
 
@@ -133,7 +133,7 @@ class OnEngine(RemoteTests):
 
 
 class TierOnEngine(PersistentTierTests):
-    """The law of tiers on one of the engines above."""
+    """The contract tests of tiers on one of the engines above."""
 
     engine: Engine
     damages: ClassVar[frozenset[Damage]] = frozenset(

@@ -1,4 +1,4 @@
-"""The device tier keeps the law of tiers, and a hit copies the very rows from there."""
+"""The device tier passes the contract tests, and a hit copies the very rows from there."""
 
 from __future__ import annotations
 

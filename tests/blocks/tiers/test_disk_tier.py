@@ -203,9 +203,9 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
         unreadable = Fault("EIO", frozenset({"listdir", "stat"}), refusal(errno.EIO).happen)
         with FaultyFiles() as disk:
             tier = DiskTier(tmp_path, ROOMY, "none", None, Beside)
-            tier._prepare()
+            tier.prepare()
             disk.arm(unreadable)
-            tier._look_around()
+            tier.look_around()
             with pytest.raises(StorageError):
                 tier.size(names[0])
             with pytest.raises(StorageError):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvshare_connectors.vllm import launch
 
 from kvshare_store.errors import ConfigError
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 

@@ -119,7 +119,7 @@ def test_an_engine_that_is_not_served_says_so() -> None:
 def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
     tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
     rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
-    made = (metrics._tokens, metrics._requests, metrics._lookups, metrics._loads)
+    made = (metrics.tokens, metrics.requests, metrics.lookups, metrics.loads)
     exported = {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,

@@ -187,7 +187,7 @@ def test_a_prompt_is_not_stored_whose_adapter_has_changed_meanwhile(
     saves = []
     for changed in (False, True):
         wanted = request(lora_request=lora("a", adapter, inplace=inplace))
-        planning.state_of(wanted).settled = True
+        planning.state_of(wanted).looked_up = True
         if changed:
             change(adapter / "adapter_model.safetensors")
         saves.append(len(planning.build_metadata(prefilled(wanted)).saves))

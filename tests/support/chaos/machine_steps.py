@@ -11,6 +11,7 @@ from kvshare_store.errors import ForeignError
 from kvshare_store.store import Store
 from tests.support.chaos.site import NAMES, SPACE, TTL_S, Site
 from tests.support.oracle import Driver
+from tests.support.tiers import drop_from_host
 
 
 def save_new(site: Site) -> None:
@@ -27,7 +28,7 @@ def save_same_on_two(site: Site) -> None:
     if site.chance.random() < 0.5:
         collect_everything(site, site.machines[other])
         for name in (one, other):
-            forget_copies(site.machines[name])
+            drop_from_host(site.machines[name].store)
             site.serve(site.machines[name], tokens)
 
 
@@ -38,13 +39,6 @@ def collect_everything(site: Site, engine: Driver) -> None:
         site.learn(engine)
         engine.store.collect()
     expired(site)
-
-
-def forget_copies(engine: Driver) -> None:
-    """Other requests have taken all the room in a machine's memory."""
-    with engine.store.nodes.lock:
-        for name in list(engine.store.blocks.host.names()):
-            engine.store.blocks.host.drop(name)
 
 
 def edit(site: Site) -> None:
@@ -72,7 +66,7 @@ def merge_unheard(site: Site) -> None:
     for node_id in donors:
         site.kept.pop(node_id, None)
     collect_everything(site, one)
-    forget_copies(other)
+    drop_from_host(other.store)
     site.serve(other, edited)
     other.store.flush()
 
@@ -154,11 +148,11 @@ def collect_slowly(engine: Driver, meanwhile: Callable[[], None]) -> None:
     delete = blocks.delete_shared
     other = threading.Thread(target=meanwhile)
 
-    def slow(doomed: Mapping[str, str]) -> None:
+    def slow(named: Mapping[str, str]) -> None:
         if other.ident is None:
             other.start()
             other.join(0.5)
-        delete(doomed)
+        delete(named)
 
     with patch.object(blocks, "delete_shared", slow):
         engine.store.collect()

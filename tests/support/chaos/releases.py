@@ -35,7 +35,7 @@ def write_as_next_release(config: StoreConfig) -> None:
     home = config.home_path
     keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
     catalog = Catalog(home / "catalog", keys)
-    spaces = catalog.namespaces()
+    spaces = catalog.records.read()
     catalog.add([(NextNode(**_fields(node)), vectors) for node, vectors in catalog.load()])
     _write_namespaces(home / "catalog", spaces, keys)
     for name in ("nodes", "namespaces"):

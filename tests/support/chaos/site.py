@@ -117,7 +117,7 @@ class Site:
 
     def set_clocks(self, store: Store) -> None:
         """Simulated time, where the store measures it."""
-        store.tree._clock = lambda: time.monotonic() + self.passed
+        store.tree.clock = lambda: time.monotonic() + self.passed
         if store.repository.condemned is not None:
             store.repository.condemned.clock = lambda: now_s() + self.passed
         if store.repository.uses is not None:
@@ -129,8 +129,8 @@ class Site:
 
     def learn(self, engine: Driver) -> None:
         """The machine looks into the catalogue now."""
-        if engine.store._sharing is not None:
-            engine.store._sharing.sync()
+        if engine.store.sharing is not None:
+            engine.store.sharing.sync()
 
     # --- prompts ------------------------------------------------------------------------------
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,12 +16,15 @@ from kvshare_store.cli.main import main
 Result = tuple[int, str, str]
 
 
-def run(*arguments: str | Path) -> Result:
-    """Exit code, standard output and standard error of one command, in this process."""
+def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> Result:
+    """Exit code, standard output and standard error of one command, in this process. `answer`: what
+    is typed; `columns`: how wide the terminal is."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "stdin", io.StringIO(answer)),
+        mock.patch.dict(os.environ, COLUMNS=columns),
         pytest.raises(SystemExit) as end,
     ):
         main([str(argument) for argument in arguments])
