@@ -27,19 +27,20 @@ def command(
     from kvshare_store.cli import remote, upkeep  # noqa: PLC0415 - seconds, not for --help
 
     chosen = configured(home, config)
+    which = chosen.connect or chosen.home_path
     try:
         with remote.connected(chosen) as daemon:
             patience = _PATIENCE_S + (daemon.settings()["drain_seconds"] if drain else 0.0)
             pid = daemon.stop(drain=drain)
             if not daemon.gone(patience):
                 raise DeadlineError(
-                    f"the daemon of {chosen.home_path} (process {pid}) is still writing after "
+                    f"the daemon of {which} (process {pid}) is still writing after "
                     f"{patience:.0f} s; it stops when it is done"
                 )
     except UnavailableError as error:
-        if not isinstance(error.__cause__, _NOBODY):
+        if chosen.connect or not isinstance(error.__cause__, _NOBODY):
             raise
         upkeep.refuse_without_store(chosen)
         typer.echo(f"No daemon runs for {chosen.home_path}: nothing to stop.")
         return
-    typer.echo(f"The daemon of {chosen.home_path} (process {pid}) has stopped.")
+    typer.echo(f"The daemon of {which} (process {pid}) has stopped.")

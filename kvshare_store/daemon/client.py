@@ -138,7 +138,11 @@ class Client(Session):
         `LeaseError` if they are not there any more, `DeadlineError` if they do not come within
         `seconds`.
         """
-        return fetch(self, lease, refs, seconds) if self.remote else self.mapped(arena)
+        if not self.remote:
+            return self.mapped(arena)
+        if not self.connected:
+            self.greet(seconds)
+        return fetch(self, lease, refs, seconds)
 
     def rows_of(self, arena: str, ref: BlockRef) -> memoryview:
         """The bytes of a leased block, in place. Check again with `check` after copying."""

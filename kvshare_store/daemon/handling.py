@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import by_id, protocol
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection
@@ -21,6 +23,8 @@ from kvshare_store.store import Store
 
 _INBOX_SHARE = 4
 """Rows that other machines send may take this part of `host_bytes` before they are saved."""
+_OWNERS = ("remote", "catalog", "encryption_key", "tenant_key", "http_token")
+"""Settings in which addresses with passwords, or commands, may stand."""
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 
 
@@ -43,7 +47,7 @@ class Handling:
                 message.reason, message.tokens
             ),
             protocol.EngineCached: lambda message, _: self._store.engine_cached(message.tokens),
-            protocol.Settings: lambda *_: self._store.config,
+            protocol.Settings: self._settings,
             protocol.Finish: lambda message, _: self._store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
             protocol.Working: lambda message, client: self._store.working(
@@ -112,6 +116,13 @@ class Handling:
         return self._store.plan_node(
             message.node, owner=client.owner, deadline_ms=left_ms, far=client.remote
         )
+
+    def _settings(self, _: protocol.Settings, client: Connection | None) -> StoreConfig:
+        """Without what may hold secrets, for engines of other machines."""
+        config = self._store.config
+        if client is None or not client.remote or client.role == "admin":
+            return config
+        return msgspec.structs.replace(config, **dict.fromkeys(_OWNERS, ""))
 
     def _observe(self, message: protocol.Observe, client: Connection) -> None:
         self._store.observe(message.model, message.tokens, message.seconds, far=client.remote)

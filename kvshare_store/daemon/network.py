@@ -112,7 +112,7 @@ class NetworkListener:
         except OSError:  # it has gone already
             stream.close()
             raise
-        return TlsStream(tls)
+        return TlsStream(tls, server=True)
 
     def role_of(self, stream: TlsStream) -> Role:
         """What a client that has shown its certificate may ask for; `DeniedError` if nothing."""
@@ -133,14 +133,20 @@ class Remote:
         self._resolved: tuple[socket.AddressFamily, tuple[object, ...]] | None = None
 
     def resolve(self) -> None:
-        """Ask where the host is; takes its time. `UnavailableError` if nobody knows."""
-        self._resolved = self.address.resolved()
+        """Ask where the host is, unless that is known; takes its time. `UnavailableError` if nobody
+        knows."""
+        if self._resolved is None:
+            self._resolved = self.address.resolved()
+
+    def doubt(self) -> None:
+        """The daemon does not answer: it may be elsewhere by now."""
+        self._resolved = None
 
     def connect(self) -> TlsStream:
-        """A connection that is being made; nothing is waited for once the host is known."""
+        """A connection that is being made; nothing is waited for. `UnavailableError` unless
+        `resolve` has found the host."""
         if self._resolved is None:
-            self.resolve()
-        assert self._resolved is not None
+            raise UnavailableError(f"where {self.address} is has to be asked first")
         family, where = self._resolved
         stream = _prepared(family)
         try:

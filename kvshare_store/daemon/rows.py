@@ -64,5 +64,7 @@ class Inboxes:
 
     def clear(self, client: Connection) -> None:
         """Give the memory of a client's rows back: its save has ended, or another begins."""
-        if client.remote and self._sizes.pop(client.owner, 0) and client.outbox >= 0:
+        with self._lock:
+            some = self._sizes.pop(client.owner, 0)
+        if some and client.outbox >= 0:
             os.ftruncate(client.outbox, 0)

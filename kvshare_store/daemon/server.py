@@ -243,12 +243,19 @@ class Server:
         if connection.outbox >= 0 and not _is_memory(connection.outbox):
             raise ProtocolError("the descriptor that came with the hello is no memory file")
         if self._network is not None and isinstance(connection.stream, TlsStream):
-            connection.role = self._network.role_of(connection.stream)
+            connection.role = self._role_of(connection.stream, self._network)
         connection.role = roles.lesser(connection.role, message.role)
         arena, policy = self.store.blocks.host.arena, self.config.policy
         welcome = protocol.Welcome(version, os.getpid(), arena.id, policy, connection.role)
         descriptor = -1 if connection.remote else arena.descriptor
         return protocol.encode(protocol.Reply(result=welcome)), descriptor
+
+    def _role_of(self, stream: TlsStream, network: NetworkListener) -> protocol.Role:
+        try:
+            return network.role_of(stream)
+        except DeniedError as error:
+            log.warning("kvshare: a client was refused: %s", error)
+            raise
 
     def request(self, connection: Connection, frame: Frame) -> None:
         """Give a request to its lane."""

@@ -106,6 +106,8 @@ class Session:
     def _open_within(self, seconds: float) -> None:
         """As `open`; while too many connect at once, try again."""
         deadline = time.monotonic() + seconds
+        if isinstance(self.home, Remote):
+            self.home.resolve()
         while True:
             try:
                 self.open()
@@ -135,6 +137,8 @@ class Session:
 
     def _lost(self, error: Exception | None = None) -> KVShareError:
         unwelcome = self.remote and self.welcome is None
+        if isinstance(self.home, Remote):
+            self.home.doubt()
         self._hang_up()
         gone: KVShareError = UnavailableError(f"the daemon of {self.home} is gone")
         if isinstance(error, ssl.SSLError):

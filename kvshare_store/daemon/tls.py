@@ -7,6 +7,7 @@ The role is the organizational unit (OU) of the certificate's subject, or what a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -24,6 +25,7 @@ from kvshare_store.errors import ConfigError, DeniedError
 _RECORD_BYTES = 1 << 14
 """Longest record of TLS: one call sends no more, so that a send that would wait is repeated with
 the same bytes."""
+_UNREAD_RECORDS = 16
 _CONNECTING = (errno.ENOTCONN, errno.EINPROGRESS)
 
 
@@ -31,9 +33,11 @@ class TlsStream:
     """A connection with TLS that never waits. It is used as a non-blocking socket is:
     `BlockingIOError` where a call would wait, no bytes at the end of the stream."""
 
-    def __init__(self, tls: ssl.SSLSocket) -> None:
-        """`tls`: not blocking, its handshake still to be made."""
+    def __init__(self, tls: ssl.SSLSocket, *, server: bool = False) -> None:
+        """`tls`: not blocking, its handshake still to be made. `server`: this is the side that says
+        why it hangs up."""
         self._tls = tls
+        self._server = server
         self._shaken = False
         self._failure = 0
         self.waits_to_read = False
@@ -95,13 +99,14 @@ class TlsStream:
             raise ValueError("a TlsStream never blocks")
 
     def close(self) -> None:
-        """Close it, so that the other side can still read why."""
-        try:
-            self._tls.shutdown(socket.SHUT_WR)
-            while socket.socket.recv(self._tls, _RECORD_BYTES):  # what is unread would reset it
-                pass
-        except OSError:
-            pass
+        """Close it; from the server's side so that the client can still read why. A client only
+        lets go: a forked child must not end the connection of its parent."""
+        if self._server:
+            with contextlib.suppress(OSError):
+                self._tls.shutdown(socket.SHUT_WR)
+                for _ in range(_UNREAD_RECORDS):  # what is unread would reset the connection
+                    if not socket.socket.recv(self._tls, _RECORD_BYTES):
+                        break
         self._tls.close()
 
 

@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.link import open_link
+from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.roles import NEEDED, ROLES
 from kvshare_store.daemon.server import Server
@@ -196,6 +197,52 @@ def test_far_loads_are_weighed_by_themselves(
     rates = [costs.of(WIDE.model_digest).prefill.value
              for costs in (server.store.costs, server.store.far_costs)]  # fmt: skip
     assert rates == [1000.0, 20.0]
+
+
+def test_a_forked_child_leaves_the_connection_to_its_parent(connect: Callable[..., Client]) -> None:
+    client = connect()
+    client.greet()
+    child = os.fork()
+    if not child:
+        os._exit(0)  # by now it has closed its copy
+    assert os.waitpid(child, 0)[1] == 0
+    stream = client.connected
+    assert client.stats()["daemon"]["connections"] == 1
+    assert stream
+
+
+def test_nobody_waits_for_a_resolver(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup is a miss until another thread has found the host."""
+    config = keys.client(keys.clients.issue("e", "engine"), 1)
+    link = Link(msgspec.structs.replace(config, connect="tcp://store.invalid:1"))
+    asked: list[str] = []
+
+    def resolver(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(threading.current_thread().name)
+        raise socket.gaierror(socket.EAI_NONAME, "nobody knows it")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    assert link.ask(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None) is None
+    link.close()
+    assert asked == ["kvshare-revive"]
+    with (
+        Client(place_of(link.config), timeout=1.0) as client,
+        pytest.raises(UnavailableError, match=r"host store\.invalid is not known"),
+    ):
+        client.stats()
+
+
+def test_secrets_of_the_daemon_stay_there(
+    config: Config, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "ab" * 32)
+    with serving(config(**keys.listening(), encryption_key="env:SECRET")) as server:
+        for role, told in (("reader", ""), ("engine", ""), ("admin", "env:SECRET")):
+            place = place_of(keys.client(keys.clients.issue("c", role), server.port))
+            with Client(place, timeout=PATIENCE_S) as client:
+                settings = client.call(protocol.Settings())
+                assert settings["encryption_key"] == told
+                assert settings["block_tokens"] == 8
 
 
 # --- who is let in --------------------------------------------------------------------------------
