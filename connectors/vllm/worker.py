@@ -30,7 +30,7 @@ from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
-_FETCH_S = 2.0
+_FETCH_S = 5.0
 """Rows of a daemon on another machine that take longer are not waited for: they are computed."""
 _TIMED = 4096
 """Durations kept until vLLM asks for them, which it does each step."""

@@ -23,8 +23,12 @@ from kvshare_store.daemon.roles import ROLES
 from kvshare_store.errors import ConfigError, DeniedError
 
 _RECORD_BYTES = 1 << 14
-"""Longest record of TLS: one call sends no more, so that a send that would wait is repeated with
-the same bytes."""
+"""Longest record of TLS."""
+_SENT_BYTES = 1 << 17
+"""One call sends no more. TLS wants a send that would wait to be repeated with the same bytes,
+which whoever moves frames does."""
+_READ_BYTES = 1 << 16
+"""Read by one call, at most."""
 _UNREAD_RECORDS = 16
 _CONNECTING = (errno.ENOTCONN, errno.EINPROGRESS)
 
@@ -38,6 +42,7 @@ class TlsStream:
         why it hangs up."""
         self._tls = tls
         self._server = server
+        self._room = bytearray(_READ_BYTES + _RECORD_BYTES)
         self._shaken = False
         self._failure = 0
         self.waits_to_read = False
@@ -45,20 +50,26 @@ class TlsStream:
 
     def recv(self, nbytes: int) -> bytes:
         """As a socket's; also what TLS holds back, so up to a record more."""
+        nbytes = min(nbytes, _READ_BYTES)
         self._shake()
+        room = memoryview(self._room)[: nbytes + _RECORD_BYTES]
+        at = 0
         try:
-            data = self._tls.recv(nbytes)
-            while data and (left := self._tls.pending()):
-                data += self._tls.recv(left)
+            while at < nbytes or self._tls.pending():
+                count = self._tls.recv_into(room[at:])
+                if not count:
+                    break
+                at += count
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise BlockingIOError from error
-        return data
+            if not at:
+                raise BlockingIOError from error
+        return bytes(room[:at])
 
     def send(self, data: memoryview) -> int:
         """As a socket's."""
         self._shake()
         try:
-            return self._tls.send(data[:_RECORD_BYTES])
+            return self._tls.send(data[:_SENT_BYTES])
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise BlockingIOError from error
 

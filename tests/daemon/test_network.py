@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.certificates import Keys, Pair
 from tests.support.daemons import ClientDriver, serving
+from tests.support.fuzz import some_message
 from tests.support.oracle import prompt
 
 Config = Callable[..., StoreConfig]
@@ -502,3 +504,27 @@ def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:
     assert client.call(protocol.ReadRows(plan.lease, name, plan.blocks[0].nbytes + 5)) == b""
     engine.finish(plan)
     assert refusal(client, protocol.ReadRows(plan.lease, name)) is LeaseError
+
+
+def test_messages_that_no_client_would_send(
+    connect: Callable[..., Client], server: Server, keys: Keys
+) -> None:
+    """From engines with keys, which come and go in the middle of them."""
+    chance, pair = random.Random(1), keys.clients.issue("hostile", "engine")
+    context = ssl.create_default_context(cafile=keys.servers.cert)
+    context.load_cert_chain(pair.cert, pair.key)
+    for _ in range(12):
+        bodies = [protocol.encode(protocol.Hello()), *(some_message(chance) for _ in range(150))]
+        frames = b"".join(wire.HEADER.pack(len(body), b"request1") + body for body in bodies)
+        with (
+            socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as stream,
+            context.wrap_socket(stream, server_hostname="127.0.0.1") as tls,
+        ):
+            tls.sendall(frames[: chance.randrange(len(frames))])
+            tls.recv(chance.randrange(1, 1 << 16))
+    engine = ClientDriver(connect(), NAMESPACE)
+    assert engine.save(prompt(1, 40))
+    assert engine.serve(prompt(1, 40)).exact == 39
+    assert eventually(lambda: server.store.held == 0)
+    assert server.handling.inboxes.nbytes == 0
+    assert "internal" not in server.store.metrics.errors
