@@ -61,5 +61,8 @@ class Daemon:
 def connected(config: StoreConfig) -> Iterator[Daemon]:
     """The daemon of a home; fails at once if none runs."""
     with Client(place_of(config)) as client:
-        client.open()
+        if client.remote:
+            client.greet()
+        else:
+            client.open()
         yield Daemon(client)

@@ -10,8 +10,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from tests.commands import Result, one_line, run
 from tests.support.certificates import Keys, Pair
+from tests.support.commands import Result, one_line, run
 from tests.support.daemons import START_S, ClientDriver, Daemon
 from tests.support.oracle import prompt
 
