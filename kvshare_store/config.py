@@ -159,6 +159,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only when asked)."""
+    start_daemon: bool = True
+    """An engine starts the daemon where none runs. Off: systemd or Kubernetes does."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
     drain_seconds: float = 10.0

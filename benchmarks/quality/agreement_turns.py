@@ -3,12 +3,13 @@ before it, which were built on those before them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from kvshare_connectors.transformers.engine import RowEngine
 from rich.progress import track
 
 from benchmarks.harness.result import Cell, Options, Result
@@ -25,7 +26,7 @@ FIRST, LATER = "first edited", "later"
 _TURNS = 6
 _COMPARED = (1, 2, 4, 6)
 """Turns that are compared with full compute, which takes most of the time; all are served."""
-_FLOORS = 3
+_FLOORS = 6
 """Requests that the noise floor is computed on: bf16 is slow on most CPUs."""
 
 
@@ -46,9 +47,14 @@ def measured(options: Options, asked: Sequence[Request], arms: dict[str, dict[st
             for one in serving.serve(each, each.turn in _COMPARED)
         ]
     rough, _, _ = engine_for(options, torch.bfloat16)
-    few = asked[1 :: max(1, len(asked) // _FLOORS)]
-    floors = [floor_of(rough, each) for each in track(few, "Noise floor")]
-    return _result(options, model, served, floors)
+    return _result(options, model, served, list(_floors(rough, [one.request for one in served])))
+
+
+def _floors(rough: RowEngine, requests: Sequence[Request]) -> Iterator[Score]:
+    """The noise floor on some of the requests, evenly drawn."""
+    drawn = np.linspace(0, len(requests) - 1, min(_FLOORS, len(requests))).astype(int)
+    for at in track(drawn.tolist(), "Noise floor"):
+        yield floor_of(rough, requests[at])
 
 
 # --- the result -----------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ def _row(kind: str, name: str, kept: Sequence[Served], floor: float) -> list[Cel
         float(np.mean([one.score.kl_first for one in kept])),
         float(np.mean(kl)),
         _error(kl),
-        float(np.mean(kl)) / floor,
+        float(np.mean(kl)) / floor if floor else None,
     ]
 
 

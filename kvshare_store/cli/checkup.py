@@ -208,8 +208,11 @@ def _daemon(config: StoreConfig, serving: bool) -> Iterator[Finding]:
         if serving:
             advice = "wait until it is up; if it stays so, look into daemon.log"
             yield Finding(WRONG, "daemon", "a process holds the home and does not listen", advice)
-        else:
+        elif config.start_daemon:
             yield Finding(NOTE, "daemon", "none runs: engines start one by themselves")
+        else:
+            advice = "start it: systemd, Kubernetes, or `kvshare serve`"
+            yield Finding(WRONG, "daemon", "none runs, and start_daemon is off", advice)
         return
     except KVShareError as error:
         yield Finding(WRONG, "daemon", str(error), "look into daemon.log, then restart it")

@@ -69,6 +69,9 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
 
 def found_node(store: Store, beginning: str) -> Node:
     """The one node whose id begins so; `NodeError` if there is none, or are several."""
+    whole = store.tree.get(beginning)  # all ids have one length
+    if whole is not None:
+        return whole
     with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
     if len(found) != 1:

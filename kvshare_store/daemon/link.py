@@ -151,8 +151,10 @@ class Link:
         self._rest()
         self.client.reconnect()
         if self._reviver is None or self._reviver.done:
-            then = "it is tried again" if self.client.remote else "restarting it"
-            log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, then)
+            what = "restarting it" if self.config.start_daemon else "it is not ours to restart"
+            if self.client.remote:
+                what = "it is tried again"
+            log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, what)
             self._reviver = Reviver(self.config, self.client.home)
 
     def close(self) -> None:
@@ -178,7 +180,9 @@ class Reviver:
         try:
             if isinstance(self._place, Remote):
                 self._place.resolve()
-            elif not home_taken(home) and not answers(home):
+                return
+            wanted = self._config.start_daemon and not home_taken(home)
+            if wanted and not answers(home):
                 self.spawned = spawn_daemon(self._config)
         except (KVShareError, OSError) as error:
             log.warning("kvshare: no daemon could be reached or started: %s", error)

@@ -25,6 +25,7 @@ from kvshare_store.daemon.handling import Handling
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.network import NetworkListener
 from kvshare_store.daemon.reloading import changed
+from kvshare_store.daemon.service_manager import ServiceManager
 from kvshare_store.daemon.switchboard import Door, Switchboard
 from kvshare_store.daemon.tls import TlsStream
 from kvshare_store.daemon.wire import Frame
@@ -71,6 +72,7 @@ class Server:
         self._wants_reload = False
         self._drained_by = float("inf")
         """When a daemon that drains ends, whatever is held then."""
+        self._manager = ServiceManager()
         self._network = NetworkListener(config) if config.listen else None
         try:
             self.store = Store(config)
@@ -120,6 +122,7 @@ class Server:
 
     def serve(self) -> None:
         """Answer until a stop message, SIGTERM, SIGINT, or idleness; then close the store."""
+        self._manager.ready(f"serving {self.config.home_path}")
         try:
             while not self._stopping:
                 if self._turn():
@@ -201,6 +204,7 @@ class Server:
         What was committed becomes durable, unless the home is gone or somebody else's.
         """
         self._stopping = True
+        self._manager.stopping()
         self.switchboard.stop_listening()
         for part in self._beside:
             part.close()
@@ -212,6 +216,7 @@ class Server:
 
     def _tend(self) -> None:
         """Once a second: leases that have run out, and reasons to end."""
+        self._manager.alive()
         if not self._reaping:
             self._reaping = True
             self._lanes.run("save", self._reap)

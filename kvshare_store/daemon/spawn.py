@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.daemon import service_manager
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
@@ -106,14 +107,17 @@ def open_log(home: Path) -> int:
 def daemon_environment(config: StoreConfig) -> dict[str, str]:
     """This process's environment with exactly these settings and no others."""
     names = {name: f"KVSHARE_{name.upper()}" for name in FIELDS}
-    ours = {"KVSHARE_CONFIG", *names.values()}
+    ours = {"KVSHARE_CONFIG", *service_manager.VARIABLES, *names.values()}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     values = {names[name]: getattr(config, name) for name in FIELDS}
     return kept | {name: str(value) for name, value in values.items() if value is not None}
 
 
 def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
-    """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot."""
+    """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot.
+
+    With `start_daemon` off it waits for somebody else's: `DeadlineError` if none comes.
+    """
     deadline = time.monotonic() + timeout
     client = Client(place_of(config))
     try:
@@ -130,7 +134,7 @@ def _until_connected(config: StoreConfig, deadline: float) -> None:
     home, spawned = config.home_path, None
     try:
         while not answers(home):
-            if home_taken(home):
+            if home_taken(home) or not config.start_daemon:
                 pass  # another daemon is starting or ending there: ours could only fail
             elif spawned is None:
                 spawned = spawn_daemon(config)

@@ -13,7 +13,7 @@ NEW = 1_000_000
 
 
 def numbers(start: int = NEW) -> Iterator[list[int]]:
-    """Documents of ten tokens, none of which occurs twice."""
+    """Documents of ten tokens each, all different."""
     while True:
         yield list(range(start, start + 10))
         start += 10

@@ -1,4 +1,4 @@
-"""The command line without a daemon: options, bad input, what people read."""
+"""The command line without a daemon: options, bad input, readable output."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_socket_in_use(home: Path) -> None:
 def test_a_home_without_a_store_is_probably_mistyped(
     command: list[str], home: Path, tmp_path: Path
 ) -> None:
-    """Every command says the same, and none makes one there or asks for a daemon."""
+    """Every command gives the same message; none creates a store there or starts a daemon."""
     line = one_line(run(*command, "--home", home), 3)
     assert line.startswith(f"kvshare: home {home} has no store; name another with --home")
     assert not home.exists()

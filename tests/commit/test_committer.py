@@ -1,4 +1,4 @@
-"""The committer's thread: order, batches, and that nothing it meets leaves callers waiting."""
+"""The committer's thread: order and batches, and that no error leaves callers waiting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Catalogue:
-    """Writes down what it is told."""
+    """Records what it is told."""
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -59,7 +59,7 @@ class Catalogue:
 
 
 class Nodes:
-    """Writes down which nodes are given up."""
+    """Records which nodes are given up."""
 
     blocks = None
 
@@ -71,7 +71,7 @@ class Nodes:
 
 
 class Steps(Durable):
-    """Its steps are written down in `log`, none of which has to do with a block."""
+    """Work without blocks whose steps are recorded in `log`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Steps(Durable):
 
 
 class Desk:
-    """A committer whose steps are written down in `log`."""
+    """A committer whose steps are recorded in `log`."""
 
     def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
         self.log: list[str] = []
@@ -247,7 +247,7 @@ def test_no_room_and_nodes_that_left_are_no_failure_of_storage() -> None:
 
 
 def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
-    """The committer never comes to the end of its queue: each addition orders the next one."""
+    """The queue never becomes empty, since each piece of work orders the next one."""
     desk = Desk(lambda node: desk.queue.put(addition(f"{node.id}+")) if go.is_set() else None)
     go = threading.Event()
     go.set()
@@ -293,7 +293,8 @@ def broken(node: Node) -> None:
 
 
 def test_work_that_cannot_be_done_takes_no_other_along() -> None:
-    """Whatever it raises: the node is given up, the thread lives, the others are stored."""
+    """Whatever error is raised: the node is given up, the thread lives on, the others are
+    stored."""
     desk = Desk(broken)
     log = desk.run(addition("a"), addition("bad"), addition("c"))
     assert "given up bad" in log

@@ -20,6 +20,7 @@ from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import link as link_module
 from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.server import Server
@@ -115,6 +116,24 @@ def test_a_killed_daemon_is_brought_back(
     assert psutil.pid_exists(spawned[-1])
     with Client(home, timeout=PATIENCE_S) as client:
         assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
+
+
+def test_where_somebody_else_starts_daemons_engines_only_wait(
+    config: Callable[..., StoreConfig], home: Path, spawned: list[int]
+) -> None:
+    """Else an engine would hold the home when systemd or Kubernetes restarts its daemon."""
+    theirs = config(start_daemon=False)
+    link = open_link(theirs, timeout=0.3)
+    try:
+        assert planned(link, 0.2) is None
+        assert not home_taken(home)
+        with Daemon(theirs) as daemon:
+            planned_in_the_end(link)
+            daemon.kill()
+            assert planned(link, 0.2) is None
+    finally:
+        link.close()
+    assert spawned == []
 
 
 def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: list[int]) -> None:

@@ -23,6 +23,7 @@ import pytest
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.roles import NEEDED, ROLES
@@ -283,8 +284,11 @@ def test_a_daemon_of_another_host_is_not_believed(config: Config, keys: Keys) ->
 
 
 @pytest.mark.parametrize("how", ["plain", "no certificate", "old TLS", "silent"])
-def test_whoever_shows_no_key(server: Server, keys: Keys, how: str) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as stream:
+def test_whoever_shows_no_key(config: Config, keys: Keys, how: str) -> None:
+    with (
+        serving(config(**keys.listening()), Limits(hello_s=0.5)) as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as stream,
+    ):
         context = ssl.create_default_context(cafile=keys.servers.cert)
         if how == "plain":
             body = protocol.encode(protocol.Hello())
@@ -304,8 +308,8 @@ def test_whoever_shows_no_key(server: Server, keys: Keys, how: str) -> None:
                     said = received(tls)
             except OSError:
                 pass
-    assert b"version" not in said, "nobody was welcomed"
-    assert eventually(lambda: not server.switchboard.connections)
+        assert b"version" not in said, "nobody was welcomed"
+        assert eventually(lambda: not server.switchboard.connections)
 
 
 def received(stream: socket.socket) -> bytes:

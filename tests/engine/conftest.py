@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # vLLM's imports warn of things that are not ours to change
+    warnings.simplefilter("ignore")  # vLLM's imports emit warnings that we cannot fix
     import vllm.v1.core.sched.scheduler
     import vllm.v1.worker.cpu_model_runner  # noqa: F401
 
@@ -21,21 +21,21 @@ from tests.engine.harness import Engine, Fresh, close_kept_engine, kept_engine
 
 @pytest.fixture(scope="session", autouse=True)
 def no_engine_outlives_the_tests() -> Iterator[None]:
-    """The last one that modules shared is closed."""
+    """Close the last engine that modules shared."""
     yield
     close_kept_engine()
 
 
 @pytest.fixture(scope="module")
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The engine that the module's SETTINGS ask for."""
+    """The engine for the module's SETTINGS."""
     return kept_engine(tmp_path_factory, **request.module.SETTINGS)
 
 
 @pytest.fixture
 def engine(kept: Engine) -> Iterator[Engine]:
-    """That engine, with nothing in its store and in vLLM's own cache; a test leaves nothing that
-    goes on."""
+    """That engine, with an empty store and an empty vLLM prefix cache. A test may leave no request,
+    lease or block behind."""
     kept.clear()
     kept.steps.clear()
     yield kept
@@ -44,7 +44,7 @@ def engine(kept: Engine) -> Iterator[Engine]:
 
 @pytest.fixture
 def prompt(request: pytest.FixtureRequest, fresh: Fresh) -> list[int]:
-    """A prompt of the module's LENGTH that nobody has asked before."""
+    """A new prompt of the module's LENGTH."""
     return fresh(request.module.LENGTH)
 
 
@@ -78,7 +78,7 @@ def fresh(families: dict[str, list[list[int]]]) -> Fresh:
     """Prompts of a given length that have no run of tokens in common with any given before.
 
     Real text always has some: the tokens of the families come in random order, as often as needed.
-    No two prompts start with the same token, which would be a prefix.
+    No two prompts start with the same token, which would be a common prefix.
     """
     shuffled = random.Random(0)
     tokens = [token for texts in families.values() for token in texts[0]]

@@ -51,7 +51,7 @@ class Other:
         return next(line for line in lines if line.startswith(begins))
 
     def wait(self) -> None:
-        """Until it serves."""
+        """Wait until it serves."""
         self._line("ready")
 
     def store(self, prompt: list[int], policy: str | None = None) -> tuple[Answer, Counter[str]]:
@@ -61,11 +61,11 @@ class Other:
         self.process.stdin.flush()
         said = json.loads(self._line("{"))
         answer = Answer(**said["answer"])
-        # JSON has no numbers as keys
+        # JSON has no integer keys
         answer.logprobs = [{int(token): at for token, at in one.items()} for one in answer.logprobs]
         return answer, Counter(said["gained"])
 
     def close(self) -> None:
-        """End it as a crash would: it says nothing to the daemon."""
+        """Kill it, as a crash would: the daemon is not told."""
         self.process.kill()
         self.process.communicate()

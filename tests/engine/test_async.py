@@ -1,7 +1,7 @@
 """The asynchronous scheduler: a step is scheduled before the output of the last one is there.
 
-On a CPU vLLM switches that off; `Engine(ahead=True)` switches it on again, in stock runner and
-engine. What a GPU adds, a forward that really runs meanwhile, is not tested here.
+On a CPU vLLM switches this off; `Engine(ahead=True)` switches it on again, in vLLM's own runner and
+engine. What a GPU adds, a forward pass that really runs meanwhile, is not tested here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
+"""A step's token budget, which the placeholders here exceed."""
 SETTINGS: dict[str, Any] = {
     "kvshare": {"policy": "aggressive"},
     "enable_prefix_caching": True,
@@ -35,7 +35,7 @@ half = partial(random_runs, seed=5)
 
 
 class Served(NamedTuple):
-    """An answer, and the placeholder runs behind it: first position and length."""
+    """An answer, and the placeholder runs computed for it: first position and length."""
 
     answer: Answer
     runs: list[tuple[int, int]]
@@ -43,14 +43,14 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def told(fresh: Fresh) -> list[int]:
-    """The prompt that engines of both kinds are given."""
+    """The prompt that both kinds of engine are given."""
     return fresh(LENGTH)
 
 
 @pytest.fixture(scope="module")
 def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[dict[str, Served]]:
-    """What engines serve that wait for the output of each step, with the one scheduler and with
-    the other: vLLM waits also with an asynchronous one where something forbids to run ahead."""
+    """What engines answer that wait for the output of each step, with either scheduler. vLLM also
+    waits with an asynchronous scheduler if something forbids it to run ahead."""
     found = []
     for scheduler in ("KVShareScheduler", "KVShareAsyncScheduler"):
         name = f"kvshare_connectors.vllm.{scheduler}"
@@ -67,14 +67,15 @@ def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[d
 def kept(
     tmp_path_factory: pytest.TempPathFactory, in_step: list[dict[str, Served]]
 ) -> Iterator[Engine]:
-    """An engine that schedules ahead, made after the others have gone: one at a time."""
+    """An engine that schedules ahead, made after the others were closed: one at a time."""
     engine = Engine(tmp_path_factory.mktemp("home"), ahead=True, **SETTINGS)
     yield engine
     engine.close()
 
 
 def served(engine: Engine, prompt: list[int]) -> dict[str, Served]:
-    """A prompt computed in full, from its own rows, and from some of them in one step or many."""
+    """One prompt, computed in full, from its own rows, and from some of them in one step or in
+    many."""
     found = {"in full": Served(engine.store(prompt), [])}
     for name, edited, budget in (
         ("exact", False, None), ("same step", True, None), ("parked", True, LITTLE),
@@ -128,7 +129,8 @@ def test_ahead_or_in_step_the_rows_and_answers_are_the_same(
 def test_others_decode_in_every_step_while_a_request_is_parked(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """What a step in flight will add counts: running requests come first, also the newest token."""
+    """The tokens of a step in flight count: running requests come first, also with their newest
+    token."""
     others = [fresh(40) for _ in range(3)]
     alone = [engine.ask(other, policy="off", max_tokens=16) for other in others]
     full = engine.ask(prompt, policy="off")
@@ -194,7 +196,7 @@ def test_rows_of_the_step_ahead_of_a_failure_are_not_stored(
 def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It found the failed request's blocks in the prefix cache, and nothing in them."""
+    """It found the failed request's blocks in the prefix cache, but they hold no rows."""
     longer = [*prompt, *prompt[:40]]
     full, full_longer = (engine.ask(text, policy="off") for text in (prompt, longer))
     engine.clear()
@@ -203,7 +205,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
     with failing_loads(engine, monkeypatch) as tried:
         first = engine.add(prompt, policy="exact")
         engine.step()
-        assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
+        assert not engine.scheduler.requests[tried[0]].num_preemptions  # not known yet
         second = engine.add(longer, policy="exact")
         monkeypatch.setattr(promises, "saves_enough", lambda plan, spans, least: False)
         answers = engine.drain()
@@ -220,7 +222,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
 def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_cache(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block of its own was filled by the step ahead, from rows that had not been loaded."""
+    """The step ahead filled one of its own blocks, based on rows that had not been loaded."""
     prompt, loaded, blocks = fresh(190), 70, 4 * BLOCK
     longer = [*prompt, *prompt[:20]]
     full = engine.ask(longer, policy="off")
@@ -241,7 +243,7 @@ def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_c
         engine.drain()
     assert len(tried) == 1
     assert not names
-    for _ in range(3):  # whoever computes the blocks before it makes it reachable again
+    for _ in range(3):  # a request that computes the blocks before it makes it reachable again
         assert engine.ask(longer, policy="off").agrees(full)
 
 
@@ -251,7 +253,7 @@ def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_c
 def test_an_answer_is_stored_whose_blocks_another_request_waits_for(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """One step is in flight when it ends, and computes its last token."""
+    """One step is in flight when the request ends; it computes the last token."""
     answer, _ = serve_heir(engine, prompt, fresh(8 * BLOCK - 1))
     check_next_turn(engine, [*prompt, *answer], LENGTH + ANSWER - 1)
 

@@ -1,4 +1,5 @@
-"""What a request may rely on beside vLLM's own prefix cache: exact rows, no poisoning, policies."""
+"""What a request can rely on beside vLLM's own prefix cache: exact rows, no wrong rows in that
+cache, policies."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ LENGTH = 112
 EDIT = 44
 """Where followers differ from their donor: inside the second block."""
 LATE_EDIT = 98
-"""Inside the last block, which is not full."""
+"""A position inside the last block, which is not full."""
 NEW = [11111, 22222, 33333, 44444, 12345]
-"""Tokens that the edit puts there, rare ones; what follows them is reused."""
+"""The tokens of the edit; rare ones. What follows them is reused."""
 SETTINGS = SHARED
 
 
@@ -50,7 +51,8 @@ def blocks_below(position: int) -> int:
 
 @pytest.fixture
 def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Rows in the paged cache: of the last prompt `saved`, and `loaded` right after its load."""
+    """Rows in the paged cache: of the last `saved` prompt, and those `loaded`, right after the
+    load."""
     worker, rows = engine.worker, {}
     snapshot, load = worker.snapshot, worker.load_one
 
@@ -178,10 +180,10 @@ def test_the_local_prefix_is_not_loaded_again(engine: Engine, donor: list[int]) 
 def test_every_requested_token_is_counted_once(
     engine: Engine, donor: list[int], follower: list[int]
 ) -> None:
-    """Also of vLLM's own prefix cache: of a miss, a hit, and a plan that it makes needless."""
+    """Including vLLM's own prefix cache: for a miss, a hit, and a plan that it makes needless."""
     parts = ("reused_exact", "reused_edited", "recomputed", "engine_cached")
     with engine.counted() as gained:
-        engine.ask(donor)  # nothing is known
+        engine.ask(donor)  # nothing is stored
         engine.ask(donor)  # vLLM's own cache has nearly all of it
         engine.ask(donor, policy="off")
         engine.ask(follower)
@@ -192,7 +194,7 @@ def test_every_requested_token_is_counted_once(
 
 
 def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]) -> None:
-    """A plan that vLLM's own cache makes needless still says what the store has already."""
+    """A plan that vLLM's own cache makes needless still tells what is already stored."""
     whole = donor[: blocks_below(LENGTH)]
     engine.store(whole)
     longer = [*whole, *donor[:40]]

@@ -1,4 +1,5 @@
-"""bf16, the precision that people serve in, on the layout that this processor gives it."""
+"""bf16, the precision of most deployments, on the paged layout that vLLM chooses on this
+processor."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
 def test_followers_of_a_long_prompt_begin_as_with_full_prefill(
     engine: Engine, families: dict[str, list[list[int]]]
 ) -> None:
-    """The default policy on a real prompt: mostly reused, and mostly the same first token."""
+    """The default policy on a real prompt: most rows are reused, and the first token is mostly the
+    same."""
     donor, *followers = families["medical_report"]
     engine.clear()
     engine.store(donor, max_tokens=1)

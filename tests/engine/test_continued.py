@@ -5,46 +5,27 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import (
-    BLOCK,
-    TOLERANCE,
-    Answer,
-    Engine,
-    kept_engine,
-)
+from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, Fresh
 from tests.engine.other import Other
 from tests.engine.test_faults import comes_back
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 ANSWER = 3
-"""Rows of its tokens that are stored: the last has none."""
+"""Rows of an answer that are stored: its last token has none."""
 EXACT = 2 * BLOCK + 8
-"""Of an edited prompt: its unchanged head, and the new line, which is computed behind that."""
-
-
+"""Exact rows of an edited prompt: its unchanged head, and the new line computed behind it."""
 SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive"}, "enable_prefix_caching": True}
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> None:
-    engine.clear()
-
-
 class Conversation:
-    """A stored prompt, the same with a line changed, and what its next turns add."""
+    """A stored prompt, the same prompt with a line changed, and its next turns."""
 
     def __init__(self, engine: Engine, fresh: Fresh) -> None:
         head, old, rest = fresh(2 * BLOCK), fresh(8), fresh(6 * BLOCK)
@@ -59,9 +40,9 @@ class Conversation:
 
 
 @pytest.fixture(scope="module")
-def other(engine: Engine) -> Iterator[Other]:
+def other(kept: Engine) -> Iterator[Other]:
     """A second engine on the home of the first, and so on its daemon."""
-    second = Other(engine.home, **SETTINGS)
+    second = Other(kept.home, **SETTINGS)
     try:
         second.wait()
         yield second
@@ -101,7 +82,7 @@ def test_the_next_turn_finds_what_is_still_in_the_engine(engine: Engine, fresh: 
     from_engine = engine.store(talk.second)
     whole = len(talk.edited) // BLOCK * BLOCK
     assert from_engine.said["prefix_cached"] == whole
-    # what the last, half filled block held comes from the store, if that is worth a load
+    # the rows of the last, half-filled block come from the store, if that is worth a load
     assert from_engine.said["edited"] == 0
     engine.forget()
     from_store = engine.ask(talk.second)
@@ -110,7 +91,7 @@ def test_the_next_turn_finds_what_is_still_in_the_engine(engine: Engine, fresh: 
 
 
 def test_what_the_engine_had_is_stored_as_what_it_is(engine: Engine, fresh: Fresh) -> None:
-    """A turn that loads nothing continues an edited prompt all the same."""
+    """A turn that loads nothing still continues an edited prompt."""
     talk = Conversation(engine, fresh)
     engine.store(talk.second)
     from_engine = engine.store(talk.third)
@@ -130,7 +111,7 @@ def test_what_the_engine_had_is_stored_as_what_it_is(engine: Engine, fresh: Fres
 def test_nobody_else_finds_edited_blocks(
     engine: Engine, fresh: Fresh, options: dict[str, str]
 ) -> None:
-    """Neither who wants exact rows, nor who wants none, nor another tenant."""
+    """Neither a request for exact rows, nor one without reuse, nor another tenant."""
     talk = Conversation(engine, fresh)
     engine.store(talk.second)
     answer = engine.ask(talk.second, **options)
@@ -166,7 +147,7 @@ def test_samples_of_one_edited_prompt_share_blocks(engine: Engine, fresh: Fresh)
 def test_an_exact_prefix_in_the_engine_is_longer_than_the_stores(
     engine: Engine, fresh: Fresh
 ) -> None:
-    """Exact rows stand before continued ones: another context than the one they came from."""
+    """Continued rows then stand behind exact ones, which is another context than their own."""
     talk = Conversation(engine, fresh)
     engine.forget()
     exact = engine.ask(talk.edited[: 5 * BLOCK] + fresh(3), policy="off")  # in the engine alone
@@ -207,7 +188,7 @@ def test_a_conversation_sent_plainly_gets_full_computes_answers(
 
 
 def test_the_next_turn_goes_to_another_engine(engine: Engine, other: Other, fresh: Fresh) -> None:
-    """Two engines on one daemon: each goes on where the other was."""
+    """Two engines on one daemon: each continues where the other stopped."""
     talk = Conversation(engine, fresh)
     served, _ = other.store(talk.second)
     assert kinds(served)["continued"] == len(talk.edited) - EXACT
@@ -225,7 +206,7 @@ def test_the_next_turn_goes_to_another_engine(engine: Engine, other: Other, fres
 def test_the_next_turn_after_engine_and_daemon_were_started_again(
     engine: Engine, other: Other, fresh: Fresh
 ) -> None:
-    """The engine that served the last turn is gone without a word, and so is the daemon."""
+    """The engine that served the last turn was killed, and so was the daemon."""
     head, old, rest = fresh(2 * BLOCK), fresh(8), fresh(6 * BLOCK)
     first, edited = head + old + rest, head + fresh(8) + rest
     second = edited + fresh(BLOCK + 5)

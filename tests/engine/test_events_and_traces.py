@@ -1,4 +1,4 @@
-"""What an engine tells others: KV events of what the store has, and spans of its requests."""
+"""What an engine tells others: KV events for stored blocks, and trace spans of its requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:  # vLLM writes the endpoint to the environment
+    with pytest.MonkeyPatch.context() as patch:  # vLLM writes the endpoint into the environment
         patch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
         patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         engine = Engine(
@@ -45,17 +45,17 @@ def engine(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
 
 
 def step(engine: Engine) -> None:
-    """Events go out with the engine's steps."""
+    """Run steps: events go out with them."""
     engine.ask([5, 6, 7], max_tokens=1, policy="off")
 
 
 class Router:
-    """What a router knows of the store: blocks by hash, with their tokens."""
+    """What a router learns of the store: blocks by hash, with their tokens."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks: dict[bytes, list[int]] = {}
         self.of_vllm: set[bytes] = set()
-        """Blocks in vLLM's own prefix cache, once."""
+        """Blocks in vLLM's own prefix cache, each counted once."""
         self._engine = engine
         publisher = engine.scheduler.kv_event_publisher
         monkeypatch.setattr(publisher, "publish", self._hear)
@@ -123,7 +123,7 @@ def test_edited_and_continued_rows_never_are(engine: Engine, router: Router, fre
     assert engine.store([*follower, *NEW]).said["continued"] > 0
     last = fresh(LENGTH)
     engine.store(last, max_tokens=1)
-    router.until(lambda: bool(router.blocks))  # what came before would be known, too
+    router.until(lambda: bool(router.blocks))  # earlier blocks would be known, too
     assert router.tokens == sorted(blocks_of(last))
 
 
@@ -139,7 +139,7 @@ def test_a_tenants_blocks_have_its_salt(engine: Engine, router: Router, fresh: F
 def test_after_a_reset_a_prompt_is_announced_when_it_is_found(
     engine: Engine, router: Router, fresh: Fresh
 ) -> None:
-    """vLLM tells routers then that this engine has no blocks, on any medium."""
+    """vLLM then tells routers that this engine has no blocks, on any medium."""
     prompt = fresh(LENGTH)
     engine.store(prompt, max_tokens=1)
     router.until(lambda: bool(router.blocks))
@@ -161,11 +161,11 @@ def test_nothing_is_announced_that_new_weights_cannot_use(
 # --- traces --------------------------------------------------------------------------------------
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-"""Its header `traceparent`: trace, span, and that it is sampled."""
+"""A header `traceparent`: trace, parent span, and that the trace is sampled."""
 
 
 def spans(engine: Engine, collector: Collector, wanted: int) -> dict[str, Span]:
-    """By name, once so many are there."""
+    """Spans by name, once so many have come."""
     engine.settle()
     trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]
     found = [span for span in collector.spans if span.name.startswith("kvshare.")]
@@ -207,7 +207,7 @@ def test_a_request_is_part_of_its_clients_trace(
 
 
 def test_a_miss_has_no_spans_of_reuse(engine: Engine, collector: Collector, fresh: Fresh) -> None:
-    """And without headers it is a trace of its own."""
+    """Without headers a request is a trace of its own."""
     engine.clear()
     trace.get_tracer_provider().force_flush()  # type: ignore[attr-defined]
     collector.spans.clear()

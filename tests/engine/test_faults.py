@@ -1,4 +1,4 @@
-"""Faults: whatever happens to daemon, arena or disk, answers are right and reuse comes back."""
+"""Faults: whatever happens to daemon, arena or disk, answers are right and reuse recovers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SETTINGS = {
 
 @contextmanager
 def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every load fails; the ids of the requests that tried."""
+    """Every load fails; ids of the requests that tried."""
     tried = []
 
     def fail(spec: Any) -> int:
@@ -57,7 +57,7 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
 
 @contextmanager
 def cleared_labels(engine: Engine) -> Iterator[None]:
-    """Between plan and load the arena gives a block's place to another copy."""
+    """Between plan and load the arena gives a block's place to another block."""
     worker, load = engine.worker, engine.worker.load_one
 
     def late(spec: Any) -> int:
@@ -107,7 +107,7 @@ def test_a_failed_load_is_a_miss(
 
 
 class Unmappable(Client):
-    """Of a daemon that was killed while it made its shared memory."""
+    """A client of a daemon that was killed while it made its shared memory."""
 
     def greet(self, timeout: float | None = None) -> Welcome:
         welcome = super().greet(timeout)
@@ -162,7 +162,7 @@ def test_a_failed_load_leaves_nothing_wrong_in_the_prefix_cache(
 def test_an_abort_after_a_failed_load_leaves_nothing_wrong_in_the_prefix_cache(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM had published the blocks, and nobody will compute them now."""
+    """vLLM had published the blocks, and no request will compute them now."""
     longer = [*prompt, *prompt[:20]]
     engine.store(prompt)
     engine.forget()
@@ -194,7 +194,8 @@ def test_what_was_computed_after_a_failed_load_is_stored(
 def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM publishes a request's blocks before they are loaded: others of the step hit them."""
+    """vLLM publishes a request's blocks before they are loaded; other requests of the step hit
+    them."""
     longer = [*prompt, *prompt[:40]]
     full, full_longer = engine.store(prompt), engine.ask(longer, policy="off")
     engine.store(longer, policy="exact")
@@ -227,7 +228,8 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
 def test_rows_computed_beside_a_failed_load_are_not_stored(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A neighbour that hit the failed request's blocks computed its rows from nothing."""
+    """A neighbour that hit the failed request's blocks computed its rows from rows that never
+    came."""
     longer = [*prompt[:120], *prompt[50:90]]
     engine.store(prompt)
     engine.forget()
@@ -279,7 +281,7 @@ def exact_hits(engine: Engine) -> int:
 
 
 def comes_back(engine: Engine, prompt: list[int], hits: int) -> None:
-    """Ask until the store helps again, by more than `hits` exact hits."""
+    """Ask until the store is used again, with more than `hits` exact hits."""
     deadline = time.monotonic() + RECOVERY_S
     while exact_hits(engine) <= hits:
         assert time.monotonic() < deadline, "the store did not come back"
@@ -335,7 +337,7 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(
     for name, plain in zip(names, full, strict=True):
         assert answers[name][0].agrees(plain)
     assert again.tokens == full[1].tokens
-    assert engine.stats()["leases"] == 0  # nothing was leased for requests that had gone on
+    assert engine.stats()["leases"] == 0  # nothing was leased for requests that no longer waited
     comes_back(engine, prompt, hits)
     assert engine.daemon == frozen
 
@@ -343,7 +345,7 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(
 def test_a_daemon_that_pauses_for_a_moment_is_waited_for_while_others_decode(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """A step with other work waits a few milliseconds only; the plan is used when it comes."""
+    """A step with other work waits only a few milliseconds; the plan is used when it comes."""
     engine.store(prompt)
     engine.forget()
     with engine.counted() as gained:

@@ -14,12 +14,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 120
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
+"""A step's token budget, which the placeholders here exceed."""
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Two that change every answer, in ways of their own."""
+    """Two adapters that change every answer, each in another way."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -45,8 +45,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def plain_rows_stay_plain() -> Iterator[None]:
-    """vLLM's operations on CPUs take -1, which means no adapter, for the last adapter: a request
-    without one that shares a step with one that has one is answered with that one's weights."""
+    """vLLM's CPU operations take -1, which means no adapter, for the last adapter: if a request
+    without an adapter shares a step with one that has one, it is answered with that adapter's
+    weights."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     shrink = punica_cpu.sgmv_shrink
@@ -83,7 +84,8 @@ def kept(
 def test_parked_requests_of_two_adapters_with_room_for_one(
     engine: Engine, fresh: Fresh, adapters: list[Any]
 ) -> None:
-    """Similar prompts, interleaved: each gets the rows and the weights of its own adapter."""
+    """Similar prompts of several adapters, interleaved: each gets the rows and weights of its
+    own."""
     prompts = [fresh(LENGTH) for _ in range(2)]
     asked = [(prompt, lora) for prompt in prompts for lora in [*adapters, None]]
     full = [engine.ask(prompt, policy="off", lora=lora) for prompt, lora in asked]

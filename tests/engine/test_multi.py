@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
 EDIT = 100
-"""Behind the first run of the exact-prefix chain: a shorter common prefix is not found."""
+"""A position behind the first run of the exact-prefix chain: a shorter common prefix is not
+found."""
 NEW = [11111, 22222, 33333, 44444, 12345]
 
 

@@ -1,4 +1,4 @@
-"""Partial prefill is exact: whatever the placeholders held before, the full answer comes out."""
+"""Partial prefill is exact: whatever the placeholders held before, the answer is full prefill's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_random_runs_over_the_prompts_own_rows(
 
 
 def test_one_noisy_row_left_in_place_would_be_seen(engine: Engine, prompt: list[int]) -> None:
-    """The control: the noise matters, so the tests above cannot pass by accident."""
+    """The control: noise left in a single row changes the answer, so the tests above cannot pass by
+    accident."""
     full = engine.store(prompt, policy="off")
     engine.store(prompt)
     worker = engine.worker

@@ -1,4 +1,4 @@
-"""Blocks that a worker keeps on its own device: reused from there, the rows are the same bits."""
+"""Blocks that a worker keeps on its device: reused from there, the rows are the same bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TIMES = 5
 
 @pytest.fixture
 def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
-    """Of each load: the rows in the paged cache right after it, and how many of its blocks were
-    read from the arena."""
+    """For each load: the rows in the paged cache right after it, and how many blocks were read from
+    the arena."""
     worker, found = engine.worker, []
     load, gathered = worker.load_one, worker.editor.gathered
 

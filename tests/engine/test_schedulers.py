@@ -1,5 +1,5 @@
-"""Schedulers that users may choose beside the one that suits: KVShare's plain one where vLLM runs
-ahead of the output of its steps, and vLLM's own, with which only exact prefixes are reused."""
+"""Schedulers that users may choose beside the default: KVShare's synchronous one where vLLM would
+run ahead of the output of its steps, and vLLM's own, with which only exact prefixes are reused."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LENGTH = 150
 ROWS = 10
 """max_num_seqs: rows of a batch."""
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
+"""A step's token budget, which the placeholders here exceed."""
 
 half = partial(random_runs, seed=5)
 SETTINGS = {
@@ -49,7 +49,7 @@ def thirds(length: int) -> Keep:
 
 
 def runs_by_step(engine: Engine) -> list[list[tuple[int, int]]]:
-    """Placeholder runs of each step that had any."""
+    """The placeholder runs of each step that had any."""
     return [
         [(start, length) for _, start, length in step.runs] for step in engine.steps if step.runs
     ]
@@ -97,7 +97,7 @@ def test_what_follows_an_exact_prefix_comes_in_chunks(
 def test_what_follows_edited_rows_is_stored_with_its_own_rows(
     engine: Engine, prompt: list[int], budget: int
 ) -> None:
-    """A node built on an edited plan gives back the very rows that the engine computed."""
+    """A node built on an edited plan returns exactly the rows that the engine computed."""
     half = LENGTH // 2
     engine.store(prompt[:half])
     follower = [*prompt[:30], *prompt[3:6], *prompt[30:]]
@@ -175,7 +175,8 @@ def test_others_decode_as_if_alone_while_a_request_is_parked(
     assert gained["hits_edited"] == 1
     shared = [step for step in engine.steps if step.runs]
     assert len(shared) >= 2
-    assert all(step.rows > len(step.runs) for step in shared)  # the decoder had its row in each
+    # the decoding request had its row in each
+    assert all(step.rows > len(step.runs) for step in shared)
     assert answers[decoder][0].agrees(alone)
     assert answers[parked][0].agrees(full)
 
@@ -183,7 +184,7 @@ def test_others_decode_as_if_alone_while_a_request_is_parked(
 def test_a_queue_of_others_does_not_starve_a_parked_request(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """Rows that become free go to the parked request before they go to newcomers."""
+    """Free rows go to the parked request before they go to new ones."""
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
     with engine.keeping(many), engine.budget(rows=2):
@@ -209,7 +210,7 @@ def test_parked_requests_that_do_not_fit_together_come_one_after_the_other(
     full = all_off(engine, prompts, max_tokens=2)
     for prompt in prompts:
         engine.store(prompt, policy="exact")
-    room = engine.room(6)  # paged blocks of four are needed by each
+    room = engine.room(6)  # each needs paged blocks of four
     with engine.counted() as gained, engine.keeping(thirds), engine.budget(tokens=8), room:
         names = [engine.add(prompt, max_tokens=2) for prompt in prompts]
         answers = engine.drain()
@@ -239,7 +240,7 @@ def test_several_edited_requests_admitted_together(
 
 
 def test_more_requests_than_rows(engine: Engine, fresh: Fresh) -> None:
-    """Rows set aside for placeholders are no rows for newcomers."""
+    """Rows that are set aside for placeholders are not given to new requests."""
     prompts = [fresh(40 + count) for count in range(ROWS + 4)]
     full = all_off(engine, prompts, max_tokens=2)
     for prompt in prompts[::3]:
@@ -268,7 +269,7 @@ def test_identical_prompts_together_miss_together_and_hit_together(
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_samples_of_one_prompt(engine: Engine, prompt: list[int], n: int) -> None:
-    # within the budget: vLLM on CPU fails by itself on seeded requests that come in chunks
+    # within the budget: vLLM on CPU itself fails on seeded requests that come in chunks
     def samples(**options: str) -> list[list[int]]:
         name = engine.add(prompt, n=n, temperature=1.0, seed=7, **options)
         return sorted(answer.tokens for answer in engine.drain()[name])
@@ -295,7 +296,7 @@ def test_one_token_of_answer_is_enough_to_store_and_to_reuse(
 
 @pytest.mark.parametrize(("length", "stored"), [(1, 0), (BLOCK - 1, 0), (BLOCK, 1), (BLOCK + 1, 1)])
 def test_short_prompts(engine: Engine, prompt: list[int], length: int, stored: int) -> None:
-    """Below min_prompt_tokens (32) nothing is stored; from there on a block need not be full."""
+    """Below min_prompt_tokens (32) nothing is stored; above, a block need not be full."""
     short = prompt[:length]
     full = engine.ask(short, policy="off")
     with engine.counted() as gained:
@@ -348,7 +349,7 @@ def test_abort_while_waiting_for_room(engine: Engine, prompt: list[int]) -> None
 def test_abort_while_the_lookup_runs(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan comes after its request has gone; its lease must not stay."""
+    """The plan comes after its request has gone; its lease must end all the same."""
     engine.store(prompt)
     late = DeadlineError("not yet")
 
@@ -386,7 +387,7 @@ def test_abort_while_parked(engine: Engine, prompt: list[int], steps: int) -> No
 def test_abort_while_a_step_computes_placeholders(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """The abort arrives between the schedule of a step and its output."""
+    """The abort arrives after the step was scheduled and before its output."""
     engine.store(prompt)
     names, done = [], engine.worker.after_forward
 

@@ -1,8 +1,8 @@
-"""Two engines on one machine share one daemon; and no request gets more than its engine allows."""
+"""Two engines on one machine share a daemon; no request gets more than its own engine allows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,8 +14,6 @@ from tests.engine.other import Other
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
-
-Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, 
         engine.close()
     finally:
         other.close()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
 
 
 def test_what_one_engine_stored_serves_the_other(
@@ -68,7 +61,7 @@ def test_and_the_other_way_round(engines: tuple[Engine, Other], prompt: list[int
 def test_a_request_never_gets_more_than_its_engine_allows(
     engines: tuple[Engine, Other], prompt: list[int]
 ) -> None:
-    """The daemon was started with a laxer policy; the engine's own holds all the same."""
+    """The daemon was started with a laxer policy; the engine's own still holds."""
     engine, _ = engines
     engine.store(prompt)
     follower = [*prompt[:100], 11111, 22222, *prompt[103:]]

@@ -1,4 +1,4 @@
-"""What a worker finds when it starts: kernel blocks smaller than scheduled ones, layers it does not
+"""What a worker finds at the start: kernel blocks smaller than scheduled ones, layers it does not
 know."""
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ LENGTH = 200
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The CPU's attention takes blocks of 32 tokens alone, as backends of accelerators do."""
+    """Let the CPU's attention accept blocks of 32 tokens only, like attention backends of
+    accelerators."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +59,7 @@ def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
 
 @pytest.fixture
 def unknown_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was built differs from what the configuration let expect."""
+    """The model that was built differs from what its configuration suggests."""
 
     def refuse(config: Any) -> None:
         raise UnsupportedError("KVShare cannot move K rotated by SpiralEmbedding")
@@ -73,12 +74,12 @@ def test_a_worker_that_cannot_serve_the_model_leaves_the_engine_as_it_is(
     full = engine.store(prompt, policy="exact")
     request.getfixturevalue("unknown_rotation")
     with caplog.at_level(logging.WARNING, "kvshare"):
-        later = Engine(engine.home)  # which closes the other
+        later = Engine(engine.home)  # this closes the other one
     try:
         (said,) = [r.getMessage() for r in caplog.records if r.name == "kvshare"]
         assert said.endswith("without reuse: KVShare cannot move K rotated by SpiralEmbedding")
         before = later.client.stats()
-        assert later.ask(prompt).agrees(full)  # its plan was made before the worker could say so
+        assert later.ask(prompt).agrees(full)  # its plan was made before the worker could report it
         assert later.ask(prompt).agrees(full)
         after = later.client.stats()
         assert after["declined"]["worker_unsupported"] == 1

@@ -19,6 +19,7 @@ from kvshare_store.daemon.server import Server
 from kvshare_store.errors import UnavailableError
 from kvshare_store.http import asking, health, serving
 from kvshare_store.http.address import entrance
+from kvshare_store.http.history import History
 from kvshare_store.http.serving import THREAD, HttpServer
 from kvshare_store.threads import Health
 from tests.support.page import Numb
@@ -91,15 +92,17 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
         daemon.ask(protocol.Stats())
 
 
-def test_counting_that_fails_is_no_secret(
-    numb: tuple[Numb, HttpServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    daemon, server = numb
-    monkeypatch.setattr(server._asking.history, "take", lambda _: 1 / 0)
-    until(lambda: bool(daemon.asked))
-    daemon.answers[0].set_result({})
-    until(lambda: server._health.failing(THREAD))
-    assert "division by zero" in server._health.report()["reasons"][THREAD]
+def test_counting_that_fails_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(History, "take", lambda *_: 1 / 0)
+    daemon, health_ = Numb(), Health()
+    server = HttpServer(daemon, health_, entrance(daemon.config))
+    try:
+        until(lambda: bool(daemon.asked))
+        daemon.answers[0].set_result({})
+        until(lambda: health_.failing(THREAD))
+        assert "division by zero" in health_.report()["reasons"][THREAD]
+    finally:
+        server.close()
 
 
 def test_a_bug_is_an_answer_and_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_slots_that_are_being_filled_are_not_garbage(driver: Open) -> None:
 def test_blocks_whose_node_is_just_coming_are_not_garbage(
     driver: Open, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass that begins between a block's name and its node waits for the lock."""
+    """A pass that begins after a block is named and before its node is added waits for the lock."""
     engine = driver()
     nodes, collected = engine.store.nodes, []
     add = nodes.add
@@ -151,7 +151,7 @@ def test_blocks_that_are_not_in_the_catalogue_yet_are_not_garbage(
 
 
 def test_a_block_that_gets_a_node_while_it_is_ordered_away_stays(driver: Open, home: Path) -> None:
-    """The janitor saw it without a node; the committer looks again."""
+    """The janitor saw the block without a node; the committer checks again before it deletes."""
     engine = driver()
     node = saved(engine, 1)
     engine.store.repository.queue.put(Removal((), node.blocks))
@@ -219,7 +219,8 @@ def test_closing_does_not_wait_for_the_next_pass(driver: Open) -> None:
 
 
 def problems(store: Store, *, repair: bool = False) -> list[tuple[str, str, bool]]:
-    """Kind, what it is about, whether it was repaired: tree and every block."""
+    """Each finding's kind, subject, and whether it was repaired; tree and all blocks are
+    checked."""
     tree = check_tree(store.repository, repair=repair)
     blocks = check_blocks(store.repository, tree.blocks, repair=repair)
     return [(p.kind, p.about, p.repaired) for p in itertools.chain(tree.problems, blocks.problems)]
@@ -348,7 +349,8 @@ def test_the_catalogue_and_the_tree_must_agree(driver: Open) -> None:
 def test_records_of_empty_namespaces_are_collected(
     driver: Open, tmp_path: Path, key: str | None
 ) -> None:
-    """At once by hand, later by itself; what comes back gets a new record, and a new salt."""
+    """At once by command, later by the janitor. A namespace that returns gets a new record and a
+    new salt."""
     settings: dict[str, Any] = {}
     if key is not None:
         (tmp_path / key).write_text("ab" * 32)

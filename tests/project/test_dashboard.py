@@ -1,4 +1,4 @@
-"""The dashboard for Grafana asks only for what is exposed."""
+"""The Grafana dashboard asks only for metrics that are exposed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SCRAPED = {"instance", "job"}
 """Labels that Prometheus itself adds."""
 OF_VLLM = {"model_name", "engine"}
 THEIRS = {"vllm:prompt_tokens_total": OF_VLLM, "vllm:prefix_cache_hits_total": OF_VLLM}
-"""Of vLLM itself, which a test of the engine reads."""
+"""Metrics of vLLM itself; a test of the engine checks them."""
 NAME = r"(?:vllm:)?[a-z][a-z0-9_]+"
 WORDS = {
     "by", "count", "histogram_quantile", "increase", "max", "min", "or", "rate", "sum", "time",
     "topk", "vector",
 }  # fmt: skip
-"""Of the query language, as far as the dashboard uses them."""
+"""Functions of the query language that the dashboard uses."""
 
 
 def exposed() -> dict[str, set[str]]:
-    """Labels of each series, by its name; the page agrees with the code."""
+    """Labels of each series, by its name; the document agrees with the code."""
     found = dict(THEIRS)
     for table in tables_of(ROOT / "docs" / "metrics.md", "metric", "kind"):
         for name, kind, labels, _ in table[1:]:

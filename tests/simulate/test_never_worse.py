@@ -1,5 +1,8 @@
-"""Conversations that are rewritten at random: KVShare computes no more than prefix caching alone,
-under any policy. The replay and the planner are the real ones; only rows are missing."""
+"""Conversations that are rewritten at random: under any policy KVShare computes no more than prefix
+caching alone.
+
+The replay and the planner are the real ones; only rows are missing.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ class Turn(NamedTuple):
 
     what: str
     which: int
-    """The conversation."""
+    """Index of the conversation."""
     where: int
-    """The message of it."""
+    """Index of the message in it."""
     length: int
     """Tokens of the new message."""
     answer: int
@@ -51,7 +54,7 @@ turns = st.builds(
 
 
 class Traffic:
-    """Some conversations, each a list of messages; what is new is drawn from one source."""
+    """Several conversations, each a list of messages. All new tokens come from one source."""
 
     def __init__(self) -> None:
         self._chance = np.random.default_rng(0)
@@ -59,8 +62,8 @@ class Traffic:
         self._all: list[Conversation] = [[self._system, self._new(40)]]
 
     def prompt(self, turn: Turn) -> Prompt:
-        """The next request: the conversation after its change. The answer becomes its last
-        message, and every other turn finds it as it was generated."""
+        """The conversation's next request, after its change. The answer becomes its last message;
+        in every other turn it comes back as it was generated."""
         which = turn.which % len(self._all)
         conversation = self._changed(turn, self._all[which])
         if turn.what in ("begin", "branch"):
@@ -96,7 +99,7 @@ class Traffic:
 
 
 def computed(turns: Sequence[Turn], policy: str, **settings: float) -> tuple[int, int]:
-    """Tokens that prefix caching and KVShare compute of the conversations that turns make."""
+    """Tokens that prefix caching and KVShare compute for these turns."""
     traffic = Traffic()
     prompts = [traffic.prompt(turn) for turn in turns]
     config = StoreConfig(**settings)

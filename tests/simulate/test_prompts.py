@@ -1,4 +1,5 @@
-"""`kvshare simulate --prompts`: lines by hand, arms that can be checked on paper, the command."""
+"""`kvshare simulate --prompts`: lines made by hand, results that can be checked on paper, the
+command."""
 
 from __future__ import annotations
 

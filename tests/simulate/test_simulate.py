@@ -1,4 +1,5 @@
-"""`kvshare simulate`: traces by hand, tiers that can be checked on paper, the command itself."""
+"""`kvshare simulate`: traces made by hand, tiers that can be checked on paper, the command
+itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes that a client knows by their ids: all rows of one, without a lookup."""
+"""Nodes that a client knows by id: all rows of one, without a lookup."""
 
 from __future__ import annotations
 

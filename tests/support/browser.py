@@ -25,26 +25,26 @@ _QUIET = (
 
 
 def chromium() -> str | None:
-    """The browser of this machine, if it has one."""
+    """Path of the browser's executable, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Tab:
-    """One page of a browser, and all that it complained of and asked for."""
+    """One page of a browser. Keeps the errors it reported and the addresses it fetched."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._number = 0
         self._events: list[dict[str, Any]] = []
         self.complaints: list[str] = []
-        """Errors of scripts and violations of the content security policy."""
+        """Script errors, and violations of the content security policy."""
         self.asked: list[str] = []
-        """Addresses of all that was fetched."""
+        """Every address that the page fetched."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> Any:
-        """One command, and its result."""
+        """Send one DevTools command; returns its result."""
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters}
@@ -71,19 +71,19 @@ class Tab:
             self._note(json.loads(self._socket.recv(_ANSWER_S)))
 
     def open(self, url: str) -> None:
-        """Go to a page and wait until it is loaded."""
+        """Open a page and wait until it is loaded."""
         self._events.clear()
         self.call("Page.navigate", url=url)
         self._await("Page.loadEventFired")
 
     def leave_by(self, script: str) -> None:
-        """Run what leads to another page, and wait until that is loaded."""
+        """Run an expression that opens another page, and wait until that page is loaded."""
         self._events.clear()
         self.run(script)
         self._await("Page.loadEventFired")
 
     def run(self, script: str) -> Any:
-        """The value of an expression; a promise is awaited."""
+        """The value of a JavaScript expression; a promise is awaited."""
         found = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -91,14 +91,14 @@ class Tab:
         return found["result"].get("value")
 
     def look(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
-        """Through which kind of screen."""
+        """Emulate a screen of this kind."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=phone)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def press(self, key: str, code: int) -> None:
-        """One key, down and up."""
+        """Press and release one key."""
         text = "\r" if key == "Enter" else ""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
@@ -106,14 +106,14 @@ class Tab:
             text = ""
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
-        """What is seen, as PNG."""
+        """A screenshot, as PNG."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Tab]:
-    """A tab of a browser of its own, which keeps its things in `folder`."""
+    """A tab in a browser process of its own, with its profile in `folder`."""
     command = chromium()
     assert command is not None
     profile = folder / "chromium"

@@ -17,8 +17,8 @@ Result = tuple[int, str, str]
 
 
 def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> Result:
-    """Exit code, standard output and standard error of one command, in this process. `answer`: what
-    is typed; `columns`: how wide the terminal is."""
+    """Run one command in this process; returns exit code, standard output and standard error.
+    `answer`: what the user types; `columns`: width of the terminal."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -33,7 +33,7 @@ def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> Resul
 
 
 def one_line(result: Result, code: int) -> str:
-    """The line on standard error; nothing else may be said."""
+    """The single line on standard error."""
     found, out, err = result
     assert (found, out) == (code, "")
     assert err.startswith("kvshare: ")

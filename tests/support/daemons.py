@@ -1,4 +1,4 @@
-"""A real daemon in a process of its own, to be killed; and a client that checks its rows."""
+"""A real daemon in a process of its own that can be killed, and a client that checks its rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from kvshare_store.errors import KVShareError, LeaseError
@@ -38,7 +39,7 @@ START_S = 60.0
 
 
 def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
-    """As `spawn_daemon`, but a child of this process, which then knows how it ends."""
+    """Like `spawn_daemon`, but as a child of this process, which then learns its exit code."""
     log = open_log(config.home_path)
     try:
         environment = daemon_environment(config)
@@ -48,9 +49,9 @@ def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def serving(config: StoreConfig) -> Iterator[Server]:
+def serving(config: StoreConfig, limits: Limits | None = None) -> Iterator[Server]:
     """A daemon in this process."""
-    running = Server(config)
+    running = Server(config, limits)
     thread = threading.Thread(target=running.serve)
     thread.start()
     try:
@@ -74,7 +75,7 @@ class Daemon:
         """Start it and wait until it accepts connections."""
         if self._host is None:
             self.process = child_daemon(self.config)
-        else:  # a child lives where the thread lives that starts it
+        else:  # a child ends with the thread that started it
             self.process = self._host.here(lambda: child_daemon(self.config))
         deadline = time.monotonic() + START_S
         while not answers(self.config.home_path):
@@ -92,7 +93,7 @@ class Daemon:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL: no code of its own runs any more."""
+        """SIGKILL, which gives the process no chance to clean up."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(START_S)
@@ -121,7 +122,7 @@ class Daemon:
 
 
 class ClientDriver:
-    """What `tests.support.oracle.Driver` is for a Store, over the socket and the mapped arena."""
+    """Like `tests.support.oracle.Driver`, but over the socket and the mapped arena."""
 
     def __init__(self, client: Client, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.client = client
@@ -129,7 +130,7 @@ class ClientDriver:
         self.book = book or RowBook(namespace.layout)
 
     def load(self, plan: ReusePlan) -> Rows:
-        """The rows of a plan, copied out; `LeaseError` if they were not there all the time."""
+        """A copy of a plan's rows; `LeaseError` if they were not there all the time."""
         leased = self.client.leased_rows(plan.lease, plan.arena, plan.blocks)
 
         def rows_of(ref: BlockRef) -> memoryview:
@@ -142,7 +143,7 @@ class ClientDriver:
         return rows
 
     def plan(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
-        """A checked plan; `finish` it."""
+        """A checked plan. Call `finish` on it afterwards."""
         plan = self.client.plan(list(tokens), self.namespace, timeout=timeout)
         check_partition(plan)
         if plan.declined:
@@ -156,7 +157,7 @@ class ClientDriver:
         return plan
 
     def finish(self, plan: ReusePlan) -> None:
-        """The request has used the plan."""
+        """End the request of the plan."""
         edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
         self.client.finish(plan.lease, Outcome(plan.exact, edited, missing))
 
@@ -181,7 +182,7 @@ class ClientDriver:
         return self.client.commit(staged, _blocks(staged, rows, fresh))
 
     def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
-        """One request of an engine for which every failure of the store is a miss."""
+        """One request, in which every failure of the store counts as a miss, as in an engine."""
         try:
             plan = self.plan(tokens)
         except LeaseError:

@@ -1,4 +1,4 @@
-"""Reading tables of documents."""
+"""Reads tables in documents."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("**/*.md")])
 Table = list[list[str]]
 """Rows of cells, the header first."""
 
@@ -21,7 +23,8 @@ def tables(text: str) -> Iterator[Table]:
 
 
 def tables_of(path: Path, *head: str) -> list[Table]:
-    """The tables of a document whose header begins (or, for one name, ends) so."""
+    """The tables of a document whose header starts with these cells (or, for one name, ends with
+    it)."""
     found = [
         table
         for table in tables(path.read_text())

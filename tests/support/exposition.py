@@ -1,4 +1,4 @@
-"""Reading what is exposed to Prometheus."""
+"""Reads what is exposed to Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(text: str) -> Series:
-    """Every sample, by its exported name and labels."""
+    """All samples, by exported name and labels."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)

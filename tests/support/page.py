@@ -1,4 +1,4 @@
-"""A real daemon with its HTTP server, and prompts in it that are full of HTML."""
+"""A real daemon with its HTTP server, holding prompts that are full of HTML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BEARING = {"authorization": f"Bearer {TOKEN}"}
 
 
 def byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer with a token for each byte: every text is what its tokens say."""
+    """A tokenizer with one token per byte."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({sign: at for at, sign in enumerate(alphabet)}, []))
@@ -46,13 +46,13 @@ def byte_tokenizer(folder: Path) -> Path:
 
 
 def tokens_of(space: Namespace, text: str) -> list[int]:
-    """As the tokenizer of the namespace splits a text."""
+    """The tokens of a text, as the namespace's tokenizer splits it."""
     made = Tokenizer.from_file(f"{space.tokenizer}/tokenizer.json")
     return list(made.encode(text, add_special_tokens=False).ids)
 
 
 class Numb:
-    """A daemon that takes questions and answers none until it is told to."""
+    """A daemon that accepts questions and answers none until it is told to."""
 
     def __init__(self) -> None:
         self.config = StoreConfig(http="127.0.0.1:0")
@@ -66,7 +66,7 @@ class Numb:
 
 
 class World(NamedTuple):
-    """A daemon, what is in it, and how it is asked."""
+    """A daemon, the prompts in it, and how to ask it."""
 
     daemon: Daemon
     url: str
@@ -81,12 +81,12 @@ class World(NamedTuple):
         return httpx.request(method, self.url + path, timeout=30.0, **how)
 
     def tokens(self, text: str) -> list[int]:
-        """As the world's tokenizer splits it."""
+        """The tokens of a text, as the world's tokenizer splits it."""
         return tokens_of(self.space, text)
 
 
 def page_url(daemon: Daemon) -> str:
-    """Where a daemon's page is, from what it printed; no slash at the end."""
+    """The address of a daemon's page, from its output, without a slash at the end."""
     deadline = time.monotonic() + START_S
     while True:
         found = re.search(r"the page is on (http://\S+)/\n", daemon.log())

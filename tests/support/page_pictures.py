@@ -1,6 +1,6 @@
-"""Pictures of the page for the documents: `python -m tests.support.page_pictures docs/images`.
+"""Screenshots of the page for the documents: `python -m tests.support.page_pictures docs/images`.
 
-A daemon serves two minutes of made-up traffic first, so that there is something to see.
+First a daemon serves two minutes of made-up traffic, so that there is something to see.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ QUESTIONS = ("Do you sell bells?", "Is the red one cheap?", "Which bike is light
 
 
 def prompt(chance: random.Random) -> str:
-    """One of a few days, one of a few questions, and now and then something else."""
+    """A prompt of a few days and a few questions, sometimes with another part."""
     if chance.random() < 0.25:
         return f"Tell me about number {chance.randrange(10**6)}. " * 12
     return RULES.format(day=chance.randint(1, 28)) + CATALOGUE + chance.choice(QUESTIONS)
 
 
 def serve(client: Client, space: Namespace, seconds: float) -> str:
-    """Ask and save for so long, at a rate that changes; the id of an edited prompt."""
+    """Ask and save for `seconds`, at a changing rate; returns the id of an edited prompt."""
     chance, engine, edited = random.Random(5), ClientDriver(client, space), ""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
@@ -64,7 +64,7 @@ def serve(client: Client, space: Namespace, seconds: float) -> str:
 
 
 def main(out: Path) -> None:
-    """Serve, look, write two pictures."""
+    """Serve, open the page, write two pictures."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kvshare-") as folder:
         space = Namespace("org/model", KVLayout(2, 1, 4, "float32"),

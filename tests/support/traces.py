@@ -1,4 +1,4 @@
-"""Where OpenTelemetry sends traces: as much of a collector as tests need."""
+"""A minimal OpenTelemetry collector for tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 
 class Collector:
-    """Spans that came over HTTP, as protobuf."""
+    """Spans received over HTTP, as protobuf."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -37,7 +37,7 @@ class Collector:
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None:
-                """Nobody reads that."""
+                """Drop the server's log lines."""
 
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
@@ -49,7 +49,7 @@ class Collector:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """In a thread, until the end of the block."""
+        """Serve in a thread until the block ends."""
         thread = threading.Thread(target=self._server.serve_forever)
         thread.start()
         try:

@@ -1,4 +1,4 @@
-"""Prompts cut from real text, and prompts that have a share of their tokens in common."""
+"""Prompts cut from real text, and prompts that share part of their tokens."""
 
 from itertools import pairwise
 

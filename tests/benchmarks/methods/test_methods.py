@@ -1,4 +1,5 @@
-"""Baselines: at their ends they are full prefill and placeholders only; in between they choose."""
+"""Baselines: at their extremes they equal full prefill, or compute placeholders only; in between
+they choose."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def naive(llama: RowEngine, donor: Donor) -> Prefilled:
 
 
 def close(one: Prefilled, other: Prefilled) -> bool:
-    """The same rows and the same logits, to rounding."""
+    """The same rows and the same logits, up to rounding."""
     rows = torch.allclose(one.cache.rows, other.cache.rows, atol=CLOSE, rtol=0)
     return rows and torch.allclose(one.logits, other.logits, atol=CLOSE, rtol=0)
 
@@ -74,7 +75,7 @@ NOTHING: list[Method] = [
 def test_recomputing_everything_is_full_prefill(
     llama: RowEngine, donor: Donor, full: Prefilled, naive: Prefilled, method: Method
 ) -> None:
-    assert not close(naive, full)  # or the test could not fail
+    assert not close(naive, full)  # otherwise the test could not fail
     assert close(method.prefill(llama, PROMPT, [donor]), full)
 
 
@@ -137,7 +138,7 @@ def test_chunks_join_spans_that_continue() -> None:
 
 
 def chosen_by(llama: RowEngine, donor: Donor, method: Selective) -> list[list[int]]:
-    """Reused rows that go on after each choosing layer, for PROMPT."""
+    """For PROMPT: how many reused rows remain after each layer that chooses."""
     placed = place(llama, PROMPT, [donor], plan(PROMPT, [donor], method.policy))
     reused = int(placed.kept.sum())
     counts = {i: round(method.share * m * reused) for i, m in enumerate(method.schedule, 1)}

@@ -18,7 +18,7 @@ def timed(seconds: float, tokens: int = 2048, token_ids: tuple[int, ...] = (1,))
 
 
 class FakeEngine:
-    """Answers every prompt in one second and writes down how it was asked."""
+    """Answers every prompt in one second and records how it was asked."""
 
     def __init__(self, name: str, calls: list[tuple[str, str]]) -> None:
         self.name, self.calls = name, calls

@@ -21,7 +21,7 @@ ASKED = [(1, [1, 2]), (2, [1, 2, 5]), (3, [1, 2, 5, 6])]
 
 
 class FakeEngine:
-    """Answers in its arm's seconds and writes down how it was asked."""
+    """Answers in its arm's seconds and records how it was asked."""
 
     def __init__(self, arm: str, calls: list[tuple[str, str]]) -> None:
         self.arm, self.calls = arm, calls
@@ -92,7 +92,7 @@ def test_without_the_others_it_says_so(
 
 
 def test_the_model_answers_turn_after_turn() -> None:
-    """Each answer is given to the history that has the answers before it."""
+    """Each answer is added to its own arm's history."""
 
     class Echo:
         def ask(self, tokens: list[int], salt: str, *, max_tokens: int) -> Timed:

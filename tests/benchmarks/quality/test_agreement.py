@@ -28,7 +28,7 @@ OTHER = SimilarPair("b", (*DONOR[:40], *DONOR[45:]), tuple(DONOR), 1.0)
 
 
 class Words:
-    """A chat template without a template: one token a word."""
+    """A chat template that adds nothing, with one token per word."""
 
     def prompt(self, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split())

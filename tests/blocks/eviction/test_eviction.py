@@ -36,7 +36,7 @@ class TestLRU(PolicyTests):
 
 
 def in_main(names: str, nbytes: int) -> S3FIFO:
-    """A policy whose names have all come back by way of the ghost queue."""
+    """A policy whose evicted names have all come back through the ghost queue."""
     policy = S3FIFO()
     policy.add("large", 100 * nbytes)  # so that the ghost queue has room for them
     for name in names:
@@ -59,7 +59,8 @@ class TestS3FIFO(PolicyTests):
         assert list(policy.victims()) == list("234501")
 
     def test_what_comes_back_soon_is_not_new(self) -> None:
-        """A name in the ghost queue goes to main; a scan of new names then leaves it alone."""
+        """A name in the ghost queue goes to the main queue; a later scan of new names does not
+        evict it."""
         policy = self.filled(10)
         assert next(policy.victims()) == "0"
         policy.remove("0")
@@ -71,7 +72,7 @@ class TestS3FIFO(PolicyTests):
             policy.remove(victim)
 
     def test_queues_are_measured_in_bytes(self) -> None:
-        """New names of few bytes are spared while they are under a tenth of all."""
+        """The queue of new names is spared while its bytes are under a tenth of all."""
         policy = in_main("ab", 1000)
         policy.add("new", 100)
         assert next(policy.victims()) == "a"

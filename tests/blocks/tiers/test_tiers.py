@@ -1,4 +1,5 @@
-"""Every tier and every wrapper passes the contract tests; one without a class here fails a test."""
+"""Every tier and every wrapper passes the contract tests. A tier without a class here fails a
+test."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.support.faulty_files import FaultyFiles, refusal, slow
 
 
 def size_of(file: Path) -> int:
-    """Bytes of a file that may be gone by now."""
+    """Size of a file in bytes; 0 if it has gone."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -125,5 +126,5 @@ def test_every_tier_has_a_class_here() -> None:
     }
     # those around a remote are tested on real servers, in test_remotes.py
     around = {wrappers.RetryTier, wrappers.DeadlineTier, wrappers.HedgedTier, wrappers.BreakerTier}
-    never_done = {faulty.GatedTier}  # until somebody opens its gate
+    never_done = {faulty.GatedTier}  # until its gate opens
     assert found - {Tier, WrapperTier} - around - never_done == set(here)

@@ -1,4 +1,4 @@
-"""Which blocks routers are told of, and when that is taken back."""
+"""Which blocks are announced to routers, and when they are withdrawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 4
 
 
 def prompt(*blocks: str, salt: str = "") -> Prompt:
-    """Blocks by letters, each of four tokens."""
+    """Blocks named by letters, each of four tokens."""
     first = (("cache_salt", salt),) if salt else None
     return Prompt(
         tuple(BlockHash(name.encode() * 32) for name in blocks),

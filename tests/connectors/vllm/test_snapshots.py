@@ -1,5 +1,8 @@
-"""Snapshots on their way from a GPU: a slow second stream is played by one that copies when it is
-waited for. `tests/gpu/check.py` does the same with real streams."""
+"""Snapshots on their way from a GPU. A made-up stream that copies only when it is waited for stands
+in for a slow second stream.
+
+`tests/gpu/check.py` does the same with real streams.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Job:
-    """A copy that the side stream has not come to yet."""
+    """A copy that the side stream has not yet carried out."""
 
     def __init__(self, side: LateSide, source: Tensor, target: Tensor) -> None:
         self.done = False
@@ -41,7 +44,7 @@ class Job:
 
 
 class LateSide:
-    """Does nothing until somebody waits, and then everything in order, as a stream does."""
+    """Does nothing until it is waited for, then everything in order, as a real stream does."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -91,13 +94,13 @@ def tokens_of(*blocks: int) -> Tensor:
 
 
 def expected(cache: PagedCache, *blocks: int) -> Tensor:
-    """Canonical rows of blocks, read without the ring."""
+    """Canonical rows of blocks, read without the ring buffer."""
     plain = PagedCache(cache.layers, LogicalFormat())
     return plain.read(tokens_of(*blocks))
 
 
 def wipe(cache: PagedCache) -> None:
-    """The engine gives the blocks to others."""
+    """The engine gives the blocks to other requests."""
     for layer in cache.layers:
         layer.kv_cache.zero_()
 
