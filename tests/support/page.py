@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -30,7 +29,7 @@ CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs & weighs < {n} kg. " for n 
 PARENT = f"{SHOP}{EVIL}{CATALOGUE}Do you sell bells?"
 CHILD = PARENT.replace("3 May", "14 May").replace("bells", "locks")
 TENANT = "<i>alice</i>"
-TOKEN = secrets.token_urlsafe(24)
+TOKEN = "a-token-of-tests-and-of-nothing-else"
 BEARING = {"authorization": f"Bearer {TOKEN}"}
 
 
