@@ -71,6 +71,21 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How rows are packed on disk; `int8` and `fp8` are lossy, such rows are never exact."""
     remote_codec: CodecName = "none"
     """How rows are packed in the remote tier."""
+    listen: str = ""
+    """Where engines of other machines reach the daemon: `tcp://HOST:PORT`. Empty: nowhere."""
+    connect: str = ""
+    """The daemon of another machine that is used: `tcp://HOST:PORT`. Empty: that of the home."""
+    tls_cert: str = ""
+    """File with the certificate that this side shows, and those between it and its root."""
+    tls_key: str = ""
+    """File with its private key."""
+    tls_clients: str = ""
+    """With `listen`: file of the certificates that vouch for clients."""
+    tls_server: str = ""
+    """With `connect`: file of the certificates that vouch for the daemon."""
+    tls_roles: str = ""
+    """With `listen`: YAML file of `common name: reader | engine | admin`. Empty: the unit (OU) in a
+    certificate's subject is the role."""
     encryption_key: str = ""
     """Where the master key is: `file:PATH`, `env:NAME` or `command:ARGV`. Empty: no encryption."""
     tenant_key: str = ""
@@ -145,12 +160,20 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     namespace_bytes: int = 0
     """Bytes of rows of a namespace, before any codec. Beyond it, saving evicts the namespace's own
     nodes (0: no limit)."""
+    namespace_nodes: int = 0
+    """Prompts of a namespace; saving evicts its own nodes (0: no limit but `max_nodes`)."""
+    plans_per_second: float = 0.0
+    """Plans that one namespace may ask for in a second; the others are declined (0: no limit)."""
+    saves_per_second: float = 0.0
+    """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only on request)."""
     start_daemon: bool = True
     """Whether an engine starts the daemon if none runs. Off: systemd or Kubernetes starts it."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
+    drain_seconds: float = 10.0
+    """How long a daemon that is to end waits for leases and saves to end (0: not at all)."""
     http: str = ""
     """Address of the daemon's page, JSON and metrics: `127.0.0.1:8470`. Empty: none."""
     http_token: str = ""

@@ -37,6 +37,8 @@ class ErrorKind(StrEnum):
     NEWER = "newer"
     TORN = "torn"
     FOREIGN = "foreign"
+    LIMIT = "limit"
+    DENIED = "denied"
 
 
 class KVShareError(Exception):
@@ -99,6 +101,13 @@ class NodeError(KVShareError, LookupError):
     """No node has this id any more, or several ids begin like it."""
 
     kind = ErrorKind.NODE
+
+
+class DeniedError(KVShareError):
+    """This client may not ask for that: its role or its certificate does not allow it."""
+
+    kind = ErrorKind.DENIED
+    exit_code = 10
 
 
 class UnsupportedError(KVShareError):
@@ -191,6 +200,13 @@ class OverloadError(KVShareError):
     """The daemon has as much to do as it takes, for this client or for all; ask again later."""
 
     kind = ErrorKind.OVERLOAD
+    retryable = True
+
+
+class LimitError(KVShareError):
+    """A namespace saves more prompts than `saves_per_second` lets it; ask again later."""
+
+    kind = ErrorKind.LIMIT
     retryable = True
 
 

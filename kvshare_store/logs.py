@@ -37,6 +37,14 @@ def with_fields(**fields: Any) -> dict[str, Any]:
     return {"fields": fields}
 
 
+def log_as_text() -> None:
+    """From now on KVShare's lines go where all others go."""
+    log = logging.getLogger(LOGGER)
+    for handler in [one for one in log.handlers if isinstance(one.formatter, JsonLines)]:
+        log.removeHandler(handler)
+    log.propagate = True
+
+
 def log_as_json() -> None:
     """From now on KVShare's lines go to standard error as JSON, whatever else is set up."""
     log = logging.getLogger(LOGGER)

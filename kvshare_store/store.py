@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, NodeError, PlanError
+from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
@@ -26,7 +26,7 @@ from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.stats import stats_of
@@ -51,6 +51,8 @@ class Store:
         self.metrics = Metrics()
         wanted(config)
         self.costs = Costs()
+        self.far_costs = Costs(far=True)
+        """Of engines on other machines."""
         self.repository = repository = Repository(config, self.metrics)
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
@@ -59,7 +61,9 @@ class Store:
         self._rewriter = Rewriter(repository)
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
-        self._serving = Serving(config, nodes, plans, self.costs, self.text, self.metrics)
+        self._serving = Serving(
+            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics
+        )
         self.saving = Saving(config, nodes, plans, self.metrics)
         self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
@@ -68,6 +72,22 @@ class Store:
         if config.catalog and repository.catalog is not None:
             purges = OthersPurges(repository, self.saving, config.home_path)
             self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by the settings of `config` that may change while a store is open: its limits, the
+        deadlines and budgets of plans, and how many nodes are kept."""
+        self.config = config
+        for part in (self._serving, self.saving, self.nodes, self.janitor):
+            part.reload(config)
+
+    def drain(self) -> None:
+        """Make no more plans and stage no more saves; those that are under way go on."""
+        self._serving.ending = True
+
+    @property
+    def held(self) -> int:
+        """Leases and staged saves that have not ended."""
+        return len(self.blocks.leases) + len(self.saving)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -99,16 +119,18 @@ class Store:
         owner: str = "",
         deadline_ms: float | None = None,
         request: str = "",
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
 
         Then it ends within the deadline in another thread, which also runs its callbacks: keep them
         short. Input that makes no sense raises here; the future has a plan in every other case.
-        `request`: the engine's name of the request, for the log.
+        `request`: the engine's name of the request, for the log. `far`: the rows go to another
+        machine, so loading is weighed at the rate measured there.
         """
         return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request
+            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far
         )
 
     def explain(
@@ -136,13 +158,18 @@ class Store:
         return self._serving.log
 
     def plan_node(
-        self, node_id: str, *, owner: str = "", deadline_ms: float | None = None
+        self,
+        node_id: str,
+        *,
+        owner: str = "",
+        deadline_ms: float | None = None,
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """All rows of one exact node, leased until `finish`: no lookup, no policy, no cost.
 
         Ends as `plan_soon` does; a node that is not here, or not exact, is a plan without use.
         """
-        return self._serving.plan_node(node_id, owner, deadline_ms)
+        return self._serving.plan_node(node_id, owner, deadline_ms, far=far)
 
     def decline(self, reason: str, tokens: int) -> None:
         """Count a request of `tokens` tokens for which the engine could not ask for a plan."""
@@ -166,10 +193,11 @@ class Store:
         `reap` of the owner ends it as well."""
         self.text.working(owner, busy)
 
-    def observe(self, model: str, tokens: int, seconds: float) -> None:
+    def observe(self, model: str, tokens: int, seconds: float, *, far: bool = False) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
-        of its namespace."""
-        self.costs.observe(model, tokens, seconds)
+        of its namespace, `far`: on another machine."""
+        costs = self.far_costs if far else self.costs
+        costs.observe(model, tokens, seconds)
 
     def load(self, plan: ReusePlan, rope: Rope | None = None) -> EditedRows:
         """The rows of a plan's spans, K moved to its new positions; ends the lease.
@@ -201,6 +229,10 @@ class Store:
         self.finish(plan, outcome)
         return edited
 
+    def leased_block(self, lease: str, name: str) -> BlockRef:
+        """Where a block of an open plan lies; `LeaseError` if there is no such plan or block."""
+        return self._serving.leased_block(lease, name)
+
     def rows_of(self, plan: ReusePlan, block: int) -> memoryview:
         """The bytes of one of a plan's blocks; `LeaseError` if the lease no longer holds it."""
         ref = plan.blocks[block]
@@ -227,12 +259,18 @@ class Store:
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
         it names, `StorageError` while nothing can be stored, `OverloadError` while hundreds of
-        prompts wait to be made durable.
+        prompts wait to be made durable, `LimitError` beyond `saves_per_second`.
         """
+        if self._serving.ending:
+            raise UnavailableError("the daemon is ending and takes no more prompts")
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
         return self.saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+
+    def staged_bytes(self, staged_id: str, owner: str) -> int:
+        """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
+        return self.saving.wanted_bytes(staged_id, owner)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""

@@ -179,12 +179,14 @@ def _take(client: Client, place: Place, target: memoryview) -> bool:
 
 def _copy(client: Client, plan: ReusePlan, target: memoryview) -> None:
     """The blocks of an object in the order in which they were stored."""
-    at = 0
+    at, leased = 0, client.leased_rows(plan.lease, plan.arena, plan.blocks)
     for span in plan.spans:
         ref = plan.blocks[span.block]
         if span.row or span.length != ref.rows:
             raise MissError(f"block {ref.name[:12]} was packed anew")
         part = target[at : at + ref.nbytes]
-        part[:] = client.rows_of(plan.arena, ref)[: len(part)]
+        leased.check(ref)
+        part[:] = leased.rows(ref.offset, ref.nbytes)[: len(part)]
         at += ref.nbytes
-    client.check(plan.arena, plan.blocks)
+    for ref in plan.blocks:
+        leased.check(ref)

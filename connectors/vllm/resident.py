@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kvshare_store.blocks.tiers.device import DeviceTier
-from kvshare_store.blocks.tiers.host.arena import ArenaView
+from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.errors import LeaseError
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
@@ -28,7 +28,7 @@ class Resident:
         self.tier = DeviceTier(budget, device) if budget else None
         self._layout = layout
         self._uses: OrderedDict[str, int] = OrderedDict()
-        self._wanted: dict[str, tuple[ArenaView, BlockRef]] = {}
+        self._wanted: dict[str, tuple[LeasedRows, BlockRef]] = {}
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
         """The block's rows on the device, at least as exact as the arena's; None if absent."""
@@ -37,7 +37,7 @@ class Resident:
     def _serves(self, ref: BlockRef) -> bool:
         return self.tier is not None and self.tier.serves(ref.name, lossy=ref.lossy)
 
-    def used(self, arena: ArenaView, blocks: Sequence[BlockRef]) -> None:
+    def used(self, arena: LeasedRows, blocks: Sequence[BlockRef]) -> None:
         """A request has loaded rows of these blocks."""
         if self.tier is None:
             return
@@ -58,7 +58,7 @@ class Resident:
         for arena, ref in wanted:
             self._copy(arena, ref)
 
-    def _copy(self, arena: ArenaView, ref: BlockRef) -> None:
+    def _copy(self, arena: LeasedRows, ref: BlockRef) -> None:
         if self.tier is None or ref.nbytes > self.tier.use().budget:
             return
         try:

@@ -19,6 +19,7 @@ from kvshare_connectors.vllm.timing import emit_span
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.editor import Editor
 from kvshare_store.errors import (
     DeadlineError,
@@ -52,6 +53,7 @@ class Saver:
 
     def __init__(self, config: StoreConfig, layout: KVLayout) -> None:
         self.config = config
+        self._place = place_of(config)  # what is wrong with its keys is said at the start
         self._layout = layout
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
         self.waiting_bytes = 0
@@ -94,7 +96,7 @@ class Saver:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        client = Client(self.config.home_path)
+        client = Client(self._place, role="engine")
         while (work := self._queue.get()) is not None:
             try:
                 self._do(client, work)

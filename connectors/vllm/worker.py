@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from kvshare_connectors.vllm.containment import contained, log_once
@@ -23,11 +23,15 @@ from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.fetching import LeasedRows
+from kvshare_store.daemon.network import place_of
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import Outcome, Run, reused_of
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
+_FETCH_S = 5.0
+"""Rows of a daemon on another machine that take longer are not waited for: they are computed."""
 _TIMED = 4096
 """Durations kept until vLLM asks for them, which it does each step."""
 
@@ -43,6 +47,8 @@ class Worker:
         self.editor = Editor(cache.layout, rope, cache.device)
         self._config = config
         self.arenas = Arenas()
+        self.fetching: Client | None = None
+        """Where rows come from that are on another machine."""
         self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
@@ -82,8 +88,8 @@ class Worker:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
         plan = spec.plan
-        arena = self._arena(plan.arena)
         used = [plan.blocks[index] for index in {span.block for span in plan.spans}]
+        arena = self._leased(plan, used)
         for ref in used:
             arena.check(ref)
         edited = self.editor.edit(
@@ -98,6 +104,13 @@ class Worker:
         self.cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self.cache))
         return edited.rows.numel() * edited.rows.element_size()
 
+    def _leased(self, plan: ReusePlan, refs: Sequence[BlockRef]) -> LeasedRows:
+        if not self._config.connect:
+            return self._arena(plan.arena)
+        if self.fetching is None:
+            self.fetching = Client(place_of(self._config), role="engine")
+        return self.fetching.leased_rows(plan.lease, plan.arena, refs, _FETCH_S)
+
     def _arena(self, arena_id: str) -> ArenaView:
         """The daemon's shared memory, fetched with the first plan that names it.
 
@@ -105,7 +118,7 @@ class Worker:
         """
         if arena_id not in self.arenas:
             patience = self._config.plan_deadline_ms / 1e3
-            with Client(self._config.home_path, timeout=patience) as client:
+            with Client(self._config.home_path, timeout=patience, role="engine") as client:
                 welcome = client.greet()
                 self.arenas.add(welcome.arena, os.dup(client.arena))
         return self.arenas.at(arena_id)

@@ -23,6 +23,7 @@ from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variable
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import KVShareError, UnavailableError
 from kvshare_store.readable import size
 from kvshare_store.version import version
@@ -201,7 +202,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _daemon(config: StoreConfig, serving: bool) -> Iterator[Finding]:
     try:
-        with remote.connected(config), Client(config.home_path) as client:
+        with remote.connected(config), Client(place_of(config)) as client:
             stats: dict[str, Any] = client.call(protocol.Stats())
     except UnavailableError:
         if serving:

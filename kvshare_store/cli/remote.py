@@ -6,12 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
+from kvshare_store.errors import KVShareError
 
 _CLEAR_S = 600.0
 
@@ -27,25 +30,39 @@ class Daemon:
         found: dict[str, Any] = self._client.call(protocol.Settings())
         return found
 
-    def stop(self) -> int:
-        """Tell the daemon to stop; returns its process id."""
+    def stop(self, *, drain: bool = False) -> int:
+        """Tell the daemon to stop, or to let leases end first; returns its process id."""
         pid = self._client.greet().pid
-        self._client.call(protocol.Stop())
+        self._client.call(protocol.Stop(drain))
         return pid
 
     def gone(self, patience: float) -> bool:
         """Wait until the stopped daemon has left its home; False after `patience` seconds."""
         deadline = time.monotonic() + patience
-        while home_taken(self._client.home):
+        while self._here():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+        return True
+
+    def _here(self) -> bool:
+        home = self._client.home
+        if isinstance(home, Path):
+            return home_taken(home)
+        try:
+            self._client.look()
+            self._client.greet(1.0)
+        except KVShareError:
+            return False
         return True
 
 
 @contextmanager
 def connected(config: StoreConfig) -> Iterator[Daemon]:
     """The daemon of a home; fails at once if none runs."""
-    with Client(config.home_path) as client:
-        client.open()
+    with Client(place_of(config)) as client:
+        if client.remote:
+            client.greet()
+        else:
+            client.open()
         yield Daemon(client)

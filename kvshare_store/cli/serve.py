@@ -7,10 +7,11 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
@@ -25,7 +26,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvshare")
 
-_ENDING = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+ListenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--listen", metavar="tcp://HOST:PORT", help="Serve other machines there; needs the keys."
+    ),
+]
+CertOption = Annotated[
+    str | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate of the daemon.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--tls-key", metavar="FILE", help="Private key of that certificate.")
+]
+ClientsOption = Annotated[
+    str | None,
+    typer.Option("--tls-clients", metavar="FILE", help="Certificates that vouch for clients."),
+]
 _LIBRARIES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 """Of the extra `http`."""
 
@@ -42,17 +61,26 @@ def command(
     config: ConfigOption = None,
     set_: SetOption = None,
     http: HttpOption = None,
+    listen: ListenOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    tls_clients: ClientsOption = None,
 ) -> None:
     """Run the daemon of a home until it is stopped.
 
     Engines start one by themselves; run it by hand to choose its budgets or to watch it.
     """
-    chosen = configured(home, config, set_)
-    run(chosen if http is None else msgspec.structs.replace(chosen, http=http))
+    network = {
+        "http": http, "listen": listen, "tls_cert": tls_cert, "tls_key": tls_key,
+        "tls_clients": tls_clients,
+    }  # fmt: skip
+    given = [f"{name}={value}" for name, value in network.items() if value is not None]
+    run(partial(configured, home, config, [*(set_ or ()), *given]))
 
 
-def run(config: StoreConfig) -> None:
-    """Serve in this process; log to standard error."""
+def run(read: Callable[[], StoreConfig]) -> None:
+    """Serve in this process, by the settings that `read` returns; log to standard error."""
+    config = read()
     entrance = page_entrance(config)
     os.umask(0o077)  # also for what LanceDB writes
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # clients and files take descriptors
@@ -65,15 +93,17 @@ def run(config: StoreConfig) -> None:
     if config.log_format == "json":
         log_as_json()
     log.setLevel(logging.INFO)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to tell
     try:
-        daemon = server.Server(config)
-        for number in _ENDING:
-            signal.signal(number, daemon.stop)
+        daemon = server.Server(config, reread=read)
+        for number, act in zip(_SIGNALS, (daemon.drain, daemon.stop, daemon.reload), strict=True):
+            signal.signal(number, act)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     socket = address.socket_path(config.home_path)
     log.info("kvshare: %s", start_line(config, str(socket)))
+    if config.listen:
+        log.info("kvshare: other machines reach it on port %d, with keys", daemon.port)
     if entrance is not None:
         serve_page(daemon, entrance)
     daemon.serve()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, configured
@@ -12,23 +14,33 @@ _NOBODY = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
 """The errors of the socket if no daemon runs, as opposed to one that hangs."""
 
 
-def command(home: HomeOption = None, config: ConfigOption = None) -> None:
+DrainOption = Annotated[
+    bool,
+    typer.Option("--drain", help="First let requests load what they were promised."),
+]
+
+
+def command(
+    home: HomeOption = None, config: ConfigOption = None, drain: DrainOption = False
+) -> None:
     """Stop the daemon of a home, if one runs. Everything it has stored stays on disk."""
     from kvshare_store.cli import remote, upkeep  # noqa: PLC0415 - seconds, not for --help
 
     chosen = configured(home, config)
+    which = chosen.connect or chosen.home_path
     try:
         with remote.connected(chosen) as daemon:
-            pid = daemon.stop()
-            if not daemon.gone(_PATIENCE_S):
+            patience = _PATIENCE_S + (daemon.settings()["drain_seconds"] if drain else 0.0)
+            pid = daemon.stop(drain=drain)
+            if not daemon.gone(patience):
                 raise DeadlineError(
-                    f"the daemon of {chosen.home_path} (process {pid}) is still writing after "
-                    f"{_PATIENCE_S:.0f} s; it stops when it is done"
+                    f"the daemon of {which} (process {pid}) is still writing after "
+                    f"{patience:.0f} s; it stops when it is done"
                 )
     except UnavailableError as error:
-        if not isinstance(error.__cause__, _NOBODY):
+        if chosen.connect or not isinstance(error.__cause__, _NOBODY):
             raise
         upkeep.refuse_without_store(chosen)
         typer.echo(f"No daemon runs for {chosen.home_path}: nothing to stop.")
         return
-    typer.echo(f"The daemon of {chosen.home_path} (process {pid}) has stopped.")
+    typer.echo(f"The daemon of {which} (process {pid}) has stopped.")

@@ -40,11 +40,12 @@ def command(
     Without a terminal it prints plain lines.
     """
     from kvshare_store.daemon.client import Client  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.network import place_of  # noqa: PLC0415
     from kvshare_store.daemon.protocol import ListRequests, Stats  # noqa: PLC0415
 
     chosen = configured(home, config)
     out = console()
-    with Client(chosen.home_path) as client:  # opening an idle home each time would only lock it
+    with Client(place_of(chosen)) as client:  # opening an idle home each time would only lock it
         ask = client.call
         before, at = ask(Stats()), time.monotonic()
         with _screen(out) as live:

@@ -13,6 +13,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import connect
 from kvshare_store.daemon.chores import do_chore
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.errors import HomeError, UnavailableError
 from kvshare_store.store import Store
@@ -31,7 +32,7 @@ def chores(config: StoreConfig) -> Iterator[Ask]:
     `HomeError` if there is no store in the home.
     """
     if _served(config):
-        with Client(config.home_path) as client:
+        with Client(place_of(config)) as client:
             yield lambda message: client.call(message, timeout=_PATIENCE_S)
         return
     with Store(_alone(config)) as store:
@@ -61,6 +62,8 @@ def refuse_without_store(config: StoreConfig) -> None:
 
 def _served(config: StoreConfig) -> bool:
     home = config.home_path
+    if config.connect:
+        return True
     try:
         connect(home).close()
     except UnavailableError:

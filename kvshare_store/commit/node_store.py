@@ -48,6 +48,13 @@ class NodeStore:
         self._shared = shared
         self._late_s = late_s
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; nodes that are too many now go with the next save."""
+        with self.lock:
+            self._config = config
+            if config.namespace_bytes or config.namespace_nodes:
+                self.tree.order_namespaces()
+
     # --- nodes come --------------------------------------------------------------------------
 
     def add(self, node: Node, vectors: Vectors) -> None:
@@ -170,9 +177,9 @@ class NodeStore:
         The newest is removed only if it alone is over the quota. With a shared catalogue only nodes
         go that no machine has used for a while.
         """
-        quota, gone = self._config.namespace_bytes, 0
+        gone = 0
         with self.lock:
-            while quota and self.tree.bytes_of(namespace) > quota:
+            while self._over_quota(namespace):
                 victims = filter(self._quiet, self.tree.victims(namespace))
                 victim = next((node.id for node in victims if node.id != newest), newest)
                 if victim not in self.tree or (self._shared and victim == newest):
@@ -181,6 +188,11 @@ class NodeStore:
                     self._metrics.error(NoSpaceError.kind)
                 gone += self.remove([victim])
         return gone
+
+    def _over_quota(self, namespace: str) -> bool:
+        nbytes, count = self._config.namespace_bytes, self._config.namespace_nodes
+        too_large = 0 < nbytes < self.tree.bytes_of(namespace)
+        return too_large or 0 < count < self.tree.count_of(namespace)
 
     def _quiet(self, node: Node) -> bool:
         """Whether it is certain that no machine used the node lately: uses are written down

@@ -36,7 +36,7 @@ class Repository:
         state = NodeState(
             config.block_tokens,
             lambda: make_policy(config.eviction),
-            quotas=bool(config.namespace_bytes),
+            quotas=bool(config.namespace_bytes or config.namespace_nodes),
         )
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
         self.condemned = self._open_condemned()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from kvshare_store.daemon import wire
 from kvshare_store.errors import BusyError, HomeError, OverloadError, UnavailableError
+
+log = logging.getLogger("kvshare")
 
 SOCKET = "kvshare.sock"
 _BACKLOG = 4096
@@ -142,6 +145,18 @@ class Listener:
             os.umask(before)
         self._made = _identity(os.stat(SOCKET, dir_fd=self._folder))
         self.socket.listen(_BACKLOG)
+
+    def accept(self) -> socket.socket | None:
+        """The next connection, or None if it was another user's. `BlockingIOError` if nobody is
+        there."""
+        stream, _ = self.socket.accept()
+        _, uid = wire.peer(stream)
+        if uid == os.getuid():
+            stream.setblocking(False)
+            return stream
+        log.warning("kvshare: user %d was refused", uid)
+        stream.close()
+        return None
 
     @property
     def in_place(self) -> bool:

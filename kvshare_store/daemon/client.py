@@ -11,6 +11,10 @@ import msgspec
 
 from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.fetching import LeasedRows, WireOutbox, fetch
+from kvshare_store.daemon.network import Place, Remote
+from kvshare_store.daemon.outbox import Outbox
+from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, KVShareError, UnavailableError
 from kvshare_store.namespace import Namespace
@@ -22,14 +26,17 @@ T = TypeVar("T")
 
 
 class Client(Session):
-    """The Store's calls, over the socket of one home. `UnavailableError` when no daemon is there.
+    """The Store's calls, over the socket of one home, or over the network. `UnavailableError` when
+    no daemon is there.
 
     A daemon that was restarted is greeted anew by itself; `DeadlineError` when it does not answer
     in time.
     """
 
-    def __init__(self, home: str | Path, *, timeout: float = 10.0) -> None:
-        super().__init__(Path(home).expanduser(), timeout)
+    def __init__(self, home: str | Place, *, timeout: float = 10.0, role: Role = "admin") -> None:
+        """`home`: the folder that the daemon serves, or `place_of` a configuration."""
+        place = home if isinstance(home, Remote) else Path(home).expanduser()
+        super().__init__(place, timeout, role)
         self.arenas = Arenas()
 
     def _typed(self, message: protocol.Request, kind: type[T], timeout: float | None = None) -> T:
@@ -81,14 +88,19 @@ class Client(Session):
                 self.outbox.clear()
 
     def _write(self, staged: Staged, blocks: Iterable[Any]) -> None:
-        outbox, offset = self.outbox, 0
+        outbox: Outbox | WireOutbox | None = self.outbox
+        offset = 0
+        if self.remote:
+            outbox = WireOutbox(self, staged.id)
         if outbox is None:
             raise UnavailableError(f"the daemon of {self.home} is gone")
         try:
             for block in blocks:
                 offset += outbox.write(offset, block)
+            outbox.settle()
         except Exception:
-            self.abandon(staged.id)
+            if self.connected:
+                self.abandon(staged.id)
             raise
 
     def abandon(self, staged: str) -> None:
@@ -117,6 +129,20 @@ class Client(Session):
         if arena not in self.arenas and self.welcome is not None and self.welcome.arena == arena:
             self.arenas.add(arena, os.dup(self.arena))
         return self.arenas.at(arena)
+
+    def leased_rows(
+        self, lease: str, arena: str, refs: Sequence[BlockRef], seconds: float = 60.0
+    ) -> LeasedRows:
+        """The rows of leased blocks: in the daemon's memory, or fetched over the network.
+
+        `LeaseError` if they are not there any more, `DeadlineError` if they do not come within
+        `seconds`.
+        """
+        if not self.remote:
+            return self.mapped(arena)
+        if not self.connected:
+            self.greet(seconds)
+        return fetch(self, lease, refs, seconds)
 
     def rows_of(self, arena: str, ref: BlockRef) -> memoryview:
         """The bytes of a leased block, in place. Check again with `check` after copying."""

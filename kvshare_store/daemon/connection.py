@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvshare_store.daemon import wire
-from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
+from kvshare_store.daemon.protocol import Role
+from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing, Stream
 from kvshare_store.errors import ProtocolError
 
 _READ_BYTES = 1 << 18
@@ -70,13 +71,18 @@ class Budget:
 class Connection:
     """One client. What it holds is held under the name `owner`, and ends with the connection."""
 
-    def __init__(self, stream: socket.socket, limits: Limits, above: Budget, now: float) -> None:
-        stream.setblocking(False)
+    def __init__(self, stream: Stream, limits: Limits, above: Budget, now: float) -> None:
+        """`stream`: a socket of this machine, or one with TLS."""
+        self.role: Role = "admin"
+        """What it may ask for; less, if its hello says so."""
         self.stream = stream
         self.owner = f"client-{next(_numbers)}"
         self.greeted = False
+        self.remote = not isinstance(stream, socket.socket)
+        """It is on another machine, so nothing is mapped: rows travel as messages."""
         self.outbox = -1
-        """Descriptor of the client's memory file, from its hello."""
+        """Descriptor of the client's memory file, from its hello; of a remote client's, the
+        daemon's own."""
         self.gone = False
         """Nothing more comes from it or goes to it."""
         self.ended = False
@@ -105,8 +111,8 @@ class Connection:
         return self._frames.feed(data)
 
     def _receive(self) -> bytes:
-        if self.greeted:
-            return self.stream.recv(_READ_BYTES)
+        if self.greeted or not isinstance(self.stream, socket.socket):
+            return self.stream.recv(_READ_BYTES if self.greeted else self._limits.hello_bytes)
         data, descriptors = wire.receive(self.stream, self._limits.hello_bytes)
         if self.outbox >= 0:
             wire.close_all(descriptors)

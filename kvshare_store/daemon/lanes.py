@@ -1,8 +1,9 @@
 """Threads that answer requests: each kind of request has its lane, so that none waits for another.
 
-`status` answers people, `notes` takes what engines report, `lookup` plans, `save` stores, `flush`
-waits for the disk, `chore` does what takes long, `purge` waits for leases. Within a lane clients
-take turns: one that asks for much keeps nobody else waiting but itself.
+`status` answers people, `notes` takes what engines report, `lookup` plans, `rows` sends rows to
+other machines, `save` stores, `flush` waits for the disk, `chore` does what takes long, `purge`
+waits for leases. Within a lane clients take turns: one that asks for much keeps nobody else waiting
+but itself.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _SIZES = {
     "status": _Size(1, 1),
     "notes": _Size(1, 1),
     "lookup": _Size(4, 2, 64),
+    "rows": _Size(2, 1, 64),
     "save": _Size(1, 1),
     "flush": _Size(1, 1),
     "chore": _Size(1, 1),
@@ -58,12 +60,27 @@ _LANES: dict[type, str] = {
         "notes",
     ),
     **dict.fromkeys((protocol.Plan, protocol.PlanNode, protocol.HasNodes), "lookup"),
-    **dict.fromkeys((protocol.Stage, protocol.Commit, protocol.Abandon, protocol.Forget), "save"),
+    protocol.ReadRows: "rows",
+    **dict.fromkeys(
+        (
+            protocol.Stage,
+            protocol.WriteRows,
+            protocol.Commit,
+            protocol.Abandon,
+            protocol.Forget,
+        ),
+        "save",
+    ),
     protocol.Flush: "flush",
     **dict.fromkeys((*CHORES, protocol.Clear, protocol.Explain, protocol.Diff), "chore"),
     protocol.Purge: "purge",
 }
 """All others are what people ask: `status`."""
+
+
+def lane_of(kind: type) -> str:
+    """The lane that answers messages of a kind."""
+    return _LANES.get(kind, "status")
 
 
 class Lanes:
@@ -77,7 +94,7 @@ class Lanes:
 
         `OverloadError` if too many such requests of the client wait already.
         """
-        self._lanes[_LANES.get(kind, "status")].put(client, work)
+        self._lanes[lane_of(kind)].put(client, work)
 
     def ask(self, client: str, kind: type, question: Callable[[], Any]) -> Future[Any]:
         """As `submit`, for somebody in this process: the future has the answer, or the error that

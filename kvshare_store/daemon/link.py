@@ -17,6 +17,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.daemon.network import Place, Remote, place_of
 from kvshare_store.daemon.spawn import Spawned, ensure_daemon, spawn_daemon
 from kvshare_store.errors import (
     DeadlineError,
@@ -43,7 +44,7 @@ class Link:
 
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
-        self.client = Client(config.home_path)
+        self.client = Client(place_of(config), role="engine")
         self.failures: list[str] = []
         """Kinds of failures that the daemon has not been told of yet."""
         self._busy = self._told_busy = False
@@ -61,7 +62,9 @@ class Link:
         resting = time.monotonic() < self.paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
-        until = time.monotonic() + self.config.plan_deadline_ms / 1e3
+        until = 0.0  # clocks of other machines differ
+        if not self.client.remote:
+            until = time.monotonic() + self.config.plan_deadline_ms / 1e3
         try:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
@@ -142,14 +145,17 @@ class Link:
         self.pause = min(2 * self.pause, _LONGEST_PAUSE_S)
 
     def _gone(self, error: KVShareError) -> None:
-        """Nobody is at the other end: start a daemon, unless one is starting or merely hangs."""
+        """Nobody is at the other end: start a daemon, unless one is starting or merely hangs. One
+        of another machine is its operator's to start."""
         self._failed(error.kind)
         self._rest()
         self.client.reconnect()
         if self._reviver is None or self._reviver.done:
             what = "restarting it" if self.config.start_daemon else "it is not ours to restart"
+            if self.client.remote:
+                what = "it is tried again"
             log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, what)
-            self._reviver = Reviver(self.config)
+            self._reviver = Reviver(self.config, self.client.home)
 
     def close(self) -> None:
         """Let go of the connection; the daemon stays."""
@@ -159,10 +165,12 @@ class Link:
 
 
 class Reviver:
-    """Starts a daemon in a thread of its own: making a process takes time that the engine needs."""
+    """Starts a daemon in a thread of its own: making a process takes time that the engine needs.
+    For one of another machine it only asks again where that is, which may take time as well."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, place: Place) -> None:
         self._config = config
+        self._place = place
         self.spawned: Spawned | None = None
         self._thread = threading.Thread(target=self._run, name="kvshare-revive", daemon=True)
         self._thread.start()
@@ -170,11 +178,14 @@ class Reviver:
     def _run(self) -> None:
         home = self._config.home_path
         try:
+            if isinstance(self._place, Remote):
+                self._place.resolve()
+                return
             wanted = self._config.start_daemon and not home_taken(home)
             if wanted and not answers(home):
                 self.spawned = spawn_daemon(self._config)
         except (KVShareError, OSError) as error:
-            log.warning("kvshare: no daemon could be started: %s", error)
+            log.warning("kvshare: no daemon could be reached or started: %s", error)
 
     @property
     def done(self) -> bool:
@@ -196,7 +207,8 @@ def open_link(config: StoreConfig, *, timeout: float = 30.0) -> Link:
 
     link = Link(config)
     try:
-        ensure_daemon(config, timeout=timeout).close()
+        if not link.client.remote:
+            ensure_daemon(config, timeout=timeout).close()
         link.client.greet(timeout)
     except (UnavailableError, OverloadError, DeadlineError) as error:
         log.warning("kvshare: serving without reuse for now: %s", error)

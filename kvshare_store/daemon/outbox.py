@@ -30,6 +30,9 @@ class Outbox:
             raise StorageError(f"no memory for rows to be saved: {error.strerror}") from error
         return total
 
+    def settle(self) -> None:
+        """Everything is written."""
+
     def clear(self) -> None:
         """Return the memory to the system."""
         os.ftruncate(self.descriptor, 0)

@@ -1,14 +1,15 @@
 """Messages between clients and the daemon: msgpack, one struct a message, a versioned hello.
 
 Unknown fields of a message are ignored, so that releases one version apart understand each other;
-an unknown message is refused and the connection lives on. Rows never travel here: clients map
-the daemon's arena, whose descriptor comes with the welcome; the daemon reads the client's outbox,
-whose descriptor comes with the hello.
+an unknown message is refused and the connection lives on. On one machine rows never travel here:
+clients map the daemon's arena, whose descriptor comes with the welcome; the daemon reads the
+client's outbox, whose descriptor comes with the hello. Between machines there are no descriptors,
+and rows travel in pieces (`ReadRows`, `WriteRows`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -21,6 +22,12 @@ from kvshare_store.save.staging import Reuse
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
+
+PIECE_BYTES = MIB // 2
+"""Rows in one message, at most."""
+
+Role = Literal["reader", "engine", "admin"]
+"""What a client may ask for; `kvshare_store.daemon.roles` says which role each message needs."""
 
 OLDEST, NEWEST = 2, 2
 """Versions of the protocol that this release speaks. (1 was spoken over ZeroMQ.)"""
@@ -35,16 +42,19 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     oldest: int = OLDEST
     newest: int = NEWEST
+    role: Role = "admin"
+    """The client wants to be able to do no more than this."""
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan"):
-    """Reply: `ReusePlan`. `tokens`: int32, native byte order (both sides are one machine)."""
+    """Reply: `ReusePlan`. `tokens`: int32, little-endian."""
 
     namespace: Namespace
     tokens: bytes
     policy: str | None = None
     until: float = 0.0
-    """Monotonic seconds after which nobody waits for the plan, so none is made; 0: never."""
+    """Monotonic seconds after which nobody waits for the plan, so none is made; 0: never. Means
+    nothing between machines, whose clocks differ."""
     request: Label = ""
     """The engine's name of the request, for the log."""
 
@@ -67,6 +77,16 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
 
     lease: str
     outcome: Outcome
+
+
+class ReadRows(msgspec.Struct, frozen=True, tag="read_rows"):
+    """Reply: up to `PIECE_BYTES` of the rows of a leased block, from byte `start` on. For a client
+    that shares no memory with the daemon."""
+
+    lease: str
+    block: str
+    """Its name."""
+    start: Count = 0
 
 
 class Observe(msgspec.Struct, frozen=True, tag="observe"):
@@ -104,6 +124,16 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
     """The rows that were wanted lie in the client's outbox. Reply: node id or None."""
 
     staged: str
+
+
+class WriteRows(msgspec.Struct, frozen=True, tag="write_rows"):
+    """Some of the rows that a staged save wants, from a client that shares no memory with the
+    daemon; `Commit` follows when all were sent. Reply: None."""
+
+    staged: str
+    start: Count
+    """Byte of the outbox that such a client would have."""
+    rows: Annotated[bytes, msgspec.Meta(max_length=PIECE_BYTES)]
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
@@ -312,18 +342,24 @@ class CheckBlocks(msgspec.Struct, frozen=True, tag="check_blocks"):
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Shut the daemon down. Reply: None, before it does."""
 
+    drain: bool = False
+    """First let leases and saves end, for at most `drain_seconds`."""
+
 
 Request = (
-    Hello | Plan | Decline | EngineCached | Finish | Observe | Working | Stage | Commit | Abandon
-    | Failed | Settings | Stats | Flush | ListNodes | Branch | ShowNode | Explain | ListRequests
-    | Diff | HasNodes | PlanNode | Forget | Held | NodesOf | Clear | Pin | Evict | Export
-    | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
+    Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | Stage
+    | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | Branch
+    | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget | Held | NodesOf
+    | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 
-_KINDS: dict[str, type[msgspec.Struct]] = {
-    str(kind.__struct_config__.tag): kind for kind in get_args(Request)
-}
+def tag_of(kind: type[msgspec.Struct]) -> str:
+    """What a message of this kind has as its `type`."""
+    return str(kind.__struct_config__.tag)
+
+
+_KINDS: dict[str, type[msgspec.Struct]] = {tag_of(kind): kind for kind in get_args(Request)}
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -335,6 +371,8 @@ class Welcome(msgspec.Struct, frozen=True):
     """The daemon's process, for people: in another PID namespace it has another number."""
     arena: str
     policy: str
+    role: Role = "admin"
+    """What this client may ask for."""
 
 
 class Holding(msgspec.Struct, frozen=True):

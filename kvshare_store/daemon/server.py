@@ -16,30 +16,29 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import by_id, protocol
+from kvshare_store.daemon import protocol, roles
 from kvshare_store.daemon.address import Listener
-from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection, Limits
+from kvshare_store.daemon.handling import Handling
 from kvshare_store.daemon.lanes import Lanes
-from kvshare_store.daemon.outbox import Received
-from kvshare_store.daemon.questions import QUESTIONS, answer
+from kvshare_store.daemon.network import NetworkListener
+from kvshare_store.daemon.reloading import changed
 from kvshare_store.daemon.service_manager import ServiceManager
-from kvshare_store.daemon.switchboard import Switchboard
+from kvshare_store.daemon.switchboard import Door, Switchboard
+from kvshare_store.daemon.tls import TlsStream
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
     DeadlineError,
+    DeniedError,
     HomeError,
     InternalError,
     KVShareError,
-    PlanError,
     ProtocolError,
     UnavailableError,
 )
-from kvshare_store.nodes.edits import Tokens
-from kvshare_store.plan import ReusePlan
+from kvshare_store.logs import log_as_json, log_as_text
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")
@@ -47,7 +46,6 @@ log = logging.getLogger("kvshare")
 _TICK_S, _REST_S = 0.5, 0.1
 _INSIDE = "inside"
 """Whoever asks from this process, as one client of the lanes."""
-_WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
 """How long a stopping daemon waits for what it is doing for clients."""
 
@@ -62,49 +60,41 @@ class Beside(Protocol):
 class Server:
     """Serves one Store until stopped."""
 
-    def __init__(self, config: StoreConfig, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        limits: Limits | None = None,
+        reread: Callable[[], StoreConfig] | None = None,
+    ) -> None:
+        """`reread`: the settings as they are now, for `reload`."""
         self.config = config
+        self._reread = reread
+        self._wants_reload = False
+        self._drained_by = float("inf")
+        """When a daemon that drains ends, whatever is held then."""
         self._manager = ServiceManager()
-        self.store = Store(config)
+        self._network = NetworkListener(config) if config.listen else None
+        try:
+            self.store = Store(config)
+        except BaseException:
+            self._close_network()
+            raise
         try:
             self._listener = Listener(config.home_path)
         except KVShareError:
             self.store.close()
+            self._close_network()
             raise
-        self.switchboard = Switchboard(self._listener, self, limits or Limits())
+        doors: list[Door] = [self._listener]
+        if self._network is not None:
+            doors.append(self._network)
+        self.switchboard = Switchboard(doors, self, limits or Limits())
+        self.handling = Handling(self.store, self._stats, self._check_home)
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
         self._beside: list[Beside] = []
         self._started = self._idle_since = self._tended = time.monotonic()
-        self._handlers: dict[type, Callable[[Any, Any], Any]] = {
-            protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
-            protocol.EngineCached: lambda message, _: self.store.engine_cached(message.tokens),
-            protocol.Settings: lambda *_: self.config,
-            protocol.Finish: lambda message, _: self.store.finish(message.lease, message.outcome),
-            protocol.Observe: self._observe,
-            protocol.Working: lambda message, client: self.store.working(
-                client.owner, message.busy
-            ),
-            protocol.Stage: self._stage,
-            protocol.Commit: self._commit,
-            protocol.Abandon: lambda message, _: self.store.abandon(message.staged),
-            protocol.Failed: lambda message, _: self.store.metrics.error(message.kind),
-            protocol.Stats: lambda *_: self._stats(),
-            protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
-            **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
-            protocol.HasNodes: lambda message, _: by_id.has_nodes(
-                self.store, message.nodes, use=message.use
-            ),
-            protocol.PlanNode: self._plan_node,
-            protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
-            protocol.Held: lambda message, _: by_id.held(self.store, message.model),
-            protocol.NodesOf: lambda message, _: by_id.nodes_of(
-                self.store, message.namespace, message.after, message.limit
-            ),
-            protocol.Clear: lambda *_: self.store.clear(),
-            **dict.fromkeys(CHORES, self._chore),
-        }
 
     # --- for parts of this process, in any thread ------------------------------------------------
 
@@ -123,10 +113,9 @@ class Server:
     def _inside(self, message: Any, given_up: Callable[[], bool]) -> Any:
         if given_up():
             raise DeadlineError("nobody wants this answer any more")
-        if not isinstance(message, CHORES):
-            return msgspec.to_builtins(self._handlers[type(message)](message, None))
-        self._check_home()
-        found = do_chore(self.store, message, lambda: given_up() or self._stopping)
+        found = self.handling.answer(
+            message, None, time.monotonic(), lambda: given_up() or self._stopping
+        )
         return msgspec.to_builtins(found)
 
     # --- the main thread -------------------------------------------------------------------------
@@ -138,11 +127,21 @@ class Server:
             while not self._stopping:
                 if self._turn():
                     self._idle_since = time.monotonic()
+                self._heed_signals()
                 if time.monotonic() - self._tended > 1.0:
                     self._tended = time.monotonic()
                     self._tend()
         finally:
             self.close()
+
+    @property
+    def port(self) -> int:
+        """Where it listens to other machines; 0 if it does not."""
+        return self._network.port if self._network is not None else 0
+
+    def _close_network(self) -> None:
+        if self._network is not None:
+            self._network.close()
 
     def _turn(self) -> bool:
         """A turn of the switchboard; an error in it must not end the daemon."""
@@ -158,6 +157,46 @@ class Server:
         """Stop soon; safe in a signal handler."""
         self._stopping = True
         self.switchboard.wake()
+
+    def drain(self, *_: object) -> None:
+        """Stop once leases and saves have ended, or after `drain_seconds`; at once if that was said
+        before. Safe in a signal handler."""
+        self._stopping |= self._drained_by != float("inf")
+        self._drained_by = time.monotonic() + self.config.drain_seconds
+        self.store.drain()
+        self.switchboard.wake()
+
+    def reload(self, *_: object) -> None:
+        """Read the settings again soon; safe in a signal handler."""
+        self._wants_reload = True
+        self.switchboard.wake()
+
+    def _heed_signals(self) -> None:
+        if self._wants_reload:
+            self._wants_reload = False
+            self._lanes.run("chore", self.reload_now)
+        if self._drained_by != float("inf"):
+            held, late = self.store.held, time.monotonic() >= self._drained_by
+            if held and late:
+                log.warning("kvshare: ending although %d leases and saves have not", held)
+            self._stopping |= late or not held
+
+    def reload_now(self) -> None:
+        """Read the settings again; what is wrong, or cannot change, changes nothing."""
+        try:
+            asked = self.config if self._reread is None else self._reread()
+            if self._network is not None:  # certificates and roles may have changed
+                self._network.reload(self.config)
+        except KVShareError as error:
+            self.store.metrics.error(error.kind)
+            log.error("kvshare: the settings stay as they are: %s", error)
+            return
+        change = changed(self.config, asked)
+        if change.config.log_format != self.config.log_format:
+            (log_as_json if change.config.log_format == "json" else log_as_text)()
+        self.config = change.config
+        self.store.reload(change.config)
+        log.info("kvshare: %s", change.told)
 
     def close(self) -> None:
         """Finish what is being done, drop what has not begun, let go of socket and store.
@@ -208,9 +247,20 @@ class Server:
         version = protocol.common_version(message)
         if connection.outbox >= 0 and not _is_memory(connection.outbox):
             raise ProtocolError("the descriptor that came with the hello is no memory file")
-        arena = self.store.blocks.host.arena
-        welcome = protocol.Welcome(version, os.getpid(), arena.id, self.config.policy)
-        return protocol.encode(protocol.Reply(result=welcome)), arena.descriptor
+        if self._network is not None and isinstance(connection.stream, TlsStream):
+            connection.role = self._role_of(connection.stream, self._network)
+        connection.role = roles.lesser(connection.role, message.role)
+        arena, policy = self.store.blocks.host.arena, self.config.policy
+        welcome = protocol.Welcome(version, os.getpid(), arena.id, policy, connection.role)
+        descriptor = -1 if connection.remote else arena.descriptor
+        return protocol.encode(protocol.Reply(result=welcome)), descriptor
+
+    def _role_of(self, stream: TlsStream, network: NetworkListener) -> protocol.Role:
+        try:
+            return network.role_of(stream)
+        except DeniedError as error:
+            log.warning("kvshare: a client was refused: %s", error)
+            raise
 
     def request(self, connection: Connection, frame: Frame) -> None:
         """Give a request to its lane."""
@@ -219,17 +269,27 @@ class Server:
             raise UnavailableError("the daemon is ending")
         if kind is protocol.Hello:
             raise ProtocolError("hello was said already")
+        self._check_role(kind, connection)
         if kind is protocol.Stop:
+            message = protocol.decode_request(frame.body)
             self.switchboard.answer(connection, frame.id, _encoded(None), frame.nbytes)
-            self.stop()
+            (self.drain if isinstance(message, protocol.Stop) and message.drain else self.stop)()
             return
         work = partial(self._answer, connection, frame, time.monotonic())
         self._lanes.submit(connection.owner, kind, work)
+
+    def _check_role(self, kind: type, connection: Connection) -> None:
+        try:
+            roles.check(kind, connection.role)
+        except DeniedError as error:
+            self.store.metrics.error(error.kind)
+            raise
 
     def left(self, connection: Connection) -> None:
         """End what a client held, after all that it had sent is done."""
         if not self._stopping:
             self._lanes.run("save", partial(self.store.reap, {connection.owner}))
+        self.handling.inboxes.clear(connection)
 
     # --- in the lanes ------------------------------------------------------------------------
 
@@ -238,11 +298,9 @@ class Server:
 
     def _result(self, connection: Connection, frame: Frame, came: float) -> Any:
         message = protocol.decode_request(frame.body)
-        if isinstance(message, protocol.Plan):
-            return self._plan(message, connection, came)
-        if isinstance(message, _WRITING):
-            self._check_home()
-        return self._handlers[type(message)](message, connection)
+        return self.handling.answer(
+            message, connection, came, lambda: connection.gone or self._stopping
+        )
 
     def _check_home(self) -> None:
         if not self._listener.in_place:
@@ -269,44 +327,6 @@ class Server:
     def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)
 
-    def _plan(self, message: protocol.Plan, client: Connection, came: float) -> Any:
-        """`came`: when the request arrived (monotonic seconds)."""
-        now, tokens, space = time.monotonic(), _tokens(message.tokens), message.namespace
-        if client.gone or 0 < message.until < now:
-            raise DeadlineError("the engine has stopped waiting for this plan")
-        if now - came > self.config.plan_deadline_ms / 1e3:
-            self.store.decline("late", len(tokens))
-            return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
-        return self.store.plan_soon(
-            tokens, space, policy=message.policy, owner=client.owner, request=message.request
-        )
-
-    def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:
-        left_ms = self.config.plan_deadline_ms
-        if message.until:
-            left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
-        if client.gone or not left_ms >= 0:  # nor where it is no number
-            raise DeadlineError("the client has stopped waiting for these rows")
-        return self.store.plan_node(message.node, owner=client.owner, deadline_ms=left_ms)
-
-    def _chore(self, message: Any, client: Connection) -> Any:
-        return do_chore(self.store, message, lambda: client.gone or self._stopping)
-
-    def _observe(self, message: protocol.Observe, _: Connection) -> None:
-        self.store.observe(message.model, message.tokens, message.seconds)
-
-    def _stage(self, message: protocol.Stage, client: Connection) -> Any:
-        return self.store.stage(
-            _tokens(message.tokens),
-            message.namespace,
-            message.reuse,
-            owner=client.owner,
-            extends=message.extends,
-        )
-
-    def _commit(self, message: protocol.Commit, client: Connection) -> str | None:
-        return self.store.commit(message.staged, Received(client.outbox))
-
     def _stats(self) -> dict[str, Any]:
         board = self.switchboard
         return self.store.stats() | {
@@ -316,15 +336,9 @@ class Server:
                 "connections": len(board.connections),
                 "requests": board.under_way,
                 "cut_off": board.cut_off,
+                "draining": self._drained_by != float("inf"),
             }
         }
-
-
-def _tokens(raw: bytes) -> Tokens:
-    try:
-        return np.frombuffer(raw, np.int32)
-    except ValueError as error:
-        raise PlanError(f"{len(raw)} bytes are no int32 tokens") from error
 
 
 def _is_memory(descriptor: int) -> bool:

@@ -15,19 +15,22 @@ import itertools
 import os
 import select
 import socket
+import ssl
 import time
 import weakref
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.address import connect
+from kvshare_store.daemon.network import Place, Remote
 from kvshare_store.daemon.outbox import Outbox
-from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing
+from kvshare_store.daemon.protocol import Role
+from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing, Stream
 from kvshare_store.errors import (
     DeadlineError,
+    DeniedError,
     KVShareError,
     OverloadError,
     ProtocolError,
@@ -44,15 +47,18 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
-    """Requests to the daemon of one home, and their answers."""
+    """Requests to one daemon, and their answers."""
 
-    def __init__(self, home: Path, timeout: float) -> None:
+    def __init__(self, home: Place, timeout: float, role: Role = "admin") -> None:
+        """`role`: what it asks for at most."""
         self.home = home
+        """The home that the daemon serves, or the daemon of another machine."""
         self._timeout = timeout
+        self.role = role
         self._ids = itertools.count(1)
         self._waiting: set[bytes] = set()
         self._answers: dict[bytes, protocol.Reply] = {}
-        self._stream: socket.socket | None = None
+        self._stream: Stream | None = None
         self._hello = b""
         self.heard = 0.0
         """When the daemon last said anything (monotonic seconds)."""
@@ -73,6 +79,11 @@ class Session:
         return self._stream is not None
 
     @property
+    def remote(self) -> bool:
+        """Whether the daemon is on another machine, so that no memory is shared with it."""
+        return isinstance(self.home, Remote)
+
+    @property
     def greeted(self) -> bool:
         """Whether the daemon of this connection has answered the hello."""
         return self.welcome is not None
@@ -81,15 +92,22 @@ class Session:
         """Connect and say hello, without waiting; nothing if that is done already."""
         if self._stream is not None:
             return
-        self._stream = connect(self.home)
+        hello = protocol.Hello(role=self.role)
         self._frames, self._outgoing = Frames(), Outgoing()
-        self.outbox = Outbox()
-        self._hello = self._put(protocol.Hello(), self.outbox.descriptor)
+        if isinstance(self.home, Remote):
+            self._stream = self.home.connect()
+            self._hello = self._put(hello)
+        else:
+            self._stream = connect(self.home)
+            self.outbox = Outbox()
+            self._hello = self._put(hello, self.outbox.descriptor)
         self._flush()
 
     def _open_within(self, seconds: float) -> None:
         """As `open`; while too many connect at once, try again."""
         deadline = time.monotonic() + seconds
+        if isinstance(self.home, Remote):
+            self.home.resolve()
         while True:
             try:
                 self.open()
@@ -117,9 +135,21 @@ class Session:
             self.outbox.close()
             self.outbox = None
 
-    def _lost(self, error: Exception | None = None) -> UnavailableError:
+    def _lost(self, error: Exception | None = None) -> KVShareError:
+        unwelcome = self.remote and self.welcome is None
+        if isinstance(self.home, Remote):
+            self.home.doubt()
         self._hang_up()
-        gone = UnavailableError(f"the daemon of {self.home} is gone")
+        gone: KVShareError = UnavailableError(f"the daemon of {self.home} is gone")
+        if isinstance(error, ssl.SSLError):
+            gone = DeniedError(
+                f"no TLS with {self.home}: {error.reason or error.strerror}; tls_server must vouch "
+                "for its certificate, its tls_clients for ours, and both must be in date"
+            )
+        elif unwelcome:
+            gone = UnavailableError(
+                f"{self.home} does not answer, or does not like our certificate: see its log"
+            )
         gone.__cause__ = error
         return gone
 
@@ -195,7 +225,8 @@ class Session:
         """Take in what has come; `DeadlineError` if nothing comes within `seconds`."""
         assert self._stream is not None
         waiting = select.poll()
-        unsent = select.POLLOUT if self._outgoing.nbytes else 0
+        writes = self._outgoing.nbytes and wire.waits_to_write(self._stream)
+        unsent = select.POLLOUT if writes else 0
         waiting.register(self._stream, select.POLLIN | unsent)
         events = waiting.poll(seconds * 1e3)
         if not events:
@@ -211,16 +242,18 @@ class Session:
     def _read(self) -> bytes:
         assert self._stream is not None
         try:
-            if self.welcome is not None:
+            if self.welcome is not None or not isinstance(self._stream, socket.socket):
                 data = self._stream.recv(_READ_BYTES)
             else:
                 data, descriptors = wire.receive(self._stream, _READ_BYTES)
                 if descriptors:
                     self.arena = descriptors[0]
+        except BlockingIOError:  # a part of TLS's own talk
+            return b""
         except OSError as error:
             raise self._lost(error) from error
         if not data:
-            raise self._lost()
+            raise self._lost(EOFError())
         self.heard = time.monotonic()
         return data
 

@@ -14,6 +14,7 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.daemon import service_manager
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import DeadlineError, HomeError, KVShareError, UnavailableError
 
 _POLL_S = 0.05
@@ -118,9 +119,10 @@ def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
     With `start_daemon` off it waits for somebody else's: `DeadlineError` if none comes.
     """
     deadline = time.monotonic() + timeout
-    client = Client(config.home_path)
+    client = Client(place_of(config))
     try:
-        _until_connected(client, config, deadline)
+        if not client.remote:
+            _until_connected(config, deadline)
         client.greet(max(0.0, deadline - time.monotonic()))
     except KVShareError:
         client.close()
@@ -128,7 +130,7 @@ def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
     return client
 
 
-def _until_connected(client: Client, config: StoreConfig, deadline: float) -> None:
+def _until_connected(config: StoreConfig, deadline: float) -> None:
     home, spawned = config.home_path, None
     try:
         while not answers(home):

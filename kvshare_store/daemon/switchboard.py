@@ -9,18 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import selectors
+import socket
+import ssl
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from kvshare_store.daemon import protocol, wire
-from kvshare_store.daemon.address import Listener
 from kvshare_store.daemon.connection import Budget, Connection, Limits
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import KVShareError, OverloadError, ProtocolError
 
 log = logging.getLogger("kvshare")
+
+Socket = socket.socket
 
 _ACCEPTED_AT_ONCE = 64
 _REST_S = 0.5
@@ -52,11 +56,25 @@ class Owner(Protocol):
         """The client is gone and all that it had asked for is done."""
 
 
-class Switchboard:
-    """Connections of one listener."""
+class Door(Protocol):
+    """Where clients come in."""
 
-    def __init__(self, listener: Listener, owner: Owner, limits: Limits) -> None:
-        self._listener = listener
+    @property
+    def socket(self) -> Socket:
+        """It is ready to be read from when somebody is there."""
+
+    def accept(self) -> wire.Stream | None:
+        """The next client, or None if it is not let in. `BlockingIOError` if nobody is there."""
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+
+
+class Switchboard:
+    """Connections of some doors."""
+
+    def __init__(self, doors: Sequence[Door], owner: Owner, limits: Limits) -> None:
+        self._doors = {door.socket: door for door in doors}
         self._owner = owner
         self._limits = limits
         self._budget = Budget(limits.all_requests, limits.all_request_bytes)
@@ -97,13 +115,13 @@ class Switchboard:
         client was heard."""
         heard = False
         for key, events in self._selector.select(seconds):
-            if key.fileobj is self._listener.socket:
-                self._accept()
-            elif key.data is None:
-                os.eventfd_read(self._wake)
-            else:
+            if isinstance(key.data, Connection):
                 heard = True
                 self._serve(key.data, events)
+            elif key.data is not None:
+                self._accept(key.data)
+            else:
+                os.eventfd_read(self._wake)
         while self._answers:
             self._deliver(self._answers.popleft())
         self._look_after(time.monotonic())
@@ -125,7 +143,10 @@ class Switchboard:
             frames = connection.read(time.monotonic())
         except BlockingIOError:
             return
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            if isinstance(error, ssl.SSLError):
+                self.cut_off += 1
+                log.warning("kvshare: TLS with a client failed: %s", error.reason)
             self._hang_up(connection)
             return
         try:
@@ -191,29 +212,28 @@ class Switchboard:
     # --- coming and going ------------------------------------------------------------------------
 
     def _let_in(self, wanted: bool) -> None:
-        if wanted and not self._open:
-            self._selector.register(self._listener.socket, selectors.EVENT_READ)
-        elif self._open and not wanted:
-            self._selector.unregister(self._listener.socket)
+        for opening, door in self._doors.items() if wanted != self._open else ():
+            if wanted:
+                self._selector.register(opening, selectors.EVENT_READ, door)
+            else:
+                self._selector.unregister(opening)
         self._open = wanted
 
-    def _accept(self) -> None:
+    def _accept(self, door: Door) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
-                stream, _ = self._listener.socket.accept()
+                stream = door.accept()
             except BlockingIOError:
                 return
+            except ConnectionError:  # it has gone before it was let in
+                continue
             except OSError as error:  # no descriptors left: existing connections go on
                 log.warning("kvshare: a connection was not accepted: %s", error)
                 self._closed_until = time.monotonic() + _REST_S
                 self._let_in(False)
                 return
-            _, uid = wire.peer(stream)
-            if uid != os.getuid():
-                log.warning("kvshare: user %d was refused", uid)
-                stream.close()
-                continue
-            self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
+            if stream is not None:
+                self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
 
     def _welcome(self, connection: Connection) -> None:
         if len(self.connections) >= self._limits.connections:
@@ -223,6 +243,9 @@ class Switchboard:
         self.connections.add(connection)
         self._selector.register(connection.stream, selectors.EVENT_READ, connection)
         if len(self.connections) > self._limits.connections:
+            if connection.remote:  # its handshake would have to be made first
+                self._cut(connection, "there are too many clients")
+                return
             error = OverloadError(f"{len(self.connections) - 1:,} clients are connected already")
             self._refuse(connection, wire.NO_REQUEST, error)
 
@@ -269,7 +292,8 @@ class Switchboard:
         """Accept no more connections; the socket is removed."""
         self._let_in(False)
         self._closed_until = float("inf")
-        self._listener.close()
+        for door in self._doors.values():
+            door.close()
 
     def close(self) -> None:
         """Close all connections."""

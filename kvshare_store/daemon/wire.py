@@ -12,6 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 HEADER = struct.Struct("<I8s")
 NO_REQUEST = bytes(8)
@@ -22,6 +23,28 @@ _DESCRIPTOR = array.array("i", [0]).itemsize
 MIB = 1 << 20
 MESSAGE_BYTES = 16 * MIB
 """The largest message that a daemon accepts: a prompt of four million tokens."""
+
+
+class Stream(Protocol):
+    """A connection that never waits: a non-blocking socket, or one with TLS."""
+
+    def recv(self, nbytes: int, /) -> bytes:
+        """Bytes that have come; none at the end. `BlockingIOError` if nothing is there."""
+
+    def send(self, data: memoryview, /) -> int:
+        """Send what can be sent now; how many bytes. `BlockingIOError` if that is none."""
+
+    def fileno(self) -> int:
+        """For whoever waits for it."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+def waits_to_write(stream: Stream) -> bool:
+    """Whether something could be sent once the system takes it. During a handshake of TLS it may be
+    the other side's turn."""
+    return not getattr(stream, "waits_to_read", False)
 
 
 class Frame:
@@ -102,7 +125,7 @@ class Outgoing:
         self._pieces.append((frame, descriptor))
         self.nbytes += len(frame)
 
-    def flush(self, connection: socket.socket) -> int:
+    def flush(self, connection: Stream) -> int:
         """Send what the socket accepts now; returns how many bytes. `OSError` if the other side is
         gone."""
         sent = 0
@@ -126,9 +149,10 @@ class Outgoing:
         self.nbytes = 0
 
 
-def _send(connection: socket.socket, data: memoryview, descriptor: int) -> int:
+def _send(connection: Stream, data: memoryview, descriptor: int) -> int:
     if descriptor < 0:
         return connection.send(data)
+    assert isinstance(connection, socket.socket), "descriptors stay on their machine"
     rights = array.array("i", [descriptor])
     return connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 

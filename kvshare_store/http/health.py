@@ -28,12 +28,15 @@ async def healthz() -> str:
 
 @router.get("/readyz", response_model=models.Ready, responses={503: {"model": models.Ready}})
 async def readyz(ask: Ask, response: Response) -> Any:
-    """Whether the daemon answers questions; 503 if it does not, or is ending."""
+    """Whether the daemon answers questions and plans; 503 if it does not, or is ending."""
     try:
         stats = await ask(protocol.Stats(), READY_S)
     except KVShareError:
         response.status_code = 503
         return models.Ready(ready=False, state="silent")
+    if stats["daemon"]["draining"]:
+        response.status_code = 503
+        return models.Ready(ready=False, state="draining")
     return models.Ready(ready=True, state=stats["health"]["state"])
 
 

@@ -63,11 +63,11 @@ class CostModel:
             rate.doubt()
 
 
-def loading_rates() -> dict[str, Rate]:
-    """Bytes per second from each tier into the paged cache."""
+def loading_rates(*, far: bool = False) -> dict[str, Rate]:
+    """Bytes per second from each tier into the paged cache; `far`: of another machine."""
     return {
-        "host": Rate(2e9, smallest=1 << 22),
-        "disk": Rate(5e8, smallest=1 << 22),
+        "host": Rate(5e8 if far else 2e9, smallest=1 << 22),
+        "disk": Rate(3e8 if far else 5e8, smallest=1 << 22),
         "remote": Rate(1e8, smallest=1 << 22),
     }
 
@@ -76,8 +76,9 @@ class Costs:
     """A cost model for each model that is served: a small one next to a large one on the same
     machine prefills many times as fast. Bytes load at the same rate for all. Thread-safe."""
 
-    def __init__(self) -> None:
-        self.load = loading_rates()
+    def __init__(self, *, far: bool = False) -> None:
+        """`far`: for engines on other machines, which the network is between."""
+        self.load = loading_rates(far=far)
         self._models: OrderedDict[str, CostModel] = OrderedDict()
         self._lock = threading.Lock()
 

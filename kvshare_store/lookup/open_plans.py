@@ -70,6 +70,10 @@ class OpenPlans:
         for node in plan.donors:
             self._forms.setdefault(node.id, {}).setdefault(id(node), []).append(node)
 
+    def get(self, lease: str) -> OpenPlan | None:
+        """The plan with this lease; None if it has ended."""
+        return self._plans.get(lease)
+
     def pop(self, lease: str) -> OpenPlan | None:
         """A plan has ended; None if there was none with this lease."""
         plan = self._plans.pop(lease, None)

@@ -50,6 +50,10 @@ class Planner:
         self._effort = effort
         self._places = KnownPlaces()
 
+    def reload(self, config: StoreConfig) -> None:
+        """Make the next plans by other settings."""
+        self._config = config
+
     def plan(
         self,
         request: Tokens,

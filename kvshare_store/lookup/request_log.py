@@ -34,6 +34,8 @@ class Asked(NamedTuple):
     """The engine's name of the request; empty if it did not say."""
     prompt: bytes = b""
     """Its tokens, where they are logged."""
+    far: bool = False
+    """Rows go to another machine."""
 
     def plan(self, declined: str = "") -> ReusePlan:
         """A plan without rows."""

@@ -31,6 +31,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.rates import Rates
 from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
@@ -52,6 +53,7 @@ class Serving:
         nodes: NodeStore,
         plans: OpenPlans,
         costs: Costs,
+        far_costs: Costs,
         text: TextVectors,
         metrics: Metrics,
     ) -> None:
@@ -60,12 +62,23 @@ class Serving:
         self._blocks = nodes.blocks
         self._open = plans
         self._costs = costs
+        self._far_costs = far_costs
         self._text = text
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._turns = FairLock()
+        self._rates = Rates(config.plans_per_second)
         self.log = RequestLog(prompts=config.log_prompts)
+        self.ending = False
+        """No more plans are made."""
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; the policy stays."""
+        self._config = config
+        self._planner.reload(config)
+        self._rates.per_second = config.plans_per_second
+        self.log.prompts = config.log_prompts
 
     def plan_soon(
         self,
@@ -75,6 +88,8 @@ class Serving:
         owner: str,
         deadline_ms: float | None,
         name: str = "",
+        *,
+        far: bool = False,
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -85,19 +100,22 @@ class Serving:
             perf_counter(),
             name,
             prompt_of(request, self.log.prompts),
+            far,
         )
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", lookup.tokens)
         answer: Future[ReusePlan] = Future()
-        if owner and self._blocks.leases.count(owner) >= _LEASES:
-            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+        if refused := self._refused(owner, namespace):
+            self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             planned = self._planned(request, lookup)
         self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
-    def plan_node(self, node_id: str, owner: str, deadline_ms: float | None) -> Future[ReusePlan]:
+    def plan_node(
+        self, node_id: str, owner: str, deadline_ms: float | None, *, far: bool = False
+    ) -> Future[ReusePlan]:
         """See `Store.plan_node`."""
         start, answer = perf_counter(), Future[ReusePlan]()
         with self._nodes.lock:
@@ -110,13 +128,24 @@ class Serving:
             return answer
         self._metrics.add("tokens_requested", node.length)
         policy = stricter_policy(self._policy, "exact")
-        lookup = Asked(namespace, node.length, policy, start)
-        if owner and self._blocks.leases.count(owner) >= _LEASES:
-            self._answer(answer, lookup, lookup.plan("too_many_leases"))
+        lookup = Asked(namespace, node.length, policy, start, far=far)
+        if refused := self._refused(owner, namespace):
+            self._answer(answer, lookup, lookup.plan(refused))
             return answer
         tier = slowest_of({self._blocks.tier_of(name) for name in node.blocks})
         planned = Planned(_whole(lookup.plan(), node), (node,), tier)
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
+
+    def _refused(self, owner: str, namespace: Namespace) -> str:
+        """Why a client gets no plan whatever is stored; empty if it may have one."""
+        if self.ending:
+            return "draining"
+        if owner and self._blocks.leases.count(owner) >= _LEASES:
+            return "too_many_leases"
+        return "" if self._rates.allow(namespace.digest) else "too_many_plans"
+
+    def _costs_of(self, lookup: Asked) -> Costs:
+        return self._far_costs if lookup.far else self._costs
 
     def _leasing(
         self,
@@ -142,7 +171,7 @@ class Serving:
                 self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
             ),
             policy,
-            self._costs.of(namespace.model_digest),
+            self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
             row_bytes=namespace.layout.row_bytes,
             namespace=namespace.digest,
@@ -185,7 +214,7 @@ class Serving:
             self._count_miss(plan.declined, lookup.tokens, lookup.namespace)
             self.log.missed(lookup, plan.declined, seconds)
         if plan.declined == "no_saving":
-            self._costs.of(lookup.namespace.model_digest).doubt()
+            self._costs_of(lookup).of(lookup.namespace.model_digest).doubt()
         answer.set_result(plan)
 
     def _leased(
@@ -237,6 +266,16 @@ class Serving:
             delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
         )
 
+    def leased_block(self, lease: str, name: str) -> BlockRef:
+        """See `Store.leased_block`."""
+        with self._nodes.lock:
+            opened = self._open.get(lease)
+        found = opened.plan.blocks if opened is not None else ()
+        for ref in found:
+            if ref.name == name:
+                return ref
+        raise LeaseError(f"lease {lease[:12]} has ended, or is not of block {name[:12]}")
+
     # --- the end of a plan -----------------------------------------------------------------------
 
     def finish(self, lease_id: str, outcome: Outcome) -> None:
@@ -263,7 +302,7 @@ class Serving:
         self._count_hit(outcome, opened.asked.namespace)
         self._metrics.add("bytes_loaded", outcome.nbytes)
         self._metrics.observe("load", outcome.seconds)
-        self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+        self._costs_of(opened.asked).load[opened.tier].observe(outcome.nbytes, outcome.seconds)
 
     def engine_cached(self, tokens: int) -> None:
         """See `Store.engine_cached`."""

@@ -69,6 +69,11 @@ class Janitor:
         if config.gc_seconds:
             self._thread = Supervised(_NAME, self._run, self._health, self._stop)
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; the pace stays."""
+        self._config = config
+        self.merger.reload(config)
+
     def _shared_garbage(self) -> SharedGarbage | None:
         repository = self._repository
         catalog, condemned = repository.catalog, repository.condemned

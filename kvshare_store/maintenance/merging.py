@@ -47,6 +47,10 @@ class Merger:
         self._rewriter = rewriter
         self._failed: dict[str, _Failed] = {}
 
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings."""
+        self._config = config
+
     def scattered(self) -> list[Node]:
         """Nodes to merge, the one used last first."""
         config, tree = self._config, self._nodes.tree

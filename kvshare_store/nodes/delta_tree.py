@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
@@ -29,8 +29,11 @@ class DeltaTree:
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
         self._blocks = BlockUsers(self._nodes.get)
+        self._counts: Counter[str] = Counter()
+        """Nodes of each namespace."""
         self._used: dict[str, float] = {}
         """When each node was last used, by `clock`; least recently used first."""
+        self._make_policy = make_policy
         self._order = make_policy()
         self._orders: defaultdict[str, EvictionPolicy] | None = None
         """The same order within each namespace."""
@@ -60,6 +63,7 @@ class DeltaTree:
             return
         sharing = self._blocks.enter(node)
         self._nodes[node.id] = node
+        self._counts[node.namespace] += 1
         self._used[node.id] = self.clock() - idle
         if node.parent is not None:
             self._children[node.parent].add(node.id)
@@ -73,6 +77,7 @@ class DeltaTree:
         used: dict[str, float] = {}
         for node, idle in nodes:
             if self._nodes.setdefault(node.id, node) is node:
+                self._counts[node.namespace] += 1
                 used[node.id] = now - idle
         for node_id in sorted(used, key=used.__getitem__):
             self._used[node_id] = used[node_id]
@@ -108,6 +113,9 @@ class DeltaTree:
         if node is None:
             return None
         del self._used[node_id]
+        self._counts[node.namespace] -= 1
+        if not self._counts[node.namespace]:
+            del self._counts[node.namespace]
         self._unrank(node)
         if node.parent is not None:
             self._children[node.parent].discard(node_id)
@@ -154,6 +162,15 @@ class DeltaTree:
             yield self._order
             if self._orders is not None:
                 yield self._orders[node.namespace]
+
+    def order_namespaces(self) -> None:
+        """From now on somebody asks for the victims of one namespace."""
+        if self._orders is None:
+            self._orders = defaultdict(self._make_policy)
+            for node in self:
+                if not node.pinned:
+                    freed = self.freed(node)
+                    self._orders[node.namespace].add(node.id, freed, _cost(node, freed))
 
     def _rank(self, node: Node) -> None:
         """What forgetting it loses, against the bytes that it frees."""
@@ -206,6 +223,10 @@ class DeltaTree:
     def bytes_of(self, namespace: str) -> int:
         """Bytes of the rows in the blocks of a namespace, each block once."""
         return self._blocks.bytes[namespace]
+
+    def count_of(self, namespace: str) -> int:
+        """Nodes of a namespace, pinned ones too."""
+        return self._counts[namespace]
 
     def size(self, block: str) -> int | None:
         """Bytes of the rows of a block; None if no node uses it."""

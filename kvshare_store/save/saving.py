@@ -11,6 +11,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
     LeaseError,
+    LimitError,
     MissingBlockError,
     PlanError,
 )
@@ -20,6 +21,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.rates import Rates
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
@@ -49,9 +51,15 @@ class Saving:
         self._plans = plans
         self._metrics = metrics
         self._answers = Answers(nodes)
+        self._rates = Rates(config.saves_per_second)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings."""
+        self._config = config
+        self._rates.per_second = config.saves_per_second
 
     def stage(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
@@ -64,11 +72,19 @@ class Saving:
         if owner:
             self.reap({owner})
         try:
+            self._check_rate(namespace)
             save = self._checked(request, namespace, reuse, owner, extends)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
         return self._kept(save) if save is not None else Staged(known=True)
+
+    def _check_rate(self, namespace: Namespace) -> None:
+        if not self._rates.allow(namespace.digest):
+            raise LimitError(
+                f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
+                f"({self._rates.per_second:g}) lets it; try again later"
+            )
 
     def _checked(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
@@ -138,6 +154,13 @@ class Saving:
             self._saving.add(name)
             self._saves[save.staged.id] = save
         return save.staged
+
+    def wanted_bytes(self, staged_id: str, owner: str) -> int:
+        """See `Store.staged_bytes`."""
+        save = self._saves.get(staged_id)
+        if save is None or save.owner != owner:
+            raise LeaseError("the staged save is unknown or has ended; save again")
+        return save.staged.rows * save.namespace.layout.row_bytes
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save; one that has ended already is ignored."""

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, Daemon, serving
 from tests.support.oracle import prompt
 
 pytestmark = pytest.mark.fault
@@ -195,20 +195,6 @@ def test_a_home_that_cannot_be_used_is_said_at_once(
 
 
 # --- a daemon that is slow ------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(config: StoreConfig) -> Iterator[Server]:
-    """A daemon in this process."""
-    running = Server(config)
-    thread = threading.Thread(target=running.serve)
-    thread.start()
-    try:
-        yield running
-    finally:
-        running.stop()
-        thread.join(PATIENCE_S)
-    assert not thread.is_alive()
 
 
 @pytest.fixture

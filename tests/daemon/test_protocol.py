@@ -16,6 +16,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
+from tests.support.protocol_page import PAGE, fields_of, page
 
 NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")
 REUSE = Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("node",), 1)
@@ -25,10 +26,12 @@ MESSAGES = [
     protocol.Decline("late", 40),
     protocol.EngineCached(32),
     protocol.Settings(),
+    protocol.ReadRows("lease", "ab" * 32, 3),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Observe(512, 0.25, "model"),
     protocol.Working(True),
     protocol.Stage(NAMESPACE, b"1234", REUSE, 1),
+    protocol.WriteRows("save", 7, b"rows"),
     protocol.Commit("save"),
     protocol.Abandon("save"),
     protocol.Failed("timeout"),
@@ -54,7 +57,7 @@ MESSAGES = [
     protocol.Collect(True),
     protocol.CheckTree(True),
     protocol.CheckBlocks(("a", "b"), True),
-    protocol.Stop(),
+    protocol.Stop(True),
 ]
 
 
@@ -134,6 +137,14 @@ def test_a_field_of_a_newer_release_is_ignored(message: protocol.Request) -> Non
     body = msgspec.msgpack.encode(plain)
     assert protocol.decode_request(body) == message
     assert protocol.kind_of(body) is type(message)
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    """`python -m tests.support.protocol_page` writes it anew."""
+    assert PAGE.read_text() == page()
+    for kind in typing.get_args(protocol.Request):
+        names = [field.name for field in fields_of(kind)]
+        assert names == list(kind.__struct_fields__)
 
 
 def test_the_kind_is_known_without_decoding_the_rest() -> None:

@@ -81,6 +81,9 @@ def test_a_server_that_lives_is_well(home: Path) -> None:
     try:
         until(lambda: not trouble.failing(THREAD))
         assert get(server, "/readyz").json() == {"ready": True, "state": "ok"}
+        daemon.drain()
+        answer = get(server, "/readyz")
+        assert (answer.status_code, answer.json()["state"]) == (503, "draining")
     finally:
         daemon.close()
     with pytest.raises(httpx.ConnectError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -15,10 +17,12 @@ import numpy as np
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.connection import Limits
+from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse, Staged, reuse_of
 from tests.support.network import Host
 from tests.support.oracle import (
@@ -42,6 +46,20 @@ def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
         return subprocess.Popen(daemon_command(config), stdout=log, stderr=log, env=environment)
     finally:
         os.close(log)
+
+
+@contextmanager
+def serving(config: StoreConfig, limits: Limits | None = None) -> Iterator[Server]:
+    """A daemon in this process."""
+    running = Server(config, limits)
+    thread = threading.Thread(target=running.serve)
+    thread.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+        thread.join(START_S)
+    assert not thread.is_alive()
 
 
 class Daemon:
@@ -113,8 +131,15 @@ class ClientDriver:
 
     def load(self, plan: ReusePlan) -> Rows:
         """A copy of a plan's rows; `LeaseError` if they were not there all the time."""
-        rows = gather(plan, self.namespace.layout, lambda ref: self.client.rows_of(plan.arena, ref))
-        self.client.check(plan.arena, plan.blocks)
+        leased = self.client.leased_rows(plan.lease, plan.arena, plan.blocks)
+
+        def rows_of(ref: BlockRef) -> memoryview:
+            leased.check(ref)
+            return leased.rows(ref.offset, ref.nbytes)
+
+        rows = gather(plan, self.namespace.layout, rows_of)
+        for ref in plan.blocks:
+            leased.check(ref)
         return rows
 
     def plan(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:

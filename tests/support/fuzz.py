@@ -42,6 +42,8 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Plan(_SPACE, _TOKENS, "exact"),
     protocol.Stage(_SPACE, _TOKENS, Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("n",), 1)),
     protocol.Stage(_SPACE, _TOKENS, Reuse(donors=("n",)), 40),
+    protocol.ReadRows("lease", "ab" * 32),
+    protocol.WriteRows("save", 0, b"rows"),
     protocol.Commit("save"),
     protocol.Abandon("save"),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),

@@ -132,7 +132,7 @@ def _serve(
     os.close(log)
     opening.send(None)
     opening.close()
-    serve.run(config)
+    serve.run(lambda: config)
 
 
 class RecordedDaemon:

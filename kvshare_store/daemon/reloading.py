@@ -1,0 +1,38 @@
+"""Which settings may change while a daemon runs, and what a change of them comes to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.config import FIELDS, StoreConfig
+
+LIVE = (
+    "min_saving_ms", "approximation_price", "candidates", "max_donors", "plan_deadline_ms",
+    "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes", "plans_per_second",
+    "saves_per_second", "max_chain", "max_scatter", "idle_exit_s", "drain_seconds",
+    "log_format", "log_prompts",
+)  # fmt: skip
+"""Settings that count from the moment at which they are read again. All others need a restart."""
+
+
+class Change(NamedTuple):
+    """The settings from now on."""
+
+    config: StoreConfig
+    told: str
+    """What has changed and what has not, for the log. No value of a setting that needs a restart:
+    some are secret."""
+
+
+def changed(now: StoreConfig, asked: StoreConfig) -> Change:
+    """The settings that are in effect after `asked` was read again."""
+    other = [name for name in FIELDS if getattr(now, name) != getattr(asked, name)]
+    live = {name: getattr(asked, name) for name in other if name in LIVE}
+    new = [f"{name} is {value} now, was {getattr(now, name)}" for name, value in live.items()]
+    late = ", ".join(name for name in other if name not in LIVE)
+    told = "settings were read again: " + ("; ".join(new) or "nothing changed")
+    if late:
+        told += f"; a restart is needed for {late}"
+    return Change(msgspec.structs.replace(now, **live), told)

@@ -1,0 +1,47 @@
+"""Who may ask for what. A role includes those before it.
+
+`reader` looks and loads: plans, rows, status. `engine` also stores. `admin` also removes, keeps,
+moves and stops what belongs to others.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.protocol import Role
+from kvshare_store.errors import DeniedError
+
+ROLES: tuple[Role, ...] = get_args(Role)
+"""From the least to the most."""
+
+_STORING = (
+    protocol.Stage, protocol.WriteRows, protocol.Commit, protocol.Abandon, protocol.Forget,
+    protocol.Flush,
+)  # fmt: skip
+_RULING = (
+    protocol.Clear, protocol.Pin, protocol.Evict, protocol.Export, protocol.Import,
+    protocol.Collect, protocol.Purge, protocol.CheckTree, protocol.CheckBlocks, protocol.Stop,
+)  # fmt: skip
+NEEDED: dict[type, Role] = {
+    **dict.fromkeys(get_args(protocol.Request), "reader"),
+    **dict.fromkeys(_STORING, "engine"),
+    **dict.fromkeys(_RULING, "admin"),
+}
+"""The least role for each message."""
+
+
+def lesser(one: Role, other: Role) -> Role:
+    """The one of two roles that may do less."""
+    return min(one, other, key=ROLES.index)
+
+
+def check(kind: type, role: Role) -> None:
+    """`DeniedError` unless a client of this role may send a message of this kind."""
+    needed = NEEDED[kind]
+    if ROLES.index(role) < ROLES.index(needed):
+        what = protocol.tag_of(kind)
+        raise DeniedError(
+            f"{what!r} needs the role {needed}, this connection has {role}: "
+            "use a certificate with that role, or run it on the daemon's machine as its owner"
+        )

@@ -1,0 +1,202 @@
+"""TLS between a daemon and clients on other machines: both sides show a certificate, or nothing is
+said. The client's certificate says what it may ask for.
+
+The role is the organizational unit (OU) of the certificate's subject, or what a file of
+`common name: role` lines (`tls_roles`) says of its common name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.protocol import Role
+from kvshare_store.daemon.roles import ROLES
+from kvshare_store.errors import ConfigError, DeniedError
+
+_RECORD_BYTES = 1 << 14
+"""Longest record of TLS."""
+_SENT_BYTES = 1 << 17
+"""One call sends no more. TLS wants a send that would wait to be repeated with the same bytes,
+which whoever moves frames does."""
+_READ_BYTES = 1 << 16
+"""Read by one call, at most."""
+_UNREAD_RECORDS = 16
+_CONNECTING = (errno.ENOTCONN, errno.EINPROGRESS)
+
+
+class TlsStream:
+    """A connection with TLS that never waits. It is used as a non-blocking socket is:
+    `BlockingIOError` where a call would wait, no bytes at the end of the stream."""
+
+    def __init__(self, tls: ssl.SSLSocket, *, server: bool = False) -> None:
+        """`tls`: not blocking, its handshake still to be made. `server`: this is the side that says
+        why it hangs up."""
+        self._tls = tls
+        self._server = server
+        self._room = bytearray(_READ_BYTES + _RECORD_BYTES)
+        self._shaken = False
+        self._failure = 0
+        self.waits_to_read = False
+        """Nothing can be sent before something is received."""
+
+    def recv(self, nbytes: int) -> bytes:
+        """As a socket's; also what TLS holds back, so up to a record more."""
+        nbytes = min(nbytes, _READ_BYTES)
+        self._shake()
+        room = memoryview(self._room)[: nbytes + _RECORD_BYTES]
+        at = 0
+        try:
+            while at < nbytes or self._tls.pending():
+                count = self._tls.recv_into(room[at:])
+                if not count:
+                    break
+                at += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            if not at:
+                raise BlockingIOError from error
+        return bytes(room[:at])
+
+    def send(self, data: memoryview) -> int:
+        """As a socket's."""
+        self._shake()
+        try:
+            return self._tls.send(data[:_SENT_BYTES])
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
+
+    def _shake(self) -> None:
+        if self._shaken:
+            return
+        self.waits_to_read = False
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError as error:
+            self.waits_to_read = True
+            raise BlockingIOError from error
+        except ssl.SSLWantWriteError as error:
+            raise BlockingIOError from error
+        except OSError as error:
+            if isinstance(error, ssl.SSLError) or error.errno not in _CONNECTING:
+                raise
+            # the system says once why nobody could be reached
+            self._failure = self._failure or self._tls.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ERROR
+            )
+            if self._failure:
+                raise OSError(self._failure, os.strerror(self._failure)) from error
+            raise BlockingIOError from error
+        self._shaken = True
+
+    def certificate(self) -> dict[str, Any]:
+        """What the other side has shown, verified; empty before the handshake is over."""
+        return dict(self._tls.getpeercert() or {}) if self._shaken else {}
+
+    def fileno(self) -> int:
+        """For whoever waits for it."""
+        return self._tls.fileno()
+
+    def setblocking(self, wanted: bool) -> None:
+        """It never blocks."""
+        if wanted:
+            raise ValueError("a TlsStream never blocks")
+
+    def close(self) -> None:
+        """Close it; from the server's side so that the client can still read why. A client only
+        lets go: a forked child must not end the connection of its parent."""
+        if self._server:
+            with contextlib.suppress(OSError):
+                self._tls.shutdown(socket.SHUT_WR)
+                for _ in range(_UNREAD_RECORDS):  # what is unread would reset the connection
+                    if not socket.socket.recv(self._tls, _RECORD_BYTES):
+                        break
+        self._tls.close()
+
+
+def server_context(config: StoreConfig) -> ssl.SSLContext:
+    """For a daemon: lets in whoever shows a certificate that `tls_clients` vouches for."""
+    return _context(ssl.PROTOCOL_TLS_SERVER, config, config.tls_clients, "tls_clients")
+
+
+def client_context(config: StoreConfig) -> ssl.SSLContext:
+    """For an engine: talks to the host that it means, for which `tls_server` vouches."""
+    return _context(ssl.PROTOCOL_TLS_CLIENT, config, config.tls_server, "tls_server")
+
+
+def _context(purpose: int, config: StoreConfig, trusted: str, field: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(purpose)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    _check_private(Path(config.tls_key).expanduser())
+    try:
+        context.load_cert_chain(
+            Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser(), _no_password
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tls_cert and tls_key cannot be used: {_reason(error)}") from error
+    try:
+        context.load_verify_locations(Path(trusted).expanduser())
+    except OSError as error:
+        raise ConfigError(f"{field} {trusted} cannot be used: {_reason(error)}") from error
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password; store it without one, readable by its owner only")
+
+
+def _check_private(key: Path) -> None:
+    try:
+        mode = key.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"tls_key {key} cannot be read: {error.strerror}") from error
+    if mode & 0o007:
+        raise ConfigError(f"tls_key {key} can be read by everybody: chmod 600 {key}")
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+
+
+# --- roles ------------------------------------------------------------------------------------
+
+
+class Roles:
+    """What each certificate may ask for."""
+
+    def __init__(self, file: str) -> None:
+        """`file`: YAML of `common name: role`, or empty: the subject says it."""
+        self._by_name = _read_roles(Path(file).expanduser()) if file else None
+
+    def of(self, certificate: dict[str, Any]) -> Role:
+        """`DeniedError` for a certificate without a role."""
+        subject = dict(part[0] for part in certificate.get("subject", ()))
+        name, unit = subject.get("commonName", ""), subject.get("organizationalUnitName", "")
+        if self._by_name is not None:
+            role = self._by_name.get(name)
+            said = f"tls_roles gives the common name {name!r} no role"
+        else:
+            role = unit if unit in ROLES else None
+            said = f"the subject of {name!r} has the unit {unit!r}, which is no role"
+        if role is None:
+            raise DeniedError(f"{said}: reader, engine and admin are roles")
+        return role
+
+
+def _read_roles(path: Path) -> dict[str, Role]:
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Role])
+    except OSError as error:
+        raise ConfigError(f"tls_roles {path} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(
+            f"tls_roles {path} must hold 'common name: role' lines: {error}"
+        ) from error

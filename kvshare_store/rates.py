@@ -1,0 +1,51 @@
+"""How often each namespace may ask for something: a bucket of permits each, refilled steadily."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+_KEPT = 4096
+"""Namespaces whose buckets are kept. One that is forgotten begins with a full bucket."""
+
+
+class _Bucket(NamedTuple):
+    permits: float
+    at: float
+    """When so many were left, by the clock."""
+
+
+class Rates:
+    """At most so many a second for each namespace, and as many at once. Thread-safe."""
+
+    def __init__(
+        self, per_second: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`per_second`: 0 means no limit."""
+        self.per_second = per_second
+        """May be changed at any time."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Namespaces that are remembered."""
+        return len(self._buckets)
+
+    def allow(self, namespace: str) -> bool:
+        """Whether the namespace may ask now; if so, that is counted."""
+        rate = self.per_second
+        if not rate:
+            return True
+        most, now = max(1.0, rate), self._clock()
+        with self._lock:
+            bucket = self._buckets.pop(namespace, _Bucket(most, now))
+            permits = min(most, bucket.permits + (now - bucket.at) * rate)
+            allowed = permits >= 1.0
+            self._buckets[namespace] = _Bucket(permits - allowed, now)
+            while len(self._buckets) > _KEPT:
+                self._buckets.popitem(last=False)
+        return allowed

@@ -1,0 +1,126 @@
+"""A daemon that reads its settings again: what changes, what cannot, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvshare_store.cli.common import configured
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.reloading import LIVE, changed
+from kvshare_store.errors import ConfigError, LimitError
+from kvshare_store.namespace import Namespace
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import Driver, prompt
+
+Config = Callable[..., StoreConfig]
+NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
+PATIENCE_S = 20.0
+
+
+class Reloaded(Daemon):
+    """A daemon with a settings file."""
+
+    def __init__(self, config: StoreConfig, file: Path) -> None:
+        super().__init__(config)
+        self.file = file
+
+    def reload(self, text: str) -> str:
+        """Write the file, send SIGHUP; returns the line that the daemon says about it."""
+        before = len(self.log())
+        self.file.write_text(text)
+        self.send(signal.SIGHUP)
+        deadline = time.monotonic() + PATIENCE_S
+        while "settings" not in self.log()[before:]:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.02)
+        return self.log()[before:]
+
+
+@pytest.fixture
+def daemon(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reloaded]:
+    file = tmp_path / "settings.yaml"
+    file.write_text("plans_per_second: 0\n")
+    settings = {"home": str(config().home_path), "block_tokens": 8, "host_bytes": 1 << 20}
+    for name, value in (settings | {"config": file}).items():
+        monkeypatch.setenv(f"KVSHARE_{name.upper()}", str(value))
+    monkeypatch.setenv("KVSHARE_MIN_PROMPT_TOKENS", "8")
+    monkeypatch.setenv("KVSHARE_SEMANTIC", "never")
+    monkeypatch.setattr("tests.support.daemons.daemon_environment", lambda _: None)
+    with Reloaded(configured(None, None), file) as started:
+        yield started
+
+
+def test_what_a_hang_up_changes(daemon: Reloaded) -> None:
+    said = daemon.reload("saves_per_second: 0.001\ndisk_bytes: 1GiB\n")
+    assert "saves_per_second is 0.001 now, was 0.0" in said
+    assert "a restart is needed for disk_bytes" in said
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+        settings = client.call(protocol.Settings())
+        assert settings["saves_per_second"] == 0.001
+        assert settings["disk_bytes"] == StoreConfig().disk_bytes
+        engine = ClientDriver(client, NAMESPACE)
+        engine.save(prompt(1, 40))
+        with pytest.raises(LimitError):
+            engine.save(prompt(2, 40))
+        for broken in ("saves_per_second: many\n", "saves_per_secund: 1\n", "[", "max_nodes: 0\n"):
+            assert "the settings stay as they are: " in daemon.reload(broken)
+        assert client.call(protocol.Settings()) == settings
+        assert client.stats()["errors"]["config"] == 4
+        assert "log_format is json now" in daemon.reload("log_format: json\n")
+        line = daemon.reload("log_format: json\nmax_nodes: 7\n").strip()
+        assert "max_nodes is 7 now" in json.loads(line)["message"]
+        assert "log_format is text now" in daemon.reload("")
+        assert engine.save(prompt(2, 40))
+
+
+def test_settings_that_count_at_once(driver: Callable[..., Driver], config: Config) -> None:
+    engine = driver()
+    for seed in range(4):
+        engine.save(prompt(seed, 40))
+    store: Store = engine.store
+    store.reload(config(namespace_nodes=2, plans_per_second=0.001, max_nodes=3))
+    engine.save(prompt(4, 40))
+    assert len(store.tree) == 2, "a quota where there was none"
+    assert engine.serve(prompt(4, 40)).exact == 39
+    assert engine.plan(prompt(4, 40)).declined == "too_many_plans"
+    store.reload(config(min_saving_ms=1e9))
+    assert engine.plan(prompt(4, 40)).declined == "no_saving"
+
+
+def test_a_change_takes_what_is_live_and_names_the_rest(config: Config) -> None:
+    now = config()
+    asked = msgspec.structs.replace(
+        now, encryption_key="env:SECRET", lease_seconds=7.0, policy="exact"
+    )
+    change = changed(now, asked)
+    assert change.config == msgspec.structs.replace(now, lease_seconds=7.0)
+    assert "lease_seconds is 7.0 now" in change.told
+    assert "policy" in change.told
+    assert "SECRET" not in change.told
+    assert changed(now, now).told.endswith("nothing changed")
+
+
+def test_the_page_names_all_that_are_live() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    _, _, part = page.partition("### Without a restart")
+    part, _, _ = part.partition("\n## ")
+    assert [name for name in LIVE if f"`{name}`" not in part] == []
+    assert set(LIVE) <= set(StoreConfig.__struct_fields__)
+
+
+def test_a_mistake_is_told_as_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_nodes: none\n")
+    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+        configured(None, file)
