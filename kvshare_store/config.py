@@ -22,6 +22,7 @@ SemanticMode = Literal["auto", "always", "never"]
 CodecName = Literal["none", "zstd", "planes", "int8", "fp8"]
 WriteMode = Literal["through", "back"]
 EvictionName = Literal["cost", "lru", "s3fifo"]
+SecondLook = Literal["off", "idle"]
 HugePages = Literal["auto", "never"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -105,6 +106,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Shorter prompts are neither looked up nor stored."""
     store_answers: bool = True
     """Store the rows of generated tokens too, once a request has ended."""
+    second_look: SecondLook = "off"
+    """Whether idle engines compute edited prompts again in full (docs/design/second_look.md)."""
+    second_look_tokens: int = 256
+    """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
     min_saving_ms: float = 2.0
     """Plans that save less are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
@@ -156,7 +161,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors",
                      "max_nodes", "lease_seconds", "plan_deadline_ms", "max_scatter",
                      "remote_timeout_ms", "sync_seconds",
-                     "shared_grace_seconds"):  # fmt: skip
+                     "shared_grace_seconds", "second_look_tokens"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
         for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
+from kvshare_store.save.second_looks import End, Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.version import version
 
@@ -170,6 +171,16 @@ class Store:
         `reap` of the owner ends it as well.
         """
         self.text.working(owner, busy)
+
+    def next_look(self, owner: str, namespaces: Collection[str]) -> Look | None:
+        """The edited prompt of these namespaces (digests) that is most worth computing in full,
+        leased to `owner`; None if there is none."""
+        others = self.text.others_work(owner)
+        return self._saving.looks.next(owner, namespaces, others_work=others)
+
+    def looked(self, owner: str, node: str, stamp: int, end: End) -> None:
+        """An engine has ended what `next_look` gave it."""
+        self._saving.looks.ended(owner, node, stamp, end)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -327,6 +338,7 @@ class Store:
         with self.nodes.lock:
             self._serving.reap(dead)
             self._saving.reap(dead)
+            self._saving.looks.reap(dead)
         self.text.gone(dead)
         for owner in dead:
             self._failures.pop(owner, None)
@@ -351,7 +363,8 @@ class Store:
             "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
             "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
             "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
-            "answers_stored", "tokens_answers_stored",
+            "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
+            "looks_dropped", "looks_declined",
         )  # fmt: skip
         tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
         return {
@@ -367,6 +380,7 @@ class Store:
             "leases": len(self.blocks.leases),
             "reserved": len(self.blocks.pool.filling()),
             "staged": len(self._saving),
+            "looks_waiting": len(self._saving.looks),
             "tiers": tiers,
             "health": metrics.health.report(),
             "catalog_bytes": self.repository.catalog.bytes

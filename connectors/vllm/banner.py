@@ -25,7 +25,10 @@ log = logging.getLogger("kvshare")
 _ANSWER_S = 5.0
 _RECENT_PROMPTS = 256
 """How many of the prompts used last are asked for their model."""
-_OWN = ("home", "device_bytes", "plan_deadline_ms", "store_answers", "tenant_key")
+_OWN = (
+    "home", "device_bytes", "plan_deadline_ms", "store_answers", "second_look",
+    "second_look_tokens", "tenant_key",
+)  # fmt: skip
 """Settings that belong to the engine, not to its daemon."""
 
 

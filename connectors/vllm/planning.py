@@ -17,6 +17,7 @@ from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.answers import answer_of, log_line, show_log_lines
 from kvshare_connectors.vllm.arrivals import Arrivals
 from kvshare_connectors.vllm.idle import Unserved
+from kvshare_connectors.vllm.looks import Looks
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.orders import Orders
@@ -59,6 +60,7 @@ class Planning:
         self.publishing = Publishing(self._states, block)
         self.orders = Orders(config, adapters, block)
         self.runs = Runs()
+        self.looks = Looks(config, link) if config.second_look != "off" else None
         self._namespace = self._origin = namespace
         self._link = link
         self._block = block

@@ -22,6 +22,9 @@ else:
 class Recovery(Scheduler):
     """Mixin over a vLLM scheduler; without a KVShare connector it changes nothing."""
 
+    _hurries = False
+    """No step waits for plans, although there is no other work."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._meaningless_reports: Counter[str] = Counter()

@@ -73,6 +73,12 @@ class Server:
             protocol.Working: lambda message, client: self.store.working(
                 client.owner, message.busy
             ),
+            protocol.NextLook: lambda message, client: self.store.next_look(
+                client.owner, message.namespaces
+            ),
+            protocol.Looked: lambda message, client: self.store.looked(
+                client.owner, message.node, message.stamp, message.end
+            ),
             protocol.Stage: self._stage,
             protocol.Commit: self._commit,
             protocol.Abandon: lambda message, _: self.store.abandon(message.staged),

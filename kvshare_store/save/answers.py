@@ -27,10 +27,10 @@ class Answers:
     def __init__(self, nodes: NodeStore) -> None:
         self._nodes = nodes
         self._longer: dict[str, str] = {}
-        """By id of a node that was replaced: the one that took its place."""
+        """By id of a node that was replaced: the longer or exact one that took its place."""
 
     def now(self, node: str) -> Node | None:
-        """The node of this id, or the longer one that took its place: it begins with its rows."""
+        """The node of this id, or the one that took its place: it begins with its tokens."""
         with self._nodes.lock:
             while node not in self._nodes.tree and node in self._longer:
                 node = self._longer[node]
@@ -80,10 +80,14 @@ class Answers:
         with self._nodes.lock:
             if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
                 return
-            self._longer[base.id] = node
-            if len(self._longer) > _REMEMBERED:
-                del self._longer[next(iter(self._longer))]
+            self.replaced(base.id, node)
             self._nodes.remove([base.id])
+
+    def replaced(self, node: str, by: str) -> None:
+        """A node is about to leave the tree: this one has its place. Hold the lock."""
+        self._longer[node] = by
+        if len(self._longer) > _REMEMBERED:
+            del self._longer[next(iter(self._longer))]
 
     def _replaceable(self, base: Node, save: Save) -> bool:
         """Whether all of the base is in the answer's node, and nobody needs the base as it is."""
