@@ -135,9 +135,13 @@ class SecondLooks:
 
     def _expected(self, node: Node, age: float) -> float:
         """How often the node will be built on: what is saved for each token that is computed."""
-        children = len(self._nodes.tree.children(node.id))
-        # of an inner node one child is the next turn, on which the conversation goes on
-        return children - 1.0 if children else 0.5 ** (age / _HALF_LIFE_S)
+        tree = self._nodes.tree
+        below = {*tree.users(_last_block(node)), *tree.children(node.id)} - {node.id}
+        if not below:
+            return float(0.5 ** (age / _HALF_LIFE_S))
+        found = (tree.get(name) for name in below)
+        leaves = sum(tree.user_count(_last_block(one)) == 1 for one in found if one is not None)
+        return leaves - 1.0  # one of them is this conversation, which has gone on
 
     def ended(self, owner: str, node: str, stamp: int, end: End) -> None:
         """An engine has ended a look. One that is not its own any more is ignored.
@@ -165,3 +169,8 @@ class SecondLooks:
             for entry in self._entries.values():
                 if entry.owner in dead_owners:
                     entry.owner, entry.until = "", 0.0
+
+
+def _last_block(node: Node) -> str:
+    """It holds the row of the node's last token, which whoever goes on from there uses too."""
+    return node.blocks[node.segments[-1].block]
