@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from kvshare_connectors.vllm.beside import all_of
 from kvshare_connectors.vllm.looks import Looks
 from kvshare_connectors.vllm.placing import metadata_of
 from kvshare_connectors.vllm.recovery import Recovery
@@ -29,17 +30,20 @@ _COMPUTED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPE
 class Looking(Recovery):
     """Mixin over a vLLM scheduler; it changes nothing unless `second_look` is on."""
 
+    _look: Request | None = None
+    """The prompt that is computed in full."""
+    _looks: Looks | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._look: Request | None = None
-        """The prompt that is computed in full."""
         planning = self._planning()
-        self._looks = planning.looks if planning is not None else None
-        reason = _cannot_look(self.vllm_config)
-        if self._looks is not None and reason:
+        if planning is None or planning.looks is None:
+            return
+        if reason := _cannot_look(self.vllm_config, alone=len(all_of(self.connector)) == 1):
             log.warning("kvshare: second_look is off here: %s", reason)
-            self._looks = None
-        elif self._looks is not None and self.vllm_config.shutdown_timeout:
+            return
+        self._looks = planning.looks
+        if self.vllm_config.shutdown_timeout:
             self._looks.spell_s = self.vllm_config.shutdown_timeout / 2
 
     # --- steps -------------------------------------------------------------------------------
@@ -146,8 +150,8 @@ class Looking(Recovery):
 
     def has_requests(self) -> bool:
         looks = self._looks
-        wanted = looks is not None and looks.curious and self.pause_state == PauseState.UNPAUSED
-        return wanted or super().has_requests()
+        quiet = self.pause_state == PauseState.UNPAUSED and not self._others()
+        return (looks is not None and looks.curious and quiet) or super().has_requests()
 
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()
@@ -172,8 +176,13 @@ class Looking(Recovery):
         return super().reset_connector_cache()
 
 
-def _cannot_look(config: VllmConfig) -> str:
-    """Why an engine makes no second looks; empty if it may."""
+def _cannot_look(config: VllmConfig, *, alone: bool) -> str:
+    """Why an engine makes no second looks; empty if it may.
+
+    `alone`: KVShare is its only connector.
+    """
+    if not alone:
+        return "other connectors would take the prompts for requests"
     if config.parallel_config.data_parallel_size > 1:
         return "with data parallelism all ranks would step for it"
     if config.speculative_config is not None:

@@ -92,7 +92,10 @@ class Looks:
 
         Waits a few milliseconds at most.
         """
-        if self._asked is None and not self._ask():
+        now = time.monotonic()
+        if now - self._quiet_from > self.spell_s or not self._salts:
+            self.rest()
+        if not self.curious or (self._asked is None and not self._ask(now)):
             return None
         look = self._take()
         if look is None:
@@ -115,13 +118,8 @@ class Looks:
             block_hasher=self._hasher,
         )
 
-    def _ask(self) -> bool:
+    def _ask(self, now: float) -> bool:
         """Ask for a prompt if it is time; whether that was done."""
-        now = time.monotonic()
-        if now - self._quiet_from > self.spell_s or not self._salts:
-            self.rest()
-        if not self.curious:
-            return False
         if now < self._ask_at:
             time.sleep(min(_TICK_S, self._ask_at - now))
             return False
