@@ -96,6 +96,7 @@ class Looking(Recovery):
         answered = state is None or state.settled
         if look.status != RequestStatus.RUNNING and answered:
             self._drop()  # vLLM has no blocks for it
+            looks.rest()
         return output
 
     def update_from_output(

@@ -157,7 +157,7 @@ class SecondLooks:
             if end == "declined":
                 del self._entries[node]
             elif end == "dropped":
-                entry.owner, entry.until = "", 0.0
+                entry.owner, entry.until, entry.tries = "", 0.0, entry.tries - 1
 
     def _same(self, node: str, stamp: int) -> bool:
         here = self._nodes.tree.get(node)

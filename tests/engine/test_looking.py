@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from kvshare_store.daemon import protocol
 from kvshare_store.save.second_looks import Look
-from tests.engine.schedulers import NAMESPACE, Bench, FakeLink, kvshare_alone
+from tests.engine.schedulers import BLOCK, NAMESPACE, PLAN, Bench, FakeLink, kvshare_alone
 from tests.engine.test_steps import link, make
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -134,7 +134,8 @@ def test_a_request_that_arrives_ends_it_and_is_scheduled_next(
     bench.drain()
     assert list(bench.answers) == [request.request_id]
     assert ends(link) == ["dropped"]
-    assert run_out(bench) == [0] * len(run_out(bench)) or not bench.scheduler.requests
+    run_out(bench)
+    check_gone(bench)
 
 
 @pytest.mark.parametrize("state", [PauseState.PAUSED_NEW, PauseState.PAUSED_ALL])
@@ -165,7 +166,7 @@ def test_all_requests_aborted_ends_it_until_the_next_request(
     check_gone(bench)
     bench.add()
     bench.drain()
-    assert sum(run_out(bench)) == len(PROMPT)
+    assert sum(run_out(bench)) == len(PROMPT) - BLOCK, "it goes on behind what vLLM still has"
 
 
 @pytest.mark.parametrize("connector_too", [False, True])
@@ -230,12 +231,10 @@ def test_the_engine_sleeps_when_there_is_nothing_to_look_at(
 def test_it_asks_again_where_edited_rows_were_served(
     idle: Callable[..., Bench], link: FakeLink
 ) -> None:
-    from tests.engine.schedulers import PLAN
-
     bench = idle()
     run_out(bench)
     link.plan = PLAN
-    bench.add()
+    bench.add(range(200, 300))
     bench.drain()
     before = questions(link)
     run_out(bench)

@@ -225,6 +225,9 @@ def test_a_look_that_was_dropped_may_be_taken_by_another(engine: Driver) -> None
     engine.store.looked("one", look.node, look.stamp, "dropped")
     assert next_look(engine, "two") == tokens
     assert counts(engine, "looks_dropped") == [3]
+    for _ in range(5):
+        engine.store.looked("two", look.node, look.stamp, "dropped")
+        assert next_look(engine, "two") == tokens, "as often as requests come in between"
 
 
 def test_a_look_that_an_engine_declined_is_given_to_nobody(engine: Driver) -> None:
