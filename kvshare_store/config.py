@@ -22,7 +22,7 @@ SemanticMode = Literal["auto", "always", "never"]
 CodecName = Literal["none", "zstd", "planes", "int8", "fp8"]
 WriteMode = Literal["through", "back"]
 EvictionName = Literal["cost", "lru", "s3fifo"]
-SecondLook = Literal["off", "idle"]
+SecondLook = Literal["off", "idle"] | float
 HugePages = Literal["auto", "never"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -31,6 +31,8 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
 _SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
 _LEAST_BYTES = 2**20
 """A budget below this holds not one block of the smallest models."""
+_LARGEST_SHARE = 0.5
+"""Of a step's tokens, for second looks while requests run."""
 _ENVIRONMENT = "KVSHARE_"
 
 
@@ -107,7 +109,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     store_answers: bool = True
     """Store the rows of generated tokens too, once a request has ended."""
     second_look: SecondLook = "off"
-    """Whether idle engines compute edited prompts again in full (docs/design/second_look.md)."""
+    """Whether engines compute edited prompts again in full (docs/design/second_look.md): while they
+    are idle, or also, a share of each step's tokens, while nobody waits."""
     second_look_tokens: int = 256
     """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
     min_saving_ms: float = 2.0
@@ -150,6 +153,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                      "sync_seconds", "shared_grace_seconds", "approximation_price"):  # fmt: skip
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
+        if isinstance(self.second_look, float) and not 0 < self.second_look <= _LARGEST_SHARE:
+            raise ConfigError(
+                f"second_look must be off, idle or a share up to {_LARGEST_SHARE}, "
+                f"got {self.second_look}"
+            )
         if self.edit_growth is not None and not math.isfinite(self.edit_growth):
             raise ConfigError(f"edit_growth must be a number, got {self.edit_growth}")
         for name in ("encryption_key", "tenant_key"):
@@ -341,7 +349,9 @@ def _kind(name: str) -> str:
     if get_args(hint) and isinstance(get_args(hint)[0], str):
         return f"one of {', '.join(get_args(hint))}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return either(words[part] for part in get_args(hint) or (hint,) if part in words)
+    parts = get_args(hint) or (hint,)
+    names = (name for part in parts for name in get_args(part))
+    return either((*names, *(words[part] for part in parts if part in words)))
 
 
 def policy_names() -> tuple[str, ...]:

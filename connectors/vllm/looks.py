@@ -27,6 +27,8 @@ _PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 _TICK_S = 0.005
 """The longest wait of a step: a request that arrives meanwhile waits for it."""
 _ANSWER_S = 5.0
+_LAST = 1 << 30
+"""vLLM preempts requests with the largest number first."""
 _NAMESPACES = 64
 
 
@@ -35,6 +37,8 @@ class Looks:
 
     def __init__(self, config: StoreConfig, link: Link) -> None:
         self.tokens = config.second_look_tokens
+        self.share = config.second_look if isinstance(config.second_look, float) else 0.0
+        """Of a step's tokens, beside requests that run; 0: only while there are none."""
         self.spell_s = float("inf")
         """The engine begins no look that long after its last request."""
         self.curious = False
@@ -87,17 +91,18 @@ class Looks:
 
     # --- the daemon's prompts ----------------------------------------------------------------
 
-    def next(self) -> Request | None:
+    def next(self, *, idle: bool) -> Request | None:
         """A prompt to compute in full, as a request; None if there is none yet.
 
-        Waits a few milliseconds at most.
+        An `idle` engine waits a few milliseconds for it, others do not.
         """
+        tick = _TICK_S if idle else 0.0
         now = time.monotonic()
         if now - self._quiet_from > self.spell_s or not self._salts:
             self.rest()
-        if not self.curious or (self._asked is None and not self._ask(now)):
+        if not self.curious or (self._asked is None and not self._ask(now, tick)):
             return None
-        look = self._take()
+        look = self._take(tick)
         if look is None:
             return None
         self._look = look
@@ -115,24 +120,25 @@ class Looks:
             pooling_params=None,
             client_index=self._client,
             cache_salt=self._salts[look.namespace],
+            priority=_LAST,
             block_hasher=self._hasher,
         )
 
-    def _ask(self, now: float) -> bool:
+    def _ask(self, now: float, tick: float) -> bool:
         """Ask for a prompt if it is time; whether that was done."""
         if now < self._ask_at:
-            time.sleep(min(_TICK_S, self._ask_at - now))
+            time.sleep(min(tick, self._ask_at - now))
             return False
         self._asked, self._asked_at = self._link.question(protocol.NextLook((*self._salts,))), now
         if self._asked is None:
             self.rest()
         return self._asked is not None
 
-    def _take(self) -> Look | None:
-        """The daemon's answer, if it comes in time and names a prompt."""
+    def _take(self, tick: float) -> Look | None:
+        """The daemon's answer, if it comes within `tick` seconds and names a prompt."""
         assert self._asked is not None
         try:
-            reply = self._link.reply(self._asked, _TICK_S)
+            reply = self._link.reply(self._asked, tick)
         except DeadlineError:
             if time.monotonic() - self._asked_at > _ANSWER_S:
                 self._link.forget(self._asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kvshare_connectors.vllm.looks as looks_module
@@ -11,7 +12,17 @@ import pytest
 import torch
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import BLOCK, TOLERANCE, Engine, kept_engine
+from kvshare_store.daemon.client import Client
+from tests.engine.harness import (
+    BLOCK,
+    PATIENCE_S,
+    TOLERANCE,
+    Engine,
+    arguments,
+    close_kept_engine,
+    kept_engine,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -221,3 +232,38 @@ def _metrics(engine: Engine) -> dict[str, Any]:
         for metric in engine.llm.get_metrics()
         if any(word in metric.name for word in counted) and hasattr(metric, "value")
     }
+
+
+def test_an_engine_in_a_process_of_its_own_settles_by_itself_and_ends(
+    tmp_path: Path, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody makes its steps for it, and it goes at once while it looks."""
+    close_kept_engine()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    from vllm import LLM, SamplingParams
+
+    home, wanted = tmp_path / "home", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    kvshare = {"policy": "aggressive", "second_look": "idle", "second_look_tokens": 8}
+    llm = LLM(**arguments(home, kvshare, ahead=True, enable_prefix_caching=True))
+    client = Client(home, timeout=PATIENCE_S)
+
+    def ask(prompt: list[int]) -> None:
+        llm.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)
+
+    def stored(count: int) -> bool:
+        return len(client.call(protocol.ListNodes())) >= count
+
+    head, rest_ = fresh(HEAD), fresh(REST)
+    ask([*head, *fresh(8), *rest_])
+    wait_until(lambda: stored(1), PATIENCE_S)
+    ask([*head, *LINE, *rest_])
+    wait_until(lambda: client.stats()["settled"] >= 1, PATIENCE_S)
+    assert client.stats()["lookups"] == 3
+    ask([*head, *LINE[::-1], *rest_])
+    wait_until(lambda: client.stats()["looks"] >= 2, PATIENCE_S)
+    core = llm.llm_engine.engine_core
+    processes = core.resources.engine_manager.processes
+    core.shutdown()
+    assert not any(process.is_alive() for process in processes)
+    client.stop()
+    client.close()
