@@ -52,7 +52,7 @@ class Looking(Recovery):
         looks = self._looks
         if looks is None:
             return super().schedule(*args, **kwargs)
-        if self.pause_state != PauseState.UNPAUSED or self._others():
+        if self._taken(looks.share):
             self._drop()
             looks.disturbed()
         elif self._look is None:
@@ -65,8 +65,16 @@ class Looking(Recovery):
         """Requests besides the look."""
         return len(self.requests) - (self._look is not None)
 
+    def _taken(self, share: float) -> bool:
+        """Whether the step belongs to requests alone: one waits, or one runs and no `share` of the
+        tokens is for looks."""
+        if self.pause_state != PauseState.UNPAUSED:
+            return True
+        _, waiting = self.get_request_counts()
+        return waiting > 0 if share else self._others() > 0
+
     def _begin(self, looks: Looks) -> None:
-        look = looks.next()
+        look = looks.next(idle=not self._others())
         if look is None:
             return
         if look.num_prompt_tokens >= self.max_model_len:
@@ -76,12 +84,10 @@ class Looking(Recovery):
         super().add_request(look)
 
     def _look_on(self, look: Request, looks: Looks, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """A step of the look, bounded and not counted; none while one is in flight."""
+        """A step with some tokens of the look, not counted."""
         tokens, manager = self.max_num_scheduled_tokens, self.kv_cache_manager
         stats, counts = self.connector_prefix_cache_stats, manager.log_stats
-        self.max_num_scheduled_tokens = (
-            0 if look.num_in_flight_tokens else min(tokens, looks.tokens)
-        )
+        self.max_num_scheduled_tokens = self._budget(look, looks)
         self.connector_prefix_cache_stats, manager.log_stats = None, False
         self._hurries = True
         try:
@@ -98,6 +104,18 @@ class Looking(Recovery):
             self._drop()  # vLLM has no blocks for it
             looks.rest()
         return output
+
+    def _budget(self, look: Request, looks: Looks) -> int:
+        """Tokens of a step: what others need, and few for the look, none while some are in flight.
+
+        vLLM serves running requests in order, so the look goes behind the others.
+        """
+        total, others = self.max_num_scheduled_tokens, [r for r in self.running if r is not look]
+        mine = min(looks.tokens, int(looks.share * total)) if others else looks.tokens
+        if look in self.running:
+            self.running = [*others, look]
+        need = sum(self._need(request) for request in others)
+        return min(total, need + (0 if look.num_in_flight_tokens else mine))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -34,6 +34,11 @@ class Recovery(Scheduler):
         connector = ours(self.connector)
         return connector.planning if connector is not None else None
 
+    def _need(self, request: Request) -> int:
+        """Tokens that the next step could compute of it."""
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        return int(known - request.num_computed_tokens)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         planning = self._planning()

@@ -93,10 +93,6 @@ class VirtualRows(Recovery):
                 reserved_rows, rows = reserved_rows + len(runs), rows - len(runs)
         return reserved, reserved_rows
 
-    def _need(self, request: Request) -> int:
-        known = request.num_tokens_with_spec + request.num_output_placeholders
-        return int(known - request.num_computed_tokens)
-
     def _fresh_heads(self) -> list[Request]:
         """The first requests of the queue that this step may admit."""
         if self.pause_state != PauseState.UNPAUSED:

@@ -285,3 +285,62 @@ def test_requests_with_adapters_are_looked_at_by_nobody(
     bench.drain()
     run_out(bench)
     assert not questions(link)
+
+
+# --- beside requests that run ---------------------------------------------------------------------
+
+
+SHARE = {"second_look": 0.0625}
+"""Of the 512 tokens of a step: 32."""
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_share_of_each_step_goes_to_looks_while_nobody_waits(
+    idle: Callable[..., Bench], link: FakeLink, ahead: bool
+) -> None:
+    bench = idle(kvshare=SHARE, ahead=ahead)
+    request = bench.add(range(100), max_tokens=60)
+    bench.step()
+    give(bench, link)
+    parts = []
+    while not request.is_finished():
+        output = bench.step()
+        scheduled = dict(output.num_scheduled_tokens)
+        scheduled.pop(request.request_id, None)
+        parts += scheduled.values()
+        assert len(scheduled) <= 1
+    run_out(bench)
+    assert sum(parts) == len(PROMPT)
+    assert max(parts) == 32
+    assert ends(link) == ["computed"]
+    assert list(bench.answers) == [request.request_id]
+    check_gone(bench)
+
+
+def test_a_request_that_waits_ends_a_look_beside_others(
+    idle: Callable[..., Bench], link: FakeLink
+) -> None:
+    bench = idle(kvshare=SHARE)
+    first = bench.add(range(100), max_tokens=60)
+    bench.step()
+    give(bench, link)
+    while len(bench.step().num_scheduled_tokens) < 2:
+        pass
+    second = bench.add(range(200, 300))
+    names = set(bench.step().num_scheduled_tokens)
+    assert names == {first.request_id, second.request_id}
+    assert ends(link) == ["dropped"]
+
+
+def test_requests_take_the_blocks_of_a_look(idle: Callable[..., Bench], link: FakeLink) -> None:
+    """Rather than each other's."""
+    bench = idle(kvshare=SHARE, blocks=12)
+    request = bench.add(range(100), max_tokens=200)
+    bench.step()
+    give(bench, link)
+    while len(bench.step().num_scheduled_tokens) < 2:
+        pass
+    bench.drain(300)
+    assert request.num_preemptions == 0
+    assert ends(link)[0] == "dropped"
+    assert request.num_output_tokens == 200
