@@ -175,8 +175,7 @@ class Store:
     def next_look(self, owner: str, namespaces: Collection[str]) -> Look | None:
         """The edited prompt of these namespaces (digests) that is most worth computing in full,
         leased to `owner`; None if there is none."""
-        others = self.text.others_work(owner)
-        return self._saving.looks.next(owner, namespaces, others_work=others)
+        return self._saving.looks.next(owner, namespaces, working=self.text.engines_work)
 
     def looked(self, owner: str, node: str, stamp: int, end: End) -> None:
         """An engine has ended what `next_look` gave it."""

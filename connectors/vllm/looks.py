@@ -71,7 +71,11 @@ class Looks:
             self._salts.popitem(last=False)
 
     def served(self, state: RequestState | None) -> None:
-        """A request has ended."""
+        """A request has ended: what was stored of it may be worth a look."""
+        self.curious, self._answers = True, 0
+        now = time.monotonic()
+        if self._ask_at < now:
+            self._ask_at = now + _PAUSES_S[0]
         if state is not None:
             self._edited |= any(not span.exact for span in state.reuse(state.loaded).spans)
 

@@ -97,10 +97,11 @@ class TextVectors:
             (self._busy.add if busy else self._busy.discard)(owner)
             self._disturb()
 
-    def others_work(self, owner: str) -> bool:
-        """Whether the engine of any other client has requests."""
+    @property
+    def engines_work(self) -> bool:
+        """Whether the engine of any client has requests."""
         with self._wake:
-            return not self._busy <= {owner}
+            return bool(self._busy)
 
     def gone(self, owners: set[str]) -> None:
         """Clients that ended work no more."""

@@ -98,18 +98,17 @@ class SecondLooks:
 
     # --- who computes what -------------------------------------------------------------------
 
-    def next(self, owner: str, namespaces: Collection[str], *, others_work: bool) -> Look | None:
+    def next(self, owner: str, namespaces: Collection[str], *, working: bool) -> Look | None:
         """The node that is worth most, leased to `owner`; None if there is none.
 
-        Of these namespaces only. `others_work`: other engines have requests, whose answers may be
-        on the way.
+        Of these namespaces only. `working`: engines have requests, whose answers may be on the way.
         """
         with self._nodes.lock:
             now = self._clock()
             ranked = sorted(self._ranked(now), key=lambda found: -found[0])
             for _, node in ranked:
                 entry = self._entries[node.id]
-                early = others_work and not entry.answered and now - entry.since < _ANSWERED_S
+                early = working and not entry.answered and now - entry.since < _ANSWERED_S
                 if early or now < entry.until or node.namespace not in namespaces:
                     continue
                 if self._answers.base(node.namespace, node.tokens, Reuse()) is not None:

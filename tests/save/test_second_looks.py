@@ -126,9 +126,11 @@ def test_prompts_of_adapters_are_declined(engine: Driver) -> None:
 
 
 def test_a_prompt_whose_answer_is_on_the_way_waits_for_it(engine: Driver, clock: Clock) -> None:
-    """While another engine works; the answer of its own an engine stores before it asks."""
+    """While an engine works. The answer of its own an idle one stores before it asks."""
     tokens = edited(engine)
     engine.store.working("engine", True)
+    assert next_look(engine) is None
+    engine.store.working("engine", False)
     engine.store.working("other", True)
     assert next_look(engine) is None
     clock.now += 61
