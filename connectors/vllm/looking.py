@@ -138,10 +138,12 @@ class Looking(Recovery):
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
-        if request_ids is None and self._looks is not None:
-            self._drop()
-            self._looks.rest()
-        return super().finish_requests(request_ids, finished_status)
+        if request_ids is not None or self._looks is None:
+            return super().finish_requests(request_ids, finished_status)
+        self._drop()
+        found = super().finish_requests(None, finished_status)
+        self._looks.rest()
+        return found
 
     def _drop(self) -> None:
         """End the look as it is: its blocks are free, and nothing of it is stored."""
