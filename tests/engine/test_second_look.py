@@ -263,7 +263,10 @@ def test_an_engine_in_a_process_of_its_own_settles_by_itself_and_ends(
     wait_until(lambda: client.stats()["looks"] >= 2, PATIENCE_S)
     core = llm.llm_engine.engine_core
     processes = core.resources.engine_manager.processes
-    core.shutdown()
-    assert not any(process.is_alive() for process in processes)
+    core.shutdown(timeout=PATIENCE_S)
+    for process in processes:
+        process.join(PATIENCE_S)
+    assert [process.exitcode for process in processes] == [0], "nobody had to kill it"
+    assert client.stats()["looks_dropped"] == 1
     client.stop()
     client.close()
