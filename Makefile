@@ -10,11 +10,12 @@
 # make chaos N=1000   kill processes at random moments and compare every row (SEED=, REMOTE=)
 # make chaos-machines   three machines on one remote and one catalogue: is anything lost (STEPS=, SEED=)
 # make churn    a day of traffic at full budgets
-# make docs     the page of results from what was measured, and whether links lead somewhere
-# make lint     style, types, and which room may import which
+# make docs     the site of these documents, in site/ (the page of results is made anew from what was measured)
+# make release  build wheel and source distribution from the commit, check them, say what to push
+# make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs lint packages clean
+.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs release lint packages clean
 
 PYTHON = python3
 TEST_PROCESSES = 2
@@ -42,8 +43,8 @@ setup: .venv/project.stamp
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# What KVShare is compared with, and LMCache for the tests of its adapter, live apart: those
-# environments see .venv, nothing there sees them.
+# What KVShare is compared with, LMCache for the tests of its adapter, and what builds the site live
+# apart: those environments see .venv, nothing there sees them.
 lmcache-setup: .venv/project.stamp .venv-lmcache/packages.stamp
 bench-setup: setup .venv-bench/packages.stamp
 
@@ -101,9 +102,15 @@ chaos-machines: setup
 churn: setup
 	$(PY) -m tests.support.churn --pause-ms 1
 
-docs: setup
+# Nothing of the site is loaded from elsewhere; a link that leads nowhere ends the build.
+docs: .venv/project.stamp .venv-docs/packages.stamp
 	$(PY) -m benchmarks report
 	$(PY) -m benchmarks.harness.dead_links
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	@echo "Open site/index.html"
+
+release: .venv/project.stamp
+	$(PY) deploy/release.py
 
 lint: setup packages
 	.venv/bin/ruff check .
@@ -120,5 +127,5 @@ packages:
 	done
 
 clean:
-	rm -rf .venv .venv-bench .venv-lmcache .upstream build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-docs .venv-lmcache .upstream build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

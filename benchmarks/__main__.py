@@ -47,6 +47,7 @@ MEASUREMENTS: dict[str, str] = {
     "agreement-presets": "quality.agreement_presets",
     "agreement-weights": "quality.agreement_weights",
     "agreement-tune": "quality.agreement_tune",
+    "agreement-turns": "quality.agreement_turns",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 
@@ -61,7 +62,7 @@ def main() -> None:
     """Measure what KVShare reports."""
 
 
-def _all(short: bool) -> list[str]:
+def all_names(short: bool) -> list[str]:
     """All names; the short form skips measurements that repeat a part of another one."""
     return [name for name in MEASUREMENTS if not (short and name.endswith(APART))]
 
@@ -77,7 +78,7 @@ def run_one(
     short: Annotated[bool, typer.Option(help="Fewer samples and settings.")] = False,
 ) -> None:
     """Run measurements; each prints a table and writes JSON and a plot."""
-    wanted = _all(short) if names == ["all"] else names
+    wanted = all_names(short) if names == ["all"] else names
     unknown = [name for name in wanted if name not in MEASUREMENTS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]}: choose from {', '.join(MEASUREMENTS)}")

@@ -24,11 +24,18 @@ WriteMode = Literal["through", "back"]
 EvictionName = Literal["cost", "lru", "s3fifo"]
 SecondLook = Literal["off", "idle"] | float
 HugePages = Literal["auto", "never"]
+LogFormat = Literal["text", "json"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
 _SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
+_POSITIVE = frozenset(
+    ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors", "max_nodes",
+     "lease_seconds", "plan_deadline_ms", "max_scatter", "remote_timeout_ms", "sync_seconds",
+     "shared_grace_seconds", "second_look_tokens")
+)  # fmt: skip
+"""Numbers that must not be zero; no number but `min_saving_ms` may be negative."""
 _LEAST_BYTES = 2**20
 """A budget below this holds not one block of the smallest models."""
 _LARGEST_SHARE = 0.5
@@ -139,8 +146,17 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Bytes of rows of a namespace, before any codec; saving evicts its own nodes (0: no limit)."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only when asked)."""
+    start_daemon: bool = True
+    """An engine starts the daemon where none runs. Off: systemd or Kubernetes does."""
     idle_exit_s: float = 0.0
     """The daemon exits after this long without clients (0: never)."""
+    http: str = ""
+    """Where the daemon also serves its page, JSON and metrics: `127.0.0.1:8470`. Empty: nowhere."""
+    http_token: str = ""
+    """File, of mode 0600, with the token that whoever asks there must have. Empty: none, then only
+    this machine is listened to and only the daemon's own user is answered."""
+    log_format: LogFormat = "text"
+    """Lines of the log, of engines and daemon: for people, or one JSON object an event."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
     log_prompts: bool = False
@@ -148,36 +164,26 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     then plan them again."""
 
     def __post_init__(self) -> None:
-        for name in ("min_saving_ms", "plan_deadline_ms", "lease_seconds", "idle_exit_s",
-                     "max_scatter", "ttl_seconds", "gc_seconds", "remote_timeout_ms",
-                     "sync_seconds", "shared_grace_seconds", "approximation_price"):  # fmt: skip
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} must be a number, got {getattr(self, name)}")
+        if not self.home.strip():
+            raise ConfigError("home is empty; name a folder")
         if isinstance(self.second_look, float) and not 0 < self.second_look <= _LARGEST_SHARE:
             raise ConfigError(
                 f"second_look must be off, idle or a share up to {_LARGEST_SHARE}, "
                 f"got {self.second_look}"
             )
-        if self.edit_growth is not None and not math.isfinite(self.edit_growth):
-            raise ConfigError(f"edit_growth must be a number, got {self.edit_growth}")
         for name in ("encryption_key", "tenant_key"):
             value = getattr(self, name)
             if value and not re.match(r"(file|env|command):.*\S", value):
                 raise ConfigError(f"{name} must be file:PATH, env:NAME or command:ARGV")
-        if not self.home.strip():
-            raise ConfigError("home is empty; name a folder")
-        for name in ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors",
-                     "max_nodes", "lease_seconds", "plan_deadline_ms", "max_scatter",
-                     "remote_timeout_ms", "sync_seconds",
-                     "shared_grace_seconds", "second_look_tokens"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        for name in ("edit_window", "edit_growth", "min_run", "tail", "max_generation",
-                     "min_prompt_tokens", "idle_exit_s", "max_chain", "ttl_seconds",
-                     "namespace_bytes", "gc_seconds", "device_bytes", "remote_bytes",
-                     "approximation_price"):  # fmt: skip
+        for name in self.__struct_fields__:
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise ConfigError(f"{name} must be a number, got {value}")
+            if name in _POSITIVE and value <= 0:
+                raise ConfigError(f"{name} must be greater than zero, got {value}")
+            if value < 0 and name != "min_saving_ms":
                 raise ConfigError(f"{name} must not be negative, got {value}")
 
     @property

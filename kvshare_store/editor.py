@@ -61,7 +61,7 @@ class Editor:
             if span.exact and blocks[span.block].lossy:
                 raise PlanError(f"span {span} is of lossy rows and cannot be exact")
         resident = [on_device(block) for block in blocks]
-        rows = self._gathered(spans, blocks, rows_of, resident)
+        rows = self.gathered(spans, blocks, rows_of, resident)
         rows = rows.to(self._device)  # rows move where they are used: a GPU does it in no time
         at = 0
         for span in spans:
@@ -77,7 +77,7 @@ class Editor:
             self._rope.move(rows[:, 0], sources, target)
         return EditedRows(rows, target)
 
-    def _gathered(
+    def gathered(
         self,
         spans: Sequence[Span],
         blocks: Sequence[BlockRef],

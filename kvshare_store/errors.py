@@ -62,14 +62,14 @@ class ConfigError(KVShareError, ValueError):
 
 
 class HomeError(KVShareError, OSError):
-    """The home directory cannot be used: not readable, not ours, of another format."""
+    """The home cannot be used: not readable, not ours, of another format."""
 
     kind = ErrorKind.HOME
     exit_code = 3
 
 
 class BusyError(KVShareError):
-    """Another process owns the home directory or the socket."""
+    """Another process owns the home or the socket."""
 
     kind = ErrorKind.BUSY
     exit_code = 4

@@ -21,15 +21,15 @@ KEY_BYTES = 32
 SALT_BYTES = 32
 NONCE_BYTES = 12
 SEAL_BYTES = NONCE_BYTES + 16
-"""How much longer a sealed text is than the plain one: its nonce and its tag."""
+"""How many bytes longer an encrypted text is than the plain one: its nonce and its tag."""
 _COMMAND_S = 30.0
 
 
 class Keyring:
-    """The keys that a master key gives: one for each namespace and purpose. Thread-safe.
+    """Keys derived from a master key, one for each namespace and purpose. Thread-safe.
 
-    A namespace's key is HKDF-SHA256 of the master key with the namespace's own random salt. Once
-    that salt is forgotten nobody can make the key again, not even with the master key.
+    A namespace's key is HKDF-SHA256 of the master key with the namespace's own random salt. When
+    that salt is deleted nobody can derive the key again, not even with the master key.
     """
 
     def __init__(self, master: bytes) -> None:
@@ -38,18 +38,18 @@ class Keyring:
         self._keys: dict[str, bytes] = {}
 
     def learn(self, namespace: str, salt: bytes) -> None:
-        """Know the salt of a namespace from now on."""
+        """Learn the salt of a namespace."""
         self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
 
     def forget(self, namespace: str) -> None:
-        """Lose the key of a namespace; unknown ones are ignored."""
+        """Forget the key of a namespace; unknown ones are ignored."""
         self._keys.pop(namespace, None)
 
     def __contains__(self, namespace: str) -> bool:
         return namespace in self._keys
 
     def __call__(self, namespace: str) -> bytes:
-        """The key of a namespace; `NamespaceError` if its salt is not known, or is no more."""
+        """The key of a namespace; `NamespaceError` if its salt is unknown or was deleted."""
         key = self._keys.get(namespace)
         if key is None:
             raise NamespaceError(f"namespace {namespace[:12]} has no key")
@@ -67,8 +67,11 @@ class Keyring:
 
 
 def seal(key: bytes, text: Any, associated: bytes) -> bytearray:
-    """Nonce, ciphertext and tag of a bytes-like text. The nonce is random, so a key may seal 2**32
-    texts before two of them having the same one becomes likelier than 2**-32."""
+    """Encrypt a text: nonce, ciphertext and tag.
+
+    Nonces are random. After 2**32 texts under one key the probability that two have the same nonce
+    is still below 2**-32.
+    """
     size = memoryview(text).nbytes
     sealed = bytearray(size + SEAL_BYTES)
     sealed[:NONCE_BYTES] = nonce = os.urandom(NONCE_BYTES)
@@ -77,10 +80,8 @@ def seal(key: bytes, text: Any, associated: bytes) -> bytearray:
 
 
 def unseal(key: bytes, sealed: Any, associated: bytes) -> bytearray:
-    """The text that `seal` made `sealed` of.
-
-    `CorruptBlockError` if the key, the associated data or any bit is another.
-    """
+    """Decrypt what `seal` has made. `CorruptBlockError` if the key, the associated data or any bit
+    is wrong."""
     from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - an extra
 
     view = memoryview(sealed)
@@ -113,14 +114,14 @@ def _aesgcm() -> Any:
 
 
 def master_key(source: str, setting: str = "encryption_key") -> bytes:
-    """The 32 bytes that `source`, the value of `setting`, names.
+    """The 32 bytes that `source`, the value of `setting`, leads to.
 
-    `ConfigError`, naming the setting, if they cannot be had.
+    `ConfigError`, which names the setting, if there are none.
     """
     kind, _, where = source.partition(":")
     try:
         if kind == "file":
-            return _parsed(_from_file(Path(where).expanduser()), f"file {where}", raw=True)
+            return _parsed(private_file(Path(where).expanduser()), f"file {where}", raw=True)
         if kind == "env":
             value = os.environ.get(where)
             if value is None:
@@ -133,7 +134,8 @@ def master_key(source: str, setting: str = "encryption_key") -> bytes:
     raise ConfigError(f"{setting} must be file:PATH, env:NAME or command:ARGV")
 
 
-def _from_file(path: Path) -> bytes:
+def private_file(path: Path) -> bytes:
+    """What a short file holds; `ConfigError` if it cannot be read, or if others may read it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         with open(descriptor, "rb") as file:
@@ -163,7 +165,7 @@ def _from_command(line: str) -> bytes:
 
 
 def _parsed(text: bytes, source: str, *, raw: bool) -> bytes:
-    """32 bytes given as they are (where `raw`), as 64 hex digits, or as base64."""
+    """32 bytes given raw (if `raw`), as 64 hex digits, or as base64."""
     words = text.strip()
     if raw and len(text) == KEY_BYTES and not re.fullmatch(rb"[0-9a-fA-F]+", text):
         return text

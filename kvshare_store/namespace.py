@@ -1,4 +1,5 @@
-"""Who may share with whom. A namespace is a wall: it filters, and it is checked again on read."""
+"""Who may share with whom. Namespaces separate rows: lookups filter by them, and they are checked
+again when rows are read."""
 
 from __future__ import annotations
 
@@ -30,17 +31,18 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: str = "tp1"
     tenant: str = ""
     tokenizer: str = msgspec.field(default="")
-    """Where a tokenizer for display and text embeddings may be found. Not part of the wall."""
+    """A folder with a tokenizer, for display and text embeddings. It is not part of the
+    identity."""
     # A field that a later release adds goes below, with a default, and not into `_FIRST_FIELDS`.
 
     @property
     def digest(self) -> str:
-        """64 hex digits naming this namespace; the same in every process."""
+        """64 hex digits that name this namespace; the same in every process."""
         return _digest(self)
 
     @property
     def model_digest(self) -> str:
-        """The digest without tenant and adapter: what has the same speed."""
+        """The digest without tenant and adapter: engines with the same one have the same speed."""
         return self.for_tenant("").digest
 
     def for_tenant(self, tenant: str, lora: str = "") -> Namespace:
@@ -58,8 +60,8 @@ _FIRST_FIELDS = frozenset(
 
 @functools.lru_cache(maxsize=256)
 def _digest(namespace: Namespace) -> str:
-    """A later field counts only where it is not at its default. So a release that adds one gives
-    every older namespace the digest that it always had."""
+    """Fields of later releases are hashed only if they are not at their default. So namespaces keep
+    their digest when a release adds a field."""
     wall = msgspec.structs.replace(namespace, tokenizer="")
     fields = {
         field.name: getattr(wall, field.name)
@@ -85,13 +87,14 @@ LONGEST_NAME = _LONGEST_SALT - _MAC_CHARACTERS - len(".")
 
 
 class Tenants:
-    """Whose request it is, by its salt. `ConfigError` if the key cannot be had."""
+    """Tells whose a request is by its salt. `ConfigError` if the key cannot be read."""
 
     def __init__(self, config: StoreConfig) -> None:
         self._key = master_key(config.tenant_key, "tenant_key") if config.tenant_key else None
 
     def of(self, salt: str) -> str | None:
-        """The tenant's name, empty for nobody in particular; None if the salt proves none."""
+        """The tenant's name, empty for requests without a tenant; None if the salt proves no
+        tenant."""
         if self._key is None:
             return salt
         name, dot, mac = salt.rpartition(".")
@@ -119,10 +122,10 @@ class Tenants:
 
 
 def _mac(key: bytes, name: str) -> str:
-    """64 hex digits: HMAC-SHA256 of the name in UTF-8, after a word that says what it is for."""
+    """64 hex digits: HMAC-SHA256 of the name in UTF-8, prefixed with a word for the purpose."""
     return hmac.digest(key, _CONTEXT + _bytes(name), "sha256").hex()
 
 
 def _bytes(text: str) -> bytes:
-    """UTF-8, also of half a surrogate pair, which JSON can carry."""
+    """The text in UTF-8, including unpaired surrogates, which JSON can carry."""
     return text.encode("utf-8", "surrogatepass")

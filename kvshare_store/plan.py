@@ -94,11 +94,11 @@ class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class BlockRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a leased block lies: `offset` bytes into the arena (-1: not resident), and what its
-    label must say there."""
+    label must say there. Before the lease only the name is known."""
 
     name: str
-    rows: int
-    nbytes: int
+    rows: int = 0
+    nbytes: int = 0
     offset: int = -1
     seq: int = 0
     """Number of the copy into that place; no other copy has it."""
@@ -142,6 +142,11 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
         """One past the last reused position; what follows is ordinary prefill."""
         return self.spans[-1].stop if self.spans else 0
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What `Span.block` indexes."""
+        return tuple(block.name for block in self.blocks)
+
     def placeholders(self, start: int = 0) -> list[Run]:
         """Runs from `start` up to `stop` that the engine must compute, ascending."""
         return gaps(self.spans, start, self.stop)
@@ -159,6 +164,11 @@ class Outcome(msgspec.Struct, frozen=True):
     cached: Count = 0
     """Tokens that the engine's own prefix cache had, so the plan was not asked for them."""
     continued: Count = 0
+
+    @property
+    def reused(self) -> Reused:
+        """Tokens that were not computed."""
+        return Reused(self.exact, self.continued, self.edited)
 
 
 def contexts_of(
@@ -245,6 +255,13 @@ class Reused(NamedTuple):
     def tokens(self) -> int:
         """All of them."""
         return sum(self)
+
+    @property
+    def kind(self) -> str:
+        """The least exact kind that there is."""
+        if self.edited:
+            return "edited"
+        return "continued" if self.continued else "exact"
 
 
 def reused_of(spans: Iterable[Span]) -> Reused:

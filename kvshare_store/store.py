@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
@@ -33,7 +30,7 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import End, Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
-from kvshare_store.version import version
+from kvshare_store.stats import stats_of
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows
@@ -64,14 +61,14 @@ class Store:
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
         self._serving = Serving(config, nodes, plans, self.costs, self.text, self.metrics)
-        self._saving = Saving(config, nodes, plans, self.metrics)
-        self._janitor = Janitor(config, repository, self._rewriter)
+        self.saving = Saving(config, nodes, plans, self.metrics)
+        self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """How many failures of the committer each owner knew of when it first saved."""
-        self._sharing: Sharing | None = None
+        self.sharing: Sharing | None = None
         if config.catalog and repository.catalog is not None:
-            purges = OthersPurges(repository, self._saving, config.home_path)
-            self._sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
+            purges = OthersPurges(repository, self.saving, config.home_path)
+            self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -175,11 +172,11 @@ class Store:
     def next_look(self, owner: str, namespaces: Collection[str]) -> Look | None:
         """The edited prompt of these namespaces (digests) that is most worth computing in full,
         leased to `owner`; None if there is none."""
-        return self._saving.looks.next(owner, namespaces, working=self.text.engines_work)
+        return self.saving.looks.next(owner, namespaces, working=self.text.engines_work)
 
     def looked(self, owner: str, node: str, stamp: int, end: End) -> None:
         """An engine has ended what `next_look` gave it."""
-        self._saving.looks.ended(owner, node, stamp, end)
+        self.saving.looks.ended(owner, node, stamp, end)
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -247,11 +244,11 @@ class Store:
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
-        return self._saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+        return self.saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""
-        self._saving.abandon(staged_id)
+        self.saving.abandon(staged_id)
 
     def commit(self, staged_id: str, rows: RowSource) -> str | None:
         """The staged prompt becomes a node with fresh rows copied from `rows`. Returns its id.
@@ -261,7 +258,7 @@ class Store:
         `NoSpaceError` when the host budget is full of rows in use, `PlanError` if there are too few
         rows; whatever fails, the save has ended and nothing else has changed.
         """
-        node = self._saving.commit(staged_id, rows)
+        node = self.saving.commit(staged_id, rows)
         if node is not None:
             self.text.saved(node)
         return node
@@ -314,7 +311,7 @@ class Store:
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Collect garbage now, as the janitor does by itself every `gc_seconds`."""
-        return self._janitor.collect(dry_run=dry_run)
+        return self.janitor.collect(dry_run=dry_run)
 
     def purge(
         self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
@@ -327,7 +324,7 @@ class Store:
         such namespace.
         """
         found = matching(self.nodes, namespace, tenant)
-        parts = self.repository, self._serving, self._saving
+        parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
@@ -336,8 +333,8 @@ class Store:
         dead = dead_owners or set()
         with self.nodes.lock:
             self._serving.reap(dead)
-            self._saving.reap(dead)
-            self._saving.looks.reap(dead)
+            self.saving.reap(dead)
+            self.saving.looks.reap(dead)
         self.text.gone(dead)
         for owner in dead:
             self._failures.pop(owner, None)
@@ -357,43 +354,15 @@ class Store:
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
-        metrics = self.metrics
-        names = (
-            "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
-            "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
-            "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
-            "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
-            "looks_dropped", "looks_declined",
-        )  # fmt: skip
-        tiers = {name: msgspec.structs.asdict(use) for name, use in self.blocks.use().items()}
-        return {
-            "version": version(),
-            "policy": self.config.policy,
-            "pid": os.getpid(),
-            "since": self._since,
-            **{name: metrics.count(name) for name in names},
-            "declined": metrics.declined,
-            "errors": metrics.errors,
-            "nodes": len(self.tree),
-            "blocks": self.tree.block_count,
-            "leases": len(self.blocks.leases),
-            "reserved": len(self.blocks.pool.filling()),
-            "staged": len(self._saving),
-            "looks_waiting": len(self._saving.looks),
-            "tiers": tiers,
-            "health": metrics.health.report(),
-            "catalog_bytes": self.repository.catalog.bytes
-            if self.repository.catalog is not None
-            else 0,
-            "seconds": {name: metrics.quantiles(name) for name in ("lookup", "load", "save")},
-        }
+        staged, looks = len(self.saving), len(self.saving.looks)
+        return stats_of(self.config, self.repository, since=self._since, staged=staged, looks=looks)
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
         self.text.close()
-        self._janitor.close()
-        if self._sharing is not None:
-            self._sharing.close()
+        self.janitor.close()
+        if self.sharing is not None:
+            self.sharing.close()
         try:
             if self.repository.uses is not None:
                 self.repository.uses.exchange()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -36,6 +37,9 @@ class Health:
         self._lock = threading.Lock()
         self._troubles: dict[str, _Trouble] = {}
         self._failures: Counter[str] = Counter()
+        self._well: dict[str, float] = {}
+        """When each part last did what it is for, Unix seconds."""
+        self._threads: dict[str, threading.Thread] = {}
 
     def failed(self, part: str, error: BaseException) -> None:
         """A part has met an error that it was not written for, or cannot do what it is for."""
@@ -46,8 +50,13 @@ class Health:
             what = f"{type(error).__name__}: {error}"[:200]
             self._troubles[part] = _Trouble(what, in_a_row, self._clock())
 
+    def watch(self, thread: threading.Thread) -> None:
+        """A thread was started: `report` says whether it still runs."""
+        self._threads[thread.name] = thread
+
     def well(self, part: str) -> None:
         """A part has done what it is for."""
+        self._well[part] = time.time()
         if part in self._troubles:
             with self._lock:
                 self._troubles.pop(part, None)
@@ -69,12 +78,19 @@ class Health:
             )
 
     def report(self) -> dict[str, Any]:
-        """`state` (`ok` or `degraded`), `reasons` by part, and `failures` so far by part."""
+        """`state` (`ok` or `degraded`), `reasons` by part, `failures` so far by part, when each
+        part was `well` last, and whether each of the `threads` runs."""
         with self._lock:
             reasons = {part: trouble.error for part, trouble in self._troubles.items()}
             failures = dict(self._failures)
         state = "degraded" if reasons else "ok"
-        return {"state": state, "reasons": reasons, "failures": failures}
+        return {
+            "state": state,
+            "reasons": reasons,
+            "failures": failures,
+            "well": dict(self._well),
+            "threads": {name: thread.is_alive() for name, thread in dict(self._threads).items()},
+        }
 
 
 class Supervised:
@@ -96,6 +112,7 @@ class Supervised:
         self._stop = stop or threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        health.watch(self._thread)
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE_S
@@ -123,13 +140,20 @@ class Supervised:
         self._thread.join(timeout)
 
 
+def be_nice(niceness: int) -> None:
+    """Let every other thread of the machine go before the calling one."""
+    if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
 class FairLock:
     """A lock that threads get in the order in which they asked for it. Not reentrant."""
 
     def __init__(self) -> None:
         self._inner = threading.Lock()
         self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self.waiting: deque[threading.Lock] = deque()
+        """One for each thread that waits, the first one first."""
 
     def __enter__(self) -> None:
         with self._inner:
@@ -138,21 +162,21 @@ class FairLock:
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._waiting.append(turn)
+            self.waiting.append(turn)
         try:
             turn.acquire()
         except BaseException:  # a signal: whoever comes next must not wait for this thread
             with self._inner:
-                waits = turn in self._waiting
+                waits = turn in self.waiting
                 if waits:
-                    self._waiting.remove(turn)
+                    self.waiting.remove(turn)
             if not waits:
                 self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         with self._inner:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if self.waiting:
+                self.waiting.popleft().release()
             else:
                 self._taken = False

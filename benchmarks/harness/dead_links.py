@@ -29,8 +29,12 @@ def broken(folder: Path) -> Iterator[str]:
 
 def anchors(path: Path) -> set[str]:
     """Anchors of a document's headings, as code hosts name them."""
-    headings = _HEADING.findall(_prose(path))
-    return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+    return {slug(text) for text in _HEADING.findall(_prose(path))}
+
+
+def slug(heading: str, separator: str = "-") -> str:
+    """What a heading is called in links."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", separator)
 
 
 def _prose(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -83,15 +84,23 @@ def section(result: Result, folder: Path) -> str:
 _USES_PRESETS = (
     "agents", "figure4", "ttft", "misses", "load", "conversations", "lmcache", "semblend", "steady",
     "table1", "table1-presets", "probes", "rag", "agreement", "agreement-presets",
+    "agreement-turns",
 )  # fmt: skip
 """Measurements whose numbers depend on what a policy recomputes."""
+_OF_ONE_EDIT = (
+    "table1", "table1-presets", "probes", "rag", "agreement", "agreement-presets",
+)  # fmt: skip
+"""Those whose donors are all computed in full: how many edits may build on one another is no matter
+there."""
+_GENERATIONS = re.compile(r"max_generation=\d+")
 
 
 def _outdated(result: Result) -> str:
     """A warning if the presets have changed since the measurement."""
     if result.name not in _USES_PRESETS:
         return ""
-    changed = [name for name, now in presets().items() if result.policies.get(name) != now]
+    then, now = (_that_matter(result, of) for of in (result.policies, presets()))
+    changed = [name for name, settings in now.items() if then.get(name) != settings]
     if not changed:
         return ""
     named = ", ".join(f"`{name}`" for name in changed)
@@ -101,6 +110,13 @@ def _outdated(result: Result) -> str:
             f"{named} are of the settings of that day, not of today's.*"
         )
     return f"*Measured with other settings of {named} than today's.*"
+
+
+def _that_matter(result: Result, policies: dict[str, str]) -> dict[str, str]:
+    """The settings that a measurement depends on."""
+    if result.name not in _OF_ONE_EDIT:
+        return policies
+    return {name: _GENERATIONS.sub("", settings) for name, settings in policies.items()}
 
 
 def _verdicts(result: Result) -> list[str]:

@@ -114,7 +114,7 @@ def measure(options: Options) -> Result:
             for arm in in_turn(list(_ARMS), turn):
                 replayed[arm], used = _serve(engines[arm], arm, home, sent, rate)
                 daemon_s += used if arm == "kvshare" else 0.0
-            phases.append(Phase(load, rate, replayed, daemon_s, _to_compute(sent)))
+            phases.append(Phase(load, rate, replayed, daemon_s, to_compute(sent)))
     return _result(phases, options, model_name(options))
 
 
@@ -139,7 +139,7 @@ def _serve(
     return replayed, used
 
 
-def _to_compute(sent: Traffic) -> dict[str, int]:
+def to_compute(sent: Traffic) -> dict[str, int]:
     """What each arm must compute of the requests, if all is stored the moment it is served."""
     arms = arms_of(load_config(), [_POLICY], Room(row_bytes=4))
     prompts = [
@@ -161,7 +161,7 @@ def _result(phases: list[Phase], options: Options, model: str) -> Result:
         noise_floor="none: every arm serves each rate once; the machine's noise is in `misses`",
         columns=["load", "requests/s", "arm", "served/s", "p50 ms", "p99 ms", "p50 times plain",
                  "mean times plain", "p99 times plain"],
-        rows=[_row(phase, arm) for phase in phases for arm in _ARMS],
+        rows=[row_of(phase, arm) for phase in phases for arm in _ARMS],
         paper="not measured",
         notes=[
             "load is the share of what plain vLLM serves when all requests are there at once, "
@@ -192,7 +192,7 @@ def _target(at_once: Phase) -> tuple[str, str, bool]:
     return what, f"{ratio:.2f}, of {at_once.bound:.2f} by tokens", ratio >= TARGET
 
 
-def _row(phase: Phase, arm: str) -> list[Cell]:
+def row_of(phase: Phase, arm: str) -> list[Cell]:
     ours, plain = summary(phase.replayed[arm].ttfts), summary(phase.replayed["plain"].ttfts)
     middle, _, slow = ours
     return [

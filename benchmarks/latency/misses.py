@@ -78,7 +78,7 @@ def measure(options: Options) -> Result:
             _serve(engines, home, tokens, turn)
             for turn, tokens in enumerate(track(sent, "Serving prompts"))
         ][warm:]
-    return _result(triples, options, model_name(options))
+    return result_of(triples, options, model_name(options))
 
 
 def _serve(engines: dict[str, Engine], home: Home, tokens: list[int], turn: int) -> Triple:
@@ -103,7 +103,7 @@ def _settle(engine: Engine, home: Home) -> float:
     return sum(process.cpu_times()[:2]) + home.processor_seconds() - before
 
 
-def _result(triples: list[Triple], options: Options, model: str) -> Result:
+def result_of(triples: list[Triple], options: Options, model: str) -> Result:
     misses = [triple for triple in triples if not triple.hit]
     edges = list(pairwise(_BUCKETS))
     groups = {f"{a} to {b - 1} tokens": [t for t in misses if a <= t.tokens < b] for a, b in edges}

@@ -59,13 +59,13 @@ def result(measured: Samples, declined: dict[str, int], options: Options, model:
         n={"prompts": sum(len(s) for key, s in samples.items() if key.arm == "full")},
         seed=options.seed,
         model=model,
-        noise_floor=_noise(samples),
+        noise_floor=noise_of(samples),
         columns=["tokens", "in common", "arm", "n", "computed", "ms", "/ full", "min", "max",
                  "of ideal"],
         rows=[_row(key, values) for key, values in samples.items()],
         paper="a good balance of TTFT and accuracy, in words only; no time is given",
         notes=[*_parts_in_words(samples), _declines(declined), _late(samples)],
-        targets=[_target(samples, tier) for tier in ("host", "disk")],
+        targets=[target_of(samples, tier) for tier in ("host", "disk")],
         series={"parts": _parts(samples), "ideal": _ideal(samples)},
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def _row(key: Key, values: list[Sample]) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _noise(samples: Samples) -> str:
+def noise_of(samples: Samples) -> str:
     """Full prefill of different prompts of one length, and two engines that do the same."""
     spread = []
     for length in {key.length for key in samples}:
@@ -110,7 +110,7 @@ def _noise(samples: Samples) -> str:
     return words
 
 
-def _target(samples: Samples, tier: str) -> tuple[str, str, bool]:
+def target_of(samples: Samples, tier: str) -> tuple[str, str, bool]:
     """The verdict is on the median of the settings; the text gives each length too."""
     settings = [
         (key.length, median(sample.of_ideal for sample in values))

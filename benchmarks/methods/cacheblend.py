@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.methods.base import Donor, Prefilled, full_compute
 from benchmarks.methods.narrowing import Narrowing, Rule, Seen
-from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, draft, place
+from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, place, plan
 from kvshare_store.lookup.policy import ReusePolicy
 
 GRADUAL = (1.3, 1.15, 1.0)
@@ -52,7 +52,7 @@ class Selective:
         self, engine: RowEngine, prompt: Sequence[int], donors: Sequence[Donor]
     ) -> Prefilled:
         """The prompt's rows. `computed` is the mean over the layers, the first one in full."""
-        planned = draft(prompt, donors, self.policy, self.delimiters)
+        planned = plan(prompt, donors, self.policy, self.delimiters)
         if planned.declined:
             return full_compute(engine, prompt, planned.declined)
         placed = place(engine, prompt, donors, planned)

@@ -17,7 +17,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from torch import Tensor
 
 from benchmarks.methods.base import Donor, Prefilled, full_compute
-from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, Placed, draft, place, positions_where
+from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, Placed, place, plan, positions_where
 from kvshare_store.plan import Span
 
 
@@ -39,7 +39,7 @@ class Epic:
         self, engine: RowEngine, prompt: Sequence[int], donors: Sequence[Donor]
     ) -> Prefilled:
         """The prompt's rows: chunks reused but for their first k tokens."""
-        planned = draft(prompt, donors, PLACEHOLDERS_ONLY)
+        planned = plan(prompt, donors, PLACEHOLDERS_ONLY)
         if planned.declined:
             return full_compute(engine, prompt, planned.declined)
         placed = place(engine, prompt, donors, planned)

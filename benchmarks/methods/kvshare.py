@@ -10,7 +10,7 @@ import msgspec
 from kvshare_connectors.transformers.engine import RowEngine
 
 from benchmarks.methods.base import Donor, Prefilled, full_compute
-from benchmarks.methods.reuse import draft, place, positions_where
+from benchmarks.methods.reuse import place, plan, positions_where
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 
 
@@ -27,7 +27,7 @@ class KVShare:
         self, engine: RowEngine, prompt: Sequence[int], donors: Sequence[Donor]
     ) -> Prefilled:
         """The prompt's rows: reused where the policy allows, computed elsewhere."""
-        planned = draft(prompt, donors, self.policy, self.delimiters)
+        planned = plan(prompt, donors, self.policy, self.delimiters)
         if planned.declined:
             return full_compute(engine, prompt, planned.declined)
         placed = place(engine, prompt, donors, planned)

@@ -68,7 +68,7 @@ class Narrowing(AbstractContextManager["Narrowing"]):
         self._engine, self._cache, self._forced = engine, cache, forced
         self._counts, self._rule = dict(counts), rule
         self._stored = cache.rows.clone()
-        self._rows = torch.arange(cache.slots)
+        self.rows = torch.arange(cache.slots)
         self._undo = ExitStack()
         self.computed: list[int] = []
 
@@ -90,7 +90,7 @@ class Narrowing(AbstractContextManager["Narrowing"]):
 
     def _drop(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer: leave the rows behind that were not chosen at the one before."""
-        hidden, rows = args[0], self._rows
+        hidden, rows = args[0], self.rows
         if hidden.shape[1] != len(rows):
             hidden = hidden[:, self._going]
         cos, sin = kwargs["position_embeddings"]
@@ -107,20 +107,20 @@ class Narrowing(AbstractContextManager["Narrowing"]):
         layer = module.layer_idx
         wanted = self._counts.get(layer)
         if wanted is not None:
-            self._going = self._choose(layer, query[0], key[0], wanted, module.scaling)
-            dropped = torch.ones(len(self._rows), dtype=torch.bool)
+            self._going = self.choose(layer, query[0], key[0], wanted, module.scaling)
+            dropped = torch.ones(len(self.rows), dtype=torch.bool)
             dropped[self._going] = False
-            at = self._rows[dropped]
+            at = self.rows[dropped]
             self._cache.rows[layer, :, 0, at] = self._stored[layer, :, 0, at]
-            self._rows = self._rows[self._going]
-        self.computed.append(len(self._rows))
+            self.rows = self.rows[self._going]
+        self.computed.append(len(self.rows))
         return grouped_attention(module, query, key, value, mask, **kwargs)
 
-    def _choose(
+    def choose(
         self, layer: int, query: Tensor, keys: Tensor, wanted: int, scaling: float
     ) -> Tensor:
         """Indices, ascending, of the rows that go on."""
-        rows = self._rows
+        rows = self.rows
         seen = Seen(
             query,
             keys,

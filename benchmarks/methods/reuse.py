@@ -15,33 +15,34 @@ from benchmarks.methods.base import Donor
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import ReusePlan, Span
 
 PLACEHOLDERS_ONLY = PRESETS["aggressive"]
 """The paper as written: what the other selection rules start from."""
 _CONFIG = StoreConfig(home="none", min_saving_ms=-1e9, min_prompt_tokens=2)
 
 
-def draft(
+def plan(
     prompt: Sequence[int],
     donors: Sequence[Donor],
     policy: ReusePolicy,
     delimiters: Collection[int] = (),
-) -> Draft:
+) -> ReusePlan:
     """What the planner would answer if the store held these donors. Block i is donor i's rows."""
     tree, index = DeltaTree(), NamespaceIndex()
     for number, donor in enumerate(donors):
         node = _node(number, donor)
         tree.add(node)
         index.add(node, Vectors(lexical_vector(node.tokens), None))
-    return Planner(_CONFIG).draft(
+    planner = Planner(_CONFIG)
+    return planner.plan(
         as_tokens(prompt),
         Nominator(tree, index),
         policy,
@@ -49,7 +50,7 @@ def draft(
         tier_of=lambda _: "host",
         row_bytes=1,
         delimiters=delimiters,
-    )
+    ).plan
 
 
 def _node(number: int, donor: Donor) -> Node:
@@ -74,13 +75,13 @@ class Placed(NamedTuple):
 
 
 def place(
-    engine: RowEngine, prompt: Sequence[int], donors: Sequence[Donor], planned: Draft
+    engine: RowEngine, prompt: Sequence[int], donors: Sequence[Donor], planned: ReusePlan
 ) -> Placed:
-    """A cache for the prompt with the draft's rows in it, moved to their places."""
+    """A cache for the prompt with the plan's rows in it, moved to their places."""
     cache = engine.cache(len(prompt))
     kept = torch.zeros(len(prompt), dtype=torch.bool)
     for span in planned.spans:
-        rows = donors[int(planned.blocks[span.block])].keys_values
+        rows = donors[int(planned.blocks[span.block].name)].keys_values
         rows = rows[:, :, span.row : span.row + span.length].clone()
         target = torch.arange(span.start, span.stop)
         if span.source != span.start:

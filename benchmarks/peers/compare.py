@@ -70,12 +70,12 @@ def compare(peer: Peer, options: Options) -> list[Sample]:
         return [
             sample
             for turn in track(range(-1, max(2, options.size(24, 4))), "Serving prompts")
-            for sample in _serve(engines, peer, home, texts, turn)
+            for sample in serve(engines, peer, home, texts, turn)
             if turn >= 0  # the first one warms up
         ]
 
 
-def _serve(
+def serve(
     engines: dict[str, Engine], peer: Peer, home: Home, texts: Texts, turn: int
 ) -> Iterator[Sample]:
     base = texts.take(LENGTHS[turn % len(LENGTHS)])

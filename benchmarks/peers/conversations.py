@@ -29,7 +29,7 @@ from examples.prompts.histories import REWRITES, Message, requests
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ARMS = {
+ARMS = {
     "full": Arm(caching=False),
     "prefix": Arm(caching=True),
     "prefix again": Arm(caching=True),
@@ -79,7 +79,7 @@ def measure(options: Options) -> Result:
     kinds = {rewrite.name: rewrite for rewrite in REWRITES} | {_OWN: REWRITES[0]}
     parts = [(kind, number) for kind in kinds for number in range(len(groups))]
     served: list[Turn] = []
-    with others() as peers, running(options, _ARMS | peers) as (engines, home):
+    with others() as peers, running(options, ARMS | peers) as (engines, home):
         salt = ""
         for at, (kind, number) in enumerate(track(parts, "Conversations")):
             if number == 0:
@@ -93,8 +93,8 @@ def measure(options: Options) -> Result:
                 (one.turn, _prompt(one.messages, tokenizer))
                 for one in requests(spoken, kinds[kind], turns)
             ]
-            served += _serve(engines, home, kind, asked, salt, at)
-    return _result(served, options, model_name(options))
+            served += serve_turns(engines, home, kind, asked, salt, at)
+    return result_of(served, options, model_name(options))
 
 
 def answered(
@@ -131,7 +131,7 @@ def others() -> Iterator[dict[str, Arm]]:
         yield arms
 
 
-def _serve(
+def serve_turns(
     engines: Mapping[str, Engine], home: Home, kind: str,
     asked: Sequence[tuple[int, list[int]]], salt: str, part: int,
 ) -> list[Turn]:  # fmt: skip
@@ -160,7 +160,7 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
-def _result(served: list[Turn], options: Options, model: str) -> Result:
+def result_of(served: list[Turn], options: Options, model: str) -> Result:
     later = [turn for turn in served if turn.number > 1]
     arms = list(served[0].timed)
     kinds = list(dict.fromkeys(turn.kind for turn in later))
@@ -176,14 +176,14 @@ def _result(served: list[Turn], options: Options, model: str) -> Result:
         columns=_COLUMNS,
         rows=[_row(kind, arm, of_kind[kind]) for kind in kinds for arm in arms],
         paper="not measured",
-        notes=_notes(served, arms),
+        notes=notes_of(served, arms),
         targets=[_target(kind, most, of_kind[kind]) for kind, most in _MOST.items()],
         series={"ratios": {kind: {arm: [turn.ratio(arm) for turn in of_kind[kind]]
                                   for arm in arms} for kind in kinds}},
     )  # fmt: skip
 
 
-def _notes(served: list[Turn], arms: list[str]) -> list[str]:
+def notes_of(served: list[Turn], arms: list[str]) -> list[str]:
     tokens = sorted(turn.timed["full"].tokens for turn in served)
     missing = [name for name in _PEERS if name not in arms]
     notes = [

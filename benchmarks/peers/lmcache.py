@@ -19,6 +19,7 @@ from benchmarks.harness.result import Options, Result
 from benchmarks.peers.compare import Peer, compare, draw, table
 from benchmarks.peers.environment import python_with
 from examples.engines.process import EngineError
+from examples.engines.server import free_port
 
 __all__ = ["draw", "measure"]
 
@@ -47,7 +48,7 @@ def measure(options: Options) -> Result:
 @contextmanager
 def server(python: str, log: IO[str]) -> Iterator[int]:
     """LMCache's server; yields its port."""
-    port, http = _free_port(), _free_port()
+    port, http = free_port(), free_port()
     command = [str(Path(python).parent / "lmcache"), "server", "--port", str(port)]
     command += ["--http-port", str(http), "--l1-size-gb", "2", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(_CHUNK), "--supported-transfer-mode", "auto"]
@@ -63,12 +64,6 @@ def server(python: str, log: IO[str]) -> Iterator[int]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

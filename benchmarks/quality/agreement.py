@@ -220,7 +220,7 @@ def draw(result: Result) -> Figure:
     axes = figure.subplots()
     seen: set[str] = set()
     points = _points(result)
-    best = _frontier(points) if len(points) > _LABELS else set(points)
+    best = best_points(points) if len(points) > _LABELS else set(points)
     for name, (reused, kl) in points.items():
         kind = _kind(name)
         mark, label = _MARKS[kind]
@@ -260,7 +260,7 @@ def _points(result: Result) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _frontier(points: dict[str, tuple[float, float]]) -> set[str]:
+def best_points(points: dict[str, tuple[float, float]]) -> set[str]:
     """Methods to which no other is preferable in both, the first of equal ones alone."""
     best: set[str] = set()
     least = float("inf")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from kvshare_connectors.transformers.decode import Ready
 from kvshare_connectors.transformers.engine import RowEngine
 from torch import Tensor
 
@@ -41,6 +42,26 @@ class Score(NamedTuple):
     """Mean over the continuation."""
     agree: float
     """Share of the continuation that is the method's likeliest token too."""
+
+
+class Asked(Protocol):
+    """A prompt that methods are compared on."""
+
+    @property
+    def id(self) -> str:
+        """Names it among all."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Its tokens."""
+
+
+class Filled(Protocol):
+    """A prompt whose rows are all there."""
+
+    @property
+    def reused(self) -> int:
+        """Rows that were not computed for it."""
 
 
 def scores(
@@ -98,7 +119,7 @@ def compared(
 
 
 def forced(
-    engine: RowEngine, prompts: Sequence[Prefilled], continuation: Sequence[int]
+    engine: RowEngine, prompts: Sequence[Ready], continuation: Sequence[int]
 ) -> list[Tensor]:
     """`teacher_forced_batch` as far as memory goes; `[len(continuation), vocab]` for each."""
     slots = prompts[0].cache.slots + len(continuation)
@@ -109,9 +130,7 @@ def forced(
     return found
 
 
-def score(
-    name: str, pair: SimilarPair, prefilled: Prefilled, truth: Tensor, found: Tensor
-) -> Score:
+def score(name: str, pair: Asked, prefilled: Filled, truth: Tensor, found: Tensor) -> Score:
     """`truth` and `found`: log-probabilities `[continuation, vocab]`."""
     kl = (truth.exp() * (truth - found)).sum(-1).clamp(min=0)
     same = truth.argmax(-1) == found.argmax(-1)

@@ -179,12 +179,12 @@ def measure(options: Options) -> Result:
         notes=[
             *_NOTES,
             *(f"{p.what}: {p.value:,.4g} ({p.source})." for p in used),
-            _at_measured_rates(options.out / "tiers.json", lines[-1], used),
+            at_measured_rates(options.out / "tiers.json", lines[-1], used),
         ],
     )
 
 
-def _at_measured_rates(path: Path, line: Line, used: Rates) -> str:
+def at_measured_rates(path: Path, line: Line, used: Rates) -> str:
     """What is left of the last line with remotes as fast as they were measured."""
     said = (
         f"Below {used.break_even / 1e9:.2f} GB/s loading takes longer than computing, and sharing "

@@ -15,7 +15,6 @@ from benchmarks.harness.models import model_folder, model_name, tokenized
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import MEASURED_TOKENS, MetadataStore, Sources
-from kvshare_store.lookup.planner import Draft
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import Tokens
 
@@ -41,9 +40,8 @@ def unlike(texts: Sequence[Tokens], count: int, seed: int) -> list[Tokens]:
 
 def fill(store: MetadataStore, prompts: Sequence[Tokens]) -> None:
     """Store prompts as nodes."""
-    nothing = Draft(declined="not_asked")
     for tokens in track(prompts, f"Storing {len(prompts)} prompts"):
-        store.save(tokens, None, nothing)
+        store.save(tokens, None)
 
 
 class Lookups(NamedTuple):
@@ -60,10 +58,10 @@ def timed(store: MetadataStore, prompts: Sequence[Tokens]) -> Lookups:
     clock, cpu = [], []
     for tokens in prompts:
         start, cpu_start = perf_counter(), process_time()
-        draft = store.plan(tokens)
+        plan = store.plan(tokens)
         cpu.append(1e3 * (process_time() - cpu_start))
         clock.append(1e3 * (perf_counter() - start))
-        helped += not draft.declined
+        helped += not plan.declined
     return Lookups(clock, cpu, helped)
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import MetadataStore, Sources
 from kvshare_store import KVLayout, Namespace, Store, StoreConfig
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.lookup.search import Search
 from kvshare_store.nodes.edits import Tokens
@@ -160,7 +160,7 @@ def alignment(length: int) -> Iterator[tuple[str, float, float]]:
     for name, request, donors in crafted(length):
         store = MetadataStore(PRESETS["aggressive"], Sources(semantic=False), all_exact=True)
         for tokens in donors:
-            store.save(tokens.astype(np.int32), None, Draft(declined="not_asked"))
+            store.save(tokens.astype(np.int32), None)
         store.planner = _Timed(store.config, Effort)
         aligned, whole = [], []
         for _ in range(5):

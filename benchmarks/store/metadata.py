@@ -45,7 +45,7 @@ _AT_ONCE = 20_000
 def fill(home: Path, nodes: int, kind: str) -> None:
     """Commit so many nodes, in few commits, as the catalogue writes them."""
     catalog = Catalog(home / "catalog")
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     chance = np.random.default_rng(nodes)
     made = _own(chance) if kind == "own" else _families(chance)
     table = lancedb.connect(str(home / "catalog")).open_table("nodes")

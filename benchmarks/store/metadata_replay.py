@@ -20,20 +20,22 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
+from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import ReusePlan, Span
 
 MEASURED_TOKENS = 64
 """Shorter prompts are stored (from `min_prompt_tokens` on) but not counted."""
 REUSABLE = ReusePolicy("aggressive", min_run=4, tail=1, max_generation=1_000_000)
 """All that alignment finds: runs of 4 tokens and more, with nothing recomputed for quality."""
 ENGINE_BLOCK = 16
+_NOT_ASKED = ReusePlan(namespace="", tokens=0, declined="not_asked")
 
 
 class Served(NamedTuple):
@@ -109,13 +111,13 @@ class MetadataStore:
         self._all_exact = all_exact
         self._delimiters = delimiters
 
-    def plan(self, tokens: Tokens, vector: Vector | None = None) -> Draft:
+    def plan(self, tokens: Tokens, vector: Vector | None = None) -> ReusePlan:
         """The plan that the store would make."""
         nominator: Nominator = Nominator(self.tree, self.index)
         if self._own:
             nominator = _WithOwnVector(self.tree, self.index)
             nominator.vector = vector if vector is not None and vector.any() else None
-        return self.planner.draft(
+        return self.planner.plan(
             tokens,
             nominator,
             self.policy,
@@ -123,11 +125,11 @@ class MetadataStore:
             tier_of=lambda name: "host",
             row_bytes=1,
             delimiters=self._delimiters if self.policy.delimiters else (),
-        )
+        ).plan
 
-    def save(self, tokens: Tokens, vector: Vector | None, draft: Draft) -> None:
+    def save(self, tokens: Tokens, vector: Vector | None, plan: ReusePlan = _NOT_ASKED) -> None:
         """The prompt becomes a node with the provenance that its plan gives it."""
-        generation = 0 if self._all_exact or draft.declined else draft.generation
+        generation = 0 if self._all_exact or plan.declined else plan.generation
         exact_name = node_id("replay", tokens, True)
         name = exact_name if generation == 0 else node_id("replay", tokens, False)
         known = exact_name if exact_name in self.tree else name
@@ -136,7 +138,7 @@ class MetadataStore:
             return
         if len(tokens) < self.config.min_prompt_tokens:
             return
-        edited_from = next((span.start for span in draft.spans if not span.exact), len(tokens))
+        edited_from = next((span.start for span in plan.spans if not span.exact), len(tokens))
         node = Node(
             id=name,
             namespace="replay",
@@ -168,12 +170,11 @@ def replay(
     served = []
     for tokens, vector in track(zip(prompts, vectors, strict=True), what, total=len(prompts)):
         # a short prompt is stored without a plan: what it would reuse is not counted either
-        draft = Draft(declined="not_asked")
+        plan = _NOT_ASKED
         if len(tokens) >= MEASURED_TOKENS:
-            draft = store.plan(tokens, vector)
-            reused = sum(span.length for span in draft.spans)
-            served.append(Served(len(tokens), reused, len(draft.donors)))
-        store.save(tokens, vector, draft)
+            plan = store.plan(tokens, vector)
+            served.append(Served(len(tokens), plan.reused, len(plan.donors)))
+        store.save(tokens, vector, plan)
     return served
 
 

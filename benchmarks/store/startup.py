@@ -43,7 +43,7 @@ def fill(home: Path, blocks: int) -> list[int]:
     layout, tokens = NAMESPACE.layout, np.zeros(0, np.int32)
     chance = np.random.default_rng(blocks)
     catalog = Catalog(home / "catalog")
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     (home / "blocks").mkdir(mode=0o700)
     rows: list[tuple[Node, Vectors]] = []
     for _ in track(range(blocks // BLOCKS_A_NODE), f"Writing {blocks:,} blocks"):

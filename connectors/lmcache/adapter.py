@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from kvshare_connectors.lmcache.interface import accepted, check_complete, lmcache_interface
-from kvshare_connectors.lmcache.lane import Lane, Mishaps
+from kvshare_connectors.lmcache.lane import Failures, Lane
 from kvshare_connectors.lmcache.listing import next_keys
 from kvshare_connectors.lmcache.objects import Place, parts_of, place_of, salt_of
 from kvshare_connectors.lmcache.settings import KVShareL2AdapterConfig
@@ -47,17 +47,17 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         self._sizes = Sizes()
         self._locks = Counter[Any]()
         self._locking = threading.Lock()
-        self._mishaps = Mishaps()
-        self._desk, self._turn = Shelf(config.store), threading.Lock()
-        self._at_desk(lambda desk: self._sizes.learn_held(desk.held()))
-        self._stores = Lane[Any]("store", config.store, self._mishaps)
-        self._lookups = Lane[Any]("lookup", config.store, self._mishaps)
-        self._loads = Lane[Any]("load", config.store, self._mishaps)
+        self._failures = Failures()
+        self._shelf, self._turn = Shelf(config.store), threading.Lock()
+        self._with_shelf(lambda shelf: self._sizes.learn_held(shelf.held()))
+        self._stores = Lane[Any]("store", config.store, self._failures)
+        self._lookups = Lane[Any]("lookup", config.store, self._failures)
+        self._loads = Lane[Any]("load", config.store, self._failures)
 
-    def _at_desk(self, work: Callable[[Shelf], T]) -> T:
-        """Do what LMCache waits for, in its own thread."""
+    def _with_shelf(self, work: Callable[[Shelf], T]) -> T:
+        """Do in LMCache's own thread what LMCache waits for."""
         with self._turn:
-            return work(self._desk)
+            return work(self._shelf)
 
     # --- events ----------------------------------------------------------------------------------
 
@@ -116,8 +116,9 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         *_: Any,
         **__: Any,
     ) -> int:
-        """Which objects are here. A lock keeps this adapter from deleting one, and makes the store
-        evict it last; it is no promise that the store still has it when it is loaded."""
+        """Which objects are here. A lock keeps this adapter from deleting an object, and makes the
+        store evict it last. It does not promise that the store still has the object when it is
+        loaded."""
         layouts = group_layout_descs if isinstance(group_layout_descs, Mapping) else None
         none = _LMCACHE.bitmap(len(keys))
         return self._lookups.submit(lambda shelf: self._lookup(shelf, keys, layouts), none)
@@ -177,21 +178,21 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
                 if place is not None and shelf.take(place, data):
                     loaded.append(at)
         except KVShareError as error:  # what was loaded before it counts
-            self._mishaps.failed(error, "a load")
+            self._failures.failed(error, "a load")
         self._notify("accessed", [(keys[at], 0) for at in loaded])
         return _bitmap(len(keys), loaded)
 
     # --- what LMCache's eviction and its operators ask -------------------------------------------
 
     def delete(self, keys: Sequence[Any], *_: Any, **__: Any) -> None:
-        """Remove objects, but those that are locked."""
+        """Remove objects, except locked ones."""
         with self._locking:
             free = [key for key in keys if not self._locks[key]]
         places = self._places(free)
         try:
-            gone = self._at_desk(lambda desk: desk.forget([place.node for _, place in places]))
+            gone = self._with_shelf(lambda shelf: shelf.forget([place.node for _, place in places]))
         except KVShareError as error:
-            self._mishaps.failed(error, "a delete")
+            self._failures.failed(error, "a delete")
             return
         deleted = [(free[at], place.nbytes) for at, place in places if place.node in gone]
         self._notify("deleted", deleted)
@@ -206,8 +207,8 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         """The keys of all objects in the home, whoever stored them."""
         if _LMCACHE.key_page is None:
             raise NotImplementedError("this LMCache has no pages of keys")
-        found, following = self._at_desk(
-            lambda desk: next_keys(desk, self._tenants, model_name or "", page_size, cursor or "")
+        found, following = self._with_shelf(
+            lambda shelf: next_keys(shelf, self._tenants, model_name or "", page_size, cursor or "")
         )
         keys = [(_LMCACHE.key(**accepted(_LMCACHE.key, **k._asdict())), n) for k, n in found]
         return _LMCACHE.key_page(keys, following)
@@ -217,7 +218,7 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         if _LMCACHE.usage is None:
             return super().get_usage()
         by_salt = Counter[str]()
-        for one in self._at_desk(lambda desk: desk.held()):
+        for one in self._with_shelf(lambda shelf: shelf.held()):
             by_salt[salt_of(one.namespace, self._tenants)] += one.nbytes
         return _LMCACHE.usage(
             total_bytes_used=by_salt.total(),
@@ -226,22 +227,22 @@ class KVShareL2Adapter(_AdapterBase):  # type: ignore[misc,no-any-unimported]
         )
 
     def report_status(self) -> dict[str, Any]:
-        """Whether tasks are worked off, and what has failed."""
+        """Whether tasks are processed, and what has failed."""
         lanes = (self._stores, self._lookups, self._loads)
         return {
-            "is_healthy": all(lane.alive for lane in lanes) and not self._mishaps.last,
+            "is_healthy": all(lane.alive for lane in lanes) and not self._failures.last,
             "type": type(self).__name__,
             "home": str(self._config.store.home_path),
-            "failures": self._mishaps.counts(),
-            "last_failure": self._mishaps.last,
+            "failures": self._failures.counts(),
+            "last_failure": self._failures.last,
         }
 
     def close(self) -> None:
-        """Finish what is being done. Everything that was stored stays."""
+        """Finish the tasks in progress. Everything that was stored stays."""
         for lane in (self._stores, self._lookups, self._loads):
             lane.close()
         with self._turn:
-            self._desk.close()
+            self._shelf.close()
 
     def _notify(self, what: str, objects: Sequence[tuple[Any, int]]) -> None:
         """Tell LMCache's listeners; `what`: stored, accessed or deleted."""

@@ -1,4 +1,5 @@
-"""What is taken of LMCache, looked up by name: its interfaces move between releases.
+"""What the adapter needs of LMCache, looked up by name because its interfaces move between
+releases.
 
 `UnsupportedError` says which name or method is missing, and what to install.
 """
@@ -48,8 +49,8 @@ def lmcache_interface() -> Interface:
 
 
 def check_complete(adapter: type, interface: Interface) -> None:
-    """`UnsupportedError` if LMCache asks for methods that the adapter does not have, or does not
-    call the ones it has as a release that was tested does."""
+    """`UnsupportedError` if LMCache asks for methods that the adapter does not have, or calls those
+    that it has in another way than the tested releases."""
     missing = sorted(getattr(adapter, "__abstractmethods__", ()))
     if missing:
         raise UnsupportedError(_advice(f"it asks L2 adapters for {', '.join(missing)}"))
@@ -68,11 +69,11 @@ _ARGUMENTS = {
     "query_load_result": ["task_id"],
     "delete": ["keys"],
 }
-"""What each method is called with first; later releases may add more behind."""
+"""The first parameters of each method; later releases may append more."""
 
 
 def accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
-    """Those of the keyword arguments that a function of LMCache's takes."""
+    """Those of the keyword arguments that a function of LMCache accepts."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in offered.items() if name in parameters}
 

@@ -1,4 +1,4 @@
-"""A thread that works off tasks and says by an event descriptor when one is done."""
+"""A thread that processes tasks and signals each finished one on an event descriptor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 _INTERNAL = "internal"
 
 
-class Mishaps:
+class Failures:
     """Failures by kind: all are counted, the first of each kind is logged. Thread-safe."""
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class Mishaps:
 class Lane(Generic[R]):
     """Tasks of one kind, one after another. `fd` is readable when a task has been done."""
 
-    def __init__(self, name: str, config: StoreConfig, mishaps: Mishaps) -> None:
+    def __init__(self, name: str, config: StoreConfig, failures: Failures) -> None:
         self._name = name
         self._config = config
-        self._mishaps = mishaps
+        self._failures = failures
         self._tasks: queue.SimpleQueue[tuple[int, Callable[[Shelf], R], R] | None]
         self._tasks = queue.SimpleQueue()
         self._done: dict[int, R] = {}
@@ -68,7 +68,7 @@ class Lane(Generic[R]):
 
     @property
     def alive(self) -> bool:
-        """Whether tasks are worked off."""
+        """Whether tasks are processed."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Shelf], R], failed: R) -> int:
@@ -108,7 +108,7 @@ class Lane(Generic[R]):
         try:
             result = work(shelf)
         except Exception as error:  # noqa: BLE001 - LMCache waits for every task to be answered
-            self._mishaps.failed(error, f"a {self._name}")
+            self._failures.failed(error, f"a {self._name}")
             return failed
-        self._mishaps.last = ""
+        self._failures.last = ""
         return result

@@ -12,10 +12,10 @@ Page = tuple[list[tuple[Parts, int]], str | None]
 
 
 def next_keys(shelf: Shelf, tenants: Tenants, model: str, size: int, cursor: str) -> Page:
-    """At most `size` keys behind `cursor` (empty: from the start), of one model or of all (empty).
+    """At most `size` keys after `cursor` (empty: from the start), of one model or of all (empty).
 
-    A cursor is the place of the last key: its namespace and its node. `ValueError` if it is none,
-    or if `size` is not positive.
+    A cursor is the place of the last key: its namespace and its node. `ValueError` if it is
+    malformed, or if `size` is not positive.
     """
     if size <= 0:
         raise ValueError(f"a page has at least one key, not {size}")

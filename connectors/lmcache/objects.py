@@ -1,7 +1,7 @@
-"""What an object of LMCache's is in the store: a node of 64 rows, whose tokens are its key.
+"""How an object of LMCache's is stored: as a node of 64 rows whose tokens spell its key.
 
-The store looks for nothing in the bytes. A node's id follows from key and size, so whoever has the
-key finds the object without asking anybody for a directory.
+The store does not look into the bytes. A node's id follows from key and size, so whoever has the
+key finds the object without a directory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from kvshare_store.nodes.node import node_id
 from kvshare_store.tensors.layout import KVLayout
 
 ROWS = 64
-"""Of every object, whatever its size: a row is a 64th of it."""
+"""Rows of every object, whatever its size: one row is a 64th of it."""
 MODEL = "lmcache:"
-"""How the model of every namespace with such objects begins, so no engine shares it."""
+"""A prefix of the model's name in every namespace of such objects, so that no engine shares it."""
 _ELEMENT = 4
 """Bytes of K and V of the smallest row: one element of two bytes each."""
 _HASH_BYTES = ROWS - 1

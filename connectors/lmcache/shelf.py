@@ -1,6 +1,6 @@
-"""Objects in and out of a home: what the adapter's threads do. Knows no LMCache.
+"""Stores and loads objects in a home, for the adapter's threads. It does not know LMCache.
 
-A daemon that is gone is started again, once a call. Errors are the caller's.
+A daemon that is gone is started again, once in each call. Errors are left to the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from kvshare_store.save.staging import Reuse
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
-"""What one object may take to come from the slowest tier, and one message to be answered."""
+"""The longest time for one object to come from the slowest tier, and for one message to be
+answered."""
 _FLUSH_S = 600.0
 _ASKED_AT_ONCE = 10_000
 """Ids in one message."""
@@ -86,7 +87,7 @@ class Shelf:
     # --- what is here ----------------------------------------------------------------------------
 
     def has(self, nodes: Sequence[str]) -> list[bool]:
-        """Which nodes are here; those that are will be among the last to be evicted."""
+        """Which nodes are here; these will be among the last to be evicted."""
         found: list[bool] = []
         for at in range(0, len(nodes), _ASKED_AT_ONCE):
             message = protocol.HasNodes(tuple(nodes[at : at + _ASKED_AT_ONCE]))
@@ -177,7 +178,7 @@ def _take(client: Client, place: Place, target: memoryview) -> bool:
 
 
 def _copy(client: Client, plan: ReusePlan, target: memoryview) -> None:
-    """The blocks of an object one after another, as they were put."""
+    """The blocks of an object in the order in which they were stored."""
     at = 0
     for span in plan.spans:
         ref = plan.blocks[span.block]

@@ -1,4 +1,4 @@
-"""Which sizes the objects of a model have: a key does not say, and the store asks for it."""
+"""Which sizes the objects of a model have. A key does not say, but the store needs the size."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.settings import PREFIX
 
+from kvshare_store.logs import with_fields
 from kvshare_store.plan import reused_of
 
 log = logging.getLogger("kvshare")
@@ -47,8 +48,10 @@ def answer_of(state: RequestState) -> dict[str, Any]:
 
 def log_line(state: RequestState, answer: dict[str, Any]) -> None:
     """One line about a request that has ended (`log_requests`)."""
-    said = " ".join(f"{name.removeprefix(PREFIX)}={value}" for name, value in answer.items())
-    log.info("kvshare: request %s: %s", state.id, said)
+    said = {name.removeprefix(PREFIX): value for name, value in answer.items()}
+    line = " ".join(f"{name}={value}" for name, value in said.items())
+    extra = with_fields(event="request", request=state.id, **said)
+    log.info("kvshare: request %s: %s", state.id, line, extra=extra)
 
 
 def show_log_lines() -> None:

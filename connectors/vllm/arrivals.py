@@ -41,8 +41,8 @@ class Arrivals:
             declined = declined or UNPROVEN
         if not protocol.lookup_fits(namespace, request.num_prompt_tokens):
             declined = declined or "too_long"
-        settled = bool(declined)
-        state = RequestState(request, namespace, wish, policy, declined, settled=settled)
+        looked_up = bool(declined)
+        state = RequestState(request, namespace, wish, policy, declined, looked_up=looked_up)
         self._warnings.consider(state)
         return state
 

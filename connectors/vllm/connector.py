@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import Counted, Tally, loads
 from kvshare_connectors.vllm.settings import settings_of, sourced_settings
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -18,13 +20,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.logs import log_as_json
 
 if TYPE_CHECKING:
     import torch
+    from kvshare_connectors.vllm.events import Announcer
     from kvshare_connectors.vllm.idle import IdleWorker
     from kvshare_connectors.vllm.planning import Planning
     from kvshare_connectors.vllm.worker import Worker
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -44,7 +50,7 @@ _open: WeakSet[KVShareConnector] = WeakSet()
 """The connectors of this process: one for each engine and role."""
 
 
-class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
+class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
     """Loads reused KV before the forward and saves fresh KV after it.
 
     For a model that KVShare does not serve the connector stays idle and logs one line: every
@@ -61,8 +67,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self._vllm = vllm_config
         self._kv_cache = kv_cache_config
         self.config = settings_of(vllm_config)
+        if self.config.log_format == "json":
+            log_as_json()
         self._unserved = self._reason()
         self.planning: Planning | None = None
+        self._tally = Tally()
         self._worker: Worker | IdleWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._open_scheduler_side()
@@ -94,7 +103,20 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         link = open_link(self.config)
         introduce(link, sourced_settings(self._vllm))
         look_for_own_prompts(link, namespace)
-        self.planning = Planning(self.config, namespace, link, size, tenants)
+        announcer = self._announcer(size)
+        self.planning = Planning(self.config, namespace, link, size, tenants, announcer)
+        self._tally = self.planning.tally
+        if self._vllm.observability_config.otlp_traces_endpoint is not None:
+            from kvshare_connectors.vllm.tracing import Trace  # noqa: PLC0415 - an extra of vLLM
+
+            self.planning.trace_of = Trace
+
+    def _announcer(self, block: int) -> Announcer | None:
+        from kvshare_connectors.vllm.events import Announcer  # noqa: PLC0415 - one role only
+
+        events = self._vllm.kv_events_config
+        wanted = events is not None and events.enable_kv_cache_events
+        return Announcer(self.config, block) if wanted else None
 
     # --- worker side ----------------------------------------------------------------------------
 
@@ -216,6 +238,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.planning is None:
+            self._tally.unserved(self._unserved or "")
             return False, {"kvshare.reused": 0, "kvshare.reason": self._unserved}
         return False, self.planning.finished(request, block_ids[0])
 
@@ -223,6 +246,18 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        if self.planning is None or self.planning.announcer is None:
+            return ()
+        return self.planning.announcer.take()
+
+    # --- both: what is counted -----------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._worker is not None:
+            return loads(self._worker.take_load_seconds())
+        return self._tally.take()
 
     def reset_cache(self) -> bool:
         return self.planning is None or self.planning.reset()

@@ -47,5 +47,9 @@ class IdleWorker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def take_load_seconds(self) -> list[float]:
+        """Nothing is loaded."""
+        return []
+
     def close(self) -> None:
         """Nothing is open."""

@@ -99,7 +99,7 @@ class Looking(Recovery):
         metadata_of(output).prefilled = 0  # a short step does not say how fast prefill is
         planning = self._planning()
         state = planning.find(look) if planning is not None else None
-        answered = state is None or state.settled
+        answered = state is None or state.looked_up
         if look.status != RequestStatus.RUNNING and answered:
             self._drop()  # vLLM has no blocks for it
             looks.rest()

@@ -56,6 +56,7 @@ class Looks:
         self._asked: bytes | None = None
         self._asked_at = 0.0
         self._look: Look | None = None
+        self._name = ""
 
     # --- the engine's own requests -----------------------------------------------------------
 
@@ -113,8 +114,9 @@ class Looks:
         if look.namespace not in self._salts:
             self.ended("dropped")
             return None
+        self._name = f"kvshare-look-{secrets.token_hex(8)}"
         return Request(
-            request_id=f"kvshare-look-{secrets.token_hex(8)}",
+            request_id=self._name,
             prompt_token_ids=np.frombuffer(look.tokens, np.int32).tolist(),
             sampling_params=SamplingParams(
                 max_tokens=1,
@@ -163,6 +165,10 @@ class Looks:
         else:
             self._edited = False
             self.rest()
+
+    def made(self, request: Request) -> bool:
+        """Whether this is the request that `next` made last."""
+        return request.request_id == self._name
 
     def ended(self, end: End) -> None:
         """The look has ended: tell the daemon, and ask for the next one."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.requests import RequestState, Reserved
 
 from kvshare_store.config import StoreConfig
@@ -24,9 +25,10 @@ _BUSY_WAIT_S = 0.005
 class Lookups:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, link: Link) -> None:
+    def __init__(self, config: StoreConfig, link: Link, tally: Tally) -> None:
         self._config = config
-        self._link = link
+        self.link = link
+        self._tally = tally
         self._heads: list[RequestState] = []
         self._late: list[RequestState] = []
         """Requests that ended, or whose namespace was replaced, before their plan came."""
@@ -37,14 +39,14 @@ class Lookups:
 
     def ask(self, state: RequestState) -> None:
         """Start the lookup, unless it was started or there is nothing to look up."""
-        if state.settled or state.asked is not None:
+        if state.looked_up or state.asked is not None:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self._link.ask(tokens, state.namespace, policy, state.id)
+        state.asked = self.link.ask(tokens, state.namespace, policy, state.id)
         state.asked_at = time.monotonic()
         if state.asked is None:
-            state.settled, state.reason = True, "unavailable"
+            state.looked_up, state.reason = True, "unavailable"
 
     def ask_early(self, state: RequestState) -> None:
         """As `ask`, for a request that no step waits for yet."""
@@ -53,12 +55,17 @@ class Lookups:
 
     def collect(self, state: RequestState, seconds: float) -> None:
         """Wait up to `seconds` for the plan. Past its deadline the request is a miss."""
-        if state.settled or state.asked is None:
+        if state.looked_up or state.asked is None:
             return
+        wanted_at = state.wanted_at = state.wanted_at or time.monotonic()
         left = self._left(state)
         if not self._take(state, state.asked, min(seconds, left)) and left <= seconds:
-            self._link.give_up(state.asked)
-            state.settled, state.reason = True, "deadline"
+            self.link.give_up(state.asked)
+            state.looked_up, state.reason = True, "deadline"
+        if state.looked_up:
+            self._tally.looked_up(time.monotonic() - wanted_at)
+            if state.trace is not None:
+                state.trace.part("lookup", state.asked_at, reason=state.reason)
 
     def _left(self, state: RequestState) -> float:
         """Seconds until the lookup's deadline."""
@@ -67,10 +74,10 @@ class Lookups:
     def _take(self, state: RequestState, asked: bytes, seconds: float) -> bool:
         """Take the plan if it comes within `seconds`; returns whether it did."""
         try:
-            plan = self._link.answer(asked, max(0.0, seconds))
+            plan = self.link.answer(asked, max(0.0, seconds))
         except DeadlineError:
             return False
-        state.settled = True
+        state.looked_up = True
         state.planned_at = time.monotonic()
         state.stored = plan
         state.reason = "unavailable" if plan is None else plan.declined
@@ -113,7 +120,7 @@ class Lookups:
 
     def _too_late(self, state: RequestState) -> bool:
         """Whether the deadline of its lookup has passed without a plan."""
-        if state.settled or state.asked is None or self._left(state) > 0:
+        if state.looked_up or state.asked is None or self._left(state) > 0:
             return False
         return not self._take(state, state.asked, 0.0)
 
@@ -124,13 +131,13 @@ class Lookups:
         if state.plan is not None:
             computed = state.length - state.local
             outcome = Outcome(failed=reason, recomputed=computed, cached=state.local)
-            self._link.tell(protocol.Finish(state.plan.lease, outcome))
+            self.link.tell(protocol.Finish(state.plan.lease, outcome))
             state.plan, state.reason, state.cached_counted = None, reason, True
 
     def count_cached(self, state: RequestState) -> None:
         """Tell the daemon what vLLM's own cache had of a request that was counted as a miss."""
         if state.local and not state.cached_counted:
-            self._link.tell(protocol.EngineCached(state.local))
+            self.link.tell(protocol.EngineCached(state.local))
             state.cached_counted = True
 
     def ended(self, state: RequestState) -> None:
@@ -145,7 +152,7 @@ class Lookups:
 
     def _let_go(self, state: RequestState, reason: str, seconds: float) -> None:
         self.collect(state, seconds)
-        if not state.settled and state.asked is not None:
+        if not state.looked_up and state.asked is not None:
             self._late.append(state)
         elif not state.loaded:
             self.give_up(state, reason)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, Run, Span
+from kvshare_store.plan import ReusePlan, Run
 from kvshare_store.save.staging import Reuse
 
 
@@ -16,21 +16,19 @@ class LoadSpec:
     """Rows to write into a request's paged blocks before this step's forward."""
 
     request_id: str
-    lease: str
-    arena: str
-    spans: list[Span]
-    """Clipped to what vLLM's own prefix cache left; ascending."""
-    blocks: tuple[BlockRef, ...]
+    plan: ReusePlan
+    """Its spans are what vLLM's own prefix cache left of them."""
     block_ids: list[int]
     """The request's paged blocks."""
     start: int
     """First position that is loaded or computed; the blocks from here on are the request's own."""
-    exact: int
-    """Reused positions that belong to the exact prefix."""
-    continued: int
-    """Reused positions that continue an edited prompt."""
-    recomputed: int
-    """Positions of the prompt, from `start` on, that the engine computes."""
+    trace: dict[str, str] | None = None
+    """Context of the request's span, where vLLM sends any."""
+
+    @property
+    def recomputed(self) -> int:
+        """Positions of the prompt, from `start` on, that the engine computes."""
+        return self.plan.tokens - self.start - self.plan.reused
 
     def own_blocks(self, block_size: int) -> list[int]:
         """The request's own blocks: those before come from vLLM's prefix cache."""
@@ -51,6 +49,8 @@ class SaveSpec:
     block_ids: list[int]
     extends: int = 0
     """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
+    trace: dict[str, str] | None = None
+    """As in `LoadSpec`."""
 
 
 @dataclass

@@ -40,11 +40,11 @@ class PagedCache:
         spare_bytes: int = _SPARE_BYTES,
         ring: SnapshotRing | None = None,
     ) -> None:
-        self._layers = list(layers)
+        self.layers = list(layers)
         self._format = form
-        cache = self._layers[0].kv_cache
+        cache = self.layers[0].kv_cache
         blocks, heads, self._kernel_block_size, width = cache.shape
-        self.layout = KVLayout(len(self._layers), heads, width // 2, NAMES[cache.dtype])
+        self.layout = KVLayout(len(self.layers), heads, width // 2, NAMES[cache.dtype])
         self.device = cache.device
         self.slots = blocks * self._kernel_block_size
         self.block_size = block_size or self._kernel_block_size
@@ -53,11 +53,11 @@ class PagedCache:
                 f"blocks of {self.block_size} tokens are not made of whole kernel blocks of"
                 f" {self._kernel_block_size}"
             )
-        self._joined = join([layer.kv_cache for layer in self._layers])
+        self._joined = join([layer.kv_cache for layer in self.layers])
         if ring is None and self.device.type != "cpu":
             ring = SnapshotRing(self.device)
         self._ring = ring
-        self._spare = SpareBuffers(spare_bytes, pinned=self.device.type != "cpu")
+        self.spare = SpareBuffers(spare_bytes, pinned=self.device.type != "cpu")
 
     @classmethod
     def from_context(
@@ -126,7 +126,7 @@ class PagedCache:
             self._write_joined(self._joined, rows, slots)
             return
         rows, slots = rows.to(self.device), slots.to(self.device)
-        for layer, (keys, values) in zip(self._layers, rows, strict=True):
+        for layer, (keys, values) in zip(self.layers, rows, strict=True):
             layer.impl.do_kv_cache_update(
                 layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
             )
@@ -138,11 +138,11 @@ class PagedCache:
         token at i is K of the "token" at i + T. The slots of the V part are -1, which skips them.
         """
         tokens = len(slots)
-        every = torch.full((len(self._layers), 2, tokens), -1)
+        every = torch.full((len(self.layers), 2, tokens), -1)
         first_slots = joined.first_blocks[:, None] * self._kernel_block_size
         every[:, 0] = torch.where(slots < 0, -1, first_slots + slots)
         flat = rows.flatten(0, 2)
-        layer = self._layers[0]
+        layer = self.layers[0]
         layer.impl.do_kv_cache_update(
             layer, flat[:-tokens], flat[tokens:], joined.cache, every.flatten()[:-tokens]
         )
@@ -159,17 +159,17 @@ class PagedCache:
             check_range("block id", ids, 0, self.slots // self.block_size)
         split = self.block_size // self._kernel_block_size
         ids = (ids[:, None] * split + torch.arange(split)).flatten()
-        cache = self._layers[0].kv_cache
-        shape = (len(self._layers), len(ids), *cache.shape[1:])
-        nbytes = cache[0].numel() * cache.itemsize * len(self._layers) * len(ids)
-        buffer = self._spare.take(nbytes)
+        cache = self.layers[0].kv_cache
+        shape = (len(self.layers), len(ids), *cache.shape[1:])
+        nbytes = cache[0].numel() * cache.itemsize * len(self.layers) * len(ids)
+        buffer = self.spare.take(nbytes)
         copies = buffer[:nbytes].view(cache.dtype).view(shape)
         try:
             copied = self._copy_to_host(ids, copies)
         except Exception:
-            self._spare.give_back(buffer)
+            self.spare.give_back(buffer)
             raise
-        return RawBlocks(copies, self._format, self.layout, buffer, self._spare, copied)
+        return RawBlocks(copies, self._format, self.layout, buffer, self.spare, copied)
 
     def _copy_to_host(self, ids: Tensor, copies: Tensor) -> Copied | None:
         if not len(ids):
@@ -186,13 +186,13 @@ class PagedCache:
         if self._joined is not None:
             self._joined.copy_blocks(ids, copies)
             return
-        for layer, copy in zip(self._layers, copies, strict=True):
+        for layer, copy in zip(self.layers, copies, strict=True):
             torch.index_select(layer.kv_cache, 0, ids, out=copy)
 
     def read(self, slots: Tensor) -> Tensor:
         """Canonical rows `[L, 2, T, H, D]` of the tokens in `slots` (int64 `[T]`), copied."""
         if not len(slots):
-            return torch.empty(self.layout.shape(0), dtype=self._layers[0].kv_cache.dtype)
+            return torch.empty(self.layout.shape(0), dtype=self.layers[0].kv_cache.dtype)
         check_range("slot", slots, 0, self.slots)
         used, index = torch.unique(slots // self.block_size, return_inverse=True)
         with self.snapshot(used.tolist()) as raw:

@@ -20,6 +20,7 @@ from kvshare_connectors.vllm.idle import Unserved
 from kvshare_connectors.vllm.looks import Looks
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.orders import Orders
 from kvshare_connectors.vllm.promises import promise_of
 from kvshare_connectors.vllm.publishing import Publishing
@@ -34,6 +35,8 @@ from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.events import Announcer
+    from kvshare_connectors.vllm.tracing import Trace
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -50,24 +53,30 @@ class Planning:
         link: Link,
         block: int,
         tenants: Tenants | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block."""
+        """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block.
+        `announcer`: where vLLM publishes KV events."""
         self.config = config
         adapters = Adapters()
-        self._states: dict[str, RequestState] = {}
+        self.states: dict[str, RequestState] = {}
         self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
-        self.lookups = Lookups(config, link)
-        self.publishing = Publishing(self._states, block)
-        self.orders = Orders(config, adapters, block)
+        self.tally = Tally()
+        self.lookups = Lookups(config, link, self.tally)
+        self.publishing = Publishing(self.states, block)
+        self.announcer = announcer
+        self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
         self.looks = Looks(config, link) if config.second_look != "off" else None
-        self._namespace = self._origin = namespace
-        self._link = link
+        self.namespace = self._origin = namespace
+        self.link = link
         self._block = block
         self._unserved = ""
         """Why the worker loads and stores nothing; empty if it does."""
         self.places_runs = False
         """Whether the scheduler computes placeholder runs; without it only prefixes are reused."""
+        self.trace_of: Callable[[Request], Trace] | None = None
+        """Begins the trace of a request."""
         self.may_start: Callable[[Request], bool] = lambda request: True
         """Asked before rows are promised: whether the scheduler has room for the request."""
         if config.log_requests:
@@ -81,30 +90,34 @@ class Planning:
 
     def close(self) -> None:
         """Disconnect from the daemon, which stays."""
-        self._link.close()
+        if self.announcer is not None:
+            self.announcer.close()
+        self.link.close()
 
     # --- requests come and go ----------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
         """A new request: start its lookup while it waits, unless enough others hold plans."""
         state = self.state_of(request)
-        holding = (other for other in self._states.values() if other.holds_plan)
+        holding = (other for other in self.states.values() if other.holds_plan)
         if len(list(itertools.islice(holding, LOOK_AHEAD))) < LOOK_AHEAD:
             self.lookups.ask_early(state)
 
     def find(self, request: Request) -> RequestState | None:
         """The state of a request, if KVShare has heard of it."""
-        return self._states.get(request.request_id)
+        return self.states.get(request.request_id)
 
     def state_of(self, request: Request) -> RequestState:
         """The state of a request, created when it is first seen."""
         state = self.find(request)
         if state is None:
-            state = self._arrivals.state_of(request, self._namespace, self._unserved)
-            self._states[state.id] = state
-            self._link.working(True)
+            state = self._arrivals.state_of(request, self.namespace, self._unserved)
+            self.states[state.id] = state
+            if self.trace_of is not None and not self._looks_at(request):
+                state.trace = self.trace_of(request)
+            self.link.working(True)
             if state.declined:
-                self._link.tell(protocol.Decline(state.declined, state.length))
+                self.link.tell(protocol.Decline(state.declined, state.length))
         return state
 
     def look_ahead(self, requests: Iterable[Request], *, busy: bool) -> list[RequestState]:
@@ -117,17 +130,26 @@ class Planning:
         Returns the report on reuse for its answer.
         """
         self.orders.ended(block_ids)
-        state = self._states.pop(request.request_id, None)
+        state = self.states.pop(request.request_id, None)
         if state is None:
             return None
-        self._link.working(bool(self._states))
+        self.link.working(bool(self.states))
         self.lookups.ended(state)
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
-        if self.config.log_requests:
-            log_line(state, answer)
+        computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
+        if not self._looks_at(request):
+            self.tally.ended(answer, computed=computed)
+            if self.config.log_requests:
+                log_line(state, answer)
+        if state.trace is not None:
+            state.trace.end(answer)
         return answer
+
+    def _looks_at(self, request: Request) -> bool:
+        """Whether it is nobody's request but a second look."""
+        return self.looks is not None and self.looks.made(request)
 
     def _stop_waiting(self, state: RequestState) -> None:
         """No more runs of a parked request are computed: let vLLM go on with it."""
@@ -153,7 +175,7 @@ class Planning:
             self.lookups.look_ahead([state], busy=True)  # vLLM's own scheduler does not
         self.lookups.ask(state)
         self.lookups.collect(state, self.lookups.patience())
-        if not state.settled:
+        if not state.looked_up:
             return None, False
         least = self.config.min_saving_ms
         promise = promise_of(state, local, places_runs=self.places_runs, min_saving_ms=least)
@@ -178,6 +200,8 @@ class Planning:
         state.block_ids = blocks.get_block_ids()
         state.parked = bool(state.runs) and state.promise.parks
         state.count_reuse()
+        if state.trace is not None:
+            state.trace.loading(state)
         self.orders.load(state, state.plan)
         if self.places_runs:
             self.runs.add(state)
@@ -186,8 +210,11 @@ class Planning:
 
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
-        step = self.orders.build(output, self._states)
-        step.model = self._namespace.model_digest
+        for state in self.states.values() if self.trace_of is not None else ():
+            if state.trace is not None:
+                state.trace.look()
+        step = self.orders.build(output, self.states)
+        step.model = self.namespace.model_digest
         return step
 
     # --- rows that are lost ------------------------------------------------------------------
@@ -203,7 +230,7 @@ class Planning:
         if not invalid:
             return
         wrong = self.orders.failed(invalid)
-        for state in self._states.values():
+        for state in self.states.values():
             own = state.block_ids[0][state.local // self._block :] if state.loaded else ()
             if not invalid.isdisjoint(own):
                 state.start_over("load_failed")
@@ -229,14 +256,16 @@ class Planning:
         requests go on and are not stored. Returns False if a request waits for a load.
         """
         revision = f"{self._origin.revision}@{secrets.token_hex(8)}"
-        self._namespace = msgspec.structs.replace(self._origin, revision=revision)
+        self.namespace = msgspec.structs.replace(self._origin, revision=revision)
         self.orders.forget_answers()
-        for state in self._states.values():
+        if self.announcer is not None:
+            self.announcer.forget()
+        for state in self.states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")
             before = state.namespace
-            state.namespace = self._namespace.for_tenant(before.tenant, before.lora)
+            state.namespace = self.namespace.for_tenant(before.tenant, before.lora)
             state.saved = state.saved or state.request.num_computed_tokens > 0
             state.kept = None
         waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
-        return not any(s.loaded and s.request.status == waiting for s in self._states.values())
+        return not any(s.loaded and s.request.status == waiting for s in self.states.values())

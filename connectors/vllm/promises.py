@@ -21,12 +21,12 @@ def promise_of(
     spans = clip_spans(state.plan.spans, local, state.length - 1)
     if not places_runs:
         spans = [span for span in spans if span.exact]
-    if not _saves_enough(state.plan, spans, min_saving_ms):
+    if not saves_enough(state.plan, spans, min_saving_ms):
         return Promise(local, [], "engine_prefix" if places_runs else "plain_scheduler")
     return Promise(local, spans, parks=not places_runs or _parks(state, local, spans))
 
 
-def _saves_enough(plan: ReusePlan, spans: Sequence[Span], min_saving_ms: float) -> bool:
+def saves_enough(plan: ReusePlan, spans: Sequence[Span], min_saving_ms: float) -> bool:
     """Whether what vLLM's own cache leaves of the plan is worth loading."""
     reused = sum(span.length for span in spans)
     return plan.saving_ms * reused >= min_saving_ms * plan.reused and reused > 0

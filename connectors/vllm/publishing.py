@@ -28,7 +28,7 @@ class Publishing:
 
     def __init__(self, states: Mapping[str, RequestState], block: int) -> None:
         """`states`: all requests, by id. `block`: tokens of a paged block."""
-        self._states = states
+        self.states = states
         self._block = block
         self._secret = secrets.token_bytes(32)
         self._manager: KVCacheManager | None = None
@@ -76,7 +76,7 @@ class Publishing:
 
     def _plans_to_reuse(self, request: Request) -> RequestState | None:
         """The state of a request with a plan that is neither loaded nor given up."""
-        state = self._states.get(request.request_id)
+        state = self.states.get(request.request_id)
         waits = state is not None and state.plan is not None and not state.loaded
         # without a hasher vLLM caches no prefixes
         return state if waits and request._block_hasher is not None else None

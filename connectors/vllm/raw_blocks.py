@@ -37,7 +37,7 @@ class RawBlocks:
         self._copies: Tensor | None = copies
         self._format = form
         self._layout = layout
-        self._buffer = buffer
+        self.buffer = buffer
         self._spare = spare
         self._copied = copied
         self._released = threading.Lock()
@@ -75,7 +75,7 @@ class RawBlocks:
         """Give the memory back; only the first call counts. `rows` must not be running."""
         if self._released.acquire(blocking=False):
             self._copies = None
-            self._spare.give_back(self._buffer)
+            self._spare.give_back(self.buffer)
 
     def __enter__(self) -> Self:
         return self
@@ -110,10 +110,15 @@ class SpareBuffers:
         with torch.inference_mode(False):  # it is written again outside of that mode
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(map(len, self._spare))
+
     def give_back(self, buffer: Tensor) -> None:
         """Keep `buffer` if the limit allows it."""
         with self._lock:
-            if len(buffer) + sum(map(len, self._spare)) <= self._limit:
+            if len(buffer) + self.nbytes <= self._limit:
                 self._spare.append(buffer)
                 self._spare.sort(key=len)
 

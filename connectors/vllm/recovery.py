@@ -54,7 +54,10 @@ class Recovery(Scheduler):
         planning = self._planning()
         if planning is not None and reset_running_requests:
             self._release_waiting(planning)
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if done and planning is not None and planning.announcer is not None:
+            planning.announcer.forget()  # vLLM tells routers to forget every block of this engine
+        return done
 
     def reset_connector_cache(self) -> bool:
         planning = self._planning()

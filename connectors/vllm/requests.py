@@ -15,6 +15,7 @@ from kvshare_store.plan import ReusePlan, Run, Span, clip_spans
 from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
+    from kvshare_connectors.vllm.tracing import Trace
     from vllm.v1.request import Request
 
 POLICY = "kvshare.policy"
@@ -90,9 +91,11 @@ class RequestState:
     asked: bytes | None = None
     """Id of the lookup, once it has started."""
     asked_at: float = 0.0
+    wanted_at: float = 0.0
+    """When a step first waited for it."""
     early: bool = False
     """The lookup started when the request arrived, and no step has waited for it yet."""
-    settled: bool = False
+    looked_up: bool = False
     """The lookup has ended, with a plan or without."""
     plan: ReusePlan | None = None
     """What may be loaded."""
@@ -123,6 +126,8 @@ class RequestState:
     """What its answer is stored behind; None while it must not be stored."""
     restarts: int = 0
     """How often it was preempted because rows that it held did not load."""
+    trace: Trace | None = None
+    """Its spans, where vLLM sends any."""
 
     @property
     def id(self) -> str:
@@ -135,9 +140,14 @@ class RequestState:
         return int(self.request.num_prompt_tokens)
 
     @property
+    def carrier(self) -> dict[str, str] | None:
+        """The context of its span, for the worker."""
+        return None if self.trace is None else self.trace.carrier
+
+    @property
     def holds_plan(self) -> bool:
         """Its lookup runs, or its plan pins blocks in memory."""
-        asking = self.asked is not None and not self.settled
+        asking = self.asked is not None and not self.looked_up
         return asking or (self.plan is not None and not self.loaded)
 
     def count_reuse(self) -> None:
@@ -168,8 +178,8 @@ class RequestState:
 
     def ask_again(self) -> None:
         """Forget the lookup, so that the next step starts a new one."""
-        self.asked, self.settled, self.stored, self.reason = None, bool(self.declined), None, ""
-        self.cached_counted = False
+        self.asked, self.looked_up, self.stored, self.reason = None, bool(self.declined), None, ""
+        self.cached_counted, self.wanted_at = False, 0.0
 
     @property
     def planned(self) -> Reuse:

@@ -25,21 +25,21 @@ class Resident:
     """Filled after the forward, so that no token waits for it. Without a budget it is off."""
 
     def __init__(self, budget: int, device: torch.device | str, layout: KVLayout) -> None:
-        self._tier = DeviceTier(budget, device) if budget else None
+        self.tier = DeviceTier(budget, device) if budget else None
         self._layout = layout
         self._uses: OrderedDict[str, int] = OrderedDict()
         self._wanted: dict[str, tuple[ArenaView, BlockRef]] = {}
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
         """The block's rows on the device, at least as exact as the arena's; None if absent."""
-        return self._tier.rows(ref.name) if self._tier is not None and self._serves(ref) else None
+        return self.tier.rows(ref.name) if self.tier is not None and self._serves(ref) else None
 
     def _serves(self, ref: BlockRef) -> bool:
-        return self._tier is not None and self._tier.serves(ref.name, lossy=ref.lossy)
+        return self.tier is not None and self.tier.serves(ref.name, lossy=ref.lossy)
 
     def used(self, arena: ArenaView, blocks: Sequence[BlockRef]) -> None:
         """A request has loaded rows of these blocks."""
-        if self._tier is None:
+        if self.tier is None:
             return
         for ref in blocks:
             uses = self._uses[ref.name] = self._uses.pop(ref.name, 0) + 1
@@ -59,7 +59,7 @@ class Resident:
             self._copy(arena, ref)
 
     def _copy(self, arena: ArenaView, ref: BlockRef) -> None:
-        if self._tier is None or ref.nbytes > self._tier.use().budget:
+        if self.tier is None or ref.nbytes > self.tier.use().budget:
             return
         try:
             arena.check(ref)
@@ -68,4 +68,4 @@ class Resident:
         except LeaseError:
             return
         # the namespace is not needed: a plan names blocks of its own namespace only
-        self._tier.keep(ref.name, Block("", self._layout, rows, ref.lossy))
+        self.tier.keep(ref.name, Block("", self._layout, rows, ref.lossy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from kvshare_connectors.vllm.containment import log_once
 from kvshare_connectors.vllm.metadata import SaveSpec
 from kvshare_connectors.vllm.raw_blocks import RawBlocks
+from kvshare_connectors.vllm.timing import emit_span
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
@@ -49,10 +51,10 @@ class Saver:
     """Sends everything to the daemon in order, from one thread with one client."""
 
     def __init__(self, config: StoreConfig, layout: KVLayout) -> None:
-        self._config = config
+        self.config = config
         self._layout = layout
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
-        self._waiting_bytes = 0
+        self.waiting_bytes = 0
         self._counting = threading.Lock()
         self._thread = Supervised("kvshare-saver", self._run, Health())
 
@@ -70,7 +72,7 @@ class Saver:
 
         Memory must not fill up while the daemon is slow or away.
         """
-        if self._waiting_bytes > self._config.host_bytes // 2:
+        if self.waiting_bytes > self.config.host_bytes // 2:
             raise NoSpaceError("prompts wait to be stored and fill half of host_bytes")
 
     def store(self, snapshot: Snapshot) -> None:
@@ -80,7 +82,7 @@ class Saver:
 
     def _count(self, snapshot: Snapshot, sign: int) -> None:
         with self._counting:
-            self._waiting_bytes += sign * snapshot.nbytes
+            self.waiting_bytes += sign * snapshot.nbytes
 
     def wait(self) -> None:
         """Return once everything queued so far has been told to the daemon."""
@@ -92,7 +94,7 @@ class Saver:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        client = Client(self._config.home_path)
+        client = Client(self.config.home_path)
         while (work := self._queue.get()) is not None:
             try:
                 self._do(client, work)
@@ -125,6 +127,13 @@ class Saver:
                 work.raw.release()
 
     def _save(self, client: Client, snapshot: Snapshot) -> None:
+        began, spec = time.monotonic(), snapshot.spec
+        self._store(client, snapshot)
+        if spec.trace is not None:
+            took = time.monotonic() - began
+            emit_span(spec.trace, "save", took, bytes=snapshot.nbytes, answer=bool(spec.extends))
+
+    def _store(self, client: Client, snapshot: Snapshot) -> None:
         spec = snapshot.spec
         staged = client.stage_bytes(spec.tokens, spec.namespace, spec.reuse, spec.extends)
         if staged.known:

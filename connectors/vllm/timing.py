@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -64,6 +64,14 @@ class CudaStopwatch:
         event: _Event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def emit_span(carrier: dict[str, str], name: str, seconds: float, **attributes: Any) -> None:
+    """See `tracing.emit`; that module needs OpenTelemetry, which is there where vLLM is told where
+    to send traces."""
+    from kvshare_connectors.vllm.tracing import emit  # noqa: PLC0415
+
+    emit(carrier, name, seconds, **attributes)
 
 
 def stopwatch(device: torch.device) -> Stopwatch:

@@ -7,6 +7,7 @@ thread, after the token is out.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.paged_cache import PagedCache
 from kvshare_connectors.vllm.resident import Resident
 from kvshare_connectors.vllm.saver import Saver, Snapshot
-from kvshare_connectors.vllm.timing import Seconds, stopwatch
+from kvshare_connectors.vllm.timing import Seconds, emit_span, stopwatch
 
 from kvshare_store.blocks.tiers.host.arena import Arenas, ArenaView
 from kvshare_store.config import StoreConfig
@@ -24,8 +25,11 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import Outcome, Run
+from kvshare_store.plan import Outcome, Run, reused_of
 from kvshare_store.tensors.rope import Rope
+
+_TIMED = 4096
+"""Durations kept until vLLM asks for them, which it does each step."""
 
 
 class Worker:
@@ -35,17 +39,19 @@ class Worker:
     """Why nothing is loaded or stored; see `idle.py`."""
 
     def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
-        self._cache = cache
-        self._editor = Editor(cache.layout, rope, cache.device)
+        self.cache = cache
+        self.editor = Editor(cache.layout, rope, cache.device)
         self._config = config
-        self._arenas = Arenas()
-        self._resident = Resident(config.device_bytes, cache.device, cache.layout)
+        self.arenas = Arenas()
+        self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout)
         self._failed_blocks: set[int] = set()
         """Not yet reported."""
         self._wrong_blocks: set[int] = set()
         """Blocks whose load failed, until the scheduler has learned of it."""
         self._watch = stopwatch(cache.device)
+        self._load_seconds: deque[float] = deque(maxlen=_TIMED)
+        """Written by the saver's thread, which waits for the device."""
 
     def save_answers(self, step: KVShareMetadata) -> None:
         """Copy the answers of requests that have ended, before anything is written in this step:
@@ -56,38 +62,40 @@ class Worker:
     def step_begins(self, step: KVShareMetadata) -> None:
         """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
         self._wrong_blocks -= step.handled
-        self._watch = stopwatch(self._cache.device)
+        self._watch = stopwatch(self.cache.device)
 
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
         for spec in step.loads:
-            watch = stopwatch(self._cache.device)
+            watch = stopwatch(self.cache.device)
             try:
-                nbytes = self._load(spec)
+                nbytes = self.load_one(spec)
             except Exception as error:  # noqa: BLE001 - the request is computed instead
                 self._load_failed(spec, contained(error))
                 continue
-            self.saver.tell(_loaded(spec, nbytes, watch.stop()))
+            self.saver.tell(self._loaded(spec, nbytes, watch.stop()))
         if step.loads:
-            self._watch = stopwatch(self._cache.device)
+            self._watch = stopwatch(self.cache.device)
 
-    def _load(self, spec: LoadSpec) -> int:
+    def load_one(self, spec: LoadSpec) -> int:
+        """Write the rows of one load into the paged cache; returns their bytes."""
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             raise LeaseError("it shares paged blocks with a request whose load failed")
-        arena = self._arena(spec.arena)
-        used = {span.block for span in spec.spans}
-        for index in used:
-            arena.check(spec.blocks[index])
-        edited = self._editor.edit(
-            spec.spans,
-            spec.blocks,
+        plan = spec.plan
+        arena = self._arena(plan.arena)
+        used = [plan.blocks[index] for index in {span.block for span in plan.spans}]
+        for ref in used:
+            arena.check(ref)
+        edited = self.editor.edit(
+            plan.spans,
+            plan.blocks,
             lambda ref: arena.rows(ref.offset, ref.nbytes),
-            self._resident.rows,
+            self.resident.rows,
         )
-        for index in used:  # unchanged labels: what was copied is what was planned
-            arena.check(spec.blocks[index])
-        self._resident.used(arena, [spec.blocks[index] for index in used])
-        self._cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self._cache))
+        for ref in used:  # unchanged labels: what was copied is what was planned
+            arena.check(ref)
+        self.resident.used(arena, used)
+        self.cache.write(edited.rows, _slots(edited.positions, spec.block_ids, self.cache))
         return edited.rows.numel() * edited.rows.element_size()
 
     def _arena(self, arena_id: str) -> ArenaView:
@@ -95,23 +103,23 @@ class Worker:
 
         A restarted daemon has another one. Waits at most as long as for a plan.
         """
-        if arena_id not in self._arenas:
+        if arena_id not in self.arenas:
             patience = self._config.plan_deadline_ms / 1e3
             with Client(self._config.home_path, timeout=patience) as client:
                 welcome = client.greet()
-                self._arenas.add(welcome.arena, os.dup(client.arena))
-        return self._arenas.at(arena_id)
+                self.arenas.add(welcome.arena, os.dup(client.arena))
+        return self.arenas.at(arena_id)
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
         """Report the request's own blocks as invalid: the engine computes them."""
         log_once(error)
-        own = spec.own_blocks(self._cache.block_size)
+        own = spec.own_blocks(self.cache.block_size)
         self._failed_blocks.update(own)
         self._wrong_blocks.update(own)
-        recomputed = spec.recomputed + sum(span.length for span in spec.spans)
+        recomputed = spec.plan.tokens - spec.start
         failed = f"load_{error.kind}"
         outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
-        self.saver.tell(protocol.Finish(spec.lease, outcome))
+        self.saver.tell(protocol.Finish(spec.plan.lease, outcome))
         self.saver.tell(protocol.Failed(str(error.kind)))
 
     def after_forward(self, step: KVShareMetadata) -> None:
@@ -131,25 +139,26 @@ class Worker:
         if not self._wrong_blocks.isdisjoint(spec.block_ids):
             return
         try:
-            self.saver.store(self._snapshot(spec))
+            self.saver.store(self.snapshot(spec))
         except Exception as error:  # noqa: BLE001 - see above
             self.saver.failed(contained(error))
 
     def _fill_resident(self) -> None:
         try:
-            self._resident.fill()
+            self.resident.fill()
         except Exception as error:  # noqa: BLE001 - the block is read from the arena next time
             self.saver.failed(contained(error))
 
-    def _snapshot(self, spec: SaveSpec) -> Snapshot:
-        size = self._cache.block_size
+    def snapshot(self, spec: SaveSpec) -> Snapshot:
+        """Copy the paged blocks that hold the fresh rows of a prompt."""
+        size = self.cache.block_size
         positions = _positions(spec.fresh)
         needed = torch.unique(positions // size)
         compact = torch.empty(int(needed[-1]) + 1, dtype=torch.int64)
         compact[needed] = torch.arange(len(needed))
-        nbytes = len(needed) * size * self._cache.layout.row_bytes
+        nbytes = len(needed) * size * self.cache.layout.row_bytes
         self.saver.check_room()
-        raw = self._cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
+        raw = self.cache.snapshot([spec.block_ids[block] for block in needed.tolist()])
         offsets = compact[positions // size] * size + positions % size
         return Snapshot(spec, raw, offsets, nbytes)
 
@@ -158,28 +167,37 @@ class Worker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def _loaded(
+        self, spec: LoadSpec, nbytes: int, seconds: Seconds
+    ) -> Callable[[], protocol.Request]:
+        """The report on a load, made once the device has finished it."""
+        reused = reused_of(spec.plan.spans)
+
+        def message() -> protocol.Request:
+            took = seconds()
+            self._load_seconds.append(took)
+            if spec.trace is not None:
+                emit_span(spec.trace, "load", took, bytes=nbytes)
+            outcome = Outcome(
+                reused.exact,
+                reused.edited,
+                spec.recomputed,
+                nbytes,
+                took,
+                cached=spec.start,
+                continued=reused.continued,
+            )
+            return protocol.Finish(spec.plan.lease, outcome)
+
+        return message
+
+    def take_load_seconds(self) -> list[float]:
+        """How long the loads took that have been timed since the last call."""
+        return [self._load_seconds.popleft() for _ in range(len(self._load_seconds))]
+
     def close(self) -> None:
         """Finish what is being saved."""
         self.saver.close()
-
-
-def _loaded(spec: LoadSpec, nbytes: int, seconds: Seconds) -> Callable[[], protocol.Request]:
-    """The report on a load, made once the device has finished it."""
-    edited = sum(span.length for span in spec.spans) - spec.exact - spec.continued
-
-    def message() -> protocol.Request:
-        outcome = Outcome(
-            spec.exact,
-            edited,
-            spec.recomputed,
-            nbytes,
-            seconds(),
-            cached=spec.start,
-            continued=spec.continued,
-        )
-        return protocol.Finish(spec.lease, outcome)
-
-    return message
 
 
 def _positions(runs: list[Run]) -> torch.Tensor:

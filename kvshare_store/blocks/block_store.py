@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 
@@ -18,7 +19,7 @@ from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import Lease, LeaseBook
 from kvshare_store.blocks.levels import Level, Levels
 from kvshare_store.blocks.pool import BufferPool
-from kvshare_store.blocks.tiers.base import TierUse
+from kvshare_store.blocks.tiers.base import Tier, TierUse
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.metrics import Metrics
@@ -48,7 +49,7 @@ class BlockStore:
     ) -> None:
         self.host = host
         self.levels = Levels(below, metrics)
-        self.pool = BufferPool(host, self.levels, io, lock)
+        self.pool = BufferPool(host, self.levels, io, lock, metrics)
         self._io = io
         self._lock = lock
         self._metrics = metrics
@@ -166,7 +167,7 @@ class BlockStore:
     async def _fetch(self, name: str) -> None:
         try:
             block, level = await self.levels.get(name)
-            self._place(name, block)
+            self._place(name, block, level.tier.name)
             self._io.submit(self.levels.fill(name, block, level))  # whoever waits has its rows
         except MissError:  # counted where it was seen
             with self._lock:
@@ -178,9 +179,10 @@ class BlockStore:
             with self._lock:
                 self._promotions.pop(name, None)
 
-    def _place(self, name: str, block: Block) -> None:
-        """Copy a block into the host if anybody still wants it there. The copy is made without the
-        lock: a slot that is reserved and has no name belongs to whoever fills it."""
+    def _place(self, name: str, block: Block, source: str) -> None:
+        """Copy a block into the host, from the tier `source`, if anybody still wants it there. The
+        copy is made without the lock: a slot that is reserved and has no name belongs to whoever
+        fills it."""
         nbytes = len(block.data)
         with self._lock:
             if not self._lacks(name):
@@ -195,6 +197,7 @@ class BlockStore:
             if self._lacks(name):
                 self.pool.place(offset, name, block)
                 self.host.weigh(name, self._users_of(name))
+                self._metrics.moved(source, self.host.name, nbytes)
             else:
                 self.pool.cancel(offset)
 
@@ -294,8 +297,17 @@ class BlockStore:
 
     def use(self) -> dict[str, TierUse]:
         """Bytes, budget and blocks of each tier, as far as they are counted. Never waits."""
-        tiers = [self.host, *(level.tier for level in self.levels)]
-        return {tier.name: tier.counted() for tier in tiers}
+        return {tier.name: tier.counted() for tier in self._tiers()}
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """`use` in plain types, and the trouble that each tier has had."""
+        return {
+            tier.name: msgspec.structs.asdict(tier.counted()) | tier.trouble()
+            for tier in self._tiers()
+        }
+
+    def _tiers(self) -> list[Tier]:
+        return [self.host, *(level.tier for level in self.levels)]
 
     def close(self) -> None:
         """Close every tier."""

@@ -21,7 +21,7 @@ from kvshare_store.keys import Keyring
 log = logging.getLogger("kvshare")
 
 _START_S = 2.0
-"""How long a start waits for the remote to say whose it is."""
+"""How long a start waits for the remote to say which store it belongs to."""
 
 
 def open_levels(
@@ -31,15 +31,13 @@ def open_levels(
     beside: Callable[[], Beside],
     owner: Owner | None,
 ) -> list[Level]:
-    """The levels, the fastest first. `beside`: files of the home that are no blocks.
-
-    `ForeignError` if the remote's prefix is not `owner`'s.
-    """
+    """The levels, the fastest first. `beside`: files of the home that are not blocks.
+    `ForeignError` if the remote's prefix belongs to another store than `owner`."""
     levels = []
     if config.disk:
         opened = DiskTier.open(config.home_path, config.disk_bytes, config.disk_codec, keys, beside)
         disk = io.run(opened)
-        # other machines do not see this disk: with a shared catalogue it is only a cache
+        # other machines cannot read this disk: with a shared catalogue it is only a cache
         required = config.disk_write == "through" and not config.catalog
         levels.append(Level(disk, config.disk_write, required=required))
     if config.remote:
@@ -49,7 +47,8 @@ def open_levels(
 
 
 def check_levels(config: StoreConfig) -> None:
-    """A node is committed only once its rows are where they survive the process: `ConfigError`."""
+    """`ConfigError` unless some tier below host holds every committed row and survives the
+    process."""
     if config.catalog and not config.remote:
         raise ConfigError("a shared catalog needs a remote tier that all its machines reach")
     if config.catalog and config.remote_write == "back":
@@ -85,12 +84,14 @@ def _remote(
 
 
 def _check_owner(owner: Owner, tier: RemoteTier, io: IoLoop, timeout_s: float) -> None:
-    """Refuse another store's prefix at once. A remote that does not answer now is asked again
-    before the first write."""
+    """Refuse a prefix of another store at once. If the remote does not answer now, it is asked
+    again before the first write."""
     try:
         io.run(asyncio.wait_for(owner.check(tier.remote), max(timeout_s, _START_S)))
     except ForeignError:
         io.run(tier.close())
         raise
     except (KVShareError, TimeoutError) as error:
-        log.warning("kvshare: whose the remote is could not be asked yet: %s", error)
+        log.warning(
+            "kvshare: the remote could not be asked yet which store it belongs to: %s", error
+        )

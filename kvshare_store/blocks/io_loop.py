@@ -1,4 +1,4 @@
-"""One named thread with one event loop: every tier that waits, waits here."""
+"""One named thread with one event loop, in which all tiers wait for their media."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvshare_store.threads import Health, Supervised
 
 T = TypeVar("T")
 _PATIENCE = 5.0
-"""Seconds that what is going on gets to end when the loop closes."""
+"""Seconds that running coroutines get to end when the loop closes."""
 
 
 class IoLoop:
-    """Runs coroutines for threads that are not asynchronous."""
+    """Runs coroutines for threads that are not asynchronous themselves."""
 
     def __init__(self, health: Health | None = None) -> None:
         self._loop = asyncio.new_event_loop()
@@ -34,7 +34,7 @@ class IoLoop:
         return self.submit(coroutine).result(timeout)
 
     def close(self) -> None:
-        """Stop once what is going on has ended, or was cancelled for taking too long."""
+        """Stop once all coroutines have ended or were cancelled for taking too long."""
         if self._loop.is_closed():
             return
         self.run(self._drain())

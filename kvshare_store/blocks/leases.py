@@ -22,18 +22,18 @@ class Lease(NamedTuple):
 
 
 _SPARE = 64
-"""Entries of ended leases that the heap may keep, beside as many as there are leases."""
+"""Entries of ended leases that the heap may keep besides as many as there are leases."""
 
 
 class LeaseBook:
-    """Every lease ends: by `end`, with its owner, or by its time. Not thread-safe by itself."""
+    """Every lease ends: by `end`, with its owner, or when it expires. Not thread-safe by itself."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._leases: dict[str, Lease] = {}
         self._owned: dict[str, dict[str, Lease]] = {}
         self._ends: list[tuple[float, str]] = []
-        """A heap of when which lease expires; some have ended meanwhile."""
+        """A heap of expiry times; some of its leases have ended already."""
         self._pins: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class LeaseBook:
 
     def grant(self, names: list[str], owner: str, seconds: float) -> Lease:
         """Pin `names`, whether they are resident yet or not."""
-        lease = Lease(uuid.uuid4().hex, owner, tuple(names), self._clock() + seconds)
+        lease = Lease(uuid.uuid4().hex, owner, tuple(names), self.clock() + seconds)
         self._leases[lease.id] = lease
         self._owned.setdefault(owner, {})[lease.id] = lease
         heapq.heappush(self._ends, (lease.expires, lease.id))
@@ -77,8 +77,8 @@ class LeaseBook:
         return len(self._owned.get(owner, ()))
 
     def expired(self) -> list[Lease]:
-        """Leases whose time is over, the oldest first; end each of them now."""
-        now, found = self._clock(), list[Lease]()
+        """Leases that have expired, the oldest first. The caller must end each of them."""
+        now, found = self.clock(), list[Lease]()
         while self._ends and self._ends[0][0] <= now:
             lease = self._leases.get(heapq.heappop(self._ends)[1])
             if lease is not None:

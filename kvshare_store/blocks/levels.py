@@ -19,6 +19,7 @@ from kvshare_store.errors import (
 from kvshare_store.metrics import Metrics
 from kvshare_store.tensors.frame import Block
 
+HOST = "host"
 FRAME_BYTES = 4096
 """More than what a tier keeps around the rows of a block."""
 
@@ -117,7 +118,7 @@ class Levels:
         or can make it."""
         for level in self._levels[: self._levels.index(source)]:
             with contextlib.suppress(KVShareError):  # a copy for speed; the block is safe
-                await self._put(level, name, block)
+                await self._put(level, name, block, source.tier.name)
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -148,13 +149,15 @@ class Levels:
             raise failed
 
     async def _persist(self, level: Level, name: str, peek: Callable[[str], Block]) -> None:
+        source = HOST
         try:
             block = peek(name)
         except MissingBlockError:  # it has left the host, so another level has it
-            block, _ = await self.get(name)
-        await self._put(level, name, block)
+            block, holder = await self.get(name)
+            source = holder.tier.name
+        await self._put(level, name, block, source)
 
-    async def _put(self, level: Level, name: str, block: Block) -> None:
+    async def _put(self, level: Level, name: str, block: Block, source: str) -> None:
         async with level.slots():
             if not level.needs(name):
                 return
@@ -165,13 +168,14 @@ class Levels:
                 if lowest or not await self.make_room(level, len(block.data) + FRAME_BYTES):
                     raise
                 await level.tier.put(name, block)
+            self._metrics.moved(source, level.tier.name, len(block.data))
 
     async def write_back(self, name: str, block: Block) -> None:
         """A block leaves the host: the first level that writes back takes it."""
         for level in self._levels:
             if level.write == "back":
                 with contextlib.suppress(KVShareError):  # a level below holds it already
-                    await self._put(level, name, block)
+                    await self._put(level, name, block, HOST)
                 return
 
     # --- making room --------------------------------------------------------------------------
@@ -201,7 +205,11 @@ class Levels:
                 block = await level.tier.get(name)
                 async with takes.slots():
                     await takes.tier.put(name, block)
-            return await level.tier.delete(name)
+                self._metrics.moved(level.tier.name, takes.tier.name, len(block.data))
+            gone = await level.tier.delete(name)
+            if gone:
+                self._metrics.evicted(level.tier.name)
+            return gone
         except KVShareError as error:
             self._metrics.error(error.kind)
             return False

@@ -10,10 +10,11 @@ from concurrent.futures import Future
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import LeaseBook
 from kvshare_store.blocks.levels import Levels
-from kvshare_store.blocks.tally import Tally
+from kvshare_store.blocks.slot_sizes import SlotSizes
 from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import LeaseError, NoSpaceError
+from kvshare_store.metrics import NEW, Metrics
 from kvshare_store.tensors.frame import Block
 
 _DIRTY_SHARE = 0.75
@@ -28,15 +29,18 @@ _WRITING_BACK = 64
 class BufferPool:
     """Which blocks are in the host tier. Thread-safe under the lock of the store."""
 
-    def __init__(self, host: HostTier, levels: Levels, io: IoLoop, lock: threading.RLock) -> None:
+    def __init__(
+        self, host: HostTier, levels: Levels, io: IoLoop, lock: threading.RLock, metrics: Metrics
+    ) -> None:
         self.leases = LeaseBook()
         self._host = host
         self._levels = levels
         self._io = io
         self._lock = lock
-        self._reserved: Tally[int] = Tally()
+        self._metrics = metrics
+        self._reserved: SlotSizes[int] = SlotSizes()
         """Bytes of rows of each slot that is being filled, by its offset."""
-        self._dirty: Tally[str] = Tally()
+        self._dirty: SlotSizes[str] = SlotSizes()
         """Bytes of each block that no tier below the host holds yet."""
         self._persisting: frozenset[str] = frozenset()
         """Blocks that are being written below at this moment, from where they lie in the host."""
@@ -83,7 +87,7 @@ class BufferPool:
             )
 
     def reserved(self, offset: int) -> memoryview:
-        """The bytes of a reserved slot; `LeaseError` if the reservation has ended."""
+        """The bytes of a reserved slot; `LeaseError` if it is no longer reserved."""
         nbytes = self._reserved.get(offset)
         if nbytes is None:
             raise LeaseError("the slot is no longer reserved; save again")
@@ -93,6 +97,7 @@ class BufferPool:
         """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
         with self._lock:
             self.place(offset, name, block)
+            self._metrics.moved(NEW, self._host.name, len(block.data))
             if self._levels and self._levels.holder(name) is None:
                 self._dirty[name] = len(block.data)
 
@@ -150,6 +155,7 @@ class BufferPool:
                 self._write_back(name)
             else:
                 self.lose(name)
+            self._metrics.evicted(self._host.name)
             return self._host.drop(name)
         return False
 

@@ -1,4 +1,4 @@
-"""Rows of the catalogue out of Arrow. Whatever a column holds, nothing here fails on it."""
+"""Reads rows of the catalogue out of Arrow. No content of a column makes it fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def numbers(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
 
 
 def texts(batch: pa.RecordBatch, name: str) -> list[str]:
-    """A column of text; bytes that are none become replacement characters."""
+    """A column of text. Bytes that are not UTF-8 become replacement characters."""
     column = batch.column(name)
     try:
         return [text or "" for text in column.to_pylist()]
@@ -44,8 +44,9 @@ def texts(batch: pa.RecordBatch, name: str) -> list[str]:
 
 
 def _binary(batch: pa.RecordBatch, name: str) -> Iterator[bytes | None]:
-    """A column of bytes; of nothing where a table of another release has no such column. One at a
-    time: thousands at once would leave holes in memory between what is kept of them."""
+    """A column of bytes; empty ones where a table of another release has no such column. The
+    values are made one at a time: thousands at once would fragment the memory between those that
+    are kept."""
     if name not in batch.schema.names:
         return iter([None] * batch.num_rows)
     return (value.as_py() for value in batch.column(name))

@@ -1,9 +1,9 @@
-"""The durable copy of the tree: LanceDB tables. Every LanceDB call is in
-`catalog/table.py`.
+"""The durable copy of the tree, in LanceDB tables. Every call of LanceDB is in
+`catalog/table_reader.py` and `catalog/table.py`.
 
-A row is written only after all blocks it names are durable, in one commit a batch; what a method
-committed is durable once it returns. A row is verified when it is read: a bad one is a `Fault`, and
-nobody else sees it.
+A row is written only after all blocks that it names are durable, and each batch of rows is one
+commit. What a method commits is durable when it returns. Rows are verified when they are read: a
+bad one becomes a `Fault` and is left out.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kvshare_store.catalog.batches import namespace_rows, node_rows, numbers, texts
-from kvshare_store.catalog.faults import Fault
-from kvshare_store.catalog.lance import lance_errors
+from kvshare_store.catalog.faults import Fault, Faults
+from kvshare_store.catalog.lance import hex_only, lance_errors, quoted
 from kvshare_store.catalog.ledger import MARKED, Fact, Ledger
 from kvshare_store.catalog.place import Place
+from kvshare_store.catalog.records import NAMESPACES, NamespaceRecords
 from kvshare_store.catalog.rows import Rows
-from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.catalog.table import Table
+from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import (
-    ErrorKind,
     HomeError,
     KVShareError,
     MissError,
@@ -37,7 +38,6 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.keys import Keyring
-from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, saw_stamps
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 
@@ -58,38 +58,27 @@ _NODES = Fields(
     "id",
 )
 _STAMPED = Fields(_NODES.schema.append(pa.field("stamp", pa.int64())), "id")
-"""Where several machines write, each row shows the stamp of its node: whoever replaces or removes
-one says which form of it is meant."""
-_NAMESPACES = Fields(
-    pa.schema(
-        [
-            pa.field("digest", pa.string(), nullable=False),
-            pa.field("namespace", pa.binary(), nullable=False),
-            pa.field("salt", pa.binary()),
-        ]
-    ),
-    "digest",
-)
+"""Where several machines write, each row has a column with the stamp of its node. Whoever replaces
+or removes a row says which stamp is meant."""
 
 
 class Catalog:
     """Rows of nodes and namespaces. Thread-safe: one handle under one lock.
 
-    With `keys`, what a node or a namespace is is sealed, and there are no vectors beside it;
-    docs/design/encryption.md says what is left in clear.
+    With `keys`, the contents of nodes and namespaces are encrypted, and vectors are not stored in
+    clear; docs/design/encryption.md lists what is.
 
-    Concurrent `merge_insert` on a nullable or undeclared key duplicates rows silently, so the keys
-    are non-nullable and declared.
+    LanceDB's concurrent `merge_insert` silently duplicates rows if the key is nullable or not
+    declared, so the keys are non-nullable and declared.
     """
 
     def __init__(self, folder: Path | str, keys: Keyring | None = None) -> None:
-        """`folder`: a path for a catalogue of one home; text, a folder's or `s3://bucket/prefix`,
-        for one that several machines write to. `HomeError` if it cannot be had."""
+        """`folder`: a `Path` for a catalogue of one home; text (a folder or `s3://bucket/prefix`)
+        for one that several machines write to. `HomeError` if it cannot be opened."""
         self._lock = threading.Lock()
         self._rows = Rows(keys)
         self._ours: dict[str, int | None] = {}
-        self._faults: list[Fault] = []
-        self._said: set[tuple[str, ErrorKind]] = set()
+        self._faults = Faults()
         self.place = Place(folder)
         try:
             with lance_errors():
@@ -97,7 +86,8 @@ class Catalog:
             fields = _STAMPED if self.place.shared else _NODES
             self._nodes = Table(self.place, database, "nodes", fields)
             self._nodes.complete()
-            self._namespaces = Table(self.place, database, "namespaces", _NAMESPACES)
+            table = self._namespaces = Table(self.place, database, "namespaces", NAMESPACES)
+            self.records = NamespaceRecords(table, self._rows, self._lock, self._faults)
             self.facts = Ledger(self.place, database, "facts", create=self.place.shared)
             self.uses = Ledger(self.place, database, "uses", create=self.place.shared)
             self._ledgers = {"facts": self.facts, "uses": self.uses}
@@ -111,16 +101,8 @@ class Catalog:
     def take_faults(self) -> list[Fault]:
         """What was found to be wrong since the last call, by opening and by reading."""
         with self._lock:
-            for table in (self._namespaces, self._nodes):
-                self._faults += table.take_lost()
-            faults, self._faults = self._faults, []
-            return faults
-
-    def _fault(self, about: str, error: KVShareError) -> None:
-        """Every read of a bad row finds it again: it counts once."""
-        if (about, error.kind) not in self._said:
-            self._said.add((about, error.kind))
-            self._faults.append(Fault(about, error))
+            lost = [*self._namespaces.take_lost(), *self._nodes.take_lost()]
+            return self._faults.take() + lost
 
     def verify(self, *, repair: bool) -> list[Fault]:
         """Read every row again and say what is wrong with it.
@@ -168,8 +150,8 @@ class Catalog:
             return self._nodes.merge(packed, replace=not self.place.shared)[0]
 
     def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
-        """Give a node another row, in the place of the one that has the stamp `expected`. False if
-        the node's row has another stamp by now, or none is there."""
+        """Replace a node's row, but only if it still has the stamp `expected`. False if it has
+        another stamp by now, or no row is left."""
         known = f"target.stamp = {int(expected)}"
         where: bool | str = known if expected else f"{known} OR target.stamp IS NULL"
         if not self.place.shared:
@@ -186,12 +168,13 @@ class Catalog:
         return replaced
 
     def delete(self, ids: Iterable[str], stamps: Collection[int] = ()) -> None:
-        """Remove nodes; unknown ids are ignored. With `stamps`, of a shared catalogue only rows
-        that have one of these: a row that another machine has replaced meanwhile stays."""
+        """Remove nodes; unknown ids are ignored. With `stamps`, rows of a shared catalogue are
+        removed only if they have one of these stamps: what another machine has replaced meanwhile
+        stays."""
         gone = list(ids)
         if not gone:
             return
-        where = f"id IN ({_quoted(gone)})"
+        where = f"id IN ({quoted(gone)})"
         if stamps and self.place.shared:
             numbers_ = ", ".join(str(int(stamp)) for stamp in stamps)
             unstamped = " OR stamp IS NULL" if 0 in stamps else ""
@@ -204,7 +187,8 @@ class Catalog:
             return self._nodes.delete(where)
 
     def _commit(self, change: Callable[[], T]) -> T:
-        """Of two machines that change a shared table at once LanceDB tells one to try again."""
+        """When two machines change a shared table at the same time, LanceDB refuses one of the
+        commits: it is tried again."""
         for attempt in range(_ATTEMPTS if self.place.shared else 1):
             if attempt:
                 time.sleep(random.uniform(0, 0.05 * 2**attempt))
@@ -221,18 +205,18 @@ class Catalog:
                 self._ours |= changes
 
     def take_changes(self) -> dict[str, int | None]:
-        """What was committed to a shared catalogue through this handle since the last call: stamps
-        of rows by id, None for one that was removed."""
+        """What was committed to a shared catalogue through this handle since the last call: the
+        stamps of rows by id, None for a row that was removed."""
         with self._lock:
             ours, self._ours = self._ours, {}
             return ours
 
     def stamps(self, since: int = 0, ids: Collection[str] | None = None) -> dict[str, int]:
-        """Stamps of the rows by id: of all, of those stamped at `since` or later, or of `ids`. Rows
-        of a catalogue that is not shared have none: 0."""
+        """Stamps of rows by id: of all rows, of those stamped at `since` or later, or of `ids`. In
+        a catalogue that is not shared every stamp is 0."""
         columns, where = ["id"], ""
         if ids is not None:
-            where = f"id IN ({_quoted(ids)})" if ids else "false"
+            where = f"id IN ({quoted(ids)})" if ids else "false"
         if self.place.shared:
             columns.append("stamp")
             where = where or (f"stamp >= {int(since)}" if since else "")
@@ -264,7 +248,7 @@ class Catalog:
     ) -> Iterator[tuple[Node, Vectors]]:
         """Every committed node (of a namespace, or with one of `ids`), in the order of commits.
 
-        Rows that are bad, or of a namespace that `namespaces` has not read, are left out.
+        Rows that are bad, or of a namespace whose record has not been read, are left out.
         """
         for batch in self.load_batches(namespace, ids):
             yield from batch
@@ -273,8 +257,8 @@ class Catalog:
         self, namespace: str | None = None, ids: Collection[str] | None = None
     ) -> Iterator[list[tuple[Node, Vectors]]]:
         """As `load`, many at a time."""
-        where = [f"namespace = '{_hex(namespace)}'"] if namespace is not None else []
-        where += [f"id IN ({_quoted(ids)})"] if ids is not None else []
+        where = [f"namespace = '{hex_only(namespace)}'"] if namespace is not None else []
+        where += [f"id IN ({quoted(ids)})"] if ids is not None else []
         with self._lock:
             batches = self._nodes.rows(" AND ".join(where)) if where else self._nodes.salvage()
             for batch in batches:
@@ -283,7 +267,7 @@ class Catalog:
                     try:
                         found.append(self._rows.node(row))
                     except MissError as error:
-                        self._fault(row.id, error)
+                        self._faults.add(row.id, error)
                 saw_stamps(node.stamp for node, _ in found)
                 yield found
 
@@ -339,7 +323,8 @@ class Catalog:
 
     @property
     def data_bytes(self) -> int:
-        """Of these, what compaction may have to write anew before it can drop anything."""
+        """How many of these bytes compaction may have to write again before it can delete
+        anything."""
         return sum(table.data_bytes for table in self._tables)
 
     @property
@@ -349,68 +334,18 @@ class Catalog:
     # --- namespaces --------------------------------------------------------------------------
 
     def store_id(self) -> str:
-        """Names the store whose nodes these are, on every machine that shares the catalogue."""
+        """The id of the store, the same on every machine that shares the catalogue."""
         self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
         return self.facts.facts("key = 'store'")[0].state
-
-    def digests(self) -> set[str]:
-        """Every namespace that was ever saved into, by its digest."""
-        with self._lock:
-            batches = list(self._namespaces.rows(columns=["digest"]))
-        return {digest for batch in batches for digest in texts(batch, "digest")}
-
-    def add_namespaces(self, namespaces: Sequence[Namespace]) -> None:
-        """Remember what digests stand for, and the salts of their keys, in one commit.
-
-        A record that is there stays: another writer may have been first, and one salt counts. One
-        that cannot be read is replaced.
-        """
-        rows = {each.digest: self._rows.namespace_row(each) for each in namespaces}
-        if not rows:
-            return
-        with self._lock:
-            self._namespaces.merge(list(rows.values()), replace=False)
-        bad = rows.keys() - {each.digest for each in self.namespaces(*rows)}
-        if bad:
-            with self._lock:
-                self._namespaces.merge([rows[digest] for digest in sorted(bad)], replace=True)
-            self.namespaces(*bad)
-
-    def remove_namespaces(self, digests: Sequence[str]) -> None:
-        """Forget what digests stand for, and their salts: no row and no block of theirs is left."""
-        if digests:
-            with self._lock:
-                self._namespaces.delete(f"digest IN ({_quoted(digests)})")
-        for digest in digests:
-            self._rows.forget(digest)
-
-    def namespaces(self, *digests: str) -> list[Namespace]:
-        """Every namespace that was ever saved into, or those of digests; their keys are known then.
-
-        Bad records, and those that only a newer release understands, are left out. `ConfigError` if
-        they were sealed with another key than ours, or with none.
-        """
-        with self._lock:
-            if digests:
-                batches = list(self._namespaces.rows(f"digest IN ({_quoted(digests)})"))
-            else:
-                batches = list(self._namespaces.salvage())
-            found = []
-            for row in (row for batch in batches for row in namespace_rows(batch)):
-                try:
-                    found.append(self._rows.namespace(row))
-                except MissError as error:
-                    self._fault(row.digest, error)
-        return found
 
     def purge(self, namespace: str) -> None:
         """Remove every row of a namespace, its record and its salt, from old versions too.
 
-        Commits wait meanwhile; lookups do not. It takes as long as writing anew the files that hold
-        rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay until
-        whoever removes those blocks has done so: a save must wait for it.
+        Commits wait meanwhile; lookups do not. It takes as long as writing the files again that
+        hold rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay
+        until whoever removes those blocks is done: saves wait for that.
         """
-        digest = _hex(namespace)
+        digest = hex_only(namespace)
         with self._lock:
             self._nodes.erase(f"namespace = '{digest}'")
             self._namespaces.erase(f"digest = '{digest}'")
@@ -419,12 +354,12 @@ class Catalog:
         self._rows.forget(namespace)
 
     def drop_unreadable(self, namespace: str) -> None:
-        """Remove rows of a namespace that the key of its record does not open: who committed them
-        had not heard of a purge, and used the key that it had destroyed."""
-        if not self.namespaces(namespace):
+        """Remove rows of a namespace that cannot be decrypted with the key of its record. A machine
+        committed them with the old key before it had heard of the purge that destroyed that key."""
+        if not self.records.read(namespace):
             return
         with self._lock:
-            batches = list(self._nodes.rows(f"namespace = '{_hex(namespace)}'"))
+            batches = list(self._nodes.rows(f"namespace = '{hex_only(namespace)}'"))
             rows = [row for batch in batches for row in node_rows(batch)]
             errors = [_error_of(self._rows.node, row) for row in rows]
         self.delete(
@@ -433,11 +368,6 @@ class Catalog:
             if error is not None and not isinstance(error, NewerRowError)
         )
 
-    def forget_key(self, namespace: str) -> None:
-        """The key of a namespace that another machine has purged; that of a new record is known
-        from the next `namespaces`."""
-        self._rows.forget(namespace)
-
 
 def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
     try:
@@ -445,12 +375,3 @@ def _error_of(read: Callable[[Any], object], row: Any) -> KVShareError | None:
     except MissError as error:
         return error
     return None
-
-
-def _quoted(ids: Iterable[str]) -> str:
-    return ", ".join(f"'{_hex(node_id)}'" for node_id in ids)
-
-
-def _hex(node_id: str) -> str:
-    """Ids go into SQL text, so nothing but hex digits may pass."""
-    return f"{int(node_id, 16):0{len(node_id)}x}"

@@ -1,8 +1,9 @@
-"""Blocks of a shared remote that are about to be removed: the order of a save and a collection.
+"""Blocks of a shared remote that are about to be removed, and how saves and removals agree on them.
 
-Each is a fact of the shared catalogue, `marked` and then `removing`. A machine that commits a node
-takes the marks from its blocks, and waits for those that are being removed; a janitor removes only
-blocks whose mark stood for a grace and that no row names. docs/design/sharing.md has the proof.
+Each is a fact of the shared catalogue: first `marked`, then `removing`. A machine that commits a
+node removes the marks from its blocks, and waits for blocks that are being removed. A janitor
+removes a block only if its mark is older than the grace period and no row names the block.
+docs/design/sharing.md has the proof.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ _PATIENCE_S = 5.0
 """How long a save waits for the removal of one of its blocks."""
 _POLL_S = 0.02
 _REMOVAL_S = 5.0
-"""Within this long, or half a grace, of its claim a janitor deletes, or claims again."""
+"""A janitor deletes blocks only within this time after its claim (or within half a grace period);
+after that it claims them again."""
 _REMOVING = "removing"
 
 
 def now_s() -> float:
-    """Seconds that go on while the machine sleeps, as the other machines' do."""
+    """A clock that also runs while the machine sleeps, as those of the other machines do."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock)
 
 
 class _Seen(NamedTuple):
-    """A condemned block, and when (by this machine's clock) it was first seen as it is."""
+    """A condemned block, and when this machine first saw it in its present state."""
 
     fact: Fact
     since: float
@@ -53,15 +55,16 @@ class Condemned:
         self._machine = machine
         self._blocks = blocks
         self.clock = clock
-        """Seconds, on this machine alone: only how long something lasts is measured."""
+        """This machine's own seconds: they measure durations only."""
         self._lock = threading.Lock()
         self._version = -1
         self._looked = clock()
         self._seen: dict[str, _Seen] = {}
 
     def look(self) -> set[str]:
-        """Names of the blocks that are condemned now. A mark stands for a grace: whoever looks more
-        often than twice in it sees each; after a longer pause nothing is sure."""
+        """Names of the blocks that are condemned now. Marks last for a grace period, so whoever
+        looks at least twice in that time sees each of them. After a longer pause nothing is
+        certain."""
         with self._lock:
             asked = self.clock()
             version = self._ledger.refresh()
@@ -112,11 +115,11 @@ class Condemned:
         self._ledger.create(facts)
 
     def claim(self, limit: int) -> dict[str, str]:
-        """Blocks that this machine alone may remove now: their namespaces, by name. The caller
-        looks into the catalogue after this, and lets go (`release`) of those that a row names.
+        """Claim blocks for removal by this machine alone; their namespaces, by name.
 
-        A mark must have stood for a grace. What another machine claimed and did not remove for two
-        is taken over: it has died, or has stopped by itself.
+        The caller then reads the catalogue and releases those that a row names. A mark must be
+        older than the grace period. A claim of another machine that has led to nothing for two
+        grace periods is taken over: that machine has died or has given up.
         """
         self.look()
         now = self.clock()
@@ -143,8 +146,9 @@ class Condemned:
         return max(self.grace_s / 2, _REMOVAL_S)
 
     def release(self, blocks: Mapping[str, str], purged: Collection[str] = ()) -> None:
-        """They are removed, or they stay: whoever saves one may rely on what it sees. Of namespaces
-        that were `purged` meanwhile the names go from old versions of the facts as well."""
+        """The blocks are removed, or they stay: from now on saves may rely on what they see. Names
+        of namespaces that were `purged` meanwhile are deleted from old versions of the facts as
+        well."""
         keys = {f"block/{namespace}/{name}": namespace for name, namespace in blocks.items()}
         gone = [key for key, namespace in keys.items() if namespace in purged]
         kept = [key for key, namespace in keys.items() if namespace not in purged]

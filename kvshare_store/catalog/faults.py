@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_store.errors import KVShareError
+from kvshare_store.errors import ErrorKind, KVShareError
 from kvshare_store.metrics import Metrics
 
 log = logging.getLogger("kvshare")
@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 
 def report(faults: Sequence[Fault], metrics: Metrics) -> None:
-    """Rows that the catalogue cannot stand for are counted and left out: `check` names them."""
+    """Rows that cannot be used are counted and left out; `kvshare check` names them."""
     for fault in faults:
         metrics.error(fault.error.kind)
     if faults:
@@ -33,3 +33,22 @@ def report(faults: Sequence[Fault], metrics: Metrics) -> None:
             "kvshare: %d faults in the catalogue, `kvshare check` names them; the first: %s: %s",
             len(faults), first.about, first.error,
         )  # fmt: skip
+
+
+class Faults:
+    """Faults that reading has found. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._found: list[Fault] = []
+        self._said: set[tuple[str, ErrorKind]] = set()
+
+    def add(self, about: str, error: KVShareError) -> None:
+        """A bad row is found at each read, but counted once."""
+        if (about, error.kind) not in self._said:
+            self._said.add((about, error.kind))
+            self._found.append(Fault(about, error))
+
+    def take(self) -> list[Fault]:
+        """All since the last call."""
+        found, self._found = self._found, []
+        return found

@@ -1,11 +1,11 @@
-"""What LanceDB's errors and files say: what is damage, and what is only the way to the files."""
+"""LanceDB's errors and files: what is damage, what only bars the way to them. And its SQL."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,8 @@ _COUNTED_DOWN = 20
 
 @contextmanager
 def lance_errors() -> Iterator[None]:
-    """LanceDB's errors become ours. It also raises panics of its Rust code, as an `Exception` of a
-    type that no module exports: hence the broad net."""
+    """Turn LanceDB's errors into ours. It also raises panics of its Rust code, as `Exception`s of a
+    type that no module exports, so all exceptions are caught."""
     try:
         yield
     except KVShareError:
@@ -32,8 +32,8 @@ def lance_errors() -> Iterator[None]:
 
 
 def is_damage(error: StorageError, *, shared: bool) -> bool:
-    """Whether a file of a table is bad, not the way to it: too many open files, a missing right or
-    a network that is away are no reason to give anything up."""
+    """Whether a file of a table is damaged. Too many open files, missing permissions or a network
+    failure are not damage: then nothing is given up."""
     bad_medium = () if shared else (errno.EIO, errno.EUCLEAN)
     return _os_errors(error) <= {errno.ENOENT, *bad_medium}
 
@@ -57,3 +57,13 @@ def _number(manifest: re.Match[str]) -> int:
     """Names of one table are all of one kind: numbers, or numbers counted down."""
     number = int(manifest[1])
     return -number if len(manifest[1]) == _COUNTED_DOWN else number
+
+
+def quoted(ids: Iterable[str]) -> str:
+    """Ids as a list in SQL."""
+    return ", ".join(f"'{hex_only(each)}'" for each in ids)
+
+
+def hex_only(digits: str) -> str:
+    """Ids go into SQL text, so nothing but hex digits may pass."""
+    return f"{int(digits, 16):0{len(digits)}x}"

@@ -1,7 +1,7 @@
-"""A small table of facts in LanceDB, which machines that share a catalogue change conditionally.
+"""A small LanceDB table of facts that machines with one catalogue change conditionally.
 
-LanceDB makes every change atomic: of two that concern the same fact at the same moment the second
-is evaluated again, on what the first has left.
+LanceDB makes every change atomic. If two machines change the same fact at the same time, the second
+change is evaluated again on the result of the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from kvshare_store.catalog.place import Place
-from kvshare_store.catalog.table import Fields, Table
+from kvshare_store.catalog.table import Table
+from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import StorageError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Ledger:
             self._do(lambda table: None)
 
     def _do(self, change: Callable[[Table], T], *, fresh: bool = False) -> T:
-        """Run `change(table)`; again, on the newest version, when another machine was faster."""
+        """Run `change(table)`, and again on the newest version if another machine was faster."""
         for attempt in range(_ATTEMPTS):
             try:
                 with self._lock:
@@ -82,7 +83,7 @@ class Ledger:
         return self._do(lambda table: table.version, fresh=True)
 
     def facts(self, where: str = "") -> list[Fact]:
-        """Those that are there now, or those of them that the SQL `where` picks."""
+        """All facts, or those that the SQL condition `where` selects."""
         if self._table is None:
             return []
 
@@ -95,15 +96,15 @@ class Ledger:
         return self._do(read, fresh=True)
 
     def create(self, facts: Sequence[Fact]) -> int:
-        """Write those whose key is not there; how many that were."""
+        """Write those whose key does not exist yet; returns how many."""
         return self._merged(facts, replace=False)
 
     def overwrite(self, fact: Fact) -> None:
-        """Write it, whatever is there."""
+        """Write a fact, whether one with its key exists or not."""
         self._merged([fact], replace=True)
 
     def put(self, facts: Sequence[Fact]) -> int:
-        """Write all, in the place of those that are there and not as late."""
+        """Write all, in place of older facts with the same keys."""
         return self._merged(facts, replace="target.at < source.at")
 
     def _merged(self, facts: Sequence[Fact], *, replace: bool | str) -> int:
@@ -113,13 +114,13 @@ class Ledger:
         return self._do(lambda table: table.merge(rows, replace=replace)[0])
 
     def change(self, where: str, **values: Any) -> int:
-        """Set columns of the facts that `where` picks; how many there were."""
+        """Set columns of the facts that `where` selects; returns how many."""
         if self._table is None:
             return 0
         return self._do(lambda table: table.update(where, **values))
 
     def remove(self, where: str) -> int:
-        """Remove the facts that `where` picks; how many there were."""
+        """Remove the facts that `where` selects; returns how many."""
         if self._table is None:
             return 0
         return self._do(lambda table: table.delete(where))

@@ -14,12 +14,12 @@ from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.errors import HomeError
 
 _CACHE_BYTES = 32 << 20
-"""Of each of LanceDB's two caches."""
+"""Bytes of each of LanceDB's two caches."""
 
 
 class Place:
-    """`conditional`: a write can ask that nobody has written there before, so that of two commits
-    at the same moment one is told to try again instead of overwriting the other."""
+    """`conditional`: the storage supports writes that fail if the object exists. Then, of two
+    commits at the same time, one is told to try again instead of overwriting the other."""
 
     def __init__(self, place: Path | str) -> None:
         self.shared = isinstance(place, str)
@@ -64,7 +64,7 @@ def _s3(place: str) -> tuple[str, dict[str, str]]:
 
 
 def _writes_conditionally(url: str, options: dict[str, str]) -> bool:
-    """Try it: the second of two writes that both ask to be the first must be refused."""
+    """Try it out: of two writes that may only create an object the second must be refused."""
     try:
         import obstore  # noqa: PLC0415 - an extra
         from obstore.exceptions import AlreadyExistsError, BaseError  # noqa: PLC0415 - an extra

@@ -1,6 +1,6 @@
-"""What a row of the catalogue says: nodes and namespaces as bytes, sealed where there are keys.
+"""Nodes and namespaces as bytes of catalogue rows, encrypted where there are keys.
 
-A row is believed only as far as it can be verified: docs/design/format.md, "Node row".
+Rows are used only after they were verified: docs/design/format.md, "Node row".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAP16 = 0xDE
 
 
 class Row(NamedTuple):
-    """A row of the table `nodes` as it was read; nothing of it is verified."""
+    """A row of the table `nodes` as it was read, not yet verified."""
 
     id: str
     namespace: str
@@ -65,13 +65,13 @@ class Rows:
     def __init__(self, keys: Keyring | None) -> None:
         self._keys = keys
         self._row_bytes: dict[str, int] = {}
-        """Of each namespace whose record was read."""
+        """By namespace whose record was read."""
         self._newer: set[str] = set()
-        """Digests of namespaces that only a newer release knows."""
+        """Digests of namespaces that only a newer release understands."""
 
     def node_row(self, node: Node, vectors: Vectors) -> dict[str, Any]:
-        """The row of a node; a sealed one has its vectors inside. A text vector that is none is
-        left out: the database would drop it after the checksum was made."""
+        """The row of a node; an encrypted one has its vectors inside. A text vector of zeros is
+        left out: LanceDB would drop it after the checksum was made."""
         row: dict[str, Any] = {"id": node.id, "namespace": node.namespace, "stamp": node.stamp}
         lexical = vectors.lexical
         semantic = _vector_or_none(vectors.semantic)
@@ -135,7 +135,9 @@ class Rows:
         digest, encoded, salt = row
         if (self._keys is None) != (salt is None):
             written = "without" if salt is None else "with"
-            raise ConfigError(f"this store was written {written} an encryption_key and stays so")
+            raise ConfigError(
+                f"this store was written {written} an encryption_key, and that cannot be changed"
+            )
         if self._keys is not None and salt is not None:
             key = self._keys.of_table("namespaces")
             try:
@@ -152,7 +154,7 @@ class Rows:
         return namespace
 
     def forget(self, namespace: str) -> None:
-        """The salt of a namespace is gone, and its key with it."""
+        """Forget the salt of a namespace, and with it the key."""
         self._row_bytes.pop(namespace, None)
         if self._keys is not None:
             self._keys.forget(namespace)
@@ -171,7 +173,7 @@ def _decoded(row: Row) -> Node:
 
 
 def _vectors(row: Row) -> Vectors:
-    """A node without its text vector is a donor all the same: a bad one costs itself only."""
+    """A node without its text vector is still a donor, so a bad vector costs only itself."""
     if row.lexical is None or not is_vector(row.lexical):
         raise CorruptRowError("its lexical vector is none")
     semantic = _vector_or_none(row.semantic)
@@ -186,8 +188,8 @@ def _vector_or_none(vector: np.ndarray | None) -> np.ndarray | None:
 
 
 def _with_check(row: Row) -> bytes:
-    """The node's bytes with two more fields behind the others: what the text vector hashes to, and
-    what the rest of the row does."""
+    """The node's bytes, followed by two fields: the hash of the text vector, and the hash of the
+    rest of the row."""
     long = row.node[0] == _MAP16
     fields = 2 + (int.from_bytes(row.node[1:3]) if long else row.node[0] & 0x0F)
     head = bytes([0x80 | fields]) if fields <= 15 else struct.pack(">BH", _MAP16, fields)
@@ -197,11 +199,9 @@ def _with_check(row: Row) -> bytes:
 
 
 def _check_holds(row: Row) -> bool:
-    """False if the bytes are others than when the row was written, those of the text vector aside.
-
-    Rows of the release before have no such field; what they say is verified all the same. Where
-    what the text vector hashes to is not written down, the check is of that vector too.
-    """
+    """False if the bytes have changed since the row was written, except for the text vector. Rows
+    of the previous release have no such field; their contents are verified all the same. Where the
+    hash of the text vector was not written, this check covers the vector too."""
     end = len(row.node) - _CHECK_BYTES
     if not row.node.endswith(_CHECK_FIELD, 0, max(0, end)):
         return True
@@ -209,8 +209,8 @@ def _check_holds(row: Row) -> bool:
 
 
 def _semantic_of(node: bytes, end: int) -> bytes | None:
-    """What the text vector hashes to, as the node's bytes say up to `check`, which begins before
-    `end`; None if they do not say."""
+    """The hash of the text vector in the node's bytes, which precedes `check` and begins before
+    `end`; None if there is none."""
     end -= len(_CHECK_FIELD)
     start = end - _CHECK_BYTES
     if start < 0 or not node.endswith(_CHECK_FIELD, 0, end + len(_CHECK_FIELD)):
@@ -219,7 +219,8 @@ def _semantic_of(node: bytes, end: int) -> bytes | None:
 
 
 def _semantic_holds(row: Row, semantic: np.ndarray | None) -> bool:
-    """Whether a text vector is the one that was written; a sealed one has been verified."""
+    """Whether a text vector is the one that was written; an encrypted one has been verified
+    already."""
     if semantic is None:
         return True
     written = _semantic_of(row.node, max(0, len(row.node) - _CHECK_BYTES))
@@ -240,8 +241,8 @@ def _digest_of(row: Row, end: int) -> bytes:
 
 
 def _namespace(digest: str, encoded: bytes) -> Namespace:
-    """What a record says. A field that this release does not know is no hindrance as long as the
-    digest is the same without it, as it is where the field is at its default."""
+    """Decode a record. A field that this release does not know is accepted if the digest is the
+    same without it, as it is for a field at its default."""
     unknown: list[str] = []
     try:
         fields = msgspec.msgpack.decode(encoded)
@@ -262,5 +263,5 @@ def _raw(vector: np.ndarray) -> bytes:
 
 
 def _whose(node: str, namespace: str) -> bytes:
-    """What a sealed node cannot be separated from."""
+    """The associated data of an encrypted node: it cannot be moved to another row."""
     return msgspec.msgpack.encode((node, namespace))

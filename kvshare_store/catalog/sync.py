@@ -1,7 +1,7 @@
-"""Durability of what LanceDB writes: it never calls fsync, so this does.
+"""Makes durable what LanceDB writes, because LanceDB never calls fsync.
 
-LanceDB writes a file under a temporary name, gives it its final name, and never changes it again.
-So after a commit the files to make durable are those whose names or inodes are new.
+LanceDB writes a file under a temporary name, renames it, and never changes it again. So after a
+commit the files to sync are those with new names or inodes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SyncedFolder:
         self._known = fresh
 
     def bytes(self, inside: str = "") -> int:
-        """Of all files when they were last synced, or of those in one folder."""
+        """Bytes of all files when they were last synced, or of those in one folder."""
         folders = [f"{self._root}/{inside}"] if inside else self._known
         return sum(size for folder in folders for size in self._known.get(folder, {}).values())
 
     def _sync(self, folder: str, fresh: dict[str, Known]) -> None:
-        """Files before the folder that names them, folders from the inside to the outside."""
+        """Files come before the folder that names them, inner folders before outer ones."""
         known = self._known.get(folder, {})
         found: Known = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:

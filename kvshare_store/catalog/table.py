@@ -1,132 +1,52 @@
-"""One LanceDB table: durable when a change returns, and opened whatever became of its files.
-
-LanceDB never fsyncs. A file of the table that a power cut or a bad disk has damaged would end every
-start and every commit; here what it held is left out instead, and `take_lost` says so.
-
-A row's number (`_rowid`) is the number of its fragment, then its place in there. Fragments are
-written once and numbered upwards, so what was committed later has greater numbers.
-"""
+"""One LanceDB table that can be changed: a change is durable when it returns."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvshare_store.blocks.tiers.disk import files
-from kvshare_store.catalog.faults import Fault
-from kvshare_store.catalog.lance import is_damage, lance_errors, newest_version
+from kvshare_store.catalog.lance import lance_errors
 from kvshare_store.catalog.place import Place
 from kvshare_store.catalog.sync import SyncedFolder
-from kvshare_store.errors import HomeError, StorageError, TornTableError
+from kvshare_store.catalog.table_reader import (
+    ASIDE,
+    FRAGMENT,
+    Fields,
+    TableReader,
+    between,
+)
+from kvshare_store.errors import StorageError
 
-RowIds = npt.NDArray[np.uint64]
-
-_READ_ROWS = 1024
-_READ_SLICE = 16 * _READ_ROWS
-"""LanceDB reads ahead without end, so it is asked for so many rows at a time: about 120 MB of
-prompts of 1,000 tokens."""
-_READ_FIELDS = 1 << 16
-"""Rows of some columns, which are short."""
-_FRAGMENT = 1 << 32
-"""Row numbers of one fragment."""
-_KEY = b"lance-schema:unenforced-primary-key:position"
-"""In the metadata of the field that was declared to be the key."""
-_MOST_FRAGMENTS = 1 << 30
-_ASIDE = "torn"
-_PAUSE_S = 0.05
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
 
 
-class Fields(NamedTuple):
-    """Columns that this release writes. A table may have more, and lack what may be null."""
-
-    schema: pa.Schema
-    key: str
-
-    def missing(self, names: list[str]) -> list[str]:
-        """Columns that must be there and are not."""
-        return [at.name for at in self.schema if not at.nullable and at.name not in names]
-
-
-class Table:
+class Table(TableReader):
     """Not thread-safe: the `Catalog` holds its lock. Every method raises `StorageError`."""
 
     def __init__(self, place: Place, database: Any, name: str, fields: Fields) -> None:
-        self._place = place
-        self._database = database
-        self._name = name
-        self._fields = fields
-        self._lost: list[Fault] = []
-        self._folder = None
-        if place.folder is not None:
-            self._folder = place.folder / f"{name}.lance"
+        super().__init__(place, database, name, fields)
         self._synced = SyncedFolder(self._folder) if self._folder is not None else None
         self.bytes = self.data_bytes = 0
-        """Of all files of the table after the last change, and of those with rows; 0 in object
-        storage."""
-        for fragment in self._open():
+        """Bytes of all files of the table after the last change, and bytes of its data files; 0 in
+        object storage."""
+        for fragment in self.torn:
             self._skip(fragment)
         self.sync()
         if place.folder is not None:
             files.sync_folder(str(place.folder))  # the table may be new
 
-    # --- opening -----------------------------------------------------------------------------
-
-    def _open(self) -> list[int]:
-        """The newest version that can be read, or a new table where there is none; returns the
-        numbers of its fragments that cannot be read."""
-        failed: Path | None = None
-        while True:
-            try:
-                with lance_errors():
-                    self._handle = self._opened()
-                return self._torn_fragments()
-            except StorageError as error:
-                newest = newest_version(self._folder) if self._folder is not None else None
-                if newest is None or not self._is_damage(error):
-                    raise
-                if newest == failed:
-                    self._set_aside(newest, error)
-                else:  # another machine may have removed what was just being read
-                    failed = newest
-                    time.sleep(_PAUSE_S)
-
-    def _is_damage(self, error: StorageError) -> bool:
-        """What is in object storage is whole or not there at all."""
-        return self._folder is not None and is_damage(error, shared=self._place.shared)
-
-    def _opened(self) -> Any:
-        fields = self._fields
-        if self._name not in self._database.list_tables().tables:
-            table = self._database.create_table(self._name, schema=fields.schema)
-        else:
-            table = self._database.open_table(self._name)
-        missing = fields.missing(table.schema.names)
-        if missing and table.schema.names:
-            raise HomeError(
-                f"catalogue table {self._name} of {self._place} has no {missing[0]}: it is of "
-                "another format; use another home"
-            )
-        if missing:
-            raise StorageError("its manifest names no columns")
-        if _KEY not in (table.schema.field(fields.key).metadata or {}):  # its maker was killed here
-            table.set_unenforced_primary_key(fields.key)
-        return table
-
     def complete(self) -> None:
-        """Give a table of an older release the columns that it lacks. Another machine may be doing
-        the same."""
+        """Add the columns that a table of an older release lacks. Another machine may be doing the
+        same."""
         for field in self._fields.schema:
             if field.name in self._handle.schema.names:
                 continue
@@ -139,133 +59,44 @@ class Table:
                     raise
         self.sync()
 
-    def _set_aside(self, newest: Path, error: StorageError) -> None:
-        """Let the version before be the newest; without any version the table begins anew."""
-        aside = newest.parents[0 if newest == self._folder else 2] / _ASIDE
-        aside.mkdir(mode=0o700, exist_ok=True)
-        os.replace(newest, aside / f"{self._name}.{newest.name}.{time.time_ns()}")
-        text = f"its newest version cannot be read, the one before is used: {error}"
-        self._lose(f"{self._name}/{newest.name}", text)
-
-    def take_lost(self) -> list[Fault]:
-        """Files that could not be read, since the last call."""
-        lost, self._lost = self._lost, []
-        return lost
-
-    def _lose(self, what: str, text: str) -> None:
-        self._lost.append(Fault(what, TornTableError(text), repaired=True))
-
     # --- fragments that cannot be read -------------------------------------------------------
 
-    def _torn_fragments(self) -> list[int]:
-        """`StorageError` if the table cannot be read for any other reason."""
-        try:
-            self.row_ids()
-        except StorageError as error:
-            if not self._is_damage(error):
-                raise
-            self.row_ids(_between(_MOST_FRAGMENTS, _MOST_FRAGMENTS + 1))  # opens no fragment
-            return list(self._search_torn(0, _MOST_FRAGMENTS))
-        return []
-
-    def _search_torn(self, first: int, end: int) -> Iterator[int]:
-        """Of a range of row numbers LanceDB opens only those fragments that are in it."""
-        try:
-            self.row_ids(_between(first, end))
-        except StorageError as error:
-            if not self._is_damage(error):
-                raise
-            if end - first == 1:
-                yield first
-                return
-            middle = (first + end) // 2
-            yield from self._search_torn(first, middle)
-            yield from self._search_torn(middle, end)
-
     def _skip(self, fragment: int) -> None:
-        """LanceDB commits nothing while there is a fragment that it cannot open."""
+        """Delete a fragment that LanceDB cannot open: while it is there, no commit succeeds."""
         rows = self.count()
-        self.delete(_between(fragment, fragment + 1))
+        self.delete(between(fragment, fragment + 1))
         text = f"a file cannot be read; {rows - self.count():,} rows were in it"
-        self._lose(f"{self._name}/fragment {fragment}", text)
-
-    # --- reading -----------------------------------------------------------------------------
-
-    @property
-    def version(self) -> int:
-        """Number of the version that is read."""
-        return int(self._handle.version)
-
-    def refresh(self) -> None:
-        """Read the newest version from now on."""
-        with lance_errors():
-            self._handle.checkout_latest()
-
-    def old_versions(self) -> int:
-        """How many versions `compact` would drop: all but the newest, of a shared table those that
-        are an hour old."""
-        with lance_errors():
-            *old, _ = self._handle.list_versions()
-        if not self._place.shared:
-            return len(old)
-        latest = time.time() - _SHARED_VERSIONS.total_seconds()
-        return sum(version["timestamp"].timestamp() < latest for version in old)
-
-    def count(self) -> int:
-        """How many rows there are."""
-        with lance_errors():
-            return int(self._handle.count_rows())
-
-    def row_ids(self, where: str = "") -> RowIds:
-        """The numbers of the rows, ascending. Reads one short column: of none LanceDB makes all."""
-        with lance_errors():
-            query = self._handle.search().select([self._fields.key]).with_row_id(True).limit(None)
-            found = (query.where(where) if where else query).to_arrow()
-        numbers: RowIds = found.column("_rowid").to_numpy().astype(np.uint64)
-        numbers.sort()
-        return numbers
-
-    def rows(self, where: str = "", columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
-        """Rows in the order of commits, with `_rowid`: of `columns`, else of all that are known."""
-        known = self._handle.schema.names
-        chosen = columns or [at.name for at in self._fields.schema if at.name in known]
-        with lance_errors():
-            query = self._handle.search().select(list(chosen)).with_row_id(True).limit(None)
-            if where or columns:
-                at_once = _READ_FIELDS if columns else _READ_ROWS
-                yield from (query.where(where) if where else query).to_batches(at_once)
-                return
-            for first in range(0, self._handle.count_rows(), _READ_SLICE):
-                yield from query.limit(_READ_SLICE).offset(first).to_batches(_READ_ROWS)
+        self.lose(f"{self._name}/fragment {fragment}", text)
 
     def salvage(self) -> Iterator[pa.RecordBatch]:
-        """All rows that can be read. The others are removed, and are in `take_lost`."""
+        """All rows that can be read. The others are deleted and reported by `take_lost`."""
         done: dict[int, int] = {}
-        """Of each fragment the number behind the last row that was read."""
+        """By fragment, the number after the last row that was read."""
         try:
             for batch in self.rows():
                 for number in np.asarray(batch.column("_rowid").to_numpy())[-1:].tolist():
-                    done[number // _FRAGMENT] = number + 1
+                    done[number // FRAGMENT] = number + 1
                 yield batch
             return
         except StorageError as error:
-            if not self._is_damage(error):
+            if not self.is_damage(error):
                 raise
         torn: list[str] = []
         for fragment, end in self._fragments():
-            yield from self._salvage(done.get(fragment, fragment * _FRAGMENT), end, torn)
+            yield from self._salvage(done.get(fragment, fragment * FRAGMENT), end, torn)
         for where in torn:
             self.delete(where)
 
     def _fragments(self) -> Iterator[tuple[int, int]]:
-        """Their numbers, and the number behind the last row of each."""
+        """The number of each fragment, and the number after its last row."""
         numbers = self.row_ids()
-        fragments, counts = np.unique(numbers // np.uint64(_FRAGMENT), return_counts=True)
+        fragments, counts = np.unique(numbers // np.uint64(FRAGMENT), return_counts=True)
         for fragment, last in zip(fragments, numbers[np.cumsum(counts) - 1], strict=True):
             yield int(fragment), int(last) + 1
 
     def _salvage(self, at: int, end: int, torn: list[str]) -> Iterator[pa.RecordBatch]:
-        """Of one fragment. Behind a page that cannot be read the next ones may be sound."""
+        """The rows of one fragment. After a page that cannot be read the next ones may be
+        intact."""
         skipped = 0
         while at < end:
             try:
@@ -275,10 +106,10 @@ class Table:
                         yield batch
                 return
             except StorageError as error:
-                if not self._is_damage(error):
+                if not self.is_damage(error):
                     raise
-                skipped = min(end - at, max(_READ_ROWS, 2 * skipped))
-                self._lose(f"{self._name}/row {at}", f"up to {skipped:,} rows: {error}")
+                skipped = min(end - at, max(self.read_rows, 2 * skipped))
+                self.lose(f"{self._name}/row {at}", f"up to {skipped:,} rows: {error}")
                 torn.append(f"_rowid >= {at} AND _rowid < {at + skipped}")
                 at += skipped
 
@@ -287,11 +118,11 @@ class Table:
     def merge(
         self, rows: Sequence[Mapping[str, Any]], *, replace: bool | str, insert: bool = True
     ) -> tuple[int, int]:
-        """Commit rows in one version; how many were inserted and how many replaced.
+        """Commit rows in one version; returns how many were inserted and how many replaced.
 
-        `replace`: they take the place of rows of the same key, always or where the SQL condition on
-        `target` and `source` holds; else those stay. Without `insert`, rows of an unknown key are
-        ignored. Columns that only another release knows keep what they hold.
+        `replace`: rows replace those with the same key, always or where the SQL condition on
+        `target` and `source` holds; otherwise existing rows stay. Without `insert`, rows with new
+        keys are ignored. Columns that this release does not know keep their values.
         """
         names = self._handle.schema.names
         schema = pa.schema([field for field in self._fields.schema if field.name in names])
@@ -309,7 +140,7 @@ class Table:
         return int(done.num_inserted_rows), int(done.num_updated_rows)
 
     def update(self, where: str, **values: Any) -> int:
-        """Set columns of rows; how many there were."""
+        """Set columns of rows; returns how many."""
         with lance_errors():
             done = self._handle.update(where=where, values=values)
         self.sync()
@@ -321,8 +152,7 @@ class Table:
             self.delete(f"_rowid IN ({', '.join(map(str, numbers))})")
 
     def delete(self, where: str) -> int:
-        """Remove rows; how many there were. Their bytes stay in files until `erase` or
-        `compact`."""
+        """Remove rows; returns how many. Their bytes stay in files until `erase` or `compact`."""
         with lance_errors():
             done = self._handle.delete(where)
         self.sync()
@@ -331,28 +161,39 @@ class Table:
     def erase(self, where: str) -> None:
         """Remove rows and every byte of them.
 
-        Deleting only marks rows, and a file with few marks is never written again: what stays of
-        the files that held some is written anew, so that those can go.
+        Deleting only marks rows, and LanceDB never rewrites a file with few marks. So the remaining
+        rows of the affected files are written to new files, and the old files are deleted.
         """
-        held = np.unique(self.row_ids(where) // np.uint64(_FRAGMENT))
+        held = np.unique(self.row_ids(where) // np.uint64(FRAGMENT))
         self.delete(where)
         runs = np.split(held, np.flatnonzero(np.diff(held) > 1) + 1)
-        ranges = [_between(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+        ranges = [between(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
         self.rewrite(" OR ".join(f"({at})" for at in ranges))
 
     def rewrite(self, where: str = "true") -> None:
-        """Write rows to new files, then drop the old files; empty: only drop files."""
+        """Write the rows that `where` selects to new files, then delete the old files. With an
+        empty `where`, only delete files."""
         if where:
             key = self._fields.key
             with lance_errors():
                 self._handle.update(where=where, values_sql={key: key})
         self.drop_versions()
 
+    def old_versions(self) -> int:
+        """How many versions `compact` would drop: all but the newest; of a shared table only those
+        older than an hour."""
+        with lance_errors():
+            *old, _ = self._handle.list_versions()
+        if not self._place.shared:
+            return len(old)
+        latest = time.time() - _SHARED_VERSIONS.total_seconds()
+        return sum(version["timestamp"].timestamp() < latest for version in old)
+
     def compact(self) -> None:
         """Merge small fragments and drop old versions.
 
-        Others may be reading a version of a shared table, or writing the next: there versions stay
-        for an hour, and of two that compact at once LanceDB lets one have its way.
+        Other machines may be reading an old version of a shared table, or writing the next: there
+        versions stay for an hour. If two machines compact at once, LanceDB lets one of them win.
         """
         if self._place.shared:
             with lance_errors():
@@ -362,8 +203,8 @@ class Table:
             self.drop_versions()
 
     def drop_versions(self) -> None:
-        """All but the present one, and files that belong to none. Other machines may be writing
-        files that belong to none yet: those are left alone."""
+        """Drop all versions but the newest, and files that belong to no version. In a shared table
+        those files may belong to a version that another machine is writing: they stay."""
         with lance_errors():
             self._handle.optimize(cleanup_older_than=_ALL_VERSIONS)
         self._fsync()  # or a power cut could find neither the new files nor the old ones
@@ -379,7 +220,7 @@ class Table:
 
     def _remove_aside(self) -> None:
         if self._folder is not None:
-            for path in (self._folder.parent / _ASIDE).glob(f"{self._name}.*"):
+            for path in (self._folder.parent / ASIDE).glob(f"{self._name}.*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # --- on disk -----------------------------------------------------------------------------
@@ -394,8 +235,3 @@ class Table:
         if self._synced is not None:
             with lance_errors():
                 self._synced.sync()
-
-
-def _between(first: int, end: int) -> str:
-    """Rows of the fragments `first … end-1`."""
-    return f"_rowid >= {first * _FRAGMENT} AND _rowid < {end * _FRAGMENT}"

@@ -1,4 +1,4 @@
-"""When nodes were last used, by any machine and before any restart: a table beside the nodes."""
+"""When nodes were last used, by any machine and before any restart. A table beside the nodes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from kvshare_store.nodes.delta_tree import DeltaTree
 
 _LONGEST_S = 600.0
 _KEPT_S = 30 * 86_400.0
-"""What nobody used for so long (and for twice `ttl_seconds`) is forgotten here."""
+"""Uses older than this (and than twice `ttl_seconds`) are forgotten here."""
 _CHUNK = 512
 
 
 class Uses:
-    """Writes this machine's uses back in batches and learns those of others.
-
-    `period`: the longest that a use is known to this machine alone, in seconds.
-    """
+    """Writes this machine's uses back in batches and reads those of others. `period`: how long, in
+    seconds, a use may be known to this machine alone."""
 
     def __init__(
         self, ledger: Ledger, tree: DeltaTree, lock: threading.RLock, ttl_seconds: float

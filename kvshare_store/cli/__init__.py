@@ -1,1 +1,2 @@
-"""The command line: one module a command. Nothing heavy is imported before a command needs it."""
+"""The command line, one module for each command. Heavy libraries are imported only by the commands
+that need them."""

@@ -19,13 +19,13 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import printable, short, size
+from kvshare_store.readable import printable, short, size
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
 
 _AT_ONCE = 32
-"""Blocks that one message asks for: a daemon stops between messages."""
+"""Blocks in one message: a daemon can stop only between messages."""
 
 RepairOption = Annotated[
     bool,
@@ -48,10 +48,11 @@ def command(
     sample: SampleOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Check the tree, the catalogue and every block. Exit code 1 if a problem is left.
+    """Check the tree, the catalogue and every block.
 
-    Works through the daemon, or opens the home itself where none runs. A block that does not verify
-    goes to quarantine as soon as it is read, and its prompts are offered no more.
+    The exit code is 1 if a problem remains. Works through the daemon, or opens the home itself if
+    none runs. A damaged block goes to quarantine when it is read, and its prompts are offered no
+    more.
     """
 
     with answering(configured(home, config)) as ask:
@@ -64,7 +65,7 @@ def command(
 
 
 def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[str, Any]:
-    """All that was found, in plain types."""
+    """All findings, in plain types."""
     from kvshare_store.daemon import protocol  # noqa: PLC0415 - seconds, not for --help
 
     tree = ask(protocol.CheckTree(repair))
@@ -97,7 +98,7 @@ def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def report(found: dict[str, Any]) -> None:
-    """One line a problem, then one of what was looked at."""
+    """One line for each problem, then one about what was checked."""
     out = console()
     for problem in found["problems"]:
         state = " (repaired)" if problem["repaired"] else ""

@@ -1,4 +1,4 @@
-"""What `kvshare doctor` looks at. Each question is a function that yields what it found."""
+"""The checks of `kvshare doctor`. Each is a function that yields its findings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import psutil
 from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.memory import available_bytes
 from kvshare_store.cli import remote
-from kvshare_store.cli.format import size
 from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import KVShareError, UnavailableError
+from kvshare_store.readable import size
 from kvshare_store.version import version
 
 OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
@@ -43,7 +43,7 @@ _EXTRAS = {
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     state: str
     what: str
@@ -52,7 +52,8 @@ class Finding(NamedTuple):
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
-    """Everything, in the order in which to mend it. What a daemon serves with is what counts."""
+    """All findings, in the order in which to fix them. If a daemon runs, its settings are
+    checked."""
     config = _in_effect(settings.config)
     yield from _versions()
     yield from _extras(config)
@@ -112,7 +113,7 @@ def _environment() -> Iterator[Finding]:
 
 
 def _permissions(home: Path) -> Iterator[Finding]:
-    """Rows and tokens are in the home: nobody else may read it or speak to its daemon."""
+    """The home holds rows and tokens, so nobody else may read it or speak to its daemon."""
     if not home.exists():
         above = next(path for path in home.absolute().parents if path.exists())
         if os.access(above, os.W_OK | os.X_OK):
@@ -191,7 +192,7 @@ def _disk(config: StoreConfig) -> Iterator[Finding]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files that are still there; a daemon may remove some meanwhile."""
+    """The files that still exist; a daemon may remove some meanwhile."""
     return (path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else iter(())
 
 
@@ -206,8 +207,11 @@ def _daemon(config: StoreConfig, serving: bool) -> Iterator[Finding]:
         if serving:
             advice = "wait until it is up; if it stays so, look into daemon.log"
             yield Finding(WRONG, "daemon", "a process holds the home and does not listen", advice)
-        else:
+        elif config.start_daemon:
             yield Finding(NOTE, "daemon", "none runs: engines start one by themselves")
+        else:
+            advice = "start it: systemd, Kubernetes, or `kvshare serve`"
+            yield Finding(WRONG, "daemon", "none runs, and start_daemon is off", advice)
         return
     except KVShareError as error:
         yield Finding(WRONG, "daemon", str(error), "look into daemon.log, then restart it")
@@ -239,10 +243,11 @@ def _engines() -> Iterator[Finding]:
             continue
         names = [Path(word).name for word in line[:3]]
         if "vllm" in names and "serve" in line[:4]:
-            yield _flags(process.pid, " ".join(line))
+            yield flags_of(process.pid, " ".join(line))
 
 
-def _flags(pid: int, line: str) -> Finding:
+def flags_of(pid: int, line: str) -> Finding:
+    """What is missing in the command line of a running vLLM."""
     what, number = "vllm flags", f"process {pid}"
     if "KVShareConnector" not in line and "kvshare vllm" not in line:
         advice = "start it with `kvshare vllm serve MODEL`"

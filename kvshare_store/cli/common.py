@@ -1,4 +1,4 @@
-"""What the commands share: their options, the configuration these make, and the daemon's client."""
+"""What the commands share: options, the configuration made from them, and the daemon's client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}. `kvshare config` shows the
 
 HomeOption = Annotated[
     str | None,
-    typer.Option("--home", metavar="DIR", help="Home directory of the store.", show_default=False),
+    typer.Option("--home", metavar="DIR", help="Folder that holds the store.", show_default=False),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -66,7 +66,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def answering(config: StoreConfig) -> AbstractContextManager[Ask]:
-    """Whoever answers for a home, see `upkeep.chores`."""
+    """What answers messages for a home; see `upkeep.chores`."""
     from kvshare_store.cli import upkeep  # noqa: PLC0415 - seconds, not for --help
 
     return upkeep.chores(config)
@@ -78,5 +78,5 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """Standard output for people."""
+    """The console for standard output."""
     return Console(highlight=False, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""`kvshare completion SHELL`: what a shell needs to complete commands and options."""
+"""`kvshare completion SHELL`: prints the script that lets a shell complete commands and options."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typer
 from typer import completion as shells
 
 VARIABLE = "_KVSHARE_COMPLETE"
-"""The shell sets it when it asks."""
+"""Set by the shell when it asks for completions."""
 
 
 class Shell(StrEnum):
-    """Shells that can be taught."""
+    """Supported shells."""
 
     BASH = "bash"
     ZSH = "zsh"
@@ -37,6 +37,6 @@ def command(shell: ShellArgument) -> None:
 
 
 def prepare() -> None:
-    """Answer the shell's questions, if it is the shell that asks."""
+    """Answer the shell if it is the shell that asks."""
     if VARIABLE in os.environ:
         shells.completion_init()  # type: ignore[attr-defined]

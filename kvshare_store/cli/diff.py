@@ -17,8 +17,8 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import provenance, share, short
 from kvshare_store.cli.show import edits_text
+from kvshare_store.readable import provenance, share, short
 
 _HELP = "Id of a node, or a unique beginning of it."
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help=_HELP)]

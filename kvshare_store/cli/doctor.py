@@ -1,4 +1,4 @@
-"""`kvshare doctor`: whether this machine is fit for a store, and what to change."""
+"""`kvshare doctor`: whether this machine can run a store, and what to change."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def command(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Look at versions, permissions, memory, limits, disk, vLLM's flags and the daemon.
+    """Check versions, permissions, memory, limits, disk, vLLM's flags and the daemon.
 
-    Changes nothing. The exit code is 1 if something is wrong; a warning leaves it at 0.
+    Changes nothing. The exit code is 1 if something is wrong; warnings leave it at 0.
     """
     from kvshare_store.cli import checkup  # noqa: PLC0415 - seconds, not for --help
 
@@ -46,7 +46,7 @@ def command(
 
 
 def findings_table(found: Sequence[dict[str, Any]]) -> Table:
-    """A line a finding, with what to do about it."""
+    """A line for each finding, with what to do about it."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
@@ -61,7 +61,7 @@ def findings_table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:
-    """All of it in one line."""
+    """A summary in one line."""
     wrong, doubtful = (
         sum(finding["state"] == state for finding in found) for state in ("wrong", "warning")
     )

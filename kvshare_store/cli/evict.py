@@ -1,4 +1,4 @@
-"""`kvshare evict`: forget some stored prompts."""
+"""`kvshare evict`: remove some stored prompts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.cli.format import short
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import short
 
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -51,9 +51,9 @@ def command(
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Forget the stored prompts for which all of this holds; pinned ones stay.
+    """Remove the stored prompts for which all conditions hold; pinned ones stay.
 
-    Their rows go with them where no other prompt uses them. To leave no trace of a tenant, purge.
+    Rows that no other prompt uses go with them. To leave no trace of a tenant, use purge.
     """
     from kvshare_store.daemon.protocol import Evict  # noqa: PLC0415 - seconds, not for --help
 
@@ -64,8 +64,8 @@ def command(
         found = ask(Evict(ids, tenant, seconds, policy, dry_run=True))
         if not dry_run and found["nodes"]:
             if not yes:
-                typer.confirm(f"Forget {counted(found)}?", abort=True)
-            # what was shown and confirmed, and no more
+                typer.confirm(f"Remove {counted(found)}?", abort=True)
+            # exactly what was shown and confirmed
             found = ask(Evict(tuple(found["nodes"])))
     if json:
         print_json(found)
@@ -77,7 +77,7 @@ def command(
 
 
 def parse_age(text: str) -> float:
-    """Seconds of `90s`, `10min`, `6h`, `7d`; `ConfigError` for anything else."""
+    """Seconds of `90s`, `10min`, `6h` or `7d`; `ConfigError` for anything else."""
     match = _AGE.match(text.strip())
     if match is None:
         raise ConfigError(f"--older-than {text}: write an age such as 90s, 10min, 6h or 7d")
@@ -85,7 +85,7 @@ def parse_age(text: str) -> float:
 
 
 def counted(found: dict[str, Any]) -> str:
-    """How much there is, in words."""
+    """The number of prompts and their bytes, in words."""
     pinned = len(found["pinned"])
     stay = f"; {pinned:,} pinned {'stays' if pinned == 1 else 'stay'}" if pinned else ""
     count = len(found["nodes"])

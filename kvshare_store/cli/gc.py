@@ -14,7 +14,7 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.cli.format import size
+from kvshare_store.readable import size
 
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Only say what would be collected.")
@@ -27,9 +27,9 @@ def command(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Remove blocks that no prompt uses, prompts past their time, and old catalogue versions.
+    """Remove unused blocks, expired prompts and old versions of the catalogue.
 
-    The daemon does it by itself every gc_seconds. Without a daemon the home is opened here, and
+    A daemon does this by itself every gc_seconds. If none runs, the home is opened here, and
     nothing is merged.
     """
     from kvshare_store.daemon.protocol import Collect  # noqa: PLC0415 - seconds, not for --help
@@ -43,7 +43,7 @@ def command(
 
 
 def sentence(found: dict[str, Any], *, dry_run: bool) -> str:
-    """What was or would be done, in one line."""
+    """What was removed, or would be, in one line."""
     return (
         f"{'Would collect' if dry_run else 'Collected'} {found['blocks']:,} blocks "
         f"({size(found['bytes'])}), {found['nodes']:,} nodes, {found['versions']:,} old versions "

@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import KIND_COLOURS, age, milliseconds, printable, short
+from kvshare_store.readable import KIND_COLOURS, age, milliseconds, printable, short
 
 Request = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Show the last requests: outcome, reason, tokens by kind, times.
 
-    The daemon keeps the last 1000 in memory, without their text.
+    The daemon keeps the last 1,000 in memory, without their text.
     """
     from kvshare_store.daemon.protocol import ListRequests  # noqa: PLC0415 - not for --help
 
@@ -59,7 +59,7 @@ def command(
 
 
 def requests_table(requests: Sequence[Request]) -> Table:
-    """A line a request."""
+    """A line for each request."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("id", style="cyan", overflow="ellipsis", max_width=20)
     table.add_column("ago", justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""`kvshare ls`: the nodes of a home."""
+"""`kvshare ls`: the stored prompts of a home."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, one_line, printable, short
+from kvshare_store.readable import age, one_line, printable, short
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
@@ -51,8 +51,8 @@ def command(
 
 
 def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
-    """One line a node: leading exact rows, generation of the edits, beginning of the prompt. A
-    flag marks pinned ones."""
+    """One line for each node: leading exact rows, generation, beginning of the prompt. Pinned nodes
+    have a flag."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("node", style="cyan", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
@@ -63,7 +63,7 @@ def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
     whose = any(node["tenant"] for node in nodes)
     if whose:
         table.add_column("tenant", overflow="ellipsis", max_width=16)
-    table.add_column("preview")  # the one that gives way when the terminal is narrow
+    table.add_column("preview")  # this column shrinks when the terminal is narrow
     for node in nodes:
         generation = node["generation"]
         table.add_row(

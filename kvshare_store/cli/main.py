@@ -1,4 +1,4 @@
-"""`kvshare`: every command, and what becomes of their errors."""
+"""`kvshare`: registers every command and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kvshare_store.errors import KVShareError
 from kvshare_store.version import version
 
 _ENGINES = {"vllm": "kvshare_connectors.vllm.launch"}
-"""Modules whose `app` has the commands of an engine. By name: the store imports no engine."""
+"""Modules whose `app` has the commands of an engine, by name: the store imports no engine."""
 
 app = typer.Typer(
     name="kvshare",
@@ -88,7 +88,7 @@ app.command("completion")(completion.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command; an error is one line on standard error and an exit code."""
+    """Run one command. An error becomes one line on standard error and an exit code."""
     completion.prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -17,7 +17,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.evict import TenantOption
-from kvshare_store.cli.format import short, size
+from kvshare_store.readable import short, size
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]
 NodesArgument = Annotated[

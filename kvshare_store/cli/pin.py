@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
-from kvshare_store.cli.format import short
+from kvshare_store.readable import short
 
 NodeArgument = Annotated[
     str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
@@ -15,12 +15,12 @@ NodeArgument = Annotated[
 
 
 def pin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:
-    """Keep one stored prompt, whatever room is needed, until it is unpinned or purged."""
+    """Keep a stored prompt, however much room is needed, until it is unpinned or purged."""
     typer.echo(f"{short(_set(node, home, config, pinned=True))} is pinned.")
 
 
 def unpin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:
-    """Let a pinned prompt go like any other."""
+    """Make a pinned prompt an ordinary one again."""
     typer.echo(f"{short(_set(node, home, config, pinned=False))} is not pinned.")
 
 

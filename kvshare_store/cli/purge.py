@@ -1,4 +1,4 @@
-"""`kvshare purge`: leave no byte of a namespace or of a tenant."""
+"""`kvshare purge`: remove every byte of a namespace or of a tenant."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
-from kvshare_store.cli.format import short
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import short
 
 NamespaceOption = Annotated[
     str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
@@ -39,7 +39,7 @@ def command(
 ) -> int:
     """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
 
-    Blocks that are leased keep it waiting; what remains then is said, and the exit code is 1.
+    Waits for leases to end. If something remains after that, it is listed and the exit code is 1.
     """
     from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415 - seconds, not for --help
 
@@ -61,7 +61,7 @@ def command(
 
 
 def counted(found: Sequence[dict[str, Any]]) -> str:
-    """How much there is, in words."""
+    """The number of prompts and their bytes, in words."""
     models = ", ".join(sorted({one["model"] for one in found}))
     nodes, blocks = (sum(one[what] for one in found) for what in ("nodes", "blocks"))
     return f"{nodes:,} nodes and {blocks:,} blocks of {len(found):,} namespaces ({models})"

@@ -1,4 +1,5 @@
-"""The daemon as the commands see it. Imports the store's libraries: load it only when needed."""
+"""The daemon from the commands' point of view. Imports the store's libraries, so load it only when
+needed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class Daemon:
         self._client = client
 
     def settings(self) -> dict[str, Any]:
-        """The values that it runs with, by field."""
+        """The settings that it runs with, by field."""
         found: dict[str, Any] = self._client.call(protocol.Settings())
         return found
 
@@ -44,7 +45,7 @@ class Daemon:
 
 @contextmanager
 def connected(config: StoreConfig) -> Iterator[Daemon]:
-    """The daemon of a home; says at once when there is none."""
+    """The daemon of a home; fails at once if none runs."""
     with Client(config.home_path) as client:
         client.open()
         yield Daemon(client)

@@ -7,24 +7,53 @@ import os
 import resource
 import signal
 import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
-from kvshare_store.cli.format import size
 from kvshare_store.config import StoreConfig
+from kvshare_store.errors import UnsupportedError
+from kvshare_store.logs import log_as_json
+from kvshare_store.readable import size
+
+if TYPE_CHECKING:
+    from kvshare_store.daemon.server import Server
+    from kvshare_store.http.address import Entrance
+
+log = logging.getLogger("kvshare")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_LIBRARIES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+"""Of the extra `http`."""
+
+HttpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--http", metavar="HOST:PORT", help="Serve the page, JSON and metrics there as well."
+    ),
+]
 
 
-def command(home: HomeOption = None, config: ConfigOption = None, set_: SetOption = None) -> None:
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    http: HttpOption = None,
+) -> None:
     """Run the daemon of a home until it is stopped.
 
     Engines start one by themselves; run it by hand to choose its budgets or to watch it.
     """
-    run(configured(home, config, set_))
+    chosen = configured(home, config, set_)
+    run(chosen if http is None else msgspec.structs.replace(chosen, http=http))
 
 
 def run(config: StoreConfig) -> None:
     """Serve in this process; log to standard error."""
+    entrance = page_entrance(config)
     os.umask(0o077)  # also for what LanceDB writes
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # clients and files take descriptors
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -33,7 +62,9 @@ def run(config: StoreConfig) -> None:
     from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    server.log.setLevel(logging.INFO)
+    if config.log_format == "json":
+        log_as_json()
+    log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until there is somebody to tell
     try:
         daemon = server.Server(config)
@@ -42,10 +73,35 @@ def run(config: StoreConfig) -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     socket = address.socket_path(config.home_path)
-    server.log.info("kvshare: %s", start_line(config, str(socket)))
+    log.info("kvshare: %s", start_line(config, str(socket)))
+    if entrance is not None:
+        serve_page(daemon, entrance)
     daemon.serve()
     logging.shutdown()
     os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for
+
+
+def page_entrance(config: StoreConfig) -> Entrance | None:
+    """Where the page will be, if one is asked for. Whoever asks for one that cannot be had, or that
+    would be open to everybody, is told before the store is opened."""
+    if not config.http:
+        return None
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"the page needs {', '.join(missing)}: pip install 'kvshare-store[http]'"
+        )
+    from kvshare_store.http import address  # noqa: PLC0415 - not for --help
+
+    return address.entrance(config)
+
+
+def serve_page(daemon: Server, entrance: Entrance) -> None:
+    """Serve the page until the daemon ends."""
+    from kvshare_store.http.serving import HttpServer  # noqa: PLC0415 - an extra
+
+    daemon.attach(HttpServer(daemon, daemon.store.metrics.health, entrance))
+    log.info("kvshare: the page is on %s", entrance.address.url)
 
 
 def start_line(config: StoreConfig, socket: str) -> str:

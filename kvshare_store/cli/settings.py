@@ -20,9 +20,9 @@ from kvshare_store.cli.common import (
     print_json,
     sourced,
 )
-from kvshare_store.cli.format import printable, size
 from kvshare_store.config import FIELDS, Settings, unknown_variables
 from kvshare_store.errors import UnavailableError
+from kvshare_store.readable import printable, size
 
 Row = dict[str, Any]
 
@@ -35,8 +35,8 @@ def config(
 ) -> None:
     """Show every setting: its value, and where that came from.
 
-    While a daemon serves the home its values count; `here` is then what this command would have
-    given it, where that differs.
+    If a daemon serves the home, its values are shown; `here` is what this command would have used,
+    where that differs.
     """
     settings = sourced(home, config, set_)
     theirs = _running(settings)
@@ -58,7 +58,7 @@ def salt(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Print the cache_salt of a tenant, made with tenant_key, as a gateway must send it."""
+    """Print the cache_salt of a tenant, made with tenant_key, as a gateway has to send it."""
     from kvshare_store.namespace import Tenants  # noqa: PLC0415 - only here
 
     typer.echo(Tenants(sourced(None, config, set_).config).salt(tenant))
@@ -89,7 +89,7 @@ def effective(settings: Settings, theirs: Mapping[str, Any] | None) -> Sequence[
 
 
 def _shown(value: Any) -> Any:
-    """A value without the password that an address may hold."""
+    """A value without the password that a URL may contain."""
     if not (isinstance(value, str) and "://" in value):
         return value
     parts = urlsplit(value)
@@ -100,7 +100,7 @@ def _shown(value: Any) -> Any:
 
 
 def settings_table(rows: Sequence[Row]) -> Table:
-    """A line a setting."""
+    """A line for each setting."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("setting", style="cyan", no_wrap=True)
     table.add_column("value", overflow="fold")

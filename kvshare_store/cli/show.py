@@ -22,7 +22,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, printable, provenance, short, shortened
+from kvshare_store.readable import age, printable, provenance, short, shortened
 
 Node = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def command(
 
 
 def parts(node: Node, *, marked: bool = False) -> Iterable[RenderableType]:
-    """What is shown of a node, from top to bottom. `marked`: signs stand in for colours."""
+    """All about a node, from top to bottom. `marked`: signs replace colours."""
     yield summary_table(node)
     if node["edits"]:
         yield Text(f"\nedits against {short(node['parent'])}", style="bold")
@@ -74,7 +74,7 @@ def parts(node: Node, *, marked: bool = False) -> Iterable[RenderableType]:
 
 
 def summary_table(node: Node) -> Table:
-    """What the node is."""
+    """Facts about the node."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -98,7 +98,8 @@ def _parent(node: Node) -> str:
 
 
 def edits_text(edits: Sequence[Mapping[str, Any]], *, marked: bool = False) -> Text:
-    """The edits in one running text: deleted red and struck, inserted green, kept dim and short."""
+    """The edits in one running text: deleted text red and struck through, inserted text green, kept
+    text dim and shortened."""
     text = Text()
     for index, edit in enumerate(edits):
         if edit["kind"] == "keep":
@@ -114,13 +115,14 @@ def edits_text(edits: Sequence[Mapping[str, Any]], *, marked: bool = False) -> T
 
 
 def _changed(words: str, left: str, right: str, marked: bool) -> str:
-    """Changed text in full; a change of line ends must be visible too."""
+    """Changed text in full; changed line ends must be visible too."""
     shown = printable(words).replace("\n", "↵\n")
     return f"{left}{shown}{right}" if marked else shown
 
 
 def path_tree(node: Node) -> Tree:
-    """From the oldest ancestor to the node, and its children: edits, and what each stores."""
+    """The path from the oldest ancestor to the node, and its children: the edits, and what each
+    node stores."""
     lineage = node.get("lineage", {})
     labels = [_place(name, lineage.get(name), name == node["id"]) for name in node["path"]]
     tree = at = Tree(labels[0], guide_style="dim")
@@ -142,20 +144,20 @@ def _place(name: str, facts: Mapping[str, Any] | None, here: bool) -> Text:
 
 
 def _cost(facts: Mapping[str, Any]) -> str:
-    """What the edit of the parent came to."""
+    """A summary of the edits against the parent."""
     if not (facts["added"] or facts["removed"]):
         return f"{facts['tokens']:,} tokens"
     return f"+{facts['added']:,} -{facts['removed']:,} tokens"
 
 
 def _stored(facts: Mapping[str, Any]) -> str:
-    """What is not shared with the parent."""
+    """What the node stores itself."""
     marks = "".join(f", {mark}" for mark in ("merged", "pinned") if facts[mark])
     return f"stores {facts['own_rows']:,} rows in {facts['own_blocks']:,} blocks{marks}"
 
 
 def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
-    """Blocks in the order of the node, and who else points into them."""
+    """Blocks in the order of the node, and which other nodes use them."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("block", style="cyan", no_wrap=True)
     table.add_column("tier")

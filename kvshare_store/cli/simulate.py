@@ -34,90 +34,101 @@ class _Options(msgspec.Struct, frozen=True):
     json: Path | None
 
 
+TraceArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="TRACE",
+        help="JSONL, gzip or not: lines with hash_ids, with tokens, or with human turns.",
+        show_default=False,
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Instead of TRACE: JSONL with `prompt` or `tokens`, and `answer` or "
+        "`answer_tokens`, `at`, `tenant`, `session`.",
+        show_default=False,
+    ),
+]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAMES",
+        help=f"Policies, separated by commas. TRACE: {','.join(POLICIES)}; --prompts: {_REUSE}.",
+        show_default=False,
+    ),
+]
+HostBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host-bytes",
+        metavar="SIZE",
+        help=f"Budget of the host tier. TRACE: {_HOST_BYTES}; --prompts: none.",
+        show_default=False,
+    ),
+]
+DiskBytesOption = Annotated[
+    str, typer.Option("--disk-bytes", metavar="SIZE", help="TRACE: of the disk tier; 0: no disk.")
+]
+RowBytesOption = Annotated[
+    int, typer.Option("--row-bytes", min=1, help="K and V of a token; default: Qwen2.5-7B.")
+]
+BlockTokensOption = Annotated[
+    int, typer.Option("--block-tokens", min=1, help="TRACE: of a block, where lines have none.")
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.json, or its folder, for text. TRACE: else four bytes are a token.",
+    ),
+]
+AnswersOption = Annotated[
+    bool, typer.Option("--answers/--no-answers", help="--prompts: are answers kept as well?")
+]
+MinTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--min-tokens",
+        min=0,
+        help="--prompts: shorter ones are stored, not counted; default: min_prompt_tokens.",
+        show_default=False,
+    ),
+]
+SettleOption = Annotated[
+    str,
+    typer.Option(
+        "--settle",
+        metavar="SECONDS",
+        help="--prompts: an edited prompt is exact after so long (by `at`), or never.",
+    ),
+]
+PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Write a plot.")]
+JsonFileOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; `-`: print it.")
+]
+
+
 def command(
-    trace: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="TRACE",
-            help="JSONL, gzip or not: lines with hash_ids, with tokens, or with human turns.",
-            show_default=False,
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Instead of TRACE: JSONL with `prompt` or `tokens`, and `answer` or "
-            "`answer_tokens`, `at`, `tenant`, `session`.",
-            show_default=False,
-        ),
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            "--policy",
-            metavar="NAMES",
-            help=f"Policies, parted by commas. TRACE: {','.join(POLICIES)}; --prompts: {_REUSE}.",
-            show_default=False,
-        ),
-    ] = None,
-    host_bytes: Annotated[
-        str | None,
-        typer.Option(
-            "--host-bytes",
-            metavar="SIZE",
-            help=f"Budget of the host tier. TRACE: {_HOST_BYTES}; --prompts: none.",
-            show_default=False,
-        ),
-    ] = None,
-    disk_bytes: Annotated[
-        str,
-        typer.Option("--disk-bytes", metavar="SIZE", help="TRACE: of the disk tier; 0: no disk."),
-    ] = "0",
-    row_bytes: Annotated[
-        int, typer.Option("--row-bytes", min=1, help="K and V of a token; default: Qwen2.5-7B.")
-    ] = 57_344,
-    block_tokens: Annotated[
-        int,
-        typer.Option("--block-tokens", min=1, help="TRACE: of a block, where lines have none."),
-    ] = 64,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            "--tokenizer",
-            metavar="PATH",
-            help="tokenizer.json, or its folder, for text. TRACE: else four bytes are a token.",
-        ),
-    ] = None,
-    answers: Annotated[
-        bool, typer.Option("--answers/--no-answers", help="--prompts: are answers kept as well?")
-    ] = True,
-    min_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--min-tokens",
-            min=0,
-            help="--prompts: shorter ones are stored, not counted; default: min_prompt_tokens.",
-            show_default=False,
-        ),
-    ] = None,
-    settle: Annotated[
-        str,
-        typer.Option(
-            "--settle",
-            metavar="SECONDS",
-            help="--prompts: an edited prompt is exact after so long (by `at`), or never.",
-        ),
-    ] = "never",
+    trace: TraceArgument = None,
+    prompts: PromptsOption = None,
+    policy: PolicyOption = None,
+    host_bytes: HostBytesOption = None,
+    disk_bytes: DiskBytesOption = "0",
+    row_bytes: RowBytesOption = 57_344,
+    block_tokens: BlockTokensOption = 64,
+    tokenizer: TokenizerOption = None,
+    answers: AnswersOption = True,
+    min_tokens: MinTokensOption = None,
+    settle: SettleOption = "never",
     config: ConfigOption = None,
     settings: SetOption = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="PNG", help="Write a plot.")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; `-`: print it.")
-    ] = None,
+    plot: PlotOption = None,
+    json: JsonFileOption = None,
 ) -> None:
     """Replay recorded traffic and show what would have been found of it, without an engine."""
     if (trace is None) == (prompts is None):

@@ -1,4 +1,4 @@
-"""What both replays share: progress, JSON, and a plot of what was found so far."""
+"""What both replays share: a progress bar, JSON output, and a plot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kvshare_store.cli.common import print_json
 from kvshare_store.errors import ConfigError, UnsupportedError
 
 Points = dict[str, list[tuple[int, float]]]
-"""Lines of a plot: after how many requests, which share of their tokens was found."""
+"""Points of each line of a plot: number of requests, share of their tokens found so far."""
 
 STDOUT = Path("-")
 
 
 def stderr() -> Any:
-    """Standard error for progress."""
+    """The console on standard error, for progress."""
     from rich.console import Console  # noqa: PLC0415 - only where there is a bar to show
 
     return Console(stderr=True)
@@ -35,7 +35,7 @@ def write_json(path: Path, result: Any) -> None:
 
 
 def figure_class() -> Any:
-    """The library that draws; `UnsupportedError` without it."""
+    """Matplotlib's figure class; `UnsupportedError` if it is not installed."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional: `kvshare-store[plot]`
     except ImportError as error:
@@ -46,7 +46,8 @@ def figure_class() -> Any:
 
 
 def draw(points: Points, title: str, path: Path) -> None:
-    """Share of tokens found so far, a line a policy; told apart without colour."""
+    """The share of tokens found so far, a line for each policy; lines differ also without
+    colour."""
     figure = figure_class()(figsize=(7, 4))
     axes = figure.subplots()
     styles = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "x"), ("-", "D"))

@@ -10,9 +10,9 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from kvshare_store.cli.format import share
 from kvshare_store.cli.simulated import Points, stderr
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(path: Path, reader: Reader, arms: Mapping[str, Arm], min_tokens: int) -> Counted:
-    """Read all of a file, then serve its prompts in every arm."""
+    """Read the whole file, then serve its prompts in every arm."""
     from kvshare_store.simulate import prompt_replay, prompts  # noqa: PLC0415 - NumPy, not for --help
 
     try:

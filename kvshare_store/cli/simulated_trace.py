@@ -12,9 +12,9 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from kvshare_store.cli.format import bar, share
 from kvshare_store.cli.simulated import Points, stderr
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import bar, share
 
 if TYPE_CHECKING:
     from kvshare_store.simulate.replay import Machine
@@ -24,7 +24,7 @@ _SAMPLES = 200
 
 
 def run(trace: Path, machines: Sequence[Machine], block_tokens: int, tokenize: Any) -> Points:
-    """Every machine serves every request; returns how their shares went, request by request."""
+    """Let every machine serve every request; returns the shares found, request by request."""
     from kvshare_store.simulate.traces import requests  # noqa: PLC0415 - NumPy, not for --help
 
     points: Points = {machine.policy: [] for machine in machines}
@@ -51,7 +51,7 @@ def run(trace: Path, machines: Sequence[Machine], block_tokens: int, tokenize: A
 
 
 def report(machines: Sequence[Machine]) -> list[dict[str, Any]]:
-    """What each machine served, as plain types. Everything but `requests` is in tokens."""
+    """What each machine served, in plain types. All but `requests` are tokens."""
     return [
         {"policy": machine.policy, **msgspec.structs.asdict(machine.served),
          "hit_rate": machine.served.hit_rate}
@@ -60,7 +60,7 @@ def report(machines: Sequence[Machine]) -> list[dict[str, Any]]:
 
 
 def table(result: Sequence[dict[str, Any]]) -> Table:
-    """A line a policy; the last is what no policy can surpass."""
+    """A line for each policy; the last line is the upper bound of all."""
     first = result[0]
     title = f"{first['requests']:,} requests, {first['tokens']:,} tokens"
     found = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

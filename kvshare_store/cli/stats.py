@@ -1,4 +1,4 @@
-"""`kvshare stats`: what a store holds, and what its daemon has counted since it started."""
+"""`kvshare stats`: what a store holds, and what its daemon has counted since its start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.cli.format import age, bar, milliseconds, share, size
+from kvshare_store.readable import age, bar, milliseconds, share, size
 
 Counts = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ Counts = Mapping[str, Any]
 def command(home: HomeOption = None, config: ConfigOption = None, json: JsonOption = False) -> None:
     """Show lookups, reused tokens, tiers, errors and times.
 
-    A daemon counts from its start; without one there is only what the store holds.
+    Counters start with the daemon. If none runs, only the contents of the store are shown.
     """
     from kvshare_store.daemon.protocol import Stats  # noqa: PLC0415 - seconds, not for --help
 
@@ -51,7 +51,7 @@ NOBODY = "no daemon runs: nothing is counted"
 
 
 def serving(stats: Counts) -> str:
-    """One line about the daemon, and since when it has counted what follows."""
+    """One line about the daemon and when its counters started."""
     since = datetime.fromtimestamp(stats["since"]).astimezone()
     return (
         f"policy {stats['policy']}, version {stats['version']}, daemon pid {stats['pid']}; "
@@ -60,7 +60,7 @@ def serving(stats: Counts) -> str:
 
 
 def headline(home: str, stats: Counts) -> str:
-    """One line about what is there."""
+    """One line about the contents."""
     return (
         f"{home}: {stats['nodes']:,} nodes, {stats['blocks']:,} blocks, "
         f"{stats['leases']:,} leases; "
@@ -81,7 +81,7 @@ def settled(stats: Counts) -> str:
 
 
 def tables(stats: Counts) -> Iterable[Table]:
-    """Every table that has something to say."""
+    """All tables that are not empty."""
     yield lookups_table(stats)
     yield tokens_table(stats)
     yield tiers_table(stats["tiers"])
@@ -138,7 +138,7 @@ def tiers_table(tiers: Mapping[str, Mapping[str, int]]) -> Table:
 
 
 def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
-    """Median and 99th percentile of what the daemon does."""
+    """Median and 99th percentile of the times of the daemon's work."""
     table = _table("times")
     table.add_column("p50", justify="right")
     table.add_column("p99", justify="right")
@@ -170,7 +170,7 @@ def _shares_table(
 
 
 def _table(title: str, width: int = 22) -> Table:
-    """A table whose first column's head is its title; with a bar it fits into 80 columns."""
+    """A table titled by the head of its first column; with a bar it fits into 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column(title, min_width=width, no_wrap=True)
     return table

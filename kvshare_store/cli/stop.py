@@ -1,4 +1,4 @@
-"""`kvshare stop`: end the daemon of a home."""
+"""`kvshare stop`: stop the daemon of a home."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvshare_store.errors import DeadlineError, UnavailableError
 
 _PATIENCE_S = 60.0
 _NOBODY = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
-"""What the socket says where no daemon runs. (One that runs and hangs is another matter.)"""
+"""The errors of the socket if no daemon runs, as opposed to one that hangs."""
 
 
 def command(home: HomeOption = None, config: ConfigOption = None) -> None:

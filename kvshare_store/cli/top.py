@@ -1,4 +1,4 @@
-"""`kvshare top`: what a store does, as it does it."""
+"""`kvshare top`: watch a store at work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, configured, console
-from kvshare_store.cli.format import milliseconds, share, size
 from kvshare_store.cli.log import requests_table
 from kvshare_store.cli.stats import headline, tiers_table
+from kvshare_store.readable import milliseconds, share, size
 
 Counts = Mapping[str, Any]
 
@@ -37,14 +37,14 @@ def command(
 ) -> None:
     """Watch lookups, reuse, tiers and the last requests until Ctrl-C.
 
-    Without a terminal it prints a plain line each time.
+    Without a terminal it prints plain lines.
     """
     from kvshare_store.daemon.client import Client  # noqa: PLC0415 - seconds, not for --help
     from kvshare_store.daemon.protocol import ListRequests, Stats  # noqa: PLC0415
 
     chosen = configured(home, config)
     out = console()
-    with Client(chosen.home_path) as client:  # a look at an idle home would only lock it
+    with Client(chosen.home_path) as client:  # opening an idle home each time would only lock it
         ask = client.call
         before, at = ask(Stats()), time.monotonic()
         with _screen(out) as live:
@@ -70,7 +70,7 @@ def _screen(out: Console) -> Live:
 
 
 def per_second(before: Counts, now: Counts, seconds: float) -> dict[str, float]:
-    """How fast each counter grew; a daemon that was restarted began anew."""
+    """The rate of each counter; the counters of a restarted daemon begin at zero."""
     began_anew = before.get("since") != now.get("since") or before["pid"] != now["pid"]
     return {
         name: (now[name] - (0 if began_anew else before[name])) / max(seconds, 1e-9)

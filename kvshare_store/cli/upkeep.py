@@ -1,4 +1,4 @@
-"""Who answers for a home: its daemon, or this process where none runs."""
+"""What answers messages for a home: its daemon, or this process if none runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _answer(store: Store, message: Any) -> Any:
 
 
 def refuse_without_store(config: StoreConfig) -> None:
-    """`HomeError` if the home holds no store: probably its path is mistyped."""
+    """`HomeError` if the home holds no store: then its path is probably mistyped."""
     if not (config.home_path / "format").exists():
         what = "is a file, no folder" if config.home_path.is_file() else "has no store"
         raise HomeError(
@@ -70,8 +70,8 @@ def _served(config: StoreConfig) -> bool:
 
 
 def _alone(config: StoreConfig) -> StoreConfig:
-    """For a moment without requests. Nothing is merged: the budgets that this process was given
-    need not be those that the home is used with."""
+    """The home opened for one message. Nothing is merged: this process may have other budgets than
+    those that the home is used with."""
     return msgspec.structs.replace(
         config,
         host_bytes=min(config.host_bytes, _HOST_BYTES),

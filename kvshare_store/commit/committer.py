@@ -1,19 +1,18 @@
-"""What happens to a node after its rows are in the host tier: bytes, then metadata, off the path.
+"""Makes nodes durable after their rows are in the host tier: bytes first, then metadata, while
+nobody waits.
 
-One thread: the blocks of a batch become durable, then its node rows are committed together; node
-rows are removed before their blocks.
+One thread does it. The blocks of a batch become durable, then its node rows are committed together.
+Node rows are removed before their blocks.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Sequence
 
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.commit.queue import Addition, CommitQueue, Errand, Removal, Work, shown
+from kvshare_store.commit.queue import Addition, Call, CommitQueue, Removal, Work, shown
 from kvshare_store.errors import (
     ClaimedBlockError,
     InternalError,
@@ -23,13 +22,13 @@ from kvshare_store.errors import (
 )
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
-from kvshare_store.threads import STORING, Supervised
+from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
 
 class Committer:
-    """Does what is in the queue, in that order."""
+    """Does the work in the queue, in its order."""
 
     def __init__(
         self, queue: CommitQueue, nodes: NodeStore, durable: Durable, metrics: Metrics
@@ -47,18 +46,16 @@ class Committer:
         self._thread.join()
 
     def _run(self) -> None:
-        if hasattr(os, "gettid"):  # on Linux niceness is a thread's own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        be_nice(10)
         while batch := self._queue.take():
             self._attempt(batch)
 
     def _attempt(self, batch: Sequence[Work]) -> None:
-        """Do it. After an error that nobody expected each piece is tried alone: one that cannot be
-        done is given up, and takes no other along. What was done before is done once more, which
-        changes nothing."""
+        """Do a batch. After an unexpected error each piece is tried alone: one that fails is given
+        up, and the others are not lost with it. Doing a piece twice changes nothing."""
         try:
             self._do(batch)
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a panic in a library's Rust code is no Exception
             log.exception("kvshare: %d pieces of work failed", len(batch))
             if len(batch) == 1:
                 self._health.failed(STORING, error)
@@ -76,7 +73,7 @@ class Committer:
             log.exception("kvshare: node %s could not be given up", work.node.id[:12])
 
     def _fail(self, node: Node, error: KVShareError) -> None:
-        """What cannot be made durable is no node: a full disk stops saving, not serving."""
+        """A node that cannot be made durable is removed: a full disk ends saving, not serving."""
         if _is_refusal(error):
             self._queue.failed(error)
         if not isinstance(error, MissError):
@@ -84,15 +81,16 @@ class Committer:
         self._nodes.remove([node.id])
 
     def _do(self, batch: Sequence[Work]) -> None:
-        """What can be done in one go is: additions first, or a node that takes another's place
-        could be lost with it. Only one that comes back waits until its predecessor is gone."""
+        """Do as much as possible in one go, additions first: if a removal came first and the
+        addition of the node that replaces it failed, both would be lost. Only a node that is added
+        again after its removal waits for that removal."""
         additions: list[Addition] = []
         removals: list[Removal] = []
         for work in batch:
             if isinstance(work, Removal):
                 removals.append(work)
                 continue
-            if isinstance(work, Errand) or any(work.node.id in gone.nodes for gone in removals):
+            if isinstance(work, Call) or any(work.node.id in gone.nodes for gone in removals):
                 self._add(additions)
                 self._remove(removals)
                 additions, removals = [], []
@@ -123,6 +121,6 @@ class Committer:
 
 
 def _is_refusal(error: KVShareError) -> bool:
-    """Whether storage has refused what it should take. A node that left before it was durable and
-    a budget that is full are nothing of that kind."""
+    """Whether storage has refused to store something. Nodes that were removed before they were
+    durable, and a full budget, do not count."""
     return not isinstance(error, MissError | NoSpaceError | ClaimedBlockError)

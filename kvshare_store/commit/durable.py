@@ -1,6 +1,7 @@
-"""Bytes before metadata, in the committer's thread: namespaces, room, every block, then the rows.
+"""Bytes before metadata, in the committer's thread: namespaces, room, blocks, then rows.
 
-Rows go before their blocks; docs/design/ordering.md says what a crash leaves after each step.
+Rows are removed before their blocks; docs/design/ordering.md says what a crash after each step
+leaves behind.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ log = logging.getLogger("kvshare")
 T = TypeVar("T")
 
 Ended = list[KVShareError | None]
-"""For each node what went wrong, or None."""
+"""For each node, what went wrong, or None."""
 
 _COMMIT_BYTES = 1 << 16
-"""About what LanceDB writes for one commit, beside the rows."""
+"""Roughly the bytes that LanceDB writes for one commit, besides the rows."""
 _CONFIRMED_IN = 4
-"""Attempts to write blocks within half a grace."""
+"""Attempts to write blocks within half a grace period."""
 
 
 class Durable:
-    """Makes nodes durable, and removes them. What cannot be made durable is left to the caller."""
+    """Makes nodes durable, and removes them. The caller deals with nodes that cannot be made
+    durable."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Durable:
     # --- nodes come --------------------------------------------------------------------------
 
     def store(self, additions: Sequence[Addition]) -> Ended:
-        """Blocks, then rows, as many at a time as the tiers are worth."""
+        """Store blocks, then rows, in batches of the size that the tiers can use."""
         nodes = [addition.node for addition in additions]
         ended = self._make(nodes)
         durable = [at for at, error in enumerate(ended) if error is None]
@@ -77,10 +79,10 @@ class Durable:
 
     def _record_namespaces(self, nodes: Sequence[Node]) -> None:
         known = self._nodes.namespaces
-        # a node that has left may be of a namespace that is forgotten
+        # the namespace of a node that was removed may be forgotten already
         new = known.unrecorded(node.namespace for node in nodes)
         if new and self._catalog is not None:
-            self._catalog.add_namespaces(new)
+            self._catalog.records.add(new)
         known.recorded(new)
 
     def write(self, nodes: Sequence[Node]) -> None:
@@ -98,16 +100,15 @@ class Durable:
         room.retried(lambda: self._blocks.persist(names), room.missing_bytes(names))
 
     def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
-        """Commit rows of nodes whose blocks are durable; ids of those that are another machine's
-        and stay as they are."""
+        """Commit rows of nodes whose blocks are durable. Returns the ids of nodes whose rows
+        another machine committed first; those rows stay."""
         catalog = self._catalog
         if catalog is None:
             return set()
         return self._with_room(lambda: catalog.add(rows))
 
     def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
-        """Commit another row of a node in the place of the one with the stamp `expected`; False if
-        that is not there."""
+        """Replace a node's row, but only if it has the stamp `expected`; False if it has not."""
         catalog = self._catalog
         if catalog is None:
             return True
@@ -118,7 +119,7 @@ class Durable:
         return self.room.retried(commit, _COMMIT_BYTES)
 
     def _confirmed(self, nodes: Sequence[Node], known: Collection[str]) -> Ended:
-        """Rows are committed. Of `known` nodes another machine's row was there before."""
+        """Rows were committed. For the nodes in `known`, another machine's row was there before."""
         if self._condemned is None or self._catalog is None:
             return [None] * len(nodes)
         ours = [node for node in nodes if node.id not in known]
@@ -132,8 +133,9 @@ class Durable:
         return [ended.get(node.id) for node in nodes]
 
     def confirm(self, nodes: Sequence[Node]) -> None:
-        """Their rows are committed: return once no block of theirs can have been removed from a
-        shared remote before whoever removes it could see the row. Raises what stands in the way."""
+        """The rows of these nodes were committed. Return once no machine can have removed one of
+        their blocks from a shared remote without having seen the row. Raises if that cannot be
+        assured."""
         if self._condemned is None or not nodes:
             return
         names = _blocks_of(nodes)
@@ -149,7 +151,7 @@ class Durable:
     # --- nodes go ----------------------------------------------------------------------------
 
     def remove(self, removals: Sequence[Removal]) -> None:
-        """Rows, then blocks; what is refused stays as garbage."""
+        """Remove rows, then blocks. What storage refuses to remove stays as garbage."""
         blocks = [block for removal in removals for block in removal.blocks]
         try:
             self._remove_rows([removal for removal in removals if removal.nodes])
@@ -158,7 +160,7 @@ class Durable:
             log.warning("kvshare: removal left garbage behind: %s", error)
 
     def _remove_rows(self, removals: Sequence[Removal]) -> None:
-        """In one commit; those that say which form of a row they mean, in another."""
+        """Remove rows in one commit, and in another those for which stamps were named."""
         if self._catalog is None:
             return
         for some in ([r for r in removals if not r.stamps], [r for r in removals if r.stamps]):
@@ -167,7 +169,7 @@ class Durable:
                 self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
 
     def delete(self, names: Sequence[str]) -> None:
-        """As `Room.delete`."""
+        """See `Room.delete`."""
         self.room.delete(names)
 
 
@@ -176,8 +178,8 @@ def _blocks_of(nodes: Sequence[Node]) -> list[str]:
 
 
 def _each(step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> Ended:
-    """Do a step for all nodes at once; where that fails, for each alone: one that fails does not
-    take the others along."""
+    """Do a step for all nodes at once. If that fails, do it for each alone, so that one failure
+    does not affect the others."""
     try:
         step(nodes)
     except KVShareError as error:

@@ -1,4 +1,4 @@
-"""The home directory: one owner at a time, everything under it readable by that user only."""
+"""The home: one owner at a time, everything under it readable by that user only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kvshare_store.keys import Keyring, master_key
 from kvshare_store.threads import Health
 
 FORMAT = "2"
-"""What a home is marked with. A later release that only adds, and changes nothing that this one
-reads, marks its homes `2.1`, `2.2` and so on."""
+"""The format that a home is marked with. A later release that adds something and changes nothing
+that this one reads marks its homes `2.1`, `2.2` and so on."""
 _BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
-"""What may be in a home before its first owner marks it."""
+"""Files that may be in a home before its first owner has marked it."""
 
 
 class Home:
@@ -51,11 +51,11 @@ class Home:
     def open(cls, config: StoreConfig, health: Health | None = None) -> Home:
         """Take the home over; `BusyError` if another process has it, `HomeError` if unusable."""
         home = config.home_path
-        lock = _lock(home)
+        lock = take_lock(home)
         io = IoLoop(health)
         arena: Arena | None = None
         try:
-            _check_format(home)
+            check_format(home)
             keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
             arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
             check_levels(config)
@@ -64,8 +64,8 @@ class Home:
                 catalog = Catalog(config.catalog or home / "catalog", keys)
             owner = None
             if config.remote and catalog is not None:
-                owner = Owner(catalog.store_id(), catalog.digests())
-            below = open_levels(config, io, keys, _beside(catalog), owner)
+                owner = Owner(catalog.store_id(), catalog.records.digests())
+            below = open_levels(config, io, keys, beside(catalog), owner)
         except (KVShareError, OSError):
             if arena is not None:
                 arena.close()
@@ -80,20 +80,22 @@ class Home:
         os.close(self._lock)
 
 
-def _beside(catalog: Catalog | None) -> Callable[[], Beside]:
-    """A catalogue of several machines is not in the home and not in its budget."""
+def beside(catalog: Catalog | None) -> Callable[[], Beside]:
+    """What lies beside the blocks on the home's disk: its catalogue. One that several machines
+    share is not in the home, and not in its budget."""
     if catalog is None or catalog.place.shared:
         return Beside
     return lambda: Beside(catalog.bytes, catalog.data_bytes)
 
 
 def _foreign(home: Path) -> bool:
-    """Whether a folder without the format mark holds anything that is not ours."""
+    """Whether a folder without the format mark holds files that are not a store's."""
     names = {entry.name for entry in home.iterdir()}
     return "format" not in names and bool(names - _BEFORE_FORMAT)
 
 
-def _lock(home: Path) -> int:
+def take_lock(home: Path) -> int:
+    """Take the lock that makes this process the owner of a home; returns its descriptor."""
     try:
         if home.is_dir() and _foreign(home):
             raise HomeError(
@@ -119,8 +121,8 @@ def _lock(home: Path) -> int:
     return descriptor
 
 
-def _check_format(home: Path) -> None:
-    """The first owner writes the format down; a later release refuses what it cannot read."""
+def check_format(home: Path) -> None:
+    """Mark a new home with the format; refuse one whose format this release does not read."""
     mark = home / "format"
     try:
         found = mark.read_bytes().strip(b" \n\0").decode(errors="replace") if mark.exists() else ""
@@ -134,7 +136,7 @@ def _check_format(home: Path) -> None:
 
 
 def _write_format(home: Path) -> None:
-    """Durable before anything is stored: a home without it counts as somebody else's folder."""
+    """Make the mark durable before anything is stored: without it a home counts as foreign."""
     unfinished = str(home / "format.new")
     files.discard(unfinished)
     files.write(unfinished, [FORMAT.encode()])

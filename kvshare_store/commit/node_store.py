@@ -1,7 +1,7 @@
-"""Nodes come and go: in memory at once, in the catalogue and in the tiers in the committer's time.
+"""Adds and removes nodes: in memory at once, in the catalogue and the tiers a little later.
 
-`NodeState` says what a change has left to do. Here it is handed on: blocks hear how many nodes use
-them, and the queue gets what must become durable or must go.
+`NodeState` says what each change still needs. This module hands that on: it tells `blocks` how many
+nodes use a block, and queues what must become durable or be removed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NodeStore:
         shared: bool,
         late_s: float,
     ) -> None:
-        """`shared`: other machines have these nodes too, and write down their uses up to `late_s`
+        """`shared`: other machines have these nodes too, and write their uses down up to `late_s`
         seconds later."""
         self.state = state
         self.tree = state.tree
@@ -67,7 +67,7 @@ class NodeStore:
         return node
 
     def _weigh(self, nodes: Iterable[Node]) -> None:
-        """Other nodes than before use the blocks of these."""
+        """Tell `blocks` how many nodes use the blocks of these."""
         for node in nodes:
             for name in filter(self.blocks.weighs, node.blocks):
                 self.blocks.weigh(name, self.tree.user_count(name))
@@ -80,9 +80,9 @@ class NodeStore:
                     self.queue.put(Addition(node, Vectors(lexical_vector(node.tokens), None)))
 
     def replace(self, node: Node, changed: Node) -> list[str] | None:
-        """Let another form of a node, whose row is committed, take its place; returns the blocks
-        that no node uses any more. None if the node left or changed meanwhile, or a block is gone:
-        what becomes of the row is queued already."""
+        """Replace a node by another form of it whose row is committed. Returns the blocks that no
+        node uses any more, or None if the node was removed or changed meanwhile or a block is gone;
+        then what must happen to the row is queued already."""
         with self.lock:
             complete = all(self.blocks.tier_of(name) for name in changed.blocks)
             if self.tree.get(node.id) is not node or not complete:
@@ -90,7 +90,8 @@ class NodeStore:
             return list(self.state.replace(node, changed).unused)
 
     def reserve(self, nbytes: int) -> int:
-        """As `BufferPool.reserve`; what had to go without a tier below takes its nodes along."""
+        """See `BufferPool.reserve`. Where no tier is below, the nodes of blocks that had to go are
+        removed."""
         with self.lock:
             try:
                 return self.blocks.pool.reserve(nbytes)
@@ -100,17 +101,17 @@ class NodeStore:
     # --- nodes go ----------------------------------------------------------------------------
 
     def drop(self, ids: Iterable[str]) -> Change:
-        """Take nodes out of memory only: their rows and blocks are left to the caller."""
+        """Take nodes out of memory only. The caller decides about their rows and blocks."""
         with self.lock:
             change = self.state.remove(ids)
             self._weigh(change.nodes)
             return change
 
     def remove(self, ids: Iterable[str], *, whatever: bool = False) -> int:
-        """Out of memory now, out of catalogue and tiers in the committer's time; returns how many.
+        """Remove nodes from memory now, from catalogue and tiers a little later; returns how many.
 
-        In a shared catalogue a row stays that another machine has pinned, merged or saved anew
-        meanwhile, unless somebody asked for the removal of `whatever` is there.
+        In a shared catalogue, rows stay that another machine has pinned, merged or saved again
+        meanwhile. `whatever` removes those too.
         """
         with self.lock:
             gone, unused = self.drop(ids)
@@ -120,20 +121,20 @@ class NodeStore:
             return len(gone)
 
     def removal(self, nodes: Sequence[Node], unused: Sequence[str] = ()) -> Removal:
-        """What removes rows of nodes in the form that is known here, then blocks."""
+        """The removal of rows in the form that this machine knows, and then of blocks."""
         stamps = tuple(node.stamp for node in nodes) if self._shared else ()
         return Removal(tuple(node.id for node in nodes), tuple(unused), stamps)
 
     def remove_unused(self, names: Iterable[str]) -> None:
-        """Remove those of the blocks that no node uses (any more)."""
+        """Remove those of the blocks that no node uses."""
         with self.lock:
             unused = tuple(name for name in names if not self.tree.uses(name))
             if unused:
                 self.queue.put(Removal((), unused))
 
     def remove_lost(self, names: Sequence[str] = ()) -> None:
-        """Blocks are gone or bad, `names` and those that the tiers have lost: so are the nodes that
-        use them, in the same moment."""
+        """Blocks are missing or damaged: `names`, and those that the tiers have lost. The nodes
+        that use them are removed in the same moment."""
         with self.lock:
             lost = [*names, *self.blocks.pool.take_lost()]
             if lost:
@@ -156,18 +157,18 @@ class NodeStore:
             return self.remove([node.id for node in chosen], whatever=namespace is not None)
 
     def drop_excess(self) -> None:
-        """With a shared catalogue `max_nodes` bounds this machine's memory: the rows stay for the
-        others."""
+        """Keep `max_nodes` with a shared catalogue, where it only bounds this machine's memory: the
+        rows stay for the other machines."""
         with self.lock:
             excess = max(0, len(self.tree) - self._config.max_nodes)
             change = self.drop([node.id for node in islice(self.tree.victims(), excess)])
             self.remove_unused(change.unused)
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
-        """Remove nodes of a namespace that is over its quota, and of no other; returns how many.
+        """Remove nodes of a namespace until it is within its quota; returns how many.
 
-        The newest goes only if it alone is too much. With a shared catalogue only nodes go that for
-        a while no machine has used.
+        The newest is removed only if it alone is over the quota. With a shared catalogue only nodes
+        go that no machine has used for a while.
         """
         quota, gone = self._config.namespace_bytes, 0
         with self.lock:
@@ -182,7 +183,8 @@ class NodeStore:
         return gone
 
     def _quiet(self, node: Node) -> bool:
-        """Whether no machine can have used the node lately: others write their uses down late."""
+        """Whether it is certain that no machine used the node lately: uses are written down
+        late."""
         return not self._late_s or self.tree.idle_for(node.id) >= self._late_s
 
     # --- other machines ----------------------------------------------------------------------
@@ -193,10 +195,10 @@ class NodeStore:
         rows: Iterable[tuple[Node, Vectors]],
         known: Mapping[str, int],
     ) -> None:
-        """Rows that others have committed to a shared catalogue: they can be donors from now.
+        """Rows that others have committed to a shared catalogue: from now on they can be donors.
 
-        A node that is here takes the form of its row, if it has the stamp that its row had before
-        (`known`); else a change of this machine's is on its way.
+        A node that is here takes the form of its row if it has the stamp that the row had before
+        (`known`). Otherwise a change of this machine is on its way to the catalogue.
         """
         with self.lock:
             self.namespaces.recorded(namespaces)
@@ -208,7 +210,7 @@ class NodeStore:
             self.drop_excess()
 
     def _adopt(self, node: Node, vectors: Vectors) -> None:
-        """The row is what counts: what this machine had of the node goes."""
+        """The row counts: what this machine had of the node is dropped."""
         known = node.id in self.tree
         idle = max(0.0, self.tree.idle_for(node.id) if known else time.time() - node.created)
         unused = self.drop([node.id]).unused
@@ -217,8 +219,8 @@ class NodeStore:
         self.remove_unused(unused)
 
     def learn_removals(self, gone: Mapping[str, int]) -> None:
-        """Rows (their stamps, by id) that others have removed: what this machine keeps goes as
-        well, unless it has saved the node anew."""
+        """Rows (stamps by id) that others have removed. This machine's nodes go too, unless they
+        were saved again meanwhile."""
         with self.lock:
             here = [i for i, stamp in gone.items() if (n := self.tree.get(i)) and n.stamp == stamp]
             unused = self.drop(here).unused

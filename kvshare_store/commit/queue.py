@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
@@ -41,7 +42,7 @@ class Removal(NamedTuple):
     stamps: tuple[int, ...] = ()
 
 
-class Errand(NamedTuple):
+class Call(NamedTuple):
     """Anything else that must happen in the committer's thread, and who waits for it."""
 
     run: Callable[[], Any]
@@ -57,7 +58,7 @@ class Errand(NamedTuple):
             self.done.set_exception(error)
 
 
-Work = Addition | Removal | Errand
+Work = Addition | Removal | Call
 
 
 class CommitQueue:
@@ -74,6 +75,8 @@ class CommitQueue:
         """Nodes so far that storage refused, for want of anything but room."""
         self._last = ""
         """Why, of the last one."""
+        self._began: float | None = None
+        """When the committer took what it is doing (monotonic); None while it does nothing."""
 
     # --- whoever wants something done --------------------------------------------------------
 
@@ -86,7 +89,7 @@ class CommitQueue:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Queue a function; the future has what it returns or raises."""
         done: Future[T] = Future()
-        self.put(Errand(function, done))
+        self.put(Call(function, done))
         return done
 
     def run(self, function: Callable[[], T]) -> T:
@@ -126,6 +129,13 @@ class CommitQueue:
             f"{self._queue.qsize():,} prompts wait to be made durable; save more slowly"
         )
 
+    def report(self) -> dict[str, float]:
+        """Pieces of work `waiting`, nodes `refused` so far, and for how many `seconds` the
+        committer has been at what it does now."""
+        began = self._began
+        seconds = 0.0 if began is None else time.monotonic() - began
+        return {"waiting": self._queue.qsize(), "refused": self.failures, "seconds": seconds}
+
     def close(self) -> None:
         """Nothing is put here any more."""
         self._queue.put(None)
@@ -135,7 +145,9 @@ class CommitQueue:
     def take(self) -> list[Work]:
         """Some of what waits, the longest first; empty once everything is done and the queue is
         closed. Waits."""
+        self._began = None
         batch = [] if self._closing else self._waiting()
+        self._began = time.monotonic()
         self._closing = self._closing or None in batch
         work = [each for each in batch if each is not None]
         self._ended = not work

@@ -1,4 +1,4 @@
-"""A start: tree and indexes rebuilt from the catalogue."""
+"""Rebuilds the tree and the indexes from the catalogue when a store opens."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def recover(
     used: Mapping[str, float],
     metrics: Metrics,
 ) -> list[Node]:
-    """Every node whose blocks are there, last `used` (Unix seconds, by id) or when it was made.
-    Returns the others; blocks that no node uses are left to the janitor."""
+    """Load every node whose blocks are there. It counts as last used at `used` (Unix seconds, by
+    id), or when it was made. Returns the other nodes; blocks that no node uses are left to the
+    janitor."""
     with _no_collections():
-        state.namespaces.recorded(catalog.namespaces())
+        state.namespaces.recorded(catalog.records.read())
         now = time.time()
         lost: list[Node] = []
         idle: dict[str, tuple[Node, float]] = {}
@@ -52,8 +53,8 @@ def recover(
 def _complete(
     batch: Iterable[Row], blocks: BlockStore, known: Collection[str], lost: list[Node]
 ) -> dict[str, list[Row]]:
-    """Rows whose blocks are there, by namespace; others are `lost`. A row of a node that is known
-    by then is one too many."""
+    """Rows whose blocks are there, by namespace; the others are appended to `lost`. A second row of
+    a node is ignored."""
     found: defaultdict[str, dict[str, Row]] = defaultdict(dict)
     for node, vectors in batch:
         if not blocks.expect(node.blocks, node.namespace):
@@ -65,8 +66,8 @@ def _complete(
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Python looks for garbage the more often the more objects are made; among those of a recovery,
-    which all stay, it finds none and takes a third of the time."""
+    """Switch Python's garbage collector off. It runs more often the more objects are made, finds
+    nothing among those of a recovery, which all stay, and would take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -77,7 +78,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def _give_memory_back() -> None:
-    """What reading the catalogue took and freed stays with the C library in pieces, a third of all
-    memory after a recovery, until it is told to return them. Only glibc can."""
+    """Return freed memory to the system. Reading the catalogue leaves a third of all memory after a
+    recovery with the C library, in pieces; only glibc can be told to return them."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,5 +1,5 @@
-"""Repository: all that is stored, opened: nodes, blocks, the catalogue, and how one becomes the
-other. Every part is below this one and knows nothing of it."""
+"""Repository: everything that is stored, opened. Its parts (blocks, nodes, catalogue, committer)
+are lower in the import order and do not know it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Repository:
         self._config = config
         self.metrics = metrics
         self.machine = uuid.uuid4().hex
-        """Names this process among those that share a catalogue."""
+        """Identifies this process among those that share a catalogue."""
         self.encrypted = bool(config.encryption_key)
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
@@ -67,13 +67,13 @@ class Repository:
         return Condemned(self.catalog.facts, self.machine, grace_s, self.blocks)
 
     def _open_uses(self, state: NodeState) -> Uses | None:
-        """Where last uses count beyond this process, they are written down."""
+        """Last uses are written down only where they matter after this process, or to others."""
         if self.catalog is None or not (self.shared or self._config.ttl_seconds):
             return None
         return Uses(self.catalog.uses, state.tree, state.lock, self._config.ttl_seconds)
 
     def _recover(self, state: NodeState) -> None:
-        """Nodes whose blocks are gone leave the catalogue."""
+        """Load the nodes. Those whose blocks are gone are removed from the catalogue."""
         if self.catalog is None:
             return
         used = self.uses.recorded() if self.uses is not None else {}

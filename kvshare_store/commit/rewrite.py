@@ -1,8 +1,8 @@
-"""The same node in another form: pinned, merged, or with its text vector. Lookups see the old one
-or the new one.
+"""Replaces a node by another form of it: pinned, merged, or with a text vector. A lookup sees the
+old form or the new one.
 
-Row first, then the tree, both in the committer's thread: what is on its way there has been
-committed by then, and only another machine can have changed the row.
+The row is changed first, then the tree, both in the committer's thread. By then earlier changes of
+this machine are committed, so only another machine can have changed the row.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ class Rewriter:
         return False
 
     def _commit(self, node: Node, changed: Node, vectors: Vectors) -> bool:
-        """Write the changed row in the place of the node's; False if another machine's row is
-        there."""
+        """Replace the node's row by the changed one; False if another machine has replaced it."""
         if self._durable.replace(changed, vectors, node.stamp):
             return True
         if self._catalog is None or (self._shared and self._catalog.stamps(ids=[node.id])):
@@ -75,11 +74,11 @@ class Rewriter:
     # --- merges ------------------------------------------------------------------------------
 
     def swap(self, node: Node, merged: Node) -> bool:
-        """`merged`, whose blocks are in a tier, takes the node's place.
+        """Replace a node by `merged`, whose blocks are in a tier.
 
-        New blocks durable, then the row, then the tree, then blocks that nobody uses any more are
-        removed. False if the node left or changed meanwhile, here or on another machine; then the
-        new blocks are removed.
+        First the new blocks become durable, then the row is replaced, then the node in the tree,
+        then unused blocks are removed. False if the node was removed or changed meanwhile, here or
+        on another machine; then the new blocks are removed.
         """
         return self._queue.run(lambda: self._swap(node, merged))
 
@@ -108,15 +107,17 @@ class Rewriter:
     # --- text vectors ------------------------------------------------------------------------
 
     def describe(self, vectors: Mapping[str, Vector]) -> None:
-        """Give nodes their text vectors: to lookups now, to the catalogue in the committer's
-        thread, which this waits for. Nodes that left are ignored, and vectors that are none."""
+        """Give nodes their text vectors: lookups use them at once, and this waits until the
+        committer has written them to the catalogue. Unknown nodes and vectors of zeros are
+        ignored."""
         vectors = {node_id: vector for node_id, vector in vectors.items() if is_vector(vector)}
         with self._nodes.lock:
             self._nodes.state.describe(vectors)
         self._queue.run(lambda: self._write_vectors(list(vectors)))
 
     def _write_vectors(self, ids: Sequence[str]) -> None:
-        """Rows keep their stamps: vectors only nominate, no machine has to read them again."""
+        """Rows keep their stamps: vectors only nominate, so no machine needs to read the rows
+        again."""
         with self._nodes.lock:
             nodes = [node for i in ids if (node := self._nodes.tree.get(i)) is not None]
             found = [(node, self._nodes.state.vectors(node)) for node in nodes]

@@ -1,5 +1,5 @@
-"""Room for what becomes durable: nodes worth least are forgotten where a tier or a file system is
-full. In the committer's thread."""
+"""Makes room: where a tier or a file system is full, the nodes worth least are removed. Runs in the
+committer's thread."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ log = logging.getLogger("kvshare")
 T = TypeVar("T")
 
 _TIMES = 4
-"""So often room is made for one write on a file system that is full."""
+"""How often room is made for one write on a full file system."""
 
 
 class Room:
-    """Forgets nodes, their rows before their blocks."""
+    """Removes nodes, their rows before their blocks."""
 
     def __init__(self, nodes: NodeStore, catalog: Catalog | None) -> None:
         self._nodes = nodes
         self._blocks = nodes.blocks
         self._catalog = catalog
         self.keep: Collection[str] = ()
-        """Nodes that are being made durable: they stay."""
+        """Nodes that are being made durable; they stay."""
         self._compacted = 0
-        """Bytes of the catalogue when it was compacted."""
+        """Bytes of the catalogue after its last compaction."""
 
     def make(self, names: Iterable[str]) -> None:
-        """Move or forget what is worth least until the blocks fit the budget of the tier that must
-        hold them. `NoSpaceError` if the blocks alone are more than the budget."""
+        """Move or remove what is worth least until the blocks fit into the budget of the tier that
+        must hold them. `NoSpaceError` if the blocks alone exceed the budget."""
         tier = self._tier
         if tier is None or not tier.use().budget:
             return
@@ -59,31 +59,28 @@ class Room:
             self.delete(unused)
 
     def hold_budget(self) -> None:
-        """What commits since the last save have added counts as well: make room for it now."""
+        """Also count what commits have added since the last save, and make room for it now."""
         self.fit_catalog()
         self.keep = ()
         self.make(())
 
     def fit_catalog(self) -> None:
-        """Each commit adds to the catalogue: drop its old versions, where blocks cannot move down,
-        before they are more than the budget has room for."""
+        """Every commit adds to the catalogue. Drop its old versions before they exceed the budget,
+        unless blocks can move to a lower tier instead."""
         if not self._blocks.make_room("disk", 0):
             self._compact(1)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove blocks that nobody leases or uses from every tier and wait for it.
-
-        Whoever pointed at them must be gone before; a block that came into use again since then
-        stays.
-        """
+        """Remove blocks that nobody leases or uses from every tier, and wait for it. The nodes that
+        used them must be removed before. A block that is in use again by now stays."""
         with self._nodes.lock:
             unused = [name for name in names if not self._nodes.tree.uses(name)]
             free = self._blocks.pool.drop(unused)
         self._blocks.delete(free)
 
     def _compact(self, nbytes: int) -> bool:
-        """Whether so many bytes of old versions of the catalogue could be dropped: forgetting nodes
-        does not make it smaller. One that several machines share is in no budget."""
+        """Whether old versions of the catalogue with so many bytes could be dropped. Removing nodes
+        does not make the catalogue smaller. One that several machines share is in no budget."""
         catalog = self._catalog
         if catalog is None or catalog.place.shared:
             return False
@@ -100,7 +97,7 @@ class Room:
         return next((at.tier for at in levels if at.required and not at.shared), None)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
-        """What those of the blocks take that are not in the tier that must hold them."""
+        """Bytes of those blocks that are not yet in the tier that must hold them."""
         tier = self._tier
         with self._nodes.lock:
             return sum(
@@ -111,7 +108,8 @@ class Room:
             )
 
     def _drop(self, nbytes: int) -> Change:
-        """Take nodes that free about so many bytes, those worth least first, out of memory."""
+        """Drop nodes from memory, those worth least first, until their blocks have about so many
+        bytes."""
         tier, gone, unused = self._tier, list[Node](), list[str]()
         with self._nodes.lock:
             while nbytes > 0 and tier is not None:
@@ -128,9 +126,9 @@ class Room:
     # --- a file system that is full below the budget -----------------------------------------
 
     def retried(self, write: Callable[[], T], nbytes: int) -> T:
-        """Each time that the disk has no room (nor inodes), forget twice as much. First one node
-        only: what is then removed of the catalogue may be enough. A remote that is full gains
-        nothing when this machine forgets: its refusal goes to the caller."""
+        """Try a write; each time that the disk has no room (or no inodes), remove twice as many
+        nodes and try again. At first it is one node: shrinking the catalogue may be enough. If a
+        remote is full, removing nodes of this machine does not help, and its error is raised."""
         for attempt in range(_TIMES):
             try:
                 return write()
@@ -140,11 +138,9 @@ class Room:
         return write()
 
     def _relieve(self, nbytes: int, error: FullDiskError) -> bool:
-        """Forget nodes for a file system that is full; False if there are none to forget.
-
-        Blocks go first, against the order of an eviction: the catalogue cannot be written before
-        they are gone. Rows that a crash leaves are of nodes that the next start drops.
-        """
+        """Remove nodes because the file system is full; False if none is left. Here blocks go
+        before rows, unlike in an eviction: the catalogue cannot be written before there is room. If
+        a crash leaves rows without blocks, the next start drops those nodes."""
         gone, unused = self._drop(nbytes)
         if not gone:
             return False

@@ -1,8 +1,8 @@
-"""Where a daemon is reached: the socket in its home, found through the opened home folder.
+"""How a daemon is reached: a socket in its home, found through the opened folder.
 
-A socket's address is limited to 107 bytes, a home's path is not. So the address names the folder by
-its descriptor (`/proc/self/fd/N/kvshare.sock`): any home works, and no socket lies in a folder that
-other users can write to.
+The address of a socket is limited to 107 bytes, the path of a home is not. So the address names the
+folder by its descriptor (`/proc/self/fd/N/kvshare.sock`). Any home works, and no socket lies in a
+folder that other users can write to.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _BACKLOG = 4096
 
 
 def socket_path(home: Path) -> Path:
-    """The daemon's socket, for people."""
+    """The path of the daemon's socket, for display."""
     return home / SOCKET
 
 
 def connect(home: Path) -> socket.socket:
-    """A connection to the daemon of a home, not waiting, checked to be of this very user.
+    """A non-blocking connection to the daemon of a home, which must run as this user.
 
-    `UnavailableError` if there is none, `OverloadError` if it accepts none now, `HomeError` if the
-    socket cannot be used.
+    `UnavailableError` if there is none, `OverloadError` if it accepts no more now, `HomeError` if
+    the socket cannot be used.
     """
     try:
         with _folder(home) as folder:
@@ -42,7 +42,7 @@ def connect(home: Path) -> socket.socket:
     except BlockingIOError as error:
         raise OverloadError(
             f"the daemon of {home} accepts no connections: it hangs, or too many come at once; "
-            "try again, or end it and start it again"
+            "try again, or restart it"
         ) from error
     except OSError as error:
         if isinstance(error, HomeError):
@@ -94,7 +94,8 @@ def answers(home: Path) -> bool:
 
 
 def home_taken(home: Path) -> bool:
-    """Whether a process holds the home's lock: it serves the home, or starts or ends there."""
+    """Whether a process holds the home's lock: it serves the home, or is starting or ending
+    there."""
     try:
         lock = os.open(home / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -109,10 +110,10 @@ def home_taken(home: Path) -> bool:
 
 
 class Listener:
-    """A daemon's listening socket. It removes what it made, and nothing else."""
+    """A daemon's listening socket. It removes only the file that it made."""
 
     def __init__(self, home: Path) -> None:
-        """`BusyError` if somebody else listens there, `HomeError` if no socket can be made."""
+        """`BusyError` if another process listens there, `HomeError` if no socket can be made."""
         if answers(home):
             raise BusyError(f"socket {socket_path(home)} is in use by another process")
         self._home = home
@@ -132,7 +133,7 @@ class Listener:
             ) from error
 
     def _bind(self) -> None:
-        with contextlib.suppress(FileNotFoundError):  # of a killed daemon: the lock is ours
+        with contextlib.suppress(FileNotFoundError):  # left by a killed daemon: the lock is ours
             os.unlink(SOCKET, dir_fd=self._folder)
         before = os.umask(0o177)
         try:

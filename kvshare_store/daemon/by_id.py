@@ -9,12 +9,12 @@ from kvshare_store.daemon.protocol import Holding
 from kvshare_store.store import Store
 
 
-def has_nodes(store: Store, ids: Sequence[str]) -> list[bool]:
-    """For each id whether that node is here; those that are count as used just now."""
+def has_nodes(store: Store, ids: Sequence[str], *, use: bool = True) -> list[bool]:
+    """For each id whether that node is here; with `use` those that are count as used just now."""
     tree = store.tree
     with store.nodes.lock:
         store.nodes.remove_lost()
-        for node_id in ids:
+        for node_id in ids if use else ():
             tree.touch(node_id)
         return [node_id in tree for node_id in ids]
 
@@ -32,7 +32,12 @@ def held(store: Store, model: str) -> list[Holding]:
     with store.nodes.lock:
         known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
         return [
-            Holding(digest, namespace, store.tree.bytes_of(digest))
+            Holding(
+                digest,
+                namespace,
+                store.tree.bytes_of(digest),
+                store.nodes.state.count(digest),
+            )
             for digest, namespace in known
             if namespace is not None and namespace.model.startswith(model)
         ]

@@ -1,4 +1,4 @@
-"""What is asked of a store besides serving and saving, for a daemon or for whoever opened it."""
+"""Messages about maintenance, answered by a daemon or by a process that has opened the store."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ CHORES = get_args(Chore)
 
 
 def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda: False) -> Any:
-    """The answer to one message. Takes its time, and makes no request wait for it.
-
-    `given_up`: whether nobody wants the answer any more.
-    """
+    """Answer one message. It may take long, but no request waits for it. `given_up`: whether nobody
+    wants the answer any more."""
     if isinstance(message, protocol.Pin):
         return pin_node(store, message.node, message.pinned)
     if isinstance(message, protocol.Evict):
@@ -54,7 +52,8 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
 
 
 def _path(text: str) -> Path:
-    """`ConfigError` unless it says where a file is, whatever the daemon's working folder."""
+    """`ConfigError` unless the path is absolute, so that the daemon's working folder does not
+    matter."""
     if "\0" in text or not Path(text).is_absolute() or Path(text).is_dir():
-        raise ConfigError(f"{text!r} is no absolute path of a file")
+        raise ConfigError(f"{text!r} is not an absolute path")
     return Path(text)

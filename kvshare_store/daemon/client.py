@@ -1,4 +1,4 @@
-"""A client of the daemon. One thread, one client; calls end by their deadline, always."""
+"""A client of the daemon, for one thread. Every call ends by its deadline."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Connection:
         """Descriptor of the client's memory file, from its hello."""
         self.gone = False
         """Nothing more comes from it or goes to it."""
-        self.settled = False
+        self.ended = False
         """It is gone, and nothing that it had asked for is under way."""
         self.leaving = False
         """It is cut off once it has been told why."""

@@ -69,6 +69,9 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
 
 def found_node(store: Store, beginning: str) -> Node:
     """The one node whose id begins so; `NodeError` if there is none, or are several."""
+    whole = store.tree.get(beginning)  # all ids have one length
+    if whole is not None:
+        return whole
     with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
     if len(found) != 1:
@@ -82,10 +85,11 @@ def _lineage(store: Store, node: Node) -> dict[str, dict[str, Any]]:
     """For each ancestor, the node and each child: what its edit cost, and the rows it brought."""
     children = [store.tree.get(child) for child in store.tree.children(node.id)]
     family = [*store.tree.path(node.id), *(child for child in children if child is not None)]
-    return {one.id: _place(store, one) for one in family}
+    return {one.id: place_of(store, one) for one in family}
 
 
-def _place(store: Store, node: Node) -> dict[str, Any]:
+def place_of(store: Store, node: Node) -> dict[str, Any]:
+    """What the edit that led to a node cost, and the rows that it brought."""
     parent = store.tree.get(node.parent) if node.parent else None
     shared = set(parent.blocks) if parent is not None else set()
     own = {at for at, name in enumerate(node.blocks) if name not in shared}

@@ -12,12 +12,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.chores import CHORES
-from kvshare_store.errors import OverloadError
+from kvshare_store.errors import InternalError, KVShareError, OverloadError
 
 log = logging.getLogger("kvshare")
 
@@ -80,6 +80,25 @@ class Lanes:
         `OverloadError` if too many such requests of the client wait already.
         """
         self._lanes[_LANES.get(kind, "status")].put(client, work)
+
+    def ask(self, client: str, kind: type, question: Callable[[], Any]) -> Future[Any]:
+        """As `submit`, for somebody in this process: the future has the answer, or the error that
+        came instead. Who cancels it before its turn is not answered."""
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(question())
+            except KVShareError as error:
+                future.set_exception(error)
+            except BaseException as error:
+                future.set_exception(InternalError("the daemon failed on this; see its log"))
+                raise error from None  # the lane logs and counts it
+
+        self.submit(client, kind, work)
+        return future
 
     def run(self, lane: str, work: Work) -> None:
         """Do something for nobody in particular, when it is its turn."""

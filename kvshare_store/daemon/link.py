@@ -50,8 +50,8 @@ class Link:
         self._busy = self._told_busy = False
         self._late = 0
         self._late_since = 0.0
-        self._pause = _FIRST_PAUSE_S
-        self._paused_until = 0.0
+        self.pause = _FIRST_PAUSE_S
+        self.paused_until = 0.0
         self._reviver: Reviver | None = None
 
     def ask(
@@ -59,7 +59,7 @@ class Link:
     ) -> bytes | None:
         """Send the lookup of a request; None while the daemon is given a rest, and for one too long
         to send."""
-        resting = time.monotonic() < self._paused_until
+        resting = time.monotonic() < self.paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
         until = time.monotonic() + self.config.plan_deadline_ms / 1e3
@@ -124,7 +124,7 @@ class Link:
 
     def tell(self, message: protocol.Request) -> bool:
         """Send without wanting an answer; False, and lost, if the daemon is away."""
-        if not self.client.connected or time.monotonic() < self._paused_until:
+        if not self.client.connected or time.monotonic() < self.paused_until:
             return False
         try:
             self.client.tell(message)
@@ -150,7 +150,7 @@ class Link:
             del self.failures[0]
 
     def _well(self) -> None:
-        self._late, self._pause = 0, _FIRST_PAUSE_S
+        self._late, self.pause = 0, _FIRST_PAUSE_S
 
     def _failed(self, kind: str) -> None:
         if len(self.failures) < _FAILURES_KEPT:
@@ -158,8 +158,8 @@ class Link:
 
     def _rest(self) -> None:
         self._late = 0
-        self._paused_until = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        self.paused_until = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, _LONGEST_PAUSE_S)
 
     def _gone(self, error: KVShareError) -> None:
         """Nobody is at the other end: start a daemon, unless one is starting or merely hangs."""
@@ -167,7 +167,8 @@ class Link:
         self._rest()
         self.client.reconnect()
         if self._reviver is None or self._reviver.done:
-            log.warning("kvshare: %s; restarting it, serving without reuse meanwhile", error)
+            what = "restarting it" if self.config.start_daemon else "it is not ours to restart"
+            log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, what)
             self._reviver = Reviver(self.config)
 
     def close(self) -> None:
@@ -189,7 +190,8 @@ class Reviver:
     def _run(self) -> None:
         home = self._config.home_path
         try:
-            if not home_taken(home) and not answers(home):
+            wanted = self._config.start_daemon and not home_taken(home)
+            if wanted and not answers(home):
                 self.spawned = spawn_daemon(self._config)
         except (KVShareError, OSError) as error:
             log.warning("kvshare: no daemon could be started: %s", error)

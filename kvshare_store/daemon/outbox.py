@@ -1,7 +1,7 @@
-"""The outbox: a client's own memory file, out of which the daemon copies the rows of a save.
+"""The outbox: a memory file of the client, from which the daemon copies the rows of a save.
 
-The client never writes to memory that others read, and the daemon never maps the client's: it reads
-with `preadv`, so a client that truncates its file, or goes on writing, harms its own save only.
+The client never writes to memory that others read. The daemon does not map the outbox but reads it
+with `preadv`. So a client that truncates the file, or goes on writing, damages only its own save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kvshare_store.errors import PlanError, StorageError
 
 
 class Outbox:
-    """The client's end. It holds the rows of one prompt at a time."""
+    """The client's side. It holds the rows of one prompt at a time."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("kvshare-outbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -31,18 +31,18 @@ class Outbox:
         return total
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Return the memory to the system."""
         os.ftruncate(self.descriptor, 0)
 
     def close(self) -> None:
-        """Let go of the file; a daemon that still reads from it keeps it."""
+        """Close the file; a daemon that is still reading from it keeps it."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 class Received:
-    """The daemon's end, a `RowSource`. The descriptor is that of a memory file, or -1 for none."""
+    """The daemon's side, a `RowSource`. `descriptor`: of the memory file, or -1 for none."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -155,6 +155,21 @@ class ListNodes(msgspec.Struct, frozen=True, tag="list"):
     limit: int = 50
 
 
+class Branch(msgspec.Struct, frozen=True, tag="branch"):
+    """Reply: some of the nodes where the tree of a namespace begins, or of the children of one,
+    the last stored first: `nodes`, `total`, and `next`, which continues the list."""
+
+    namespace: Label = ""
+    """The beginning of a digest; its nodes without a parent that is here."""
+    node: Label = ""
+    """Or: this node's children."""
+    whole: bool = False
+    """Of a namespace: every node."""
+    after: Label = ""
+    """`next` of the answer before."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
+
+
 class ShowNode(msgspec.Struct, frozen=True, tag="show"):
     """Reply: one node in full, found by its id or a unique beginning of it."""
 
@@ -175,7 +190,7 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
     request: str = ""
     """Number or name of a logged request, or a beginning of the name."""
     only: str = ""
-    """The one node that is a candidate."""
+    """The one node that is a candidate; the answer then has its text, in parts as well."""
     namespace: str = ""
     """The beginning of a digest; may be empty where a node says it, or there is only one."""
     policy: str | None = None
@@ -198,9 +213,11 @@ class Diff(msgspec.Struct, frozen=True, tag="diff"):
 
 
 class HasNodes(msgspec.Struct, frozen=True, tag="has_nodes"):
-    """Reply: for each id whether that node is here. Those that are count as used just now."""
+    """Reply: for each id whether that node is here. Those that are count as used just now, but
+    not where `use` is false."""
 
     nodes: Ids
+    use: bool = True
 
 
 class PlanNode(msgspec.Struct, frozen=True, tag="plan_node"):
@@ -317,7 +334,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Request = (
     Hello | Plan | Decline | EngineCached | Finish | Observe | Working | NextLook | Looked | Stage
-    | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | ShowNode | Explain
+    | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | Branch | ShowNode | Explain
     | ListRequests | Diff | HasNodes | PlanNode | Forget | Held | NodesOf | Clear | Pin | Evict
     | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
@@ -346,6 +363,7 @@ class Holding(msgspec.Struct, frozen=True):
     namespace: Namespace
     nbytes: int
     """Of rows, before any codec."""
+    nodes: int = 0
 
 
 class Reply(msgspec.Struct, frozen=True):

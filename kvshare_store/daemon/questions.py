@@ -16,6 +16,7 @@ from kvshare_store.daemon.describe import (
     summary,
     words_of,
 )
+from kvshare_store.daemon.walking import branch, donor_parts
 from kvshare_store.errors import NamespaceError, NodeError, PlanError
 from kvshare_store.lookup.align import align
 from kvshare_store.lookup.request_log import Logged
@@ -26,8 +27,8 @@ from kvshare_store.nodes.edits import Tokens, edit_script
 from kvshare_store.store import Store
 
 Question = (
-    protocol.ListNodes | protocol.ShowNode | protocol.Explain | protocol.ListRequests
-    | protocol.Diff
+    protocol.ListNodes | protocol.Branch | protocol.ShowNode | protocol.Explain
+    | protocol.ListRequests | protocol.Diff
 )  # fmt: skip
 QUESTIONS = get_args(Question)
 
@@ -36,6 +37,8 @@ def answer(store: Store, message: Question) -> Any:
     """The answer to one message, in plain types. Nothing changes."""
     if isinstance(message, protocol.ListNodes):
         return list_nodes(store, message.limit)
+    if isinstance(message, protocol.Branch):
+        return branch(store, message)
     if isinstance(message, protocol.ShowNode):
         return show_node(store, message.node)
     if isinstance(message, protocol.Explain):
@@ -77,9 +80,16 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     if logged is not None and not logged.prompt:
         return {"request": _plain(logged), "explanation": None}
     tokens, namespace, without = _prompt(store, message, logged)
-    only = found_node(store, message.only).id if message.only else ""
-    found = store.explain(tokens, namespace, policy=message.policy, only=only, without=without)
+    only = found_node(store, message.only) if message.only else None
+    found = store.explain(
+        tokens,
+        namespace,
+        policy=message.policy,
+        only=only.id if only is not None else "",
+        without=without,
+    )
     plain: dict[str, Any] = msgspec.to_builtins(found)
+    plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])
     for part in plain["parts"]:
         words = tokens[part["start"] : part["stop"]]
         part["tokens"] = words.tolist()

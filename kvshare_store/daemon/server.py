@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from kvshare_store.config import StoreConfig
@@ -25,6 +26,7 @@ from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.outbox import Received
 from kvshare_store.daemon.questions import QUESTIONS, answer
+from kvshare_store.daemon.service_manager import ServiceManager
 from kvshare_store.daemon.switchboard import Switchboard
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import (
@@ -43,9 +45,18 @@ from kvshare_store.store import Store
 log = logging.getLogger("kvshare")
 
 _TICK_S, _REST_S = 0.5, 0.1
+_INSIDE = "inside"
+"""Whoever asks from this process, as one client of the lanes."""
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 _DRAIN_S = 10.0
 """How long a stopping daemon waits for what it is doing for clients."""
+
+
+class Beside(Protocol):
+    """A part that serves others beside the socket, in threads of its own."""
+
+    def close(self) -> None:
+        """End; answers nobody any more."""
 
 
 class Server:
@@ -53,6 +64,7 @@ class Server:
 
     def __init__(self, config: StoreConfig, limits: Limits | None = None) -> None:
         self.config = config
+        self._manager = ServiceManager()
         self.store = Store(config)
         try:
             self._listener = Listener(config.home_path)
@@ -63,8 +75,9 @@ class Server:
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
+        self._beside: list[Beside] = []
         self._started = self._idle_since = self._tended = time.monotonic()
-        self._handlers: dict[type, Callable[[Any, Connection], Any]] = {
+        self._handlers: dict[type, Callable[[Any, Any], Any]] = {
             protocol.Decline: lambda message, _: self.store.decline(message.reason, message.tokens),
             protocol.EngineCached: lambda message, _: self.store.engine_cached(message.tokens),
             protocol.Settings: lambda *_: self.config,
@@ -86,7 +99,9 @@ class Server:
             protocol.Stats: lambda *_: self._stats(),
             protocol.Flush: lambda _, client: self.store.flush(owner=client.owner),
             **dict.fromkeys(QUESTIONS, lambda message, _: answer(self.store, message)),
-            protocol.HasNodes: lambda message, _: by_id.has_nodes(self.store, message.nodes),
+            protocol.HasNodes: lambda message, _: by_id.has_nodes(
+                self.store, message.nodes, use=message.use
+            ),
             protocol.PlanNode: self._plan_node,
             protocol.Forget: lambda message, _: by_id.forget(self.store, message.nodes),
             protocol.Held: lambda message, _: by_id.held(self.store, message.model),
@@ -97,10 +112,34 @@ class Server:
             **dict.fromkeys(CHORES, self._chore),
         }
 
+    # --- for parts of this process, in any thread ------------------------------------------------
+
+    def attach(self, part: Beside) -> None:
+        """Close a part that asks this server first of all when the daemon ends."""
+        self._beside.append(part)
+
+    def ask(self, message: Any, given_up: Callable[[], bool] = lambda: False) -> Future[Any]:
+        """The answer to a question or a chore as a client would get it: in its lane, when it is its
+        turn. `given_up`: whether nobody wants it any more. `UnavailableError` once it ends."""
+        if self._stopping:
+            raise UnavailableError("the daemon is ending")
+        question = partial(self._inside, message, given_up)
+        return self._lanes.ask(_INSIDE, type(message), question)
+
+    def _inside(self, message: Any, given_up: Callable[[], bool]) -> Any:
+        if given_up():
+            raise DeadlineError("nobody wants this answer any more")
+        if not isinstance(message, CHORES):
+            return msgspec.to_builtins(self._handlers[type(message)](message, None))
+        self._check_home()
+        found = do_chore(self.store, message, lambda: given_up() or self._stopping)
+        return msgspec.to_builtins(found)
+
     # --- the main thread -------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Answer until a stop message, SIGTERM, SIGINT, or idleness; then close the store."""
+        self._manager.ready(f"serving {self.config.home_path}")
         try:
             while not self._stopping:
                 if self._turn():
@@ -132,7 +171,10 @@ class Server:
         What was committed becomes durable, unless the home is gone or somebody else's.
         """
         self._stopping = True
+        self._manager.stopping()
         self.switchboard.stop_listening()
+        for part in self._beside:
+            part.close()
         if not self._lanes.close(_DRAIN_S, partial(self.switchboard.turn, 0.0)):
             log.warning("kvshare: stopping although some requests have not ended")
         self.switchboard.close()
@@ -141,6 +183,7 @@ class Server:
 
     def _tend(self) -> None:
         """Once a second: leases that have run out, and reasons to end."""
+        self._manager.alive()
         if not self._reaping:
             self._reaping = True
             self._lanes.run("save", self._reap)
@@ -203,9 +246,13 @@ class Server:
         message = protocol.decode_request(frame.body)
         if isinstance(message, protocol.Plan):
             return self._plan(message, connection, came)
-        if isinstance(message, _WRITING) and not self._listener.in_place:
-            raise HomeError(f"home {self.config.home_path} was removed or replaced")
+        if isinstance(message, _WRITING):
+            self._check_home()
         return self._handlers[type(message)](message, connection)
+
+    def _check_home(self) -> None:
+        if not self._listener.in_place:
+            raise HomeError(f"home {self.config.home_path} was removed or replaced")
 
     def _settle(self, connection: Connection, frame: Frame, result: Callable[[], Any]) -> None:
         """Answer with a result, or with the error that comes instead; a future later."""

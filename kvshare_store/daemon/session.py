@@ -1,11 +1,11 @@
-"""The client's end of the connection. Nothing here waits longer than it is told.
+"""The client's side of the connection. Nothing here waits longer than it is told.
 
-The connection is the session: what a client holds ends with it. It is opened by the first message
-that is sent; the hello goes first and the message right behind it, so nobody waits for a welcome.
+The connection is the session: what a client holds ends with it. The first message opens it; the
+hello goes first and the message follows at once, so nobody waits for a welcome.
 
-It belongs to the process that opened it. A forked child drops its copy at once: two processes that
-read one stream take each other's answers, and a child that lives on would keep the connection of a
-parent that died. The child's next message opens a connection of its own.
+A connection belongs to the process that opened it. A forked child drops its copy at once and opens
+a connection of its own for its next message. Otherwise the two would take each other's answers, and
+a child that lives on would keep the connection of a parent that has died.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from kvshare_store.errors import (
 _READ_BYTES = 1 << 18
 _REST_S = 0.02
 _UNSENT_BYTES = 64 * MIB
-"""What may wait to be sent to a daemon that does not read."""
+"""Bytes that may wait to be sent to a daemon that does not read."""
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-"""All of this process."""
+"""All sessions of this process."""
 
 
 class Session:
@@ -61,8 +61,8 @@ class Session:
         self.arena = -1
         """Descriptor of the daemon's arena, from its welcome."""
         self.outbox: Outbox | None = None
-        """Of this connection alone: a daemon that is late with a save of an earlier one must not
-        read what is written for another."""
+        """The outbox of this connection. A new connection gets a new one, because the daemon may
+        still be reading rows of a save of the old connection."""
         _sessions.add(self)
 
     # --- the connection ----------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Session:
         waiting.register(self._stream, select.POLLIN | unsent)
         events = waiting.poll(seconds * 1e3)
         if not events:
-            raise DeadlineError("nothing has come")
+            raise DeadlineError("no answer has come")
         if events[0][1] & select.POLLIN:
             for frame in self._frames.feed(self._read()):
                 self._answered(frame)

@@ -1,4 +1,4 @@
-"""Starting a daemon for a home where none answers."""
+"""Starts a daemon for a home if none answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.daemon import service_manager
 from kvshare_store.daemon.address import answers, home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import DeadlineError, HomeError, KVShareError, UnavailableError
@@ -26,11 +27,11 @@ _LAUNCH = (
     "    os.setsid()\n"
     "    os.execv(sys.argv[1], sys.argv[1:])\n"
 )
-"""Runs a command as nobody's child: this process ends at once, and init adopts its child."""
+"""A program that runs a command as nobody's child: it ends at once, and init adopts the command."""
 
 
 class Spawned:
-    """A daemon that was started and belongs to nobody: who started it may end before it."""
+    """A started daemon that is nobody's child: whoever started it may end before it does."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -45,7 +46,7 @@ class Spawned:
         return self._handle < 0 or bool(select.select([self._handle], [], [], 0)[0])
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended does not mind."""
+        """Send a signal; a daemon that has ended ignores it."""
         if not self.ended:
             signal.pidfd_send_signal(self._handle, number)
 
@@ -54,14 +55,14 @@ class Spawned:
         return self._handle < 0 or bool(select.select([self._handle], [], [], seconds)[0])
 
     def close(self) -> None:
-        """Let go of it; it lives on."""
+        """Close the handle; the daemon lives on."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
 
 def daemon_command(config: StoreConfig) -> list[str]:
-    """What is executed; the home is on the command line for whoever looks at the processes."""
+    """The command; its arguments name the home for whoever lists the processes."""
     module = ["-m", "kvshare_store.cli.main", "serve", "--home", str(config.home_path)]
     return [sys.executable, *module]
 
@@ -105,14 +106,17 @@ def open_log(home: Path) -> int:
 def daemon_environment(config: StoreConfig) -> dict[str, str]:
     """This process's environment with exactly these settings and no others."""
     names = {name: f"KVSHARE_{name.upper()}" for name in FIELDS}
-    ours = {"KVSHARE_CONFIG", *names.values()}
+    ours = {"KVSHARE_CONFIG", *service_manager.VARIABLES, *names.values()}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     values = {names[name]: getattr(config, name) for name in FIELDS}
     return kept | {name: str(value) for name, value in values.items() if value is not None}
 
 
 def ensure_daemon(config: StoreConfig, *, timeout: float = 30.0) -> Client:
-    """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot."""
+    """A greeted client; starts the daemon if none answers. `UnavailableError` when it cannot.
+
+    With `start_daemon` off it waits for somebody else's: `DeadlineError` if none comes.
+    """
     deadline = time.monotonic() + timeout
     client = Client(config.home_path)
     try:
@@ -128,8 +132,8 @@ def _until_connected(client: Client, config: StoreConfig, deadline: float) -> No
     home, spawned = config.home_path, None
     try:
         while not answers(home):
-            if home_taken(home):
-                pass  # somebody's daemon starts or ends there: ours could only fail
+            if home_taken(home) or not config.start_daemon:
+                pass  # another daemon is starting or ending there: ours could only fail
             elif spawned is None:
                 spawned = spawn_daemon(config)
             elif spawned.ended:

@@ -1,6 +1,6 @@
-"""The loop that moves messages between connections and whoever answers them. One thread.
+"""The loop that moves messages between connections and those who answer them. One thread.
 
-It never decodes a request, waits for a medium or takes the store's lock, so every client is heard
+It never decodes a request, waits for a medium or takes the store's lock. So every client is heard
 at once, whatever the others do.
 """
 
@@ -24,11 +24,11 @@ log = logging.getLogger("kvshare")
 
 _ACCEPTED_AT_ONCE = 64
 _REST_S = 0.5
-"""How long nobody is let in after the system has refused a connection."""
+"""How long no connection is accepted after the system has refused one."""
 
 
 class Answer(NamedTuple):
-    """What somebody has answered to a request of `nbytes` bytes."""
+    """An answer to a request of `nbytes` bytes."""
 
     connection: Connection
     request_id: bytes
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Owner(Protocol):
-    """Who answers. Called in the loop's thread: nothing here may wait."""
+    """Answers requests. Called in the loop's thread, so nothing here may wait."""
 
     def hello(self, connection: Connection, body: bytes) -> tuple[bytes, int]:
         """The answer to a first message, and a descriptor that goes with it.
@@ -69,12 +69,12 @@ class Switchboard:
         self._open = False
         self.connections: set[Connection] = set()
         self.cut_off = 0
-        """Clients that were disconnected for what they did."""
+        """Clients that were disconnected for misbehaving."""
         self._let_in(True)
 
     @property
     def under_way(self) -> int:
-        """Requests of all clients that are not answered."""
+        """Requests of all clients that are not answered yet."""
         return self._budget.taken
 
     # --- from other threads ----------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Switchboard:
         self.wake()
 
     def wake(self) -> None:
-        """End the turn that is waiting; safe in a signal handler."""
+        """End the wait of the current turn; safe in a signal handler."""
         with self._waking:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
@@ -93,7 +93,8 @@ class Switchboard:
     # --- the loop ----------------------------------------------------------------------------
 
     def turn(self, seconds: float) -> bool:
-        """Move what there is to move, waiting up to `seconds` for it; whether anybody was heard."""
+        """One turn: move what can be moved, waiting up to `seconds` for it. Returns whether any
+        client was heard."""
         heard = False
         for key, events in self._selector.select(seconds):
             if key.fileobj is self._listener.socket:
@@ -109,13 +110,13 @@ class Switchboard:
         return heard
 
     def _serve(self, connection: Connection, events: int) -> None:
-        """Whatever goes wrong with one connection ends that connection and nothing else."""
+        """An error on one connection ends that connection and nothing else."""
         try:
             if events & selectors.EVENT_WRITE:
                 self._flush(connection)
             if events & selectors.EVENT_READ and not connection.gone:
                 self._read(connection)
-        except Exception:  # a bug costs the client that met it
+        except Exception:  # a bug costs only the client that met it
             log.exception("kvshare: a connection failed")
             self._cut(connection, "the daemon failed on what it sent")
 
@@ -202,7 +203,7 @@ class Switchboard:
                 stream, _ = self._listener.socket.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptors left: those who are here go on
+            except OSError as error:  # no descriptors left: existing connections go on
                 log.warning("kvshare: a connection was not accepted: %s", error)
                 self._closed_until = time.monotonic() + _REST_S
                 self._let_in(False)
@@ -217,7 +218,7 @@ class Switchboard:
     def _welcome(self, connection: Connection) -> None:
         if len(self.connections) >= self._limits.connections:
             silent = [one for one in self.connections if not one.greeted]
-            if silent:  # whoever means it says hello at once
+            if silent:  # a client that means well says hello at once
                 self._cut(min(silent, key=lambda one: one.began), "it says no hello")
         self.connections.add(connection)
         self._selector.register(connection.stream, selectors.EVENT_READ, connection)
@@ -226,14 +227,14 @@ class Switchboard:
             self._refuse(connection, wire.NO_REQUEST, error)
 
     def _refuse(self, connection: Connection, request_id: bytes, error: KVShareError) -> None:
-        """Say why, then cut it off."""
+        """Send the reason, then disconnect."""
         self.cut_off += 1
         connection.leaving = True
         self._put(connection, request_id, protocol.encode_error(error))
 
     def _cut(self, connection: Connection, reason: str) -> None:
         self.cut_off += 1
-        log.warning("kvshare: %s was cut off: %s", connection.owner, reason)
+        log.warning("kvshare: %s was disconnected: %s", connection.owner, reason)
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:
@@ -246,15 +247,15 @@ class Switchboard:
             self._left(connection)
 
     def _left(self, connection: Connection) -> None:
-        if connection.settled:
+        if connection.ended:
             return
-        connection.settled = True
+        connection.ended = True
         connection.let_go()
         if connection.greeted:
             self._owner.left(connection)
 
     def _look_after(self, now: float) -> None:
-        """Once a second: who is overdue, and whether the door can be opened again."""
+        """Once a second: disconnect overdue clients, and accept connections again if possible."""
         if now - self._checked < 1.0:
             return
         self._checked = now
@@ -265,13 +266,13 @@ class Switchboard:
             self._let_in(True)
 
     def stop_listening(self) -> None:
-        """Nobody else is let in; the socket is removed."""
+        """Accept no more connections; the socket is removed."""
         self._let_in(False)
         self._closed_until = float("inf")
         self._listener.close()
 
     def close(self) -> None:
-        """Hang up on everybody."""
+        """Close all connections."""
         for connection in list(self.connections):
             self._hang_up(connection)
         self._selector.close()

@@ -21,11 +21,11 @@ _DESCRIPTOR = array.array("i", [0]).itemsize
 
 MIB = 1 << 20
 MESSAGE_BYTES = 16 * MIB
-"""Longest message that a daemon takes: a prompt of four million tokens."""
+"""The largest message that a daemon accepts: a prompt of four million tokens."""
 
 
 class Frame:
-    """One message that is coming in. Its `body` grows until it is complete."""
+    """A message that is being received. Its `body` grows until it is complete."""
 
     def __init__(self, request_id: bytes, nbytes: int, kept: bool) -> None:
         self.id = request_id
@@ -36,7 +36,7 @@ class Frame:
         self._left = nbytes
 
     def take(self, data: memoryview) -> int:
-        """Take what belongs to this frame from the beginning of `data`; returns how many bytes."""
+        """Take the bytes of this frame from the beginning of `data`; returns how many."""
         count = min(self._left, len(data))
         if self.kept:
             self.body += data[:count]
@@ -52,7 +52,7 @@ class Frame:
 class Frames:
     """Cuts a stream of bytes into frames.
 
-    `admit(nbytes)` is asked as soon as a header is known, before any of the body is kept: a frame
+    `admit(nbytes)` is called when a header is complete, before any of the body is kept. A frame
     that it refuses is read and dropped, and comes out with `kept` False.
     """
 
@@ -60,7 +60,7 @@ class Frames:
         self._admit = admit
         self._head = bytearray()
         self.frame: Frame | None = None
-        """The frame that has begun and is not complete."""
+        """The current, incomplete frame."""
 
     @property
     def midway(self) -> bool:
@@ -90,7 +90,7 @@ class Frames:
 
 
 class Outgoing:
-    """What is to be sent on a non-blocking socket, each piece perhaps with a descriptor."""
+    """Bytes to be sent on a non-blocking socket, each piece perhaps with a descriptor."""
 
     def __init__(self) -> None:
         self._pieces: deque[tuple[memoryview, int]] = deque()
@@ -103,7 +103,8 @@ class Outgoing:
         self.nbytes += len(frame)
 
     def flush(self, connection: socket.socket) -> int:
-        """Send what the socket takes now; how many bytes. `OSError` if the other side is gone."""
+        """Send what the socket accepts now; returns how many bytes. `OSError` if the other side is
+        gone."""
         sent = 0
         while self._pieces:
             piece, descriptor = self._pieces[0]

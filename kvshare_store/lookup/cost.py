@@ -19,13 +19,13 @@ class Rate:
 
     def __init__(self, default: float, smallest: float) -> None:
         self._default = default
-        self._smallest = smallest
+        self.smallest = smallest
         self._seen: deque[float] = deque(maxlen=_WINDOW)
         self.value = default
 
     def observe(self, amount: float, seconds: float) -> None:
         """Add one measurement."""
-        if amount >= self._smallest and seconds > 0:
+        if amount >= self.smallest and seconds > 0:
             self._seen.append(amount / seconds)
             self.value = median(self._seen)
 

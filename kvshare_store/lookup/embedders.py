@@ -1,6 +1,6 @@
 """Vectors that nominate donors. They never decide: alignment does.
 
-`kvshare_store.testing.embedders.EmbedderTests` is the law of this interface.
+`kvshare_store.testing.embedders.EmbedderTests` has the contract tests of this interface.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SentenceEmbedder(TextEmbedder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._model: Any = SentenceTransformer(str(packaged_model(model)), device="cpu")
-        self._projection = _projection(self._encode(["width"]).shape[1])
+        self.projection = projection(self._encode(["width"]).shape[1])
 
     def embed(self, text: str) -> Vector:
         vector: Vector = self.embed_many([text])[0]
@@ -66,7 +66,7 @@ class SentenceEmbedder(TextEmbedder):
         for row, each in zip(rows, pieces, strict=True):
             if each:
                 pooled = unit(np.stack([next(encoded) for _ in each]).mean(axis=0))
-                row[:] = pooled if self._projection is None else unit(pooled @ self._projection)
+                row[:] = pooled if self.projection is None else unit(pooled @ self.projection)
         return rows
 
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
@@ -89,7 +89,7 @@ def windows(text: str) -> list[str]:
     return [text[start : start + _WINDOW_CHARACTERS] for start in starts]
 
 
-def _projection(width: int) -> npt.NDArray[np.float32] | None:
+def projection(width: int) -> npt.NDArray[np.float32] | None:
     """A fixed random projection to 384 dimensions: cosines survive it well enough to nominate."""
     if width == VECTOR_DIMENSIONS:
         return None

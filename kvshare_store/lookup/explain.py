@@ -7,6 +7,7 @@ to know, such as what a candidate that it passed over would have given, is found
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from kvshare_store.lookup.align import align, common_prefix
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import (
     Mask,
     ReusePolicy,
@@ -31,6 +32,7 @@ from kvshare_store.nodes.grams import Hashes
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vector, lexical_vector
+from kvshare_store.plan import ReusePlan
 
 KINDS = ("exact", "continued", "edited")
 EDIT, WINDOW, TAIL, MIN_RUN, DELIMITERS = "edit", "window", "tail", "min_run", "delimiters"
@@ -46,7 +48,7 @@ class Candidate(msgspec.Struct, frozen=True):
     found_by: tuple[str, ...]
     """`prefix`, `words`, `text`, `passages`, or `asked` where it was named by whoever asks."""
     score: float
-    """Cosine of the word vectors."""
+    """Cosine of the lexical vectors."""
     tokens: int
     prefix: int
     """It begins with so many tokens of the request."""
@@ -125,30 +127,37 @@ class Watched(Nominator):
 
     def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
         """As `Nominator`."""
-        if not self._without:
-            return self._noted("prefix", super().by_prefix(tokens, policies))
-        # the index names the prompt itself: the next best is looked for among all
+        if self._without:  # the index names the prompt itself
+            return self._noted("prefix", partial(self._next_best, tokens))
+        return self._noted("prefix", partial(super().by_prefix, tokens, policies))
+
+    def _next_best(self, tokens: Tokens) -> list[Node]:
+        """Looked for among all."""
         with self._state.lock:
             others = self._state.of_namespace(self._namespace)
         others = [node for node in others if node.id != self._without]
         others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
-        return self._noted("prefix", others[:1])
+        return others[:1]
 
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("words", super().by_words(vector, count + bool(self._without)))
+        return self._noted("words", partial(super().by_words, vector, count + bool(self._without)))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("passages", super().by_passages(hashes, count + bool(self._without)))
+        return self._noted(
+            "passages", partial(super().by_passages, hashes, count + bool(self._without))
+        )
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("text", super().by_text(like, count))
+        return self._noted("text", partial(super().by_text, like, count))
 
-    def _noted(self, how: str, found: list[Node]) -> list[Node]:
+    def _noted(self, how: str, find: Callable[[], list[Node]]) -> list[Node]:
         if self._only is not None:
             how, found = "asked", [self._only]
+        else:
+            found = find()
         found = [node for node in found if node.id != self._without]
         for node in found:
             ways = self.named.setdefault(node.id, (node, []))[1]
@@ -177,7 +186,7 @@ class Explainer:
         delimiters: Collection[int],
     ) -> Explanation:
         """Plan, and say why the plan is so."""
-        draft = planner.draft(
+        plan = planner.plan(
             self._request,
             nominator,
             self._policy,
@@ -186,23 +195,23 @@ class Explainer:
             row_bytes=row_bytes,
             delimiters=delimiters,
             watch=self._watch,
-        )
+        ).plan
         nodes = {node_id: node for node_id, (node, _) in nominator.named.items()}
         for donor in self._cover.donors if self._cover else ():
             nodes.setdefault(donor.id, donor)
         shared = {node.id: align(self._request, node.tokens) for node in nodes.values()}
-        kind_of, reason_of = self._fates(draft, nodes, shared, delimiters)
+        kind_of, reason_of = self._fates(plan, nodes, shared, delimiters)
         ways = {node_id: tuple(ways) for node_id, (_, ways) in nominator.named.items()}
         candidates = [
-            self._candidate(node, ways.get(node.id, ("passages",)), shared[node.id], draft)
+            self._candidate(node, ways.get(node.id, ("passages",)), shared[node.id], plan)
             for node in nodes.values()
         ]
         candidates.sort(key=lambda one: (-one.kept, -one.covers, -one.shared))
         return Explanation(
             policy=self._policy.name,
             tokens=len(self._request),
-            declined=draft.declined,
-            generation=draft.generation,
+            declined=plan.declined,
+            generation=plan.generation,
             by_kind=_counted(kind_of),
             by_reason=_counted(reason_of[reason_of != ""]),
             expected=self._expected(tier_of, row_bytes),
@@ -218,7 +227,7 @@ class Explainer:
 
     def _fates(
         self,
-        draft: Draft,
+        plan: ReusePlan,
         nodes: dict[str, Node],
         shared: dict[str, list[Match]],
         delimiters: Collection[int],
@@ -228,8 +237,8 @@ class Explainer:
         kind_of = np.full(length, "recomputed", "<U10")
         reason_of = np.full(length, EDIT if self._policy.edited else POLICY, "<U16")
         if cover is None:
-            if draft.declined != "no_donor":
-                reason_of[:] = draft.declined
+            if plan.declined != "no_donor":
+                reason_of[:] = plan.declined
             return kind_of, reason_of
         for reason, dropped in self._dropped(cover, delimiters):
             reason_of[dropped] = reason
@@ -240,8 +249,8 @@ class Explainer:
                 barred = slice(start + max(0, usable - source), start + count)
                 reason_of[barred][free[barred]] = GENERATION
         reason_of[length - 1] = TAIL  # an engine computes it in any case
-        if draft.declined:
-            reason_of[self._keep] = COST if draft.declined == "no_saving" else draft.declined
+        if plan.declined:
+            reason_of[self._keep] = COST if plan.declined == "no_saving" else plan.declined
             return kind_of, reason_of
         positions = np.arange(length)
         bounds = [positions < cover.exact, positions < cover.in_place]
@@ -295,7 +304,7 @@ class Explainer:
     # --- candidates --------------------------------------------------------------------------
 
     def _candidate(
-        self, node: Node, ways: tuple[str, ...], shared: list[Match], draft: Draft
+        self, node: Node, ways: tuple[str, ...], shared: list[Match], plan: ReusePlan
     ) -> Candidate:
         cover, usable = self._cover, len(usable_tokens(self._policy, node))
         mine = np.zeros(len(self._request), np.bool_)
@@ -303,10 +312,10 @@ class Explainer:
             for index, donor in enumerate(cover.donors):
                 if donor.id == node.id:
                     mine = cover.donor_of == index
-        kept = 0 if draft.declined else int(np.count_nonzero(mine & self._keep))
+        kept = 0 if plan.declined else int(np.count_nonzero(mine & self._keep))
         covers = int(np.count_nonzero(mine))
         common = common_prefix(self._request, node.tokens)
-        why = self._taken(kept, draft) if covers else self._passed_over(node, usable, shared)
+        why = self._taken(kept, plan) if covers else self._passed_over(node, usable, shared)
         return Candidate(
             node=node.id,
             found_by=ways,
@@ -321,11 +330,11 @@ class Explainer:
             why=why,
         )
 
-    def _taken(self, kept: int, draft: Draft) -> str:
+    def _taken(self, kept: int, plan: ReusePlan) -> str:
         if kept:
             return "taken"
-        if draft.declined:
-            return f"the plan was declined: {draft.declined}"
+        if plan.declined:
+            return f"the plan was declined: {plan.declined}"
         return f"policy {self._policy.name} recomputes all that it covers"
 
     def _passed_over(self, node: Node, usable: int, shared: list[Match]) -> str:

@@ -3,7 +3,7 @@ holds no lock but for the moments in which donors are nominated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import msgspec
@@ -19,44 +19,24 @@ from kvshare_store.lookup.policy import Mask, ReusePolicy, as_strict, edges_of, 
 from kvshare_store.lookup.search import Search
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import BlockRef, Context, ReusePlan, Span
+from kvshare_store.plan import BlockRef, ReusePlan
 
+_LAST = 4.0
+"""Times `approximation_price` that rows cost which are moved for the last time: whatever is
+computed behind them must be computed again with the next edit."""
 _GIVEN_UP = 0.1
 """Most that `approximation_price` is for rows that continue a prompt: the engine's own prefix cache
 would have had them."""
 
 
-class Draft(NamedTuple):
-    """A plan before its blocks are leased. `spans[i].block` indexes `blocks`."""
+class Planned(NamedTuple):
+    """A plan before its blocks are leased, and what only the store needs to know of it."""
 
-    exact: int = 0
-    continued: int = 0
-    contexts: tuple[Context, ...] = ()
-    """Of the rows that are continued."""
-    spans: tuple[Span, ...] = ()
-    blocks: tuple[str, ...] = ()
+    plan: ReusePlan
     donors: tuple[Node, ...] = ()
-    generation: int = 0
-    saving_ms: float = 0.0
+    """The plan's, as they were when it was made."""
     tier: str = "host"
     """The slowest tier that some of the blocks come from."""
-    declined: str = ""
-
-    def fill(self, plan: ReusePlan, blocks: Iterable[BlockRef]) -> ReusePlan:
-        """`plan` with all that this draft says; `blocks`: where its blocks are."""
-        return msgspec.structs.replace(
-            plan,
-            exact=self.exact,
-            continued=self.continued,
-            contexts=self.contexts,
-            spans=self.spans,
-            blocks=tuple(blocks),
-            donors=tuple(donor.id for donor in self.donors),
-            stamps=tuple(donor.stamp for donor in self.donors),
-            generation=self.generation,
-            saving_ms=self.saving_ms,
-            declined=self.declined,
-        )
 
 
 class Planner:
@@ -70,7 +50,7 @@ class Planner:
         self._effort = effort
         self._places = KnownPlaces()
 
-    def draft(
+    def plan(
         self,
         request: Tokens,
         nominator: Nominator,
@@ -79,17 +59,19 @@ class Planner:
         *,
         tier_of: Callable[[str], str | None],
         row_bytes: int,
+        namespace: str = "",
         delimiters: Collection[int] = (),
         watch: Callable[[Cover, Mask], None] | None = None,
-    ) -> Draft:
+    ) -> Planned:
         """The best plan for `request`, or one that is declined with a reason code. `watch` is
         shown what covers the request, and which positions of it are kept."""
+        bare = ReusePlan(namespace=namespace, tokens=len(request), policy=policy.name)
         if policy.name == "off":
-            return Draft(declined="policy_off")
+            return _declined(bare, "policy_off")
         if len(request) < max(2, self._config.min_prompt_tokens):
-            return Draft(declined="short_prompt")
+            return _declined(bare, "short_prompt")
         if not nominator:
-            return Draft(declined="empty_store")
+            return _declined(bare, "empty_store")
         cover = Cover(request)
         search = self._search(cover, policy, self._config, self._places, self._effort())
         allowed = as_strict(policy.name) if policy.edited else ()
@@ -97,19 +79,23 @@ class Planner:
         if policy.edited and cover.in_place < len(request) - 1:
             search.edited(nominator)
         if not cover.covered:
-            return Draft(declined="no_donor")
+            return _declined(bare, "no_donor")
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
         self._drop_dear(cover, keep, policy)
         if watch is not None:
             watch(cover, keep)
-        return self._weigh(cover, keep, cost, tier_of, row_bytes)
+        return self._weigh(bare, cover, keep, cost, tier_of, row_bytes)
 
     def _drop_dear(self, cover: Cover, keep: Mask, policy: ReusePolicy) -> None:
         """Keep no approximation that saves too little for what it spoils: all that is computed
         behind it becomes as approximate, and at the last generation nobody may build on that."""
         price = self._config.approximation_price
+        moved = _moved_last(cover, keep, policy)
+        left = np.count_nonzero(~keep[cover.in_place :])
+        if np.count_nonzero(moved) < _LAST * price * left:
+            keep &= ~moved
         _drop(keep, cover.in_place, price)
         continues = cover.continues
         last = continues is not None and continues.generation >= policy.max_generation
@@ -118,43 +104,55 @@ class Planner:
 
     def _weigh(
         self,
+        bare: ReusePlan,
         cover: Cover,
         keep: Mask,
         cost: CostModel,
         tier_of: Callable[[str], str | None],
         row_bytes: int,
-    ) -> Draft:
+    ) -> Planned:
         pieces = cover.pieces(keep)
         if not len(pieces.start):
-            return Draft(declined="nothing_kept")
+            return _declined(bare, "nothing_kept")
         reused = int(np.count_nonzero(keep))
         runs = len(edges_of(~keep[: int(pieces.stop[-1])])[0])
         least = self._config.min_saving_ms
         if cost.saving_ms(reused, runs, {}) < least:
-            return Draft(declined="no_saving")
+            return _declined(bare, "no_saving")
         spans, blocks = cover.spans(pieces)
         tiers = [tier_of(name) for name in blocks]
         tier_bytes: dict[str, int] = {}
         for span in spans:
             tier = tiers[span.block]
             if tier is None:
-                return Draft(declined="blocks_gone")
+                return _declined(bare, "blocks_gone")
             tier_bytes[tier] = tier_bytes.get(tier, 0) + span.length * row_bytes
         saving = cost.saving_ms(reused, runs, tier_bytes)
         if saving < least:
-            return Draft(declined="no_saving")
-        donors, generation = _lineage(cover, pieces)
-        return Draft(
+            return _declined(bare, "no_saving")
+        donors, generation = _sources(cover, pieces)
+        plan = msgspec.structs.replace(
+            bare,
             exact=min(cover.exact, spans[-1].stop),
             continued=min(cover.in_place, spans[-1].stop) if cover.continued else 0,
             contexts=cover.contexts(),
             spans=tuple(spans),
-            blocks=tuple(blocks),
-            donors=donors,
+            blocks=tuple(map(BlockRef, blocks)),
+            donors=tuple(donor.id for donor in donors),
+            stamps=tuple(donor.stamp for donor in donors),
             generation=generation,
             saving_ms=saving,
-            tier=next((slow for slow in ("remote", "disk") if slow in tier_bytes), "host"),
         )
+        return Planned(plan, donors, slowest_of(tier_bytes))
+
+
+def slowest_of(tiers: Collection[str | None]) -> str:
+    """The slowest of the tiers that a plan's blocks are in."""
+    return next((slow for slow in ("remote", "disk") if slow in tiers), "host")
+
+
+def _declined(bare: ReusePlan, reason: str) -> Planned:
+    return Planned(msgspec.structs.replace(bare, declined=reason))
 
 
 def _drop(keep: Mask, start: int, price: float) -> bool:
@@ -166,7 +164,20 @@ def _drop(keep: Mask, start: int, price: float) -> bool:
     return dear
 
 
-def _lineage(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:
+def _moved_last(cover: Cover, keep: Mask, policy: ReusePolicy) -> Mask:
+    """Positions that approximate rows are moved to, so that nobody may build on them any more. None
+    if nobody may in any case."""
+    last, continues = policy.max_generation, cover.continues
+    moved = np.zeros(len(keep), np.bool_)
+    if last > 1 and (continues is None or continues.generation < last):
+        for at, donor in enumerate(cover.donors):
+            if donor.generation + 1 >= last:
+                moved |= (cover.donor_of == at) & (cover.source_of >= donor.exact_rows)
+        moved[: cover.in_place] = False
+    return moved & keep
+
+
+def _sources(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:
     """The donors of some pieces, the one with most positions first, and the generation that
     building on them makes."""
     lengths = pieces.stop - pieces.start

@@ -49,9 +49,9 @@ PRESETS: dict[str, ReusePolicy] = {
     "exact": ReusePolicy("exact", edited=False),
     "faithful": ReusePolicy("faithful", edit_window=64, min_run=64, tail=32, max_generation=1),
     "balanced": ReusePolicy(
-        "balanced", edit_window=48, edit_growth=4.0, min_run=8, max_generation=2
+        "balanced", edit_window=48, edit_growth=4.0, min_run=8, max_generation=8
     ),
-    "aggressive": ReusePolicy("aggressive", min_run=2, max_generation=4),
+    "aggressive": ReusePolicy("aggressive", min_run=2, max_generation=8),
 }
 """`aggressive` recomputes placeholders only: the paper as written. The other two come from the
 frontier of tokens reused against KL (docs/design/policies.md)."""

@@ -116,7 +116,7 @@ class RequestLog:
         """A plan was used, or given up where the outcome says `failed`."""
         entry = _entry(
             asked,
-            "miss" if outcome.failed else kind_of(outcome),
+            "miss" if outcome.failed else outcome.reused.kind,
             reason=outcome.failed,
             exact=outcome.exact,
             continued=outcome.continued,
@@ -194,13 +194,6 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
 def prompt_of(tokens: Tokens, logged: bool) -> bytes:
     """What the log keeps of a prompt."""
     return tokens.tobytes() if logged else b""
-
-
-def kind_of(outcome: Outcome) -> str:
-    """The least exact kind of reuse that there was."""
-    if outcome.edited:
-        return "edited"
-    return "continued" if outcome.continued else "exact"
 
 
 def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:

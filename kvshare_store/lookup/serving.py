@@ -7,7 +7,6 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -22,9 +21,9 @@ from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explainer, Explanation, Watched
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
-from kvshare_store.lookup.request_log import Asked, RequestLog, kind_of, prompt_of
+from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
@@ -94,9 +93,9 @@ class Serving:
             self._answer(answer, lookup, lookup.plan("too_many_leases"))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
-            draft = self._draft(request, lookup)
-        self._text.looked_up(namespace.digest, request, _served_badly(draft, len(request)))
-        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+            planned = self._planned(request, lookup)
+        self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
+        return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(self, node_id: str, owner: str, deadline_ms: float | None) -> Future[ReusePlan]:
         """See `Store.plan_node`."""
@@ -106,7 +105,7 @@ class Serving:
             namespace = self._nodes.namespaces.get(node.namespace) if node is not None else None
         self._metrics.add("lookups")
         if node is None or namespace is None or not node.exact:
-            self._count_miss("unknown_node", 0)
+            self._count_miss("unknown_node", 0, None)
             answer.set_result(ReusePlan(namespace="", tokens=0, declined="unknown_node"))
             return answer
         self._metrics.add("tokens_requested", node.length)
@@ -115,27 +114,29 @@ class Serving:
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             self._answer(answer, lookup, lookup.plan("too_many_leases"))
             return answer
-        draft = _whole(node, {self._blocks.tier_of(name) for name in node.blocks})
-        return self._leasing(answer, lookup, draft, owner, deadline_ms)
+        tier = slowest_of({self._blocks.tier_of(name) for name in node.blocks})
+        planned = Planned(_whole(lookup.plan(), node), (node,), tier)
+        return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def _leasing(
         self,
         answer: Future[ReusePlan],
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         owner: str,
         deadline_ms: float | None,
     ) -> Future[ReusePlan]:
-        leasing = None if draft.declined else self._lease(draft, owner, deadline_ms)
+        declined = planned.plan.declined
+        leasing = None if declined else self._lease(planned, owner, deadline_ms)
         if leasing is None:
-            self._answer(answer, lookup, lookup.plan(draft.declined or "blocks_gone"))
+            self._answer(answer, lookup, lookup.plan(declined or "blocks_gone"))
         else:
-            leasing.add_done_callback(lambda done: self._complete(answer, lookup, draft, done))
+            leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
 
-    def _draft(self, request: Tokens, lookup: Asked) -> Draft:
+    def _planned(self, request: Tokens, lookup: Asked) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
-        return self._planner.draft(
+        return self._planner.plan(
             request,
             Nominator(
                 self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
@@ -144,18 +145,21 @@ class Serving:
             self._costs.of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
             row_bytes=namespace.layout.row_bytes,
+            namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
 
-    def _lease(self, draft: Draft, owner: str, deadline_ms: float | None) -> Future[Leased] | None:
-        """None if a donor or a block has left the store since the draft was made."""
+    def _lease(
+        self, planned: Planned, owner: str, deadline_ms: float | None
+    ) -> Future[Leased] | None:
+        """None if a donor or a block has left the store since the plan was made."""
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
         with self._nodes.lock:
             self._nodes.remove_lost()
             tree = self._nodes.tree
-            here = all(node.id in tree for node in draft.donors)
-            names = draft.blocks
+            here = all(node.id in tree for node in planned.donors)
+            names = planned.plan.block_names
             absent = self._blocks.absent(names)
             if not here or any(self._blocks.tier_of(name) is None for name in absent):
                 return None
@@ -166,11 +170,11 @@ class Serving:
         self,
         answer: Future[ReusePlan],
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         leased: Future[Leased],
     ) -> None:
         try:
-            self._answer(answer, lookup, self._leased(lookup, draft, *leased.result()))
+            self._answer(answer, lookup, self._leased(lookup, planned, *leased.result()))
         except BaseException as error:  # noqa: BLE001 - whoever waits for the plan must hear of it
             answer.set_exception(error)
 
@@ -178,7 +182,7 @@ class Serving:
         seconds = perf_counter() - lookup.start
         self._metrics.observe("lookup", seconds)
         if plan.declined:
-            self._count_miss(plan.declined, lookup.tokens)
+            self._count_miss(plan.declined, lookup.tokens, lookup.namespace)
             self.log.missed(lookup, plan.declined, seconds)
         if plan.declined == "no_saving":
             self._costs.of(lookup.namespace.model_digest).doubt()
@@ -187,26 +191,28 @@ class Serving:
     def _leased(
         self,
         lookup: Asked,
-        draft: Draft,
+        planned: Planned,
         lease: Lease,
         refs: dict[str, BlockRef],
     ) -> ReusePlan:
+        plan = planned.plan
         with self._nodes.lock:
             self._nodes.remove_lost()
             alive = lease.id in self._blocks.leases  # its owner may have died meanwhile
-            if not alive or len(refs) < len(draft.blocks):
+            if not alive or len(refs) < len(plan.blocks):
                 if alive:
                     self._closed(self._blocks.end_lease(lease.id))
                 return lookup.plan("not_resident")
             if any(ref.lossy for ref in refs.values()):
-                draft = _inexact(draft)
-                if draft.generation > lookup.policy.max_generation or not lookup.policy.edited:
+                plan = _as_edited(plan)
+                if plan.generation > lookup.policy.max_generation or not lookup.policy.edited:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
-            plan = draft.fill(lookup.plan(), (refs[name] for name in draft.blocks))
-            opened = OpenPlan(lookup, plan, draft.tier, draft.donors, perf_counter())
+            found = tuple(refs[name] for name in plan.block_names)
+            plan = msgspec.structs.replace(plan, blocks=found)
+            opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
-            for donor in draft.donors:
+            for donor in planned.donors:
                 self._nodes.tree.touch(donor.id)
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
@@ -251,28 +257,23 @@ class Serving:
         self._metrics.add("tokens_engine_cached", outcome.cached)
         self._log_end(opened, outcome)
         if outcome.failed:
-            self._count_miss(outcome.failed, outcome.recomputed or opened.tokens)
+            left = outcome.recomputed or opened.tokens
+            self._count_miss(outcome.failed, left, opened.asked.namespace, outcome.cached)
             return
-        metrics = self._metrics
-        metrics.add(f"hits_{kind_of(outcome)}")
-        metrics.add("tokens_reused_exact", outcome.exact)
-        metrics.add("tokens_reused_continued", outcome.continued)
-        metrics.add("tokens_reused_edited", outcome.edited)
-        metrics.add("tokens_recomputed", outcome.recomputed)
-        metrics.add("bytes_loaded", outcome.nbytes)
-        metrics.observe("load", outcome.seconds)
+        self._count_hit(outcome, opened.asked.namespace)
+        self._metrics.add("bytes_loaded", outcome.nbytes)
+        self._metrics.observe("load", outcome.seconds)
         self._costs.load[opened.tier].observe(outcome.nbytes, outcome.seconds)
 
     def engine_cached(self, tokens: int) -> None:
         """See `Store.engine_cached`."""
-        self._metrics.add("tokens_engine_cached", tokens)
-        self._metrics.add("tokens_recomputed", -tokens)
+        self._metrics.add_all({"tokens_engine_cached": tokens, "tokens_recomputed": -tokens})
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
         self._metrics.add("lookups")
         self._metrics.add("tokens_requested", tokens)
-        self._count_miss(reason, tokens)
+        self._count_miss(reason, tokens, None)
         self.log.declined(reason, tokens)
 
     def reap(self, dead_owners: set[str]) -> None:
@@ -295,42 +296,63 @@ class Serving:
 
     def _missed(self, opened: OpenPlan, reason: str) -> None:
         """A plan has ended without having been used."""
-        self._count_miss(reason, opened.tokens)
+        self._count_miss(reason, opened.tokens, opened.asked.namespace)
         self._log_end(opened, Outcome(recomputed=opened.tokens, failed=reason))
 
     def _log_end(self, opened: OpenPlan, outcome: Outcome) -> None:
         lookup = opened.made - opened.began
         self.log.ended(opened.asked, opened.plan, lookup, perf_counter() - opened.began, outcome)
 
-    def _count_miss(self, reason: str, tokens: int) -> None:
+    def _count_hit(self, outcome: Outcome, namespace: Namespace) -> None:
+        kind, reused = outcome.reused.kind, outcome.reused._asdict()
+        counts = {f"tokens_reused_{name}": tokens for name, tokens in reused.items()}
+        counts |= {f"hits_{kind}": 1, "tokens_recomputed": outcome.recomputed}
+        self._metrics.add_all(counts)
+        left = outcome.recomputed + outcome.cached
+        self._metrics.used(namespace.digest, kind, {**reused, "not_reused": left})
+
+    def _count_miss(
+        self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
+    ) -> None:
+        """`namespace`: None where nobody has said whose request it was."""
         self._metrics.add("misses")
         self._metrics.decline(reason)
         self._metrics.add("tokens_recomputed", tokens)
+        if namespace is not None:
+            self._metrics.used(namespace.digest, "miss", {"not_reused": tokens + cached})
+
+    def forget(self, digest: str) -> None:
+        """Drop what is remembered of the requests of a namespace."""
+        self.log.forget(digest)
+        self._metrics.forget(digest)
 
 
-def _whole(node: Node, tiers: Collection[str | None]) -> Draft:
-    """All rows of an exact node. `tiers`: where its blocks are."""
-    blocks = tuple(dict.fromkeys(node.blocks))  # equal rows are one block, used twice
-    at = [blocks.index(name) for name in node.blocks]
+def _whole(bare: ReusePlan, node: Node) -> ReusePlan:
+    """All rows of an exact node."""
+    names = list(dict.fromkeys(node.blocks))  # equal rows are one block, used twice
+    at = [names.index(name) for name in node.blocks]
     spans = (msgspec.structs.replace(s, block=at[s.block], exact=True) for s in node.segments)
-    return Draft(
+    return msgspec.structs.replace(
+        bare,
         exact=node.length,
         spans=tuple(spans),
-        blocks=blocks,
-        donors=(node,),
-        tier=next((slow for slow in ("remote", "disk") if slow in tiers), "host"),
+        blocks=tuple(map(BlockRef, names)),
+        donors=(node.id,),
+        stamps=(node.stamp,),
     )
 
 
-def _inexact(draft: Draft) -> Draft:
+def _as_edited(plan: ReusePlan) -> ReusePlan:
     """The same plan from rows that a lossy codec has changed: edited, whatever they were before."""
     changed = {"exact": False, "continued": False}
-    spans = tuple(msgspec.structs.replace(span, **changed) for span in draft.spans)
-    generation = max(1, draft.generation + (draft.continued > 0))
-    return draft._replace(exact=0, continued=0, contexts=(), spans=spans, generation=generation)
+    spans = tuple(msgspec.structs.replace(span, **changed) for span in plan.spans)
+    generation = max(1, plan.generation + (plan.continued > 0))
+    return msgspec.structs.replace(
+        plan, exact=0, continued=0, contexts=(), spans=spans, generation=generation
+    )
 
 
-def _served_badly(draft: Draft, length: int) -> bool:
-    if draft.declined:
-        return draft.declined in ("no_donor", "nothing_kept")
-    return 2 * sum(span.length for span in draft.spans) < length
+def _served_badly(plan: ReusePlan) -> bool:
+    if plan.declined:
+        return plan.declined in ("no_donor", "nothing_kept")
+    return 2 * plan.reused < plan.tokens

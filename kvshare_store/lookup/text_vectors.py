@@ -77,10 +77,13 @@ class TextVectors:
         self._rewriter = rewriter
         self._metrics = metrics
         self._worker = EmbeddingWorker(embedding_command(config.embedder))
-        self._jobs: list[_Job] = []
+        self.jobs: list[_Job] = []
+        """Stored prompts that wait for a vector, a heap."""
         self._orders = itertools.count()
-        self._badly: OrderedDict[str, None] = OrderedDict()
-        self._busy: set[str] = set()
+        self.served_badly: OrderedDict[str, None] = OrderedDict()
+        """Ids of prompts that were asked for and found little; they come first once stored."""
+        self.busy: set[str] = set()
+        """Clients whose engines have requests."""
         self._quiet_from = 0.0
         self._wake = threading.Condition()
         self._wanted = wanted(config)
@@ -94,7 +97,7 @@ class TextVectors:
     def working(self, owner: str, busy: bool) -> None:
         """A client's engine has requests, or has none any more."""
         with self._wake:
-            (self._busy.add if busy else self._busy.discard)(owner)
+            (self.busy.add if busy else self.busy.discard)(owner)
             self._disturb()
 
     @property
@@ -106,8 +109,8 @@ class TextVectors:
     def gone(self, owners: set[str]) -> None:
         """Clients that ended work no more."""
         with self._wake:
-            if not self._busy.isdisjoint(owners):
-                self._busy -= owners
+            if not self.busy.isdisjoint(owners):
+                self.busy -= owners
                 self._wake.notify()
 
     def looked_up(self, namespace: str, tokens: Tokens, badly: bool) -> None:
@@ -118,9 +121,9 @@ class TextVectors:
         with self._wake:
             self._disturb()
             if badly:
-                self._badly[exact_name] = None
-            while len(self._badly) > _SERVED_BADLY:
-                self._badly.popitem(last=False)
+                self.served_badly[exact_name] = None
+            while len(self.served_badly) > _SERVED_BADLY:
+                self.served_badly.popitem(last=False)
 
     def saved(self, name: str) -> None:
         """A prompt became a node."""
@@ -130,11 +133,11 @@ class TextVectors:
         exact_name = node.id if node.exact else node_id(node.namespace, node.tokens, True)
         with self._wake:
             self._disturb()
-            rank = 0 if self._badly.pop(exact_name, 0) is None else 1
-            heapq.heappush(self._jobs, _Job(rank, -next(self._orders), time.monotonic(), node.id))
-            if len(self._jobs) > _QUEUED:
-                self._jobs.remove(max(self._jobs))
-                heapq.heapify(self._jobs)
+            rank = 0 if self.served_badly.pop(exact_name, 0) is None else 1
+            heapq.heappush(self.jobs, _Job(rank, -next(self._orders), time.monotonic(), node.id))
+            if len(self.jobs) > _QUEUED:
+                self.jobs.remove(max(self.jobs))
+                heapq.heapify(self.jobs)
             self._wake.notify()
 
     def _disturb(self) -> None:
@@ -178,16 +181,16 @@ class TextVectors:
         """The next prompt, once the machine is idle; None when the store closes."""
         with self._wake:
             while not self._closed:
-                if not self._jobs and not self._wake.wait(_UNUSED_S):
+                if not self.jobs and not self._wake.wait(_UNUSED_S):
                     self._worker.close()
-                elif self._jobs and self._idle():
-                    return heapq.heappop(self._jobs)
-                elif self._jobs:
+                elif self.jobs and self._idle():
+                    return heapq.heappop(self.jobs)
+                elif self.jobs:
                     self._wake.wait(_TICK_S)
             return None
 
     def _idle(self) -> bool:
-        return not self._busy and time.monotonic() >= self._quiet_from
+        return not self.busy and time.monotonic() >= self._quiet_from
 
     def _describe(self, first: _Job) -> None:
         """Embed a prompt and those that follow it at once, and keep their vectors."""
@@ -199,8 +202,8 @@ class TextVectors:
                 if vector is not None:
                     found[job.node] = vector
                 with self._wake:
-                    more = self._jobs and self._idle() and len(found) < _BATCH
-                    job = heapq.heappop(self._jobs) if more and not self._closed else None
+                    more = self.jobs and self._idle() and len(found) < _BATCH
+                    job = heapq.heappop(self.jobs) if more and not self._closed else None
         finally:
             if found:
                 self._rewriter.describe(found)

@@ -1,4 +1,4 @@
-"""Purges that other machines have made: each machine removes its own copies when it next looks."""
+"""Carries out purges that other machines have made: this machine removes its own copies."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from kvshare_store.save.saving import Saving
 log = logging.getLogger("kvshare")
 
 BEGUN = "begun "
-"""Before the id of a purge while rows of it may be in the catalogue."""
+"""Precedes the id of a purge while the catalogue may still have rows of the namespace."""
 _CHUNK = 512
 _KEPT_S = 90 * 86_400.0
-"""How long a purge is kept for machines that are off."""
+"""How long purges are kept for machines that are switched off."""
 
 
 class OthersPurges:
-    """Purges are facts of a shared catalogue: each machine removes its own copies when it next
-    looks, also one that was not running; the home remembers which purges it has carried out.
+    """Purges are facts of a shared catalogue. Each machine removes its own copies when it looks at
+    the facts next, even if it was not running at the time; the home remembers which purges were
+    carried out.
 
-    A purge is known by its id, never by a time: clocks differ."""
+    A purge is identified by its id and not by a time, because clocks differ.
+    """
 
     def __init__(self, repository: Repository, saving: Saving, home: Path) -> None:
         self._repository = repository
@@ -39,8 +41,8 @@ class OthersPurges:
         self._version = -1
 
     def _remembered(self) -> dict[str, str]:
-        """Of each namespace the purge that was carried out last. Homes of a release before have
-        numbers: the times of purges that had no id."""
+        """The last purge carried out of each namespace. Homes of older releases have numbers: the
+        times of purges without an id."""
         try:
             done = msgspec.json.decode(self._file.read_bytes(), type=dict[str, str | float])
         except (FileNotFoundError, msgspec.DecodeError):  # then they are carried out once more
@@ -48,7 +50,8 @@ class OthersPurges:
         return {digest: str(event) for digest, event in done.items()}
 
     def look(self) -> None:
-        """Carry out what is new. What is leased or being saved now is left for the next look."""
+        """Carry out new purges. Namespaces with leases or saves in progress are left for the next
+        look."""
         catalog = self._repository.catalog
         if catalog is None or (version := catalog.facts.refresh()) == self._version:
             return
@@ -82,16 +85,16 @@ class OthersPurges:
     def _remove_copies(
         self, catalog: Catalog, digest: str, here: Mapping[str, int], begun: bool
     ) -> bool:
-        """In the committer's thread: what was `here` (stamps by id) is committed by now, so what
-        the catalogue does not have has been purged, and what it has was saved anew, unless the
-        purge has only `begun`. Then rows of it may still be there: False."""
+        """Runs in the committer's thread, so the nodes `here` (stamps by id) are committed by now.
+        Those that the catalogue lacks were purged; those that it has were saved again, unless the
+        purge has only `begun`. In that case rows may still be there, and the result is False."""
         nodes = self._nodes
         catalog.refresh()
         if not begun:
             self._remove_without_record(catalog, digest)
             catalog.drop_unreadable(digest)
         nodes.learn_removals(_absent(catalog, here))
-        digests = catalog.digests()
+        digests = catalog.records.digests()
         with nodes.lock:
             nodes.namespaces.keep_recorded(digests)
             kept = nodes.state.of_namespace(digest)
@@ -99,7 +102,7 @@ class OthersPurges:
                 return False
             if not kept:
                 nodes.state.remove_namespace(digest)
-                catalog.forget_key(digest)
+                catalog.records.forget_key(digest)
             keep = {name for node in kept for name in node.blocks}
             dropped = self._blocks.pool.drop_copies(digest, keep)
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
@@ -108,9 +111,10 @@ class OthersPurges:
         return done
 
     def _remove_without_record(self, catalog: Catalog, digest: str) -> None:
-        """Rows that were committed by who had not heard of the purge: it took their namespace's
-        record, so nobody can read them, nor name them to purge them again."""
-        if digest in catalog.digests() or all(digest != at for _, at in catalog.ids()):
+        """Remove rows that a machine committed before it had heard of the purge. The purge removed
+        the record of their namespace, so nobody can read these rows, or name them to purge them
+        again."""
+        if digest in catalog.records.digests() or all(digest != at for _, at in catalog.ids()):
             return
         with self._nodes.lock:
             nodes = self._nodes.state.of_namespace(digest)
@@ -122,8 +126,8 @@ class OthersPurges:
 
 
 def _purges(catalog: Catalog) -> dict[str, Fact]:
-    """The last purge of each namespace, but for those of long ago: by then a machine that was off
-    has forgotten the nodes, and removes their blocks as nobody's."""
+    """The last purge of each namespace. Very old ones are dropped: a machine that was off for so
+    long has forgotten the nodes, and removes their blocks as garbage."""
     facts = catalog.facts.facts("key LIKE 'purged/%'")
     long_ago = time.time() - _KEPT_S
     if any(fact.at < long_ago for fact in facts):
@@ -132,7 +136,7 @@ def _purges(catalog: Catalog) -> dict[str, Fact]:
 
 
 def _absent(catalog: Catalog, here: Mapping[str, int]) -> dict[str, int]:
-    """Those whose rows are gone, or have another stamp."""
+    """The nodes whose rows are gone or have another stamp."""
     ids, rows = list(here), dict[str, int]()
     for start in range(0, len(ids), _CHUNK):
         rows |= catalog.stamps(ids=ids[start : start + _CHUNK])

@@ -1,7 +1,7 @@
 """Garbage of a remote that several machines share: blocks that no row of the catalogue names.
 
-Nobody knows what other machines are about to commit, so a block is condemned first and removed a
-grace later, by one machine, which looks into the catalogue in between (docs/design/sharing.md).
+Nobody knows what other machines are about to commit. So a block is condemned first, and removed a
+grace period later by one machine, which reads the catalogue in between (docs/design/sharing.md).
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _CHUNK = 512
 _REMOVED_AT_ONCE = 1024
 """Blocks that are claimed in one pass."""
 _DELETES = 16
-"""Blocks deleted side by side."""
+"""Blocks deleted concurrently."""
 _REST = 50
-"""A listing that took a second is made again after so many: it costs 2 % of one machine."""
+"""A listing is repeated after this many times the time that it took: it costs 2 % of one
+machine."""
 _TURN = "janitor"
 
 
 class SharedGarbage:
-    """One machine's part in it. `turn_s`: how long the others leave the work to one that has done
-    some of it."""
+    """One machine's part of the work. `turn_s`: how long the other machines leave it to the one
+    that did it last."""
 
     def __init__(
         self, nodes: NodeStore, catalog: Catalog, condemned: Condemned, machine: str, turn_s: float
@@ -41,13 +42,13 @@ class SharedGarbage:
         self._condemned = condemned
         self._machine = machine
         self._turn_s = turn_s
-        self._orphans: dict[str, float] = {}
-        """Since when blocks were seen to be nobody's."""
+        self._garbage: dict[str, float] = {}
+        """When each block was first seen to be garbage."""
         self._listed_again = 0.0
 
     def my_turn(self) -> bool:
-        """Whether the work is this machine's; the others take it over when it does none. A turn is
-        renewed only when it is half over: each renewal is a version of the table."""
+        """Whether it is this machine's turn. If it does nothing, another takes over. A turn is
+        renewed only when it is half over, because each renewal makes a version of the table."""
         now, facts = time.time(), self._catalog.facts
         turn = next(iter(facts.facts(f"key = '{_TURN}'")), None)
         if turn is None:
@@ -59,10 +60,11 @@ class SharedGarbage:
         return bool(facts.change(same, by=self._machine, at=now))
 
     def collect(self, *, patient: bool, stopped: Callable[[], bool]) -> int:
-        """One pass; how many blocks were removed. A patient one leaves out what was done lately.
+        """One pass; returns how many blocks were removed. A patient one skips a listing that was
+        made lately.
 
-        Without conditional commits nothing is removed: a machine could not tell whether it alone
-        has a claim.
+        Nothing is removed without conditional commits: a machine could not know that it alone has
+        claimed a block.
         """
         if not self._catalog.place.conditional:
             return 0
@@ -73,11 +75,11 @@ class SharedGarbage:
     def _condemn(self) -> None:
         begun = self._condemned.clock()
         listed = self._nodes.blocks.list_shared()
-        used = self._named() if listed else set()
-        orphans = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
-        self._orphans = {name: self._orphans.get(name, begun) for name in orphans}
+        used = self.named_blocks() if listed else set()
+        garbage = [name for name in listed if name not in used and not self._nodes.tree.uses(name)]
+        self._garbage = {name: self._garbage.get(name, begun) for name in garbage}
         grace = self._condemned.grace_s
-        due = [name for name, since in self._orphans.items() if begun - since >= grace]
+        due = [name for name, since in self._garbage.items() if begun - since >= grace]
         for chunk in _chunks(due, _CHUNK):
             self._condemned.mark({name: listed[name] for name in chunk})
         self._listed_again = self._condemned.clock() + _REST * (self._condemned.clock() - begun)
@@ -87,12 +89,12 @@ class SharedGarbage:
         if not claimed:
             return 0
         until = self._condemned.clock() + self._condemned.removal_seconds()
-        named = self._named()  # after the claim: a row that is committed later finds it
+        named = self.named_blocks()  # after the claim: a row that is committed later finds it
         self._condemned.release({n: space for n, space in claimed.items() if n in named})
-        doomed = [name for name in claimed if name not in named]
-        purged = {claimed[name] for name in doomed} - self._catalog.digests()
+        unused = [name for name in claimed if name not in named]
+        purged = {claimed[name] for name in unused} - self._catalog.records.digests()
         removed = 0
-        for chunk in _chunks(doomed, _DELETES):
+        for chunk in _chunks(unused, _DELETES):
             if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}
@@ -101,9 +103,9 @@ class SharedGarbage:
             removed += len(gone)
         return removed
 
-    def _named(self) -> set[str]:
-        """Blocks that some row names, as of now. `StorageError` if a row cannot be read: what it
-        names must stay."""
+    def named_blocks(self) -> set[str]:
+        """All blocks that rows name at this moment. `StorageError` if a row cannot be read: the
+        blocks that it names must stay."""
         self._catalog.refresh()
         stamps = self._catalog.stamps()
         named: set[str] = set()
@@ -121,8 +123,8 @@ class SharedGarbage:
         return named
 
     def _read(self, ids: Sequence[str]) -> set[str]:
-        """Blocks that rows name which this machine does not hold as they are."""
-        self._catalog.namespaces()  # and the keys of those that are new
+        """Blocks named by rows that this machine does not hold in the same form."""
+        self._catalog.records.read()  # and the keys of those that are new
         named: set[str] = set()
         unread = set(ids)
         for chunk in _chunks(ids, _CHUNK):

@@ -1,7 +1,7 @@
-"""Several machines, one catalogue: what others commit is learned, what they remove is forgotten.
+"""Several machines with one catalogue: each learns what others commit, and drops what they remove.
 
-LanceDB's commits order the metadata. Each form of a row has a stamp, so a machine sees which rows
-are new to it, and whoever replaces or removes one says which form it means.
+LanceDB's commits order the metadata. Each form of a row has a stamp. By the stamps a machine sees
+which rows are new to it; whoever replaces or removes a row says which stamp is meant.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ _NAME = "kvshare-sync"
 _SETTLED_S, _HEAL_S = 2.0, 60.0
 """Age of the nodes that are committed again when the catalogue has lost them."""
 _OVERLAP_NS = 60 * 10**9
-"""How far a stamp may lie behind a later row's: a machine may not have seen that when it made its
-own, and a save may wait for its commit. What is later still is found when all stamps are read."""
+"""How far a stamp may lie behind that of a row committed earlier: the other machine may not have
+known that row, and a save may wait for its commit. Stamps that are older still are found when all
+stamps are read."""
 _NO_STAMP = np.iinfo(np.int64).max
 _REST = 50
-"""Reading all stamps, which takes the longer the more rows there are, is done again after so many
-times as long as it took, …"""
+"""Reading all stamps takes longer the more rows there are. It is repeated after this many times the
+time that it took, …"""
 _LONGEST_S = 5.0
-"""… and after at most so long where something is known to be missing."""
+"""… at the latest after this long if something is known to be missing, …"""
 _EXPLAINED_S = 5.0
-"""… and after no less where nothing seems to be."""
+"""… and not before this long if nothing seems to be missing."""
 
 
 class Sharing:
-    """Asks a shared catalogue every `seconds` what has changed. One thread; `close` stops it."""
+    """Asks a shared catalogue every `seconds` for changes. One thread; `close` stops it."""
 
     def __init__(
         self,
@@ -58,13 +59,14 @@ class Sharing:
         self._purges = purges
         self._version = -1
         self._seen: dict[str, int] = {}
-        """Stamps of the rows that the catalogue held when it was last asked, by id."""
+        """Stamps by id of the rows in the catalogue when it was last asked."""
         self._newest = 0
         self._rest = 0.0
         self._all_read = time.monotonic()
-        """When all stamps were read last, and for how long they may not be again."""
+        """When all stamps were last read, and how long to wait before they are read again."""
         self._all_due = math.inf
-        """When (monotonic) all stamps must be read; never, while nothing has changed since."""
+        """When (monotonic seconds) all stamps must be read again; infinity while nothing has
+        changed."""
         self._alone = threading.Lock()
         self._failing = False
         if not catalog.place.conditional:
@@ -90,7 +92,7 @@ class Sharing:
                 self._failing = True
 
     def sync(self) -> None:
-        """Learn and forget what has changed since the last time; `StorageError` if it refuses."""
+        """Learn all changes since the last call; `StorageError` if the catalogue cannot be read."""
         with self._alone:
             if self._condemned is not None:
                 self._condemned.look()
@@ -117,12 +119,12 @@ class Sharing:
                 self._seen[node_id] = stamp
 
     def _behind(self) -> bool:
-        """Whether rows were removed, or came with an old stamp."""
+        """Whether rows were removed, or were committed with an old stamp."""
         return self._catalog.count() != len(self._seen)
 
     def _look_for_changes(self, *, explained: bool) -> None:
-        """Learn rows with new stamps. A change may be none of these: all stamps are read soon where
-        nothing explains the table's new version, and some time later in any case."""
+        """Learn rows with new stamps. If they do not explain the table's new version, all stamps
+        are read soon; otherwise they are read some time later."""
         recent = self._catalog.stamps(since=max(0, self._newest - _OVERLAP_NS))
         found = self._learn(recent)
         if (found or explained) and self._catalog.place.conditional:
@@ -131,11 +133,11 @@ class Sharing:
             self._must_read_all(min(self._rest, _LONGEST_S))
 
     def _must_read_all(self, rest: float) -> None:
-        """So many seconds after the last time, or sooner, if that was so already."""
+        """Read all stamps after this many seconds, unless they are due earlier."""
         self._all_due = min(self._all_due, self._all_read + rest)
 
     def _look_at_all(self) -> None:
-        """What was removed, and rows whose stamps are older than their commits."""
+        """Learn what was removed, and rows whose stamps are older than their commits."""
         begun, self._all_due = time.monotonic(), math.inf
         gone = self._removed()
         everything = None if gone is not None else self._catalog.stamps()
@@ -143,7 +145,7 @@ class Sharing:
             gone = {i: stamp for i, stamp in self._seen.items() if i not in (everything or {})}
         if gone:
             self._nodes.learn_removals(gone)
-            digests = self._catalog.digests()
+            digests = self._catalog.records.digests()
             with self._nodes.lock:
                 self._nodes.namespaces.keep_recorded(digests)
         for node_id in gone:
@@ -156,8 +158,8 @@ class Sharing:
         self._rest = _REST * (self._all_read - begun)
 
     def _removed(self) -> dict[str, int] | None:
-        """The rows that are gone, where nothing else has changed, as one column of numbers tells;
-        None if that does not tell."""
+        """The rows that are gone, found by reading the column of stamps alone. None if something
+        else has changed too, so that this column does not tell."""
         if not self._catalog.place.conditional:
             return None
         there = np.append(np.sort(self._catalog.all_stamps()), _NO_STAMP)
@@ -169,12 +171,12 @@ class Sharing:
         return {i: stamp for i, stamp in self._seen.items() if stamp in lost} if lost else {}
 
     def _learn(self, stamps: dict[str, int]) -> int:
-        """Read the rows that are new, or have a new stamp, and are not what this machine has; how
-        many have a stamp that was not seen before."""
+        """Read rows that are new or have a new stamp, and differ from what this machine has;
+        returns how many have a stamp that was not seen before."""
         changed = [i for i, stamp in stamps.items() if self._seen.get(i) != stamp]
         unknown = [i for i in changed if not self._has(i, stamps[i])]
         if unknown:
-            namespaces = self._catalog.namespaces()
+            namespaces = self._catalog.records.read()
             self._nodes.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
             report(self._catalog.take_faults(), self._metrics)
         self._seen |= stamps
@@ -186,7 +188,8 @@ class Sharing:
         return node is not None and node.stamp == stamp
 
     def _heal(self, stamps: dict[str, int]) -> None:
-        """Without conditional writes two commits at the same moment leave one of them."""
+        """Commit nodes again that the catalogue has lost: without conditional writes, one of two
+        commits at the same moment disappears."""
         with self._nodes.lock:
             nodes = [node for node in self._nodes.tree if node.id not in stamps]
         now = time.time()

@@ -1,1 +1,1 @@
-"""What nobody waits for: garbage, checks, purges."""
+"""Background work and maintenance commands: garbage, checks, purges, archives."""

@@ -33,7 +33,7 @@ MAGIC = b"KVSHARE ARCHIVE 1\n"
 _RECORD = struct.Struct("<cQ")
 NAMESPACE, BLOCK, NODE, _END = b"S", b"B", b"N", b"E"
 _LONGEST = 1 << 32
-"""Bytes of a record that anybody would write."""
+"""Bytes of the largest record that a sound archive can have."""
 _HASHED = 1 << 20
 _MOST_GENERATIONS = 1 << 15
 
@@ -51,13 +51,13 @@ class Writer:
         self._file.write(data)
 
     def put(self, kind: bytes, *parts: bytes | memoryview | bytearray) -> None:
-        """A record of some parts."""
+        """Write a record made of several parts."""
         self._write(_RECORD.pack(kind, sum(len(part) for part in parts)))
         for part in parts:
             self._write(part)
 
     def end(self) -> None:
-        """The last record: without it the archive is cut off."""
+        """Write the last record, without which an archive counts as cut off."""
         digest = self._hash.digest()
         self._file.write(_RECORD.pack(_END, len(digest)) + digest)
 
@@ -72,11 +72,11 @@ class Contents(NamedTuple):
     nodes: list[Node]
     blocks: dict[str, tuple[int, int]]
     facts: dict[str, tuple[str, int]]
-    """Of each block: its namespace, and bytes of its rows."""
+    """By block: its namespace, and the bytes of its rows."""
 
 
 def verified(file: BinaryIO, path: Path) -> Contents:
-    """Everything in an archive, once all of it is known to be sound.
+    """Read and verify a whole archive.
 
     `ConfigError` for a file that is no archive, `ShortBlockError` for one that is cut off,
     `CorruptBlockError` for one that is damaged.
@@ -93,7 +93,7 @@ def verified(file: BinaryIO, path: Path) -> Contents:
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bytes]]:
-    """Kind, place and body of each record; all of it has the hash at its end."""
+    """Kind, place and body of each record; the last record has the hash of all before it."""
     if file.read(len(MAGIC)) != MAGIC:
         raise ConfigError(f"{path} is no archive of this release; `kvshare export` writes one")
     hasher = blake3.blake3(MAGIC)
@@ -111,7 +111,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bytes]]:
             raise cut
         if kind == _END:
             if body != hasher.digest() or file.read(1):
-                raise CorruptBlockError(f"archive {path} is damaged: its hash is another")
+                raise CorruptBlockError(f"archive {path} is damaged: its hash does not match")
             return
         hasher.update(head)
         hasher.update(body)
@@ -119,7 +119,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bytes]]:
 
 
 def _exactly(file: BinaryIO, length: int) -> bytes | None:
-    """So many bytes, piece by piece: a damaged length must not ask for all memory at once."""
+    """So many bytes, read piece by piece: a damaged length must not allocate that much memory."""
     pieces = []
     while length:
         piece = file.read(min(length, _HASHED))
@@ -137,7 +137,7 @@ def _take(contents: Contents, kind: bytes, at: int, body: bytes) -> None:
     elif kind == BLOCK:
         name = split_frame(body)[0].name
         block = decode_frame(body, name)
-        if block.lossy:  # nothing says whose rows these are
+        if block.lossy:  # no namespace says whose rows these are
             raise PlanError("rows that a codec changed cannot be verified by their name")
         contents.blocks[name] = (at, len(body))
         contents.facts[name] = block.namespace, len(block.data)
@@ -148,7 +148,8 @@ def _take(contents: Contents, kind: bytes, at: int, body: bytes) -> None:
 
 
 def _check(contents: Contents, node: Node, path: Path) -> None:
-    """A node must be whole, and its blocks of its namespace and as long as it says."""
+    """Check that a node is complete, and that its blocks are of its namespace and of the sizes that
+    it says."""
     namespace = contents.namespaces.get(node.namespace)
     if namespace is None:
         raise CorruptBlockError(f"archive {path} lacks the namespace of node {node.id[:12]}")

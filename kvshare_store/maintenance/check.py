@@ -1,8 +1,8 @@
-"""Whether tree, catalogue and blocks tell one story: `kvshare check`.
+"""`kvshare check`: whether tree, catalogue and blocks agree.
 
-Every block is read from every tier of this machine that has it, and its name computed again. A tier
-puts a bad block into quarantine as soon as it reads it; then the nodes that use it are gone from
-lookup in the same moment, with `repair` or without: rows that cannot be served are never offered.
+Every block is read from every tier of this machine that has it, and its name is computed again. A
+tier moves a bad block into quarantine when it reads it. The nodes that use it leave lookup at that
+moment, with `repair` or without: rows that cannot be served are never offered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvshare_store.tensors.frame import Block, block_name
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is not as it should be."""
+    """A single problem."""
 
     kind: str
     """`missing`, `corrupt`, `namespace`, `segments`, `cycle`, `row`, or the kind of an error."""
@@ -39,7 +39,7 @@ class TreeReport(msgspec.Struct, frozen=True):
     blocks: tuple[str, ...]
     """Blocks that nodes use and that some tier has."""
     garbage: int
-    """Blocks that no node uses and no lease holds: nothing is wrong with them."""
+    """Blocks that no node uses and no lease holds. They are no problem."""
 
 
 class BlocksReport(msgspec.Struct, frozen=True):
@@ -47,13 +47,13 @@ class BlocksReport(msgspec.Struct, frozen=True):
 
     problems: tuple[Problem, ...]
     read: int
-    """Bytes of rows that were read and whose names are right."""
+    """Bytes of rows that were read and verified."""
 
 
 def check_tree(repository: Repository, *, repair: bool) -> TreeReport:
-    """Nodes against each other, against the tiers and against the catalogue.
+    """Compare nodes with each other, with the tiers and with the catalogue.
 
-    `repair`: nodes with a problem leave the store, and so do rows that are no node's.
+    `repair`: nodes with a problem are removed, and so are rows without a node.
     """
     repository.queue.settle()
     with repository.nodes.lock:
@@ -83,7 +83,7 @@ def _node_problems(repository: Repository, node: Node) -> Iterable[Problem]:
     except PlanError as error:
         yield Problem("segments", node.id, str(error))
     missing = [name for name in node.blocks if repository.blocks.tier_of(name) is None]
-    if missing and repository.nodes.tree.get(node.id) is node:  # it may have left meanwhile
+    if missing and repository.nodes.tree.get(node.id) is node:  # it may have been removed meanwhile
         named = ", ".join(name[:12] for name in missing[:3])
         yield Problem("missing", node.id, f"{len(missing)} of its blocks are in no tier: {named}")
 
@@ -106,7 +106,7 @@ def _cycles(nodes: Sequence[Node]) -> list[Problem]:
 
 
 def _catalogue_faults(repository: Repository, repair: bool) -> list[Problem]:
-    """Rows that do not verify; lookups do not see them."""
+    """Rows that do not verify; lookups never see them."""
     catalog = repository.catalog
     if catalog is None:
         return []
@@ -115,8 +115,8 @@ def _catalogue_faults(repository: Repository, repair: bool) -> list[Problem]:
 
 
 def _row_problems(repository: Repository, repair: bool, known: set[str]) -> list[Problem]:
-    """The catalogue against the tree, when nothing is on its way from one to the other. What is
-    wrong with the rows of `known` nodes was said already."""
+    """Compare the catalogue with the tree while no change is on its way. Problems with the rows of
+    the nodes in `known` were reported already."""
     if repository.catalog is None:
         return []
     repository.queue.settle()
@@ -146,7 +146,8 @@ def _row_problems(repository: Repository, repair: bool, known: set[str]) -> list
 def check_blocks(repository: Repository, names: Sequence[str], *, repair: bool) -> BlocksReport:
     """Read blocks from every tier of this machine that has them. Do not hold the lock.
 
-    `repair`: a block with one good copy is written again; else the nodes that use it leave.
+    `repair`: a block with at least one good copy is written again; otherwise the nodes that use it
+    are removed.
     """
     problems: list[Problem] = []
     read = 0
@@ -192,14 +193,15 @@ def _host_copy(repository: Repository, name: str) -> Block | None:
 
 
 def _mended(repository: Repository, name: str, repair: bool, good: bool) -> bool:
-    """Whether a block with a bad copy is right again, or the nodes that used it are gone."""
+    """Repair a block with a bad copy: True if it is good again or the nodes that used it are
+    gone."""
     with repository.nodes.lock:
         host = repository.blocks.host.ref(name)
         rotten = host is not None and block_name(repository.blocks.host.peek(name)) != name
         if rotten:
             repository.blocks.host.drop(name)
     if not good:
-        # a tier that refuses may have it after all, so only a repair gives such a block up
+        # the tier that refused may still have it, so a block is given up only on request
         if repair or repository.blocks.tier_of(name) is None:
             repository.nodes.remove_lost([name])
         return not repository.nodes.tree.uses(name)

@@ -1,5 +1,5 @@
-"""Records of namespaces in which nothing is stored any more: who saves under ever new salts would
-leave one for each of them."""
+"""Removes the records of namespaces in which nothing is stored any more. A client that saves under
+ever new salts would otherwise leave a record for each of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _GRACE_S = 3600.0
 
 
 class EmptyNamespaces:
-    """Of a catalogue of this home's own: other machines may be saving where this one sees nothing.
-    One thread at a time."""
+    """For a catalogue of this home's own. In a shared one, a namespace that looks empty here may be
+    in use by other machines. One thread at a time."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
@@ -22,8 +22,8 @@ class EmptyNamespaces:
         """When (monotonic) each was first seen to be empty."""
 
     def collect(self, *, patient: bool) -> int:
-        """Remove the records of those that are empty, and (`patient`) have been so for an hour;
-        returns how many."""
+        """Remove the records of empty namespaces; returns how many. `patient`: only of those that
+        have been empty for an hour."""
         repository, now = self._repository, time.monotonic()
         shared = repository.shared or any(level.shared for level in repository.blocks.levels)
         if repository.catalog is None or shared:
@@ -38,8 +38,9 @@ class EmptyNamespaces:
         return repository.queue.run(lambda: self._remove(ripe))
 
     def _remove(self, digests: list[str]) -> int:
-        """In the committer's thread: a node that is saved from now on gets a new record. While any
-        row or block of no node is left, nothing goes: it may be sealed with a salt of these."""
+        """Runs in the committer's thread, so a node that is saved from now on gets a new record.
+        While garbage rows or blocks are left, no record is removed: they may be encrypted with its
+        salt."""
         nodes, catalog = self._nodes, self._repository.catalog
         if catalog is None or not all(map(nodes.tree.uses, nodes.blocks.names())):
             return 0
@@ -49,5 +50,5 @@ class EmptyNamespaces:
             gone = [digest for digest in digests if digest not in taken]
             for digest in gone:
                 nodes.state.remove_namespace(digest)
-        catalog.remove_namespaces(gone)
+        catalog.records.remove(gone)
         return len(gone)

@@ -1,4 +1,4 @@
-"""Exporting nodes into an archive, and importing them into another store."""
+"""Exports nodes into an archive, and imports them into another store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32
-"""Nodes that are made durable together."""
+"""Nodes that are made durable in one go."""
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -67,7 +67,9 @@ def export_nodes(
     encrypted. `StorageError` if the file cannot be written.
     """
     if repository.encrypted and not plain:
-        raise ConfigError("this store is encrypted and an archive is not: say --plain if it may be")
+        raise ConfigError(
+            "this store is encrypted and archives are not: pass --plain to write one all the same"
+        )
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -121,7 +123,7 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # a pipe would block
             raise ConfigError(f"archive {path} is no ordinary file")
         with path.open("rb") as file:
             contents = verified(file, path)
@@ -159,7 +161,7 @@ def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Impor
 def _add(
     repository: Repository, node: Node, namespace: Namespace, block_of: Callable[[str], Block]
 ) -> bool:
-    """Let a node in, with those of its blocks that the store lacks; False if there is no room."""
+    """Add a node, with those of its blocks that the store lacks; False if there is no room."""
     nodes, pool = repository.nodes, repository.blocks.pool
     filled: dict[str, tuple[int, Block]] = {}
     try:

@@ -96,7 +96,7 @@ class Purge:
             self._nodes.namespaces.closed.add(self._digest)
         try:
             remaining = self._wait(deadline)
-            self._serving.log.forget(self._digest)  # also requests that ended while it waited
+            self._serving.forget(self._digest)  # also requests that ended while it waited
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:
             with self._nodes.lock:

@@ -25,7 +25,7 @@ class DeltaTree:
         quotas: bool = True,
     ) -> None:
         """`quotas`: whether anybody asks for the victims of one namespace."""
-        self._clock = clock
+        self.clock = clock
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
         self._blocks = BlockUsers(self._nodes.get)
@@ -60,7 +60,7 @@ class DeltaTree:
             return
         sharing = self._blocks.enter(node)
         self._nodes[node.id] = node
-        self._used[node.id] = self._clock() - idle
+        self._used[node.id] = self.clock() - idle
         if node.parent is not None:
             self._children[node.parent].add(node.id)
         self._rank_again(sharing)
@@ -69,7 +69,7 @@ class DeltaTree:
     def fill(self, nodes: Iterable[tuple[Node, float]]) -> None:
         """Insert the first nodes, with the seconds since their last use. Of several with one id
         the first counts."""
-        now = self._clock()
+        now = self.clock()
         used: dict[str, float] = {}
         for node, idle in nodes:
             if self._nodes.setdefault(node.id, node) is node:
@@ -84,7 +84,7 @@ class DeltaTree:
                 self._children[node.parent].add(node.id)
         for node, freed in zip(found, self._blocks.fill(found), strict=True):
             for order in self._orders_of(node):
-                order.add(node.id, freed, float(node.length))
+                order.add(node.id, freed, _cost(node, freed))
 
     def rooted(self, node: Node) -> Node:
         """The node, without its parent where that descends from it.
@@ -137,7 +137,7 @@ class DeltaTree:
         """The node was used just now."""
         node = self._nodes.get(node_id)
         if node is not None:
-            self._use(node, self._clock())
+            self._use(node, self.clock())
 
     def _use(self, node: Node, at: float) -> None:
         self._used.pop(node.id)
@@ -158,10 +158,10 @@ class DeltaTree:
                 yield self._orders[node.namespace]
 
     def _rank(self, node: Node) -> None:
-        """What computing its rows again would cost, against the bytes that forgetting it frees."""
+        """What forgetting it loses, against the bytes that it frees."""
         freed = 0 if node.pinned else self.freed(node)
         for order in self._orders_of(node):
-            order.add(node.id, freed, float(node.length))
+            order.add(node.id, freed, _cost(node, freed))
 
     def _rank_again(self, ids: Iterable[str]) -> None:
         for node_id in ids:
@@ -185,23 +185,23 @@ class DeltaTree:
 
     def idle(self, seconds: float) -> list[str]:
         """Nodes that nobody used for so long; no pinned ones."""
-        before = self._clock() - seconds
+        before = self.clock() - seconds
         return [i for i, at in self._used.items() if at <= before and not self._nodes[i].pinned]
 
     def idle_for(self, node_id: str) -> float:
         """Seconds since the node was last used; less than zero if it is not here or pinned."""
         node = self._nodes.get(node_id)
-        return -1.0 if node is None or node.pinned else self._clock() - self._used[node_id]
+        return -1.0 if node is None or node.pinned else self.clock() - self._used[node_id]
 
     def used_within(self, seconds: float) -> list[tuple[Node, float]]:
         """Nodes that were used in the last `seconds`, and how long ago."""
-        now = self._clock()
+        now = self.clock()
         since = now - seconds
         return [(self._nodes[i], now - at) for i, at in self._used.items() if at > since]
 
     def used_before(self, node_id: str, idle: float) -> None:
         """The node was used `idle` seconds ago, by somebody else."""
-        at = self._clock() - idle
+        at = self.clock() - idle
         if self._used.get(node_id, at) < at:
             self._use(self._nodes[node_id], at)
 
@@ -266,3 +266,9 @@ class DeltaTree:
                 break
             length += 1
         return length
+
+
+def _cost(node: Node, freed: int) -> float:
+    """What is lost with a node: its rows that no other node uses, each as dear as any other. Where
+    others use all of them it frees nothing, and they go first."""
+    return float(freed or node.length)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import LRU, EvictionPolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
-from kvshare_store.nodes.index import CHAIN_RUN, NamespaceIndex
+from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.prefix_chain import CHAIN_RUN
 from kvshare_store.nodes.vectors import Vector, Vectors
 
 
@@ -64,6 +65,11 @@ class NodeState:
     def of_namespace(self, namespace: str) -> list[Node]:
         """Every node of a namespace."""
         return [node for node in self.tree if node.namespace == namespace]
+
+    def count(self, namespace: str) -> int:
+        """How many nodes a namespace has, without looking at them."""
+        index = self._indexes.get(namespace)
+        return 0 if index is None else len(index)
 
     # --- changes -----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""Answers: the node of a prompt grows by the rows of the tokens that were generated after it.
+"""Answers: when a request ends, its prompt's node grows by the rows of the generated tokens.
 
-An answer is saved on top of a prompt that the store has. Its rows are taken from that prompt's
-node, the base, so only those of the answer are fresh; and the longer node takes the base's place.
+An answer is saved on top of a stored prompt. The prompt's rows are taken from its node, the base,
+so only the answer's rows are fresh. The longer node then replaces the base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvshare_store.plan import Span, clip_spans, cut_contexts
 from kvshare_store.save.staging import Reuse, Save, of_used_blocks
 
 _REMEMBERED = 4096
-"""Nodes that longer ones replaced: whoever was planned one of them saves within seconds."""
+"""Replaced nodes that are remembered: a client that was planned one saves within seconds."""
 
 
 class Answers:
@@ -27,20 +27,18 @@ class Answers:
     def __init__(self, nodes: NodeStore) -> None:
         self._nodes = nodes
         self._longer: dict[str, str] = {}
-        """By id of a node that was replaced: the longer or exact one that took its place."""
+        """By id of a node that was replaced: the node that replaced it."""
 
     def now(self, node: str) -> Node | None:
-        """The node of this id, or the one that took its place: it begins with its tokens."""
+        """The node of this id, or the one that replaced it and begins with the same tokens."""
         with self._nodes.lock:
             while node not in self._nodes.tree and node in self._longer:
                 node = self._longer[node]
             return self._nodes.tree.get(node)
 
     def base(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Node | None:
-        """A node that begins with the rows of a prompt, computed with `reuse`.
-
-        Its generation and contexts say which rows these are; its donors, where to look first.
-        """
+        """A node that begins with the rows of a prompt, computed with `reuse`. The generation and
+        contexts of `reuse` say which rows are meant, its donors where to look first."""
         return next(
             (
                 node
@@ -67,7 +65,8 @@ class Answers:
         yield from (node for node in found if node is not None)
 
     def parent(self, save: Save) -> Node | None:
-        """What the node of an answer hangs from: its base, or what that hangs from."""
+        """The parent of an answer's node: its base, or the parent of the base if that is
+        replaced."""
         base = save.base
         with self._nodes.lock:
             if base is not None and self._replaceable(base, save):
@@ -75,7 +74,8 @@ class Answers:
             return base
 
     def stored(self, save: Save, node: str) -> None:
-        """The node of an answer is in the tree: its base goes, unless somebody needs that."""
+        """The node of an answer is in the tree: remove its base, unless something still needs
+        it."""
         base = save.base
         with self._nodes.lock:
             if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
@@ -90,7 +90,8 @@ class Answers:
             del self._longer[next(iter(self._longer))]
 
     def _replaceable(self, base: Node, save: Save) -> bool:
-        """Whether all of the base is in the answer's node, and nobody needs the base as it is."""
+        """Whether the answer's node has everything that the base has, and nothing needs the base
+        itself."""
         here = self._nodes.tree.get(base.id)
         wanted = here is None or here.pinned or bool(self._nodes.tree.children(base.id))
         same = base.generation == save.reuse.generation and base.contexts == save.reuse.contexts
@@ -99,7 +100,7 @@ class Answers:
 
 
 def rows_of(base: Node, length: int) -> Reuse:
-    """The first rows of a node, as a save that builds on it names them."""
+    """The first rows of a node, in the form in which a save names the rows that it builds on."""
     exact = min(base.exact_rows, length)
     segments = segments_between(base, 0, length)
     spans = (
@@ -124,7 +125,7 @@ def _marked(spans: Iterable[Span], *, exact: bool, continued: bool) -> Iterator[
 
 
 def _has_rows(node: Node, length: int, reuse: Reuse) -> bool:
-    """Whether the first rows of a node, whose tokens agree, are those that `reuse` leads to."""
+    """Whether the first rows of a node with the same tokens are those that `reuse` leads to."""
     if reuse.generation == 0:
         return node.exact_rows >= length
     same = cut_contexts(node.contexts, length) == reuse.contexts

@@ -1,4 +1,4 @@
-"""The node that a staged save becomes. It needs no rows: only where they will lie."""
+"""Makes the node of a staged save. It needs no rows, only the places where they will lie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def id_of(save: Save) -> str:
 
 
 def stored_as(tree: DeltaTree, save: Save) -> str | None:
-    """The id of a node that has the prompt already, with rows no less exact; None without one."""
+    """The id of a node that already has the prompt, with rows that are at least as exact; or
+    None."""
     exact, own = node_id(save.namespace.digest, save.tokens, True), id_of(save)
     return next((node for node in (exact, own) if node in tree), None)
 

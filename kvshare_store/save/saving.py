@@ -75,7 +75,8 @@ class Saving:
     def _checked(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int
     ) -> Save | None:
-        """What is to be saved; None if the rows that it builds on are not here as it says."""
+        """The checked save; None if rows that it builds on are not here in the form that it
+        names."""
         check_reuse(reuse, len(request))
         check_extends(extends, reuse, len(request))
         # an exact prefix, what continues an edited prompt, and a first donor come beside them
@@ -86,7 +87,7 @@ class Saving:
             reuse = of_used_blocks(reuse)
             verified = self._verified(reuse, request, namespace)
         elif not self._fits_quota(len(request), namespace):
-            return None  # the prompt without its answer is better than neither
+            return None  # storing the prompt without its answer is better than storing neither
         elif base := self._answers.base(namespace.digest, request[:extends], reuse):
             reuse = rows_of(base, extends)
             verified = check_provenance(reuse, request, namespace.digest, [base])
@@ -107,7 +108,7 @@ class Saving:
         return not quota or rows * namespace.layout.row_bytes <= quota
 
     def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
-        """What the donors vouch for; None if one that could is gone, or has another form since."""
+        """Check the claim against the donors; None if a donor is gone or has another form now."""
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
         donors = [node for nodes in named for node in nodes]
@@ -119,8 +120,8 @@ class Saving:
             return None
 
     def _donors(self, node_id: str) -> list[Node]:
-        """The nodes of an id that a client may have been planned: those that open plans hold, and
-        the one that is here or has taken its place."""
+        """All forms of a node that a client may have been planned: those of open plans, and the
+        present node or the one that replaced it."""
         here = self._answers.now(node_id)
         found = [node for node in self._plans.donors(node_id) if node is not here]
         return [*found, here] if here is not None else found
@@ -175,7 +176,7 @@ class Saving:
         fresh: list[_Filled] = []
         with self._metrics.timed("save"):
             try:
-                self._copy(save, source, fresh)
+                self.copy(save, source, fresh)
                 node = self._node(save, [filled.name for filled in fresh])
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._nodes.lock:
@@ -195,9 +196,10 @@ class Saving:
                     self.abandon(staged_id)
         return node.id
 
-    def _copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
-        """Block by block into slots of the store's own, without the lock: what the client writes
-        from then on reaches nothing, and the name is of the very bytes that were copied."""
+    def copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
+        """Copy fresh rows, block by block and without the lock, into slots that only the store can
+        write to. Whatever the client writes afterwards has no effect, and a name is computed from
+        the very bytes that were copied."""
         layout, at = save.namespace.layout, 0
         for rows in save.staged.sizes:
             nbytes = rows * layout.row_bytes
@@ -218,13 +220,14 @@ class Saving:
         return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
-        """Under the lock: the last moment at which a shared block could be missing."""
+        """Make the node visible. Runs under the lock: this is the last moment at which a shared
+        block could be missing."""
         for name in save.reuse.blocks:
             if self._blocks.tier_of(name) is None:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
-        fresh.reverse()  # taken from its end, or each would move all the others
+        fresh.reverse()  # `pop` takes from the end: from the front each would move all the others
         while fresh:
             filled = fresh.pop()
             self._pool.seal(filled.offset, filled.name, filled.block)
@@ -257,6 +260,6 @@ class _Filled(msgspec.Struct):
 
 
 def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
-    """Whether the store still has the form of each donor that a client was planned."""
+    """Whether the store still has the form of each donor that the client was planned."""
     forms = [{node.stamp for node in nodes} for nodes in named]
     return all(stamp in known for stamp, known in zip(stamps, forms, strict=False))

@@ -19,25 +19,26 @@ _MOST_GENERATIONS = 1 << 15
 
 
 class Reuse(msgspec.Struct, frozen=True):
-    """What of a plan was really used, and so need not be stored again."""
+    """What a client has used of a plan, so that these rows need not be stored again."""
 
     spans: tuple[Span, ...] = ()
     blocks: tuple[str, ...] = ()
     donors: tuple[str, ...] = ()
     generation: int = 0
     stamps: tuple[int, ...] = ()
-    """Of each donor, the form that was planned. Without them: the one that is here now."""
+    """By donor, the form that was planned. Empty: the form that is here now."""
     policy: str = ""
-    """What the plan was made under."""
+    """The policy of the plan."""
     contexts: tuple[Context, ...] = ()
-    """Of the rows that are continued."""
+    """Contexts of the continued rows."""
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
-    """A save in progress. `fresh` are the positions whose rows `commit` wants, ascending, packed
-    into blocks of `sizes` rows one after another, each in canonical order.
+    """A save in progress. `fresh` are the positions whose rows `commit` wants, ascending. The rows
+    are packed into blocks of `sizes` rows, one after another, each in canonical order.
 
-    `known` True: the store wants none, it has every row of this prompt or takes none of it.
+    `known` True: the store wants no rows. It has every row of this prompt, or does not store it at
+    all.
     """
 
     id: str = ""
@@ -60,13 +61,14 @@ class Save(msgspec.Struct, frozen=True):
     block_bytes: tuple[int, ...]
     """Bytes of each block of `reuse`."""
     policy: str
-    """The laxest that any of its rows is reused under."""
+    """The laxest policy that any of its rows is reused under."""
     staged: Staged
     owner: str
     extends: int = 0
-    """Leading tokens that are a prompt, and the rest its answer; 0: all of it is a prompt."""
+    """Number of leading tokens that are the prompt; the others are its answer. 0: all of it is a
+    prompt."""
     base: Node | None = None
-    """The node that the rows of that prompt are taken from."""
+    """The node that an answer's prompt rows are taken from."""
 
 
 class RowSource(Protocol):
@@ -112,7 +114,7 @@ def packed(rows: Any, sizes: Sequence[int], layout: KVLayout) -> bytearray:
 
 
 def new_staged(spans: Sequence[Span], length: int, block_tokens: int) -> Staged:
-    """A staged save of the positions that `spans` leave."""
+    """A staged save of the positions that `spans` do not cover."""
     fresh = tuple(gaps(spans, 0, length))
     sizes = block_sizes(sum(run.length for run in fresh), block_tokens)
     return Staged(id=uuid.uuid4().hex, fresh=fresh, sizes=tuple(sizes))
@@ -156,7 +158,9 @@ def check_extends(extends: int, reuse: Reuse, length: int) -> None:
     if not 0 <= extends < max(1, length):
         raise PlanError(f"{length} tokens cannot extend a prompt of {extends}")
     if extends and reuse.spans:
-        raise PlanError("where the rows of an answer's prompt are, the store knows itself")
+        raise PlanError(
+            "the save of an answer must not name rows of its prompt: the store finds them itself"
+        )
 
 
 def block_sizes(fresh_rows: int, block_tokens: int) -> list[int]:
@@ -186,18 +190,18 @@ def exact_rows(spans: Sequence[Span], length: int) -> int:
 
 
 def contexts_of_rows(reuse: Reuse, length: int) -> tuple[Context, ...]:
-    """Behind which edited rows those of a prompt of `length` tokens are computed."""
+    """The contexts that the rows of a prompt of `length` tokens are computed in."""
     exact = exact_rows(reuse.spans, length)
     return contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact)
 
 
 def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:
-    """What a save needs to know about a plan that was used, in full or only `spans` of it."""
+    """What a client tells the store about a plan of which it used all spans, or only `spans`."""
     if plan.declined:
         return Reuse()
     kept = plan.spans if spans is None else tuple(spans)
     exact = all(span.exact for span in kept)
-    names = tuple(block.name for block in plan.blocks)
+    names = plan.block_names
     generation = 0 if exact else plan.generation
     stop = max((span.stop for span in kept if span.continued), default=0)
     contexts = cut_contexts(plan.contexts, stop)

@@ -1,1 +1,1 @@
-"""A trace of requests replayed against the store's eviction policies, without any rows."""
+"""Recorded traffic replayed without rows: against eviction policies, and against the planner."""

@@ -1,5 +1,5 @@
-"""What KVShare would plan for each prompt after those before it: the planner itself, over nodes
-without rows in the memory of one process."""
+"""What KVShare would plan for each prompt, given the prompts before it: the real planner over nodes
+without rows, in the memory of one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planned, Planner
 from kvshare_store.lookup.policy import configured_policy
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.namespace import Namespace
@@ -22,7 +22,7 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import BlockRef, Reused, ReusePlan, reused_of
+from kvshare_store.plan import Reused, reused_of
 from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import check_provenance
 from kvshare_store.save.staging import Reuse, Save, new_staged, of_used_blocks, reuse_of
@@ -30,12 +30,12 @@ from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.tensors.layout import KVLayout
 
 _ROW_UNIT = 4
-"""Bytes of K and V of one number each, in half precision: rows are a multiple of it."""
+"""Bytes of one number of K and one of V in half precision; a row is a multiple of it."""
 
 
 class PlannedReuse:
     """One store under one policy. Its answers depend on the prompts alone: alignment is bounded by
-    work and not by time, and costs are those of a store that has measured nothing yet."""
+    work and not by time, and costs are the defaults of a store that has measured nothing."""
 
     def __init__(
         self,
@@ -62,19 +62,19 @@ class PlannedReuse:
         self._blocks = count()
 
     def serve(self, prompt: Prompt) -> Reused:
-        """What is reused of a prompt, which is then stored with its answer."""
+        """Plan and store a prompt with its answer; returns how much of it is reused."""
         self._settle_until(prompt.at)
         namespace = self._namespace.for_tenant(prompt.tenant)
-        draft = self._draft(prompt.tokens, namespace)
-        for donor in draft.donors:
+        planned = self._plan(prompt.tokens, namespace)
+        for donor in planned.donors:
             self._state.tree.touch(donor.id)
         if len(prompt.tokens) >= self._config.min_prompt_tokens:
-            self._keep(prompt, namespace, draft)
-        return reused_of(draft.spans)
+            self._keep(prompt, namespace, planned)
+        return reused_of(planned.plan.spans)
 
-    def _draft(self, tokens: Tokens, namespace: Namespace) -> Draft:
+    def _plan(self, tokens: Tokens, namespace: Namespace) -> Planned:
         state = self._state
-        return self._planner.draft(
+        return self._planner.plan(
             tokens,
             Nominator(state.tree, state.index(namespace.digest), state.lock),
             self._policy,
@@ -86,8 +86,9 @@ class PlannedReuse:
 
     # --- what is stored ----------------------------------------------------------------------
 
-    def _keep(self, prompt: Prompt, namespace: Namespace, draft: Draft) -> None:
-        save = self._save(prompt.computed, namespace, self._reuse(draft), draft.donors)
+    def _keep(self, prompt: Prompt, namespace: Namespace, planned: Planned) -> None:
+        reuse = of_used_blocks(reuse_of(planned.plan))  # as if the client had used the whole plan
+        save = self._save(prompt.computed, namespace, reuse, planned.donors)
         stored = stored_as(self._state.tree, save)
         if stored is not None:
             self._state.tree.touch(stored)
@@ -95,12 +96,6 @@ class PlannedReuse:
         self._add(save)
         if save.reuse.generation and self._settle is not None and prompt.at is not None:
             self._unsettled.append((prompt.at + self._settle, id_of(save), save))
-
-    def _reuse(self, draft: Draft) -> Reuse:
-        """What a client that used all of a draft builds on."""
-        plan = ReusePlan(namespace="", tokens=0, policy=self._policy.name)
-        refs = (BlockRef(name, rows=0, nbytes=0) for name in draft.blocks)
-        return of_used_blocks(reuse_of(draft.fill(plan, refs)))
 
     def _save(
         self, tokens: Tokens, namespace: Namespace, reuse: Reuse, donors: Sequence[Node] = ()
@@ -125,7 +120,7 @@ class PlannedReuse:
             self._state.remove([next(tree.victims()).id])
 
     def _settle_until(self, now: float | None) -> None:
-        """Edited prompts whose time has come are stored as exact ones, if they are still here."""
+        """Store edited prompts as exact ones when they are due, unless they were evicted."""
         while self._unsettled and now is not None and self._unsettled[0][0] <= now:
             _, edited, save = self._unsettled.popleft()
             if edited in self._state.tree:

@@ -1,4 +1,4 @@
-"""A model of vLLM's prefix cache: full blocks of 16 tokens, from the beginning of a prompt on."""
+"""A model of vLLM's prefix cache: full blocks of 16 tokens, matched from the start of a prompt."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kvshare_store.simulate.replay import Shelf
 from kvshare_store.simulate.traces import Request, chunks
 
 BLOCK_TOKENS = 16
-"""What vLLM uses unless it is told otherwise."""
+"""vLLM's default."""
 
 
 class PrefixCache:
-    """Finds the blocks that earlier prompts and answers have filled. The blocks used longest ago
-    go first, of one prompt its last."""
+    """Finds blocks that earlier prompts and answers have filled. Evicts the blocks used longest
+    ago, of one prompt the last one first."""
 
     def __init__(self, row_bytes: int, budget: float = math.inf) -> None:
         """`budget`: bytes of rows, of `row_bytes` each."""
@@ -24,8 +24,8 @@ class PrefixCache:
         self._row_bytes = row_bytes
 
     def serve(self, prompt: Prompt) -> Reused:
-        """What is found of a prompt, which is then kept with its answer. The last token is always
-        computed: it gives the first of the answer."""
+        """Find and keep a prompt with its answer; returns what was found. The last token is always
+        computed, because the first token of the answer comes from it."""
         blocks = _full(chunks(prompt.computed, BLOCK_TOKENS, prompt.tenant))
         found, most = 0, max(0, len(prompt.tokens) - 1) // BLOCK_TOKENS
         while found < most and blocks[found].name in self._shelf:

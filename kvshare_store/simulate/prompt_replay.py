@@ -1,5 +1,5 @@
-"""Recorded prompts, one after another, before a prefix cache and before KVShare under several
-policies: what each would have had to compute."""
+"""Replays recorded prompts through a prefix cache and through KVShare under several policies: how
+many tokens would each have computed?"""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Arm(Protocol):
     """Serves prompts in their order."""
 
     def serve(self, prompt: Prompt) -> Reused:
-        """What is reused of a prompt, which is then kept."""
+        """Serve and keep a prompt; returns what is reused of it."""
 
 
 class Room(NamedTuple):
-    """What each arm may keep, and for how long an edited prompt is not exact."""
+    """What each arm may keep, and how long an edited prompt stays approximate."""
 
     row_bytes: int
     budget: float = math.inf

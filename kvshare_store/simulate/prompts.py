@@ -1,4 +1,4 @@
-"""Recorded prompts: one a line, with what was answered, when, and whose they are."""
+"""Recorded prompts: one a line, with answer, time and tenant where they are known."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Prompt(NamedTuple):
     answer: Tokens
     """Tokens that were generated; none where the line has no answer."""
     at: float | None
-    """When it was sent, in seconds since any moment; None where the line does not say."""
+    """When it was sent, in seconds since any fixed moment; None if the line does not say."""
     tenant: str
     session: str
 
     @property
     def computed(self) -> Tokens:
-        """The tokens that an engine has rows of when the request has ended: the last token of an
-        answer was never its input."""
+        """The tokens that have rows when the request has ended. The last token of an answer has
+        none: it was never an input."""
         if len(self.answer) < 2:
             return self.tokens
         return as_tokens([*self.tokens.tolist(), *self.answer[:-1].tolist()])
@@ -50,12 +50,12 @@ class Reader(NamedTuple):
 
     tokenize: Tokenize | None = None
     answers: bool = True
-    """Without it no prompt has an answer."""
+    """False: answers are ignored."""
     timed: bool = False
     """Every line must say when it was sent."""
 
     def prompt(self, line: _Line) -> Prompt:
-        """`ConfigError` or `PlanError` if the line is none."""
+        """The prompt of a line; `ConfigError` or `PlanError` if it has none."""
         if line.tokens is None and line.prompt is None:
             raise ConfigError("it has neither prompt nor tokens")
         if line.at is None and self.timed:
@@ -89,8 +89,8 @@ def read_prompts(file: IO[bytes], reader: Reader) -> Iterator[Prompt]:
 
 
 def in_order(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """By `at`; those of one moment, and all that do not say when, stay in the order of the file:
-    a prompt without `at` comes with the one before it."""
+    """Sorted by `at`, in the order of the file where times are equal. A prompt without `at` comes
+    right after the one before it."""
     timed: list[tuple[float, Prompt]] = []
     for prompt in prompts:
         before = timed[-1][0] if timed else -math.inf

@@ -1,4 +1,5 @@
-"""What a machine with a host and a disk tier would have served of a trace, and from where."""
+"""What a machine with a host tier and a disk tier would have served of a trace, and from which
+tier."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ from kvshare_store.blocks.eviction import EvictionPolicy, make_policy
 from kvshare_store.simulate.traces import Chunk, Request
 
 UNLIMITED = "unlimited"
-"""The row of a cache that never evicts: no policy can do better."""
+"""Name of the row for a cache that never evicts: the upper bound of every policy."""
 
 Cost = Callable[[int, int], float]
 """What recomputing a run costs, by its first position and its tokens."""
 
 
 def by_tokens(position: int, tokens: int) -> float:
-    """Every token costs the same, wherever it stands."""
+    """The cost of a token: every token costs the same, at any position."""
     return float(tokens)
 
 
 class Served(msgspec.Struct):
-    """What became of the requests so far. Everything but `requests` is in tokens."""
+    """Counts over the requests so far. All but `requests` are tokens."""
 
     requests: int = 0
     tokens: int = 0
@@ -62,7 +63,8 @@ class Shelf:
         self._policy.touch(name)
 
     def add(self, name: str, nbytes: int, cost: float) -> list[tuple[str, int]]:
-        """Put a name in; returns what had to go. What is larger than the budget stays out."""
+        """Add a name; returns what was evicted for it. A name larger than the budget is not
+        kept."""
         if nbytes > self._budget:
             return []
         gone = []
@@ -81,8 +83,8 @@ class Shelf:
 
 
 class Machine:
-    """Two tiers, each with a policy of its own. Saved rows go to both, a hit on disk comes back to
-    the host, and what leaves the host goes to disk unless it is there."""
+    """Two tiers, each with its own policy. Saved rows go to both, a hit on disk is copied to the
+    host, and what the host evicts goes to disk unless it is there."""
 
     def __init__(
         self,
@@ -100,8 +102,8 @@ class Machine:
         self.served = Served()
 
     def serve(self, request: Request) -> None:
-        """Count what the tiers have of a request, from its beginning to the first gap, and keep
-        all of it."""
+        """Count what the tiers have of a request, up to the first gap, and keep the whole
+        request."""
         self.served.requests += 1
         self.served.tokens += sum(chunk.tokens for chunk in request)
         for chunk in request:
@@ -115,7 +117,7 @@ class Machine:
 
     def _keep(self, request: Sequence[Chunk]) -> None:
         position = sum(chunk.tokens for chunk in request)
-        for chunk in reversed(request):  # the end of a prompt is of no use without its beginning
+        for chunk in reversed(request):  # the rest of a prompt is of no use without its beginning
             position -= chunk.tokens
             nbytes, cost = chunk.tokens * self._row_bytes, self._cost(position, chunk.tokens)
             if chunk.name in self._disk:
@@ -137,6 +139,6 @@ def _policy(name: str) -> EvictionPolicy:
 def machines(
     policies: Sequence[str], host_bytes: int, disk_bytes: int, row_bytes: int
 ) -> list[Machine]:
-    """One machine a policy, and one that keeps everything."""
+    """One machine for each policy, and one that keeps everything."""
     limited = [Machine(policy, host_bytes, disk_bytes, row_bytes) for policy in policies]
     return [*limited, Machine(UNLIMITED, math.inf, 0, row_bytes)]

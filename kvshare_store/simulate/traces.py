@@ -1,4 +1,5 @@
-"""Traces as requests, each a chain of named runs of tokens: equal names mean equal prefixes."""
+"""Traces as requests. A request is a chain of named runs of tokens; equal names mean equal
+prefixes."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from kvshare_store.errors import ConfigError, UnsupportedError
 from kvshare_store.nodes.edits import Tokens
 
 HASHED_TOKENS = 512
-"""Tokens that one of `hash_ids` stands for."""
+"""Tokens of one of the `hash_ids`."""
 _BETWEEN_TURNS = 100.0
-"""Other conversations that begin, on average, between two turns of one."""
+"""How many other conversations begin, on average, between two turns of one."""
 
 Line = TypeVar("Line")
 Tokenize = Callable[[str], Sequence[int]]
@@ -46,11 +47,12 @@ class _Line(msgspec.Struct):
 
 
 def requests(file: IO[bytes], block_tokens: int, tokenize: Tokenize | None) -> Iterator[Request]:
-    """The requests of a JSONL file (gzip or not) in order; nothing is kept but what is under way.
+    """The requests of a JSONL file (gzip or not) in order, read as they are needed.
 
-    A line has `hash_ids` (512 tokens each, the last one what is left of `input_length`), or
-    `tokens`, or `human`: the turns of one conversation, which become a request each, on top of the
-    turns before, interleaved with other conversations. `ConfigError` names a line that has neither.
+    A line has `hash_ids` (512 tokens each, the last one the remainder of `input_length`), or
+    `tokens`, or `human`: the turns of one conversation. Each turn becomes a request that follows
+    the turns before it, interleaved with other conversations. `ConfigError` names a line that has
+    neither.
     """
     return _interleaved(json_lines(file, _Line, "the trace"), block_tokens, tokenize or four_bytes)
 

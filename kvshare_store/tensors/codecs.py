@@ -1,8 +1,8 @@
 """How rows are packed: not at all, compressed, or rounded to eight bits.
 
-A lossy codec keeps one fp32 scale a channel and block, a channel being one `[layer, K|V, kv_head,
-head_dim]` over the block's tokens: outliers of K live in few channels, and these must not set the
-scale of the others. Everything here is numpy: the daemon never loads torch.
+A lossy codec keeps one fp32 scale for each channel of a block. A channel is one `[layer, K|V,
+kv_head, head_dim]` over the block's tokens: K has outliers in few channels, and these must not set
+the scale of the others. Everything here is numpy: the daemon never loads torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CODECS: tuple[str, ...] = get_args(Codec)
 LOSSY = frozenset({"int8", "fp8"})
 _LEVEL = 1
 _LARGEST = 3e38
-"""Rows beyond it (or infinite, or not a number) are kept as they are: no scale would fit them."""
+"""Blocks with larger numbers (or infinity or NaN) are kept as they are: no scale would fit."""
 _STEPS = {"int8": 127.0, "fp8": 448.0}
-"""The largest number of each eight-bit kind."""
+"""The largest number that each eight-bit format can hold."""
 
 _FP8_BIAS = np.float32(2.0**-120)
 _WORDS: dict[int, npt.DTypeLike] = {2: np.uint16, 4: np.uint32}
@@ -47,7 +47,7 @@ def encode(codec: Codec, data: Any, layout: KVLayout) -> tuple[Codec, Any]:
 
 
 def decode(codec: Codec, body: Any, layout: KVLayout, raw_bytes: int) -> Any:
-    """Rows of `raw_bytes` bytes; `CorruptBlockError` if the body does not give as many."""
+    """Rows of `raw_bytes` bytes; `CorruptBlockError` if the body decodes to another size."""
     if codec in LOSSY:
         return _rows(body, layout, raw_bytes, codec)
     data = body if codec == "none" else _decompressed(body, raw_bytes)
@@ -58,7 +58,7 @@ def decode(codec: Codec, body: Any, layout: KVLayout, raw_bytes: int) -> Any:
 
 def _decompressed(body: Any, raw_bytes: int) -> memoryview:
     try:
-        # asked first: a damaged length must not make the decompressor allocate that much
+        # checked first: a damaged length must not make the decompressor allocate that much
         if zstandard.frame_content_size(body) != raw_bytes:
             raise CorruptBlockError("payload and header disagree about its size")
         whole = zstandard.ZstdDecompressor()
@@ -71,7 +71,8 @@ def _decompressed(body: Any, raw_bytes: int) -> memoryview:
 
 
 def _shuffled(data: Any, itemsize: int) -> Bytes:
-    """First bytes of all words, then second bytes, …: signs and exponents come to lie together."""
+    """All first bytes of the words, then all second bytes, and so on: signs and exponents end up
+    next to each other."""
     words = np.frombuffer(data, _WORDS[itemsize])
     planes = np.empty((itemsize, len(words)), np.uint8)
     for part in _parts(len(words)):
@@ -90,7 +91,7 @@ def _unshuffled(data: Any, itemsize: int) -> memoryview:
 
 
 def _parts(length: int) -> list[slice]:
-    """Pieces that stay in a core's cache while they are worked on."""
+    """Parts small enough to stay in a core's cache."""
     return [slice(at, at + _AT_ONCE) for at in range(0, length, _AT_ONCE)]
 
 
@@ -98,9 +99,10 @@ def _parts(length: int) -> list[slice]:
 
 
 def _quantised(data: Any, layout: KVLayout, codec: Codec) -> Bytes | None:
-    """The scales of all channels, then a byte a number: `value ≈ scale * byte`.
+    """The scales of all channels, then one byte for each number: `value ≈ scale * byte`.
 
-    None if a number is too large for any scale. A layer at a time stays in a core's cache.
+    None if a number is too large for any scale. Works on one layer at a time, which stays in a
+    core's cache.
     """
     words = layout.words(data, layout.rows_in(len(data)))
     scales = np.empty(layout.shape(1), np.float32)
@@ -155,10 +157,11 @@ def _to_int8(values: Floats) -> Bytes:
 
 
 def _to_fp8(values: Floats) -> npt.NDArray[np.uint32]:
-    """The nearest e4m3 codes. `|values|` is at most 448, or barely above.
+    """The nearest e4m3 codes of `values`, whose absolute values are at most about 448.
 
-    Times 2**-120, an fp32 number has an exponent that fits four bits, and what e4m3 stores as a
-    subnormal is one in fp32 too: rounding away 20 bits of mantissa is all that is left to do.
+    Multiplied by 2**-120, an fp32 number has an exponent that fits into four bits, and e4m3's
+    subnormals are subnormals in fp32 too. All that is left is to round away 20 bits of the
+    mantissa.
     """
     signs = values.view(np.uint32) >> np.uint32(24) & np.uint32(0x80)
     np.abs(values, out=values)
@@ -171,7 +174,7 @@ def _to_fp8(values: Floats) -> npt.NDArray[np.uint32]:
 
 
 def _from_fp8(codes: Bytes) -> Floats:
-    """What e4m3 codes stand for, by the same trick backwards. None of them is the NaN."""
+    """The numbers that e4m3 codes stand for: the same steps backwards. No code is NaN."""
     wide = codes.astype(np.uint32)
     bits = (wide & np.uint32(0x80)) << np.uint32(24)
     bits |= (wide & np.uint32(0x7F)) << np.uint32(20)

@@ -1,4 +1,4 @@
-"""A block as bytes: magic, msgpack header, payload. Self-describing and self-verifying."""
+"""A block as bytes: magic, msgpack header, payload. It describes and verifies itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAGIC = b"KVSB"
 VERSION = 2
 _PREFIX = struct.Struct("<4sI")
 MOST_HEADER = 1 << 12
-"""Bytes of the longest beginning of a frame that a header may take."""
+"""The largest size of a frame's magic and header together."""
 
 Key = Callable[[str], bytes]
 """Gives the AES-256 key of a namespace digest; `NamespaceError` if there is none."""
@@ -34,7 +34,8 @@ class Block(msgspec.Struct, frozen=True):
     layout: KVLayout
     data: Any
     lossy: bool = False
-    """The rows went through a lossy codec: they are no longer the bytes that the name is of."""
+    """A lossy codec has changed the rows: they are not the bytes that the name was computed
+    from."""
 
     @property
     def rows(self) -> int:
@@ -62,15 +63,15 @@ class Contents(msgspec.Struct, frozen=True, array_like=True):
     raw_bytes: int
     lossy: bool
     check: bytes = b""
-    """BLAKE3 of all the above and the payload. Empty where something else verifies every bit: the
-    tag of an encrypted frame, or the name where the payload is the very rows it is of."""
+    """BLAKE3 of all fields above and the payload. Empty where something else verifies every bit:
+    the tag of an encrypted frame, or the block's name if the payload is the unchanged rows."""
 
 
 def block_name(block: Block) -> str:
     """BLAKE3 of namespace, layout and rows, as 64 hex digits.
 
-    The namespace is part of the name, so that equal rows of two tenants never share bytes and the
-    wall can be checked from the name alone.
+    Because the namespace is part of the name, equal rows of two tenants never share bytes, and a
+    block can be checked to belong to a namespace by its name alone.
     """
     hasher = blake3.blake3(msgspec.msgpack.encode((block.namespace, block.layout)))
     hasher.update(block.data)
@@ -80,39 +81,40 @@ def block_name(block: Block) -> str:
 def encode_frame(
     name: str, block: Block, codec: Codec = "none", key: Key | None = None
 ) -> tuple[bytes, Any]:
-    """`(head, payload)` of a block, encrypted where there is a key.
+    """`(head, payload)` of a block, encrypted if there is a key.
 
-    The payload is the block's own buffer when it is neither packed nor encrypted. A lossy codec
-    gives way to `none` for rows that are not finite.
+    The payload is the block's own buffer if it is neither packed nor encrypted. For rows that are
+    not finite, `none` is used in place of a lossy codec.
     """
     codec, body = encode(codec, block.data, block.layout)
     lossy = block.lossy or codec in LOSSY
     contents = Contents(block.layout, codec, len(block.data), lossy)
     if key is None:
         if lossy or codec != "none":
-            check = _check(name, block.namespace, contents, body)
+            check = check_of(name, block.namespace, contents, body)
             contents = msgspec.structs.replace(contents, check=check)
         about = msgspec.msgpack.encode(contents)
-        return _head(FrameHeader(VERSION, name, block.namespace, False, about, len(body))), body
+        header = FrameHeader(VERSION, name, block.namespace, False, about, len(body))
+        return packed_header(header), body
     secret = key(block.namespace)
     sealed = seal(secret, msgspec.msgpack.encode(contents), _whose(name, block.namespace))
     size = len(body) + SEAL_BYTES
-    head = _head(FrameHeader(VERSION, name, block.namespace, True, bytes(sealed), size))
+    head = packed_header(FrameHeader(VERSION, name, block.namespace, True, bytes(sealed), size))
     return head, seal(secret, body, head)
 
 
 def decode_frame(frame: bytes | memoryview, name: str, key: Key | None = None) -> Block:
-    """The verified block in `frame`.
+    """Decode and verify a frame.
 
-    `ShortBlockError` if the frame is cut off; `CorruptBlockError` unless it is exactly block
-    `name`, encrypted where and only where there is a key.
+    `ShortBlockError` if it is cut off. `CorruptBlockError` if it is not exactly block `name`, or if
+    it is encrypted and there is no key, or the other way round.
     """
     header, payload = split_frame(frame)
     if header.name != name:
         raise CorruptBlockError(f"frame of block {header.name[:12]} is not of {name[:12]}")
     if header.encrypted != (key is not None):
         state = "encrypted" if header.encrypted else "not encrypted"
-        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting is another")
+        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting differs")
     contents, body = _plain(header, payload) if key is None else _opened(header, payload, key)
     data = decode(contents.codec, body, contents.layout, contents.raw_bytes)
     block = Block(header.namespace, contents.layout, data, contents.lossy)
@@ -133,7 +135,8 @@ def split_frame(frame: bytes | memoryview) -> tuple[FrameHeader, memoryview]:
 
 
 def read_header(frame: bytes | memoryview) -> tuple[FrameHeader, int]:
-    """The header of what may be only the beginning of a frame, and where the payload starts."""
+    """The header of a frame of which only the beginning may be there, and where the payload
+    starts."""
     view = memoryview(frame)
     if len(view) < _PREFIX.size:
         raise _cut(view, MAGIC.startswith(view[: len(MAGIC)]))
@@ -154,7 +157,7 @@ def read_header(frame: bytes | memoryview) -> tuple[FrameHeader, int]:
 
 
 def _check_version(raw: memoryview) -> None:
-    """Name the version of a header that has other fields than ours, if it is a header at all."""
+    """Raise an error with the version if this is a header of another version with other fields."""
     with contextlib.suppress(msgspec.DecodeError, ValueError):
         fields = msgspec.msgpack.decode(raw, type=list[Any])
         if fields and isinstance(fields[0], int) and fields[0] != VERSION:
@@ -166,7 +169,8 @@ def _cut(view: memoryview, begins_well: bool) -> CorruptBlockError:
     return kind(f"{len(view)} bytes are too few for a frame")
 
 
-def _head(header: FrameHeader) -> bytes:
+def packed_header(header: FrameHeader) -> bytes:
+    """What a frame begins with: magic bytes, the length of the header, the header."""
     encoded = msgspec.msgpack.encode(header)
     return _PREFIX.pack(MAGIC, len(encoded)) + encoded
 
@@ -174,7 +178,7 @@ def _head(header: FrameHeader) -> bytes:
 def _plain(header: FrameHeader, payload: memoryview) -> tuple[Contents, memoryview]:
     contents = _contents(header.contents)
     if contents.lossy or contents.codec != "none":
-        check = _check(header.name, header.namespace, contents, payload)
+        check = check_of(header.name, header.namespace, contents, payload)
         if contents.check != check:
             raise CorruptBlockError(f"block {header.name[:12]} is damaged")
     return contents, payload
@@ -186,7 +190,7 @@ def _opened(header: FrameHeader, payload: memoryview, key: Key) -> tuple[Content
     except NamespaceError as error:
         raise CorruptBlockError(f"block {header.name[:12]} cannot be opened: {error}") from error
     about = unseal(secret, header.contents, _whose(header.name, header.namespace))
-    return _contents(about), unseal(secret, payload, _head(header))
+    return _contents(about), unseal(secret, payload, packed_header(header))
 
 
 def _contents(encoded: bytes | bytearray) -> Contents:
@@ -196,7 +200,8 @@ def _contents(encoded: bytes | bytearray) -> Contents:
         raise CorruptBlockError(f"unreadable frame contents: {error}") from error
 
 
-def _check(name: str, namespace: str, contents: Contents, body: Any) -> bytes:
+def check_of(name: str, namespace: str, contents: Contents, body: Any) -> bytes:
+    """The checksum of a frame that is not sealed: of its contents and its payload."""
     covered = msgspec.structs.replace(contents, check=b"")
     hasher = blake3.blake3(msgspec.msgpack.encode((name, namespace, covered)))
     hasher.update(body)

@@ -1,9 +1,9 @@
-"""Moving K from one position to another.
+"""Moves K from one position to another.
 
-K is stored post-RoPE: per frequency, the pair `(x, y)` of K was turned by the angle of its
-position. Turning it on by the difference of two angles moves it. The angles come as rows of the
-model's own cos/sin table, never from a formula, so every scaling whose table depends on the
-position alone is covered (default, linear, llama3, YaRN with its magnitude).
+K is stored after RoPE: in each frequency the pair `(x, y)` of K was rotated by the angle of its
+position. Rotating it further by the difference of two angles moves it. The angles are rows of the
+model's own cos/sin table and never computed from a formula, so every scaling whose table depends on
+the position alone is covered (default, linear, llama3, YaRN with its magnitude).
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch import Tensor
 from kvshare_store.errors import NamespaceError, PlanError
 
 SERIAL_ELEMENTS = (1 << 15) - 1
-"""The largest operand of one operation on the CPU. From 2**15 elements on PyTorch splits an
-operation over its threads, and each of the hundreds of small operations here would then wait for
-threads that something else may be using: measured a third faster on an idle machine, ten to a
-hundred times slower on a busy one. It also keeps the working set in a core's cache.
-"""
+"""The most elements of one operation on the CPU. From 2**15 elements on PyTorch splits an operation
+over its threads. Each of the hundreds of small operations here would then wait for threads that
+something else may be using: a third faster on an idle machine, ten to a hundred times slower on a
+busy one. It also keeps the working set in a core's cache."""
 
 
 class Rope:
@@ -63,7 +62,7 @@ class Rope:
 
     @property
     def rotary_dim(self) -> int:
-        """R: the leading dimensions of a head that are rotated; the rest passes unchanged."""
+        """R: the leading dimensions of a head that are rotated; the others are not changed."""
         return 2 * self.cos.shape[1]
 
     def move(self, keys: Tensor, source: Tensor, target: Tensor) -> None:
@@ -141,10 +140,10 @@ class Rope:
 
 
 class _Turn:
-    """Factors and scratch space for turning `[T, H, D]` keys of one layer after another.
+    """Factors and scratch space for rotating `[T, H, D]` keys of one layer after another.
 
-    The factors are spelled out per head, so that every operand has the shape of the scratch
-    tensors and no element is read through a broadcast; that halves the time.
+    The factors are repeated for each head, so that every operand has the shape of the scratch
+    tensors and none is broadcast; that halves the time.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor, *, heads: int, neox: bool) -> None:
@@ -159,7 +158,7 @@ class _Turn:
         self.new_x, self.new_y = _pair(self.new, neox)
 
     def apply(self, keys: Tensor) -> None:
-        """Turn `keys` `[T, H, D]` in place."""
+        """Rotate `keys` `[T, H, D]` in place."""
         rotary = keys[..., : self.old.shape[-1]]
         self.old.copy_(rotary)
         torch.mul(self.old, self.cos, out=self.new)

@@ -16,7 +16,7 @@ pytest.register_assert_rewrite(
     "kvshare_store.testing.eviction",
     "kvshare_store.testing.file_tiers",
     "kvshare_store.testing.remotes",
-    "kvshare_store.testing.tier_law",
+    "kvshare_store.testing.tier_contract",
     "kvshare_store.testing.tiers",
     "kvshare_store.testing.tiers_at_once",
     "kvshare_store.testing.tiers_damaged",

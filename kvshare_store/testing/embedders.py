@@ -1,4 +1,4 @@
-"""The law of text embedders, and one that needs no model."""
+"""Contract tests of text embedders, and an embedder that needs no model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make(factory: str, arguments: tuple[Any, ...]) -> TextEmbedder:
 
 
 class EmbedderTests:
-    """Laws of every `TextEmbedder`. A subclass names the `factory`, so that another process can."""
+    """Every `TextEmbedder` passes these. Set `factory` in a subclass; it runs in two processes."""
 
     factory: str
     """`module:callable`."""
@@ -55,7 +55,7 @@ class EmbedderTests:
 
     @pytest.fixture
     def embedder(self) -> TextEmbedder:
-        """The embedder under test, the same one for every law."""
+        """The embedder under test, the same one for every test."""
         return make(self.factory, self.arguments)
 
     def test_384_float32_of_length_one(self, embedder: TextEmbedder) -> None:

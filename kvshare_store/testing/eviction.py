@@ -1,4 +1,4 @@
-"""The law of eviction policies: subclass `PolicyTests` in a test module, supply `make_policy`."""
+"""Contract tests of eviction policies: subclass `PolicyTests` and supply `make_policy`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = [f"block {number}" for number in range(12)]
 
 
 class PolicyTests:
-    """Laws of every policy."""
+    """Every policy passes these."""
 
     def make_policy(self) -> EvictionPolicy:
         """A policy that knows no name."""

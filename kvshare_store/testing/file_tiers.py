@@ -1,4 +1,4 @@
-"""Laws of tiers that keep a block in a file."""
+"""More contract tests, for tiers that keep a block in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.errors import CorruptBlockError, MissingBlockError
-from kvshare_store.testing.tier_law import check_use, damage_file, make_block, same
+from kvshare_store.testing.tier_contract import check_use, damage_file, make_block, same
 from kvshare_store.testing.tiers import Damage, PersistentTierTests
 
 
@@ -46,7 +46,7 @@ class FileTierTests(PersistentTierTests):
                 await tier.put(name, block)
                 assert tier.size(name) == self.file_of(tmp_path, name).stat().st_size
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_a_block_is_here_only_once_it_is_durable(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -58,7 +58,7 @@ class FileTierTests(PersistentTierTests):
                 await asyncio.sleep(0)
             assert tier.size(name) is not None
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     @pytest.mark.parametrize("damage", ["first", "header", "middle", "last", "truncated", "empty"])
     def test_damaged_bytes_are_noticed(self, tmp_path: Path, damage: str) -> None:
@@ -81,7 +81,7 @@ class FileTierTests(PersistentTierTests):
             await tier.put(name, block)
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_damage_is_noticed_after_a_reopening(self, tmp_path: Path) -> None:
         name, block = make_block(1)
@@ -94,9 +94,9 @@ class FileTierTests(PersistentTierTests):
                 await tier.get(name)
             assert tier.size(name) is None
 
-        self.law(tmp_path, fill)
+        self.run(tmp_path, fill)
         damage_file(self.file_of(tmp_path, name), "last")
-        self.law(tmp_path, look)
+        self.run(tmp_path, look)
 
     def test_another_blocks_file_is_no_substitute(self, tmp_path: Path) -> None:
         (name, block), (other, other_block) = make_block(1), make_block(2)
@@ -108,7 +108,7 @@ class FileTierTests(PersistentTierTests):
             with pytest.raises(CorruptBlockError):
                 await tier.get(name)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_unfinished_writes_are_swept_out(self, tmp_path: Path) -> None:
         name, block = make_block(1)
@@ -120,10 +120,10 @@ class FileTierTests(PersistentTierTests):
             assert not leftover.exists()
             assert tier.names() == [name]
 
-        self.law(tmp_path, fill)
+        self.run(tmp_path, fill)
         leftover = self.unfinished(tmp_path)
         leftover.write_bytes(b"half a block")
-        self.law(tmp_path, look)
+        self.run(tmp_path, look)
 
     def test_nobody_else_can_read_it(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -133,4 +133,4 @@ class FileTierTests(PersistentTierTests):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
             assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)

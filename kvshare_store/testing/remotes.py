@@ -1,4 +1,4 @@
-"""The law of remotes: what every engine behind `Remote` must do.
+"""Contract tests of remotes: what every engine behind `Remote` must do.
 
 Subclass `RemoteTests` in a test module and supply `make_remote`; subclass
 `kvshare_store.testing.tiers.PersistentTierTests` over a `RemoteTier` on the same engine as well.
@@ -44,13 +44,13 @@ async def spoil(remote: Remote, key: str, how: Damage) -> None:
 
 
 class RemoteTests:
-    """Laws of every remote."""
+    """Every remote passes these."""
 
     def make_remote(self, folder: Path) -> Remote:
         """A remote on a corner of the engine that belongs to `folder` alone."""
         raise NotImplementedError
 
-    def law(self, folder: Path, scenario: Scenario) -> None:
+    def run(self, folder: Path, scenario: Scenario) -> None:
         """Run one scenario against a remote made for it."""
 
         async def conduct() -> None:
@@ -70,7 +70,7 @@ class RemoteTests:
             await remote.put("blocks/a/2", (head,))
             assert bytes(await remote.get("blocks/a/2")) == head
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_put_is_idempotent(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
@@ -81,7 +81,7 @@ class RemoteTests:
             with pytest.raises(MissingBlockError):
                 await remote.get("blocks/a/1")
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_a_buffer_is_not_looked_at_after_a_cancellation(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
@@ -98,7 +98,7 @@ class RemoteTests:
                 with contextlib.suppress(MissingBlockError):
                     assert bytes(await remote.get(key)) == value_of(seed, 2 << 20)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_absent_is_missing_and_deleting_it_is_fine(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
@@ -110,7 +110,7 @@ class RemoteTests:
             with pytest.raises(MissingBlockError):
                 await remote.get("blocks/a/1")
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_list_and_delete_keep_to_the_prefix(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
@@ -132,7 +132,7 @@ class RemoteTests:
                 with pytest.raises(MissingBlockError):
                     await remote.get(key)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_long_lists_are_complete(self, tmp_path: Path) -> None:
         async def scenario(remote: Remote) -> None:
@@ -146,7 +146,7 @@ class RemoteTests:
                 assert set(await entries(remote, "blocks/a/")) == set(keys)
             assert await remote.delete_prefix("blocks/") == len(keys)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_whole_values_or_none_while_they_come_and_go(self, tmp_path: Path) -> None:
         """Nobody reads half a value, whoever puts and removes it meanwhile; an engine may refuse
@@ -174,4 +174,4 @@ class RemoteTests:
             await read()
             assert whole >= 20
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)

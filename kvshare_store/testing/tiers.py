@@ -1,9 +1,9 @@
-"""The law of tiers: what every tier and every wrapper around one must do.
+"""Contract tests of tiers: what every tier and every wrapper around one must do.
 
 Subclass `TierTests` in a test module (`PersistentTierTests` for what survives the process,
 `kvshare_store.testing.file_tiers.FileTierTests` for what keeps files) and supply `make_tier`; the
-laws are inherited. A law talks to the tier through its interface only. Whatever has a medium that
-can be damaged supplies `damage` and names in `damages` what it can do to it.
+tests are inherited. They use the tier through its interface only. Where the medium can be damaged,
+supply `damage` and list in `damages` what it can do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvshare_store.errors import (
     NoSpaceError,
 )
 from kvshare_store.tensors.frame import Block
-from kvshare_store.testing.tier_law import (
+from kvshare_store.testing.tier_contract import (
     ABSENT,
     LAYOUT,
     NAMESPACE,
@@ -29,8 +29,8 @@ from kvshare_store.testing.tier_law import (
     make_block,
     same,
 )
-from kvshare_store.testing.tiers_at_once import AtOnceLaws
-from kvshare_store.testing.tiers_damaged import Damage, DamageLaws
+from kvshare_store.testing.tiers_at_once import AtOnceTests
+from kvshare_store.testing.tiers_damaged import Damage, DamageTests
 
 __all__ = [
     "ABSENT",
@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 
-class TierTests(AtOnceLaws, DamageLaws):
-    """Laws of every tier."""
+class TierTests(AtOnceTests, DamageTests):
+    """Every tier passes these."""
 
     # --- put and get --------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             await tier.put(name, block)
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_put_is_idempotent(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -70,7 +70,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             assert tier.names() == [name]
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_an_absent_block_is_missing(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -82,7 +82,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             with pytest.raises(MissingBlockError):
                 await tier.get(name)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_put_does_not_keep_the_callers_buffer(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -92,7 +92,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             buffer[:] = bytes(len(buffer))
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_what_was_got_belongs_to_the_caller(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -104,7 +104,7 @@ class TierTests(AtOnceLaws, DamageLaws):
                 await tier.put(*make_block(seed))
             assert same(got, block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     # --- delete ---------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             await tier.put(name, block)
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     # --- what is there --------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class TierTests(AtOnceLaws, DamageLaws):
                 check_use(tier)
             assert tier.use().bytes == 0
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_touch_puts_a_block_last(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -157,7 +157,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             tier.touch(ABSENT)
             assert tier.names() == [names[2], names[3], names[0], names[1]]
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     # --- the budget -----------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class TierTests(AtOnceLaws, DamageLaws):
             await tier.put(name, block)
             assert same(await tier.get(name), block)
 
-        self.law(tmp_path, scenario, budget=8192)
+        self.run(tmp_path, scenario, budget=8192)
 
     def test_a_block_larger_than_the_budget_is_refused(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -192,7 +192,7 @@ class TierTests(AtOnceLaws, DamageLaws):
                 await tier.put(*make_block(1, rows=512))
             assert (tier.use().bytes, tier.names()) == (0, [])
 
-        self.law(tmp_path, scenario, budget=8192)
+        self.run(tmp_path, scenario, budget=8192)
 
     def test_concurrent_puts_share_one_budget(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -210,11 +210,11 @@ class TierTests(AtOnceLaws, DamageLaws):
                 else:
                     assert tier.size(name) is None
 
-        self.law(tmp_path, scenario, budget=8192)
+        self.run(tmp_path, scenario, budget=8192)
 
 
 class PersistentTierTests(TierTests):
-    """Further laws of tiers whose blocks survive the process."""
+    """More tests, of tiers whose blocks survive the process."""
 
     def test_reopened_it_finds_everything(self, tmp_path: Path) -> None:
         blocks = [make_block(seed, rows) for seed, rows in ((1, 1), (2, 8), (3, 64))]
@@ -231,8 +231,8 @@ class PersistentTierTests(TierTests):
             for name, block in blocks:
                 assert same(await tier.get(name), block)
 
-        self.law(tmp_path, fill)
-        self.law(tmp_path, look)
+        self.run(tmp_path, fill)
+        self.run(tmp_path, look)
 
     def test_closed_in_the_middle_of_everything_it_holds_whole_blocks(self, tmp_path: Path) -> None:
         blocks = dict(make_block(seed) for seed in range(16))
@@ -248,5 +248,5 @@ class PersistentTierTests(TierTests):
             for name in tier.names():
                 assert same(await tier.get(name), blocks[name])
 
-        self.law(tmp_path, interrupt)
-        self.law(tmp_path, look)
+        self.run(tmp_path, interrupt)
+        self.run(tmp_path, look)

@@ -1,4 +1,4 @@
-"""Laws of what happens at the same time: mixed into `kvshare_store.testing.tiers.TierTests`."""
+"""Calls at the same time: a part of `kvshare_store.testing.tiers.TierTests`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.errors import KVShareError, MissingBlockError, NoSpaceError
 from kvshare_store.tensors.frame import Block
-from kvshare_store.testing.tier_law import TierLaw, check_use, make_block, same
+from kvshare_store.testing.tier_contract import TierContract, check_use, make_block, same
 
 _CALLS = ("put", "get", "delete")
 
@@ -47,7 +47,7 @@ async def check_ends(tier: Tier, name: str, block: Block, ends: list[Any]) -> No
         assert same(await tier.get(name), block)
 
 
-class AtOnceLaws(TierLaw):
+class AtOnceTests(TierContract):
     """Concurrent calls, and a tier that is closed while it is in use."""
 
     @pytest.mark.parametrize("stagger", [0, 1, 5])
@@ -60,7 +60,7 @@ class AtOnceLaws(TierLaw):
                 ends = await asyncio.gather(*begun, return_exceptions=True)
                 await check_ends(tier, name, block, ends)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_many_calls_about_one_block(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -71,7 +71,7 @@ class AtOnceLaws(TierLaw):
                 ends = await asyncio.gather(*begun, return_exceptions=True)
                 await check_ends(tier, name, block, ends)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     def test_deleting_what_is_being_read(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -84,7 +84,7 @@ class AtOnceLaws(TierLaw):
                 await check_ends(tier, name, block, [got])
                 assert tier.size(name) is None
 
-        self.law(tmp_path, scenario, budget=1 << 22)
+        self.run(tmp_path, scenario, budget=1 << 22)
 
     def test_the_budget_holds_at_every_moment(self, tmp_path: Path) -> None:
         budget, block_bytes = 8192, 2048
@@ -102,7 +102,7 @@ class AtOnceLaws(TierLaw):
             assert all(end is None or isinstance(end, NoSpaceError) for end in ends)
             check_use(tier)
 
-        self.law(tmp_path, scenario, budget=budget)
+        self.run(tmp_path, scenario, budget=budget)
 
     def test_closing_in_the_middle_of_everything(self, tmp_path: Path) -> None:
         async def scenario(tier: Tier) -> None:
@@ -118,4 +118,4 @@ class AtOnceLaws(TierLaw):
                 assert not isinstance(end, BaseException) or isinstance(end, KVShareError)
                 assert not isinstance(end, Block) or same(end, block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)

@@ -1,4 +1,4 @@
-"""Laws of what is told apart: mixed into `kvshare_store.testing.tiers.TierTests`."""
+"""Absent, short and corrupt blocks: a part of `kvshare_store.testing.tiers.TierTests`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.tensors.frame import Block
-from kvshare_store.testing.tier_law import TierLaw, check_use, make_block, same
+from kvshare_store.testing.tier_contract import TierContract, check_use, make_block, same
 
 Damage = Literal["absent", "short", "corrupt", "slow", "refused"]
 """What may happen to a block in its medium: gone, cut off, other bytes; or to the medium: it does
@@ -33,11 +33,11 @@ _ENDS: dict[Damage, set[type[KVShareError]]] = {
 }
 
 
-class DamageLaws(TierLaw):
+class DamageTests(TierContract):
     """What a tier says when a block, or the whole medium, is not as it should be."""
 
     damages: ClassVar[frozenset[Damage]] = frozenset()
-    """What `damage` can do; the laws about the rest are skipped, with that as their reason."""
+    """What `damage` can do; tests of the rest are skipped, with that as their reason."""
 
     async def damage(self, folder: Path, name: str, how: Damage) -> None:
         """Do that to block `name`, or to the whole medium, past the tier."""
@@ -68,7 +68,7 @@ class DamageLaws(TierLaw):
             else:
                 await self._is_gone_and_comes_back(tier, name, block)
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
     async def _is_gone_and_comes_back(self, tier: Tier, name: str, block: Block) -> None:
         assert tier.size(name) is None

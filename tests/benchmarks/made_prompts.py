@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from benchmarks.data.sharegpt import Prompts
 
 LENGTH = 96
+NEW = 1_000_000
+
+
+def numbers(start: int = NEW) -> Iterator[list[int]]:
+    """Documents of ten tokens each, all different."""
+    while True:
+        yield list(range(start, start + 10))
+        start += 10
 
 
 def fresh(seed: int, length: int = LENGTH) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A result as a measurement gives it."""
+"""A result as a measurement returns it."""
 
 from __future__ import annotations
 

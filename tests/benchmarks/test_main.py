@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from benchmarks.__main__ import MEASUREMENTS, _all
+from benchmarks.__main__ import MEASUREMENTS, all_names
 
 
 def test_the_short_form_leaves_out_what_is_a_part_of_another_measurement():
-    assert _all(short=False) == list(MEASUREMENTS)
-    left_out = set(MEASUREMENTS) - set(_all(short=True))
+    assert all_names(short=False) == list(MEASUREMENTS)
+    left_out = set(MEASUREMENTS) - set(all_names(short=True))
     assert left_out == {"table1-presets", "agreement-presets"}
 
 

@@ -21,7 +21,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.catalog import table as table_module
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.rows import NamespaceRow, Row, Rows
 from kvshare_store.catalog.table import Table
@@ -57,7 +56,7 @@ def saved(driver: Open) -> Callable[[], Driver]:
 
 
 def served(engine: Driver) -> list[int]:
-    """How many rows of each prompt are served as its exact prefix; every row is checked."""
+    """How many rows of each prompt are served as its exact prefix. Every row is checked."""
     return [engine.serve([*tokens, 5]).exact for tokens in PROMPTS]
 
 
@@ -84,12 +83,12 @@ def rows_of(home: Path) -> list[dict[str, Any]]:
 
 
 def rewrite(home: Path, node_id: str, **values: Any) -> None:
-    """Put other values into the row of a node, past every checksum."""
+    """Change values in a node's row without breaking any file checksum."""
     table(home).update(where=f"id = '{node_id}'", values=values)
 
 
 def data_files(home: Path, name: str = "nodes") -> list[Path]:
-    """The files of a table's rows, the oldest first."""
+    """The data files of a table, oldest first."""
     return sorted(
         (home / "catalog" / f"{name}.lance" / "data").iterdir(),
         key=lambda file: file.stat().st_mtime_ns,
@@ -97,7 +96,7 @@ def data_files(home: Path, name: str = "nodes") -> list[Path]:
 
 
 def manifests(home: Path, name: str = "nodes") -> list[Path]:
-    """The versions of a table, the newest first."""
+    """The versions of a table, newest first."""
     return sorted((home / "catalog" / f"{name}.lance" / "_versions").glob("*.manifest"))
 
 
@@ -105,7 +104,7 @@ def manifests(home: Path, name: str = "nodes") -> list[Path]:
 
 
 def test_a_flipped_bit_in_the_tokens_serves_nobody(saved: Open, home: Path) -> None:
-    """Else a prompt that nobody ever computed would get the rows of another one."""
+    """Otherwise a prompt that was never computed would be served another prompt's rows."""
     row = next(row for row in rows_of(home) if np.int32(PROMPTS[0]).tobytes() in row["node"])
     other = [*PROMPTS[0][:10], PROMPTS[0][10] ^ 1, *PROMPTS[0][11:]]
     flipped = row["node"].replace(np.int32(PROMPTS[0]).tobytes(), np.int32(other).tobytes())
@@ -192,7 +191,7 @@ def test_the_newest_version_is_torn(
     damage(manifests(home)[0])
     engine = saved()
     assert served(engine) == [40, 40, 0]
-    gone = damage is Path.unlink  # nothing says that there ever was such a version
+    gone = damage is Path.unlink  # nothing says that this version ever existed
     assert engine.store.stats()["errors"] == ({} if gone else {"torn": 1})
     engine.save(PROMPTS[2])
     assert served(saved()) == [40, 40, 40]
@@ -211,7 +210,7 @@ def test_no_version_can_be_read(saved: Open, home: Path) -> None:
 
 
 def test_what_marks_deleted_rows_is_torn(saved: Open, home: Path) -> None:
-    """Every read of such a version fails, so the version before it is used."""
+    """Every read of such a version fails, so the store uses the version before it."""
     table(home).add(table(home).search().limit(1).select(list(table(home).schema.names)).to_arrow())
     table(home).delete(f"id = '{rows_of(home)[1]['id']}'")
     table(home).delete("_rowid = 12884901888")
@@ -224,7 +223,7 @@ def test_what_marks_deleted_rows_is_torn(saved: Open, home: Path) -> None:
 
 
 def test_a_damaged_record_of_a_namespace(saved: Open, home: Path) -> None:
-    """Its nodes are served no more; the next save writes the record again, and they are."""
+    """Its nodes are not served until the next save writes the record again."""
     record = table(home, "namespaces").search().to_list()[0]["namespace"]
     table(home, "namespaces").update(where="true", values={"namespace": record[:-1] + b"\x07"})
     engine = saved()
@@ -236,7 +235,8 @@ def test_a_damaged_record_of_a_namespace(saved: Open, home: Path) -> None:
 
 
 def test_any_bytes_may_be_wrong(saved: Open, home: Path) -> None:
-    """Whatever a bad disk makes of the catalogue: every start succeeds, no wrong row is served."""
+    """Whatever a bad disk does to the catalogue, every start succeeds and no wrong row is
+    served."""
     chance = random.Random(5)
     whole = {f: f.read_bytes() for f in (home / "catalog").rglob("*") if f.is_file()}
     for _ in range(12):
@@ -262,7 +262,7 @@ def test_any_bytes_may_be_wrong(saved: Open, home: Path) -> None:
 def test_what_is_no_damage_gives_nothing_up(
     saved: Open, config: Callable[..., StoreConfig], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process without descriptors, or without the right to read, must not lose a version."""
+    """A process that is out of descriptors, or lacks the right to read, must not drop a version."""
     versions = manifests(home)
     for code in (errno.EMFILE, errno.EACCES):
         with monkeypatch.context() as patch:
@@ -284,9 +284,9 @@ def _refused(code: int) -> Callable[..., Any]:
 def test_rows_around_a_page_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "_READ_ROWS", 10)
+    monkeypatch.setattr(Table, "read_rows", 10)
     catalog = Catalog(tmp_path)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     nodes = [node_of(np.arange(first, first + 20, dtype=np.int32)) for first in range(60)]
     catalog.add([(node, Vectors(UNIT, None)) for node in nodes])
     rows = Table.rows
@@ -322,7 +322,7 @@ def node_of(tokens: np.ndarray, **changes: Any) -> Node:
 
 
 def packed(**changes: Any) -> Row:
-    """The row of a node in clear, as this release writes it."""
+    """A node's row without encryption, as this release writes it."""
     node = node_of(np.arange(20, dtype=np.int32), **changes)
     row = reader().node_row(node, Vectors(UNIT, UNIT))
     return Row(row["id"], row["namespace"], row["node"], row["lexical"], row["semantic"])
@@ -345,7 +345,7 @@ def test_any_flipped_bit_of_a_row_is_noticed() -> None:
         changed = row._replace(node=bytes(damaged))
         if (
             marker <= at < marker + 8
-        ):  # it looks like a row of the release before: all else is right
+        ):  # looks like a row of the release before: everything else is right
             with contextlib.suppress(CorruptRowError):
                 assert rows.node(changed)[0].tokens.tolist() == list(range(20))
             continue
@@ -368,7 +368,7 @@ BAD = [None, UNIT * 3, UNIT * np.float32("nan"), UNIT[:10], np.zeros((2, 384), n
 
 @pytest.mark.parametrize("bad", BAD, ids=["none", "long", "nan", "short", "two"])
 def test_a_bad_text_vector_costs_the_vector_not_the_node(bad: Any) -> None:
-    """When it is written it is left out; when it is read the node is a donor all the same."""
+    """On writing, the vector is left out; on reading, the node still serves as a donor."""
     node = node_of(np.arange(20, dtype=np.int32))
     row = Row(**without_stamp(reader().node_row(node, Vectors(UNIT, bad))))
     assert row.semantic is None
@@ -385,7 +385,7 @@ def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("semantic", [None, UNIT], ids=["without", "with"])
 def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
-    """Rows that do not write down what their text vector hashes to were checked as a whole."""
+    """Rows without a hash of their text vector have one checksum over both vectors."""
     encoded = encode_node(node_of(np.arange(20, dtype=np.int32)))
     assert encoded[:3] == b"\xde\x00\x11", "a map of 17 fields"
     body = b"\xde\x00\x12" + encoded[3:] + b"\xa5check\xc4\x20"
@@ -416,7 +416,7 @@ SELF_CONTRADICTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", SELF_CONTRADICTIONS.values(), ids=SELF_CONTRADICTIONS)
 def test_a_row_that_contradicts_itself(changes: dict[str, Any]) -> None:
-    """Also where the checksum holds, or where there is none: the release before wrote none."""
+    """Also if the checksum holds, or if there is none: the release before wrote none."""
     row, rows = packed(**changes), reader()
     with pytest.raises(CorruptRowError):
         rows.node(row)
@@ -439,7 +439,7 @@ def test_vectors_are_finite_and_of_length_one(scale: float) -> None:
 
 
 def test_the_records_of_a_batch_are_one_commit(driver: Open) -> None:
-    """Each record on its own took as long as the rows of a whole batch."""
+    """One commit per record took as long as committing the rows of a whole batch."""
     engine = driver()
     catalog = engine.store.repository.catalog
     assert catalog is not None

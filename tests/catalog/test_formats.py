@@ -1,7 +1,8 @@
-"""One version apart works both ways: homes and records of the release before, and of the next.
+"""Neighbouring releases are compatible both ways: homes and records of the release before, and of
+the next.
 
-`tests/data/home-2` was written by the first release with format 2. What stands for the next release
-are fields, columns and marks that nobody knows yet.
+`tests/data/home-2` was written by the first release with format 2. Fields, columns and marks that
+are unknown today stand for the next release.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tests.support.oracle import Driver, prompt
 Open = Callable[..., Driver]
 DATA = Path(__file__).parents[1] / "data"
 SAVED, EDITED = prompt(1, 24), [*prompt(1, 24)[:12], 7, *prompt(1, 24)[13:]]
-"""What `home-2` holds."""
+"""The prompts in `home-2`."""
 
 
 class FirstNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +56,7 @@ class FirstNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FirstNamespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A namespace as the first release with format 2 reads it: it refuses what it does not know."""
+    """A namespace as the first release with format 2 reads it: it refuses unknown fields."""
 
     model: str
     layout: KVLayout
@@ -78,7 +79,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def put(folder: Path, name: str, key: str, row: dict[str, Any]) -> None:
-    """Write a row as some other release would."""
+    """Write a row as another release would."""
     opened = table(folder, name)
     job = opened.merge_insert(key).when_matched_update_all().when_not_matched_insert_all()
     job.execute(pa.Table.from_pylist([row], opened.schema), on_bad_vectors="null")
@@ -89,7 +90,7 @@ def put(folder: Path, name: str, key: str, row: dict[str, Any]) -> None:
 
 @pytest.fixture
 def before(home: Path, driver: Open) -> Open:
-    """The home of the release before; its rows are known to the drivers that open it."""
+    """The home of the release before. The drivers that open it know its rows."""
     shutil.copytree(DATA / "home-2", home)
     return driver
 
@@ -119,7 +120,7 @@ def test_rows_of_the_release_before_get_a_checksum_when_they_are_written_again(
 
 
 def test_the_release_before_reads_what_this_one_writes(driver: Open, home: Path) -> None:
-    """It compares the names of the columns and the mark of the home, and decodes the records."""
+    """Column names and the home's mark are compared, and the records are decoded."""
     engine = driver()
     engine.save(SAVED)
     engine.serve_and_save(EDITED)
@@ -147,7 +148,7 @@ def test_digests_of_namespaces_never_change() -> None:
 
 
 class NextNamespace(Namespace, frozen=True, kw_only=True):
-    """What the next release may make of it."""
+    """What the next release may add."""
 
     adapter_rank: int = 0
 
@@ -163,7 +164,7 @@ def test_a_field_of_the_next_release_counts_only_where_it_is_set() -> None:
 
 
 def test_the_mark_of_a_home(home: Path, config: Callable[..., StoreConfig]) -> None:
-    """A release that only adds marks its homes 2.x; what this one cannot read is 3."""
+    """A release that only adds marks its homes 2.x; a format that this one cannot read is 3."""
     Store(config()).close()
     for mark in ("2.1", "2.17\n"):
         (home / "format").write_text(mark)
@@ -220,7 +221,7 @@ def test_a_table_without_what_must_be_there_is_of_another_format(
 
 
 def add_node(folder: Path, namespace: str, changes: dict[str, Any]) -> str:
-    """A row of a node that this release would not write; its id."""
+    """Write a node's row that this release would not write; returns its id."""
     tokens = np.asarray(prompt(7, 24), np.int32)
     node = Node(
         id=node_id(namespace, tokens, True),
@@ -240,7 +241,7 @@ def add_node(folder: Path, namespace: str, changes: dict[str, Any]) -> str:
 def test_unknown_fields_of_a_node_are_ignored(tmp_path: Path) -> None:
     namespace = Namespace("m", KVLayout(1, 1, 4, "float32"))
     catalog = Catalog(tmp_path)
-    catalog.add_namespaces([namespace])
+    catalog.records.add([namespace])
     known = add_node(tmp_path, namespace.digest, {"score": 0.5, "notes": {"any": ["thing"]}})
     catalog.refresh()
     assert [node.id for node, _ in catalog.load()] == [known]
@@ -265,7 +266,7 @@ def test_a_node_of_a_later_format_is_left_alone(driver: Open, home: Path) -> Non
 
 
 def later_record(rank: int) -> tuple[str, dict[str, Any]]:
-    """The digest and the row of a namespace that the next release wrote."""
+    """The digest and the row of a namespace, as the next release writes it."""
     record = NextNamespace("model", KVLayout(2, 1, 4, "float32"), adapter_rank=rank)
     row = {"digest": record.digest, "namespace": msgspec.msgpack.encode(record), "salt": None}
     return record.digest, row

@@ -65,7 +65,7 @@ def test_merging_a_key_again_replaces_its_row(table: Any) -> None:
 
 
 def test_concurrent_merges_of_a_declared_key_leave_one_row(table: Any, tmp_path: Path) -> None:
-    """Without the declared, non-nullable key this duplicates rows silently."""
+    """Without the declared, non-nullable key, rows are duplicated silently."""
 
     def work(value: int) -> None:
         own = lancedb.connect(str(tmp_path)).open_table("t")
@@ -160,7 +160,7 @@ def test_cleaning_up_everything_warns_when_told_zero(table: Any) -> None:
 
 
 def test_where_is_sql_text(table: Any) -> None:
-    """So ids are put into it only as hex digits."""
+    """So ids are inserted only as hex digits."""
     merge(table, rows("a", "b"))
     table.delete("id = 'x' OR 'a' = 'a'")
     assert ids(table) == []
@@ -180,7 +180,7 @@ def test_zero_vectors_are_never_found_by_cosine(table: Any) -> None:
 
 
 def test_a_distance_range_from_zero_drops_exact_matches(table: Any) -> None:
-    """Cosine distances of equal vectors are a little below zero."""
+    """The cosine distance of equal vectors is slightly below zero."""
     vector = (np.asarray([3, 1, 4, 1], np.float32) / np.sqrt(27)).tolist()
     table.add(pa.Table.from_pylist([{"id": "same", "value": 0, "vector": vector}], SCHEMA))
     search = table.search(vector).distance_type("cosine").limit(5)
@@ -216,7 +216,7 @@ def make_node(first: int, pinned: bool = False) -> Node:
 
 def opened(folder: Path) -> Catalog:
     catalog = Catalog(folder)
-    catalog.add_namespaces([NAMESPACE])
+    catalog.records.add([NAMESPACE])
     return catalog
 
 
@@ -249,7 +249,7 @@ def test_a_node_that_is_added_again_is_one_row(tmp_path: Path) -> None:
 
 
 def test_more_nodes_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.catalog.table._READ_ROWS", 10)
+    monkeypatch.setattr("kvshare_store.catalog.table.Table.read_rows", 10)
     catalog = opened(tmp_path)
     nodes = [make_node(first) for first in range(35)]
     catalog.add([(node, vectors()) for node in nodes])
@@ -274,8 +274,8 @@ def test_namespaces_are_remembered_once(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     spaces = [Namespace("m", KVLayout(2, 1, 4, "float32"), tenant=t, tokenizer="x") for t in "ab"]
     for space in (*spaces, *spaces):
-        catalog.add_namespaces([space])
-    assert Catalog(tmp_path).namespaces() == spaces
+        catalog.records.add([space])
+    assert Catalog(tmp_path).records.read() == spaces
 
 
 def test_what_lancedb_refuses_is_a_storage_error(tmp_path: Path) -> None:

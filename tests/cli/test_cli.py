@@ -1,4 +1,4 @@
-"""The command line without a daemon: options, bad input, what people read."""
+"""The command line without a daemon: options, bad input, readable output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvshare_store.cli import common, format, gc, ls, serve, show, stats
+from kvshare_store import readable
+from kvshare_store.cli import common, gc, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -197,7 +198,7 @@ def test_socket_in_use(home: Path) -> None:
 def test_a_home_without_a_store_is_probably_mistyped(
     command: list[str], home: Path, tmp_path: Path
 ) -> None:
-    """Every command says the same, and none makes one there or asks for a daemon."""
+    """Every command gives the same message; none creates a store there or starts a daemon."""
     line = one_line(run(*command, "--home", home), 3)
     assert line.startswith(f"kvshare: home {home} has no store; name another with --home")
     assert not home.exists()
@@ -278,7 +279,7 @@ def test_salt(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(nbytes: int, shown: str) -> None:
-    assert format.size(nbytes) == shown
+    assert readable.size(nbytes) == shown
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_sizes(nbytes: int, shown: str) -> None:
     [(-5, "0 s"), (0.2, "0 s"), (59, "59 s"), (60, "1 min"), (7300, "2 h"), (200_000, "2 d")],
 )
 def test_ages(seconds: float, shown: str) -> None:
-    assert format.age(1000.0, 1000.0 + seconds) == shown
+    assert readable.age(1000.0, 1000.0 + seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -300,13 +301,13 @@ def test_ages(seconds: float, shown: str) -> None:
     ],
 )
 def test_bars(part: int, whole: int, filled: int, percent: str) -> None:
-    assert format.bar(part, whole) == "█" * filled + "░" * (20 - filled)
-    assert format.share(part, whole) == percent
+    assert readable.bar(part, whole) == "█" * filled + "░" * (20 - filled)
+    assert readable.share(part, whole) == percent
 
 
 def test_prompts_cannot_steer_the_terminal() -> None:
-    assert format.printable("a\x1b[31m\x00\x9b\u202eb\n\tc") == "a␛[31m␀��b\n\tc"
-    assert format.one_line("a\n\n b\tc ") == "a b c"
+    assert readable.printable("a\x1b[31m\x00\x9b\u202eb\n\tc") == "a␛[31m␀��b\n\tc"
+    assert readable.one_line("a\n\n b\tc ") == "a b c"
 
 
 def test_long_text_is_shortened() -> None:
@@ -440,5 +441,5 @@ def test_a_root_shows_its_text() -> None:
 
 
 def test_a_parent_that_was_evicted_is_named_as_gone() -> None:
-    orphan = {**NODE, "edits": [], "path": ["b" * 32]}
-    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(orphan))
+    child = {**NODE, "edits": [], "path": ["b" * 32]}
+    assert f"{'a' * 32} (no longer stored)" in rendered(*show.parts(child))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
@@ -31,6 +29,7 @@ from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.version import version
+from tests.support.commands import run
 
 NAMESPACE = Namespace("org/model", KVLayout(2, 2, 8, "float32"))
 PARENT = list(range(100, 240))
@@ -38,21 +37,6 @@ CHILD = [*PARENT[:64], 7, 8, 9, *PARENT[70:]]
 """The parent with six tokens after the first block replaced by three."""
 START_S = 60.0
 SETTINGS = ("semantic=never", "host_bytes=64MiB", "disk_bytes=128MiB", "policy=faithful")
-
-
-def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "stdin", io.StringIO(answer)),
-        mock.patch.dict(os.environ, COLUMNS=columns),
-        pytest.raises(SystemExit) as end,
-    ):
-        main([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager
@@ -80,7 +64,7 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def spawned(config: StoreConfig) -> Iterator[Spawned]:
-    """A daemon that is nobody's child, until the end of the block."""
+    """A daemon that is nobody's child process, until the end of the block."""
     process = spawn_daemon(config)
     try:
         yield process
@@ -134,7 +118,7 @@ Stored = tuple[Path, str, str]
 
 
 def test_stats_as_json(store: Stored) -> None:
-    """In a process of its own: nothing but the document may be on standard output."""
+    """Run in a process of its own: standard output may hold nothing but the document."""
     home = store[0]
     command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--json", "--home", home]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -164,7 +148,7 @@ def test_stats_add_up_and_say_what_waits(home: Path) -> None:
     with serving(home):
         fill(home)
         with Client(home) as client:
-            plan = client.plan(PARENT, NAMESPACE)  # leased: nobody knows yet what becomes of it
+            plan = client.plan(PARENT, NAMESPACE)  # leased: the outcome is not known yet
             client.call(Decline("multimodal", 30))
             client.call(EngineCached(16))
             out = run("stats", "--home", home)[1]
@@ -224,7 +208,7 @@ def test_ls(store: Stored) -> None:
     assert newest.startswith(child[:12])
     assert f"edited (1)   {parent[:12]}" in newest
     assert oldest.startswith(parent[:12])
-    assert " ".join(map(str, PARENT[:5])) in oldest  # no tokenizer: the prompt as numbers
+    assert " ".join(map(str, PARENT[:5])) in oldest  # no tokenizer: the prompt is given as numbers
     assert [node["id"] for node in json.loads(run("ls", "--json", "--home", home)[1])] == [
         child,
         parent,
@@ -377,7 +361,7 @@ OTHERS_SETTINGS = {
 def test_a_spawned_daemon_has_no_other_settings(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a client was given does not depend on the environment it started the daemon in."""
+    """A client's own settings must not leak into the daemon that it starts."""
     for name, value in OTHERS_SETTINGS.items():
         monkeypatch.setenv(f"KVSHARE_{name.upper()}", value)
     config = StoreConfig(home=str(home), host_bytes=2**20, disk=False, delimiters=False)
@@ -393,7 +377,7 @@ def test_a_spawned_daemon_has_no_other_settings(
 
 
 def test_a_spawned_daemon_shows_no_secret(home: Path) -> None:
-    """Whoever may list the processes may read their command lines."""
+    """Anyone who may list processes may read their command lines."""
     config = StoreConfig(
         home=str(home), host_bytes=2**20, semantic="never",
         remote="redis://user:hunter2@127.0.0.1:1/0", encryption_key="env:KVSHARE_TEST_KEY",

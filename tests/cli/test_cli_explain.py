@@ -21,7 +21,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.stores import SMALL
 
@@ -224,7 +224,7 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
         assert ok("evict", "--older-than", "1h", "--yes", "--home", home).startswith("Forgot 0")
         out = ok("evict", "--policy", "aggressive", "--dry-run", "--home", home)
         assert out.splitlines() == [second[:12], "Would forget 1 node (200 tokens)."]
-        assert run("evict", first, "--home", home)[0] == 1  # nobody confirms
+        assert run("evict", first, "--home", home)[0] == 1  # no outcome is reported
         assert len(client.call(ListNodes())) == 3
         assert as_json("evict", first, "--yes", "--home", home)["nodes"] == [first]
         assert {node["id"] for node in client.call(ListNodes())} == {second, other}
@@ -258,7 +258,7 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
     there, ids = served
     out = ok("export", "a.kv", "--home", there)
     assert out.startswith("3 nodes and ")
-    assert run("export", "a.kv", "--home", there)[0] == 1  # nobody confirms
+    assert run("export", "a.kv", "--home", there)[0] == 1  # no outcome is reported
     assert as_json("export", "b.kv", "--tenant", "alice", "--home", there)["nodes"] == 1
     Store(StoreConfig(home=str(home), **SMALL)).close()
     assert as_json("import", "b.kv", "--home", home)["nodes"] == [ids[2]]

@@ -18,7 +18,7 @@ from kvshare_store.cli import checkup, top
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.version import version
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.neighbours import NAMESPACE
 from tests.support.stores import SMALL
@@ -29,7 +29,7 @@ LITTLE = ("--set", "host_bytes=1MiB", "--set", "disk_bytes=1MiB")
 
 
 def diagnosed(home: Path, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]]]:
-    """Exit code, and the findings by what was looked at."""
+    """Exit code, and the findings by what was checked."""
     code, out, err = run("doctor", "--json", "--home", home, *LITTLE, *arguments)
     assert err == ""
     found = json.loads(out)
@@ -51,6 +51,12 @@ def test_a_home_that_is_not_there_yet(home: Path) -> None:
     assert states(found["home"]) == states(found["daemon"]) == ["note"]
     assert states(found["memory"] + found["shared memory"] + found["disk"]) == ["ok"] * 3
     assert not home.exists()
+
+
+def test_where_engines_start_no_daemon_one_must_run(home: Path) -> None:
+    code, found = diagnosed(home, "--set", "start_daemon=false")
+    assert (code, states(found["daemon"])) == (1, ["wrong"])
+    assert "kvshare serve" in found["daemon"][0]["advice"]
 
 
 def test_a_running_daemon_is_well(home: Path) -> None:
@@ -90,7 +96,7 @@ def test_more_memory_and_disk_than_there_is(home: Path) -> None:
 
 
 def test_limits_of_the_process(home: Path) -> None:
-    """In a process of its own, which cannot raise them again."""
+    """Run in a process of its own, since lowered limits cannot be raised again."""
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))\n"
@@ -140,7 +146,7 @@ def test_variables_that_are_no_settings(home: Path, monkeypatch: pytest.MonkeyPa
     ],
 )  # fmt: skip
 def test_flags_of_a_running_engine(line: str, state: str) -> None:
-    assert checkup._flags(1, line).state == state
+    assert checkup.flags_of(1, line).state == state
 
 
 # --- top ------------------------------------------------------------------------------------------

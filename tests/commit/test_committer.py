@@ -1,4 +1,4 @@
-"""The committer's thread: order, batches, and that nothing it meets leaves callers waiting."""
+"""The committer's thread: order and batches, and that no error leaves callers waiting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Catalogue:
-    """Writes down what it is told."""
+    """Records what it is told."""
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -59,7 +59,7 @@ class Catalogue:
 
 
 class Nodes:
-    """Writes down which nodes are given up."""
+    """Records which nodes are given up."""
 
     blocks = None
 
@@ -71,7 +71,7 @@ class Nodes:
 
 
 class Steps(Durable):
-    """Its steps are written down in `log`, none of which has to do with a block."""
+    """Work without blocks whose steps are recorded in `log`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Steps(Durable):
 
 
 class Desk:
-    """A committer whose steps are written down in `log`."""
+    """A committer whose steps are recorded in `log`."""
 
     def __init__(self, make_durable: Callable[[Node], None] | None = None) -> None:
         self.log: list[str] = []
@@ -145,17 +145,17 @@ def test_a_node_that_comes_back_waits_until_its_predecessor_is_gone() -> None:
     desk.committer.close()
 
 
-def test_errands_keep_their_place_and_say_what_became_of_them() -> None:
+def test_calls_keep_their_place_and_say_what_became_of_them() -> None:
     def refused() -> None:
         raise NoSpaceError("full")
 
     desk = Desk()
     desk.queue.put(addition("a"))
-    desk.queue.call(lambda: desk.log.append("errand"))
+    desk.queue.call(lambda: desk.log.append("call"))
     desk.queue.put(addition("b"))
     desk.start.set()
     assert desk.queue.run(lambda: 7) == 7
-    assert desk.log == ["durable a", "rows a", "errand", "durable b", "rows b"]
+    assert desk.log == ["durable a", "rows a", "call", "durable b", "rows b"]
     with pytest.raises(NoSpaceError):
         desk.queue.run(refused)
     desk.committer.close()
@@ -247,7 +247,7 @@ def test_no_room_and_nodes_that_left_are_no_failure_of_storage() -> None:
 
 
 def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
-    """The committer never comes to the end of its queue: each addition orders the next one."""
+    """The queue never becomes empty, since each piece of work orders the next one."""
     desk = Desk(lambda node: desk.queue.put(addition(f"{node.id}+")) if go.is_set() else None)
     go = threading.Event()
     go.set()
@@ -293,7 +293,8 @@ def broken(node: Node) -> None:
 
 
 def test_work_that_cannot_be_done_takes_no_other_along() -> None:
-    """Whatever it raises: the node is given up, the thread lives, the others are stored."""
+    """Whatever error is raised: the node is given up, the thread lives on, the others are
+    stored."""
     desk = Desk(broken)
     log = desk.run(addition("a"), addition("bad"), addition("c"))
     assert "given up bad" in log
@@ -310,7 +311,7 @@ def test_work_that_cannot_be_done_takes_no_other_along() -> None:
     desk.committer.close()
 
 
-def test_an_errand_hands_its_error_to_whoever_waits() -> None:
+def test_a_call_hands_its_error_to_whoever_waits() -> None:
     desk = Desk()
     desk.start.set()
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""What counts in `disk_bytes`, and a file system that is full before the budget is."""
+"""What counts against `disk_bytes`, and a file system that is full before the budget is."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Open = Callable[..., Driver]
 
 BUDGET = 600_000
 ONE_COMMIT = 80_000
-"""Bytes that the last commit may exceed the budget by."""
+"""Bytes by which the last commit may exceed the budget."""
 
 
 @pytest.fixture
 def namespace() -> Namespace:
-    """Rows of 8 KB: a prompt of 40 tokens takes more than what a commit of its row does."""
+    """Rows of 8 KB, so that a prompt of 40 tokens is larger than the commit of its row."""
     return Namespace("model", KVLayout(4, 4, 64, "float32"))
 
 
@@ -56,7 +56,7 @@ def test_the_catalogue_counts_in_the_budget_of_the_disk(driver: Open, home: Path
 
 
 def bytes_in(home: Path) -> int:
-    """Of all files that count in the budget."""
+    """Bytes of all files that count against the budget."""
     found = [*(home / "catalog").rglob("*"), *(home / "blocks").rglob("*")]
     return sum(file.stat().st_size for file in found if file.is_file())
 
@@ -64,8 +64,9 @@ def bytes_in(home: Path) -> int:
 def test_files_stay_in_the_budget_while_the_catalogue_is_written_anew(
     config: Callable[..., StoreConfig], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compaction writes new files before the old ones go. All are measured at every fsync: then
-    what a change has written is there. Rows are small, so the catalogue is most of the home."""
+    """Compaction writes new files before it removes the old ones. The home is measured at every
+    fsync, when a change is on disk. Rows are small here, so the catalogue makes up most of the
+    home."""
     seen: list[int] = []
     sync = SyncedFolder.sync
 
@@ -91,7 +92,7 @@ def test_files_stay_in_the_budget_while_the_catalogue_is_written_anew(
 
 @pytest.fixture(params=["size=6m", "nr_inodes=260"])
 def small_disk(request: pytest.FixtureRequest, home: Path) -> Iterator[Path]:
-    """The home on a file system of its own, with little room or few inodes."""
+    """A home on a file system of its own, with little room or few inodes."""
     need(os.geteuid() == 0, "root, to mount a file system")
     home.mkdir(mode=0o700)
     mount = ["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(home)]
@@ -103,7 +104,7 @@ def small_disk(request: pytest.FixtureRequest, home: Path) -> Iterator[Path]:
 def test_a_full_file_system_makes_room_as_a_full_budget_does(
     driver: Open, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Below `disk_bytes`; saving goes on, and says what it forgets."""
+    """The file system is smaller than `disk_bytes`. Saving goes on, and reports what it evicts."""
     engine = driver(host_bytes=1 << 24)
     with caplog.at_level(logging.WARNING, "kvshare"):
         for seed in range(40):
@@ -124,7 +125,7 @@ def test_a_full_file_system_makes_room_as_a_full_budget_does(
 def test_a_crash_while_a_full_file_system_makes_room(
     driver: Open, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks are gone, the rows that name them are not: the next start drops those nodes."""
+    """Blocks are gone, but the rows that name them are not: the next start drops those nodes."""
     engine = driver(host_bytes=1 << 24)
     catalog = engine.store.repository.catalog
     assert catalog is not None

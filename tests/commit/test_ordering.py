@@ -1,6 +1,6 @@
 """What a crash leaves, step by step: the home is copied after each step, and every copy must open.
 
-Bytes before metadata on the way in, metadata before bytes on the way out.
+Bytes go before metadata on the way in, metadata before bytes on the way out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.testing.tier_law import damage_file
+from kvshare_store.testing.tier_contract import damage_file
 from tests.support.crashes import NEW, OLD, Config, Crashes, opened, remote_of
 from tests.support.oracle import Driver, pick, prompt
 
@@ -160,7 +160,7 @@ def test_merging(
     child = engine.serve_and_save(CHILD)
     assert parent is not None
     assert child is not None
-    engine.store.nodes.remove([parent])  # its blocks are the child's alone
+    engine.store.nodes.remove([parent])  # only the child has these blocks
     found = crashes(engine)
     assert engine.store.collect().merged == 1
     assert found.steps == [
@@ -206,7 +206,7 @@ def test_collecting_blocks_that_no_node_uses(
     engine.store.close()
     before = {file.stem for file in (home / "blocks").glob("*/*")}
     catalog = Catalog(home / "catalog")
-    catalog.namespaces()
+    catalog.records.read()
     catalog.delete([node.id for node, _ in catalog.load() if node.tokens.tolist() == OLD])
     engine = driver()
     found = crashes(engine)
@@ -283,7 +283,7 @@ def test_purging(
     driver: Open,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks before rows: what a crash leaves can be purged again."""
+    """Blocks go before rows, so that what a crash leaves can be purged again."""
     kept = driver()
     kept.save(NEW)
     mine = kept.namespace.for_tenant("mine")
@@ -308,7 +308,7 @@ def test_purging(
 
 
 def slow_steps(found: Crashes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash after each value that a remote has taken, too."""
+    """With a crash after each value that the remote has received, too."""
     real = ObjectRemote.put
 
     async def put(self: ObjectRemote, key: str, parts: Any) -> None:
@@ -342,8 +342,8 @@ def test_demoting_from_disk_to_the_remote(
     driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A block leaves the disk once the remote has it: no crash in between loses a row."""
-    monkeypatch.setattr(home_module, "_beside", lambda _: Beside)  # room for blocks, to a byte
+    """A block leaves the disk only when the remote has it, so no crash in between loses a row."""
+    monkeypatch.setattr(home_module, "beside", lambda _: Beside)  # room for the blocks, to the byte
     settings = {"disk_bytes": 26_000, "remote_write": "back"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)
@@ -368,7 +368,7 @@ def test_demoting_from_disk_to_the_remote(
 def test_reading_a_block_that_does_not_verify(
     driver: Open, config: Config, crashes: Callable[[Driver], Crashes], home: Path
 ) -> None:
-    """Into quarantine first, then its nodes go; until they have gone they serve nothing wrong."""
+    """The block is quarantined first, then its nodes go; meanwhile they serve nothing wrong."""
     driver().save(NEW)
     engine = driver()
     engine.save(OLD)
@@ -402,7 +402,8 @@ def test_the_first_save_of_a_namespace(
     driver: Open, config: Config, crashes: Callable[[Driver], Crashes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """What a digest stands for, and the salt of its key, before any block sealed with that key."""
+    """The namespace's record, with the salt of its key, comes before any block sealed with that
+    key."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
     key.write_text("ab" * 32)
@@ -411,9 +412,8 @@ def test_the_first_save_of_a_namespace(
     found = crashes(engine)
     catalog = engine.store.repository.catalog
     assert catalog is not None
-    monkeypatch.setattr(
-        catalog, "add_namespaces", found.after(catalog.add_namespaces, "namespace added")
-    )
+    records = catalog.records
+    monkeypatch.setattr(records, "add", found.after(records.add, "namespace added"))
     engine.save(OLD)
     engine.store.flush()
     assert found.steps == [
@@ -432,7 +432,8 @@ def test_the_first_save_of_a_namespace(
 def test_starting(
     driver: Open, config: Config, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that is cut short is made again: unfinished files of the dead go, nothing else."""
+    """A start that was cut short is repeated: it removes unfinished files of dead processes
+    only."""
     engine = driver()
     engine.save(OLD)
     engine.save(NEW)
@@ -468,15 +469,15 @@ def test_saving_before_anything_is_durable(
     crashes: Callable[[Driver], Crashes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Staged, rows copied into slots, node visible: all of that is memory."""
+    """Staged, rows copied into slots, node visible: all of this is in memory only."""
     engine = driver()
     engine.save(OLD)
     found = crashes(engine)
     monkeypatch.setattr(engine.store.repository.queue, "put", lambda work: None)
     staged = engine.stage(NEW)
     found.copy("staged")
-    saving = engine.store._saving
-    monkeypatch.setattr(saving, "_copy", found.after(saving._copy, "copied"))
+    saving = engine.store.saving
+    monkeypatch.setattr(saving, "copy", found.after(saving.copy, "copied"))
     engine.commit(staged)
     assert engine.serve(NEW).exact == 23
     found.copy("visible")
@@ -520,8 +521,8 @@ def test_purging_the_catalogue(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Rows, then the record with its salt. A record that is gone from the table but not from its
-    old versions goes with the janitor's first pass."""
+    """Rows go first, then the record with its salt. A record that is left in old versions of the
+    table goes with the janitor's first pass."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
     key.write_text("ab" * 32)
@@ -564,11 +565,11 @@ def salt_of(store: Store, digest: str) -> bytes:
 def test_starting_for_the_first_time(
     config: Config, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step of making a home, also between a table and the key that it is told to have."""
+    """Every step of creating a home, also between creating a table and declaring its key."""
     found = Crashes(home, tmp_path / "copies")
-    monkeypatch.setattr(home_module, "_lock", found.after(home_module._lock, "locked"))
+    monkeypatch.setattr(home_module, "take_lock", found.after(home_module.take_lock, "locked"))
     monkeypatch.setattr(
-        home_module, "_check_format", found.after(home_module._check_format, "format written")
+        home_module, "check_format", found.after(home_module.check_format, "format written")
     )
     create = home_module.Arena.create
     monkeypatch.setattr(home_module.Arena, "create", found.after(create, "arena made"))

@@ -1,7 +1,7 @@
-"""What a crash leaves while blocks move between tiers: host, disk and a remote.
+"""What a crash leaves while blocks move between host, disk and a remote.
 
-As in test_ordering.py the home is copied after each step; the remote lies in the home here, so that
-it is copied with it.
+As in test_ordering.py the home is copied after each step. The remote lies in the home here, so it
+is copied too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvshare_store.blocks.remotes.objects import ObjectRemote
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.store import Store
-from kvshare_store.testing.tier_law import damage_file
+from kvshare_store.testing.tier_contract import damage_file
 from tests.support.crashes import NEW, OLD, Config, Copy, Crashes, remote_of
 from tests.support.oracle import Driver, prompt
 
@@ -30,7 +30,7 @@ SLOT = 64 + 8 * 64
 def after_calls(
     monkeypatch: pytest.MonkeyPatch, found: Crashes, cls: type, name: str, step: str
 ) -> None:
-    """A crash right after each call of a method, asynchronous ones too."""
+    """A copy right after each call of a method, also of an asynchronous one."""
     real: Any = getattr(cls, name)
 
     async def asynchronous(self: Any, *args: Any) -> Any:
@@ -66,7 +66,7 @@ def test_leaving_the_host(
     driver: Open, config: Config, crashes: Watch, home: Path, write: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """With `back` the disk gets its copy only now, and the remote has the block already."""
+    """With `back` the disk gets its copy only now, when the remote already has the block."""
     settings = {"host_bytes": 8 * SLOT, "disk_write": write, "remote_write": "through"}
     engine = driver(**settings, **remote_of(home))
     engine.save(OLD)
@@ -86,7 +86,7 @@ def test_leaving_the_host(
 def test_reading_from_a_slow_tier(
     driver: Open, config: Config, crashes: Watch, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lease, read, placed in the arena, promoted to the disk: a crash costs a copy at most."""
+    """Lease, read, place in the arena, promote to the disk: a crash costs at most a copy."""
     settings = {"remote_write": "through"}
     driver(**settings, **remote_of(home)).save(OLD)
     engine = driver(**settings, **remote_of(home))
@@ -112,7 +112,8 @@ def test_reading_from_a_slow_tier(
 def test_reading_a_bad_value_of_the_remote(
     driver: Open, config: Config, crashes: Watch, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept under `quarantine/`, then gone from `blocks/`; whoever reads next finds out."""
+    """The value is kept under `quarantine/`, then removed from `blocks/`; the next reader finds
+    out."""
     settings = {"disk": False, "remote_write": "through"}
     engine = driver(**settings, **remote_of(home))
     engine.save(NEW)
@@ -143,7 +144,8 @@ def test_reading_a_bad_value_of_the_remote(
 def test_purging_a_remote(
     driver: Open, config: Config, crashes: Watch, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its blocks, then its quarantine, then the rows: whatever is left can be named and purged."""
+    """Blocks go first, then the quarantine, then the rows: what is left can always be purged
+    again."""
     settings = {"disk": False, "remote_write": "through"}
     kept = driver(**settings, **remote_of(home))
     kept.save(NEW)

@@ -1,4 +1,4 @@
-"""Restarts, budgets, damage: what the storage holds and what the store makes of it."""
+"""Restarts, budgets, damage: what the storage holds and how the store recovers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.commit.home import FORMAT
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
@@ -33,11 +32,12 @@ from kvshare_store.store import Store
 from kvshare_store.testing.tiers import damage_file
 from tests.support.faulty import FaultyTier, SlowTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Open = Callable[..., Driver]
 Config = Callable[..., StoreConfig]
 SLOT = 64 + 8 * 64
-"""What a block of eight rows takes in shared memory."""
+"""Bytes of shared memory for a block of eight rows."""
 
 
 def files(home: Path) -> set[str]:
@@ -45,22 +45,15 @@ def files(home: Path) -> set[str]:
     return {file.stem for file in (home / "blocks").glob("*/*")}
 
 
-def disk_level(store: Store) -> Level:
-    """The disk tier's place below the host."""
-    level = store.blocks.levels.named("disk")
-    assert level is not None
-    return level
-
-
 def faulty(store: Store) -> FaultyTier:
-    """Put a tier that can fail in front of the disk."""
+    """Put a tier that can fail in front of the disk tier."""
     level = disk_level(store)
     level.tier = tier = FaultyTier(level.tier)
     return tier
 
 
 def agrees(engine: Driver, home: Path) -> None:
-    """Files, tree and catalogue tell one story."""
+    """Files, tree and catalogue must agree."""
     engine.store.repository.queue.settle()
     catalog = engine.store.repository.catalog
     assert catalog is not None
@@ -282,7 +275,7 @@ def test_a_damaged_block_is_a_miss_and_its_nodes_are_forgotten(
 def test_a_loss_that_no_plan_waited_for_takes_its_nodes_along_later(
     driver: Open, home: Path
 ) -> None:
-    """The read that finds it ends after the plan did: the next look at leases hears of it."""
+    """The read that finds the loss ends after its plan did; the next check of leases reports it."""
     driver().save(prompt(1, 40))
     engine = driver()
     level = disk_level(engine.store)
@@ -367,7 +360,7 @@ def test_every_block_is_written_or_none_counts(driver: Open, home: Path) -> None
 
 
 def test_a_failed_save_is_over_when_its_last_write_is(driver: Open, home: Path) -> None:
-    """Rows are written in place: they must not be given away while some write goes on."""
+    """Rows are written in place, so their slots must not be given away while a write goes on."""
     engine = driver()
     store = engine.store
     level = disk_level(store)
@@ -414,7 +407,7 @@ def test_a_disk_that_cannot_delete_leaves_garbage_for_the_next_start(
 
 @pytest.mark.parametrize("lost", ["catalog/nodes.lance", "catalog", "tmp"])
 def test_folders_that_were_removed_are_no_secret(driver: Open, home: Path, lost: str) -> None:
-    """Nothing can be stored any more: `flush` says so, `health` too, and saves are refused."""
+    """Nothing can be stored any more: `flush` and `health` say so, and saves are refused."""
     engine = driver()
     engine.save(prompt(1, 40))
     engine.store.flush()
@@ -536,7 +529,7 @@ def test_a_file_where_a_folder_should_be(driver: Open, home: Path, folder: str) 
     engine.store.close()
     shutil.rmtree(home / folder)
     (home / folder).write_bytes(b"")
-    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; put it right"):
+    with pytest.raises(HomeError, match=f"{folder} cannot be used: Not a directory; repair it"):
         driver()
     (home / folder).unlink()
     driver()
@@ -544,7 +537,7 @@ def test_a_file_where_a_folder_should_be(driver: Open, home: Path, folder: str) 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder", "socket"])
 def test_what_is_no_regular_file_is_no_block(driver: Open, home: Path, kind: str) -> None:
-    """A reader of a pipe would wait for ever, and closing for the reader."""
+    """Reading a pipe would block for ever, and closing the store would wait for the reader."""
     engine = driver()
     engine.save(prompt(1, 40))
     engine.store.close()
@@ -571,7 +564,7 @@ def test_too_little_shared_memory_for_the_budget(config: Config, home: Path) -> 
 
 
 def test_rows_are_verified_where_they_are_read(driver: Open, home: Path) -> None:
-    """The bytes that a damaged block would have given are never in shared memory."""
+    """The bytes of a damaged block never reach shared memory."""
     driver().save(prompt(1, 40))
     engine = driver()
     for file in (home / "blocks").glob("*/*"):

@@ -23,12 +23,12 @@ from tests.support.oracle import pick, prompt, rows_for
 NAMESPACE = Namespace("model", KVLayout(8, 4, 64, "float32"))
 TOKENS = 40
 SLOT = slot_bytes(8 * NAMESPACE.layout.row_bytes)
-"""Such that ten of them are more than the least memory of a daemon."""
+"""Bytes of a block's slot. Ten of them exceed a daemon's least memory."""
 PATIENCE_S = 30.0
 
 
 def config(home: str, blocks: int = 64) -> StoreConfig:
-    """A store with room for so many blocks of eight rows in memory; no lease ends by time."""
+    """A store with room for `blocks` blocks of eight rows in memory; no lease ends by time."""
     return StoreConfig(
         home=home, block_tokens=8, host_bytes=blocks * SLOT, disk_bytes=1 << 26,
         min_prompt_tokens=8, min_saving_ms=-1e9, semantic="never", gc_seconds=0.0,
@@ -37,7 +37,7 @@ def config(home: str, blocks: int = 64) -> StoreConfig:
 
 
 class Engine:
-    """What one client does. Every row it is served is compared with what must have been saved."""
+    """The commands of one client. Every row it is served is compared with the saved one."""
 
     def __init__(self, client: Client) -> None:
         self._driver = ClientDriver(client, NAMESPACE)
@@ -48,12 +48,12 @@ class Engine:
         return str(bool(self._driver.save(prompt(seed, TOKENS))))
 
     def serve(self, seed: int) -> str:
-        """Length of the exact prefix, once its rows were found right."""
+        """Serve a prompt and check its rows; returns the length of the exact prefix."""
         self._expect(seed)
         return str(self._driver.serve(prompt(seed, TOKENS)).exact)
 
     def hold(self, seed: int) -> str:
-        """As `serve`, but the lease is kept."""
+        """Like `serve`, but the lease is kept."""
         self._expect(seed)
         return str(self._driver.plan(prompt(seed, TOKENS)).exact)
 

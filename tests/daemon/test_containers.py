@@ -1,4 +1,4 @@
-"""Engines and daemons in containers that share some of the machine and not the rest of it."""
+"""Engines and daemons in containers that share some parts of the machine and not others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROCESSES = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
 class Container:
-    """`container_client.py` under a command that takes something of the machine away from it."""
+    """`container_client.py`, run under a command that isolates it from parts of the machine."""
 
     def __init__(
         self, wall: tuple[str, ...], home: Path, *arguments: str, before: str = ""
@@ -43,7 +43,7 @@ class Container:
         )
 
     def ask(self, command: str) -> str:
-        """What it answers."""
+        """Send a command; returns the answer."""
         self.tell(command)
         return self.answer()
 
@@ -57,7 +57,7 @@ class Container:
         return self.process.stdout.readline().strip()
 
     def send(self, number: signal.Signals) -> None:
-        """A signal for the client itself."""
+        """Send a signal to the client itself."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             process.send_signal(number)
 
@@ -83,7 +83,7 @@ class Container:
 
 @pytest.fixture
 def walls() -> None:
-    """Mounts and process numbers of one's own."""
+    """A mount and a PID namespace of its own."""
     for wall in (MOUNTS, PROCESSES):
         done = subprocess.run([*wall, "true"], capture_output=True, check=False)
         need(done.returncode == 0, "the right to make namespaces (unshare)")
@@ -91,14 +91,14 @@ def walls() -> None:
 
 @pytest.fixture
 def outside(home: Path) -> Iterator[Client]:
-    """A daemon with room for 10 blocks, that is two prompts, and a client beside it."""
+    """A daemon with room for 10 blocks, which are two prompts, and a client beside it."""
     with Daemon(config(str(home), blocks=10)), Client(home, timeout=PATIENCE_S) as client:
         yield client
 
 
 def test_two_homes_with_one_path(walls: None, tmp_path: Path) -> None:
-    """Two containers of one user with homes called the same, each with a daemon, and one /dev/shm:
-    neither sees, overwrites or removes what the other has in memory."""
+    """Two containers of one user have homes at the same path, a daemon each, and one /dev/shm.
+    Neither sees, overwrites or removes what the other has in memory."""
     home, other = tmp_path / "home", tmp_path / "other"
     for folder in (home, other):
         folder.mkdir(mode=0o700)
@@ -125,16 +125,16 @@ def test_a_client_in_another_pid_namespace(walls: None, outside: Client, home: P
 
 
 def test_a_client_that_is_frozen(walls: None, outside: Client, home: Path) -> None:
-    """It keeps what it holds while its connection lives, whatever number its process has, and what
-    it does once it goes on changes no row of anybody else."""
+    """The client keeps what it holds while its connection lives, whatever its process id is. What
+    it does when it continues changes nobody else's rows."""
     engine = container_client.Engine(outside)
     assert engine.save(1) == "True"
     with Container(PROCESSES, home) as client:
         assert client.ask("hold 1") == "39"
         assert client.ask("stage 2") == "40"
         client.send(signal.SIGSTOP)
-        time.sleep(2.5)  # the daemon looks every second for who is gone
-        for seed in (3, 4, 5):  # more than memory has room for beside the leased one
+        time.sleep(2.5)  # the daemon looks for dead clients every second
+        for seed in (3, 4, 5):  # more than fits into memory beside the leased prompt
             outside.flush()
             assert engine.save(seed) == "True"
             assert engine.serve(seed) == "39"

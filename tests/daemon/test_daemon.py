@@ -1,4 +1,5 @@
-"""The daemon in a process of its own: sessions, shared memory, and what becomes of the dead."""
+"""The daemon in a process of its own: sessions, shared memory, and what happens when clients or
+daemons die."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for the tests that do it no harm; each uses prompts of its own."""
+    """One daemon for the tests that leave it intact; each uses prompts of its own."""
     home = tmp_path_factory.mktemp("daemon") / "home"
     config = StoreConfig(
         home=str(home), block_tokens=8, host_bytes=1 << 20, disk_bytes=1 << 24,
@@ -274,13 +275,13 @@ def test_only_the_owner_can_reach_it(shared: Daemon) -> None:
     written = [path for path in home.rglob("*") if path.exists() and not path.is_socket()]
     assert any(path.suffix == ".lance" for path in written)
     assert any(path.suffix == ".kvb" for path in written)
-    for path in written:  # LanceDB's files as well
+    for path in written:  # LanceDB's files too
         mode = 0o700 if path.is_dir() else 0o600
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
 
 
 def test_the_socket_of_a_deep_home_is_in_it(config: Config, tmp_path: Path) -> None:
-    """Not in a folder that others can write to, where they could put theirs first."""
+    """Not in a folder that others can write to, where an attacker could create a socket first."""
     deep = tmp_path / ("d" * 90) / ("e" * 90) / "home"
     with Daemon(config(home=str(deep))) as daemon, Client(deep, timeout=PATIENCE_S) as client:
         path = deep / "kvshare.sock"
@@ -335,13 +336,13 @@ def test_a_killed_daemon_comes_back_and_the_client_recovers(
         plan = engine.serve(prompt(1, 40))
         assert plan.exact == 39
         assert client.stats()["leases"] == 0
-        client.finish(held.lease, Outcome())  # a lease of the daemon before: ignored
+        client.finish(held.lease, Outcome())  # a lease of the previous daemon: ignored
         engine.save(prompt(2, 40))
         assert engine.serve(prompt(2, 40)).exact == 39
 
 
 def test_rows_of_the_daemon_before_are_refused(daemon: Callable[..., Daemon], home: Path) -> None:
-    """The places a plan names mean something else in the arena of the next daemon."""
+    """The offsets in a plan mean something else in the arena of the next daemon."""
     running = daemon()
     with Client(home, timeout=PATIENCE_S) as client:
         engine = ClientDriver(client, NAMESPACE)

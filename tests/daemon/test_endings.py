@@ -1,4 +1,5 @@
-"""How daemons begin and end: as nobody's child, and removing what they made and nothing else."""
+"""How daemons start and stop: they are no child of a client, and they remove their own files
+only."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ ENGINE = (
 
 
 def test_the_end_of_an_engine_with_all_its_children_leaves_the_daemon(home: Path) -> None:
-    """As an engine's process tree is ended: every descendant, found by parent, then itself."""
+    """An engine's process tree is killed: every descendant, found through its parent, then the
+    engine itself."""
     command = [sys.executable, "-c", ENGINE, str(home)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT) as engine:
         assert engine.stdout is not None
@@ -73,7 +75,7 @@ def test_why_a_daemon_did_not_start_is_said(config: Config) -> None:
 
 
 def test_none_is_started_where_one_could_only_fail(config: Config, home: Path) -> None:
-    """A home that a process holds: its daemon starts, ends, or hangs."""
+    """Another process holds the home; its daemon starts, stops, or hangs."""
     with Store(config()):
         assert home_taken(home)
         with pytest.raises(DeadlineError):
@@ -88,7 +90,7 @@ def test_none_is_started_where_one_could_only_fail(config: Config, home: Path) -
 def test_a_daemon_whose_home_was_replaced_leaves_the_new_one_alone(
     config: Config, home: Path
 ) -> None:
-    """`rm -rf` of the home and a new start, while the old daemon has something to remove."""
+    """`rm -rf` of the home and a new start, while the old daemon still has something to remove."""
     with Daemon(config()) as old, Client(home, timeout=PATIENCE_S) as client:
         ClientDriver(client, NAMESPACE).save(prompt(1, 40))
         client.flush()
@@ -130,7 +132,7 @@ def test_a_listener_removes_its_own_socket_only(home: Path) -> None:
 
 
 def test_a_crowd_at_the_door_is_not_a_missing_daemon(home: Path) -> None:
-    """A client tries again until its deadline, and starts nothing."""
+    """The client retries until its deadline and starts no daemon."""
     home.mkdir()
     with socket.socket(socket.AF_UNIX) as hung, contextlib.ExitStack() as crowd:
         hung.bind(str(home / "kvshare.sock"))
@@ -159,7 +161,7 @@ HOLDER = (
 
 
 def unshare(*what: str) -> list[str]:
-    """A command that runs another in namespaces of its own."""
+    """The command prefix that runs a program in namespaces of its own."""
     command = ["unshare", *what]
     possible = shutil.which("unshare") is not None
     possible = possible and not subprocess.run([*command, "true"], check=False).returncode
@@ -168,7 +170,7 @@ def unshare(*what: str) -> list[str]:
 
 
 def test_a_client_in_another_pid_namespace_lives_and_dies(config: Config, home: Path) -> None:
-    """Its process id means nothing here, or is somebody else's."""
+    """In the daemon's namespace its process id means nothing, or belongs to another process."""
     alone = unshare("--pid", "--fork", "--kill-child")
     with Daemon(config(lease_seconds=600.0)), Client(home, timeout=PATIENCE_S) as client:
         ClientDriver(client, NAMESPACE).save(prompt(1, 40))

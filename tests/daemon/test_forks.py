@@ -1,4 +1,4 @@
-"""A client's process forks: the connection stays the parent's, and the child opens its own."""
+"""A client's process forks: the connection stays with the parent, and the child opens its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def engine(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[ClientDriver]:
-    """It has stored the prompts 1 and 2 for a tenant of its own, and is connected."""
+    """A client that has stored the prompts 1 and 2 for a tenant of its own, and is connected."""
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
         driver = ClientDriver(client, NAMESPACE.for_tenant(request.node.name))
         for seed in (1, 2):
@@ -43,8 +43,9 @@ def engine(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[ClientDri
 
 
 def forked(child: Callable[[], object]) -> int:
-    """The id of a child that does this and ends, with code 0 if all went well."""
-    with warnings.catch_warnings():  # LanceDB, which nobody uses here, fears for its threads
+    """Fork a child that runs this and exits with code 0 if all went well; returns its process
+    id."""
+    with warnings.catch_warnings():  # LanceDB, unused here, warns about its threads
         warnings.simplefilter("ignore")
         pid = os.fork()
     if pid:
@@ -58,12 +59,12 @@ def forked(child: Callable[[], object]) -> int:
 
 
 def ended(pid: int) -> int:
-    """The exit code of a child, once it has ended."""
+    """Wait for a child; returns its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_parent_never_gets_its_childs_plan(daemon: Daemon, engine: ClientDriver) -> None:
-    """Both ask while the daemon does not answer: the ids of their requests are the same."""
+    """Both ask while the daemon does not answer, and their requests have the same ids."""
     client = engine.client
     first, second = (as_tokens(prompt(seed, 64)) for seed in (1, 2))
     daemon.send(signal.SIGSTOP)

@@ -20,6 +20,7 @@ from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import link as link_module
 from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.server import Server
@@ -117,6 +118,24 @@ def test_a_killed_daemon_is_brought_back(
         assert client.stats()["errors"].get("unavailable", 0) >= 1, "the new daemon is told"
 
 
+def test_where_somebody_else_starts_daemons_engines_only_wait(
+    config: Callable[..., StoreConfig], home: Path, spawned: list[int]
+) -> None:
+    """Else an engine would hold the home when systemd or Kubernetes restarts its daemon."""
+    theirs = config(start_daemon=False)
+    link = open_link(theirs, timeout=0.3)
+    try:
+        assert planned(link, 0.2) is None
+        assert not home_taken(home)
+        with Daemon(theirs) as daemon:
+            planned_in_the_end(link)
+            daemon.kill()
+            assert planned(link, 0.2) is None
+    finally:
+        link.close()
+    assert spawned == []
+
+
 def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: list[int]) -> None:
     """The daemon cuts off whoever sends more than it takes, and with it the lookups of others."""
     planned_in_the_end(link)
@@ -159,11 +178,11 @@ def test_without_any_daemon_every_request_is_a_miss(config: Callable[..., StoreC
 
 def test_failures_that_could_not_be_told_are_told_later(link: Link) -> None:
     link.failures = ["timeout", "unavailable"]
-    link._paused_until = time.monotonic() + 60
-    link._tell_failures()
+    link.paused_until = time.monotonic() + 60
+    assert planned(link, PATIENCE_S) is None
     assert link.failures == ["timeout", "unavailable"]
-    link._paused_until = 0.0
-    link._tell_failures()
+    link.paused_until = 0.0
+    assert planned(link, PATIENCE_S) is not None
     assert link.failures == []
 
 
@@ -211,11 +230,14 @@ def stuck(server: Server) -> threading.Event:
     return event
 
 
-def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: list[int]) -> None:
+def test_a_late_plan_is_its_requests_miss_and_no_more(
+    server: Server, spawned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No pause, no new connection, no process: other requests are planned as ever."""
     event, link = stuck(server), Link(server.config)
     link.client.greet(PATIENCE_S)
-    connection = link.client._stream
+    reconnects: list[None] = []
+    monkeypatch.setattr(link.client, "reconnect", lambda: reconnects.append(None))
     late = link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)
     assert late is not None
     with pytest.raises(DeadlineError):
@@ -226,7 +248,8 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: l
     plan = link.answer(other, PATIENCE_S)
     assert plan is not None
     assert plan.declined == "empty_store"
-    assert link.client._stream is connection
+    assert reconnects == []
+    assert link.client.connected
     assert spawned == []
     event.set()
     link.close()
@@ -235,7 +258,7 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(server: Server, spawned: l
 def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: list[int]) -> None:
     link = Link(daemon.config)
     link.client.greet(PATIENCE_S)
-    link._pause = PATIENCE_S  # however slow this machine is
+    link.pause = PATIENCE_S  # however slow this machine is
     daemon.send(signal.SIGSTOP)
     assert daemon.process is not None
     os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -246,7 +269,7 @@ def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: 
     daemon.send(signal.SIGCONT)
     assert asked == 4
     assert spawned == [], "one that hangs keeps the home: no other can serve it"
-    link._paused_until = 0.0
+    link.paused_until = 0.0
     assert planned_in_the_end(link).declined == "empty_store"
     link.close()
 
@@ -329,7 +352,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def works(server: Server) -> bool:
     """Whether the daemon takes an engine for working."""
-    return bool(server.store.text._busy)
+    return bool(server.store.text.busy)
 
 
 def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreConfig]) -> None:

@@ -1,4 +1,4 @@
-"""What we write with msgspec is MessagePack: the package `msgpack`, which others use, reads it."""
+"""What we write with msgspec is MessagePack: the widely used package `msgpack` reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def builtins(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Tuples as lists: MessagePack knows no difference."""
+    """Turn tuples into lists: MessagePack has one type for both."""
     if isinstance(value, dict):
         return {key: listed(item) for key, item in value.items()}
     return [listed(item) for item in value] if isinstance(value, list | tuple) else value
@@ -36,7 +36,7 @@ def test_requests(message: Any) -> None:
     read = msgpack.unpackb(protocol.encode(message))
     assert read == listed(builtins(message))
     assert read["type"] == type(message).__struct_config__.tag
-    # and the other way round: what others pack, we read
+    # and the other way round: we read what others pack
     assert protocol.decode_request(msgpack.packb(read)) == message
 
 
@@ -49,7 +49,8 @@ def test_replies() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "planes"])
 def test_frames(codec: frame.Codec) -> None:
-    """The magic, the length of the header, the header as MessagePack, the payload."""
+    """A frame is the magic, the length of the header, the header as MessagePack, and the
+    payload."""
     head, payload = frame.encode_frame(NAME, BLOCK, codec)
     assert head[:4] == frame.MAGIC
     length = int.from_bytes(head[4:8], "little")

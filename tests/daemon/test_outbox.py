@@ -1,4 +1,5 @@
-"""Rows on their way from client to daemon: what a client does to its outbox is its own loss."""
+"""Rows on their way from client to daemon: a client that tampers with its outbox harms only
+itself."""
 
 from __future__ import annotations
 
@@ -116,16 +117,16 @@ def test_too_few_rows_store_nothing(engine: ClientDriver) -> None:
 def test_a_commit_that_was_given_up_never_gets_rows_of_the_next_prompt(
     server: Server, engine: ClientDriver, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client's patience ends while the daemon has not begun to copy; then it saves another."""
+    """The client gives up before the daemon has begun to copy, and then saves another prompt."""
     engine.client.greet()
-    copy, waiting, go = server.store._saving._copy, threading.Event(), threading.Event()
+    copy, waiting, go = server.store.saving.copy, threading.Event(), threading.Event()
 
     def late(*arguments: Any) -> None:
         waiting.set()
         assert go.wait(PATIENCE_S)
         copy(*arguments)
 
-    monkeypatch.setattr(server.store._saving, "_copy", late)
+    monkeypatch.setattr(server.store.saving, "copy", late)
     with Client(home, timeout=0.3) as hasty:
         staged = hasty.stage(tokens_of(1), NAMESPACE, Reuse())
         with pytest.raises(DeadlineError):
@@ -133,7 +134,7 @@ def test_a_commit_that_was_given_up_never_gets_rows_of_the_next_prompt(
         assert waiting.wait(PATIENCE_S)
         hasty.open()
         assert hasty.outbox is not None
-        hasty.outbox.write(0, bytes([2]) * 40 * ROW)  # what another save would begin with
+        hasty.outbox.write(0, bytes([2]) * 40 * ROW)  # the first bytes of the next save
         go.set()
         until(lambda: engine.client.stats()["nodes"] == 1)  # its thread copies and commits now
         plan = engine.client.plan(tokens_of(1), NAMESPACE)
@@ -158,8 +159,8 @@ def committed(home: Path, outbox: int) -> protocol.Reply:
 
 
 def test_an_outbox_that_is_none(server: Server, engine: ClientDriver, home: Path) -> None:
-    """No descriptor; a pipe, whose read would never return; a file of a file system that may hang;
-    a memory file that is closed to reading. The daemon goes on serving."""
+    """No descriptor; a pipe, on which a read would never return; a file on a file system that may
+    hang; a memory file that is closed to reading. The daemon goes on serving."""
     pipe = os.pipe()
     folder = os.open(home, os.O_RDONLY)
     plain = os.open(home / "format", os.O_RDONLY)
@@ -179,7 +180,8 @@ def test_an_outbox_that_is_none(server: Server, engine: ClientDriver, home: Path
 def test_rows_that_are_written_while_they_are_read(
     server: Server, engine: ClientDriver, home: Path
 ) -> None:
-    """Whatever was copied is what the name is of, and it stays."""
+    """The block's name is the hash of the bytes that were copied, and they do not change any
+    more."""
     outbox, stop = Outbox(), threading.Event()
     outbox.write(0, bytes(40 * ROW))
 

@@ -37,6 +37,7 @@ MESSAGES = [
     protocol.Stats(),
     protocol.Flush(),
     protocol.ListNodes(3),
+    protocol.Branch("ab", after="1.5-cd", limit=3),
     protocol.ShowNode("ab"),
     protocol.Explain(b"1234", node="ab", only="cd"),
     protocol.ListRequests(3, True, True),

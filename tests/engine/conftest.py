@@ -10,20 +10,42 @@ from collections.abc import Callable, Iterator
 import pytest
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # vLLM's imports warn of things that are not ours to change
+    warnings.simplefilter("ignore")  # vLLM's imports emit warnings that we cannot fix
     import vllm.v1.core.sched.scheduler
     import vllm.v1.worker.cpu_model_runner  # noqa: F401
 
 from examples.engines.small_model import prepare_model
 from examples.prompts.families import FAMILIES
-from tests.engine.harness import close_kept_engine
+from tests.engine.harness import Engine, Fresh, close_kept_engine, kept_engine
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_engine_outlives_the_tests() -> Iterator[None]:
-    """The last one that modules shared is closed."""
+    """Close the last engine that modules shared."""
     yield
     close_kept_engine()
+
+
+@pytest.fixture(scope="module")
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The engine for the module's SETTINGS."""
+    return kept_engine(tmp_path_factory, **request.module.SETTINGS)
+
+
+@pytest.fixture
+def engine(kept: Engine) -> Iterator[Engine]:
+    """That engine, with an empty store and an empty vLLM prefix cache. A test may leave no request,
+    lease or block behind."""
+    kept.clear()
+    kept.steps.clear()
+    yield kept
+    kept.check_idle()
+
+
+@pytest.fixture
+def prompt(request: pytest.FixtureRequest, fresh: Fresh) -> list[int]:
+    """A new prompt of the module's LENGTH."""
+    return fresh(request.module.LENGTH)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +74,11 @@ def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def fresh(families: dict[str, list[list[int]]]) -> Callable[[int], list[int]]:
+def fresh(families: dict[str, list[list[int]]]) -> Fresh:
     """Prompts of a given length that have no run of tokens in common with any given before.
 
     Real text always has some: the tokens of the families come in random order, as often as needed.
-    No two prompts start with the same token, which would be a prefix.
+    No two prompts start with the same token, which would be a common prefix.
     """
     shuffled = random.Random(0)
     tokens = [token for texts in families.values() for token in texts[0]]

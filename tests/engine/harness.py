@@ -1,4 +1,4 @@
-"""A real vLLM engine in the process of the test, with KVShare in it and both its sides at hand."""
+"""A real vLLM engine in the test's process, with KVShare in it and access to both of its sides."""
 
 from __future__ import annotations
 
@@ -31,27 +31,38 @@ from kvshare_store.plan import ReusePlan, Span, clip_spans
 
 BLOCK = 32
 PATIENCE_S = 60.0
-"""For a daemon on a busy machine."""
+"""Seconds to wait for a daemon on a busy machine."""
 TOLERANCE = 1e-4
-"""What two fp32 computations of the same log-probability may differ by."""
+"""How far two fp32 computations of the same log-probability may differ."""
+
+SHARED: dict[str, Any] = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+}
+WITH_DEVICE_TIER: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
+"""Settings of engines that several modules share (`SETTINGS = SHARED`)."""
 
 Keep = list[tuple[int, int]]
 """Positions `start … stop-1` that a plan may reuse."""
+Fresh = Callable[[int], list[int]]
+"""Prompts of some length that have no run of tokens in common with any before."""
 
 
 @dataclass
 class Answer:
-    """What one request got."""
+    """The answer to one request."""
 
     tokens: list[int]
     logprobs: list[dict[int, float]]
     cached: int = 0
     """Prompt tokens that vLLM counts as cached: from its own prefix cache or from the store."""
     said: dict[str, Any] = field(default_factory=dict)
-    """What the answer says about reuse, without the prefix of the names."""
+    """What the answer says about reuse; field names without their prefix."""
 
     def agrees(self, other: Answer) -> bool:
-        """The same greedy tokens, and log-probabilities as two computations in fp32 give them."""
+        """Whether it has the same greedy tokens, and log-probabilities that agree up to fp32
+        rounding."""
         return self.tokens == other.tokens and self.difference(other) < TOLERANCE
 
     def difference(self, other: Answer) -> float:
@@ -63,20 +74,23 @@ class Answer:
 
 @dataclass
 class Step:
-    """What the scheduler gave the runner to do."""
+    """What the scheduler gave the runner to do in one step."""
 
     tokens: int
-    """Computed in this step, placeholder runs included."""
+    """Tokens computed in this step, including placeholder runs."""
     rows: int
-    """Of the batch, virtual ones included."""
+    """Rows of the batch, including virtual ones."""
     runs: list[tuple[str, int, int]] = field(default_factory=list)
     """Virtual rows: id of the request, first position, length."""
 
 
 @contextmanager
 def scheduling_ahead() -> Iterator[None]:
-    """Engines that are made meanwhile schedule a step before they have the output of the last, as
-    on a GPU. vLLM switches that off on CPUs, where it gains nothing; its runner can do it."""
+    """Engines that are made inside the context schedule a step before they have the output of the
+    last one, as on a GPU.
+
+    vLLM switches that off on CPUs, where it gains nothing; its CPU runner can do it.
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     configure = CpuPlatform.check_and_update_config
@@ -143,8 +157,8 @@ class Engine:
         close_kept_engine()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        # Threads that wait for each other are slow where others use the processor too, and vLLM
-        # compiles an operation of its sampler, which costs more than it saves here.
+        # Threads that wait for each other are slow on a busy processor, and vLLM compiles an
+        # operation of its sampler, which costs more here than it saves.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         torch.set_num_threads(1)
         torch._dynamo.config.disable = True
@@ -218,6 +232,7 @@ class Engine:
         params: dict[str, Any] | None = None,
         salt: str | None = None,
         lora: Any = None,
+        trace_headers: dict[str, str] | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a greedy request; returns its id. `params`: its whole `kv_transfer_params`."""
@@ -238,21 +253,21 @@ class Engine:
         text: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
             text["cache_salt"] = salt
-        self.core.add_request(name, text, wanted, lora_request=lora)
+        self.core.add_request(name, text, wanted, lora_request=lora, trace_headers=trace_headers)
         return name
 
     def abort(self, name: str) -> None:
-        """The client of a request has gone."""
+        """Abort a request, as when its client disconnects."""
         self.core.abort_request([name])
 
     def step(self) -> Step:
-        """One step of the engine; what it did."""
+        """One step of the engine; returns what was scheduled."""
         before = len(self.steps)
         self._finished(self.core.step())
         return self.steps[-1] if len(self.steps) > before else Step(0, 0)
 
     def drain(self, seconds: float = 120.0) -> dict[str, list[Answer]]:
-        """Step until nothing is left; the answers by request id, one for each of `n`."""
+        """Step until no request is left. Answers by request id, one for each of `n`."""
         deadline = time.monotonic() + seconds
         while self.core.has_unfinished_requests():
             assert time.monotonic() < deadline, "the engine makes no progress"
@@ -271,19 +286,19 @@ class Engine:
         return self.drain()[name][0]
 
     def store(self, prompt: Sequence[int], **options: Any) -> Answer:
-        """One request on its own, and wait until its rows are stored and durable."""
+        """Serve one request, and wait until its rows are stored and durable."""
         answer = self.ask(prompt, **options)
         self.settle()
         return answer
 
     def run_out(self) -> None:
-        """What the last requests left behind goes out with the next step, or those in flight."""
+        """Run steps until everything is delivered that goes out with a later step."""
         self._finished(self.core.step())
         while self.core.engine_core.engine_core.batch_queue and not self.scheduler.running:
             self._finished(self.core.step())
 
     def settle(self) -> None:
-        """Wait until the saver has worked off its queue and the daemon has committed."""
+        """Wait until the saver's queue is empty and the daemon has committed."""
         self.run_out()
         self.worker.saver.wait()
         self.client.flush()
@@ -300,13 +315,14 @@ class Engine:
         self.client.call(protocol.Clear())
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the daemon, once everything told to it is counted."""
+        """Counters of the daemon, once it has processed all messages."""
         self.settle()
         return self.client.stats()
 
     @contextmanager
     def counted(self) -> Iterator[Counter[str]]:
-        """What the daemon's counters gain; filled at the end. Nested ones are `group.name`."""
+        """By how much the daemon's counters grow; filled at the end. Nested ones are
+        `group.name`."""
         gained: Counter[str] = Counter()
         before = _flat(self.stats())
         yield gained
@@ -314,17 +330,17 @@ class Engine:
         gained.update({name: count - before.get(name, 0) for name, count in after.items()})
 
     def check_idle(self) -> None:
-        """Nothing is left behind: no request, no paged block, no plan, no lease."""
+        """Check that nothing is held: no request, no paged block, no plan, no lease."""
         stats = self.stats()
         assert not self.scheduler.requests
         assert self.free_blocks == self.free_at_start
-        assert not self.planning._states
+        assert not self.planning.states
         assert not self.planning.runs.parked
         assert stats["leases"] == 0
 
     @contextmanager
     def budget(self, tokens: int | None = None, rows: int | None = None) -> Iterator[None]:
-        """A step may compute only so many tokens, in so many rows."""
+        """Limit the tokens and the rows of a step."""
         scheduler = self.scheduler
         names = ("max_num_scheduled_tokens", "max_num_running_reqs", "max_num_active_reqs")
         before = {name: getattr(scheduler, name) for name in names}
@@ -339,7 +355,7 @@ class Engine:
 
     @contextmanager
     def room(self, blocks: int) -> Iterator[None]:
-        """Only so many paged blocks are there."""
+        """Limit the number of free paged blocks."""
         taken = self.pool.get_new_blocks(self.free_blocks - blocks)
         try:
             yield
@@ -348,34 +364,34 @@ class Engine:
 
     @contextmanager
     def keeping(self, keep: Keep | Callable[[int], Keep], noise: float = 50.0) -> Iterator[None]:
-        """Plans of stored prompts may reuse `keep` only; everywhere else lies noise at first.
+        """Plans of stored prompts may reuse `keep` only; all other positions first hold noise.
 
-        `keep`: positions, or what gives them for the length of a prompt. Since the rows reused are
-        the prompt's own, partial prefill must give full prefill's answer.
+        `keep`: positions, or a function that gives them for the length of a prompt. Since the
+        reused rows are the prompt's own, partial prefill must give full prefill's answer.
         """
         lookups, worker = self.planning.lookups, self.worker
-        collect, load = lookups.collect, worker._load
+        collect, load = lookups.collect, worker.load_one
 
         def fewer(state: RequestState, seconds: float) -> None:
-            settled = state.settled
+            looked_up = state.looked_up
             collect(state, seconds)
-            if state.plan is not None and not settled:
+            if state.plan is not None and not looked_up:
                 parts = keep(state.length) if callable(keep) else keep
                 state.plan = state.stored = _only(state.plan, parts)
 
         def noisy(spec: LoadSpec) -> int:
-            own = torch.arange(spec.start, spec.spans[-1].stop)
-            size = worker._cache.block_size
+            own = torch.arange(spec.start, spec.plan.stop)
+            size = worker.cache.block_size
             slots = torch.tensor(spec.block_ids)[own // size] * size + own % size
-            rows = torch.randn(worker._cache.layout.shape(len(own))) * noise
-            worker._cache.write(rows.to(torch.float32), slots)
+            rows = torch.randn(worker.cache.layout.shape(len(own))) * noise
+            worker.cache.write(rows.to(torch.float32), slots)
             return load(spec)
 
-        lookups.collect, worker._load = fewer, noisy
+        lookups.collect, worker.load_one = fewer, noisy
         try:
             yield
         finally:
-            lookups.collect, worker._load = collect, load
+            lookups.collect, worker.load_one = collect, load
 
     def close(self) -> None:
         """Stop engine and daemon and forget vLLM's globals."""
@@ -394,8 +410,8 @@ _kept: list[tuple[dict[str, Any], Engine]] = []
 
 
 def kept_engine(homes: pytest.TempPathFactory, **settings: Any) -> Engine:
-    """An engine that is there until another is made: modules that follow each other and want the
-    same settings share it."""
+    """An engine that lives until another one is made, so that consecutive modules with the same
+    settings share it."""
     if not _kept or _kept[0][0] != settings:
         engine = Engine(homes.mktemp("home"), **settings)
         _kept.append((settings, engine))
@@ -403,16 +419,21 @@ def kept_engine(homes: pytest.TempPathFactory, **settings: Any) -> Engine:
 
 
 def close_kept_engine() -> None:
-    """Stop the engine that modules share, if there is one."""
+    """Stop the shared engine, if there is one."""
     while _kept:
         _kept.pop()[1].close()
 
 
 def random_runs(length: int, seed: int) -> Keep:
-    """Runs that keep about half of the prompt, cut at random places."""
+    """Runs that keep about half of the prompt, cut at random positions."""
     generator = random.Random(seed)
     cuts = sorted(generator.sample(range(1, length - 1), 2 * generator.randint(2, 12)))
     return list(zip(cuts[::2], cuts[1::2], strict=True))
+
+
+def half(length: int) -> Keep:
+    """About half of the prompt, in runs of every length."""
+    return random_runs(length, seed=3)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

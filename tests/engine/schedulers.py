@@ -1,7 +1,7 @@
 """KVShare's schedulers as vLLM makes them, without engine, weights or daemon.
 
-`Bench` plays what is around a scheduler: requests come, steps are computed by nobody, every
-request samples the same token. Plans come from a `FakeLink`.
+`Bench` plays the parts around a scheduler: requests arrive, steps are not really computed, and
+every request samples the same token. Plans come from a `FakeLink`.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ MODEL = {
 
 
 class FakeLink:
-    """Answers every lookup with `plan`, once `late` more questions for the answer were asked."""
+    """Answers every lookup with `plan`, after `late` further questions."""
 
     def __init__(self) -> None:
         self.plan: ReusePlan | None = PLAN
         self.policy = "aggressive"
-        """The daemon's own: what it grants is never laxer."""
+        """The daemon's own policy; it never grants a laxer one."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
         self.told: list[Any] = []
@@ -114,7 +114,7 @@ def tiny_model(folder: Path, **fields: Any) -> Path:
 
 
 def kvshare_alone(home: Path, failures: str = "recompute", **settings: Any) -> dict[str, Any]:
-    """What `--kv-transfer-config` says of KVShare; `settings` are KVShare's own."""
+    """KVShare's part of `--kv-transfer-config`; `settings` are KVShare's own."""
     extra = {"home": str(home), "semantic": "never", "min_saving_ms": 0.0} | settings
     return {
         "kv_connector": "KVShareConnector",
@@ -126,7 +126,7 @@ def kvshare_alone(home: Path, failures: str = "recompute", **settings: Any) -> d
 
 
 class Bench:
-    """A scheduler, and what vLLM's engine does around it. Needs `open_link` patched."""
+    """A scheduler, with what vLLM's engine does around it. `open_link` must be patched."""
 
     def __init__(
         self,
@@ -139,7 +139,8 @@ class Bench:
         stock: bool = False,
         **scheduling: Any,
     ) -> None:
-        """`ahead`: with asynchronous scheduling; `lora`: max_loras; `stock`: vLLM's scheduler."""
+        """`ahead`: with asynchronous scheduling; `lora`: max_loras; `stock`: vLLM's own
+        scheduler."""
         from kvshare_connectors.vllm import KVShareAsyncScheduler, KVShareScheduler
         from vllm.config import (
             CacheConfig,
@@ -179,7 +180,7 @@ class Bench:
         )
         self._ids = itertools.count()
         self.answers: dict[str, Any] = {}
-        """The last output of each request that has ended."""
+        """The last output of each finished request."""
 
     @property
     def planning(self) -> Planning:
@@ -224,11 +225,11 @@ class Bench:
         return request
 
     def schedule(self) -> Any:
-        """Make the next step."""
+        """Schedule the next step."""
         return self.scheduler.schedule()
 
     def finish(self, output: Any, invalid: set[int] | None = None) -> None:
-        """The step was computed: whatever is complete has sampled a token."""
+        """Report a step as computed: every complete request has sampled a token."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         names = list(output.num_scheduled_tokens)
@@ -259,7 +260,7 @@ class Bench:
         self.stats = next((r.scheduler_stats for r in results.values() if r.scheduler_stats), None)
 
     def step(self, invalid: set[int] | None = None) -> Any:
-        """One step, computed at once; returns what was scheduled."""
+        """Schedule one step and report it as computed; returns what was scheduled."""
         output = self.schedule()
         self.finish(output, invalid)
         return output

@@ -1,4 +1,4 @@
-"""A connector that does nothing, to put beside KVShare."""
+"""A connector that does nothing, to use beside KVShare."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Nothing(KVConnectorBase_V1, SupportsHMA):
 
 
 class Failing(Nothing):
-    """Promises the first block of every prompt, whatever became of it the last time."""
+    """Promises the first block of every prompt, even if the last load failed."""
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
         return max(0, 32 - computed), False

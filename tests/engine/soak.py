@@ -1,4 +1,4 @@
-"""Random traffic: whatever comes together, every answer is the plain one."""
+"""Random traffic: whatever coincides, every answer must be the one without KVShare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEW_TOKENS = 8
 
 
 def related_prompts(text: list[int]) -> list[list[int]]:
-    """Prompts that begin alike, of which some end alike too."""
+    """Prompts with a common beginning, some also with a common end."""
     cut = [text[:60], text[:93], text[:124], [*text[:80], *text[20:35]]]
     return [*cut, *([token + 1 for token in prompt] for prompt in cut)]
 
@@ -32,7 +32,7 @@ class Traffic:
             engine.store(prompt, policy="exact", max_tokens=1)
 
     def batch(self) -> None:
-        """Some requests, arriving while others run; some go before they are answered."""
+        """Send requests that arrive while others run; some are aborted before they are answered."""
         choose, engine = self.random.choice, self.engine
         if choose((True, False)):
             engine.scheduler.reset_prefix_cache()
@@ -54,21 +54,21 @@ class Traffic:
 
     @contextmanager
     def _failing(self, chance: float) -> Iterator[None]:
-        worker, load = self.engine.worker, self.engine.worker._load
+        worker, load = self.engine.worker, self.engine.worker.load_one
 
         def flaky(spec: Any) -> int:
             if self.random.random() < chance:
                 raise LeaseError("forced")
             return load(spec)
 
-        worker._load = flaky
+        worker.load_one = flaky
         try:
             yield
         finally:
-            worker._load = load
+            worker.load_one = load
 
     def _serve(self, count: int) -> tuple[dict[str, tuple[int, int]], dict[str, list[Answer]]]:
-        """Requests that were not aborted (prompt and length of the answer), and all answers."""
+        """The requests that were not aborted (prompt and length of the answer), and all answers."""
         asked: dict[str, tuple[int, int]] = {}
         while count or self.engine.core.has_unfinished_requests():
             while count and self.random.random() < 0.5:

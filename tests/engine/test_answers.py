@@ -1,8 +1,7 @@
-"""Answers are stored: the rows of generated tokens, in whatever way a request ends."""
+"""Answers are stored: the rows of generated tokens, however a request ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -10,46 +9,27 @@ import pytest
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import BLOCK, Engine, kept_engine
-from tests.engine.test_behaviour import SETTINGS
+from tests.engine.harness import BLOCK, SHARED, Engine, Fresh
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 112
-"""Tokens of a prompt here: three and a half paged blocks, and less than two of the store's."""
+"""Tokens of a prompt here: three and a half paged blocks, less than two blocks of the store."""
 ANSWER = 24
 """Tokens of most answers: they fill a paged block and begin another."""
+SETTINGS = SHARED
 NEXT = [11111, 22222, 33333, 44444, 12345]
-"""What the next turn adds: rare tokens."""
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
+"""Tokens that the next turn adds; rare ones."""
 
 
 def nodes(engine: Engine) -> dict[int, dict[str, Any]]:
-    """What is stored, by its length."""
+    """The stored prompts, by length."""
     engine.settle()
     return {node["tokens"]: node for node in engine.client.call(protocol.ListNodes())}
 
 
 def check_next_turn(engine: Engine, told: list[int], stored: int) -> None:
-    """A request that goes on from `told` reuses `stored` rows and gets full compute's answer."""
+    """A request that continues `told` reuses `stored` rows and gets full compute's answer."""
     turn = [*told, *NEXT]
     engine.forget()
     full = engine.ask(turn, policy="off")
@@ -61,7 +41,8 @@ def check_next_turn(engine: Engine, told: list[int], stored: int) -> None:
 
 
 def begin(engine: Engine, prompt: list[int], tokens: int, **options: Any) -> tuple[str, Any]:
-    """A request that has generated so many tokens and goes on: its name, and vLLM's request."""
+    """A request that has generated so many tokens and is still running: its id, and vLLM's
+    request."""
     name = engine.add(prompt, max_tokens=500, **options)
     engine.step()
     (request,) = engine.scheduler.requests.values()
@@ -91,7 +72,7 @@ def test_each_of_several_answers_is_stored(engine: Engine, prompt: list[int]) ->
 
 
 def test_an_answer_that_ends_at_a_stop_string(engine: Engine, prompt: list[int]) -> None:
-    """vLLM's front end finds it and aborts the request."""
+    """vLLM's front end finds the stop string and aborts the request."""
     whole = engine.ask(prompt, policy="off", max_tokens=ANSWER).tokens
     tokenizer = engine.llm.get_tokenizer()
     text = tokenizer.decode(whole)
@@ -133,8 +114,8 @@ def test_a_request_that_is_aborted_before_its_prompt_is_computed(
 
 
 def serve_heir(engine: Engine, prompt: list[int], heir: list[int]) -> tuple[list[int], int]:
-    """A request whose blocks another one waits for. Its answer, and how many tokens the step
-    computes that stores it."""
+    """A request whose blocks another request waits for. Returns its answer, and how many tokens the
+    step computes that stores it."""
     manager, save, tokens = engine.scheduler.kv_cache_manager, engine.worker.save_answers, []
     blocks: list[int] = []
 
@@ -167,7 +148,7 @@ def serve_heir(engine: Engine, prompt: list[int], heir: list[int]) -> tuple[list
 def test_the_next_owner_of_its_blocks_does_not_spoil_an_answer(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """It computes its prompt in the very step that copies them."""
+    """The next owner computes its prompt in the same step that copies the blocks."""
     heir = fresh(8 * BLOCK - 1)
     answer, tokens = serve_heir(engine, prompt, heir)
     assert tokens == len(heir)
@@ -175,7 +156,7 @@ def test_the_next_owner_of_its_blocks_does_not_spoil_an_answer(
 
 
 def test_an_idle_engine_stores_the_last_answer(engine: Engine, prompt: list[int]) -> None:
-    """vLLM's own loop goes on while it has finished requests to tell the worker of."""
+    """vLLM's own loop continues while finished requests are still to be reported to the worker."""
     engine.ask(prompt, max_tokens=ANSWER)
     while engine.scheduler.has_requests():
         engine.step()
@@ -187,7 +168,7 @@ def test_an_idle_engine_stores_the_last_answer(engine: Engine, prompt: list[int]
 def test_after_a_reset_the_answer_before_it_is_not_stored(
     engine: Engine, prompt: list[int]
 ) -> None:
-    """What its blocks hold may be of other weights, or gone."""
+    """The rows in its blocks may belong to other weights, or be gone."""
     with engine.counted() as gained:
         engine.ask(prompt, max_tokens=ANSWER)
         name, _ = begin(engine, NEXT * 10, 5)
@@ -231,7 +212,7 @@ def test_an_answer_after_a_failed_load_is_of_rows_computed_in_full(
     engine.store(prompt[:70], max_tokens=1)
     engine.forget()
     with monkeypatch.context() as patch, engine.counted() as gained:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         answer = engine.store(prompt, policy="exact", max_tokens=ANSWER)
     assert gained["declined.load_lease"] == gained["answers_stored"] == 1
     check_next_turn(engine, [*prompt, *answer.tokens], LENGTH + ANSWER - 1)
@@ -241,8 +222,8 @@ def test_answers_may_be_left_alone(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders = engine.planning.orders
-    without = msgspec.structs.replace(orders._config, store_answers=False)
-    monkeypatch.setattr(orders, "_config", without)
+    without = msgspec.structs.replace(orders.config, store_answers=False)
+    monkeypatch.setattr(orders, "config", without)
     engine.store(prompt, max_tokens=ANSWER)
     assert list(nodes(engine)) == [LENGTH]
 
@@ -257,7 +238,7 @@ def test_what_is_not_stored_has_no_answer_either(engine: Engine, prompt: list[in
 
 
 def test_the_answer_to_a_prompt_that_is_stored(engine: Engine, prompt: list[int]) -> None:
-    """Its prompt is the beginning of another node, and is not saved again."""
+    """The prompt is the beginning of another node, and is not saved again."""
     first = engine.store(prompt, max_tokens=ANSWER)
     engine.forget()
     second = engine.store(prompt, max_tokens=ANSWER, temperature=1.0, seed=5)
@@ -286,7 +267,7 @@ def test_answers_to_an_edited_prompt_are_of_its_generation(
 def test_the_answer_to_another_edit_of_a_stored_prompt_is_not_stored(
     engine: Engine, prompt: list[int]
 ) -> None:
-    """The store has other rows of that prompt than those that the answer was computed from."""
+    """The stored rows of that prompt are not those that the answer was computed from."""
     follower = [*prompt[:44], *NEXT, *prompt[47:]]
     engine.store(prompt, max_tokens=1)
     stored = []

@@ -1,20 +1,21 @@
 """The asynchronous scheduler: a step is scheduled before the output of the last one is there.
 
-On a CPU vLLM switches that off; `Engine(ahead=True)` switches it on again, in stock runner and
-engine. What a GPU adds, a forward that really runs meanwhile, is not tested here.
+On a CPU vLLM switches this off; `Engine(ahead=True)` switches it on again, in vLLM's own runner and
+engine. What a GPU adds, a forward pass that really runs meanwhile, is not tested here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 from kvshare_connectors.vllm import promises
 
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, random_runs
+from tests.engine.harness import BLOCK, Answer, Engine, Fresh, random_runs
 from tests.engine.soak import Traffic, related_prompts
 from tests.engine.test_answers import ANSWER, begin, check_next_turn, serve_heir
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
+"""A step's token budget, which the placeholders here exceed."""
 SETTINGS: dict[str, Any] = {
     "kvshare": {"policy": "aggressive"},
     "enable_prefix_caching": True,
@@ -30,11 +31,11 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 10,
 }
 
-Fresh = Callable[[int], list[int]]
+half = partial(random_runs, seed=5)
 
 
 class Served(NamedTuple):
-    """An answer, and the placeholder runs behind it: first position and length."""
+    """An answer, and the placeholder runs computed for it: first position and length."""
 
     answer: Answer
     runs: list[tuple[int, int]]
@@ -42,14 +43,14 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def told(fresh: Fresh) -> list[int]:
-    """The prompt that engines of both kinds are given."""
+    """The prompt that both kinds of engine are given."""
     return fresh(LENGTH)
 
 
 @pytest.fixture(scope="module")
 def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[dict[str, Served]]:
-    """What engines serve that wait for the output of each step, with the one scheduler and with
-    the other: vLLM waits also with an asynchronous one where something forbids to run ahead."""
+    """What engines answer that wait for the output of each step, with either scheduler. vLLM also
+    waits with an asynchronous scheduler if something forbids it to run ahead."""
     found = []
     for scheduler in ("KVShareScheduler", "KVShareAsyncScheduler"):
         name = f"kvshare_connectors.vllm.{scheduler}"
@@ -63,41 +64,25 @@ def in_step(tmp_path_factory: pytest.TempPathFactory, told: list[int]) -> list[d
 
 
 @pytest.fixture(scope="module")
-def ahead(
+def kept(
     tmp_path_factory: pytest.TempPathFactory, in_step: list[dict[str, Served]]
 ) -> Iterator[Engine]:
-    """An engine that schedules ahead, made after the others have gone: one at a time."""
+    """An engine that schedules ahead, made after the others were closed: one at a time."""
     engine = Engine(tmp_path_factory.mktemp("home"), ahead=True, **SETTINGS)
     yield engine
     engine.close()
 
 
-@pytest.fixture
-def engine(ahead: Engine) -> Iterator[Engine]:
-    ahead.clear()
-    ahead.steps.clear()
-    yield ahead
-    ahead.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=5)
-
-
 def served(engine: Engine, prompt: list[int]) -> dict[str, Served]:
-    """A prompt computed in full, from its own rows, and from some of them in one step or many."""
+    """One prompt, computed in full, from its own rows, and from some of them in one step or in
+    many."""
     found = {"in full": Served(engine.store(prompt), [])}
     for name, edited, budget in (
         ("exact", False, None), ("same step", True, None), ("parked", True, LITTLE),
     ):  # fmt: skip
         engine.forget()
         engine.steps.clear()
-        reuse = engine.keeping(holes) if edited else nullcontext()
+        reuse = engine.keeping(half) if edited else nullcontext()
         with engine.counted() as gained, reuse, engine.budget(tokens=budget):
             answer = engine.ask(prompt, max_tokens=8)
         assert gained["hits_edited" if edited else "hits_exact"] == 1
@@ -116,7 +101,7 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
@@ -144,7 +129,8 @@ def test_ahead_or_in_step_the_rows_and_answers_are_the_same(
 def test_others_decode_in_every_step_while_a_request_is_parked(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """What a step in flight will add counts: running requests come first, also the newest token."""
+    """The tokens of a step in flight count: running requests come first, also with their newest
+    token."""
     others = [fresh(40) for _ in range(3)]
     alone = [engine.ask(other, policy="off", max_tokens=16) for other in others]
     full = engine.ask(prompt, policy="off")
@@ -155,7 +141,7 @@ def test_others_decode_in_every_step_while_a_request_is_parked(
         for _ in range(2):
             engine.step()
         engine.steps.clear()
-        with engine.keeping(holes), engine.budget(tokens=LITTLE):
+        with engine.keeping(half), engine.budget(tokens=LITTLE):
             parked = engine.add(prompt)
             answers = engine.drain()
     assert gained["hits_edited"] == 1
@@ -181,7 +167,7 @@ def test_a_failed_load_is_a_miss(
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
     engine.forget()
-    reuse = engine.keeping(holes) if edited else nullcontext()
+    reuse = engine.keeping(half) if edited else nullcontext()
     fails = failing_loads(engine, monkeypatch)
     with engine.counted() as gained, reuse, engine.budget(tokens=budget), fails as tried:
         assert engine.ask(prompt).agrees(full)
@@ -210,7 +196,7 @@ def test_rows_of_the_step_ahead_of_a_failure_are_not_stored(
 def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It found the failed request's blocks in the prefix cache, and nothing in them."""
+    """It found the failed request's blocks in the prefix cache, but they hold no rows."""
     longer = [*prompt, *prompt[:40]]
     full, full_longer = (engine.ask(text, policy="off") for text in (prompt, longer))
     engine.clear()
@@ -219,9 +205,9 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
     with failing_loads(engine, monkeypatch) as tried:
         first = engine.add(prompt, policy="exact")
         engine.step()
-        assert not engine.scheduler.requests[tried[0]].num_preemptions  # nobody knows yet
+        assert not engine.scheduler.requests[tried[0]].num_preemptions  # not known yet
         second = engine.add(longer, policy="exact")
-        monkeypatch.setattr(promises, "_saves_enough", lambda plan, spans, least: False)
+        monkeypatch.setattr(promises, "saves_enough", lambda plan, spans, least: False)
         answers = engine.drain()
     monkeypatch.undo()
     assert len(tried) == 1
@@ -236,7 +222,7 @@ def test_a_neighbour_that_came_in_the_step_ahead_of_a_failure_begins_again_too(
 def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_cache(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block of its own was filled by the step ahead, from rows that had not been loaded."""
+    """The step ahead filled one of its own blocks, based on rows that had not been loaded."""
     prompt, loaded, blocks = fresh(190), 70, 4 * BLOCK
     longer = [*prompt, *prompt[:20]]
     full = engine.ask(longer, policy="off")
@@ -257,7 +243,7 @@ def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_c
         engine.drain()
     assert len(tried) == 1
     assert not names
-    for _ in range(3):  # whoever computes the blocks before it makes it reachable again
+    for _ in range(3):  # a request that computes the blocks before it makes it reachable again
         assert engine.ask(longer, policy="off").agrees(full)
 
 
@@ -267,7 +253,7 @@ def test_an_abort_before_a_failure_is_known_leaves_nothing_wrong_in_the_prefix_c
 def test_an_answer_is_stored_whose_blocks_another_request_waits_for(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """One step is in flight when it ends, and computes its last token."""
+    """One step is in flight when the request ends; it computes the last token."""
     answer, _ = serve_heir(engine, prompt, fresh(8 * BLOCK - 1))
     check_next_turn(engine, [*prompt, *answer], LENGTH + ANSWER - 1)
 

@@ -1,15 +1,16 @@
-"""What a request may rely on beside vLLM's own prefix cache: exact rows, no poisoning, policies."""
+"""What a request can rely on beside vLLM's own prefix cache: exact rows, no wrong rows in that
+cache, policies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import BLOCK, TOLERANCE, Engine, kept_engine
+from kvshare_store.plan import reused_of
+from tests.engine.harness import BLOCK, SHARED, TOLERANCE, Engine, Fresh
 from tests.engine.soak import Traffic, related_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -19,28 +20,10 @@ LENGTH = 112
 EDIT = 44
 """Where followers differ from their donor: inside the second block."""
 LATE_EDIT = 98
-"""Inside the last block, which is not full."""
+"""A position inside the last block, which is not full."""
 NEW = [11111, 22222, 33333, 44444, 12345]
-"""Tokens that the edit puts there, rare ones; what follows them is reused."""
-SETTINGS: dict[str, Any] = {
-    "kvshare": {"policy": "aggressive"},
-    "enable_prefix_caching": True,
-    "disable_log_stats": False,
-}
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
+"""The tokens of the edit; rare ones. What follows them is reused."""
+SETTINGS = SHARED
 
 
 @pytest.fixture
@@ -68,13 +51,14 @@ def blocks_below(position: int) -> int:
 
 @pytest.fixture
 def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Rows in the paged cache: of the last prompt `saved`, and `loaded` right after its load."""
+    """Rows in the paged cache: of the last `saved` prompt, and those `loaded`, right after the
+    load."""
     worker, rows = engine.worker, {}
-    snapshot, load = worker._snapshot, worker._load
+    snapshot, load = worker.snapshot, worker.load_one
 
     def read(block_ids: list[int], positions: torch.Tensor) -> torch.Tensor:
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker._cache.read(slots)
+        return worker.cache.read(slots)
 
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)
@@ -83,12 +67,12 @@ def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def loading(spec: Any) -> int:
         nbytes = load(spec)
-        exact = torch.arange(spec.start, spec.start + spec.exact)
+        exact = torch.arange(spec.start, spec.start + reused_of(spec.plan.spans).exact)
         rows["loaded"], rows["positions"] = read(spec.block_ids, exact), exact
         return nbytes
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
-    monkeypatch.setattr(worker, "_load", loading)
+    monkeypatch.setattr(worker, "snapshot", saving)
+    monkeypatch.setattr(worker, "load_one", loading)
     return rows
 
 
@@ -196,10 +180,10 @@ def test_the_local_prefix_is_not_loaded_again(engine: Engine, donor: list[int]) 
 def test_every_requested_token_is_counted_once(
     engine: Engine, donor: list[int], follower: list[int]
 ) -> None:
-    """Also of vLLM's own prefix cache: of a miss, a hit, and a plan that it makes needless."""
+    """Including vLLM's own prefix cache: for a miss, a hit, and a plan that it makes needless."""
     parts = ("reused_exact", "reused_edited", "recomputed", "engine_cached")
     with engine.counted() as gained:
-        engine.ask(donor)  # nothing is known
+        engine.ask(donor)  # nothing is stored
         engine.ask(donor)  # vLLM's own cache has nearly all of it
         engine.ask(donor, policy="off")
         engine.ask(follower)
@@ -210,7 +194,7 @@ def test_every_requested_token_is_counted_once(
 
 
 def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]) -> None:
-    """A plan that vLLM's own cache makes needless still says what the store has already."""
+    """A plan that vLLM's own cache makes needless still tells what is already stored."""
     whole = donor[: blocks_below(LENGTH)]
     engine.store(whole)
     longer = [*whole, *donor[:40]]
@@ -218,7 +202,7 @@ def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]
         answer = engine.store(longer, policy="exact", max_tokens=1)
     assert answer.cached == len(whole)
     assert gained["declined.engine_prefix"] == gained["nodes"] == 1
-    assert gained["bytes_stored"] == 40 * engine.worker._cache.layout.row_bytes
+    assert gained["bytes_stored"] == 40 * engine.worker.cache.layout.row_bytes
     engine.forget()
     with engine.counted() as gained:
         again = engine.ask(longer, policy="exact", max_tokens=1)
@@ -237,7 +221,7 @@ def test_a_request_that_waits_for_room_becomes_private_once(
             engine.add(follower)
             for _ in range(3):
                 engine.step()
-            state = next(iter(engine.planning._states.values()))
+            state = next(iter(engine.planning.states.values()))
             hasher = state.request._block_hasher
             engine.step()
             assert state.plan is not None

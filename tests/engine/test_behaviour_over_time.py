@@ -1,46 +1,23 @@
 """What happens to an engine while it serves: new weights, sleep, pauses, aborts; and what each
-answer says about it."""
+answer reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tests.engine.harness import BLOCK, Engine, kept_engine, random_runs
-from tests.engine.test_behaviour import NEW, SETTINGS
+from tests.engine.harness import BLOCK, SHARED, Engine, Fresh, half
+from tests.engine.test_behaviour import NEW
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+SETTINGS = SHARED
 LENGTH = 150
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    engine.steps.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
+"""A step's token budget, which the placeholders here exceed."""
 
 
 def core(engine: Engine) -> Any:
@@ -63,11 +40,12 @@ def park(engine: Engine, prompt: list[int]) -> str:
 
 @contextmanager
 def other_weights(engine: Engine) -> Iterator[None]:
-    """The model as if it had been trained on; the old weights come back at the end."""
+    """The model with changed weights, as after further training; the old ones come back at the
+    end."""
 
     def scale(by: float) -> Any:
         def change(model: Any) -> None:
-            # not in every layer: the model would be so far off that rounding grows in it
+            # not in every layer: with a model that far off, rounding errors would grow
             for layer in model.model.layers[::8]:
                 layer.input_layernorm.weight.data.mul_(by)
 
@@ -95,7 +73,7 @@ def test_rows_of_old_weights_are_not_served_after_a_reset(
             assert engine.store(prompt).agrees(full)
         assert gained["hits_exact"] == gained["hits_edited"] == 0
         engine.forget()
-        with engine.counted() as gained:  # rows of the new ones are
+        with engine.counted() as gained:  # rows of the new weights are
             assert engine.ask(prompt).agrees(full)
         assert gained["hits_exact"] == 1
         engine.run_out()
@@ -109,7 +87,7 @@ def test_rows_of_old_weights_are_not_served_after_a_reset(
 def test_after_sleep_nothing_from_before_is_served(
     engine: Engine, prompt: list[int], level: int
 ) -> None:
-    """vLLM may hold other weights when it wakes up, and does not say whether."""
+    """vLLM may have other weights when it wakes up, and does not tell."""
     full = engine.store(prompt)
     engine.run_out()
     engine.llm.sleep(level=level)
@@ -126,7 +104,7 @@ def test_after_sleep_nothing_from_before_is_served(
 def test_requests_survive_a_pause(
     engine: Engine, prompt: list[int], fresh: Fresh, clear: bool
 ) -> None:
-    """One decodes, one is parked, one is new; nothing is computed meanwhile."""
+    """One request decodes, one is parked, one is new; nothing is computed meanwhile."""
     other, late = fresh(60), fresh(70)
     alone = engine.ask(other, policy="off", max_tokens=40)
     alone_late = engine.ask(late, policy="off")
@@ -134,7 +112,7 @@ def test_requests_survive_a_pause(
     engine.clear()
     engine.store(prompt)
     engine.forget()
-    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.keeping(half), engine.budget(tokens=LITTLE):
         decoding = engine.add(other, policy="off", max_tokens=40)
         for _ in range(4):
             engine.step()
@@ -155,10 +133,10 @@ def test_requests_survive_a_pause(
 def test_a_pause_that_aborts_leaves_nothing_behind(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """One waits, one is parked, one decodes: the check comes with every test here."""
+    """One request waits, one is parked, one decodes. The `engine` fixture checks what is left."""
     engine.store(prompt)
     engine.forget()
-    with engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.keeping(half), engine.budget(tokens=LITTLE):
         names = [engine.add(fresh(40), policy="off", max_tokens=60)]
         engine.step()
         engine.step()
@@ -167,7 +145,7 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
         core(engine).pause_scheduler(mode="abort", clear_cache=False)
         for _ in range(3):
             engine.step()
-    for name in names:  # in one process nobody else tells vLLM's front end
+    for name in names:  # in a single process nothing else tells vLLM's front end
         engine.abort(name)
     core(engine).pause_scheduler(mode="abort", clear_cache=True)
     core(engine).resume_scheduler()
@@ -178,7 +156,8 @@ def test_a_pause_that_aborts_leaves_nothing_behind(
 
 
 def test_three_answers_to_an_edited_prompt(engine: Engine, prompt: list[int]) -> None:
-    """Each child plans; their edited blocks have the same private hashes, and nobody else's."""
+    """Both children plan; their edited blocks have the same private hashes, which no other request
+    has."""
     follower = [*prompt[:50], *NEW, *prompt[53:]]
     engine.store(prompt)
     engine.forget()
@@ -211,7 +190,7 @@ def test_three_answers_to_an_edited_prompt(engine: Engine, prompt: list[int]) ->
 
 
 def test_only_reused_rows_count_as_cached(engine: Engine, prompt: list[int]) -> None:
-    """In the API's usage and in vLLM's metrics; placeholders are computed."""
+    """In the API's usage and in vLLM's metrics; placeholders count as computed."""
 
     def hits() -> float:
         names = ("vllm:external_prefix_cache_hits", "vllm:external_prefix_cache_queries")
@@ -260,21 +239,21 @@ def test_abort_while_loading(
 ) -> None:
     engine.store(prompt)
     engine.forget()
-    load, names = engine.worker._load, []
+    load, names = engine.worker.load_one, []
 
     def aborted(spec: Any) -> Any:
         engine.abort(names.pop())
         return load(spec)
 
-    monkeypatch.setattr(engine.worker, "_load", aborted)
-    with engine.keeping(holes if edited else lambda length: [(0, length)]):
+    monkeypatch.setattr(engine.worker, "load_one", aborted)
+    with engine.keeping(half if edited else lambda length: [(0, length)]):
         names.append(engine.add(prompt))
         engine.drain()
     assert not names
 
 
 def test_abort_while_the_rows_are_saved(engine: Engine, prompt: list[int]) -> None:
-    """They are right, whatever became of the request."""
+    """They are right, whatever happened to the request."""
     full = engine.ask(prompt, policy="off")
     engine.forget()
     with engine.counted() as gained:

@@ -1,4 +1,5 @@
-"""bf16, the precision that people serve in, on the layout that this processor gives it."""
+"""bf16, the precision of most deployments, on the paged layout that vLLM chooses on this
+processor."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
 ) -> None:
     prompt = families["book_character"][0]
     worker, rows = engine.worker, {}
-    snapshot, load = worker._snapshot, worker._load
+    snapshot, load = worker.snapshot, worker.load_one
 
     def read(block_ids: list[int]) -> torch.Tensor:
         positions = torch.arange(len(prompt) - 1)
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker._cache.read(slots).view(torch.int16)
+        return worker.cache.read(slots).view(torch.int16)
 
     def saving(spec: Any) -> Any:
         rows["saved"] = read(spec.block_ids)
@@ -41,9 +42,9 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
         rows["loaded"] = read(spec.block_ids)
         return nbytes
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
-    monkeypatch.setattr(worker, "_load", loading)
-    assert worker._cache.layout.dtype == "bfloat16"
+    monkeypatch.setattr(worker, "snapshot", saving)
+    monkeypatch.setattr(worker, "load_one", loading)
+    assert worker.cache.layout.dtype == "bfloat16"
     engine.store(prompt)
     with engine.counted() as gained:
         engine.ask(prompt, policy="exact")
@@ -54,7 +55,8 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
 def test_followers_of_a_long_prompt_begin_as_with_full_prefill(
     engine: Engine, families: dict[str, list[list[int]]]
 ) -> None:
-    """The default policy on a real prompt: mostly reused, and mostly the same first token."""
+    """The default policy on a real prompt: most rows are reused, and the first token is mostly the
+    same."""
     donor, *followers = families["medical_report"]
     engine.clear()
     engine.store(donor, max_tokens=1)

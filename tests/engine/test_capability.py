@@ -1,6 +1,6 @@
-"""What is served and what is declined, on configurations that vLLM itself has built.
+"""What is served and what is declined, for configurations that vLLM itself has built.
 
-No weights and no tokenizer: every family is a `config.json` with small numbers.
+No weights and no tokenizer: every model family is a `config.json` with small numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Build = Callable[..., VllmConfig]
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
-    """vLLM's configuration of a model that is nothing but a config.json."""
+    """vLLM's configuration of a model that consists of a config.json only."""
     # vLLM looks at a model's class in a new process, which takes ten seconds a class.
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
 
@@ -128,7 +128,7 @@ DECLINED = [
         "llama",
         {"layer_types": ["compressed_sparse_attention"] * 2},
     ),
-    # no softmax attention over K and V, or not only
+    # no softmax attention over K and V, or not only such
     ("mamba_or_hybrid", "MambaForCausalLM", "mamba", {}),
     ("mamba_or_hybrid", "JambaForCausalLM", "jamba", {"use_mamba_kernels": False}),
     ("mla", "DeepseekV2ForCausalLM", "deepseek_v2", MLA),
@@ -175,7 +175,7 @@ DECLINED = [
     ),
     ("nope_layers", "SmolLM3ForCausalLM", "smollm3", {}),
     ("nope_layers", "GraniteForCausalLM", "granite", {"layer_rope_theta": [1e4, 0]}),
-    # code that was not read
+    # model code that we have not reviewed
     ("transformers_backend", "GPTNeoXForCausalLM", "gpt_neox", {}),
     ("architecture_unlisted", "DbrxForCausalLM", "llama", {}),
 ]
@@ -252,7 +252,7 @@ def test_declined_for_how_it_is_run(
         owner: Any = config
         for name in owners:
             owner = getattr(owner, name)
-        # Straight into the object: vLLM would ask for the devices that some of these need.
+        # Set directly: vLLM would ask for the devices that some of these need.
         monkeypatch.setitem(vars(owner), field, value)
     assert decline_reason(config) == reason
 

@@ -1,4 +1,4 @@
-"""The connector as vLLM makes it: where its settings come from, and what it says when it starts."""
+"""The connector as vLLM makes it: where its settings come from, and what it logs at the start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MODEL = {
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from whoever runs the tests."""
+    """Remove settings of whoever runs the tests."""
     for name in [name for name in os.environ if name.startswith("KVSHARE_")]:
         monkeypatch.delenv(name)
 
@@ -59,7 +59,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**extra: Any) -> StoreConfig:
-    """What vLLM's `kv_connector_extra_config` makes; `a__b` stands for `a.b`."""
+    """What vLLM passes as `kv_connector_extra_config`; `a__b` stands for `a.b`."""
     given = {name.replace("__", "."): value for name, value in extra.items()}
     transfer = SimpleNamespace(kv_connector_extra_config=given)
     return settings_of(SimpleNamespace(kv_transfer_config=transfer))  # type: ignore[arg-type]
@@ -84,8 +84,8 @@ def test_unknown_settings_are_refused() -> None:
 def test_a_daemon_that_an_engine_starts_leaves_when_nobody_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten minutes, unless any source says otherwise: the file, stronger the environment,
-    stronger the connector's own configuration."""
+    """The default is ten minutes. A file overrides it, the environment overrides the file, and the
+    connector's own configuration overrides both."""
     assert settings().idle_exit_s == 600
     file = tmp_path / "kvshare.yaml"
     file.write_text("idle_exit_s: 0\n")
@@ -153,7 +153,7 @@ def connect(configure: Callable[..., VllmConfig]) -> Iterator[Connect]:
 
 
 def test_a_failed_load_must_not_fail_its_request(connect: Connect, home: Path) -> None:
-    """vLLM's own default would; one line says what to write instead."""
+    """vLLM's own default would; one log line says what to write instead."""
     with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"') as refusal:
         connect(home, "fail")
     assert "\n" not in str(refusal.value)
@@ -198,7 +198,7 @@ def test_a_home_with_other_models_only_is_remarked(
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """`said(logger)`: what was logged; vLLM's loggers do not pass theirs on."""
+    """`said(logger)`: what was logged. vLLM's loggers do not propagate."""
     lines: dict[str, list[str]] = {}
 
     def keep(record: logging.LogRecord) -> bool:
@@ -222,7 +222,7 @@ def test_an_engine_says_what_serves_it(
         f"KVShare active: policy exact, home {home}, daemon pid {daemon.process.pid}, "
         f"version {version()}"
     ]
-    assert said("kvshare") == []  # a stricter policy counts
+    assert said("kvshare") == []  # a stricter policy is the one that holds
 
 
 def test_what_is_set_in_vain_is_said(

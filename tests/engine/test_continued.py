@@ -1,38 +1,31 @@
 """Conversations whose first turn was edited: the next turns go on in the same context, from the
-store or from the engine's own prefix cache."""
+store or from the engine's own prefix cache; in this engine or in another one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, kept_engine
+from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, Fresh
+from tests.engine.other import Other
+from tests.engine.test_faults import comes_back
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 ANSWER = 3
-"""Rows of its tokens that are stored: the last has none."""
+"""Rows of an answer that are stored: its last token has none."""
 EXACT = 2 * BLOCK + 8
-"""Of an edited prompt: its unchanged head, and the new line, which is computed behind that."""
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(
-        tmp_path_factory, kvshare={"policy": "aggressive"}, enable_prefix_caching=True
-    )
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> None:
-    engine.clear()
+"""Exact rows of an edited prompt: its unchanged head, and the new line computed behind it."""
+SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive"}, "enable_prefix_caching": True}
 
 
 class Conversation:
-    """A stored prompt, the same with a line changed, and what its next turns add."""
+    """A stored prompt, the same prompt with a line changed, and its next turns."""
 
     def __init__(self, engine: Engine, fresh: Fresh) -> None:
         head, old, rest = fresh(2 * BLOCK), fresh(8), fresh(6 * BLOCK)
@@ -44,6 +37,17 @@ class Conversation:
         engine.forget()
         self.answer = engine.store(self.edited)
         assert self.answer.said["edited"] > 5 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def other(kept: Engine) -> Iterator[Other]:
+    """A second engine on the home of the first, and so on its daemon."""
+    second = Other(kept.home, **SETTINGS)
+    try:
+        second.wait()
+        yield second
+    finally:
+        second.close()
 
 
 def kinds(answer: Answer) -> dict[str, int]:
@@ -78,7 +82,7 @@ def test_the_next_turn_finds_what_is_still_in_the_engine(engine: Engine, fresh: 
     from_engine = engine.store(talk.second)
     whole = len(talk.edited) // BLOCK * BLOCK
     assert from_engine.said["prefix_cached"] == whole
-    # what the last, half filled block held comes from the store, if that is worth a load
+    # the rows of the last, half-filled block come from the store, if that is worth a load
     assert from_engine.said["edited"] == 0
     engine.forget()
     from_store = engine.ask(talk.second)
@@ -87,7 +91,7 @@ def test_the_next_turn_finds_what_is_still_in_the_engine(engine: Engine, fresh: 
 
 
 def test_what_the_engine_had_is_stored_as_what_it_is(engine: Engine, fresh: Fresh) -> None:
-    """A turn that loads nothing continues an edited prompt all the same."""
+    """A turn that loads nothing still continues an edited prompt."""
     talk = Conversation(engine, fresh)
     engine.store(talk.second)
     from_engine = engine.store(talk.third)
@@ -107,7 +111,7 @@ def test_what_the_engine_had_is_stored_as_what_it_is(engine: Engine, fresh: Fres
 def test_nobody_else_finds_edited_blocks(
     engine: Engine, fresh: Fresh, options: dict[str, str]
 ) -> None:
-    """Neither who wants exact rows, nor who wants none, nor another tenant."""
+    """Neither a request for exact rows, nor one without reuse, nor another tenant."""
     talk = Conversation(engine, fresh)
     engine.store(talk.second)
     answer = engine.ask(talk.second, **options)
@@ -143,7 +147,7 @@ def test_samples_of_one_edited_prompt_share_blocks(engine: Engine, fresh: Fresh)
 def test_an_exact_prefix_in_the_engine_is_longer_than_the_stores(
     engine: Engine, fresh: Fresh
 ) -> None:
-    """Exact rows stand before continued ones: another context than the one they came from."""
+    """Continued rows then stand behind exact ones, which is another context than their own."""
     talk = Conversation(engine, fresh)
     engine.forget()
     exact = engine.ask(talk.edited[: 5 * BLOCK] + fresh(3), policy="off")  # in the engine alone
@@ -161,3 +165,60 @@ def test_an_exact_prefix_in_the_engine_is_longer_than_the_stores(
     engine.forget()
     plain = engine.ask(talk.second, policy="off")
     assert plain.said["prefix_cached"] == 0
+
+
+def test_a_conversation_sent_plainly_gets_full_computes_answers(
+    engine: Engine, fresh: Fresh
+) -> None:
+    """After all edits and continuations, which the engine and the store still hold."""
+    talk = Conversation(engine, fresh)
+    reused = [talk.answer, engine.store(talk.second), engine.store(talk.third)]
+    turns = [talk.edited, talk.second, talk.third]
+    plain = [engine.ask(turn, policy="off") for turn in turns]
+    engine.clear()
+    for turn, edited, answer in zip(turns, reused, plain, strict=True):
+        engine.forget()
+        full = engine.ask(turn, policy="off")
+        assert full.cached == 0
+        assert answer.agrees(full)
+        assert not edited.agrees(full), "approximate rows show in no answer of this test"
+
+
+# --- another engine -------------------------------------------------------------------------------
+
+
+def test_the_next_turn_goes_to_another_engine(engine: Engine, other: Other, fresh: Fresh) -> None:
+    """Two engines on one daemon: each continues where the other stopped."""
+    talk = Conversation(engine, fresh)
+    served, _ = other.store(talk.second)
+    assert kinds(served)["continued"] == len(talk.edited) - EXACT
+    own = engine.ask(talk.second)
+    assert own.said["prefix_cached"] == len(talk.edited) // BLOCK * BLOCK
+    assert own.agrees(served)
+    engine.forget()
+    back = engine.store(talk.third)
+    assert back.said["continued"] == len(talk.second) - EXACT
+    again, _ = other.store(talk.third)
+    assert again.said["prefix_cached"] == len(talk.second) // BLOCK * BLOCK
+    assert again.agrees(back)
+
+
+def test_the_next_turn_after_engine_and_daemon_were_started_again(
+    engine: Engine, other: Other, fresh: Fresh
+) -> None:
+    """The engine that served the last turn was killed, and so was the daemon."""
+    head, old, rest = fresh(2 * BLOCK), fresh(8), fresh(6 * BLOCK)
+    first, edited = head + old + rest, head + fresh(8) + rest
+    second = edited + fresh(BLOCK + 5)
+    other.store(first)
+    assert other.store(edited)[0].said["edited"] > 5 * BLOCK
+    in_its_own_blocks, _ = other.store(second)
+    assert in_its_own_blocks.said["prefix_cached"] == len(edited) // BLOCK * BLOCK
+    other.close()
+    os.kill(engine.daemon, signal.SIGKILL)
+    comes_back(engine, first, 0)
+    engine.forget()
+    answer = engine.ask(second)
+    assert answer.said["prefix_cached"] == 0
+    assert answer.said["continued"] == len(second) - 1 - EXACT
+    assert answer.agrees(in_its_own_blocks)

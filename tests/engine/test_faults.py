@@ -1,4 +1,4 @@
-"""Faults: whatever happens to daemon, arena or disk, answers are right and reuse comes back."""
+"""Faults: whatever happens to daemon, arena or disk, answers are right and reuse recovers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Welcome
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import Engine, random_runs, wait_until
+from tests.engine.harness import Engine, Fresh, half, wait_until
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,35 +32,10 @@ pytestmark = [
 LENGTH = 130
 DEADLINE_S = 0.4
 RECOVERY_S = 60.0
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
-        enable_prefix_caching=True,
-    )
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
+SETTINGS = {
+    "kvshare": {"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
+    "enable_prefix_caching": True,
+}
 
 
 # --- loads that fail ------------------------------------------------------------------------------
@@ -68,7 +43,7 @@ def holes(length: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every load fails; the ids of the requests that tried."""
+    """Every load fails; ids of the requests that tried."""
     tried = []
 
     def fail(spec: Any) -> int:
@@ -76,25 +51,26 @@ def failing_loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         raise LeaseError("forced")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
+        patch.setattr(engine.worker, "load_one", fail)
         yield tried
 
 
 @contextmanager
 def cleared_labels(engine: Engine) -> Iterator[None]:
-    """Between plan and load the arena gives a block's place to another copy."""
-    worker, load = engine.worker, engine.worker._load
+    """Between plan and load the arena gives a block's place to another block."""
+    worker, load = engine.worker, engine.worker.load_one
 
     def late(spec: Any) -> int:
-        at, blocks = spec.spans[-1].block, list(spec.blocks)
+        at, blocks = spec.plan.spans[-1].block, list(spec.plan.blocks)
         blocks[at] = msgspec.structs.replace(blocks[at], seq=blocks[at].seq - 1)
-        return load(dataclasses.replace(spec, blocks=tuple(blocks)))
+        plan = msgspec.structs.replace(spec.plan, blocks=tuple(blocks))
+        return load(dataclasses.replace(spec, plan=plan))
 
-    worker._load = late
+    worker.load_one = late
     try:
         yield
     finally:
-        worker._load = load
+        worker.load_one = load
 
 
 BUDGETS = pytest.mark.parametrize("budget", [16, None], ids=["parked", "same step"])
@@ -113,7 +89,7 @@ def test_a_failed_load_is_a_miss(
     budget: int | None,
 ) -> None:
     full = engine.store(prompt)
-    reuse: AbstractContextManager[None] = engine.keeping(holes) if edited else nullcontext()
+    reuse: AbstractContextManager[None] = engine.keeping(half) if edited else nullcontext()
     hit = "hits_edited" if edited else "hits_exact"
     engine.forget()
     fails = failing_loads(engine, monkeypatch)
@@ -124,14 +100,14 @@ def test_a_failed_load_is_a_miss(
     assert gained[hit] == gained["tokens_reused_edited"] == gained["tokens_reused_exact"] == 0
     assert gained["tokens_recomputed"] == LENGTH
     engine.forget()
-    reuse = engine.keeping(holes) if edited else nullcontext()
+    reuse = engine.keeping(half) if edited else nullcontext()
     with engine.counted() as gained, engine.budget(tokens=budget), reuse:
         assert engine.ask(prompt).agrees(full)
     assert gained[hit] == 1
 
 
 class Unmappable(Client):
-    """Of a daemon that was killed while it made its shared memory."""
+    """A client of a daemon that was killed while it made its shared memory."""
 
     def greet(self, timeout: float | None = None) -> Welcome:
         welcome = super().greet(timeout)
@@ -147,7 +123,7 @@ def test_shared_memory_that_cannot_be_mapped_is_a_miss(
     engine.forget()
     with engine.counted() as gained, monkeypatch.context() as patch:
         patch.setattr("kvshare_connectors.vllm.worker.Client", Unmappable)
-        patch.setattr(engine.worker, "_arenas", Arenas())
+        patch.setattr(engine.worker, "arenas", Arenas())
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_storage"] == gained["errors.storage"] == 1
     engine.forget()
@@ -162,7 +138,7 @@ def test_a_block_that_left_the_arena_is_a_miss(
 ) -> None:
     full = engine.store(prompt)
     engine.forget()
-    reuse, cleared = engine.keeping(holes), cleared_labels(engine)
+    reuse, cleared = engine.keeping(half), cleared_labels(engine)
     with engine.counted() as gained, engine.budget(tokens=budget), reuse, cleared:
         assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1
@@ -186,7 +162,7 @@ def test_a_failed_load_leaves_nothing_wrong_in_the_prefix_cache(
 def test_an_abort_after_a_failed_load_leaves_nothing_wrong_in_the_prefix_cache(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM had published the blocks, and nobody will compute them now."""
+    """vLLM had published the blocks, and no request will compute them now."""
     longer = [*prompt, *prompt[:20]]
     engine.store(prompt)
     engine.forget()
@@ -218,7 +194,8 @@ def test_what_was_computed_after_a_failed_load_is_stored(
 def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM publishes a request's blocks before they are loaded: others of the step hit them."""
+    """vLLM publishes a request's blocks before they are loaded; other requests of the step hit
+    them."""
     longer = [*prompt, *prompt[:40]]
     full, full_longer = engine.store(prompt), engine.ask(longer, policy="off")
     engine.store(longer, policy="exact")
@@ -226,7 +203,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
     full_other = engine.ask(other, policy="off")
     engine.forget()
     fails = iter([True])
-    load = engine.worker._load
+    load = engine.worker.load_one
 
     def first_fails(spec: Any) -> int:
         if next(fails, False):
@@ -234,7 +211,7 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
         return load(spec)
 
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", first_fails)
+        patch.setattr(engine.worker, "load_one", first_fails)
         first = engine.add(prompt)
         with engine.keeping(lambda length: [(0, 133), (136, length - 2)]):
             second = engine.add(longer)
@@ -251,7 +228,8 @@ def test_requests_that_share_blocks_with_a_failed_load_in_its_step(
 def test_rows_computed_beside_a_failed_load_are_not_stored(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A neighbour that hit the failed request's blocks computed its rows from nothing."""
+    """A neighbour that hit the failed request's blocks computed its rows from rows that never
+    came."""
     longer = [*prompt[:120], *prompt[50:90]]
     engine.store(prompt)
     engine.forget()
@@ -279,7 +257,7 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
 def waits(engine: Engine) -> Iterator[list[float]]:
     """Seconds that the engine was ready to wait for plans: of a daemon that says nothing, what it
     did wait, however busy the machine is."""
-    link, waited = engine.planning.lookups._link, []
+    link, waited = engine.planning.lookups.link, []
     answer = link.answer
 
     def watched(request_id: bytes, seconds: float) -> Any:
@@ -303,7 +281,7 @@ def exact_hits(engine: Engine) -> int:
 
 
 def comes_back(engine: Engine, prompt: list[int], hits: int) -> None:
-    """Ask until the store helps again, by more than `hits` exact hits."""
+    """Ask until the store is used again, with more than `hits` exact hits."""
     deadline = time.monotonic() + RECOVERY_S
     while exact_hits(engine) <= hits:
         assert time.monotonic() < deadline, "the store did not come back"
@@ -359,7 +337,7 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(
     for name, plain in zip(names, full, strict=True):
         assert answers[name][0].agrees(plain)
     assert again.tokens == full[1].tokens
-    assert engine.stats()["leases"] == 0  # nothing was leased for requests that had gone on
+    assert engine.stats()["leases"] == 0  # nothing was leased for requests that no longer waited
     comes_back(engine, prompt, hits)
     assert engine.daemon == frozen
 
@@ -367,7 +345,7 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(
 def test_a_daemon_that_pauses_for_a_moment_is_waited_for_while_others_decode(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """A step with other work waits a few milliseconds only; the plan is used when it comes."""
+    """A step with other work waits only a few milliseconds; the plan is used when it comes."""
     engine.store(prompt)
     engine.forget()
     with engine.counted() as gained:
@@ -392,13 +370,13 @@ def test_what_waits_for_a_frozen_daemon_does_not_fill_memory(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, frozen = engine.worker.saver, engine.daemon
-    small = msgspec.structs.replace(saver._config, host_bytes=1 << 20)
-    monkeypatch.setattr(saver, "_config", small)
+    small = msgspec.structs.replace(saver.config, host_bytes=1 << 20)
+    monkeypatch.setattr(saver, "config", small)
     os.kill(frozen, signal.SIGSTOP)
     try:
         for _ in range(4):
             engine.ask(fresh(40), max_tokens=1)
-        assert saver._waiting_bytes <= 64 * engine.worker._cache.layout.row_bytes
+        assert saver.waiting_bytes <= 64 * engine.worker.cache.layout.row_bytes
     finally:
         os.kill(frozen, signal.SIGCONT)
     engine.settle()
@@ -447,11 +425,11 @@ def test_rows_of_another_model_are_a_miss(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = engine.store(prompt)
-    other = msgspec.structs.replace(engine.planning._namespace, revision="another")
+    other = msgspec.structs.replace(engine.planning.namespace, revision="another")
     hits = []
-    for namespace in (other, engine.planning._namespace):
+    for namespace in (other, engine.planning.namespace):
         engine.forget()
-        monkeypatch.setattr(engine.planning, "_namespace", namespace)
+        monkeypatch.setattr(engine.planning, "namespace", namespace)
         with engine.counted() as gained:
             assert engine.ask(prompt, policy="exact").agrees(full)
         hits.append(gained["hits_exact"])

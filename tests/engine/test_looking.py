@@ -52,7 +52,7 @@ def idle(make: Make, tmp_path: Path, link: FakeLink) -> Callable[..., Bench]:
 
 def give(bench: Bench, link: FakeLink, prompt: Sequence[int] = PROMPT, space: str = "") -> Look:
     tokens = np.asarray(prompt, np.int32).tobytes()
-    look = Look("node", 7, space or bench.planning._namespace.digest, tokens)
+    look = Look("node", 7, space or bench.planning.namespace.digest, tokens)
     link.looks.append(look)
     return look
 
@@ -87,7 +87,7 @@ def run_out(bench: Bench) -> list[int]:
 def check_gone(bench: Bench) -> None:
     """No request, no paged block is left; the next step tells the runner of the end."""
     assert not bench.scheduler.requests
-    assert not bench.planning._states
+    assert not bench.planning.states
     assert bench.scheduler.kv_cache_manager.usage == 0
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from examples.engines.small_model import prepare_model
-from tests.engine.harness import Engine, random_runs
+from tests.engine.harness import Engine, Fresh, half
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 120
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
-
-Fresh = Callable[[int], list[int]]
+"""A step's token budget, which the placeholders here exceed."""
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Two that change every answer, in ways of their own."""
+    """Two adapters that change every answer, each in another way."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -47,8 +45,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def plain_rows_stay_plain() -> Iterator[None]:
-    """vLLM's operations on CPUs take -1, which means no adapter, for the last adapter: a request
-    without one that shares a step with one that has one is answered with that one's weights."""
+    """vLLM's CPU operations take -1, which means no adapter, for the last adapter: if a request
+    without an adapter shares a step with one that has one, it is answered with that adapter's
+    weights."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     shrink = punica_cpu.sgmv_shrink
@@ -64,7 +63,7 @@ def plain_rows_stay_plain() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(
+def kept(
     tmp_path_factory: pytest.TempPathFactory, adapters: list[Any], plain_rows_stay_plain: None
 ) -> Iterator[Engine]:
     engine = Engine(  # after the adapters: peft needs no engine in its process
@@ -82,21 +81,11 @@ def engine(
     engine.close()
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    yield
-    engine.check_idle()
-
-
-def holes(length: int) -> list[tuple[int, int]]:
-    return random_runs(length, seed=3)
-
-
 def test_parked_requests_of_two_adapters_with_room_for_one(
     engine: Engine, fresh: Fresh, adapters: list[Any]
 ) -> None:
-    """Similar prompts, interleaved: each gets the rows and the weights of its own adapter."""
+    """Similar prompts of several adapters, interleaved: each gets the rows and weights of its
+    own."""
     prompts = [fresh(LENGTH) for _ in range(2)]
     asked = [(prompt, lora) for prompt in prompts for lora in [*adapters, None]]
     full = [engine.ask(prompt, policy="off", lora=lora) for prompt, lora in asked]
@@ -105,7 +94,7 @@ def test_parked_requests_of_two_adapters_with_room_for_one(
         engine.store(prompt, policy="exact", lora=lora)
     for budget in (LITTLE, None):
         engine.forget()
-        with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=budget):
+        with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=budget):
             names = [engine.add(prompt, lora=lora) for prompt, lora in asked]
             answers = engine.drain()
         assert gained["hits_edited"] == len(asked)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import Engine
+from tests.engine.harness import Engine, Fresh
 from tests.engine.schedulers import kvshare_alone
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 150
 EDIT = 100
-"""Behind the first run of the exact-prefix chain: a shorter common prefix is not found."""
+"""A position behind the first run of the exact-prefix chain: a shorter common prefix is not
+found."""
 NEW = [11111, 22222, 33333, 44444, 12345]
-
-Fresh = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")

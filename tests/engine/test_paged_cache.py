@@ -1,6 +1,6 @@
 """Paged layouts against vLLM's own write, bit for bit.
 
-The CPU formats are checked with real attention layers and the real kernel; the accelerator format
+The CPU formats are checked with real attention layers and the real kernel. The accelerator format
 is pure indexing, so plain CPU tensors and a reference write stand in for the device.
 """
 
@@ -110,7 +110,7 @@ def cpu_layers(
 
 
 def cache_of(layers: dict[str, Any], **options: Any) -> PagedCache:
-    # In another order than that of the model: the names decide.
+    # In another order than the model's: names decide.
     caches = {name: layers[name].kv_cache for name in sorted(layers, reverse=True)}
     return PagedCache.from_context(layers, caches, **options)
 
@@ -195,7 +195,7 @@ def test_rows_may_be_strided(vllm_config: VllmConfig, dtype: torch.dtype, isa: s
 
 @needs_cpu_platform
 def test_the_head_sizes_tested_are_those_of_the_backend() -> None:
-    # A size the backend adds must be looked at: 160 and up only repeat what 32 to 128 show.
+    # A size that the backend adds must be reviewed: 160 and up only repeat what 32 to 128 show.
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     assert sizes == [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
 
@@ -223,9 +223,7 @@ def test_layers_of_one_allocation_are_handled_at_once(
 
 def packed_for_amx(keys: Tensor, values: Tensor) -> Tensor:
     """Reference for csrc/cpu/cpu_attn_amx.hpp, element by element: `[N, D]` each to `[2 * N * D]`.
-
-    Where there is an AMX unit, the tests above hold the kernel itself against our reading.
-    """
+    On a machine with an AMX unit, the tests above check the kernel itself as well."""
     tokens, dims = keys.shape
     packed = torch.empty(2 * tokens * dims, dtype=keys.dtype)
     for n in range(tokens):
@@ -317,7 +315,7 @@ def test_scheduler_blocks_made_of_several_kernel_blocks() -> None:
 
 
 def test_kernel_blocks_hold_what_is_scheduled() -> None:
-    layers = logical_layers(block_size=16)  # vLLM may put the pages of others between them
+    layers = logical_layers(block_size=16)  # vLLM may put the pages of other layers between them
     assert cache_of(layers, block_size=16, blocks=BLOCKS).slots == BLOCKS * 16
     with pytest.raises(UnsupportedError, match="do not follow one another"):
         cache_of(layers, block_size=32, blocks=BLOCKS)
@@ -360,14 +358,14 @@ def test_rows_go_where_they_are_wanted(cache: PagedCache) -> None:
 
 def test_released_memory_serves_the_next_snapshot(cache: PagedCache) -> None:
     with cache.snapshot([1, 2, 3]) as raw:
-        address = raw._buffer.data_ptr()
+        address = raw.buffer.data_ptr()
         kept = cache.snapshot([1])
-        assert kept._buffer.data_ptr() != address
+        assert kept.buffer.data_ptr() != address
     with pytest.raises(LeaseError):
         raw.rows(torch.arange(3))
     raw.release()  # a second time: the buffer must not be lent to two snapshots
     first, second = cache.snapshot([4, 5, 6]), cache.snapshot([4, 5, 6])
-    assert first._buffer.data_ptr() == address != second._buffer.data_ptr()
+    assert first.buffer.data_ptr() == address != second.buffer.data_ptr()
     assert torch.equal(first.rows(torch.arange(48)), cache.read(torch.arange(64, 112)))
 
 
@@ -376,7 +374,7 @@ def test_spare_memory_is_bounded() -> None:
     snapshots = [cache.snapshot(range(BLOCKS)) for _ in range(4)]
     for raw in snapshots:
         raw.release()
-    assert sum(map(len, cache._spare._spare)) <= 100_000
+    assert 0 < cache.spare.nbytes <= 100_000
 
 
 def test_rows_in_another_thread_after_inference_mode(cache: PagedCache) -> None:
@@ -387,7 +385,7 @@ def test_rows_in_another_thread_after_inference_mode(cache: PagedCache) -> None:
     thread.start()
     thread.join()
     assert torch.equal(found[0][:, :, 16:], cache.read(torch.arange(16, 32)))
-    raw.release()  # and the buffer made in inference mode serves outside of it
+    raw.release()  # and a buffer made in inference mode can be used outside of it
     reused = cache.snapshot([0])
     assert torch.equal(reused.rows(torch.arange(16)), cache.read(torch.arange(16)))
 

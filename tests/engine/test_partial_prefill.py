@@ -1,23 +1,16 @@
-"""Partial prefill is exact: whatever the placeholders held before, the full answer comes out."""
+"""Partial prefill is exact: whatever the placeholders held before, the answer is full prefill's."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import TOLERANCE, Answer, Engine, Keep, kept_engine, random_runs
+from tests.engine.harness import TOLERANCE, WITH_DEVICE_TIER, Answer, Engine, Keep, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 
-SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive", "device_bytes": "64MiB"}}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
+SETTINGS = WITH_DEVICE_TIER
 
 
 @pytest.fixture
@@ -55,19 +48,20 @@ def test_random_runs_over_the_prompts_own_rows(
 
 
 def test_one_noisy_row_left_in_place_would_be_seen(engine: Engine, prompt: list[int]) -> None:
-    """The control: the noise matters, so the tests above cannot pass by accident."""
+    """The control: noise left in a single row changes the answer, so the tests above cannot pass by
+    accident."""
     full = engine.store(prompt, policy="off")
     engine.store(prompt)
     worker = engine.worker
-    write = worker._cache.write
+    write = worker.cache.write
 
     def spoiled(rows, slots):
         write(rows, slots)
-        write(torch.randn(worker._cache.layout.shape(1)) * 50.0, slots[5:6])
+        write(torch.randn(worker.cache.layout.shape(1)) * 50.0, slots[5:6])
 
-    worker._cache.write = spoiled
+    worker.cache.write = spoiled
     try:
         answer = engine.ask(prompt)
     finally:
-        worker._cache.write = write
+        worker.cache.write = write
     assert answer.tokens != full.tokens or answer.difference(full) > 100 * TOLERANCE, engine.stats()

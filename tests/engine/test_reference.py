@@ -1,4 +1,4 @@
-"""vLLM and the reference engine answer alike on the same plan."""
+"""vLLM and the reference engine give the same answer for the same plan."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from kvshare_connectors.transformers.model import KVShareModel, Served
 from examples.engines.small_model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
-from tests.engine.harness import Answer, Engine, kept_engine
-from tests.engine.test_partial_prefill import SETTINGS
+from tests.engine.harness import WITH_DEVICE_TIER, Answer, Engine, kept_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 CLOSE = 1e-3
-"""Log-probabilities of two engines in fp32 on the same rows."""
+"""How far log-probabilities of two fp32 engines on the same rows may differ."""
 TOKENS = 8
 Prompts = dict[str, list[list[int]]]
 
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
+    return kept_engine(tmp_path_factory, **WITH_DEVICE_TIER)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVShareModel
 
 
 def difference(model: KVShareModel, served: Served, answer: Answer) -> float:
-    """Largest difference of a log-probability that vLLM reports, vLLM's answer being forced."""
+    """Largest difference of a log-probability that vLLM reports, with vLLM's answer forced."""
     ours = teacher_forced(model.engine, served, answer.tokens)
     pairs = zip(ours, answer.logprobs, strict=True)
     return max(abs(float(row[token]) - value) for row, top in pairs for token, value in top.items())
@@ -72,7 +71,7 @@ def test_the_engines_agree_on_an_edited_prompt(
     ours = teacher_forced(reference.engine, served, answer.tokens)
     assert ours.argmax(-1).tolist() == answer.tokens
     assert difference(reference, served, answer) < CLOSE
-    if policy == "aggressive":  # the control: full compute answers otherwise, so the plan shows
+    if policy == "aggressive":  # the control: full compute gives another answer
         full = reference.prefill(follower, policy="off")
         assert full.reused == 0
         assert difference(reference, full, answer) > 10 * CLOSE

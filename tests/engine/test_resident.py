@@ -1,40 +1,34 @@
-"""Blocks that a worker keeps on its own device: reused from there, the rows are the same bits."""
+"""Blocks that a worker keeps on its device: reused from there, the rows are the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import BLOCK, Answer, Engine, kept_engine
-from tests.engine.test_partial_prefill import SETTINGS
+from tests.engine.harness import BLOCK, WITH_DEVICE_TIER, Answer, Engine, Fresh
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+SETTINGS = WITH_DEVICE_TIER
 LENGTH = 150
 TIMES = 5
-
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return kept_engine(tmp_path_factory, **SETTINGS)
 
 
 @pytest.fixture
 def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
-    """Of each load: the rows in the paged cache right after it, and how many of its blocks were
-    read from the arena."""
+    """For each load: the rows in the paged cache right after it, and how many blocks were read from
+    the arena."""
     worker, found = engine.worker, []
-    load, gathered = worker._load, worker._editor._gathered
+    load, gathered = worker.load_one, worker.editor.gathered
 
     def read(spec: Any) -> torch.Tensor:
-        places = [at for span in spec.spans for at in range(span.start, span.start + span.length)]
+        places = [
+            at for span in spec.plan.spans for at in range(span.start, span.start + span.length)
+        ]
         positions, blocks = torch.tensor(places), torch.tensor(spec.block_ids)
-        return worker._cache.read(blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
+        return worker.cache.read(blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
 
     def loading(spec: Any) -> int:
         from_arena: list[str] = []
@@ -46,12 +40,12 @@ def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.T
             return gathered(spans, refs, rows_of, resident)
 
         with monkeypatch.context() as patch:
-            patch.setattr(worker._editor, "_gathered", counting)
+            patch.setattr(worker.editor, "gathered", counting)
             nbytes = load(spec)
         found.append((read(spec), len(from_arena)))
         return nbytes
 
-    monkeypatch.setattr(worker, "_load", loading)
+    monkeypatch.setattr(worker, "load_one", loading)
     return found
 
 
@@ -70,13 +64,13 @@ def test_what_is_reused_often_comes_from_the_device_bit_for_bit(
     donor = fresh(LENGTH)
     engine.clear()
     full = engine.store(donor)
-    resident = engine.worker._resident._tier
+    resident = engine.worker.resident.tier
     assert resident is not None
     before = set(resident.names())
     # the follower's own rows are not stored: it is served from the donor's every time
     prompt = [*donor[:44], 11111, 22222, *donor[47:]] if edited else donor
     with pytest.MonkeyPatch.context() as patch, engine.counted() as gained:
-        patch.setattr(engine.planning.orders, "_save", lambda *_: None)
+        patch.setattr(engine.planning.orders, "save", lambda *_: None)
         answers = ask_often(engine, prompt)
     assert gained["hits_edited" if edited else "hits_exact"] == TIMES
     rows, from_arena = zip(*loads, strict=True)

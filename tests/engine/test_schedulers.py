@@ -1,5 +1,5 @@
-"""Schedulers that users may choose beside the one that suits: KVShare's plain one where vLLM runs
-ahead of the output of its steps, and vLLM's own, with which only exact prefixes are reused."""
+"""Schedulers that users may choose beside the default: KVShare's synchronous one where vLLM would
+run ahead of the output of its steps, and vLLM's own, with which only exact prefixes are reused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_exact_prefixes_are_served_and_a_failed_load_is_a_miss(
             engine.forget()
             counted, failing = engine.counted(), monkeypatch.context()
             with counted as gained, engine.budget(tokens=budget), failing as patch:
-                patch.setattr(engine.worker, "_load", fail)
+                patch.setattr(engine.worker, "load_one", fail)
                 assert engine.store(other, policy="exact").agrees(full)
             assert gained["declined.load_lease"] == gained["nodes"] == 1
         engine.forget()

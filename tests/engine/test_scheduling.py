@@ -5,14 +5,15 @@ vLLM's own prefix cache is off here, so that every row comes from the store or i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 
 from kvshare_store.errors import DeadlineError, LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, Keep, random_runs, wait_until
+from tests.engine.harness import BLOCK, Answer, Engine, Fresh, Keep, random_runs, wait_until
 from tests.engine.soak import Traffic, related_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -21,40 +22,25 @@ LENGTH = 150
 ROWS = 10
 """max_num_seqs: rows of a batch."""
 LITTLE = 24
-"""A step's budget that the placeholders here exceed."""
+"""A step's token budget, which the placeholders here exceed."""
 
-Fresh = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(
-        tmp_path_factory.mktemp("home"),
-        kvshare={"policy": "aggressive"},
-        enable_prefix_caching=False,
-        max_num_batched_tokens=512,
-        max_num_seqs=ROWS,
-    )
-    yield engine
-    engine.close()
+half = partial(random_runs, seed=5)
+SETTINGS = {
+    "kvshare": {"policy": "aggressive"},
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": ROWS,
+}
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(engine: Engine) -> Iterator[None]:
-    engine.clear()
-    engine.steps.clear()
+def counts_add_up(engine: Engine) -> Iterator[None]:
     yield
-    engine.check_idle()
-    stats = engine.client.stats()
+    stats = engine.stats()
     reused = sum(stats[f"tokens_reused_{kind}"] for kind in ("exact", "continued", "edited"))
     assert stats["tokens_requested"] == reused + stats["tokens_recomputed"]
     assert all(step.rows <= ROWS for step in engine.steps)
     assert all(step.tokens <= 512 for step in engine.steps)
-
-
-@pytest.fixture
-def prompt(fresh: Fresh) -> list[int]:
-    return fresh(LENGTH)
 
 
 def thirds(length: int) -> Keep:
@@ -62,13 +48,8 @@ def thirds(length: int) -> Keep:
     return [(0, length // 5), (length // 3, length // 2), (2 * length // 3, length - 4)]
 
 
-def holes(length: int) -> Keep:
-    """About half of the prompt, in runs of every length."""
-    return random_runs(length, seed=5)
-
-
 def runs_by_step(engine: Engine) -> list[list[tuple[int, int]]]:
-    """Placeholder runs of each step that had any."""
+    """The placeholder runs of each step that had any."""
     return [
         [(start, length) for _, start, length in step.runs] for step in engine.steps if step.runs
     ]
@@ -116,7 +97,7 @@ def test_what_follows_an_exact_prefix_comes_in_chunks(
 def test_what_follows_edited_rows_is_stored_with_its_own_rows(
     engine: Engine, prompt: list[int], budget: int
 ) -> None:
-    """A node built on an edited plan gives back the very rows that the engine computed."""
+    """A node built on an edited plan returns exactly the rows that the engine computed."""
     half = LENGTH // 2
     engine.store(prompt[:half])
     follower = [*prompt[:30], *prompt[3:6], *prompt[30:]]
@@ -141,7 +122,7 @@ def test_placeholders_over_one_step_or_many_give_the_full_answer(
 ) -> None:
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
-    keep = holes if "tokens" in limits else many
+    keep = half if "tokens" in limits else many
     engine.steps.clear()
     with engine.counted() as gained, engine.keeping(keep), engine.budget(**limits):
         assert engine.ask(prompt).agrees(full)
@@ -188,13 +169,14 @@ def test_others_decode_as_if_alone_while_a_request_is_parked(
     decoder = engine.add(other, policy="off", max_tokens=12)
     engine.step()
     engine.steps.clear()
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=LITTLE):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=LITTLE):
         parked = engine.add(prompt)
         answers = engine.drain()
     assert gained["hits_edited"] == 1
     shared = [step for step in engine.steps if step.runs]
     assert len(shared) >= 2
-    assert all(step.rows > len(step.runs) for step in shared)  # the decoder had its row in each
+    # the decoding request had its row in each
+    assert all(step.rows > len(step.runs) for step in shared)
     assert answers[decoder][0].agrees(alone)
     assert answers[parked][0].agrees(full)
 
@@ -202,7 +184,7 @@ def test_others_decode_as_if_alone_while_a_request_is_parked(
 def test_a_queue_of_others_does_not_starve_a_parked_request(
     engine: Engine, prompt: list[int], fresh: Fresh
 ) -> None:
-    """Rows that become free go to the parked request before they go to newcomers."""
+    """Free rows go to the parked request before they go to new ones."""
     full = engine.ask(prompt, policy="off")
     engine.store(prompt)
     with engine.keeping(many), engine.budget(rows=2):
@@ -228,7 +210,7 @@ def test_parked_requests_that_do_not_fit_together_come_one_after_the_other(
     full = all_off(engine, prompts, max_tokens=2)
     for prompt in prompts:
         engine.store(prompt, policy="exact")
-    room = engine.room(6)  # paged blocks of four are needed by each
+    room = engine.room(6)  # each needs paged blocks of four
     with engine.counted() as gained, engine.keeping(thirds), engine.budget(tokens=8), room:
         names = [engine.add(prompt, max_tokens=2) for prompt in prompts]
         answers = engine.drain()
@@ -258,7 +240,7 @@ def test_several_edited_requests_admitted_together(
 
 
 def test_more_requests_than_rows(engine: Engine, fresh: Fresh) -> None:
-    """Rows set aside for placeholders are no rows for newcomers."""
+    """Rows that are set aside for placeholders are not given to new requests."""
     prompts = [fresh(40 + count) for count in range(ROWS + 4)]
     full = all_off(engine, prompts, max_tokens=2)
     for prompt in prompts[::3]:
@@ -287,7 +269,7 @@ def test_identical_prompts_together_miss_together_and_hit_together(
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_samples_of_one_prompt(engine: Engine, prompt: list[int], n: int) -> None:
-    # within the budget: vLLM on CPU fails by itself on seeded requests that come in chunks
+    # within the budget: vLLM on CPU itself fails on seeded requests that come in chunks
     def samples(**options: str) -> list[list[int]]:
         name = engine.add(prompt, n=n, temperature=1.0, seed=7, **options)
         return sorted(answer.tokens for answer in engine.drain()[name])
@@ -314,7 +296,7 @@ def test_one_token_of_answer_is_enough_to_store_and_to_reuse(
 
 @pytest.mark.parametrize(("length", "stored"), [(1, 0), (BLOCK - 1, 0), (BLOCK, 1), (BLOCK + 1, 1)])
 def test_short_prompts(engine: Engine, prompt: list[int], length: int, stored: int) -> None:
-    """Below min_prompt_tokens (32) nothing is stored; from there on a block need not be full."""
+    """Below min_prompt_tokens (32) nothing is stored; above, a block need not be full."""
     short = prompt[:length]
     full = engine.ask(short, policy="off")
     with engine.counted() as gained:
@@ -336,12 +318,12 @@ def test_a_failed_load_is_a_miss(
 
     full = engine.store(prompt)
     with engine.counted() as gained, monkeypatch.context() as patch:
-        patch.setattr(engine.worker, "_load", fail)
-        with engine.keeping(holes), engine.budget(**limits):
+        patch.setattr(engine.worker, "load_one", fail)
+        with engine.keeping(half), engine.budget(**limits):
             assert engine.ask(prompt).agrees(full)
     assert gained["declined.load_lease"] == 1
     assert gained["hits_edited"] == 0
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(**limits):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(**limits):
         assert engine.ask(prompt).agrees(full)
     assert gained["hits_edited"] == 1
 
@@ -367,7 +349,7 @@ def test_abort_while_waiting_for_room(engine: Engine, prompt: list[int]) -> None
 def test_abort_while_the_lookup_runs(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan comes after its request has gone; its lease must not stay."""
+    """The plan comes after its request has gone; its lease must end all the same."""
     engine.store(prompt)
     late = DeadlineError("not yet")
 
@@ -376,11 +358,11 @@ def test_abort_while_the_lookup_runs(
 
     with engine.counted() as gained:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.planning._link, "answer", slow)
+            patch.setattr(engine.planning.link, "answer", slow)
             patch.setattr(engine.planning.lookups, "patience", lambda: 0.0)
             name = engine.add(prompt)
             engine.step()
-            assert engine.planning._states
+            assert engine.planning.states
             engine.abort(name)
         wait_until(lambda: leases(engine) == 1, 5.0)
     assert gained["declined.aborted"] == 1
@@ -389,7 +371,7 @@ def test_abort_while_the_lookup_runs(
 @pytest.mark.parametrize("steps", [1, 2])
 def test_abort_while_parked(engine: Engine, prompt: list[int], steps: int) -> None:
     engine.store(prompt)
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=16):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=16):
         name = engine.add(prompt)
         for _ in range(steps):
             engine.step()
@@ -405,7 +387,7 @@ def test_abort_while_parked(engine: Engine, prompt: list[int], steps: int) -> No
 def test_abort_while_a_step_computes_placeholders(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """The abort arrives between the schedule of a step and its output."""
+    """The abort arrives after the step was scheduled and before its output."""
     engine.store(prompt)
     names, done = [], engine.worker.after_forward
 
@@ -416,7 +398,7 @@ def test_abort_while_a_step_computes_placeholders(
             engine.abort(names.pop())
 
     monkeypatch.setattr(engine.worker, "after_forward", aborted)
-    with engine.counted() as gained, engine.keeping(holes), engine.budget(tokens=16):
+    with engine.counted() as gained, engine.keeping(half), engine.budget(tokens=16):
         engine.steps.clear()
         names.append(engine.add(prompt))
         while engine.core.has_unfinished_requests():
@@ -426,7 +408,7 @@ def test_abort_while_a_step_computes_placeholders(
     assert not engine.scheduler.requests
 
 
-@pytest.mark.parametrize("keep", [None, holes], ids=["plain", "edited"])
+@pytest.mark.parametrize("keep", [None, half], ids=["plain", "edited"])
 def test_abort_while_decoding(engine: Engine, prompt: list[int], keep: Keep | None) -> None:
     engine.store(prompt)
     with engine.counted() as gained, engine.keeping(keep) if keep else nullcontext():

@@ -1,4 +1,4 @@
-"""`kvshare vllm serve`: the OpenAI server as a user starts it, asked over HTTP."""
+"""`kvshare vllm serve`: the OpenAI server as a user starts it, over HTTP."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 from tests.engine.harness import wait_until
 from tests.support.daemons import ClientDriver
+from tests.support.exposition import Exposed
 from tests.support.oracle import prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -47,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server(NamedTuple):
-    """The running server, and what lay in shared memory before it."""
+    """The running server, and what was in shared memory before it started."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -73,8 +74,8 @@ def command(home: Path, port: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a server as users start it, with its engine in a process of its own: other tests have set
-    vLLM's variables for engines in this one."""
+    """The environment of a server as users start it, with its engine in a process of its own. Other
+    tests have set vLLM's variables for engines in this process."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return ours | {
         "HF_HUB_OFFLINE": "1",
@@ -86,7 +87,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests; the last one stops it."""
+    """One server for all tests; the last test stops it."""
     log = tmp_path_factory.mktemp("log") / "server.log"
     port, before = free_port(), set(os.listdir(SHARED_MEMORY))
     with log.open("wb") as output:
@@ -107,7 +108,7 @@ def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture(scope="module")
 def call(server: Server) -> Call:
-    """Post to a path of the running server; the answer as it came."""
+    """Post to a path of the running server; returns the answer as it came."""
 
     def post(path: str, body: dict[str, Any]) -> str:
         request = urllib.request.Request(
@@ -127,7 +128,7 @@ def chat(text: str, **body: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ask(call: Call) -> Ask:
-    """Ask in a chat; the keyword arguments go into the body of the request."""
+    """Send a chat; keyword arguments go into the body of the request."""
 
     def asking(text: str, **body: Any) -> str:
         answer = json.loads(call("chat/completions", chat(text, **body)))
@@ -149,8 +150,8 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def stored(home: Path, nodes: int, *, exactly: bool = False) -> dict[str, Any]:
-    """Stats once that many prompts are stored, or exactly as many: a prompt with its answer takes
-    the place of the prompt, and for a moment both are there."""
+    """Stats once that many prompts are stored; `exactly`: no more and no fewer. A prompt with its
+    answer replaces the prompt, and for a moment both are stored."""
     with Client(home) as client:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -175,7 +176,7 @@ def test_a_similar_prompt_is_served_from_an_earlier_ones_kv(ask: Ask, home: Path
     assert after["tokens_reused_edited"] > 300
     plain = ask(family.followers[0], kv_transfer_params={"kvshare.policy": "off"})
     assert stored(home, 2)["declined"]["policy_off"] == 1
-    assert words(edited)[:2] == words(plain)[:2]  # what comes next may differ: the rows do
+    assert words(edited)[:2] == words(plain)[:2]  # what comes next may differ, but the rows do not
 
 
 def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
@@ -188,9 +189,9 @@ def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
 
 
 def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
-    """Completions and chats; what is streamed has no place for it and comes all the same."""
+    """Completions and chats. Streamed answers have no field for it, and work all the same."""
     family = next(family for family in FAMILIES if family.name == "medical_report")
-    text = family.donor  # of which nothing is stored
+    text = family.donor  # nothing of it is stored
     before = stored(home, 2)["nodes"]
     first = json.loads(call("completions", {"prompt": text}))
     assert first["kv_transfer_params"]["kvshare.reused"] == 0
@@ -208,10 +209,42 @@ def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
     assert streamed.rstrip().endswith("data: [DONE]")
 
 
+def scrape(server: Server) -> Exposed:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
+        return Exposed(answer.read().decode())
+
+
+def test_its_metrics_are_what_its_answers_say(server: Server, call: Call, home: Path) -> None:
+    """They travel from the engine's process to the one that answers over HTTP."""
+    family = next(family for family in FAMILIES if family.name == "contract")
+    before, nodes = scrape(server), stored(home, 1)["nodes"]
+    said = []
+    for number, text in enumerate((family.donor, family.followers[0]), 1):
+        answer = json.loads(call("completions", {"prompt": text}))
+        said.append(answer["kv_transfer_params"])
+        stored(home, nodes + number)
+    assert said[1]["kvshare.edited"] > 0
+
+    def gained(name: str, **labels: str) -> float:
+        return scrape(server).total(name, **labels) - before.total(name, **labels)
+
+    def both_are_counted() -> bool:
+        return gained("vllm:kvshare_requests_total") == 2
+
+    wait_until(both_are_counted, STOP_S)
+    for kind in ("exact", "continued", "edited", "recomputed"):
+        tokens = sum(one[f"kvshare.{kind}"] for one in said)
+        assert gained("vllm:kvshare_tokens_total", kind=kind, model_name="demo") == tokens
+    assert gained("vllm:kvshare_requests_total", outcome="edited", engine="0") == 1
+    assert gained("vllm:kvshare_requests_total", outcome="miss") == 1
+    assert gained("vllm:kvshare_lookup_seconds_count") == 2
+    assert gained("vllm:kvshare_load_seconds_count") == 1
+
+
 def test_rewritten_histories_stream_and_say_in_the_log_what_was_reused(
     server: Server, home: Path
 ) -> None:
-    """What the chat example does, with one conversation whose system prompt has the time in it."""
+    """Like the chat example, with one conversation whose system prompt has the time in it."""
     client = ChatClient("demo", server.port, "demo", server.log)
     dated = next(rewrite for rewrite in REWRITES if "date" in rewrite.name)
     for one in requests(written()[2:3], dated, 3):
@@ -228,7 +261,7 @@ def test_rewritten_histories_stream_and_say_in_the_log_what_was_reused(
 
 
 def test_a_stopped_server_leaves_the_daemon_to_others(server: Server, ask: Ask, home: Path) -> None:
-    """vLLM ends every descendant of its own, by force where it must: the daemon is none of them."""
+    """vLLM kills all its descendants, by force if needed; the daemon must not be one of them."""
     ask("What outlives a server?")
     with Client(home) as older:
         older.flush()

@@ -1,4 +1,4 @@
-"""One step after the other, on vLLM's real scheduler objects: what is placed, counted, freed."""
+"""Step by step on vLLM's real scheduler objects: what is placed, counted and freed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OFF = {"kvshare.policy": "off"}
 
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> FakeLink:
-    """What every scheduler here asks for plans."""
+    """The link from which every scheduler here gets its plans."""
     link = FakeLink()
     link.client = SimpleNamespace(greeted=False)  # type: ignore[attr-defined]
     monkeypatch.setattr(link_module, "open_link", lambda config: link)
@@ -90,8 +90,8 @@ def beside(tmp_path: Path, *others: dict[str, Any], failures: str = "recompute")
 def test_requests_that_a_step_leaves_out_keep_their_rows(
     make: Make, link: FakeLink, streaming: int
 ) -> None:
-    """vLLM's V2 runner has a slot for each running request, scheduled or not, and for sessions
-    that wait for more input. Virtual rows are what is left."""
+    """vLLM's V2 runner has a slot for each running request, scheduled or not, and for sessions that
+    wait for more input. Virtual rows get the remaining slots."""
     spans = tuple(Span(at, 8, at, 0, at) for at in range(0, 80, 10))
     link.plan = msgspec.structs.replace(PLAN, exact=0, spans=spans)
     bench = make(max_num_seqs=4, max_num_batched_tokens=64)
@@ -115,7 +115,7 @@ def test_requests_that_a_step_leaves_out_keep_their_rows(
 
 
 def test_rows_share_one_list_of_tokens(make: Make, link: FakeLink) -> None:
-    """A copy for each of many runs of a long prompt would be pickled on the scheduling path."""
+    """One copy for each run of a long prompt would be pickled on the scheduling path."""
     length, runs = 65_536, 60
     bench = make(max_num_seqs=128, max_num_batched_tokens=4096, blocks=4096)
     step = length // (runs + 1)
@@ -138,14 +138,14 @@ def test_rows_share_one_list_of_tokens(make: Make, link: FakeLink) -> None:
 def test_a_plan_that_comes_after_the_budget_was_made_parks_its_request(
     make: Make, link: FakeLink, ahead: bool
 ) -> None:
-    """Nobody has set rows aside for its runs, and the runner has no more than `max_num_seqs`."""
+    """No rows were set aside for its runs, and the runner has only `max_num_seqs`."""
     spans = tuple(Span(at, 8, at, 0, at) for at in range(2, LENGTH, 12))
     link.plan = msgspec.structs.replace(PLAN, exact=0, spans=spans)
     bench = make(ahead=ahead, max_num_seqs=4)
     for start in range(500, 800, 100):
         bench.add(range(start, start + 10), max_tokens=50, params=OFF)
     bench.step()
-    link.late = 1  # not there when the budget is made, there when vLLM asks
+    link.late = 1  # not there when the budget is made, but there when vLLM asks
     request = bench.add()
     output = bench.schedule()
     assert len(output.num_scheduled_tokens) <= 4
@@ -159,7 +159,7 @@ def test_a_plan_that_comes_after_the_budget_was_made_parks_its_request(
 def test_a_late_plan_does_not_overdraw_the_tokens_of_its_step(
     make: Make, link: FakeLink, ahead: bool
 ) -> None:
-    """What its request does not need goes to the next one: its placeholders come on top."""
+    """Tokens that its request does not need go to the next one, whose placeholders come on top."""
     short = tuple(range(60))
     spans = (Span(10, 30, 10, 0, 10),)
     link.plan = msgspec.structs.replace(PLAN, tokens=60, exact=0, spans=spans)
@@ -174,7 +174,7 @@ def test_a_late_plan_does_not_overdraw_the_tokens_of_its_step(
 
 
 class Unsteady(FakeLink):
-    """Plans of any shape, of which any may be late any number of times."""
+    """Plans of any shape; any of them may come late, by any number of questions."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -197,7 +197,8 @@ class Unsteady(FakeLink):
 def test_no_step_is_larger_than_the_runner(
     make: Make, monkeypatch: pytest.MonkeyPatch, ahead: bool, seed: int
 ) -> None:
-    """Whenever plans come: the rows of a step and what holds a row without one, and its tokens."""
+    """Whenever plans come, the limits hold: rows in a step, requests that hold rows without being
+    scheduled, and tokens."""
     rng = random.Random(seed)
     unsteady = Unsteady(rng)
     unsteady.client = SimpleNamespace(greeted=False)  # type: ignore[attr-defined]
@@ -239,7 +240,7 @@ def adapters(tmp_path: Path) -> list[Any]:
 def test_virtual_rows_count_against_the_adapters_of_a_step(
     make: Make, adapters: list[Any], first_runs: bool
 ) -> None:
-    """The worker has room for one adapter: rows of two in a step end the engine."""
+    """The worker has room for one adapter; a step with rows of two would end the engine."""
     bench = make(lora=1, max_num_batched_tokens=64, max_num_seqs=8)
     bench.scheduler.max_num_scheduled_tokens = 8
     first, second = adapters
@@ -307,12 +308,12 @@ def test_new_requests_are_not_looked_up_ahead_while_none_is_admitted(
 
 
 def at(bench: Bench, moment: str) -> Any:
-    """A request at one moment of its loading, and the step that is in flight, if one is."""
+    """A request at one point of its loading, with the step in flight if there is one."""
     request = parked(bench)
     if moment == "runs left":
         return request, None
     bench.scheduler.max_num_scheduled_tokens = 64
-    output = bench.schedule()  # places the last of them
+    output = bench.schedule()  # places its last placeholders
     assert not bench.planning.runs.parked
     if moment == "last step in flight":
         return request, output
@@ -331,7 +332,7 @@ def at(bench: Bench, moment: str) -> Any:
 def test_a_reset_releases_requests_that_wait_with_rows(
     make: Make, link: FakeLink, moment: str, connector_too: bool, ahead: bool
 ) -> None:
-    """They give their blocks back and begin again; vLLM's own reset would raise."""
+    """They give their blocks back and start again, where vLLM's own reset would raise."""
     bench = make(ahead=ahead)
     free = bench.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     request, in_flight = at(bench, moment)
@@ -343,7 +344,7 @@ def test_a_reset_releases_requests_that_wait_with_rows(
     assert request.status == RequestStatus.WAITING
     assert not bench.planning.runs.parked
     if in_flight is not None:
-        bench.finish(in_flight)  # the report of a load that means nothing any more
+        bench.finish(in_flight)  # the report of a load that no longer matters
     bench.drain()
     assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
     assert len(link.asked) == asked + 1
@@ -361,7 +362,7 @@ def test_the_release_of_an_aborted_requests_report_is_harmless(make: Make) -> No
 
 
 def test_a_reset_changes_the_namespace_for_good(make: Make, link: FakeLink) -> None:
-    """After a weight update rows of before are never asked for, nor stored under the new ones."""
+    """After a weight update, earlier rows are never asked for, nor stored under the new weights."""
     bench = make()
     waiting = bench.add(max_tokens=1)
     digest = link.asked[0][0]
@@ -405,7 +406,7 @@ def test_a_reset_with_vllms_scheduler_fails_while_rows_are_being_loaded(
 
 
 def test_blocks_of_a_parked_request_are_free_when_its_last_step_has_ended(make: Make) -> None:
-    """Not one step later: the next one may be long in coming."""
+    """Not one step later: the next step may be long in coming."""
     bench = make(ahead=True, max_num_batched_tokens=64)
     pool = bench.scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
@@ -429,7 +430,7 @@ def test_blocks_of_a_parked_request_are_free_when_its_last_step_has_ended(make: 
 
 @pytest.mark.parametrize("budget", [512, 4], ids=["same step", "parked"])
 def test_placeholders_are_no_cache_hits(make: Make, budget: int) -> None:
-    """Of a hundred tokens seventy are reused: placeholders and tail are computed."""
+    """Seventy of a hundred tokens are reused; placeholders and tail are computed."""
     bench = make()
     bench.scheduler.max_num_scheduled_tokens = budget
     request = bench.add(max_tokens=1)
@@ -455,7 +456,7 @@ def test_a_lookup_starts_when_its_request_arrives(make: Make, link: FakeLink) ->
 
 
 def test_requests_far_back_in_the_queue_hold_no_plans(make: Make, link: FakeLink) -> None:
-    """Every plan pins blocks in memory."""
+    """Every plan keeps blocks in memory."""
     bench = make()
     for start in range(30):
         bench.add(range(start, start + LENGTH))
@@ -465,7 +466,7 @@ def test_requests_far_back_in_the_queue_hold_no_plans(make: Make, link: FakeLink
 def test_a_request_that_queued_past_the_deadline_of_its_early_lookup_asks_again(
     make: Make, link: FakeLink
 ) -> None:
-    """The daemon makes no plan that nobody waits for; now somebody does."""
+    """The daemon dropped the early lookup since no request waited for it; now one does."""
     bench = make()
     request = bench.add()
     bench.planning.state_of(request).asked_at -= 60.0
@@ -479,7 +480,7 @@ def test_a_request_that_queued_past_the_deadline_of_its_early_lookup_asks_again(
 
 
 def test_vllm_may_ask_as_often_as_it_likes(make: Make, link: FakeLink) -> None:
-    """Nothing happens before it takes a promise: no plan is given up, no hash is private."""
+    """Nothing happens until vLLM takes a promise: no plan is given up, no hash is private."""
     bench = make()
     request = bench.add()
     hashes, told = list(request.block_hashes), list(link.told)
@@ -505,14 +506,14 @@ def test_hashes_are_public_again_when_there_is_no_room(make: Make) -> None:
 
 
 def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
-    """A failed load, a preemption and a reset leave a request that computes its own rows."""
+    """After a failed load, a preemption or a reset, a request computes its own rows."""
     for lose in ("load", "preemption", "reset"):
         bench = make()
         request = bench.add(max_tokens=30)
         hashes = list(request.block_hashes)
         output = bench.schedule()
         assert request.block_hashes[1:] != hashes[1:]
-        bench.finish(output, set(bench.planning.orders._loading[-1]) if lose == "load" else None)
+        bench.finish(output, set(bench.planning.orders.loading[-1]) if lose == "load" else None)
         if lose == "preemption":
             bench.scheduler.running.remove(request)
             bench.scheduler._preempt_request(request, 0.0)
@@ -526,8 +527,8 @@ def test_hashes_are_public_again_when_the_rows_are_gone(make: Make) -> None:
 def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
     make: Make, link: FakeLink
 ) -> None:
-    """Blocks that are filled later, one at a time, too. Another donor's: others. A stricter request
-    that is planned the same rows has the same."""
+    """This includes blocks that are filled later, one at a time. Another donor gives other hashes;
+    a stricter request with the same rows gets the same ones."""
     bench = make(max_num_seqs=64)
     twins = [bench.add(max_tokens=40) for _ in range(2)]
     stricter = bench.add(max_tokens=40, params={"kvshare.policy": "faithful"})
@@ -546,7 +547,7 @@ def test_the_same_rows_have_the_same_private_hashes_and_no_others_do(
 
 
 def test_the_outer_failure_policy_counts(make: Make, tmp_path: Path) -> None:
-    """MultiConnector's is vLLM's default, whatever KVShare's own says."""
+    """MultiConnector's own setting is vLLM's default, whatever KVShare's says."""
     with pytest.raises(ConfigError, match=r'outer .*"kv_load_failure_policy": "recompute"'):
         make(beside(tmp_path, failures="fail"))
 
@@ -579,8 +580,8 @@ def test_with_vllms_own_scheduler_only_exact_rows_are_asked_for(make: Make, link
 def test_a_sibling_whose_loads_always_fail_does_not_stop_its_requests(
     make: Make, link: FakeLink, tmp_path: Path
 ) -> None:
-    """vLLM goes on from the first block that failed; a preempted request would be promised the
-    same block by the sibling, for ever."""
+    """vLLM continues from the first block that failed. The sibling would promise a preempted
+    request the same block again, for ever."""
     link.plan = None
     bench = make(beside(tmp_path, sibling("Failing", "tests.engine.siblings")))
     request = bench.add()
@@ -615,10 +616,10 @@ def twice(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_kvshare_beside_itself_is_refused(make: Make, tmp_path: Path, stock: bool) -> None:
-    """Each would store as exact what the other has edited, and both would answer."""
+    """Each would store as exact what the other has edited, and both would answer lookups."""
     with pytest.raises(ConfigError, match="names KVShareConnector more than once"):
         make(twice(tmp_path), stock=stock)
-    bench = make(beside(tmp_path), stock=stock)  # once is fine, also after that
+    bench = make(beside(tmp_path), stock=stock)  # once is fine, also after a refusal
     bench.add()
     bench.drain()
 
@@ -626,7 +627,7 @@ def test_kvshare_beside_itself_is_refused(make: Make, tmp_path: Path, stock: boo
 def test_kvshare_beside_itself_is_refused_where_the_model_is_not_served(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Idle connectors answer too: vLLM's scheduler would raise when a request ends."""
+    """Idle connectors also answer vLLM: its scheduler would raise when a request ends."""
     monkeypatch.setattr(connector_module, "decline_reason", lambda config: "sliding_window")
     with pytest.raises(ConfigError, match="names KVShareConnector more than once"):
         make(twice(tmp_path), stock=True)
@@ -676,7 +677,7 @@ def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
 def test_an_answer_of_a_preempted_request_counts_what_was_computed_anew(
     make: Make, link: FakeLink, by: str
 ) -> None:
-    """It computes the prompt itself: nothing of what it had loaded is left."""
+    """It computes the prompt itself, since nothing of what it had loaded is left."""
     bench = make()
     request = bench.add(max_tokens=30)
     bench.step()
@@ -738,7 +739,7 @@ def test_what_means_nothing_is_computed_in_full_and_said(
         assert {name: found[name] for name in expected} == expected
         assert found["reused"] == 0
     asked_in_vain = "unknown" in expected or "asked" in expected
-    assert len(quiet()) == asked_in_vain  # once, not once a request
+    assert len(quiet()) == asked_in_vain  # once, not once per request
 
 
 def test_a_laxer_policy_is_not_granted_and_the_answer_says_so(
@@ -762,7 +763,7 @@ def test_a_laxer_policy_is_not_granted_and_the_answer_says_so(
 def test_an_answer_names_the_policy_that_the_daemon_grants(
     make: Make, link: FakeLink, tmp_path: Path
 ) -> None:
-    """Another engine has started the daemon, with a stricter one."""
+    """Another engine with a stricter policy has started the daemon."""
     link.policy = "faithful"
     bench = make(kvshare_alone(tmp_path / "home", policy="aggressive"))
     found = [bench.add(params=params) for params in (None, {"kvshare.policy": "balanced"})]
@@ -773,7 +774,8 @@ def test_an_answer_names_the_policy_that_the_daemon_grants(
 
 
 def test_an_answer_may_be_sent_back(make: Make, link: FakeLink) -> None:
-    """Proxies hand the whole field on: nothing in it steers, and nothing in it is a mistake."""
+    """Proxies pass the whole field on: nothing in it has an effect, and nothing in it is an
+    error."""
     bench = make()
     first = bench.add(params={"kvshare.policy": "wild", "kvshare.polcy": 1})
     bench.drain()
@@ -863,7 +865,7 @@ def test_what_is_unsure_is_no_answer(make: Make, link: FakeLink, end: str) -> No
 
 
 def test_a_step_in_flight_does_not_count_for_an_answer(make: Make, link: FakeLink) -> None:
-    """It computes the row of the last token, and that is left out."""
+    """It computes the row of the last token, which is left out."""
     link.plan = None
     bench = make(ahead=True)
     request = bench.add(max_tokens=30)

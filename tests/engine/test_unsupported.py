@@ -1,4 +1,4 @@
-"""Models that KVShare does not serve are served plainly, as without it, and the log says why."""
+"""Models that KVShare does not serve run as without it, and the log says why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
 
 
 def config_of(architecture: str) -> Any:
-    """The configuration of a tiny model that attends to its last tokens only, in some layers."""
+    """The configuration of a tiny model in which some layers attend to the last tokens only."""
     from transformers import Gemma3TextConfig, GptOssConfig, MistralConfig
 
     if architecture == "MistralForCausalLM":
@@ -57,8 +57,8 @@ def model_in(folder: Path, architecture: str) -> Path:
 def test_an_unsupported_model_is_served_without_reuse(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, groups: int
 ) -> None:
-    """Layers with a window keep their own, smaller blocks: vLLM's hybrid memory manager stays on,
-    which it would not for a connector that does not say that it can be used with it."""
+    """Layers with a window keep their own, smaller blocks: vLLM's hybrid memory manager stays on.
+    vLLM switches it off for connectors that do not declare support for it."""
     with caplog.at_level(logging.WARNING, "kvshare"):
         engine = Engine(
             tmp_path / "home",

@@ -1,4 +1,5 @@
-"""The worker side alone: paged blocks are plain tensors, what it tells the daemon is recorded."""
+"""The worker side alone: paged blocks are plain tensors, and what it tells the daemon is
+recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Run, Span
+from kvshare_store.plan import ReusePlan, Run, Span
 from kvshare_store.save.staging import Staged
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
@@ -35,7 +36,7 @@ TOKENS, BLOCKS = 16, 12
 
 
 class Notebook:
-    """Stands for the saver: what it is told is kept, and made when it is read."""
+    """Stands in for the saver: keeps what it is told, and copies it when it is read."""
 
     def __init__(self, *_: Any) -> None:
         self.told: list[saver.Message] = []
@@ -74,9 +75,10 @@ def told(one: worker.Worker) -> Notebook:
 
 
 def load_of(name: str, blocks: list[int], start: int = TOKENS) -> LoadSpec:
-    """A request whose first block is vLLM's own hit; the rest is to be loaded."""
-    spans = [Span(start, 20, start, 0, 0)]
-    return LoadSpec(name, f"lease-{name}", "", spans, (), blocks, start, 20, 0, 5)
+    """A request whose first block is a hit of vLLM's own cache; the rest is to be loaded."""
+    spans = (Span(start, 20, start, 0, 0),)
+    plan = ReusePlan(namespace="", tokens=start + 25, spans=spans, lease=f"lease-{name}")
+    return LoadSpec(name, plan, blocks, start)
 
 
 def save_of(name: str, blocks: list[int]) -> SaveSpec:
@@ -115,9 +117,9 @@ def test_a_load_that_raises_anything_is_a_miss_of_its_request_alone(
     one: worker.Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
 ) -> None:
     bad, good = load_of("bad", [1, 2, 3]), load_of("good", [1, 4, 5])
-    monkeypatch.setattr(one, "_load", lambda spec: 7 if spec is good else raising(error)())
+    monkeypatch.setattr(one, "load_one", lambda spec: 7 if spec is good else raising(error)())
     one.load(KVShareMetadata(loads=[bad, good]))
-    assert one.take_failed_blocks() == {2, 3}  # block 1 is shared and right
+    assert one.take_failed_blocks() == {2, 3}  # block 1 is shared, and correct
     failed, loaded = (message.outcome for message in told(one).of(protocol.Finish))
     assert (failed.failed, failed.recomputed) == (f"load_{kind}", 25)
     assert (loaded.failed, loaded.nbytes) == ("", 7)
@@ -128,9 +130,9 @@ def test_a_load_that_raises_anything_is_a_miss_of_its_request_alone(
 def test_a_save_that_raises_anything_loses_that_prompt_alone(
     one: worker.Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
 ) -> None:
-    snapshot = one._cache.snapshot
+    snapshot = one.cache.snapshot
     monkeypatch.setattr(
-        one._cache, "snapshot", lambda ids: raising(error)() if 3 in ids else snapshot(ids)
+        one.cache, "snapshot", lambda ids: raising(error)() if 3 in ids else snapshot(ids)
     )
     one.after_forward(KVShareMetadata(saves=[save_of("bad", [3]), save_of("good", [5])]))
     assert told(one).stored == ["good"]
@@ -140,7 +142,7 @@ def test_a_save_that_raises_anything_loses_that_prompt_alone(
 def test_a_block_that_cannot_be_kept_on_the_device_ends_nothing(
     one: worker.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one._resident, "fill", raising(torch.OutOfMemoryError("CUDA")))
+    monkeypatch.setattr(one.resident, "fill", raising(torch.OutOfMemoryError("CUDA")))
     one.after_forward(KVShareMetadata(saves=[save_of("good", [5])]))
     assert told(one).stored == ["good"]
     assert [message.kind for message in told(one).of(protocol.Failed)] == ["no_space"]
@@ -159,7 +161,7 @@ def test_an_idle_worker_fails_what_is_asked_of_it() -> None:
 
 
 class FarBehind:
-    """A stopwatch of a device that is still at work when everything is given to it."""
+    """A stopwatch of a device that is still working when all work has been submitted."""
 
     readers: list[threading.Thread]
 
@@ -196,7 +198,7 @@ def test_the_prefill_rate_is_of_the_work_not_of_its_launch(
 def test_the_time_of_a_load_is_of_the_work_not_of_its_launch(
     one: worker.Worker, far_behind: type[FarBehind], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one, "_load", lambda spec: 7)
+    monkeypatch.setattr(one, "load_one", lambda spec: 7)
     one.load(KVShareMetadata(loads=[load_of("any", [1, 2, 3])]))
     assert not far_behind.readers
     (finish,) = told(one).of(protocol.Finish)
@@ -204,13 +206,13 @@ def test_the_time_of_a_load_is_of_the_work_not_of_its_launch(
 
 
 class Stream:
-    """A CUDA stream whose clock stands at the end of the work it was given."""
+    """A CUDA stream whose clock shows the end of the work submitted so far."""
 
     now_ms = 0.0
 
 
 class Event:
-    """A CUDA event; reading one that was not waited for is an error."""
+    """A CUDA event. Reading one that was not waited for is an error."""
 
     def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
         assert enable_timing
@@ -237,7 +239,7 @@ def test_a_gpu_is_timed_by_events_on_the_stream_of_the_caller(
     watch = timing.stopwatch(torch.device("cuda"))
     stream.now_ms += 250
     seconds = watch.stop()
-    stream.now_ms += 99  # the step after
+    stream.now_ms += 99  # one step later
     assert seconds() == 0.25
 
 
@@ -253,7 +255,7 @@ def test_a_cpu_is_timed_by_its_clock() -> None:
 
 
 class Daemon:
-    """Stands for the daemon's client: wants 32 and then 8 rows, keeps what it gets."""
+    """Stands in for the daemon's client: wants 32 and then 8 rows, and keeps what it gets."""
 
     committed: list[bytes]
     told: list[Any]
@@ -295,7 +297,7 @@ def test_the_saver_commits_the_fresh_rows_block_by_block(monkeypatch: pytest.Mon
 
 
 class OldDaemon(Daemon):
-    """Of the release before: it does not know of answers and wants every row."""
+    """A client of the release before, which does not know of answers and wants every row."""
 
     abandoned: list[str]
 
@@ -328,9 +330,9 @@ def test_an_older_daemon_stores_no_answers(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_answers_are_copied_before_the_step_writes_anything(one: worker.Worker) -> None:
-    """Their blocks may belong to others in the same step."""
+    """Their blocks may belong to other requests in the same step."""
     rows = []
-    one._load = lambda spec: rows.append(len(told(one).stored)) or 0  # type: ignore[method-assign]
+    one.load_one = lambda spec: rows.append(len(told(one).stored)) or 0  # type: ignore[method-assign]
     step = KVShareMetadata(answers=[save_of("a", [1, 2])], loads=[load_of("b", [1, 2])])
     one.save_answers(step)
     one.step_begins(step)
@@ -342,7 +344,7 @@ def test_answers_are_copied_before_the_step_writes_anything(one: worker.Worker) 
 
 
 def test_an_answer_in_blocks_whose_load_failed_is_not_stored(one: worker.Worker) -> None:
-    one._load = raising(LeaseError("gone"))  # type: ignore[method-assign]
+    one.load_one = raising(LeaseError("gone"))  # type: ignore[method-assign]
     one.load(KVShareMetadata(loads=[load_of("a", [1, 2, 3])]))
     answers = [save_of("a", [1, 2, 3]), save_of("b", [4, 5])]
     step = KVShareMetadata(answers=answers, handled={2, 3})

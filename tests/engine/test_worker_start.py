@@ -1,27 +1,27 @@
-"""What a worker finds when it starts: kernel blocks smaller than scheduled ones, layers it does not
+"""What a worker finds at the start: kernel blocks smaller than scheduled ones, layers it does not
 know."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvshare_store.errors import UnsupportedError
-from tests.engine.harness import Engine, kept_engine, random_runs
+from tests.engine.harness import Engine, Fresh, kept_engine, random_runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-Fresh = Callable[[int], list[int]]
 KERNEL_BLOCK = 32
 LENGTH = 200
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The CPU's attention takes blocks of 32 tokens alone, as backends of accelerators do."""
+    """Let the CPU's attention accept blocks of 32 tokens only, like attention backends of
+    accelerators."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
     engine: Engine, fresh: Fresh
 ) -> None:
-    assert engine.worker._cache._layers[0].kv_cache.shape[2] == KERNEL_BLOCK
+    assert engine.worker.cache.layers[0].kv_cache.shape[2] == KERNEL_BLOCK
     others, prompt = [fresh(LENGTH) for _ in range(2)], fresh(LENGTH)
     for other in others:  # so that the prompt's blocks are not the first of the cache
         engine.store(other)
@@ -59,7 +59,7 @@ def test_blocks_that_are_split_for_the_kernel_hold_the_right_rows(
 
 @pytest.fixture
 def unknown_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was built differs from what the configuration let expect."""
+    """The model that was built differs from what its configuration suggests."""
 
     def refuse(config: Any) -> None:
         raise UnsupportedError("KVShare cannot move K rotated by SpiralEmbedding")
@@ -74,12 +74,12 @@ def test_a_worker_that_cannot_serve_the_model_leaves_the_engine_as_it_is(
     full = engine.store(prompt, policy="exact")
     request.getfixturevalue("unknown_rotation")
     with caplog.at_level(logging.WARNING, "kvshare"):
-        later = Engine(engine.home)  # which closes the other
+        later = Engine(engine.home)  # this closes the other one
     try:
         (said,) = [r.getMessage() for r in caplog.records if r.name == "kvshare"]
         assert said.endswith("without reuse: KVShare cannot move K rotated by SpiralEmbedding")
         before = later.client.stats()
-        assert later.ask(prompt).agrees(full)  # its plan was made before the worker could say so
+        assert later.ask(prompt).agrees(full)  # its plan was made before the worker could report it
         assert later.ask(prompt).agrees(full)
         after = later.client.stats()
         assert after["declined"]["worker_unsupported"] == 1

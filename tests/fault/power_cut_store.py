@@ -23,7 +23,7 @@ from tests.support.power_cut import MARK
 
 
 class Moments:
-    """Where the power may be cut."""
+    """A moment at which the power may be cut."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class Moments:
         self.covered: list[int] = []
 
     def cut(self, kind: str) -> None:
-        """Here."""
+        """Make the copy and the mark now."""
         target = self._folder / "copies" / str(self._count)
         shutil.copytree(self._folder / "disk", target)
         seeds = ",".join(map(str, self.covered))
@@ -39,7 +39,7 @@ class Moments:
         self._count += 1
 
     def before(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        """The function with a power cut right before it."""
+        """The function, with a possible power cut right before it."""
 
         def wrapped(*args: Any) -> Any:
             self.cut(kind)

@@ -1,4 +1,4 @@
-"""The kill test, 30 kills of it; and that it finds what it looks for."""
+"""Thirty kills of the kill test, and that it finds the errors it looks for."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SPACE = Namespace("chaos", KVLayout(2, 1, 16, "float32"))
 OTHER = SPACE.for_tenant("other")
 TOKENS = prompt(1, 40)
 HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
-"""Written by the release before."""
+"""A home that the release before has written."""
 
 
 @pytest.mark.slow
@@ -60,10 +60,8 @@ HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
     ids=["none", "redis"],
 )  # fmt: skip
 def test_kills(remote: str, kills: int, uncommon: set[str]) -> None:
-    """Every kind of death at least once: they come in turns of 29 kills.
-
-    The first store began as one of the release before.
-    """
+    """Every kind of kill occurs at least once: they come in rounds of 29. The first store began as
+    one of the release before."""
     need(remote == "none" or RedisServer.installed(), "redis-server")
     need(remote != "none" or possible(), "namespaces of the kernel")
     need(remote != "none" or shutil.which("strace") is not None, "strace")
@@ -79,7 +77,7 @@ def test_kills(remote: str, kills: int, uncommon: set[str]) -> None:
 
 
 class ClearedMeanwhile(Client):
-    """Somebody clears the store after each list."""
+    """The store is cleared after each list."""
 
     def call(self, message: protocol.Request, timeout: float | None = None) -> Any:
         answer = super().call(message, timeout)
@@ -198,7 +196,7 @@ def test_a_sound_home_has_nothing_wrong(config: StoreConfig) -> None:
 
 
 def test_a_home_is_copied_only_once_its_owner_is_gone(config: StoreConfig) -> None:
-    """What a killed process is still removing must not vanish under the copy."""
+    """Files that a killed process is still removing must not vanish during the copy."""
     with (config.home_path / "lock").open("rb") as lock, ThreadPoolExecutor() as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         copying = pool.submit(audited, config)
@@ -232,7 +230,7 @@ def test_bytes_that_the_disk_tier_does_not_count_are_found(
 
 
 def test_rows_that_nobody_computed_are_found(home: Path, config: StoreConfig) -> None:
-    """As a store would serve them that mixes up blocks: sound files, wrong rows."""
+    """As if a store confused blocks: the files are sound, the rows are wrong."""
     with Store(config) as store:
         driver = Driver(store, SPACE, DescribedRows(OTHER))
         driver.save(prompt(9, 60))

@@ -1,5 +1,5 @@
-"""Three machines on one remote and one catalogue lose nothing; without any one of the means that
-hold them together, they do."""
+"""Three machines on one remote and one catalogue lose nothing. Take out any one protection, and
+they do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Patch = pytest.MonkeyPatch
 
 
 def rows_told_by_id_alone(patch: Patch) -> None:
-    """A machine removes and learns rows by id, whatever form of a row it knew."""
+    """A machine removes and learns rows by id, whichever form of the row it knew."""
     delete, learn = Catalog.delete, NodeStore.learn
 
     def delete_any(self: Catalog, ids: Iterable[str], stamps: Any = ()) -> None:
@@ -43,7 +43,7 @@ def a_save_ignores_condemned_blocks(patch: Patch) -> None:
 
 
 def a_janitor_believes_its_own_tree(patch: Patch) -> None:
-    patch.setattr(SharedGarbage, "_named", lambda self: self._nodes.tree.blocks())
+    patch.setattr(SharedGarbage, "named_blocks", lambda self: self._nodes.tree.blocks())
 
 
 def uses_stay_with_the_machine(patch: Patch) -> None:
@@ -77,7 +77,7 @@ FOUND_BY: dict[Callable[[Patch], None], int] = {
     nobody_asks_whose_the_prefix_is: 1,
     any_name_is_a_blocks: 5,
 }
-"""What is taken out, and the seed that finds it within 24 steps."""
+"""The protection that is taken out, and the seed that finds it within 24 steps."""
 
 
 def test_nothing_that_was_committed_is_lost(tmp_path: Path) -> None:

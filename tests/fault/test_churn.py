@@ -1,4 +1,4 @@
-"""A day at full budgets, an eighth of it: memory, budgets, and reuse that does not fade."""
+"""An eighth of a day with full tiers: memory, budgets, and reuse that does not decline."""
 
 from __future__ import annotations
 

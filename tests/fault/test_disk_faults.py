@@ -1,4 +1,4 @@
-"""Every file call of the disk tier goes wrong once, in every way: nothing wrong is ever served."""
+"""Every file call of the disk tier fails once, in every way: no wrong row is ever served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ A, B, C = (make_block(seed) for seed in range(3))
 
 
 async def use_tier(tier: DiskTier) -> None:
-    """Puts, gets and deletes; each may fail in a way that is a tier's, no get may be wrong."""
+    """Puts, gets and deletes. Each may fail with a tier's error; no get may return wrong rows."""
     blocks = dict((A, B, C))
     for call, (name, block) in (
         ("put", A), ("put", B), ("get", A), ("put", A), ("delete", B), ("get", B), ("put", C),
@@ -64,7 +64,7 @@ async def use_tier(tier: DiskTier) -> None:
 
 
 async def check_tier(tier: DiskTier, folder: Path) -> None:
-    """What it says is here is really here, and right or refused; everything can be put again."""
+    """Every block the tier lists is there, and correct or refused; everything can be put again."""
     files = (folder / "blocks").glob("*/*")
     assert tier.use().bytes >= sum(file.stat().st_size for file in files)
     assert list((folder / "tmp").iterdir()) == []
@@ -78,14 +78,14 @@ async def check_tier(tier: DiskTier, folder: Path) -> None:
 
 
 async def with_fault(folder: Path, fault: Fault | None, at: int = 0) -> list[str]:
-    """The scenario with a fault at one place; the calls that it made."""
+    """Run the scenario with a fault at one call; returns the calls it made."""
     with FaultyFiles() as disk:
         if fault is not None:
             disk.arm(fault, at)
         tier = None
         with contextlib.suppress(KVShareError):
             tier = await DiskTier.open(folder, 1 << 20)
-            await asyncio.to_thread(tier.use)  # the first look: its calls come in the same order
+            await asyncio.to_thread(tier.use)  # the first scan: its calls come in the same order
             await use_tier(tier)
         calls = list(disk.calls)
         disk.heal()
@@ -101,7 +101,7 @@ async def with_fault(folder: Path, fault: Fault | None, at: int = 0) -> list[str
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where the system has such a place: thousands of fsyncs wait for nothing there."""
+    """A folder in memory if the system has one: thousands of fsyncs take no time there."""
     if not Path("/dev/shm").is_dir():  # noqa: S108 - a folder of its own is made in there
         yield tmp_path
         return
@@ -134,7 +134,7 @@ def test_a_call_that_does_half_of_it_is_finished(tmp_path: Path, half: str) -> N
 def half_of_the_file(
     real: Callable[..., int], descriptor: int, views: list[memoryview], at: int
 ) -> int:
-    """What `preadv` does when the file has been cut to half of what `fstat` has said."""
+    """What `preadv` returns when the file was truncated to half of what `fstat` reported."""
     size = os.fstat(descriptor).st_size // 2
     return real(descriptor, [views[0][: size - at]], at) if at < size else 0
 
@@ -163,8 +163,8 @@ def disk() -> Iterator[FaultyFiles]:
 
 @pytest.fixture
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Driver]]:
-    """`driver(field=value)` opens the store in `folder`; one call at a time reaches the disk, so
-    that the same calls come in the same order."""
+    """`driver(field=value)` opens the store in `folder`. Only one call at a time reaches the disk,
+    so that calls always come in the same order."""
     one = DiskTier.properties._replace(max_concurrency=1)
     monkeypatch.setattr(DiskTier, "properties", one)
     namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
@@ -204,7 +204,7 @@ def test_every_call_of_a_store_in_use(
 
 
 def test_every_call_of_a_store_that_opens(driver: Callable[..., Driver], disk: FaultyFiles) -> None:
-    """It opens or it says that it cannot; either way nothing is lost by a call that was refused."""
+    """It opens or reports that it cannot; either way a refused call loses nothing."""
     old = prompt(1, 16)
     driver().save(old)
     engine = driver()
@@ -232,7 +232,7 @@ FULL = Fault("full disk", frozenset({"writev"}), refusal(errno.ENOSPC).happen)
 def test_a_full_disk_stops_saving_not_serving(
     driver: Callable[..., Driver], disk: FaultyFiles
 ) -> None:
-    """What is pinned does not make room for what comes."""
+    """Pinned prompts are not evicted for new ones."""
     engine, old, new = driver(), prompt(1, 40), prompt(2, 40)
     engine.store.pin(str(engine.save(old)))
     engine.store.flush()
@@ -260,7 +260,7 @@ def test_a_slow_disk_is_a_miss_and_late_rows_serve_the_next(
 
 
 def eventually(happens: Callable[[], bool]) -> bool:
-    """Whether it happens within ten seconds."""
+    """Whether the condition becomes true within ten seconds."""
     return any(happens() or time.sleep(0.05) for _ in range(200))
 
 

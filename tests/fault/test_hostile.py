@@ -1,4 +1,4 @@
-"""Clients that mean harm: they cost the daemon nothing that lasts, and others are served."""
+"""Malicious clients: they cost the daemon nothing lasting, and other clients are served."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ tenants = itertools.count()
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One for all: nothing that was done to it before may matter."""
+    """One daemon for all tests: nothing that was done to it before may matter."""
     with Daemon(small(str(tmp_path_factory.mktemp("hostile")))) as running:
         yield running
 
 
 def held(daemon: Daemon) -> tuple[int, int]:
-    """Bytes of memory and open descriptors of a daemon."""
+    """Memory in bytes, and open descriptors of a daemon."""
     assert daemon.process is not None
     process = psutil.Process(daemon.process.pid)
     return process.memory_info().rss, process.num_fds()
 
 
 def check_served(daemon: Daemon, seed: int) -> Namespace:
-    """Another client, of a tenant that is new, stores and finds a prompt; the tenant's space."""
+    """Another client, with a new tenant, stores and finds a prompt; returns the tenant's
+    namespace."""
     space = SPACE.for_tenant(str(next(tenants)))
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
         driver = ClientDriver(client, space)
@@ -81,12 +82,12 @@ def until(what: Callable[[], bool]) -> None:
 def check_nothing_lasts(daemon: Daemon, before: tuple[int, int], room: int = 32 * MIB) -> None:
     check_served(daemon, 999)
     assert left_over(daemon) == {}
-    until(lambda: held(daemon)[1] <= before[1] + 2)  # the store's own files come and go
+    until(lambda: held(daemon)[1] <= before[1] + 2)  # the store's own files open and close
     assert held(daemon)[0] < before[0] + room
 
 
 def warmed_up(daemon: Daemon) -> tuple[int, int]:
-    """What it holds once everything has been used."""
+    """What the daemon holds once everything has been used."""
     for seed in range(3):
         check_served(daemon, seed)
     left_over(daemon)
@@ -137,7 +138,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(daemon: Daemon) -> None:
         for _ in range(20):
             peer.send_with(protocol.encode(protocol.Stats()), [reading] * 8)
             assert peer.receive() is not None
-        until(lambda: held(daemon)[1] <= before[1] + 4)  # not one of the 160
+        until(lambda: held(daemon)[1] <= before[1] + 4)  # none of the 160
     with Peer(daemon.config.home_path) as peer:
         peer.send_with(protocol.encode(protocol.Hello()), [reading])
         reply = peer.receive()
@@ -242,7 +243,7 @@ def test_bytes_under_way_are_counted_over_all_connections(
 
 
 def test_a_client_that_holds_all_it_can(daemon: Daemon) -> None:
-    """Leases, staged saves and its connection: all of it ends with the connection."""
+    """Leases, staged saves and the connection: all of it ends with the connection."""
     before = warmed_up(daemon)
     space = check_served(daemon, 1)
     with Client(daemon.config.home_path, timeout=PATIENCE_S) as greedy:
@@ -269,7 +270,7 @@ def test_leases_of_one_client_are_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_burst_of_lookups_delays_its_own_client(server: Callable[[Limits], Server]) -> None:
-    """Beyond what it may queue it is refused; another's lookup has its turn at once."""
+    """Lookups beyond its queue are refused; another client's lookup is answered at once."""
     running = server(Limits())
     plan_soon, event = running.store.plan_soon, threading.Event()
 
@@ -359,7 +360,7 @@ OTHER = "import os, sys, socket; os.setgid(54321); os.setuid(54321); os.chdir(sy
 
 
 def test_another_user_is_not_let_in(daemon: Daemon) -> None:
-    """Also where the file system would allow it: the kernel says who the peer is."""
+    """Even if the file system would allow it: the kernel tells who the peer is."""
     need(os.geteuid() == 0, "root")
     home = daemon.config.home_path
     with opened_to_all(home):
@@ -397,7 +398,7 @@ def test_a_socket_of_another_user_is_not_believed(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def opened_to_all(home: Path) -> Iterator[None]:
-    """Every folder on the way can be passed, and the last one written."""
+    """Every folder on the path can be entered, and the last one can be written to."""
     above = [folder for folder in home.parents if folder.stat().st_mode & 0o077 != 0o077]
     modes = [(folder, folder.stat().st_mode) for folder in (home, *above)]
     for folder, mode in modes:
@@ -413,13 +414,13 @@ def opened_to_all(home: Path) -> Iterator[None]:
 def fuzzed(home: Path, over: threading.Event) -> None:
     fuzzer = Fuzzer(home, 3)
     while not over.is_set():
-        with contextlib.suppress(Exception):  # the daemon goes away meanwhile
+        with contextlib.suppress(Exception):  # the daemon stops meanwhile
             fuzzer.burst()
     fuzzer.close()
 
 
 def flooded(home: Path, over: threading.Event) -> None:
-    """Lookups that nobody waits for, as many as it takes."""
+    """As many lookups as the daemon takes, without waiting for the answers."""
     body = protocol.encode(protocol.Plan(SPACE, np.arange(1000, dtype=np.int32).tobytes()))
     with contextlib.suppress(OSError, AssertionError), Peer(home) as peer:
         peer.hello()
@@ -467,7 +468,7 @@ def test_it_ends_in_good_order_under_attack(
 
 
 def test_a_frozen_client_is_not_dead(daemon: Daemon) -> None:
-    """What it holds is its own until its connection ends, however long it does not move."""
+    """It keeps what it holds until its connection ends, however long it stands still."""
     code = (
         "import sys, time\nfrom tests.support.daemons import *\n"
         "from kvshare_store.tensors.layout import KVLayout\n"

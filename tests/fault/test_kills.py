@@ -1,4 +1,4 @@
-"""The daemon is killed at random moments of saving; what it leaves must be right, or absent."""
+"""The daemon is killed at random moments of saving. What it leaves must be right, or absent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE_S = 60.0
 
 
 def some_prompt(generator: random.Random) -> list[int]:
-    """A shared beginning, an own middle, sometimes an edit."""
+    """A prompt with a common beginning and a middle of its own, sometimes edited."""
     tokens = prompt(0, 200)[: generator.choice([0, 40, 120])] + prompt(generator.randrange(60), 90)
     if generator.random() < 0.5:
         at = generator.randrange(len(tokens))
@@ -39,7 +39,7 @@ def some_prompt(generator: random.Random) -> list[int]:
 
 
 class Engine:
-    """Serves and saves prompts until its daemon is gone; remembers which ones are durable."""
+    """Serves and saves prompts until its daemon is killed; remembers which ones are durable."""
 
     def __init__(self, home: Path, book: RowBook, seed: int) -> None:
         self.prompts: list[list[int]] = []
@@ -49,7 +49,7 @@ class Engine:
         self._home, self._book, self._random = home, book, random.Random(seed)
 
     def run(self) -> None:
-        """Until the daemon is gone."""
+        """Work until the daemon has gone."""
         with Client(self._home, timeout=0.5) as client:
             driver = ClientDriver(client, NAMESPACE, self._book)
             while not self.over.is_set():
@@ -70,7 +70,7 @@ class Engine:
 
 
 def killed_run(config: StoreConfig, book: RowBook, seed: int) -> Engine:
-    """One daemon, one engine, one SIGKILL after some requests and a random moment."""
+    """One daemon, one client, and one SIGKILL after some requests and a random delay."""
     engine, chance = Engine(config.home_path, book, seed), random.Random(seed)
     daemon = Daemon(config)
     daemon.start()
@@ -108,7 +108,7 @@ def check_home(
         store.collect()
         store.flush()
         files = {file.stem for file in (config.home_path / "blocks").glob("*/*")}
-        assert files == store.tree.blocks(), "orphans are collected, and nothing else"
+        assert files == store.tree.blocks(), "garbage is collected, and nothing else"
         assert list((config.home_path / "tmp").iterdir()) == []
         stats = store.stats()
         assert stats["leases"] == 0
@@ -140,7 +140,7 @@ def test_kills_while_saving(home: Path, room: str) -> None:
 
 
 def test_everything_that_was_flushed_survives(home: Path) -> None:
-    """Not a moment after the flush has returned the daemon is gone."""
+    """The daemon is killed right after the flush has returned."""
     config = StoreConfig(
         home=str(home),
         block_tokens=16,

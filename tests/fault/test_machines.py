@@ -1,4 +1,4 @@
-"""Three machines with Mooncake and S3 underneath: cut off, killed, and without a master.
+"""Three machines on Mooncake and S3: cut off, killed, and without a master.
 
 Each machine is a daemon in a network namespace of its own; blocks go to one Mooncake Store, nodes
 to one LanceDB catalogue on S3. Every row that is served is compared with the oracle.
@@ -22,20 +22,20 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 PATIENCE_S = 30.0
 SLACK_S = 5.0
-"""What a busy machine may add to a deadline."""
+"""Seconds that a busy machine may add to a deadline."""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     need(not Cluster.missing(), Cluster.missing())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "")  # put back when the test has ended
+        monkeypatch.setenv(name, "")  # restored when the test has ended
     with ExitStack() as stack:
         yield Cluster(tmp_path, stack)
 
 
 def until(happens: Callable[[], bool], what: str) -> float:
-    """Seconds until it happened; fails when it does not."""
+    """Wait for a condition; returns the seconds it took. Fails when it does not come true."""
     begun = time.monotonic()
     while not happens():
         assert time.monotonic() - begun < PATIENCE_S, what
@@ -46,12 +46,12 @@ def until(happens: Callable[[], bool], what: str) -> float:
 def test_three_machines(cluster: Cluster) -> None:
     a, b, c = cluster.machines
 
-    # what one computes the others reuse
+    # what one computes, the others reuse
     a.save(1)
     for machine in (b, c):
         until(lambda m=machine: m.serve(1) == 63, "what one computed the other must reuse")  # type: ignore[misc]
 
-    # one is cut off: it goes on with what it has, the others go on without it
+    # one is cut off: it works with what it has, the others work without it
     c.host.cut()
     assert c.serve(1) == 63, "its own memory needs no network"
     b.save(2)
@@ -62,7 +62,7 @@ def test_three_machines(cluster: Cluster) -> None:
     c.host.join()
     until(lambda: c.serve(2) == 63, "it catches up")
 
-    # one is killed: what it had committed is everybody's
+    # one is killed: all can use what it had committed
     a.save(3)
     a.daemon.send(signal.SIGKILL)
     until(lambda: b.serve(3) == 63, "what a dead machine committed is there")
@@ -74,7 +74,7 @@ def test_three_machines(cluster: Cluster) -> None:
     # the master is lost, and with it every block of the remote tier
     cluster.master.kill()
     for machine in (a, b, c):
-        assert machine.serve(1) in (0, 63)  # what is in its own tiers, or a miss; never wrong rows
+        assert machine.serve(1) in (0, 63)  # from its own tiers, or a miss; never wrong rows
     b.forget_memory()
     reused, seconds = b.timed(3)
     assert reused in (0, 63)
@@ -83,7 +83,7 @@ def test_three_machines(cluster: Cluster) -> None:
     cluster.master.start()
     cluster.lender.start()
 
-    # it comes back empty: prompts are saved anew and shared again
+    # it comes back empty: prompts are saved and shared again
     def shared_again() -> bool:
         a.save(4)
         return b.serve(4) == 63
@@ -110,7 +110,7 @@ def test_a_remote_that_hangs_costs_no_more_than_the_deadline(cluster: Cluster) -
         cluster.lender.resume()
 
     def comes_back() -> bool:
-        a.save(1)  # a node whose rows did not come is forgotten, and saved anew
+        a.save(1)  # a node whose rows could not be read is forgotten, and saved again
         return b.serve(1) == 63
 
     until(comes_back, "it is read once the remote answers again")

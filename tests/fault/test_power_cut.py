@@ -1,4 +1,5 @@
-"""`flush` means durable: all that nobody fsynced is dropped, and what a flush covered is there."""
+"""`flush` means durable: data that was not fsynced is dropped, and what a flush covered must
+survive."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ SEEDS = range(1, 6)
 
 
 def settings(home: Path) -> StoreConfig:
-    """Of the store that is recorded, and of those that find what is left."""
+    """Settings of the recorded store, and of those that open what is left."""
     return StoreConfig(
         home=str(home), block_tokens=8, host_bytes=1 << 20, disk_bytes=1 << 24,
         min_prompt_tokens=8, min_saving_ms=0.0, semantic="never", gc_seconds=0.0,
@@ -36,7 +37,7 @@ def settings(home: Path) -> StoreConfig:
 
 
 class Moment(NamedTuple):
-    """A power cut: after how many calls, where the copy is, what a flush has covered."""
+    """A power cut: after how many calls, where the copy is, and what a flush has covered."""
 
     call: int
     copy: Path
@@ -45,14 +46,14 @@ class Moment(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What the store did."""
+    """The recording of the store's calls."""
 
     folder: Path
     calls: list[Call]
     moments: list[Moment]
 
     def of(self, kind: str) -> list[Moment]:
-        """Power cuts right after a `flush`, or before what a `commit` wrote is fsynced."""
+        """Power cuts right after a `flush`, or before the files of a `commit` are fsynced."""
         return [moment for moment in self.moments if moment.kind == kind]
 
 
@@ -81,7 +82,7 @@ Left = Callable[..., tuple[list[int], dict[str, int]]]
 def left(recording: Recording, tmp_path: Path) -> Left:
     """`left(moment)`: the prompts that a store finds after a power cut then, and its errors.
 
-    `without`: fsyncs of paths that match are taken out. `zeros`: bytes that are lost are zeros.
+    `without`: fsyncs of matching paths are ignored. `zeros`: lost bytes are zeros.
     """
 
     def find(
@@ -119,7 +120,7 @@ def test_what_a_flush_covered_survives_a_power_cut(
 
 
 def test_a_power_cut_between_a_commit_and_its_fsyncs(recording: Recording, left: Left) -> None:
-    """The store starts, and misses nothing that a flush had covered before."""
+    """The store starts, and has everything that an earlier flush covered."""
     assert len(recording.of("commit")) > 7
     for at, moment in enumerate(recording.of("commit")):
         found, _ = left(moment, zeros=bool(at % 2))
@@ -148,7 +149,7 @@ NEEDED = {
 def test_without_any_one_of_the_fsyncs_something_is_lost(
     recording: Recording, left: Left, without: str
 ) -> None:
-    """Else the tests above would prove nothing."""
+    """Otherwise the tests above would prove nothing."""
     for moment in recording.of("flush"):
         found, errors = left(moment, without=without)
         if (found, errors) != (sorted(moment.covered), {}):

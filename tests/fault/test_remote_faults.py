@@ -1,7 +1,6 @@
-"""Every call to a remote goes wrong once, in every way: nothing wrong is ever served.
+"""Every call to a remote fails once, in every way: no wrong row is ever served.
 
-Servers that are paused and killed for real are in test_remotes.py and
-test_machines.py.
+test_remotes.py and test_machines.py really pause and kill servers.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def remotes(monkeypatch: pytest.MonkeyPatch) -> list[FaultyRemote]:
 
 @pytest.fixture
 def driver(tmp_path: Path, remotes: list[FaultyRemote]) -> Iterator[Callable[..., Driver]]:
-    """`driver(field=value)` opens a store whose rows survive in the remote tier alone."""
+    """`driver(field=value)` opens a store whose rows survive only in the remote tier."""
     namespace = Namespace("model", KVLayout(2, 1, 4, "float32"))
     book = RowBook(namespace.layout)
     home = tmp_path / "home"
@@ -126,13 +125,15 @@ def test_a_remote_that_is_away_stops_saving_not_serving(
 
 
 def keep(engine: Driver, tokens: list[int]) -> None:
-    """Save for good: `StorageError` from the save while storage is known to fail, or from flush."""
+    """Save durably. `StorageError` comes from the save while storage is known to fail, otherwise
+    from the flush."""
     engine.save(tokens)
     engine.store.flush()
 
 
 def until_saved(engine: Driver, tokens: list[int]) -> None:
-    """Save until the breaker, and whoever refuses saves meanwhile, has let a call through again."""
+    """Save until the breaker, and whatever refuses saves meanwhile, has let a call through
+    again."""
     deadline = time.monotonic() + 20
     while from_below(engine, tokens).exact != len(tokens) - 1:
         assert time.monotonic() < deadline
@@ -161,7 +162,7 @@ def test_a_full_remote_stops_saving_not_serving(
 def test_a_remote_that_fails_while_the_store_opens_is_no_obstacle(
     driver: Callable[..., Driver], remotes: list[FaultyRemote], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list of what counts for the budget may fail: then what is there is learned by use."""
+    """If the first listing fails, the store learns of objects as it uses them."""
     engine = driver(remote_bytes=1 << 20)
     engine.save(OLD)
     engine.store.flush()

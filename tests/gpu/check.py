@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 40.0
-"""What one check may take before it is ended."""
+"""Seconds that one check may take before it is killed."""
 
 CHECKS = {
     "device": "tests.gpu.device:describe",
@@ -38,7 +38,7 @@ Found = dict[str, Any]
 
 
 def main(out: Path) -> int:
-    """Run every check; how many are not ok."""
+    """Run every check; returns how many failed."""
     import torch  # noqa: F401 - once, before the processes part; CUDA itself starts in each
 
     found: dict[str, Found] = {}
@@ -54,12 +54,12 @@ def main(out: Path) -> int:
 
 
 def apart(place: str) -> Found:
-    """What a check finds, in a process that is forked for it."""
+    """What a check finds, in a process forked for it."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     process = fork.Process(target=answer, args=(place, theirs))
     process.start()
-    theirs.close()  # so that a process that dies is seen at once
+    theirs.close()  # so that the death of a process is noticed at once
     found: Found = {"ok": False, "error": f"no answer in {SECONDS:.0f} s"}
     if ours.poll(SECONDS):
         try:
@@ -73,7 +73,7 @@ def apart(place: str) -> Found:
 
 
 def answer(place: str, theirs: Any) -> None:
-    """Run one check; whatever it raises is its result."""
+    """Run one check. Whatever it raises becomes its result."""
     module, name = place.split(":")
     try:
         check: Callable[[], Found] = getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Which GPU it was, and what its driver says of host memory."""
+"""Which GPU was used, and what its driver says about host memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 _HOST_REGISTER_SUPPORTED = 99
 _HOST_REGISTER_READ_ONLY_SUPPORTED = 113
-"""Of enum cudaDeviceAttr."""
+"""Values of enum cudaDeviceAttr."""
 
 
 def describe() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
 
 
 def attribute(number: int) -> int | str:
-    """A device attribute, by the driver's own library; a text that says why not."""
+    """A device attribute, from the driver's own library; a text with the reason if that fails."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:

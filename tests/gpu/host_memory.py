@@ -1,4 +1,5 @@
-"""Whether CUDA registers a sealed memfd that is mapped read-only, and what that gains."""
+"""Whether CUDA registers a sealed memfd that is mapped read-only, and how much faster copies
+get."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from torch import Tensor
 SIZE = 256 << 20
 REPEATS = 8
 FLAGS = {"default": 0, "portable": 1, "read_only": 8, "portable | read_only": 9}
-"""cudaHostRegister*."""
+"""Flags of cudaHostRegister."""
 F_SEAL_FUTURE_WRITE = 0x0010
 
 
 def registration() -> dict[str, Any]:
-    """Every kind of mapping with every flag; bytes/s of host to device with and without."""
+    """Every kind of mapping with every flag: bytes/s from host to device, registered and not."""
     torch.zeros(1, device="cuda")
     found: dict[str, Any] = {"ok": True, "h2d_gb_s": {}}
     pinned = torch.empty(SIZE, dtype=torch.uint8, pin_memory=True).fill_(7)
@@ -42,7 +43,7 @@ def registration() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def mapping(*, sealed: bool, writable: bool) -> Iterator[Tensor]:
-    """What a client of the daemon maps: the daemon's own mapping stays writable."""
+    """What a client of the daemon maps; the daemon's own mapping stays writable."""
     descriptor = os.memfd_create("kvshare-gpu-check", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, SIZE)
     daemon = mmap.mmap(descriptor, SIZE)
@@ -55,11 +56,11 @@ def mapping(*, sealed: bool, writable: bool) -> Iterator[Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no read-only tensors
         yield torch.from_numpy(np.frombuffer(client, dtype=np.uint8))
-    os.close(descriptor)  # the mappings go with the process
+    os.close(descriptor)  # the mappings end with the process
 
 
 def register(memory: Tensor, flags: int) -> dict[str, Any]:
-    """The status of cudaHostRegister and, if it is 0, what copies from there reach."""
+    """The status of cudaHostRegister and, if it is 0, the rate of copies from there."""
     runtime = torch.cuda.cudart()
     began = time.perf_counter()
     try:
@@ -83,7 +84,7 @@ def register(memory: Tensor, flags: int) -> dict[str, Any]:
 
 
 def forget_error() -> None:
-    """A refused registration leaves its error for the next launch to find."""
+    """Clear the error that a refused registration leaves for the next launch."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).cudaGetLastError()
     with contextlib.suppress(RuntimeError):

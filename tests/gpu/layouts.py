@@ -1,4 +1,4 @@
-"""Rows in and out of paged caches on a GPU, and K moved there."""
+"""Rows read from and written to paged caches on a GPU, and K moved there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def round_trips() -> dict[str, Any]:
         f"{order}, blocks of {name}": round_trip(order, *split)
         for order in ORDERS
         for name, split in SPLITS.items()
-        if order.startswith("L") or len(set(split)) == 1  # vLLM splits no other blocks
+        if order.startswith("L") or len(set(split)) == 1  # vLLM splits no other block sizes
     }
     return {"ok": all(how == "right" for how in found.values()), **found}
 
@@ -39,7 +39,7 @@ def round_trip(order: str, kernel_block: int, block_size: int) -> str:
     if not torch.equal(cache.read(slots), rows):
         return "what was written is not what is read"
     block, offset = slots // kernel_block, slots % kernel_block
-    for index, layer in enumerate(cache._layers):
+    for index, layer in enumerate(cache.layers):
         stored = layer.kv_cache[block.to(DEVICE), :, offset.to(DEVICE)].cpu()
         if not torch.equal(stored, torch.cat([rows[index, 0], rows[index, 1]], dim=-1)):
             return f"layer {index} holds other rows"
@@ -50,15 +50,15 @@ def round_trip(order: str, kernel_block: int, block_size: int) -> str:
 
 
 def logical(cache: Any, slots: Tensor) -> Tensor:
-    """Canonical rows by plain indexing of kernel blocks."""
-    size = cache._layers[0].kv_cache.shape[2]
+    """Canonical rows by plain indexing of kernel blocks, to compare with."""
+    size = cache.layers[0].kv_cache.shape[2]
     at, offset = (slots // size).to(DEVICE), (slots % size).to(DEVICE)
-    layers = [layer.kv_cache[at, :, offset].cpu() for layer in cache._layers]
+    layers = [layer.kv_cache[at, :, offset].cpu() for layer in cache.layers]
     return torch.stack([torch.stack(layer.chunk(2, dim=-1)) for layer in layers])
 
 
 def rotation() -> dict[str, Any]:
-    """The editor gives on the GPU what it gives on the CPU: exact rows bit for bit, moved K within
+    """The editor's result on the GPU equals that on the CPU: exact rows bit for bit, moved K within
     one rounding of its dtype."""
     found = {name: edited(name) for name in ("bfloat16", "float16", "float32")}
     return {"ok": all(one["ok"] for one in found.values()), **found}
@@ -91,7 +91,7 @@ def edited(dtype: str) -> dict[str, Any]:
 
 
 def rope(dtype: torch.dtype) -> Rope:
-    """A plain table of 1,024 positions, as a model of that dtype keeps it."""
+    """A plain table of 1,024 positions, as a model with that dtype keeps it."""
     frequencies = 1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = torch.arange(1024)[:, None] * frequencies
     return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype), True)

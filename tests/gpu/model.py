@@ -47,7 +47,7 @@ def paged_cache(
 
 
 def layer(view: Tensor) -> Any:
-    """An attention layer as far as the paged cache looks at it."""
+    """The parts of an attention layer that the paged cache reads."""
     return SimpleNamespace(
         kv_cache=view,
         head_size=HEAD_DIM,

@@ -1,4 +1,4 @@
-"""Snapshots and times while the GPU is behind the thread that gives it work."""
+"""Snapshots and times while the GPU is behind the thread that submits its work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.gpu.model import DEVICE, paged_cache
 
 ROUNDS = 200
 BLOCK_IDS = list(range(40, 296))
-"""128 MiB of the race's cache."""
+"""128 MiB of cache for the race."""
 RING_BYTES = 256 << 20
 Take = Callable[[PagedCache], RawBlocks]
 
@@ -27,8 +27,8 @@ Take = Callable[[PagedCache], RawBlocks]
 def race() -> dict[str, Any]:
     """Rows that graph replays on a private stream write, read by another thread.
 
-    `as_before`: the snapshot stays on the device and the reader uses its own stream.
-    `no_event`: today's way, without waiting for the copy.
+    `as_before`: the snapshot stays on the device and the reader uses its own stream. `no_event`:
+    today's way, but without waiting for the copy.
     """
     wrong = {
         "with_event": rounds(lambda cache: cache.snapshot(BLOCK_IDS)),
@@ -45,16 +45,17 @@ def without_event(cache: PagedCache) -> RawBlocks:
 
 
 def on_the_device(cache: PagedCache) -> RawBlocks:
-    """What a snapshot was before: a device buffer, written on the stream of the caller."""
+    """How a snapshot was taken before: a device buffer, written on the caller's stream."""
     ids = torch.tensor(BLOCK_IDS, device=DEVICE)
-    shape = (len(cache._layers), len(BLOCK_IDS), *cache._layers[0].kv_cache.shape[1:])
-    copies = torch.empty(shape, dtype=cache._layers[0].kv_cache.dtype, device=DEVICE)
+    shape = (len(cache.layers), len(BLOCK_IDS), *cache.layers[0].kv_cache.shape[1:])
+    copies = torch.empty(shape, dtype=cache.layers[0].kv_cache.dtype, device=DEVICE)
     cache._copy_blocks(ids, copies)
-    return RawBlocks(copies, cache._format, cache.layout, copies, cache._spare)
+    return RawBlocks(copies, cache._format, cache.layout, copies, cache.spare)
 
 
 def rounds(take: Take) -> int:
-    """Steps of an engine with a reader beside it; in how many the reader found other rows."""
+    """Steps of an engine with a concurrent reader; returns in how many the reader found wrong
+    rows."""
     cache, private = paged_cache(blocks=300), torch.cuda.Stream()
     value = torch.zeros((), dtype=torch.bfloat16, device=DEVICE)
     waiting: queue.Queue[tuple[int, RawBlocks] | None] = queue.Queue()
@@ -67,7 +68,7 @@ def rounds(take: Take) -> int:
             value.fill_(number)
             graph.replay()
             waiting.put((number, taken(take, cache)))
-            for layer in cache._layers:  # the next step gives the blocks to others
+            for layer in cache.layers:  # the next step gives the blocks to other requests
                 layer.kv_cache.fill_(-1)
             while waiting.qsize() > 4:
                 time.sleep(1e-4)
@@ -78,7 +79,7 @@ def rounds(take: Take) -> int:
 
 
 def taken(take: Take, cache: PagedCache) -> RawBlocks:
-    """A snapshot, once there is room for one."""
+    """Take a snapshot, once there is room for one."""
     while True:
         try:
             return take(cache)
@@ -87,13 +88,13 @@ def taken(take: Take, cache: PagedCache) -> RawBlocks:
 
 
 def step_of(cache: PagedCache, value: Tensor, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """A step of some milliseconds at whose end every row of the cache is `value`."""
+    """A step of some milliseconds. At its end every row of the cache is `value`."""
     weights = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
 
     def compute() -> None:
         for _ in range(16):
             weights @ weights
-        for layer in cache._layers:
+        for layer in cache.layers:
             layer.kv_cache.copy_(value.expand_as(layer.kv_cache))
 
     stream.wait_stream(torch.cuda.current_stream())
@@ -115,7 +116,7 @@ def read(waiting: Any, wrong: list[int]) -> None:
         expected = torch.tensor(number, dtype=torch.bfloat16)
         if not bool((rows == expected).all()):
             wrong.append(number)
-        if raw._buffer.is_cpu:
+        if raw.buffer.is_cpu:
             raw.release()
 
 
@@ -127,7 +128,7 @@ def memory() -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    forward()  # so that no snapshot is copied before the last is asked for
+    forward()  # so that no snapshot is copied before the last is requested
     burst = snapshots_at_once(cache, [list(range(i * 32, i * 32 + 32)) for i in range(100)])
     large, took = timed(lambda: cache.snapshot(range(1024)))
     rows, waited = timed(lambda: large.rows(torch.arange(64)))
@@ -147,7 +148,7 @@ def memory() -> dict[str, Any]:
 
 
 def snapshots_at_once(cache: PagedCache, prompts: list[list[int]]) -> dict[str, Any]:
-    """Take them without waiting for any; each that was kept must be right."""
+    """Take them without waiting for any; every one that was kept must be right."""
     kept: dict[int, RawBlocks] = {}
     seconds = []
     for index, ids in enumerate(prompts):
@@ -176,14 +177,15 @@ def snapshots_at_once(cache: PagedCache, prompts: list[list[int]]) -> dict[str, 
 
 
 def plain(cache: PagedCache, ids: list[int]) -> Tensor:
-    """Canonical rows of blocks by plain indexing."""
+    """Canonical rows of blocks by plain indexing, to compare with."""
     at = torch.tensor(ids, device=DEVICE)
-    layers = [layer.kv_cache[at].transpose(1, 2).flatten(0, 1).cpu() for layer in cache._layers]
+    layers = [layer.kv_cache[at].transpose(1, 2).flatten(0, 1).cpu() for layer in cache.layers]
     return torch.stack([torch.stack(layer.chunk(2, dim=-1)) for layer in layers])
 
 
 def prefill_time() -> dict[str, Any]:
-    """Seconds of a forward by the clock of the thread that launches it, by events, and in truth."""
+    """Seconds of a forward pass: by the clock of the thread that launches it, by CUDA events, and
+    the true time."""
     forward = matmuls(60)
     forward()
     torch.cuda.synchronize()
@@ -202,7 +204,7 @@ def prefill_time() -> dict[str, Any]:
 
 
 def matmuls(count: int) -> Callable[[], None]:
-    """Work of some milliseconds for each, launched in microseconds."""
+    """Work of some milliseconds each, launched in microseconds."""
     weights = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     result = torch.empty_like(weights)
 
@@ -214,7 +216,7 @@ def matmuls(count: int) -> Callable[[], None]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result and how long the thread was at it."""
+    """The result, and how long the thread was busy with it."""
     began = time.perf_counter()
     result = work()
     return result, time.perf_counter() - began

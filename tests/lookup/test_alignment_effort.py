@@ -14,14 +14,14 @@ from kvshare_store.lookup.align import align, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Run, Span
+from kvshare_store.plan import ReusePlan, Run, Span
 
 LONG = 131_072
 CELLS = 1 << 26
@@ -112,7 +112,7 @@ CRAFTED: dict[str, Callable[[], tuple[Tokens, list[Tokens]]]] = {
 }
 
 
-def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> Draft:
+def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> ReusePlan:
     tree, index = DeltaTree(), NamespaceIndex(64)
     for number, tokens in enumerate(donors):
         starts = range(0, len(tokens), 64)
@@ -126,27 +126,26 @@ def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> Draft:
         )
         tree.add(node)
         index.add(node, Vectors(lexical_vector(node.tokens), None))
-    return Planner(
-        StoreConfig(home="none", min_saving_ms=-1e9), lambda: Effort(clock=Clock())
-    ).draft(
+    planner = Planner(StoreConfig(home="none", min_saving_ms=-1e9), lambda: Effort(clock=Clock()))
+    return planner.plan(
         request,
         Nominator(tree, index),
         PRESETS[policy],
         CostModel(),
         tier_of=lambda name: "host",
         row_bytes=1,
-    )
+    ).plan
 
 
 @pytest.mark.parametrize("policy", ["balanced", "aggressive"])
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_crafted_prompt_costs_bounded_work(work: Work, name: str, policy: str) -> None:
     request, donors = CRAFTED[name]()
-    draft = plan(request, donors, policy)
+    found = plan(request, donors, policy)
     assert work.cells <= CELLS
     assert work.calls <= CALLS
-    for span in draft.spans:  # what was found so far is right
-        number, block = draft.blocks[span.block].split("/")
+    for span in found.spans:  # what was found so far is right
+        number, block = found.block_names[span.block].split("/")
         at = int(block) + span.row
         there = donors[int(number)][at : at + span.length]
         assert there.tolist() == request[span.start : span.stop].tolist()
@@ -157,8 +156,8 @@ def test_a_long_prompt_with_ordinary_edits_is_aligned_in_full(work: Work) -> Non
     for at in range(500, LONG, 1_000):
         request[at : at + 5] = 30_001
     request = np.concatenate((request[:40_000], noise(9, 300), request[40_700:]))
-    draft = plan(request, [TEXT, noise(2, LONG)], "aggressive")
-    assert sum(span.length for span in draft.spans) >= LONG - 700 - 5 * 132
+    found = plan(request, [TEXT, noise(2, LONG)], "aggressive")
+    assert found.reused >= LONG - 700 - 5 * 132
 
 
 def test_work_ends_when_the_time_is_over() -> None:

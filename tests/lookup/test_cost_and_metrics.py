@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 
 from kvshare_store.lookup.cost import CostModel, Rate
-from kvshare_store.metrics import Metrics
+from kvshare_store.metrics import BUCKETS, Metrics
 
 
 def test_a_rate_is_the_median_of_what_was_measured() -> None:
@@ -68,29 +69,56 @@ def test_counts_labels_and_errors_are_apart() -> None:
     metrics.decline("no_donor")
     metrics.error("corrupt")
     metrics.error("corrupt")
-    assert metrics.count("lookups") == 5
-    assert metrics.count("never") == 0
+    assert metrics.counts(("lookups", "never")) == {"lookups": 5, "never": 0}
     assert metrics.declined == {"no_donor": 1}
     assert metrics.errors == {"corrupt": 2}
 
 
+def quantiles(metrics: Metrics, name: str) -> tuple[float, float]:
+    report = metrics.durations((name,))[name]
+    return report["p50"], report["p99"]
+
+
 def test_quantiles() -> None:
     metrics = Metrics()
-    assert metrics.quantiles("load") == {"p50": 0.0, "p99": 0.0}
+    assert quantiles(metrics, "load") == (0.0, 0.0)
     for at in range(101):
         metrics.observe("load", float(at))
-    assert metrics.quantiles("load") == {"p50": 50.0, "p99": 99.0}
+    assert quantiles(metrics, "load") == (50.0, 99.0)
     for _ in range(10_000):
         metrics.observe("load", 7.0)
-    assert metrics.quantiles("load") == {"p50": 7.0, "p99": 7.0}
-    assert metrics.quantiles("save") == {"p50": 0.0, "p99": 0.0}
+    assert quantiles(metrics, "load") == (7.0, 7.0)
+    assert quantiles(metrics, "save") == (0.0, 0.0)
+
+
+def test_a_histogram_counts_each_duration_in_every_bucket_that_it_fits_into() -> None:
+    metrics = Metrics()
+    for seconds in (0.0, BUCKETS[0], 0.3, 99.0):
+        metrics.observe("load", seconds)
+    report = metrics.durations(("load",))["load"]
+    upper = dict(zip([*BUCKETS, math.inf], report["buckets"], strict=True))
+    assert (upper[BUCKETS[0]], upper[0.2], upper[0.5], upper[10.0]) == (2, 2, 3, 3)
+    assert upper[math.inf] == 4
+    assert report["sum"] == pytest.approx(99.3 + BUCKETS[0])
+
+
+def test_namespaces_past_the_first_are_counted_together() -> None:
+    metrics = Metrics()
+    digests = [f"{number:064x}"[::-1] for number in range(130)]
+    for digest in digests:
+        metrics.used(digest, "exact", {"exact": 3})
+    usage = metrics.usage()
+    assert len(usage) == 101
+    assert usage["other"] == {"requests": {"exact": 30}, "tokens": {"exact": 90}}
+    metrics.forget(digests[0])
+    assert digests[0][:12] not in metrics.usage(), "a tenant that was purged leaves no trace"
 
 
 def test_a_failure_is_timed_too() -> None:
     metrics = Metrics()
     with pytest.raises(ValueError, match="broken"), metrics.timed("save"):
         raise ValueError("broken")
-    assert metrics.quantiles("save")["p50"] > 0
+    assert quantiles(metrics, "save")[0] > 0
 
 
 def test_threads_lose_no_count() -> None:
@@ -106,5 +134,5 @@ def test_threads_lose_no_count() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert metrics.count("lookups") == 8000
+    assert metrics.counts(("lookups",)) == {"lookups": 8000}
     assert metrics.declined == {"no_donor": 8000}

@@ -66,8 +66,8 @@ def test_windows_span_the_text(length: int) -> None:
 
 
 def test_models_wider_or_narrower_are_projected_alike_everywhere() -> None:
-    assert embedders._projection(384) is None
-    first, second = embedders._projection(768), embedders._projection(768)
+    assert embedders.projection(384) is None
+    first, second = embedders.projection(768), embedders.projection(768)
     assert first is not None
     assert second is not None
     assert first.shape == (768, 384)

@@ -22,6 +22,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name
 from tests.support.faulty import SlowTier
 from tests.support.oracle import Driver, gather, pick, prompt, rows_for
+from tests.support.tiers import drop_from_host
 
 Open = Callable[..., Driver]
 ROW = 64
@@ -321,9 +322,7 @@ def copied_below(engine: Driver, monkeypatch: pytest.MonkeyPatch, what: Callable
 def only_on_disk(engine: Driver, tokens: list[int]) -> None:
     engine.save(tokens)
     engine.store.flush()
-    with engine.store.nodes.lock:
-        for name in engine.store.blocks.host.names():
-            engine.store.blocks.host.drop(name)
+    drop_from_host(engine.store)
 
 
 def test_rows_are_copied_up_without_the_lock(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,8 +345,8 @@ def test_rows_that_nobody_wants_once_they_are_copied_are_given_back(
     only_on_disk(engine, prompt(1, 8))
 
     def leave() -> None:
-        for lease_id in list(store.blocks.leases._leases):
-            store.finish(lease_id, Outcome())
+        for lease in store.blocks.leases.of_owner(""):
+            store.finish(lease.id, Outcome())
         store.evict(nodes=1)
 
     with monkeypatch.context() as patch:

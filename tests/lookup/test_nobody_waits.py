@@ -16,7 +16,8 @@ from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.lookup import search
 from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.index import NamespaceIndex, VectorMatrix
+from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
 from tests.support.faulty import GatedTier

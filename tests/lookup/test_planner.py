@@ -16,13 +16,13 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Context, Span, contexts_of
+from kvshare_store.plan import Context, ReusePlan, Span, contexts_of
 
 ROW_BYTES = 64
 LAX = ReusePolicy("aggressive", min_run=2, max_generation=4)
@@ -86,8 +86,8 @@ class Shelf:
         policy: ReusePolicy = LAX,
         tier_of: Callable[[str], str | None] = lambda name: "host",
         delimiters: tuple[int, ...] = (),
-    ) -> Draft:
-        draft = self.planner.draft(
+    ) -> ReusePlan:
+        plan = self.planner.plan(
             np.asarray(request, np.int32),
             Nominator(self.tree, self.index),
             policy,
@@ -95,21 +95,21 @@ class Shelf:
             tier_of=tier_of,
             row_bytes=ROW_BYTES,
             delimiters=delimiters,
-        )
-        self.check(request, draft)
-        return draft
+        ).plan
+        self.check(request, plan)
+        return plan
 
-    def check(self, request: list[int], draft: Draft) -> None:
+    def check(self, request: list[int], plan: ReusePlan) -> None:
         """What holds of every plan: the rows are those of the same tokens in the donor."""
         at = 0
-        for span in draft.spans:
+        for span in plan.spans:
             assert span.start >= at
             assert span.length > 0
             at = span.stop
-            node, block = draft.blocks[span.block].split("/")
+            node, block = plan.block_names[span.block].split("/")
             donor = self.tree.get(node)
             assert donor is not None
-            assert donor in draft.donors
+            assert node in plan.donors
             first = 8 * int(block) + span.row
             assert span.row + span.length <= 8
             there = donor.tokens[first : first + span.length].tolist()
@@ -118,14 +118,10 @@ class Shelf:
             assert span.source == root[first]
             assert not span.exact or (first == span.start == span.source)
             assert not span.exact or first + span.length <= donor.exact_rows
-        assert not draft.spans or at < len(request)
-        exact = [i for span in draft.spans if span.exact for i in range(span.start, span.stop)]
-        assert exact == list(range(draft.exact))
-        assert bool(draft.spans) != bool(draft.declined)
-
-
-def reused(draft: Draft) -> int:
-    return sum(span.length for span in draft.spans)
+        assert not plan.spans or at < len(request)
+        exact = [i for span in plan.spans if span.exact for i in range(span.start, span.stop)]
+        assert exact == list(range(plan.exact))
+        assert bool(plan.spans) != bool(plan.declined)
 
 
 # --- the exact prefix ---------------------------------------------------------------------------
@@ -134,8 +130,8 @@ def reused(draft: Draft) -> int:
 def test_an_identical_prompt_is_all_exact_but_for_its_last_token() -> None:
     shelf = Shelf()
     shelf.add(text(1, 40))
-    draft = shelf.plan(text(1, 40))
-    assert (draft.exact, reused(draft), draft.generation) == (39, 39, 0)
+    plan = shelf.plan(text(1, 40))
+    assert (plan.exact, plan.reused, plan.generation) == (39, 39, 0)
 
 
 @pytest.mark.parametrize("policy", ["exact", "faithful", "balanced", "aggressive"])
@@ -143,9 +139,9 @@ def test_a_longer_and_a_shorter_prompt(policy: str) -> None:
     shelf = Shelf()
     shelf.add(text(1, 40))
     longer = shelf.plan([*text(1, 40), *text(2, 20)], PRESETS[policy])
-    assert (longer.exact, reused(longer)) == (40, 40)
+    assert (longer.exact, longer.reused) == (40, 40)
     shorter = shelf.plan(text(1, 40)[:21], PRESETS[policy])
-    assert (shorter.exact, reused(shorter)) == (20, 20)
+    assert (shorter.exact, shorter.reused) == (20, 20)
 
 
 def test_the_longest_prefix_wins() -> None:
@@ -154,18 +150,18 @@ def test_the_longest_prefix_wins() -> None:
     shelf.add(request[:20] + text(2, 20))
     best = shelf.add(request[:50] + text(3, 20))
     shelf.add(request[:30] + text(4, 20))
-    draft = shelf.plan(request, PRESETS["exact"])
-    assert (draft.exact, draft.donors) == (50, (best,))
+    plan = shelf.plan(request, PRESETS["exact"])
+    assert (plan.exact, plan.donors) == (50, (best.id,))
 
 
 def test_an_exact_prefix_ends_where_the_donor_was_edited() -> None:
     shelf = Shelf()
     request = text(1, 40)
     shelf.add(request, generation=1, exact_rows=21, sources=5)
-    draft = shelf.plan(request, PRESETS["exact"])
-    assert (draft.exact, reused(draft), draft.generation) == (21, 21, 0)
+    plan = shelf.plan(request, PRESETS["exact"])
+    assert (plan.exact, plan.reused, plan.generation) == (21, 21, 0)
     more = shelf.plan(request)
-    assert (more.exact, more.continued, reused(more), more.generation) == (21, 39, 39, 1)
+    assert (more.exact, more.continued, more.reused, more.generation) == (21, 39, 39, 1)
     assert all(span.source == span.start + 5 for span in more.spans if not span.exact)
 
 
@@ -176,10 +172,10 @@ def test_exact_rows_are_preferred_to_edited_ones() -> None:
     shelf.add(request[:24] + text(2, 16))
     edited = Context(3, b"some edited rows")
     shelf.add(request, generation=1, exact_rows=0, contexts=(edited,))
-    draft = shelf.plan(request)
-    assert (draft.exact, draft.continued, draft.generation) == (24, 39, 1)
-    assert draft.contexts == contexts_of([edited], (), (), 24)
-    assert [context.start for context in draft.contexts] == [24]
+    plan = shelf.plan(request)
+    assert (plan.exact, plan.continued, plan.generation) == (24, 39, 1)
+    assert plan.contexts == contexts_of([edited], (), (), 24)
+    assert [context.start for context in plan.contexts] == [24]
 
 
 # --- continued prompts --------------------------------------------------------------------------
@@ -190,10 +186,10 @@ def test_a_continuation_is_no_new_generation() -> None:
     last_turn = text(1, 60)
     edited = Context(16, b"some edited rows")
     node = shelf.add(last_turn, generation=4, exact_rows=16, contexts=(edited,))
-    draft = shelf.plan(last_turn + text(2, 30))
-    assert (draft.exact, draft.continued, reused(draft)) == (16, 60, 60)
-    assert (draft.generation, draft.contexts, draft.donors) == (4, (edited,), (node,))
-    assert [(s.exact, s.continued) for s in draft.spans if s.start >= 16] == [(False, True)] * 6
+    plan = shelf.plan(last_turn + text(2, 30))
+    assert (plan.exact, plan.continued, plan.reused) == (16, 60, 60)
+    assert (plan.generation, plan.contexts, plan.donors) == (4, (edited,), (node.id,))
+    assert [(s.exact, s.continued) for s in plan.spans if s.start >= 16] == [(False, True)] * 6
 
 
 def test_contexts_behind_what_is_continued_are_not_inherited() -> None:
@@ -226,8 +222,8 @@ def test_of_what_may_not_be_built_on_the_exact_rows_are() -> None:
     shelf = Shelf()
     donor = text(1, 80)
     shelf.add(donor, generation=4, exact_rows=60)
-    draft = shelf.plan([3, *donor[:70], 4])
-    assert (reused(draft), draft.generation) == (60, 1)
+    plan = shelf.plan([3, *donor[:70], 4])
+    assert (plan.reused, plan.generation) == (60, 1)
 
 
 def test_an_edit_behind_a_continuation_counts_its_own_donors() -> None:
@@ -235,31 +231,57 @@ def test_an_edit_behind_a_continuation_counts_its_own_donors() -> None:
     first, second = text(1, 40), text(2, 80)
     shelf.add(first, generation=1, exact_rows=0)
     shelf.add(text(3, 5) + second)
-    draft = shelf.plan(first + second)
-    assert (draft.continued, draft.generation) == (40, 1)
-    assert reused(draft) == 40 + 79
+    plan = shelf.plan(first + second)
+    assert (plan.continued, plan.generation) == (40, 1)
+    assert plan.reused == 40 + 79
 
 
 def test_an_edit_that_gains_too_little_for_its_price_is_not_made() -> None:
     shelf = Shelf(approximation_price=0.5)
     donor = text(1, 80)
     shelf.add(donor)
-    assert reused(shelf.plan(donor[:60] + text(2, 60) + donor[60:])) == 60
-    assert reused(shelf.plan(donor[:60] + text(2, 5) + donor[60:])) == 79
+    assert shelf.plan(donor[:60] + text(2, 60) + donor[60:]).reused == 60
+    assert shelf.plan(donor[:60] + text(2, 5) + donor[60:]).reused == 79
 
 
 def test_much_text_is_not_computed_behind_rows_of_the_last_generation() -> None:
     donor = text(1, 80)
 
-    def planned(generation: int, fresh: int) -> Draft:
+    def planned(generation: int, fresh: int) -> ReusePlan:
         shelf = Shelf(approximation_price=0.5)
         shelf.add(donor, generation=generation, exact_rows=30)
         return shelf.plan(donor + text(2, fresh))
 
     much, little = planned(4, 600), planned(4, 400)
-    assert (reused(much), much.continued, much.generation) == (30, 0, 0)
-    assert (reused(little), little.continued, little.generation) == (80, 80, 4)
+    assert (much.reused, much.continued, much.generation) == (30, 0, 0)
+    assert (little.reused, little.continued, little.generation) == (80, 80, 4)
     assert planned(3, 600).continued == 80, "others may build on that"
+
+
+def test_rows_that_move_for_the_last_time_must_save_more() -> None:
+    """Nobody may build on what is computed behind them, so that is computed again with the next
+    edit."""
+    donor, other = text(1, 80), text(3, 40)
+
+    def planned(generation: int, fresh: int) -> ReusePlan:
+        shelf = Shelf(approximation_price=0.25)
+        shelf.add(donor, generation=generation, exact_rows=30)
+        shelf.add([9, *other])
+        return shelf.plan([5, *donor, *text(2, fresh), *other])
+
+    assert (planned(3, 40).reused, planned(3, 40).generation) == (80 + 39, 4)
+    much = planned(3, 60)
+    assert (much.reused, much.generation) == (30 + 39, 1), "exact rows may move again"
+    assert (planned(2, 60).reused, planned(2, 60).generation) == (80 + 39, 3)
+
+
+def test_behind_rows_of_the_last_generation_nothing_is_spoilt_any_more() -> None:
+    shelf = Shelf(approximation_price=0.25)
+    told, donor = text(1, 80), text(3, 40)
+    shelf.add(told, generation=4, exact_rows=30)
+    shelf.add([9, *donor], generation=3, exact_rows=0)
+    plan = shelf.plan([*told, *text(2, 100), *donor])
+    assert (plan.continued, plan.reused, plan.generation) == (80, 80 + 39, 4)
 
 
 # --- edited rows --------------------------------------------------------------------------------
@@ -270,9 +292,9 @@ def test_an_edit_in_the_middle() -> None:
     donor = text(1, 80)
     shelf.add(donor)
     request = donor[:30] + text(2, 5) + donor[33:]
-    draft = shelf.plan(request)
-    assert (draft.exact, draft.generation) == (30, 1)
-    assert [at for s in draft.spans for at in range(s.start, s.stop)] == [
+    plan = shelf.plan(request)
+    assert (plan.exact, plan.generation) == (30, 1)
+    assert [at for s in plan.spans for at in range(s.start, s.stop)] == [
         *range(30),
         *range(35, 81),
     ]
@@ -283,8 +305,8 @@ def test_a_window_follows_the_edit() -> None:
     donor = text(1, 120)
     shelf.add(donor)
     policy = ReusePolicy("balanced", edit_window=16, tail=16, max_generation=2)
-    draft = shelf.plan([*donor[:30], 7, *donor[31:]], policy)
-    covered = [at for s in draft.spans for at in range(s.start, s.stop)]
+    plan = shelf.plan([*donor[:30], 7, *donor[31:]], policy)
+    covered = [at for s in plan.spans for at in range(s.start, s.stop)]
     assert covered == [*range(30), *range(31 + 16, 120 - 16)]
 
 
@@ -292,9 +314,9 @@ def test_text_that_moved_is_found_where_it_went() -> None:
     shelf = Shelf()
     first, second, third = text(1, 60), text(2, 60), text(3, 60)
     shelf.add(first + second + third)
-    draft = shelf.plan(first + third + second)
-    assert reused(draft) == 179
-    assert {span.source - span.start for span in draft.spans} == {0, 60, -60}
+    plan = shelf.plan(first + third + second)
+    assert plan.reused == 179
+    assert {span.source - span.start for span in plan.spans} == {0, 60, -60}
 
 
 def test_several_donors_cover_what_one_does_not() -> None:
@@ -303,9 +325,9 @@ def test_several_donors_cover_what_one_does_not() -> None:
     for at, part in enumerate(parts):
         shelf.add(text(100 + at, 10) + part + text(200 + at, 10))
     request = [token for part in parts for token in [*part, 1]]
-    draft = shelf.plan(request)
-    assert {donor.id for donor in draft.donors} == {"0", "1", "2", "3"}
-    assert reused(draft) == 240
+    plan = shelf.plan(request)
+    assert set(plan.donors) == {"0", "1", "2", "3"}
+    assert plan.reused == 240
     two = Shelf(max_donors=2)
     for at, part in enumerate(parts):
         two.add(text(100 + at, 10) + part + text(200 + at, 10))
@@ -316,8 +338,8 @@ def test_donors_are_named_by_how_much_they_give() -> None:
     shelf = Shelf()
     small = shelf.add(text(1, 50) + text(8, 8))
     large = shelf.add(text(9, 8) + text(2, 90))
-    draft = shelf.plan(text(1, 50) + text(2, 90) + [5])
-    assert draft.donors == (large, small)
+    plan = shelf.plan(text(1, 50) + text(2, 90) + [5])
+    assert plan.donors == (large.id, small.id)
 
 
 # --- generations --------------------------------------------------------------------------------
@@ -329,11 +351,11 @@ def test_generations_are_capped(cap: int, generation: int | None) -> None:
     donor = text(1, 80)
     shelf.add(donor, generation=2, exact_rows=0)
     policy = msgspec.structs.replace(LAX, max_generation=cap)
-    draft = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
+    plan = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
     if generation is None:
-        assert draft.declined == "no_donor"
+        assert plan.declined == "no_donor"
     else:
-        assert draft.generation == generation
+        assert plan.generation == generation
 
 
 def test_without_generations_only_exact_rows_are_served() -> None:
@@ -341,8 +363,8 @@ def test_without_generations_only_exact_rows_are_served() -> None:
     donor = text(1, 80)
     shelf.add(donor)
     policy = msgspec.structs.replace(LAX, max_generation=0)
-    draft = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
-    assert (draft.exact, reused(draft), draft.generation) == (40, 40, 0)
+    plan = shelf.plan([*donor[:40], 3, *donor[41:]], policy)
+    assert (plan.exact, plan.reused, plan.generation) == (40, 40, 0)
 
 
 def test_the_highest_generation_of_the_edited_donors_counts() -> None:
@@ -392,7 +414,7 @@ def test_nothing_kept() -> None:
     shelf.add(text(1, 20) + text(2, 20))
     request = text(3, 20) + text(1, 20)
     assert shelf.plan(request, PRESETS["faithful"]).declined == "nothing_kept"
-    assert reused(shelf.plan(request)) == 19
+    assert shelf.plan(request).reused == 19
 
 
 def test_blocks_gone() -> None:
@@ -405,8 +427,8 @@ def test_no_saving() -> None:
     shelf = Shelf(min_saving_ms=5.0)
     shelf.add(text(1, 40))
     shelf.cost.prefill.value = 39 / 0.006
-    draft = shelf.plan(text(1, 40))
-    assert draft.saving_ms == pytest.approx(6.0, abs=0.1)
+    plan = shelf.plan(text(1, 40))
+    assert plan.saving_ms == pytest.approx(6.0, abs=0.1)
     shelf.cost.load["disk"].value = 39 * ROW_BYTES / 0.002
     assert shelf.plan(text(1, 40), tier_of=lambda name: "disk").declined == "no_saving"
     shelf.cost.prefill.value = 39 / 0.004
@@ -452,11 +474,11 @@ def test_every_plan_is_sound(case: tuple[Shelf, list[int], ReusePolicy]) -> None
     """`Shelf.check` compares rows with the donor; here: caps, and that planning is pure."""
     shelf, request, policy = case
     before = [node.id for node in shelf.tree]
-    draft = shelf.plan(request, policy)
+    plan = shelf.plan(request, policy)
     assert [node.id for node in shelf.tree] == before
-    assert shelf.plan(request, policy) == draft
-    assert draft.generation <= policy.max_generation
-    assert len(draft.donors) <= shelf.config.max_donors
+    assert shelf.plan(request, policy) == plan
+    assert plan.generation <= policy.max_generation
+    assert len(plan.donors) <= shelf.config.max_donors
     best = 0
     for node in shelf.tree:
         same = 0
@@ -464,9 +486,9 @@ def test_every_plan_is_sound(case: tuple[Shelf, list[int], ReusePolicy]) -> None
         while same < limit and node.tokens[same] == request[same]:
             same += 1
         best = max(best, same)
-    assert draft.exact <= best
-    if not draft.declined:
-        assert draft.exact >= best // 8 * 8 or len(shelf.tree) > 8
+    assert plan.exact <= best
+    if not plan.declined:
+        assert plan.exact >= best // 8 * 8 or len(shelf.tree) > 8
 
 
 def test_text_that_moved_far_is_found() -> None:
@@ -474,7 +496,7 @@ def test_text_that_moved_far_is_found() -> None:
     shelf = Shelf()
     donor = text(1, 96)
     shelf.add(donor)
-    draft = shelf.plan(text(2, 60) + donor[:36])
-    assert [(s.start, s.stop, s.source) for s in draft.spans] == [
+    plan = shelf.plan(text(2, 60) + donor[:36])
+    assert [(s.start, s.stop, s.source) for s in plan.spans] == [
         (60 + at, min(68 + at, 95), at) for at in range(0, 36, 8)
     ]

@@ -13,14 +13,14 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
-from kvshare_store.lookup.planner import Draft, Planner
+from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan import ReusePlan, Span
 
 LENGTHS = (3_000, 50_000)
 SYSTEM, MESSAGE, THOUGHT, NEW = 600, 250, 80, 300
@@ -135,15 +135,15 @@ class Shelf:
         self.tree.add(node)
         self.index.add(node, Vectors(lexical_vector(tokens), None))
 
-    def plan(self, request: Tokens) -> Draft:
-        return self.planner.draft(
+    def plan(self, request: Tokens) -> ReusePlan:
+        return self.planner.plan(
             request,
             Nominator(self.tree, self.index),
             PRESETS["balanced"],
             CostModel(),
             tier_of=lambda name: "host",
             row_bytes=1,
-        )
+        ).plan
 
 
 shelf = cache(Shelf)
@@ -155,13 +155,13 @@ def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
     make, share = KINDS[kind]
     parts = [*make(length), text(9, 100)]
     request = np.concatenate(parts).astype(np.int32)
-    draft = shelf(length).plan(request)
-    for span in draft.spans:
-        node = shelf(length).tree.get(draft.blocks[span.block])
+    plan = shelf(length).plan(request)
+    for span in plan.spans:
+        node = shelf(length).tree.get(plan.block_names[span.block])
         assert node is not None
         there = node.tokens[span.row : span.row + span.length]
         assert there.tolist() == request[span.start : span.stop].tolist()
-    reused = sum(max(0, span.stop - max(span.start, SYSTEM)) for span in draft.spans)
+    reused = sum(max(0, span.stop - max(span.start, SYSTEM)) for span in plan.spans)
     assert reused >= share * (len(request) - SYSTEM - NEW - 100)
 
 
@@ -170,6 +170,6 @@ def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
     length = LENGTHS[1]
     known = messages(5, length)[20][1]
     request = np.concatenate((*history(0, length), known, text(9, 100))).astype(np.int32)
-    draft = shelf(length).plan(request)
-    assert sum(span.length for span in draft.spans) >= len(request) - 100 - 50 - 12
-    assert {draft.blocks[span.block][0] for span in draft.spans} == {"0", "5"}
+    plan = shelf(length).plan(request)
+    assert plan.reused >= len(request) - 100 - 50 - 12
+    assert {plan.block_names[span.block][0] for span in plan.spans} == {"0", "5"}

@@ -174,10 +174,10 @@ def test_the_queue_is_bounded(
     for seed in range(12):
         engine.serve(prompt(seed, 40))
         engine.save(prompt(seed, 40))
-    assert len(store.text._jobs) == 4
+    assert len(store.text.jobs) == 4
     for seed in range(20, 32):
         engine.serve(prompt(seed, 40))
-    assert len(store.text._badly) == 3
+    assert len(store.text.served_badly) == 3
 
 
 def test_a_prompt_that_waited_too_long_is_dropped(
@@ -187,7 +187,7 @@ def test_a_prompt_that_waited_too_long_is_dropped(
     monkeypatch.setattr(text_vectors, "_LATE_S", -1.0)
     engine = open_store()
     engine.save(prompt(0, 40))
-    wait_for(lambda: not engine.store.text._jobs)
+    wait_for(lambda: not engine.store.text.jobs)
     engine.store.flush()
     assert (vectors_of(engine), embedding_process()) == (0, None)
 

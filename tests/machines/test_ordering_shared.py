@@ -55,13 +55,13 @@ def site(tmp_path: Path) -> Site:
 
 
 def learn(store: Store) -> None:
-    """Ask the catalogue what is new, now."""
-    assert store._sharing is not None
-    store._sharing.sync()
+    """Read the changes in the catalogue now."""
+    assert store.sharing is not None
+    store.sharing.sync()
 
 
 def both_are_sound(folder: Path, engine: Driver, check: Callable[[Driver, str], None]) -> None:
-    """Each machine opens on a copy; what it serves is checked, and its tree has no problem."""
+    """Each machine opens on a copy. What it serves is checked, and its tree has no problem."""
     for machine in ("a", "b"):
         with Site(folder).open(machine) as store:
             learn(store)
@@ -77,8 +77,8 @@ def test_saving_into_a_shared_catalogue(
     with site.open("b"), site.open("a") as store:
         engine, found = Driver(store, NAMESPACE), Crashes(site.folder, tmp_path / "copies")
         catalog: Any = store.repository.catalog
-        for name, step in (("add_namespaces", "namespace added"), ("add", "row added")):
-            monkeypatch.setattr(catalog, name, found.after(getattr(catalog, name), step))
+        for rows, step in ((catalog.records, "namespace added"), (catalog, "row added")):
+            monkeypatch.setattr(rows, "add", found.after(rows.add, step))
         after_calls(monkeypatch, found, ObjectRemote, "put", "remote put")
         engine.save(OLD)
         store.flush()
@@ -95,7 +95,8 @@ def test_saving_into_a_shared_catalogue(
 def test_learning_what_others_changed(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One node came, one went: whatever the learner has done of it, it does the rest again."""
+    """One node was added, one removed. However much the learner has done of it, it does the rest
+    after a restart."""
     with site.open("a") as store, site.open("b") as other:
         engine = Driver(store, NAMESPACE)
         engine.save(OLD)
@@ -176,7 +177,7 @@ def test_collecting_what_no_machine_uses(
 
 
 def test_a_namespace_that_another_machine_has_purged_is_recorded_anew(site: Site) -> None:
-    """Else its rows would name a namespace that nobody knows."""
+    """Otherwise its rows would name a namespace without a record."""
     with site.open("a") as store, site.open("b") as other:
         engine = Driver(store, NAMESPACE)
         engine.save(OLD)

@@ -1,4 +1,4 @@
-"""A purge is a fact of the shared catalogue: every machine carries it out."""
+"""A purge is recorded in the shared catalogue, and every machine carries it out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LATER = prompt(77, 40)
 
 
 def copies(engine: Driver) -> bytes:
-    """What this machine's arena and disk hold."""
+    """The blocks in this machine's arena and on its disk."""
     arena = engine.store.blocks.host.arena
     home = engine.store.config.home_path
     kept = [*(home / "blocks").rglob("*"), *(home / "quarantine").rglob("*")]
@@ -98,7 +98,7 @@ def test_it_is_carried_out_once(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_unfinished_puts_of_a_killed_process_are_purged(machine: Machine, tmp_path: Path) -> None:
-    """The library that writes to folders never lists them."""
+    """The library that writes to folders never lists unfinished files."""
     one = machine("a")
     save(one, prompt(1, 40))
     folder = tmp_path / "remote" / "blocks" / NAMESPACE.digest
@@ -122,11 +122,12 @@ def test_a_bucket_that_keeps_versions_is_said_to(
 def test_a_claim_outlives_a_purge(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A janitor is about to delete what it has claimed. A prompt that is saved in between waits."""
+    """A janitor is about to delete the blocks it has claimed. A prompt that is saved meanwhile
+    waits."""
     one, janitor, reader = (machine(name, gc_seconds=0.0) for name in "abc")
     reader.book = one.book
     save(one, PROMPT)
-    until(lambda: knows(janitor, PROMPT))  # or it would learn of it while it collects
+    until(lambda: knows(janitor, PROMPT))  # or it would learn of the purge while it collects
     one.store.clear()
     one.store.flush()
     until(lambda: not knows(janitor, PROMPT))
@@ -155,7 +156,7 @@ def test_a_claim_outlives_a_purge(
 
 
 def test_names_that_a_claim_kept_are_erased_with_it(machine: Machine, tmp_path: Path) -> None:
-    """Also from old versions of the facts, which stay for an hour otherwise."""
+    """Also from old versions of the table, which otherwise stay for an hour."""
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     names = [name for node in one.store.tree for name in node.blocks]
@@ -173,7 +174,7 @@ def test_names_that_a_claim_kept_are_erased_with_it(machine: Machine, tmp_path: 
 
 
 def clock_of_purges(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
-    """The machine that purges has a clock that is so many seconds ahead."""
+    """The clock of the purging machine is ahead by so many seconds."""
     clock = SimpleNamespace(
         time=lambda: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
     )
@@ -211,8 +212,8 @@ def test_a_second_purge_is_carried_out_whatever_the_clocks_say(
 def test_what_was_saved_after_a_purge_stays(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a machine that hears of the purge later than of what was saved, and whose clock is
-    far behind that of the machine that purged."""
+    """Even if a machine hears of the purge later than of the new prompt, and its clock is far
+    behind that of the purging machine."""
     one, two, late = (machine(name, **ASKED_ONLY) for name in "abc")
     two.book = late.book = one.book
     save(one, PROMPT)
@@ -236,8 +237,8 @@ def test_what_was_saved_after_a_purge_stays(
 def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
     machine: Machine, tmp_path: Path, restarted: bool
 ) -> None:
-    """The purge has removed the record of the namespace: without it nobody could read those rows,
-    nor purge them."""
+    """The purge has removed the record of the namespace. Without it nobody could read those rows,
+    or purge them."""
     late = config_of(tmp_path, "b", sync_seconds=3600.0)
     one, store = machine("a"), Store(late)
     try:
@@ -267,7 +268,7 @@ def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
 def test_rows_that_were_sealed_with_the_key_that_a_purge_destroyed_go(
     machine: Machine, tmp_path: Path
 ) -> None:
-    """Also where another machine has saved there anew, and the namespace has a new key."""
+    """Even if another machine has saved in the namespace again, which then has a new key."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
     key.write_text("0123456789abcdef" * 4)
@@ -315,7 +316,7 @@ def test_leased_rows_are_left_until_their_readers_are_done(machine: Machine) -> 
 def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that can still be read are not taken for rows that were saved after it."""
+    """Rows that can still be read are not mistaken for rows that were saved after the purge."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     other.book = one.book
     save(one, PROMPT)
@@ -339,7 +340,8 @@ def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
 
 
 def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_path: Path) -> None:
-    """It told them by their times; those of long ago are forgotten, here and in the catalogue."""
+    """The release before told purges by their times. Old ones are forgotten, here and in the
+    catalogue."""
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     catalog = one.store.repository.catalog

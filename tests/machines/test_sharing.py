@@ -48,6 +48,32 @@ def test_an_edit_of_another_machines_prompt_builds_on_its_rows(machine: Machine)
     assert one.serve(edited).reused == 41
 
 
+def test_a_conversation_moves_to_another_machine(machine: Machine) -> None:
+    """Its rows are those of the first machine, in the context that they were computed in: the book
+    knows every prompt that was computed in part."""
+    one, other = (machine(name, policy="aggressive") for name in "ab")
+    other.book = one.book
+    first = prompt(1, 60)
+    edited = [*first[:20], 7, 8, *first[22:]]
+    second = [*edited, *prompt(2, 20)]
+    third = [*second, *prompt(3, 20)]
+    save(one, first)
+    assert one.serve_and_save(edited) is not None
+    one.store.flush()
+    until(lambda: knows(other, edited))
+    plan = other.plan(second)
+    assert (plan.exact, plan.continued, plan.generation) == (22, 60, 1)
+    other.finish(plan)
+    other.save(second, plan)
+    other.store.flush()
+    until(lambda: knows(one, second))
+    back = one.serve(third)  # and home again
+    assert (back.exact, back.continued, back.generation) == (22, 80, 1)
+    assert back.contexts == plan.contexts
+    strict = one.serve(third, policy="exact")
+    assert (strict.reused, strict.continued) == (22, 0)
+
+
 def test_what_one_machine_removes_is_gone_everywhere(machine: Machine) -> None:
     one, other = machine("a"), machine("b")
     other.book = one.book

@@ -1,4 +1,5 @@
-"""What one machine has committed and nobody has purged is not lost to another's upkeep."""
+"""What one machine has committed, and nobody has purged, is not lost to another machine's
+janitor."""
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ from tests.support.neighbours import (
     Machine,
     collect_all,
     config_of,
-    forget_copies,
     knows,
     learn,
     minutes_pass,
@@ -32,14 +32,15 @@ from tests.support.neighbours import (
     until,
 )
 from tests.support.oracle import Driver, RowBook, Rows, prompt
+from tests.support.tiers import drop_from_host
 
 ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
-"""A machine that looks into the catalogue when the test says so."""
+"""A machine that reads the catalogue only when the test says so."""
 PROMPT = prompt(1, 40)
 
 
 class OtherBits(RowBook):
-    """What another GPU computes: the last bit of every row is another. Shares what is known."""
+    """Rows of another GPU: the last bit of every row differs. Shares the book of known rows."""
 
     def __init__(self, book: RowBook) -> None:
         super().__init__(book.layout)
@@ -50,14 +51,14 @@ class OtherBits(RowBook):
 
 
 def served_everywhere(*engines: Driver) -> list[int]:
-    """Rows of `PROMPT` that each machine serves from what the remote has."""
+    """Rows of `PROMPT` that each machine serves from the remote."""
     for engine in engines:
-        forget_copies(engine)
+        drop_from_host(engine.store)
     return [engine.serve(PROMPT).exact for engine in engines]
 
 
 def test_two_machines_compute_the_same_prompt(machine: Machine, tmp_path: Path) -> None:
-    """The row of the first stays, and the second takes its blocks for its own."""
+    """The first machine's row stays, and the second uses the first one's blocks."""
     one, other = (machine(name, disk=False, **ASKED_ONLY) for name in "ab")
     other.book = OtherBits(one.book)  # type: ignore[arg-type]
     assert save(one, PROMPT) == save(other, PROMPT)
@@ -72,7 +73,8 @@ def test_two_machines_compute_the_same_prompt(machine: Machine, tmp_path: Path) 
 
 
 def edit_of(engine: Driver) -> list[int]:
-    """Save a prompt, then an edit of it that shares most of its blocks; its tokens."""
+    """Save a prompt, then an edit of it that shares most of its blocks; returns the edit's
+    tokens."""
     save(engine, PROMPT)
     edited = [*PROMPT[:20], 7, *PROMPT[21:]]
     plan = engine.serve(edited)
@@ -83,7 +85,7 @@ def edit_of(engine: Driver) -> list[int]:
 
 
 def merged_on_one(machine: Machine) -> tuple[Driver, Driver, list[int]]:
-    """Two machines with an edited prompt, which the first has merged; its tokens."""
+    """Two machines with an edited prompt, which the first has merged; returns its tokens."""
     settings = {"policy": "aggressive", "disk": False, "max_scatter": 1.0, **ASKED_ONLY}
     one, other = machine("a", **settings), machine("b", **settings)
     other.book = one.book
@@ -103,13 +105,14 @@ def test_a_merge_on_one_machine_is_learned_by_the_others(machine: Machine) -> No
     one.store.flush()
     learn(other)
     collect_all(one)
-    forget_copies(other)
+    drop_from_host(other.store)
     assert other.serve(edited).reused == 39
     assert knows(one, edited)
 
 
 def test_a_machine_that_missed_a_merge_does_not_remove_the_node(machine: Machine) -> None:
-    """Its old blocks are gone when it wants them: it forgets its form of the node, not the row."""
+    """Its old blocks are gone when it needs them. It forgets its own form of the node, but keeps
+    the row."""
     one, other, edited = merged_on_one(machine)
     one.store.nodes.remove([n.id for n in one.store.tree if n.tokens.tolist() == PROMPT])
     one.store.flush()
@@ -149,7 +152,7 @@ def test_a_pin_brings_back_what_another_machine_removed_meanwhile(machine: Machi
 
 
 def save_long_ago(engine: Driver, *prompts: list[int]) -> None:
-    """Prompts that were saved five hours ago and not used since, as far as others can know."""
+    """Prompts that were saved five hours ago and, as far as other machines know, not used since."""
     for tokens in prompts:
         save(engine, tokens)
     catalog = engine.store.repository.catalog
@@ -160,7 +163,7 @@ def save_long_ago(engine: Driver, *prompts: list[int]) -> None:
 
 
 def uses_are_written(engine: Driver) -> None:
-    """As the machine does by itself every few minutes."""
+    """As the machine itself does every few minutes."""
     assert engine.store.repository.uses is not None
     engine.store.repository.uses.exchange()
 
@@ -213,13 +216,14 @@ def test_a_quota_spares_what_another_machine_may_be_using(machine: Machine) -> N
 def test_a_prompt_is_saved_again_while_its_old_blocks_are_condemned(
     machine: Machine, tmp_path: Path
 ) -> None:
-    """A machine that has forgotten a prompt with everybody else still believes in its blocks."""
+    """A machine that has forgotten a prompt, like all others, still believes that its blocks are
+    there."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     save(one, PROMPT)
     learn(other)
     one.store.clear()
     learn(other)
-    for _ in range(2):  # seen to be nobody's, then condemned
+    for _ in range(2):  # found to be garbage, then condemned
         minutes_pass(one, 2)
         one.store.collect()
     save(other, PROMPT)
@@ -262,8 +266,8 @@ def test_a_save_waits_for_the_removal_of_its_blocks(machine: Machine, tmp_path: 
 def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The janitor looks into the catalogue after its claim, and the save looks for claims after its
-    commit: one of the two sees the other."""
+    """The janitor reads the catalogue after its claim, and a save looks for claims after its
+    commit. So one of the two sees the other."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     save(one, PROMPT)
     one.store.clear()
@@ -279,7 +283,7 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
     catalog = other.store.repository.catalog
     assert catalog is not None
     put = other.store.repository.durable.write
-    # as if the save had looked for condemned blocks before they were
+    # as if the save had looked for condemned blocks before they were condemned
     monkeypatch.setattr(
         other.store.repository.durable,
         "write",
@@ -330,7 +334,8 @@ def test_a_save_whose_blocks_a_dead_janitor_claimed_is_refused_and_can_be_made_l
 def test_a_machine_that_did_not_look_for_half_a_grace_is_sure_of_nothing(
     machine: Machine, tmp_path: Path
 ) -> None:
-    """It was stopped, or cut off: what it believes to be in the remote may have been removed."""
+    """It was stopped or cut off, so blocks that it believes to be in the remote may have been
+    removed."""
     one = machine("a", disk=False, **ASKED_ONLY)
     save(one, PROMPT)
     one.store.clear()
@@ -372,20 +377,20 @@ def test_one_machine_of_several_lists_the_remote(
         monkeypatch.setattr(blocks, "list_shared", lambda e=engine: listed.append(e) or {})
     for _ in range(2):
         for engine in engines:
-            engine.store._janitor.collect(patient=True)
+            engine.store.janitor.collect(patient=True)
     assert listed
     assert set(listed) == {engines[0]}
 
 
 def files_of(folder: Path, table: str) -> int:
-    """Files of a table of the shared catalogue."""
+    """Files of one table of the shared catalogue."""
     return sum(file.is_file() for file in (folder / "catalog" / f"{table}.lance").rglob("*"))
 
 
 def test_upkeep_alone_lets_no_table_grow(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody saves any more: the other tables are written to and compacted all the same."""
+    """Without any save, the other tables are still written to and compacted."""
     monkeypatch.setattr("kvshare_store.catalog.table._SHARED_VERSIONS", timedelta(milliseconds=1))
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
@@ -397,7 +402,7 @@ def test_upkeep_alone_lets_no_table_grow(
         catalog.uses.overwrite(Fact("b", time.time() + at))
     before = {table: files_of(tmp_path, table) for table in ("facts", "uses")}
     for _ in range(2):
-        one.store._janitor.collect(patient=True)
+        one.store.janitor.collect(patient=True)
     for table, files in before.items():
         assert files_of(tmp_path, table) < files / 2
 
@@ -409,16 +414,16 @@ def test_uses_of_long_ago_go_although_nobody_saves(machine: Machine) -> None:
     catalog = one.store.repository.catalog
     assert catalog is not None
     catalog.uses.create([Fact("ab" * 16, 5.0)])
-    one.store._janitor.collect(patient=True)
+    one.store.janitor.collect(patient=True)
     assert not catalog.uses.facts("at < 6")
 
 
 def test_a_turn_is_renewed_only_when_it_is_half_over(machine: Machine) -> None:
-    """Each renewal is one more version of the table."""
+    """Each renewal adds a version of the table."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     catalog = one.store.repository.catalog
     assert catalog is not None
-    mine, theirs = (engine.store._janitor._shared for engine in (one, other))
+    mine, theirs = (engine.store.janitor.shared for engine in (one, other))
     assert mine is not None
     assert theirs is not None
     assert mine.my_turn()
@@ -481,14 +486,15 @@ def test_removals_of_others_are_learned_without_reading_every_id(
 
 
 def old_stamp() -> int:
-    """Of a machine whose clock is three minutes behind, and that has seen no other's stamps."""
+    """A row of a machine whose clock is three minutes behind, and which has seen no other machine's
+    stamps."""
     return new_stamp() - 180 * 10**9
 
 
 def test_a_pin_with_an_old_stamp_is_learned(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of rows does not tell of it."""
+    """The number of rows does not show it."""
     one, other = machine("a", gc_seconds=0.0), machine("b", **ASKED_ONLY)
     node_id = save(one, PROMPT)
     assert node_id is not None
@@ -507,8 +513,8 @@ def test_a_pin_with_an_old_stamp_is_learned(
 def test_an_old_stamp_is_learned_beside_a_new_one(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row went, one with an old stamp came and one with a new stamp: the number of rows does not
-    tell, and something new was found."""
+    """One row was removed, one with an old stamp and one with a new stamp were added. The number of
+    rows does not show it, and something new was found."""
     monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 0.2)
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     node_id = save(one, PROMPT)
@@ -531,7 +537,7 @@ def test_an_old_stamp_is_learned_beside_a_new_one(
 def test_stamps_grow_over_those_that_were_seen(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the clock of the machine says that makes one."""
+    """Whatever the clock of the machine that makes the stamp."""
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     save(one, PROMPT)
     learn(other)
@@ -543,7 +549,7 @@ def test_stamps_grow_over_those_that_were_seen(
 
 
 def test_a_catalogue_of_the_release_before_opens(machine: Machine, tmp_path: Path) -> None:
-    """Its rows have no stamps; a pin gives one."""
+    """Its rows have no stamps; a pin adds one."""
     one = machine("a", **ASKED_ONLY)
     node_id = save(one, PROMPT)
     assert node_id is not None

@@ -1,4 +1,5 @@
-"""Archives: what is exported is imported elsewhere as it was; a damaged file changes nothing."""
+"""Archives: what is exported is imported elsewhere unchanged, and a damaged file changes
+nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def exported(engine: Driver, path: Path, **how: Any) -> Any:
 
 @pytest.fixture
 def archive(driver: Open, tmp_path: Path) -> Path:
-    """Of three nodes."""
+    """An archive of three nodes."""
     engine = driver()
     filled(engine)
     exported(engine, tmp_path / "a.kv")
@@ -128,10 +129,10 @@ def test_rows_that_others_share_are_not_copied_twice(
 
 
 def test_lossy_rows_are_left_out(driver: Open, tmp_path: Path) -> None:
-    """Their name does not verify them, so nobody who imports them could."""
+    """Their name does not verify them, so the importing store could not either."""
     engine = driver(disk_codec="int8")
     engine.save(prompt())
-    engine = driver(disk_codec="int8")  # from disk, where a codec has changed the rows
+    engine = driver(disk_codec="int8")  # read from disk, where a codec has changed the rows
     found = export_nodes(
         engine.store.repository, list(engine.store.tree), tmp_path / "a.kv", plain=False
     )
@@ -193,7 +194,7 @@ def test_what_is_no_archive(other: Callable[..., Store], tmp_path: Path) -> None
 def test_a_node_whose_fields_disagree(
     driver: Open, other: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An archive with a right hash and a node that is none."""
+    """The hash of the archive is right, but the node in it is not valid."""
     engine = driver()
     engine.save(prompt())
     encoded = "kvshare_store.maintenance.moving.encode_node"
@@ -227,7 +228,7 @@ def test_a_file_that_cannot_be_written(driver: Open, tmp_path: Path) -> None:
 
 
 def forged(engine: Driver, tmp_path: Path, **fields: object) -> Path:
-    """An archive of one node with fields that are not true."""
+    """An archive of one node with wrong values in some fields."""
     engine.save(prompt())
     (node,) = engine.store.tree
     lie = msgspec.structs.replace(node, **fields)

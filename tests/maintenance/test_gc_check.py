@@ -20,6 +20,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
 from tests.support.faulty import FaultyTier, GatedTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import drop_from_host
 
 Open = Callable[..., Driver]
 
@@ -111,7 +112,7 @@ def test_slots_that_are_being_filled_are_not_garbage(driver: Open) -> None:
 def test_blocks_whose_node_is_just_coming_are_not_garbage(
     driver: Open, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass that begins between a block's name and its node waits for the lock."""
+    """A pass that begins after a block is named and before its node is added waits for the lock."""
     engine = driver()
     nodes, collected = engine.store.nodes, []
     add = nodes.add
@@ -135,22 +136,22 @@ def test_blocks_that_are_not_in_the_catalogue_yet_are_not_garbage(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = driver()
-    catalog, orphans = engine.store.repository.catalog, []
+    catalog, garbage = engine.store.repository.catalog, []
     assert catalog is not None
     add = catalog.add
 
     def look_first(rows: Any) -> None:
-        orphans.append(engine.store._janitor._orphans())
+        garbage.append(engine.store.collect(dry_run=True).blocks)
         add(rows)
 
     monkeypatch.setattr(catalog, "add", look_first)
     engine.save(prompt(2, 40))
     engine.store.flush()
-    assert orphans == [[]], "durable, and their row is not"
+    assert garbage == [0], "durable, and their row is not"
 
 
 def test_a_block_that_gets_a_node_while_it_is_ordered_away_stays(driver: Open, home: Path) -> None:
-    """The janitor saw it without a node; the committer looks again."""
+    """The janitor saw the block without a node; the committer checks again before it deletes."""
     engine = driver()
     node = saved(engine, 1)
     engine.store.repository.queue.put(Removal((), node.blocks))
@@ -218,16 +219,11 @@ def test_closing_does_not_wait_for_the_next_pass(driver: Open) -> None:
 
 
 def problems(store: Store, *, repair: bool = False) -> list[tuple[str, str, bool]]:
-    """Kind, what it is about, whether it was repaired: tree and every block."""
+    """Each finding's kind, subject, and whether it was repaired; tree and all blocks are
+    checked."""
     tree = check_tree(store.repository, repair=repair)
     blocks = check_blocks(store.repository, tree.blocks, repair=repair)
     return [(p.kind, p.about, p.repaired) for p in itertools.chain(tree.problems, blocks.problems)]
-
-
-def out_of_memory(engine: Driver) -> None:
-    """Let every durable block leave the host tier."""
-    for name in engine.store.blocks.host.names():
-        engine.store.blocks.host.drop(name)
 
 
 def test_a_sound_store_has_no_problems(driver: Open, home: Path) -> None:
@@ -257,7 +253,7 @@ def test_a_bad_block_is_found_and_its_node_is_offered_no_more(driver: Open, home
     engine = driver()
     node = saved(engine, 1)
     saved(engine, 2)
-    out_of_memory(engine)
+    drop_from_host(engine.store)
     rot(files(home)[node.blocks[2]])
     assert problems(engine.store) == [("corrupt", node.blocks[2], True)]
     assert engine.plan(prompt(1, 40)).declined == "no_donor"
@@ -279,7 +275,7 @@ def test_a_bad_copy_of_a_good_block_is_written_again(driver: Open, home: Path) -
     rot(files(home)[node.blocks[2]])
     assert problems(engine.store, repair=True) == [("corrupt", node.blocks[2], True)]
     assert problems(engine.store) == []
-    out_of_memory(engine)
+    drop_from_host(engine.store)
     assert engine.serve(prompt(1, 40)).exact == 39
 
 
@@ -296,7 +292,7 @@ def test_a_bad_copy_in_memory_gives_way_to_the_one_on_disk(driver: Open) -> None
 def test_a_file_that_is_gone_is_found(driver: Open, home: Path) -> None:
     engine = driver()
     node = saved(engine, 1)
-    out_of_memory(engine)
+    drop_from_host(engine.store)
     files(home)[node.blocks[0]].unlink()
     found = problems(engine.store, repair=True)
     assert [(kind, repaired) for kind, _, repaired in found] == [("missing", True)]
@@ -307,7 +303,7 @@ def test_a_file_that_is_gone_is_found(driver: Open, home: Path) -> None:
 def test_a_disk_that_refuses_is_a_problem_that_only_a_repair_gives_up(driver: Open) -> None:
     engine = driver()
     node = saved(engine, 1)
-    out_of_memory(engine)
+    drop_from_host(engine.store)
     level = next(iter(engine.store.blocks.levels))
     level.tier = faulty = FaultyTier(level.tier)
     faulty.fail_always("get", StorageError("Input/output error"))
@@ -321,10 +317,10 @@ def test_a_disk_that_refuses_is_a_problem_that_only_a_repair_gives_up(driver: Op
 def test_loops_and_bad_segments_are_found_and_removed(driver: Open) -> None:
     engine = driver()
     a, b, c = (saved(engine, seed) for seed in range(3))
-    nodes = engine.store.tree._nodes
-    nodes[a.id] = msgspec.structs.replace(a, parent=b.id)
-    nodes[b.id] = msgspec.structs.replace(b, parent=a.id)
-    nodes[c.id] = msgspec.structs.replace(c, segments=c.segments[1:])
+    tree = engine.store.tree
+    tree.replace(msgspec.structs.replace(a, parent=b.id))
+    tree.replace(msgspec.structs.replace(b, parent=a.id))
+    tree.replace(msgspec.structs.replace(c, segments=c.segments[1:]))
     found = problems(engine.store)
     assert sorted(kind for kind, _, _ in found) == ["cycle", "segments"]
     assert not any(repaired for _, _, repaired in found)
@@ -353,7 +349,8 @@ def test_the_catalogue_and_the_tree_must_agree(driver: Open) -> None:
 def test_records_of_empty_namespaces_are_collected(
     driver: Open, tmp_path: Path, key: str | None
 ) -> None:
-    """At once by hand, later by itself; what comes back gets a new record, and a new salt."""
+    """At once by command, later by the janitor. A namespace that returns gets a new record and a
+    new salt."""
     settings: dict[str, Any] = {}
     if key is not None:
         (tmp_path / key).write_text("ab" * 32)
@@ -368,18 +365,18 @@ def test_records_of_empty_namespaces_are_collected(
         store.save(prompt(at, 16), engine.namespace.for_tenant(str(at)), rows)
     store.flush()
     store.evict(namespace=engine.namespace.for_tenant("0").digest, nodes=0)
-    store._janitor.collect(patient=True)
-    assert len(catalog.digests()) == 3, "it may be used again"
+    store.janitor.collect(patient=True)
+    assert len(catalog.records.digests()) == 3, "it may be used again"
     closed = engine.namespace.for_tenant("0").digest
     store.nodes.namespaces.closed.add(closed)
     store.collect()
-    assert len(catalog.digests()) == 3, "it is being purged"
+    assert len(catalog.records.digests()) == 3, "it is being purged"
     store.nodes.namespaces.closed.discard(closed)
     store.collect()
-    assert len(catalog.digests()) == len(list(store.nodes.namespaces)) == 2
+    assert len(catalog.records.digests()) == len(list(store.nodes.namespaces)) == 2
     store.clear()
     store.collect()
-    assert not catalog.digests()
+    assert not catalog.records.digests()
     assert engine.save(prompt(7, 40))
     store.flush()
     assert driver(**settings).serve(prompt(7, 40)).exact == 39

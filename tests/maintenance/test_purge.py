@@ -1,4 +1,4 @@
-"""Purging: not a byte of a namespace stays, and nothing of another one goes."""
+"""Purging: no byte of the namespace stays, and no byte of another one goes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
@@ -31,11 +30,12 @@ from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.tiers import damage_file
 from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Config = Callable[..., StoreConfig]
 TENANT = "tenant-Zq7x"
 SLOT = 64 + 8 * 64
-"""What a block of eight rows takes in shared memory."""
+"""Bytes of shared memory for a block of eight rows."""
 PROMPTS = [prompt(seed, 40 + seed) for seed in range(6)]
 EDITED = [*PROMPTS[5][:20], 987_654_321, *PROMPTS[5][21:]]
 THEIRS = prompt(99, 40)
@@ -67,8 +67,9 @@ def key(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def two(config: Config, mine: Namespace, namespace: Namespace, key: str) -> Iterator[Two]:
-    """Saved in turns, so that files of the catalogue and places in shared memory are mixed; the
-    host tier is so small that rows have left slots which nobody took after them."""
+    """Prompts saved alternately in both namespaces, so that files of the catalogue and places in
+    shared memory are mixed. The host tier is so small that rows have left slots which were not
+    reused."""
     with Store(config(encryption_key=key, host_bytes=40 * SLOT)) as store:
         two = Two(store, Driver(store, mine), Driver(store, namespace))
         two.kept.save(THEIRS)
@@ -82,8 +83,8 @@ def two(config: Config, mine: Namespace, namespace: Namespace, key: str) -> Iter
 
 
 _others: set[int] = set()
-"""Inodes of the memory files of stores that other tests have closed: rows that were handed out keep
-them open until the garbage collector drops those rows."""
+"""Inodes of memory files of stores that other tests have closed. Rows that were handed out keep
+them open until Python's garbage collector drops those rows."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def memory_of_others() -> None:
 def arenas() -> Iterator[Path]:
     """Anonymous memory files that this process has opened in this test."""
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very folder
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this folder itself
             if (
                 os.readlink(path).startswith("/memfd:kvshare ")
                 and path.stat().st_ino not in _others
@@ -104,13 +105,13 @@ def arenas() -> Iterator[Path]:
 
 
 def files(home: Path) -> Iterator[Path]:
-    """Every file of a home, and the shared memory of this process."""
+    """All files of a home, and the shared memory of this process."""
     yield from arenas()
     yield from (path for path in home.rglob("*") if path.is_file())
 
 
 def traces(mine: Namespace) -> dict[str, set[bytes]]:
-    """What bytes of the namespace look like: tokens, edits, rows, digest and tenant."""
+    """Byte strings that identify the namespace: tokens, edits, rows, digest and tenant."""
     rows = set()
     for tokens in PROMPTS:
         words = Driver(None, mine).book.computed(tokens, len(tokens), "")  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def traces(mine: Namespace) -> dict[str, set[bytes]]:
 
 
 def found(home: Path, mine: Namespace) -> dict[str, set[str]]:
-    """Kind of trace to the places where there is one: the folder of the home, or `arena`."""
+    """For each kind of trace the places where one is left: the folder of the home, or `arena`."""
     wanted = traces(mine)
     places: dict[str, set[str]] = {}
     for path in files(home):
@@ -137,23 +138,18 @@ def found(home: Path, mine: Namespace) -> dict[str, set[str]]:
     return places
 
 
-def disk_level(store: Store) -> Level:
-    level = store.blocks.levels.named("disk")
-    assert level is not None
-    return level
-
-
-def leave_wreckage(two: Two, home: Path, mine: Namespace) -> None:
-    """Bytes where nobody's books know of them: quarantined, unfinished, and without a node."""
+def leave_leftovers(two: Two, home: Path, mine: Namespace) -> None:
+    """Put bytes of the namespace where no list has them: quarantined, unfinished, without a
+    node."""
     names = [
         name for node in two.store.tree if node.namespace == mine.digest for name in node.blocks
     ]
     block = home / "blocks" / names[0][:2] / f"{names[0]}.kvb"
     frame = block.read_bytes()
     (home / "tmp" / "0123.4").write_bytes(frame[: len(frame) // 2])
-    orphan = "ab" * 32
+    garbage = "ab" * 32
     (home / "blocks" / "ab").mkdir(exist_ok=True)
-    (home / "blocks" / "ab" / f"{orphan}.kvb").write_bytes(frame)
+    (home / "blocks" / "ab" / f"{garbage}.kvb").write_bytes(frame)
     (home / "quarantine" / names[1]).write_bytes(damaged(frame))
 
 
@@ -165,7 +161,7 @@ def damaged(frame: bytes) -> bytes:
 
 
 def test_no_byte_stays(two: Two, home: Path, mine: Namespace, key: str) -> None:
-    leave_wreckage(two, home, mine)
+    leave_leftovers(two, home, mine)
     before = found(home, mine)
     assert before["rows"] == ({"arena"} if key else {"arena", "blocks", "quarantine", "tmp"})
     assert ("tokens" in before, "tenant" in before) == (not key, not key)
@@ -179,7 +175,7 @@ def test_no_byte_stays(two: Two, home: Path, mine: Namespace, key: str) -> None:
 
 
 def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
-    """LanceDB writes its files in ways that a search for bytes need not see through."""
+    """LanceDB's files are compressed, so a search for bytes in them might miss some."""
     two.store.purge(mine.digest)
     catalog = two.store.repository.catalog
     assert catalog is not None
@@ -189,7 +185,7 @@ def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
         assert len(list((folder / "_versions").glob("*.manifest"))) == 1
         assert not list(folder.glob("_deletions/*")), "a deleted row would still be in its file"
     assert {namespace for _, namespace in catalog.ids()} == {two.kept.namespace.digest}
-    assert [known.digest for known in catalog.namespaces()] == [two.kept.namespace.digest]
+    assert [known.digest for known in catalog.records.read()] == [two.kept.namespace.digest]
 
 
 def test_other_namespaces_stay(two: Two, config: Config, mine: Namespace, key: str) -> None:
@@ -282,8 +278,8 @@ def test_it_waits_for_saves_and_lets_no_new_one_begin(
 
 
 def test_slots_that_others_fill_may_hold_old_rows(two: Two, home: Path, mine: Namespace) -> None:
-    """A save of another namespace has a slot that was the purged one's: it is waited for, and what
-    it gives back unfilled is wiped."""
+    """A save of another namespace holds a slot of the purged one. The purge waits for it, and wipes
+    what the save gives back unused."""
     with two.store.nodes.lock:
         for name in two.store.blocks.host.names():
             if two.store.blocks.host.namespace(name) == mine.digest:
@@ -312,7 +308,7 @@ def test_slots_that_others_fill_may_hold_old_rows(two: Two, home: Path, mine: Na
 
 
 def test_a_tier_that_refuses_is_named(two: Two, home: Path, mine: Namespace, key: str) -> None:
-    """Plain rows are purged again; encrypted ones are unreadable from then on."""
+    """Plain rows can be purged again; encrypted ones are unreadable from then on."""
     level = disk_level(two.store)
     level.tier = faulty = Refusing(level.tier)
     faulty.refuses = True
@@ -349,14 +345,14 @@ class Refusing(FaultyTier):
 def test_the_master_key_does_not_open_what_was_purged(
     two: Two, home: Path, mine: Namespace, key: str
 ) -> None:
-    """Somebody has a copy of the blocks and the master key, but no salt any more."""
+    """An attacker has a copy of the blocks and the master key, but the salt is gone."""
     node = next(node for node in two.store.tree if node.namespace == mine.digest)
     name = node.blocks[0]
     copy = (home / "blocks" / name[:2] / f"{name}.kvb").read_bytes()
 
     def opened() -> bytes:
         keys = Keyring(master_key(key))
-        list(Catalog(home / "catalog", keys).namespaces())
+        Catalog(home / "catalog", keys).records.read()
         return bytes(decode_frame(copy, name, keys).data)
 
     assert opened()
@@ -366,7 +362,7 @@ def test_the_master_key_does_not_open_what_was_purged(
     two.mine.save(PROMPTS[0])
     two.store.flush()
     with pytest.raises(CorruptBlockError):
-        opened()  # the namespace has a salt again, and it is another
+        opened()  # the namespace has a salt again, but another one
 
 
 @pytest.mark.parametrize("codec", ["none", "planes"])

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_store.nodes.grams import anchors, gram_hashes
-from kvshare_store.nodes.index import LONG, NamespaceIndex, PrefixChain, VectorMatrix
+from kvshare_store.nodes.index import LONG, NamespaceIndex
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.postings import Postings
+from kvshare_store.nodes.prefix_chain import PrefixChain
+from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Span
 

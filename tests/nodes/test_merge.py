@@ -168,16 +168,31 @@ def order(tree: DeltaTree, namespace: str | None = None) -> list[str]:
     return [one.id for one in tree.victims(namespace)]
 
 
-def test_what_frees_least_for_what_it_costs_stays_longest() -> None:
+def two_blocks(name: str, first: str, second: str) -> Node:
+    return node(name, [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], (first, second))
+
+
+def test_rows_that_only_one_node_uses_are_all_as_dear() -> None:
+    """A short answer behind a long prompt that others share is worth no more for each byte than a
+    prompt of its own."""
     tree = DeltaTree(CostAware)
-    tree.add(node("shares", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("s", "t")))
-    tree.add(node("alone", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("u", "v")))
-    assert order(tree) == ["shares", "alone"], "equal: the older one first"
-    tree.add(node("child", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("s", "w")))
-    assert order(tree)[0] == "alone"
-    tree.remove("child")
-    assert order(tree) == ["alone", "shares"] or order(tree) == ["shares", "alone"]
-    assert tree.freed(tree.get("shares")) == 200  # type: ignore[arg-type]
+    tree.add(two_blocks("shares", "s", "t"))
+    tree.add(two_blocks("alone", "u", "v"))
+    tree.add(two_blocks("child", "s", "w"))
+    assert order(tree) == ["shares", "alone", "child"]
+    assert [tree.freed(one) for one in tree] == [100, 200, 100]
+
+
+def test_a_node_that_frees_nothing_goes_last_and_is_as_old_as_before_when_it_does() -> None:
+    """An earlier turn of a conversation, whose rows the next turn shares."""
+    tree = DeltaTree(CostAware)
+    tree.add(two_blocks("turn 1", "s", "t"))
+    tree.add(two_blocks("other", "u", "v"))
+    later = [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0), Span(16, 8, 16, 2, 0)]
+    tree.add(node("turn 2", later, ("s", "t", "w")))
+    assert order(tree) == ["other", "turn 2", "turn 1"]
+    tree.remove("turn 2")
+    assert order(tree) == ["turn 1", "other"]
 
 
 def test_pinned_nodes_are_in_no_order() -> None:

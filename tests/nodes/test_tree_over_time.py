@@ -205,15 +205,15 @@ def test_a_node_that_is_pinned_while_it_is_merged_keeps_its_pin(
 ) -> None:
     engine = driver(max_chain=1)
     nodes = chain(engine, 3)
-    janitor = engine.store._janitor
-    gather = janitor._gather
+    merger = engine.store.janitor.merger
+    gather = merger.gather
 
     def gather_and_pin(*arguments: Any) -> list[str]:
         names = gather(*arguments)
         engine.store.pin(nodes[2].id)
         return names
 
-    monkeypatch.setattr(janitor, "_gather", gather_and_pin)
+    monkeypatch.setattr(merger, "gather", gather_and_pin)
     assert engine.store.collect().merged == 0
     engine.store.flush()
     engine = driver(max_chain=1)
@@ -317,7 +317,7 @@ def test_a_quota_that_is_new_is_held_by_the_janitor(driver: Open, home: Path) ->
 def test_time_to_live_counts_from_the_last_use(driver: Open) -> None:
     now = [0.0]
     engine = driver(ttl_seconds=10.0)
-    engine.store.tree._clock = lambda: now[0]
+    engine.store.tree.clock = lambda: now[0]
     first, second = saved(engine, prompt(1, 40)), saved(engine, prompt(2, 40))
     now[0] = 9.0
     engine.serve(prompt(1, 40))
@@ -405,8 +405,8 @@ def test_merges_that_cannot_succeed_do_not_keep_others_waiting(
     engine = driver(max_chain=0)
     engine.save(REQ1)
     nodes = [saved(engine, [*REQ1[:30], 1000 + number, *REQ1[31:]]) for number in range(10)]
-    janitor = engine.store._janitor
-    merge_one, tried = janitor._merge_one, []
+    janitor = engine.store.janitor
+    merge_one, tried = janitor.merger.merge_one, []
 
     def merge(node: Node) -> bool:
         tried.append(node.id)
@@ -414,7 +414,7 @@ def test_merges_that_cannot_succeed_do_not_keep_others_waiting(
             raise NoSpaceError("there is no room for it")
         return merge_one(node)
 
-    monkeypatch.setattr(janitor, "_merge_one", merge)
+    monkeypatch.setattr(janitor.merger, "merge_one", merge)
     assert janitor.collect(patient=True).merged == 0
     assert len(tried) == 8
     assert janitor.collect(patient=True).merged == 1

@@ -1,11 +1,11 @@
-"""What the documents say about settings, commands, dependencies, rooms and tests is so."""
+"""What the documents say about settings, commands, dependencies, packages and tests is true."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,9 @@ from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
+from tests.support.documents import DOCS, PAGES, ROOT, quoted, tables_of
 
-ROOT = Path(__file__).parents[2]
-DESIGN = ROOT / "docs" / "design"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
-
-Table = list[list[str]]
-"""Rows of cells, the header first."""
-
-
-def tables(text: str) -> Iterator[Table]:
-    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
-        head, _, *rows = (
-            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
-            for line in block.splitlines()
-        )
-        yield [head, *rows]
-
-
-def tables_of(path: Path, *head: str) -> list[Table]:
-    """The tables of a document whose header begins (or, for one name, ends) so."""
-    found = [
-        table
-        for table in tables(path.read_text())
-        if tuple(table[0][: len(head)]) == head or table[0][-len(head) :] == list(head)
-    ]
-    assert found, f"{path.name} has no table with {head}"
-    return found
-
-
-def quoted(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
+DESIGN = DOCS / "design"
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -98,12 +70,12 @@ def test_the_policies_are_the_presets() -> None:
 
 
 def required() -> set[str]:
-    """Names of all that pyproject.toml and the benchmarks ask for."""
+    """Names of all packages that pyproject.toml and the benchmarks require."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     asked += [requirement for extra in extras for requirement in extra]
-    for name in ("lmcache.txt", "bench.txt"):
+    for name in ("lmcache.txt", "bench.txt", "docs.txt"):
         pins = (ROOT / "requirements" / name).read_text().splitlines()
         asked += [line for line in pins if line and not line.startswith(("#", "-r "))]
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in asked}
@@ -116,14 +88,21 @@ def test_every_dependency_has_a_line() -> None:
     assert set(lines) == required()
 
 
-def test_every_room_has_a_place() -> None:
-    (table,) = tables_of(DESIGN / "architecture.md", "room")
+def test_every_package_has_a_place() -> None:
+    (table,) = tables_of(DESIGN / "architecture.md", "package or module")
     named = [name for row in table[1:] for name in quoted(row[0])]
     paths = [*(ROOT / "kvshare_store").iterdir(), *(ROOT / "connectors").iterdir()]
-    rooms = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
+    here = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {name.rpartition("/")[2] for name in named} - {"eviction", "remotes", "tiers"} == {
-        room for room in rooms if not room.startswith("__")
+        name for name in here if not name.startswith("__")
     }
+
+
+def test_every_folder_of_tests_is_described() -> None:
+    (table,) = tables_of(ROOT / "CONTRIBUTING.md", "folder", "what its tests are about")
+    named = {name.partition("/")[0] for row in table[1:] for name in quoted(row[0])} - {"tests"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert named == folders - {"__pycache__"}
 
 
 def test_versions_of_what_is_stored() -> None:
@@ -162,7 +141,7 @@ def test_every_step_names_a_test_that_exists() -> None:
 
 
 def exists(test: str) -> bool:
-    """Whether a `file.py::function` is there; a file without a folder may be anywhere in tests."""
+    """Whether a `file.py::function` exists; a file without a folder may be anywhere in tests."""
     file, _, function = test.partition("::")
     definition = re.compile(rf"^ *(?:async )?def {re.escape(function)}\(", re.MULTILINE)
     found = (ROOT / "tests").rglob(file)
@@ -225,7 +204,8 @@ def test_the_transformers_example_reuses_more_than_the_chat_template(
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
 def test_the_front_pages_say_when_which_policy_is_right(page: str) -> None:
-    """And that larger models follow old values, beside the table and not only in a design note."""
+    """That larger models repeat old values must stand beside the table, not only in a design
+    note."""
     text = (ROOT / page).read_text()
     assert re.search(r"8 ?(B|billion) parameters follow", " ".join(text.split())), page
     (table,) = (table for table in tables_of(ROOT / page, "traffic"))
@@ -237,7 +217,7 @@ def test_the_front_pages_say_when_which_policy_is_right(page: str) -> None:
 
 
 def test_the_picture_in_the_readme_is_no_record_of_a_person() -> None:
-    """Its default policy is approximate, and a patient's value is what must not be."""
+    """Its default policy is approximate, but a patient's values must be right."""
     picture = (ROOT / "README.md").read_text().split("```")[1]
     assert "reused" in picture
     assert not re.search("patient|diagnos|HbA1c", picture, re.IGNORECASE)

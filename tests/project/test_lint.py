@@ -1,4 +1,4 @@
-"""`make lint` as a test, so that nothing lands that it would refuse."""
+"""`make lint` as a test, so that nothing is merged that it would refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkers check: each wrong thing that the other tests look for is refused here."""
+"""Tests of the checkers: each error that other tests look for is detected here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers: rows behind those of a prompt that is stored, and what becomes of that prompt's node."""
+"""Answers: rows behind those of a stored prompt, and what happens to that prompt's node."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stage(
 def save(
     engine: Driver, told: Sequence[int], answer: Sequence[int], reuse: Reuse = EXACT
 ) -> str | None:
-    """Save an answer to a prompt; the node's id, or None if it is not wanted."""
+    """Save an answer to a prompt. Returns the node's id, or None if it is not wanted."""
     staged = stage(engine, told, answer, reuse)
     if staged.known:
         return None
@@ -94,7 +94,7 @@ def test_the_next_turn_builds_on_it_and_grows_in_its_turn(engine: Driver) -> Non
 
 
 def test_every_answer_to_one_prompt_is_stored(engine: Driver) -> None:
-    """The first takes the place of the prompt's node; the others begin with the same rows."""
+    """The first answer replaces the prompt's node; the others begin with the same rows."""
     engine.save(PROMPT)
     answers = [ANSWER, OTHER, prompt(4, 20)]
     assert all(save(engine, PROMPT, answer) for answer in answers)
@@ -167,7 +167,7 @@ def test_an_answer_to_other_rows_of_the_same_tokens_is_not_stored(engine: Driver
 
 
 def test_contexts_do_not_depend_on_where_spans_are_cut() -> None:
-    """An engine loads what its own cache has not; siblings find each other's blocks there."""
+    """An engine loads what its own cache lacks; sibling requests find each other's blocks there."""
     spans, names = (Span(10, 20, 40, 1, 8), Span(30, 9, 60, 1, 29)), ("a", "b")
     whole = contexts_of((), spans, names, 10)
     for at in (11, 16, 29, 30, 35):
@@ -178,7 +178,8 @@ def test_contexts_do_not_depend_on_where_spans_are_cut() -> None:
 
 
 def test_a_prompt_may_be_the_beginning_of_another_node(engine: Driver) -> None:
-    """It was not saved again, since a plan covers it. Which node that was from, donors say."""
+    """The prompt was not saved again, since a plan covers it. The donors tell which node it is
+    from."""
     told = prompt(5, 150)
     engine.save([*told, *OTHER])
     for _ in range(9):
@@ -190,7 +191,7 @@ def test_a_prompt_may_be_the_beginning_of_another_node(engine: Driver) -> None:
 
 
 def test_whoever_was_planned_the_prompt_can_still_build_on_it(engine: Driver) -> None:
-    """Its plan ends when the rows are loaded; then the answer takes the prompt's place."""
+    """Its plan ends when the rows are loaded; then the answer replaces the prompt."""
     engine.save(PROMPT)
     follower = changed(PROMPT)
     plan = engine.serve(follower)
@@ -254,7 +255,7 @@ def test_an_answer_is_longer_than_its_prompt(engine: Driver, extends: int) -> No
     engine.save(PROMPT)
     with pytest.raises(PlanError):
         engine.store.stage([*PROMPT, *ANSWER], engine.namespace, extends=extends)
-    assert not len(engine.store._saving)
+    assert engine.store.stats()["staged"] == 0
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_an_answer_is_checked_as_a_prompt_is(engine: Driver, reuse: Reuse) -> No
 
 
 def test_donors_of_others_are_no_prompts_of_mine(engine: Driver) -> None:
-    """Not of another tenant, and not of other tokens."""
+    """A donor of another tenant, or with other tokens, is not accepted."""
     theirs = engine.namespace.for_tenant("other")
     one = Driver(engine.store, theirs, engine.book)
     names = (one.save(PROMPT), engine.save([1, *PROMPT]))

@@ -1,4 +1,4 @@
-"""Rows that came back from a lossy tier are never exact, whatever their node says."""
+"""Rows from a lossy tier are never exact, whatever their node says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def opened(home: Path, **settings: Any) -> Store:
 
 @pytest.fixture(params=["int8", "fp8"])
 def home(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, str]:
-    """A home with one prompt whose exact rows were lost with the memory they were in."""
+    """A home with one prompt whose exact rows were lost together with the memory."""
     with opened(tmp_path, disk_codec=request.param) as store:
         assert store.save(TOKENS, NAMESPACE, ROWS.tobytes())
         plan = store.plan(TOKENS, NAMESPACE)

@@ -3,6 +3,7 @@ whose client says more than is true."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvshare_store.plan import Context, Outcome, ReusePlan, Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import drop_from_host
 
 Open = Callable[..., Driver]
 ROW = 64
@@ -27,17 +29,13 @@ TOKENS = prompt(1, 40)
 ROWS = np.random.default_rng(0).standard_normal((2, 2, 40, 1, 4)).astype(np.float32)
 
 
-def drop_from_host(store: Store) -> None:
-    with store.nodes.lock:
-        for name in store.blocks.host.names():
-            store.blocks.host.drop(name)
-
-
 def expire(store: Store, plan: ReusePlan) -> None:
     """The plan's lease ends as if by time; its engine does not know."""
-    lease = store.blocks.leases._leases[plan.lease]
-    store.blocks.leases._leases[plan.lease] = lease._replace(expires=0.0)
+    assert plan.lease in store.blocks.leases
+    store.blocks.leases.clock = lambda: time.monotonic() + 1e6
     store.reap()
+    store.blocks.leases.clock = time.monotonic
+    assert plan.lease not in store.blocks.leases
 
 
 # --- bytes that a codec changed -----------------------------------------------------------------

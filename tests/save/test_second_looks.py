@@ -42,7 +42,7 @@ def engine(driver: Open, clock: Clock) -> Driver:
 
 
 def queue(engine: Driver) -> SecondLooks:
-    return engine.store._saving.looks
+    return engine.store.saving.looks
 
 
 def edited(engine: Driver, donor: Sequence[int] = PROMPT) -> list[int]:

@@ -1,5 +1,8 @@
-"""Conversations that are rewritten at random: KVShare computes no more than prefix caching alone,
-under any policy. The replay and the planner are the real ones; only rows are missing."""
+"""Conversations that are rewritten at random: under any policy KVShare computes no more than prefix
+caching alone.
+
+The replay and the planner are the real ones; only rows are missing.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ class Turn(NamedTuple):
 
     what: str
     which: int
-    """The conversation."""
+    """Index of the conversation."""
     where: int
-    """The message of it."""
+    """Index of the message in it."""
     length: int
     """Tokens of the new message."""
     answer: int
@@ -51,7 +54,7 @@ turns = st.builds(
 
 
 class Traffic:
-    """Some conversations, each a list of messages; what is new is drawn from one source."""
+    """Several conversations, each a list of messages. All new tokens come from one source."""
 
     def __init__(self) -> None:
         self._chance = np.random.default_rng(0)
@@ -59,8 +62,8 @@ class Traffic:
         self._all: list[Conversation] = [[self._system, self._new(40)]]
 
     def prompt(self, turn: Turn) -> Prompt:
-        """The next request: the conversation after its change. The answer becomes its last
-        message, and every other turn finds it as it was generated."""
+        """The conversation's next request, after its change. The answer becomes its last message;
+        in every other turn it comes back as it was generated."""
         which = turn.which % len(self._all)
         conversation = self._changed(turn, self._all[which])
         if turn.what in ("begin", "branch"):
@@ -71,6 +74,10 @@ class Traffic:
         answer = self._new(turn.answer)
         conversation.append(answer)
         return Prompt(as_tokens(tokens), as_tokens(answer), None, "", "")
+
+    def say(self, length: int) -> None:
+        """A new message in the first conversation."""
+        self._all[0].append(self._new(length))
 
     def _changed(self, turn: Turn, old: Conversation) -> Conversation:
         new, at = self._new(turn.length), 1 + turn.where % max(1, len(old) - 1)
@@ -92,7 +99,7 @@ class Traffic:
 
 
 def computed(turns: Sequence[Turn], policy: str, **settings: float) -> tuple[int, int]:
-    """Tokens that prefix caching and KVShare compute of the conversations that turns make."""
+    """Tokens that prefix caching and KVShare compute for these turns."""
     traffic = Traffic()
     prompts = [traffic.prompt(turn) for turn in turns]
     config = StoreConfig(**settings)
@@ -111,8 +118,13 @@ def test_no_more_than_prefix_caching(policy: str, turns: list[Turn]) -> None:
 @pytest.mark.parametrize("price", [0.0, 0.5])
 @pytest.mark.parametrize("seed", range(2))
 def test_long_traffic(policy: str, price: float, seed: int) -> None:
+    alone, ours = computed(drawn(seed, 80), policy, approximation_price=price)
+    assert ours <= alone
+
+
+def drawn(seed: int, count: int) -> list[Turn]:
     chance = random.Random(seed)
-    turns = [
+    return [
         Turn(
             chance.choice(CHANGES),
             chance.randrange(4),
@@ -120,7 +132,45 @@ def test_long_traffic(policy: str, price: float, seed: int) -> None:
             chance.randint(1, 150),
             chance.randint(0, 80),
         )
-        for _ in range(80)
+        for _ in range(count)
     ]
-    alone, ours = computed(turns, policy, approximation_price=price)
-    assert ours <= alone
+
+
+@pytest.mark.parametrize(
+    ("policy", "room", "most"),
+    [
+        ("exact", 8, 1.0),
+        ("exact", 3, 1.1),  # prompts are forgotten whole, an engine's cache gives up their ends
+        ("faithful", 3, 1.0),
+        ("balanced", 2, 1.0),
+        ("aggressive", 1, 1.0),
+    ],
+)
+def test_in_bounded_memory(policy: str, room: int, most: float) -> None:
+    """`room`: how many of the longest prompts either side may keep."""
+    alone = ours = 0
+    for seed in range(4):
+        traffic = Traffic()
+        prompts = [traffic.prompt(turn) for turn in drawn(seed, 60)]
+        budget = room * ROW_BYTES * max(len(prompt.computed) for prompt in prompts)
+        arms = arms_of(StoreConfig(), [policy], Room(ROW_BYTES, budget))
+        counted = replay(prompts, arms, 0)
+        alone += sum(counted.to_compute(PREFIX_CACHING))
+        ours += sum(counted.to_compute(policy))
+    assert ours <= most * alone
+
+
+@pytest.mark.parametrize(("policy", "most"), [("balanced", 0.2), ("aggressive", 0.2)])
+@pytest.mark.parametrize("turns", [8, 30])
+def test_a_date_that_changes_at_every_turn(policy: str, turns: int, most: float) -> None:
+    """However long the conversation: when no more edits may be built on one another, a prompt is
+    computed in full now and then, and the next ones build on that."""
+    dated = [Turn("date", 0, 0, 100, 40) for _ in range(turns)]
+    talk = Traffic()
+    prompts = []
+    for turn in dated:
+        talk.say(turn.length)
+        prompts.append(talk.prompt(turn))
+    arms = arms_of(StoreConfig(), [policy], Room(ROW_BYTES))
+    counted = replay(prompts, arms, 0)
+    assert sum(counted.to_compute(policy)) <= most * sum(counted.to_compute(PREFIX_CACHING))

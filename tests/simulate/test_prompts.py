@@ -1,4 +1,5 @@
-"""`kvshare simulate --prompts`: lines by hand, arms that can be checked on paper, the command."""
+"""`kvshare simulate --prompts`: lines made by hand, results that can be checked on paper, the
+command."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.nodes.edits import as_tokens
@@ -20,6 +20,7 @@ from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prefix_cache import PrefixCache
 from kvshare_store.simulate.prompt_replay import Room, arms_of, replay, report
 from kvshare_store.simulate.prompts import Prompt, Reader, in_order, read_prompts
+from tests.support.commands import run
 
 ROW_BYTES = 64
 
@@ -243,14 +244,6 @@ def test_short_prompts_are_served_and_do_not_count() -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["simulate", *arguments])
-    code = ended.value.code
-    captured = capsys.readouterr()
-    return code if isinstance(code, int) else 0, captured.out, captured.err
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
@@ -259,10 +252,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_prints_a_line_for_each_arm(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = ran(capsys, "--prompts", str(file))
+def test_the_command_prints_a_line_for_each_arm(file: Path) -> None:
+    code, out, _ = run("simulate", "--prompts", str(file))
     assert code == 0
     assert "5 requests, 1,500 tokens" in out
     for name in ("prefix caching", "exact", "faithful", "balanced", "aggressive"):
@@ -270,12 +261,10 @@ def test_the_command_prints_a_line_for_each_arm(
     assert " 524 " in out, "96 + 192 + 288 + 400 of 1,500 tokens are in full blocks"
 
 
-def test_the_command_writes_json_and_a_plot(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_json_and_a_plot(file: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     options = ["--prompts", str(file), "--policy", "exact", "--min-tokens", "150"]
-    code, _, _ = ran(capsys, *options, "--json", str(out), "--plot", str(picture))
+    code, _, _ = run("simulate", *options, "--json", str(out), "--plot", str(picture))
     assert code == 0
     result = json.loads(out.read_bytes())
     assert list(result) == ["requests", "tokens", "prefix_caching", "exact"]
@@ -283,13 +272,13 @@ def test_the_command_writes_json_and_a_plot(
     assert result["exact"]["to_compute"] == 400
     assert result["prefix_caching"]["to_compute"] == 424
     assert picture.read_bytes().startswith(b"\x89PNG")
-    code, printed, _ = ran(capsys, *options, "--json", "-")
+    code, printed, _ = run("simulate", *options, "--json", "-")
     assert json.loads(printed) == result
 
 
-def test_settings_count(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_count(file: Path) -> None:
     options = ["--prompts", str(file), "--policy", "exact", "--json", "-"]
-    _, printed, _ = ran(capsys, *options, "--set", "min_prompt_tokens=450")
+    _, printed, _ = run("simulate", *options, "--set", "min_prompt_tokens=450")
     assert json.loads(printed)["requests"] == 1
     assert json.loads(printed)["exact"]["reused"] == 0
 
@@ -310,30 +299,24 @@ def test_settings_count(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["another.jsonl"], "either"),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    file: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = ran(capsys, "--prompts", str(file), *options)
+def test_what_cannot_be_done_is_said(file: Path, options: list[str], says: str) -> None:
+    code, _, err = run("simulate", "--prompts", str(file), *options)
     assert code == 2
     assert says in err
 
 
-def test_a_file_that_is_not_there_or_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_not_there_or_damaged(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_bytes(lines({"tokens": text(0, 50)}) + b'{"tokens": [1,\n')
     for path, says in ((tmp_path / "nowhere", "cannot be read"), (damaged, "line 2")):
-        code, out, err = ran(capsys, "--prompts", str(path))
+        code, out, err = run("simulate", "--prompts", str(path))
         assert (code, out) == (2, "")
         assert says in err
-    code, _, err = ran(capsys)
+    code, _, err = run("simulate")
     assert (code, "TRACE" in err) == (2, True)
 
 
-def test_text_is_split_by_the_tokenizer_of_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_is_split_by_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     words = {f"w{number}": number for number in range(100)}
     model = tokenizers.models.WordLevel({**words, "?": 100}, unk_token="?")
@@ -344,9 +327,9 @@ def test_text_is_split_by_the_tokenizer_of_a_folder(
     path = tmp_path / "text.jsonl"
     path.write_bytes(lines({"prompt": said, "answer": said}, {"prompt": f"{said} {said} w1"}))
     options = ["--prompts", str(path), "--tokenizer", str(tmp_path), "--policy", "exact"]
-    _, printed, _ = ran(capsys, *options, "--json", "-")
+    _, printed, _ = run("simulate", *options, "--json", "-")
     assert json.loads(printed)["exact"]["reused"] == 199
-    _, printed, _ = ran(capsys, *options, "--no-answers", "--json", "-")
+    _, printed, _ = run("simulate", *options, "--no-answers", "--json", "-")
     assert json.loads(printed)["exact"]["reused"] == 100
 
 

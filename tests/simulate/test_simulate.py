@@ -1,4 +1,5 @@
-"""`kvshare simulate`: traces by hand, tiers that can be checked on paper, the command itself."""
+"""`kvshare simulate`: traces made by hand, tiers that can be checked on paper, the command
+itself."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.blocks.eviction import POLICIES, make_policy
-from kvshare_store.cli.main import main
 from kvshare_store.errors import ConfigError
 from kvshare_store.simulate.replay import UNLIMITED, Machine, Shelf
 from kvshare_store.simulate.traces import Chunk, Request, chunks, four_bytes, requests
+from tests.support.commands import run
 
 
 def lines(*rows: dict[str, object]) -> bytes:
@@ -179,18 +180,8 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["simulate", *arguments])
-    code = ended.value.code
-    captured = capsys.readouterr()
-    return code if isinstance(code, int) else 0, captured.out, captured.err
-
-
-def test_the_command_prints_a_line_for_each_policy(
-    trace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = ran(capsys, str(trace), "--row-bytes", "1", "--host-bytes", "128")
+def test_the_command_prints_a_line_for_each_policy(trace: Path) -> None:
+    code, out, _ = run("simulate", str(trace), "--row-bytes", "1", "--host-bytes", "128")
     assert code == 0
     assert "40 requests, 2,560 tokens" in out
     found = {line.split()[0]: line.split()[1] for line in out.splitlines() if "%" in line}
@@ -199,28 +190,24 @@ def test_the_command_prints_a_line_for_each_policy(
     assert found[UNLIMITED] == "90.0"
 
 
-def test_a_trace_without_requests_leaves_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trace_without_requests_leaves_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    code, out, err = ran(capsys, str(tmp_path / "empty.jsonl"))
+    code, out, err = run("simulate", str(tmp_path / "empty.jsonl"))
     assert (code, out) == (2, "")
     (line,) = (line for line in err.splitlines() if line)
     assert line == f"kvshare: trace {tmp_path / 'empty.jsonl'} has no requests"
 
 
-def test_the_command_writes_json_and_a_plot(
-    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_json_and_a_plot(trace: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     options = ["--policy", "lru", "--host-bytes", "128", "--disk-bytes", "1k", "--row-bytes", "1"]
-    code, _, _ = ran(capsys, str(trace), *options, "--json", str(out), "--plot", str(picture))
+    code, _, _ = run("simulate", str(trace), *options, "--json", str(out), "--plot", str(picture))
     assert code == 0
     first, second = json.loads(out.read_bytes())
     assert (first["policy"], first["host"], first["disk"]) == ("lru", 0, 36 * 64)
     assert (second["policy"], second["hit_rate"]) == (UNLIMITED, 0.9)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    code, printed, _ = ran(capsys, str(trace), *options, "--json", "-")
+    code, printed, _ = run("simulate", str(trace), *options, "--json", "-")
     assert json.loads(printed) == [first, second]
 
 
@@ -234,18 +221,14 @@ def test_the_command_writes_json_and_a_plot(
         (["--json", "/nowhere/out.json"], "cannot be written"),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    trace: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = ran(capsys, str(trace), *options)
+def test_what_cannot_be_done_is_said(trace: Path, options: list[str], says: str) -> None:
+    code, _, err = run("simulate", str(trace), *options)
     assert code == 2
     assert says in err
 
 
-def test_a_trace_that_is_not_there_or_empty(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trace_that_is_not_there_or_empty(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     for name in ("empty", "nowhere"):
-        code, _, err = ran(capsys, str(tmp_path / name))
+        code, _, err = run("simulate", str(tmp_path / name))
         assert (code, "trace" in err) == (2, True)

@@ -1,4 +1,4 @@
-"""Store.load: rows of a plan with K where the request wants it."""
+"""Store.load: rows of a plan, with K rotated for the positions of the request."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_without_a_rotary_table_nothing_moves(filled: Store) -> None:
 
 
 def test_a_span_beyond_its_block_is_refused(filled: Store) -> None:
-    """As a client with a bug may claim; rows of the next block must not be taken instead."""
+    """A client with a bug may ask for it; rows of the next block must not be read instead."""
     with filled as store:
         plan = store.plan(TOKENS, NAMESPACE)
         last = plan.spans[-1]

@@ -1,4 +1,4 @@
-"""Nodes that a client knows by their ids: all rows of one, without a lookup."""
+"""Nodes that a client knows by id: all rows of one, without a lookup."""
 
 from __future__ import annotations
 
@@ -82,13 +82,15 @@ def test_nodes_are_asked_for_listed_and_forgotten(driver: Open) -> None:
     assert has_nodes(one.store, ids) == [False] + [True] * 4
 
 
-@pytest.mark.parametrize("answer", ["here", "gone"])
-def test_asking_for_a_node_makes_it_the_last_to_go(driver: Open, answer: str) -> None:
+@pytest.mark.parametrize("asked", ["to use it", "to look", "never"])
+def test_asking_for_a_node_makes_it_the_last_to_go(driver: Open, asked: str) -> None:
     one = driver(max_nodes=3, eviction="lru")
     first = one.save([1, *PROMPT])
     assert first is not None
     for number in range(2, 6):
-        if answer == "here":
+        if asked == "to use it":
             assert has_nodes(one.store, [first]) == [True]
+        elif asked == "to look":
+            has_nodes(one.store, [first], use=False)
         one.save([number, *PROMPT])
-    assert has_nodes(one.store, [first]) == [answer == "here"]
+    assert has_nodes(one.store, [first]) == [asked == "to use it"]

@@ -34,7 +34,7 @@ def edited(tokens: list[int], at: int, gone: int, added: list[int]) -> list[int]
 
 
 def identity(store: Store) -> None:
-    """Every lookup ended once, or is still open."""
+    """Every lookup has ended once, or is still open."""
     stats = store.stats()
     ended = (
         sum(stats[f"hits_{kind}"] for kind in ("exact", "continued", "edited")) + stats["misses"]
@@ -245,15 +245,15 @@ def test_loads_are_measured_at_the_tier_they_came_from(driver: Open) -> None:
     engine.save(tokens)
     much = Outcome(exact=39, nbytes=39 * ROW, seconds=0.9)
     for rate in engine.store.costs.load.values():
-        rate._smallest = 1
+        rate.smallest = 1
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
     assert engine.store.costs.load["host"].value != before["host"]
     assert engine.store.costs.load["disk"].value == before["disk"]
     engine = driver()
     for rate in engine.store.costs.load.values():
-        rate._smallest = 1
-    engine.serve(tokens[:20])  # only these blocks come up
+        rate.smallest = 1
+    engine.serve(tokens[:20])  # only these blocks are brought into memory
     before = {name: rate.value for name, rate in engine.store.costs.load.items()}
     engine.store.finish(engine.plan(tokens), much)
     # the first blocks were in memory, the others were not
@@ -363,7 +363,7 @@ def test_a_plan_keeps_the_rows_that_its_request_builds_on(driver: Open) -> None:
 
 
 def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
-    """The deletion was ordered before the block came back, and is carried out after."""
+    """The deletion was ordered before the block was wanted again, and is carried out after."""
     engine = driver()
     tokens = prompt(1, 40)
     engine.save(tokens)
@@ -379,15 +379,9 @@ def test_a_block_that_is_wanted_again_is_not_deleted(driver: Open) -> None:
 
 
 def _hold_the_committer(store: Store) -> Callable[[], None]:
-    """Stop the committer thread before its next piece of work; the result lets it go on."""
+    """Pause the committer thread before its next piece of work; calling the result resumes it."""
     go = threading.Event()
-    carry_out = store.repository.committer._do
-
-    def wait_then_do(batch: Any) -> None:
-        assert go.wait(30)
-        carry_out(batch)
-
-    store.repository.committer._do = wait_then_do  # type: ignore[method-assign]
+    store.repository.queue.call(lambda: go.wait(30))
     return go.set
 
 
@@ -494,7 +488,7 @@ def test_of_equal_nodes_the_least_recently_used_goes_first(
     for seed in range(4):
         engine.save(prompt(seed, 40))
     engine.serve(prompt(0, 40))
-    engine.stage(prompt(1, 40))  # somebody wanted to save it again: that is a use
+    engine.stage(prompt(1, 40))  # another client wanted to save it again: that counts as a use
     assert engine.store.evict(nodes=2) == 2
     engine.store.flush()
     assert [engine.serve(prompt(seed, 40)).exact for seed in range(4)] == [39, 39, 0, 0]
@@ -560,7 +554,7 @@ def test_a_plan_that_failed_is_a_miss(driver: Open) -> None:
 
 
 def test_every_requested_token_is_counted_once(driver: Open) -> None:
-    """Reused, computed, or taken from the engine's own prefix cache, however the request ended."""
+    """As reused, computed, or hit in the engine's own prefix cache, however the request ended."""
     engine = driver()
     engine.save(prompt(1, 40))
     plan = engine.plan(edited(prompt(1, 40), 20, 2, [7, 8, 9]))
@@ -586,7 +580,7 @@ def test_stats_say_what_is_counted_and_since_when(driver: Open) -> None:
 
 
 def test_a_first_lookup_loads_no_module(home: Path) -> None:
-    """Importing takes tens of milliseconds, and the request waits."""
+    """An import takes tens of milliseconds, for which the request would wait."""
     code = """
 import sys
 import numpy as np

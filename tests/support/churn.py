@@ -1,10 +1,10 @@
-"""A day of traffic in a minute: full tiers, recurring templates, and a flood of prompts seen once.
+"""One day of traffic in a minute: full tiers, recurring templates, many prompts seen once.
 
     python -m tests.support.churn --requests 20000 --pause-ms 0
 
-Budgets must hold at every request, memory must stay flat, and what recurs must still be found after
-a thousand prompts that never will. Time is simulated where the store measures it (leases, idle
-nodes); the pause between requests is real: without any, saving is faster than a disk can be.
+Budgets must hold at every request, memory must stay flat, and templates must still be found after a
+thousand one-time prompts. The clock of the store (leases, idle nodes) is simulated. The pause
+between requests is real: without one, saves are faster than a disk.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ _QUESTION_TOKENS = 24
 _NOVEL_TOKENS = 216
 _HOST_BYTES = 2 << 20
 _DISK_BYTES = 6_000_000
-"""Room for 75 and for 200 prompts."""
+"""Budgets with room for 75 and for 200 prompts."""
 _EARLY, _LATE = range(50, 150), range(1000, 1100)
-"""Reuse is compared between these: counts of novel prompts so far."""
+"""Numbers of one-time prompts so far, between which reuse is compared."""
 _GC_REQUESTS = 40
 
 
 class Asked(NamedTuple):
-    """One request. `template`: its number, or -1 for a prompt that is never seen again."""
+    """One request. `template`: its number, or -1 for a one-time prompt."""
 
     tokens: list[int]
     template: int
 
 
 class Hour(msgspec.Struct, frozen=True):
-    """One simulated hour. Memory is the process's own, without what it shares."""
+    """One simulated hour. Memory is that of the process alone, without shared memory."""
 
     reuse: float
     refused: int
@@ -65,18 +65,18 @@ class Hour(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """What a day was like."""
+    """The figures of one day."""
 
     requests: int
     novel: int
     early: float
-    """Share of the templates' tokens that was reused after 50 novel prompts, …"""
+    """Share of the templates' tokens that was reused after 50 one-time prompts."""
     late: float
-    """… after 1,000, …"""
+    """The same after 1,000 one-time prompts."""
     last: float
-    """… and in the last tenth of the day."""
+    """The same in the last tenth of the day."""
     refused: int
-    """Saves for which there was no room."""
+    """Saves that found no room."""
     hours: tuple[Hour, ...]
     over_budget: tuple[str, ...]
     wrong_rows: int
@@ -84,16 +84,14 @@ class Figures(msgspec.Struct, frozen=True):
 
     @property
     def growth(self) -> int:
-        """Bytes of memory that the last quarter of the day needed more than the one before it.
-
-        Nodes live for half a day, so the second half is the first in which as many go as come.
-        """
+        """Bytes by which memory grew from the third quarter of the day to the last. Nodes live for
+        half a day, so only in the second half do as many nodes go as come."""
         quarter = len(self.hours) // 4
         third = max(hour.memory for hour in self.hours[-2 * quarter : -quarter])
         return max(hour.memory for hour in self.hours[-quarter:]) - third
 
     def print(self, console: Console) -> None:
-        """The day, hour by hour."""
+        """A table of the day, hour by hour."""
         table = Table("hour", "reuse", "refused", "memory", "disk", "catalogue", "nodes")
         for number, hour in enumerate(self.hours):
             sizes = [f"{size / 1e6:.1f}" for size in (hour.memory, hour.disk, hour.catalog)]
@@ -111,8 +109,8 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Traffic:
-    """Half of the requests are one of the templates, some more often than others, with a question
-    of their own and now and then a small edit; the other half is new from the first token on."""
+    """Draws requests. Half are one of the templates (some more often than others) with a new
+    question and sometimes a small edit; the other half is new from the first token on."""
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
@@ -151,10 +149,10 @@ class TokenRows:
     def write(
         self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
     ) -> None:
-        """Nothing to remember."""
+        """Does nothing: rows describe themselves."""
 
     def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
-        """Count rows that are not their token's."""
+        """Count rows that are not of their token."""
         at = positions_of(plan.spans)
         sources = [span.source + step for span in plan.spans for step in range(span.length)]
         right = self.computed(tokens, 0, "")[:, :, at]
@@ -163,7 +161,7 @@ class TokenRows:
 
 
 class Clock:
-    """Seconds that pass by request."""
+    """A clock that each request advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -173,7 +171,7 @@ class Clock:
 
 
 class Day:
-    """One store and its day."""
+    """One store and one day of requests to it."""
 
     def __init__(self, store: Store, seed: int, requests: int, pause: float) -> None:
         self._store = store
@@ -187,12 +185,13 @@ class Day:
         self._novel = 0
         self._refused = 0
         self._reused: list[tuple[int, float]] = []
-        """Per request of a template: novel prompts before it, share of the template reused."""
-        store.tree._clock = self._clock
+        """For each request of a template: one-time prompts before it, and the share of the template
+        that was reused."""
+        store.tree.clock = self._clock
         store.blocks.pool.leases = LeaseBook(self._clock)
 
     def run(self) -> Figures:
-        """Every request, in order."""
+        """Make every request, in order."""
         start, hours = time.monotonic(), []
         for hour in range(_HOURS):
             first, refused = len(self._reused), self._refused
@@ -255,13 +254,13 @@ def _bytes_in(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += 0 if path.is_dir() else path.stat().st_size
-        except FileNotFoundError:  # it went meanwhile
+        except FileNotFoundError:  # it was evicted meanwhile
             continue
     return total
 
 
 def churn(requests: int, *, seed: int = 1, pause: float = 0.0, **settings: Any) -> Figures:
-    """A day of so many requests, `pause` seconds apart, on a new store."""
+    """A day of `requests` requests, `pause` seconds apart, on a new store."""
     with tempfile.TemporaryDirectory(prefix="kvshare-churn-") as folder:
         fields: dict[str, Any] = {
             "home": folder,
@@ -284,7 +283,7 @@ def main(
     pause_ms: Annotated[float, typer.Option(help="Real time between two requests.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides the traffic.")] = 1,
 ) -> None:
-    """Print what a day at full budgets does to reuse, memory and budgets."""
+    """Print how a day with full tiers affects reuse, memory and budgets."""
     churn(requests, seed=seed, pause=pause_ms / 1e3).print(Console())
 
 

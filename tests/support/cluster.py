@@ -1,4 +1,4 @@
-"""Several machines on one: daemons in network namespaces, Mooncake and S3 in the middle.
+"""Several machines on one: daemons in network namespaces, with Mooncake and S3 between them.
 
     with ExitStack() as stack:
         a, b, c = Cluster(folder, stack).machines
@@ -30,7 +30,7 @@ _PATIENCE_S = 30.0
 
 
 class Machine:
-    """One machine: a daemon, a client beside it, and the cable to the others."""
+    """One machine: a daemon, a client beside it, and its network cable."""
 
     def __init__(self, config: StoreConfig, host: Host) -> None:
         self.host = host
@@ -39,52 +39,52 @@ class Machine:
         self._driver = ClientDriver(self.client, SPACE, DescribedRows(SPACE))
 
     def start(self) -> None:
-        """Let the daemon run."""
+        """Start the daemon."""
         self.daemon.start()
         self.client.reconnect()
 
     def save(self, seed: int) -> None:
-        """Store a prompt and wait until it is durable, or known not to be."""
+        """Store a prompt; returns when it is durable, or known not to become so."""
         self._driver.save(prompt(seed, 64))
         self.client.flush()
 
     def serve(self, seed: int) -> int:
-        """Rows of a prompt that are reused; each is compared."""
+        """Number of reused rows of a prompt; each is compared."""
         return self._driver.serve(prompt(seed, 64)).reused
 
     def timed(self, seed: int) -> tuple[int, float]:
-        """The same with the seconds that it took."""
+        """As `reused`, with the seconds it took."""
         begun = time.monotonic()
         return self.serve(seed), time.monotonic() - begun
 
     def nodes(self) -> int:
-        """How many prompts it knows."""
+        """Number of nodes that it knows."""
         return int(self.client.stats()["nodes"])
 
     def leases(self) -> int:
-        """What plans hold."""
+        """Number of leases."""
         return int(self.client.stats()["leases"])
 
     def forget_memory(self) -> None:
-        """Start again with nothing in shared memory."""
+        """Restart the daemon, so that its shared memory is empty."""
         self.daemon.end()
         self.start()
 
     def close(self) -> None:
-        """The end."""
+        """Stop the daemon and the client."""
         self.client.close()
         self.daemon.__exit__(None, None, None)
 
 
 class Cluster:
-    """A hub with the servers, and machines around it. `stack` ends everything."""
+    """A hub with the servers, and machines around it. Everything ends with `stack`."""
 
     def __init__(self, folder: Path, stack: ExitStack, names: str = "abc") -> None:
         network = stack.enter_context(Network())
         self.s3 = stack.enter_context(S3Server(folder / "s3", network.hub))
         self.master = stack.enter_context(MooncakeMaster(folder / "master", network.hub))
         self.lender = stack.enter_context(MooncakeClient(folder / "lender", self.master))
-        os.environ.update(self.s3.environment)  # the daemons' clients take their keys from there
+        os.environ.update(self.s3.environment)  # the daemons' clients read their keys from there
         self.machines: list[Machine] = []
         for name in names:
             machine = Machine(self._config(folder / name), network.host(name))
@@ -94,7 +94,7 @@ class Cluster:
 
     @staticmethod
     def missing() -> str:
-        """What this machine lacks for it; empty if nothing."""
+        """What this machine lacks to run it; empty if nothing."""
         if not MooncakeMaster.installed():
             return "Mooncake (Debian: libibverbs1, librdmacm1)"
         if not S3Server.installed():

@@ -1,4 +1,4 @@
-"""Crashes: the home is copied after a step, and every copy must open."""
+"""Simulated crashes: the home is copied after each step, and every copy must open."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OLD, NEW = prompt(1, 40), prompt(2, 24)
 
 
 class Copy(NamedTuple):
-    """The home as a crash right after `step` would have left it."""
+    """A copy of the home, as a crash right after `step` would have left it."""
 
     step: str
     home: Path
 
 
 def _copied(source: str, target: str) -> None:
-    """Other threads go on meanwhile: what is gone by now had gone before the crash."""
+    """Copy a file if it is still there: other threads may remove files while the home is copied."""
     with contextlib.suppress(FileNotFoundError):
         shutil.copy2(source, target)
 
@@ -41,7 +41,7 @@ class Crashes:
         self._home, self._folder = home, folder
 
     def copy(self, step: str) -> None:
-        """The crash happens now."""
+        """Copy the home now."""
         with self._alone:
             if self._over:
                 return
@@ -50,7 +50,7 @@ class Crashes:
             self.copies.append(Copy(step, target))
 
     def after(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        """The function with a crash right after it."""
+        """The function, with a copy right after each call."""
 
         def wrapped(*args: Any, **options: Any) -> Any:
             result = function(*args, **options)
@@ -60,7 +60,7 @@ class Crashes:
         return wrapped
 
     def around(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        """The function with a crash before and after it."""
+        """The function, with a copy before and after each call."""
 
         def wrapped(*args: Any, **options: Any) -> Any:
             self.copy(f"before {step}")
@@ -71,18 +71,18 @@ class Crashes:
         return wrapped
 
     def end(self) -> list[Copy]:
-        """No crashes any more; all copies so far."""
+        """Stop copying; returns all copies so far."""
         self._over = True
         return self.copies
 
     @property
     def steps(self) -> list[str]:
-        """What was copied after, repetitions once."""
+        """Names of the steps after which a copy was made, each once."""
         return list(dict.fromkeys(copy.step for copy in self.copies))
 
 
 def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iterator[Driver]:
-    """The store that finds the copy; afterwards files, tree and catalogue must agree."""
+    """Open a store on the copy. Afterwards files, tree and catalogue must agree."""
     with Store(config(home=str(copy.home), **changes)) as store:
         yield Driver(store, original.namespace, original.book)
         store.collect()
@@ -97,5 +97,5 @@ def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iter
 
 
 def remote_of(home: Path) -> dict[str, Any]:
-    """Settings of a remote that is copied with its home."""
+    """Settings of a remote that lies in the home and is copied with it."""
     return {"remote": f"file://{home / 'remote'}", "remote_timeout_ms": 5_000.0}

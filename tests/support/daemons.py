@@ -1,4 +1,4 @@
-"""A real daemon in a process of its own, to be killed; and a client that checks its rows."""
+"""A real daemon in a process of its own that can be killed, and a client that checks its rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ START_S = 60.0
 
 
 def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
-    """As `spawn_daemon`, but a child of this process, which then knows how it ends."""
+    """Like `spawn_daemon`, but as a child of this process, which then learns its exit code."""
     log = open_log(config.home_path)
     try:
         environment = daemon_environment(config)
@@ -57,7 +57,7 @@ class Daemon:
         """Start it and wait until it accepts connections."""
         if self._host is None:
             self.process = child_daemon(self.config)
-        else:  # a child lives where the thread lives that starts it
+        else:  # a child ends with the thread that started it
             self.process = self._host.here(lambda: child_daemon(self.config))
         deadline = time.monotonic() + START_S
         while not answers(self.config.home_path):
@@ -75,7 +75,7 @@ class Daemon:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL: no code of its own runs any more."""
+        """SIGKILL, which gives the process no chance to clean up."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(START_S)
@@ -104,7 +104,7 @@ class Daemon:
 
 
 class ClientDriver:
-    """What `tests.support.oracle.Driver` is for a Store, over the socket and the mapped arena."""
+    """Like `tests.support.oracle.Driver`, but over the socket and the mapped arena."""
 
     def __init__(self, client: Client, namespace: Namespace, book: RowOracle | None = None) -> None:
         self.client = client
@@ -112,13 +112,13 @@ class ClientDriver:
         self.book = book or RowBook(namespace.layout)
 
     def load(self, plan: ReusePlan) -> Rows:
-        """The rows of a plan, copied out; `LeaseError` if they were not there all the time."""
+        """A copy of a plan's rows; `LeaseError` if they were not there all the time."""
         rows = gather(plan, self.namespace.layout, lambda ref: self.client.rows_of(plan.arena, ref))
         self.client.check(plan.arena, plan.blocks)
         return rows
 
     def plan(self, tokens: Sequence[int], timeout: float | None = None) -> ReusePlan:
-        """A checked plan; `finish` it."""
+        """A checked plan. Call `finish` on it afterwards."""
         plan = self.client.plan(list(tokens), self.namespace, timeout=timeout)
         check_partition(plan)
         if plan.declined:
@@ -132,7 +132,7 @@ class ClientDriver:
         return plan
 
     def finish(self, plan: ReusePlan) -> None:
-        """The request has used the plan."""
+        """End the request of the plan."""
         edited, missing = plan.reused - plan.exact, plan.tokens - plan.reused
         self.client.finish(plan.lease, Outcome(plan.exact, edited, missing))
 
@@ -157,7 +157,7 @@ class ClientDriver:
         return self.client.commit(staged, _blocks(staged, rows, fresh))
 
     def serve_and_save(self, tokens: Sequence[int]) -> ReusePlan | None:
-        """One request of an engine for which every failure of the store is a miss."""
+        """One request, in which every failure of the store counts as a miss, as in an engine."""
         try:
             plan = self.plan(tokens)
         except LeaseError:

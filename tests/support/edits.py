@@ -1,4 +1,4 @@
-"""What edit scripts mean: the test of those that are stored."""
+"""Applies edit scripts, to check the stored ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvshare_store.nodes.edits import Edit, Tokens
 
 
 def apply_edits(edits: Iterable[Edit], donor: Tokens) -> Tokens:
-    """The request that `edits` make of `donor`. They must cover it, in order."""
+    """The request that `edits` make of `donor`. The edits must cover the donor in order."""
     parts: list[Tokens] = [np.empty(0, np.int32)]
     at = 0
     for edit in edits:

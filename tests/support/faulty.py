@@ -1,4 +1,4 @@
-"""Tiers that fail, that are slow and that wait: wrappers, so that any tier can be made so."""
+"""Wrappers that make any tier fail, slow or wait."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ Call = Literal["put", "get", "delete"]
 
 
 class FaultyTier(WrapperTier):
-    """Raises what it was told to, before the call reaches the tier inside.
-
-    Without `fail` it changes nothing. Not thread-safe while calls are in flight.
-    """
+    """Raises the given error before the call reaches the tier inside. Without `fail` it changes
+    nothing. Not thread-safe while calls are in flight."""
 
     def __init__(self, inner: Tier) -> None:
         super().__init__(inner)
         self.calls: Counter[str] = Counter()
-        """Calls so far, failed ones included."""
+        """Number of calls so far, including failed ones."""
         self._faults: dict[Call, list[BaseException | None]] = {"put": [], "get": [], "delete": []}
         self._always: dict[Call, BaseException] = {}
 
@@ -59,7 +57,7 @@ class FaultyTier(WrapperTier):
 
 
 class SlowTier(WrapperTier):
-    """Waits before every call that has a medium to wait for. Seconds; change them at any time."""
+    """Waits before every call that uses the medium. The seconds can be changed at any time."""
 
     def __init__(self, inner: Tier, *, put: float = 0.0, get: float = 0.0, delete: float = 0.0):
         super().__init__(inner)
@@ -79,7 +77,7 @@ class SlowTier(WrapperTier):
 
 
 class GatedTier(WrapperTier):
-    """Calls of the kinds it is told wait until its gate is open."""
+    """Calls of the given kinds wait until the gate opens."""
 
     def __init__(self, inner: Tier, gate: Event, *calls: Call) -> None:
         super().__init__(inner)

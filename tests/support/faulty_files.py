@@ -1,4 +1,4 @@
-"""A file system that fails: stands in for what `kvshare_store.blocks.tiers.disk.files` calls.
+"""A failing file system: replaces what `kvshare_store.blocks.tiers.disk.files` calls.
 
 with FaultyFiles() as disk:
     disk.arm(refusal(errno.ENOSPC), at=3)  # the third call from now
@@ -29,27 +29,27 @@ CALLS = frozenset({
 
 
 class Fault(NamedTuple):
-    """What goes wrong with a call: `happen(real, *args, **options)` is called in its place."""
+    """A fault of a file system call: `happen(real, *args, **options)` is called in its place."""
 
     name: str
     calls: frozenset[str]
-    """What it can happen to."""
+    """Whether it can happen to a call of this name."""
     happen: Callable[..., Any]
 
 
 def refusal(code: int) -> Fault:
-    """The call does nothing and says so, with error number `code`."""
+    """The call does nothing and raises error number `code`."""
 
     def happen(real: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if real is os.close:
-            real(*args)  # Linux lets go of the descriptor whatever close says
+            real(*args)  # Linux frees the descriptor even when close fails
         raise OSError(code, os.strerror(code))
 
     return Fault(errno.errorcode[code], CALLS, happen)
 
 
 def slow(seconds: float) -> Fault:
-    """The call takes that much longer."""
+    """The call takes `seconds` longer."""
 
     def happen(real: Callable[..., Any], *args: Any, **options: Any) -> Any:
         time.sleep(seconds)
@@ -75,7 +75,7 @@ def _short_write(real: Callable[..., int], descriptor: int, views: list[Any]) ->
 
 
 def _lost_write(real: Callable[..., int], descriptor: int, views: list[Any]) -> int:
-    """Half of it arrives; the disk says that all did."""
+    """Half of the bytes are written, but the call reports all of them."""
     whole = b"".join(views)
     real(descriptor, [whole[: len(whole) // 2]])
     return len(whole)
@@ -113,12 +113,12 @@ WRONG_BYTES = (
     Fault("bit flipped in writing", _WRITE, _flip_write),
     Fault("swapped files", frozenset({"replace"}), _swapped),
 )
-"""Faults that nobody says anything about."""
+"""Silent faults: the call reports success."""
 REFUSALS = tuple(refusal(code) for code in (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EACCES))
 
 
 class FaultyFiles(Faults[Fault]):
-    """Stands in for `kvshare_store.blocks.tiers.disk.files` while its context lasts."""
+    """Replaces `kvshare_store.blocks.tiers.disk.files` inside its context."""
 
     def __init__(self) -> None:
         super().__init__()

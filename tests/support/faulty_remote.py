@@ -1,4 +1,4 @@
-"""A remote whose network fails: stands around any remote, and lets each call go wrong in each way.
+"""A remote with a failing network: wraps any remote and makes single calls go wrong.
 
 remote = FaultyRemote(open_remote(url))
 remote.arm(REFUSED, at=3)  # the third call from now that it can happen to
@@ -28,16 +28,16 @@ Real = Callable[..., Awaitable[Any]]
 
 
 class NetworkFault(NamedTuple):
-    """What goes wrong with a call: `happen(remote, real, *args)` is awaited in its place."""
+    """A fault of a call: `happen(remote, real, *args)` is awaited in its place."""
 
     name: str
     calls: frozenset[str]
-    """What it can happen to."""
+    """Whether it can happen to a call of this name."""
     happen: Callable[..., Awaitable[Any]]
 
 
 def refusal(name: str, error: KVShareError, *calls: str) -> NetworkFault:
-    """The call does nothing and says so."""
+    """The call does nothing and raises an error."""
 
     async def happen(remote: Remote, real: Real, *args: Any) -> Any:
         raise error
@@ -46,7 +46,7 @@ def refusal(name: str, error: KVShareError, *calls: str) -> NetworkFault:
 
 
 async def _lost_answer(remote: Remote, real: Real, *args: Any) -> Any:
-    """It is done, and nobody hears of it."""
+    """The call is done, but its answer is lost."""
     await real(*args)
     raise DeadlineError("the answer was lost")
 
@@ -71,7 +71,7 @@ async def _flip_get(remote: Remote, real: Real, key: str) -> Any:
 
 
 async def _cut_put(remote: Remote, real: Real, key: str, parts: Sequence[Part]) -> None:
-    """The engine keeps half and says that it has all."""
+    """The engine keeps half of the bytes and reports all of them."""
     whole = b"".join(parts)
     await real(key, (whole[: len(whole) // 2],))
 
@@ -81,7 +81,7 @@ async def _flip_put(remote: Remote, real: Real, key: str, parts: Sequence[Part])
 
 
 async def _other_value(remote: Remote, real: Real, key: str) -> Any:
-    """The engine mixes up two keys."""
+    """The engine confuses two keys."""
     value = await real(key)
     async for entry in remote.list("blocks/"):
         if entry.key != key:
@@ -104,7 +104,7 @@ REFUSALS = (
     refusal("full", NoSpaceError("out of memory"), "put"),
     refusal("evicted", MissingBlockError("no such key"), "get"),
 )
-"""Faults that are said."""
+"""Faults that raise an error."""
 WRONG_ANSWERS = (
     NetworkFault("answer lost", frozenset({"put", "delete"}), _lost_answer),
     NetworkFault("late", CALLS - {"list"}, _late),
@@ -115,11 +115,11 @@ WRONG_ANSWERS = (
     NetworkFault("bit flipped in writing", _PUT, _flip_put),
     NetworkFault("another block's bytes", _GET, _other_value),
 )
-"""Faults that nobody says anything about, or that are said of what was done."""
+"""Faults without an error, or with an error although the call was done."""
 
 
 class FaultyRemote(Faults[NetworkFault], Remote):
-    """Stands around a remote."""
+    """Wraps a remote."""
 
     def __init__(self, inner: Remote) -> None:
         super().__init__()

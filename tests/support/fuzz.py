@@ -1,10 +1,10 @@
-"""Messages that no client would send, by the thousand, against a real daemon.
+"""Sends thousands of messages that no client would send to a real daemon.
 
     python -m tests.support.fuzz --n 1000000
 
-Valid messages are taken apart, changed somewhere in their structure or in their bytes, and sent;
-some frames lie about their length, come in pieces, or bring descriptors along. The daemon must go
-on serving a client, and keep nothing: no memory, descriptors, leases or reservations.
+Valid messages are changed somewhere in their structure or bytes and sent. Some frames lie about
+their length, come in pieces, or bring descriptors along. The daemon must go on serving a client and
+keep nothing: no memory, descriptors, leases or reservations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.peer import Peer
 
 MIB = 1 << 20
 _BURST = 200
-"""Messages sent before the answers are read."""
+"""Number of messages sent before answers are read."""
 _SPACE = Namespace("fuzz", KVLayout(2, 1, 4, "float32"))
 _TOKENS = bytes(range(256))
 _EXAMPLES: list[protocol.Request] = [
@@ -54,6 +54,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Failed("timeout"),
     protocol.Stats(),
     protocol.ListNodes(3),
+    protocol.Branch("ab", after="1.5-cd", limit=3),
     protocol.ShowNode("ab"),
     protocol.HasNodes(("ab",)),
     protocol.PlanNode("ab"),
@@ -74,11 +75,11 @@ _EXAMPLES: list[protocol.Request] = [
 _LONG = (
     protocol.Flush, protocol.Collect, protocol.CheckTree, protocol.Purge, protocol.Clear,
 )  # fmt: skip
-"""What takes long, and would be nearly all that the daemon does."""
+"""Messages left out because they take long and would use most of the daemon's time."""
 
 
 def requests() -> list[protocol.Request]:
-    """One of every kind but `Stop`: an example, or one without fields where there is none."""
+    """One message of every kind but `Stop`: its example, or an empty one."""
     examples = {type(message): message for message in _EXAMPLES}
     kinds = set(get_args(protocol.Request)) - {protocol.Stop}
     return [examples.get(kind) or kind() for kind in sorted(kinds, key=lambda kind: kind.__name__)]
@@ -94,7 +95,7 @@ _ODD: list[Any] = [
 
 
 def some_message(chance: random.Random) -> bytes:
-    """A message that is valid, or was until it was changed."""
+    """A message that is valid, or was valid before it was changed."""
     kinds = _SELDOM if chance.random() < 0.002 else _OFTEN
     tree = msgspec.msgpack.decode(protocol.encode(chance.choice(kinds)))
     for _ in range(chance.choice((0, 1, 1, 1, 2, 4))):
@@ -106,7 +107,7 @@ def some_message(chance: random.Random) -> bytes:
 
 
 def _changed(value: Any, chance: random.Random) -> Any:
-    """One place in a tree of values is another now."""
+    """A tree of values with one place changed."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         others = {name: one for name, one in value.items() if name != key}
@@ -137,7 +138,7 @@ def _damage(body: bytearray, chance: random.Random) -> None:
 
 
 class Fuzzer:
-    """Sends messages, reads answers, and comes back after it was cut off."""
+    """Sends messages, reads answers, and reconnects after it was cut off."""
 
     def __init__(self, home: Path, seed: int) -> None:
         self.answers: Counter[str] = Counter()
@@ -147,7 +148,7 @@ class Fuzzer:
         self._peer: Peer | None = None
 
     def burst(self) -> None:
-        """Some messages, then what comes back."""
+        """Send some messages, then read the answers."""
         with contextlib.suppress(OSError):
             peer = self._connected()
             for number in range(_BURST):
@@ -172,13 +173,13 @@ class Fuzzer:
         elif roll < 0.999:
             with open(os.devnull, "rb") as file:
                 peer.send_with(body, [file.fileno()] * self._chance.randrange(1, 9))
-        elif roll < 0.9995:  # the rest of the stream is something else than it says
+        elif roll < 0.9995:  # the stream no longer is what its header says
             peer.socket.sendall(wire.HEADER.pack(len(body) + 3, request_id) + body)
         else:
             peer.socket.sendall(wire.HEADER.pack(self._chance.randrange(1 << 32), request_id))
 
     def _hear(self, peer: Peer) -> None:
-        """Everything that comes within a moment: not every message has an answer of its own."""
+        """Everything that arrives within a moment: not every message has an answer."""
         peer.socket.settimeout(0.02)
         try:
             while (reply := peer.receive()) is not None:
@@ -188,25 +189,25 @@ class Fuzzer:
             peer.socket.settimeout(20.0)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._peer is not None:
             self._peer.close()
             self._peer = None
 
 
 class Report(NamedTuple):
-    """What came of it."""
+    """The result of a run."""
 
     sent: int
     answers: Counter[str]
     grown_bytes: int
-    """Memory that the daemon holds at the end beside what it held after the first tenth."""
+    """Bytes by which the daemon's memory grew since the first tenth of the messages."""
     left: dict[str, int]
-    """What it still holds for clients that are gone."""
+    """What the daemon still holds for clients that are gone."""
 
 
 def fuzz(daemon: Daemon, count: int, seed: int, say: Callable[[str], object] = str) -> Report:
-    """Send `count` messages; a client is served after every tenth of them."""
+    """Send `count` messages. After every tenth of them a client must be served."""
     assert daemon.process is not None
     process = psutil.Process(daemon.process.pid)
     fuzzer = Fuzzer(daemon.config.home_path, seed)
@@ -229,7 +230,7 @@ def _serve(daemon: Daemon, seed: int) -> None:
 
 
 def left_over(daemon: Daemon) -> dict[str, int]:
-    """What the daemon holds for clients, once nobody but this one is there."""
+    """What the daemon holds for clients once all but this one are gone."""
     with Client(daemon.config.home_path, timeout=60.0) as client:
         for _ in range(600):
             stats = client.stats()
@@ -257,7 +258,7 @@ def main() -> None:
 
 
 def small(folder: str) -> StoreConfig:
-    """A store whose budgets are soon full."""
+    """A store with small budgets that are soon full."""
     return StoreConfig(
         home=f"{folder}/home", block_tokens=8, host_bytes=4 * MIB, disk_bytes=16 * MIB,
         min_prompt_tokens=8, min_saving_ms=0.0, policy="aggressive", semantic="never",

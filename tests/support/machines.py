@@ -1,11 +1,11 @@
-"""A state machine that drives a Store against plain dictionaries.
+"""A state machine that compares a Store with plain dictionaries.
 
     TestStore = StoreMachine.TestCase
 
 What is drawn never depends on the store, so a run can be repeated although its threads cannot.
-After every step it compares what lies in the storage (files, shared memory) with what the tree
-says, and every row that is ever served with what was computed for it. Subclass and override
-`store_settings` to drive another configuration, or `row_layout` for other rows.
+After every step it compares the storage (files, shared memory) with the tree, and every row that is
+served with the row that was computed. Subclass it and override `store_settings` to test another
+configuration, or `row_layout` for other rows.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def text(paragraphs: list[int]) -> tuple[int, ...]:
 
 
 class Clock:
-    """Seconds that pass only when a rule says so."""
+    """A clock that only rules advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -131,7 +131,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.prompts: list[tuple[int, ...]] = []
         self.open: list[Open] = []
         self.staged: list[tuple[str, Staged]] = []
-        """Saves that nobody has ended, with their owners."""
+        """Saves that have not ended, with their owners."""
         self.lookups = 0
         self.salt = 0
         self.store = self._opened()
@@ -149,13 +149,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(paragraphs=paragraph_lists, cap=st.integers(0, 2))
     def begin(self, paragraphs: list[int], cap: int) -> None:
-        """There is always some prompt to edit; generations end at `cap`."""
+        """Make sure there is a prompt to edit. Generations end at `cap`."""
         self.prompts.append(text(paragraphs))
         self.config = msgspec.structs.replace(self.config, max_generation=cap)
         self.reopen()
 
     def _prompt(self, which: Which) -> tuple[int, ...]:
-        """A new prompt of known paragraphs, or an earlier one, edited or not; it is remembered."""
+        """A new prompt of known paragraphs, or an earlier one, possibly edited. It is
+        remembered."""
         if which.paragraphs is not None:
             tokens = text(which.paragraphs)
         else:
@@ -170,7 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
     # --- plans --------------------------------------------------------------------------------
 
     def _plan(self, tokens: tuple[int, ...], space: int, owner: str = "") -> Open | None:
-        """Plan, check everything that is known about the answer, and load it."""
+        """Plan, check the answer as far as it is known, and load the rows."""
         namespace = self.namespaces[space]
         plan = self.store.plan(tokens, namespace, owner=owner)
         self.lookups += 1
@@ -201,14 +202,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=prompts, space=st.integers(0, 1), owner=st.sampled_from(["", "dies"]))
     def plan_and_hold(self, which: Which, space: int, owner: str) -> None:
-        """A request that takes its time."""
+        """Begin a request that takes its time."""
         opened = self._plan(self._prompt(which), space, owner)
         if opened is not None:
             self.open.append(opened)
 
     @rule(which=st.integers(0, 50), failed=st.sampled_from(["", "aborted"]))
     def finish(self, which: int, failed: str) -> None:
-        """A request has loaded its plan, or has given up; a second end is ignored."""
+        """End a request, loaded or abandoned; a second end is ignored."""
         if not self.open:
             return
         opened = self.open.pop(which % len(self.open))
@@ -274,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
         return node
 
     def _check_served(self, tokens: tuple[int, ...], space: int, node: Node) -> None:
-        """What has just been stored serves the same prompt, if it can be brought into memory."""
+        """A prompt that was just stored can be served, if its rows can be brought into memory."""
         again = self._plan(tokens, space)
         if again is None:
             return
@@ -288,7 +289,7 @@ class StoreMachine(RuleBasedStateMachine):
         added=st.lists(st.integers(0, 50), min_size=1, max_size=9),
     )
     def answer(self, which: int, space: int, added: list[int]) -> None:
-        """An answer grows the node of its prompt."""
+        """Store an answer: the node of its prompt grows."""
         namespace = self.namespaces[space]
         nodes = self.store.nodes.state.of_namespace(namespace.digest)
         if not nodes:
@@ -317,7 +318,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=prompts, space=st.integers(0, 1), owner=st.sampled_from(["", "dies"]))
     def stage_only(self, which: Which, space: int, owner: str) -> None:
-        """A save that somebody began and may never end."""
+        """Begin a save that may never end."""
         if owner:  # one save at a time
             self.staged = [(other, save) for other, save in self.staged if other != owner]
         staged = self.store.stage(self._prompt(which), self.namespaces[space], owner=owner)
@@ -326,7 +327,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 50))
     def abandon(self, which: int) -> None:
-        """It ends after all."""
+        """End such a save."""
         if not self.staged:
             return
         self.store.abandon(self.staged.pop(which % len(self.staged))[1].id)
@@ -335,14 +336,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(count=st.sampled_from([1, 2, 100]))
     def evict(self, count: int) -> None:
-        """The nodes worth least go."""
+        """Evict the nodes of least value."""
         before = [node.id for node in self.store.tree.victims()]
         assert self.store.evict(nodes=count) == min(count, len(before))
         assert {node.id for node in self.store.tree} == set(before[count:])
 
     @rule(which=prompts, space=st.integers(0, 1))
     def evict_what_is_leased(self, which: Which, space: int) -> None:
-        """Everything goes while a request loads its rows: it keeps them until it ends."""
+        """Remove everything while a request loads its rows: it keeps them until it ends."""
         opened = self._plan(self._prompt(which), space)
         self.store.evict(nodes=100)
         if opened is not None:
@@ -352,13 +353,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 5), space=st.integers(0, 1))
     def fill_memory(self, seed: int, space: int) -> None:
-        """Other prompts take all the room there is."""
+        """Fill the store with other prompts."""
         for number in range(3):
             self._save_fresh(tuple(prompt(10 * seed + number, 3 * PARAGRAPH_TOKENS)), space)
 
     @rule(space=st.integers(0, 1))
     def evict_namespace(self, space: int) -> None:
-        """All nodes of one namespace go, and no others."""
+        """Remove all nodes of one namespace, and no others."""
         digest = self.namespaces[space].digest
         others = [node.id for node in self.store.tree if node.namespace != digest]
         self.store.evict(namespace=digest)
@@ -366,21 +367,21 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def clients_die(self) -> None:
-        """Whatever the owner `dies` holds is released."""
+        """A client dies: whatever its owner held is released."""
         self.store.reap({"dies"})
         self.open = [opened for opened in self.open if opened.owner != "dies"]
         self.staged = [(owner, save) for owner, save in self.staged if owner != "dies"]
 
     @rule()
     def leases_expire(self) -> None:
-        """Every lease is over."""
+        """Every lease expires."""
         self.clock.now += self.config.lease_seconds + self.config.plan_deadline_ms
         self.store.reap()
         self.open.clear()
 
     @rule(which=st.integers(0, 500), byte=st.integers(0, 10_000))
     def rot(self, which: int, byte: int) -> None:
-        """A bit of a stored block flips."""
+        """Flip one bit of a stored block."""
         self.store.flush()
         files = sorted((self.home / "blocks").glob("*/*"))
         if files:
@@ -391,7 +392,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """The process ends in good order and another one takes over."""
+        """Close the store and open it again."""
         self.store.flush()
         before = {node.id: msgspec.structs.asdict(node) for node in self.store.tree}
         self.store.close()
@@ -405,12 +406,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def storage_and_tree_agree(self) -> None:
-        """After the queue is empty: files = blocks of nodes, but for those that a lease holds."""
+        """Once the queue is empty, the files are exactly the blocks of nodes, plus those that a
+        lease holds."""
         self.store.flush()
         wanted = self.store.tree.blocks()
         held = {ref.name for opened in self.open for ref in opened.plan.blocks}
         if set(self.store.blocks.names()) > wanted | held:
-            self.store.collect()  # what a crash or a late copy left
+            self.store.collect()  # left by a crash or a late copy
         files = {file.stem: file for file in (self.home / "blocks").glob("*/*")}
         assert wanted <= set(files), "a node points at a block that is not on disk"
         assert set(files) <= wanted | held, "blocks without a node were left behind"
@@ -420,7 +422,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
         blocks = sum(file.stat().st_size for file in files.values())
         assert use["disk"].bytes == blocks + catalog
-        assert blocks <= self.config.disk_bytes  # the last commit may be more than the rest of it
+        assert blocks <= self.config.disk_bytes  # the last commit may exceed it
         assert use["disk"].blocks == len(files)
         assert not list((self.home / "tmp").iterdir())
         assert set(self.store.blocks.host.names()) <= wanted | held
@@ -434,8 +436,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def shared_memory_holds_what_it_says(self) -> None:
-        """Each host block's bytes, read as a client does, have its name as their hash; no other
-        slot is taken, whatever saves are under way."""
+        """The bytes of each block in the host, read as a client reads them, hash to its name. No
+        other slot is in use, apart from saves under way."""
         host = self.store.blocks.host
         arena = ArenaView.attach(host.arena.descriptor)
         taken, seqs = [], set()
@@ -458,7 +460,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def leases_are_the_open_plans(self) -> None:
-        """No lease is forgotten, none outlives its plan, and open plans keep their rows."""
+        """No lease is forgotten or outlives its plan, and open plans keep their rows."""
         stats = self.store.stats()
         assert stats["leases"] == len(self.store.blocks.leases) == len(self.open)
         ended = (
@@ -473,7 +475,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nodes_are_sound(self) -> None:
-        """Provenance within the cap; segments cover each prompt once; the tree has no loop."""
+        """Provenance stays within the cap, segments cover each prompt once, and the tree has no
+        loop."""
         for node in self.store.tree:
             assert 0 <= node.generation <= (self.config.max_generation or 0)
             covered = positions_of(node.segments)
@@ -486,12 +489,12 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def _name(namespace: Namespace, layout: KVLayout, data: bytes) -> str:
-    """The name that a block of these bytes must have, spelled out."""
+    """The name of a block with these bytes, computed independently of the product."""
     hasher = blake3.blake3(msgspec.msgpack.encode((namespace.digest, layout)))
     hasher.update(data)
     return hasher.hexdigest()
 
 
 def examples(default: int) -> int:
-    """How many runs a machine makes: KVSHARE_MACHINE_EXAMPLES says otherwise."""
+    """Number of runs of a machine; KVSHARE_MACHINE_EXAMPLES overrides it."""
     return int(os.environ.get("KVSHARE_MACHINE_EXAMPLES", default))

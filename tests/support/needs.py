@@ -1,4 +1,4 @@
-"""What a test needs beside Python packages."""
+"""What a test needs besides Python packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import pytest
 
 EVERYTHING = os.environ.get("REQUIRE_ALL_TESTS", "") == "1"
-"""Taken out of the environment: engines and daemons warn of a variable that begins so and is no
-setting of theirs."""
+"""Variables removed from the environment: engines and daemons warn of unknown variables with this
+prefix."""
 
 
 def need(present: bool, what: str) -> None:

@@ -1,4 +1,5 @@
-"""Several stores, each with its own host and disk, one remote tier and one catalogue."""
+"""Several stores, each with its own host and disk tier, that share one remote tier and one
+catalogue."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ Machine = Callable[..., Driver]
 
 
 def config_of(folder: Path, name: str, **settings: Any) -> StoreConfig:
-    """The store of one machine; all machines of a folder share what others can reach."""
+    """The store of one machine. All machines of a folder share its remote and catalogue."""
     shared = {
         "remote": f"file://{folder / 'remote'}",
         "remote_write": "through",
@@ -41,7 +42,7 @@ def config_of(folder: Path, name: str, **settings: Any) -> StoreConfig:
 
 
 def until(happens: Callable[[], bool]) -> float:
-    """Seconds until it happened; fails when it does not."""
+    """Wait for a condition; returns the seconds it took. Fails when it does not come true."""
     start = time.monotonic()
     while not happens():
         assert time.monotonic() - start < PATIENCE_S
@@ -55,20 +56,20 @@ def knows(engine: Driver, tokens: list[int]) -> bool:
 
 
 def save(engine: Driver, tokens: list[int]) -> str | None:
-    """Store a prompt and wait until others can see it; the node's id."""
+    """Store a prompt and wait until other machines can see it; returns the node's id."""
     node_id = engine.save(tokens)
     engine.store.flush()
     return node_id
 
 
 def learn(engine: Driver) -> None:
-    """Ask the catalogue what is new, now."""
-    assert engine.store._sharing is not None
-    engine.store._sharing.sync()
+    """Read the changes in the catalogue now."""
+    assert engine.store.sharing is not None
+    engine.store.sharing.sync()
 
 
 def minutes_pass(engine: Driver, minutes: float) -> None:
-    """For what this machine knows of condemned blocks."""
+    """Forget what this machine knows of condemned blocks."""
     condemned = engine.store.repository.condemned
     assert condemned is not None
     before = condemned.clock() - now_s()
@@ -76,8 +77,8 @@ def minutes_pass(engine: Driver, minutes: float) -> None:
 
 
 def collect_all(engine: Driver) -> int:
-    """Passes of the janitor until what nobody uses is seen, condemned and removed; how many blocks
-    went."""
+    """Run the janitor until unused blocks are found, condemned and removed; returns the number
+    removed."""
     gone = 0
     for _ in range(3):
         minutes_pass(engine, 2)
@@ -86,12 +87,5 @@ def collect_all(engine: Driver) -> int:
 
 
 def remote_blocks(folder: Path) -> int:
-    """Blocks in the remote tier."""
+    """Number of blocks in the remote tier."""
     return sum(file.is_file() for file in (folder / "remote" / "blocks").rglob("*"))
-
-
-def forget_copies(engine: Driver) -> None:
-    """Nothing is left in this machine's own memory."""
-    with engine.store.nodes.lock:
-        for name in list(engine.store.blocks.host.names()):
-            engine.store.blocks.host.drop(name)

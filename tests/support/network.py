@@ -5,8 +5,8 @@
         subprocess.Popen([*host.prefix, "ping", network.hub.address])
         host.cut()
 
-Needs root and `ip` (Debian: iproute2). Files and Unix sockets are shared by all hosts, as they are
-not part of a network.
+Needs root and `ip` (Debian: iproute2). All hosts share files and Unix sockets, which are not part
+of a network namespace.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import NamedTuple, Self, TypeVar
 T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000
 _NET = "10.231.17"
-"""Seen inside the namespaces only."""
+"""Addresses that exist inside the namespaces only."""
 _NUMBERS = range(2, 250)
 
 
 class Host(NamedTuple):
-    """One host. `prefix` goes before a command that is to run there."""
+    """One host. Put `prefix` before a command to run it there."""
 
     namespace: str
     address: str
@@ -41,11 +41,11 @@ class Host(NamedTuple):
         return ["ip", "netns", "exec", self.namespace]
 
     def cut(self) -> None:
-        """Unplug it: what is sent is lost, and nobody is told."""
+        """Unplug the cable: what is sent is lost without an error."""
         _ip("-n", self.hub, "link", "set", self.link, "down")
 
     def join(self) -> None:
-        """Plug it in again."""
+        """Plug the cable in again."""
         _ip("-n", self.hub, "link", "set", self.link, "up")
 
     def here(self, function: Callable[[], T]) -> T:
@@ -63,13 +63,13 @@ class Host(NamedTuple):
 
 
 class Network:
-    """A hub with a bridge, and hosts around it. Everything is gone when its context ends."""
+    """A hub with a bridge, and hosts around it. Everything is removed when its context ends."""
 
     def __init__(self) -> None:
         self._name = f"kvs{os.getpid() % 1_000_000}"
         self._hosts: list[Host] = []
         self.hub = Host(f"{self._name}-hub", f"{_NET}.1", "br0", f"{self._name}-hub")
-        """Where the servers run."""
+        """The host on which the servers run."""
 
     @staticmethod
     def possible() -> bool:

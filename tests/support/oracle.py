@@ -1,9 +1,9 @@
 """Rows that can be told apart: what a test saves, and what it knows about every row it is served.
 
 No model is needed to see whether a store serves the right rows. Every row here is a hash of the
-tokens up to it, so a row names the very prefix it was computed for; rows computed after an edit
-carry a salt as well, as a real engine's would differ there. Nothing here uses the store's own ideas
-of alignment, segments or provenance.
+tokens up to it, so a row identifies the prefix it was computed for. Rows computed after an edit
+also depend on a salt, as a real engine's rows would differ there. Nothing here uses the store's own
+ideas of alignment, segments or provenance.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kvshare_store.save.staging import Buffer, Staged, packed, reuse_of
 from kvshare_store.tensors.layout import KVLayout
 
 if TYPE_CHECKING:
-    from kvshare_store.store import Store  # seconds to import, and clients do without
+    from kvshare_store.store import Store  # takes seconds to import, and clients do not need it
 
 Rows = npt.NDArray[Any]
 """Words in canonical order: `[layers, 2, T, kv_heads, head_dim]`."""
 
 
 class RowFact(NamedTuple):
-    """What is known about one row: its token, where it was computed, and after what."""
+    """What is known about one row: its token, its position, and its context."""
 
     token: int
     position: int
@@ -41,7 +41,7 @@ class RowFact(NamedTuple):
 
 
 def prompt(seed: int, length: int) -> list[int]:
-    """A prompt that has next to nothing in common with those of other seeds."""
+    """A prompt that shares next to nothing with those of other seeds."""
     return [int(token) for token in np.random.default_rng(seed).integers(0, 1 << 30, length)]
 
 
@@ -57,11 +57,8 @@ def prefix_hashes(tokens: Sequence[int]) -> list[bytes]:
 def rows_for(
     tokens: Sequence[int], layout: KVLayout, *, exact: int | None = None, salt: str = ""
 ) -> Rows:
-    """The rows an engine would compute for a prompt.
-
-    Those of the first `exact` positions (None: all) depend on the prefix only, the others on
-    `salt` too.
-    """
+    """The rows an engine would compute for a prompt. Those of the first `exact` positions (None:
+    all) depend on the prefix only, the others also on `salt`."""
     exact = len(tokens) if exact is None else exact
     raw = bytearray()
     for at, prefix in enumerate(prefix_hashes(tokens)):
@@ -76,7 +73,7 @@ def rows_for(
 
 
 def row_keys(rows: Rows) -> list[bytes]:
-    """The bytes of each row on their own: what rows are recognised by."""
+    """The bytes of each row, by which rows are recognised."""
     return [rows[:, :, at].tobytes() for at in range(rows.shape[2])]
 
 
@@ -86,15 +83,14 @@ def positions_of(runs: Iterable[Any]) -> list[int]:
 
 
 def pick(rows: Rows, positions: Sequence[int]) -> bytes:
-    """The rows at `positions`, side by side in canonical order, as `Store.save` wants them."""
+    """The rows at `positions`, one after the other in canonical order, as `Store.save` expects
+    them."""
     return np.ascontiguousarray(rows[:, :, list(positions)]).tobytes()
 
 
 def gather(plan: ReusePlan, layout: KVLayout, rows_of: Any) -> Rows:
-    """The rows that a plan's spans point at, not moved, as whole rows of the request.
-
-    `rows_of(ref)` gives a block's bytes. Positions that no span covers stay zero.
-    """
+    """The rows that a plan's spans refer to, without rotation, as rows of the whole request.
+    `rows_of(ref)` gives a block's bytes. Positions that no span covers stay zero."""
     shape = layout.shape(plan.tokens)
     found = np.zeros(shape, np.uint32 if layout.itemsize == 4 else np.uint16)
     blocks: list[BlockRef] = list(plan.blocks)
@@ -106,8 +102,8 @@ def gather(plan: ReusePlan, layout: KVLayout, rows_of: Any) -> Rows:
 
 
 class RowOracle(Protocol):
-    """Computes rows, and judges those that are served: a `RowBook`, or rows that describe
-    themselves (`tests.support.chaos.rows`)."""
+    """Computes rows and checks those that are served: a `RowBook`, or rows that describe themselves
+    (`tests.support.chaos.rows`)."""
 
     def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows: ...
 
@@ -119,7 +115,7 @@ class RowOracle(Protocol):
 
 
 class RowBook:
-    """Every row that was ever saved, by its bytes."""
+    """Remembers every row that was ever saved, by its bytes."""
 
     def __init__(self, layout: KVLayout, *, whole: bool = False) -> None:
         """`whole`: every prompt that is computed in part is noted with `complete`."""
@@ -137,7 +133,7 @@ class RowBook:
         self._prompts.append((list(tokens), row_keys(whole)))
 
     def answered(self, length: int, tokens: Sequence[int], rows: Rows) -> None:
-        """Note the rows of an answer behind those of a prompt of this length."""
+        """Note the rows of an answer behind a prompt of this length."""
         told, keys = list(tokens[:length]), row_keys(rows)[length:]
         self._prompts += [
             (list(tokens), [*known[:length], *keys])
@@ -160,10 +156,8 @@ class RowBook:
             assert known == fact, "two different rows have the same bytes: the test is broken"
 
     def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
-        """The served `rows` are rows that were saved, for these tokens and from the places planned.
-
-        Exact rows are those of this very prefix, bit for bit.
-        """
+        """Check that the served `rows` were saved for these tokens and come from the planned
+        places. Exact rows must be those of this very prefix, bit for bit."""
         prefixes, keys = prefix_hashes(tokens), row_keys(rows)
         for span in plan.spans:
             for at in range(span.start, span.stop):
@@ -178,7 +172,7 @@ class RowBook:
         self._check_continued(list(tokens), plan, keys)
 
     def _check_continued(self, tokens: list[int], plan: ReusePlan, keys: list[bytes]) -> None:
-        """Some prompt that begins with the same tokens had these very rows in these places."""
+        """Whether a prompt with the same first tokens had these very rows in these places."""
         start, stop = plan.exact, plan.continued
         assert positions_of(s for s in plan.spans if s.continued) == list(range(start, stop))
         if stop and self._whole:
@@ -212,23 +206,23 @@ class Driver:
         self.book = book or RowBook(namespace.layout, whole=True)
         self._salts = itertools.count()
         self._loaded: dict[str, Rows] = {}
-        """What each plan with edited rows was served, by its lease."""
+        """For each plan with edited rows what it was served, by lease."""
         self._computed: dict[str, Buffer] = {}
         """Rows of each staged prompt, by the id of its save."""
 
     def plan(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
-        """A checked plan; `finish` it."""
+        """A checked plan. Call `finish` on it afterwards."""
         plan = self.store.plan(tokens, self.namespace, **options)
         check_partition(plan)
         self.check(tokens, plan)
         return plan
 
     def check(self, tokens: Sequence[int], plan: ReusePlan) -> None:
-        """The rows that the plan points at now are the right ones."""
+        """Check the rows that the plan refers to."""
         self.served(tokens, plan, gather(plan, self.namespace.layout, partial(self._rows_of, plan)))
 
     def served(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
-        """These rows were loaded for a plan, and must be the right ones."""
+        """Check rows that were loaded for a plan."""
         self.book.check(tokens, plan, rows)
         if plan.generation:
             self._loaded[plan.lease] = rows
@@ -237,7 +231,7 @@ class Driver:
         return self.store.rows_of(plan, plan.blocks.index(ref))
 
     def finish(self, plan: ReusePlan, failed: str = "") -> None:
-        """The request has used the plan, or has given it up."""
+        """End the request of the plan, whether it used the rows or not."""
         continued = max(0, plan.continued - plan.exact)
         edited, missing = plan.reused - plan.exact - continued, plan.tokens - plan.reused
         nbytes = plan.reused * self.namespace.layout.row_bytes
@@ -252,7 +246,7 @@ class Driver:
         return plan
 
     def stage(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> Staged:
-        """Stage a prompt and compute what `plan` leaves; `commit` makes it a node."""
+        """Stage a prompt and compute what `plan` leaves out; `commit` makes it a node."""
         reuse = None if plan is None else reuse_of(plan)
         staged = self.store.stage(tokens, self.namespace, reuse)
         if not staged.known:
@@ -268,16 +262,17 @@ class Driver:
         return staged
 
     def commit(self, staged: Staged) -> str | None:
-        """Store the rows of a staged prompt; the node's id, or None if it could not be kept."""
+        """Store the rows of a staged prompt. Returns the node's id, or None if it could not be
+        kept."""
         return self.store.commit(staged.id, self._computed[staged.id])
 
     def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
-        """Stage and commit; the node's id, or None if it was known or could not be kept."""
+        """Stage and commit. Returns the node's id, or None if it was known or could not be kept."""
         staged = self.stage(tokens, plan)
         return None if staged.known else self.commit(staged)
 
     def serve_and_save(self, tokens: Sequence[int]) -> str | None:
-        """What an engine does with every request."""
+        """Plan, save and finish, as an engine does with every request."""
         plan = self.plan(tokens)
         if plan.declined:
             return self.save(tokens)

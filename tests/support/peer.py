@@ -1,4 +1,4 @@
-"""A peer of the daemon that sends whatever it likes, and is no client."""
+"""A peer of the daemon that sends whatever it likes; it is not a proper client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE_S = 20.0
 
 
 class Peer:
-    """One connection. `OSError` once the daemon has hung up."""
+    """One connection. `OSError` once the daemon has closed it."""
 
     def __init__(self, home: Path, patience: float = PATIENCE_S) -> None:
         self.socket = connect(home)
@@ -35,11 +35,12 @@ class Peer:
         self.socket.sendmsg([frame], [rights])
 
     def receive(self) -> protocol.Reply | None:
-        """The next answer; None once the daemon has hung up. `TimeoutError` if nothing comes."""
+        """The next answer; None once the daemon has closed the connection. `TimeoutError` if
+        nothing comes."""
         while not self._heard:
             try:
                 data = self.socket.recv(1 << 16)
-            except ConnectionResetError:  # it hung up before it had read everything
+            except ConnectionResetError:  # closed before everything was read
                 data = b""
             if not data:
                 return None
@@ -54,12 +55,12 @@ class Peer:
         return reply
 
     def hello(self) -> Self:
-        """Say hello as a client does, but for the outbox."""
+        """Say hello as a client does, but without an outbox."""
         assert not self.ask(protocol.Hello()).error
         return self
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.socket.close()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
-"""What a power cut leaves: the calls of a process, recorded by strace, and what of them is durable.
+"""Simulates a power cut: strace records a process's calls, and this computes what is durable.
 
 The model is the least that POSIX promises. The bytes of a file are durable once it was fsynced
-after the last write; a name in a folder once the folder was fsynced after the name was given. All
-else is lost: a file without its bytes is empty, or zeros.
+after the last write; a name in a folder is durable once the folder was fsynced after the name was
+created. Everything else is lost: a file without its bytes is empty, or zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CALLS = (
     "fsync,fdatasync,access,faccessat,faccessat2"
 )
 MARK = "/power-cut/"
-"""`os.access` of a name that begins so is a mark in the recording."""
+"""`os.access` of a name with this prefix is a mark in the recording."""
 _LINE = re.compile(r"^(?P<pid>\d+) +(?P<text>.*)$")
 _RESUMED = re.compile(r"^<\.\.\. \w+ resumed>(?P<rest>.*)$")
 _CALL = re.compile(r"^(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)")
@@ -36,18 +36,18 @@ class Call(NamedTuple):
 
     name: str
     paths: tuple[str, ...]
-    """Quoted in its arguments; else that of its descriptor."""
+    """The paths quoted in its arguments; else that of its descriptor."""
     creates: bool = False
 
 
 def command(recording: Path) -> list[str]:
-    """What to put before a command so that its calls are recorded."""
+    """The command to put before another one so that its calls are recorded."""
     return ["strace", "-f", "-y", "--seccomp-bpf", "-qq", "-s", "4096", "-e", f"trace={CALLS}",
             "-e", "signal=none", "-o", str(recording)]  # fmt: skip
 
 
 def calls(recording: Path) -> Iterator[Call]:
-    """In the order in which they ended."""
+    """Calls in the order in which they ended."""
     begun: dict[str, str] = {}
     for line in recording.read_text(errors="replace").splitlines():
         match = _LINE.match(line)
@@ -80,21 +80,21 @@ def _parsed(name: str, arguments: str, result: int) -> Iterator[Call]:
 
 
 class Disk:
-    """Files and folders under one folder that was durable before, and what of them is durable."""
+    """Files and folders below a folder that was durable at first, and what of them is durable."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self._now: dict[str, int] = {self._root: 0}
-        """Every path, and the file it names."""
+        """Every path, with the file it names."""
         self._written: set[int] = set()
         """Files whose bytes are not durable."""
         self._durable: dict[int, dict[str, int]] = {0: {}}
-        """Of each folder the names that are."""
+        """The durable names of each folder."""
         self._next = 1
 
     @classmethod
     def standing(cls, root: Path) -> Disk:
-        """All files and folders that are there now, and all of them durable."""
+        """Add all files and folders that are there now, all durable."""
         disk = cls(root)
         for folder, folders, files in os.walk(root):
             names = [*folders, *(name for name in files if (Path(folder) / name).is_file())]
@@ -106,7 +106,7 @@ class Disk:
         return disk
 
     def do(self, call: Call) -> None:
-        """Follow one call."""
+        """Apply one call."""
         paths = [path for path in call.paths if path.startswith(f"{self._root}/")]
         if call.name == "fsync":
             for path in call.paths:
@@ -148,10 +148,12 @@ class Disk:
             }
 
     def restore(self, snapshot: Path, target: Path, *, zeros: bool) -> None:
-        """Make in `target` what is durable of the root; `snapshot` is a copy of all of it as it is.
+        """Create in `target` what is durable of the root. `snapshot` is a copy of the root as it
+        is.
 
-        A durable name of a file that was removed since is left out: its bytes are nowhere. The
-        recording may lack the very last removal: a process killed within a call leaves no result.
+        A durable name of a file that was removed since is left out, because its bytes are nowhere.
+        The recording may lack the very last removal: a process that is killed within a call leaves
+        no result.
         """
         there = {
             file: snapshot / Path(path).relative_to(self._root) for path, file in self._now.items()

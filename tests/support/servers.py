@@ -1,8 +1,8 @@
-"""Real servers on this machine, to be stopped, paused and killed: for tests of the remotes.
+"""Real servers on this machine that can be stopped, paused and killed, for tests of the remotes.
 
-Every server listens on a free port of 127.0.0.1, or of a `tests.support.network` host, keeps its
-data in a folder it is given, and ends with its context. A pause is SIGSTOP: connections are still
-accepted, nothing is answered.
+Every server listens on a free port of 127.0.0.1 or of a `tests.support.network` host, keeps its
+data in a given folder, and ends with its context. A pause is SIGSTOP: connections are still
+accepted, but nothing is answered.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tests.support.network import Host
 T = TypeVar("T")
 _START_S = 30.0
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
-"""What the S3 server accepts; the client takes them from the environment."""
+"""Credentials that the S3 server accepts; clients read them from the environment."""
 BUCKET = "kvshare"
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port of an address that nobody uses at this moment."""
+    """A free port of an address."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
 class Server(ABC):
-    """One process. As a context manager it is started and ended."""
+    """One server process. As a context manager it is started and ended."""
 
     def __init__(self, folder: Path, host: Host | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,17 +50,17 @@ class Server(ABC):
         self.process: subprocess.Popen[bytes] | None = None
 
     def _here(self, function: Callable[[], T]) -> T:
-        """Call a function where the server's address is one."""
+        """Call a function on the server's host."""
         return function() if self.host is None else self.host.here(function)
 
     @staticmethod
     @abstractmethod
     def installed() -> bool:
-        """Whether this machine has what it takes."""
+        """Whether this machine can run it."""
 
     @abstractmethod
     def command(self) -> Sequence[str]:
-        """What is run."""
+        """Its command line."""
 
     def start(self) -> None:
         """Start it on its port and wait until it accepts connections."""
@@ -72,7 +72,8 @@ class Server(ABC):
         self.wait_until(lambda: self._here(self._accepts))
 
     def wait_until(self, ready: object) -> None:
-        """Poll until `ready()` is true; fails with the log when the server ends or takes long."""
+        """Poll until `ready()` is true. Fails with the log when the server ends or takes too
+        long."""
         assert callable(ready)
         assert self.process is not None
         deadline = time.monotonic() + _START_S
@@ -89,17 +90,17 @@ class Server(ABC):
         return True
 
     def log(self) -> str:
-        """What it has printed so far."""
+        """Its output so far."""
         return (self.folder / "log").read_text(errors="replace")
 
     def pause(self) -> None:
-        """Let it hang; on return all of its threads do."""
+        """Pause it; returns when all of its threads have stopped."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """End a pause."""
+        """Let it continue."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
@@ -124,7 +125,7 @@ class Server(ABC):
 
 
 class RedisServer(Server):
-    """`redis-server` that writes every command to a file, so that a kill loses nothing."""
+    """`redis-server` that logs every command to a file, so that a kill loses nothing."""
 
     @staticmethod
     def installed() -> bool:
@@ -142,7 +143,7 @@ class RedisServer(Server):
         return ["redis-server", *(part for n, v in options.items() for part in (f"--{n}", v))]
 
     def url(self, prefix: str = "") -> str:
-        """The address of one corner of it."""
+        """A remote's address with a prefix of its own."""
         return f"redis://{self.address}:{self.port}/0?prefix={quote(prefix)}"
 
 
@@ -161,17 +162,17 @@ class S3Server(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the client's environment must hold."""
+        """Environment variables that its clients need."""
         return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
     def url(self, prefix: str = "") -> str:
-        """The address of one corner of it."""
+        """A remote's address with a prefix of its own."""
         endpoint = quote(f"http://{self.address}:{self.port}", safe="")
         return f"s3://{BUCKET}/{prefix}?endpoint={endpoint}&allow_http=true"
 
 
 class MooncakeMaster(Server):
-    """The master of a Mooncake Store: knows which object lies where."""
+    """The master of a Mooncake Store, which knows where each object lies."""
 
     def __init__(self, folder: Path, host: Host | None = None) -> None:
         super().__init__(folder, host)
@@ -192,7 +193,7 @@ class MooncakeMaster(Server):
         ]
 
     def url(self, prefix: str = "", segment: str = "0B") -> str:
-        """The address of one corner of it."""
+        """A remote's address with a prefix of its own."""
         admin = f"{self.address}:{self.admin_port}"
         where = f"mooncake://{self.address}:{self.port}/{prefix}"
         return f"{where}?admin={admin}&segment={segment}&buffer=32MiB"
@@ -223,7 +224,7 @@ class MooncakeClient(Server):
         ]
 
     def start(self) -> None:
-        """Start it and wait until the master knows its memory."""
+        """Start it and wait until the master knows of its memory."""
         seen = self.master.log().count("action=mount_segment")
         super().start()
         self.wait_until(lambda: self.master.log().count("action=mount_segment") > seen)
@@ -241,6 +242,6 @@ def _mooncake(program: str) -> Path:
 
 
 def _loads_mooncake() -> bool:
-    """The wheel is of no use without the system's RDMA libraries, even where TCP is used."""
+    """Whether Mooncake can run here. Its wheel needs the system's RDMA libraries even over TCP."""
     probe = [sys.executable, "-c", "import mooncake.store"]
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0

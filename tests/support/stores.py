@@ -47,10 +47,8 @@ def config(home: Path) -> Callable[..., StoreConfig]:
 
 @pytest.fixture
 def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator[Open]:
-    """`driver(field=value)` opens the home's store; stores left open are closed at the end.
-
-    All of them know the rows that any of them saved.
-    """
+    """`driver(field=value)` opens the home's store. Stores left open are closed at the end. All
+    drivers know the rows that any of them saved."""
     opened: list[Store] = []
     book = RowBook(namespace.layout, whole=True)
 
@@ -67,7 +65,8 @@ def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    """`machine(name, field=value)` opens the store of one machine; all share what others reach."""
+    """`machine(name, field=value)` opens the store of one machine. All machines share remote and
+    catalogue."""
     with ExitStack() as opened:
 
         def open_(name: str, **settings: Any) -> Driver:
@@ -83,7 +82,7 @@ def crashes(
 ) -> Iterator[Callable[[Driver], Crashes]]:
     """`crashes(engine)`: from now on the home is copied after every step."""
 
-    # one write at a time, or files come and go while the home is copied
+    # one write at a time, so that no file appears or vanishes during a copy
     one = disk_tier.DiskTier.properties._replace(max_concurrency=1)
     monkeypatch.setattr(disk_tier.DiskTier, "properties", one)
 

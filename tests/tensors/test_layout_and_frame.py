@@ -1,4 +1,4 @@
-"""Rows as bytes: canonical order, and frames that notice every change."""
+"""Rows as bytes: their canonical order, and frames in which every change is noticed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_block(rows: int = 3, layout: KVLayout = LAYOUT, namespace: str = "ab" *
 
 
 def finite_block(rows: int = 3, seed: int = 1) -> Block:
-    """A block of ordinary numbers, as lossy codecs need them."""
+    """A block of ordinary floats, as lossy codecs need."""
     values = np.random.default_rng(seed).standard_normal(LAYOUT.shape(rows)).astype(np.float32)
     return Block("ab" * 32, LAYOUT, values.tobytes())
 
@@ -106,7 +106,7 @@ def test_a_name_is_of_namespace_layout_and_bytes() -> None:
 
 
 def test_names_are_the_same_in_every_release() -> None:
-    """Golden: a release that names blocks otherwise finds nothing in older homes."""
+    """Fixed values: a release that named blocks differently would find nothing in older homes."""
     block = Block("00" * 32, LAYOUT, bytes(range(64)))
     known = "9c030c0826c6ed9ec8a33fd9716e4a2815d4d7f4a3b068db4c8ad4a8bda6630b"
     assert block_name(block) == known
@@ -182,7 +182,8 @@ def test_another_blocks_frame_is_corrupt(codec: Codec) -> None:
 
 
 def test_rows_of_another_namespace_do_not_pass_under_a_forged_header() -> None:
-    """The wall holds on disk too: the header cannot claim a namespace that the name is not of."""
+    """Isolation holds on disk too: a header cannot claim a namespace that its block's name
+    contradicts."""
     mine, theirs = make_block(), make_block(namespace="cd" * 32)
     name = block_name(mine)
     head, _ = encode_frame(name, mine)
@@ -205,14 +206,14 @@ def test_other_versions_are_refused_by_number() -> None:
 
 
 def with_contents(good: bytes, **changes: object) -> bytes:
-    """A plain frame with other contents, checked as if they had been written so."""
+    """A plain frame with other contents and valid checksums."""
     header, payload = split_frame(good)
     contents = msgspec.msgpack.decode(header.contents, type=frame.Contents)
     contents = msgspec.structs.replace(contents, **changes)
-    check = frame._check(header.name, header.namespace, contents, payload)
+    check = frame.check_of(header.name, header.namespace, contents, payload)
     contents = msgspec.structs.replace(contents, check=check)
     about = msgspec.msgpack.encode(contents)
-    return frame._head(msgspec.structs.replace(header, contents=about)) + bytes(payload)
+    return frame.packed_header(msgspec.structs.replace(header, contents=about)) + bytes(payload)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "planes", "int8", "fp8"])
@@ -228,7 +229,7 @@ def test_a_small_frame_cannot_ask_for_much_memory(codec: Codec) -> None:
 
 @plain_or_not
 def test_lossy_rows_stay_lossy_whatever_packs_them_next(key: Keyring | None) -> None:
-    """A lossy block that moves to another tier keeps its name and never poses as exact."""
+    """A lossy block that moves to another tier keeps its name, and is never taken for exact."""
     block = finite_block()
     name = block_name(block)
     once = decode_frame(frame_of(block, "int8", key), name, key)
@@ -290,7 +291,8 @@ def test_another_key_opens_nothing() -> None:
 
 
 def test_plain_and_encrypted_are_not_mixed() -> None:
-    """With a key a plain frame is refused: whoever can write files could make up a lossy one."""
+    """A store with a key refuses plain frames: anyone who can write files could make up a lossy
+    one."""
     block = finite_block()
     key = ring(block.namespace)
     with pytest.raises(CorruptBlockError, match="is not encrypted"):
@@ -300,7 +302,7 @@ def test_plain_and_encrypted_are_not_mixed() -> None:
 
 
 def test_files_and_namespaces_cannot_be_swapped() -> None:
-    """Also by somebody who rewrites the clear part of the header to fit."""
+    """Even if the unencrypted part of the header is rewritten to fit."""
     mine, other = finite_block(3), finite_block(3, seed=2)
     theirs = msgspec.structs.replace(mine, namespace="cd" * 32)
     key = ring(mine.namespace, namespaces=[theirs.namespace])
@@ -312,14 +314,15 @@ def test_files_and_namespaces_cannot_be_swapped() -> None:
             msgspec.structs.replace(header, name=name, namespace=mine.namespace),
         ):
             with pytest.raises(CorruptBlockError, match="damaged, swapped or of another key"):
-                decode_frame(frame._head(renamed) + bytes(payload), name, key)
+                decode_frame(frame.packed_header(renamed) + bytes(payload), name, key)
 
 
 def test_the_sealed_contents_and_payload_of_two_frames_do_not_mix() -> None:
-    """Both are of one block, so only the payload's associated data tells them apart."""
+    """Both are of one block, so only the associated data of the payload's encryption tells them
+    apart."""
     block = finite_block()
     key = ring(block.namespace)
     one, other = (split_frame(frame_of(block, "int8", key)) for _ in range(2))
-    mixed = frame._head(one[0]) + bytes(other[1])
+    mixed = frame.packed_header(one[0]) + bytes(other[1])
     with pytest.raises(CorruptBlockError):
         decode_frame(mixed, block_name(block), key)

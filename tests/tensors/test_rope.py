@@ -1,4 +1,5 @@
-"""Moved K against K rotated once at the target position, for every scaling that is served.
+"""Moved K against K that was rotated once at the target position, for every supported kind of
+scaling.
 
 The tables are built from transformers' own formulas, so nothing here shares code with `Rope`.
 """
@@ -33,7 +34,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 8.0, "original_max_position_embeddings": 256},
 }
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Two roundings of numbers up to about 4: one when K was stored, one when it was moved."""
+"""Two roundings of numbers up to about 4: one when K is stored, one when it is moved."""
 
 each_scaling = pytest.mark.parametrize("scaling", SCALINGS)
 each_pairing = pytest.mark.parametrize("neox", [True, False], ids=["neox", "gptj"])
@@ -111,7 +112,7 @@ def test_moved_is_what_the_model_would_have_stored(
 @each_dtype
 @each_pairing
 def test_one_rounding(dtype: torch.dtype, neox: bool) -> None:
-    """The result is the fp32 result, rounded once: nothing in between is of the narrow dtype."""
+    """The result is the fp32 result, rounded once: nothing in between uses the narrow dtype."""
     source, target = random_positions(40, 3), random_positions(40, 4)
     narrow = random_keys(40).to(dtype)
     wide = narrow.float()
@@ -123,7 +124,7 @@ def test_one_rounding(dtype: torch.dtype, neox: bool) -> None:
 
 @each_pairing
 def test_a_rounded_table_is_divided_out(neox: bool) -> None:
-    """Models in bf16 use a bf16 table, whose entries are no longer on the unit circle."""
+    """Models in bf16 use a bf16 table, whose entries are not exactly on the unit circle."""
     cos, sin = (half.to(torch.bfloat16) for half in table("default"))
     rope = Rope(cos, sin, neox=neox)
     source, target = torch.tensor([700] * 8), torch.tensor([3] * 8)
@@ -150,7 +151,7 @@ def test_rows_that_stay_keep_every_bit(dtype: torch.dtype, neox: bool, data: st.
     moved = torch.tensor(data.draw(st.lists(place, min_size=tokens, max_size=tokens)))
     target = torch.where(stays, source, moved)
     keys = random_keys(tokens).to(dtype)
-    # No arithmetic keeps a signalling NaN, a negative zero and a subnormal as they are.
+    # No arithmetic preserves a signalling NaN, a negative zero and a subnormal.
     words = keys.view(torch.int32 if dtype == torch.float32 else torch.int16)
     words[..., 0], words[..., 1] = torch.iinfo(words.dtype).min, 1
     words[..., 2] = {4: 0x7F800001, 2: 0x7F81 if dtype == torch.bfloat16 else 0x7C01}[

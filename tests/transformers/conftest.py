@@ -10,7 +10,7 @@ from tests.transformers.tiny import FAMILIES, tiny_model
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
-    """One family after another."""
+    """One model family after another."""
     return str(request.param)
 
 

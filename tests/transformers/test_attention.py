@@ -1,4 +1,4 @@
-"""Grouped attention is attention."""
+"""Grouped attention equals plain attention."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_declined_model_makes_no_engine() -> None:
 
 
 def test_the_table_is_the_models_own(engine: RowEngine) -> None:
-    """Moving K by the table gives the K that the model computes at the new position."""
+    """Moving K by the table gives the K that the model itself computes at the new position."""
     tokens = [5, 6, 7]
     at, moved = engine.cache(40), engine.cache(40)
     batch = torch.tensor([tokens])

@@ -1,4 +1,4 @@
-"""A model and a store: what is reused, what is computed, what is stored."""
+"""A model with a store: what is reused, what is computed, what is stored."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_edited_prompt_computes_its_gaps(
     old, new = donor.cache.rows[:, :, 0], served.cache.rows[:, :, 0]
     assert torch.equal(new[:, :, :20], old[:, :, :20])
     assert torch.equal(new[:, 1, 23:-1], old[:, 1, 22:-1])
-    # the first layer knows no context, so moved K must be what full prefill computes there
+    # the first layer has no context, so moved K must be what full prefill computes there
     full, logits = model.engine.prefill(EDITED)
     torch.testing.assert_close(new[0], full.rows[0, :, 0], atol=1e-4, rtol=0)
     assert (served.logits - logits).abs().max() > 1e-3  # rows after the edit know the old tokens
@@ -74,10 +74,8 @@ def test_edited_rows_are_stored_as_edited(open_model: Callable[..., KVShareModel
     assert node is not None
     stored = model.store.tree.get(node)
     assert stored is not None
-    assert (stored.generation, stored.exact_rows) == (
-        1,
-        23,
-    )  # the edit itself knows only exact rows
+    # the edit itself was computed behind exact rows only
+    assert (stored.generation, stored.exact_rows) == (1, 23)
 
 
 def test_a_stricter_policy_may_be_asked_for(open_model: Callable[..., KVShareModel]) -> None:

@@ -39,7 +39,8 @@ def test_partial_prefill_equals_full_prefill(engine: RowEngine, seed: int) -> No
 
 
 def test_a_noisy_row_that_is_not_recomputed_shows(engine: RowEngine) -> None:
-    """The control: equality above comes from recomputing, not from rows that nobody looks at."""
+    """The control: the equality above comes from recomputing, not from rows that have no
+    influence."""
     tokens = prompt_of(LENGTH)
     _, expected = engine.prefill(tokens)
     positions = torch.tensor([4, 5, 6, 20, 21, LENGTH - 1])

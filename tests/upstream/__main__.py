@@ -24,9 +24,9 @@ class Pair:
     """A comparison: the same tests with vLLM's schedulers and with ours."""
 
     connector: str
-    """Where KVShareConnector goes, in both arms: see `plugin/kvshare_upstream.py`."""
+    """Where KVShareConnector is configured, in both arms: see `plugin/kvshare_upstream.py`."""
     control_passes: bool
-    """Whether vLLM's schedulers pass every test, also with the connector there."""
+    """Whether every test passes with vLLM's schedulers, also with the connector there."""
     refused: frozenset[str] = frozenset()
     """Tests that ask for what KVShare refuses."""
 
@@ -64,7 +64,7 @@ def main(names: list[str]) -> int:
 
 
 def compare(name: str, pair: Pair) -> list[str]:
-    """What is wrong with the arms of a pair, one line each."""
+    """The errors in a pair's arms, one line each."""
     known = suite()
     control, ours = (run(name, who, pair, list(known)) for who in ("vllm", "kvshare"))
     called = ["VirtualRows.schedule"]

@@ -1,4 +1,4 @@
-"""What makes a run of vLLM's tests with our classes a failure."""
+"""Decides whether a run of vLLM's tests with our classes is a failure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Result:
-    """What one arm did."""
+    """The result of one arm."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     """Test → passed, failed or skipped."""
@@ -25,9 +25,9 @@ class Result:
 
 
 def differences(control: Result, ours: Result, refused: Collection[str] = frozenset()) -> list[str]:
-    """Tests that end otherwise with our schedulers than with vLLM's, one line each.
+    """Tests that end differently with our schedulers than with vLLM's, one line each.
 
-    `refused`: tests that ask for what KVShare refuses, and must fail with ours.
+    `refused`: tests that ask for what KVShare refuses; they must fail with ours.
     """
     tests = sorted(control.outcomes.keys() | ours.outcomes.keys())
     pairs = (
@@ -54,5 +54,5 @@ def missing(result: Result, known: dict[str, int], counted: Collection[str]) -> 
 
 
 def not_called(result: Result, methods: list[str]) -> list[str]:
-    """Methods of ours that no test reached, one line each: nothing is shown then."""
+    """Methods of ours that no test reached, one line each: the run proves nothing about them."""
     return [f"the tests never called {name}" for name in methods if not result.calls.get(name)]

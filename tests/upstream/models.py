@@ -1,4 +1,4 @@
-"""A Hugging Face cache for vLLM's tests: configurations of tiny models and a tokenizer.
+"""A Hugging Face cache for vLLM's tests: configurations of tiny models, and a tokenizer.
 
 The tests name models of the hub but never run one: they read configurations and tokenise.
 """

@@ -32,7 +32,7 @@ _ASKED_FOR_METADATA = (
     "setuptools_scm",
     "vcs-versioning",
 )
-"""What the setup.py of vLLM imports before it can say its name."""
+"""Packages that vLLM's setup.py imports before it can report its name."""
 _WANTED = (
     "__init__.py",
     "utils.py",
@@ -60,7 +60,7 @@ def prepare() -> None:
 
 
 def source_distribution() -> Path:
-    """vLLM's archive, downloaded once; `SystemExit` if it is not the one that was looked at."""
+    """vLLM's archive, downloaded once. `SystemExit` if its hash is not the reviewed one."""
     archive = FOLDER / "download" / f"vllm-{_VERSION}.tar.gz"
     if not archive.exists():
         _download(archive.parent)
@@ -96,9 +96,9 @@ def unpack_tests(archive: Path, target: Path) -> None:
 
 
 def declare_operators(file: Path) -> None:
-    """Let torchvision's wheel, which is built for CUDA, be imported beside a torch without it.
+    """Make torchvision's wheel, which is built for CUDA, importable beside a torch without CUDA.
 
-    Its import needs two operators to exist. No test runs them.
+    Its import needs two operators to exist; no test runs them.
     """
     text = file.read_text()
     before = '@torch.library.register_fake("torchvision::nms")'

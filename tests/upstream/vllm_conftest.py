@@ -1,4 +1,4 @@
-"""Stands for vLLM's own tests/conftest.py, which imports far more than scheduling needs."""
+"""Replaces vLLM's own tests/conftest.py, which imports far more than scheduling needs."""
 
 import logging
 from pathlib import Path

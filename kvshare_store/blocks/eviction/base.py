@@ -1,4 +1,4 @@
-"""What a policy is. `kvshare_store.testing.eviction` has the laws that each one obeys."""
+"""The interface of eviction policies; `kvshare_store.testing.eviction` has its contract tests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Iterator
 
 
 class EvictionPolicy(ABC):
-    """Names in the order in which they should go. Not thread-safe; calls are O(log n)."""
+    """Names in the order in which they should be evicted. Not thread-safe; calls are O(log n)."""
 
     @abstractmethod
     def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
-        """A name came in. `cost`: what it would take to get it back, in any one unit.
-
-        For a name that is here this only changes its bytes and cost; it counts no use.
-        """
+        """Add a name. `cost`: what it would take to get it back, in any fixed unit. For a known
+        name this only changes bytes and cost; it does not count as a use."""
 
     @abstractmethod
     def touch(self, name: str) -> None:
@@ -26,14 +24,14 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def victims(self) -> Iterator[str]:
-        """The best victim first, each name at most once.
+        """Names in the order in which they should go, each at most once.
 
-        Lazy: names may be added, used and removed while it runs. What came or was used since it
-        began need not be offered.
+        Lazy: names may be added, used and removed while it runs. Names that were added or used
+        since it began may be missing.
         """
 
     def __iter__(self) -> Iterator[str]:
-        """The order of `victims`, for those who only look."""
+        """The order of `victims`, for display."""
         return self.victims()
 
     @abstractmethod

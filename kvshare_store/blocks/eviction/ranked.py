@@ -37,9 +37,11 @@ class _Ranked(EvictionPolicy):
         self._order: SortedList[_Place] = SortedList()
         self._turns = count()
 
-    def _place(self, name: str, rank: float) -> None:
+    def _place(self, name: str, rank: float, turn: int | None = None) -> None:
+        """`turn`: of the last use; None: now."""
         self._drop(name)
-        place = self._places[name] = _Place(rank, next(self._turns), name)
+        turn = next(self._turns) if turn is None else turn
+        place = self._places[name] = _Place(rank, turn, name)
         self._order.add(place)
 
     def _drop(self, name: str) -> _Place | None:
@@ -66,12 +68,15 @@ class _Ranked(EvictionPolicy):
         self._settle()
         now = next(self._turns)
         last: _Place | None = None
+        offered: set[str] = set()
         while True:  # looked up anew each time: the order may have changed since
             self._settle()
             later = self._order.irange(last, None, (False, True))
-            last = next((place for place in later if place.turn < now), None)
+            fit = (place for place in later if place.turn < now and place.name not in offered)
+            last = next(fit, None)
             if last is None:
                 return
+            offered.add(last.name)
             yield last.name
 
     def remove(self, name: str) -> None:
@@ -103,6 +108,8 @@ class LRU(_Ranked):
 class _Worth:
     nbytes: int
     cost: float
+    since: float
+    """The clock at the last use."""
     uses: int = 1
 
 
@@ -110,7 +117,8 @@ class CostAware(_Ranked):
     """Greedy-Dual-Size-Frequency with a memory: rank = clock + √uses * cost / bytes.
 
     The clock is the rank of the last name that was evicted, so whatever is no longer used sinks
-    below what comes in, however often it was used once. What comes back soon after it was evicted
+    below what comes in, however often it was used once. A name counts from the clock at its last
+    use: other bytes or another cost make it no younger. What comes back soon after it was evicted
     keeps its uses.
     """
 
@@ -130,29 +138,33 @@ class CostAware(_Ranked):
     def add(self, name: str, nbytes: int, cost: float = 1.0) -> None:
         self._settle()
         known = self._worths.get(name)
+        turn = None
         if known is None:
-            worth = _Worth(nbytes, cost)
+            worth = _Worth(nbytes, cost, self._clock)
             if (before := self._evicted.pop(name, None)) is not None:
                 self._evicted_bytes -= before.nbytes
                 worth.uses = min(before.uses + 1, self.MOST_USES)
         elif (known.nbytes, known.cost) == (nbytes, cost):
             return
         else:
-            worth = _Worth(nbytes, cost, known.uses)
+            worth = _Worth(nbytes, cost, known.since, known.uses)
             self._nbytes -= known.nbytes
+            turn = self._places[name].turn
         self._worths[name] = worth
         self._nbytes += nbytes
         self._most = max(self._most, self._nbytes)
-        self._rank(name, worth)
+        self._rank(name, worth, turn)
 
     def _use(self, name: str, uses: int) -> None:
         worth = self._worths.get(name)
         if worth is not None:
+            worth.since = self._clock
             worth.uses = min(worth.uses + uses, self.MOST_USES)
             self._rank(name, worth)
 
-    def _rank(self, name: str, worth: _Worth) -> None:
-        self._place(name, self._clock + sqrt(worth.uses) * worth.cost / max(1, worth.nbytes))
+    def _rank(self, name: str, worth: _Worth, turn: int | None = None) -> None:
+        rank = worth.since + sqrt(worth.uses) * worth.cost / max(1, worth.nbytes)
+        self._place(name, rank, turn)
 
     def victims(self) -> Iterator[str]:
         for name in self:

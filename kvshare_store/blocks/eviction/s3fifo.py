@@ -1,4 +1,4 @@
-"""S3-FIFO: three queues, most of what is used once leaves early."""
+"""S3-FIFO: three queues. Most of what is used only once leaves early."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Queue:
         return name, self.entries[name]
 
     def walk(self, stop: int, fewest: int, most: int) -> Iterator[str]:
-        """Names with that many uses that came before turn `stop`, the oldest first."""
+        """Names with so many uses that were added before turn `stop`, the oldest first."""
         last = -1
         while True:
             later = self._turns.irange(last, stop, (False, False))
@@ -56,11 +56,14 @@ class _Queue:
 
 
 class S3FIFO(EvictionPolicy):
-    """Three FIFO queues: small for what is new, main for what was used again, ghost for the names
-    of what left small. After Yang et al., SOSP 2023; queues are measured in bytes."""
+    """Three FIFO queues: `small` for new names, `main` for names that were used again, `ghost` for
+    the names (without bytes) of what left `small`.
+
+    After Yang et al., SOSP 2023; here queues are measured in bytes.
+    """
 
     SMALL = 0.1
-    """Share of the bytes that what is new may take."""
+    """Share of the bytes that new names may take."""
     MOST_USES = 3
 
     def __init__(self) -> None:
@@ -69,7 +72,7 @@ class S3FIFO(EvictionPolicy):
         self._ghost: OrderedDict[str, int] = OrderedDict()
         self._ghost_bytes = 0
         self._most = 0
-        """Bytes at the fullest moment: nobody tells a policy its budget."""
+        """The most bytes so far: a policy is not told its budget."""
         self._turns = count()
         self._offered = ""
 
@@ -108,8 +111,8 @@ class S3FIFO(EvictionPolicy):
             self._ghost_bytes -= self._ghost.popitem(last=False)[1]
 
     def _give_chances(self, victim: str) -> None:
-        """What stands before the victim and was used moves on. That happens when the victim goes,
-        so that looking at `victims` changes nothing."""
+        """Names that stand before the victim and were used move on. This happens when the victim is
+        removed, so that iterating over `victims` changes nothing."""
         queue, spared = (self._small, 2) if victim in self._small.entries else (self._main, 1)
         while victim in queue.entries:
             name, entry = queue.oldest()

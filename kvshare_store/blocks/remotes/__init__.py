@@ -1,5 +1,5 @@
-"""Engines that others wrote, which keep blocks for several machines; `base.Remote` is what is
-asked of them."""
+"""Storage engines of other projects that keep blocks for several machines. `base.Remote` is what
+KVShare needs of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kvshare_store.errors import ConfigError
 def open_remote(url: str, timeout_s: float = 10.0) -> Remote:
     """The remote at an address. Nothing is sent before the first call on it.
 
-    `timeout_s`: what the engine's own client waits for one answer, at most; callers with less time
-    cancel. Raises `ConfigError` for an address that makes no sense and `UnsupportedError` when the
-    engine's library is not installed.
+    `timeout_s`: how long the engine's own client waits for an answer; callers with less time
+    cancel. `ConfigError` for an address that is not valid, `UnsupportedError` if the engine's
+    library is not installed.
     """
     parts = parse_url(url)
     if timeout_s <= 0:
         raise ConfigError("remote: the timeout must be greater than zero")
     if parts.scheme != "file" and not parts.host and parts.scheme in _SCHEMES:
         raise ConfigError(f"remote: {parts.scheme}:// needs a host or a bucket")
-    # each engine's library is loaded only by those who use it
+    # each engine's library is loaded only where that engine is used
     if parts.scheme == "s3":
         from kvshare_store.blocks.remotes.objects import open_s3  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
 """The interface of a remote: bytes under keys, kept by an engine that others wrote.
 
-`kvshare_store.testing.remotes.RemoteTests` is its law.
+`kvshare_store.testing.remotes.RemoteTests` has its contract tests.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ class Entry(NamedTuple):
 
 
 class RemoteProperties(NamedTuple):
-    """What callers may rely on; they ask, they never test the type."""
+    """Properties that callers ask for instead of testing the type."""
 
     listing: bool
-    """`list` works; without it a process knows of other machines' values by being told."""
+    """Whether `list` works. Without it a process learns of other machines' values only by being
+    told."""
     max_concurrency: int
-    """Calls worth having in flight at once."""
+    """The number of concurrent calls that is worthwhile."""
 
 
 class Remote(ABC):
@@ -44,11 +45,11 @@ class Remote(ABC):
     """
 
     name: str
-    """Of the engine, for messages: never holds a credential."""
+    """A name of the engine for messages, without credentials."""
     properties: RemoteProperties
     keeps_versions = False
-    """Whether the engine was seen to keep what is deleted or overwritten, as a bucket with
-    versioning does: then no purge is complete."""
+    """Whether the engine is known to keep deleted and overwritten values, as a bucket with
+    versioning does. Then no purge is complete."""
 
     @abstractmethod
     async def put(self, key: str, parts: Sequence[Part]) -> None:
@@ -66,10 +67,8 @@ class Remote(ABC):
         """Remove a value; one that is not there is fine."""
 
     async def create(self, key: str, value: bytes) -> bool:
-        """Store a value unless the key has one; False if it has.
-
-        Here without a promise for two who do it at the same moment; engines that can give one do.
-        """
+        """Store a value unless the key has one already; False if it has. This default is not
+        atomic; engines with conditional writes override it."""
         try:
             await self.get(key)
         except MissingBlockError:
@@ -79,14 +78,12 @@ class Remote(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[Entry]:
-        """Every value whose key begins with `prefix`, which ends with `/` or is empty.
-
-        `UnsupportedError` when the engine cannot list. Values that come and go meanwhile may be in
-        it or not.
-        """
+        """Every value whose key begins with `prefix`, which ends with `/` or is empty. Values that
+        are added or removed meanwhile may be included or not. `UnsupportedError` if the engine
+        cannot list."""
 
     async def delete_prefix(self, prefix: str) -> int:
-        """Remove every value whose key begins with `prefix`; how many there were."""
+        """Remove every value whose key begins with `prefix`; returns how many."""
         keys = [entry.key async for entry in self.list(prefix)]
         for key in keys:
             await self.delete(key)

@@ -69,7 +69,7 @@ class MooncakeRemote(Remote):
     # --- calls --------------------------------------------------------------------------------
 
     async def put(self, key: str, parts: Sequence[Part]) -> None:
-        # joined: a thread that cannot be stopped may read it after a cancellation
+        # joined: after a cancellation a thread that cannot be stopped may still read it
         await self.create(key, b"".join(parts))
 
     async def create(self, key: str, value: bytes) -> bool:
@@ -86,18 +86,18 @@ class MooncakeRemote(Remote):
         return await self._call(lambda store: self._get(store, self._prefix + key))
 
     def _get(self, store: Any, key: str) -> bytes:
-        """The size is asked for because `get` has one answer, no bytes, for every failure. A value
-        that went and came again between the two questions is asked for once more."""
+        """Read a value. Its size is asked for first, because `get` returns no bytes for every kind
+        of failure. If the value is removed and stored again in between, it is read once more."""
         for _ in range(_ATTEMPTS):
             self._check(store.get_size(key))
             value: bytes = store.get(key)
             if value:
                 return value
-        self._check(store.get_size(key))  # gone in the meantime
+        self._check(store.get_size(key))  # removed meanwhile
         raise UnavailableError(f"{self.name}: the machine that holds the value does not answer")
 
     async def delete(self, key: str) -> None:
-        # forced: for some seconds after a read the store would refuse
+        # forced: otherwise the store refuses for some seconds after a read
         code = await self._call(lambda store: store.remove(self._prefix + key, force=True))
         if code == _NOT_READY:
             raise StorageError(f"{self.name}: the value is being written")
@@ -134,7 +134,7 @@ class MooncakeRemote(Remote):
         return tuple(key for key in found if key.startswith(prefix))
 
     def _check(self, code: int) -> None:
-        """Raise what a negative answer means."""
+        """Raise the error that a negative return value stands for."""
         if code < 0:
             kind = _KINDS.get(code, StorageError)
             raise kind(f"{self.name} answered {code}")
@@ -148,7 +148,8 @@ class MooncakeRemote(Remote):
         return await loop.run_in_executor(self._pool, function, self._store)
 
     async def _connected(self) -> None:
-        """One attempt at a time, which goes on when those who wait for it give up."""
+        """Connect. There is one attempt at a time, which goes on when those who wait for it give
+        up."""
         if self._connecting is None or self._connecting.done():
             loop = asyncio.get_running_loop()
             self._connecting = loop.run_in_executor(self._pool, self._connect)
@@ -187,7 +188,7 @@ class MooncakeRemote(Remote):
         await asyncio.to_thread(self._shut)
 
     def _shut(self) -> None:
-        # a store that is closed under a running call may crash the process
+        # closing a store during a call may crash the process
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._store is not None:
             self._store.close()
@@ -208,6 +209,6 @@ def _sizes(store: Any, keys: Sequence[str]) -> tuple[Entry, ...]:
 
 
 def _seen(attempt: asyncio.Future[None]) -> None:
-    """Nobody may be waiting any more for what a failed attempt has to say."""
+    """Drop the error of a failed attempt for which nobody waits any more."""
     if not attempt.cancelled():
         attempt.exception()

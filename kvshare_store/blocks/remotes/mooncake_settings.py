@@ -11,24 +11,24 @@ from kvshare_store.errors import ConfigError, UnsupportedError
 
 
 class MooncakeSettings(NamedTuple):
-    """Where the master is and what this process brings along."""
+    """The address of the master, and what this process contributes."""
 
     host: str
     port: int
     prefix: str
-    """Of every key: deployments that share one store keep apart."""
+    """A prefix of every key, so that deployments can share one store."""
     local_host: str
     """The address at which the other machines reach this one; empty: that of the connection."""
     metadata: str
     segment_bytes: int
-    """Memory this process lends to the store. 0: the memory is that of `mooncake_client`s, and
-    nothing is lost when this process ends."""
+    """Bytes of memory that this process lends to the store. 0: all memory belongs to
+    `mooncake_client` processes, and nothing is lost when this process ends."""
     buffer_bytes: int
-    """Memory for values on their way; no value may be larger."""
+    """Bytes of the transfer buffer; no value may be larger."""
     protocol: str
     device: str
     admin: str
-    """`host:port` of the master's HTTP server; without it nothing can be listed."""
+    """`host:port` of the master's HTTP server, which is needed to list values."""
 
 
 def read_settings(url: RemoteURL) -> MooncakeSettings:
@@ -54,10 +54,9 @@ def read_settings(url: RemoteURL) -> MooncakeSettings:
 
 
 def limit_waiting(timeout_s: float) -> None:
-    """The library takes its timeouts from the environment alone; what an operator set stays.
-
-    Its own are half a minute and more, and a thread that waits cannot be stopped.
-    """
+    """Set the library's timeouts, which it reads from the environment alone; values that an
+    operator has set stay. Its defaults are half a minute and more, and a thread that waits cannot
+    be stopped."""
     milliseconds, seconds = str(round(timeout_s * 1000)), str(max(1, round(timeout_s)))
     for name, value in (
         ("MC_RPC_TIMEOUT_MS", milliseconds),

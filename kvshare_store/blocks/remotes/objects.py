@@ -1,4 +1,4 @@
-"""Object storage through `obstore`: S3 and what speaks its protocol, or a shared folder."""
+"""Object storage through `obstore`: S3 and compatible services, or a shared folder."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _UNFINISHED = re.compile(r"^[0-9a-f]{64}#\d+$")
 
 
 class _BrokenOffError(StorageError):
-    """An answer began well and did not come to its end."""
+    """A response was cut off."""
 
 
 class _ExistsError(StorageError):
-    """Somebody has created the object before."""
+    """The object exists already."""
 
 
 class ObjectRemote(Remote):
     """Values as objects of a bucket, or as files below a folder.
 
-    A put is one request: it is atomic, and a block is far below the 5 GB that one may carry.
+    A put is one request, so it is atomic. A block is far below the 5 GB that one request may carry.
     """
 
     properties = RemoteProperties(listing=True, max_concurrency=16)
@@ -74,7 +74,7 @@ class ObjectRemote(Remote):
         try:
             return await self._get(key)
         except _BrokenOffError:
-            # some servers cut an answer short when its object is removed: asking again tells
+            # some servers cut a response short when its object is removed: another request tells
             return await self._get(key)
 
     async def _get(self, key: str) -> memoryview:
@@ -153,7 +153,8 @@ def open_s3(url: RemoteURL, timeout_s: float) -> ObjectRemote:
 
 
 def open_folder(url: RemoteURL) -> ObjectRemote:
-    """`file:///folder`: a folder that every machine mounts. Made for its owner only if absent."""
+    """`file:///folder`: a folder that every machine mounts. If it is missing it is made, for its
+    owner only."""
     url.check_options()
     folder = Path(url.path)
     try:
@@ -168,7 +169,7 @@ def _translated(name: str, *, writing: bool = False) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        # a bucket that is not there must not look like a block that is not there
+        # a missing bucket must not look like a missing block
         if writing or "NoSuchBucket" in str(error):
             raise StorageError(f"{name} does not exist: create it") from error
         raise MissingBlockError(f"{name} has no such object") from error
@@ -179,7 +180,8 @@ def _translated(name: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def _kind(text: str) -> type[KVShareError]:
-    """The library raises one type for every failure of the transport; its text names which."""
+    """Which error of ours it is. The library raises one type for every transport failure, and only
+    the text tells them apart."""
     if "kind: Timeout" in text or "kind: TimedOut" in text:
         return DeadlineError
     if "kind: Connect" in text or "kind: Request" in text:

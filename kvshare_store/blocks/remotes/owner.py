@@ -1,4 +1,4 @@
-"""To whom a remote's prefix belongs: one object there says so."""
+"""Which store a remote's prefix belongs to: one object under the prefix says so."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class _Mark(msgspec.Struct):
 
 
 class Owner:
-    """The store whose prefix it must be. `namespaces` are those it has ever saved into: a release
-    before wrote no mark, and its blocks are told by their namespaces."""
+    """The store that the prefix must belong to. `namespaces`: all that it has ever saved into.
+    Releases before this one wrote no mark; their blocks are recognised by the namespace."""
 
     def __init__(self, store: str, namespaces: Collection[str]) -> None:
         self.store = store
@@ -30,12 +30,12 @@ class Owner:
         self._alone: asyncio.Lock | None = None
 
     def doubt(self) -> None:
-        """Look at the mark again before anything else is written or removed."""
+        """Check the mark again before the next write or removal."""
         self._sure = False
 
     async def check(self, remote: Remote) -> None:
-        """Mark a prefix that nobody has marked. `ForeignError` if it belongs to another store, or
-        holds what this one has not written."""
+        """Mark a prefix that has no mark. `ForeignError` if it belongs to another store, or holds
+        blocks that this store has not written."""
         if self._alone is None:
             self._alone = asyncio.Lock()
         async with self._alone:
@@ -48,7 +48,7 @@ class Owner:
             self._sure = True
 
     async def _marked(self, remote: Remote) -> bool:
-        """Whether the mark is there. `ForeignError` if it is another store's."""
+        """Whether the mark is there; `ForeignError` if it names another store."""
         try:
             value = bytes(await remote.get(MARK))
         except MissingBlockError:
@@ -75,4 +75,4 @@ class Owner:
                         "choose another prefix, or remove blocks/ there"
                     )
         except UnsupportedError:
-            return  # nobody can look; from now on the mark tells
+            return  # the engine cannot list; from now on the mark tells

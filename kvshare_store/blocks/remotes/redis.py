@@ -27,7 +27,7 @@ except ImportError as error:
 _CONNECTIONS = 16
 _SCAN_PAGE = 1000
 _MAX_VALUE = 512 << 20
-"""What the protocol carries in one value, unless the server was told otherwise."""
+"""The largest value that the protocol carries by default."""
 
 
 class RedisRemote(Remote):
@@ -72,7 +72,7 @@ class RedisRemote(Remote):
                         pipeline.strlen(key)
                     sizes = await pipeline.execute()
             for key, nbytes in zip(keys, sizes, strict=True):
-                if nbytes:  # no block is empty: it went between the two questions
+                if nbytes:  # no block is empty, so it was removed between the two calls
                     yield Entry(key.removeprefix(self._prefix), nbytes)
 
     async def delete_prefix(self, prefix: str) -> int:
@@ -83,7 +83,7 @@ class RedisRemote(Remote):
         return removed
 
     async def _pages(self, prefix: str) -> AsyncIterator[Sequence[str]]:
-        """Keys, each at most once a page; the server may name one again on a later page."""
+        """Keys, each at most once in a page; the server may repeat one on a later page."""
         cursor = 0
         while True:
             with self._translated():
@@ -139,5 +139,5 @@ def open_redis(url: RemoteURL, timeout_s: float) -> RedisRemote:
 
 
 def _quoted(text: str) -> str:
-    """A key as a pattern that matches itself alone."""
+    """A pattern that matches only this key."""
     return "".join("\\" + sign if sign in "*?[]^\\" else sign for sign in text)

@@ -1,4 +1,4 @@
-"""The address of a remote, taken apart. No secret of it ever reaches a message."""
+"""Parses the address of a remote. Secrets in it never get into a message."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def parse_url(url: str) -> RemoteURL:
 
 
 def missing_extra(extra: str) -> UnsupportedError:
-    """What to say when the library of a remote is not installed."""
+    """The message for a missing library of a remote."""
     return UnsupportedError(f"this remote needs a library: pip install 'kvshare-store[{extra}]'")

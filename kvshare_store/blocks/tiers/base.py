@@ -1,4 +1,4 @@
-"""The interface of a tier. `kvshare_store.testing.tiers.TierTests` is its law."""
+"""The interface of a tier. `kvshare_store.testing.tiers.TierTests` has its contract tests."""
 
 from __future__ import annotations
 
@@ -85,6 +85,11 @@ class Tier(ABC):
     def counted(self) -> TierUse:
         """As `use`, without waiting: what is known so far."""
         return self.use()
+
+    def trouble(self) -> dict[str, int | str]:
+        """What went wrong so far, counted: blocks `quarantined`, `retries`, `hedges` (second
+        reads), calls `refused`; and the state of its `breaker`. Only what the tier has."""
+        return {}
 
     async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
         """Remove every block of a namespace; `names` are those that are known. Where only copies

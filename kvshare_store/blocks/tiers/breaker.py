@@ -43,6 +43,8 @@ class Breaker:
         self._failures = 0
         self._opens_until: float | None = None
         self._probing = False
+        self.refused = 0
+        """Calls that were not made."""
 
     @property
     def state(self) -> State:
@@ -76,6 +78,7 @@ class Breaker:
         if self.state == "closed":
             return False
         if self.state == "open" or self._probing:
+            self.refused += 1
             raise UnavailableError(f"{what} failed {self._limit} times in a row; asked again later")
         self._probing = True
         return True

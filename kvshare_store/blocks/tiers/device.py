@@ -1,7 +1,7 @@
-"""The device tier: rows kept where an engine's worker uses them, on a GPU or in a CPU's own memory.
+"""The device tier: rows in the memory of an engine worker's own device, a GPU or the CPU.
 
-It holds what is reused most, so that a hit copies device to device. The engine's process owns it;
-the daemon never loads torch.
+It holds the blocks that are reused most, so that a hit is a copy from device to device. It belongs
+to the engine's process; the daemon never loads torch.
 """
 
 from __future__ import annotations
@@ -65,11 +65,8 @@ class DeviceTier(Tier):
         return found is not None and found.lossy <= lossy
 
     def keep(self, name: str, block: Block) -> None:
-        """Copy a block to the device; what was used least recently makes room for it, and exact
-        rows take the place of lossy ones.
-
-        `NoSpaceError` if it is larger than the budget.
-        """
+        """Copy a block to the device. Blocks used least recently make room for it. Exact rows
+        replace lossy ones. `NoSpaceError` if the block is larger than the budget."""
         nbytes = _aligned(len(block.data))
         if nbytes > self._arena.numel():
             raise NoSpaceError(f"a block of {nbytes:,} bytes is larger than device_bytes")

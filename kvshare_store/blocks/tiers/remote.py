@@ -290,6 +290,9 @@ class RemoteTier(Tier):
     def use(self) -> TierUse:
         return TierUse(self._used, self._budget, len(self._known))
 
+    def trouble(self) -> dict[str, int | str]:
+        return {"quarantined": self.quarantined}
+
     async def close(self) -> None:
         """Calls that have begun end as they would have; later ones are refused."""
         self._closed = True

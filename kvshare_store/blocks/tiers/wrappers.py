@@ -1,4 +1,4 @@
-"""Behaviour added around a tier: a wrapper is a tier too and obeys the same law."""
+"""Behaviour added around a tier: a wrapper is a tier too and passes the same contract tests."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ class WrapperTier(Tier):
     def counted(self) -> TierUse:
         return self.inner.counted()
 
+    def trouble(self) -> dict[str, int | str]:
+        return self.inner.trouble()
+
     async def purge(self, namespace: str, names: Sequence[str], keep: Collection[str] = ()) -> None:
         await self.inner.purge(namespace, names, keep)
 
@@ -87,6 +90,9 @@ class RetryTier(WrapperTier):
 
     async def delete(self, name: str) -> bool:
         return await self._retried(lambda: self.inner.delete(name))
+
+    def trouble(self) -> dict[str, int | str]:
+        return {**self.inner.trouble(), "retries": self.retries}
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         for retry in range(self._attempts - 1):
@@ -150,6 +156,13 @@ class BreakerTier(WrapperTier):
         with self.breaker.call(f"{self.name} tier"):
             return await self.inner.delete(name)
 
+    def trouble(self) -> dict[str, int | str]:
+        said: dict[str, int | str] = {
+            "breaker": self.breaker.state,
+            "refused": self.breaker.refused,
+        }
+        return self.inner.trouble() | said
+
 
 class HedgedTier(WrapperTier):
     """Asks a second time when a read takes longer than 95 % of those before it.
@@ -188,6 +201,9 @@ class HedgedTier(WrapperTier):
                 call.cancel()
         self._seconds.append(perf_counter() - begun)
         return block
+
+    def trouble(self) -> dict[str, int | str]:
+        return {**self.inner.trouble(), "hedges": self.hedges}
 
     def _begin(self, name: str) -> asyncio.Task[Block]:
         call = asyncio.ensure_future(self.inner.get(name))

@@ -20,7 +20,7 @@ MESSAGES = [
 
 
 class Letters:
-    """A tokenizer with a token a letter."""
+    """A tokenizer with one token per letter."""
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}

@@ -1,6 +1,5 @@
-"""Prompts cut from real text, and prompts that have a share of their tokens in common."""
+"""Prompts cut from real text, and prompts that share part of their tokens."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -8,15 +7,7 @@ import pytest
 from benchmarks.data.edited_prompts import SCATTERED, Texts, TextsError, follower
 from kvshare_store.lookup.align import align
 from kvshare_store.nodes.edits import as_tokens
-
-NEW = 1_000_000
-
-
-def numbers(start: int = NEW) -> Iterator[list[int]]:
-    """Documents of ten tokens, none of which occurs twice."""
-    while True:
-        yield list(range(start, start + 10))
-        start += 10
+from tests.benchmarks.made_prompts import NEW, numbers
 
 
 def test_texts_are_never_given_twice() -> None:

@@ -1,4 +1,4 @@
-"""Which prompts have one like them."""
+"""Which prompts have a similar one."""
 
 from __future__ import annotations
 

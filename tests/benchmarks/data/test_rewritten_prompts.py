@@ -1,4 +1,4 @@
-"""Of rewritten prompts it is known where each token comes from."""
+"""For rewritten prompts it is known where each token comes from."""
 
 from __future__ import annotations
 

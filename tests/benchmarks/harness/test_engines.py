@@ -39,7 +39,7 @@ for line in sys.stdin:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
-    """Have an `Engine` start this program and not an engine."""
+    """Let an `Engine` start this program instead of an engine."""
     script = tmp_path / "engine.py"
     script.write_text(code)
     real = engines.EngineProcess.__init__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_results_of_other_presets_and_sample_sizes_say_so(tmp_path: Path) -> Non
         assert f"| soon in {name} | it is | reached | [{name}](#{name}) |" in verdicts
     assert "| soon in ttft | it is | reached | [ttft](#ttft) (*other settings*) |" in verdicts
     assert all("*The sample size was given" in sections[name] for name in ("ttft", "scale"))
+
+
+def test_how_many_edits_may_build_on_one_another_is_no_matter_where_none_do(tmp_path: Path) -> None:
+    balanced = re.sub(r"max_generation=\d+", "max_generation=99", presets()["balanced"])
+    for name in ("rag", "ttft"):
+        made = result(name, policies=presets() | {"balanced": balanced})
+        write(made, None, tmp_path)
+    page = report(tmp_path, ["ttft", "rag"]).read_text()
+    ttft, rag = page.split("\n## ")[-2:]
+    assert "other settings of `balanced`" in ttft
+    assert "other settings" not in rag
 
 
 RECORDED = Path(__file__).parents[3] / "docs" / "benchmarks"

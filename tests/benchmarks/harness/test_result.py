@@ -1,4 +1,4 @@
-"""What a run writes, and what it leaves alone."""
+"""What a run writes, and which files it leaves alone."""
 
 from __future__ import annotations
 

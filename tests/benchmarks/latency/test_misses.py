@@ -13,7 +13,7 @@ def test_misses_that_were_hits_are_left_out() -> None:
         return misses.Triple(200, seconds, parts, hit, 0.1)
 
     triples = [triple(1.01, False), triple(1.03, False), triple(1.05, False), triple(0.1, True)]
-    made = misses._result(triples, Options(data=Path()), "model")
+    made = misses.result_of(triples, Options(data=Path()), "model")
     assert made.n == {"misses": 3, "hits left out": 1}
     assert made.targets == [("miss overhead ≤ 2 %, median", "+3.0%, n = 3", False)]
     misses.draw(made)

@@ -1,4 +1,4 @@
-"""Timing at the shapes of larger models, on a model that is none."""
+"""Timing at the shapes of larger models, on a stand-in without weights."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ def test_only_settings_that_the_target_is_about_decide_it() -> None:
         key(2048, "disk balanced"): [bad],
         key(256, "host balanced"): [bad],
     }
-    _, measured, reached = ttft_table._target(samples, "host")
+    _, measured, reached = ttft_table.target_of(samples, "host")
     assert reached
     assert measured == "median of 1 settings 80%, lowest 80% (2048 tokens: 80%, 1 of 1 reach it)"
-    assert not ttft_table._target(samples, "disk")[2]
-    assert not ttft_table._target({key(4096, "host aggressive"): [bad]}, "host")[2]
-    assert not ttft_table._target({key(2048, "host faithful"): [much]}, "host")[2]
+    assert not ttft_table.target_of(samples, "disk")[2]
+    assert not ttft_table.target_of({key(4096, "host aggressive"): [bad]}, "host")[2]
+    assert not ttft_table.target_of({key(2048, "host faithful"): [much]}, "host")[2]
 
 
 def test_two_engines_that_do_the_same_are_part_of_the_noise() -> None:
@@ -51,6 +51,6 @@ def test_two_engines_that_do_the_same_are_part_of_the_noise() -> None:
         key("prefix", share=0.9): [ttft_table.Sample(timed(0.1), timed(1.0), 0.1)],
         key("full", length=512): [ttft_table.Sample(timed(1.0), timed(1.0), 1.0)],
     }
-    assert "0.90 to 1.10 times" in ttft_table._noise(samples)
-    alone = ttft_table._noise({key("full"): samples[key("full")]})
+    assert "0.90 to 1.10 times" in ttft_table.noise_of(samples)
+    alone = ttft_table.noise_of({key("full"): samples[key("full")]})
     assert alone.endswith("median deviation 0.0%")

@@ -1,4 +1,5 @@
-"""Baselines: at their ends they are full prefill and placeholders only; in between they choose."""
+"""Baselines: at their extremes they equal full prefill, or compute placeholders only; in between
+they choose."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from benchmarks.methods.epic import Epic, chunks
 from benchmarks.methods.full import Full
 from benchmarks.methods.kvshare import kvshare, prefix
 from benchmarks.methods.narrowing import Narrowing, Seen
-from benchmarks.methods.reuse import draft, place
+from benchmarks.methods.reuse import place, plan
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.plan import Span
 from tests.transformers.tiny import prompt_of
@@ -49,7 +50,7 @@ def naive(llama: RowEngine, donor: Donor) -> Prefilled:
 
 
 def close(one: Prefilled, other: Prefilled) -> bool:
-    """The same rows and the same logits, to rounding."""
+    """The same rows and the same logits, up to rounding."""
     rows = torch.allclose(one.cache.rows, other.cache.rows, atol=CLOSE, rtol=0)
     return rows and torch.allclose(one.logits, other.logits, atol=CLOSE, rtol=0)
 
@@ -74,7 +75,7 @@ NOTHING: list[Method] = [
 def test_recomputing_everything_is_full_prefill(
     llama: RowEngine, donor: Donor, full: Prefilled, naive: Prefilled, method: Method
 ) -> None:
-    assert not close(naive, full)  # or the test could not fail
+    assert not close(naive, full)  # otherwise the test could not fail
     assert close(method.prefill(llama, PROMPT, [donor]), full)
 
 
@@ -123,7 +124,7 @@ def test_a_window_computes_the_tokens_after_the_edit(llama: RowEngine, donor: Do
 def test_epic_computes_the_first_tokens_of_chunks_and_the_end(
     llama: RowEngine, donor: Donor
 ) -> None:
-    planned = draft(PROMPT, [donor], PRESETS["aggressive"])
+    planned = plan(PROMPT, [donor], PRESETS["aggressive"])
     placed = place(llama, PROMPT, [donor], planned)
     chosen = Epic(k=3, chunk_tokens=20, tail=2).selected(placed).nonzero().flatten().tolist()
     # chunks 0-20 (exact), 23-43, 43-63, 63-64; the last position is a placeholder anyway
@@ -137,21 +138,21 @@ def test_chunks_join_spans_that_continue() -> None:
 
 
 def chosen_by(llama: RowEngine, donor: Donor, method: Selective) -> list[list[int]]:
-    """Reused rows that go on after each choosing layer, for PROMPT."""
-    placed = place(llama, PROMPT, [donor], draft(PROMPT, [donor], method.policy))
+    """For PROMPT: how many reused rows remain after each layer that chooses."""
+    placed = place(llama, PROMPT, [donor], plan(PROMPT, [donor], method.policy))
     reused = int(placed.kept.sum())
     counts = {i: round(method.share * m * reused) for i, m in enumerate(method.schedule, 1)}
     narrowing = Narrowing(llama, placed.cache, ~placed.kept, counts, method.rule)
     found = []
-    choose = narrowing._choose
+    choose = narrowing.choose
 
     def watched(*args: object) -> torch.Tensor:
-        rows = narrowing._rows
+        rows = narrowing.rows
         going = choose(*args)
         found.append([p for p in rows[going].tolist() if placed.kept[p]])
         return going
 
-    narrowing._choose = watched
+    narrowing.choose = watched
     tokens = torch.tensor([PROMPT])
     llama.compute(placed.cache, tokens, torch.arange(LENGTH)[None], during=narrowing)
     return found

@@ -1,7 +1,6 @@
 """Every prompt goes to every arm, and answers are compared with plain vLLM's."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,7 @@ from benchmarks.data.edited_prompts import Texts
 from benchmarks.harness.engines import Timed, in_turn
 from benchmarks.harness.result import Options
 from benchmarks.peers import compare
-
-NEW = 1_000_000
-
-
-def numbers(start: int = NEW) -> Iterator[list[int]]:
-    """Documents of ten tokens, none of which occurs twice."""
-    while True:
-        yield list(range(start, start + 10))
-        start += 10
+from tests.benchmarks.made_prompts import numbers
 
 
 def timed(seconds: float, tokens: int = 2048, token_ids: tuple[int, ...] = (1,)) -> Timed:
@@ -27,7 +18,7 @@ def timed(seconds: float, tokens: int = 2048, token_ids: tuple[int, ...] = (1,))
 
 
 class FakeEngine:
-    """Answers every prompt in one second and writes down how it was asked."""
+    """Answers every prompt in one second and records how it was asked."""
 
     def __init__(self, name: str, calls: list[tuple[str, str]]) -> None:
         self.name, self.calls = name, calls
@@ -54,7 +45,7 @@ def test_each_kind_of_prompt_goes_to_every_arm(
     calls: list[tuple[str, str]] = []
     arms = {name: FakeEngine(name, calls) for name in ("plain", "prefix", "peer", "kvshare")}
     peer = compare.Peer("peer", {}, sys.executable, salted)
-    samples = list(compare._serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
+    samples = list(compare.serve(arms, peer, FakeHome(), Texts(numbers()), 0))  # type: ignore[arg-type]
     assert [sample.kind for sample in samples] == ["miss", "again", "similar"]
     asked = [name for name, salt in calls if salt != "settled"]
     assert asked == in_turn(list(arms), 0) * 3

@@ -13,7 +13,7 @@ from benchmarks.peers import conversations, environment
 from benchmarks.peers.conversations import Turn
 from examples.prompts.histories import REWRITES
 
-ARMS = [*conversations._ARMS, "lmcache", "semblend"]
+ARMS = [*conversations.ARMS, "lmcache", "semblend"]
 SECONDS = {"full": 2.0, "prefix": 1.0, "prefix again": 1.1, "kvshare": 0.5, "lmcache": 1.2,
            "semblend": 1.3}  # fmt: skip
 KINDS = [*(rewrite.name for rewrite in REWRITES), conversations._OWN]
@@ -21,7 +21,7 @@ ASKED = [(1, [1, 2]), (2, [1, 2, 5]), (3, [1, 2, 5, 6])]
 
 
 class FakeEngine:
-    """Answers in its arm's seconds and writes down how it was asked."""
+    """Answers in its arm's seconds and records how it was asked."""
 
     def __init__(self, arm: str, calls: list[tuple[str, str]]) -> None:
         self.arm, self.calls = arm, calls
@@ -47,7 +47,7 @@ def serve(calls: list[tuple[str, str]]) -> list[Turn]:
     return [
         turn
         for kind in KINDS
-        for turn in conversations._serve(engines, FakeHome(), kind, ASKED, "salt", 0)  # type: ignore[arg-type]
+        for turn in conversations.serve_turns(engines, FakeHome(), kind, ASKED, "salt", 0)  # type: ignore[arg-type]
     ]
 
 
@@ -67,7 +67,7 @@ def test_an_arm_serves_all_turns_before_the_next_one_begins() -> None:
 
 
 def test_the_table_compares_later_turns() -> None:
-    made = conversations._result(serve([]), Options(data=Path(), model="model"), "model")
+    made = conversations.result_of(serve([]), Options(data=Path(), model="model"), "model")
     assert len(made.rows) == len(KINDS) * len(ARMS)
     rows = {(row[0], row[1]): dict(zip(made.columns, row, strict=True)) for row in made.rows}
     ours, floor = rows["as it is", "kvshare"], rows["as it is", "prefix"]
@@ -87,12 +87,12 @@ def test_without_the_others_it_says_so(
     with conversations.others() as arms:
         assert arms == {}
     assert "make bench-setup" in capsys.readouterr().out
-    notes = conversations._notes(serve([]), list(conversations._ARMS))
+    notes = conversations.notes_of(serve([]), list(conversations.ARMS))
     assert notes[-1] == "not installed, so not measured: lmcache, semblend"
 
 
 def test_the_model_answers_turn_after_turn() -> None:
-    """Each answer is given to the history that has the answers before it."""
+    """Each answer is added to its own arm's history."""
 
     class Echo:
         def ask(self, tokens: list[int], salt: str, *, max_tokens: int) -> Timed:

@@ -1,4 +1,4 @@
-"""Packages to compare with that may be missing."""
+"""Packages for comparison that may be missing."""
 
 import sys
 from pathlib import Path

@@ -28,7 +28,7 @@ OTHER = SimilarPair("b", (*DONOR[:40], *DONOR[45:]), tuple(DONOR), 1.0)
 
 
 class Words:
-    """A chat template without a template: one token a word."""
+    """A chat template that adds nothing, with one token per word."""
 
     def prompt(self, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split())
@@ -167,4 +167,4 @@ def test_the_frontier_is_what_nothing_else_beats_in_both() -> None:
         "least": (0.5, 0.001),
         "less for more": (0.4, 0.002),
     }
-    assert agreement._frontier(points) == {"most", "between", "least"}
+    assert agreement.best_points(points) == {"most", "between", "least"}

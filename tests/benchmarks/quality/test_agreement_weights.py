@@ -1,4 +1,4 @@
-"""Agreement counted in other ways: what each way leaves out and weighs."""
+"""Other ways to count agreement: what each leaves out and how it weighs."""
 
 import numpy as np
 import pytest

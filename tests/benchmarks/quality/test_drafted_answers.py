@@ -1,4 +1,4 @@
-"""Answers checked against drafts are those of greedy decoding, whatever the drafts say."""
+"""Answers checked against drafts equal those of greedy decoding, whatever the drafts say."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PAIRS = 2 * len(RECORDS)
 
 
 class Words:
-    """A tokenizer: words, blanks attached in front, and a template of one word each side."""
+    """A tokenizer of words with leading blanks, and a template of one word on each side."""
 
     def __init__(self) -> None:
         self.ids: dict[str, int] = {}
@@ -65,7 +65,7 @@ def test_the_answers_begin_differently_and_each_is_in_its_own_prompt(made):
         assert probe.new != probe.old
         assert probe.new in probe.request
         assert probe.old in probe.donor
-        # a rival keeps the old value in the request, said of somebody else
+        # a rival keeps the old value in the request, about another subject
         assert (probe.old in probe.request) == (probe.question == "rival")
 
 

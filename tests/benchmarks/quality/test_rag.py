@@ -9,7 +9,7 @@ from benchmarks.quality.rag import REPLACED, WORDS, excerpt, requests
 
 
 class Letters:
-    """Stands for the tokenizer: the prompt is its text."""
+    """Stands in for the tokenizer: the prompt is its own text."""
 
     def prompt(self, user: str) -> str:
         return user

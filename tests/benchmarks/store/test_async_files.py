@@ -11,7 +11,7 @@ from kvshare_store.blocks.tiers.disk.tier import DiskTier
 
 
 def test_both_ways_with_files_leave_the_same_files(tmp_path: Path) -> None:
-    """Byte for byte, in the same places; each way reads what the other wrote."""
+    """Byte for byte, at the same paths; each implementation reads what the other wrote."""
     named = kv_blocks.random_blocks(2)
 
     async def written(kind: type[DiskTier], folder: Path) -> dict[str, bytes]:

@@ -61,9 +61,9 @@ def test_a_remote_slower_than_computing_saves_nothing(tmp_path: Path) -> None:
     assert edited == pytest.approx(by_prefix + 0.5 * used.edited.value / 2)
     line = cluster_scale.Line(8, 0.1, 0.1, 0.5, 0.1, 0.4, 0.45, 1.0)
     path = tmp_path / "tiers.json"
-    assert "`tiers` was not measured" in cluster_scale._at_measured_rates(path, line, used)
+    assert "`tiers` was not measured" in cluster_scale.at_measured_rates(path, line, used)
     slow = ["redis", 0.2, "", used.break_even / 2e9]
     write(result("tiers", rows=[slow, ["disk", 1.0, "", 9.0]]), None, tmp_path)
-    said = cluster_scale._at_measured_rates(path, line, used)
+    said = cluster_scale.at_measured_rates(path, line, used)
     assert "redis (0.29 GB/s) 10%;" in said
     assert "disk" not in said

@@ -1,4 +1,4 @@
-"""What codecs change of rows and of the next token."""
+"""How codecs change rows and the next token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A home that was filled past the store answers."""
+"""A home that was filled without a running store works."""
 
 from __future__ import annotations
 

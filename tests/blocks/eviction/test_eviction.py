@@ -1,4 +1,4 @@
-"""Eviction policies: the laws of all of them, and what makes each one itself."""
+"""Eviction policies: the contract tests of all of them, and what is special about each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TestLRU(PolicyTests):
 
 
 def in_main(names: str, nbytes: int) -> S3FIFO:
-    """A policy whose names have all come back by way of the ghost queue."""
+    """A policy whose evicted names have all come back through the ghost queue."""
     policy = S3FIFO()
     policy.add("large", 100 * nbytes)  # so that the ghost queue has room for them
     for name in names:
@@ -59,7 +59,8 @@ class TestS3FIFO(PolicyTests):
         assert list(policy.victims()) == list("234501")
 
     def test_what_comes_back_soon_is_not_new(self) -> None:
-        """A name in the ghost queue goes to main; a scan of new names then leaves it alone."""
+        """A name in the ghost queue goes to the main queue; a later scan of new names does not
+        evict it."""
         policy = self.filled(10)
         assert next(policy.victims()) == "0"
         policy.remove("0")
@@ -71,7 +72,7 @@ class TestS3FIFO(PolicyTests):
             policy.remove(victim)
 
     def test_queues_are_measured_in_bytes(self) -> None:
-        """New names of few bytes are spared while they are under a tenth of all."""
+        """The queue of new names is spared while its bytes are under a tenth of all."""
         policy = in_main("ab", 1000)
         policy.add("new", 100)
         assert next(policy.victims()) == "a"
@@ -112,6 +113,22 @@ class TestCostAware(PolicyTests):
         policy = self.filled(3)
         policy.add("0", 10, cost=4.0)
         assert list(policy.victims()) == list("120")
+
+    def test_other_bytes_make_a_name_no_younger(self) -> None:
+        policy = self.filled(3)
+        policy.add("0", 20, cost=2.0)
+        assert list(policy.victims()) == list("012")
+        policy.remove(next(policy.victims()))
+        policy.add("3", 10)
+        policy.add("1", 20, cost=2.0)
+        assert list(policy.victims()) == list("123")
+
+    def test_what_changes_meanwhile_is_not_offered_twice(self) -> None:
+        policy = self.filled(3)
+        offered = policy.victims()
+        assert next(offered) == "0"
+        policy.add("0", 10, cost=9.0)
+        assert list(offered) == ["1", "2"]
 
     def test_what_comes_back_soon_keeps_its_uses(self) -> None:
         policy = self.filled(4)

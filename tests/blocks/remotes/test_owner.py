@@ -1,4 +1,5 @@
-"""Whose a remote's prefix is: another store's is refused, and nothing foreign is ever removed."""
+"""Ownership of a remote's prefix: the store refuses another store's prefix and never removes
+foreign objects."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def test_another_stores_prefix_is_refused(remote: str, tmp_path: Path) -> None:
 
 
 def unmark(folder: Path) -> None:
-    """As a release before left it."""
+    """Write the owner object as the release before this one did."""
     (folder / "remote" / MARK).unlink()
 
 

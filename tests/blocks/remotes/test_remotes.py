@@ -1,4 +1,5 @@
-"""Every remote, against the real engine: its own law, and that of tiers over a `RemoteTier`."""
+"""Every remote against its real engine: the contract tests of remotes, and those of tiers on top of
+them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.tensors.frame import Block
 from kvshare_store.testing.remotes import RemoteTests, spoil
-from kvshare_store.testing.tier_law import NAMESPACE, make_block, same
+from kvshare_store.testing.tier_contract import NAMESPACE, make_block, same
 from kvshare_store.testing.tiers import Damage, PersistentTierTests
 from tests.support.needs import need
 from tests.support.servers import (
@@ -39,16 +40,16 @@ from tests.support.servers import (
 
 TIMEOUT_S = 4.0
 SLACK_S = 3.0
-"""What a busy machine may add to a deadline; together less than an engine's own timeout."""
+"""Seconds that a busy machine may add to a deadline; less than an engine's own timeout."""
 
 
 def corner(folder: Path) -> str:
-    """A prefix that belongs to one test."""
+    """A prefix for one test alone."""
     return hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
 
 
 class Engine:
-    """A running engine that the tests below share; each has a corner of its own."""
+    """A running engine that the tests below share; each test uses a prefix of its own."""
 
     timeout_s = TIMEOUT_S
 
@@ -63,7 +64,7 @@ class Engine:
         raise NotImplementedError
 
     async def heal(self) -> None:
-        """End that."""
+        """Undo it."""
 
 
 class FolderEngine(Engine):
@@ -124,7 +125,7 @@ def mooncake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine
 
 
 class OnEngine(RemoteTests):
-    """The law of remotes on one of the engines above."""
+    """The contract tests of remotes on one of the engines above."""
 
     engine: Engine
 
@@ -133,7 +134,7 @@ class OnEngine(RemoteTests):
 
 
 class TierOnEngine(PersistentTierTests):
-    """The law of tiers on one of the engines above."""
+    """The contract tests of tiers on one of the engines above."""
 
     engine: Engine
     damages: ClassVar[frozenset[Damage]] = frozenset(
@@ -248,7 +249,7 @@ def test_values_that_are_too_large_are_refused_as_such(
 
 
 async def timed_end(call: Awaitable[Any]) -> tuple[Any, float]:
-    """What a call ended with, and after how many seconds."""
+    """How a call ended, and after how many seconds."""
     begun = time.perf_counter()
     (end,) = await asyncio.gather(call, return_exceptions=True)
     return end, time.perf_counter() - begun
@@ -300,7 +301,7 @@ def test_a_server_that_is_gone_costs_a_deadline_then_nothing(
 
 @pytest.mark.fault
 def test_mooncake_loses_its_memory_and_its_master(tmp_path: Path) -> None:
-    """Whoever is paused or killed: misses and refusals in time, and later it works again."""
+    """Whichever process is paused or killed: calls miss or fail in time, and work again later."""
     need(MooncakeMaster.installed(), "Mooncake (Debian: libibverbs1, librdmacm1)")
     blocks = dict(make_block(seed) for seed in range(8))
 

@@ -1,4 +1,4 @@
-"""The allocator: against a byte map, and after long churn with next to nothing free."""
+"""The allocator: compared with a byte map, and after long churn with almost nothing free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_runs(taken: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def copied(taken: list[int], move: Move) -> None:
-    """What the owner of the bytes does."""
+    """Moves and clears bytes as the allocator orders."""
     rows = taken[move.source : move.source + move.size]
     taken[move.source : move.source + move.size] = [0] * move.size
     taken[move.target : move.target + move.size] = rows
@@ -45,7 +45,7 @@ def copied(taken: list[int], move: Move) -> None:
     )
 )
 def test_the_allocator_against_a_byte_map(steps: Steps) -> None:
-    """Every slot's bytes carry its number, through all allocations, frees and moves."""
+    """The bytes of every slot carry its number through all allocations, frees and moves."""
     allocator, taken, held = Allocator(200), [0] * 200, dict[int, tuple[int, int]]()
     for number, (step, size, which) in enumerate(steps, 1):
         if step == "allocate":
@@ -128,7 +128,8 @@ EPOCH = 10_000
 
 
 class FirstFit:
-    """The lowest free range that is large enough, and nothing ever moves."""
+    """A simple allocator to compare with: the lowest free range that is large enough; nothing
+    moves."""
 
     def __init__(self, nbytes: int) -> None:
         self.free_bytes = nbytes
@@ -165,7 +166,7 @@ class FirstFit:
 
 
 class Live:
-    """Offsets of the slots in use; any of them by chance, in constant time."""
+    """Offsets of the slots in use; a random one is found in constant time."""
 
     def __init__(self) -> None:
         self._offsets: list[int] = []
@@ -191,13 +192,13 @@ class Live:
 
 class Churned(NamedTuple):
     most_free: float
-    """Share of the arena, at the worst moment when a block still found no room."""
+    """The largest free share of the arena when a block found no room."""
     moved: float
     """Bytes moved for each byte placed."""
 
 
 def placed(allocator: Allocator | FirstFit, size: int, live: Live) -> tuple[int | None, int]:
-    """Offset of the slot and the bytes that moved for it, as the host tier does it."""
+    """The offset for a slot and the bytes that moved for it, as in the host tier."""
     offset, moved = allocator.allocate(size), 0
     if offset is None:
         for move in allocator.moves(size, lambda offset: True):
@@ -233,14 +234,14 @@ def churn(allocator: Allocator | FirstFit, allocations: int, live: Live) -> Chur
 
 
 def free_up(allocator: Allocator | FirstFit, nbytes: int, live: Live) -> None:
-    """Evict by chance until so much is free in all."""
+    """Evict random slots until `wanted` bytes are free in all."""
     chance = random.Random(8)
     while allocator.free_bytes < nbytes:
         allocator.free(live.pop(chance.random()))
 
 
 BOUND = ARENA // (SLIDE + 1) + LARGEST
-"""What the module promises: with so much free, the largest block has room."""
+"""The promise of the module: with so many bytes free, the largest block finds room."""
 
 
 def test_long_churn_leaves_room_for_the_largest_block() -> None:

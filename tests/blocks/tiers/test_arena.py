@@ -1,4 +1,5 @@
-"""The arena: memory that only its owner writes and nobody finds, and labels that guard readers."""
+"""The arena: memory without a name that only its owner can write, and labels that protect
+readers."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def test_a_slot_holds_its_label_and_rows(nbytes: int) -> None:
 
 
 def test_it_has_no_name_that_anybody_could_open_or_take(arena: Arena) -> None:
-    """Two daemons of homes with one path, or a squatter, have no name to meet at."""
+    """There is no name at which two daemons with the same home path, or an attacker, could meet."""
     assert os.fstat(arena.descriptor).st_nlink == 0
     other = Arena.create(16 * PAGE)
     assert other.id != arena.id
@@ -51,7 +52,8 @@ def test_it_has_no_name_that_anybody_could_open_or_take(arena: Arena) -> None:
 
 
 def test_nobody_but_its_owner_writes(arena: Arena) -> None:
-    """Not through the descriptor that clients get, by a call or by a mapping of any kind."""
+    """The descriptor that clients get allows no write, neither by a call nor by any kind of
+    mapping."""
     arena.rows(0, 5)[:] = b"owner"
     received = os.dup(arena.descriptor)
     with pytest.raises(PermissionError):
@@ -113,7 +115,7 @@ def test_closing_it_frees_its_memory() -> None:
 
 
 def no_arena(kind: str) -> int:
-    """A descriptor that a broken or killed daemon might hand over."""
+    """A descriptor that a broken or killed daemon might pass on."""
     if kind == "socket":
         one, other = socket.socketpair()
         other.close()
@@ -127,7 +129,7 @@ def no_arena(kind: str) -> int:
 
 @pytest.mark.parametrize("kind", ["empty", "too small", "not sealed", "socket"])
 def test_what_is_no_arena_is_a_miss_and_not_a_crash(kind: str) -> None:
-    """A file without rows cannot be mapped; one that can shrink would end its readers."""
+    """An empty file cannot be mapped; a file that can shrink would crash its readers."""
     arenas = Arenas()
     descriptor = no_arena(kind)
     with pytest.raises(KVShareError, match="shared memory"):
@@ -177,7 +179,7 @@ def test_a_reader_is_told_when_the_block_has_left(arena: Arena) -> None:
 
 
 def test_the_same_block_in_the_same_place_again_is_another_copy(arena: Arena) -> None:
-    """Other rows may have been there in between, while a reader that is late was copying."""
+    """Other rows may have been there in between, while a slow reader was copying."""
     reader = ArenaView.attach(arena.descriptor)
     ref = BlockRef(NAME, 1, 128, 256, arena.set_label(256, NAME))
     arena.clear_label(256)
@@ -317,6 +319,6 @@ def test_an_arena_works_with_huge_pages_or_without(
 
 
 def test_a_system_without_seals_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_SEALS", 1 << 30)  # what an older kernel makes of them
+    monkeypatch.setattr(arena_module, "_SEALS", 1 << 30)  # as on an older kernel
     with pytest.raises(HomeError, match=r"Linux 5\.1 or later"):
         Arena.create(4096)

@@ -1,4 +1,4 @@
-"""The device tier keeps the law of tiers, and a hit copies the very rows from there."""
+"""The device tier passes the contract tests, and a hit copies exactly the stored rows."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_blocks_used_again_become_resident_and_serve_the_same_rows(arena: Arena)
         edited = editor.edit(
             spans, [ref], lambda block: arena.rows(block.offset, block.nbytes), resident.rows
         )
-        return edited.rows.cpu().clone().view(torch.int32)  # random bytes may be no numbers
+        return edited.rows.cpu().clone().view(torch.int32)  # random bytes may be NaN
 
     first = load()
     for _ in range(2):
@@ -91,7 +91,8 @@ def test_a_block_that_left_the_arena_does_not_become_resident(arena: Arena) -> N
 
 
 def test_rounded_rows_on_the_device_never_serve_as_exact(arena: Arena) -> None:
-    """The block has one name, whatever a codec made of its rows: provenance goes with the rows."""
+    """A block keeps its name when a codec rounds its rows, so provenance must travel with the
+    rows."""
     rounded = placed(arena, 1, lossy=True)
     resident = Resident(1 << 16, DEVICE, LAYOUT)
     used_twice(resident, arena, rounded)

@@ -1,4 +1,4 @@
-"""Files that others put there or removed, and a folder with very much in it."""
+"""The disk tier: files that others add or remove, and a folder with very many files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOMY = 1 << 20
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every put looks at the folders first, and no folder counts as settled."""
+    """Scan the folders before every put, as if no scan were recent enough."""
     monkeypatch.setattr(inventory, "_EVERY", 0.0)
     monkeypatch.setattr(inventory, "_REST", 0)
 
@@ -136,7 +136,7 @@ async def _filled(folder: Path, count: int) -> list[str]:
 
 @pytest.fixture
 def idle_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first look rests after each file, for longer than any test, until somebody needs it."""
+    """The first scan pauses after each file, longer than any test, until its result is needed."""
     monkeypatch.setattr(inventory, "_PACE", 1)
     monkeypatch.setattr(inventory, "_PAUSE", 600.0)
 
@@ -203,9 +203,9 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
         unreadable = Fault("EIO", frozenset({"listdir", "stat"}), refusal(errno.EIO).happen)
         with FaultyFiles() as disk:
             tier = DiskTier(tmp_path, ROOMY, "none", None, Beside)
-            tier._prepare()
+            tier.prepare()
             disk.arm(unreadable)
-            tier._look_around()
+            tier.look_around()
             with pytest.raises(StorageError):
                 tier.size(names[0])
             with pytest.raises(StorageError):
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
 def test_what_happens_during_a_look_counts_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The listing is old by the time it is looked at: a block was deleted and came back since."""
+    """The listing is outdated when it is evaluated: a block was deleted and stored again since."""
     (tmp_path / "blocks" / "ab").mkdir(parents=True)
     known = Inventory(tmp_path / "blocks", ROOMY)
     back, new = "ab" * 32, "ab" + "cd" * 31
@@ -247,7 +247,7 @@ def test_what_happens_during_a_look_counts_more(
 
 
 def test_calls_from_other_threads(tmp_path: Path) -> None:
-    """The store asks from the threads of its callers while the tier works in its own."""
+    """The store calls from its callers' threads while the tier works in its own."""
     failed: list[BaseException] = []
     done = threading.Event()
 

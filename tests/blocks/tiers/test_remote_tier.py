@@ -1,4 +1,4 @@
-"""What the remote tier knows, shares, puts away and purges; the addresses of remotes."""
+"""What the remote tier knows, shares, quarantines and purges; addresses of remotes."""
 
 from __future__ import annotations
 
@@ -165,7 +165,8 @@ def test_another_blocks_bytes_are_no_substitute(tmp_path: Path) -> None:
 
 
 def test_a_block_in_the_corner_of_another_namespace_is_not_served(tmp_path: Path) -> None:
-    """The wall holds even when somebody copies objects about: a name belongs to one namespace."""
+    """Namespaces stay isolated even when objects are copied: a block name belongs to one
+    namespace."""
 
     async def scenario(one: RemoteTier, two: RemoteTier) -> None:
         await one.put(NAME, BLOCK)
@@ -189,7 +190,7 @@ def test_a_purge_leaves_nothing_of_a_namespace_and_all_of_the_others(tmp_path: P
             await one.put(name, block)
         await one.remote.put(f"quarantine/{gone}/{NAME}", (b"bad",))
         two.expect(blocks[0][0], gone, 1)
-        await two.purge(gone, [])  # blocks that this machine never heard of go too
+        await two.purge(gone, [])  # blocks that this machine has never seen are purged too
         left = await entries(one.remote, "")
         assert set(left) == {f"blocks/{stays}/{name}" for name, b in blocks if b.namespace == stays}
         assert not [file for file in (tmp_path / "shared").rglob("*") if gone in str(file)
@@ -227,7 +228,7 @@ def test_without_a_budget_the_engine_decides(tmp_path: Path) -> None:
 
 
 class StuckRemote(Remote):
-    """A get that ends when it is told."""
+    """A get that returns only when told to."""
 
     name = "stuck"
 

@@ -1,4 +1,5 @@
-"""Every tier and every wrapper obeys the law; a new one that has no class here fails a test."""
+"""Every tier and every wrapper passes the contract tests. A tier without a class here fails a
+test."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.support.faulty_files import FaultyFiles, refusal, slow
 
 
 def size_of(file: Path) -> int:
-    """Bytes of a file that may be gone by now."""
+    """Size of a file in bytes; 0 if it has gone."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -97,7 +98,7 @@ class TestFaultyTier(_OnDisk):
             assert same(await tier.get(name), block)
             assert tier.calls == {"put": 4, "get": 4}
 
-        self.law(tmp_path, scenario)
+        self.run(tmp_path, scenario)
 
 
 class TestSlowTier(_OnDisk):
@@ -123,7 +124,7 @@ def test_every_tier_has_a_class_here() -> None:
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Tier)
     }
-    # those around a remote are held to the law on real servers, in test_remotes.py
+    # those around a remote are tested on real servers, in test_remotes.py
     around = {wrappers.RetryTier, wrappers.DeadlineTier, wrappers.HedgedTier, wrappers.BreakerTier}
-    never_done = {faulty.GatedTier}  # until somebody opens its gate
+    never_done = {faulty.GatedTier}  # until its gate opens
     assert found - {Tier, WrapperTier} - around - never_done == set(here)

@@ -1,4 +1,4 @@
-"""What wrappers around a tier do when it fails, hangs, or is slow now and then."""
+"""Wrappers around a tier that fails, hangs, or is sometimes slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(folder: Path, scenario: Callable[[Tier], Awaitable[None]]) -> None:
 
 
 class Clock:
-    """Time that stands still unless told."""
+    """A clock that stands still unless told."""
 
     now = 100.0
 
@@ -189,7 +189,7 @@ def test_a_caller_that_gives_up_is_no_deadline(tmp_path: Path) -> None:
 
 
 async def open_up(tier: BreakerTier, faulty: FaultyTier, times: int = 3) -> None:
-    """Let it fail until the breaker opens."""
+    """Let the tier fail until the breaker opens."""
     faulty.fail_always("get", UnavailableError("x"))
     for _ in range(times):
         assert tier.breaker.state == "closed"
@@ -316,13 +316,13 @@ def test_what_began_earlier_neither_opens_nor_closes_it(tmp_path: Path) -> None:
 
 
 async def warmed_up(tier: HedgedTier, reads: int = 60) -> None:
-    """Enough reads to know what is usual and to have earned a hedge."""
+    """Read often enough that the usual latency is known and a hedged read is allowed."""
     for _ in range(reads):
         await tier.get(NAME)
 
 
 async def hedged(disk: Tier) -> tuple[ScriptedTier, HedgedTier]:
-    """A scripted tier, and one around it that knows what is usual."""
+    """A scripted tier, and a wrapper around it that knows the usual latency."""
     scripted = ScriptedTier(disk)
     tier = HedgedTier(scripted)
     await warmed_up(tier)
@@ -405,7 +405,7 @@ def test_a_caller_that_gives_up_takes_its_reads_along(tmp_path: Path) -> None:
 
 
 class TestResilient(TierTests):
-    """Wrapped in everything, a healthy tier behaves as before."""
+    """Inside all wrappers a healthy tier behaves as it does alone."""
 
     async def make_tier(self, folder: Path, budget: int) -> Tier:
         return resilient(await DiskTier.open(folder, budget), 10_000)

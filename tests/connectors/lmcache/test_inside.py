@@ -1,7 +1,7 @@
 """Runs the tests in `inside` with a Python that has LMCache.
 
-LMCache has an environment of its own (`make lmcache-setup`): vLLM takes an LMCache that it finds
-for a part of itself, and the tests of engines must not meet it.
+LMCache has an environment of its own (`make lmcache-setup`): an installed LMCache changes what vLLM
+does, so the engine tests must run without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INSIDE = Path(__file__).parent / "inside"
 
 def test_inside_lmcache(require: Callable[[bool, str], None], tmp_path: Path) -> None:
     require(PYTHON.exists(), "LMCache (the extra `lmcache`; here: `make lmcache-setup`)")
-    # LMCache warns of what it finds in its environment; our own warnings are errors elsewhere
+    # LMCache itself warns; in our other tests warnings are errors
     command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     done = subprocess.run(
         [*command, f"--basetemp={tmp_path / 'inside'}", str(INSIDE)],

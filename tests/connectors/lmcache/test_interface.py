@@ -1,4 +1,4 @@
-"""An LMCache that is not there, or not the one that was tested, is said in words."""
+"""If LMCache is missing, or is another version than the tested one, the error says so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADAPTERS = "lmcache.v1.distributed.l2_adapters"
 
 
 class Base:
-    """As LMCache's, with one method more than it should ask for."""
+    """LMCache's interface with one more abstract method."""
 
     def submit_store_task(self, keys, objects): ...  # type: ignore[no-untyped-def]
 
@@ -37,7 +37,7 @@ def test_nothing_but_the_adapter_needs_lmcache() -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, types.ModuleType]:
-    """Modules of an LMCache 9.9, by name."""
+    """Modules of a made-up LMCache 9.9, by name."""
     names = {
         f"{ADAPTERS}.base": {"L2AdapterInterface": Base},
         f"{ADAPTERS}.config": {"L2AdapterConfigBase": object},

@@ -1,4 +1,4 @@
-"""What an object of LMCache's is in the store, without LMCache."""
+"""How an LMCache object is represented in the store, without LMCache."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def put(shelf: Shelf, *numbers: int, salt: str = "") -> None:
 
 
 def taken(shelf: Shelf, number: int, salt: str = "", nbytes: int = NBYTES) -> bool:
-    """Whether the object is here. If it is, its bytes are right."""
+    """Whether the object is here. If so, its bytes are checked."""
     target = memoryview(bytearray(nbytes))
     here = shelf.take(place(number, salt, nbytes), target)
     assert not here or target == data(number, nbytes)
@@ -120,7 +120,7 @@ def test_many_at_once_take_what_they_put(shared: StoreConfig) -> None:
     def client(number: int) -> None:
         with Shelf(shared) as shelf:
             for at in range(40, 46):
-                put(shelf, at, 100 * number + at)  # one that all put, and one of its own
+                put(shelf, at, 100 * number + at)  # one that all clients put, one of its own
                 assert taken(shelf, at)
                 assert taken(shelf, 100 * number + at)
         done.append(number)

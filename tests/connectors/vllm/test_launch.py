@@ -1,4 +1,4 @@
-"""`kvshare vllm serve`: what it makes of its arguments, and the command that it becomes."""
+"""`kvshare vllm serve`: how it changes its arguments, and which command it becomes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvshare_connectors.vllm import launch
 
 from kvshare_store.errors import ConfigError
-from tests.commands import one_line, run
+from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -24,7 +24,7 @@ GPU_BUILD = {"vllm": "0.32.0"}
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, distributions: dict[str, str]) -> None:
-    """These distributions and their versions, and no others."""
+    """Only these distributions are installed, in these versions."""
 
     def version(name: str) -> str:
         if name not in distributions:

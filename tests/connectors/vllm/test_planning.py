@@ -1,4 +1,4 @@
-"""The scheduler side on its own, without engine or daemon: what is asked, promised and told."""
+"""The scheduler side alone, without engine or daemon: what it asks, promises and reports."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ ids = itertools.count()
 
 
 def sampling(**fields: Any) -> Any:
-    """vLLM's own, so that a name it does not have fails here."""
+    """vLLM's own class, so that a name it does not have fails here."""
     from vllm import SamplingParams
 
     return SamplingParams(**fields)
 
 
 def request(**fields: Any) -> Any:
-    """As much of a vLLM request as planning looks at."""
+    """The parts of a vLLM request that planning reads."""
     defaults = {
         "request_id": f"request-{next(ids)}",
         "prompt_token_ids": list(range(LENGTH)),
         "num_prompt_tokens": LENGTH,
+        "num_output_tokens": 0,
         "num_preemptions": 0,
         "num_computed_tokens": 0,
         "prefill_stats": None,
@@ -62,7 +63,7 @@ def request(**fields: Any) -> Any:
 
 
 def lora(name: str, path: Path | str, number: int = 1, inplace: bool = False) -> SimpleNamespace:
-    """As much of a vLLM LoRARequest as planning looks at."""
+    """The parts of a vLLM LoRARequest that planning reads."""
     return SimpleNamespace(
         lora_name=name, lora_path=str(path), lora_int_id=number, load_inplace=inplace
     )
@@ -98,7 +99,7 @@ def finish(lease: str, reason: str, recomputed: int, cached: int = 0) -> protoco
 
 
 def adapter_in(folder: Path, content: bytes = b"weights") -> Path:
-    """The files of an adapter, as far as its identity goes."""
+    """Write the adapter files that its identity depends on."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text('{"r": 8}')
     (folder / "adapter_model.safetensors").write_bytes(content)
@@ -111,7 +112,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def change(file: Path) -> None:
-    """One byte of it, as who trains on does: the size stays, the time does not."""
+    """Change one byte, as further training would: the size stays, the time stamp changes."""
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -147,7 +148,7 @@ def test_the_same_salt_and_adapter_share(planning: Planning, adapter: Path) -> N
 def test_one_changed_byte_makes_another_adapter(
     link: FakeLink, adapter: Path, file: str, way: str
 ) -> None:
-    """Whichever way vLLM comes to read the files again."""
+    """Whatever makes vLLM read the files again."""
     planning = planned(link)
     before = planning.state_of(request(lora_request=lora("a", adapter)))
     change(adapter / file)
@@ -163,7 +164,7 @@ def test_one_changed_byte_makes_another_adapter(
 def test_an_adapter_whose_files_change_while_it_is_loaded_is_declined(
     planning: Planning, link: FakeLink, adapter: Path
 ) -> None:
-    """vLLM goes on with what it has loaded, until it reads the files again for whatever reason."""
+    """vLLM keeps using what it has loaded until something makes it read the files again."""
     weights = adapter / "adapter_model.safetensors"
     trained = weights.read_bytes()
     before = planning.state_of(request(lora_request=lora("a", adapter)))
@@ -186,7 +187,7 @@ def test_a_prompt_is_not_stored_whose_adapter_has_changed_meanwhile(
     saves = []
     for changed in (False, True):
         wanted = request(lora_request=lora("a", adapter, inplace=inplace))
-        planning.state_of(wanted).settled = True
+        planning.state_of(wanted).looked_up = True
         if changed:
             change(adapter / "adapter_model.safetensors")
         saves.append(len(planning.build_metadata(prefilled(wanted)).saves))
@@ -194,7 +195,7 @@ def test_a_prompt_is_not_stored_whose_adapter_has_changed_meanwhile(
 
 
 def prefilled(wanted: Any) -> Any:
-    """What vLLM's scheduler puts out for a step that computes a whole prompt."""
+    """The output of vLLM's scheduler for a step that computes a whole prompt."""
     new = SimpleNamespace(req_id=wanted.request_id, num_computed_tokens=0)
     return SimpleNamespace(
         scheduled_new_reqs=[new],
@@ -391,7 +392,7 @@ def test_a_model_of_the_hub_is_known_by_its_weights(hub: Path) -> None:
 
 
 def test_the_hubs_name_and_the_folder_it_was_downloaded_to_are_one_model(hub: Path) -> None:
-    """Offline vLLM itself puts the folder in the name's place."""
+    """When it is offline, vLLM itself replaces the name by the folder."""
     folder = model_in(downloaded(hub, "org/model", COMMIT))
     assert namespace_for("org/model") == namespace_for(folder)
 
@@ -412,7 +413,7 @@ def test_a_model_of_the_hub_in_another_folder(hub: Path, tmp_path: Path) -> None
 
 
 def test_a_snapshot_without_weights_is_known_by_its_commit(hub: Path) -> None:
-    """They were loaded from elsewhere, and belong to that commit."""
+    """The weights were loaded from elsewhere, but belong to that commit."""
     seen = set()
     for commit in (COMMIT, LATER):
         folder = downloaded(hub, "org/model", commit)
@@ -479,7 +480,7 @@ def test_declined_requests_are_counted_and_never_looked_up(
 def test_what_vllms_own_cache_had_of_a_miss_is_told_once(
     planning: Planning, link: FakeLink, fields: dict[str, Any]
 ) -> None:
-    """When vLLM takes the request; before that it may ask several times."""
+    """It is reported when vLLM takes the request; before that, vLLM may ask several times."""
     link.plan = None
     wanted = request(**fields)
     for _ in range(2):
@@ -508,7 +509,7 @@ def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
 
 
 def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each name is either refused by us or accepted by vLLM."""
+    """Each salt is either refused by us or accepted by vLLM."""
     from vllm.entrypoints.generate.base.protocol import validate_cache_salt
     from vllm.exceptions import VLLMValidationError
 
@@ -525,7 +526,7 @@ def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_request_that_no_message_can_hold_is_declined(planning: Planning, link: FakeLink) -> None:
-    """The daemon would cut the engine off, and all other lookups with it."""
+    """The daemon would close the engine's connection, and all of its other lookups would fail."""
     for fields in ({"cache_salt": "x" * (16 << 20)}, {"num_prompt_tokens": 4 << 20}):
         wanted = request(**fields)
         assert planning.matched(wanted, 0) == (0, False)
@@ -545,7 +546,7 @@ def test_other_parameters_steer_nothing(planning: Planning, link: FakeLink, para
 @pytest.mark.parametrize("configured", policy_names())
 @pytest.mark.parametrize("asked", [None, *policy_names()])
 def test_the_stricter_policy_holds(link: FakeLink, configured: str, asked: str | None) -> None:
-    """Whatever the daemon is configured for: it may have been started by a laxer engine."""
+    """Whatever the daemon is configured for: an engine with a laxer policy may have started it."""
     names = policy_names()
     expected = min(configured, asked or configured, key=names.index)
     planning = planned(link, policy=configured)
@@ -567,7 +568,7 @@ def test_a_plan_is_promised_up_to_its_last_span(planning: Planning) -> None:
 
 
 def test_a_scheduler_that_places_no_runs_gets_the_prefix_only(link: FakeLink) -> None:
-    """Without `--scheduler-cls` nobody computes placeholders; every load is waited for."""
+    """Without `--scheduler-cls` no scheduler computes placeholders, so every load is awaited."""
     planning = planned(link)
     planning.places_runs = False
     assert planning.matched(request(), 0) == (40, True)

@@ -1,4 +1,4 @@
-"""The chat example: what it sends to which server, its table, its verdict."""
+"""The chat example: which server it sends what, its table, its verdict."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def turn(number: int, *, kind: str = "as it is", ours: float = 0.2, text: str = 
 
 
 class FakeServer:
-    """Answers everything and writes down what it was asked."""
+    """Answers everything and records what it was asked."""
 
     def __init__(self, arm: str, calls: list[tuple[str, str, int]]) -> None:
         self.arm, self.calls = arm, calls
@@ -48,7 +48,8 @@ class FakeStore:
 
 
 def test_the_conversations_that_come_with_it_have_what_is_rewritten() -> None:
-    """Thoughts in every turn of the assistant, old tool results, a time, more than a tail."""
+    """Histories with the assistant's thoughts in every turn, old tool results and a time; more than
+    the tail changes."""
     spoken = written()
     assert len(spoken) == 4
     for messages in spoken:

@@ -1,4 +1,4 @@
-"""The demo's report: its shape, its sums, its verdict, and how it looks."""
+"""The demo's report: its structure, sums, verdict and appearance."""
 
 import io
 import json

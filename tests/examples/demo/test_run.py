@@ -1,4 +1,4 @@
-"""How the demo measures: which engine is sent what, in which order."""
+"""How the demo measures: which engine is sent what, and in which order."""
 
 import io
 import sys
@@ -35,7 +35,7 @@ class FakeStore:
 
 
 class FakeArm:
-    """Writes down what it is asked."""
+    """Records what it is asked."""
 
     def __init__(self, name: str, calls: list[tuple], store: FakeStore) -> None:
         self.name, self.calls, self.store = name, calls, store
@@ -117,7 +117,7 @@ def test_the_progress_bar_ends_where_the_work_does() -> None:
 
 
 def test_the_short_demo_sends_few_prompts_once_and_starts_three_engines() -> None:
-    """What two cores serve in four minutes: a prompt computed in full takes two seconds."""
+    """What two cores serve in four minutes, if a prompt computed in full takes two seconds."""
     short, full = Workload.short(), Workload()
     assert set(short.families).isdisjoint(full.families), "fewer followers of each"
     assert {f.name for f in short.families} < {f.name for f in full.families}

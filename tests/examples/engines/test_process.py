@@ -1,4 +1,4 @@
-"""An engine's process is told what to do in lines of JSON."""
+"""An engine's process takes its commands as lines of JSON."""
 
 from __future__ import annotations
 

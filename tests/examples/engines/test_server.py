@@ -1,4 +1,4 @@
-"""A server in a process of its own: how it is started, asked, and what is read from its stream."""
+"""A server in a process of its own: how it is started and asked, and how its stream is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small model: converted once, complete or not there at all, and it answers."""
+"""The small model: converted once, either complete or absent, and it answers."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stand in for the conversion; the list grows by one folder each time it runs."""
+    """Replace the conversion by a fake; the list grows by one folder each time it runs."""
     runs: list[Path] = []
 
     def convert(gguf: Path, folder: Path) -> None:
@@ -40,7 +40,7 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: on a busy machine more of them mostly wait for each other."""
+    """Limit torch to one thread: on a busy machine more threads mostly wait for each other."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Prompts are as similar to each other, and as long, as they are said to be."""
+"""Prompts are as similar to each other, and as long, as documented."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -19,7 +19,7 @@ from examples.prompts.families import (
 )
 
 CHAT_TOKENS = 27
-"""What the chat template adds."""
+"""Tokens that the chat template adds."""
 FOLLOWERS = [
     pytest.param(family.donor, follower, id=f"{family.name}-{number}")
     for family in FAMILIES

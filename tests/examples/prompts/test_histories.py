@@ -50,7 +50,7 @@ def rewrite(name: str) -> Rewrite:
 
 
 def changed(name: str, messages: list[Message], second: int = 0) -> list[int]:
-    """Places of messages that a rewrite changes but does not delete."""
+    """Positions of messages that a rewrite changes but does not delete."""
     after = rewrite(name).apply(messages, second)
     pairs = zip(texts(messages), texts(after), strict=True)
     return [at for at, (old, new) in enumerate(pairs) if old != new]

@@ -1,4 +1,4 @@
-"""The kill test: processes die at random moments, and every row that is served is checked.
+"""The kill test: processes are killed at random moments, and every row that is served is checked.
 
     python -m tests.support.chaos --n 1000 --seed 1
 

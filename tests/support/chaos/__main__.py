@@ -1,6 +1,6 @@
 """`python -m tests.support.chaos`: kill, restart, compare; exits 1 if anything is wrong.
 
-What is imported here is imported by every forked process, so it is little.
+Every forked process inherits what is imported here, so this module imports little.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a killed daemon left: opened from a copy, every node looked at, rows compared with rotation.
+"""Checks what a killed daemon left: opens a copy of the home and compares the rows of its nodes,
+also after rotation.
 
-The copy is made of hard links. Nothing in a home is ever written in place, and the daemon that is
-started afterwards recovers from exactly what the killed one left, not from what this made of it.
+The copy is made of hard links. Files of a home are never changed in place, so the audit cannot
+change what the next daemon recovers from.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from tests.support.chaos.rows import DescribedRows, moved, quarter_turns
 from tests.support.oracle import Driver, gather, positions_of
 
 _LOOKED_AT = 24
-"""Nodes of which every row is compared, drawn anew each time."""
+"""Number of nodes whose rows are all compared; other nodes are drawn at each audit."""
 _POSITIONS = 1024
 _REMOTE_TIMEOUT_MS = 20_000.0
-"""A remote that is slow because the machine is busy is no finding."""
+"""Seconds. Long, since a remote that is slow on a busy machine is not an error."""
 _ONLY_LOOK = {
     "remote_timeout_ms": _REMOTE_TIMEOUT_MS,
     "disk_bytes": 1 << 30,
@@ -43,16 +44,16 @@ _ONLY_LOOK = {
     "max_scatter": 1e9,
     "gc_seconds": 0.0,
 }
-"""Settings of whoever looks at a copy: nothing is evicted or merged there, or blocks would leave
-the remote that the home itself still uses."""
+"""Settings for opening a copy. Nothing is evicted or merged there: that would delete blocks from
+the remote, which the original home still uses."""
 
 
 @contextmanager
 def copied(home: Path) -> Iterator[Path]:
-    """A copy of a home that nobody has open.
+    """Copy a home that no process has open.
 
-    Whoever removes files there holds the home's lock, and the kernel lets go of it only once the
-    last thread of a killed process, and the last process that has inherited it, are gone.
+    Whoever removes files of a home holds its lock. The kernel releases the lock of a killed process
+    only when its last thread, and the last process that inherited the descriptor, have ended.
     """
     copy = home.with_name(f"{home.name}-copy")
     with _unowned(home):
@@ -65,7 +66,7 @@ def copied(home: Path) -> Iterator[Path]:
 
 @contextmanager
 def _unowned(home: Path) -> Iterator[None]:
-    """Nobody owns the home meanwhile; `BusyError` if somebody goes on owning it."""
+    """Hold the home's lock meanwhile; `BusyError` if another process keeps it."""
     with (home / "lock").open("rb") as lock:
         deadline = time.monotonic() + START_S
         while True:
@@ -80,7 +81,8 @@ def _unowned(home: Path) -> Iterator[None]:
 
 
 def _linked(source: str, target: str) -> None:
-    """`lock`, `format` and logs are small and may be written in place."""
+    """Whether a file may be changed in place: `lock`, `format` and logs. They are small and are
+    copied."""
     if Path(source).suffix in (".kvb", ".lance", ".manifest", ".txn"):
         os.link(source, target)
     else:
@@ -92,16 +94,17 @@ def _sockets(folder: str, names: list[str]) -> set[str]:
 
 
 class Auditor:
-    """Opens what is left and counts what is wrong in `report`."""
+    """Opens a copy and writes what is wrong into `report`."""
 
     def __init__(self, report: Report, chance: random.Random) -> None:
         self._report = report
         self._chance = chance
         self.excused: set[str] = set()
-        """Kinds of errors that recovery may meet: a power cut may tear what nobody was promised."""
+        """Kinds of errors that recovery may report: a power cut may damage data that was not yet
+        durable."""
 
     def committed(self, config: StoreConfig, spaces: Sequence[Namespace]) -> set[str]:
-        """Ids of the nodes that recovery finds in a copy of the home; what is wrong is noted."""
+        """Ids of the nodes that recovery finds in a copy of the home. Errors go into the report."""
         home = config.home_path
         if not (home / "format").exists():
             return set()
@@ -135,7 +138,7 @@ class Auditor:
         self._agree(store)
 
     def _compare(self, driver: Driver, tokens: list[int]) -> int:
-        """Rows served, each compared as it lies in its block and as the editor places it."""
+        """Compare served rows twice: as they are in the block, and as the editor places them."""
         try:
             plan = driver.plan(tokens)
         except AssertionError as error:
@@ -155,7 +158,7 @@ class Auditor:
         return plan.reused
 
     def _agree(self, store: Store) -> None:
-        """Files, tree and counters say the same once the queue is empty and garbage collected."""
+        """Once the queue is empty and garbage is collected, files, tree and counters must agree."""
         store.collect()
         store.flush()
         tree = check_tree(store.repository, repair=False)
@@ -175,7 +178,8 @@ class Auditor:
             self._report.leak(f"{store.stats()['leases']} leases after every plan has ended")
 
     def _count(self, store: Store) -> None:
-        """The disk tier counts its files and those of the catalogue, which share its budget."""
+        """The disk tier's byte count must equal its files plus those of the catalogue: both share a
+        budget."""
         disk = store.blocks.levels.named("disk")
         if disk is None or store.repository.catalog is None:
             return

@@ -1,4 +1,4 @@
-"""The driver: keeps clients busy, kills, restarts, and lets the auditor look."""
+"""The driver: keeps clients busy, kills processes, restarts them, and runs the audit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.support.daemons import ClientDriver
 _WORKERS = 3
 _PATIENCE_S = 30.0
 _SERVED_AFTER = 15
-"""Prompts served by the parent after each restart, beside what the clients do."""
+"""Prompts that the parent itself is served after each restart."""
 
 
 class Durable(NamedTuple):
-    """A node that a client was told is durable; `began`: when it started to save it."""
+    """A node that a client was told is durable. `began`: when its save began."""
 
     id: str
     space: str
@@ -36,7 +36,7 @@ class Durable(NamedTuple):
 
 
 class Trial:
-    """One home with its daemon and clients, until it has been killed often enough."""
+    """One home with its daemon and clients, for a number of kills."""
 
     def __init__(
         self, report: Report, chance: random.Random, tried: Variant, remote: RemoteServer | None
@@ -51,10 +51,10 @@ class Trial:
         self._workers: list[Worker] = []
         self._durable: list[Durable] = []
         self._cleared = 0.0
-        """When everything that had been saved before was last asked to go."""
+        """When the last `clear` of everything was asked for."""
 
     def begin(self) -> None:
-        """Daemon and clients run."""
+        """Start the daemon and the clients."""
         self._daemon.start()
         self._workers = [self._new_worker() for _ in range(_WORKERS)]
 
@@ -109,7 +109,7 @@ class Trial:
             raise ChaosError("a client hangs")
 
     def load(self) -> None:
-        """Let the clients work for a while that depends on what they get done, and on chance."""
+        """Let the clients work for a while. Its length depends on their progress and on chance."""
         enough = self._report.requests + self._chance.randrange(2, 40)
         self._until(lambda: self._report.requests >= enough, 2.0)
         time.sleep(self._chance.uniform(0.0, 0.03))
@@ -120,7 +120,8 @@ class Trial:
         self._report.kills[kind] += 1
 
     def kill_daemon(self) -> None:
-        """The daemon dies, perhaps while it clears or merges; the next must have everything."""
+        """Kill the daemon, sometimes during a clear or a merge; the next one must have every
+        durable node."""
         happening = self._chance.random()
         if happening < 0.15:
             self._clear()
@@ -132,13 +133,13 @@ class Trial:
         self._restart()
 
     def _clear(self) -> None:
-        """Somebody clears the store under load; nobody waits for the answer."""
+        """Clear the store under load without waiting for the answer."""
         self._client.tell(protocol.Clear())
         self._cleared = float("inf")
         time.sleep(self._chance.uniform(0.0, 0.1))
 
     def kill_at_start(self) -> None:
-        """The next daemon dies as well, while it recovers."""
+        """Kill the next daemon as well, while it recovers."""
         self._daemon.kill()
         self._count("daemon")
         self._pause("halt")
@@ -150,7 +151,7 @@ class Trial:
         self._restart(before)
 
     def kill_both(self) -> None:
-        """Daemon and client at once, and the next daemon soon after its first requests."""
+        """Kill daemon and client at once, and the next daemon soon after its first requests."""
         victim = self._chance.randrange(_WORKERS)
         self._daemon.kill()
         self._replace(victim, "client")
@@ -164,20 +165,20 @@ class Trial:
         self.kill_daemon()
 
     def kill_client(self) -> None:
-        """A client dies at any moment."""
+        """Kill a client at a random moment."""
         self._replace(self._chance.randrange(_WORKERS), "client")
         self._settle()
 
     def kill_lease_holder(self) -> None:
-        """A client dies that holds a lease."""
+        """Kill a client that holds a lease."""
         self._kill_holder("hold_lease")
 
     def kill_saver(self) -> None:
-        """A client dies in the middle of a save."""
+        """Kill a client in the middle of a save."""
         self._kill_holder("hold_save")
 
     def freeze_client(self) -> None:
-        """A client stands still at any moment, while the others go on, and later goes on itself."""
+        """Pause a client at a random moment while the others work, and let it continue later."""
         worker = self._chance.choice(self._workers)
         worker.send(signal.SIGSTOP)
         self._count("client frozen")
@@ -197,7 +198,7 @@ class Trial:
         self._settle()
 
     def kill_remote(self) -> None:
-        """The remote's server is away for a while; requests are misses at worst."""
+        """Take the remote's server away for a while. Requests may miss, but not fail."""
         if self._remote is None:
             return self.kill_daemon()
         self._remote.kill()
@@ -221,7 +222,7 @@ class Trial:
     # --- what must hold afterwards --------------------------------------------------------------
 
     def _settle(self) -> None:
-        """With all clients at rest nothing is held any more."""
+        """While all clients rest, nothing may be held: no lease, no reservation."""
         self._pause()
         if not self._until(lambda: not self._held(), 10.0):
             self._report.leak(f"clients at rest or dead hold {self._held()}")
@@ -238,7 +239,7 @@ class Trial:
 
     @property
     def _keeps(self) -> bool:
-        """Whether nothing but the store itself may lose what was durable."""
+        """Whether durable nodes may be lost only by the store's own decision."""
         return self._remote is None or self._remote.keeps
 
     def _forget_cleared(self) -> None:
@@ -247,7 +248,7 @@ class Trial:
         self._durable = [one for one in self._durable if one.began > self._cleared]
 
     def _restart(self, before: set[str] | None = None) -> None:
-        """Another daemon takes over from a dead one; nothing that was durable may be missing."""
+        """Start another daemon after a kill. No durable node may be missing."""
         self._pause("halt")
         self._forget_cleared()
         committed = self._committed() | (before or set())
@@ -264,7 +265,8 @@ class Trial:
         self._tell_all("go")
 
     def _expect_durable(self, listed: set[str]) -> None:
-        """What a client was told is durable is there, unless it was evicted or cleared."""
+        """Every node that a client was told is durable is there, unless it was evicted or
+        cleared."""
         if not (self._variant.roomy and self._keeps):
             return
         for one in self._durable:
@@ -273,7 +275,7 @@ class Trial:
                 self._report.lose(f"node {one.id} was durable, a client was told")
 
     def _serve(self) -> None:
-        """Rows that the new daemon gives, before the clients are let loose on it."""
+        """Compare rows that the new daemon serves, before clients use it."""
         for space in self._variant.spaces:
             driver = ClientDriver(self._client, space, DescribedRows(space))
             for _ in range(_SERVED_AFTER):
@@ -290,7 +292,7 @@ class Trial:
         self._report.hits += plan.reused > 0
 
     def end(self) -> None:
-        """In good order: clients, then every node, then the daemon. Nothing is left of any."""
+        """End everything in order: clients, all nodes, the daemon. Nothing may be left of any."""
         self._pause("end")
         for worker in self._workers:
             if not worker.join():
@@ -308,14 +310,14 @@ class Trial:
             self._report.leak(f"{path.name} is left of an empty store")
 
     def _bytes(self) -> dict[str, int]:
-        """Of blocks: the catalogue, which the disk's budget counts too, is never empty."""
+        """Bytes of blocks. The catalogue shares the disk's budget, and is never empty."""
         stats = self._client.stats()
         held = {name: use["bytes"] for name, use in stats["tiers"].items()}
         held["disk"] -= stats["catalog_bytes"]
         return {name: count for name, count in held.items() if count}
 
     def close(self) -> None:
-        """Whatever still runs is killed."""
+        """Kill whatever still runs."""
         for worker in self._workers:
             worker.close()
         self._daemon.kill()

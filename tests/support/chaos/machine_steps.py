@@ -1,4 +1,5 @@
-"""What may happen to three machines: each step is a function, `STEPS` says how often."""
+"""What may happen to three machines. Each step is a function; `STEPS` says how often it is
+drawn."""
 
 from __future__ import annotations
 
@@ -11,15 +12,16 @@ from kvshare_store.errors import ForeignError
 from kvshare_store.store import Store
 from tests.support.chaos.site import NAMES, SPACE, TTL_S, Site
 from tests.support.oracle import Driver
+from tests.support.tiers import drop_from_host
 
 
 def save_new(site: Site) -> None:
-    """A prompt that is new to all."""
+    """Save a prompt that no machine has seen."""
     site.save(site.any(), site.new_prompt())
 
 
 def save_same_on_two(site: Site) -> None:
-    """Two machines compute the same prompt; neither knows of the other's."""
+    """Two machines save the same prompt without knowing of each other's node."""
     one, other = site.chance.sample(sorted(site.machines), 2)
     tokens = site.new_prompt()
     for name in (one, other):
@@ -27,12 +29,12 @@ def save_same_on_two(site: Site) -> None:
     if site.chance.random() < 0.5:
         collect_everything(site, site.machines[other])
         for name in (one, other):
-            forget_copies(site.machines[name])
+            drop_from_host(site.machines[name].store)
             site.serve(site.machines[name], tokens)
 
 
 def collect_everything(site: Site, engine: Driver) -> None:
-    """What nobody uses is seen, condemned and removed by this machine."""
+    """This machine's janitor finds unused blocks, condemns and removes them."""
     for _ in range(3):
         minutes_pass(site)
         site.learn(engine)
@@ -40,15 +42,8 @@ def collect_everything(site: Site, engine: Driver) -> None:
     expired(site)
 
 
-def forget_copies(engine: Driver) -> None:
-    """Other requests have taken all the room in a machine's memory."""
-    with engine.store.nodes.lock:
-        for name in list(engine.store.blocks.host.names()):
-            engine.store.blocks.host.drop(name)
-
-
 def edit(site: Site) -> None:
-    """An edited prompt, built on rows of one that is stored."""
+    """Save an edited prompt that reuses rows of a stored one."""
     found, engine = site.some(), site.any()
     if found is not None:
         site.learn(engine)
@@ -58,7 +53,8 @@ def edit(site: Site) -> None:
 
 
 def merge_unheard(site: Site) -> None:
-    """A machine merges a node, its donor leaves, and another wants the node in its old form."""
+    """One machine merges a node, its donor is removed, and another machine uses the node as it was
+    before the merge."""
     one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
     tokens = site.new_prompt()
     site.save(one, tokens)
@@ -72,13 +68,13 @@ def merge_unheard(site: Site) -> None:
     for node_id in donors:
         site.kept.pop(node_id, None)
     collect_everything(site, one)
-    forget_copies(other)
+    drop_from_host(other.store)
     site.serve(other, edited)
     other.store.flush()
 
 
 def pin_unheard(site: Site) -> None:
-    """A node is pinned on one machine and removed on another that has not heard of it."""
+    """A node is pinned on one machine and removed on another that has not yet read of the pin."""
     one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
     site.save(one, site.new_prompt())
     site.learn(other)
@@ -90,24 +86,24 @@ def pin_unheard(site: Site) -> None:
 
 
 def serve(site: Site) -> None:
-    """Somebody asks again; rows are compared."""
+    """Ask for a known prompt again and compare its rows."""
     if (found := site.some()) is not None:
         site.serve(site.any(), found[1].tokens)
 
 
 def learn(site: Site) -> None:
-    """A machine looks into the catalogue."""
+    """One machine reads the changes in the catalogue."""
     site.learn(site.any())
 
 
 def collect(site: Site) -> None:
-    """A machine's janitor: age, garbage, merges."""
+    """One pass of a machine's janitor: age, garbage, merges."""
     site.any().store.collect()
     expired(site)
 
 
 def collect_unheard(site: Site) -> None:
-    """A janitor that has not heard of a new prompt goes through all its passes."""
+    """All passes of a janitor whose machine has not yet read of a new prompt."""
     one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
     site.save(one, site.new_prompt())
     for _ in range(3):
@@ -117,14 +113,14 @@ def collect_unheard(site: Site) -> None:
 
 
 def expired(site: Site) -> None:
-    """What nobody has used for long may be gone."""
+    """Time passes, so that nodes which were not used for long may be removed."""
     for node_id, kept in list(site.kept.items()):
         if not kept.pinned and site.passed - kept.used >= TTL_S:
             del site.kept[node_id]
 
 
 def collect_while_another_saves(site: Site) -> None:
-    """A prompt that was forgotten everywhere is saved again while its blocks are collected."""
+    """A prompt that was removed everywhere is saved again while its blocks are being collected."""
     one, other = (site.machines[name] for name in site.chance.sample("ab", 2))
     tokens = site.new_prompt()
     site.save(one, tokens)
@@ -148,17 +144,17 @@ def collect_while_another_saves(site: Site) -> None:
 
 
 def collect_slowly(engine: Driver, meanwhile: Callable[[], None]) -> None:
-    """A pass of a janitor, with something that happens right before it deletes what nobody needs.
-    What cannot end before goes on for as long as it needs."""
+    """One pass of a janitor; `meanwhile` happens right before it deletes garbage. If that must wait
+    for the pass, it goes on afterwards."""
     blocks = engine.store.blocks
     delete = blocks.delete_shared
     other = threading.Thread(target=meanwhile)
 
-    def slow(doomed: Mapping[str, str]) -> None:
+    def slow(named: Mapping[str, str]) -> None:
         if other.ident is None:
             other.start()
             other.join(0.5)
-        delete(doomed)
+        delete(named)
 
     with patch.object(blocks, "delete_shared", slow):
         engine.store.collect()
@@ -167,7 +163,8 @@ def collect_slowly(engine: Driver, meanwhile: Callable[[], None]) -> None:
 
 
 def minutes_pass(site: Site) -> None:
-    """Two of them: longer than a grace. Machines write down what they have used."""
+    """Two hours pass: longer than a grace period. Machines write their last uses to the
+    catalogue."""
     site.passed += 120.0
     for engine in site.machines.values():
         if engine.store.repository.uses is not None and engine.store.repository.uses.due():
@@ -175,7 +172,7 @@ def minutes_pass(site: Site) -> None:
 
 
 def hours_pass(site: Site) -> None:
-    """Machines write down what they have used, as they do every few minutes."""
+    """Machines write their last uses to the catalogue, as they do every few minutes."""
     for _ in range(site.chance.randrange(1, 3)):
         for engine in site.machines.values():
             if engine.store.repository.uses is not None:
@@ -197,7 +194,7 @@ def pin(site: Site) -> None:
 
 
 def evict(site: Site) -> None:
-    """An operator makes room on one machine, which may not have heard of pins."""
+    """An operator evicts on one machine, which may not know of all pins."""
     engine = site.any()
     before = {node.id for node in engine.store.tree}
     engine.store.evict(nodes=1)
@@ -208,7 +205,7 @@ def evict(site: Site) -> None:
 
 
 def another_store(site: Site) -> None:
-    """Somebody configures another store with the same remote, and its janitor runs."""
+    """A second store is configured with the same remote by mistake, and its janitor runs."""
     settings = {"catalog": str(site.folder / "elsewhere"), "home": str(site.folder / "other")}
     with suppress(ForeignError), Store(site.config("other", **settings)) as store:
         site.set_clocks(store)
@@ -218,7 +215,7 @@ def another_store(site: Site) -> None:
 
 
 def foreign_file(site: Site) -> None:
-    """Somebody keeps something of his own in the same folder."""
+    """Someone puts files of their own into the same folder."""
     folder = site.folder / "remote" / "blocks" / site.chance.choice(["mine", SPACE.digest])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{site.chance.choice(['letter', 'photo'])}-{len(site.foreign)}"
@@ -227,7 +224,7 @@ def foreign_file(site: Site) -> None:
 
 
 def restart(site: Site) -> None:
-    """A machine ends in good order and starts again."""
+    """A machine is shut down in order and starts again."""
     name = site.chance.choice(NAMES)
     site.machines[name].store.close()
     site.open(name)
@@ -253,4 +250,4 @@ STEPS: dict[Step, int] = {
     foreign_file: 1,
     restart: 1,
 }
-"""How often each kind of step is drawn. Another kind is one more function here."""
+"""How often each kind of step is drawn. To add a kind, add a function here."""

@@ -1,9 +1,9 @@
-"""Three machines on one remote and one catalogue: what one has committed must outlive the others.
+"""Three machines on one remote and one catalogue: what one has committed must not get lost.
 
     python -m tests.support.chaos.machines --steps 500 --seed 1
 
-Each step is drawn from `STEPS`; after a few of them a fourth machine opens with nothing of its own
-and must be served every prompt that somebody committed and nobody was asked to remove.
+Each step is drawn from `STEPS`. After every few steps a fourth machine opens with empty tiers of
+its own. It must be served every prompt that was committed and not removed on request.
 docs/design/chaos.md says which fault each kind of step finds.
 """
 
@@ -24,7 +24,7 @@ _AUDIT_EVERY = 8
 
 
 def run(folder: Path, steps: int, seed: int, *, to_the_end: bool = True) -> Site:
-    """Take `steps` steps, or (not `to_the_end`) stop at the first finding. What is wrong is in the
+    """Take `steps` steps, or stop at the first finding unless `to_the_end`. Findings are in the
     `findings` of the site, which is closed."""
     with Site(folder, seed) as site:
         for number in range(1, steps + 1):
@@ -43,7 +43,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 200,
     seed: Annotated[int | None, typer.Option(help="Repeat a run; else one is drawn.")] = None,
 ) -> None:
-    """Let three machines work on one remote and one catalogue, and look for what was lost."""
+    """Let three machines work on one remote and one catalogue, and check that nothing is lost."""
     drawn = random.SystemRandom().randrange(1 << 31) if seed is None else seed
     typer.echo(f"seed {drawn} (repeat with --seed {drawn})")
     folder = Path(tempfile.mkdtemp(prefix="kvshare-machines-"))

@@ -1,6 +1,5 @@
-"""Namespaces of the kernel, as containers have them: clients whose pid says nothing to the daemon,
-and two daemons that see different homes at the same path and share all else.
-"""
+"""Linux namespaces as containers use them: clients whose pid means nothing to the daemon, and two
+daemons with different homes at the same path that share everything else."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ def possible() -> bool:
 
 
 def with_foreign_pid(target: Callable[..., None], *arguments: Any) -> None:
-    """Call `target` as process 1 of a PID namespace of its own, and end as it does. If this process
-    is killed, that one is too."""
+    """Run `target` as process 1 of a new PID namespace; ends with its exit code. If this process is
+    killed, that one is killed too."""
     _call("unshare", _CLONE_NEWPID)
     child = os.fork()
     if not child:
@@ -50,8 +49,8 @@ def with_foreign_pid(target: Callable[..., None], *arguments: Any) -> None:
 
 
 def see_instead(home: Path, other: Path) -> None:
-    """From now on this process sees the folder `other` at the path `home`. `/dev/shm`, and all
-    else, is everybody's."""
+    """From now on this process sees the folder `other` at the path `home`. `/dev/shm` and
+    everything else stay shared."""
     _call("unshare", _CLONE_NEWNS)
     _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call("mount", os.fsencode(other), os.fsencode(home), None, _MS_BIND, None)

@@ -1,7 +1,8 @@
-"""Processes to be killed: daemons and clients, forked from a server that has imported what is slow.
+"""Daemons and clients that are to be killed, forked from a server process that has done the slow
+imports.
 
-A daemon that starts from nothing spends two seconds on imports, a forked one a fraction of that.
-LanceDB itself is imported in the child: it starts threads, and those do not survive a fork.
+A fresh daemon spends two seconds on imports, a forked one a fraction of that. LanceDB itself is
+imported in the child: it starts threads, and threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ _IMPORTED_ONCE = [
 
 
 def context() -> ForkServerContext:
-    """What every process of the kill test comes from."""
+    """The server process from which all processes of the kill test are forked."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(_IMPORTED_ONCE)
     return found
 
 
 class ChaosError(Exception):
-    """The test itself cannot go on: a process hangs, or does not start."""
+    """The test itself cannot continue: a process hangs or does not start."""
 
 
 class KilledDaemon:
-    """The daemon of one home, in a process of its own. `start`, then `kill` or `end`.
+    """The daemon of one home, in a process of its own. Call `start`, then `kill` or `end`.
 
-    `other`: a folder that it sees at the path of its home, where nobody else does.
+    `other`: a folder that only this daemon sees at the path of its home.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class KilledDaemon:
         self._process: ForkServerProcess | None = None
 
     def begin(self) -> None:
-        """Start it and return when it is about to open its home."""
+        """Start it; returns when it is about to open its home."""
         opening, child = multiprocessing.Pipe(duplex=False)
         self._process = context().Process(
             target=_serve,
@@ -83,7 +84,7 @@ class KilledDaemon:
         self.wait()
 
     def wait(self) -> None:
-        """Return once it accepts connections."""
+        """Wait until it accepts connections."""
         deadline = time.monotonic() + START_S
         while not answers(self._home):
             if self._process is None or not self._process.is_alive():
@@ -93,14 +94,14 @@ class KilledDaemon:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """SIGKILL: no code of its own runs any more."""
+        """SIGKILL, which gives the process no chance to clean up."""
         if self._process is not None:
             self._process.kill()
             self._process.join(START_S)
             self._process = None
 
     def end(self) -> int:
-        """SIGTERM; the exit code."""
+        """SIGTERM; returns the exit code."""
         if self._process is None:
             raise ChaosError("there is no daemon to end")
         self._process.terminate()
@@ -109,7 +110,7 @@ class KilledDaemon:
         return -1 if code is None else code
 
     def log(self) -> str:
-        """The last it has printed."""
+        """The end of its output."""
         path = self._home / "daemon.log"
         return path.read_text()[-4000:] if path.exists() else ""
 
@@ -117,7 +118,7 @@ class KilledDaemon:
 def _serve(
     config: StoreConfig, environment: dict[str, str], other: Path | None, opening: Connection
 ) -> None:
-    """`kvshare serve` in a forked child."""
+    """`kvshare serve`, run in a forked child."""
     if other is not None:
         see_instead(config.home_path, other)
     os.environ.update(environment)
@@ -135,7 +136,8 @@ def _serve(
 
 
 class RecordedDaemon:
-    """As `KilledDaemon`, under strace: its calls are in the file `recording` once it was killed."""
+    """Like `KilledDaemon`, but under strace; after the kill its system calls are in the file
+    `recording`."""
 
     def __init__(self, config: StoreConfig, recording: Path) -> None:
         self._config = config
@@ -159,7 +161,7 @@ class RecordedDaemon:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """SIGKILL; strace writes what it has, and ends."""
+        """SIGKILL; strace writes the rest of the recording and ends."""
         if self._strace is None:
             return
         for child in psutil.Process(self._strace.pid).children():
@@ -169,7 +171,7 @@ class RecordedDaemon:
 
 
 class Worker:
-    """A client in a process of its own, and the pipe it is commanded through."""
+    """A client in a process of its own, and the pipe for its commands."""
 
     def __init__(self, target: Any, home: Path, *arguments: Any) -> None:
         self.pipe, child = multiprocessing.Pipe()
@@ -180,19 +182,19 @@ class Worker:
         child.close()
         self.paused = False
         self.elsewhere = False
-        """Whether its home is another one: what is durable there is not in ours."""
+        """Whether it uses another home, so that its durable nodes are not in ours."""
         self.served = 0
-        """Requests that it was served."""
+        """Number of requests it was served."""
 
     def tell(self, command: str) -> None:
-        """Send a command; one that is gone already does not mind."""
+        """Send a command; ignored if the process has ended."""
         try:
             self.pipe.send(command)
         except OSError:
             self.paused = True
 
     def news(self) -> list[tuple[Any, ...]]:
-        """What it has reported since; what a killed one was about to report is cut off."""
+        """Reports since the last call. A last report that a kill cut off is dropped."""
         found = []
         try:
             while self.pipe.poll(0):
@@ -217,11 +219,11 @@ class Worker:
             os.kill(self._process.pid, number)
 
     def join(self) -> bool:
-        """Wait for an ordinary end; False if it does not come."""
+        """Wait until it ends by itself; False if it does not."""
         self._process.join(START_S)
         return self._process.exitcode == 0
 
     def close(self) -> None:
-        """End it in any case."""
+        """End it, by SIGKILL if needed."""
         self.kill()
         self.pipe.close()

@@ -1,4 +1,4 @@
-"""A pretended next release. It only adds: fields of records, a column, and the mark of a home."""
+"""A made-up next release. It only adds: fields of records, a column, and a mark of the home."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _COLUMN = "later"
 
 
 class NextNode(Node, frozen=True, kw_only=True, eq=False, gc=False):
-    """A node of the next release."""
+    """A node record of the next release."""
 
     score: float = 0.5
 
 
 class NextNamespace(Namespace, frozen=True, kw_only=True):
-    """A namespace of the next release; at its default the field does not count in the digest."""
+    """A namespace record of the next release. At its default the new field does not change the
+    digest."""
 
     adapter_rank: int = 0
 
 
 def write_as_next_release(config: StoreConfig) -> None:
-    """Write every row of a home that nobody has open again, as the next release would."""
+    """Rewrite every row of a home as the next release would. No process may have it open."""
     home = config.home_path
     keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
     catalog = Catalog(home / "catalog", keys)
-    spaces = catalog.namespaces()
+    spaces = catalog.records.read()
     catalog.add([(NextNode(**_fields(node)), vectors) for node, vectors in catalog.load()])
     _write_namespaces(home / "catalog", spaces, keys)
     for name in ("nodes", "namespaces"):

@@ -1,4 +1,4 @@
-"""The server behind a remote tier, to be killed like everything else."""
+"""The server behind a remote tier, which can be killed like the other processes."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from tests.support.servers import (
 
 
 class RemoteServer(ABC):
-    """Somebody else's storage engine on this machine."""
+    """A storage server on this machine."""
 
     keeps = True
-    """Whether it has everything again after a kill."""
+    """Whether its data survives a kill."""
     environment: dict[str, str] = {}  # noqa: RUF012 - read only
-    """What its clients need in their environment."""
+    """Environment variables that its clients need."""
 
     @property
     @abstractmethod
     def url(self) -> str:
-        """What a store is configured with."""
+        """The address for a store's configuration."""
 
     @abstractmethod
     def start(self) -> None:
-        """Start it, with what it has kept."""
+        """Start it with the data it has kept."""
 
     @abstractmethod
     def kill(self) -> None:
         """SIGKILL."""
 
     def close(self) -> None:
-        """The end."""
+        """Stop it for good."""
         self.kill()
 
     def settings(self, chance: random.Random) -> dict[str, Any]:
-        """What a store needs to use it."""
+        """Settings with which a store uses it."""
         write = chance.choice(["through", "back"])
         return {"remote": self.url, "remote_write": write, "remote_timeout_ms": 300.0}
 
 
 class Folder(RemoteServer):
-    """`file://` has no process: its folder goes away and comes back."""
+    """For `file://` there is no process: the folder is moved away and back."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -75,7 +75,7 @@ class Folder(RemoteServer):
 
 
 class Real(RemoteServer):
-    """One of `tests.support.servers`."""
+    """One of the servers of `tests.support.servers`."""
 
     def __init__(self, server: RedisServer | S3Server) -> None:
         self._server = server
@@ -94,7 +94,7 @@ class Real(RemoteServer):
 
 
 class Mooncake(RemoteServer):
-    """A master and one process that lends memory. Either may die; nothing survives that."""
+    """A Mooncake master and one process that lends memory. If either dies, all data is lost."""
 
     keeps = False
 
@@ -119,13 +119,14 @@ class Mooncake(RemoteServer):
         victim.kill()
 
     def close(self) -> None:
-        """Both."""
+        """Kill both."""
         self._memory.kill()
         self._master.kill()
 
 
 def remote_server(kind: str, folder: Path, chance: random.Random) -> RemoteServer | None:
-    """A server of one kind, not started; None for `none`. `UnsupportedError` if it is not here."""
+    """A server of one kind, not yet started; None for `none`. `UnsupportedError` if it is not
+    installed."""
     if kind == "none":
         return None
     if kind == "file":

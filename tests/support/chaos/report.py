@@ -1,4 +1,4 @@
-"""What a kill test has done and what it has found."""
+"""What a kill test has done, and what it has found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 10
 
 
 class Report:
-    """Counts, and every finding in words."""
+    """Counters, and every finding as text."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -20,40 +20,40 @@ class Report:
         self.hits = 0
         self.rows = 0
         self.refused: Counter[str] = Counter()
-        """Errors that clients met and took for a miss, by kind."""
+        """Errors that clients treated as a miss, counted by kind."""
         self.durable = 0
-        """Nodes of which a client was told that they are durable."""
+        """Number of nodes that clients were told are durable."""
         self.seconds = 0.0
         self.where = ""
-        """What is going on, for the findings."""
+        """The current step, which findings mention."""
         self.wrong_rows: list[str] = []
         self.lost_nodes: list[str] = []
         self.leaks: list[str] = []
         self.problems: list[str] = []
 
     def wrong(self, what: str) -> None:
-        """A row was served that must not be."""
+        """Note a wrong row that was served."""
         self.wrong_rows.append(f"{self.where}: {what}")
 
     def lose(self, what: str) -> None:
-        """A node that was durable is gone."""
+        """Note a durable node that is missing."""
         self.lost_nodes.append(f"{self.where}: {what}")
 
     def leak(self, what: str) -> None:
-        """Something is held that nobody uses."""
+        """Note something that is held although nothing uses it."""
         self.leaks.append(f"{self.where}: {what}")
 
     def problem(self, what: str) -> None:
-        """Anything else that must not happen."""
+        """Note any other error."""
         self.problems.append(f"{self.where}: {what}")
 
     @property
     def findings(self) -> list[str]:
-        """Everything that is wrong."""
+        """All findings."""
         return [*self.wrong_rows, *self.lost_nodes, *self.leaks, *self.problems]
 
     def print(self, console: Console) -> None:
-        """One table, and the first findings below it."""
+        """A table of the counters, and the first findings below it."""
         table = Table(show_header=False, title=f"kill test, seed {self.seed}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
         refused = ", ".join(f"{count} {kind}" for kind, count in sorted(self.refused.items()))

@@ -1,9 +1,9 @@
-"""Rows that say what they are, so that any process can check any row it is served.
+"""Rows that describe themselves, so that any process can check any row it is served.
 
-The head of a row stands in the V of its first layer: token, position, whether the row was computed
-in its own full context, and a digest of that context. Every other bit is drawn from namespace and
-head, so a row that is damaged, mixed with another, or of another namespace contradicts itself, and
-no two processes have to agree on what has been saved.
+The V of a row's first layer begins with a head: token, position, whether the row was computed in
+its own full context, and a digest of that context. All other bits are drawn from a hash of
+namespace and head. A row that is damaged, mixed with another or from another namespace therefore
+contradicts itself, and processes need not tell each other what they have saved.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.support.oracle import Rows, prefix_hashes, row_keys
 
 _HEAD = struct.Struct("<iii32s")
 _MANTISSA = {"float32": (0x807FFFFF, 0x3F000000), "bfloat16": (0x807F, 0x3F00)}
-"""Bits of K that are drawn, and those that are set: numbers from 0.5 to 1 of either sign. Turned
-by a quarter they stay exact, where NaN and infinity would not."""
+"""Bits of K that are drawn, and bits that are always set: the values are ±0.5 to ±1. Quarter turns
+keep these exact; NaN and infinity they would not."""
 
 
 class WrongRowError(AssertionError):
-    """A row was served that must not be served there."""
+    """A row was served where it does not belong."""
 
 
 class Head(NamedTuple):
@@ -40,10 +40,10 @@ class Head(NamedTuple):
 
 
 class DescribedRows:
-    """The rows an engine would compute in one namespace, and the judge of those it is served.
+    """Makes the rows an engine would compute in one namespace, and checks the rows that are served.
 
-    Takes the place of `tests.support.oracle.RowBook`, and remembers nothing. The layout's dtype is
-    float32 or bfloat16 and a head of its V has room for 44 bytes.
+    Takes the place of `tests.support.oracle.RowBook`, but remembers nothing. The layout's dtype
+    must be float32 or bfloat16, and one head of V must have room for 44 bytes.
     """
 
     def __init__(self, namespace: Namespace) -> None:
@@ -54,10 +54,8 @@ class DescribedRows:
         self._dtype: Any = np.uint32 if layout.itemsize == 4 else np.uint16
 
     def computed(self, tokens: Sequence[int], exact: int, salt: str) -> Rows:
-        """Rows of a prompt whose first `exact` ones have their own full context.
-
-        The others depend on `salt` too, as rows depend on what was reused before them.
-        """
+        """Rows of a prompt whose first `exact` ones have their own full context. The others also
+        depend on `salt`, as real rows depend on what was reused before them."""
         salted = f"edited:{salt}".encode()
         heads = [
             Head(int(tokens[at]), at, at < exact, _context(prefix, b"" if at < exact else salted))
@@ -68,10 +66,11 @@ class DescribedRows:
     def write(
         self, tokens: Sequence[int], rows: Rows, positions: Sequence[int], exact: int
     ) -> None:
-        """Nothing to remember: the rows say it themselves."""
+        """Does nothing: rows describe themselves."""
 
     def check(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
-        """`WrongRowError` unless each served row is, bit for bit, one that may stand there."""
+        """Raises `WrongRowError` unless each served row is, bit for bit, one that may stand
+        there."""
         at = [position for span in plan.spans for position in range(span.start, span.stop)]
         if not at:
             return
@@ -134,10 +133,8 @@ def _check_head(head: Head, token: int, source: int, prefix: bytes | None) -> No
 
 
 def quarter_turns(positions: int, head_dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """A rotary table, cos and sin `[positions, head_dim / 2]`, of whole quarter turns.
-
-    Rotation by it is exact in every dtype, so what an editor makes of a row has one right answer.
-    """
+    """A rotary table of whole quarter turns: cos and sin, `[positions, head_dim / 2]`. Rotation by
+    it is exact in every dtype, so there is one correct result of moving a row."""
     turns = np.outer(np.arange(positions), _per_position(head_dim)) % 4
     cos = np.array([1.0, 0.0, -1.0, 0.0], np.float32)[turns]
     sin = np.array([0.0, 1.0, 0.0, -1.0], np.float32)[turns]
@@ -145,12 +142,12 @@ def quarter_turns(positions: int, head_dim: int) -> tuple[npt.NDArray[Any], npt.
 
 
 def _per_position(head_dim: int) -> npt.NDArray[np.int64]:
-    """Quarter turns that each pair makes from one position to the next."""
+    """Quarter turns of each pair from one position to the next."""
     return 1 + np.arange(head_dim // 2) % 3
 
 
 def moved(rows: Rows, sources: Sequence[int], targets: Sequence[int]) -> Rows:
-    """Root rows with K turned from `sources` to `targets`, by swapping and negating alone.
+    """Rows with K turned from `sources` to `targets`, by swapping and negating only.
 
     `rows`: words `[layers, 2, T, kv_heads, head_dim]`; pairs are `(i, i + head_dim / 2)`.
     """

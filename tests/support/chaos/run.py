@@ -1,4 +1,4 @@
-"""So many kills from one seed, over as many homes as that takes."""
+"""Runs a given number of kills from one seed, over as many homes as needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS = {
     "kill_saver": 2,
     "freeze_client": 2,
 }
-"""How often each is chosen, in relation to the others."""
+"""Relative weight of each kind of kill."""
 _WITH_REMOTE = {"kill_remote": 4}
 _WITHOUT_REMOTE = {"upgrade": 1}
 _WITH_NAMESPACES = {"kill_foreign_pid": 1, "share_path": 1}
@@ -35,7 +35,7 @@ _WITH_STRACE = {"cut_power": 1}
 
 
 def kinds_of(remote: str) -> dict[str, int]:
-    """What can happen on this machine, and how often."""
+    """The kinds that this machine can run, with their weights."""
     if remote != "none":
         return _KINDS | _WITH_REMOTE
     with_namespaces = _WITH_NAMESPACES if possible() else {}
@@ -44,7 +44,7 @@ def kinds_of(remote: str) -> dict[str, int]:
 
 
 class Deck:
-    """Kinds in random order, each as often as its weight says before any comes again."""
+    """Kinds in random order. Each occurs as often as its weight before the round begins again."""
 
     def __init__(self, chance: random.Random, weights: dict[str, int]) -> None:
         self._chance = chance
@@ -66,11 +66,11 @@ def run(
     on_kill: Callable[[Report], None] = lambda report: None,
     first: Path | None = None,
 ) -> Report:
-    """Kill at least `kills` processes; what was found is in the report.
+    """Kill at least `kills` processes; findings are in the report.
 
-    `seed` decides which stores are tried, what is asked of them and who dies in which order. At
-    which instruction a process dies is the machine's choice. `first`: a home in clear; the first
-    store begins as a copy of it.
+    `seed` decides which stores are tried, what they are asked, and the order of the kills. The
+    exact instruction at which a process dies is up to the machine. `first`: an unencrypted home;
+    the first store begins as a copy of it.
     """
     report, chance, start = Report(seed), random.Random(seed), time.monotonic()
     deck = Deck(chance, kinds_of(remote))
@@ -85,7 +85,7 @@ def run(
             server = remote_server(remote, place, chance)
             try:
                 if server is not None:
-                    os.environ.update(server.environment)  # the auditor opens stores as well
+                    os.environ.update(server.environment)  # the audit opens stores too
                     server.start()
                 _try_one(report, chance, place, server, deck, kills, on_kill)
             except ChaosError as error:

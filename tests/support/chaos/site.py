@@ -1,4 +1,5 @@
-"""Three machines on one remote and one catalogue, and what must be there: see `machines`."""
+"""Three machines on one remote and one catalogue, and the prompts that must be there: see
+`machines`."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ TTL_S = 2 * 3600.0
 _TOKENS = 40
 NAMES = "abc"
 _BITS = {"a": 0, "b": 0, "c": 1}
-"""The last bits of what each computes: two have the same GPU."""
+"""What tells the GPUs' rows apart; two machines have the same GPU."""
 _SMALL = "c"
-"""The machine that keeps only a few nodes in memory."""
+"""The machine that holds only a few nodes in memory."""
 
 
 class OwnBits(RowBook):
-    """What one machine's GPU computes: the last bits of every row are its own."""
+    """Rows of one machine's GPU: the last bits of every row are its own."""
 
     def __init__(self, book: RowBook, variant: int) -> None:
         super().__init__(book.layout)
@@ -45,16 +46,17 @@ class OwnBits(RowBook):
 
 
 class Kept(NamedTuple):
-    """A prompt that somebody has committed."""
+    """A prompt that was committed."""
 
     tokens: tuple[int, ...]
     used: float
-    """When it was last used by anybody, in simulated seconds."""
+    """When any machine last used it, in simulated seconds."""
     pinned: bool = False
 
 
 class Site:
-    """The machines, what they share, and what must be there. Use as a context manager."""
+    """The machines, what they share, and the prompts that must be there. Use as a context
+    manager."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -82,7 +84,8 @@ class Site:
     # --- machines -----------------------------------------------------------------------------
 
     def config(self, name: str, **settings: Any) -> StoreConfig:
-        """Of one machine. It looks into the catalogue, and collects, when a step says so."""
+        """Settings of one machine. It reads the catalogue and collects garbage only when a step
+        says so."""
         shared = {
             "home": str(self.folder / name),
             "remote": f"file://{self.folder / 'remote'}",
@@ -107,45 +110,45 @@ class Site:
         return StoreConfig(**{**shared, **settings})
 
     def open(self, name: str) -> None:
-        """A machine starts."""
+        """Start a machine."""
         store = self._stack.enter_context(Store(self.config(name)))
         book = OwnBits(self.book, _BITS[name])
         self.machines[name] = Driver(store, SPACE, book)
         self.set_clocks(store)
         if store.repository.uses is not None:
-            store.repository.uses.exchange()  # it has opened by the clock on the wall
+            store.repository.uses.exchange()  # while it opened it used real time
 
     def set_clocks(self, store: Store) -> None:
-        """Simulated time, where the store measures it."""
-        store.tree._clock = lambda: time.monotonic() + self.passed
+        """Put simulated time everywhere the store measures time."""
+        store.tree.clock = lambda: time.monotonic() + self.passed
         if store.repository.condemned is not None:
             store.repository.condemned.clock = lambda: now_s() + self.passed
         if store.repository.uses is not None:
             store.repository.uses.clock = lambda: time.time() + self.passed
 
     def any(self) -> Driver:
-        """Some machine."""
+        """A random machine."""
         return self.machines[self.chance.choice(NAMES)]
 
     def learn(self, engine: Driver) -> None:
-        """The machine looks into the catalogue now."""
-        if engine.store._sharing is not None:
-            engine.store._sharing.sync()
+        """Let the machine read the catalogue now."""
+        if engine.store.sharing is not None:
+            engine.store.sharing.sync()
 
     # --- prompts ------------------------------------------------------------------------------
 
     def new_prompt(self) -> list[int]:
-        """Tokens that nobody has seen."""
+        """Tokens that no machine has seen."""
         self._prompts += 1
         return prompt(10_000 + self._prompts, _TOKENS)
 
     def some(self) -> tuple[str, Kept] | None:
-        """A prompt that must be there."""
+        """A random prompt that must be there."""
         return self.chance.choice(sorted(self.kept.items())) if self.kept else None
 
     def save(self, engine: Driver, tokens: Sequence[int], *, full: bool = True) -> None:
-        """Save a prompt, computed in full or from what is stored; it counts once it is durable and
-        in the catalogue."""
+        """Save a prompt, computed in full or from stored rows. It counts as committed once it is
+        durable and in the catalogue."""
         node_id = engine.save(tokens) if full else engine.serve_and_save(tokens)
         engine.store.flush()
         catalog = engine.store.repository.catalog
@@ -153,7 +156,7 @@ class Site:
             self.kept[node_id] = Kept(tuple(tokens), self.passed)
 
     def serve(self, engine: Driver, tokens: Sequence[int]) -> None:
-        """Somebody asks for a prompt; its donors are used."""
+        """Ask for a prompt; this counts as a use of its donors."""
         for node_id in engine.serve(tokens).donors:
             if (kept := self.kept.get(node_id)) is not None:
                 self.kept[node_id] = kept._replace(used=self.passed)
@@ -162,14 +165,14 @@ class Site:
 
     @contextmanager
     def noting(self, what: str) -> Any:
-        """Whatever the oracle does not accept is a finding."""
+        """Turn an error of the oracle into a finding."""
         try:
             yield
         except (AssertionError, KVShareError) as error:
             self.findings.append(f"{what}: {type(error).__name__}: {error}")
 
     def audit(self, after: str) -> None:
-        """A machine that has nothing of its own is served every prompt that must be there."""
+        """A machine with empty tiers of its own must be served every prompt that must be there."""
         home = Path(tempfile.mkdtemp(dir=self.folder))
         settings = {"ttl_seconds": 0.0, "max_nodes": 1000, "home": str(home / "fresh")}
         with self.noting(f"after {after}"), Store(self.config("fresh", **settings)) as store:
@@ -187,7 +190,7 @@ class Site:
 
 
 def missing(store: Store, node_id: str) -> str:
-    """What of a node is not there; empty if nothing."""
+    """What is missing of a node; empty if nothing."""
     node = store.tree.get(node_id)
     if node is None:
         return f"node {node_id[:8]} is gone"

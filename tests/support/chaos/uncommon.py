@@ -1,4 +1,4 @@
-"""What happens less often than a kill: containers, an upgrade, a power cut."""
+"""Rarer events than a kill: containers, an upgrade, a power cut."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.support.chaos.worker import work_elsewhere, work_with_foreign_pid
 from tests.support.power_cut import Disk, calls
 
 _ENOUGH = 20
-"""Requests that a neighbour is served before it dies."""
+"""Requests that a neighbour daemon serves before it is killed."""
 
 
 class UncommonTrial(Trial):
-    """A trial with these kinds too."""
+    """A trial that has these kinds as well."""
 
     def kill_foreign_pid(self) -> None:
-        """A client dies in a PID namespace of its own, in the middle of a save: its pid, 1, is that
-        of a process that never ends."""
+        """Kill a client in its own PID namespace in the middle of a save. Its pid there is 1, and a
+        process 1 always exists here."""
         worker = self._guest(work_with_foreign_pid)
         try:
             self._serve_guest(worker)
@@ -42,8 +42,8 @@ class UncommonTrial(Trial):
         self._settle()
 
     def share_path(self) -> None:
-        """Another daemon, whose home has the same path in its own mount namespace, serves a client
-        there meanwhile, and both die: neither home's rows are ever seen in the other."""
+        """A second daemon, whose home has the same path in its own mount namespace, serves a client
+        there; then both are killed. Neither home may ever serve rows of the other."""
         config = self._variant.config
         other = config.home_path.with_name("other")
         other.mkdir(mode=0o700)
@@ -65,7 +65,7 @@ class UncommonTrial(Trial):
         self._settle()
 
     def upgrade(self) -> None:
-        """The daemon dies, the next release writes to its home, and this release is back."""
+        """Kill the daemon, let the next release write to its home, and start this release again."""
         self._daemon.kill()
         self._count("daemon before the next release")
         self._pause("halt")
@@ -74,7 +74,8 @@ class UncommonTrial(Trial):
         self._restart(before)
 
     def cut_power(self) -> None:
-        """The power goes: what nobody fsynced is lost, what a client was told is durable is not."""
+        """Cut the power: data that was not fsynced is lost; what a client was told is durable must
+        survive."""
         home = self._variant.config.home_path
         self._daemon.kill()
         self._pause("halt")
@@ -101,7 +102,7 @@ class UncommonTrial(Trial):
         self._auditor.excused = set()
 
     def _guest(self, target: Callable[..., None], *arguments: Any) -> Worker:
-        """One more client, until `_dismiss`."""
+        """Start one more client, until `_dismiss`."""
         seed, home = self._chance.randrange(1 << 30), self._variant.config.home_path
         self._workers.append(Worker(target, home, seed, self._variant.spaces, *arguments))
         return self._workers[-1]

@@ -1,4 +1,4 @@
-"""The stores that the kill test tries: room, codec, key, layout and policy are drawn."""
+"""The stores that the kill test tries: budgets, codec, key, layout and policy are drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _BASE: dict[str, Any] = {
     "plan_deadline_ms": 20_000.0,
     "lease_seconds": 300.0,
 }
-"""A lease that is not ended is found, because none ends by time while the test looks."""
+"""Seconds of a lease. Long, so that a lease which was not ended is still there when the test
+looks."""
 _LAYOUTS = (KVLayout(2, 1, 16, "float32"), KVLayout(2, 2, 16, "bfloat16"))
 _ROOMY = {"host_bytes": 16 << 20, "disk_bytes": 1 << 30}
 _TIGHT = {"host_bytes": 1 << 20, "disk_bytes": 1_500_000}
@@ -31,7 +32,7 @@ class Variant(NamedTuple):
     config: StoreConfig
     spaces: list[Namespace]
     roomy: bool
-    """Nothing is ever evicted, so whatever became durable must stay."""
+    """Whether nothing is ever evicted, so that every durable node must stay."""
 
     def __str__(self) -> str:
         room, dtype = "roomy" if self.roomy else "tight", self.spaces[0].layout.dtype
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
 
 
 def variant(chance: random.Random, home: Path, **settings: Any) -> Variant:
-    """The next store to break, in `home`."""
+    """The configuration of the next store, in `home`."""
     roomy = chance.random() < 0.4
     drawn = {
         "disk_codec": chance.choice(["none", "zstd", "planes"]),
@@ -59,7 +60,7 @@ def variant(chance: random.Random, home: Path, **settings: Any) -> Variant:
 
 
 def _key(home: Path) -> Path:
-    """A master key beside the home."""
+    """Write a master key beside the home."""
     path = home.with_name("key")
     path.touch(mode=0o600)
     path.write_text("0123456789abcdef" * 4)

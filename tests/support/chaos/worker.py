@@ -1,4 +1,5 @@
-"""A client under fire: it asks for plans, checks every row, saves, and says what became durable."""
+"""A client of the kill test: asks for plans, checks every row, saves, and reports what became
+durable."""
 
 from __future__ import annotations
 
@@ -28,17 +29,17 @@ from tests.support.oracle import prompt
 PATIENCE_S = 20.0
 _SLICE_S = 0.02
 _OUR_FAULT = {ErrorKind.CONFIG, ErrorKind.INTERNAL, ErrorKind.NAMESPACE, ErrorKind.PLAN}
-"""Kinds that no crash and no pressure excuses."""
+"""Kinds of errors that neither a crash nor load excuses."""
 _TEMPLATES = 24
 _TEMPLATE_TOKENS = 160
 
 
 class _HaltError(DeadlineError):
-    """The daemon is dead: nobody will answer."""
+    """The daemon is dead, so no answer will come."""
 
 
 class Orders:
-    """The worker's end of the pipe. `halted`: the daemon is gone, drop what is going on."""
+    """The worker's end of the pipe. `halted`: the daemon is gone; abandon the current request."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -46,26 +47,27 @@ class Orders:
         self.halted = False
 
     def look(self) -> None:
-        """Take in what was sent, without waiting."""
+        """Read the commands that have come, without waiting."""
         while self._pipe.poll(0):
             command = self._pipe.recv()
             self.halted = self.halted or command == "halt"
             self._waiting.append(command)
 
     def next(self, *, wait: bool) -> str:
-        """The next command, or the empty string."""
+        """The next command, or an empty string."""
         self.look()
         if not self._waiting and wait:
             self._waiting.append(self._pipe.recv())
         return self._waiting.popleft() if self._waiting else ""
 
     def report(self, *news: Any) -> None:
-        """Tell the driver."""
+        """Report to the driver."""
         self._pipe.send(news)
 
 
 class PatientClient(Client):
-    """Waits long for a daemon that lives, and no longer for one that is known to be dead."""
+    """A link that waits long for a daemon that is alive, and not for one that is known to be
+    dead."""
 
     def __init__(self, home: str, orders: Orders) -> None:
         self._orders = orders
@@ -85,7 +87,8 @@ class PatientClient(Client):
 
 
 def some_prompt(chance: random.Random) -> list[int]:
-    """A template, often cut, often edited, sometimes joined with another; some are all new."""
+    """A template, often cut, often edited, sometimes joined with another. Some prompts are all
+    new."""
     if chance.random() < 0.15:
         return prompt(1000 + chance.randrange(1 << 20), chance.randrange(40, 200))
     tokens = prompt(int(_TEMPLATES * chance.random() ** 2), _TEMPLATE_TOKENS)
@@ -101,12 +104,12 @@ def some_prompt(chance: random.Random) -> list[int]:
 
 
 class Engine:
-    """One client's requests, in a namespace of its own choice each."""
+    """Makes one client's requests, each in a randomly chosen namespace."""
 
     def __init__(
         self, client: Client, spaces: Sequence[Namespace], orders: Orders, model: str = ""
     ) -> None:
-        """`model`: computes other rows than the namespaces' own."""
+        """`model`: for rows that differ from those of other clients in the same namespaces."""
         self._client = client
         self._orders = orders
         computed = [msgspec.structs.replace(space, model=model or space.model) for space in spaces]
@@ -116,13 +119,13 @@ class Engine:
         ]
 
     def serve(self, tokens: Sequence[int], driver: ClientDriver) -> ReusePlan:
-        """One lookup, its rows compared with what they must be; reports what it compared."""
+        """One lookup. Compares its rows and reports the result."""
         plan = driver.serve(tokens)
         self._orders.report("served", plan.reused, plan.exact)
         return plan
 
     def request(self, chance: random.Random) -> None:
-        """What an engine does with a request: serve it, compute the rest, save the prompt."""
+        """What an engine does with a request: reuse rows, compute the rest, save the prompt."""
         driver, tokens = chance.choice(self._drivers), some_prompt(chance)
         began = time.monotonic()
         plan = self.serve(tokens, driver)
@@ -145,21 +148,22 @@ class Engine:
         return self._client.stage(np.asarray(tokens, np.int32), driver.namespace, Reuse())
 
     def look_around(self, chance: random.Random) -> None:
-        """What people ask while it works; a node may go between the list and the question."""
+        """Ask what operators ask meanwhile. A node may vanish between the list and the question
+        about it."""
         nodes = self._client.call(protocol.ListNodes(20))
         if nodes:
             self._client.call(protocol.ShowNode(chance.choice(nodes)["id"]))
         self._client.stats()
 
     def hold_lease(self, chance: random.Random) -> None:
-        """A plan whose rows are being loaded when the end comes."""
+        """Hold a plan whose rows are being loaded, and wait to be killed."""
         driver = self._drivers[0]
         for _ in range(50):
             if not driver.plan(some_prompt(chance)).declined:
                 return
 
     def hold_save(self, chance: random.Random) -> None:
-        """A staged save, half of whose rows are in the outbox, when the end comes."""
+        """Hold a save with half of its rows in the outbox, and wait to be killed."""
         driver, tokens = self._drivers[0], prompt(chance.randrange(1 << 30), 100)
         staged = self._stage(tokens, driver)
         if self._client.outbox is not None:
@@ -168,20 +172,21 @@ class Engine:
 
 
 def work_with_foreign_pid(home: str, pipe: Connection, *arguments: Any) -> None:
-    """As `work`, in a PID namespace of its own."""
+    """Like `work`, in a PID namespace of its own."""
     with_foreign_pid(work, home, pipe, *arguments)
 
 
 def work_elsewhere(
     home: str, pipe: Connection, seed: int, spaces: list[Namespace], other: Path
 ) -> None:
-    """As `work`, where the folder `other` is the home, and with rows that nobody else computes."""
+    """Like `work`, where the folder `other` is the home, and with rows that no other client
+    computes."""
     see_instead(Path(home), other)
     work(home, pipe, seed, spaces, "elsewhere")
 
 
 def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace], model: str = "") -> None:
-    """The process: requests until told otherwise."""
+    """Main function of the process: makes requests until told otherwise."""
     orders, chance = Orders(pipe), random.Random(seed)
     with PatientClient(home, orders) as client:
         engine, paused = Engine(client, spaces, orders, model), False
@@ -207,7 +212,7 @@ def work(home: str, pipe: Connection, seed: int, spaces: list[Namespace], model:
 
 
 def guarded(orders: Orders, action: Callable[[], None]) -> None:
-    """Every failure of the store is a miss; some are bugs."""
+    """Treat every failure of the store as a miss; report those that are bugs."""
     try:
         action()
     except _HaltError:

@@ -1,1 +1,1 @@
-"""Stands for the package ray, which a module of vLLM's tests imports for tests that need a GPU."""
+"""Stands in for the package ray, which one module of vLLM's tests imports for GPU tests."""

@@ -1,7 +1,7 @@
-"""Every call that the disk tier makes to the file system, and those that make things durable.
+"""Every call that the disk tier makes to the file system.
 
-They all go through `os` and `fcntl` of this module, so that `tests.support.faulty_files`
-can stand in its place and make any one of them fail. Whatever is refused is an `OSError`.
+All calls go through `os` and `fcntl` of this module, so that `tests.support.faulty_files` can
+replace them and make any one fail. All errors are `OSError`s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def make_folder(path: str) -> bool:
 
 
 def make_durable_folder(path: str) -> None:
-    """Make a folder and those above it that are missing, so that none is lost in a power cut."""
+    """Make a folder and its missing parents, durably: a power cut loses none of them."""
     above = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(above):
         make_durable_folder(above)
@@ -37,7 +37,7 @@ def make_durable_folder(path: str) -> None:
 
 
 def names(folder: str) -> list[str]:
-    """What is in a folder, in no order; nothing if there is no such folder."""
+    """Names in a folder, in no order; none if there is no such folder."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -54,9 +54,8 @@ def measure(path: str) -> tuple[int, int] | None:
 
 
 def _open_to_read(path: str) -> int:
-    """A descriptor of a regular file. Anything else of that name (a pipe, whose reader would wait
-    for ever, a link, a device, a folder) is `CorruptBlockError`; `FileNotFoundError` if there is
-    nothing."""
+    """Open a regular file. `CorruptBlockError` for anything else of that name (a pipe, whose reader
+    would wait for ever, a link, a device, a folder); `FileNotFoundError` if there is nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -70,10 +69,9 @@ def _open_to_read(path: str) -> int:
 
 
 def read(path: str) -> memoryview:
-    """The whole file, in memory that is the caller's; shorter than the file if reading ended early.
-
-    `FileNotFoundError` if there is none, `CorruptBlockError` if it is no regular file.
-    """
+    """Read a whole file into memory that belongs to the caller; shorter than the file if reading
+    ended early. `FileNotFoundError` if there is none, `CorruptBlockError` if it is no regular
+    file."""
     descriptor = _open_to_read(path)
     try:
         # not zeroed first: every byte that is returned has been read
@@ -99,7 +97,7 @@ def read_beginning(path: str, nbytes: int) -> bytes:
 
 
 def write(path: str, parts: Sequence[Any]) -> None:
-    """A new file of these bytes, durable once this returns; one that fails leaves nothing."""
+    """Write a new file, which is durable when this returns. After an error no file is left."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         try:
@@ -122,7 +120,8 @@ def _write_all(descriptor: int, views: list[memoryview]) -> None:
 
 
 def rename(source: str, target: str) -> None:
-    """Give a file its final name; who reads `target` finds the old file or the new one, whole."""
+    """Give a file its final name, atomically: readers of `target` find the old file or the new
+    one."""
     os.replace(source, target)
 
 
@@ -136,13 +135,14 @@ def remove(path: str) -> bool:
 
 
 def discard(path: str) -> None:
-    """Remove a file if that is possible: it is not wanted, and nobody relies on its absence."""
+    """Remove a file if possible. It is not wanted, but nothing relies on its absence."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
 def sync_folder(path: str) -> None:
-    """Without this a rename may be lost in a power cut although the file's bytes are not."""
+    """Make the names in a folder durable. Without this a power cut may lose a rename although the
+    file's bytes are durable."""
     sync_file(path)
 
 

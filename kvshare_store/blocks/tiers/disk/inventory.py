@@ -1,8 +1,8 @@
-"""Which block files are there: kept by what this process does, corrected by looking.
+"""Which block files exist: updated by what this process does, corrected by listing folders.
 
-Other processes may write to the same folder, and people delete files. The folders under `blocks/`
-are looked at once in a while, and only those that have changed since are listed again. The first
-look goes on while the first requests are served.
+Other processes may write to the same folder, and people delete files. So the folders under
+`blocks/` are checked from time to time, and those that have changed are listed again. The first
+check goes on while the first requests are served.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from kvshare_store.errors import FullDiskError, StorageError
 
 _SUFFIX = ".kvb"
 _PREFIX = 2
-"""Letters of a block's name that name its folder."""
+"""Leading letters of a block's name that are the name of its folder."""
 _EVERY = 1.0
 """Seconds between two looks at the folders, at least ..."""
 _REST = 20
 """... and at least this many times as long as the last look took."""
 _SETTLED_NS = 2 * 10**9
-"""A folder that changed within this time may change again without its time of change moving on."""
+"""The resolution of times of change: a folder that changed this recently may change again without
+getting a newer time."""
 
 _GONE = (-1, 0)
 
 _PACE = 256
-"""Files measured in one go by a first look that nobody waits for ..."""
+"""Files that a first look in the background measures in one go …"""
 _PAUSE = 0.005
-"""... and seconds of rest after these: whoever answers the first requests needs the processor."""
+"""… and the pause after these in seconds: whoever answers the first requests needs the
+processor."""
 
 
 class Inventory:
     """Names, bytes and order of use of the blocks in a folder, and the budget. Thread-safe.
 
-    Bytes are the lengths of the files: known before a file is written, and the same on every file
-    system, unlike the disk blocks it takes.
+    Bytes are file lengths: they are known before a file is written, and are the same on every file
+    system, unlike the disk blocks that a file takes.
     """
 
     def __init__(self, folder: Path, budget: int, beside: Callable[[], Beside] = Beside) -> None:
@@ -53,15 +55,15 @@ class Inventory:
         self._used = 0
         self._pending = 0
         self._inside: defaultdict[str, set[str]] = defaultdict(set)
-        """What each folder is known to hold, measured or not."""
+        """By folder: the blocks known to be in it, measured or not."""
         self._unmeasured: set[str] = set()
         self._measured: dict[str, tuple[int, int]] = {}
-        """What was asked for before the first look came to it."""
+        """Blocks that were asked for before the first look reached them."""
         self._seen: dict[str, int] = {}
         """Time of change of each folder when it was listed."""
         self._looking = threading.Lock()
         self._recent: set[str] = set()
-        """What came or went through this process since the present look began."""
+        """Blocks that this process has added or removed since the current look began."""
         self._listed, self._looked = threading.Event(), threading.Event()
         self._wanted = threading.Event()
         """Somebody waits for the first look."""
@@ -75,7 +77,7 @@ class Inventory:
     # --- what this process does ---------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> None:
-        """Set bytes aside for a file in the making; `FullDiskError` if the budget is full."""
+        """Reserve bytes for a file that is being written; `FullDiskError` if the budget is full."""
         with self._lock:
             beside, kept_free = self._beside()
             used = self._used + beside
@@ -84,14 +86,14 @@ class Inventory:
             self._pending += nbytes
 
     def settle(self, nbytes: int, name: str | None) -> None:
-        """What was reserved has become block `name`, or nothing."""
+        """End a reservation: it has become block `name`, or nothing."""
         with self._lock:
             self._pending -= nbytes
             if name is not None:
                 self._add(name, nbytes)
 
     def add(self, name: str, nbytes: int) -> None:
-        """The block is here and was used just now."""
+        """The block exists and was used just now."""
         with self._lock:
             self._add(name, nbytes)
 
@@ -104,7 +106,7 @@ class Inventory:
         self._recent.add(name)
 
     def forget(self, name: str) -> None:
-        """The block is not here any more."""
+        """The block does not exist any more."""
         with self._lock:
             self._forget(name)
 
@@ -123,11 +125,8 @@ class Inventory:
     # --- what is known ------------------------------------------------------------------------
 
     def size(self, name: str) -> int | None:
-        """Bytes of the block, None if it is not here.
-
-        Before everything has been looked at, a name that is not known yet is asked for on its own;
-        `StorageError` if there is no answer.
-        """
+        """Bytes of the block, None if it is not here. Until the first look is over, unknown names
+        are looked up one by one; `StorageError` if that fails."""
         size = self._sizes.get(name)
         if size is not None or self._complete:
             return size
@@ -184,10 +183,8 @@ class Inventory:
         self._wanted.set()
 
     def look(self) -> None:
-        """Learn what came and went, unless that was done just now; `OSError` if refused.
-
-        Waits when a look is going on.
-        """
+        """Learn what was added and removed, unless that was done just now; `OSError` if it fails.
+        Waits while another look is going on."""
         with self._looking:
             if self._complete and time.monotonic() < self._next_look:
                 return
@@ -226,14 +223,14 @@ class Inventory:
             if entry.endswith(_SUFFIX) and entry.startswith(prefix)
         }
         if there - known:
-            files.sync_folder(folder)  # somebody's rename: a block is here once it is durable
+            files.sync_folder(folder)  # another process's rename may not be durable yet
         with self._lock:
             new, gone = there - known - self._recent, known - there - self._recent
             self._inside[prefix] |= new
             self._unmeasured |= new
             for name in gone:
                 self._forget(name)
-        # Also not when the clock was set back: then nothing says how long ago that is.
+        # nor if the clock was set back: then nothing says how long ago that was
         if time.time_ns() - changed > _SETTLED_NS:
             self._seen[prefix] = changed
 
@@ -250,9 +247,9 @@ class Inventory:
                 self._wanted.wait(_PAUSE)
         measured.sort(key=lambda found: (found[0][1], found[1]), reverse=first)
         for (size, _), name in measured:
-            with self._lock:  # anew for each: others need not wait for all of them
+            with self._lock:  # for each one anew: others need not wait for all of them
                 if name not in self._unmeasured:
-                    continue  # came or went through this process while it was measured
+                    continue  # this process has added or removed it while it was measured
                 if size < 0:
                     self._forget(name)
                     continue

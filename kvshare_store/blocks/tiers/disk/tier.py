@@ -47,6 +47,8 @@ class DiskTier(Tier):
     def __init__(
         self, folder: Path, budget: int, codec: Codec, key: Key | None, beside: Callable[[], Beside]
     ) -> None:
+        self.quarantined = 0
+        """Blocks that did not verify."""
         self._folder = folder
         self._codec: Codec = codec
         self._key = key
@@ -73,11 +75,12 @@ class DiskTier(Tier):
         What is there is counted while the tier is in use already.
         """
         tier = cls(folder, budget, codec, key, beside)
-        await asyncio.to_thread(tier._prepare)
-        tier._first_look = tier._threads.submit(tier._look_around)
+        await asyncio.to_thread(tier.prepare)
+        tier._first_look = tier._threads.submit(tier.look_around)
         return tier
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make the folders; `HomeError` if they cannot be used."""
         try:
             for name in ("blocks", "quarantine"):
                 files.make_durable_folder(str(self._folder / name))
@@ -85,11 +88,12 @@ class DiskTier(Tier):
             self._scratch.open()
         except OSError as error:
             raise HomeError(
-                f"{error.filename or self._folder} cannot be used: {error.strerror}; put it right, "
-                "or move it away: the store then makes an empty one and forgets what was there"
+                f"{error.filename or self._folder} cannot be used: {error.strerror}; repair it, or "
+                "move it away: the store then starts with an empty one"
             ) from error
 
-    def _look_around(self) -> None:
+    def look_around(self) -> None:
+        """Take stock of what is there."""
         with contextlib.suppress(OSError):  # the next put looks again, and says why it cannot
             self._inventory.look()
 
@@ -186,6 +190,7 @@ class DiskTier(Tier):
 
         Where that fails the file stays and goes on being refused: nobody reads without verifying.
         """
+        self.quarantined += 1
         with contextlib.suppress(OSError):
             folder = self._folder / "quarantine"
             files.rename(self._inventory.path(name), str(folder / name))
@@ -213,7 +218,7 @@ class DiskTier(Tier):
 
     def _traces(self, namespace: str) -> list[str]:
         with _refused(namespace, "purged"):
-            for path in traces.wreckage_of(self._folder, namespace):
+            for path in traces.leftovers_of(self._folder, namespace):
                 files.remove(path)
             return traces.blocks_of(self._folder, namespace)
 
@@ -234,6 +239,9 @@ class DiskTier(Tier):
 
     def counted(self) -> TierUse:
         return self._inventory.counted()
+
+    def trouble(self) -> dict[str, int | str]:
+        return {"quarantined": self.quarantined}
 
     async def close(self) -> None:
         """Calls that have begun end as they would have; later ones are refused."""

@@ -1,4 +1,4 @@
-"""Which files of a disk tier hold bytes of a namespace: by what is in them, not what is known."""
+"""Finds files of a disk tier with bytes of a namespace by reading them, not by what is known."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def blocks_of(folder: Path, namespace: str) -> list[str]:
     ]
 
 
-def wreckage_of(folder: Path, namespace: str) -> Iterator[str]:
-    """Unfinished files of a namespace, and everything in quarantine: what a damaged file says about
-    whose it is cannot be trusted."""
+def leftovers_of(folder: Path, namespace: str) -> Iterator[str]:
+    """Unfinished files of a namespace, and all files in quarantine: a damaged file cannot be
+    trusted to name its namespace."""
     for entry in files.names(str(folder / "tmp")):
         path = str(folder / "tmp" / entry)
         if _is_of(path, namespace):

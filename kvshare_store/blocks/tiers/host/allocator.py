@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 SLIDE = 16
 SPARE = 32
-"""With less free than this share, slides would be long and happen at nearly every allocation."""
+"""Below this share of free bytes, slides would be long and happen at nearly every allocation."""
 
 
 class Move(NamedTuple):
-    """A slot goes to a lower offset; the two places may overlap."""
+    """A slot moves to a lower offset; the two ranges may overlap."""
 
     source: int
     target: int
@@ -43,7 +43,7 @@ class Allocator:
 
     @property
     def free_bytes(self) -> int:
-        """What is free in all."""
+        """Free bytes in total."""
         return self.nbytes - self.used
 
     @property
@@ -151,7 +151,7 @@ class Allocator:
         return found
 
     def moved(self, move: Move) -> None:
-        """The bytes have moved."""
+        """Tell the allocator that the bytes of a move were copied."""
         self.free(move.source)
         self._cut(move.target, move.size)
         self._taken[move.target] = move.size

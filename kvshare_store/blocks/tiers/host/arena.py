@@ -89,7 +89,7 @@ class ArenaView:
             raise StorageError("the shared memory is closed; open the store again") from error
 
     def label(self, offset: int) -> Label:
-        """What the slot at `offset` holds."""
+        """The label of the slot at `offset`."""
         raw = bytes(self._bytes(offset, offset + _LABEL.size))
         if raw == _NO_LABEL:
             return Label()
@@ -106,12 +106,12 @@ class ArenaView:
 
 
 class Arena(ArenaView):
-    """The owner's end: `create` makes the file, and this mapping is the only one that writes."""
+    """The owner's side: `create` makes the file, and only this mapping can write to it."""
 
     def __init__(self, descriptor: int, mapped: mmap.mmap, *, huge: bool = False) -> None:
         super().__init__(mapped)
         self.id = secrets.token_hex(16)
-        """Tells this arena from every other; plans name it."""
+        """Identifies this arena; plans name it."""
         self.descriptor = descriptor
         """For clients that are to map it; closed by `close`."""
         self._seqs = itertools.count(1)
@@ -120,10 +120,8 @@ class Arena(ArenaView):
 
     @classmethod
     def create(cls, nbytes: int, *, huge: bool = False) -> Arena:
-        """A new arena; `HomeError` when the machine has less memory than that to give.
-
-        `huge`: in huge pages where the system has them; without them it is slower, no more.
-        """
+        """A new arena; `HomeError` if the machine does not have that much memory to give. `huge`:
+        use huge pages where the system has them; without them the arena is only slower."""
         room = available_bytes()
         if nbytes > room:
             raise HomeError(
@@ -147,7 +145,7 @@ class Arena(ArenaView):
         return cls(descriptor, mapped, huge=huge and huge_pages.offered())
 
     def ensure(self, offset: int, nbytes: int) -> None:
-        """Back the slot with real memory now, where running out is an error and not a signal."""
+        """Back the slot with real memory now: running out is an error here, and a signal later."""
         try:
             if self.huge_pages:  # a file's allocation knows nothing of what the mapping was advised
                 huge_pages.populate(self._map, offset, slot_bytes(nbytes))
@@ -157,13 +155,13 @@ class Arena(ArenaView):
             raise NoSpaceError(f"shared memory is full: {error.strerror}") from error
 
     def set_label(self, offset: int, name: str, *, lossy: bool = False) -> int:
-        """The rows in the slot are complete and block `name`'s; returns their sequence number."""
+        """Label a slot whose rows are complete as block `name`; returns the sequence number."""
         seq = next(self._seqs)
         self._write_label(offset, Label(name, seq, lossy))
         return seq
 
     def clear_label(self, offset: int) -> None:
-        """What is in the slot is nobody's."""
+        """Clear the label: the slot belongs to no block."""
         self._bytes(offset, offset + _LABEL.size)[:] = _NO_LABEL
 
     def _write_label(self, offset: int, label: Label) -> None:
@@ -171,10 +169,8 @@ class Arena(ArenaView):
         self._bytes(offset, offset + _LABEL.size)[:] = raw
 
     def move(self, source: int, target: int, nbytes: int) -> None:
-        """Label and rows of a slot go to a lower offset; the two places may overlap.
-
-        The old label goes first, so a reader whose lease has ended finds out that it is too late.
-        """
+        """Move label and rows of a slot to a lower offset; the two ranges may overlap. The old
+        label is cleared first, so a reader whose lease has ended notices that it is too late."""
         self.ensure(target, nbytes)
         label = self.label(source)
         self.clear_label(source)
@@ -183,14 +179,14 @@ class Arena(ArenaView):
         self._write_label(target, label)
 
     def wipe(self, offset: int, nbytes: int) -> None:
-        """Zero a range that no slot holds. What was never written is zero and stays without memory;
-        the rest keeps its memory, for the seal forbids to give it back."""
+        """Zero a range that no slot holds. Pages that were never written are zero and stay without
+        memory; the others keep their memory, because the seal forbids to return it."""
         for start, stop in self._written(offset, offset + nbytes):
             for at in range(start, stop, len(_ZEROS)):
                 self._bytes(at, min(at + len(_ZEROS), stop))[:] = _ZEROS[: stop - at]
 
     def _written(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Parts of a range that have memory."""
+        """The parts of a range that are backed by memory."""
         while start < stop:
             try:
                 start = os.lseek(self.descriptor, start, os.SEEK_DATA)
@@ -202,7 +198,7 @@ class Arena(ArenaView):
             start = end
 
     def wipe_edges(self, offset: int, nbytes: int) -> None:
-        """Zero what rows of `nbytes` bytes leave of their slot, before and after them."""
+        """Zero the unused bytes before and after `nbytes` bytes of rows in their slot."""
         for start, stop in (
             (offset + _LABEL.size, offset + LABEL_BYTES),
             (offset + LABEL_BYTES + nbytes, offset + slot_bytes(nbytes)),
@@ -223,13 +219,13 @@ class Arena(ArenaView):
 
 
 class Arenas:
-    """Arenas that this process has been handed, by their ids. A restarted daemon has a new one."""
+    """Arenas that daemons have handed to this process, by id. A restarted daemon has a new one."""
 
     def __init__(self) -> None:
         self._mapped: dict[str, ArenaView] = {}
 
     def add(self, arena_id: str, descriptor: int) -> None:
-        """Map what a daemon has handed over, in place of what its predecessor had; closes the
+        """Map an arena that a daemon has handed over, replacing the previous one; closes the
         descriptor. `StorageError` if it cannot be mapped."""
         try:
             if arena_id not in self._mapped:
@@ -238,7 +234,7 @@ class Arenas:
             os.close(descriptor)
 
     def at(self, arena_id: str) -> ArenaView:
-        """The arena with that id; `LeaseError` if it is not the one of the daemon of now."""
+        """The arena with that id; `LeaseError` if it is not the present daemon's."""
         arena = self._mapped.get(arena_id)
         if arena is None:
             raise LeaseError("the rows lie in the memory of another daemon than the one of now")

@@ -1,7 +1,8 @@
-"""Huge pages for the arena, where the system has them. Nothing here fails: without, it is slower.
+"""Huge pages for the arena, where the system has them. Nothing here fails: without them the arena
+is only slower.
 
-An anonymous memory file gets them by the system's setting alone:
-`echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled`.
+An anonymous memory file gets them only by a setting of the system: `echo advise >
+/sys/kernel/mm/transparent_hugepage/shmem_enabled`.
 """
 
 from __future__ import annotations

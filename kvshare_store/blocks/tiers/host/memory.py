@@ -1,4 +1,4 @@
-"""How much memory this process may still take, by the machine's account and by its cgroups'."""
+"""How much memory this process may still take: what the machine has, and what its cgroups allow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def available_bytes() -> int:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What each limit above this process leaves. A file that is not there sets no limit."""
+    """The bytes that each limit of this process's cgroups leaves. A file that is missing sets no
+    limit."""
     for folder in _folders():
         limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
@@ -50,7 +51,7 @@ def _number(*files: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files that the kernel drops before it refuses memory."""
+    """Bytes of cached files, which the kernel drops before it refuses memory."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:

@@ -15,7 +15,8 @@ from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_USERS = 4
-"""A block that many nodes use and nobody asks for must be able to go at last."""
+"""A cap on the users that count, so that a block that many nodes use and nobody asks for can be
+evicted in the end."""
 
 
 class Slot(NamedTuple):
@@ -83,17 +84,14 @@ class HostTier(Tier):
         return bool(moves)
 
     def cancel(self, offset: int) -> None:
-        """Give back a slot that was never sealed. What was in it before may have been purged since,
-        and nobody has written over all of it."""
+        """Give back a slot that was never sealed. It may still hold bytes of a block that was
+        purged meanwhile, and that nobody has overwritten."""
         self.arena.wipe(offset, self._allocator.size_of(offset))
         self._allocator.free(offset)
 
     def seal(self, offset: int, name: str, block: Block, *, leased: bool = False) -> None:
-        """The filled slot becomes block `name`.
-
-        If that is here already, the slot is given back. Exact rows take the place of lossy ones
-        that nobody has `leased`.
-        """
+        """A filled slot becomes block `name`. If the block is here already, the slot is given back;
+        but exact rows replace lossy ones that are not `leased`."""
         known = self._slots.get(name)
         if known is not None and known.lossy and not block.lossy and not leased:
             self._let_go(known)
@@ -111,8 +109,8 @@ class HostTier(Tier):
             self._policy.add(name, len(block.data), block.rows)
 
     def wipe(self, at: int, nbytes: int) -> int | None:
-        """Zero what is free in `nbytes` bytes from offset `at` on, and what slots there leave
-        unused; returns where to go on, None at the end."""
+        """Zero the free bytes, and those that slots do not use, in `nbytes` bytes from offset `at`
+        on. Returns where to continue, None at the end."""
         stop = at + nbytes
         for start, size in self._allocator.free_ranges():
             begin, end = max(start, at), min(start + size, stop)
@@ -124,7 +122,7 @@ class HostTier(Tier):
         return stop if stop < self.arena.nbytes else None
 
     def weigh(self, name: str, users: int) -> None:
-        """So many nodes use the block: recomputing it would cost its rows for each of them."""
+        """So many nodes use the block: losing it would cost its rows once for each of them."""
         slot = self._slots.get(name)
         if slot is not None:
             rows = slot.layout.rows_in(slot.nbytes)
@@ -136,7 +134,7 @@ class HostTier(Tier):
         return slot is not None and slot.lossy
 
     def namespace(self, name: str) -> str | None:
-        """Whose block it is, or None if it is not here."""
+        """The namespace of a block, or None if it is not here."""
         slot = self._slots.get(name)
         return None if slot is None else slot.namespace
 

@@ -19,7 +19,7 @@ PATIENCE_S = 60.0
 
 
 def spec(home: object, **params: Any) -> dict[str, Any]:
-    """What `--l2-adapter` takes, as docs/lmcache.md shows it."""
+    """The value of `--l2-adapter`, as in docs/lmcache.md."""
     small = {"host_bytes": 1 << 22, "disk_bytes": 1 << 26, "semantic": "never"}
     return {
         "type": "plugin",
@@ -30,7 +30,7 @@ def spec(home: object, **params: Any) -> dict[str, Any]:
 
 
 def adapter(home: object, **params: Any) -> Any:
-    """Made by LMCache's own loader, from JSON."""
+    """An adapter made by LMCache's own loader, from JSON."""
     config = PluginL2AdapterConfig.from_dict(json.loads(json.dumps(spec(home, **params))))
     return create_l2_adapter_from_registry(config)
 
@@ -53,7 +53,7 @@ def memory(fill: float, size: int = 1000) -> TensorMemoryObj:
 
 
 def until(happens: Callable[[], Any], fd: int = -1) -> Any:
-    """The first answer that is not None or False; with `fd`, asked whenever that is signalled."""
+    """Ask until the answer is neither None nor False. With `fd`, ask whenever it is signalled."""
     deadline = time.monotonic() + PATIENCE_S
     while (not (answer := happens()) and answer is None) or answer is False or answer == {}:
         assert time.monotonic() < deadline, "nothing happened"

@@ -1,7 +1,7 @@
-"""What LMCache's L2 adapter interface promises its controllers, one test a promise.
+"""What LMCache's L2 adapter interface promises its controllers, one test per promise.
 
-LMCache ships no tests for adapters of others; these follow the text of its interface and its own
-tests of the adapter that it mocks with.
+LMCache ships no tests for third-party adapters. These follow the documentation of its interface and
+its own tests of its mock adapter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LMCache's own storage manager and its real server process, with the adapter below them."""
+"""LMCache's own storage manager and its real server process, on top of the adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYOUT = MemoryLayoutDesc([torch.Size([2, 3, 64, 8])], [torch.bfloat16])
 
 @contextmanager
 def manager(home: Path) -> Iterator[StorageManager]:
-    """What LMCache's server keeps objects in: L1 in memory, the adapter below it."""
+    """LMCache's server storage: L1 in memory, the adapter below it."""
     memory = L1MemoryManagerConfig(
         size_in_bytes=1 << 24, use_lazy=False, shm_name=f"kvshare-test-{uuid.uuid4().hex[:8]}"
     )
@@ -51,7 +51,7 @@ def manager(home: Path) -> Iterator[StorageManager]:
 
 
 def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
-    """Objects written to L1, and in time below it."""
+    """Write objects to L1 and wait until the adapter has them."""
     keys = [key(number) for number in numbers]
     reserved = opened.reserve_write(keys, LAYOUT)
     rows = {}
@@ -63,7 +63,7 @@ def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
 
 
 def check_read(opened: StorageManager, rows: dict[int, torch.Tensor], missing: int) -> None:
-    """A prefix of `rows` comes from the adapter; the object behind it is nowhere."""
+    """The adapter has a prefix of `rows`; nobody has the object behind it."""
     keys = [key(number) for number in (*rows, missing)]
     spec_ = PrefetchTaskSpec([GroupedObjectKeys(keys, 0, LAYOUT)])
     handle = opened.submit_prefetch_task(spec_)

@@ -1,4 +1,4 @@
-"""Sizes of slots whose sum is asked for at every save."""
+"""Sizes of slots with a running sum, which every save asks for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from kvshare_store.blocks.tiers.host.arena import slot_bytes
 K = TypeVar("K")
 
 
-class Tally(dict[K, int], Generic[K]):
-    """Bytes of rows by key, and the bytes that all their slots take, without adding them up again.
-
-    Change it by item assignment, `del` and `pop` only.
-    """
+class SlotSizes(dict[K, int], Generic[K]):
+    """Bytes of rows by key, with the running sum of the bytes of their slots. Change it only by
+    item assignment, `del` and `pop`."""
 
     slots = 0
 
@@ -27,7 +25,7 @@ class Tally(dict[K, int], Generic[K]):
         super().__delitem__(key)
 
     def pop(self, key: K, default: int | None = None) -> int | None:  # type: ignore[override]
-        """The bytes of a key that is taken out; `default` if it is not here."""
+        """Remove a key and return its bytes; `default` if it is not here."""
         if key not in self:
             return default
         nbytes = self[key]

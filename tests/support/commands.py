@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,12 +16,15 @@ from kvshare_store.cli.main import main
 Result = tuple[int, str, str]
 
 
-def run(*arguments: str | Path) -> Result:
-    """Exit code, standard output and standard error of one command, in this process."""
+def run(*arguments: str | Path, answer: str = "", columns: str = "120") -> Result:
+    """Run one command in this process; returns exit code, standard output and standard error.
+    `answer`: what the user types; `columns`: width of the terminal."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "stdin", io.StringIO(answer)),
+        mock.patch.dict(os.environ, COLUMNS=columns),
         pytest.raises(SystemExit) as end,
     ):
         main([str(argument) for argument in arguments])
@@ -27,7 +33,7 @@ def run(*arguments: str | Path) -> Result:
 
 
 def one_line(result: Result, code: int) -> str:
-    """The line on standard error; nothing else may be said."""
+    """The single line on standard error."""
     found, out, err = result
     assert (found, out) == (code, "")
     assert err.startswith("kvshare: ")

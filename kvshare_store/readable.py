@@ -1,4 +1,4 @@
-"""Numbers, times and foreign text, as people read them in a terminal."""
+"""Numbers, times, reasons and foreign text, as people read them in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ _BAR = 20
 _ID = 12
 
 KIND_COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan"}
-"""Of the kinds of reuse, wherever they are shown."""
+"""Of the kinds of reuse, in a terminal."""
+
+REASONS = {
+    "edit": "no stored prompt has these tokens here",
+    "window": "they follow an edit closely (edit_window, edit_growth)",
+    "min_run": "too few unedited tokens in a row (min_run)",
+    "tail": "the end of the prompt (tail; the last token always)",
+    "generation": "stored, but in rows that the policy does not build on (max_generation)",
+    "delimiters": "delimiters behind an edit (delimiters)",
+    "cost": "reuse would save too little (min_saving_ms, approximation_price)",
+    "policy": "the policy reuses prefixes only",
+}
+"""Why tokens are computed again."""
 
 
 def size(nbytes: int) -> str:

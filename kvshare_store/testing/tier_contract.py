@@ -1,4 +1,4 @@
-"""What the laws of tiers are made of: blocks, a tier to try, and looks at it."""
+"""What the contract tests of tiers share: blocks, a tier to test, and checks of its state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Scenario = Callable[[Tier], Awaitable[None]]
 def make_block(seed: int, rows: int = 8, namespace: str = NAMESPACE) -> tuple[str, Block]:
     """A block of `rows` rows with bytes that depend on `seed`, and its name."""
     data = blake3.blake3(f"rows {seed}".encode()).digest(length=rows * LAYOUT.row_bytes)
-    # spelled out here and not taken from the store: the name is part of the law
+    # spelled out here and not taken from the store: the name is part of the contract
     hasher = blake3.blake3(msgspec.msgpack.encode((namespace, LAYOUT)))
     hasher.update(data)
     return hasher.hexdigest(), Block(namespace, LAYOUT, data)
@@ -44,14 +44,14 @@ async def _conducted(tier: Tier, scenario: Scenario) -> None:
         await tier.close()
 
 
-class TierLaw:
-    """How a law meets the tier it is about."""
+class TierContract:
+    """Makes the tier under test and runs scenarios against it."""
 
     async def make_tier(self, folder: Path, budget: int) -> Tier:
         """A tier with its data under `folder`; a persistent one finds there what it left."""
         raise NotImplementedError
 
-    def law(self, folder: Path, scenario: Scenario, budget: int = ROOMY) -> None:
+    def run(self, folder: Path, scenario: Scenario, budget: int = ROOMY) -> None:
         """Run one scenario against a tier made for it."""
 
         async def conduct() -> None:

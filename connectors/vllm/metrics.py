@@ -1,0 +1,195 @@
+"""What this engine has reused, on vLLM's own `/metrics`.
+
+The scheduler side counts requests once they have ended, with the numbers of their answers; the
+worker side times loads. vLLM adds up what workers and scheduler report each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+from kvshare_connectors.vllm.settings import PREFIX
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvshare_store.metrics import BUCKETS
+from kvshare_store.plan import Reused
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KINDS = ("exact", "continued", "edited", "recomputed")
+OUTCOMES = ("exact", "continued", "edited", "miss", "aborted")
+TOKENS, REQUESTS = "vllm:kvshare_tokens", "vllm:kvshare_requests"
+LOOKUP, LOAD = "vllm:kvshare_lookup_seconds", "vllm:kvshare_load_seconds"
+HELP = {
+    TOKENS: "Tokens of prompts, by what became of them; with vLLM's own prefix hits all of them.",
+    REQUESTS: "Requests that have ended, by the least exact kind of reuse, and why without reuse.",
+    LOOKUP: "How long a request that could have started waited for its plan, in seconds.",
+    LOAD: "Loading the rows of a plan into the paged cache, on each worker, in seconds.",
+}
+
+
+@dataclass
+class KVShareStats(KVConnectorStats):
+    """What happened since the last step; in `data`: `tokens` by kind, `requests` by outcome and
+    reason, and the durations of `lookups` and `loads`, seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        """Nothing has happened."""
+        self.data: dict[str, Any] = {"tokens": {}, "requests": {}, "lookups": [], "loads": []}
+
+    def is_empty(self) -> bool:
+        """Whether nothing has happened."""
+        return not any(self.data.values())
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Both together."""
+        for kind, amount in other.data["tokens"].items():
+            self.tokens(kind, amount)
+        for outcome, reasons in other.data["requests"].items():
+            for reason, amount in reasons.items():
+                self.request(outcome, reason, amount)
+        for name in ("lookups", "loads"):
+            self.data[name] += other.data[name]
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What vLLM's log says of some seconds."""
+        said: dict[str, int | float] = {
+            f"KVShare {kind} tokens": self.data["tokens"].get(kind, 0) for kind in KINDS
+        }
+        requests = (sum(reasons.values()) for reasons in self.data["requests"].values())
+        said["KVShare requests"] = sum(requests)
+        for name in ("lookups", "loads"):
+            seconds = self.data[name]
+            mean = sum(seconds) / len(seconds) if seconds else 0.0
+            said[f"KVShare {name} mean (ms)"] = round(1e3 * mean, 3)
+        return said
+
+    # --- counting ----------------------------------------------------------------------------
+
+    def tokens(self, kind: str, amount: int) -> None:
+        """So many more tokens of a kind."""
+        self.data["tokens"][kind] = self.data["tokens"].get(kind, 0) + amount
+
+    def request(self, outcome: str, reason: str = "", amount: int = 1) -> None:
+        """One more request that has ended."""
+        reasons = self.data["requests"].setdefault(outcome, {})
+        reasons[reason] = reasons.get(reason, 0) + amount
+
+
+class Tally:
+    """What the scheduler side has counted and vLLM has not taken yet."""
+
+    def __init__(self) -> None:
+        self._stats = KVShareStats()
+
+    def ended(self, answer: dict[str, Any], *, computed: bool) -> None:
+        """A request has ended. `answer`: what it says of reuse; `computed`: whether its prompt is.
+        Of an aborted one nobody knows how many tokens were computed."""
+        if not computed:
+            self._stats.request("aborted")
+            return
+        for kind in KINDS:
+            self._stats.tokens(kind, answer[PREFIX + kind])
+        reused = Reused(*(answer[PREFIX + kind] for kind in Reused._fields))
+        if reused.tokens:
+            self._stats.request(reused.kind)
+        else:
+            self._stats.request("miss", answer[PREFIX + "reason"])
+
+    def unserved(self, reason: str) -> None:
+        """A request of a model that KVShare does not serve has ended."""
+        self._stats.request("miss", reason)
+
+    def looked_up(self, seconds: float) -> None:
+        """A request has waited so long for its plan."""
+        self._stats.data["lookups"].append(seconds)
+
+    def take(self) -> KVShareStats | None:
+        """What was counted since the last call, if anything was."""
+        if self._stats.is_empty():
+            return None
+        taken, self._stats = self._stats, KVShareStats()
+        return taken
+
+
+def loads(seconds: Sequence[float]) -> KVShareStats | None:
+    """What a worker reports: how long its loads took."""
+    if not seconds:
+        return None
+    stats = KVShareStats()
+    stats.data["loads"] += seconds
+    return stats
+
+
+class KVSharePromMetrics(KVConnectorPromMetrics):
+    """The same for Prometheus, in the process that answers `/metrics`."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter = metric_types[prometheus_client.Counter]
+        histogram = metric_types[prometheus_client.Histogram]
+        self.tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
+        self.requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
+        seconds = {"labelnames": labelnames, "buckets": list(BUCKETS)}
+        self.lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
+        self.loads = histogram(LOAD, HELP[LOAD], **seconds)
+        for engine in per_engine_labelvalues:  # from the beginning, so that rates are right
+            for kind in KINDS:
+                self._of(self.tokens, engine, kind)
+            for outcome in OUTCOMES:
+                self._of(self.requests, engine, outcome, "")
+            self._of(self.lookups, engine)
+            self._of(self.loads, engine)
+
+    def _of(self, metric: Any, engine: int, *labels: str) -> Any:
+        return metric.labels(*self.per_engine_labelvalues[engine], *labels)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add what an engine reports; `transfer_stats_data`: that of a `KVShareStats`."""
+        for kind, amount in transfer_stats_data["tokens"].items():
+            self._of(self.tokens, engine_idx, kind).inc(amount)
+        for outcome, reasons in transfer_stats_data["requests"].items():
+            for reason, amount in reasons.items():
+                self._of(self.requests, engine_idx, outcome, reason).inc(amount)
+        for seconds in transfer_stats_data["lookups"]:
+            self._of(self.lookups, engine_idx).observe(seconds)
+        for seconds in transfer_stats_data["loads"]:
+            self._of(self.loads, engine_idx).observe(seconds)
+
+
+class Counted:
+    """What vLLM asks the connector's class for, in processes that have no connector."""
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVShareStats:
+        """What an engine reported, as it was counted there."""
+        return KVShareStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVSharePromMetrics:
+        """Where that is added up for Prometheus."""
+        return KVSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,171 @@
+"""What `kvshare explain` shows: the plan, what becomes of each token, candidates, the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kvshare_store.cli.log import request_lines
+from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
+
+Found = Mapping[str, Any]
+
+COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
+
+
+def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]:
+    """From top to bottom. `marked`: words stand in for colours; `limit`: characters of a part that
+    are shown, 0: all."""
+    request, explained = found["request"], found["explanation"]
+    if request is not None:
+        yield from request_lines(request)
+        if explained is None:
+            yield "Its tokens were not kept (setting log_prompts), so it is not planned again."
+            return
+        yield "Planned again, with what the store holds now:\n"
+    yield from headline(explained)
+    yield Text()
+    yield fates_table(explained)
+    if explained["candidates"]:
+        yield Text()
+        yield candidates_table(explained["candidates"])
+    if explained["divergence"] is not None:
+        yield Text("\nfirst difference", style="bold")
+        yield Padding(divergence_text(explained["divergence"], explained["tokens"]), (0, 0, 0, 2))
+    yield Text("\nprompt", style="bold").append_text(legend(marked))
+    yield Padding(prompt_text(explained["parts"], marked=marked, limit=limit), (0, 0, 0, 2))
+    if any(part["donor"] for part in explained["parts"]):
+        yield Text()
+        yield spans_table(explained["parts"])
+
+
+def headline(explained: Found) -> Iterable[str]:
+    """What the plan is, and what it is expected to save."""
+    tenant = f", tenant {printable(explained['tenant'])}" if explained["tenant"] else ""
+    yield (
+        f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
+        f"{printable(explained['model'])} (namespace {explained['namespace']}{tenant})"
+    )
+    if explained["declined"]:
+        yield f"no plan: {explained['declined']}"
+    else:
+        reused = explained["tokens"] - explained["by_kind"].get("recomputed", 0)
+        made = explained["generation"]
+        yield (
+            f"plan: {reused:,} tokens reused, {explained['tokens'] - reused:,} computed; "
+            + (f"the prompt's rows are then of generation {made}" if made else "exact")
+        )
+    expected = explained["expected"]
+    if expected is not None:
+        yield (
+            f"expected: {expected['without']:,.1f} ms without; compute {expected['compute']:,.1f} "
+            f"+ load {expected['load']:,.1f} + seams {expected['seams']:,.1f} ms with it: saves "
+            f"{expected['saving']:,.1f} ms"
+        )
+
+
+def fates_table(explained: Found) -> Table:
+    """Tokens by kind of reuse, and by the rule that recomputes them."""
+    table = _table("tokens")
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(overflow="fold", style="dim")
+    whole = explained["tokens"]
+    for kind, style in COLOURS.items():
+        count = explained["by_kind"].get(kind, 0)
+        if kind != "recomputed":
+            table.add_row(Text(kind, style), f"{count:,}", share(count, whole), "")
+    by_reason = explained["by_reason"].items()
+    for reason, count in sorted(by_reason, key=lambda item: -item[1]):
+        label = Text(f"recomputed: {reason}", COLOURS["recomputed"])
+        table.add_row(label, f"{count:,}", share(count, whole), REASONS.get(reason, ""))
+    return table
+
+
+def candidates_table(candidates: Sequence[Found]) -> Table:
+    """A line for each stored prompt that was nominated."""
+    table = _table("candidate")
+    for column in ("score", "prefix", "shared", "kept"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("found by", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for one in candidates:
+        table.add_row(
+            Text(short(one["node"]), "cyan"),
+            f"{one['score']:.3f}",
+            f"{one['prefix']:,}",
+            f"{one['shared']:,}",
+            f"{one['kept']:,}",
+            ", ".join(one["found_by"]),
+            Text(one["why"], "green" if one["taken"] else ""),
+        )
+    return table
+
+
+def divergence_text(divergence: Found, length: int) -> Text:
+    """Where the prompt leaves the stored one with the longest common beginning."""
+    at, name = divergence["position"], short(divergence["node"])
+    if at == length:
+        return Text(f"none: {name} begins with the whole prompt")
+    text = Text(f"at token {at:,}, from {name}\n")
+    for label, side in (("prompt", "request"), ("stored", "donor")):
+        words = printable(divergence[f"{side}_text"]).replace("\n", "↵")
+        text.append(f"{label}  ", style="dim").append(f"{words or '(its end)'}\n")
+    text.right_crop(1)
+    return text
+
+
+def legend(marked: bool) -> Text:
+    """What the colours mean."""
+    if marked:
+        return Text("  [kind: text], recomputed tokens with the rule", style="dim")
+    text = Text("  ")
+    for kind, style in COLOURS.items():
+        text.append(f"{kind} ", style=style)
+    return text
+
+
+def prompt_text(pieces: Sequence[Found], *, marked: bool, limit: int) -> Text:
+    """The whole prompt in one running text, each part in the colour of its kind."""
+    text = Text()
+    for piece in pieces:
+        words = printable(piece["text"])
+        words = shortened(words, limit) if limit else words
+        if marked:
+            words = f"[{piece['reason'] or piece['kind']}: {words}]"
+        text.append(words, style=COLOURS[piece["kind"]])
+        if not marked and words.isdigit():
+            text.append(" ")
+    return text
+
+
+def spans_table(pieces: Sequence[Found]) -> Table:
+    """Where each run of reused rows comes from, and the placeholders between them."""
+    table = _table("positions")
+    table.add_column("tokens", justify="right")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("from", style="cyan", no_wrap=True)
+    table.add_column("at", justify="right")
+    for piece in pieces:
+        kind = piece["kind"] if piece["donor"] else f"recomputed: {piece['reason']}"
+        source = str(piece["source"]) if piece["donor"] else ""
+        table.add_row(
+            f"{piece['start']}…{piece['stop'] - 1}",
+            f"{piece['stop'] - piece['start']:,}",
+            Text(kind, COLOURS[piece["kind"]]),
+            short(piece["donor"]),
+            source,
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    return table

@@ -1,0 +1,1 @@
+"""What the daemon says over HTTP: a page for people, JSON for programs, metrics, health."""

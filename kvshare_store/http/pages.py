@@ -1,0 +1,125 @@
+"""Pages that only show something."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from kvshare_store.config import PolicyName, policy_names
+from kvshare_store.daemon import protocol
+from kvshare_store.errors import KVShareError
+from kvshare_store.http.api import Ask, Digest, NodeId, beside, tenants_of
+from kvshare_store.http.asking import Asking
+from kvshare_store.http.chart import chart
+from kvshare_store.http.history import KINDS
+from kvshare_store.http.rendering import rendered, words
+
+_TENANTS = 200
+_REQUESTS = 100
+_PAGE = 50
+
+Full = Annotated[bool, Query(description="Shorten no text.")]
+After = Annotated[str, Query(max_length=120)]
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+async def overview(ask: Ask, request: Request) -> Response:
+    """What the store does: never looks at its nodes one by one."""
+    stats = await ask(protocol.Stats())
+    kinds = {
+        "exact": stats["tokens_reused_exact"],
+        "continued": stats["tokens_reused_continued"],
+        "edited": stats["tokens_reused_edited"],
+        "recomputed": stats["tokens_recomputed"],
+    }
+    return rendered(
+        request,
+        "overview.html",
+        home=str(ask.config.home_path),
+        stats=stats,
+        kinds=kinds,
+        chart=chart(ask.history.steps()),
+        steps=ask.history.steps(12),
+        names=KINDS,
+        moved=ask.history.moved(),
+    )
+
+
+@router.get("/tenants")
+async def tenants(ask: Ask, request: Request) -> Response:
+    """Who has how much."""
+    found = await tenants_of(ask)
+    return rendered(request, "tenants.html", tenants=found[:_TENANTS], count=len(found))
+
+
+@router.get("/namespaces/{digest}")
+async def namespace(
+    ask: Ask, request: Request, digest: Digest, whole: bool = False, after: After = ""
+) -> Response:
+    """Where the trees of a namespace begin, or all of its prompts."""
+    listed = await ask(protocol.Branch(namespace=digest, whole=whole, after=after, limit=_PAGE))
+    held = await ask(protocol.Held(""))
+    (space,) = [one for one in held if one["digest"].startswith(digest)] or [None]
+    return rendered(
+        request, "namespace.html", space=space, digest=digest, listed=listed, whole=whole,
+        after=after,
+    )  # fmt: skip
+
+
+@router.get("/nodes/{node}")
+async def node(
+    ask: Ask,
+    request: Request,
+    node: NodeId,
+    policy: PolicyName | None = None,
+    full: Full = False,
+    after: After = "",
+) -> Response:
+    """One prompt: beside its parent, above its children."""
+    found = await ask(protocol.ShowNode(node))
+    children = await ask(protocol.Branch(node=found["id"], after=after, limit=_PAGE))
+    return rendered(
+        request,
+        "node.html",
+        node=found,
+        text=words(found["text"], full=full),
+        beside=await _beside(ask, found, policy, full=full),
+        children=children,
+        after=after,
+        full=full,
+        policies=policy_names(),
+    )
+
+
+async def _beside(
+    ask: Asking, node: dict[str, Any], policy: str | None, *, full: bool
+) -> dict[str, Any]:
+    """The prompt and its parent in parts; `trouble` says why there are none."""
+    if node["parent"] not in node["path"]:
+        gone = "Its parent is no longer stored." if node["parent"] else "It has no parent."
+        return {"explained": None, "trouble": gone}
+    try:
+        found = (await beside(ask, node["id"], node["parent"], policy))["explanation"]
+    except KVShareError as error:
+        return {"explained": None, "trouble": str(error)}
+    return {"explained": clipped(found, full=full), "trouble": ""}
+
+
+def clipped(explained: dict[str, Any], *, full: bool) -> dict[str, Any]:
+    """An explanation whose texts are as long as a page shows them."""
+    return explained | {
+        name: [part | {"text": words(part["text"], full=full)} for part in explained[name]]
+        for name in ("parts", "donor_parts")
+    }
+
+
+@router.get("/requests")
+async def requests(
+    ask: Ask, request: Request, declined: bool = False, slow: bool = False
+) -> Response:
+    """The last requests: all, those without reuse, or the slowest."""
+    found = await ask(protocol.ListRequests(_REQUESTS, declined, slow))
+    return rendered(request, "requests.html", requests=found, declined=declined, slow=slow)

@@ -1,0 +1,72 @@
+"""Templates: everything that they print is escaped, and signs that steer a reader are shown."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kvshare_store.http.guard import Forms
+from kvshare_store.http.history import KINDS
+from kvshare_store.readable import (
+    REASONS,
+    age,
+    milliseconds,
+    one_line,
+    printable,
+    provenance,
+    share,
+    short,
+    shortened,
+    size,
+)
+
+PART_CHARACTERS = 240
+"""Of a run of tokens that are shown, unless all is asked for."""
+
+_environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_environment.filters.update(
+    size=size,
+    age=age,
+    ms=milliseconds,
+    short=short,
+    provenance=provenance,
+    shown=printable,
+    line=one_line,
+    grouped=lambda number: f"{number:,}",
+    clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
+    query=urlencode,
+    many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
+    in_order=lambda counts: [(kind, counts.get(kind, 0)) for kind in KINDS],
+    zip_same=lambda names: [(name, name) for name in names],
+)
+_environment.globals.update(share=share, reasons=REASONS)
+
+for _name in _environment.list_templates():
+    _environment.get_template(_name)  # compiled now: the first who looks need not wait
+
+
+def rendered(request: Request, template: str, status: int = 200, **names: Any) -> Response:
+    """A page. `csrf(path)` in a template makes the token of a form for that path."""
+    forms: Forms = request.app.state.forms
+    text = _environment.get_template(template).render(
+        path=request.url.path, csrf=forms.token, status=status, **names
+    )
+    return HTMLResponse(text, status)
+
+
+def words(text: str, *, full: bool) -> str:
+    """The text of a run of tokens, shortened in its middle unless all of it is asked for."""
+    shown = printable(text)
+    return shown if full else shortened(shown, PART_CHARACTERS)

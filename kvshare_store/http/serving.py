@@ -1,0 +1,126 @@
+"""The HTTP server: a supervised thread of the daemon with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from kvshare_store.daemon import protocol
+from kvshare_store.errors import InternalError, KVShareError
+from kvshare_store.http.address import Entrance
+from kvshare_store.http.app import application
+from kvshare_store.http.asking import Asking, Daemon
+from kvshare_store.http.history import STEP_S, History
+from kvshare_store.threads import Health, Supervised, be_nice
+
+log = logging.getLogger("kvshare")
+
+THREAD = "kvshare-http"
+_CONNECTIONS = 128
+_HEADER_BYTES = 16 << 10
+_IDLE_S = 15
+_SILENT_S = 5.0
+_NICENESS = 5
+"""Plans go before pages."""
+_DRAIN_S = 2
+"""How long answers that are on their way may take when the daemon ends."""
+
+
+class HttpServer:
+    """Serves the page of one daemon until it is closed."""
+
+    def __init__(self, daemon: Daemon, health: Health, entrance: Entrance) -> None:
+        self.address = entrance.address
+        self._socket = entrance.listener
+        self._asking = Asking(daemon, History())
+        self._app = application(self._asking, entrance.token)
+        self._health = health
+        self._closing = threading.Event()
+        self._server: uvicorn.Server | None = None
+        self._thread = Supervised(THREAD, self._serve, health, self._closing)
+
+    def close(self) -> None:
+        """Stop listening, finish what is being answered, end the thread."""
+        self._closing.set()
+        if self._server is not None:
+            _end(self._server)
+        self._thread.join(_DRAIN_S + 3.0)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        if self._closing.is_set():
+            return
+        be_nice(_NICENESS)
+        try:
+            asyncio.run(self._run())
+        except SystemExit as error:  # how uvicorn says that it could not start
+            raise InternalError("the HTTP server could not start") from error
+        if not self._closing.is_set():
+            raise InternalError("the HTTP server ended by itself")
+
+    async def _run(self) -> None:
+        self._server = server = uvicorn.Server(_settings(self._app))
+        if self._closing.is_set():
+            return
+        sampling = asyncio.create_task(self._sample())
+        sampling.add_done_callback(lambda _: _end(server))
+        # a copy: it closes what it is given, and may have to start again
+        with self._socket.dup() as listener:
+            await server.serve([listener])
+        if sampling.done():  # it has failed, and the server has ended with it
+            sampling.result()
+        sampling.cancel()
+
+    async def _sample(self) -> None:
+        """Every few seconds: what happened since. That it goes on says that the thread is well."""
+        while True:
+            try:
+                self._asking.history.take(await self._asking(protocol.Stats()))
+                self._health.well(THREAD)
+            except KVShareError as error:
+                log.info("kvshare: the page has no numbers of this moment: %s", error)
+            await asyncio.sleep(STEP_S)
+
+
+def _end(server: uvicorn.Server) -> None:
+    server.should_exit = True
+
+
+class _Connection(H11Protocol):
+    """One on which nothing is asked ends soon: there are only so many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._silence = self.loop.call_later(_SILENT_S, self._end_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def _end_silent(self) -> None:
+        if getattr(self, "cycle", None) is None:  # until a whole request has come
+            self.transport.close()
+
+
+def _settings(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.ERROR,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_keep_alive=_IDLE_S,
+        timeout_graceful_shutdown=_DRAIN_S,
+    )

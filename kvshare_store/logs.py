@@ -1,0 +1,48 @@
+"""Lines of the log as JSON (`log_format: json`): one line an event, whatever the event is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+LOGGER = "kvshare"
+_PREFIX = f"{LOGGER}: "
+
+
+class JsonLines(logging.Formatter):
+    """`time`, `level`, `thread` and `message`; what `fields` were given; `error`, if there was one.
+
+    Everything that ends a line is escaped.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        said: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "thread": record.threadName,
+            "message": record.getMessage().removeprefix(_PREFIX),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)
+        return json.dumps(said, default=str)
+
+
+def with_fields(**fields: Any) -> dict[str, Any]:
+    """What `extra` of a log call is, so that its line has these fields."""
+    return {"fields": fields}
+
+
+def log_as_json() -> None:
+    """From now on KVShare's lines go to standard error as JSON, whatever else is set up."""
+    log = logging.getLogger(LOGGER)
+    if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    log.addHandler(handler)
+    log.propagate = False

@@ -1,0 +1,72 @@
+"""What a store says of itself: counters, budgets, times, in plain types."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvshare_store.commit.repository import Repository
+from kvshare_store.config import StoreConfig
+from kvshare_store.metrics import OTHERS
+from kvshare_store.version import version
+
+_COUNTERS = (
+    "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
+    "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
+    "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
+    "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
+    "looks_dropped", "looks_declined",
+)  # fmt: skip
+
+
+def stats_of(
+    config: StoreConfig, repository: Repository, *, since: float, staged: int, looks: int
+) -> dict[str, Any]:
+    """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
+    begun; `looks`: edited prompts that wait for an idle engine. Never waits: neither for the lock
+    nor for a first look at the disk."""
+    metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
+    return {
+        "version": version(),
+        "policy": config.policy,
+        "pid": os.getpid(),
+        "since": since,
+        **metrics.counts(_COUNTERS),
+        "declined": metrics.declined,
+        "errors": metrics.errors,
+        "nodes": len(tree),
+        "blocks": tree.block_count,
+        "leases": len(blocks.leases),
+        "reserved": len(blocks.pool.filling()),
+        "staged": staged,
+        "looks_waiting": looks,
+        "tiers": blocks.report(),
+        "moved": metrics.moves(),
+        "evicted": metrics.evictions,
+        "queue": repository.queue.report(),
+        "health": metrics.health.report(),
+        "catalog_bytes": repository.catalog.bytes if repository.catalog is not None else 0,
+        "seconds": metrics.durations(("lookup", "load", "save")),
+        "namespaces": _by_namespace(config, repository),
+    }
+
+
+def _by_namespace(config: StoreConfig, repository: Repository) -> dict[str, dict[str, Any]]:
+    """What each namespace has asked for and holds, by the label of its digest.
+
+    Its `tenant` only where a key proves tenants: else the name is the very salt that lets anybody
+    in.
+    """
+    state, metrics = repository.nodes.state, repository.metrics
+    labelled = [(metrics.label(space.digest), space) for space in state.namespaces]
+    blank = {"tenant": "", "model": "", "nodes": 0, "bytes": 0}
+    found = {label: {**blank, **use} for label, use in metrics.usage().items()}
+    for label, space in labelled:
+        use = found.setdefault(label, {**blank, "requests": {}, "tokens": {}})
+        index = state.index(space.digest)
+        use["nodes"] += 0 if index is None else len(index)
+        use["bytes"] += state.tree.bytes_of(space.digest)
+        if label != OTHERS:
+            use["model"] = space.model
+            use["tenant"] = space.tenant if config.tenant_key else ""
+    return found

@@ -1,0 +1,133 @@
+"""What workers and engines report is added up by vLLM, and told apart by engine."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from kvshare_connectors.vllm import KVShareConnector
+from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tests.support.documents import ROOT, quoted, tables_of
+from tests.support.exposition import Exposed
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def answer(reason: str = "", **tokens: int) -> dict[str, Any]:
+    said = dict.fromkeys(("exact", "continued", "edited", "recomputed"), 0) | tokens
+    return {f"kvshare.{name}": value for name, value in (said | {"reason": reason}).items()}
+
+
+def worker(*seconds: float) -> Any:
+    """As much of a worker's output as vLLM's aggregator looks at."""
+    from vllm.v1.outputs import KVConnectorOutput
+
+    return SimpleNamespace(
+        kv_connector_output=KVConnectorOutput(kv_connector_stats=loads(seconds)),
+        ec_connector_output=None,
+    )
+
+
+def test_loads_of_all_workers_are_observed() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+
+    aggregator = KVOutputAggregator(expected_finished_count=3)
+    outputs = [worker(0.1), worker(), worker(0.2, 0.3)]
+    stats = aggregator.aggregate(outputs).kv_connector_output.kv_connector_stats
+    assert stats.data["loads"] == [0.1, 0.2, 0.3]
+    nothing = aggregator.aggregate([worker(), worker()])
+    assert nothing.kv_connector_output.kv_connector_stats is None
+
+
+def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
+    """Pickled from the workers, as MessagePack to the process that answers `/metrics`."""
+    tally = Tally()
+    tally.ended(answer(exact=5, edited=2, recomputed=3), computed=True)
+    tally.ended(answer(recomputed=7, reason="no_donor"), computed=True)
+    tally.looked_up(0.25)
+    taken = tally.take()
+    assert taken is not None
+    assert tally.take() is None
+    from_worker = pickle.loads(pickle.dumps(loads([0.5])))  # noqa: S301 - our own bytes
+    both = from_worker.aggregate(taken)
+    arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(both.to_dict()))
+    stats = KVShareConnector.build_kv_connector_stats(arrived)
+    assert isinstance(stats, KVShareStats)
+    assert stats.data == {
+        "tokens": {"exact": 5, "continued": 0, "edited": 2, "recomputed": 10},
+        "requests": {"edited": {"": 1}, "miss": {"no_donor": 1}},
+        "lookups": [0.25],
+        "loads": [0.5],
+    }
+    said = stats.reduce()
+    assert (said["KVShare requests"], said["KVShare loads mean (ms)"]) == (2, 500.0)
+    stats.reset()
+    assert stats.is_empty()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> KVSharePromMetrics:
+    """For two engines behind one front end."""
+
+    def inside(kind: Any) -> Any:
+        return lambda *args, **kwargs: kind(*args, **kwargs, registry=registry)
+
+    kinds = {kind: inside(kind) for kind in (Counter, Gauge, Histogram)}
+    engines: dict[int, list[object]] = {0: ["demo", "0"], 1: ["demo", "1"]}
+    config: Any = SimpleNamespace(kv_transfer_config=None)
+    return KVSharePromMetrics(config, kinds, ["model_name", "engine"], engines)
+
+
+def test_engines_are_told_apart(registry: CollectorRegistry, metrics: KVSharePromMetrics) -> None:
+    for engine, tokens in ((0, 3), (1, 5), (1, 5)):
+        tally = Tally()
+        tally.ended(answer(exact=tokens, recomputed=1), computed=True)
+        taken = tally.take()
+        assert taken is not None
+        metrics.observe(taken.to_dict(), engine)
+    metrics.observe(KVShareStats().to_dict(), 0)
+    exposed = Exposed(generate_latest(registry).decode())
+    assert exposed.by("vllm:kvshare_tokens_total", "engine", "kind") == {
+        ("0", "exact"): 3.0, ("0", "recomputed"): 1.0,
+        ("1", "exact"): 10.0, ("1", "recomputed"): 2.0,
+    }  # fmt: skip
+    assert exposed.by("vllm:kvshare_requests_total", "engine", "outcome") == {
+        ("0", "exact"): 1.0,
+        ("1", "exact"): 2.0,
+    }
+    assert exposed.value("vllm:kvshare_load_seconds_count", engine="1", model_name="demo") == 0
+
+
+def test_an_engine_that_is_not_served_says_so() -> None:
+    tally = Tally()
+    tally.unserved("mamba_or_hybrid")
+    taken = tally.take()
+    assert taken is not None
+    assert taken.data["requests"] == {"miss": {"mamba_or_hybrid": 1}}
+
+
+def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
+    tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
+    rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
+    made = (metrics.tokens, metrics.requests, metrics.lookups, metrics.loads)
+    exported = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            tuple(metric._labelnames[2:]),
+            HELP[family.name],
+        )
+        for metric in made
+        for family in metric.collect()
+    }
+    written = {quoted(row[0])[0]: (row[1], tuple(quoted(row[2])), row[3]) for row in rows}
+    assert written == exported

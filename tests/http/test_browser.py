@@ -1,0 +1,172 @@
+"""The page in a real browser, with a real daemon behind it: by mouse, by keyboard, on a phone."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import Decline
+from tests.support.browser import Tab, browser, chromium
+from tests.support.needs import need
+from tests.support.page import PARENT, TENANT, World, world
+
+AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844, "phone": True}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A daemon of this file alone, which changes it."""
+    need(chromium() is not None, "the system's package chromium")
+    with world(tmp_path_factory.mktemp("page")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    need(chromium() is not None, "the system's package chromium")
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+def views(page: World) -> list[str]:
+    digest = page.space.digest
+    return ["/", "/tenants", f"/namespaces/{digest}?whole=true", f"/nodes/{page.child}",
+            "/requests", "/explain?request=1", f"/purge?namespace={digest}"]  # fmt: skip
+
+
+def found_by_axe(tab: Tab) -> list[str]:
+    """What the accessibility checker axe has against the page, and where."""
+    tab.run(AXE.read_text(encoding="utf-8"))
+    found = tab.run("axe.run().then(found => JSON.stringify(found.violations))")
+    return [f"{one['id']}: {node['html'][:200]}" for one in json.loads(found)
+            for node in one["nodes"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("screen", "dark"), [(DESK, False), (PHONE, True)], ids=["desk in light", "phone in the dark"]
+)
+def test_every_view_can_be_read(page: World, tab: Tab, screen: dict[str, Any], dark: bool) -> None:
+    """Nothing is wider than the screen, axe finds nothing, nothing comes from elsewhere, and no
+    prompt has become a script."""
+    tab.look(**screen, dark=dark)
+    for path in views(page):
+        tab.open(page.url + path)
+        tab.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert tab.run("document.documentElement.scrollWidth <= innerWidth"), path
+        assert found_by_axe(tab) == [], path
+        assert "owned" not in tab.run("document.title")
+    assert tab.complaints == []
+    assert [url for url in tab.asked if not url.startswith(page.url)] == []
+
+
+def test_colours_follow_the_system_and_differ_without_colour(page: World, tab: Tab) -> None:
+    looks = {}
+    for dark in (False, True):
+        tab.look(**DESK, dark=dark)
+        tab.open(f"{page.url}/nodes/{page.child}")
+        looks[dark] = {
+            kind: tab.run(
+                f"[getComputedStyle(document.querySelector('.legend .k-{kind}'))].map(it => "
+                "[it.backgroundColor, it.borderBottomStyle, it.borderBottomWidth])[0]"
+            )
+            for kind in ("exact", "continued", "edited", "recomputed")
+        }
+    for kinds in looks.values():
+        assert len({colour for colour, *_ in kinds.values()}) == 4
+        assert len({(style, width) for _, style, width in kinds.values()}) == 4
+    assert looks[False]["exact"][0] != looks[True]["exact"][0]
+
+
+def text(tab: Tab) -> str:
+    return str(tab.run("document.querySelector('main').innerText"))
+
+
+def follow(tab: Tab, label: str) -> None:
+    """Click the one link or button that is called so."""
+    tab.leave_by(
+        "(() => { const found = [...document.querySelectorAll('a, button')].filter(one =>"
+        f" (one.ariaLabel || one.innerText).trim() === {json.dumps(label)});"
+        " if (found.length !== 1) throw Error(`${found.length} are called so`);"
+        " found[0].click(); })()"
+    )
+
+
+def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
+    """From the first view, as somebody would who has not been here before."""
+    tab.look(**DESK)
+    tab.open(page.url + "/")
+    assert "Stored prompts\n3" in text(tab)
+    follow(tab, "Tenants")
+    follow(tab, page.space.digest[:12])
+    follow(tab, page.parent[:12])
+    assert "It has no parent." in text(tab)
+    follow(tab, page.child[:12])
+    assert "14" in text(tab)
+    follow(tab, "Pin")
+    assert "pinned" in text(tab)
+    follow(tab, "Unpin")
+    assert "while there is room" in text(tab)
+    follow(tab, "Explain")
+    prompt = PARENT.replace("bells", "lamps\nand bags")
+    tab.run(f"document.querySelector('#text').value = {json.dumps(prompt)}")
+    tab.run(f"document.querySelector('#namespace').value = {json.dumps(page.space.digest)}")
+    tab.leave_by("document.querySelector('button.main').click()")
+    said = text(tab)
+    assert f"{len(prompt)} tokens of org/<model>" in said
+    assert page.parent[:12] in said
+    assert tab.run("document.querySelector('#text').value") == prompt, "line ends as they were"
+    assert tab.complaints == []
+
+
+def test_the_keyboard_is_enough(page: World, tab: Tab) -> None:
+    tab.look(**DESK)
+    tab.open(page.url + "/")
+    where = "document.activeElement.innerText"
+    tab.press("Tab", 9)
+    assert tab.run(where) == "Skip to the content"
+    assert tab.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    tab.press("Enter", 13)
+    assert tab.run("document.activeElement.id") == "main"
+    tab.open(page.url + "/")
+    seen = []
+    for _ in range(9):
+        tab.press("Tab", 9)
+        seen.append(tab.run(where))
+    assert seen[:6] == ["Skip to the content", "KVShare", "Overview", "Tenants", "Requests",
+                        "Explain"]  # fmt: skip
+
+
+def test_the_overview_keeps_itself_up_to_date(page: World, tab: Tab) -> None:
+    tab.look(**DESK)
+    tab.open(page.url + "/")
+    before = text(tab)
+    with Client(page.daemon.config.home_path) as client:
+        client.call(Decline("late", 9))
+    tab.run("refresh()")
+    assert "Requests\n2" in before
+    assert "Requests\n3" in text(tab)
+    assert tab.run("document.querySelectorAll('#live').length") == 1
+    assert tab.complaints == []
+
+
+def test_a_tenant_is_purged_once_that_is_confirmed(page: World, tab: Tab) -> None:
+    """The last test of this file: the others want what it removes."""
+    tab.look(**PHONE)
+    tab.open(page.url + "/tenants")
+    follow(tab, f"Purge {TENANT}…")
+    assert f"Purge tenant {TENANT}" in text(tab)
+    follow(tab, "No, keep it")
+    assert TENANT in text(tab)
+    follow(tab, f"Purge {TENANT}…")
+    follow(tab, "Purge for good")
+    assert "Removed for good" in text(tab)
+    follow(tab, "To the tenants")
+    assert TENANT not in text(tab)
+    with Client(page.daemon.config.home_path) as client:
+        assert client.stats()["nodes"] == 2

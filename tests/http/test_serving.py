@@ -1,0 +1,163 @@
+"""The thread of the HTTP server: what happens when it fails, and when its daemon is busy."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.server import Server
+from kvshare_store.errors import UnavailableError
+from kvshare_store.http import asking, health, serving
+from kvshare_store.http.address import entrance
+from kvshare_store.http.history import History
+from kvshare_store.http.serving import THREAD, HttpServer
+from kvshare_store.threads import Health
+from tests.support.page import Numb
+from tests.support.stores import SMALL
+
+PATIENCE_S = 30.0
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def numb(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Numb, HttpServer]]:
+    monkeypatch.setattr(serving, "_SILENT_S", 0.2)
+    monkeypatch.setattr(serving, "_DRAIN_S", 0)
+    daemon = Numb()
+    server = HttpServer(daemon, Health(), entrance(daemon.config))
+    yield daemon, server
+    server.close()
+
+
+def get(server: HttpServer, path: str) -> httpx.Response:
+    return httpx.get(server.address.url.rstrip("/") + path, timeout=PATIENCE_S)
+
+
+def test_a_server_that_dies_shows_in_health_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = uvicorn.Server.serve
+    broken = threading.Event()
+    broken.set()
+
+    async def serve(self: uvicorn.Server, sockets: Any = None) -> None:
+        if broken.is_set():
+            raise RuntimeError("no more")
+        await whole(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    daemon, health_ = Numb(), Health()
+    server = HttpServer(daemon, health_, entrance(daemon.config))
+    try:
+        until(lambda: health_.failing(THREAD))
+        assert health_.report()["reasons"] == {THREAD: "RuntimeError: no more"}
+        broken.clear()
+        until(lambda: bool(daemon.asked))
+        assert get(server, "/healthz").status_code == 200
+    finally:
+        server.close()
+
+
+def test_a_server_that_lives_is_well(home: Path) -> None:
+    daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
+    trouble = daemon.store.metrics.health
+    trouble.failed(THREAD, RuntimeError("of a moment ago"))
+    server = HttpServer(daemon, trouble, entrance(daemon.config))
+    daemon.attach(server)
+    try:
+        until(lambda: not trouble.failing(THREAD))
+        assert get(server, "/readyz").json() == {"ready": True, "state": "ok"}
+    finally:
+        daemon.close()
+    with pytest.raises(httpx.ConnectError):
+        get(server, "/healthz")
+    with pytest.raises(UnavailableError):
+        daemon.ask(protocol.Stats())
+
+
+def test_counting_that_fails_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(History, "take", lambda *_: 1 / 0)
+    daemon, health_ = Numb(), Health()
+    server = HttpServer(daemon, health_, entrance(daemon.config))
+    try:
+        until(lambda: bool(daemon.asked))
+        daemon.answers[0].set_result({})
+        until(lambda: health_.failing(THREAD))
+        assert "division by zero" in health_.report()["reasons"][THREAD]
+    finally:
+        server.close()
+
+
+def test_a_bug_is_an_answer_and_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Server(StoreConfig(home=str(home), http="127.0.0.1:0", **SMALL))
+    server = HttpServer(daemon, daemon.store.metrics.health, entrance(daemon.config))
+    daemon.attach(server)
+    try:
+        monkeypatch.setattr(daemon.store.requests, "last", lambda *_, **__: 1 / 0)
+        answer = get(server, "/api/requests")
+        assert (answer.status_code, answer.json()["error"]) == (500, "internal")
+        assert "see its log" in answer.json()["message"]
+        assert daemon.store.metrics.errors == {"internal": 1}
+        assert get(server, "/readyz").status_code == 200
+    finally:
+        daemon.close()
+
+
+def test_who_waits_too_long_is_told_and_wants_no_answer(
+    numb: tuple[Numb, HttpServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, server = numb
+    monkeypatch.setattr(health, "READY_S", 0.1)
+    answer = get(server, "/readyz")
+    assert (answer.status_code, answer.json()["ready"]) == (503, False)
+    monkeypatch.setattr(asking.Asking.__call__, "__defaults__", (0.1,))
+    late = get(server, "/api/requests")
+    assert (late.status_code, late.json()["error"]) == (504, "timeout")
+    until(lambda: all(given_up() for _, given_up in daemon.asked[-2:]))
+
+
+def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
+    daemon, server = numb
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            get(server, "/api/requests")
+        except httpx.HTTPError as error:
+            caught.append(error)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    until(lambda: len(daemon.asked) > 1)
+    server.close()
+    asker.join(PATIENCE_S)
+    assert not asker.is_alive()
+    assert daemon.asked[-1][1](), "whoever works on it is told that nobody wants it"
+
+
+def test_connections_that_say_nothing_keep_nobody_out(numb: tuple[Numb, HttpServer]) -> None:
+    """There are only so many, and half a request is nothing."""
+    _, server = numb
+    silent = [socket.create_connection(server.address) for _ in range(200)]
+    try:
+        for one in silent[::2]:
+            one.sendall(b"GET /healthz HT")
+        until(lambda: get(server, "/healthz").status_code == 200)
+        assert silent[0].recv(1) == silent[1].recv(1) == b"", "ended by the other side"
+    finally:
+        for one in silent:
+            one.close()

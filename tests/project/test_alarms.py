@@ -1,0 +1,103 @@
+"""Alarms are explained, ask for metrics that exist, and fire."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.documents import ROOT, quoted, tables_of
+from tests.support.needs import need
+
+RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+def test_every_alarm_is_explained() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    explained = re.findall(r"^### (KVShare\w+)$", page, re.MULTILINE)
+    assert explained == [rule["alert"] for rule in rules()]
+
+
+def test_alarms_are_of_metrics_that_exist() -> None:
+    tables = tables_of(ROOT / "docs" / "metrics.md", "metric")
+    known = {name for table in tables for row in table[1:] for name in quoted(row[0])}
+    assert len(known) > 40
+    for rule in rules():
+        used = re.findall(r"\b(?:vllm:)?kvshare_\w+", rule["expr"])
+        named = {re.sub(r"_(bucket|sum|count)$", "", name) for name in used}
+        assert named <= known, rule["alert"]
+        assert named or rule["expr"].startswith("up{")
+
+
+FIRING = {
+    "KVShareDown": ("up", {"job": "kvshare"}, "0x30"),
+    "KVShareDegraded": ("kvshare_healthy", {}, "0x30"),
+    "KVShareThreadGone": ("kvshare_thread_alive", {"part": "kvshare-io"}, "0x30"),
+    "KVShareCommitterHangs": ("kvshare_commit_busy_seconds", {}, "0+60x30"),
+    "KVShareJanitorLate": (
+        "kvshare_part_last_success_timestamp_seconds", {"part": "kvshare-janitor"}, "0x30",
+    ),
+    "KVShareSavesRefused": ("kvshare_commit_refused_total", {}, "0x15 1x15"),
+    "KVShareTierNotAsked": (
+        "kvshare_tier_breaker_state", {"tier": "remote", "state": "open"}, "1x30",
+    ),
+    "KVShareDamagedBlocks": ("kvshare_quarantined_blocks_total", {"tier": "disk"}, "0x15 1x15"),
+    "KVShareClientsCutOff": ("kvshare_cut_off_total", {}, "0x15 1x15"),
+    "KVShareEnginesAlone": ("vllm:kvshare_requests_total", {"reason": "unavailable"}, "0+1x30"),
+}  # fmt: skip
+"""A series under which each alarm fires after 20 minutes: name, labels, a value a minute."""
+SLOW = {f'kvshare_lookup_seconds_bucket{{instance="i",le="{le}"}}': f"0+{n}x30"
+        for le, n in (("0.1", 90), ("0.2", 100), ("+Inf", 100))}  # fmt: skip
+
+
+def firing(rule: dict[str, Any]) -> dict[str, Any]:
+    """A test of one alarm in the words of promtool."""
+    name = rule["alert"]
+    if name == "KVShareSlowLookups":
+        series, labels = SLOW, {}
+    else:
+        metric, labels, values = FIRING[name]
+        named = ",".join(f'{key}="{value}"' for key, value in {"instance": "i", **labels}.items())
+        series = {f"{metric}{{{named}}}": values}
+    if name == "KVShareEnginesAlone":  # a sum by instance
+        labels = {}
+    shown = {"instance": "i", **labels}
+    summary = re.sub(
+        r"{{ \$labels\.(\w+) }}", lambda it: shown[it[1]], rule["annotations"]["summary"]
+    )
+    expected = {
+        "exp_labels": {**shown, **rule["labels"]},
+        "exp_annotations": {"summary": summary},
+    }
+    return {
+        "interval": "1m",
+        "input_series": [{"series": key, "values": value} for key, value in series.items()],
+        "alert_rule_test": [{"eval_time": "20m", "alertname": name, "exp_alerts": [expected]}],
+    }
+
+
+def test_every_alarm_fires(tmp_path: Path) -> None:
+    """Prometheus' own tool evaluates the rules over series that are as bad as each alarm says."""
+    need(shutil.which("promtool") is not None, "promtool (package prometheus)")
+    tests = {
+        "rule_files": [str(RULES)],
+        "tests": [firing(rule) for rule in rules()],
+    }
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
+    done = subprocess.run(
+        ["promtool", "test", "rules", tmp_path / "tests.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

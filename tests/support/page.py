@@ -1,0 +1,132 @@
+"""A real daemon with its HTTP server, holding prompts that are full of HTML."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import msgspec
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.namespace import Namespace
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.daemons import START_S, ClientDriver, Daemon
+from tests.support.stores import SMALL
+
+EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+SHOP = "You answer for a bike shop. Today: 3 May. "
+CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs & weighs < {n} kg. " for n in range(1, 12))
+PARENT = f"{SHOP}{EVIL}{CATALOGUE}Do you sell bells?"
+CHILD = PARENT.replace("3 May", "14 May").replace("bells", "locks")
+TENANT = "<i>alice</i>"
+TOKEN = "a-token-of-tests-and-of-nothing-else"
+BEARING = {"authorization": f"Bearer {TOKEN}"}
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer with one token per byte."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({sign: at for at, sign in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tokens_of(space: Namespace, text: str) -> list[int]:
+    """The tokens of a text, as the namespace's tokenizer splits it."""
+    made = Tokenizer.from_file(f"{space.tokenizer}/tokenizer.json")
+    return list(made.encode(text, add_special_tokens=False).ids)
+
+
+class Numb:
+    """A daemon that accepts questions and answers none until it is told to."""
+
+    def __init__(self) -> None:
+        self.config = StoreConfig(http="127.0.0.1:0")
+        self.asked: list[tuple[Any, Callable[[], bool]]] = []
+        self.answers: list[Future[Any]] = []
+
+    def ask(self, message: Any, given_up: Callable[[], bool]) -> Future[Any]:
+        self.answers.append(Future())
+        self.asked.append((message, given_up))
+        return self.answers[-1]
+
+
+class World(NamedTuple):
+    """A daemon, the prompts in it, and how to ask it."""
+
+    daemon: Daemon
+    url: str
+    space: Namespace
+    parent: str
+    child: str
+    foreign: str
+    """A prompt of `TENANT`."""
+
+    def ask(self, method: str, path: str, **how: Any) -> httpx.Response:
+        """One request on a connection of its own."""
+        return httpx.request(method, self.url + path, timeout=30.0, **how)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text, as the world's tokenizer splits it."""
+        return tokens_of(self.space, text)
+
+
+def page_url(daemon: Daemon) -> str:
+    """The address of a daemon's page, from its output, without a slash at the end."""
+    deadline = time.monotonic() + START_S
+    while True:
+        found = re.search(r"the page is on (http://\S+)/\n", daemon.log())
+        if found is not None:
+            return found[1]
+        assert time.monotonic() < deadline, daemon.log()
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def world(folder: Path, **settings: Any) -> Iterator[World]:
+    """A parent, its edited child, a prompt of another tenant; a declined request, and a served one
+    with a hostile name."""
+    home = folder / "home"
+    chosen = SMALL | {"http": "127.0.0.1:0"} | settings
+    config = StoreConfig(home=str(home), **chosen)
+    tokenizer = byte_tokenizer(folder / "tokenizer")
+    space = Namespace("org/<model>", KVLayout(2, 1, 4, "float32"), tokenizer=str(tokenizer))
+    with Daemon(config) as daemon, Client(home) as client:
+        made = World(daemon, page_url(daemon), space, "", "", "")
+        engine = ClientDriver(client, space)
+        parent = engine.save(made.tokens(PARENT))
+        child_tokens = np.asarray(made.tokens(CHILD), np.int32)
+        asked = client.send(plan_request(child_tokens, space, None, 0.0, f"chat-{EVIL}"))
+        plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
+        left = plan.tokens - plan.reused
+        client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, left, seconds=0.2))
+        child = engine.save(child_tokens.tolist(), plan)
+        other = ClientDriver(client, space.for_tenant(TENANT), engine.book)
+        assert other.plan(made.tokens(PARENT)).declined == "empty_store"
+        foreign = other.save(made.tokens(PARENT))
+        client.flush()
+        assert parent is not None
+        assert child is not None
+        assert foreign is not None
+        yield made._replace(parent=parent, child=child, foreign=foreign)
+
+
+def owned_world(folder: Path) -> contextlib.AbstractContextManager[World]:
+    """A world whose daemon wants `TOKEN`."""
+    secret = folder / "token"
+    secret.write_text(TOKEN + "\n")
+    secret.chmod(0o600)
+    return world(folder, http_token=str(secret), log_prompts=True)

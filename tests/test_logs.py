@@ -1,0 +1,76 @@
+"""The log as JSON: one line an event."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.client import Client
+from kvshare_store.logs import JsonLines, log_as_json, with_fields
+from tests.support.daemons import Daemon
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """KVShare's logger, put back as it was."""
+    log = logging.getLogger("kvshare")
+    before = (log.level, log.propagate, list(log.handlers))
+    yield log
+    log.setLevel(before[0])
+    log.propagate, log.handlers = before[1], before[2]
+
+
+def test_an_event_is_a_line(log: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    log_as_json()
+    log_as_json()  # of each engine in a process
+    log.setLevel(logging.INFO)
+    hostile = 'a\nb", "level": "error\u2028\ud800'
+    log.info("kvshare: request %s ended", hostile, extra=with_fields(request=hostile, exact=3))
+    try:
+        raise OSError("disk\nfull")
+    except OSError:
+        log.exception("kvshare: it failed")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["level"], first["request"], first["exact"]) == ("info", hostile, 3)
+    assert first["message"] == f"request {hostile} ended"
+    assert first["time"].endswith("+00:00")
+    assert (second["level"], second["message"]) == ("error", "it failed")
+    assert second["error"].endswith("OSError: disk\nfull")
+
+
+def test_a_value_that_json_does_not_have() -> None:
+    record = logging.makeLogRecord({"msg": "m", "fields": {"path": Path("/tmp"), "at": object}})  # noqa: S108
+    assert json.loads(JsonLines().format(record))["path"] == "/tmp"  # noqa: S108
+
+
+def test_a_daemon_logs_json(config: Callable[..., StoreConfig]) -> None:
+    with Daemon(config(log_format="json")) as daemon:
+        with Client(daemon.config.home_path) as client:
+            client.greet()
+        assert daemon.end() == 0
+        lines = [json.loads(line) for line in daemon.log().splitlines()]
+    assert lines[0]["message"].startswith("serving ")
+    assert {line["level"] for line in lines} == {"info"}
+
+
+def test_what_an_engine_says_of_a_request(
+    log: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm")
+    from types import SimpleNamespace
+
+    from kvshare_connectors.vllm.answers import log_line, show_log_lines
+
+    log_as_json()
+    show_log_lines()
+    state = SimpleNamespace(id="cmpl-1")
+    answer = {"kvshare.exact": 5, "kvshare.reason": "", "kvshare.unknown": ["kvshare.x"]}
+    log_line(state, answer)  # type: ignore[arg-type]
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["event"] == "request"
+    assert (line["request"], line["exact"], line["unknown"]) == ("cmpl-1", 5, ["kvshare.x"])
