@@ -20,6 +20,7 @@ MEASUREMENTS: dict[str, str] = {
     "shapes": "latency.model_shapes",
     "load": "latency.load",
     "answers": "latency.answers",
+    "second-look": "latency.second_look",
     "conversations": "peers.conversations",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",

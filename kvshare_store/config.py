@@ -22,6 +22,7 @@ SemanticMode = Literal["auto", "always", "never"]
 CodecName = Literal["none", "zstd", "planes", "int8", "fp8"]
 WriteMode = Literal["through", "back"]
 EvictionName = Literal["cost", "lru", "s3fifo"]
+SecondLook = Literal["off", "idle"] | float
 HugePages = Literal["auto", "never"]
 LogFormat = Literal["text", "json"]
 
@@ -32,11 +33,13 @@ _SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "
 _POSITIVE = frozenset(
     ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors", "max_nodes",
      "lease_seconds", "plan_deadline_ms", "max_scatter", "remote_timeout_ms", "sync_seconds",
-     "shared_grace_seconds")
+     "shared_grace_seconds", "second_look_tokens")
 )  # fmt: skip
 """Numbers that must not be zero. Only `min_saving_ms` may be negative."""
 _LEAST_BYTES = 2**20
 """A smaller budget would not hold a single block of the smallest models."""
+_LARGEST_SHARE = 0.5
+"""Of a step's tokens, for second looks while requests run."""
 _ENVIRONMENT = "KVSHARE_"
 
 
@@ -132,6 +135,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Shorter prompts are neither looked up nor stored."""
     store_answers: bool = True
     """Store the rows of generated tokens too, once a request has ended."""
+    second_look: SecondLook = "off"
+    """Whether engines compute edited prompts again in full (docs/design/second_look.md): while they
+    are idle, or also, a share of each step's tokens, while nobody waits."""
+    second_look_tokens: int = 256
+    """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
     min_saving_ms: float = 2.0
     """Plans that save less time are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
@@ -190,6 +198,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if not self.home.strip():
             raise ConfigError("home is empty; name a folder")
+        if isinstance(self.second_look, float) and not 0 < self.second_look <= _LARGEST_SHARE:
+            raise ConfigError(
+                f"second_look must be off, idle or a share up to {_LARGEST_SHARE}, "
+                f"got {self.second_look}"
+            )
         for name in ("encryption_key", "tenant_key"):
             value = getattr(self, name)
             if value and not re.match(r"(file|env|command):.*\S", value):
@@ -372,7 +385,9 @@ def _kind(name: str) -> str:
     if get_args(hint) and isinstance(get_args(hint)[0], str):
         return f"one of {', '.join(get_args(hint))}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return either(words[part] for part in get_args(hint) or (hint,) if part in words)
+    parts = get_args(hint) or (hint,)
+    names = (name for part in parts for name in get_args(part))
+    return either((*names, *(words[part] for part in parts if part in words)))
 
 
 def policy_names() -> tuple[str, ...]:

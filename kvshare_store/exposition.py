@@ -199,6 +199,18 @@ FAMILIES: tuple[Family, ...] = (
            _one("answers_stored")),
     Family("kvshare_stored_answer_tokens_total", "counter", "Tokens of these answers", (),
            _one("tokens_answers_stored")),
+    Family("kvshare_stored_edited_prompts_total", "counter", "Prompts that were saved with edited "
+           "rows", (), _one("edited_stored")),
+    Family("kvshare_settled_prompts_total", "counter", "Those whose exact rows were saved later",
+           (), _one("settled")),
+    Family("kvshare_second_looks_total", "counter", "Edited prompts given to idle engines, to be "
+           "computed in full", (), _one("looks")),
+    Family("kvshare_second_looks_dropped_total", "counter", "Those that a request ended early", (),
+           _one("looks_dropped")),
+    Family("kvshare_second_looks_declined_total", "counter", "Edited prompts that no engine "
+           "computes in full", (), _one("looks_declined")),
+    Family("kvshare_second_looks_waiting", "gauge", "Edited prompts that wait for an idle engine",
+           (), _one("looks_waiting")),
     Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),
            _one("staged")),
     # what is there

@@ -14,15 +14,17 @@ _COUNTERS = (
     "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",
     "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
     "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
-    "answers_stored", "tokens_answers_stored",
+    "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
+    "looks_dropped", "looks_declined",
 )  # fmt: skip
 
 
 def stats_of(
-    config: StoreConfig, repository: Repository, *, since: float, staged: int
+    config: StoreConfig, repository: Repository, *, since: float, staged: int, looks: int
 ) -> dict[str, Any]:
     """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
-    begun. Never waits: neither for the lock nor for a first look at the disk."""
+    begun; `looks`: edited prompts that wait for an idle engine. Never waits: neither for the lock
+    nor for a first look at the disk."""
     metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
     return {
         "version": version(),
@@ -37,6 +39,7 @@ def stats_of(
         "leases": len(blocks.leases),
         "reserved": len(blocks.pool.filling()),
         "staged": staged,
+        "looks_waiting": looks,
         "tiers": blocks.report(),
         "moved": metrics.moves(),
         "evicted": metrics.evictions,

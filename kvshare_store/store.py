@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
+from kvshare_store.save.second_looks import End, Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.stats import stats_of
 
@@ -192,6 +193,15 @@ class Store:
         """A client's engine has requests, or none any more. While one has, no text is embedded.
         `reap` of the owner ends it as well."""
         self.text.working(owner, busy)
+
+    def next_look(self, owner: str, namespaces: Collection[str]) -> Look | None:
+        """The edited prompt of these namespaces (digests) that is most worth computing in full,
+        leased to `owner`; None if there is none."""
+        return self.saving.looks.next(owner, namespaces, working=self.text.engines_work)
+
+    def looked(self, owner: str, node: str, stamp: int, end: End) -> None:
+        """An engine has ended what `next_look` gave it."""
+        self.saving.looks.ended(owner, node, stamp, end)
 
     def observe(self, model: str, tokens: int, seconds: float, *, far: bool = False) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -361,6 +371,7 @@ class Store:
         with self.nodes.lock:
             self._serving.reap(dead)
             self.saving.reap(dead)
+            self.saving.looks.reap(dead)
         self.text.gone(dead)
         for owner in dead:
             self._failures.pop(owner, None)
@@ -382,7 +393,8 @@ class Store:
 
         Never waits: neither for the lock nor for a first look at the disk.
         """
-        return stats_of(self.config, self.repository, since=self._since, staged=len(self.saving))
+        staged, looks = len(self.saving), len(self.saving.looks)
+        return stats_of(self.config, self.repository, since=self._since, staged=staged, looks=looks)
 
     def close(self) -> None:
         """Finish what is queued and release the home. Everything committed stays."""

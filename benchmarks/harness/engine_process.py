@@ -67,6 +67,9 @@ class Commands(engine.Commands):
                 prompt = TokensPrompt(prompt_token_ids=tokens, cache_salt=options["salt"])
                 self._engine.add_request(name, prompt, sampling.clone())
             if not self._engine.has_unfinished_requests():
+                if self._looks():
+                    self._engine.step()
+                    continue
                 time.sleep(max(0.0, waiting[-1][1][0] - (time.perf_counter() - start)))
                 continue
             for output in self._engine.step():
@@ -77,6 +80,24 @@ class Commands(engine.Commands):
         seconds = time.perf_counter() - start
         self._engine.step()
         return {"ttfts": [ttfts[name] for name in due], "seconds": seconds}
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._engine.engine_core.engine_core.scheduler
+
+    def _looks(self) -> bool:
+        """Whether an idle server would make steps now, for second looks."""
+        on = getattr(self._scheduler, "_looks", None) is not None
+        return on and bool(self._scheduler.has_requests())
+
+    def look(self) -> float:
+        """Be idle until a second look has ended and its rows are stored; seconds until then."""
+        start, begun = time.perf_counter(), False
+        while self._looks() and not (begun and self._scheduler._look is None):
+            self._engine.step()
+            begun = begun or self._scheduler._look is not None
+        self.settle()
+        return time.perf_counter() - start
 
     def settle(self) -> bool:
         """Wait until what KVShare saves in the background has reached the daemon."""

@@ -96,6 +96,11 @@ class Engine(EngineProcess):
         """Empty the engine's own prefix cache."""
         self._do("forget")
 
+    def look(self) -> float:
+        """KVShare only: be idle until a second look has ended and its rows have reached the daemon;
+        seconds until then."""
+        return float(self._do("look"))
+
     def settle(self) -> None:
         """KVShare only: wait until everything saved has reached the daemon."""
         self._do("settle")

@@ -193,7 +193,7 @@ def _target(at_once: Phase) -> tuple[str, str, bool]:
 
 
 def row_of(phase: Phase, arm: str) -> list[Cell]:
-    ours, plain = _summary(phase.replayed[arm].ttfts), _summary(phase.replayed["plain"].ttfts)
+    ours, plain = summary(phase.replayed[arm].ttfts), summary(phase.replayed["plain"].ttfts)
     middle, _, slow = ours
     return [
         phase.name, "-" if phase.load == _AT_ONCE else phase.rate, arm, phase.served(arm),
@@ -202,7 +202,7 @@ def row_of(phase: Phase, arm: str) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _summary(ttfts: list[float]) -> tuple[float, float, float]:
+def summary(ttfts: list[float]) -> tuple[float, float, float]:
     """p50, mean and p99."""
     ranked = sorted(ttfts)
     return median(ranked), mean(ranked), ranked[round(0.99 * (len(ranked) - 1))]

@@ -26,8 +26,8 @@ _ANSWER_S = 5.0
 _RECENT_PROMPTS = 256
 """How many of the prompts used last are asked for their model."""
 _OWN = (
-    "home", "device_bytes", "plan_deadline_ms", "start_daemon", "store_answers",
-    "tenant_key",
+    "home", "device_bytes", "plan_deadline_ms", "second_look", "second_look_tokens", "start_daemon",
+    "store_answers", "tenant_key",
     "connect", "tls_cert", "tls_key", "tls_server", "listen", "tls_clients", "tls_roles",
 )  # fmt: skip
 """Settings that belong to the engine, not to its daemon."""

@@ -17,6 +17,7 @@ from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.answers import answer_of, log_line, show_log_lines
 from kvshare_connectors.vllm.arrivals import Arrivals
 from kvshare_connectors.vllm.idle import Unserved
+from kvshare_connectors.vllm.looks import Looks
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.metrics import Tally
@@ -66,6 +67,7 @@ class Planning:
         self.announcer = announcer
         self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
+        self.looks = Looks(config, link) if config.second_look != "off" else None
         self.namespace = self._origin = namespace
         self.link = link
         self._block = block
@@ -111,7 +113,8 @@ class Planning:
         if state is None:
             state = self._arrivals.state_of(request, self.namespace, self._unserved)
             self.states[state.id] = state
-            state.trace = self.trace_of(request) if self.trace_of is not None else None
+            if self.trace_of is not None and not self._looks_at(request):
+                state.trace = self.trace_of(request)
             self.link.working(True)
             if state.declined:
                 self.link.tell(protocol.Decline(state.declined, state.length))
@@ -136,12 +139,17 @@ class Planning:
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
         computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
-        self.tally.ended(answer, computed=computed)
-        if self.config.log_requests:
-            log_line(state, answer)
+        if not self._looks_at(request):
+            self.tally.ended(answer, computed=computed)
+            if self.config.log_requests:
+                log_line(state, answer)
         if state.trace is not None:
             state.trace.end(answer)
         return answer
+
+    def _looks_at(self, request: Request) -> bool:
+        """Whether it is nobody's request but a second look."""
+        return self.looks is not None and self.looks.made(request)
 
     def _stop_waiting(self, state: RequestState) -> None:
         """No more runs of a parked request are computed: let vLLM go on with it."""

@@ -22,6 +22,9 @@ else:
 class Recovery(Scheduler):
     """Mixin over a vLLM scheduler; without a KVShare connector it changes nothing."""
 
+    _hurries = False
+    """No step waits for plans, although there is no other work."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._meaningless_reports: Counter[str] = Counter()
@@ -30,6 +33,11 @@ class Recovery(Scheduler):
     def _planning(self) -> Planning | None:
         connector = ours(self.connector)
         return connector.planning if connector is not None else None
+
+    def _need(self, request: Request) -> int:
+        """Tokens that the next step could compute of it."""
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        return int(known - request.num_computed_tokens)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvshare_connectors.vllm.beside import check_failure_policy, keeps_rows_by_tokens, ours
+from kvshare_connectors.vllm.looking import Looking
 from kvshare_connectors.vllm.lookups import LOOK_AHEAD
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.placing import Room, add_row, metadata_of
@@ -78,7 +79,7 @@ class VirtualRows(Recovery):
         reserved = min(sum(parked), max(free, total // 2) - 1) if parked and rows > 0 else 0
         reserved_rows = min(len(parked), max(rows, 0))
         free, rows = free - reserved, rows - reserved_rows
-        busy = bool(self.running) or bool(parked)
+        busy = self._hurries or bool(self.running) or bool(parked)
         for state in planning.look_ahead(self._fresh_heads(), busy=busy):
             runs = state.plan.placeholders() if state.plan is not None else []
             placeholders = sum(run.length for run in runs)
@@ -91,10 +92,6 @@ class VirtualRows(Recovery):
                 reserved, free = reserved + placeholders, free - placeholders
                 reserved_rows, rows = reserved_rows + len(runs), rows - len(runs)
         return reserved, reserved_rows
-
-    def _need(self, request: Request) -> int:
-        known = request.num_tokens_with_spec + request.num_output_placeholders
-        return int(known - request.num_computed_tokens)
 
     def _fresh_heads(self) -> list[Request]:
         """The first requests of the queue that this step may admit."""
@@ -189,9 +186,9 @@ def _is_fresh(request: Request) -> bool:
     return request.num_computed_tokens == 0 and request.status == RequestStatus.WAITING
 
 
-class KVShareScheduler(VirtualRows, Scheduler):
-    """vLLM's scheduler with partial prefill."""
+class KVShareScheduler(Looking, VirtualRows, Scheduler):
+    """vLLM's scheduler with partial prefill and second looks."""
 
 
-class KVShareAsyncScheduler(VirtualRows, AsyncScheduler):
-    """vLLM's asynchronous scheduler (the default on GPU) with partial prefill."""
+class KVShareAsyncScheduler(Looking, VirtualRows, AsyncScheduler):
+    """vLLM's asynchronous scheduler (the default on GPU) with the same."""

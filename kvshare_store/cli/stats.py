@@ -66,6 +66,17 @@ def headline(home: str, stats: Counts) -> str:
         f"{stats['leases']:,} leases; "
         f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored, "
         f"{stats['answers_stored']:,} answers of {stats['tokens_answers_stored']:,} tokens"
+        + settled(stats)
+    )
+
+
+def settled(stats: Counts) -> str:
+    """How many edited prompts became exact, if any was stored."""
+    edited, exact = stats.get("edited_stored", 0), stats.get("settled", 0)
+    return (
+        f"; {exact:,} of {edited:,} edited prompts settled ({share(exact, edited)})"
+        if edited
+        else ""
     )
 
 

@@ -53,6 +53,12 @@ class Handling:
             protocol.Working: lambda message, client: self._store.working(
                 client.owner, message.busy
             ),
+            protocol.NextLook: lambda message, client: self._store.next_look(
+                client.owner, message.namespaces
+            ),
+            protocol.Looked: lambda message, client: self._store.looked(
+                client.owner, message.node, message.stamp, message.end
+            ),
             protocol.Stage: self._stage,
             protocol.ReadRows: lambda message, _: read_rows(self._store, message),
             protocol.WriteRows: lambda message, client: self.inboxes.write(

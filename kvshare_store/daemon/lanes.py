@@ -55,6 +55,8 @@ _LANES: dict[type, str] = {
             protocol.Finish,
             protocol.Observe,
             protocol.Working,
+            protocol.NextLook,  # behind what the engine said of its work
+            protocol.Looked,
             protocol.Failed,
         ),
         "notes",

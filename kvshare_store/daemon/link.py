@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import msgspec
 
@@ -82,6 +83,21 @@ class Link:
 
     def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:
         """The plan, or None if it failed; `DeadlineError` if it is not there after `seconds`."""
+        reply = self.reply(request_id, seconds)
+        return None if reply is None else msgspec.convert(reply, ReusePlan)
+
+    def question(self, message: protocol.Request) -> bytes | None:
+        """Ask something else; None if the daemon is away. `reply` has the answer."""
+        if not self.client.connected or time.monotonic() < self._paused_until:
+            return None
+        try:
+            return self.client.send(message)
+        except KVShareError as error:
+            self._gone(error)
+            return None
+
+    def reply(self, request_id: bytes, seconds: float) -> Any:
+        """The answer, or None if it failed; `DeadlineError` if it is not there after `seconds`."""
         try:
             reply = self.client.receive(request_id, seconds)
         except DeadlineError:
@@ -89,10 +105,14 @@ class Link:
         except KVShareError as error:
             if not self.client.connected:
                 self._gone(error)
-            log.debug("kvshare: a lookup failed: %s", error)
+            log.debug("kvshare: a request to the daemon failed: %s", error)
             return None
         self._well()
-        return msgspec.convert(reply, ReusePlan)
+        return reply
+
+    def forget(self, request_id: bytes) -> None:
+        """Nobody wants that answer any more."""
+        self.client.forget(request_id)
 
     def give_up(self, request_id: bytes) -> None:
         """The plan came too late for its request."""

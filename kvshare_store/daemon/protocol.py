@@ -17,6 +17,7 @@ from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
+from kvshare_store.save.second_looks import End
 from kvshare_store.save.staging import Reuse
 
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
@@ -105,6 +106,24 @@ class Working(msgspec.Struct, frozen=True, tag="working"):
     """
 
     busy: bool
+
+
+class NextLook(msgspec.Struct, frozen=True, tag="next_look"):
+    """The engine is idle: which edited prompt shall it compute in full? Reply: `Look` or None.
+
+    The prompt belongs to the engine until it says `Looked`, or for `LOOK_SECONDS`.
+    """
+
+    namespaces: Ids
+    """Digests of those whose prompts it can compute."""
+
+
+class Looked(msgspec.Struct, frozen=True, tag="looked"):
+    """The engine has ended a look. Reply: None."""
+
+    node: str
+    stamp: int
+    end: End
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
@@ -347,8 +366,8 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Request = (
-    Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | Stage
-    | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | Branch
+    Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook | Looked
+    | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | Branch
     | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget | Held | NodesOf
     | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
 )  # fmt: skip

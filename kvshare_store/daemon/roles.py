@@ -17,7 +17,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 _STORING = (
     protocol.Stage, protocol.WriteRows, protocol.Commit, protocol.Abandon, protocol.Forget,
-    protocol.Flush,
+    protocol.Flush, protocol.NextLook, protocol.Looked,
 )  # fmt: skip
 _RULING = (
     protocol.Clear, protocol.Pin, protocol.Evict, protocol.Export, protocol.Import,

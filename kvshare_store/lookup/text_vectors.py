@@ -100,6 +100,12 @@ class TextVectors:
             (self.busy.add if busy else self.busy.discard)(owner)
             self._disturb()
 
+    @property
+    def engines_work(self) -> bool:
+        """Whether the engine of any client has requests."""
+        with self._wake:
+            return bool(self._busy)
+
     def gone(self, owners: set[str]) -> None:
         """Clients that ended work no more."""
         with self._wake:

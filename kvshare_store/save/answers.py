@@ -30,7 +30,7 @@ class Answers:
         """By id of a node that was replaced: the node that replaced it."""
 
     def now(self, node: str) -> Node | None:
-        """The node of this id, or the longer one that replaced it and begins with the same rows."""
+        """The node of this id, or the one that replaced it and begins with the same tokens."""
         with self._nodes.lock:
             while node not in self._nodes.tree and node in self._longer:
                 node = self._longer[node]
@@ -80,10 +80,14 @@ class Answers:
         with self._nodes.lock:
             if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
                 return
-            self._longer[base.id] = node
-            if len(self._longer) > _REMEMBERED:
-                del self._longer[next(iter(self._longer))]
+            self.replaced(base.id, node)
             self._nodes.remove([base.id])
+
+    def replaced(self, node: str, by: str) -> None:
+        """A node is about to leave the tree: this one has its place. Hold the lock."""
+        self._longer[node] = by
+        if len(self._longer) > _REMEMBERED:
+            del self._longer[next(iter(self._longer))]
 
     def _replaceable(self, base: Node, save: Save) -> bool:
         """Whether the answer's node has everything that the base has, and nothing needs the base

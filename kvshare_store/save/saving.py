@@ -25,6 +25,7 @@ from kvshare_store.rates import Rates
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
+from kvshare_store.save.second_looks import SecondLooks
 from kvshare_store.save.staging import (
     Reuse,
     RowSource,
@@ -52,6 +53,7 @@ class Saving:
         self._metrics = metrics
         self._answers = Answers(nodes)
         self._rates = Rates(config.saves_per_second)
+        self.looks = SecondLooks(nodes, self._answers, metrics)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
@@ -253,14 +255,23 @@ class Saving:
             filled = fresh.pop()
             self._pool.seal(filled.offset, filled.name, filled.block)
         self._nodes.add(node, vectors)
-        edited = self._nodes.tree.get(node_id(node.namespace, save.tokens, False))
-        if node.exact and edited is not None and not edited.pinned:
-            self._nodes.remove([edited.id])
+        self._settle(node)
         self._answers.stored(save, node.id)
+        if not node.exact and node.id in self._nodes.tree:
+            self.looks.stored(node, save.base, adapter=bool(save.namespace.lora))
         if save.extends:
             self._metrics.add("answers_stored")
             self._metrics.add("tokens_answers_stored", node.length - save.extends)
         self._metrics.add("bytes_stored", nbytes)
+
+    def _settle(self, node: Node) -> None:
+        """An exact node takes the place of the edited one of the same tokens. Hold the lock."""
+        edited = self._nodes.tree.get(node_id(node.namespace, node.tokens, False))
+        if node.exact and edited is not None:
+            self.looks.settled(edited)
+            if not edited.pinned:
+                self._answers.replaced(edited.id, node.id)
+                self._nodes.remove([edited.id])
 
 
 class _Filled(msgspec.Struct):

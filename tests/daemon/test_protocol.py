@@ -30,6 +30,8 @@ MESSAGES = [
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Observe(512, 0.25, "model"),
     protocol.Working(True),
+    protocol.NextLook(("ab",)),
+    protocol.Looked("ab", 7, "dropped"),
     protocol.Stage(NAMESPACE, b"1234", REUSE, 1),
     protocol.WriteRows("save", 7, b"rows"),
     protocol.Commit("save"),

@@ -103,6 +103,43 @@ def scheduling_ahead() -> Iterator[None]:
         yield
 
 
+def arguments(
+    home: Path, kvshare: dict[str, Any], *, ahead: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Of `LLM` with KVShare."""
+    extra = {
+        "kvshare.home": str(home),
+        "kvshare.semantic": "never",
+        "kvshare.host_bytes": "512MiB",
+        "kvshare.min_saving_ms": -1e9,  # whatever a busy machine has measured
+        "kvshare.plan_deadline_ms": 10_000,
+        "kvshare.idle_exit_s": 5,
+    }
+    extra |= {f"kvshare.{name}": value for name, value in kvshare.items()}
+    scheduler = "KVShareAsyncScheduler" if ahead else "KVShareScheduler"
+    defaults = {
+        "model": str(prepare_model()),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 64,
+        "block_size": BLOCK,
+        "kv_cache_memory_bytes": 512 << 20,
+        "enable_prefix_caching": False,
+        "max_logprobs": 50,
+        "scheduler_cls": f"kvshare_connectors.vllm.{scheduler}",
+        "kv_transfer_config": {
+            "kv_connector": "KVShareConnector",
+            "kv_connector_module_path": "kvshare_connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": extra,
+        },
+    }
+    return defaults | settings
+
+
 class Engine:
     """`LLM` with KVShare. One at a time in a process; `close` it, unless it is a `kept_engine`.
 
@@ -130,38 +167,8 @@ class Engine:
         self.home = home
         self._ids = itertools.count()
         self._answers: dict[str, list[Answer]] = {}
-        extra = {
-            "kvshare.home": str(home),
-            "kvshare.semantic": "never",
-            "kvshare.host_bytes": "512MiB",
-            "kvshare.min_saving_ms": -1e9,  # whatever rates a busy machine measured
-            "kvshare.plan_deadline_ms": 10_000,
-            "kvshare.idle_exit_s": 5,
-        }
-        extra |= {f"kvshare.{name}": value for name, value in (kvshare or {}).items()}
-        scheduler = "KVShareAsyncScheduler" if ahead else "KVShareScheduler"
-        defaults = {
-            "model": str(prepare_model()),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 2048,
-            "max_num_batched_tokens": 2048,
-            "max_num_seqs": 64,
-            "block_size": BLOCK,
-            "kv_cache_memory_bytes": 512 << 20,
-            "enable_prefix_caching": False,
-            "max_logprobs": 50,
-            "scheduler_cls": f"kvshare_connectors.vllm.{scheduler}",
-            "kv_transfer_config": {
-                "kv_connector": "KVShareConnector",
-                "kv_connector_module_path": "kvshare_connectors.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": extra,
-            },
-        }
         with scheduling_ahead() if ahead else nullcontext():
-            self.llm = LLM(**(defaults | settings))
+            self.llm = LLM(**arguments(home, kvshare or {}, ahead=ahead, **settings))
         self.core = self.llm.llm_engine
         self.client = Client(home, timeout=PATIENCE_S)
         self.steps: list[Step] = []

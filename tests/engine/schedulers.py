@@ -21,6 +21,7 @@ from kvshare_connectors.vllm.requests import granted
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.save.second_looks import Look
 from kvshare_store.tensors.layout import KVLayout
 from tests.engine.harness import BLOCK, scheduling_ahead
 
@@ -63,6 +64,17 @@ class FakeLink:
         self.told: list[Any] = []
         self.busy: list[bool] = []
         self.given_up = 0
+        self.looks: list[Look] = []
+        """What is given to an idle engine, one after the other."""
+
+    def question(self, message: Any) -> bytes:
+        self.told.append(message)
+        return b"question"
+
+    def reply(self, request_id: bytes, seconds: float) -> Any:
+        return (
+            msgspec.to_builtins(self.looks.pop(0), builtin_types=(bytes,)) if self.looks else None
+        )
 
     def ask(
         self, tokens: Any, namespace: Namespace, policy: str | None, request: str

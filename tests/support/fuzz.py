@@ -50,6 +50,8 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Decline("late", 40),
     protocol.EngineCached(32),
     protocol.Working(True),
+    protocol.NextLook(("ab",)),
+    protocol.Looked("ab", 7, "dropped"),
     protocol.Observe(512, 0.25),
     protocol.Failed("timeout"),
     protocol.Stats(),

@@ -1,0 +1,183 @@
+"""The second look: how soon an edited prompt is exact, and what it costs requests under load.
+
+Two engines with KVShare serve the same requests in turn, one of them with `second_look: idle`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import uuid
+from collections.abc import Iterator
+from copy import deepcopy
+from random import Random
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.progress import track
+
+from benchmarks.data.edited_prompts import Texts
+from benchmarks.harness.engines import (
+    Arm,
+    Engine,
+    Home,
+    Replayed,
+    engine_settings,
+    in_turn,
+    rest,
+    started,
+    temporary_home,
+)
+from benchmarks.harness.models import model_folder, model_name
+from benchmarks.harness.result import Cell, Options, Result
+from benchmarks.latency.load import Traffic, summary, traffic
+
+_ARMS = ("off", "idle")
+_PROMPT = 2_000
+_ANSWER = 8
+_LOADS = (0.5, 0.8, 1.1)
+_SLOWER, _EXTRA_S = 1.2, 1.0
+"""An edited prompt is to be exact within so many times its prefill, plus so many seconds."""
+_COST = 1.02
+"""What requests under load may take, times what they take without."""
+
+
+class _Settled(NamedTuple):
+    """One edited prompt on an idle engine; seconds."""
+
+    prefill_s: float
+    """Of as many new tokens, computed in full at once."""
+    exact_s: float
+    """From its answer until its exact rows are stored."""
+
+
+def measure(options: Options) -> Result:
+    """Edited prompts one by one, then the same traffic with both engines at several rates."""
+    random = Random(options.seed)
+    texts = Texts(_random_text(random))
+    with temporary_home(semantic="never") as home:
+        settings = {name: _settings(options, home, name) for name in _ARMS}
+        with started(settings, dict.fromkeys(settings, sys.executable)) as engines:
+            trials = options.size(12, 4)
+            settled = [
+                _settle(engines["idle"], home, texts) for _ in track(range(trials), "Prompts")
+            ]
+            loads = (0.8,) if options.short else _LOADS
+            count = options.size(200, 40)
+            served = _under_load(engines, home, traffic(texts, count, random), loads)
+    return _result(settled, served, count, options)
+
+
+def _random_text(random: Random) -> Iterator[list[int]]:
+    while True:
+        yield [random.randrange(1_000, 40_000) for _ in range(1_000)]
+
+
+def _settings(options: Options, home: Home, second_look: str) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`."""
+    arm = Arm(caching=True, kvshare=True)
+    settings = deepcopy(engine_settings(str(model_folder(options)), arm, home))
+    extra = settings["kv_transfer_config"]["kv_connector_extra_config"]
+    extra["kvshare.second_look"] = second_look
+    return settings
+
+
+def _settle(engine: Engine, home: Home, texts: Texts) -> _Settled:
+    """A prompt with one edit near its beginning, whose donor was stored before."""
+    salt, donor = uuid.uuid4().hex, texts.take(_PROMPT)
+    engine.forget()
+    engine.ask(donor, salt, max_tokens=_ANSWER)
+    rest(engine, home)
+    prefill_s = engine.ask(texts.take(_PROMPT), salt, policy="off").ttft_s
+    edited = [*donor[:64], *texts.take(32), *donor[96:]]
+    answer = engine.ask(edited, salt, max_tokens=_ANSWER)
+    before = home.stats()["settled"]
+    exact_s = engine.look()
+    if not answer.report.get("edited") or home.stats()["settled"] == before:
+        raise RuntimeError(f"no edited prompt was settled: {answer.report}")
+    return _Settled(prefill_s, exact_s)
+
+
+def _under_load(
+    engines: dict[str, Engine], home: Home, sent: Traffic, loads: tuple[float, ...]
+) -> dict[float, dict[str, Replayed]]:
+    """The traffic by load and arm. 1.0 is what the engine without second looks serves at once."""
+    at_once = _serve(engines["off"], home, sent, math.inf)
+    full = len(at_once.ttfts) / at_once.seconds
+    found: dict[float, dict[str, Replayed]] = {}
+    for turn, load in enumerate(track(loads, "Rates")):
+        found[load] = {
+            arm: _serve(engines[arm], home, sent, load * full) for arm in in_turn(_ARMS, turn)
+        }
+    return found
+
+
+def _serve(engine: Engine, home: Home, sent: Traffic, rate: float) -> Replayed:
+    """Donors first, then the traffic."""
+    engine.forget()
+    salt = uuid.uuid4().hex
+    for donor in sent.donors:
+        engine.ask(donor, salt)
+    rest(engine, home)
+    replayed = engine.replay([at / rate for at in sent.arrivals], sent.prompts, salt, _ANSWER)
+    rest(engine, home)
+    return replayed
+
+
+def _result(
+    settled: list[_Settled],
+    served: dict[float, dict[str, Replayed]],
+    count: int,
+    options: Options,
+) -> Result:
+    goal = [one.exact_s <= _SLOWER * one.prefill_s + _EXTRA_S for one in settled]
+    costs = {load: _p50(arms["idle"]) / _p50(arms["off"]) for load, arms in served.items()}
+    return Result(
+        name="second-look",
+        title="How soon edited prompts are exact, and what that costs requests",
+        n={"edited prompts": len(settled), "requests per rate and arm": count},
+        seed=options.seed,
+        model=model_name(options),
+        noise_floor="none: each arm serves each rate once",
+        columns=["what", "second_look", "prefill s", "exact after s", "served/s", "p50 ms",
+                 "p99 ms"],
+        rows=[
+            ["idle", "idle", median(one.prefill_s for one in settled),
+             median(one.exact_s for one in settled), None, None, None],
+            *(_row(load, arm, served[load][arm]) for load in served for arm in _ARMS),
+        ],
+        paper="not measured",
+        notes=[
+            f"edited prompts: {_PROMPT:,} random tokens, of which 32 near the beginning are new; "
+            f"{_ANSWER} are generated; time runs from the last token of the answer until the exact "
+            "rows are stored, 0.2 s of waiting for further requests included",
+            "load is the share of what the engine without second looks serves when all requests "
+            "are there at once; half of them have most tokens in common with a stored prompt",
+            "engine and daemon share the machine's cores",
+        ],
+        targets=[
+            (f"exact within {_SLOWER:g} x prefill + {_EXTRA_S:g} s", f"{sum(goal)} of {len(goal)}",
+             all(goal)),
+            *(
+                (f"p50 at load {load:.0%} / without second looks", f"{cost:.3f}", cost <= _COST)
+                for load, cost in costs.items()
+            ),
+        ],
+        series={
+            "settled": [list(one) for one in settled],
+            "ttfts": [
+                {"load": load, **{arm: one.ttfts for arm, one in arms.items()}}
+                for load, arms in served.items()
+            ],
+        },
+    )  # fmt: skip
+
+
+def _p50(replayed: Replayed) -> float:
+    return summary(replayed.ttfts)[0]
+
+
+def _row(load: float, arm: str, replayed: Replayed) -> list[Cell]:
+    middle, _, slow = summary(replayed.ttfts)
+    rate = len(replayed.ttfts) / replayed.seconds
+    return [f"load {load:.0%}", arm, None, None, rate, round(middle * 1e3), round(slow * 1e3)]

@@ -1,0 +1,223 @@
+"""The second look in the scheduler: requests of its own, which nobody outside hears of.
+
+They begin while there is no other request and end when one comes. docs/design/second_look.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvshare_connectors.vllm.beside import all_of
+from kvshare_connectors.vllm.looks import Looks
+from kvshare_connectors.vllm.placing import metadata_of
+from kvshare_connectors.vllm.recovery import Recovery
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+
+log = logging.getLogger("kvshare")
+
+_COMPUTED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+class Looking(Recovery):
+    """Mixin over a vLLM scheduler; it changes nothing unless `second_look` is on."""
+
+    _look: Request | None = None
+    """The prompt that is computed in full."""
+    _looks: Looks | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        planning = self._planning()
+        if planning is None or planning.looks is None:
+            return
+        if reason := _cannot_look(self.vllm_config, alone=len(all_of(self.connector)) == 1):
+            log.warning("kvshare: second_look is off here: %s", reason)
+            return
+        self._looks = planning.looks
+        if self.vllm_config.shutdown_timeout:
+            self._looks.spell_s = self.vllm_config.shutdown_timeout / 2
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        looks = self._looks
+        if looks is None:
+            return super().schedule(*args, **kwargs)
+        if self._taken(looks.share):
+            self._drop()
+            looks.disturbed()
+        elif self._look is None:
+            self._begin(looks)
+        if self._look is None:
+            return super().schedule(*args, **kwargs)
+        return self._look_on(self._look, looks, *args, **kwargs)
+
+    def _others(self) -> int:
+        """Requests besides the look."""
+        return len(self.requests) - (self._look is not None)
+
+    def _taken(self, share: float) -> bool:
+        """Whether the step belongs to requests alone: one waits, or one runs and no `share` of the
+        tokens is for looks."""
+        if self.pause_state != PauseState.UNPAUSED:
+            return True
+        _, waiting = self.get_request_counts()
+        return waiting > 0 if share else self._others() > 0
+
+    def _begin(self, looks: Looks) -> None:
+        look = looks.next(idle=not self._others())
+        if look is None:
+            return
+        if look.num_prompt_tokens >= self.max_model_len:
+            looks.ended("declined")
+            return
+        self._look = look
+        super().add_request(look)
+
+    def _look_on(self, look: Request, looks: Looks, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """A step with some tokens of the look, not counted."""
+        tokens, manager = self.max_num_scheduled_tokens, self.kv_cache_manager
+        stats, counts = self.connector_prefix_cache_stats, manager.log_stats
+        self.max_num_scheduled_tokens = self._budget(look, looks)
+        self.connector_prefix_cache_stats, manager.log_stats = None, False
+        self._hurries = True
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = tokens
+            self.connector_prefix_cache_stats, manager.log_stats = stats, counts
+            self._hurries = False
+        metadata_of(output).prefilled = 0  # a short step does not say how fast prefill is
+        planning = self._planning()
+        state = planning.find(look) if planning is not None else None
+        answered = state is None or state.looked_up
+        if look.status != RequestStatus.RUNNING and answered:
+            self._drop()  # vLLM has no blocks for it
+            looks.rest()
+        return output
+
+    def _budget(self, look: Request, looks: Looks) -> int:
+        """Tokens of a step: what others need, and few for the look, none while some are in flight.
+
+        vLLM serves running requests in order, so the look goes behind the others.
+        """
+        total, others = self.max_num_scheduled_tokens, [r for r in self.running if r is not look]
+        mine = min(looks.tokens, int(looks.share * total)) if others else looks.tokens
+        if look in self.running:
+            self.running = [*others, look]
+        need = sum(self._need(request) for request in others)
+        return min(total, need + (0 if look.num_in_flight_tokens else mine))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        look = self._look
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if look is not None:
+            _hide(outputs, look.request_id)
+        return outputs
+
+    # --- requests come and go ----------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        self._drop()
+        super().add_request(request)
+        planning = self._planning()
+        if self._looks is not None and planning is not None:
+            self._looks.arrived(request, planning.find(request))
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        if request_ids is not None or self._looks is None:
+            return super().finish_requests(request_ids, finished_status)
+        self._drop()
+        found = super().finish_requests(None, finished_status)
+        self._looks.rest()
+        return found
+
+    def _drop(self) -> None:
+        """End the look as it is: its blocks are free, and nothing of it is stored."""
+        if self._look is not None:
+            super().finish_requests(self._look.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        planning, looks = self._planning(), self._looks
+        if looks is None or planning is None:
+            return super()._free_request(request, *args, **kwargs)
+        if request is not self._look:
+            looks.served(planning.find(request))
+            return super()._free_request(request, *args, **kwargs)
+        self._look = None
+        found = super()._free_request(request, *args, **kwargs)
+        if self.finished_req_ids_dict is not None:  # what frontends are told
+            told = self.finished_req_ids_dict[request.client_index]
+            told.discard(request.request_id)
+            if not told:
+                del self.finished_req_ids_dict[request.client_index]
+        looks.ended("computed" if request.status in _COMPUTED else "dropped")
+        return found
+
+    # --- what vLLM asks and says -------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        looks = self._looks
+        quiet = self.pause_state == PauseState.UNPAUSED and not self._others()
+        return (looks is not None and looks.curious and quiet) or super().has_requests()
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()
+        if self._look is None:
+            return running, waiting
+        runs = self._look.status == RequestStatus.RUNNING
+        return running - runs, waiting - (not runs)
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        if pause_state != PauseState.UNPAUSED:
+            self._drop()
+        super().set_pause_state(pause_state)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self._drop()
+        return super().reset_prefix_cache(*args, **kwargs)
+
+    def reset_connector_cache(self) -> bool:
+        self._drop()
+        if self._looks is not None:
+            self._looks.forget()
+        return super().reset_connector_cache()
+
+
+def _cannot_look(config: VllmConfig, *, alone: bool) -> str:
+    """Why an engine makes no second looks; empty if it may.
+
+    `alone`: KVShare is its only connector.
+    """
+    if not alone:
+        return "other connectors would take the prompts for requests"
+    if config.parallel_config.data_parallel_size > 1:
+        return "with data parallelism all ranks would step for it"
+    if config.speculative_config is not None:
+        return "not with speculative decoding"
+    if not config.scheduler_config.enable_chunked_prefill:
+        return "it needs chunked prefill"
+    return ""
+
+
+def _hide(outputs: dict[int, EngineCoreOutputs], name: str) -> None:
+    """Take all that is said of one request out of what frontends get."""
+    for client, said in list(outputs.items()):
+        kept = [output for output in said.outputs if output.request_id != name]
+        if len(kept) < len(said.outputs):
+            said.outputs[:] = kept
+            if not kept and said.scheduler_stats is None and not said.finished_requests:
+                del outputs[client]
