@@ -88,7 +88,7 @@ class Link:
 
     def question(self, message: protocol.Request) -> bytes | None:
         """Ask something else; None if the daemon is away. `reply` has the answer."""
-        if not self.client.connected or time.monotonic() < self._paused_until:
+        if not self.client.connected or time.monotonic() < self.paused_until:
             return None
         try:
             return self.client.send(message)

@@ -104,7 +104,7 @@ class TextVectors:
     def engines_work(self) -> bool:
         """Whether the engine of any client has requests."""
         with self._wake:
-            return bool(self._busy)
+            return bool(self.busy)
 
     def gone(self, owners: set[str]) -> None:
         """Clients that ended work no more."""
