@@ -367,9 +367,10 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Request = (
     Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook
-    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush | ListNodes | Branch
-    | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget | Held | NodesOf
-    | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree | CheckBlocks | Stop
+    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush
+    | ListNodes | Branch | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget
+    | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
+    | CheckBlocks | Stop
 )  # fmt: skip
 
 
