@@ -167,7 +167,8 @@ class Planning:
         """
         state = self.state_of(request)
         if request.num_preemptions > 0 or state.loaded:
-            state.promise = Promise(local, [])
+            # vLLM's cache may hold rows of its generated tokens, too
+            state.promise = Promise(min(local, state.length), [])
             return 0, False  # a resumed request may still hold edited rows: compute the rest
         if not self.may_start(request):
             return None, False

@@ -492,6 +492,20 @@ def test_what_vllms_own_cache_had_of_a_miss_is_told_once(
     assert link.told == [*declined, protocol.EngineCached(64)]
 
 
+def test_a_preempted_requests_generated_tokens_are_no_tokens_of_its_prompt(
+    planning: Planning, link: FakeLink
+) -> None:
+    """vLLM's own cache may give it back both. Its answer counts the prompt alone."""
+    link.plan = None
+    wanted = request(num_preemptions=1, num_output_tokens=40)
+    assert planning.matched(wanted, LENGTH + 32) == (0, False)
+    planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
+    assert link.told == [protocol.EngineCached(LENGTH)]
+    answer = planning.finished(wanted)
+    assert answer is not None
+    assert (answer["kvshare.prefix_cached"], answer["kvshare.recomputed"]) == (LENGTH, 0)
+
+
 def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
     link: FakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
