@@ -30,7 +30,7 @@ _COMPUTED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPE
 class Looking(Recovery):
     """Mixin over a vLLM scheduler; it changes nothing unless `second_look` is on."""
 
-    _look: Request | None = None
+    look: Request | None = None
     """The prompt that is computed in full."""
     _looks: Looks | None = None
 
@@ -55,15 +55,15 @@ class Looking(Recovery):
         if self._taken(looks.share):
             self._drop()
             looks.disturbed()
-        elif self._look is None:
+        elif self.look is None:
             self._begin(looks)
-        if self._look is None:
+        if self.look is None:
             return super().schedule(*args, **kwargs)
-        return self._look_on(self._look, looks, *args, **kwargs)
+        return self._look_on(self.look, looks, *args, **kwargs)
 
     def _others(self) -> int:
         """Requests besides the look."""
-        return len(self.requests) - (self._look is not None)
+        return len(self.requests) - (self.look is not None)
 
     def _taken(self, share: float) -> bool:
         """Whether the step belongs to requests alone: one waits, or one runs and no `share` of the
@@ -80,7 +80,7 @@ class Looking(Recovery):
         if look.num_prompt_tokens >= self.max_model_len:
             looks.ended("declined")
             return
-        self._look = look
+        self.look = look
         super().add_request(look)
 
     def _look_on(self, look: Request, looks: Looks, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -120,7 +120,7 @@ class Looking(Recovery):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        look = self._look
+        look = self.look
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if look is not None:
             _hide(outputs, look.request_id)
@@ -147,17 +147,17 @@ class Looking(Recovery):
 
     def _drop(self) -> None:
         """End the look as it is: its blocks are free, and nothing of it is stored."""
-        if self._look is not None:
-            super().finish_requests(self._look.request_id, RequestStatus.FINISHED_ABORTED)
+        if self.look is not None:
+            super().finish_requests(self.look.request_id, RequestStatus.FINISHED_ABORTED)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         planning, looks = self._planning(), self._looks
         if looks is None or planning is None:
             return super()._free_request(request, *args, **kwargs)
-        if request is not self._look:
+        if request is not self.look:
             looks.served(planning.find(request))
             return super()._free_request(request, *args, **kwargs)
-        self._look = None
+        self.look = None
         found = super()._free_request(request, *args, **kwargs)
         if self.finished_req_ids_dict is not None:  # what frontends are told
             told = self.finished_req_ids_dict[request.client_index]
@@ -176,9 +176,9 @@ class Looking(Recovery):
 
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()
-        if self._look is None:
+        if self.look is None:
             return running, waiting
-        runs = self._look.status == RequestStatus.RUNNING
+        runs = self.look.status == RequestStatus.RUNNING
         return running - runs, waiting - (not runs)
 
     def set_pause_state(self, pause_state: PauseState) -> None:

@@ -68,7 +68,7 @@ class SecondLooks:
         self._nodes = nodes
         self._answers = answers
         self._metrics = metrics
-        self._clock = clock
+        self.clock = clock
         self._entries: dict[str, _Entry] = {}
         """By node, the oldest first."""
 
@@ -87,7 +87,7 @@ class SecondLooks:
         if adapter:
             self._metrics.add("looks_declined")
             return
-        self._entries[node.id] = _Entry(self._clock(), answered=base is not None)
+        self._entries[node.id] = _Entry(self.clock(), answered=base is not None)
         if len(self._entries) > _MOST:
             del self._entries[next(iter(self._entries))]
 
@@ -104,7 +104,7 @@ class SecondLooks:
         Of these namespaces only. `working`: engines have requests, whose answers may be on the way.
         """
         with self._nodes.lock:
-            now = self._clock()
+            now = self.clock()
             ranked = sorted(self._ranked(now), key=lambda found: -found[0])
             for _, node in ranked:
                 entry = self._entries[node.id]

@@ -238,7 +238,7 @@ def test_rows_computed_beside_a_failed_load_are_not_stored(
     with monkeypatch.context() as patch:
         patch.setattr(
             promises,
-            "_saves_enough",
+            "saves_enough",
             lambda plan, spans, least: bool(spans) and not spans[0].start,
         )
         with failing_loads(engine, monkeypatch) as tried:

@@ -64,7 +64,7 @@ def rest(engine: Engine, until: Callable[[], bool] | None = None) -> list[int]:
 
 def looking(engine: Engine) -> bool:
     """A look has begun, and its first step has been computed."""
-    look = engine.scheduler._look
+    look = engine.scheduler.look
     return look is not None and look.num_computed_tokens > 0
 
 
@@ -139,15 +139,15 @@ def test_rows_are_those_of_full_compute(
 ) -> None:
     talk = Talk(engine, fresh)
     rows: list[torch.Tensor] = []
-    worker, snapshot = engine.worker, engine.worker._snapshot
+    worker, snapshot = engine.worker, engine.worker.snapshot
 
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)
         slots = torch.tensor(spec.block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        rows.append(worker._cache.read(slots))
+        rows.append(worker.cache.read(slots))
         return snapshot(spec)
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
+    monkeypatch.setattr(worker, "snapshot", saving)
     settle(engine)
     engine.clear()
     engine.store(talk.told, max_tokens=1)

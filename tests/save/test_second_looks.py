@@ -37,7 +37,7 @@ def clock() -> Clock:
 def engine(driver: Open, clock: Clock) -> Driver:
     """A store whose queue has a clock of its own."""
     opened = driver()
-    queue(opened)._clock = clock
+    queue(opened).clock = clock
     return opened
 
 
