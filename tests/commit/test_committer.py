@@ -25,6 +25,8 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.plan import Span
 
+PATIENCE_S = 30.0
+
 
 def addition(name: str) -> Addition:
     node = Node(
@@ -124,7 +126,10 @@ class Desk:
         for piece in work:
             self.queue.put(piece)
         self.start.set()
-        self.queue.settle()
+        settling = threading.Thread(target=self.queue.settle, daemon=True)
+        settling.start()
+        settling.join(PATIENCE_S)
+        assert not settling.is_alive(), "nobody does the work any more"
         return self.log
 
 

@@ -178,6 +178,34 @@ def test_one_token_that_differs_is_found(driver: Open) -> None:
     refused(engine, other, msgspec.structs.replace(reuse, spans=reuse.spans[1:]))
 
 
+@pytest.mark.parametrize("length", [9, 16, 40])
+@pytest.mark.parametrize("at", [0, 3], ids=["in place", "moved"])
+def test_more_rows_than_the_block_has(driver: Open, at: int, length: int) -> None:
+    """All tokens are the donor's: nothing but the end of the block is against it."""
+    engine = driver()
+    engine.save(TOKENS)
+    whole, moved = reuse_all(engine), at > 0
+    span = Span(at, length, 0, 0, 0, exact=not moved)
+    lie = Reuse((span,), whole.blocks[:1], whole.donors, generation=int(moved))
+    refused(engine, [7] * at + TOKENS[:length] + prompt(2, 20), lie)
+
+
+def test_rows_of_the_block_that_the_donor_does_not_use(driver: Open) -> None:
+    """Before them the donor has rows of its own: those of the block are another prompt's."""
+    engine = driver()
+    engine.save(TOKENS)
+    donor = engine.serve_and_save([*prompt(4, 12), *TOKENS[12:]])
+    node = engine.store.tree.get(donor or "")
+    assert node is not None
+    partly = next(s for s in node.segments if s.row > 0)
+    first = partly.start - partly.row
+    tokens = node.tokens[first : partly.stop].tolist()
+    source = partly.source - partly.row
+    span = Span(3, len(tokens), source, 0, 0)
+    lie = Reuse((span,), (node.blocks[partly.block],), (node.id,), generation=2)
+    refused(engine, [7, 7, 7, *tokens, *prompt(5, 9)], lie)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"length": 9}, {"row": 1}, {"row": 4, "length": 8}, {"length": 256}, {"block": 3}],
