@@ -405,7 +405,9 @@ def test_every_message_has_a_role() -> None:
     admin = {kind.__name__ for kind, role in NEEDED.items() if role == "admin"}
     engine = {kind.__name__ for kind, role in NEEDED.items() if role == "engine"}
     assert admin >= {"Clear", "Pin", "Evict", "Export", "Import", "Purge", "Stop", "Collect"}
-    assert engine == {"Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush"}
+    assert engine == {
+        "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked"
+    }  # fmt: skip
     reads = {kind.__name__ for kind, role in NEEDED.items() if role == "reader"}
     assert {"Plan", "PlanNode", "ReadRows", "Finish", "Stats", "ShowNode"} <= reads
     assert ROLES == ("reader", "engine", "admin")
