@@ -16,12 +16,11 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.agreement_scores import CONTINUATION, Score
 from benchmarks.quality.served_turns import Request, Served, Serving, floor_of, rewritten
-from examples.prompts.histories import REWRITES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = tuple(rewrite.name for rewrite in REWRITES)
+KINDS = ("as it is", "a date in the system prompt", "old tool results truncated")
 ARMS: dict[str, dict[str, Any]] = {"balanced": {"policy": "balanced"}}
 FIRST, LATER = "first edited", "later"
 _TURNS = 6
