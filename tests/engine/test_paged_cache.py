@@ -370,11 +370,11 @@ def test_released_memory_serves_the_next_snapshot(cache: PagedCache) -> None:
 
 
 def test_spare_memory_is_bounded() -> None:
-    cache = cache_of(logical_layers(), spare_bytes=100_000)
-    snapshots = [cache.snapshot(range(BLOCKS)) for _ in range(4)]
-    for raw in snapshots:
+    whole = cache_of(logical_layers()).snapshot(range(BLOCKS)).buffer
+    cache = cache_of(logical_layers(), spare_bytes=2 * len(whole) + 1)
+    for raw in [cache.snapshot(range(BLOCKS)) for _ in range(4)]:
         raw.release()
-    assert 0 < cache.spare.nbytes <= 100_000
+    assert cache.spare.nbytes == 2 * len(whole)
 
 
 def test_rows_in_another_thread_after_inference_mode(cache: PagedCache) -> None:
