@@ -132,6 +132,10 @@ def _serve(
     os.close(log)
     opening.send(None)
     opening.close()
+    if other is not None:
+        # threads that LanceDB began before see the other folder still; a new program has none
+        program = daemon_command(config)
+        os.execve(program[0], program, daemon_environment(config))
     serve.run(lambda: config)
 
 
