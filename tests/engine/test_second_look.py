@@ -139,15 +139,15 @@ def test_rows_are_those_of_full_compute(
 ) -> None:
     talk = Talk(engine, fresh)
     rows: list[torch.Tensor] = []
-    worker, snapshot = engine.worker, engine.worker._snapshot
+    worker, snapshot = engine.worker, engine.worker.snapshot
 
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)
         slots = torch.tensor(spec.block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        rows.append(worker._cache.read(slots))
+        rows.append(worker.cache.read(slots))
         return snapshot(spec)
 
-    monkeypatch.setattr(worker, "_snapshot", saving)
+    monkeypatch.setattr(worker, "snapshot", saving)
     settle(engine)
     engine.clear()
     engine.store(talk.told, max_tokens=1)
