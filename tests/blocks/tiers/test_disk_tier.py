@@ -32,6 +32,39 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / "blocks" / name[:2] / f"{name}.kvb"
 
 
+# --- durable folders ----------------------------------------------------------------------------
+
+
+def test_a_block_is_not_stored_before_the_folder_that_another_put_makes_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut takes the folder, and the block of a committed node with it."""
+    first, second = (f"ab{at}" * 21 + "f" for at in "01")
+    sync, reached, go_on = files.sync_folder, threading.Event(), threading.Event()
+    durable: list[str] = []
+
+    def slow_at_first(path: str) -> None:
+        if path == str(tmp_path / "blocks") and not reached.is_set():
+            reached.set()
+            go_on.wait(30)
+        sync(path)
+        durable.append(path)
+
+    async def scenario() -> None:
+        tier = await DiskTier.open(tmp_path, ROOMY)
+        monkeypatch.setattr(files, "sync_folder", slow_at_first)
+        block = make_block(1)[1]
+        makes = asyncio.create_task(tier.put(first, block))
+        await asyncio.to_thread(reached.wait, 30)
+        await tier.put(second, block)
+        assert str(tmp_path / "blocks") in durable
+        go_on.set()
+        await makes
+        await tier.close()
+
+    asyncio.run(scenario())
+
+
 # --- files of others ----------------------------------------------------------------------------
 
 

@@ -57,6 +57,7 @@ class DiskTier(Tier):
         self._threads = ThreadPoolExecutor(self.properties.max_concurrency + 1, "kvshare-disk")
         self._first_look: Future[None] | None = None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._durable_folders: set[str] = set()
         self._closed = False
 
     @classmethod
@@ -143,8 +144,11 @@ class DiskTier(Tier):
 
     def _write(self, path: str, *parts: object) -> None:
         folder = str(Path(path).parent)
-        if files.make_folder(folder):
+        if folder not in self._durable_folders:
+            # not only by whoever makes it: another put may be here before that one is through
+            files.make_folder(folder)
             files.sync_folder(str(self._folder / "blocks"))
+            self._durable_folders.add(folder)
         unfinished = self._scratch.path()
         files.write(unfinished, parts)
         try:
