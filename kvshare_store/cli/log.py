@@ -26,7 +26,7 @@ Request = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "miss": "yellow"}
 
-_DROPPED = ("continued", "lookup", "load", "ago", "computed")
+_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited")
 """Columns that a narrow terminal does without, the first one first."""
 _TENANT = 16
 """Cells that a tenant has at least."""
@@ -92,6 +92,7 @@ def requests_table(requests: Sequence[Request], width: int) -> Table:
         table.add_row(*row)
     missing = [name for name in columns if name not in widths]
     if missing:
+        table.caption_justify = "left"
         table.caption = f"no room for: {', '.join(missing)}"
     return table
 

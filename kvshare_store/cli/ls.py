@@ -26,11 +26,11 @@ LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
 ]
 
-_TENANT = 16
+_TENANT = 12
 """Cells that a tenant has at least."""
-_PREVIEW = 10
+_PREVIEW = 8
 """Cells that the beginning of a prompt has at least."""
-_DROPPED = ("exact", "age")
+_DROPPED = ("exact", "age", "preview")
 """Columns that a narrow terminal does without, the first one first."""
 
 

@@ -393,14 +393,17 @@ def test_nodes_are_listed_one_a_line() -> None:
     _, _, first, second = out.splitlines()
     assert " ".join(first.split()).startswith("bbbbbbbbbbbb ⚑ 1,500 600 edited (2) aaaaaaaaaaaa")
     assert "Dear [bold]all" in first
-    assert " exact        -  " in second
+    assert " exact       -  " in second
 
 
 def test_a_narrow_list_of_nodes_keeps_the_tenant() -> None:
-    out = rendered(ls.nodes_table([{**NODE, "tenant": "tenant-of-sales"}], 80), width=80)
+    node = {**NODE, "tenant": "tenant-of-sales"}
+    out = rendered(ls.nodes_table([node], 80), width=80)
     assert "tenant-of-sales  Dear" in out
     assert "b" * 12 in out
     assert "a" * 12 in out
+    out = rendered(ls.nodes_table([{**node, "parent_stored": False}], 80), width=80)
+    assert f"{'a' * 12} gone  tenant-of-s" in out
 
 
 def test_a_list_says_that_a_parent_is_gone() -> None:
@@ -425,7 +428,14 @@ def test_requests_fit_the_terminal(width: int) -> None:
     """Who, how and why stay; ids can be told apart however little room there is."""
     both = [REQUEST, SECOND_REQUEST]
     out = rendered(log.requests_table(both, width), width=width)
-    for words in ("chatcmpl-aaa", "chatcmpl-abb", "edited", "unknown_parameter", "tenant-of-sales"):
+    for words in (
+        "chatcmpl-aaa",
+        "chatcmpl-abb",
+        "edited",
+        "miss",
+        "unknown_parameter",
+        "tenant-of-sales",
+    ):
         assert words in out
     table, missing, _ = out.partition("no room for: ")
     assert max(map(len, table.splitlines())) <= width
