@@ -141,12 +141,12 @@ class Store:
         *,
         policy: str | None = None,
         only: str = "",
-        without: str = "",
+        without: Collection[str] = (),
     ) -> Explanation:
         """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
 
         `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
-        `without`: of one to leave out. `NodeError` if `only` is not here.
+        `without`: of those to leave out. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):

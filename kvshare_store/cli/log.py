@@ -19,11 +19,19 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.readable import KIND_COLOURS, age, milliseconds, printable, short
+from kvshare_store.cli.fitting import Columns, fitted, longest_word, unique_length
+from kvshare_store.readable import KIND_COLOURS, age, milliseconds, one_line, printable, short
 
 Request = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "miss": "yellow"}
+
+_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited")
+"""Columns that a narrow terminal does without, the first one first."""
+_TENANT = 16
+"""Cells that a tenant has at least."""
+_MORE = 4
+"""Characters of an id beyond those that tell the ids shown apart: the log has others."""
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many requests.")
@@ -55,38 +63,56 @@ def command(
         kind = "declined requests" if declined else "requests"
         typer.echo(f"No {kind} of {chosen.home_path} since its daemon started, or none runs.")
     else:
-        console().print(requests_table(found))
+        out = console()
+        out.print(requests_table(found, out.width))
 
 
-def requests_table(requests: Sequence[Request]) -> Table:
-    """A line for each request."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("id", style="cyan", overflow="ellipsis", max_width=20)
-    table.add_column("ago", justify="right", no_wrap=True)
-    table.add_column("outcome", overflow="fold", min_width=9)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    for kind in ("exact", "continued", "edited"):
-        table.add_column(kind, justify="right", style=COLOURS[kind], no_wrap=True)
-    table.add_column("computed", justify="right", no_wrap=True)
-    table.add_column("lookup", justify="right", no_wrap=True)
-    table.add_column("load", justify="right", no_wrap=True)
-    whose = any(request["tenant"] for request in requests)
-    if whose:
-        table.add_column("tenant", overflow="ellipsis", max_width=16)
-    for request in requests:
-        cells: tuple[str | Text, ...] = (
-            _name(request),
-            age(request["at"]),
-            _outcome(request),
-            f"{request['tokens']:,}",
-            *(_some(request[kind]) for kind in ("exact", "continued", "edited")),
-            f"{request['recomputed']:,}",
-            _time(request["lookup"]),
-            _time(request["load"]),
+def requests_table(requests: Sequence[Request], width: int) -> Table:
+    """A line for each request, in `width` cells: what does not fit is left out, and named below."""
+    columns = _columns(requests)
+    names = [cell.plain for cell in columns["id"]]
+    least = {
+        "outcome": max(len("outcome"), longest_word(columns["outcome"])),
+        "tenant": _TENANT,
+        "id": unique_length(names) + _MORE,
+    }
+    widths = fitted(columns, width, least, _DROPPED)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, wide in widths.items():
+        cut = name in ("id", "tenant")
+        table.add_column(
+            name,
+            style=COLOURS.get(name, "cyan" if name == "id" else ""),
+            justify="left" if name in least else "right",
+            overflow="ellipsis" if cut else "fold",
+            no_wrap=name != "outcome",
+            width=wide,
         )
-        tenant = [Text(printable(request["tenant"]))] if whose else []
-        table.add_row(*cells, *tenant)
+    for row in zip(*(columns[name] for name in widths), strict=True):
+        table.add_row(*row)
+    missing = [name for name in columns if name not in widths]
+    if missing:
+        table.caption_justify = "left"
+        table.caption = f"no room for: {', '.join(missing)}"
     return table
+
+
+def _columns(requests: Sequence[Request]) -> Columns:
+    """All that there is to show, column by column."""
+    columns = {
+        "id": [Text(_name(request)) for request in requests],
+        "ago": [Text(age(request["at"])) for request in requests],
+        "outcome": [_outcome(request) for request in requests],
+        "tokens": [Text(f"{request['tokens']:,}") for request in requests],
+    }
+    for kind in ("exact", "continued", "edited"):
+        columns[kind] = [Text(_some(request[kind])) for request in requests]
+    columns["computed"] = [Text(f"{request['recomputed']:,}") for request in requests]
+    for step in ("lookup", "load"):
+        columns[step] = [Text(_time(request[step])) for request in requests]
+    if any(request["tenant"] for request in requests):
+        columns["tenant"] = [Text(one_line(request["tenant"])) for request in requests]
+    return columns
 
 
 def request_lines(request: Request) -> Iterable[str]:

@@ -19,11 +19,19 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
-from kvshare_store.readable import age, one_line, printable, short
+from kvshare_store.cli.fitting import Columns, fitted
+from kvshare_store.readable import age, one_line, short
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
 ]
+
+_TENANT = 12
+"""Cells that a tenant has at least."""
+_PREVIEW = 8
+"""Cells that the beginning of a prompt has at least."""
+_DROPPED = ("exact", "age", "preview")
+"""Columns that a narrow terminal does without, the first one first."""
 
 
 def command(
@@ -45,37 +53,53 @@ def command(
         typer.echo(f"No nodes in {chosen.home_path} yet.")
     else:
         out = console()
-        out.print(nodes_table(nodes))
+        out.print(nodes_table(nodes, out.width))
         if total > len(nodes):
             out.print(f"{len(nodes):,} of {total:,} nodes; --limit {total} shows all", style="dim")
 
 
-def nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
+def nodes_table(nodes: Sequence[dict[str, Any]], width: int) -> Table:
     """One line for each node: leading exact rows, generation, beginning of the prompt. Pinned nodes
-    have a flag."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("node", style="cyan", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("exact", justify="right", no_wrap=True)
-    table.add_column("provenance", no_wrap=True)
-    table.add_column("parent", style="cyan", no_wrap=True)
-    table.add_column("age", justify="right", no_wrap=True)
-    whose = any(node["tenant"] for node in nodes)
-    if whose:
-        table.add_column("tenant", overflow="ellipsis", max_width=16)
-    table.add_column("preview")  # this column shrinks when the terminal is narrow
-    for node in nodes:
-        generation = node["generation"]
-        table.add_row(
-            Text(f"{short(node['id'])}{' ⚑' if node['pinned'] else ''}"),
-            f"{node['tokens']:,}",
-            f"{node['exact_rows']:,}",
-            Text(f"edited ({generation})", style="yellow")
-            if generation
-            else Text("exact", "green"),
-            short(node["parent"] or "-"),
-            age(node["created"]),
-            *((Text(printable(node["tenant"])),) if whose else ()),
-            Text(one_line(node["preview"]), no_wrap=True, overflow="ellipsis"),
+    have a flag. In `width` cells: what does not fit is left out."""
+    columns = _columns(nodes)
+    # the preview shrinks first where the terminal is narrow
+    widths = fitted(columns, width, {"tenant": _TENANT, "preview": _PREVIEW}, _DROPPED)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, wide in widths.items():
+        table.add_column(
+            name,
+            style="cyan" if name in ("node", "parent") else "",
+            justify="right" if name in ("tokens", "exact", "age") else "left",
+            overflow="ellipsis",
+            no_wrap=True,
+            width=wide,
         )
+    for row in zip(*(columns[name] for name in widths), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _columns(nodes: Sequence[dict[str, Any]]) -> Columns:
+    columns = {
+        "node": [Text(f"{short(node['id'])}{' ⚑' if node['pinned'] else ''}") for node in nodes],
+        "tokens": [Text(f"{node['tokens']:,}") for node in nodes],
+        "exact": [Text(f"{node['exact_rows']:,}") for node in nodes],
+        "provenance": [_provenance(node["generation"]) for node in nodes],
+        "parent": [_parent(node) for node in nodes],
+        "age": [Text(age(node["created"])) for node in nodes],
+    }
+    if any(node["tenant"] for node in nodes):
+        columns["tenant"] = [Text(one_line(node["tenant"])) for node in nodes]
+    columns["preview"] = [Text(one_line(node["preview"])) for node in nodes]
+    return columns
+
+
+def _provenance(generation: int) -> Text:
+    return Text(f"edited ({generation})", "yellow") if generation else Text("exact", "green")
+
+
+def _parent(node: dict[str, Any]) -> Text:
+    parent = Text(short(node["parent"] or "-"))
+    if not node.get("parent_stored", True):  # a daemon of the release before does not say it
+        parent.append(" gone", "dim")
+    return parent

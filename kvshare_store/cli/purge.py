@@ -9,6 +9,7 @@ import typer
 
 from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
+from kvshare_store.cli.evict import DryRunOption
 from kvshare_store.errors import ConfigError
 from kvshare_store.readable import short
 
@@ -35,6 +36,7 @@ def command(
     namespace: NamespaceOption = "",
     tenant: TenantOption = None,
     wait: WaitOption = 60.0,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
 ) -> int:
     """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
@@ -47,6 +49,9 @@ def command(
         raise ConfigError("name what to purge: --namespace DIGEST or --tenant NAME")
     with answering(configured(home, config)) as ask:
         found = ask(Purge(namespace, tenant, dry_run=True))
+        if dry_run:
+            typer.echo(f"Would remove {counted(found)}.")
+            return 0
         if not yes:
             typer.confirm(f"Remove {counted(found)} for good?", abort=True)
         done = ask(Purge(namespace, tenant, patience=wait))

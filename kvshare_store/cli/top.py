@@ -59,7 +59,9 @@ def command(
                 rates = per_second(before, now, then - at)
                 if out.is_terminal:
                     last = ask(ListRequests(max(3, out.height - 16)))
-                    live.update(view(str(chosen.home_path), now, rates, last), refresh=True)
+                    live.update(
+                        view(str(chosen.home_path), now, rates, last, out.width), refresh=True
+                    )
                 else:
                     out.print(line(now, rates), soft_wrap=True)
                 before, at, seen = now, then, seen + 1
@@ -98,9 +100,9 @@ def _reused(rates: Mapping[str, float]) -> str:
 
 
 def view(
-    home: str, now: Counts, rates: Mapping[str, float], last: Sequence[Counts]
+    home: str, now: Counts, rates: Mapping[str, float], last: Sequence[Counts], width: int
 ) -> RenderableType:
-    """One look for a terminal."""
+    """One look for a terminal of `width` cells."""
     seconds = now["seconds"]
     parts: list[RenderableType] = [
         Text(headline(home, now), "bold"),
@@ -120,5 +122,5 @@ def view(
         tiers_table(now["tiers"]),
         Text(),
     ]
-    parts.append(requests_table(last) if last else Text("no requests yet", "dim"))
+    parts.append(requests_table(last, width) if last else Text("no requests yet", "dim"))
     return Group(*parts)

@@ -117,6 +117,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
         "generation": node.generation,
         "policy": node.policy,
         "parent": node.parent,
+        "parent_stored": not node.parent or node.parent in store.tree,
         "created": node.created,
         "pinned": node.pinned,
         "merged": node.merged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -110,25 +111,46 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
 
 
 def _logged(store: Store, request: str) -> Logged:
-    found = store.requests.last(2, request=request)
+    """The one request of this number or name, or whose name begins so: the last of that name."""
+    beginning = request.rstrip("…")  # as `kvshare log` shows a name that it cut
+    found = store.requests.last(None, request=beginning) if beginning else []
     if not found:
         raise NodeError(f"no logged request is {request!r}; `kvshare log` shows the last ones")
+    found = [entry for entry in found if entry.request == beginning] or found
+    names = {entry.request for entry in found}
+    if len(names) > 1:
+        raise NodeError(f"{len(names)} logged requests begin with {beginning!r}; name more of it")
     return found[0]
+
+
+def _own(store: Store, logged: Logged, tokens: Tokens, namespace: Namespace) -> list[str]:
+    """The nodes that a request left: its prompt, exact or edited, also with what followed. Those
+    that it took rows from were there before it."""
+    with store.nodes.lock:
+        nodes = store.nodes.state.of_namespace(namespace.digest)
+    return [
+        node.id
+        for node in nodes
+        if node.length >= len(tokens)
+        and node.id not in logged.donors
+        and np.array_equal(node.tokens[: len(tokens)], tokens)
+    ]
 
 
 def _prompt(
     store: Store, message: protocol.Explain, logged: Logged | None
-) -> tuple[Tokens, Namespace, str]:
-    """The tokens to plan, their namespace, and the node that is no candidate."""
+) -> tuple[Tokens, Namespace, Sequence[str]]:
+    """The tokens to plan, their namespace, and the nodes that are no candidates."""
     if logged is not None:
         (namespace,) = matching(store.nodes, logged.namespace, None)
-        return np.frombuffer(logged.prompt, np.int32), namespace, ""
+        tokens = np.frombuffer(logged.prompt, np.int32)
+        return tokens, namespace, _own(store, logged, tokens, namespace)
     if message.node:
         node = found_node(store, message.node)
         found = store.namespace(node.namespace)
         if found is None:
             raise NodeError(f"node {node.id[:12]} has just left the store")
-        return node.tokens, found, node.id
+        return node.tokens, found, [node.id]
     namespace = _namespace(store, message.namespace)
     if message.text:
         ids = encode(namespace.tokenizer, message.text)
@@ -137,10 +159,10 @@ def _prompt(
                 f"namespace {namespace.digest[:12]} names no tokenizer that can be read here: "
                 "name one with --tokenizer, or give token ids with --tokens"
             )
-        return np.asarray(ids, np.int32), namespace, ""
+        return np.asarray(ids, np.int32), namespace, ()
     if not message.tokens or len(message.tokens) % 4:
         raise PlanError("the prompt is empty, or its tokens are not int32")
-    return np.frombuffer(message.tokens, np.int32), namespace, ""
+    return np.frombuffer(message.tokens, np.int32), namespace, ()
 
 
 def _namespace(store: Store, beginning: str) -> Namespace:

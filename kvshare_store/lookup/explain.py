@@ -118,8 +118,10 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 class Watched(Nominator):
     """Remembers whom it named, and by what."""
 
-    def __init__(self, state: NodeState, namespace: str, only: Node | None, without: str) -> None:
-        """`only`: name nobody else. `without`: never this node."""
+    def __init__(
+        self, state: NodeState, namespace: str, only: Node | None, without: Collection[str]
+    ) -> None:
+        """`only`: name nobody else. `without`: never these nodes."""
         super().__init__(state.tree, state.index(namespace), state.lock)
         self._state, self._namespace = state, namespace
         self._only, self._without = only, without
@@ -135,18 +137,18 @@ class Watched(Nominator):
         """Looked for among all."""
         with self._state.lock:
             others = self._state.of_namespace(self._namespace)
-        others = [node for node in others if node.id != self._without]
+        others = [node for node in others if node.id not in self._without]
         others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
         return others[:1]
 
     def by_words(self, vector: Vector, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("words", partial(super().by_words, vector, count + bool(self._without)))
+        return self._noted("words", partial(super().by_words, vector, count + len(self._without)))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
         return self._noted(
-            "passages", partial(super().by_passages, hashes, count + bool(self._without))
+            "passages", partial(super().by_passages, hashes, count + len(self._without))
         )
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
@@ -158,7 +160,7 @@ class Watched(Nominator):
             how, found = "asked", [self._only]
         else:
             found = find()
-        found = [node for node in found if node.id != self._without]
+        found = [node for node in found if node.id not in self._without]
         for node in found:
             ways = self.named.setdefault(node.id, (node, []))[1]
             if how not in ways:

@@ -161,10 +161,10 @@ class RequestLog:
             self._entries = deque(kept, maxlen=_ENTRIES)
 
     def last(
-        self, limit: int, *, declined: bool = False, slow: bool = False, request: str = ""
+        self, limit: int | None, *, declined: bool = False, slow: bool = False, request: str = ""
     ) -> list[Logged]:
-        """The newest first; `slow`: the slowest first. `declined`: misses only. `request`: the one
-        of this number, or those whose name begins so."""
+        """At most `limit`, the newest first; `slow`: the slowest first. `declined`: misses only.
+        `request`: the one of this number, or those whose name begins so."""
         with self._lock:
             found = list(self._entries)[::-1]
         if declined:

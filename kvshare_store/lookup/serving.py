@@ -7,6 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -251,7 +252,7 @@ class Serving:
         namespace: Namespace,
         policy: str | None,
         only: Node | None = None,
-        without: str = "",
+        without: Collection[str] = (),
     ) -> Explanation:
         """See `Store.explain`."""
         chosen = stricter_policy(self._policy, policy)

@@ -111,7 +111,10 @@ def _request(number: int, line: _Line, block_tokens: int) -> Request:
         return _hashed(line.hash_ids, line.input_length)
     if line.tokens is not None:
         return chunks(line.tokens, block_tokens)
-    raise ConfigError(f"line {number} of the trace has neither hash_ids nor tokens nor human")
+    raise ConfigError(
+        f"line {number} of the trace has neither hash_ids nor tokens nor human; "
+        "name a file of prompts with --prompts FILE"
+    )
 
 
 def _hashed(ids: Sequence[int | str], length: int | None) -> Request:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from kvshare_store import readable
-from kvshare_store.cli import common, gc, ls, serve, show, stats
+from kvshare_store.cli import common, gc, log, ls, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
@@ -388,11 +388,65 @@ NODE: dict[str, Any] = {
 
 
 def test_nodes_are_listed_one_a_line() -> None:
-    out = rendered(ls.nodes_table([NODE, {**NODE, "generation": 0, "parent": None}]), width=100)
+    nodes = [NODE, {**NODE, "generation": 0, "parent": None}]
+    out = rendered(ls.nodes_table(nodes, 100), width=100)
     _, _, first, second = out.splitlines()
     assert " ".join(first.split()).startswith("bbbbbbbbbbbb ⚑ 1,500 600 edited (2) aaaaaaaaaaaa")
     assert "Dear [bold]all" in first
-    assert " exact        -  " in second
+    assert " exact       -  " in second
+
+
+def test_a_narrow_list_of_nodes_keeps_the_tenant() -> None:
+    node = {**NODE, "tenant": "tenant-of-sales"}
+    out = rendered(ls.nodes_table([node], 80), width=80)
+    assert "tenant-of-sales  Dear" in out
+    assert "b" * 12 in out
+    assert "a" * 12 in out
+    out = rendered(ls.nodes_table([{**node, "parent_stored": False}], 80), width=80)
+    assert f"{'a' * 12} gone  tenant-of-s" in out
+
+
+def test_a_list_says_that_a_parent_is_gone() -> None:
+    out = rendered(ls.nodes_table([{**NODE, "parent_stored": False}], 100), width=100)
+    assert f"{'a' * 12} gone" in out
+    assert "gone" not in rendered(ls.nodes_table([NODE], 100), width=100)
+
+
+REQUEST: dict[str, Any] = {
+    "number": 1, "request": "chatcmpl-" + "a" * 41, "at": 0.0, "outcome": "edited", "reason": "",
+    "tenant": "tenant-of-sales", "tokens": 12_345, "exact": 1_000, "continued": 200,
+    "edited": 10_000, "recomputed": 1_145, "lookup": 0.0123, "load": 0.1234,
+}  # fmt: skip
+SECOND_REQUEST: dict[str, Any] = {
+    **REQUEST, "number": 2, "request": "chatcmpl-a" + "b" * 40, "outcome": "miss",
+    "reason": "unknown_parameter",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
+def test_requests_fit_the_terminal(width: int) -> None:
+    """Who, how and why stay; ids can be told apart however little room there is."""
+    both = [REQUEST, SECOND_REQUEST]
+    out = rendered(log.requests_table(both, width), width=width)
+    for words in (
+        "chatcmpl-aaa",
+        "chatcmpl-abb",
+        "edited",
+        "miss",
+        "unknown_parameter",
+        "tenant-of-sales",
+    ):
+        assert words in out
+    table, missing, _ = out.partition("no room for: ")
+    assert max(map(len, table.splitlines())) <= width
+    assert bool(missing) == ("continued" not in table)
+
+
+def test_ids_are_whole_where_there_is_room() -> None:
+    out = rendered(log.requests_table([REQUEST, SECOND_REQUEST], 200), width=200)
+    assert str(REQUEST["request"]) in out
+    assert "123.40 ms" in out
+    assert "no room" not in out
 
 
 def test_a_node_shows_what_was_edited() -> None:

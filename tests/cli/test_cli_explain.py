@@ -188,6 +188,47 @@ def test_a_logged_request_is_planned_again(home: Path) -> None:
         assert "Planned again" in ok("explain", "--request", "1", "--home", home)
 
 
+def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        for name in (f"chatcmpl-{'a' * 40}", f"chatcmpl-{'b' * 40}"):
+            ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, 0.0, name)
+            client.receive(client.send(ask), 20.0)
+        code, out, _ = run("log", "--home", home, columns="70")
+        shown = [line.split()[0] for line in out.splitlines() if line.startswith("chatcmpl")]
+        assert code == 0
+        assert [name[-1] for name in shown] == ["…", "…"]
+        for letter, name in zip("ba", shown, strict=True):
+            found = as_json("explain", "--request", name, "--home", home)
+            assert found["request"]["request"] == f"chatcmpl-{letter * 40}"
+        line = one_line(run("explain", "--request", "chatcmpl-…", "--home", home), 1)
+        assert "2 logged requests begin with 'chatcmpl-'; name more of it" in line
+        assert "no logged request" in one_line(run("explain", "--request", "…", "--home", home), 1)
+
+
+def test_a_request_is_no_candidate_for_itself(home: Path) -> None:
+    """Neither the prompt that it stored, nor that prompt with its answer, nor what a second look
+    has made of it."""
+    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        plan = engine.serve(SECOND)
+        own = [engine.save(SECOND, plan), engine.save(SECOND), engine.save([*SECOND, 5, 6])]
+        assert len({first, *own}) == 4
+        found = as_json("explain", "--request", "1", "--home", home)["explanation"]
+        assert [one["node"] for one in found["candidates"]] == [first]
+        assert found["by_kind"] == {"exact": 80, "edited": 116, "recomputed": 4}
+        assert (found["divergence"]["node"], found["divergence"]["position"]) == (first, 80)
+
+
+def test_a_repeated_prompt_shows_the_prompt_that_served_it(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        engine.serve(FIRST)
+        found = as_json("explain", "--request", "1", "--home", home)["explanation"]
+        assert [one["node"] for one in found["candidates"]] == [first]
+
+
 # --- diff, ls, evict ------------------------------------------------------------------------------
 
 
@@ -232,6 +273,27 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
         assert {node.id for node in store.tree} == {second, other}
     ok("unpin", other, "--home", home)
     assert ok("evict", "--older-than", "0s", "--yes", "--home", home).startswith("Forgot 2")
+
+
+def test_what_a_purge_would_remove(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        kept = ClientDriver(client, SPACE.for_tenant("alice")).save(FIRST)
+        out = ok("purge", "--tenant", "alice", "--dry-run", "--home", home)
+        assert out.startswith("Would remove 1 nodes and ")
+        assert out.endswith(" blocks of 1 namespaces (org/model).\n")
+        assert [node["id"] for node in client.call(ListNodes())] == [kept]
+
+
+def test_the_list_of_nodes_knows_whose_parent_is_gone(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        engine.save(SECOND, engine.serve(SECOND))
+        assert first is not None
+        assert {node["parent_stored"] for node in as_json("ls", "--home", home)} == {True}
+        ok("evict", first, "--yes", "--home", home)
+        assert [node["parent_stored"] for node in as_json("ls", "--home", home)] == [False]
+        assert f"{first[:12]} gone" in ok("ls", "--home", home)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ def edited(tokens: Tokens, at: int = 100, count: int = 3, seed: int = 7) -> Toke
     return changed
 
 
-def explained(engine: Driver, tokens: Tokens, **how: str) -> Explanation:
+def explained(engine: Driver, tokens: Tokens, **how: Any) -> Explanation:
     found = engine.store.explain(tokens, engine.namespace, **how)
     parts = found.parts
     assert [part.start for part in parts] == [0, *(part.stop for part in parts)][: len(parts)]
@@ -137,7 +139,7 @@ def test_one_candidate_alone_and_all_but_one(driver: Open) -> None:
     alone = explained(engine, first, only=other)
     assert {found.node for found in alone.candidates} == {other}
     assert alone.candidates[0].found_by == ("asked",)
-    without = explained(engine, first, without=one, policy="exact")
+    without = explained(engine, first, without=[one], policy="exact")
     assert {found.node for found in without.candidates if found.taken} == {other}
     assert without.by_kind["exact"] == 100
     with pytest.raises(NodeError):

@@ -88,6 +88,11 @@ def test_what_is_no_trace_is_an_error(raw: bytes) -> None:
         read(raw)
 
 
+def test_a_file_of_prompts_is_no_trace() -> None:
+    with pytest.raises(ConfigError, match="name a file of prompts with --prompts FILE"):
+        read(lines({"prompt": "Dear all", "answer": "Hello"}))
+
+
 # --- tiers --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,56 @@
+"""Tables that fit a terminal: which columns stay, and how wide those are that may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from rich.text import Text
+
+Columns = dict[str, list[Text]]
+"""Cells by the head of their column."""
+
+GAP = 2
+"""Blanks between two columns; `Table(padding=(0, 1, 0, 0))` and a divider make them."""
+
+
+def fitted(
+    columns: Columns, width: int, least: Mapping[str, int], drop: Sequence[str]
+) -> dict[str, int]:
+    """The widths of the columns that fit into `width` cells, in order.
+
+    `least`: columns that may be cut, and how far; what room is left goes to them in this order.
+    `drop`: columns that are left out where that is not enough, the first one first.
+    """
+    whole = {name: _width(name, cells) for name, cells in columns.items()}
+    widths = {name: min(wide, least.get(name, wide)) for name, wide in whole.items()}
+    for name in drop:
+        if _total(widths) <= width:
+            break
+        widths.pop(name, None)
+    room = max(0, width - _total(widths))
+    for name in (name for name in least if name in widths):
+        more = min(room, whole[name] - widths[name])
+        widths[name] += more
+        room -= more
+    return widths
+
+
+def unique_length(names: Collection[str]) -> int:
+    """How many characters of names tell them apart."""
+    different = set(names)
+    longest = max(map(len, different), default=0)
+    lengths = range(1, longest + 1)
+    return next((n for n in lengths if len({x[:n] for x in different}) == len(different)), longest)
+
+
+def longest_word(cells: Sequence[Text]) -> int:
+    """Where a column can be broken at blanks, its least width."""
+    return max((len(word) for cell in cells for word in cell.plain.split()), default=0)
+
+
+def _width(name: str, cells: Sequence[Text]) -> int:
+    return max(Text(name).cell_len, *(cell.cell_len for cell in cells))
+
+
+def _total(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + GAP * (len(widths) - 1)
