@@ -17,6 +17,7 @@ from kvshare_store.cli.common import (
     answering,
     configured,
     console,
+    place,
     print_json,
 )
 from kvshare_store.readable import KIND_COLOURS, age, milliseconds, printable, short
@@ -53,7 +54,7 @@ def command(
         print_json(found)
     elif not found:
         kind = "declined requests" if declined else "requests"
-        typer.echo(f"No {kind} of {chosen.home_path} since its daemon started, or none runs.")
+        typer.echo(f"No {kind} of {place(chosen)} since its daemon started, or none runs.")
     else:
         console().print(requests_table(found))
 

@@ -51,7 +51,7 @@ def test_tenants_with_use_and_quota(page: World) -> None:
     (space,) = alice["namespaces"]
     assert space["digest"] == page.space.for_tenant(TENANT).digest
     assert space["bytes"] == len(PARENT.encode()) * page.space.layout.row_bytes
-    assert space["quota"] == 0
+    assert (space["quota"], space["nodes_quota"]) == (0, 0)
     assert plain["bytes"] > space["bytes"], "parent and child share rows, but not all"
 
 
