@@ -186,6 +186,14 @@ def test_bad_prompts_are_told_why(
     assert (answer.status_code, why in answer.json()["message"]) == (status, True), answer.text
 
 
+def test_limits_of_tenants(owned: World) -> None:
+    (_, alice) = owned.ask("GET", "/api/tenants", headers=BEARING).json()
+    (space,) = alice["namespaces"]
+    assert (space["nodes"], space["nodes_quota"]) == (1, 1000)
+    page = owned.ask("GET", "/tenants", headers=BEARING | {"accept": "text/html"})
+    assert '<td class="number">1 of 1,000</td>' in page.text
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A daemon of this file alone, which changes it."""
