@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import psutil
 
 from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.memory import available_bytes
-from kvshare_store.cli import remote
+from kvshare_store.cli import far_checkup, remote
+from kvshare_store.cli.finding import NOTE, OK, WARNING, WRONG, Finding, health
+from kvshare_store.cli.serve import HTTP_LIBRARIES
 from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
@@ -28,44 +30,40 @@ from kvshare_store.errors import KVShareError, UnavailableError
 from kvshare_store.readable import size
 from kvshare_store.version import version
 
-OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
-
 _VLLM = "0.32"
 _FEW_FILES = 4096
 _EXTRAS = {
-    "encryption": "cryptography",
-    "s3": "obstore",
-    "redis": "redis",
-    "mooncake": "mooncake",
-    "semantic": "sentence_transformers",
-    "transformers": "tokenizers",
+    "encryption": ("cryptography",),
+    "http": HTTP_LIBRARIES,
+    "s3": ("obstore",),
+    "redis": ("redis",),
+    "mooncake": ("mooncake",),
+    "semantic": ("sentence_transformers",),
+    "transformers": ("tokenizers",),
 }
-"""A module of each extra that adds something to a store."""
-
-
-class Finding(NamedTuple):
-    """One thing that was checked."""
-
-    state: str
-    what: str
-    found: str
-    advice: str = ""
+"""Modules of each extra that adds something to a store."""
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
     """All findings, in the order in which to fix them. If a daemon runs, its settings are
-    checked."""
-    config = _in_effect(settings.config)
+    checked. Of a daemon on another machine: the way to it, and whether it is well."""
+    far = bool(settings.config.connect)
+    config = settings.config if far else _in_effect(settings.config)
     yield from _versions()
     yield from _extras(config)
     yield from _environment()
+    yield from far_checkup.findings(config) if far else _near(config)
+    yield from _engines()
+
+
+def _near(config: StoreConfig) -> Iterator[Finding]:
+    """The home on this machine, what its daemon needs, and that daemon."""
     yield from _permissions(config.home_path)
     serving = home_taken(config.home_path)
     yield from _memory(config, serving)
     yield from _limits(config)
     yield from _disk(config)
     yield from _daemon(config, serving)
-    yield from _engines()
 
 
 def _in_effect(config: StoreConfig) -> StoreConfig:
@@ -97,15 +95,26 @@ def _version_of(name: str) -> str:
 
 
 def _extras(config: StoreConfig) -> Iterator[Finding]:
-    have = [extra for extra, module in _EXTRAS.items() if find_spec(module) is not None]
+    have = [extra for extra, modules in _EXTRAS.items() if all(map(find_spec, modules))]
     yield Finding(OK, "extras", ", ".join(have) or "none")
-    needed = {"encryption"} if config.encryption_key else set()
-    needed |= {"semantic"} if config.semantic == "always" else set()
-    scheme = config.remote.partition("://")[0]
-    needed |= {scheme.replace("rediss", "redis")} & set(_EXTRAS)
-    for extra in sorted(needed - set(have)):
+    for extra in sorted(_needed(config) - set(have)):
         advice = f"pip install 'kvshare-store[{extra}]'"
         yield Finding(WRONG, "extras", f"the settings need {extra}, which is not here", advice)
+
+
+def _needed(config: StoreConfig) -> set[str]:
+    if config.connect:  # tiers, the page and vectors are the far daemon's
+        return set()
+    scheme = config.remote.partition("://")[0].replace("rediss", "redis")
+    return ({scheme} & set(_EXTRAS)) | {
+        extra
+        for extra, asked in (
+            ("encryption", config.encryption_key),
+            ("http", config.http),
+            ("semantic", config.semantic == "always"),
+        )
+        if asked
+    }
 
 
 def _environment() -> Iterator[Finding]:
@@ -217,23 +226,7 @@ def _daemon(config: StoreConfig, serving: bool) -> Iterator[Finding]:
     except KVShareError as error:
         yield Finding(WRONG, "daemon", str(error), "look into daemon.log, then restart it")
         return
-    yield from _health(stats)
-
-
-def _health(stats: dict[str, Any]) -> Iterator[Finding]:
-    theirs, state = stats["version"], stats["health"]["state"]
-    found = f"process {stats['pid']}, version {theirs}, {state}, {stats['nodes']:,} nodes"
-    if theirs != version():
-        yield Finding(WARNING, "daemon", found, f"restart it: this is {version()}")
-    elif state in ("ok", "well"):
-        yield Finding(OK, "daemon", found)
-    else:
-        failed = ", ".join(stats["health"]["failures"])
-        yield Finding(WRONG, "daemon", found, f"parts have failed ({failed}): see daemon.log")
-    for kind, count in stats["errors"].items():
-        if kind in ("corrupt", "storage", "no_space", "internal", "row", "torn"):
-            advice = "`kvshare check` says what is damaged; see daemon.log"
-            yield Finding(WARNING, "errors", f"{kind}: {count:,}", advice)
+    yield from health(stats)
 
 
 def _engines() -> Iterator[Finding]:

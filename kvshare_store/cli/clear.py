@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
+from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured, place
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -19,6 +19,6 @@ def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption
     with answering(chosen) as ask:
         nodes = ask(protocol.Stats())["nodes"]
         if nodes and not yes:
-            typer.confirm(f"Remove all {nodes:,} nodes of {chosen.home_path}?", abort=True)
+            typer.confirm(f"Remove all {nodes:,} nodes of {place(chosen)}?", abort=True)
         removed = ask(protocol.Clear())
     typer.echo(f"{removed:,} nodes removed.")

@@ -54,6 +54,11 @@ def sourced(home: str | None, file: Path | None, settings: Sequence[str] | None 
     return load_settings(explicit, file=file)
 
 
+def place(config: StoreConfig) -> str:
+    """Where the daemon is that a command asks, for people: an address, or a home."""
+    return config.connect or str(config.home_path)
+
+
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     """`field=value` texts as a dictionary; the last one wins."""
     parsed = {}

@@ -30,6 +30,9 @@ def command(
 ) -> int:
     """Check versions, permissions, memory, limits, disk, vLLM's flags and the daemon.
 
+    With `connect`: the way to that daemon, certificates and role, in place of home, memory and
+    disk.
+
     Changes nothing. The exit code is 1 if something is wrong; warnings leave it at 0.
     """
     from kvshare_store.cli import checkup  # noqa: PLC0415 - seconds, not for --help

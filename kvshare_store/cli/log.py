@@ -17,6 +17,7 @@ from kvshare_store.cli.common import (
     answering,
     configured,
     console,
+    place,
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, longest_word, unique_length
@@ -61,7 +62,7 @@ def command(
         print_json(found)
     elif not found:
         kind = "declined requests" if declined else "requests"
-        typer.echo(f"No {kind} of {chosen.home_path} since its daemon started, or none runs.")
+        typer.echo(f"No {kind} of {place(chosen)} since its daemon started, or none runs.")
     else:
         out = console()
         out.print(requests_table(found, out.width))

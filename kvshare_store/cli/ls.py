@@ -17,6 +17,7 @@ from kvshare_store.cli.common import (
     answering,
     configured,
     console,
+    place,
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted
@@ -50,7 +51,7 @@ def command(
     if json:
         print_json(nodes)
     elif not nodes:
-        typer.echo(f"No nodes in {chosen.home_path} yet.")
+        typer.echo(f"No nodes in {place(chosen)} yet.")
     else:
         out = console()
         out.print(nodes_table(nodes, out.width))

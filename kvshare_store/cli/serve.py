@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, names_file
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.logs import log_as_json
 from kvshare_store.readable import size
@@ -45,7 +45,7 @@ ClientsOption = Annotated[
     str | None,
     typer.Option("--tls-clients", metavar="FILE", help="Certificates that vouch for clients."),
 ]
-_LIBRARIES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+HTTP_LIBRARIES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 """Of the extra `http`."""
 
 HttpOption = Annotated[
@@ -75,11 +75,12 @@ def command(
         "tls_clients": tls_clients,
     }  # fmt: skip
     given = [f"{name}={value}" for name, value in network.items() if value is not None]
-    run(partial(configured, home, config, [*(set_ or ()), *given]))
+    run(partial(configured, home, config, [*(set_ or ()), *given]), named=names_file(config))
 
 
-def run(read: Callable[[], StoreConfig]) -> None:
-    """Serve in this process, by the settings that `read` returns; log to standard error."""
+def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
+    """Serve in this process, by the settings that `read` returns; log to standard error. `named`:
+    whether these come from a file, which can be read again."""
     config = read()
     entrance = page_entrance(config)
     os.umask(0o077)  # also for what LanceDB writes
@@ -87,7 +88,7 @@ def run(read: Callable[[], StoreConfig]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from kvshare_store.daemon import address, server  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon import address, network, server  # noqa: PLC0415 - seconds, not for --help
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     if config.log_format == "json":
@@ -95,7 +96,7 @@ def run(read: Callable[[], StoreConfig]) -> None:
     log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to tell
     try:
-        daemon = server.Server(config, reread=read)
+        daemon = server.Server(config, reread=read if named else None)
         for number, act in zip(_SIGNALS, (daemon.drain, daemon.stop, daemon.reload), strict=True):
             signal.signal(number, act)
     finally:
@@ -103,7 +104,8 @@ def run(read: Callable[[], StoreConfig]) -> None:
     socket = address.socket_path(config.home_path)
     log.info("kvshare: %s", start_line(config, str(socket)))
     if config.listen:
-        log.info("kvshare: other machines reach it on port %d, with keys", daemon.port)
+        bound = network.Address.parse(config.listen, "listen")._replace(port=daemon.port)
+        log.info("kvshare: it listens on %s, with keys", bound)
     if entrance is not None:
         serve_page(daemon, entrance)
     daemon.serve()
@@ -116,7 +118,7 @@ def page_entrance(config: StoreConfig) -> Entrance | None:
     would be open to everybody, is told before the store is opened."""
     if not config.http:
         return None
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    missing = [name for name in HTTP_LIBRARIES if find_spec(name) is None]
     if missing:
         raise UnsupportedError(
             f"the page needs {', '.join(missing)}: pip install 'kvshare-store[http]'"

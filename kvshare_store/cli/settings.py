@@ -17,6 +17,7 @@ from kvshare_store.cli.common import (
     JsonOption,
     SetOption,
     console,
+    place,
     print_json,
     sourced,
 )
@@ -35,8 +36,8 @@ def config(
 ) -> None:
     """Show every setting: its value, and where that came from.
 
-    If a daemon serves the home, its values are shown; `here` is what this command would have used,
-    where that differs.
+    If a daemon serves the home, or answers at `connect`, its values are shown; `here` is what this
+    command would have used, where that differs.
     """
     settings = sourced(home, config, set_)
     theirs = _running(settings)
@@ -46,8 +47,9 @@ def config(
         print_json({"served": theirs is not None, "settings": rows, "ignored": ignored})
         return
     out = console()
-    served = "as its daemon runs" if theirs is not None else "no daemon runs"
-    out.print(f"{settings.config.home_path}: {served}\n", soft_wrap=True)
+    nobody = "no daemon answers" if settings.config.connect else "no daemon runs"
+    served = "as its daemon runs" if theirs is not None else nobody
+    out.print(f"{place(settings.config)}: {served}\n", soft_wrap=True)
     out.print(settings_table(rows))
     for name in ignored:
         out.print(f"{name} in the environment is no setting and is ignored", style="yellow")

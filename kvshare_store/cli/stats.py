@@ -18,6 +18,7 @@ from kvshare_store.cli.common import (
     answering,
     configured,
     console,
+    place,
     print_json,
 )
 from kvshare_store.readable import age, bar, milliseconds, share, size
@@ -40,7 +41,7 @@ def command(home: HomeOption = None, config: ConfigOption = None, json: JsonOpti
         return
     served = stats["pid"] != os.getpid()
     out = console()
-    out.print(headline(str(chosen.home_path), stats), soft_wrap=True)
+    out.print(headline(place(chosen), stats), soft_wrap=True)
     out.print(serving(stats) if served else NOBODY, soft_wrap=True)
     for table in tables(stats) if served else (tiers_table(stats["tiers"]),):
         out.print()

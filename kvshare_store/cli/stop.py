@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured
+from kvshare_store.cli.common import ConfigOption, HomeOption, configured, place
 from kvshare_store.errors import DeadlineError, UnavailableError
 
 _PATIENCE_S = 60.0
@@ -27,7 +27,7 @@ def command(
     from kvshare_store.cli import remote, upkeep  # noqa: PLC0415 - seconds, not for --help
 
     chosen = configured(home, config)
-    which = chosen.connect or chosen.home_path
+    which = place(chosen)
     try:
         with remote.connected(chosen) as daemon:
             patience = _PATIENCE_S + (daemon.settings()["drain_seconds"] if drain else 0.0)
@@ -41,6 +41,6 @@ def command(
         if chosen.connect or not isinstance(error.__cause__, _NOBODY):
             raise
         upkeep.refuse_without_store(chosen)
-        typer.echo(f"No daemon runs for {chosen.home_path}: nothing to stop.")
+        typer.echo(f"No daemon runs for {which}: nothing to stop.")
         return
     typer.echo(f"The daemon of {which} (process {pid}) has stopped.")

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured, console
+from kvshare_store.cli.common import ConfigOption, HomeOption, configured, console, place
 from kvshare_store.cli.log import requests_table
 from kvshare_store.cli.stats import headline, tiers_table
 from kvshare_store.readable import milliseconds, share, size
@@ -59,9 +59,7 @@ def command(
                 rates = per_second(before, now, then - at)
                 if out.is_terminal:
                     last = ask(ListRequests(max(3, out.height - 16)))
-                    live.update(
-                        view(str(chosen.home_path), now, rates, last, out.width), refresh=True
-                    )
+                    live.update(view(place(chosen), now, rates, last, out.width), refresh=True)
                 else:
                     out.print(line(now, rates), soft_wrap=True)
                 before, at, seen = now, then, seen + 1

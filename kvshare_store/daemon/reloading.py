@@ -36,3 +36,10 @@ def changed(now: StoreConfig, asked: StoreConfig) -> Change:
     if late:
         told += f"; a restart is needed for {late}"
     return Change(msgspec.structs.replace(now, **live), told)
+
+
+def nothing_named(*, keys: bool) -> str:
+    """What a daemon without a settings file says of a reload. `keys`: it has some, and these were
+    read again."""
+    what = "only keys and roles were read again" if keys else "nothing to read again"
+    return f"no settings file was named at start: {what}"

@@ -24,7 +24,7 @@ from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.handling import Handling
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.network import NetworkListener
-from kvshare_store.daemon.reloading import changed
+from kvshare_store.daemon.reloading import changed, nothing_named
 from kvshare_store.daemon.service_manager import ServiceManager
 from kvshare_store.daemon.switchboard import Door, Switchboard
 from kvshare_store.daemon.tls import TlsStream
@@ -66,7 +66,7 @@ class Server:
         limits: Limits | None = None,
         reread: Callable[[], StoreConfig] | None = None,
     ) -> None:
-        """`reread`: the settings as they are now, for `reload`."""
+        """`reread`: the settings as they are now, for `reload`; None: no file of them is named."""
         self.config = config
         self._reread = reread
         self._wants_reload = False
@@ -184,12 +184,15 @@ class Server:
     def reload_now(self) -> None:
         """Read the settings again; what is wrong, or cannot change, changes nothing."""
         try:
-            asked = self.config if self._reread is None else self._reread()
+            asked = None if self._reread is None else self._reread()
             if self._network is not None:  # certificates and roles may have changed
                 self._network.reload(self.config)
         except KVShareError as error:
             self.store.metrics.error(error.kind)
             log.error("kvshare: the settings stay as they are: %s", error)
+            return
+        if asked is None:
+            log.warning("kvshare: %s", nothing_named(keys=self._network is not None))
             return
         change = changed(self.config, asked)
         if change.config.log_format != self.config.log_format:

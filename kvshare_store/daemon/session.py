@@ -27,6 +27,7 @@ from kvshare_store.daemon.address import connect
 from kvshare_store.daemon.network import Place, Remote
 from kvshare_store.daemon.outbox import Outbox
 from kvshare_store.daemon.protocol import Role
+from kvshare_store.daemon.tls import MUST_HOLD, reason_of
 from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing, Stream
 from kvshare_store.errors import (
     DeadlineError,
@@ -142,10 +143,7 @@ class Session:
         self._hang_up()
         gone: KVShareError = UnavailableError(f"the daemon of {self.home} is gone")
         if isinstance(error, ssl.SSLError):
-            gone = DeniedError(
-                f"no TLS with {self.home}: {error.reason or error.strerror}; tls_server must vouch "
-                "for its certificate, its tls_clients for ours, and both must be in date"
-            )
+            gone = DeniedError(f"no TLS with {self.home}: {reason_of(error)}; {MUST_HOLD}")
         elif unwelcome:
             gone = UnavailableError(
                 f"{self.home} does not answer, or does not like our certificate: see its log"
@@ -187,6 +185,8 @@ class Session:
         assert self._stream is not None
         try:
             self._outgoing.flush(self._stream)
+        except ssl.SSLCertVerificationError as error:  # it is we who hang up
+            raise self._lost(error) from error
         except OSError as error:
             raise self._refusal() or self._lost(error) from error
 

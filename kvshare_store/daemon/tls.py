@@ -166,6 +166,19 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
 
 
+MUST_HOLD = (
+    "the name in connect must be in the subjectAltName of the daemon's certificate, tls_server "
+    "must vouch for its certificate, the daemon's tls_clients for ours, and both must be in date"
+)
+"""What a client without a connection should look at."""
+
+
+def reason_of(error: ssl.SSLError) -> str:
+    """Why there is no TLS, as the library says it."""
+    why = getattr(error, "verify_message", "") or error.reason or error.strerror
+    return str(why).rstrip(".")
+
+
 # --- roles ------------------------------------------------------------------------------------
 
 

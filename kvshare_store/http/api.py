@@ -119,6 +119,7 @@ async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
             "nodes": one["nodes"],
             "bytes": one["nbytes"],
             "quota": ask.config.namespace_bytes,
+            "nodes_quota": ask.config.namespace_nodes,
         }
         for one in held
     ]

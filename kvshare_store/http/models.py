@@ -148,6 +148,7 @@ class Space(BaseModel):
     nodes: int
     bytes: int
     quota: int = Field(description="Setting namespace_bytes; 0: no limit.")
+    nodes_quota: int = Field(description="Setting namespace_nodes; 0: no limit.")
 
 
 class Tenant(BaseModel):

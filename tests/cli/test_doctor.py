@@ -124,11 +124,19 @@ def test_no_memory_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_extras_that_the_settings_need(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkup, "find_spec", lambda _: None)
-    settings = ("--set", "remote=s3://bucket/x", "--set", "encryption_key=env:KEY")
+    settings = (
+        "--set", "remote=s3://bucket/x", "--set", "encryption_key=env:KEY", "--set", "http=:8470",
+    )  # fmt: skip
     code, found = diagnosed(home, *settings)
     assert code == 1
     advice = {one["advice"] for one in found["extras"]} - {""}
-    assert advice == {f"pip install 'kvshare-store[{extra}]'" for extra in ("s3", "encryption")}
+    assert advice == {
+        f"pip install 'kvshare-store[{extra}]'" for extra in ("s3", "encryption", "http")
+    }
+
+
+def test_extras_that_are_here(home: Path) -> None:
+    assert "http" in diagnosed(home)[1]["extras"][0]["found"].split(", ")
 
 
 def test_variables_that_are_no_settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from kvshare_store.cli.common import configured
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.reloading import LIVE, changed
+from kvshare_store.daemon.reloading import LIVE, changed, nothing_named
 from kvshare_store.errors import ConfigError, LimitError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
@@ -82,6 +82,18 @@ def test_what_a_hang_up_changes(daemon: Reloaded) -> None:
         assert "max_nodes is 7 now" in json.loads(line)["message"]
         assert "log_format is text now" in daemon.reload("")
         assert engine.save(prompt(2, 40))
+
+
+def test_a_daemon_that_an_engine_started_has_no_file(config: Config, tmp_path: Path) -> None:
+    """Its settings are in its environment, which nobody can change."""
+    with Reloaded(config(), tmp_path / "settings.yaml") as daemon:
+        said = daemon.reload("saves_per_second: 0.001\n")
+        assert "no settings file was named at start: nothing to read again" in said
+        assert "were read again" not in said
+
+
+def test_without_a_file_keys_are_read_again_all_the_same() -> None:
+    assert nothing_named(keys=True).endswith("only keys and roles were read again")
 
 
 def test_settings_that_count_at_once(driver: Callable[..., Driver], config: Config) -> None:

@@ -260,8 +260,8 @@ class Daemon:
     committed: list[bytes]
     told: list[Any]
 
-    def __init__(self, home: Path) -> None:
-        pass
+    def __init__(self, home: Path, role: str) -> None:
+        assert role == "engine"
 
     def stage_bytes(self, *_: Any) -> Staged:
         return Staged(id="save", fresh=(Run(0, 40),), sizes=(32, 8))

@@ -51,7 +51,7 @@ def test_tenants_with_use_and_quota(page: World) -> None:
     (space,) = alice["namespaces"]
     assert space["digest"] == page.space.for_tenant(TENANT).digest
     assert space["bytes"] == len(PARENT.encode()) * page.space.layout.row_bytes
-    assert space["quota"] == 0
+    assert (space["quota"], space["nodes_quota"]) == (0, 0)
     assert plain["bytes"] > space["bytes"], "parent and child share rows, but not all"
 
 
@@ -184,6 +184,14 @@ def test_bad_prompts_are_told_why(
 ) -> None:
     answer = sent(owned, "/api/explain", **body)
     assert (answer.status_code, why in answer.json()["message"]) == (status, True), answer.text
+
+
+def test_limits_of_tenants(owned: World) -> None:
+    (_, alice) = owned.ask("GET", "/api/tenants", headers=BEARING).json()
+    (space,) = alice["namespaces"]
+    assert (space["nodes"], space["nodes_quota"]) == (1, 1000)
+    page = owned.ask("GET", "/tenants", headers=BEARING | {"accept": "text/html"})
+    assert '<td class="number">1 of 1,000</td>' in page.text
 
 
 @pytest.fixture(scope="module")

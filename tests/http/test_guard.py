@@ -66,7 +66,7 @@ def test_a_daemon_that_others_would_reach_does_not_start(home: Path) -> None:
 
 
 def test_a_library_that_is_missing_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_LIBRARIES", ("sys", "no_such_library"))
+    monkeypatch.setattr(serve, "HTTP_LIBRARIES", ("sys", "no_such_library"))
     refused = run("serve", "--home", home, "--http", "127.0.0.1:0")
     assert "the page needs no_such_library: pip install" in one_line(refused, 6)
 

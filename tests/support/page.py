@@ -125,8 +125,8 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
 
 
 def owned_world(folder: Path) -> contextlib.AbstractContextManager[World]:
-    """A world whose daemon wants `TOKEN`."""
+    """A world whose daemon wants `TOKEN`, and has a limit of prompts that nobody reaches."""
     secret = folder / "token"
     secret.write_text(TOKEN + "\n")
     secret.chmod(0o600)
-    return world(folder, http_token=str(secret), log_prompts=True)
+    return world(folder, http_token=str(secret), log_prompts=True, namespace_nodes=1000)

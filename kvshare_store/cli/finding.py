@@ -1,0 +1,36 @@
+"""What `kvshare doctor` finds, and what it says of any daemon that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from kvshare_store.version import version
+
+OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
+
+
+class Finding(NamedTuple):
+    """One thing that was checked."""
+
+    state: str
+    what: str
+    found: str
+    advice: str = ""
+
+
+def health(stats: dict[str, Any]) -> Iterator[Finding]:
+    """Of a daemon, by its statistics: whether all of its parts work, and whether rows were lost."""
+    theirs, state = stats["version"], stats["health"]["state"]
+    found = f"process {stats['pid']}, version {theirs}, {state}, {stats['nodes']:,} nodes"
+    if theirs != version():
+        yield Finding(WARNING, "daemon", found, f"restart it: this is {version()}")
+    elif state in ("ok", "well"):
+        yield Finding(OK, "daemon", found)
+    else:
+        failed = ", ".join(stats["health"]["failures"])
+        yield Finding(WRONG, "daemon", found, f"parts have failed ({failed}): see daemon.log")
+    for kind, count in stats["errors"].items():
+        if kind in ("corrupt", "storage", "no_space", "internal", "row", "torn"):
+            advice = "`kvshare check` says what is damaged; see daemon.log"
+            yield Finding(WARNING, "errors", f"{kind}: {count:,}", advice)
