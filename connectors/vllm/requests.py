@@ -85,6 +85,8 @@ class RequestState:
     wish: Wish = field(default_factory=Wish)
     policy: str = "off"
     """The policy for it: the configured one, or a stricter one that it asked for."""
+    look: bool = False
+    """It is nobody's request but a second look: not counted, logged or traced."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
     reason: str = ""

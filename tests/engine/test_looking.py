@@ -210,6 +210,24 @@ def test_vllm_counts_it_nowhere(idle: Callable[..., Bench], link: FakeLink) -> N
     assert not scheduler.finished_req_ids_dict
 
 
+def test_neither_the_daemon_nor_kvshares_metrics_take_it_for_a_request(
+    idle: Callable[..., Bench], link: FakeLink
+) -> None:
+    bench = idle()
+    bench.add(range(100))
+    bench.drain()
+    mine = bench.planning.tally.take()
+    assert mine is not None
+    assert len(mine.data["lookups"]) == 1
+    assert link.asked_for_looks == 0
+    give(bench, link)
+    run_out(bench)
+    assert ends(link) == ["computed"]
+    assert (len(link.asked), link.asked_for_looks) == (2, 1)
+    assert bench.planning.tally.take() is None
+    assert not [told for told in link.told if isinstance(told, protocol.EngineCached)]
+
+
 def test_off_does_nothing(idle: Callable[..., Bench], link: FakeLink) -> None:
     bench = idle(kvshare={"second_look": "off"})
     give(bench, link)
