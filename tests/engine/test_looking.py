@@ -211,20 +211,20 @@ def test_vllm_counts_it_nowhere(idle: Callable[..., Bench], link: FakeLink) -> N
 
 
 def test_neither_the_daemon_nor_kvshares_metrics_take_it_for_a_request(
-    idle: Callable[..., Bench], link: FakeLink
+    idle: Callable[..., Bench], link: FakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = idle()
-    bench.add(range(100))
-    bench.drain()
-    mine = bench.planning.tally.take()
-    assert mine is not None
-    assert len(mine.data["lookups"]) == 1
-    assert link.asked_for_looks == 0
-    give(bench, link)
+    waited: list[float] = []
+    monkeypatch.setattr(bench.planning.tally, "looked_up", waited.append)
+    look = begun(bench, link)
+    assert bench.planning.states[look.request_id].look
     run_out(bench)
     assert ends(link) == ["computed"]
-    assert (len(link.asked), link.asked_for_looks) == (2, 1)
-    assert bench.planning.tally.take() is None
+    assert (len(link.asked), link.asked_for_looks, waited) == (2, 1, [])
+    request = bench.add(range(100))
+    assert not bench.planning.states[request.request_id].look
+    bench.drain()
+    assert (len(link.asked), link.asked_for_looks, len(waited)) == (3, 1, 1)
     assert not [told for told in link.told if isinstance(told, protocol.EngineCached)]
 
 

@@ -219,8 +219,8 @@ def test_every_share_of_tokens_is_of_the_same_whole(driver: Callable[..., Driver
     engine, history = driver(), History()
     history.take(engine.store.stats())
     engine.save(prompt(1, 40))
-    engine.serve(prompt(1, 40))
-    assert engine.plan(prompt(2, 60)).declined
+    assert engine.serve([*prompt(1, 40), 7]).exact == 40
+    assert engine.plan(prompt(2, 59)).declined
     engine.store.engine_cached(30)
     history.take(engine.store.stats())
     text = seen(engine.store, history).text
