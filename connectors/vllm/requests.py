@@ -85,8 +85,6 @@ class RequestState:
     wish: Wish = field(default_factory=Wish)
     policy: str = "off"
     """The policy for it: the configured one, or a stricter one that it asked for."""
-    look: bool = False
-    """It is nobody's request but a second look: not counted, logged or traced."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
     reason: str = ""
@@ -132,6 +130,8 @@ class RequestState:
     """How often it was preempted because a load of its rows failed."""
     trace: Trace | None = None
     """Its trace spans, if vLLM exports traces."""
+    look: bool = False
+    """It is nobody's request but a second look: not counted, logged or traced."""
 
     @property
     def id(self) -> str:
