@@ -121,6 +121,7 @@ class Store:
         deadline_ms: float | None = None,
         request: str = "",
         far: bool = False,
+        look: bool = False,
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
@@ -128,10 +129,11 @@ class Store:
         Then it ends within the deadline in another thread, which also runs its callbacks: keep them
         short. Input that makes no sense raises here; the future has a plan in every other case.
         `request`: the engine's name of the request, for the log. `far`: the rows go to another
-        machine, so loading is weighed at the rate measured there.
+        machine, so loading is weighed at the rate measured there. `look`: for a second look, which
+        is neither counted as a request nor logged.
         """
         return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far
+            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far, look=look
         )
 
     def explain(

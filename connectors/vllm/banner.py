@@ -53,11 +53,12 @@ def introduce(link: Link, settings: Settings) -> None:
 
 
 def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
-    """The line that names this engine's policy, home and daemon."""
-    policy = granted(theirs["policy"], settings.config.policy)
+    """The line that names this engine's policy, home and daemon, and its second looks."""
+    policy, looks = granted(theirs["policy"], settings.config.policy), settings.config.second_look
     return (
         f"KVShare active: policy {policy}, home {settings.config.home_path}, "
         f"daemon pid {stats['pid']}, version {stats['version']}"
+        + (f", second_look {looks}" if looks != "off" else "")
     )
 
 

@@ -43,7 +43,7 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self.link.ask(tokens, state.namespace, policy, state.id)
+        state.asked = self.link.ask(tokens, state.namespace, policy, state.id, look=state.look)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"
@@ -63,7 +63,8 @@ class Lookups:
             self.link.give_up(state.asked)
             state.looked_up, state.reason = True, "deadline"
         if state.looked_up:
-            self._tally.looked_up(time.monotonic() - wanted_at)
+            if not state.look:
+                self._tally.looked_up(time.monotonic() - wanted_at)
             if state.trace is not None:
                 state.trace.part("lookup", state.asked_at, reason=state.reason)
 
@@ -136,7 +137,7 @@ class Lookups:
 
     def count_cached(self, state: RequestState) -> None:
         """Tell the daemon what vLLM's own cache had of a request that was counted as a miss."""
-        if state.local and not state.cached_counted:
+        if state.local and not state.cached_counted and not state.look:
             self.link.tell(protocol.EngineCached(state.local))
             state.cached_counted = True
 

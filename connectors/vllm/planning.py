@@ -113,10 +113,11 @@ class Planning:
         if state is None:
             state = self._arrivals.state_of(request, self.namespace, self._unserved)
             self.states[state.id] = state
-            if self.trace_of is not None and not self._looks_at(request):
+            state.look = self.looks is not None and self.looks.made(request)
+            if self.trace_of is not None and not state.look:
                 state.trace = self.trace_of(request)
             self.link.working(True)
-            if state.declined:
+            if state.declined and not state.look:
                 self.link.tell(protocol.Decline(state.declined, state.length))
         return state
 
@@ -139,17 +140,13 @@ class Planning:
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
         computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
-        if not self._looks_at(request):
+        if not state.look:
             self.tally.ended(answer, computed=computed)
             if self.config.log_requests:
                 log_line(state, answer)
         if state.trace is not None:
             state.trace.end(answer)
         return answer
-
-    def _looks_at(self, request: Request) -> bool:
-        """Whether it is nobody's request but a second look."""
-        return self.looks is not None and self.looks.made(request)
 
     def _stop_waiting(self, state: RequestState) -> None:
         """No more runs of a parked request are computed: let vLLM go on with it."""

@@ -130,6 +130,8 @@ class RequestState:
     """How often it was preempted because a load of its rows failed."""
     trace: Trace | None = None
     """Its trace spans, if vLLM exports traces."""
+    look: bool = False
+    """It is nobody's request but a second look: not counted, logged or traced."""
 
     @property
     def id(self) -> str:

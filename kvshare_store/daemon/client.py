@@ -162,6 +162,9 @@ def plan_request(
     policy: str | None,
     until: float = 0.0,
     request: str = "",
+    *,
+    look: bool = False,
 ) -> protocol.Plan:
-    """The message behind `Client.plan`, for callers that do not wait. `request`: its name."""
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until, request[:LABEL_CHARS])
+    """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
+    for a second look."""
+    return protocol.Plan(namespace, tokens.tobytes(), policy, until, request[:LABEL_CHARS], look)

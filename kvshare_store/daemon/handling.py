@@ -102,7 +102,8 @@ class Handling:
         if client.gone or (0 < message.until < now and not client.remote):
             raise DeadlineError("the engine has stopped waiting for this plan")
         if now - came > self._store.config.plan_deadline_ms / 1e3:
-            self._store.decline("late", len(tokens))
+            if not message.look:
+                self._store.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self._store.plan_soon(
             tokens,
@@ -111,6 +112,7 @@ class Handling:
             owner=client.owner,
             request=message.request,
             far=client.remote,
+            look=message.look,
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:

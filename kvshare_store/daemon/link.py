@@ -56,10 +56,16 @@ class Link:
         self._reviver: Reviver | None = None
 
     def ask(
-        self, tokens: Tokens, namespace: Namespace, policy: str | None, request: str = ""
+        self,
+        tokens: Tokens,
+        namespace: Namespace,
+        policy: str | None,
+        request: str = "",
+        *,
+        look: bool = False,
     ) -> bytes | None:
-        """Send the lookup of a request; None while the daemon is given a rest, and for one too long
-        to send."""
+        """Send the lookup of a request, or of a second `look`; None while the daemon is given a
+        rest, and for one too long to send."""
         resting = time.monotonic() < self.paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
@@ -69,7 +75,8 @@ class Link:
         try:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
-            request_id = self.client.send(plan_request(tokens, namespace, policy, until, request))
+            question = plan_request(tokens, namespace, policy, until, request, look=look)
+            request_id = self.client.send(question)
         except OverloadError as error:
             self._failed(error.kind)
             self._rest()

@@ -58,6 +58,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     nothing between machines, whose clocks differ."""
     request: Label = ""
     """The engine's name of the request, for the log."""
+    look: bool = False
+    """For a second look, which is nobody's request: it is neither counted as one nor logged."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_store.http.history import KINDS, Step
+from kvshare_store.http.history import COUNTERS, Step
 
 WIDTH, HEIGHT = 600, 160
 _GAP = 0.15
@@ -31,8 +31,10 @@ class Chart(NamedTuple):
     start: float
     """Unix seconds at the left edge."""
     stop: float
-    saved: int
+    reused: int
     tokens: int
+    kinds: dict[str, int]
+    """These tokens by kind."""
     width: int = WIDTH
     height: int = HEIGHT
 
@@ -46,17 +48,20 @@ def chart(steps: Sequence[Step]) -> Chart | None:
     bars: list[Bar] = []
     for at, step in enumerate(steps):
         top = float(HEIGHT)
-        for kind, count in zip(KINDS, step.tokens, strict=True):
+        for kind, count in zip(COUNTERS, step.tokens, strict=True):
             if count:
                 height = HEIGHT * count / highest
                 top -= height
                 x, width = at * wide + wide * _GAP / 2, wide * (1 - _GAP)
                 bars.append(Bar(kind, *(round(one, 2) for one in (x, top, width, height))))
+    sums = map(sum, zip(*(step.tokens for step in steps), strict=True))
+    kinds = dict(zip(COUNTERS, sums, strict=True))
     return Chart(
         tuple(bars),
         highest,
         steps[0].start,
         steps[-1].stop,
-        sum(step.saved for step in steps),
-        sum(sum(step.tokens) for step in steps),
+        sum(step.reused for step in steps),
+        sum(kinds.values()),
+        kinds,
     )

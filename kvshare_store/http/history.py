@@ -12,12 +12,18 @@ from typing import Any, NamedTuple
 STEP_S = 10.0
 _SAMPLES = 361
 KINDS = ("exact", "continued", "edited", "recomputed")
-_COUNTERS = {
+"""Of the tokens of a plan."""
+COUNTERS = {
     "exact": "tokens_reused_exact",
     "continued": "tokens_reused_continued",
     "edited": "tokens_reused_edited",
+    "cached": "tokens_engine_cached",
     "recomputed": "tokens_recomputed",
 }
+"""What became of the tokens of all requests that have ended, by kind; `cached`: the engine's own
+cache had them."""
+_REUSED = 3
+"""The first of these kinds."""
 
 
 class Sample(NamedTuple):
@@ -26,7 +32,7 @@ class Sample(NamedTuple):
     at: float
     """Unix seconds."""
     tokens: tuple[int, ...]
-    """By `KINDS`."""
+    """By kind, as `COUNTERS`."""
     tiers: dict[str, int]
     """Bytes by tier."""
     loaded: int
@@ -43,9 +49,9 @@ class Step(NamedTuple):
     stored: int
 
     @property
-    def saved(self) -> int:
-        """Tokens that needed no computing."""
-        return sum(self.tokens[:3])
+    def reused(self) -> int:
+        """Tokens whose rows came from the store."""
+        return sum(self.tokens[:_REUSED])
 
 
 class History:
@@ -60,7 +66,7 @@ class History:
         """Remember what `Store.stats` says now."""
         sample = Sample(
             self._clock(),
-            tuple(stats[_COUNTERS[kind]] for kind in KINDS),
+            tuple(stats[name] for name in COUNTERS.values()),
             {name: use["bytes"] for name, use in stats["tiers"].items()},
             stats["bytes_loaded"],
             stats["bytes_stored"],

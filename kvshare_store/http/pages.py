@@ -12,7 +12,7 @@ from kvshare_store.errors import KVShareError
 from kvshare_store.http.api import Ask, Digest, NodeId, beside, tenants_of
 from kvshare_store.http.asking import Asking
 from kvshare_store.http.chart import chart
-from kvshare_store.http.history import KINDS
+from kvshare_store.http.history import COUNTERS
 from kvshare_store.http.rendering import rendered, words
 
 _TENANTS = 200
@@ -29,12 +29,7 @@ router = APIRouter(include_in_schema=False)
 async def overview(ask: Ask, request: Request) -> Response:
     """What the store does: never looks at its nodes one by one."""
     stats = await ask(protocol.Stats())
-    kinds = {
-        "exact": stats["tokens_reused_exact"],
-        "continued": stats["tokens_reused_continued"],
-        "edited": stats["tokens_reused_edited"],
-        "recomputed": stats["tokens_recomputed"],
-    }
+    kinds = {kind: stats[name] for kind, name in COUNTERS.items()}
     return rendered(
         request,
         "overview.html",
@@ -43,7 +38,6 @@ async def overview(ask: Ask, request: Request) -> Response:
         kinds=kinds,
         chart=chart(ask.history.steps()),
         steps=ask.history.steps(12),
-        names=KINDS,
         moved=ask.history.moved(),
     )
 

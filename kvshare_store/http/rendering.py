@@ -28,6 +28,8 @@ from kvshare_store.readable import (
 
 PART_CHARACTERS = 240
 """Of a run of tokens that are shown, unless all is asked for."""
+_CACHED = "in the engine's own cache"
+"""How a page names the kind `cached`."""
 
 _environment = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -48,6 +50,7 @@ _environment.filters.update(
     clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
     query=urlencode,
     many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
+    kind=lambda name: _CACHED if name == "cached" else name,
     in_order=lambda counts: [(kind, counts.get(kind, 0)) for kind in KINDS],
     zip_same=lambda names: [(name, name) for name in names],
 )

@@ -36,6 +36,8 @@ class Asked(NamedTuple):
     """Its tokens, where they are logged."""
     far: bool = False
     """Rows go to another machine."""
+    look: bool = False
+    """For a second look: nobody's request, so it is neither counted as one nor logged."""
 
     def plan(self, declined: str = "") -> ReusePlan:
         """A plan without rows."""

@@ -91,6 +91,7 @@ class Serving:
         name: str = "",
         *,
         far: bool = False,
+        look: bool = False,
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -102,16 +103,18 @@ class Serving:
             name,
             prompt_of(request, self.log.prompts),
             far,
+            look,
         )
-        self._metrics.add("lookups")
-        self._metrics.add("tokens_requested", lookup.tokens)
+        if not look:
+            self._metrics.add_all({"lookups": 1, "tokens_requested": lookup.tokens})
         answer: Future[ReusePlan] = Future()
         if refused := self._refused(owner, namespace):
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             planned = self._planned(request, lookup)
-        self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
+        if not look:
+            self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(
@@ -209,14 +212,18 @@ class Serving:
             answer.set_exception(error)
 
     def _answer(self, answer: Future[ReusePlan], lookup: Asked, plan: ReusePlan) -> None:
-        seconds = perf_counter() - lookup.start
-        self._metrics.observe("lookup", seconds)
-        if plan.declined:
-            self._count_miss(plan.declined, lookup.tokens, lookup.namespace)
-            self.log.missed(lookup, plan.declined, seconds)
+        if not lookup.look:
+            self._count_answer(lookup, plan.declined)
         if plan.declined == "no_saving":
             self._costs_of(lookup).of(lookup.namespace.model_digest).doubt()
         answer.set_result(plan)
+
+    def _count_answer(self, lookup: Asked, declined: str) -> None:
+        seconds = perf_counter() - lookup.start
+        self._metrics.observe("lookup", seconds)
+        if declined:
+            self._count_miss(declined, lookup.tokens, lookup.namespace)
+            self.log.missed(lookup, declined, seconds)
 
     def _leased(
         self,
@@ -294,16 +301,23 @@ class Serving:
             self._metrics.error(error.kind)
             self._missed(opened, "bad_outcome")
             raise
+        if not opened.asked.look:
+            self._count_end(opened, outcome)
+        if outcome.failed:
+            return
+        self._metrics.add("bytes_loaded", outcome.nbytes)
+        self._metrics.observe("load", outcome.seconds)
+        self._costs_of(opened.asked).load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+
+    def _count_end(self, opened: OpenPlan, outcome: Outcome) -> None:
+        space = opened.asked.namespace
         self._metrics.add("tokens_engine_cached", outcome.cached)
         self._log_end(opened, outcome)
         if outcome.failed:
             left = outcome.recomputed or opened.tokens
-            self._count_miss(outcome.failed, left, opened.asked.namespace, outcome.cached)
-            return
-        self._count_hit(outcome, opened.asked.namespace)
-        self._metrics.add("bytes_loaded", outcome.nbytes)
-        self._metrics.observe("load", outcome.seconds)
-        self._costs_of(opened.asked).load[opened.tier].observe(outcome.nbytes, outcome.seconds)
+            self._count_miss(outcome.failed, left, space, outcome.cached)
+        else:
+            self._count_hit(outcome, space)
 
     def engine_cached(self, tokens: int) -> None:
         """See `Store.engine_cached`."""
@@ -336,6 +350,8 @@ class Serving:
 
     def _missed(self, opened: OpenPlan, reason: str) -> None:
         """A plan has ended without having been used."""
+        if opened.asked.look:
+            return
         self._count_miss(reason, opened.tokens, opened.asked.namespace)
         self._log_end(opened, Outcome(recomputed=opened.tokens, failed=reason))
 

@@ -22,7 +22,7 @@ NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")
 REUSE = Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("node",), 1)
 MESSAGES = [
     protocol.Hello(1, 7),
-    protocol.Plan(NAMESPACE, b"1234", "exact"),
+    protocol.Plan(NAMESPACE, b"1234", "exact", look=True),
     protocol.Decline("late", 40),
     protocol.EngineCached(32),
     protocol.Settings(),

@@ -61,6 +61,7 @@ class FakeLink:
         """The daemon's own policy; it never grants a laxer one."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
+        self.asked_for_looks = 0
         self.told: list[Any] = []
         self.busy: list[bool] = []
         self.given_up = 0
@@ -77,9 +78,16 @@ class FakeLink:
         )
 
     def ask(
-        self, tokens: Any, namespace: Namespace, policy: str | None, request: str
+        self,
+        tokens: Any,
+        namespace: Namespace,
+        policy: str | None,
+        request: str,
+        *,
+        look: bool = False,
     ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
+        self.asked_for_looks += look
         return b"%d" % len(self.asked)
 
     def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:

@@ -225,6 +225,16 @@ def test_an_engine_says_what_serves_it(
     assert said("kvshare") == []  # a stricter policy is the one that holds
 
 
+def test_an_engine_says_that_it_makes_second_looks(
+    connect: Connect, daemon: Daemon, home: Path, said: Callable[..., list[str]]
+) -> None:
+    """The daemon, and `kvshare config`, do not know: it is the engine's own setting."""
+    connect(home, second_look="idle")
+    (line,) = said("vllm.kvshare")
+    assert line.endswith(f", version {version()}, second_look idle")
+    assert said("kvshare") == []
+
+
 def test_what_is_set_in_vain_is_said(
     connect: Connect,
     daemon: Daemon,

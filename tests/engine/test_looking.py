@@ -210,6 +210,26 @@ def test_vllm_counts_it_nowhere(idle: Callable[..., Bench], link: FakeLink) -> N
     assert not scheduler.finished_req_ids_dict
 
 
+def test_neither_the_daemon_nor_kvshares_metrics_take_it_for_a_request(
+    idle: Callable[..., Bench], link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = idle()
+    link.plan = None
+    waited: list[float] = []
+    monkeypatch.setattr(bench.planning.tally, "looked_up", waited.append)
+    look = begun(bench, link)
+    assert bench.planning.states[look.request_id].look
+    request = bench.add(range(100))
+    assert not bench.planning.states[request.request_id].look
+    give(bench, link)
+    bench.drain()
+    run_out(bench)
+    assert ends(link) == ["dropped", "computed"]
+    assert (len(link.asked), link.asked_for_looks, len(waited)) == (4, 2, 1)
+    cached = [told.tokens for told in link.told if isinstance(told, protocol.EngineCached)]
+    assert cached == [96], "the request's, not those of the look that goes on"
+
+
 def test_off_does_nothing(idle: Callable[..., Bench], link: FakeLink) -> None:
     bench = idle(kvshare={"second_look": "off"})
     give(bench, link)

@@ -23,7 +23,7 @@ from kvshare_store.http.history import History
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.store import Store
-from tests.support.oracle import Driver
+from tests.support.oracle import Driver, prompt
 from tests.support.page import BEARING, CATALOGUE, CHILD, EVIL, PARENT, TENANT, World
 
 ALLOWED = {
@@ -185,25 +185,51 @@ class Inside:
         return future
 
 
+def seen(store: Store, history: History) -> httpx.Response:
+    """The first view."""
+    transport = httpx.ASGITransport(routes(Asking(Inside(store), history)))
+
+    async def get() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get("/")
+
+    return asyncio.run(get())
+
+
 def test_the_first_view_looks_at_no_node(
     driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are: whoever looks at one of them gets an error."""
     store = driver().store
-    daemon = Inside(store)
     history = History()
     history.take(store.stats())
-    transport = httpx.ASGITransport(routes(Asking(daemon, history)))
-
-    async def get(path: str) -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return await client.get(path)
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("every node was looked at")
 
     monkeypatch.setattr(DeltaTree, "__iter__", refuse)
     monkeypatch.setattr(NodeState, "of_namespace", refuse)
-    assert asyncio.run(get("/")).status_code == 200
+    assert seen(store, history).status_code == 200
     with pytest.raises(AssertionError):
         store.nodes.state.of_namespace("")
+
+
+def test_every_share_of_tokens_is_of_the_same_whole(driver: Callable[..., Driver]) -> None:
+    """What the engine's own cache had is a part of it."""
+    engine, history = driver(), History()
+    history.take(engine.store.stats())
+    engine.save(prompt(1, 40))
+    assert engine.serve([*prompt(1, 40), 7]).exact == 40
+    assert engine.plan(prompt(2, 59)).declined
+    engine.store.engine_cached(30)
+    history.take(engine.store.stats())
+    text = seen(engine.store, history).text
+    read = Page(text).text
+    assert "Tokens reused40of all prompt tokens40.0 %" in "".join(read.splitlines())
+    assert "40 of 100 prompt tokens reused (40.0 %) between" in read
+    (legend,) = re.findall(r'<ul class="legend".*?</ul>', text, re.S)
+    shares = {"exact": 40.0, "continued": 0.0, "edited": 0.0, "in the engine's own cache": 30.0,
+              "recomputed": 30.0}  # fmt: skip
+    found = re.findall(r"^(.+?) ([\d,]+) ([\d.]+) %$", Page(legend).text, re.M)
+    assert {kind: float(share) for kind, _, share in found} == shares
+    assert "saved" not in read

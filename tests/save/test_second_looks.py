@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Context
+from kvshare_store.plan import Context, Outcome, ReusePlan
 from kvshare_store.save import second_looks
 from kvshare_store.save.second_looks import LOOK_SECONDS, Look, SecondLooks
 from kvshare_store.save.staging import Reuse
@@ -255,6 +255,39 @@ def test_nothing_is_known_of_looks_that_nobody_was_given(engine: Driver) -> None
     tokens = edited(engine)
     engine.store.looked("engine", *_name(engine, tokens), "declined")
     assert next_look(engine) == tokens
+
+
+# --- what is counted ------------------------------------------------------------------------------
+
+
+def test_a_looks_lookup_is_no_request(engine: Driver) -> None:
+    """Whether it finds something, nothing, is given up, or runs out."""
+    edited(engine)
+    store, before = engine.store, engine.store.stats()
+    logged = store.requests.last(100)
+
+    def look(tokens: Sequence[int], owner: str = "engine") -> ReusePlan:
+        asked = store.plan_soon(tokens, engine.namespace, policy="exact", owner=owner, look=True)
+        return asked.result()
+
+    used, given_up, lost = look(PROMPT), look(PROMPT), look(PROMPT, "lost")
+    nbytes = used.exact * engine.namespace.layout.row_bytes
+    left = used.tokens - used.exact
+    store.finish(used, Outcome(used.exact, 0, left, nbytes, 1e-3))
+    store.finish(given_up, Outcome(failed="aborted", recomputed=10, cached=used.tokens - 10))
+    store.reap({"lost"})
+    assert lost.lease
+    assert look(prompt(99, 40)).declined
+    after = store.stats()
+    assert after["leases"] == 0
+    assert after["bytes_loaded"] == before["bytes_loaded"] + nbytes
+    same = {"lookups", "misses", "declined", *(name for name in before if "tokens_" in name),
+            *(name for name in before if name.startswith("hits_"))}  # fmt: skip
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    requests = next(iter(before["namespaces"].values()))["requests"]
+    assert next(iter(after["namespaces"].values()))["requests"] == requests
+    assert after["seconds"]["lookup"] == before["seconds"]["lookup"]
+    assert store.requests.last(100) == logged
 
 
 # --- what replaces what ---------------------------------------------------------------------------
