@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse
@@ -172,7 +172,8 @@ async def ask_purge(
 async def purge(ask: Ask, request: Request, form: Form) -> Response:
     """Remove every byte of it."""
     namespace = form.get("namespace", "")
-    tenant = None if namespace else form.get("tenant")
+    # encoded once more: browsers change the line ends of a field
+    tenant = None if namespace or "tenant" not in form else unquote(form["tenant"], errors="strict")
     _name_one(tenant, namespace)
     done = await ask(protocol.Purge(namespace, tenant, _PATIENCE_S), CHORE_S)
     return _purge_page(request, tenant, namespace, done=done)
