@@ -167,7 +167,13 @@ class _Connection(H11Protocol):
             self._wait(_UNREAD_S)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not: that a request was cut off because the daemon ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def _settings(app: ASGIApp) -> uvicorn.Config:
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     return uvicorn.Config(
         app,
         loop="asyncio",

@@ -137,7 +137,9 @@ def test_who_waits_too_long_is_told_and_wants_no_answer(
     until(lambda: all(given_up() for _, given_up in daemon.asked[-2:]))
 
 
-def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
+def test_closing_waits_for_no_answer(
+    numb: tuple[Numb, HttpServer], caplog: pytest.LogCaptureFixture
+) -> None:
     daemon, server = numb
     caught: list[BaseException] = []
 
@@ -154,6 +156,7 @@ def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
     asker.join(PATIENCE_S)
     assert not asker.is_alive()
     assert daemon.asked[-1][1](), "whoever works on it is told that nobody wants it"
+    assert [record for record in caplog.records if record.exc_info] == [], "no fault of ours"
 
 
 def test_connections_that_say_nothing_keep_nobody_out(numb: tuple[Numb, HttpServer]) -> None:
