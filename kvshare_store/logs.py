@@ -8,6 +8,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from kvshare_store.config import LogFormat
+
 LOGGER = "kvshare"
 _PREFIX = f"{LOGGER}: "
 
@@ -37,12 +39,12 @@ def with_fields(**fields: Any) -> dict[str, Any]:
     return {"fields": fields}
 
 
-def log_as_text() -> None:
-    """From now on KVShare's lines go where all others go."""
-    log = logging.getLogger(LOGGER)
-    for handler in [one for one in log.handlers if isinstance(one.formatter, JsonLines)]:
-        log.removeHandler(handler)
-    log.propagate = True
+def log_process_as(form: LogFormat) -> None:
+    """From now on all lines of this process go to standard error in this form, also those of
+    libraries. For a process that is KVShare's own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def log_as_json() -> None:

@@ -91,6 +91,15 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
+def as_one_name(text: str) -> str:
+    """A name in one line, its line ends and tabs as visible signs: two names stay two."""
+    return (
+        printable(text)
+        .replace("\n", "\N{SYMBOL FOR LINE FEED}")
+        .replace("\t", "\N{SYMBOL FOR HORIZONTAL TABULATION}")
+    )
+
+
 def shortened(text: str, limit: int, *, head: bool = True, tail: bool = True) -> str:
     """At most about `limit` characters: the beginning, the end, or both of a long text."""
     if len(text) <= limit:

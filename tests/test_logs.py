@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
-from kvshare_store.logs import JsonLines, log_as_json, with_fields
+from kvshare_store.logs import JsonLines, log_as_json, log_process_as, with_fields
 from tests.support.daemons import Daemon
 
 
@@ -41,6 +41,26 @@ def test_an_event_is_a_line(log: logging.Logger, capsys: pytest.CaptureFixture[s
     assert first["time"].endswith("+00:00")
     assert (second["level"], second["message"]) == ("error", "it failed")
     assert second["error"].endswith("OSError: disk\nfull")
+
+
+def test_what_a_library_says_is_a_line_too(
+    log: logging.Logger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    log_process_as("text")
+    log_process_as("json")
+    try:
+        raise OSError("disk\nfull")
+    except OSError:
+        logging.getLogger("uvicorn.error").exception("it\nfailed\n")
+    log.error("kvshare: ours, once")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first["error"].endswith("OSError: disk\nfull")
+    assert second["message"] == "ours, once"
+    log_process_as("text")
+    log.error("kvshare: ours")
+    assert capsys.readouterr().err == "kvshare: ours\n"
 
 
 def test_a_value_that_json_does_not_have() -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ import typer
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.config import StoreConfig, names_file
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.logs import log_as_json
+from kvshare_store.logs import log_process_as
 from kvshare_store.readable import size
 
 if TYPE_CHECKING:
@@ -90,9 +89,7 @@ def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kvshare_store.daemon import address, network, server  # noqa: PLC0415 - seconds, not for --help
 
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    if config.log_format == "json":
-        log_as_json()
+    log_process_as(config.log_format)
     log.setLevel(logging.INFO)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to tell
     try:

@@ -38,7 +38,7 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
-from kvshare_store.logs import log_as_json, log_as_text
+from kvshare_store.logs import log_process_as
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")
@@ -196,7 +196,7 @@ class Server:
             return
         change = changed(self.config, asked)
         if change.config.log_format != self.config.log_format:
-            (log_as_json if change.config.log_format == "json" else log_as_text)()
+            log_process_as(change.config.log_format)
         self.config = change.config
         self.store.reload(change.config)
         log.info("kvshare: %s", change.told)

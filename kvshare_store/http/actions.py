@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse
@@ -17,7 +17,7 @@ from kvshare_store.errors import KVShareError, PlanError
 from kvshare_store.http.api import Ask, ExplainBody, NodeId
 from kvshare_store.http.asking import CHORE_S, Asking, status_of
 from kvshare_store.http.guard import Forms
-from kvshare_store.http.pages import Full, clipped
+from kvshare_store.http.pages import LINKED, Full, clipped
 from kvshare_store.http.rendering import rendered
 
 _FIELDS = 16
@@ -82,7 +82,7 @@ def _message(fields: Mapping[str, str]) -> protocol.Explain:
         ).message()
     except ValidationError as error:
         raise PlanError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, KVShareError):
             raise
         raise PlanError("the token ids are no JSON list, such as [1, 2, 3]") from error
@@ -159,7 +159,7 @@ async def evict(ask: Ask, request: Request, node: NodeId, form: Form) -> Respons
 async def ask_purge(
     ask: Ask,
     request: Request,
-    tenant: Annotated[str | None, Query(max_length=256)] = None,
+    tenant: Annotated[str | None, Query(max_length=LINKED)] = None,
     namespace: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = "",
 ) -> Response:
     """What would be removed."""
@@ -172,7 +172,8 @@ async def ask_purge(
 async def purge(ask: Ask, request: Request, form: Form) -> Response:
     """Remove every byte of it."""
     namespace = form.get("namespace", "")
-    tenant = None if namespace else form.get("tenant")
+    # encoded once more: browsers change the line ends of a field
+    tenant = None if namespace or "tenant" not in form else unquote(form["tenant"], errors="strict")
     _name_one(tenant, namespace)
     done = await ask(protocol.Purge(namespace, tenant, _PATIENCE_S), CHORE_S)
     return _purge_page(request, tenant, namespace, done=done)

@@ -14,7 +14,7 @@ from kvshare_store.keys import private_file
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[^\[\]:]+)):(?P<port>\d{1,5})")
 _SHORTEST_TOKEN = 16
-_BACKLOG = 128
+BACKLOG = 128
 
 
 class Address(NamedTuple):
@@ -103,7 +103,7 @@ def listening_socket(address: Address) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address.host, address.port))
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -79,7 +79,7 @@ class PurgeBody(_Body):
     """What to purge: a namespace, or all of a tenant."""
 
     namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
-    tenant: str | None = Field(default=None, max_length=_NAME)
+    tenant: str | None = None
     patience: float = Field(default=30.0, ge=0, le=600, description="Seconds to wait for leases.")
     dry_run: bool = False
 
@@ -88,7 +88,7 @@ class EvictBody(_Body):
     """What to forget: the nodes for which all of it holds. Pinned ones stay."""
 
     nodes: list[Annotated[str, Field(pattern=_HEX)]] = Field(default=[], max_length=1000)
-    tenant: str | None = Field(default=None, max_length=_NAME)
+    tenant: str | None = None
     older_than: float | None = Field(default=None, ge=0, le=1e12, description="Seconds.")
     policy: PolicyName | None = None
     dry_run: bool = False

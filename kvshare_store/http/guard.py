@@ -43,8 +43,9 @@ _SECURE = {
 }
 _FORM_S = 12 * 3600.0
 _DRAIN_S = 2.0
-_STALLED_S = 20.0
-"""How long more of a body is waited for."""
+"""How long the rest of a body that is refused is read."""
+_BODY_S = 20.0
+"""How long a whole body may take."""
 
 
 class RefusedError(Exception):
@@ -70,9 +71,9 @@ class Guard:
             return
         secured = _secured(scope, send)
         try:
+            self._check(scope)
             if not _fits(scope):
                 await _too_long(receive)
-            self._check(scope)
             await self._app(scope, _limited(receive), secured)
         except RefusedError as refused:
             await _refuse(refused, secured)
@@ -132,13 +133,15 @@ def _same(given: str, secret: str) -> bool:
 
 
 def _limited(receive: Receive) -> Receive:
-    """No more of a body than a request may have, whatever it said before, and none that stops."""
+    """No more of a body than a request may have, whatever it said before, and in time."""
     taken, whole = 0, False
+    deadline = asyncio.get_running_loop().time() + _BODY_S
 
     async def limited() -> Message:
         nonlocal taken, whole
         try:
-            message = await asyncio.wait_for(receive(), None if whole else _STALLED_S)
+            async with asyncio.timeout_at(None if whole else deadline):
+                message = await receive()
         except TimeoutError as error:
             raise RefusedError(408, "the rest of the request did not come") from error
         whole = not message.get("more_body", False)
@@ -159,11 +162,12 @@ async def _too_long(receive: Receive) -> NoReturn:
     """Refuse it, once some more of it was read: who still sends would not see the answer."""
     taken = 0
     with contextlib.suppress(TimeoutError):
-        while taken < 4 * BODY_BYTES:
-            message = await asyncio.wait_for(receive(), _DRAIN_S)
-            taken += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                break
+        async with asyncio.timeout(_DRAIN_S):
+            while taken < 4 * BODY_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    break
     raise RefusedError(413, f"a request may have {BODY_BYTES >> 20} MiB")
 
 

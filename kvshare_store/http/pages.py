@@ -18,6 +18,8 @@ from kvshare_store.http.rendering import rendered, words
 _TENANTS = 200
 _REQUESTS = 100
 _PAGE = 50
+LINKED = 1024
+"""Characters of a tenant's name that fit into a link: as UTF-8 they may take 12 KiB there."""
 
 Full = Annotated[bool, Query(description="Shorten no text.")]
 After = Annotated[str, Query(max_length=120)]
@@ -46,7 +48,9 @@ async def overview(ask: Ask, request: Request) -> Response:
 async def tenants(ask: Ask, request: Request) -> Response:
     """Who has how much."""
     found = await tenants_of(ask)
-    return rendered(request, "tenants.html", tenants=found[:_TENANTS], count=len(found))
+    return rendered(
+        request, "tenants.html", tenants=found[:_TENANTS], count=len(found), linked=LINKED
+    )
 
 
 @router.get("/namespaces/{digest}")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 End = tuple[str, int]
 """IP address and port."""
 
-_TABLES = {4: Path("/proc/net/tcp"), 6: Path("/proc/net/tcp6")}
+_TABLES = {Path("/proc/net/tcp"): b"", Path("/proc/net/tcp6"): bytes(10) + b"\xff\xff"}
+"""And what is written there before an IPv4 address: a socket of either family may have one."""
 _LOCAL, _REMOTE, _UID, _INODE = 1, 2, 7, 9
 
 
@@ -27,16 +28,19 @@ def user_of(client: End, server: End) -> int | None:
 
     A socket that its process has closed is nobody's any more, though the table says 0 for it.
     """
-    local, remote = _written(client), _written(server)
-    for row in _rows(_TABLES[ipaddress.ip_address(client[0]).version]):
-        if row.local == local and row.remote == remote and row.inode:
-            return row.uid
+    for table, prefix in _TABLES.items():
+        local, remote = _written(client, prefix), _written(server, prefix)
+        for row in _rows(table):
+            if row.local == local and row.remote == remote and row.inode:
+                return row.uid
     return None
 
 
-def _written(end: End) -> str:
+def _written(end: End, prefix: bytes) -> str:
     """As the kernel writes it: 32-bit words in the byte order of the machine, then the port."""
-    packed = ipaddress.ip_address(end[0]).packed
+    address = ipaddress.ip_address(end[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    packed = (prefix if address.version == 4 else b"") + address.packed
     words = (int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4))
     return "".join(f"{word:08X}" for word in words) + f":{end[1]:04X}"
 

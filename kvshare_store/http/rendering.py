@@ -16,6 +16,7 @@ from kvshare_store.http.history import KINDS
 from kvshare_store.readable import (
     REASONS,
     age,
+    as_one_name,
     milliseconds,
     one_line,
     printable,
@@ -46,6 +47,7 @@ _environment.filters.update(
     provenance=provenance,
     shown=printable,
     line=one_line,
+    exact=as_one_name,
     grouped=lambda number: f"{number:,}",
     clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
     query=urlencode,

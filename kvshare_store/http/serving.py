@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -12,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import InternalError, KVShareError
-from kvshare_store.http.address import Entrance
+from kvshare_store.http.address import BACKLOG, Entrance
 from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
@@ -22,9 +25,16 @@ log = logging.getLogger("kvshare")
 
 THREAD = "kvshare-http"
 _CONNECTIONS = 128
+"""Above this number a request is answered with 503."""
+_OPEN = 2 * _CONNECTIONS
+"""Above this number a connection is ended unread: engines need descriptors, too."""
 _HEADER_BYTES = 16 << 10
-_IDLE_S = 15
 _SILENT_S = 5.0
+"""How long a connection may be without a whole request: before the first, and after each."""
+_UNREAD_S = 20.0
+"""How long a client may leave an answer unread."""
+_AGAIN_S = 60.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NICENESS = 5
 """Plans go before pages."""
 _DRAIN_S = 2
@@ -67,6 +77,7 @@ class HttpServer:
         self._server = server = uvicorn.Server(_settings(self._app))
         if self._closing.is_set():
             return
+        asyncio.get_running_loop().set_exception_handler(_Unforeseen())
         sampling = asyncio.create_task(self._sample())
         sampling.add_done_callback(lambda _: _end(server))
         # a copy: it closes what it is given, and may have to start again
@@ -91,23 +102,78 @@ def _end(server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
+class _Unforeseen:
+    """What the event loop says of trouble; once a minute where it repeats itself every second."""
+
+    def __init__(self) -> None:
+        self._said = -_AGAIN_S
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _EXHAUSTED:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._said + _AGAIN_S:
+            self._said = loop.time()
+            log.error("kvshare: the page cannot accept connections: %s", error.strerror)
+
+
 class _Connection(H11Protocol):
-    """One on which nothing is asked ends soon: there are only so many."""
+    """One on which nothing is asked, or nothing read, ends soon: there are only so many."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._silence = self.loop.call_later(_SILENT_S, self._end_silent)
+        self._silence = self._after(_SILENT_S, self._end_silent)
+        self._unread: asyncio.TimerHandle | None = None
+        if len(self.connections) > _OPEN:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._silence.cancel()
+        self._read()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        """The next request may have come already; if not, it is waited for."""
+        super().on_response_complete()
+        self._wait(_UNREAD_S if self.transport.is_closing() else _SILENT_S)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self._after(_UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._read()
+        super().resume_writing()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _wait(self, seconds: float) -> None:
+        self._silence.cancel()
+        self._silence = self._after(seconds, self._end_silent)
+
+    def _after(self, seconds: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, act)
+
     def _end_silent(self) -> None:
-        if getattr(self, "cycle", None) is None:  # until a whole request has come
+        if self.cycle is not None and not self.cycle.response_complete:
+            return  # a request is under way; when it ends, this waits again
+        if self.transport.is_closing():
+            self.transport.abort()
+        else:
             self.transport.close()
+            self._wait(_UNREAD_S)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not: that a request was cut off because the daemon ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _settings(app: ASGIApp) -> uvicorn.Config:
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     return uvicorn.Config(
         app,
         loop="asyncio",
@@ -119,8 +185,9 @@ def _settings(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=BACKLOG,  # so many connections are accepted in one go
         limit_concurrency=_CONNECTIONS,
         h11_max_incomplete_event_size=_HEADER_BYTES,
-        timeout_keep_alive=_IDLE_S,
+        timeout_keep_alive=10 * int(_SILENT_S),  # never: `_Connection` ends it before
         timeout_graceful_shutdown=_DRAIN_S,
     )

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.protocol import Decline
+from kvshare_store.daemon.protocol import Decline, Held, Purge
 from tests.support.browser import Tab, browser, chromium
+from tests.support.daemons import ClientDriver
 from tests.support.needs import need
 from tests.support.page import PARENT, TENANT, World, world
 
@@ -153,6 +154,25 @@ def test_the_overview_keeps_itself_up_to_date(page: World, tab: Tab) -> None:
     assert "Requests\n3" in text(tab)
     assert tab.run("document.querySelectorAll('#live').length") == 1
     assert tab.complaints == []
+
+
+def test_a_name_with_a_line_end_is_no_other_name(page: World, tab: Tab) -> None:
+    """Browsers send each line end of a field as CRLF."""
+    wanted, other = "a\nb", "a\r\nb"
+    with Client(page.daemon.config.home_path) as client:
+        for tenant in (wanted, other):
+            ClientDriver(client, page.space.for_tenant(tenant)).save(page.tokens(PARENT))
+        client.flush()
+        tab.open(page.url + "/tenants")
+        assert "a␍␊b" in text(tab)
+        follow(tab, "Purge a␊b…")
+        assert "Purge tenant a␊b" in text(tab)
+        follow(tab, "Purge for good")
+        assert "Removed for good" in text(tab)
+        left = {one["namespace"]["tenant"] for one in client.call(Held(""))}
+        assert left >= {other, TENANT}
+        assert wanted not in left
+        client.call(Purge(tenant=other))
 
 
 def test_a_tenant_is_purged_once_that_is_confirmed(page: World, tab: Tab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -114,6 +115,24 @@ def test_the_owner_of_a_connection_is_known() -> None:
             assert user_of(here, there) == uid
             client.close()  # the kernel's table says 0, which is root, for what is nobody's
             assert user_of(here, there) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "reached"),
+    [
+        (socket.AF_INET, "127.0.0.1", "::ffff:127.0.0.1"),
+        (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET6, "::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+)
+def test_an_ipv4_address_of_an_ipv6_socket_is_known(
+    family: socket.AddressFamily, host: str, reached: str
+) -> None:
+    """`reached`: the address as the server's side writes it."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(family) as client:
+        client.connect((host, server.getsockname()[1]))
+        here, there = client.getsockname()[1], client.getpeername()[1]
+        assert user_of((reached, here), (reached, there)) == os.getuid()
 
 
 OTHER = """
@@ -251,6 +270,15 @@ def test_no_script_runs_but_ours(page: World, path: str) -> None:
 
 
 # --- too much -------------------------------------------------------------------------------------
+
+
+def test_who_asks_is_checked_before_the_body_is_read(owned: World) -> None:
+    port = int(owned.url.rpartition(":")[2])
+    for length in (1000, BODY_BYTES + 1):
+        with socket.create_connection(("127.0.0.1", port), 30.0) as there:
+            head = f"POST /explain HTTP/1.1\r\nHost: [::1]\r\ncontent-length: {length}\r\n\r\n"
+            there.sendall(head.encode())
+            assert there.recv(65536).startswith(b"HTTP/1.1 401 ")
 
 
 def test_a_body_that_is_too_long_is_refused(owned: World) -> None:

@@ -16,13 +16,16 @@ import msgspec
 import pytest
 
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.questions import answer
 from kvshare_store.http.app import routes
 from kvshare_store.http.asking import Asking
 from kvshare_store.http.history import History
+from kvshare_store.http.pages import LINKED
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.store import Store
+from tests.support.daemons import ClientDriver
 from tests.support.oracle import Driver, prompt
 from tests.support.page import BEARING, CATALOGUE, CHILD, EVIL, PARENT, TENANT, World
 
@@ -103,6 +106,23 @@ def test_hostile_text_is_shown_as_text(page: World) -> None:
     assert "no namespace is of that tenant" in Page(missing.text).text
 
 
+@pytest.mark.parametrize(("characters", "linked"), [(LINKED, True), (LINKED + 1, False)])
+def test_a_long_name_has_a_link_where_one_fits(page: World, characters: int, linked: bool) -> None:
+    tenant = "\N{BICYCLE}" * characters
+    with Client(page.daemon.config.home_path) as client:
+        ClientDriver(client, page.space.for_tenant(tenant)).save(page.tokens(PARENT))
+        client.flush()
+        try:
+            link = "/purge?" + urlencode({"tenant": tenant})
+            listed = page.ask("GET", "/tenants").text
+            assert (f'href="{link}"' in listed) == linked
+            assert ("too long for a link" in listed) != linked
+            if linked:
+                assert page.ask("GET", link).status_code == 200
+        finally:
+            client.call(protocol.Purge(tenant=tenant))
+
+
 def test_a_failure_is_a_page_for_people_and_json_for_programs(page: World) -> None:
     for path in ("/nodes/ffff", "/nothing", "/nodes/XYZ", "/purge"):
         read = page.ask("GET", path, headers={"accept": "text/html,*/*"})
@@ -145,6 +165,7 @@ def test_explain_a_pasted_prompt(page: World) -> None:
         ({"tokens": "[1]"}, "name one prompt"),
         ({"text": "", "tokens": "[1, -1]"}, "greater than or equal to 0"),
         ({"text": "", "tokens": "1 2"}, "no JSON list"),
+        ({"text": "", "tokens": "[" * 200_000}, "no JSON list"),
         ({"namespace": ""}, "name one with"),
         ({"policy": "lax"}, "policy: Input should be"),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import socket
 import threading
 import time
@@ -17,7 +19,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import UnavailableError
-from kvshare_store.http import asking, health, serving
+from kvshare_store.http import asking, guard, health, serving
 from kvshare_store.http.address import entrance
 from kvshare_store.http.history import History
 from kvshare_store.http.serving import THREAD, HttpServer
@@ -38,6 +40,8 @@ def until(true: Callable[[], bool]) -> None:
 @pytest.fixture
 def numb(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Numb, HttpServer]]:
     monkeypatch.setattr(serving, "_SILENT_S", 0.2)
+    monkeypatch.setattr(serving, "_UNREAD_S", 0.2)
+    monkeypatch.setattr(guard, "_BODY_S", 0.2)
     monkeypatch.setattr(serving, "_DRAIN_S", 0)
     daemon = Numb()
     server = HttpServer(daemon, Health(), entrance(daemon.config))
@@ -133,7 +137,9 @@ def test_who_waits_too_long_is_told_and_wants_no_answer(
     until(lambda: all(given_up() for _, given_up in daemon.asked[-2:]))
 
 
-def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
+def test_closing_waits_for_no_answer(
+    numb: tuple[Numb, HttpServer], caplog: pytest.LogCaptureFixture
+) -> None:
     daemon, server = numb
     caught: list[BaseException] = []
 
@@ -150,6 +156,7 @@ def test_closing_waits_for_no_answer(numb: tuple[Numb, HttpServer]) -> None:
     asker.join(PATIENCE_S)
     assert not asker.is_alive()
     assert daemon.asked[-1][1](), "whoever works on it is told that nobody wants it"
+    assert [record for record in caplog.records if record.exc_info] == [], "no fault of ours"
 
 
 def test_connections_that_say_nothing_keep_nobody_out(numb: tuple[Numb, HttpServer]) -> None:
@@ -164,3 +171,101 @@ def test_connections_that_say_nothing_keep_nobody_out(numb: tuple[Numb, HttpServ
     finally:
         for one in silent:
             one.close()
+
+
+ALIVE = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+def ended(there: socket.socket) -> bytes:
+    """All that comes until the other side ends the connection."""
+    there.settimeout(PATIENCE_S)
+    said = b""
+    try:
+        while more := there.recv(65536):
+            said += more
+    except ConnectionResetError:
+        pass
+    return said
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        ALIVE,
+        ALIVE + b"GET / HTTP/1.1\r\nX",
+        b"POST /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\ncontent-length: 1000\r\n\r\nx",
+        b"POST /api/explain HTTP/1.1\r\nHost: 127.0.0.1\r\ncontent-length: 1000\r\n\r\nx",
+    ],
+    ids=["nothing more", "half a request more", "a body that nobody reads", "half a body"],
+)
+def test_a_connection_ends_that_had_its_answer(numb: tuple[Numb, HttpServer], sent: bytes) -> None:
+    with socket.create_connection(numb[1].address) as there:
+        there.sendall(sent)
+        assert ended(there).startswith(b"HTTP/1.1 ")
+
+
+def test_half_a_request_after_an_answer_ends_too(numb: tuple[Numb, HttpServer]) -> None:
+    with socket.create_connection(numb[1].address) as there:
+        there.sendall(ALIVE)
+        assert there.recv(65536).startswith(b"HTTP/1.1 200")
+        there.sendall(b"GET / HTTP/1.1\r\nX")
+        assert ended(there).count(b"HTTP/1.1") == 0
+
+
+def test_a_connection_ends_whose_answers_nobody_reads(numb: tuple[Numb, HttpServer]) -> None:
+    numb[1]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    with socket.socket() as there:
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        there.settimeout(PATIENCE_S)
+        there.connect(numb[1].address)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            there.sendall(ALIVE * 100_000)  # it takes no more at some time, and then ends it
+
+
+def test_a_body_byte_by_byte_has_one_deadline(numb: tuple[Numb, HttpServer]) -> None:
+    head = b"POST /explain HTTP/1.1\r\nHost: 127.0.0.1\r\ncontent-length: 999\r\n\r\n"
+    with socket.create_connection(numb[1].address) as there:
+        there.sendall(head)
+        there.settimeout(0.01)  # between two bytes
+        said = b""
+        deadline = time.monotonic() + PATIENCE_S
+        while not said:
+            assert time.monotonic() < deadline
+            there.sendall(b" ")
+            try:
+                said = there.recv(65536)
+            except TimeoutError:
+                continue
+        assert said.startswith(b"HTTP/1.1 408 ")
+
+
+def test_only_so_many_connections_are_held(
+    numb: tuple[Numb, HttpServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_SILENT_S", PATIENCE_S)
+    monkeypatch.setattr(serving, "_OPEN", 3)
+    _, server = numb
+    until(lambda: get(server, "/healthz").status_code == 200)
+    held = [socket.create_connection(server.address) for _ in range(6)]
+    try:
+        for one in held[3:]:
+            assert ended(one) == b""
+        held[0].sendall(ALIVE)
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200")
+    finally:
+        for one in held:
+            one.close()
+
+
+def test_that_no_descriptor_is_left_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        say = serving._Unforeseen()
+        for _ in range(3):
+            say(loop, {"message": "m", "exception": OSError(errno.EMFILE, "Too many open files")})
+        say(loop, {"message": "something else", "exception": OSError(errno.EPIPE, "pipe")})
+    finally:
+        loop.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["kvshare: the page cannot accept connections: Too many open files",
+                    "something else"]  # fmt: skip
