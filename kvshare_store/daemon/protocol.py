@@ -431,7 +431,7 @@ _BESIDE_BYTES = MIB
 def lookup_fits(namespace: Namespace, tokens: int) -> bool:
     """Whether a lookup, and a save, of so many tokens are short enough to be sent."""
     nbytes = len(encode(namespace)) + tokens * _TOKEN_BYTES
-    return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES
+    return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES and not namespace.too_long
 
 
 def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:
@@ -449,9 +449,12 @@ def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:
 def decode_request(body: bytes | bytearray) -> Request:
     """A request, or `ProtocolError`."""
     try:
-        return _requests.decode(body)
+        message = _requests.decode(body)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed request: {error}") from error
+    if isinstance(message, Plan | Stage) and (name := message.namespace.too_long):
+        raise ProtocolError(f"the {name} of the namespace is too long")
+    return message
 
 
 def encode_error(error: KVShareError) -> bytes:

@@ -274,6 +274,19 @@ def test_strangers_are_not_let_in(
     assert connect().stats()["daemon"]["cut_off"] >= 3
 
 
+def test_no_session_is_resumed(server: Server, keys: Keys) -> None:
+    """Else a certificate would count after it has expired."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(keys.servers.cert)
+    context.load_cert_chain(*keys.clients.issue("node-1", "engine"))
+    plain = socket.create_connection(("127.0.0.1", server.port))
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as stream:
+        hello = protocol.encode(protocol.Hello())
+        stream.sendall(wire.HEADER.pack(len(hello), bytes(8)) + hello)
+        assert stream.recv(1)  # tickets would have come before
+        assert stream.session is None or not stream.session.has_ticket
+
+
 def test_a_daemon_of_another_host_is_not_believed(config: Config, keys: Keys) -> None:
     elsewhere = keys.servers.issue("daemon", host="192.0.2.1")
     settings = keys.listening(tls_cert=elsewhere.cert, tls_key=elsewhere.key)
@@ -400,13 +413,28 @@ def test_a_reader_reads_and_stores_nothing(connect: Callable[..., Client], serve
     assert engine.client.stats()["nodes"] == 0
 
 
+def test_a_reader_reports_nothing(connect: Callable[..., Client], server: Server) -> None:
+    reader = connect("reader")
+    assert refusal(reader, protocol.Observe(10**6, 1e-3, NAMESPACE.model_digest)) is DeniedError
+    reader.tell(protocol.Working(True))  # the client knows its role and sends nothing
+    assert reader.stats()["errors"] == {"denied": 1}
+
+
+def test_names_longer_than_any_are_refused(connect: Callable[..., Client]) -> None:
+    client = connect("reader")
+    with pytest.raises(ProtocolError, match="the tenant of the namespace is too long"):
+        client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 2000), timeout=PATIENCE_S)
+    assert client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 1000)).declined == "empty_store"
+
+
 def test_every_message_has_a_role() -> None:
     """Written out, so that a new message is thought about."""
     admin = {kind.__name__ for kind, role in NEEDED.items() if role == "admin"}
     engine = {kind.__name__ for kind, role in NEEDED.items() if role == "engine"}
     assert admin >= {"Clear", "Pin", "Evict", "Export", "Import", "Purge", "Stop", "Collect"}
     assert engine == {
-        "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked"
+        "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked",
+        "Observe", "Decline", "EngineCached", "Working", "Failed",
     }  # fmt: skip
     reads = {kind.__name__ for kind, role in NEEDED.items() if role == "reader"}
     assert {"Plan", "PlanNode", "ReadRows", "Finish", "Stats", "ShowNode"} <= reads
