@@ -175,6 +175,10 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Reply: the dictionary of `Store.stats`."""
 
 
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Reply: `state` of health, and whether the daemon is `draining`. Cheap, for probes."""
+
+
 class Flush(msgspec.Struct, frozen=True, tag="flush"):
     """Reply: None, once everything committed is durable."""
 
@@ -367,7 +371,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Request = (
     Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook
-    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush
+    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Ready | Flush
     | ListNodes | Branch | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget
     | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
     | CheckBlocks | Stop
