@@ -233,6 +233,7 @@ class Server:
     def _reap(self) -> None:
         try:
             self.store.reap()
+            self.handling.inboxes.reap(self.store, self.config.lease_seconds)
         finally:
             self._reaping = False
 

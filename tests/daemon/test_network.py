@@ -517,7 +517,8 @@ def test_rows_that_were_not_asked_for(
 
 def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], server: Server) -> None:
     first, second = connect(), connect()
-    server.handling.inboxes.most = 3000
+    page = os.sysconf("SC_PAGESIZE")
+    server.handling.inboxes.most = page + 2000
     save = staged(first, 1)
     first.call(protocol.WriteRows(save, 0, bytes(2560)))
     other = staged(second, 2)
@@ -526,6 +527,23 @@ def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], serv
     second.call(protocol.WriteRows(other, 0, bytes(2560)))
     assert second.call(protocol.Commit(other))
     assert server.handling.inboxes.nbytes == 0
+
+
+def test_nobody_keeps_others_from_sending_rows(
+    connect: Callable[..., Client], server: Server
+) -> None:
+    inboxes, (first, second) = server.handling.inboxes, (connect(), connect())
+    inboxes.most = 4 * os.sysconf("SC_PAGESIZE")
+    big = first.stage(np.arange(4096, dtype=np.int32), NAMESPACE, Reuse()).id
+    first.call(protocol.WriteRows(big, 100_000, b"x"))  # the place of rows takes no room
+    first.call(protocol.WriteRows(big, 0, b"x"))
+    assert refusal(first, protocol.WriteRows(big, 50_000, b"x")) is OverloadError
+    other = staged(second, 2)
+    second.call(protocol.WriteRows(other, 0, bytes(2560)))
+    assert second.call(protocol.Commit(other))
+    inboxes.reap(server.store, -1.0)  # nothing more has come
+    assert inboxes.nbytes == 0
+    assert refusal(first, protocol.Commit(big)) is LeaseError
 
 
 def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:
