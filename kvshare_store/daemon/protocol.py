@@ -26,6 +26,8 @@ Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
 """Rows in one message, at most."""
+EXPLAINED_TOKENS = 1 << 20
+"""Of a prompt that is explained, at most."""
 
 Role = Literal["reader", "engine", "admin"]
 """What a client may ask for; `kvshare_store.daemon.roles` says which role each message needs."""
