@@ -47,8 +47,8 @@ class _Inbox:
 
 
 class Inboxes:
-    """Rows that remote clients have sent and not committed. Their memory is bounded, and no client
-    gets more than half of it."""
+    """Rows that remote clients have sent and not committed. Their memory is bounded. A client has
+    more than half of it only until another needs room: then its save ends."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -71,22 +71,23 @@ class Inboxes:
         if stop > room:
             raise ProtocolError(f"rows up to byte {stop:,} were sent for a save of {room:,} bytes")
         with self._lock:
-            inbox = self._admit(client, message)
+            inbox = self._admit(store, client, message)
             left, at = memoryview(message.rows), message.start
             while len(left):
                 written = os.pwrite(inbox.descriptor, left, at)
                 left, at = left[written:], at + written
             inbox.nbytes = os.fstat(inbox.descriptor).st_blocks * _BLOCK_BYTES
 
-    def _admit(self, client: Connection, message: protocol.WriteRows) -> _Inbox:
+    def _admit(self, store: Store, client: Connection, message: protocol.WriteRows) -> _Inbox:
         """Where the rows go. Hold the lock."""
         inbox = self._inboxes.get(client.owner)
         own = len(message.rows) + (inbox.nbytes if inbox is not None else 0)
-        others = sum(one.nbytes for one in self._inboxes.values() if one is not inbox)
-        if own > self.most // 2:
-            raise OverloadError(f"a save of more than {self.most // 2:,} bytes takes too much room")
-        if own + others > self.most:
-            raise OverloadError("too many rows from other machines wait to be saved")
+        others = {name: it.nbytes for name, it in self._inboxes.items() if it is not inbox}
+        if own + sum(others.values()) > self.most:
+            largest = max(others, key=lambda name: others[name], default="")
+            if own > self.most // 2 or others.get(largest, 0) <= self.most // 2:
+                raise OverloadError("too many rows from other machines wait to be saved")
+            self._end(store, largest)
         if client.gone:
             raise LeaseError("the client is gone")
         if client.outbox < 0:
@@ -108,8 +109,10 @@ class Inboxes:
         """End the saves for which no rows have come for so long."""
         since = time.monotonic() - seconds
         with self._lock:
-            old = [owner for owner, inbox in self._inboxes.items() if inbox.last < since]
-            found = [self._inboxes.pop(owner) for owner in old]
-        for inbox in found:
-            store.abandon(inbox.staged)  # before its rows go: it must not be committed without
-            inbox.empty()
+            for owner in [name for name, inbox in self._inboxes.items() if inbox.last < since]:
+                self._end(store, owner)
+
+    def _end(self, store: Store, owner: str) -> None:
+        inbox = self._inboxes.pop(owner)
+        store.abandon(inbox.staged)  # before its rows go: it must not be committed without
+        inbox.empty()

@@ -518,14 +518,15 @@ def test_rows_that_were_not_asked_for(
 def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], server: Server) -> None:
     first, second = connect(), connect()
     page = os.sysconf("SC_PAGESIZE")
-    server.handling.inboxes.most = page + 2000
+    server.handling.inboxes.most = 2 * page
     save = staged(first, 1)
     first.call(protocol.WriteRows(save, 0, bytes(2560)))
-    other = staged(second, 2)
-    assert refusal(second, protocol.WriteRows(other, 0, bytes(2560))) is OverloadError
+    other = second.stage(np.arange(1000, dtype=np.int32), NAMESPACE, Reuse()).id
+    assert refusal(second, protocol.WriteRows(other, 0, bytes(page + 1))) is OverloadError
     first.abandon(save)
-    second.call(protocol.WriteRows(other, 0, bytes(2560)))
-    assert second.call(protocol.Commit(other))
+    second.call(protocol.WriteRows(other, 0, bytes(2 * page)))
+    assert refusal(second, protocol.WriteRows(other, 2 * page, b"x")) is OverloadError
+    second.abandon(other)
     assert server.handling.inboxes.nbytes == 0
 
 
@@ -533,17 +534,20 @@ def test_nobody_keeps_others_from_sending_rows(
     connect: Callable[..., Client], server: Server
 ) -> None:
     inboxes, (first, second) = server.handling.inboxes, (connect(), connect())
-    inboxes.most = 4 * os.sysconf("SC_PAGESIZE")
-    big = first.stage(np.arange(4096, dtype=np.int32), NAMESPACE, Reuse()).id
+    inboxes.most = 2 * os.sysconf("SC_PAGESIZE")
+    tokens = np.arange(4096, dtype=np.int32)
+    big = first.stage(tokens, NAMESPACE, Reuse()).id
     first.call(protocol.WriteRows(big, 100_000, b"x"))  # the place of rows takes no room
     first.call(protocol.WriteRows(big, 0, b"x"))
-    assert refusal(first, protocol.WriteRows(big, 50_000, b"x")) is OverloadError
     other = staged(second, 2)
-    second.call(protocol.WriteRows(other, 0, bytes(2560)))
+    second.call(protocol.WriteRows(other, 0, bytes(2560)))  # the save of more than half ends
+    assert refusal(first, protocol.WriteRows(big, 0, b"x")) is LeaseError
     assert second.call(protocol.Commit(other))
+    idle = first.stage(tokens, NAMESPACE, Reuse()).id
+    first.call(protocol.WriteRows(idle, 0, b"x"))
     inboxes.reap(server.store, -1.0)  # nothing more has come
     assert inboxes.nbytes == 0
-    assert refusal(first, protocol.Commit(big)) is LeaseError
+    assert refusal(first, protocol.Commit(idle)) is LeaseError
 
 
 def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:
