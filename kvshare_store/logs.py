@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +15,28 @@ from kvshare_store.config import LogFormat
 
 LOGGER = "kvshare"
 _PREFIX = f"{LOGGER}: "
+_SELDOM_S = 60.0
+
+
+class Seldom:
+    """Warnings that strangers can cause as often as they like: a line a minute of each kind."""
+
+    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        self._next: dict[str, float] = {}
+        self._unsaid: Counter[str] = Counter()
+
+    def warn(self, kind: str, text: str) -> None:
+        """Say it, unless something of the kind was said within the last minute."""
+        now = self._clock()
+        if now < self._next.get(kind, 0.0):
+            self._unsaid[kind] += 1
+            return
+        unsaid = self._unsaid.pop(kind, 0)
+        more = f" (and {unsaid:,} more like it since the last such line)" if unsaid else ""
+        self._next[kind] = now + _SELDOM_S
+        self._log.warning("kvshare: %s%s", text, more)
 
 
 class JsonLines(logging.Formatter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from time import perf_counter
@@ -120,22 +120,23 @@ class Metrics:
         with self._lock:
             self._evicted[tier] += 1
 
-    def used(self, digest: str, outcome: str, tokens: Mapping[str, int]) -> None:
-        """Count a request of a namespace, and its tokens by kind."""
+    def used(self, digest: str, outcome: str, tokens: Mapping[str, int], *, known: bool) -> None:
+        """Count a request of a namespace, and its tokens by kind. `known`: something was saved
+        there; whoever may only look must not take labels with names that mean nothing."""
         with self._lock:
-            usage = self._usage[self._label(digest)]
+            usage = self._usage[self._label(digest, known)]
             usage.requests[outcome] += 1
             for kind, amount in tokens.items():
                 usage.tokens[kind] += amount
 
-    def label(self, digest: str) -> str:
-        """How a namespace is called in labels: so, or all `other`s together, for good."""
+    def labels(self, digests: Iterable[str]) -> list[str]:
+        """How known namespaces are called in labels: so, or all `other`s together, for good."""
         with self._lock:
-            return self._label(digest)
+            return [self._label(digest) for digest in digests]
 
-    def _label(self, digest: str) -> str:
-        name = digest[:LABEL_OF_NAMESPACE]
-        if name not in self._usage and len(self._usage) >= _NAMESPACES:
+    def _label(self, digest: str, known: bool = True) -> str:
+        name, own = digest[:LABEL_OF_NAMESPACE], len(self._usage) - (OTHERS in self._usage)
+        if name not in self._usage and (not known or own >= _NAMESPACES):
             name = OTHERS
         self._usage.setdefault(name, Usage(Counter(), Counter()))
         return name

@@ -36,6 +36,13 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # A field that a later release adds goes below, with a default, and not into `_FIRST_FIELDS`.
 
     @property
+    def too_long(self) -> str:
+        """The first field with more text than a client may send, empty if there is none. Stored
+        namespaces are not checked: one with longer names can still be read and purged."""
+        texts = ((name, getattr(self, name)) for name in self.__struct_fields__ if name != "layout")
+        return next((name for name, text in texts if not _fits(name, text)), "")
+
+    @property
     def digest(self) -> str:
         """64 hex digits that name this namespace; the same in every process."""
         return _digest(self)
@@ -50,6 +57,16 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if tenant == self.tenant and lora == self.lora:
             return self
         return msgspec.structs.replace(self, tenant=tenant, lora=lora)
+
+
+_NAME_BYTES = 1 << 10
+_LONGER = {"model": 1 << 12, "tokenizer": 1 << 12, "rope": 1 << 14}
+"""Paths, and parameters as JSON."""
+
+
+def _fits(name: str, text: str) -> bool:
+    most = _LONGER.get(name, _NAME_BYTES)
+    return len(text) <= most and len(_bytes(text)) <= most
 
 
 _FIRST_FIELDS = frozenset(

@@ -55,14 +55,14 @@ def _by_namespace(config: StoreConfig, repository: Repository) -> dict[str, dict
     """What each namespace has requested and holds, by the label of its digest. `tenant` is included
     only if a key proves tenants: otherwise the name is the very salt that gives access."""
     state, metrics = repository.nodes.state, repository.metrics
-    labelled = [(metrics.label(space.digest), space) for space in state.namespaces]
+    known = state.namespaces.by_digest()
+    labels = metrics.labels(known)
     blank = {"tenant": "", "model": "", "nodes": 0, "bytes": 0}
     found = {label: {**blank, **use} for label, use in metrics.usage().items()}
-    for label, space in labelled:
+    for label, (digest, space) in zip(labels, known.items(), strict=True):
         use = found.setdefault(label, {**blank, "requests": {}, "tokens": {}})
-        index = state.index(space.digest)
-        use["nodes"] += 0 if index is None else len(index)
-        use["bytes"] += state.tree.bytes_of(space.digest)
+        use["nodes"] += state.count(digest)
+        use["bytes"] += state.tree.bytes_of(digest)
         if label != OTHERS:
             use["model"] = space.model
             use["tenant"] = space.tenant if config.tenant_key else ""

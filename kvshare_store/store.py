@@ -86,6 +86,11 @@ class Store:
         self._serving.ending = True
 
     @property
+    def draining(self) -> bool:
+        """Whether no more plans are made."""
+        return self._serving.ending
+
+    @property
     def held(self) -> int:
         """Leases and staged saves that have not ended."""
         return len(self.blocks.leases) + len(self.saving)

@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
-from kvshare_store.logs import JsonLines, log_as_json, log_process_as, with_fields
+from kvshare_store.logs import JsonLines, Seldom, log_as_json, log_process_as, with_fields
 from tests.support.daemons import Daemon
 
 
@@ -94,3 +94,12 @@ def test_what_an_engine_says_of_a_request(
     (line,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert line["event"] == "request"
     assert (line["request"], line["exact"], line["unknown"]) == ("cmpl-1", 5, ["kvshare.x"])
+
+
+def test_what_strangers_cause_is_said_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    times = iter((0.0, 1.0, 2.0, 3.0, 61.0, 122.0))
+    seldom = Seldom(logging.getLogger("kvshare"), lambda: next(times))
+    for kind in ("cut", "cut", "tls", "cut", "cut", "cut"):
+        seldom.warn(kind, f"a client was {kind}")
+    cut, more = "kvshare: a client was cut", " (and 2 more like it since the last such line)"
+    assert caplog.messages == [cut, "kvshare: a client was tls", cut + more, cut]

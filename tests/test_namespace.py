@@ -90,6 +90,13 @@ def test_for_tenant() -> None:
     assert other.layout == NAMESPACE.layout
 
 
+@pytest.mark.parametrize("name", ["tenant", "lora", "model", "tokenizer", "rope", "ranks"])
+def test_texts_that_are_too_long_are_named(name: str) -> None:
+    assert not NAMESPACE.too_long
+    assert msgspec.structs.replace(NAMESPACE, **{name: "x" * 20_000}).too_long == name
+    assert msgspec.structs.replace(NAMESPACE, tenant="\ud800ß" * 300).too_long == "tenant"
+
+
 def test_a_namespace_survives_the_wire() -> None:
     raw = msgspec.msgpack.encode(NAMESPACE)
     assert msgspec.msgpack.decode(raw, type=Namespace) == NAMESPACE

@@ -68,6 +68,10 @@ class Handling:
             protocol.Abandon: self._abandon,
             protocol.Failed: lambda message, _: self._store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
+            protocol.Ready: lambda *_: {
+                "state": self._store.metrics.health.report()["state"],
+                "draining": self._store.draining,
+            },
             protocol.Flush: lambda _, client: self._store.flush(owner=client.owner),
             **dict.fromkeys(QUESTIONS, lambda message, _: answer(self._store, message)),
             protocol.HasNodes: lambda message, _: by_id.has_nodes(

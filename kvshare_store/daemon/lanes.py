@@ -1,9 +1,9 @@
 """Threads that answer requests: each kind of request has its lane, so that none waits for another.
 
 `status` answers people, `notes` takes what engines report, `lookup` plans, `rows` sends rows to
-other machines, `save` stores, `flush` waits for the disk, `chore` does what takes long, `purge`
-waits for leases. Within a lane clients take turns: one that asks for much keeps nobody else waiting
-but itself.
+other machines, `save` stores, `flush` waits for the disk, `chore` does what takes long, `explain`
+plans once more for people, `purge` waits for leases, `reload` reads the settings again. Within a
+lane clients take turns: one that asks for much keeps nobody else waiting but itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ _SIZES = {
     "save": _Size(1, 1),
     "flush": _Size(1, 1),
     "chore": _Size(1, 1),
+    "explain": _Size(1, 1, 8),
     "purge": _Size(1, 1, 8),
+    "reload": _Size(1, 1),
 }
 _LANES: dict[type, str] = {
     **dict.fromkeys(
@@ -74,7 +76,8 @@ _LANES: dict[type, str] = {
         "save",
     ),
     protocol.Flush: "flush",
-    **dict.fromkeys((*CHORES, protocol.Clear, protocol.Explain, protocol.Diff), "chore"),
+    **dict.fromkeys((*CHORES, protocol.Clear), "chore"),
+    **dict.fromkeys((protocol.Explain, protocol.Diff), "explain"),
     protocol.Purge: "purge",
 }
 """All others are what people ask: `status`."""

@@ -26,6 +26,8 @@ Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
 """Rows in one message, at most."""
+EXPLAINED_TOKENS = 1 << 20
+"""Of a prompt that is explained, at most."""
 
 Role = Literal["reader", "engine", "admin"]
 """What a client may ask for; `kvshare_store.daemon.roles` says which role each message needs."""
@@ -175,6 +177,10 @@ class Settings(msgspec.Struct, frozen=True, tag="settings"):
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Reply: the dictionary of `Store.stats`."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Reply: `state` of health, and whether the daemon is `draining`. Cheap, for probes."""
 
 
 class Flush(msgspec.Struct, frozen=True, tag="flush"):
@@ -369,7 +375,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Request = (
     Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook
-    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Flush
+    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Ready | Flush
     | ListNodes | Branch | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget
     | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
     | CheckBlocks | Stop
@@ -433,7 +439,7 @@ _BESIDE_BYTES = MIB
 def lookup_fits(namespace: Namespace, tokens: int) -> bool:
     """Whether a lookup, and a save, of so many tokens are short enough to be sent."""
     nbytes = len(encode(namespace)) + tokens * _TOKEN_BYTES
-    return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES
+    return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES and not namespace.too_long
 
 
 def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:
@@ -451,9 +457,12 @@ def kind_of(body: bytes | bytearray) -> type[msgspec.Struct]:
 def decode_request(body: bytes | bytearray) -> Request:
     """A request, or `ProtocolError`."""
     try:
-        return _requests.decode(body)
+        message = _requests.decode(body)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed request: {error}") from error
+    if isinstance(message, Plan | Stage) and (name := message.namespace.too_long):
+        raise ProtocolError(f"the {name} of the namespace is too long")
+    return message
 
 
 def encode_error(error: KVShareError) -> bytes:

@@ -81,6 +81,11 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     if logged is not None and not logged.prompt:
         return {"request": _plain(logged), "explanation": None}
     tokens, namespace, without = _prompt(store, message, logged)
+    if len(tokens) > protocol.EXPLAINED_TOKENS:
+        raise PlanError(
+            f"a prompt of {len(tokens):,} tokens is too long to be explained: "
+            f"at most {protocol.EXPLAINED_TOKENS:,}"
+        )
     only = found_node(store, message.only) if message.only else None
     found = store.explain(
         tokens,

@@ -1,7 +1,7 @@
 """Who may ask for what. A role includes those before it.
 
-`reader` looks and loads: plans, rows, status. `engine` also stores. `admin` also removes, keeps,
-moves and stops what belongs to others.
+`reader` looks and loads: plans, rows, status. `engine` also stores and reports. `admin` also
+removes, keeps, moves and stops what belongs to others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ _STORING = (
     protocol.Stage, protocol.WriteRows, protocol.Commit, protocol.Abandon, protocol.Forget,
     protocol.Flush, protocol.NextLook, protocol.Looked,
 )  # fmt: skip
+_REPORTING = (
+    protocol.Observe, protocol.Decline, protocol.EngineCached, protocol.Working, protocol.Failed,
+)  # fmt: skip
+"""What it says of speed and of counts changes plans and numbers of others."""
 _RULING = (
     protocol.Clear, protocol.Pin, protocol.Evict, protocol.Export, protocol.Import,
     protocol.Collect, protocol.Purge, protocol.CheckTree, protocol.CheckBlocks, protocol.Stop,
 )  # fmt: skip
 NEEDED: dict[type, Role] = {
     **dict.fromkeys(get_args(protocol.Request), "reader"),
-    **dict.fromkeys(_STORING, "engine"),
+    **dict.fromkeys((*_STORING, *_REPORTING), "engine"),
     **dict.fromkeys(_RULING, "admin"),
 }
 """The least role for each message."""
@@ -36,10 +40,15 @@ def lesser(one: Role, other: Role) -> Role:
     return min(one, other, key=ROLES.index)
 
 
+def allows(kind: type, role: Role) -> bool:
+    """Whether a client of this role may send a message of this kind."""
+    return ROLES.index(role) >= ROLES.index(NEEDED[kind])
+
+
 def check(kind: type, role: Role) -> None:
     """`DeniedError` unless a client of this role may send a message of this kind."""
     needed = NEEDED[kind]
-    if ROLES.index(role) < ROLES.index(needed):
+    if not allows(kind, role):
         what = protocol.tag_of(kind)
         raise DeniedError(
             f"{what!r} needs the role {needed}, this connection has {role}: "

@@ -38,7 +38,7 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
-from kvshare_store.logs import log_process_as
+from kvshare_store.logs import Seldom, log_process_as
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")
@@ -93,6 +93,7 @@ class Server:
         self._lanes = Lanes(self._failed)
         self._stopping = self._homeless = False
         self._reaping = False
+        self._seldom = Seldom(log)
         self._beside: list[Beside] = []
         self._started = self._idle_since = self._tended = time.monotonic()
 
@@ -174,7 +175,7 @@ class Server:
     def _heed_signals(self) -> None:
         if self._wants_reload:
             self._wants_reload = False
-            self._lanes.run("chore", self.reload_now)
+            self._lanes.run("reload", self.reload_now)
         if self._drained_by != float("inf"):
             held, late = self.store.held, time.monotonic() >= self._drained_by
             if held and late:
@@ -236,6 +237,7 @@ class Server:
     def _reap(self) -> None:
         try:
             self.store.reap()
+            self.handling.inboxes.reap(self.store, self.config.lease_seconds)
         finally:
             self._reaping = False
 
@@ -262,7 +264,7 @@ class Server:
         try:
             return network.role_of(stream)
         except DeniedError as error:
-            log.warning("kvshare: a client was refused: %s", error)
+            self._seldom.warn("refused", f"a client was refused: {error}")
             raise
 
     def request(self, connection: Connection, frame: Frame) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import msgspec
 
-from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon import protocol, roles, wire
 from kvshare_store.daemon.address import connect
 from kvshare_store.daemon.network import Place, Remote
 from kvshare_store.daemon.outbox import Outbox
@@ -280,9 +280,10 @@ class Session:
                 self._take(0.0)
 
     def tell(self, message: protocol.Request) -> None:
-        """Send without wanting the answer."""
+        """Send without wanting the answer. What the daemon has said it denies is not sent."""
         self.look()  # answers that nobody reads would fill the socket
-        self.forget(self.send(message))
+        if self.welcome is None or roles.allows(type(message), self.welcome.role):
+            self.forget(self.send(message))
 
     def greet(self, timeout: float | None = None) -> protocol.Welcome:
         """Connect if need be and wait for the daemon's welcome.

@@ -21,6 +21,7 @@ from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.connection import Budget, Connection, Limits
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import KVShareError, OverloadError, ProtocolError
+from kvshare_store.logs import Seldom
 
 log = logging.getLogger("kvshare")
 
@@ -85,6 +86,7 @@ class Switchboard:
         self._answers: deque[Answer] = deque()
         self._checked = self._closed_until = 0.0
         self._open = False
+        self._seldom = Seldom(log)
         self.connections: set[Connection] = set()
         self.cut_off = 0
         """Clients that were disconnected for misbehaving."""
@@ -146,7 +148,7 @@ class Switchboard:
         except (EOFError, OSError) as error:
             if isinstance(error, ssl.SSLError):
                 self.cut_off += 1
-                log.warning("kvshare: TLS with a client failed: %s", error.reason)
+                self._seldom.warn("tls", f"TLS with a client failed: {error.reason}")
             self._hang_up(connection)
             return
         try:
@@ -257,7 +259,11 @@ class Switchboard:
 
     def _cut(self, connection: Connection, reason: str) -> None:
         self.cut_off += 1
-        log.warning("kvshare: %s was disconnected: %s", connection.owner, reason)
+        told = f"{connection.owner} was disconnected: {reason}"
+        if connection.greeted:
+            log.warning("kvshare: %s", told)
+        else:  # anybody who reaches the port can bring this about
+            self._seldom.warn("cut", told)
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:

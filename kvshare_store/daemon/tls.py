@@ -123,7 +123,10 @@ class TlsStream:
 
 def server_context(config: StoreConfig) -> ssl.SSLContext:
     """For a daemon: lets in whoever shows a certificate that `tls_clients` vouches for."""
-    return _context(ssl.PROTOCOL_TLS_SERVER, config, config.tls_clients, "tls_clients")
+    context = _context(ssl.PROTOCOL_TLS_SERVER, config, config.tls_clients, "tls_clients")
+    # a resumed session would skip the certificate, which may have expired or been taken away
+    context.num_tickets = 0
+    return context
 
 
 def client_context(config: StoreConfig) -> ssl.SSLContext:

@@ -16,8 +16,6 @@ from kvshare_store.http import models
 from kvshare_store.http.asking import CHORE_S, Asking
 from kvshare_store.http.guard import Forms
 
-_TOKENS = 1 << 20
-"""Of a prompt that is explained."""
 _NAME = 256
 
 _HEX = r"^[0-9a-f]{1,64}$"
@@ -58,7 +56,7 @@ class ExplainBody(_Body):
     """The prompt: exactly one of `text`, `tokens`, `node` and `request`."""
 
     text: str = ""
-    tokens: list[_POSITIVE] = Field(default=[], max_length=_TOKENS)
+    tokens: list[_POSITIVE] = Field(default=[], max_length=protocol.EXPLAINED_TOKENS)
     node: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     request: str = Field(default="", max_length=_NAME)
     only: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$", description="The one candidate.")

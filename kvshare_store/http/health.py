@@ -30,14 +30,14 @@ async def healthz() -> str:
 async def readyz(ask: Ask, response: Response) -> Any:
     """Whether the daemon answers questions and plans; 503 if it does not, or is ending."""
     try:
-        stats = await ask(protocol.Stats(), READY_S)
+        said = await ask(protocol.Ready(), READY_S)
     except KVShareError:
         response.status_code = 503
         return models.Ready(ready=False, state="silent")
-    if stats["daemon"]["draining"]:
+    if said["draining"]:
         response.status_code = 503
         return models.Ready(ready=False, state="draining")
-    return models.Ready(ready=True, state=stats["health"]["state"])
+    return models.Ready(ready=True, state=said["state"])
 
 
 @router.get("/metrics", response_class=Response, responses=_TEXT)

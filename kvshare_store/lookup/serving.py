@@ -365,7 +365,7 @@ class Serving:
         counts |= {f"hits_{kind}": 1, "tokens_recomputed": outcome.recomputed}
         self._metrics.add_all(counts)
         left = outcome.recomputed + outcome.cached
-        self._metrics.used(namespace.digest, kind, {**reused, "not_reused": left})
+        self._count_use(namespace, kind, {**reused, "not_reused": left})
 
     def _count_miss(
         self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
@@ -375,7 +375,12 @@ class Serving:
         self._metrics.decline(reason)
         self._metrics.add("tokens_recomputed", tokens)
         if namespace is not None:
-            self._metrics.used(namespace.digest, "miss", {"not_reused": tokens + cached})
+            self._count_use(namespace, "miss", {"not_reused": tokens + cached})
+
+    def _count_use(self, namespace: Namespace, outcome: str, tokens: dict[str, int]) -> None:
+        digest = namespace.digest
+        known = self._nodes.namespaces.get(digest) is not None
+        self._metrics.used(digest, outcome, tokens, known=known)
 
     def forget(self, digest: str) -> None:
         """Drop what is remembered of the requests of a namespace."""

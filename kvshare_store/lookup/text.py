@@ -22,7 +22,10 @@ def _tokenizer(folder: str) -> Any | None:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional: `kvshare-store[semantic]`
     except ImportError:
         return None
-    if not folder or not path.is_file():
+    try:
+        if not folder or not path.is_file():
+            return None
+    except (OSError, ValueError):  # a folder that may not be entered, or no path at all
         return None
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -20,6 +20,10 @@ class Namespaces:
     def __iter__(self) -> Iterator[Namespace]:
         return iter(list(self._known.values()))
 
+    def by_digest(self) -> dict[str, Namespace]:
+        """All of them as they are now: asking each for its digest would take long."""
+        return self._known.copy()
+
     def get(self, digest: str) -> Namespace | None:
         """What a digest stands for."""
         return self._known.get(digest)

@@ -257,17 +257,16 @@ def namespaces(
     script: Script, rows: dict[str, int], hits: Counter[str], reused: Counter[str], left: int
 ) -> dict[str, Labelled]:
     acme, other = ((space.digest[:12], space.tenant, "model") for space in (ACME, OTHER))
-    missed = script.missed
-    tokens = {**reused, "not_reused": left + missed["acme"]}
+    unknown = ("other", "", "")  # what comes before a namespace's first prompt is saved
+    tokens = {**reused, "not_reused": left}
     return {
         "kvshare_namespace_requests_total": {
             **{(*acme, kind): count for kind, count in hits.items()},
-            (*acme, "miss"): 1,
-            (*other, "miss"): 1,
+            (*unknown, "miss"): 2,
         },
         "kvshare_namespace_tokens_total": {
             **{(*acme, kind): count for kind, count in tokens.items()},
-            (*other, "not_reused"): missed["other"],
+            (*unknown, "not_reused"): sum(script.missed.values()),
         },
         "kvshare_namespace_nodes": {acme: len(script.saved) - 1, other: 1},
         "kvshare_namespace_bytes": {

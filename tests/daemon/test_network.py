@@ -274,6 +274,19 @@ def test_strangers_are_not_let_in(
     assert connect().stats()["daemon"]["cut_off"] >= 3
 
 
+def test_no_session_is_resumed(server: Server, keys: Keys) -> None:
+    """Else a certificate would count after it has expired."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(keys.servers.cert)
+    context.load_cert_chain(*keys.clients.issue("node-1", "engine"))
+    plain = socket.create_connection(("127.0.0.1", server.port))
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as stream:
+        hello = protocol.encode(protocol.Hello())
+        stream.sendall(wire.HEADER.pack(len(hello), bytes(8)) + hello)
+        assert stream.recv(1)  # tickets would have come before
+        assert stream.session is None or not stream.session.has_ticket
+
+
 def test_a_daemon_of_another_host_is_not_believed(config: Config, keys: Keys) -> None:
     elsewhere = keys.servers.issue("daemon", host="192.0.2.1")
     settings = keys.listening(tls_cert=elsewhere.cert, tls_key=elsewhere.key)
@@ -402,13 +415,28 @@ def test_a_reader_reads_and_stores_nothing(connect: Callable[..., Client], serve
     assert engine.client.stats()["nodes"] == 0
 
 
+def test_a_reader_reports_nothing(connect: Callable[..., Client], server: Server) -> None:
+    reader = connect("reader")
+    assert refusal(reader, protocol.Observe(10**6, 1e-3, NAMESPACE.model_digest)) is DeniedError
+    reader.tell(protocol.Working(True))  # the client knows its role and sends nothing
+    assert reader.stats()["errors"] == {"denied": 1}
+
+
+def test_names_longer_than_any_are_refused(connect: Callable[..., Client]) -> None:
+    client = connect("reader")
+    with pytest.raises(ProtocolError, match="the tenant of the namespace is too long"):
+        client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 2000), timeout=PATIENCE_S)
+    assert client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 1000)).declined == "empty_store"
+
+
 def test_every_message_has_a_role() -> None:
     """Written out, so that a new message is thought about."""
     admin = {kind.__name__ for kind, role in NEEDED.items() if role == "admin"}
     engine = {kind.__name__ for kind, role in NEEDED.items() if role == "engine"}
     assert admin >= {"Clear", "Pin", "Evict", "Export", "Import", "Purge", "Stop", "Collect"}
     assert engine == {
-        "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked"
+        "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked",
+        "Observe", "Decline", "EngineCached", "Working", "Failed",
     }  # fmt: skip
     reads = {kind.__name__ for kind, role in NEEDED.items() if role == "reader"}
     assert {"Plan", "PlanNode", "ReadRows", "Finish", "Stats", "ShowNode"} <= reads
@@ -491,15 +519,37 @@ def test_rows_that_were_not_asked_for(
 
 def test_rows_that_wait_take_bounded_memory(connect: Callable[..., Client], server: Server) -> None:
     first, second = connect(), connect()
-    server.handling.inboxes.most = 3000
+    page = os.sysconf("SC_PAGESIZE")
+    server.handling.inboxes.most = 2 * page
     save = staged(first, 1)
     first.call(protocol.WriteRows(save, 0, bytes(2560)))
-    other = staged(second, 2)
-    assert refusal(second, protocol.WriteRows(other, 0, bytes(2560))) is OverloadError
+    other = second.stage(np.arange(1000, dtype=np.int32), NAMESPACE, Reuse()).id
+    assert refusal(second, protocol.WriteRows(other, 0, bytes(page + 1))) is OverloadError
     first.abandon(save)
-    second.call(protocol.WriteRows(other, 0, bytes(2560)))
-    assert second.call(protocol.Commit(other))
+    second.call(protocol.WriteRows(other, 0, bytes(2 * page)))
+    assert refusal(second, protocol.WriteRows(other, 2 * page, b"x")) is OverloadError
+    second.abandon(other)
     assert server.handling.inboxes.nbytes == 0
+
+
+def test_nobody_keeps_others_from_sending_rows(
+    connect: Callable[..., Client], server: Server
+) -> None:
+    inboxes, (first, second) = server.handling.inboxes, (connect(), connect())
+    inboxes.most = 2 * os.sysconf("SC_PAGESIZE")
+    tokens = np.arange(4096, dtype=np.int32)
+    big = first.stage(tokens, NAMESPACE, Reuse()).id
+    first.call(protocol.WriteRows(big, 100_000, b"x"))  # the place of rows takes no room
+    first.call(protocol.WriteRows(big, 0, b"x"))
+    other = staged(second, 2)
+    second.call(protocol.WriteRows(other, 0, bytes(2560)))  # the save of more than half ends
+    assert refusal(first, protocol.WriteRows(big, 0, b"x")) is LeaseError
+    assert second.call(protocol.Commit(other))
+    idle = first.stage(tokens, NAMESPACE, Reuse()).id
+    first.call(protocol.WriteRows(idle, 0, b"x"))
+    inboxes.reap(server.store, -1.0)  # nothing more has come
+    assert inboxes.nbytes == 0
+    assert refusal(first, protocol.Commit(idle)) is LeaseError
 
 
 def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:

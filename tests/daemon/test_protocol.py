@@ -38,6 +38,7 @@ MESSAGES = [
     protocol.Abandon("save"),
     protocol.Failed("timeout"),
     protocol.Stats(),
+    protocol.Ready(),
     protocol.Flush(),
     protocol.ListNodes(3),
     protocol.Branch("ab", after="1.5-cd", limit=3),

@@ -106,12 +106,22 @@ def test_namespaces_past_the_first_are_counted_together() -> None:
     metrics = Metrics()
     digests = [f"{number:064x}"[::-1] for number in range(130)]
     for digest in digests:
-        metrics.used(digest, "exact", {"exact": 3})
+        metrics.used(digest, "exact", {"exact": 3}, known=True)
     usage = metrics.usage()
     assert len(usage) == 101
     assert usage["other"] == {"requests": {"exact": 30}, "tokens": {"exact": 90}}
     metrics.forget(digests[0])
     assert digests[0][:12] not in metrics.usage(), "a tenant that was purged leaves no trace"
+
+
+def test_namespaces_without_a_prompt_take_no_labels() -> None:
+    metrics = Metrics()
+    digests = [f"{number:064x}"[::-1] for number in range(230)]
+    for digest in digests[:130]:
+        metrics.used(digest, "miss", {"not_reused": 3}, known=False)
+    assert list(metrics.usage()) == ["other"]
+    assert metrics.labels(digests[130:]) == [digest[:12] for digest in digests[130:]]
+    assert metrics.labels(digests[:1]) == ["other"]
 
 
 def test_a_failure_is_timed_too() -> None:

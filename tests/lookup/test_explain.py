@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_store.errors import ConfigError, NodeError
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.questions import answer
+from kvshare_store.errors import ConfigError, NodeError, PlanError
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import Tokens
@@ -241,3 +243,15 @@ def test_what_was_purged_is_not_in_the_log(driver: Open) -> None:
     assert engine.store.requests.last(10)
     engine.store.purge(engine.namespace.digest)
     assert not engine.store.requests.last(10)
+
+
+def test_a_prompt_that_is_too_long_is_not_explained(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "EXPLAINED_TOKENS", 40)
+    engine = driver()
+    engine.save(range(40))
+    asked = np.arange(41, dtype=np.int32)
+    with pytest.raises(PlanError, match="41 tokens is too long to be explained: at most 40"):
+        answer(engine.store, protocol.Explain(asked.tobytes()))
+    assert answer(engine.store, protocol.Explain(asked[:40].tobytes()))["explanation"]

@@ -24,6 +24,7 @@ from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker
+from kvshare_store.lookup.text import decode
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
@@ -388,6 +389,11 @@ def test_without_a_tokenizer_there_is_no_text(
         engine = Driver(store, space)
         engine.save(range(40))
         assert engine.serve(range(40)).exact == 39
+
+
+@pytest.mark.parametrize("folder", ["", "no\0path", "\ud800", "x" * 5000])
+def test_a_folder_that_cannot_be_looked_at_has_no_tokenizer(folder: str) -> None:
+    assert decode(folder, np.arange(3, dtype=np.int32)) is None
 
 
 REPORT = (

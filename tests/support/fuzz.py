@@ -55,6 +55,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Observe(512, 0.25),
     protocol.Failed("timeout"),
     protocol.Stats(),
+    protocol.Ready(),
     protocol.ListNodes(3),
     protocol.Branch("ab", after="1.5-cd", limit=3),
     protocol.ShowNode("ab"),
