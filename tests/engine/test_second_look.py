@@ -219,9 +219,17 @@ def test_nothing_is_left_behind(engine: Engine, fresh: Fresh) -> None:
 
 def test_vllms_metrics_do_not_count_it(engine: Engine, fresh: Fresh) -> None:
     Talk(engine, fresh)
-    before = _metrics(engine)
+    before, daemons = _metrics(engine), _requests(engine)
     assert sum(settle(engine)) > 0
     assert _metrics(engine) == before
+    assert _requests(engine) == daemons, "nor do the daemon's"
+
+
+def _requests(engine: Engine) -> dict[str, Any]:
+    """What the daemon counts of requests."""
+    stats = engine.stats()
+    counted = {name: stats[name] for name in stats if name.startswith(("hits", "tokens_re"))}
+    return counted | {name: stats[name] for name in ("lookups", "misses", "declined")}
 
 
 def _metrics(engine: Engine) -> dict[str, Any]:
