@@ -77,7 +77,7 @@ class HttpServer:
         self._server = server = uvicorn.Server(_settings(self._app))
         if self._closing.is_set():
             return
-        asyncio.get_running_loop().set_exception_handler(_Unforeseen())
+        asyncio.get_running_loop().set_exception_handler(Unforeseen())
         sampling = asyncio.create_task(self._sample())
         sampling.add_done_callback(lambda _: _end(server))
         # a copy: it closes what it is given, and may have to start again
@@ -102,7 +102,7 @@ def _end(server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-class _Unforeseen:
+class Unforeseen:
     """What the event loop says of trouble; once a minute where it repeats itself every second."""
 
     def __init__(self) -> None:

@@ -212,14 +212,21 @@ def test_half_a_request_after_an_answer_ends_too(numb: tuple[Numb, HttpServer]) 
         assert ended(there).count(b"HTTP/1.1") == 0
 
 
-def test_a_connection_ends_whose_answers_nobody_reads(numb: tuple[Numb, HttpServer]) -> None:
-    numb[1]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
-    with socket.socket() as there:
-        there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        there.settimeout(PATIENCE_S)
-        there.connect(numb[1].address)
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            there.sendall(ALIVE * 100_000)  # it takes no more at some time, and then ends it
+@pytest.mark.usefixtures("numb")
+def test_a_connection_ends_whose_answers_nobody_reads() -> None:
+    daemon = Numb()
+    way = entrance(daemon.config)
+    way.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    server = HttpServer(daemon, Health(), way)
+    try:
+        with socket.socket() as there:
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            there.settimeout(PATIENCE_S)
+            there.connect(server.address)
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                there.sendall(ALIVE * 100_000)  # it takes no more at some time, and then ends it
+    finally:
+        server.close()
 
 
 def test_a_body_byte_by_byte_has_one_deadline(numb: tuple[Numb, HttpServer]) -> None:
@@ -260,7 +267,7 @@ def test_only_so_many_connections_are_held(
 def test_that_no_descriptor_is_left_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     loop = asyncio.new_event_loop()
     try:
-        say = serving._Unforeseen()
+        say = serving.Unforeseen()
         for _ in range(3):
             say(loop, {"message": "m", "exception": OSError(errno.EMFILE, "Too many open files")})
         say(loop, {"message": "something else", "exception": OSError(errno.EPIPE, "pipe")})
