@@ -77,11 +77,12 @@ def families(encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
 def fresh(families: dict[str, list[list[int]]]) -> Fresh:
     """Prompts of a given length that have no run of tokens in common with any given before.
 
-    Real text always has some: the tokens of the families come in random order, as often as needed.
-    No two prompts start with the same token, which would be a common prefix.
+    Real text always has some: the tokens of the families come in random order, each once and then
+    again, so that two that stand in the same place are hardly ever equal. No two prompts start with
+    the same token, which would be a common prefix.
     """
     shuffled = random.Random(0)
-    tokens = [token for texts in families.values() for token in texts[0]]
+    tokens = sorted({token for texts in families.values() for token in texts[0]})
     begun: set[int] = set()
 
     def endless() -> Iterator[int]:

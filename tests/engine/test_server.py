@@ -220,7 +220,7 @@ def test_its_metrics_are_what_its_answers_say(server: Server, call: Call, home: 
     before, nodes = scrape(server), stored(home, 1)["nodes"]
     said = []
     for number, text in enumerate((family.donor, family.followers[0]), 1):
-        answer = json.loads(call("completions", {"prompt": text}))
+        answer = json.loads(call("completions", {"prompt": text, "cache_salt": "counted"}))
         said.append(answer["kv_transfer_params"])
         stored(home, nodes + number)
     assert said[1]["kvshare.edited"] > 0
