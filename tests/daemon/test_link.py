@@ -141,11 +141,12 @@ def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: 
     planned_in_the_end(link)
     other = link.ask(TOKENS, NAMESPACE, None)
     assert other is not None
-    for size in (1 << 20, wire.MESSAGE_BYTES - (2 << 20), wire.MESSAGE_BYTES, 32 << 20):
-        asked = link.ask(TOKENS, NAMESPACE.for_tenant("x" * size), None)
-        assert (asked is None) == (size >= wire.MESSAGE_BYTES)
+    for count in (1 << 18, wire.MESSAGE_BYTES // 4, 8 << 20):
+        asked = link.ask(np.full(count, 7, np.int32), NAMESPACE, None)
+        assert (asked is None) == (count >= wire.MESSAGE_BYTES // 4)
         if asked is not None:
             assert link.answer(asked, PATIENCE_S) is not None
+    assert link.ask(TOKENS, NAMESPACE.for_tenant("x" * 1025), None) is None, "a name too long"
     assert link.answer(other, PATIENCE_S) is not None
     assert planned(link, PATIENCE_S) is not None
     assert link.failures == []
