@@ -42,9 +42,11 @@ KINDS = {
     "newer": errors.NewerRowError,
     "torn": errors.TornTableError,
     "foreign": errors.ForeignError,
+    "denied": errors.DeniedError,
+    "limit": errors.LimitError,
 }
 MISSES = {"corrupt", "short", "missing", "lease", "row", "newer", "torn"}
-RETRYABLE = {"no_space", "overload", "storage", "unavailable", "timeout"}
+RETRYABLE = {"limit", "no_space", "overload", "storage", "unavailable", "timeout"}
 BUILTINS = {
     "config": ValueError,
     "home": OSError,
