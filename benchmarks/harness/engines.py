@@ -114,9 +114,9 @@ class Home:
         self._config = StoreConfig(**self.fields)
         self._client = ensure_daemon(self._config)
 
-    def settings(self) -> dict[str, Any]:
-        """What an engine needs to use this store."""
-        return kvshare_settings(**self.fields)
+    def settings(self, **own: Any) -> dict[str, Any]:
+        """What an engine needs to use this store; `own`: settings of that engine alone."""
+        return kvshare_settings(**self.fields | own)
 
     def stats(self) -> dict[str, Any]:
         """All counters of the daemon."""
@@ -181,6 +181,8 @@ class Arm:
     """Whether vLLM's own prefix caching is on."""
     kvshare: bool = False
     """Whether KVShare is on."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """KVShare's settings of this engine alone; the others are those of the store."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
     python: str = sys.executable
@@ -225,7 +227,7 @@ def engine_settings(model: str, arm: Arm, home: Home) -> dict[str, Any]:
         "enable_prefix_caching": arm.caching,
         "async_scheduling": False,  # off for all: the default differs with the scheduler class
     }
-    return common | (home.settings() if arm.kvshare else {}) | arm.more
+    return common | (home.settings(**arm.own) if arm.kvshare else {}) | arm.more
 
 
 @contextmanager

@@ -6,12 +6,9 @@ other, so that answers are stored while others are generated.
 
 from __future__ import annotations
 
-import sys
 import uuid
-from copy import deepcopy
 from random import Random
 from statistics import median
-from typing import Any
 
 from rich.progress import track
 
@@ -19,19 +16,19 @@ from benchmarks.harness.engines import (
     Arm,
     Engine,
     Home,
-    engine_settings,
     in_turn,
     rest,
-    started,
-    temporary_home,
+    running,
 )
-from benchmarks.harness.models import model_folder, model_name
+from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
 
 TARGET = 0.99
-_ARMS = {"with": True, "without": False}
-"""Name, and whether answers are stored."""
+_ARMS = {
+    name: Arm(caching=True, kvshare=True, own={"store_answers": stored})
+    for name, stored in (("with", True), ("without", False))
+}
 _REQUESTS = 6
 _PROMPT = 128
 _ANSWER = 256
@@ -44,28 +41,17 @@ def measure(options: Options) -> Result:
     turns = options.size(12, 3)
     random = Random(options.seed)
     rates: dict[str, list[float]] = {name: [] for name in _ARMS}
-    with temporary_home(semantic="never") as home:
-        settings = {name: _settings(options, home, stored) for name, stored in _ARMS.items()}
-        with started(settings, dict.fromkeys(settings, sys.executable)) as engines:
-            for engine in engines.values():
-                _serve(engine, home, random, requests=1)
-            before = home.stats()["answers_stored"]
-            for turn in track(range(turns), "Turns"):
-                state = random.getstate()
-                for name in in_turn(list(_ARMS), turn):
-                    random.setstate(state)
-                    rates[name].append(_serve(engines[name], home, random))
-            stored = home.stats()["answers_stored"] - before
+    with running(options, _ARMS, semantic="never") as (engines, home):
+        for engine in engines.values():
+            _serve(engine, home, random, requests=1)
+        before = home.stats()["answers_stored"]
+        for turn in track(range(turns), "Turns"):
+            state = random.getstate()
+            for name in in_turn(list(_ARMS), turn):
+                random.setstate(state)
+                rates[name].append(_serve(engines[name], home, random))
+        stored = home.stats()["answers_stored"] - before
     return _result(rates, stored, options)
-
-
-def _settings(options: Options, home: Home, stored: bool) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`."""
-    arm = Arm(caching=True, kvshare=True)
-    settings = deepcopy(engine_settings(str(model_folder(options)), arm, home))
-    extra = settings["kv_transfer_config"]["kv_connector_extra_config"]
-    extra["kvshare.store_answers"] = stored
-    return settings
 
 
 def _serve(engine: Engine, home: Home, random: Random, requests: int = _REQUESTS) -> float:

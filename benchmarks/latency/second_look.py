@@ -6,13 +6,11 @@ Two engines with KVShare serve the same requests in turn, one of them with `seco
 from __future__ import annotations
 
 import math
-import sys
 import uuid
 from collections.abc import Iterator
-from copy import deepcopy
 from random import Random
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.progress import track
 
@@ -22,17 +20,17 @@ from benchmarks.harness.engines import (
     Engine,
     Home,
     Replayed,
-    engine_settings,
     in_turn,
     rest,
-    started,
-    temporary_home,
+    running,
 )
-from benchmarks.harness.models import model_folder, model_name
+from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.latency.load import Traffic, summary, traffic
 
-_ARMS = ("off", "idle")
+_ARMS = {
+    name: Arm(caching=True, kvshare=True, own={"second_look": name}) for name in ("off", "idle")
+}
 _PROMPT = 2_000
 _ANSWER = 8
 _LOADS = (0.5, 0.8, 1.1)
@@ -55,31 +53,18 @@ def measure(options: Options) -> Result:
     """Edited prompts one by one, then the same traffic with both engines at several rates."""
     random = Random(options.seed)
     texts = Texts(_random_text(random))
-    with temporary_home(semantic="never") as home:
-        settings = {name: _settings(options, home, name) for name in _ARMS}
-        with started(settings, dict.fromkeys(settings, sys.executable)) as engines:
-            trials = options.size(12, 4)
-            settled = [
-                _settle(engines["idle"], home, texts) for _ in track(range(trials), "Prompts")
-            ]
-            loads = (0.8,) if options.short else _LOADS
-            count = options.size(200, 40)
-            served = _under_load(engines, home, traffic(texts, count, random), loads)
+    with running(options, _ARMS, semantic="never") as (engines, home):
+        trials = options.size(12, 4)
+        settled = [_settle(engines["idle"], home, texts) for _ in track(range(trials), "Prompts")]
+        loads = (0.8,) if options.short else _LOADS
+        count = options.size(200, 40)
+        served = _under_load(engines, home, traffic(texts, count, random), loads)
     return _result(settled, served, count, options)
 
 
 def _random_text(random: Random) -> Iterator[list[int]]:
     while True:
         yield [random.randrange(1_000, 40_000) for _ in range(1_000)]
-
-
-def _settings(options: Options, home: Home, second_look: str) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`."""
-    arm = Arm(caching=True, kvshare=True)
-    settings = deepcopy(engine_settings(str(model_folder(options)), arm, home))
-    extra = settings["kv_transfer_config"]["kv_connector_extra_config"]
-    extra["kvshare.second_look"] = second_look
-    return settings
 
 
 def _settle(engine: Engine, home: Home, texts: Texts) -> _Settled:
@@ -107,7 +92,7 @@ def _under_load(
     found: dict[float, dict[str, Replayed]] = {}
     for turn, load in enumerate(track(loads, "Rates")):
         found[load] = {
-            arm: _serve(engines[arm], home, sent, load * full) for arm in in_turn(_ARMS, turn)
+            arm: _serve(engines[arm], home, sent, load * full) for arm in in_turn(list(_ARMS), turn)
         }
     return found
 

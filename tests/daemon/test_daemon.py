@@ -40,6 +40,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.oracle import Driver, pick, positions_of, prompt
 from tests.support.peer import Peer
+from tests.support.waiting import eventually
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 Config = Callable[..., StoreConfig]
@@ -83,15 +84,6 @@ def engine(shared: Daemon) -> Iterator[ClientDriver]:
 def wire(shared: Daemon) -> Iterator[Peer]:
     with Peer(shared.config.home_path) as opened:
         yield opened
-
-
-def eventually(what: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 # --- hello --------------------------------------------------------------------------------------
@@ -424,7 +416,9 @@ def test_a_stopped_daemon_costs_no_more_than_the_deadline(
         finally:
             running.send(signal.SIGCONT)
         assert engine.serve(prompt(1, 40)).exact == 39, "late answers are not taken for this one"
-        assert eventually(lambda: client.stats()["leases"] == 3), "their plans were granted late"
+        assert eventually(lambda: client.stats()["leases"] == 3, PATIENCE_S), (
+            "their plans were granted late"
+        )
 
 
 # --- clients that die ---------------------------------------------------------------------------
@@ -467,8 +461,8 @@ def test_what_a_killed_client_held_is_released(daemon: Callable[..., Daemon], ho
             victim.kill()
             victim.stdout.close()
         # not yet waited for: a zombie holds nothing either
-        assert eventually(lambda: client.stats()["leases"] == 1)
-        assert eventually(lambda: client.stats()["staged"] == 0)
+        assert eventually(lambda: client.stats()["leases"] == 1, PATIENCE_S)
+        assert eventually(lambda: client.stats()["staged"] == 0, PATIENCE_S)
         victim.wait()
         engine.load(mine)
         engine.finish(mine)

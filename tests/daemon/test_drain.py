@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.commands import run
 from tests.support.daemons import START_S, ClientDriver, Daemon, serving
 from tests.support.oracle import Driver, pick, positions_of, prompt
+from tests.support.waiting import eventually
 
 Config = Callable[..., StoreConfig]
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
@@ -33,15 +33,6 @@ PATIENCE_S = 20.0
 def engine(home: Path) -> Iterator[ClientDriver]:
     with Client(home, timeout=PATIENCE_S) as client:
         yield ClientDriver(client, NAMESPACE)
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_what_was_promised_is_kept(config: Config, home: Path, engine: ClientDriver) -> None:
@@ -63,7 +54,9 @@ def test_what_was_promised_is_kept(config: Config, home: Path, engine: ClientDri
         engine.book.write(prompt(2, 40), rows, positions_of(staged.fresh), 40)
         ends = itertools.pairwise(itertools.accumulate(staged.sizes, initial=0))
         assert engine.client.commit(staged, (pick(rows, range(a, b)) for a, b in ends))
-        assert eventually(lambda: not (home / "kvshare.sock").exists()), "it ends by itself"
+        assert eventually(lambda: not (home / "kvshare.sock").exists(), PATIENCE_S), (
+            "it ends by itself"
+        )
     with Store(config()) as store:
         kept = Driver(store, NAMESPACE, engine.book)
         assert kept.serve(prompt(2, 40)).exact == 39, "the save was made durable"
@@ -76,7 +69,7 @@ def test_whoever_holds_on_delays_the_end_no_longer(
         engine.save(prompt(1, 40))
         assert engine.plan(prompt(1, 40)).lease
         server.drain()
-        assert eventually(lambda: not (home / "kvshare.sock").exists())
+        assert eventually(lambda: not (home / "kvshare.sock").exists(), PATIENCE_S)
     assert "ending although 1 leases and saves have not" in caplog.text
 
 
@@ -85,7 +78,7 @@ def test_a_second_signal_ends_it_at_once(config: Config, engine: ClientDriver) -
         engine.save(prompt(1, 40))
         assert engine.plan(prompt(1, 40)).lease
         daemon.send(signal.SIGTERM)
-        assert eventually(lambda: engine.plan(prompt(2, 40)).declined == "draining")
+        assert eventually(lambda: engine.plan(prompt(2, 40)).declined == "draining", PATIENCE_S)
         daemon.send(signal.SIGTERM)
         assert daemon.process is not None
         assert daemon.process.wait(START_S) == 0

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import ReusePlan
 from kvshare_store.tensors.layout import KVLayout
+from tests.support import waiting
 from tests.support.daemons import ClientDriver, Daemon, serving
 from tests.support.oracle import prompt
 
@@ -330,11 +332,7 @@ def test_status_waits_neither_for_the_lock_nor_for_the_disk(
 # --- engines that work ----------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 def works(server: Server) -> bool:

@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from tests.support.certificates import Keys, Pair
 from tests.support.daemons import ClientDriver, serving
 from tests.support.fuzz import some_message
 from tests.support.oracle import prompt
+from tests.support.waiting import eventually
 
 Config = Callable[..., StoreConfig]
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
@@ -79,15 +79,6 @@ def connect(server: Server, keys: Keys) -> Iterator[Callable[..., Client]]:
     yield open_
     for client in opened:
         client.close()
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -178,8 +169,8 @@ def test_whose_machine_died_loses_its_leases(
         child.send_signal(signal.SIGKILL)
         child.wait(PATIENCE_S)
         child.stdout.close()
-    assert eventually(lambda: server.store.held == 0)
-    assert eventually(lambda: server.handling.inboxes.nbytes == 0)
+    assert eventually(lambda: server.store.held == 0, PATIENCE_S)
+    assert eventually(lambda: server.handling.inboxes.nbytes == 0, PATIENCE_S)
 
 
 def test_far_loads_are_weighed_by_themselves(
@@ -270,7 +261,7 @@ def test_strangers_are_not_let_in(
         connect(pair=no_role).stats()
     with pytest.raises(DeniedError, match="tls_server must vouch"):
         connect(tls_server=keys.strangers.cert).stats()
-    assert eventually(lambda: not server.switchboard.connections)
+    assert eventually(lambda: not server.switchboard.connections, PATIENCE_S)
     assert connect().stats()["daemon"]["cut_off"] >= 3
 
 
@@ -310,7 +301,7 @@ def test_whoever_shows_no_key(config: Config, keys: Keys, how: str) -> None:
             stream.sendall(wire.HEADER.pack(len(body), b"request1") + body)
             said = received(stream)
         elif how == "silent":
-            assert eventually(lambda: len(server.switchboard.connections) == 1)
+            assert eventually(lambda: len(server.switchboard.connections) == 1, PATIENCE_S)
             said = received(stream)  # until the time to say hello is over
         else:
             if how == "old TLS":
@@ -324,7 +315,7 @@ def test_whoever_shows_no_key(config: Config, keys: Keys, how: str) -> None:
             except OSError:
                 pass
         assert b"version" not in said, "nobody was welcomed"
-        assert eventually(lambda: not server.switchboard.connections)
+        assert eventually(lambda: not server.switchboard.connections, PATIENCE_S)
 
 
 def received(stream: socket.socket) -> bytes:
@@ -583,6 +574,6 @@ def test_messages_that_no_client_would_send(
     engine = ClientDriver(connect(), NAMESPACE)
     assert engine.save(prompt(1, 40))
     assert engine.serve(prompt(1, 40)).exact == 39
-    assert eventually(lambda: server.store.held == 0)
+    assert eventually(lambda: server.store.held == 0, PATIENCE_S)
     assert server.handling.inboxes.nbytes == 0
     assert "internal" not in server.store.metrics.errors

@@ -436,14 +436,6 @@ def half(length: int) -> Keep:
     return random_runs(length, seed=3)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Poll until the condition holds; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{condition.__name__} did not hold in {seconds} s"
-        time.sleep(0.05)
-
-
 def _only(plan: ReusePlan, keep: Keep) -> ReusePlan:
     spans = [part for start, stop in keep for part in clip_spans(plan.spans, start, stop)]
     edited = tuple(Span(s.start, s.length, s.source, s.block, s.row, s.start == 0) for s in spans)

@@ -10,9 +10,10 @@ from opentelemetry import trace
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import BLOCK, Engine, Fresh, wait_until
+from tests.engine.harness import BLOCK, Engine, Fresh
 from tests.engine.test_behaviour import LENGTH, NEW, edited
 from tests.support.traces import Collector, Span
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -81,7 +82,7 @@ class Router:
             step(self._engine)
             return known()
 
-        wait_until(heard, PATIENCE_S)
+        until(heard, PATIENCE_S)
 
     @property
     def tokens(self) -> list[list[int]]:

@@ -21,7 +21,8 @@ from kvshare_store.daemon.address import home_taken
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Welcome
 from kvshare_store.errors import LeaseError
-from tests.engine.harness import Engine, Fresh, half, wait_until
+from tests.engine.harness import Engine, Fresh, half
+from tests.support.waiting import until
 
 pytestmark = [
     pytest.mark.engine,
@@ -387,7 +388,7 @@ def test_a_flipped_byte_on_disk_is_a_miss(engine: Engine, prompt: list[int]) -> 
     full = engine.store(prompt)
     engine.forget()
     engine.client.stop()
-    wait_until(lambda: not home_taken(engine.home), 10.0)
+    until(lambda: not home_taken(engine.home), 10.0)
     for path in block_files(engine.home):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

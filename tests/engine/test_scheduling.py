@@ -13,8 +13,9 @@ import pytest
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 
 from kvshare_store.errors import DeadlineError, LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, Fresh, Keep, random_runs, wait_until
+from tests.engine.harness import BLOCK, Answer, Engine, Fresh, Keep, random_runs
 from tests.engine.soak import Traffic, related_prompts
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -340,9 +341,9 @@ def test_abort_while_waiting_for_room(engine: Engine, prompt: list[int]) -> None
     with engine.counted() as gained, engine.room(3):
         name = engine.add(prompt)
         engine.step()
-        wait_until(lambda: leases(engine) == 1, 5.0)
+        until(lambda: leases(engine) == 1, 5.0)
         engine.abort(name)
-        wait_until(lambda: leases(engine) == 0, 5.0)  # no further step is needed for that
+        until(lambda: leases(engine) == 0, 5.0)  # no further step is needed for that
     assert gained["declined.aborted"] == 1
 
 
@@ -364,7 +365,7 @@ def test_abort_while_the_lookup_runs(
             engine.step()
             assert engine.planning.states
             engine.abort(name)
-        wait_until(lambda: leases(engine) == 1, 5.0)
+        until(lambda: leases(engine) == 1, 5.0)
     assert gained["declined.aborted"] == 1
 
 

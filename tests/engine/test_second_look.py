@@ -21,8 +21,8 @@ from tests.engine.harness import (
     arguments,
     close_kept_engine,
     kept_engine,
-    wait_until,
 )
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -263,18 +263,18 @@ def test_an_engine_in_a_process_of_its_own_settles_by_itself_and_ends(
 
     head, rest_ = fresh(HEAD), fresh(REST)
     ask([*head, *fresh(8), *rest_])
-    wait_until(lambda: stored(1), PATIENCE_S)
+    until(lambda: stored(1), PATIENCE_S)
     ask([*head, *LINE, *rest_])
-    wait_until(lambda: client.stats()["settled"] >= 1, PATIENCE_S)
+    until(lambda: client.stats()["settled"] >= 1, PATIENCE_S)
     assert client.stats()["lookups"] == 2, "a look is no request"
     ask([*head, *LINE[::-1], *rest_])
-    wait_until(lambda: client.stats()["looks"] >= 2, PATIENCE_S)
+    until(lambda: client.stats()["looks"] >= 2, PATIENCE_S)
     core = llm.llm_engine.engine_core
     processes = core.resources.engine_manager.processes
     core.shutdown(timeout=PATIENCE_S)
     for process in processes:
         process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0], "nobody had to kill it"
-    wait_until(lambda: client.stats()["looks_dropped"] == 1, PATIENCE_S)
+    until(lambda: client.stats()["looks_dropped"] == 1, PATIENCE_S)
     client.stop()
     client.close()

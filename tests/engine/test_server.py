@@ -27,10 +27,10 @@ from examples.prompts.histories import REWRITES, requests
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
-from tests.engine.harness import wait_until
 from tests.support.daemons import ClientDriver
 from tests.support.exposition import Exposed
 from tests.support.oracle import prompt
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -231,7 +231,7 @@ def test_its_metrics_are_what_its_answers_say(server: Server, call: Call, home: 
     def both_are_counted() -> bool:
         return gained("vllm:kvshare_requests_total") == 2
 
-    wait_until(both_are_counted, STOP_S)
+    until(both_are_counted, STOP_S)
     for kind in ("exact", "continued", "edited", "recomputed"):
         tokens = sum(one[f"kvshare.{kind}"] for one in said)
         assert gained("vllm:kvshare_tokens_total", kind=kind, model_name="demo") == tokens
@@ -282,4 +282,4 @@ def test_a_stopped_server_leaves_the_daemon_to_others(server: Server, ask: Ask, 
         def nothing_is_left() -> bool:
             return set(os.listdir(SHARED_MEMORY)) <= server.in_shared_memory
 
-        wait_until(nothing_is_left, STOP_S)
+        until(nothing_is_left, STOP_S)

@@ -25,6 +25,7 @@ from tests.support.faults import from_below, places, round_of
 from tests.support.faulty_files import REFUSALS, WRONG_BYTES, Fault, FaultyFiles, refusal
 from tests.support.faulty_files import slow as slowed
 from tests.support.oracle import Driver, RowBook, prompt
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.fault
 
@@ -256,12 +257,7 @@ def test_a_slow_disk_is_a_miss_and_late_rows_serve_the_next(
     disk.arm(slowed(0.2))  # five blocks of four calls each: four seconds
     assert engine.plan(prompt(1, 40)).declined == "not_resident"
     disk.heal()
-    assert eventually(lambda: engine.serve(prompt(1, 40)).exact == 39)
-
-
-def eventually(happens: Callable[[], bool]) -> bool:
-    """Whether the condition becomes true within ten seconds."""
-    return any(happens() or time.sleep(0.05) for _ in range(200))
+    assert eventually(lambda: engine.serve(prompt(1, 40)).exact == 39, 10.0)
 
 
 @pytest.mark.parametrize("days", [-3650, 3650])

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
+from tests.support import waiting
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.fuzz import MIB, Fuzzer, fuzz, left_over, requests, small
 from tests.support.needs import need
@@ -72,11 +74,7 @@ def check_served(daemon: Daemon, seed: int) -> Namespace:
     return space
 
 
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
+until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 def check_nothing_lasts(daemon: Daemon, before: tuple[int, int], room: int = 32 * MIB) -> None:

@@ -7,7 +7,6 @@ to one LanceDB catalogue on S3. Every row that is served is compared with the or
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.daemon import protocol
+from tests.support import waiting
 from tests.support.cluster import PLAN_DEADLINE_S, Cluster
 from tests.support.needs import need
 
@@ -35,12 +35,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 
 
 def until(happens: Callable[[], bool], what: str) -> float:
-    """Wait for a condition; returns the seconds it took. Fails when it does not come true."""
-    begun = time.monotonic()
-    while not happens():
-        assert time.monotonic() - begun < PATIENCE_S, what
-        time.sleep(0.02)
-    return time.monotonic() - begun
+    return waiting.until(happens, PATIENCE_S, what)
 
 
 def test_three_machines(cluster: Cluster) -> None:

@@ -7,7 +7,8 @@ import errno
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,14 @@ from kvshare_store.http.address import entrance
 from kvshare_store.http.history import History
 from kvshare_store.http.serving import THREAD, HttpServer
 from kvshare_store.threads import Health
+from tests.support import waiting
 from tests.support.page import Numb
 from tests.support.stores import SMALL
 
 PATIENCE_S = 30.0
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ catalogue."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from kvshare_store.catalog.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
+from tests.support import waiting
 from tests.support.oracle import Driver
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
@@ -41,13 +42,7 @@ def config_of(folder: Path, name: str, **settings: Any) -> StoreConfig:
     return StoreConfig(**{**shared, **small, **settings})
 
 
-def until(happens: Callable[[], bool]) -> float:
-    """Wait for a condition; returns the seconds it took. Fails when it does not come true."""
-    start = time.monotonic()
-    while not happens():
-        assert time.monotonic() - start < PATIENCE_S
-        time.sleep(0.01)
-    return time.monotonic() - start
+until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 def knows(engine: Driver, tokens: list[int]) -> bool:

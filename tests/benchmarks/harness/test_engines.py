@@ -93,8 +93,8 @@ def test_a_restart_empties_the_host_tier_and_nothing_else() -> None:
 
 
 class NoHome:
-    def settings(self) -> dict[str, str]:
-        return {"scheduler_cls": "ours"}
+    def settings(self, **own: str) -> dict[str, str]:
+        return {"scheduler_cls": "ours"} | own
 
 
 def test_arms_differ_in_nothing_but_what_they_are_compared_for() -> None:
@@ -105,5 +105,7 @@ def test_arms_differ_in_nothing_but_what_they_are_compared_for() -> None:
     assert settings(engines.Arm(caching=True)) == plain | {"enable_prefix_caching": True}
     ours = settings(engines.Arm(caching=False, kvshare=True))
     assert ours == plain | {"scheduler_cls": "ours"}
+    ours = settings(engines.Arm(caching=False, kvshare=True, own={"second_look": "idle"}))
+    assert ours == plain | {"scheduler_cls": "ours", "second_look": "idle"}
     other = settings(engines.Arm(caching=False, more={"block_size": 128}))
     assert other == plain | {"block_size": 128}
