@@ -93,9 +93,9 @@ class Commands(engine.Commands):
     def look(self) -> float:
         """Be idle until a second look has ended and its rows are stored; seconds until then."""
         start, begun = time.perf_counter(), False
-        while self._looks() and not (begun and self._scheduler._look is None):
+        while self._looks() and not (begun and self._scheduler.look is None):
             self._engine.step()
-            begun = begun or self._scheduler._look is not None
+            begun = begun or self._scheduler.look is not None
         self.settle()
         return time.perf_counter() - start
 

@@ -78,7 +78,7 @@ def _settle(engine: Engine, home: Home, texts: Texts) -> _Settled:
     answer = engine.ask(edited, salt, max_tokens=_ANSWER)
     before = home.stats()["settled"]
     exact_s = engine.look()
-    if not answer.report.get("edited") or home.stats()["settled"] == before:
+    if not answer.report.get("kvshare.edited") or home.stats()["settled"] == before:
         raise RuntimeError(f"no edited prompt was settled: {answer.report}")
     return _Settled(prefill_s, exact_s)
 
