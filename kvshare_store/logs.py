@@ -19,7 +19,7 @@ _SELDOM_S = 60.0
 
 
 class Seldom:
-    """Warnings that strangers can cause as often as they like: a line a minute of each kind."""
+    """Lines that strangers can cause as often as they like: one a minute of each kind."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
@@ -27,7 +27,7 @@ class Seldom:
         self._next: dict[str, float] = {}
         self._unsaid: Counter[str] = Counter()
 
-    def warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """Say it, unless something of the kind was said within the last minute."""
         now = self._clock()
         if now < self._next.get(kind, 0.0):
@@ -36,7 +36,7 @@ class Seldom:
         unsaid = self._unsaid.pop(kind, 0)
         more = f" (and {unsaid:,} more like it since the last such line)" if unsaid else ""
         self._next[kind] = now + _SELDOM_S
-        self._log.warning("kvshare: %s%s", text, more)
+        self._log.log(level, "kvshare: %s%s", text, more)
 
 
 class JsonLines(logging.Formatter):

@@ -19,6 +19,7 @@ from kvshare_store.http.address import BACKLOG, Entrance
 from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
+from kvshare_store.logs import Seldom
 from kvshare_store.threads import Health, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
@@ -33,7 +34,6 @@ _SILENT_S = 5.0
 """How long a connection may be without a whole request: before the first, and after each."""
 _UNREAD_S = 20.0
 """How long a client may leave an answer unread."""
-_AGAIN_S = 60.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NICENESS = 5
 """Plans go before pages."""
@@ -103,18 +103,18 @@ def _end(server: uvicorn.Server) -> None:
 
 
 class Unforeseen:
-    """What the event loop says of trouble; once a minute where it repeats itself every second."""
+    """What the event loop says of trouble; seldom where it repeats itself every second."""
 
     def __init__(self) -> None:
-        self._said = -_AGAIN_S
+        self._seldom = Seldom(log)
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in _EXHAUSTED:
+        if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+            text = f"the page cannot accept connections: {error.strerror}"
+            self._seldom.warn("exhausted", text, logging.ERROR)
+        else:
             loop.default_exception_handler(context)
-        elif loop.time() >= self._said + _AGAIN_S:
-            self._said = loop.time()
-            log.error("kvshare: the page cannot accept connections: %s", error.strerror)
 
 
 class _Connection(H11Protocol):
