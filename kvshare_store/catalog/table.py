@@ -27,6 +27,7 @@ from kvshare_store.errors import StorageError
 
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
+_TRIES = 100
 
 
 class Table(TableReader):
@@ -209,12 +210,15 @@ class Table(TableReader):
             self._handle.optimize(cleanup_older_than=_ALL_VERSIONS)
         self._fsync()  # or a power cut could find neither the new files nor the old ones
         # zero would warn of other readers, and those of a shared table ask again. A version
-        # is kept unless it was that old when this began.
-        time.sleep(0.002)
-        with lance_errors():
-            self._handle.optimize(
-                cleanup_older_than=_NO_VERSION, delete_unverified=not self._place.shared
-            )
+        # is kept unless it was that old when this began, by a clock that can be set back.
+        for _ in range(_TRIES):
+            time.sleep(0.002)
+            with lance_errors():
+                self._handle.optimize(
+                    cleanup_older_than=_NO_VERSION, delete_unverified=not self._place.shared
+                )
+            if not self.old_versions():
+                break
         self._remove_aside()
         self.sync()
 
