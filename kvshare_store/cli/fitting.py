@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 Columns = dict[str, list[Text]]
 """Cells by the head of their column."""
 
 GAP = 2
-"""Blanks between two columns; `Table(padding=(0, 1, 0, 0))` and a divider make them."""
+"""Blanks between two columns: the padding of `table_of` and its divider."""
 
 
 def fitted(
@@ -33,6 +36,18 @@ def fitted(
         widths[name] += more
         room -= more
     return widths
+
+
+def table_of(
+    columns: Columns, widths: Mapping[str, int], look: Callable[[str], Mapping[str, Any]]
+) -> Table:
+    """The columns that have a width, a line for each row; `look`: how a column is shown."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, wide in widths.items():
+        table.add_column(name, width=wide, **look(name))
+    for row in zip(*(columns[name] for name in widths), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def unique_length(names: Collection[str]) -> int:

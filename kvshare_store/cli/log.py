@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +19,7 @@ from kvshare_store.cli.common import (
     place,
     print_json,
 )
-from kvshare_store.cli.fitting import Columns, fitted, longest_word, unique_length
+from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, unique_length
 from kvshare_store.readable import KIND_COLOURS, age, milliseconds, one_line, printable, short
 
 Request = Mapping[str, Any]
@@ -78,24 +77,21 @@ def requests_table(requests: Sequence[Request], width: int) -> Table:
         "id": unique_length(names) + _MORE,
     }
     widths = fitted(columns, width, least, _DROPPED)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, wide in widths.items():
-        cut = name in ("id", "tenant")
-        table.add_column(
-            name,
-            style=COLOURS.get(name, "cyan" if name == "id" else ""),
-            justify="left" if name in least else "right",
-            overflow="ellipsis" if cut else "fold",
-            no_wrap=name != "outcome",
-            width=wide,
-        )
-    for row in zip(*(columns[name] for name in widths), strict=True):
-        table.add_row(*row)
+    table = table_of(columns, widths, lambda name: _look(name, words=name in least))
     missing = [name for name in columns if name not in widths]
     if missing:
         table.caption_justify = "left"
         table.caption = f"no room for: {', '.join(missing)}"
     return table
+
+
+def _look(name: str, *, words: bool) -> dict[str, Any]:
+    return {
+        "style": COLOURS.get(name, "cyan" if name == "id" else ""),
+        "justify": "left" if words else "right",
+        "overflow": "ellipsis" if name in ("id", "tenant") else "fold",
+        "no_wrap": name != "outcome",
+    }
 
 
 def _columns(requests: Sequence[Request]) -> Columns:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +19,7 @@ from kvshare_store.cli.common import (
     place,
     print_json,
 )
-from kvshare_store.cli.fitting import Columns, fitted
+from kvshare_store.cli.fitting import Columns, fitted, table_of
 from kvshare_store.readable import age, one_line, short
 
 LimitOption = Annotated[
@@ -65,19 +64,16 @@ def nodes_table(nodes: Sequence[dict[str, Any]], width: int) -> Table:
     columns = _columns(nodes)
     # the preview shrinks first where the terminal is narrow
     widths = fitted(columns, width, {"tenant": _TENANT, "preview": _PREVIEW}, _DROPPED)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, wide in widths.items():
-        table.add_column(
-            name,
-            style="cyan" if name in ("node", "parent") else "",
-            justify="right" if name in ("tokens", "exact", "age") else "left",
-            overflow="ellipsis",
-            no_wrap=True,
-            width=wide,
-        )
-    for row in zip(*(columns[name] for name in widths), strict=True):
-        table.add_row(*row)
-    return table
+    return table_of(columns, widths, _look)
+
+
+def _look(name: str) -> dict[str, Any]:
+    return {
+        "style": "cyan" if name in ("node", "parent") else "",
+        "justify": "right" if name in ("tokens", "exact", "age") else "left",
+        "overflow": "ellipsis",
+        "no_wrap": True,
+    }
 
 
 def _columns(nodes: Sequence[dict[str, Any]]) -> Columns:
