@@ -16,6 +16,7 @@ from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan, Span
+from kvshare_store.readable import short
 
 _ENTRIES = 1000
 _PROMPT_BYTES = 64 << 20
@@ -183,7 +184,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
     space = asked.namespace
     return {
         "request": asked.request,
-        "namespace": space.digest[:12],
+        "namespace": short(space.digest),
         "model": space.model,
         "tenant": space.tenant,
         "lora": space.lora,
