@@ -15,8 +15,6 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.progress import track
-
 from benchmarks.data.chat_histories import as_tokens, conversations
 from benchmarks.harness.engines import LONGEST, Arm, Engine, Home, Timed, in_turn, rest, running
 from benchmarks.harness.models import model_name, tokenizer_of
@@ -25,6 +23,7 @@ from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.peers import lmcache, semblend
 from benchmarks.peers.environment import PeerMissingError, python_with
 from examples.prompts.histories import REWRITES, Message, requests
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

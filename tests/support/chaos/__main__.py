@@ -24,7 +24,7 @@ def main(
     drawn = random.SystemRandom().randrange(1 << 31) if seed is None else seed
     console = Console()
     console.print(f"seed {drawn} (repeat with --seed {drawn})")
-    with counting(console, "kills", n) as count:
+    with counting("kills", n) as count:
         report = run(
             n, drawn, remote, lambda so_far: count(so_far.kills.total(), len(so_far.findings))
         )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tests.support.chaos.counting import counting
 from tests.support.chaos.machine_steps import STEPS
@@ -60,7 +59,7 @@ def main(
     typer.echo(f"seed {drawn} (repeat with --seed {drawn})")
     folder = Path(tempfile.mkdtemp(prefix="kvshare-machines-"))
     try:
-        with counting(Console(), "steps", steps) as count:
+        with counting("steps", steps) as count:
             site = run(folder, steps, drawn, count=count)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
