@@ -24,7 +24,7 @@ def test_lines_say_what_is_done_of_how_much(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.usefixtures("every_time")
 def test_lines_of_what_has_no_known_end(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(iter("ab"), "Reading")) == ["a", "b"]
+    assert list(track((letter for letter in "ab"), "Reading")) == ["a", "b"]
     assert "Reading: 1\n" in capsys.readouterr().err
 
 
