@@ -25,6 +25,7 @@ from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
+from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
@@ -32,6 +33,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
 from kvshare_store.threads import FairLock
 
@@ -57,7 +59,9 @@ class Serving:
         far_costs: Costs,
         text: TextVectors,
         metrics: Metrics,
+        quality: Quality,
     ) -> None:
+        self._quality = quality
         self._config = config
         self._nodes = nodes
         self._blocks = nodes.blocks
@@ -113,6 +117,8 @@ class Serving:
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             planned = self._planned(request, lookup)
+            if self._quality.steers and planned.plan.generation and not look:
+                lookup, planned = self._steered(request, lookup, planned)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
@@ -181,6 +187,16 @@ class Serving:
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
+
+    def _steered(self, request: Tokens, lookup: Asked, planned: Planned) -> tuple[Asked, Planned]:
+        """The plan under the policy that is known to be good enough for requests of this kind."""
+        policy = rung_of(
+            self._quality, self._nodes.state, request, planned.donors[0], lookup.policy
+        )
+        if policy is lookup.policy:
+            return lookup, planned
+        lookup = lookup._replace(policy=policy)
+        return lookup, self._planned(request, lookup)
 
     def _lease(
         self, planned: Planned, owner: str, deadline_ms: float | None
@@ -385,6 +401,7 @@ class Serving:
     def forget(self, digest: str) -> None:
         """Drop what is remembered of the requests of a namespace."""
         self.log.forget(digest)
+        self._quality.forget(digest)
         self._metrics.forget(digest)
 
 

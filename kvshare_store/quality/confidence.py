@@ -19,6 +19,7 @@ drift. What is bounded is their mean so far.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -32,7 +33,8 @@ _BETS: Floats = 0.95 * 2.0 ** (-np.arange(16) / 2)
 _SHARES: Floats = 1.0 / ((np.arange(16) + 1) * (np.arange(16) + 2))
 """Of the allowed error, for each bet; together less than 1. The first one decides how soon a stream
 without any error is trusted."""
-_PRICES: Floats = -np.log1p(-_BETS) - _BETS
+_PRICES: Floats = (-np.log1p(-_BETS) - _BETS) / _BETS
+_ONCE: Floats = -np.log(_SHARES) / _BETS
 
 
 def radius(deviation: npt.ArrayLike, error: float) -> Floats:
@@ -42,7 +44,7 @@ def radius(deviation: npt.ArrayLike, error: float) -> Floats:
     that the sum is ever further away, on one side.
     """
     spent = np.asarray(deviation, np.float64)[..., None] * _PRICES
-    found: Floats = ((spent - np.log(error * _SHARES)) / _BETS).min(axis=-1)
+    found: Floats = (spent + _ONCE - math.log(error) / _BETS).min(axis=-1)
     return found
 
 
