@@ -12,40 +12,29 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from kvshare_store.errors import CorruptBlockError, StorageError
 from kvshare_store.logs import Seldom
 from kvshare_store.metrics import Metrics
+from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept
-from kvshare_store.quality.ladder import EXACT, STALE, Decision, Terms, decide, doubted
+from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
 from kvshare_store.quality.report import ClassReport, report_class
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic
 
 log = logging.getLogger("kvshare")
 
-_CLASSES = 4096
-_OF_NAMESPACE = 256
-"""Classes of one namespace, so that a tenant cannot push out what was learned of all others."""
+_FLOORS = 4096
+"""Namespaces whose controls are kept."""
 _WRITE_S = 30.0
 """What was learned in so long may be lost, if it says that a policy is good."""
 _RETRY_S = 7 * 86_400.0
 """A class that stays exact since the first rung is beyond the bound is tried again after that."""
 
 
-class _Class(msgspec.Struct):
-    """A class, and what was decided by its evidence."""
-
-    learned: Learned
-    decision: Decision | None = None
-    controls: int = 0
-    """How many there were then."""
-
-
 class Quality:
-    """Thread-safe. The least recently used classes are forgotten, and begin at `exact` again."""
+    """Thread-safe. Classes that are not known, or were forgotten, begin at `exact`."""
 
     def __init__(
         self,
@@ -72,10 +61,9 @@ class Quality:
         self._say = Seldom(log)
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._classes: OrderedDict[str, OrderedDict[str, _Class]] = OrderedDict()
-        """By namespace and traffic; the most recently used last."""
-        self._count = 0
+        self._classes = Classes()
         self._floors: OrderedDict[str, Evidence] = OrderedDict()
+        """Controls, by namespace."""
         self._written = clock()
         self._changed = False
         self._read()
@@ -89,139 +77,104 @@ class Quality:
         """Go on by another bound or confidence."""
         with self._lock:
             self._terms = terms
-            for known in self._classes.values():
-                for one in known.values():
-                    one.decision = None
+            for _, _, known in self._classes:
+                known.decisions.clear()
 
     # --- what requests get -------------------------------------------------------------------
 
     def rung(self, namespace: str, traffic: str, configured: str) -> str:
         """The policy for one more request of a class, `configured` at most. It counts as served."""
-        if not self.steers or configured not in self._ladder:
+        if not self.steers or configured not in self._ladder[EXACT + 1 :]:
             return configured
-        top = self._ladder.index(configured)
         with self._lock:
-            known = self._known(namespace, traffic)
-            decision = self._decision(namespace, known)
-            chosen = decision.rung
-            if decision.tried <= top and self._draw() < decision.share:
-                chosen = decision.tried
-            chosen = min(chosen, top)
+            known = self._classes.get(namespace, traffic)
+            made = self._decision(namespace, known, self._ladder.index(configured))
+            chosen = made.tried if self._draw() < made.share else made.rung
             if known is not None and chosen != EXACT:
-                self._count_served(known)
+                known.served()
         return self._ladder[chosen]
 
-    def _count_served(self, known: _Class) -> None:
-        known.learned.unscored += 1
-        if known.learned.unscored == STALE:
-            known.decision = None
-
-    def _known(self, namespace: str, traffic: str) -> _Class | None:
-        of_namespace = self._classes.get(namespace)
-        known = of_namespace.get(traffic) if of_namespace is not None else None
-        if of_namespace is not None and known is not None:
-            of_namespace.move_to_end(traffic)
-            self._classes.move_to_end(namespace)
-        return known
-
-    def _decision(self, namespace: str, known: _Class | None) -> Decision:
-        floor = self._floors.get(namespace) or Evidence()
+    def _decision(self, namespace: str, known: Known | None, top: int) -> Decision:
+        """`top`: the highest rung that the request may get."""
+        floor, ladder = self._floors.get(namespace) or Evidence(), self._ladder[: top + 1]
         if known is None:
-            return decide(Learned(), floor, self._ladder, self._terms)
-        made, controls = known.decision, floor.diverged.count
-        if made is None or known.controls != controls or self._retried(known, made):
-            made = decide(known.learned, floor, self._ladder, self._terms)
-            known.decision, known.controls = made, controls
+            return decide(Learned(), floor, ladder, self._terms)
+        if known.controls != floor.diverged.count:
+            known.decisions.clear()
+            known.controls = floor.diverged.count
+        made = known.decisions.get(top)
+        if made == Decision() and self._clock() - known.learned.scored > _RETRY_S:
+            known.learned.forget()
+            known.decisions.clear()
+            made = None
+        if made is None:
+            made = known.decisions[top] = decide(known.learned, floor, ladder, self._terms)
         return made
 
-    def _retried(self, known: _Class, made: Decision) -> bool:
-        stays = made == Decision(EXACT, EXACT) and len(self._ladder) > 1
-        late = stays and self._clock() - known.learned.scored > _RETRY_S
-        if late:
-            known.learned.forget()
-        return late
+    @property
+    def _top(self) -> int:
+        return len(self._ladder) - 1
 
     # --- what scores say ---------------------------------------------------------------------
 
     def observe(self, score: Score) -> None:
         """One more answer was scored. What is of no policy of the ladder is ignored."""
+        if not score.control and score.policy not in self._ladder[EXACT + 1 :]:
+            return
         with self._lock:
             if score.control:
                 self._floor(score.namespace).add(score)
-            elif score.policy in self._ladder[EXACT + 1 :]:
-                tightened = self._learn(score)
-            else:
-                return
+            tightened = not score.control and self._learn(score)
             self._changed = True
-            due = self._clock() - self._written >= _WRITE_S
-        if due or (not score.control and tightened):
+            due = tightened or self._clock() - self._written >= _WRITE_S
+        if due:
             self._write()
 
     def _floor(self, namespace: str) -> Evidence:
         found = self._floors.setdefault(namespace, Evidence())
         self._floors.move_to_end(namespace)
-        if len(self._floors) > _CLASSES:
+        if len(self._floors) > _FLOORS:
             self._floors.popitem(last=False)
         return found
 
     def _learn(self, score: Score) -> bool:
         """Whether the class has become stricter."""
-        known = self._known(score.namespace, score.traffic) or self._new(score)
+        found = self._classes.get(score.namespace, score.traffic)
+        known = found or self._classes.add(score.namespace, score.traffic, Learned())
         learned, terms = known.learned, self._terms
-        before = self._decision(score.namespace, known).rung if self.steers else EXACT
+        before = self._decision(score.namespace, known, self._top).rung if self.steers else EXACT
         floor = self._floors.get(score.namespace) or Evidence()
         least = floor.diverged.interval(terms.each()).low
         evidence = learned.of(score.policy)
         evidence.add(score, terms.bound + least if self.steers else 1.0)
-        learned.unscored, learned.scored, known.decision = 0, self._clock(), None
-        if not self.steers or before == EXACT:
+        learned.unscored, learned.scored = 0, self._clock()
+        known.decisions.clear()
+        if before == EXACT:
             return False
         if score.policy == self._ladder[before] and doubted(evidence, terms):
             learned.forget()
-        tightened = self._decision(score.namespace, known).rung < before
+        tightened = self._decision(score.namespace, known, self._top).rung < before
         if tightened:
             self._metrics.add("quality_tightened")
         return tightened
 
-    def _new(self, score: Score) -> _Class:
-        of_namespace = self._classes.setdefault(score.namespace, OrderedDict())
-        self._classes.move_to_end(score.namespace)
-        known = of_namespace[score.traffic] = _Class(Learned())
-        self._count += 1
-        if len(of_namespace) > _OF_NAMESPACE:
-            self._drop(score.namespace)
-        elif self._count > _CLASSES:
-            self._drop(next(iter(self._classes)))
-        return known
-
-    def _drop(self, namespace: str) -> None:
-        """Forget the least recently used class of a namespace."""
-        of_namespace = self._classes[namespace]
-        of_namespace.popitem(last=False)
-        self._count -= 1
-        if not of_namespace:
-            del self._classes[namespace]
-
     def report(self) -> list[ClassReport]:
-        """All classes, the most recently used last."""
+        """All classes, the most recently used last. No request waits for all of it."""
         with self._lock:
-            return [
-                report_class(
-                    namespace,
-                    traffic,
-                    known.learned,
-                    self._floors.get(namespace) or Evidence(),
-                    self._named(namespace, known),
-                    self._terms.error,
-                )
-                for namespace, of_namespace in self._classes.items()
-                for traffic, known in of_namespace.items()
-            ]
+            known = list(self._classes)
+        return [self._report(*one) for one in known]
 
-    def _named(self, namespace: str, known: _Class) -> tuple[str, str, float]:
+    def _report(self, namespace: str, traffic: str, known: Known) -> ClassReport:
+        with self._lock:
+            floor, named = self._floors.get(namespace) or Evidence(), self._named(namespace, known)
+            error = self._terms.error
+            return report_class(namespace, traffic, known.learned, floor, named, error)
+
+    def _named(self, namespace: str, known: Known) -> tuple[str, str, float]:
+        """The rung, what is tried, and by which share of requests."""
         if not self.steers:
             return "", "", 0.0
-        made = self._decision(namespace, known)
+        made = self._decision(namespace, known, self._top)
         tried = self._ladder[made.tried] if made.tried != made.rung else ""
         return self._ladder[made.rung], tried, made.share
 
@@ -230,9 +183,8 @@ class Quality:
     def forget(self, namespace: str) -> None:
         """Nothing of a namespace is kept, neither here nor in the file."""
         with self._lock:
-            gone = self._classes.pop(namespace, {})
-            self._count -= len(gone)
-            known = self._floors.pop(namespace, None) is not None or bool(gone)
+            known = self._classes.forget(namespace)
+            known = self._floors.pop(namespace, None) is not None or known
         if known:
             self._write()
 
@@ -253,10 +205,7 @@ class Quality:
         if kept is None or kept.ladder != self._meaning:
             return
         self._floors.update(kept.floors)
-        for namespace, learned in kept.classes.items():
-            classes = OrderedDict((name, _Class(one)) for name, one in learned.items())
-            self._classes[namespace] = classes
-            self._count += len(classes)
+        self._classes.fill(kept.classes)
 
     def _write(self) -> None:
         if self._file is None:
@@ -264,20 +213,11 @@ class Quality:
         with self._writing:
             with self._lock:
                 self._changed, self._written = False, self._clock()
-                encoded = self._file.encode(self._kept())
+                kept = Kept(self._meaning, self._classes.learned(), dict(self._floors))
+                encoded = self._file.encode(kept)
             try:
                 self._file.write(encoded)
             except OSError as error:
                 self._changed = True
                 self._metrics.error(StorageError.kind)
                 self._say.warn("quality", f"what was learned of quality was not written: {error}")
-
-    def _kept(self) -> Kept:
-        return Kept(
-            self._meaning,
-            {
-                namespace: {name: known.learned for name, known in of_namespace.items()}
-                for namespace, of_namespace in self._classes.items()
-            },
-            dict(self._floors),
-        )

@@ -3,6 +3,8 @@ the realised rate stays within the bound whatever the traffic does."""
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from kvshare_store.quality.evidence import Evidence, Learned
@@ -144,7 +146,7 @@ SHIFTING: tuple[Rates, ...] = (
 
 
 def test_the_bound_holds_on_streams_that_shift() -> None:
-    """Each stream would be far beyond the bound at the next rung alone."""
+    assert min(mean(rates(at)[2] for at in range(800)) for rates in SHIFTING) > 0.12
     beyond = [
         seed
         for seed in range(STREAMS)
