@@ -7,7 +7,7 @@ import blake3
 
 from kvshare_store.config import PolicyName, StoreConfig
 from kvshare_store.keys import Keyring
-from kvshare_store.lookup.align import align
+from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.policy import (
     ReusePolicy,
     as_strict,
@@ -15,7 +15,7 @@ from kvshare_store.lookup.policy import (
     stricter_policy,
 )
 from kvshare_store.metrics import Metrics
-from kvshare_store.nodes.edits import Tokens, edit_script
+from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
@@ -50,12 +50,12 @@ def ladder_of(policy: PolicyName) -> tuple[str, ...]:
 
 
 def rung_of(
-    quality: Quality, state: NodeState, request: Tokens, donor: Node, policy: ReusePolicy
+    quality: Quality, state: NodeState, cover: Cover, donor: Node, policy: ReusePolicy
 ) -> ReusePolicy:
-    """The policy for a request that has an edited plan under `policy`, whose first donor is
-    `donor`. It counts as served."""
-    matches = align(request, donor.tokens, least=GRAM)
-    edits = edit_script(matches, donor.length, request)
+    """The policy for a request that has an edited plan under `policy`, made of `cover`, whose first
+    donor is `donor`. It counts as served."""
+    request = cover.request
+    edits = edit_script(cover.matches(donor, GRAM), donor.length, request)
     with state.lock:
         traffic = traffic_of(state.tree, donor, edits, len(request))
     quality.planned.planned(donor.namespace, request, traffic)

@@ -126,7 +126,7 @@ class Quality:
                 self._floor(score.namespace).add(score)
             tightened = not score.control and self._learn(score)
             self._changed = True
-            due = tightened or self._clock() - self._written >= _WRITE_S
+            due = tightened or not 0 <= self._clock() - self._written < _WRITE_S
         if due:
             self._write()
 
@@ -182,6 +182,7 @@ class Quality:
 
     def forget(self, namespace: str) -> None:
         """Nothing of a namespace is kept, neither here nor in the file."""
+        self.planned.forget(namespace)
         with self._lock:
             known = self._classes.forget(namespace)
             known = self._floors.pop(namespace, None) is not None or known

@@ -36,14 +36,21 @@ class PlannedTraffic:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._classes: OrderedDict[bytes, str] = OrderedDict()
+        self._classes: OrderedDict[bytes, tuple[str, str]] = OrderedDict()
+        """Namespace and class, by what names a prompt."""
 
     def planned(self, namespace: str, prompt: Tokens, traffic: str) -> None:
         """A prompt was planned as one of this class."""
         with self._lock:
-            self._classes[_name(namespace, prompt)] = traffic
+            self._classes[_name(namespace, prompt)] = namespace, traffic
             if len(self._classes) > _REMEMBERED:
                 self._classes.popitem(last=False)
+
+    def forget(self, namespace: str) -> None:
+        """A namespace was purged."""
+        with self._lock:
+            for name in [name for name, at in self._classes.items() if at[0] == namespace]:
+                del self._classes[name]
 
     def of(self, tree: DeltaTree, node: Node, length: int) -> str:
         """The class of an edited node whose first `length` tokens are its prompt: as planned, or
@@ -51,7 +58,7 @@ class PlannedTraffic:
         with self._lock:
             found = self._classes.get(_name(node.namespace, node.tokens[:length]))
         if found is not None:
-            return found
+            return found[1]
         parent = tree.get(node.parent) if node.parent is not None else None
         return traffic_of(tree, parent or node, node.edits, length)
 

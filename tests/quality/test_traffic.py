@@ -113,6 +113,10 @@ def test_what_was_planned_goes_before_what_the_tree_says() -> None:
     traffic.planned("n", node.tokens[:100], "as planned")
     assert traffic.of(tree, node, 100) == "as planned"
     assert traffic.of(tree, node, 99) == own
+    traffic.forget("m")
+    assert traffic.of(tree, node, 100) == "as planned"
+    traffic.forget("n")
+    assert traffic.of(tree, node, 100) == own
 
 
 def test_remembered_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
