@@ -54,7 +54,7 @@ class Learned(msgspec.Struct):
     epoch: int = 1
     """Counts how often the evidence began anew. Each time a smaller part of the error is left."""
     unscored: int = 0
-    """Requests that were served on approximate rows since the last score."""
+    """Requests that were served on approximate rows since the last score of a greedy one."""
     scored: float = 0.0
     """When the last score came, Unix seconds."""
 

@@ -147,16 +147,20 @@ class Quality:
         least = floor.diverged.interval(terms.each()).low
         evidence = learned.of(score.policy)
         evidence.add(score, terms.bound + least if self.steers else 1.0)
-        learned.unscored, learned.scored = 0, self._clock()
+        learned.scored = self._clock()
+        if score.greedy:  # others say nothing of divergence
+            learned.unscored = 0
         known.decisions.clear()
         if before == EXACT:
             return False
         if score.policy == self._ladder[before] and doubted(evidence, terms):
             learned.forget()
-        tightened = self._decision(score.namespace, known, self._top).rung < before
-        if tightened:
-            self._metrics.add("quality_tightened")
-        return tightened
+        after = self._decision(score.namespace, known, self._top).rung
+        if after < before:
+            now, was = self._ladder[after], self._ladder[before]
+            text = f"class {score.traffic} is {now} now, was {was}: it may be beyond quality_bound"
+            self._say.warn("tightened", text, logging.INFO)
+        return after < before
 
     def report(self) -> list[ClassReport]:
         """All classes, the most recently used last. No request waits for all of it."""

@@ -143,13 +143,17 @@ def test_a_restart_keeps_what_was_learned(file: File) -> None:
     assert again.report() == before
 
 
-def test_what_makes_a_class_stricter_is_written_at_once(file: File) -> None:
+def test_what_makes_a_class_stricter_is_written_at_once(
+    file: File, caplog: pytest.LogCaptureFixture
+) -> None:
     judge = quality(file=file)
     teach(judge)
     judge.close()
+    caplog.set_level("INFO", "kvshare")
     while judge.report()[0].rung == "faithful":
         judge.observe(score(diverged=True))
     assert quality(file=file).report() == judge.report()  # as after a kill
+    assert "class t is exact now, was faithful" in caplog.text
 
 
 def test_the_rest_is_written_now_and_then(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
