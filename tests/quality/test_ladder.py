@@ -134,22 +134,23 @@ def test_a_class_that_is_not_scored_any_more_goes_back() -> None:
     assert sum(rung > EXACT for rung in served[STALE:]) < 0.1 * STALE
 
 
-STREAMS = 200
+STREAMS, REQUESTS = 200, 600
 SHIFTING: tuple[Rates, ...] = (
     always(0.12, 0.15, 0.3),  # just beyond
     always(0.05, 0.11, 0.5),
-    from_(400, 0.0, 0.5),
-    from_(400, 0.5, 0.0),
-    lambda at: (min(0.6, at / 2000),) * 3,
-    lambda at: (0.3 * ((at // 200) % 2),) * 3,
+    from_(300, 0.0, 0.5),
+    from_(300, 0.5, 0.0),
+    lambda at: (min(0.6, at / 1500),) * 3,
+    lambda at: (0.3 * ((at // 150) % 2),) * 3,
 )
 
 
 def test_the_bound_holds_on_streams_that_shift() -> None:
-    assert min(mean(rates(at)[2] for at in range(800)) for rates in SHIFTING) > 0.12
+    assert min(mean(rates(at)[2] for at in range(REQUESTS)) for rates in SHIFTING) > 0.12
     beyond = [
         seed
         for seed in range(STREAMS)
-        if run(quality(0.1, seed=seed), SHIFTING[seed % len(SHIFTING)], 800, seed=seed).most > 0.1
+        if run(quality(0.1, seed=seed), SHIFTING[seed % len(SHIFTING)], REQUESTS, seed=seed).most
+        > 0.1
     ]
     assert len(beyond) <= 0.05 * STREAMS
