@@ -13,7 +13,7 @@ from kvshare_store.quality.confidence import Interval
 from kvshare_store.quality.evidence import Evidence, Learned
 
 EXACT = 0
-"""The first rung: nothing is approximated, so nothing diverges for it."""
+"""The first rung: all rows are exact, so nothing diverges for it."""
 STALE = 1000
 """Requests that were served without a single score: what was learned before counts no more."""
 _SHARED_BY = 4
