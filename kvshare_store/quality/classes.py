@@ -75,9 +75,9 @@ class Classes:
 
     def forget(self, namespace: str) -> bool:
         """Drop the classes of a namespace; whether there were any."""
-        gone = self._namespaces.pop(namespace, {})
-        self._count -= len(gone)
-        return bool(gone)
+        gone = self._namespaces.pop(namespace, None)
+        self._count -= len(gone or ())
+        return gone is not None
 
     def learned(self) -> dict[str, dict[str, Learned]]:
         """By namespace and traffic."""
