@@ -162,7 +162,7 @@ def test_the_rest_is_written_now_and_then(file: File, monkeypatch: pytest.Monkey
     assert rungs(quality(file=file)) == {"faithful"}
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "nonsense", "a folder"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "nonsense", "a folder", "a pipe"])
 def test_a_damaged_file_is_counted_and_all_begin_anew(
     file: File, tmp_path: Path, damage: str
 ) -> None:
@@ -174,6 +174,8 @@ def test_a_damaged_file_is_counted_and_all_begin_anew(
     path.unlink()
     if damage == "a folder":
         path.mkdir()
+    elif damage == "a pipe":
+        os.mkfifo(path)
     else:
         path.write_bytes(
             {
