@@ -31,6 +31,7 @@ class Repository:
         self.encrypted = bool(config.encryption_key)
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
+        self.keys = home.keys
         self.shared = self.catalog is not None and self.catalog.place.shared
         state = NodeState(
             config.block_tokens,

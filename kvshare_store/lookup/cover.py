@@ -95,6 +95,20 @@ class Cover:
         inherited = cut_contexts(self.continues.contexts, self.in_place)
         return contexts_of(inherited, (), (), self.exact)
 
+    def matches(self, donor: Node, shortest: int) -> list[Match]:
+        """Runs of at least `shortest` that the donor covers, ascending on both sides: one that
+        stands before an earlier one in the donor is left out."""
+        at = np.flatnonzero(self.donor_of == self._index(donor))
+        source = self.source_of[at]
+        first = np.flatnonzero(np.diff(at, prepend=-2) - 1 | np.diff(source, prepend=-2) - 1)
+        runs = np.stack((at[first], source[first], np.diff(first, append=len(at))), 1)
+        found: list[Match] = []
+        for match in map(Match._make, runs.tolist()):
+            after = found[-1].source + found[-1].length if found else 0
+            if match.length >= shortest and match.source >= after:
+                found.append(match)
+        return found
+
     def _add_prefix(self, node: Node, start: int, stop: int) -> None:
         self.donor_of[start:stop] = self._index(node)
         self.source_of[start:stop] = np.arange(start, stop)
