@@ -25,7 +25,7 @@ from kvshare_store.lookup.policy import (
     continues,
     edges_of,
     kept_positions,
-    usable_tokens,
+    usable_length,
 )
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import Hashes
@@ -246,7 +246,7 @@ class Explainer:
             reason_of[dropped] = reason
         free = cover.donor_of < 0
         for node in nodes.values():
-            usable = len(usable_tokens(self._policy, node))
+            usable = usable_length(self._policy, node)
             for start, source, count in shared[node.id] if self._policy.edited else ():
                 barred = slice(start + max(0, usable - source), start + count)
                 reason_of[barred][free[barred]] = GENERATION
@@ -308,7 +308,7 @@ class Explainer:
     def _candidate(
         self, node: Node, ways: tuple[str, ...], shared: list[Match], plan: ReusePlan
     ) -> Candidate:
-        cover, usable = self._cover, len(usable_tokens(self._policy, node))
+        cover, usable = self._cover, usable_length(self._policy, node)
         mine = np.zeros(len(self._request), np.bool_)
         if cover is not None:
             for index, donor in enumerate(cover.donors):

@@ -35,7 +35,7 @@ class Sought:
         """`start`: what stands before it is not sought."""
         self.tokens = tokens
         self.start = start
-        self._sampled: dict[int, Positions] = {}
+        self._sampled: dict[int, tuple[Positions, Hashes]] = {}
 
     @cached_property
     def _hashes(self) -> Hashes:
@@ -47,9 +47,15 @@ class Sought:
 
     def sampled(self, one_of: int) -> Positions:
         """Where the grams are that a table has which takes one of so many, ascending."""
-        if one_of not in self._sampled:
-            self._sampled[one_of] = _sample(self._hashes, one_of) + self.start
-        return self._sampled[one_of]
+        return self.sample(one_of)[0]
+
+    def sample(self, one_of: int) -> tuple[Positions, Hashes]:
+        """As `sampled`, and their hashes."""
+        known = self._sampled.get(one_of)
+        if known is None:
+            at = _sample(self._hashes, one_of)
+            known = self._sampled[one_of] = at + self.start, self._hashes[at]
+        return known
 
     def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
         """Those of `sampled` whose grams lie inside one of the gaps, which ascend."""
@@ -84,6 +90,12 @@ class Places:
         """Memory of the table."""
         return self._places.nbytes + self._tags.nbytes
 
+    def has_any(self, hashes: Hashes) -> bool:
+        """Whether `find` finds a place for any of the grams."""
+        slots = (hashes >> self._shift).view(np.int64)
+        same = self._tags[slots] == hashes.astype(np.uint32)
+        return np.count_nonzero(same) > 0 and int(self._places[slots[same]].max()) >= 0
+
     def find(self, hashes: Hashes) -> npt.NDArray[np.int32]:
         """The place of each gram, or -1. Not yet verified."""
         slots = (hashes >> self._shift).view(np.int64)
@@ -97,23 +109,23 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     if sought >= _FIRST_OF_MANY and not _in_common(ours, theirs):
         return 0
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
-    at = ours.sampled(one_of)
-    places = theirs.find(ours.hashes(at))
-    found = (places >= 0) & (places <= length - GRAM)
+    at, hashes = ours.sample(one_of)
+    places = theirs.find(hashes)
+    found = np.flatnonzero((places >= 0) & (places <= length - GRAM))
     starts = at[found]
     if not len(starts):
         return 0
-    steps, shifts = np.diff(starts), np.diff(places[found] - starts)
+    shifts = places[found] - starts
+    steps = starts[1:] - starts[:-1]
     # what lies between two grams that go on from one another is most likely the same too
     near = GRAM if one_of == 1 else 2 * GRAM * one_of
-    return GRAM + int(steps[(shifts == 0) & (steps <= near)].sum())
+    return GRAM + int(steps[(shifts[1:] == shifts[:-1]) & (steps <= near)].sum())
 
 
 def _in_common(ours: Sought, theirs: Places) -> bool:
     """Whether any of a few grams of the request is there: most candidates of a new prompt have
     none, and a passage worth its seam has several of the few."""
-    at = ours.sampled(_FIRST_ONE_OF * theirs.one_of)
-    return bool((theirs.find(ours.hashes(at)) >= 0).any())
+    return theirs.has_any(ours.sample(_FIRST_ONE_OF * theirs.one_of)[1])
 
 
 def _sample(hashes: Hashes, one_of: int) -> Positions:

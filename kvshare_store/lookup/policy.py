@@ -105,12 +105,17 @@ def continues(policy: ReusePolicy, node: Node) -> bool:
     return allowed and node.generation <= policy.max_generation
 
 
-def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
-    """The leading tokens of `node` whose rows may be reused behind other text: all, or those that
-    are exact."""
+def usable_length(policy: ReusePolicy, node: Node) -> int:
+    """Of how many leading tokens of `node` the rows may be reused behind other text: of all, or of
+    those that are exact."""
     if node.generation < policy.max_generation and (node.exact or continues(policy, node)):
-        return node.tokens
-    return node.tokens[: node.exact_rows if policy.max_generation else 0]
+        return node.length
+    return node.exact_rows if policy.max_generation else 0
+
+
+def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
+    """The leading tokens of `node` whose rows may be reused behind other text."""
+    return node.tokens[: usable_length(policy, node)]
 
 
 def kept_positions(

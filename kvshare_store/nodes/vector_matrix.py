@@ -142,7 +142,7 @@ def _shortlist(
 
 
 def _products(rows: Rows, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    products: npt.NDArray[np.float32] = np.einsum("ij,j->i", rows["numbers"], vector)
+    products: npt.NDArray[np.float32] = np.vecdot(rows["numbers"], vector)
     products *= rows["unit"]
     return products
 
