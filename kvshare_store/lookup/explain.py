@@ -16,14 +16,13 @@ import numpy.typing as npt
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.align import align, common_prefix
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.cover import Cover, placeholder_runs
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import (
     Mask,
     ReusePolicy,
     continues,
-    edges_of,
     kept_positions,
     usable_length,
 )
@@ -388,7 +387,7 @@ class Explainer:
         for span in spans:
             tier = tier_of(blocks[span.block]) or "host"
             tiers[tier] = tiers.get(tier, 0) + span.length * row_bytes
-        runs = len(edges_of(~keep[: int(pieces.stop[-1])])[0])
+        runs = placeholder_runs(pieces)
         load = sum(cost.load[tier].seconds(nbytes) for tier, nbytes in tiers.items())
         whole = cost.prefill.seconds(len(self._request))
         left = cost.prefill.seconds(len(self._request) - reused)

@@ -53,8 +53,8 @@ class Sought:
         """As `sampled`, and their hashes."""
         known = self._sampled.get(one_of)
         if known is None:
-            at = _sample(self._hashes, one_of)
-            known = self._sampled[one_of] = at + self.start, self._hashes[at]
+            at, hashes = _sample(self._hashes, one_of)
+            known = self._sampled[one_of] = at + self.start, hashes
         return known
 
     def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
@@ -76,14 +76,15 @@ class Places:
     def __init__(self, tokens: Tokens) -> None:
         hashes = gram_hashes(tokens)
         self.one_of = 1 << (len(hashes) // _LOOKED_AT).bit_length()
-        at = _sample(hashes, self.one_of)[::-1]  # the last that is put into a slot stays there
+        at, hashes = _sample(hashes, self.one_of)
+        at, hashes = at[::-1], hashes[::-1]  # the last that is put into a slot stays there
         bits = max(1, len(at).bit_length())
         self._shift = np.uint64(64 - bits)
-        slots = (hashes[at] >> self._shift).view(np.int64)
+        slots = (hashes >> self._shift).view(np.int64)
         self._places = np.full(1 << bits, -1, np.int32)
         self._places[slots] = at
         self._tags = np.zeros(1 << bits, np.uint32)
-        self._tags[slots] = hashes[at].astype(np.uint32)
+        self._tags[slots] = hashes.astype(np.uint32)
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +112,7 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
     at, hashes = ours.sample(one_of)
     places = theirs.find(hashes)
-    found = np.flatnonzero((places >= 0) & (places <= length - GRAM))
+    found = np.flatnonzero(places.view(np.uint32) <= length - GRAM)  # of -1 the greatest number
     starts = at[found]
     if not len(starts):
         return 0
@@ -128,10 +129,11 @@ def _in_common(ours: Sought, theirs: Places) -> bool:
     return theirs.has_any(ours.sample(_FIRST_ONE_OF * theirs.one_of)[1])
 
 
-def _sample(hashes: Hashes, one_of: int) -> Positions:
+def _sample(hashes: Hashes, one_of: int) -> tuple[Positions, Hashes]:
     if one_of == 1:
-        return np.arange(len(hashes))
-    return np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
+        return np.arange(len(hashes)), hashes
+    at = np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
+    return at, hashes[at]
 
 
 class KnownPlaces:

@@ -80,14 +80,19 @@ class PrefixChain:
 
     def nominate(self, hashes: Keys) -> list[str]:
         """Nodes that share the longest part of a chain, the newest first. Not yet verified."""
-        low, high = 0, len(hashes)  # an entry implies every shorter one of the same node
+        low, high = 1, len(hashes)  # an entry implies every shorter one of the same node
+        if not high or not self._any(hashes[0]):
+            return []
         while low < high:
             middle = (low + high + 1) // 2
-            if next(self._nodes.find(int(hashes[middle - 1])), None) is not None:
+            if self._any(hashes[middle - 1]):
                 low = middle
             else:
                 high = middle - 1
-        return list(islice(self._nodes.find(int(hashes[low - 1])), _CHAIN_FANOUT)) if low else []
+        return list(islice(self._nodes.find(int(hashes[low - 1])), _CHAIN_FANOUT))
+
+    def _any(self, entry: np.uint64) -> bool:
+        return next(self._nodes.find(int(entry)), None) is not None
 
 
 def _factors(count: int) -> Keys:
