@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ class Cover:
         ascend in the request and do not overlap there."""
         if not matches:
             return
-        start, source, length = np.asarray(matches, np.int64).T
+        numbers = np.fromiter(chain.from_iterable(matches), np.int64, 3 * len(matches))
+        start, source, length = numbers.reshape(-1, 3).T
         position = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
         free = self.donor_of[position] < 0
         if shortest > 1:

@@ -140,9 +140,10 @@ class Watched(Nominator):
         others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
         return others[:1]
 
-    def by_words(self, vector: Vector, count: int) -> list[Node]:
+    def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("words", partial(super().by_words, vector, count + len(self._without)))
+        more = len(self._without)
+        return self._noted("words", partial(super().by_words, vector, count + more, most + more))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""

@@ -107,12 +107,16 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     """About how many of the tokens that are sought the first `length` tokens of a donor have in
     runs of some length. 0: they have no gram in common."""
     sought = len(ours.tokens) - ours.start
-    if sought >= _FIRST_OF_MANY and not _in_common(ours, theirs):
-        return 0
+    if sought >= _FIRST_OF_MANY:
+        # most candidates of a new prompt have none of a few grams, and a passage worth its seam
+        # has several of the few
+        few = ours.sample(_FIRST_ONE_OF * theirs.one_of)[1]
+        if not theirs.has_any(few):
+            return 0
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
     at, hashes = ours.sample(one_of)
     places = theirs.find(hashes)
-    found = np.flatnonzero(places.view(np.uint32) <= length - GRAM)  # of -1 the greatest number
+    found = (places.view(np.uint32) <= length - GRAM).nonzero()[0]  # -1 is the greatest number
     starts = at[found]
     if not len(starts):
         return 0
@@ -121,12 +125,6 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     # what lies between two grams that go on from one another is most likely the same too
     near = GRAM if one_of == 1 else 2 * GRAM * one_of
     return GRAM + int(steps[(shifts[1:] == shifts[:-1]) & (steps <= near)].sum())
-
-
-def _in_common(ours: Sought, theirs: Places) -> bool:
-    """Whether any of a few grams of the request is there: most candidates of a new prompt have
-    none, and a passage worth its seam has several of the few."""
-    return theirs.has_any(ours.sample(_FIRST_ONE_OF * theirs.one_of)[1])
 
 
 def _sample(hashes: Hashes, one_of: int) -> tuple[Positions, Hashes]:

@@ -177,12 +177,11 @@ def _after_edits(
     policy: ReusePolicy,
 ) -> Mask:
     """Positions within a window after a change: text inserted, removed, or another donor."""
-    follows = np.ones(len(covered), np.bool_)
-    follows[1:] = (donor_of[1:] == donor_of[:-1]) & (source_of[1:] == source_of[:-1] + 1)
-    if len(covered):
-        follows[0] = source_of[0] == 0
     # a position right after a gap, or one whose left neighbour in the donor is another token
-    seams = np.flatnonzero(covered & ~follows)
+    broken = covered.copy()
+    broken[1:] &= (donor_of[1:] != donor_of[:-1]) | (source_of[1:] - source_of[:-1] != 1)
+    broken[:1] &= source_of[:1] != 0
+    seams = broken.nonzero()[0]
     windows = np.full(len(seams), policy.edit_window)
     if policy.edit_growth:
         sizes = _edit_sizes(covered, donor_of, source_of, seams)
@@ -213,9 +212,10 @@ def _edit_sizes(
 ) -> npt.NDArray[np.float64]:
     """Tokens inserted or removed right before each seam, whichever are more; a change of donors
     has no end."""
-    last = np.maximum.accumulate(np.where(covered, np.arange(len(covered)), -1))
-    before = np.where(seams > 0, last[seams - 1], -1)
-    first = before < 0
+    at = covered.nonzero()[0]
+    place = at.searchsorted(seams)
+    first = place == 0
+    before = np.where(first, -1, at[place - 1])
     inserted = seams - before - 1
     removed = np.abs(source_of[seams] - np.where(first, -1, source_of[before]) - 1)
     same = first | (donor_of[before] == donor_of[seams])
@@ -226,7 +226,7 @@ def edges_of(mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Where the maximal runs of True begin, and where each has just ended, ascending."""
     padded = np.zeros(len(mask) + 2, np.bool_)
     padded[1:-1] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    edges = (padded[1:] != padded[:-1]).nonzero()[0]
     return edges[::2], edges[1::2]
 
 

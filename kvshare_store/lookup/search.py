@@ -108,7 +108,7 @@ class Search:
             found = nominator.by_passages(hashes, count)
             if found or served:
                 return found
-        return nominator.by_words(cover.words, count)
+        return nominator.by_words(cover.words, count, _WIDER * count)
 
     def _usable(self, nodes: list[Node]) -> list[Node]:
         """Nodes that have rows to build on, each once; none but donors where there are as many of
