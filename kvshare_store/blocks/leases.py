@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class LeaseBook:
 
     def grant(self, names: list[str], owner: str, seconds: float) -> Lease:
         """Pin `names`, whether they are resident yet or not."""
-        lease = Lease(uuid.uuid4().hex, owner, tuple(names), self.clock() + seconds)
+        lease = Lease(secrets.token_hex(16), owner, tuple(names), self.clock() + seconds)
         self._leases[lease.id] = lease
         self._owned.setdefault(owner, {})[lease.id] = lease
         heapq.heappush(self._ends, (lease.expires, lease.id))
