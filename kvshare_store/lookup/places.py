@@ -95,7 +95,7 @@ class Places:
         """Whether `find` finds a place for any of the grams."""
         slots = (hashes >> self._shift).view(np.int64)
         same = self._tags[slots] == hashes.astype(np.uint32)
-        return np.count_nonzero(same) > 0 and int(self._places[slots[same]].max()) >= 0
+        return bool(np.count_nonzero(same)) and int(self._places[slots[same]].max()) >= 0
 
     def find(self, hashes: Hashes) -> npt.NDArray[np.int32]:
         """The place of each gram, or -1. Not yet verified."""
