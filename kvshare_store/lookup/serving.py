@@ -40,9 +40,9 @@ Leased = tuple[Lease, dict[str, BlockRef]]
 _LEASES = 1024
 """One client may hold. An engine holds one for each request that is about to load."""
 _SHORT = 1 << 11
-"""Prompts of so many tokens and fewer are planned and leased one at a time: these are many short
-steps, and threads that take turns within them lose more time to Python's lock than they compute.
-Plans of longer prompts spend it in libraries that let other threads run."""
+"""Prompts of so many tokens and fewer are planned one at a time: their plans are many short steps,
+and threads that take turns within them lose more time to Python's lock than they compute. Plans of
+longer prompts spend it in libraries that let other threads run."""
 
 
 class Serving:
@@ -113,10 +113,9 @@ class Serving:
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             planned = self._planned(request, lookup)
-            self._leasing(answer, lookup, planned, owner, deadline_ms)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
-        return answer
+        return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(
         self, node_id: str, owner: str, deadline_ms: float | None, *, far: bool = False
