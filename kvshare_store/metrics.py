@@ -96,7 +96,8 @@ class Metrics:
     def add_all(self, amounts: Mapping[str, int]) -> None:
         """Count several at one moment: whoever asks for `counts` sees all of them or none."""
         with self._lock:
-            self._counts.update(amounts)
+            for name, amount in amounts.items():
+                self._counts[name] += amount
 
     def decline(self, reason: str) -> None:
         """Count a lookup that ended without reuse."""

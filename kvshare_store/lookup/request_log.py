@@ -204,9 +204,10 @@ def prompt_of(tokens: Tokens, logged: bool) -> bytes:
 def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:
     """Spans of one kind that touch, as one run."""
     runs: list[tuple[int, int, str]] = []
+    begin, stop, kind = 0, 0, ""
     for span in spans:
-        if runs and runs[-1][1:] == (span.start, span.kind):
-            runs[-1] = (runs[-1][0], span.stop, span.kind)
-        else:
-            runs.append((span.start, span.stop, span.kind))
-    return tuple(runs)
+        if span.start != stop or span.kind != kind:
+            runs.append((begin, stop, kind))
+            begin, kind = span.start, span.kind
+        stop = span.start + span.length
+    return (*runs[1:], (begin, stop, kind)) if spans else ()
