@@ -23,6 +23,7 @@ from kvshare_store.machines.others_purges import OthersPurges
 from kvshare_store.machines.sharing import Sharing
 from kvshare_store.maintenance.janitor import Collected, Janitor
 from kvshare_store.maintenance.purge import Purge, Purged, matching
+from kvshare_store.maintenance.purge_lineage import LineagePurge
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
@@ -371,6 +372,15 @@ class Store:
         parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
+
+    def purge_lineage(self, node_id: str, *, dry_run: bool = False) -> Purged:
+        """Remove a node, pinned or not, and what was computed behind its rows; durable on return.
+
+        Nothing that was planned from these nodes is saved any more. `NodeError` if there is no such
+        node.
+        """
+        purge = LineagePurge(self.repository, self.saving, node_id)
+        return purge.preview() if dry_run else purge.run()
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
         """End expired leases, and release what clients hold that are gone."""

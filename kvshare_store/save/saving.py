@@ -177,6 +177,16 @@ class Saving:
             for staged_id in [i for i, save in self._saves.items() if save.owner in dead_owners]:
                 self.abandon(staged_id)
 
+    def revoke(self, nodes: Sequence[Node]) -> None:
+        """Nothing is saved any more on top of these nodes, which are about to leave the tree. Hold
+        the lock."""
+        self._plans.revoke(nodes)
+        gone = {node.id for node in nodes}
+        for staged_id, save in list(self._saves.items()):
+            base = (save.base.id,) if save.base is not None else ()
+            if not gone.isdisjoint((*save.reuse.donors, *base)):
+                self.abandon(staged_id)
+
     def in_progress(self, namespace: str) -> int:
         """How many staged saves of a namespace have not ended."""
         with self._nodes.lock:

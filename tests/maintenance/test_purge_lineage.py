@@ -1,0 +1,190 @@
+"""A purge of a node and its lineage: what was computed behind its rows goes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvshare_store.errors import LeaseError, NodeError
+from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.store import Store
+from tests.save.test_answers import save as save_answer
+from tests.support.oracle import Driver, prompt
+
+Open = Callable[..., Driver]
+
+HEAD, BODY = prompt(1, 24), prompt(2, 120)
+INJECTED = [*HEAD, *prompt(3, 12), *BODY]
+"""A template with a sentence behind its head."""
+VICTIM = [*HEAD, *BODY, *prompt(4, 8)]
+OTHER = [*prompt(5, 20), *prompt(6, 60)]
+
+
+@pytest.fixture
+def engine(driver: Open) -> Driver:
+    return driver(policy="aggressive", min_prompt_tokens=4, approximation_price=0.0)
+
+
+def found(engine: Driver, tokens: list[int], *, exact: bool) -> Node | None:
+    name = node_id(engine.namespace.digest, np.asarray(tokens, np.int32), exact)
+    return engine.store.tree.get(name)
+
+
+def name_of(engine: Driver, tokens: list[int], *, exact: bool = True) -> str:
+    node = found(engine, tokens, exact=exact)
+    assert node is not None
+    return node.id
+
+
+def compute(engine: Driver, tokens: list[int]) -> str:
+    """As under the policy `exact`."""
+    engine.save(tokens, engine.serve(tokens, policy="exact"))
+    return name_of(engine, tokens)
+
+
+def build(engine: Driver, tokens: list[int]) -> str:
+    """As a prompt with edited rows."""
+    plan = engine.serve(tokens)
+    assert plan.generation > 0
+    engine.save(tokens, plan)
+    return name_of(engine, tokens, exact=False)
+
+
+def purge(engine: Driver, node: str) -> set[str]:
+    """The ids of what went. The preview must have said the same, and no row of it may be left."""
+    would = engine.store.purge_lineage(node, dry_run=True)
+    before = {one.id for one in engine.store.tree}
+    done = engine.store.purge_lineage(node)
+    assert done == would
+    gone = before - {one.id for one in engine.store.tree}
+    assert gone == set(done.ids)
+    assert done.nodes == len(gone)
+    return gone
+
+
+def test_what_was_computed_behind_a_node_goes_with_it(engine: Driver) -> None:
+    bad, other = compute(engine, INJECTED), compute(engine, OTHER)
+    child = build(engine, VICTIM)
+    grandchild = build(engine, [*prompt(7, 10), *VICTIM])
+    blocks = {name for one in engine.store.tree if one.id != other for name in one.blocks}
+    assert purge(engine, bad) == {bad, child, grandchild}
+    assert [one.id for one in engine.store.tree] == [other]
+    assert blocks.isdisjoint(engine.store.blocks.names())
+
+
+def test_prompts_that_go_on_from_it_go_too(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    longer = compute(engine, [*INJECTED, *prompt(8, 9)])
+    assert purge(engine, bad) == {bad, longer}
+
+
+def test_an_exact_prompt_that_shares_its_head_stays(engine: Driver) -> None:
+    bad, honest = compute(engine, INJECTED), compute(engine, VICTIM)
+    assert purge(engine, bad) == {bad}
+    assert engine.serve(VICTIM).donors == (honest,)
+
+
+def test_what_was_made_of_older_rows_of_an_honest_prompt_stays(engine: Driver) -> None:
+    """The injected prompt itself took most of its rows from the honest one: they are not its."""
+    honest = compute(engine, VICTIM)
+    bad = build(engine, INJECTED)
+    child = build(engine, [*prompt(9, 10), *BODY])
+    assert purge(engine, bad) == {bad}
+    assert {one.id for one in engine.store.tree} == {honest, child}
+
+
+def test_the_head_that_an_older_prompt_has_as_well_stays(engine: Driver) -> None:
+    honest = compute(engine, [*HEAD, *prompt(10, 30)])
+    bad = compute(engine, INJECTED)
+    child = build(engine, [*prompt(11, 6), *HEAD, *prompt(12, 10)])
+    assert purge(engine, bad) == {bad}
+    assert {one.id for one in engine.store.tree} == {honest, child}
+
+
+def test_settled_prompts_and_what_was_saved_from_them_stay(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    build(engine, VICTIM)
+    settled = compute(engine, VICTIM)
+    assert found(engine, VICTIM, exact=False) is None
+    child = build(engine, [*prompt(13, 10), *BODY, *prompt(4, 8)])
+    at = engine.store.tree.get(child)
+    assert at is not None and at.parent == settled
+    assert purge(engine, bad) == {bad}
+
+
+def test_what_was_saved_from_a_prompt_before_it_was_settled_goes(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    build(engine, VICTIM)
+    child = build(engine, [*prompt(14, 10), *VICTIM])
+    settled = compute(engine, VICTIM)
+    assert purge(engine, bad) == {bad, child}
+    assert engine.store.tree.get(settled) is not None
+
+
+def test_an_edited_prompt_whose_parent_is_gone_goes_if_it_shares_text(engine: Driver) -> None:
+    """Its rows are those that the parent computed: nobody can say behind what."""
+    bad = compute(engine, INJECTED)
+    build(engine, [*VICTIM[:-8], *prompt(15, 40)])
+    middle = name_of(engine, [*VICTIM[:-8], *prompt(15, 40)], exact=False)
+    lost = build(engine, [*prompt(16, 10), *BODY[-20:], *prompt(15, 40)])
+    unrelated = compute(engine, OTHER)
+    stranger = build(engine, [*OTHER[:20], *prompt(17, 3), *OTHER[20:]])
+    engine.store.nodes.remove([middle, unrelated])
+    shared = engine.store.tree.get(lost)
+    assert shared is not None
+    would = engine.store.purge_lineage(bad, dry_run=True)
+    assert purge(engine, bad) == {bad, lost}
+    assert would.unsure <= 1
+    assert engine.store.tree.get(stranger) is not None
+
+
+def test_merged_rows_are_found_by_their_text(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    child = build(engine, VICTIM)
+    node = engine.store.tree.get(child)
+    assert node is not None
+    own = msgspec.structs.replace(node, blocks=("ab" * 32,) * len(node.blocks), merged=True)
+    engine.store.nodes.state.replace(node, own)
+    done = engine.store.purge_lineage(bad, dry_run=True)
+    assert (set(done.ids), done.unsure) == ({bad, child}, 1)
+
+
+def test_pinned_nodes_go(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    child = build(engine, VICTIM)
+    assert engine.store.pin(child)
+    assert purge(engine, bad) == {bad, child}
+
+
+def test_nobody_saves_on_top_of_what_was_purged(engine: Driver) -> None:
+    """Neither with a plan that is open, nor in a save that is staged, nor as an answer."""
+    bad = compute(engine, INJECTED)
+    plan = engine.plan(VICTIM)
+    staged = engine.stage([*prompt(18, 5), *VICTIM], engine.serve([*prompt(18, 5), *VICTIM]))
+    assert not staged.known
+    engine.store.purge_lineage(bad)
+    with pytest.raises(LeaseError):
+        engine.commit(staged)
+    assert engine.save(VICTIM, plan) is None
+    engine.finish(plan)
+    assert engine.save(VICTIM, plan) is None
+    assert save_answer(engine, INJECTED, prompt(19, 10)) is None
+    assert not list(engine.store.tree)
+
+
+def test_it_is_durable(engine: Driver) -> None:
+    bad, other = compute(engine, INJECTED), compute(engine, OTHER)
+    build(engine, VICTIM)
+    config = engine.store.config
+    engine.store.purge_lineage(bad)
+    engine.store.close()
+    with Store(config) as again:
+        assert [one.id for one in again.tree] == [other]
+
+
+def test_a_node_that_is_not_there(engine: Driver) -> None:
+    with pytest.raises(NodeError):
+        engine.store.purge_lineage("ab" * 16)
