@@ -18,6 +18,7 @@ from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.request_log import RequestLog
 from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.text_vectors import TextVectors, wanted
 from kvshare_store.machines.others_purges import OthersPurges
 from kvshare_store.machines.sharing import Sharing
@@ -63,10 +64,11 @@ class Store:
         self._rewriter = Rewriter(repository)
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
+        sources = Sources(nodes, self._rewriter)
         self._serving = Serving(
-            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics
+            config, nodes, plans, self.costs, self.far_costs, self.text, sources, self.metrics
         )
-        self.saving = Saving(config, nodes, plans, self.metrics)
+        self.saving = Saving(config, nodes, plans, sources, self.metrics)
         self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """Failures of the committer so far, when each owner first saved since its last `flush`."""
@@ -106,6 +108,7 @@ class Store:
         policy: str | None = None,
         owner: str = "",
         deadline_ms: float | None = None,
+        source: bytes = b"",
     ) -> ReusePlan:
         """Which stored rows can serve this prompt, and what is left to compute.
 
@@ -114,7 +117,7 @@ class Store:
         that makes no sense; nothing else is raised.
         """
         return self.plan_soon(
-            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms
+            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms, source=source
         ).result()
 
     def plan_soon(
@@ -128,6 +131,7 @@ class Store:
         request: str = "",
         far: bool = False,
         look: bool = False,
+        source: bytes = b"",
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
@@ -136,11 +140,13 @@ class Store:
         short. Input that makes no sense raises here; the future has a plan in every other case.
         `request`: the engine's name of the request, for the log. `far`: the rows go to another
         machine, so loading is weighed at the rate measured there. `look`: for a second look, which
-        is neither counted as a request nor logged.
+        is neither counted as a request nor logged. `source`: who sends the request, hashed
+        (`namespace.Sources`); its own rows are preferred.
         """
         return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far, look=look
-        )
+            as_tokens(tokens), namespace, policy, owner, deadline_ms, request,
+            far=far, look=look, source=source,
+        )  # fmt: skip
 
     def explain(
         self,

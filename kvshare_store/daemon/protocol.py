@@ -62,6 +62,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     """The engine's name of the request, for the log."""
     look: bool = False
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
+    source: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    """Who sends the request, hashed; empty if nobody says."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):

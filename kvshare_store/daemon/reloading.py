@@ -9,8 +9,9 @@ import msgspec
 from kvshare_store.config import FIELDS, StoreConfig
 
 LIVE = (
-    "min_saving_ms", "approximation_price", "candidates", "max_donors", "plan_deadline_ms",
-    "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes", "plans_per_second",
+    "min_saving_ms", "approximation_price", "unconfirmed_share", "candidates", "max_donors",
+    "plan_deadline_ms", "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes",
+    "plans_per_second",
     "saves_per_second", "max_chain", "max_scatter", "idle_exit_s", "drain_seconds",
     "log_format", "log_prompts",
 )  # fmt: skip

@@ -111,7 +111,8 @@ def test_settled_prompts_and_what_was_saved_from_them_stay(engine: Driver) -> No
     assert found(engine, VICTIM, exact=False) is None
     child = build(engine, [*prompt(13, 10), *BODY, *prompt(4, 8)])
     at = engine.store.tree.get(child)
-    assert at is not None and at.parent == settled
+    assert at is not None
+    assert at.parent == settled
     assert purge(engine, bad) == {bad}
 
 
