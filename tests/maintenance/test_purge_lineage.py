@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -125,32 +126,33 @@ def test_what_was_saved_from_a_prompt_before_it_was_settled_goes(engine: Driver)
     assert engine.store.tree.get(settled) is not None
 
 
-def test_an_edited_prompt_whose_parent_is_gone_goes_if_it_shares_text(engine: Driver) -> None:
-    """Its rows are those that the parent computed: nobody can say behind what."""
-    bad = compute(engine, INJECTED)
-    build(engine, [*VICTIM[:-8], *prompt(15, 40)])
-    middle = name_of(engine, [*VICTIM[:-8], *prompt(15, 40)], exact=False)
-    lost = build(engine, [*prompt(16, 10), *BODY[-20:], *prompt(15, 40)])
-    unrelated = compute(engine, OTHER)
-    stranger = build(engine, [*OTHER[:20], *prompt(17, 3), *OTHER[20:]])
-    engine.store.nodes.remove([middle, unrelated])
-    shared = engine.store.tree.get(lost)
-    assert shared is not None
-    would = engine.store.purge_lineage(bad, dry_run=True)
-    assert purge(engine, bad) == {bad, lost}
-    assert would.unsure <= 1
-    assert engine.store.tree.get(stranger) is not None
+LOST: list[dict[str, Any]] = [{"merged": True}, {"parent": "f" * 32}]
 
 
-def test_merged_rows_are_found_by_their_text(engine: Driver) -> None:
+@pytest.mark.parametrize("change", LOST, ids=["merged", "parent gone"])
+def test_where_blocks_say_nothing_text_does(engine: Driver, change: dict[str, Any]) -> None:
+    """Rows that were copied, or that a node computed which is gone: nobody knows behind what."""
     bad = compute(engine, INJECTED)
-    child = build(engine, VICTIM)
-    node = engine.store.tree.get(child)
-    assert node is not None
-    own = msgspec.structs.replace(node, blocks=("ab" * 32,) * len(node.blocks), merged=True)
-    engine.store.nodes.state.replace(node, own)
+    compute(engine, OTHER)
+    build(engine, VICTIM)
+    build(engine, [*OTHER[:20], *prompt(17, 3), *OTHER[20:]])
+    for child in [one for one in engine.store.tree if not one.exact]:
+        names = ("ab" * 32,) * len(child.blocks)
+        own = msgspec.structs.replace(child, blocks=names, **change)
+        engine.store.nodes.state.replace(child, own)
     done = engine.store.purge_lineage(bad, dry_run=True)
-    assert (set(done.ids), done.unsure) == ({bad, child}, 1)
+    assert (done.ids, done.unsure) == ((bad, name_of(engine, VICTIM, exact=False)), 1)
+
+
+def test_what_was_stored_long_before_is_not_unsure(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    child = engine.store.tree.get(build(engine, VICTIM))
+    assert child is not None
+    old = msgspec.structs.replace(
+        child, blocks=("ab" * 32,) * len(child.blocks), parent=None, created=child.created - 1e5
+    )
+    engine.store.nodes.state.replace(child, old)
+    assert engine.store.purge_lineage(bad, dry_run=True).ids == (bad,)
 
 
 def test_pinned_nodes_go(engine: Driver) -> None:
