@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from kvshare_store.nodes.grams import gram_hashes
 from kvshare_store.nodes.node import Node
 
-_SLACK_S = 3600.0
+_SLACK_S = 600.0
 """A node that was stored so long before another cannot be made of its rows: an answer that extends
 a node makes it newer, and clocks of machines differ."""
 
@@ -67,9 +68,11 @@ class _Search:
         self._here = behind | {node.id for node in rest}
         self._edited = {node.id: node for node in rest if not node.exact}
         self._users: defaultdict[str, list[Node]] = defaultdict(list)
+        self._oldest: dict[str, float] = {}
         for node in self._edited.values():
             for name in _blocks(node, node.exact_rows, node.length):
                 self._users[name].append(node)
+                self._oldest[name] = min(node.created, self._oldest.get(name, node.created))
         self._dirty: set[str] = set()
         self._new: deque[str] = deque()
         self._copied = False
@@ -79,19 +82,17 @@ class _Search:
         """Nobody may have rows of `node`, but for those behind text that an older node has too."""
         self._copied |= node.merged
         exact = set(_blocks(node, 0, node.exact_rows))
-        for name in node.blocks:
-            first = self._first.get(name)
-            if first is None or (name in exact and first >= self._root.created):
+        for name in exact:
+            if self._first.get(name, inf) >= self._root.created:
                 self._add(name)
+        self._add_own(node, set(node.blocks) - exact)
 
     def take(self, node: Node) -> None:
         """`node` goes, and nobody may have its approximate rows."""
         self._copied |= node.merged
         self._gone.add(node.id)
         self._edited.pop(node.id, None)
-        for name in _blocks(node, node.exact_rows, node.length):
-            if name not in self._first:
-                self._add(name)
+        self._add_own(node, set(_blocks(node, node.exact_rows, node.length)))
 
     def spread(self) -> list[Node]:
         """Take the nodes that have approximate rows in blocks that were added."""
@@ -116,6 +117,14 @@ class _Search:
         if node.parent in self._gone:
             return True
         return bool(np.isin(gram_hashes(node.tokens[node.exact_rows :]), self._grams).any())
+
+    def _add_own(self, node: Node, names: Iterable[str]) -> None:
+        """Of the blocks with approximate rows of a node those that no other node had before: in its
+        exact prefix, or as long ago as `_SLACK_S`."""
+        for name in names:
+            older = self._oldest.get(name, inf) < node.created - _SLACK_S
+            if name not in self._first and not older:
+                self._add(name)
 
     def _add(self, name: str) -> None:
         if name not in self._dirty:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -191,3 +192,70 @@ def test_it_is_durable(engine: Driver) -> None:
 def test_a_node_that_is_not_there(engine: Driver) -> None:
     with pytest.raises(NodeError):
         engine.store.purge_lineage("ab" * 16)
+
+
+# --- any family -----------------------------------------------------------------------------------
+
+
+class Family:
+    """Random prompts of one template, and for each row whether it was computed behind the bad
+    prompt's rows."""
+
+    def __init__(self, engine: Driver, seed: int) -> None:
+        self.engine, self.draw = engine, random.Random(seed)
+        self.pieces = [prompt(number, 15) for number in range(100, 108)] + [BODY[:60]]
+        self.texts: list[list[int]] = []
+        self.bad: list[int] = []
+        self.soiled: dict[tuple[str, int], bool] = {}
+        """By block and row."""
+
+    def text(self) -> list[int]:
+        """A new one, an edit of an earlier one, or its next turn."""
+        draw = self.draw
+        if self.texts and draw.random() < 0.2:
+            return [*draw.choice(self.texts), *prompt(draw.randrange(10**6), 9)]
+        base = [t for piece in draw.sample(self.pieces, draw.randint(3, 6)) for t in piece]
+        if self.texts and draw.random() < 0.4:
+            base = draw.choice(self.texts)
+        at = draw.randrange(len(base))
+        return [*base[:at], *prompt(draw.randrange(10**6), 4), *base[at + draw.randint(0, 6) :]]
+
+    def store(self, *, bad: bool) -> None:
+        """Serve and save one more prompt, and note what its rows were computed behind."""
+        tokens = self.text()
+        plan = self.engine.serve(tokens, policy=self.draw.choice(["exact", None, None]))
+        name = self.engine.save(tokens, None if plan.declined else plan)
+        node = self.engine.store.tree.get(name or "")
+        if node is None:
+            return
+        self.texts.append(tokens)
+        self.bad = tokens if bad else self.bad
+        behind = bool(self.bad) and tokens[: len(self.bad)] == self.bad
+        for place, at in places(node):
+            behind |= at >= node.exact_rows and self.soiled.get(place, False)
+            self.soiled.setdefault(place, behind)
+
+    def tainted(self, node: Node) -> bool:
+        rows = (self.soiled[place] for place, at in places(node) if at >= node.exact_rows)
+        return any(rows) or node.tokens.tolist()[: len(self.bad)] == self.bad
+
+
+def places(node: Node) -> Iterator[tuple[tuple[str, int], int]]:
+    """Block and row of each position."""
+    for one in node.segments:
+        for at in range(one.length):
+            yield (node.blocks[one.block], one.row + at), one.start + at
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_that_was_computed_behind_it_is_left(engine: Driver, seed: int) -> None:
+    family = Family(engine, seed)
+    for number in range(14):
+        family.store(bad=number == 2)
+    soiled = {one.id for one in engine.store.tree if family.tainted(one)}
+    others = {one.id for one in engine.store.tree if one.exact} - soiled
+    bad = found(engine, family.bad, exact=True) or found(engine, family.bad, exact=False)
+    assert bad is not None
+    gone = purge(engine, bad.id)
+    assert soiled <= gone
+    assert gone.isdisjoint(others)
