@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import ConfigError
 from kvshare_store.lookup import serving
 from kvshare_store.namespace import Namespace, Sources
 from kvshare_store.nodes.node import SOURCES, Node, node_id
@@ -220,8 +219,3 @@ def test_names_are_hashed_under_a_key_and_by_namespace(
     assert keyed.of("", namespace) == b"" == Sources(config()).of("ann", namespace)
     monkeypatch.setenv("SOURCES", "cd" * 32)
     assert Sources(config(source_key="env:SOURCES")).of("ann", namespace) not in found
-
-
-def test_a_share_is_a_share(config: Callable[..., StoreConfig]) -> None:
-    with pytest.raises(ConfigError, match="unconfirmed_share must be a share from 0 to 1"):
-        config(unconfirmed_share=1.5)
