@@ -8,7 +8,7 @@ their tokens, so it is of their sources; any other row is of the node that it is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -66,8 +66,7 @@ class Trust:
         come first stay."""
         if self._share >= 1:
             return
-        with self._state.lock:
-            doubtful = self._doubtful(cover, keep)
+        doubtful = self._doubtful(cover, keep)
         at = np.flatnonzero(doubtful)[int(self._share * len(keep)) :]
         keep[at] = False
         if len(at) and at[0] < cover.in_place:
@@ -75,23 +74,18 @@ class Trust:
             cover.in_place = int(at[0])
 
     def _doubtful(self, cover: Cover, keep: Mask) -> Mask:
+        """Positions behind the exact prefix whose rows are not trusted."""
         doubtful = np.zeros(len(keep), np.bool_)
-        pieces = cover.pieces(keep)
-        donors, sources = cover.donor_of[pieces.start], cover.source_of[pieces.start]
-        places = np.stack((*pieces, donors, sources), 1).tolist()
-        for start, stop, donor, source in places:
-            if start < cover.exact:
-                continue
-            node, shift = cover.donors[donor], start - source
-            for part in segments_between(node, source, stop - shift):
-                for first, last in self._others(node, part):
-                    first, last = max(first, source), min(last, stop - shift)
-                    doubtful[first + shift : max(first, last) + shift] = True
+        taken = list(_parts(cover, keep))
+        reach = self._reaches({node.blocks[part.block] for node, part, *_ in taken})
+        for node, part, source, stop, shift in taken:
+            for first, last in self._others(node, part, reach[node.blocks[part.block]]):
+                first, last = max(first, source), min(last, stop)
+                doubtful[first + shift : max(first, last) + shift] = True
         return doubtful
 
-    def _others(self, node: Node, part: Span) -> Iterable[tuple[int, int]]:
+    def _others(self, node: Node, part: Span, reach: _Reach) -> Iterator[tuple[int, int]]:
         """Runs of positions of a donor's segment with rows that are not trusted."""
-        reach = self._reach(node.blocks[part.block])
         trusted, exact = (
             min(max(part.start, part.start + row - part.row), part.stop)
             for row in (reach.trusted, reach.exact)
@@ -100,32 +94,56 @@ class Trust:
         if self.of(node) == OTHER:
             yield max(trusted, exact), part.stop
 
-    def _reach(self, block: str) -> _Reach:
-        by_source: defaultdict[bytes, int] = defaultdict(int)
-        exact = own = 0
-        for name in islice(self._state.tree.users(block), _USERS):
-            node = self._state.tree.get(name)
-            rows = _exact_rows(node, block) if node is not None else 0
-            if node is None or not rows:
-                continue
-            exact = max(exact, rows)
-            own = max(own, rows if self._owns(node) else 0)
-            for source in node.sources:
-                by_source[source] = max(by_source[source], rows)
-        second = sorted(by_source.values())[-2] if len(by_source) > 1 else 0
-        return _Reach(exact, max(own, second))
+    def _reaches(self, blocks: Collection[str]) -> dict[str, _Reach]:
+        tree = self._state.tree
+        with self._state.lock:
+            users = {block: list(islice(tree.users(block), _USERS)) for block in blocks}
+            nodes = {name: tree.get(name) for names in users.values() for name in names}
+        known = {
+            name: (_exact_rows(node), self._owns(node), node.sources)
+            for name, node in nodes.items()
+            if node is not None
+        }
+        found = {}
+        for block, names in users.items():
+            theirs = [known[name] for name in names if name in known]
+            found[block] = _reach((rows.get(block, 0), own, sent) for rows, own, sent in theirs)
+        return found
 
 
-def _exact_rows(node: Node, block: str) -> int:
-    """One past the last row of a block that is in the exact prefix of a node; 0 if none is."""
-    blocks = tuple(node.blocks)
-    segments = segments_between(node, 0, node.exact_rows) if node.exact_rows else ()
-    rows = (
-        part.row + min(part.stop, node.exact_rows) - part.start
-        for part in segments
-        if blocks[part.block] == block
-    )
-    return max(rows, default=0)
+def _parts(cover: Cover, keep: Mask) -> Iterator[tuple[Node, Span, int, int, int]]:
+    """What is kept behind the exact prefix: donor, segment of it, the positions `source … stop-1`
+    of the donor that are taken, and by how many they move."""
+    pieces = cover.pieces(keep)
+    donors, sources = cover.donor_of[pieces.start], cover.source_of[pieces.start]
+    for start, stop, donor, source in np.stack((*pieces, donors, sources), 1).tolist():
+        if start >= cover.exact:
+            node, last = cover.donors[donor], source + stop - start
+            for part in segments_between(node, source, last):
+                yield node, part, source, last, start - source
+
+
+def _exact_rows(node: Node) -> dict[str, int]:
+    """For each block, one past its last row that is in the exact prefix of a node."""
+    blocks, found = tuple(node.blocks), dict[str, int]()
+    for part in segments_between(node, 0, node.exact_rows) if node.exact_rows else ():
+        rows = part.row + min(part.stop, node.exact_rows) - part.start
+        found[blocks[part.block]] = max(rows, found.get(blocks[part.block], 0))
+    return found
+
+
+def _reach(users: Iterable[tuple[int, bool, tuple[bytes, ...]]]) -> _Reach:
+    """`users`: how far each has the block in its exact prefix, whether it is one's own, and its
+    sources."""
+    by_source: defaultdict[bytes, int] = defaultdict(int)
+    exact = own = 0
+    for rows, is_own, sources in users:
+        exact = max(exact, rows)
+        own = max(own, rows if is_own else 0)
+        for source in sources:
+            by_source[source] = max(by_source[source], rows)
+    second = sorted(by_source.values())[-2] if len(by_source) > 1 else 0
+    return _Reach(exact, max(own, second))
 
 
 class Trusting(Nominator):
