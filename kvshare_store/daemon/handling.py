@@ -117,7 +117,7 @@ class Handling:
             request=message.request,
             far=client.remote,
             look=message.look,
-            source=message.source,
+            source=b"" if client.role == "reader" else message.source,  # nodes remember sources
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:

@@ -63,7 +63,7 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     look: bool = False
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
     source: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
-    """Who sends the request, hashed; empty if nobody says."""
+    """Who sends the request, hashed; empty if nobody says. That of a reader is ignored."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):
