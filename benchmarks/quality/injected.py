@@ -92,11 +92,11 @@ class Seen(NamedTuple):
     """Share of the prompt's tokens."""
 
 
-def cases(chat: Chat, count: int) -> list[Case]:
-    """Victims of all templates in turn, up to 27 different ones. The attacker guesses all that a
-    victim is going to send."""
+def cases(chat: Chat, count: int, seed: int = 0) -> list[Case]:
+    """Victims of all templates in turn, up to 27 different ones; the next seed goes on where this
+    one ends. The attacker guesses all that a victim is going to send."""
     found = []
-    for index in range(count):
+    for index in range(seed * count, (seed + 1) * count):
         family = _FAMILIES[index % len(_FAMILIES)]
         turn = index // len(_FAMILIES)
         followers = family.followers
@@ -120,7 +120,7 @@ def measure(options: Options) -> Result:
     pulls = []
     with ExitStack() as stack:
         world = _World(engine, chat, stack)
-        for case in track(cases(chat, options.size(27, 2)), "Victims"):
+        for case in track(cases(chat, options.size(27, 2), options.seed), "Victims"):
             pulls.append(world.said(case.attack) - world.said(case.request))
             for key, seen in world.served(case):
                 found.setdefault(key, []).append(seen)
