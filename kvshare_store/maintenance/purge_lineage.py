@@ -61,6 +61,7 @@ class LineagePurge:
         catalog, digest = self._repository.catalog, self._root.namespace
         found: dict[str, Node] = {}
         if catalog is not None and self._repository.shared:
+            catalog.refresh()
             found = {node.id: node for node, _ in catalog.load(digest)}
         with self._nodes.lock:
             here = self._nodes.state.of_namespace(digest)
