@@ -7,7 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -19,13 +19,15 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.explain import Explainer, Explanation, Watched
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
-from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
+from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.sources import Sources
+from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.lookup.trust import Trust, Trusting
@@ -34,6 +36,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
 from kvshare_store.threads import FairLock
 
@@ -60,7 +63,9 @@ class Serving:
         text: TextVectors,
         sources: Sources,
         metrics: Metrics,
+        quality: Quality,
     ) -> None:
+        self._quality = quality
         self._config = config
         self._nodes = nodes
         self._blocks = nodes.blocks
@@ -118,7 +123,10 @@ class Serving:
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
-            planned = self._planned(request, lookup)
+            if self._quality.steers and not look:
+                lookup, planned = self._steered(request, lookup)
+            else:
+                planned = self._planned(request, lookup)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         if source:
@@ -175,7 +183,9 @@ class Serving:
             leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
 
-    def _planned(self, request: Tokens, lookup: Asked) -> Planned:
+    def _planned(
+        self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
+    ) -> Planned:
         namespace, policy, state = lookup.namespace, lookup.policy, self._nodes.state
         share = self._config.unconfirmed_share
         trust = None
@@ -192,8 +202,23 @@ class Serving:
             row_bytes=namespace.layout.row_bytes,
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+            watch=watch,
             limit=None if trust is None else trust.limit,
         )
+
+    def _steered(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
+        """The plan under the policy that is known to be good enough for requests of this kind."""
+        covers: list[Cover] = []
+        planned = self._planned(request, lookup, lambda cover, _: covers.append(cover))
+        if not planned.plan.generation:
+            return lookup, planned
+        policy = rung_of(
+            self._quality, self._nodes.state, covers[0], planned.donors[0], lookup.policy
+        )
+        if policy is lookup.policy:
+            return lookup, planned
+        lookup = lookup._replace(policy=policy)
+        return lookup, self._planned(request, lookup)
 
     def _lease(
         self, planned: Planned, owner: str, deadline_ms: float | None
@@ -338,8 +363,7 @@ class Serving:
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
-        self._metrics.add("lookups")
-        self._metrics.add("tokens_requested", tokens)
+        self._metrics.add_all({"lookups": 1, "tokens_requested": tokens})
         self._count_miss(reason, tokens, None)
         self.log.declined(reason, tokens)
 
@@ -384,9 +408,8 @@ class Serving:
         self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
     ) -> None:
         """`namespace`: None where nobody has said whose request it was."""
-        self._metrics.add("misses")
+        self._metrics.add_all({"misses": 1, "tokens_recomputed": tokens})
         self._metrics.decline(reason)
-        self._metrics.add("tokens_recomputed", tokens)
         if namespace is not None:
             self._count_use(namespace, "miss", {"not_reused": tokens + cached})
 
@@ -398,6 +421,7 @@ class Serving:
     def forget(self, digest: str) -> None:
         """Drop what is remembered of the requests of a namespace."""
         self.log.forget(digest)
+        self._quality.forget(digest)
         self._metrics.forget(digest)
 
 
