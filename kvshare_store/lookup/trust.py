@@ -114,9 +114,7 @@ class Trust:
 def _parts(cover: Cover, keep: Mask) -> Iterator[tuple[Node, Span, int, int, int]]:
     """What is kept behind the exact prefix: donor, segment of it, the positions `source … stop-1`
     of the donor that are taken, and by how many they move."""
-    pieces = cover.pieces(keep)
-    donors, sources = cover.donor_of[pieces.start], cover.source_of[pieces.start]
-    for start, stop, donor, source in np.stack((*pieces, donors, sources), 1).tolist():
+    for start, stop, donor, source in cover.pieces(keep):
         if start >= cover.exact:
             node, last = cover.donors[donor], source + stop - start
             for part in segments_between(node, source, last):
