@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 POLICY = "kvshare.policy"
+SOURCE = "kvshare.source"
 ANSWERED = frozenset(
     PREFIX + name
     for name in (
@@ -26,13 +27,16 @@ ANSWERED = frozenset(
         "recomputed", "reused", "unknown",
     )
 )  # fmt: skip
-"""Fields of an answer. Proxies may send them back with a request: only the policy is read."""
+"""Fields of an answer. Proxies may send them back with a request: only the policy is read, and
+`SOURCE`, which no answer has."""
 
 
 class Wish(NamedTuple):
     """What a client asked for in `kv_transfer_params`."""
 
     policy: str | None = None
+    source: str = ""
+    """Who sends the request, as the gateway says."""
     unknown: tuple[str, ...] = ()
     """Parameters with the prefix `kvshare.` that do not exist."""
 
@@ -87,6 +91,8 @@ class RequestState:
     """The policy for it: the configured one, or a stricter one that it asked for."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
+    source: bytes = b""
+    """Who sends it, hashed."""
     reason: str = ""
     """Why nothing is reused, as far as that is known."""
     asked: bytes | None = None
@@ -244,5 +250,5 @@ def wish_of(request: Request) -> Wish:
         return Wish()
     ours = [name for name in params if isinstance(name, str) and name.startswith(PREFIX)]
     asked = params.get(POLICY)
-    unknown = tuple(sorted(set(ours) - ANSWERED))
-    return Wish(None if asked is None else str(asked), unknown)
+    unknown = tuple(sorted({*ours} - ANSWERED - {SOURCE}))
+    return Wish(None if asked is None else str(asked), str(params.get(SOURCE) or ""), unknown)

@@ -164,7 +164,9 @@ def plan_request(
     request: str = "",
     *,
     look: bool = False,
+    source: bytes = b"",
 ) -> protocol.Plan:
     """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
-    for a second look."""
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until, request[:LABEL_CHARS], look)
+    for a second look; `source`: who sends it, hashed."""
+    name = request[:LABEL_CHARS]
+    return protocol.Plan(namespace, tokens.tobytes(), policy, until, name, look, source)

@@ -26,9 +26,11 @@ from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
+from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
+from kvshare_store.lookup.trust import Trust, Trusting
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
@@ -59,6 +61,7 @@ class Serving:
         costs: Costs,
         far_costs: Costs,
         text: TextVectors,
+        sources: Sources,
         metrics: Metrics,
         quality: Quality,
     ) -> None:
@@ -70,6 +73,7 @@ class Serving:
         self._costs = costs
         self._far_costs = far_costs
         self._text = text
+        self._sources = sources
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
@@ -97,6 +101,7 @@ class Serving:
         *,
         far: bool = False,
         look: bool = False,
+        source: bytes = b"",
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -109,6 +114,7 @@ class Serving:
             prompt_of(request, self.log.prompts),
             far,
             look,
+            source,
         )
         if not look:
             self._metrics.add_all({"lookups": 1, "tokens_requested": lookup.tokens})
@@ -123,6 +129,8 @@ class Serving:
                 planned = self._planned(request, lookup)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
+        if source:
+            self._sources.asked(namespace.digest, request, source)
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(
@@ -178,12 +186,16 @@ class Serving:
     def _planned(
         self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
     ) -> Planned:
-        namespace, policy = lookup.namespace, lookup.policy
+        namespace, policy, state = lookup.namespace, lookup.policy, self._nodes.state
+        share = self._config.unconfirmed_share
+        trust = None
+        if lookup.source or share < 1:
+            trust = Trust(state, request, lookup.source, share)
         return self._planner.plan(
             request,
-            Nominator(
-                self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
-            ),
+            Nominator(state.tree, state.index(namespace.digest), state.lock)
+            if trust is None
+            else Trusting(state, namespace.digest, trust),
             policy,
             self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
@@ -191,6 +203,7 @@ class Serving:
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
             watch=watch,
+            limit=None if trust is None else trust.limit,
         )
 
     def _steered(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:

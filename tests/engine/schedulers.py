@@ -61,6 +61,7 @@ class FakeLink:
         """The daemon's own policy; it never grants a laxer one."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
+        self.sources: list[bytes] = []
         self.asked_for_looks = 0
         self.told: list[Any] = []
         self.busy: list[bool] = []
@@ -85,8 +86,10 @@ class FakeLink:
         request: str,
         *,
         look: bool = False,
+        source: bytes = b"",
     ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
+        self.sources.append(source)
         self.asked_for_looks += look
         return b"%d" % len(self.asked)
 
