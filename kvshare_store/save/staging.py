@@ -69,6 +69,10 @@ class Save(msgspec.Struct, frozen=True):
     prompt."""
     base: Node | None = None
     """The node that an answer's prompt rows are taken from."""
+    greedy: bool = False
+    """Of an answer: the request asked for the likeliest token at each step."""
+    request: str = ""
+    """The engine's name of the request."""
 
 
 class RowSource(Protocol):
