@@ -59,7 +59,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = 4 * 2**30
     """Budget of the host tier (shared memory)."""
     eviction: EvictionName = "cost"
-    """Which rows leave the host and the disk tier first (docs/design/eviction.md)."""
+    """Which rows leave the host tier first (docs/design/eviction.md)."""
     huge_pages: HugePages = "auto"
     """Whether the host tier uses huge pages: where the system offers them for shared memory, or
     never."""

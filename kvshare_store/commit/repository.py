@@ -6,7 +6,6 @@ from __future__ import annotations
 import uuid
 
 from kvshare_store.blocks.block_store import BlockStore
-from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.committer import Committer
@@ -36,7 +35,6 @@ class Repository:
         self.shared = self.catalog is not None and self.catalog.place.shared
         state = NodeState(
             config.block_tokens,
-            lambda: make_policy(config.eviction),
             quotas=bool(config.namespace_bytes or config.namespace_nodes),
         )
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)

@@ -350,8 +350,7 @@ class Serving:
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
-        self._metrics.add("lookups")
-        self._metrics.add("tokens_requested", tokens)
+        self._metrics.add_all({"lookups": 1, "tokens_requested": tokens})
         self._count_miss(reason, tokens, None)
         self.log.declined(reason, tokens)
 
@@ -396,9 +395,8 @@ class Serving:
         self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
     ) -> None:
         """`namespace`: None where nobody has said whose request it was."""
-        self._metrics.add("misses")
+        self._metrics.add_all({"misses": 1, "tokens_recomputed": tokens})
         self._metrics.decline(reason)
-        self._metrics.add("tokens_recomputed", tokens)
         if namespace is not None:
             self._count_use(namespace, "miss", {"not_reused": tokens + cached})
 

@@ -23,6 +23,7 @@ from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
+from kvshare_store.readable import short
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance
@@ -101,7 +102,7 @@ class Saving:
     def _check_rate(self, namespace: Namespace) -> None:
         if not self._rates.allow(namespace.digest):
             raise LimitError(
-                f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
+                f"namespace {short(namespace.digest)} saves more prompts than saves_per_second "
                 f"({self._rates.per_second:g}) lets it; try again later"
             )
 
