@@ -146,6 +146,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     are idle, or also, a share of each step's tokens, while nobody waits."""
     second_look_tokens: int = 256
     """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
+    second_look_control: float = 0.01
+    """Share of the answers to prompts that were computed in full that second looks score too: so
+    far apart are two computations of the same (docs/design/quality.md)."""
     quality_bound: float = 0.0
     """The extra rate of answers that begin differently which the operator accepts in each class of
     traffic (docs/design/quality.md). 0: any; the policy is the configured one."""
@@ -213,6 +216,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"second_look must be off, idle or a share up to {_LARGEST_SHARE}, "
                 f"got {self.second_look}"
+            )
+        if self.second_look_control > 1:
+            raise ConfigError(
+                f"second_look_control must be from 0 to 1, got {self.second_look_control}"
             )
         if not self.quality_bound < 1:
             raise ConfigError(f"quality_bound must be below 1, got {self.quality_bound}")

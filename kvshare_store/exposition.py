@@ -152,6 +152,20 @@ def _spaces_by(name: str, kinds: tuple[str, ...]) -> Read:
     ]
 
 
+def _scores(name: str) -> Read:
+    return lambda stats: [
+        ((policy, chosen), one[name])
+        for policy, sums in stats.get("scores", {}).items()
+        for chosen, one in sums.items()
+    ]
+
+
+def _diverged(stats: Stats) -> Iterator[Sample]:
+    for policy, sums in stats.get("scores", {}).items():
+        if "greedy" in sums:
+            yield (policy,), sums["greedy"]["diverged"]
+
+
 def _failing(stats: Stats) -> list[Sample]:
     health = stats["health"]
     parts = {**health["threads"], **health["failures"], **health["reasons"]}
@@ -209,6 +223,17 @@ FAMILIES: tuple[Family, ...] = (
            _one("looks_dropped")),
     Family("kvshare_second_looks_declined_total", "counter", "Edited prompts that no engine "
            "computes in full", (), _one("looks_declined")),
+    Family("kvshare_second_look_controls_total", "counter", "Answers served in full that were "
+           "given to idle engines, only to be scored", (), _one("looks_control")),
+    Family("kvshare_scored_answers_total", "counter", "Answers that second looks have scored, by "
+           "the policy that they were served under (`control`: in full) and how their tokens were "
+           "chosen: `greedy` or `sampled`", ("policy", "chosen"), _scores("answers")),
+    Family("kvshare_scored_tokens_total", "counter", "Their tokens that were scored",
+           ("policy", "chosen"), _scores("tokens")),
+    Family("kvshare_regret_nats_total", "counter", "Sum of log p(best token) - log p(served token) "
+           "over these tokens, in full compute", ("policy", "chosen"), _scores("regret")),
+    Family("kvshare_diverged_answers_total", "counter", "Greedy answers whose first tokens are not "
+           "those of full compute", ("policy",), _diverged),
     Family("kvshare_second_looks_waiting", "gauge", "Edited prompts that wait for an idle engine",
            (), _one("looks_waiting")),
     Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),

@@ -15,15 +15,22 @@ _COUNTERS = (
     "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
     "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
     "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
-    "looks_dropped", "looks_declined",
+    "looks_dropped", "looks_declined", "looks_control",
 )  # fmt: skip
 
 
 def stats_of(
-    config: StoreConfig, repository: Repository, *, since: float, staged: int, looks: int
+    config: StoreConfig,
+    repository: Repository,
+    *,
+    since: float,
+    staged: int,
+    looks: int,
+    scores: dict[str, Any],
 ) -> dict[str, Any]:
     """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
-    begun; `looks`: edited prompts that wait for an idle engine. Never waits: neither for the lock
+    begun; `looks`: edited prompts that wait for an idle engine; `scores`: see
+    `Verdicts.report`. Never waits: neither for the lock
     nor for a first look at the disk."""
     metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
     return {
@@ -40,6 +47,7 @@ def stats_of(
         "reserved": len(blocks.pool.filling()),
         "staged": staged,
         "looks_waiting": looks,
+        "scores": scores,
         "tiers": blocks.report(),
         "moved": metrics.moves(),
         "evicted": metrics.evictions,

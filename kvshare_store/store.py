@@ -33,6 +33,7 @@ from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import End, Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
+from kvshare_store.save.verdicts import Verdicts
 from kvshare_store.stats import stats_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Store:
             self.metrics,
             self.quality,
         )
-        self.saving = Saving(config, nodes, plans, sources, self.metrics)
+        self.saving = Saving(config, nodes, plans, sources, self.metrics, self.quality)
         self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """Failures of the committer so far, when each owner first saved since its last `flush`."""
@@ -219,14 +220,25 @@ class Store:
         `reap` of the owner ends it as well."""
         self.text.working(owner, busy)
 
-    def next_look(self, owner: str, namespaces: Collection[str]) -> Look | None:
+    def next_look(
+        self, owner: str, namespaces: Collection[str], *, scores: bool = False
+    ) -> Look | None:
         """The edited prompt of these namespaces (digests) that is most worth computing in full,
-        leased to `owner`; None if there is none."""
-        return self.saving.looks.next(owner, namespaces, working=self.text.engines_work)
+        leased to `owner`; None if there is none. `scores`: the engine can say how good answers
+        were, so it is given controls too."""
+        working = self.text.engines_work
+        return self.saving.looks.next(owner, namespaces, working=working, scores=scores)
 
-    def looked(self, owner: str, node: str, stamp: int, end: End) -> None:
-        """An engine has ended what `next_look` gave it."""
-        self.saving.looks.ended(owner, node, stamp, end)
+    def looked(
+        self, owner: str, node: str, stamp: int, end: End, regrets: tuple[float, ...] = ()
+    ) -> None:
+        """An engine has ended what `next_look` gave it. `regrets`: how good the answer was."""
+        self.saving.looks.ended(owner, node, stamp, end, regrets)
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """What second looks have said of nodes and requests."""
+        return self.saving.looks.verdicts
 
     def observe(self, model: str, tokens: int, seconds: float, *, far: bool = False) -> None:
         """An engine has prefilled `tokens` tokens in so many seconds; `model`: the `model_digest`
@@ -284,12 +296,16 @@ class Store:
         *,
         owner: str = "",
         extends: int = 0,
+        greedy: bool = False,
+        request: str = "",
     ) -> Staged:
         """Which rows of this prompt are not stored yet: `Staged.fresh`.
 
         `extends`: the first so many tokens are a prompt that is stored, and the others its answer.
         The rows of that prompt are taken from its node, whose place the longer one takes; `reuse`
         says only of which generation and contexts they are. `known` if there is no such node.
+        `greedy`, of an answer: the request asked for the likeliest token at each step. `request`:
+        the engine's name of it.
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
@@ -301,7 +317,15 @@ class Store:
         self.metrics.health.check_storing()
         self._queue.admit()
         self._failures.setdefault(owner, self._queue.failures)
-        return self.saving.stage(as_tokens(tokens), namespace, reuse or Reuse(), owner, extends)
+        return self.saving.stage(
+            as_tokens(tokens),
+            namespace,
+            reuse or Reuse(),
+            owner,
+            extends,
+            greedy=greedy,
+            request=request,
+        )
 
     def staged_bytes(self, staged_id: str, owner: str) -> int:
         """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
@@ -428,7 +452,14 @@ class Store:
         Never waits: neither for the lock nor for a first look at the disk.
         """
         staged, looks = len(self.saving), len(self.saving.looks)
-        return stats_of(self.config, self.repository, since=self._since, staged=staged, looks=looks)
+        return stats_of(
+            self.config,
+            self.repository,
+            since=self._since,
+            staged=staged,
+            looks=looks,
+            scores=self.verdicts.report(),
+        )
 
     def close(self) -> None:
         """Finish what is queued and release the home. Everything committed stays."""

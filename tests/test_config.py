@@ -65,6 +65,7 @@ def test_every_field_can_come_from_the_environment(name: str) -> None:
         "log_prompts": "true", "log_format": "json", "start_daemon": "false",
         "disk_write": "back", "remote_write": "through", "store_answers": "false",
         "second_look": "0.25", "source_key": "env:key", "unconfirmed_share": "0.25",
+        "second_look_control": "0.5",
         "quality_bound": "0.02", "quality_confidence": "0.99",
     }  # fmt: skip
     size = name.endswith("_bytes")
@@ -121,6 +122,8 @@ def test_what_is_no_size(text: object) -> None:
         ({"second_look": 0.6}, "second_look must be off, idle or a share up to 0.5"),
         ({"unconfirmed_share": 1.5}, "unconfirmed_share must be a share from 0 to 1"),
         ({"second_look": 0}, "second_look"),
+        ({"second_look_control": 1.5}, "second_look_control must be from 0 to 1, got 1.5"),
+        ({"second_look_control": -0.1}, "second_look_control must not be negative"),
         ({"quality_bound": 2}, "quality_bound must be below 1, got 2"),
         ({"quality_bound": -0.1}, "quality_bound must not be negative"),
         ({"quality_confidence": 95}, "quality_confidence must be from 0.5 to below 1, got 95"),

@@ -52,7 +52,7 @@ def measure(options: Options) -> Result:
     """Edited prompts one by one, then the same traffic with both engines at several rates."""
     random = Random(options.seed)
     texts = Texts(_random_text(random))
-    with running(options, _ARMS, semantic="never") as (engines, home):
+    with running(options, _ARMS, semantic="never", second_look_control=0.0) as (engines, home):
         trials = options.size(12, 4)
         settled = [_settle(engines["idle"], home, texts) for _ in track(range(trials), "Prompts")]
         loads = (0.8,) if options.short else _LOADS

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_connectors.vllm.beside import all_of
 from kvshare_connectors.vllm.looks import Looks
-from kvshare_connectors.vllm.placing import metadata_of
+from kvshare_connectors.vllm.placing import add_scored_row, metadata_of
 from kvshare_connectors.vllm.recovery import Recovery
+from kvshare_connectors.vllm.scoring import cannot_score
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -43,6 +44,7 @@ class Looking(Recovery):
             log.warning("kvshare: second_look is off here: %s", reason)
             return
         self._looks = planning.looks
+        self._looks.scores = not cannot_score(self.vllm_config)
         if self.vllm_config.shutdown_timeout:
             self._looks.spell_s = self.vllm_config.shutdown_timeout / 2
 
@@ -97,6 +99,7 @@ class Looking(Recovery):
             self.connector_prefix_cache_stats, manager.log_stats = stats, counts
             self._hurries = False
         metadata_of(output).prefilled = 0  # a short step does not say how fast prefill is
+        self._score(look, looks, output)
         planning = self._planning()
         state = planning.find(look) if planning is not None else None
         answered = state is None or state.looked_up
@@ -111,16 +114,46 @@ class Looking(Recovery):
         vLLM serves running requests in order, so the look goes behind the others.
         """
         total, others = self.max_num_scheduled_tokens, [r for r in self.running if r is not look]
-        mine = min(looks.tokens, int(looks.share * total)) if others else looks.tokens
-        if look in self.running:
-            self.running = [*others, look]
         need = sum(self._need(request) for request in others)
+        mine = self._most(look, looks)
+        scored = looks.scored(mine - 1)
+        if look not in self.running:
+            mine -= scored.length if scored is not None else 0  # it may be short
+        else:
+            self.running = [*others, look]
+            left = self._need(look)
+            if scored is not None and mine - scored.length < left <= mine:
+                mine = left - 1  # the last step scores the answer too
         return min(total, need + (0 if look.num_in_flight_tokens else mine))
+
+    def _most(self, look: Request, looks: Looks) -> int:
+        """Tokens that a look may have of a step."""
+        alone = all(request is look for request in self.running)
+        share = int(looks.share * self.max_num_scheduled_tokens)
+        return looks.tokens if alone else min(looks.tokens, share)
+
+    def _score(self, look: Request, looks: Looks, output: SchedulerOutput) -> None:
+        """Beside the last tokens of a look, compute the first ones of its answer once more: the
+        runner says how probable these are. Where the step has no room, the answer has no score."""
+        mine = output.num_scheduled_tokens.get(look.request_id, 0)
+        if not mine or look.num_computed_tokens < look.num_prompt_tokens:
+            return
+        room = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+        run = looks.scored(min(self._most(look, looks) - mine, room))
+        virtual = sum(name not in self.requests for name in output.num_scheduled_tokens)
+        if run is None or self._free_rows() <= virtual:
+            return
+        blocks = self.kv_cache_manager.get_block_ids(look.request_id)
+        row = add_scored_row(output, look, run, blocks)
+        self.finished_req_ids.add(row)
+        looks.scoring(row, run.length - 1)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         look = self.look
+        if self._looks is not None:
+            self._looks.computed(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if look is not None:
             _hide(outputs, look.request_id)

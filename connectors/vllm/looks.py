@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 from kvshare_connectors.vllm.requests import POLICY, RequestState
+from kvshare_connectors.vllm.scoring import regrets_of
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
@@ -17,10 +18,12 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
+from kvshare_store.plan import Run
 from kvshare_store.save.second_looks import End, Look
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.types import BlockHasher
+    from vllm.v1.outputs import ModelRunnerOutput
 
 _PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 """After the last request an engine asks after the first of these, then again after each."""
@@ -41,6 +44,8 @@ class Looks:
         """Of a step's tokens, beside requests that run; 0: only while there are none."""
         self.spell_s = float("inf")
         """The engine begins no look that long after its last request."""
+        self.scores = True
+        """Whether the runner can say how probable tokens are."""
         self.curious = False
         """Whether there may be a prompt to look at, so that an idle engine goes on making steps."""
         self._link = link
@@ -57,6 +62,9 @@ class Looks:
         self._asked_at = 0.0
         self._look: Look | None = None
         self._name = ""
+        self._row, self._scored = "", 0
+        """The virtual row that scores so many tokens of the answer, once a step has it."""
+        self._regrets: tuple[float, ...] = ()
 
     # --- the engine's own requests -----------------------------------------------------------
 
@@ -115,13 +123,19 @@ class Looks:
             self.ended("dropped")
             return None
         self._name = f"kvshare-look-{secrets.token_hex(8)}"
+        return self._request(look)
+
+    def _request(self, look: Look) -> Request:
+        """A control is computed anew from its first token; other looks begin with exact rows."""
+        policy = "off" if look.control else "exact"
         return Request(
             request_id=self._name,
             prompt_token_ids=np.frombuffer(look.tokens, np.int32).tolist(),
             sampling_params=SamplingParams(
                 max_tokens=1,
                 temperature=0.0,
-                extra_args={"kv_transfer_params": {POLICY: "exact"}},
+                extra_args={"kv_transfer_params": {POLICY: policy}},
+                skip_reading_prefix_cache=look.control,
             ),
             pooling_params=None,
             client_index=self._client,
@@ -135,10 +149,13 @@ class Looks:
         if now < self._ask_at:
             time.sleep(min(tick, self._ask_at - now))
             return False
-        self._asked, self._asked_at = self._link.question(protocol.NextLook((*self._salts,))), now
+        self._asked, self._asked_at = self._link.question(self._question()), now
         if self._asked is None:
             self.rest()
         return self._asked is not None
+
+    def _question(self) -> protocol.NextLook:
+        return protocol.NextLook((*self._salts,), self.scores)
 
     def _take(self, tick: float) -> Look | None:
         """The daemon's answer, if it comes within `tick` seconds and names a prompt."""
@@ -170,8 +187,34 @@ class Looks:
         """Whether this is the request that `next` made last."""
         return request.request_id == self._name
 
+    # --- how good the answer was -------------------------------------------------------------
+
+    def scored(self, tokens: int) -> Run | None:
+        """The positions to compute once more beside the look's last ones, at most `tokens`: one
+        before the tokens that are scored, and these. None if nothing is scored."""
+        look = self._look
+        count = 0 if look is None or not self.scores else min(look.score, tokens - 1)
+        if look is None or count < 1 or not 0 < look.answer <= len(look.tokens) // 4 - count:
+            return None
+        return Run(look.answer - 1, look.answer + count)
+
+    def scoring(self, row: str, count: int) -> None:
+        """A step has this virtual row, which scores so many tokens of the answer."""
+        self._row, self._scored, self._regrets = row, count, ()
+
+    def computed(self, output: ModelRunnerOutput) -> None:
+        """A step has been computed: keep what it says of the answer, unless its rows are wrong."""
+        said = output.prompt_logprobs_dict.get(self._row) if self._row else None
+        if said is None:
+            return
+        loads = output.kv_connector_output
+        if loads is None or not loads.invalid_block_ids:
+            self._regrets = regrets_of(said, self._scored)
+
     def ended(self, end: End) -> None:
         """The look has ended: tell the daemon, and ask for the next one."""
-        look, self._look = self._look, None
+        look, regrets = self._look, self._regrets if end == "computed" else ()
+        self._look = None
+        self.scoring("", 0)
         if look is not None:
-            self._link.tell(protocol.Looked(look.node, look.stamp, end))
+            self._link.tell(protocol.Looked(look.node, look.stamp, end, regrets))

@@ -51,6 +51,8 @@ class SaveSpec:
     """Of an answer: leading tokens that are its prompt. 0: this is a prompt."""
     trace: dict[str, str] | None = None
     """As in `LoadSpec`."""
+    greedy: bool = False
+    """Of an answer: its request asked for the likeliest token at each step."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import msgspec
 from kvshare_connectors.vllm.adapters import Adapters
 from kvshare_connectors.vllm.metadata import KVShareMetadata, LoadSpec, SaveSpec
 from kvshare_connectors.vllm.requests import Kept, RequestState
+from kvshare_connectors.vllm.scoring import is_greedy
 from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
@@ -149,6 +150,7 @@ class Orders:
             list(block_ids),
             kept.tokens,
             state.carrier,
+            is_greedy(state.request.sampling_params),
         )
         self._step.answers.append(spec)
         if self._announcer is not None and _exact(kept.reuse):

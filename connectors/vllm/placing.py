@@ -16,6 +16,7 @@ from kvshare_store.errors import InternalError
 from kvshare_store.plan import Run
 
 _SAMPLES_NOTHING = SamplingParams(temperature=0, max_tokens=1)
+_SCORES = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
 
 
 @dataclass
@@ -59,18 +60,42 @@ def add_row(output: SchedulerOutput, state: RequestState, run: Run) -> str:
     Its prompt continues past the run, so the runner takes it for an unfinished prefill. The prompt
     is the request's own list, so that all rows of a step pickle it once.
     """
-    name = f"{state.id}/kvshare-{run.start}"
-    prompt = state.request.prompt_token_ids
+    prompt = state.request.prompt_token_ids or []
+    return _add(output, state.request, run, prompt, state.block_ids, _SAMPLES_NOTHING)
+
+
+def add_scored_row(
+    output: SchedulerOutput, look: Request, run: Run, block_ids: tuple[list[int], ...]
+) -> str:
+    """Add a virtual request that computes a run of a look again, and says how probable each token
+    but the first is (`scoring.regrets_of`). Returns its id.
+
+    Its prompt ends with the run, so the runner takes it for the end of a prefill and reports. What
+    it writes is what the look has computed for these positions, or computes in this step.
+    """
+    prompt = (look.prompt_token_ids or [])[: run.stop]
+    return _add(output, look, run, prompt, block_ids, _SCORES)
+
+
+def _add(
+    output: SchedulerOutput,
+    request: Request,
+    run: Run,
+    prompt: list[int],
+    block_ids: tuple[list[int], ...],
+    sampling: SamplingParams,
+) -> str:
+    name = f"{request.request_id}/kvshare-{run.start}"
     output.scheduled_new_reqs.append(
         NewRequestData(
             req_id=name,
             prompt_token_ids=prompt,
             mm_features=[],
-            sampling_params=_SAMPLES_NOTHING,
+            sampling_params=sampling,
             pooling_params=None,
-            block_ids=state.block_ids,
+            block_ids=block_ids,
             num_computed_tokens=run.start,
-            lora_request=state.request.lora_request,
+            lora_request=request.lora_request,
             prefill_token_ids=prompt,
         )
     )

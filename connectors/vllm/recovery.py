@@ -39,6 +39,11 @@ class Recovery(Scheduler):
         known = request.num_tokens_with_spec + request.num_output_placeholders
         return int(known - request.num_computed_tokens)
 
+    def _free_rows(self) -> int:
+        """Free rows of the batch. A running request keeps its row even when not scheduled."""
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        return self.max_num_running_reqs - taken
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         planning = self._planning()

@@ -137,7 +137,14 @@ class Saver:
 
     def _store(self, client: Client, snapshot: Snapshot) -> None:
         spec = snapshot.spec
-        staged = client.stage_bytes(spec.tokens, spec.namespace, spec.reuse, spec.extends)
+        staged = client.stage_bytes(
+            spec.tokens,
+            spec.namespace,
+            spec.reuse,
+            spec.extends,
+            greedy=spec.greedy,
+            request=spec.request_id,
+        )
         if staged.known:
             return
         if list(staged.fresh) != spec.fresh:

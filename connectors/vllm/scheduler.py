@@ -58,11 +58,6 @@ class VirtualRows(Recovery):
 
     # --- before the step ---------------------------------------------------------------------
 
-    def _free_rows(self) -> int:
-        """Free rows of the batch. A running request keeps its row even when not scheduled."""
-        taken = len(self.running) + self.num_waiting_for_streaming_input
-        return self.max_num_running_reqs - taken
-
     def _reserve(self, planning: Planning) -> tuple[int, int]:
         """Tokens and rows of the batch to keep free for placeholder runs.
 

@@ -20,13 +20,14 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, unique_length
+from kvshare_store.cli.verdicts import regret_cell, verdict_lines
 from kvshare_store.readable import KIND_COLOURS, age, milliseconds, one_line, printable, short
 
 Request = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "miss": "yellow"}
 
-_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited")
+_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited", "regret")
 """Columns that a narrow terminal does without, the first one first."""
 _TENANT = 16
 """Cells that a tenant has at least."""
@@ -107,6 +108,9 @@ def _columns(requests: Sequence[Request]) -> Columns:
     columns["computed"] = [Text(f"{request['recomputed']:,}") for request in requests]
     for step in ("lookup", "load"):
         columns[step] = [Text(_time(request[step])) for request in requests]
+    verdicts = [request.get("verdict") for request in requests]
+    if any(verdicts):
+        columns["regret"] = [Text(regret_cell(verdict)) for verdict in verdicts]
     if any(request["tenant"] for request in requests):
         columns["tenant"] = [Text(one_line(request["tenant"])) for request in requests]
     return columns
@@ -133,6 +137,7 @@ def request_lines(request: Request) -> Iterable[str]:
         yield "donors: " + ", ".join(short(donor) for donor in request["donors"])
     if request["spans"]:
         yield "planned: " + ", ".join(f"{a}…{b - 1} {kind}" for a, b, kind in request["spans"])
+    yield from verdict_lines(request.get("verdict"))
 
 
 def _name(request: Request) -> str:

@@ -22,6 +22,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
+from kvshare_store.cli.verdicts import verdict_lines
 from kvshare_store.readable import age, printable, provenance, short, shortened
 
 Node = Mapping[str, Any]
@@ -91,6 +92,8 @@ def summary_table(node: Node) -> Table:
         table.add_row("sent by", f"{sources} source{'' if sources == 1 else 's'}")
     pinned = ", pinned" if node.get("pinned") else ""
     table.add_row("stored", f"{age(node['created'])} ago{pinned}")
+    for at, line in enumerate(verdict_lines(node.get("verdict"))):
+        table.add_row("" if at else "second look", line)
     return table
 
 

@@ -87,6 +87,8 @@ def tables(stats: Counts) -> Iterable[Table]:
     yield tokens_table(stats)
     yield tiers_table(stats["tiers"])
     yield times_table(stats["seconds"])
+    if stats.get("scores"):
+        yield scores_table(stats["scores"])
     if stats["declined"]:
         yield counts_table("why lookups ended without reuse", stats["declined"], "yellow")
     if stats["errors"]:
@@ -145,6 +147,19 @@ def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     table.add_column("p99", justify="right")
     for name, values in seconds.items():
         table.add_row(name, milliseconds(values["p50"]), milliseconds(values["p99"]))
+    return table
+
+
+def scores_table(scores: Mapping[str, Mapping[str, Counts]]) -> Table:
+    """What second looks have said of answers, by policy; `control`: of those served in full."""
+    table = _table("answers scored, by policy")
+    for head in ("answers", "regret/token", "diverged"):
+        table.add_column(head, justify="right")
+    for policy, sums in sorted(scores.items()):
+        for chosen, one in sorted(sums.items()):
+            diverged = share(one["diverged"], one["answers"]) if chosen == "greedy" else "-"
+            regret = f"{one['regret'] / one['tokens']:.4f}"
+            table.add_row(f"{policy}, {chosen}", f"{one['answers']:,}", regret, diverged)
     return table
 
 

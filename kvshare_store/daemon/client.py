@@ -63,10 +63,19 @@ class Client(Session):
         return self.stage_bytes(tokens.tobytes(), namespace, reuse)
 
     def stage_bytes(
-        self, tokens: bytes, namespace: Namespace, reuse: Reuse, extends: int = 0
+        self,
+        tokens: bytes,
+        namespace: Namespace,
+        reuse: Reuse,
+        extends: int = 0,
+        *,
+        greedy: bool = False,
+        request: str = "",
     ) -> Staged:
-        """As `stage`, for int32 tokens that are bytes already; `extends` as in `Store.stage`."""
-        return self._typed(protocol.Stage(namespace, tokens, reuse, extends), Staged)
+        """As `stage`, for int32 tokens that are bytes already; the rest as in `Store.stage`."""
+        name = request[:LABEL_CHARS]
+        message = protocol.Stage(namespace, tokens, reuse, extends, greedy, name)
+        return self._typed(message, Staged)
 
     def commit(self, staged: Staged, blocks: Iterable[Any]) -> str | None:
         """As `Store.commit`. `blocks`: bytes-like, the rows of each block of `staged.sizes`; one is

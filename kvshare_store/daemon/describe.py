@@ -39,6 +39,7 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
         **family,
         "edits": [edit_text(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
+        "verdict": store.verdicts.of_node(node.id),
         "blocks": _blocks(store, node, users),
     }
 

@@ -54,10 +54,10 @@ class Handling:
                 client.owner, message.busy
             ),
             protocol.NextLook: lambda message, client: self._store.next_look(
-                client.owner, message.namespaces
+                client.owner, message.namespaces, scores=message.scores
             ),
             protocol.Looked: lambda message, client: self._store.looked(
-                client.owner, message.node, message.stamp, message.end
+                client.owner, message.node, message.stamp, message.end, message.regrets
             ),
             protocol.Stage: self._stage,
             protocol.ReadRows: lambda message, _: read_rows(self._store, message),
@@ -148,6 +148,8 @@ class Handling:
             message.reuse,
             owner=client.owner,
             extends=message.extends,
+            greedy=message.greedy,
+            request=message.request,
         )
 
     def _commit(self, message: protocol.Commit, client: Connection) -> str | None:

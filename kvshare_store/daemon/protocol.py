@@ -17,6 +17,7 @@ from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Count, Label, Outcome, Seconds
+from kvshare_store.quality.score import Regrets
 from kvshare_store.save.second_looks import End
 from kvshare_store.save.staging import Reuse
 
@@ -122,6 +123,8 @@ class NextLook(msgspec.Struct, frozen=True, tag="next_look"):
 
     namespaces: Ids
     """Digests of those whose prompts it can compute."""
+    scores: bool = False
+    """It can say how good an answer was, so it is given controls as well."""
 
 
 class Looked(msgspec.Struct, frozen=True, tag="looked"):
@@ -130,6 +133,9 @@ class Looked(msgspec.Struct, frozen=True, tag="looked"):
     node: str
     stamp: int
     end: End
+    regrets: Regrets = ()
+    """How good the first tokens of the answer were, if that was asked for: of each, log p(the full
+    model's best token) - log p(the token), nats."""
 
 
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
@@ -143,6 +149,11 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
     is a prompt. The store takes the prompt's rows from a node: the one whose generation and
     contexts are those of `reuse`, which names no rows. A daemon of the release before ignores this
     and wants every row."""
+    greedy: bool = False
+    """Of an answer: the request asked for the likeliest token at each step. An engine of the
+    release before does not say."""
+    request: Label = ""
+    """The engine's name of the request, as in `Plan`."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

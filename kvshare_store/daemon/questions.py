@@ -50,13 +50,14 @@ def answer(store: Store, message: Question) -> Any:
     found = store.requests.last(
         message.limit, declined=message.declined, slow=message.slow, request=message.request
     )
-    return [_plain(entry) for entry in found]
+    return [_plain(store, entry) for entry in found]
 
 
-def _plain(entry: Logged) -> dict[str, Any]:
+def _plain(store: Store, entry: Logged) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, prompt=b""))
     del found["prompt"]
-    return found
+    verdict = store.verdicts.of_request(entry.request, entry.namespace)
+    return found | {"verdict": verdict}
 
 
 def diff(store: Store, first: str, second: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     not kept."""
     logged = _logged(store, message.request) if message.request else None
     if logged is not None and not logged.prompt:
-        return {"request": _plain(logged), "explanation": None}
+        return {"request": _plain(store, logged), "explanation": None}
     tokens, namespace, without = _prompt(store, message, logged)
     if len(tokens) > protocol.EXPLAINED_TOKENS:
         raise PlanError(
@@ -106,7 +107,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             ids = np.asarray(plain["divergence"][side], np.int32)
             plain["divergence"][f"{side}_text"] = words_of(store, namespace.digest, ids)
     return {
-        "request": None if logged is None else _plain(logged),
+        "request": None if logged is None else _plain(store, logged),
         "explanation": {
             "namespace": short(namespace.digest),
             "model": namespace.model,

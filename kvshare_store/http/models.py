@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from kvshare_store.daemon.evicting import Evicted as EvictedStruct
 from kvshare_store.lookup import explain, request_log
 from kvshare_store.maintenance import purge
+from kvshare_store.save import verdicts
 
 
 def model_of(struct: type[msgspec.Struct], *without: str) -> type[BaseModel]:
@@ -44,13 +45,21 @@ def _converted(kind: Any) -> Any:
     return found
 
 
-Logged = model_of(request_log.Logged, "prompt")
+Verdict = model_of(verdicts.Verdict)
 Purged = model_of(purge.Purged)
 Evicted = model_of(EvictedStruct)
 Candidate = model_of(explain.Candidate)
 Expected = model_of(explain.Expected)
-Requests: Any = list[Logged]  # type: ignore[valid-type]
 Purges: Any = list[Purged]  # type: ignore[valid-type]
+
+
+class Logged(model_of(request_log.Logged, "prompt")):  # type: ignore[misc]
+    """One request that has ended, and what a second look has said of its answer."""
+
+    verdict: Verdict | None = None  # type: ignore[valid-type]
+
+
+Requests: Any = list[Logged]
 
 
 class Error(BaseModel):
@@ -223,6 +232,7 @@ class Node(NodeSummary):
     children: list[str]
     edits: list[Edit]
     text: str
+    verdict: Verdict | None = None  # type: ignore[valid-type]
     blocks: list[Block]
 
 
@@ -277,5 +287,5 @@ class Explained(BaseModel):
 class Explanation(BaseModel):
     """`request`: the logged one that was asked for, if any."""
 
-    request: Logged | None  # type: ignore[valid-type]
+    request: Logged | None
     explanation: Explained | None

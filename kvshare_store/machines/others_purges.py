@@ -113,6 +113,7 @@ class OthersPurges:
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
         self._blocks.doubt_shared(None)
         self._blocks.pool.wipe()
+        self._saving.looks.forget(digest)
         return done
 
     def _remove_without_record(self, catalog: Catalog, digest: str) -> None:

@@ -101,6 +101,7 @@ class Purge:
         try:
             remaining = self._wait(deadline)
             self._serving.forget(self._digest)  # also those of requests that ended during the wait
+            self._saving.looks.forget(self._digest)
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:
             with self._nodes.lock:

@@ -22,6 +22,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, with_sources
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
 from kvshare_store.readable import short
 from kvshare_store.save.answers import Answers, rows_of
@@ -51,6 +52,7 @@ class Saving:
         plans: OpenPlans,
         sources: Sources,
         metrics: Metrics,
+        quality: Quality,
     ) -> None:
         self._config = config
         self._nodes = nodes
@@ -61,7 +63,7 @@ class Saving:
         self._metrics = metrics
         self._answers = Answers(nodes)
         self._rates = Rates(config.saves_per_second)
-        self.looks = SecondLooks(nodes, self._answers, metrics)
+        self.looks = SecondLooks(config, nodes, self._answers, metrics, quality)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
@@ -69,25 +71,36 @@ class Saving:
     def reload(self, config: StoreConfig) -> None:
         """Go on by other settings."""
         self._config = config
+        self.looks.reload(config)
         self._rates.per_second = config.saves_per_second
 
     def stage(
-        self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
+        self,
+        tokens: Tokens,
+        namespace: Namespace,
+        reuse: Reuse,
+        owner: str,
+        extends: int = 0,
+        *,
+        greedy: bool = False,
+        request: str = "",
     ) -> Staged:
         """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
 
         A client (`owner`) saves one prompt at a time: what it began before and never ended is
-        abandoned here. `extends`: see `Store.stage`.
+        abandoned here. `extends` and what follows: see `Store.stage`.
         """
         if owner:
             self.reap({owner})
         try:
             self._check_rate(namespace)
-            save = self._checked(request, namespace, reuse, owner, extends)
+            save = self._checked(tokens, namespace, reuse, owner, extends)
         except KVShareError as error:
             self._metrics.error(error.kind)
             raise
-        return self._kept(save) if save is not None else Staged(known=True)
+        if save is None:
+            return Staged(known=True)
+        return self._kept(msgspec.structs.replace(save, greedy=greedy, request=request))
 
     def _check_rate(self, namespace: Namespace) -> None:
         if not self._rates.allow(namespace.digest):
@@ -284,8 +297,8 @@ class Saving:
         if node.exact and edited is not None:
             self._settle(node, edited)
         self._answers.stored(save, node.id)
-        if not node.exact and node.id in self._nodes.tree:
-            self.looks.stored(node, save.base, adapter=bool(save.namespace.lora))
+        if node.id in self._nodes.tree:
+            self.looks.stored(node, save)
         if save.extends:
             self._metrics.add("answers_stored")
             self._metrics.add("tokens_answers_stored", node.length - save.extends)
@@ -293,7 +306,7 @@ class Saving:
 
     def _settle(self, node: Node, edited: Node) -> None:
         """An exact node takes the place of the edited one of the same tokens. Hold the lock."""
-        self.looks.settled(edited)
+        self.looks.settled(edited, node)
         if not edited.pinned:
             self._answers.replaced(edited.id, node.id)
             self._nodes.remove([edited.id])

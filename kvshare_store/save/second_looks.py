@@ -5,6 +5,7 @@ docs/design/second_look.md says what becomes of them.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal
@@ -12,10 +13,13 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.config import StoreConfig
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
+from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
-from kvshare_store.save.staging import Reuse
+from kvshare_store.save.scoring import Answered, Scoring
+from kvshare_store.save.staging import Reuse, Save
 
 LOOK_SECONDS = 120.0
 """How long a prompt belongs to the engine that it was given to."""
@@ -27,12 +31,16 @@ _HALF_LIFE_S = 60.0
 _ANSWERED_S = 60.0
 """A prompt that has no answer by then gets none."""
 _TRIES = 3
+_CONTROLS = 16
+"""Answers served in full that wait to be scored."""
+_BEFORE_CONTROL = 9
+"""Edited prompts that are given before a control, where both wait."""
 
 End = Literal["computed", "dropped", "declined"]
 
 
 class Look(msgspec.Struct, frozen=True):
-    """A stored prompt to compute in full."""
+    """A stored prompt to compute in full. An engine of the release before scores nothing."""
 
     node: str
     stamp: Annotated[int, msgspec.Meta(ge=0)]
@@ -41,14 +49,21 @@ class Look(msgspec.Struct, frozen=True):
     """Its digest."""
     tokens: bytes
     """int32, native byte order: the prompt, and its answer where there is one."""
+    answer: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Where the answer begins."""
+    score: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How many tokens of the answer are to be scored."""
+    control: bool = False
+    """The prompt was served in full and is computed only for its score: from the first token on,
+    and nothing is stored."""
 
 
 class _Entry(msgspec.Struct):
     """A node of the queue."""
 
     since: float
-    answered: bool
-    """Its answer is part of it, so no other is on the way."""
+    answer: Answered
+    """Where it has none, one may be on the way."""
     tries: int = 0
     owner: str = ""
     until: float = 0.0
@@ -60,64 +75,114 @@ class SecondLooks:
 
     def __init__(
         self,
+        config: StoreConfig,
         nodes: NodeStore,
         answers: Answers,
         metrics: Metrics,
+        quality: Quality,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._control_share = config.second_look_control
         self._nodes = nodes
         self._answers = answers
         self._metrics = metrics
         self.clock = clock
+        self._scoring = Scoring(nodes.tree, quality)
         self._entries: dict[str, _Entry] = {}
         """By node, the oldest first."""
+        self._controls: dict[str, _Entry] = {}
+        """Exact nodes whose answers are scored only, the oldest first."""
+        self._since_control = 0
+        self.verdicts = self._scoring.verdicts
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings."""
+        self._control_share = config.second_look_control
 
     def __len__(self) -> int:
         return len(self._entries)
 
     # --- what is stored ----------------------------------------------------------------------
 
-    def stored(self, node: Node, base: Node | None, *, adapter: bool) -> None:
-        """An edited node is in the tree. `base`: the prompt, if it is an answer's. Hold the lock.
+    def stored(self, node: Node, save: Save) -> None:
+        """A node is in the tree. Hold the lock.
 
-        `adapter`: it belongs to an adapter, and is not queued.
+        Nodes of adapters are not queued; of exact ones only some with answers are, as controls.
         """
+        base, adapter = save.base, bool(save.namespace.lora)
+        entry = _Entry(self.clock(), Answered.of(save))
+        if node.exact:
+            if save.extends and not adapter and random.random() < self._control_share:
+                _queue(self._controls, node.id, entry, _CONTROLS)
+            return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
         if adapter:
             self._metrics.add("looks_declined")
             return
-        self._entries[node.id] = _Entry(self.clock(), answered=base is not None)
-        if len(self._entries) > _MOST:
-            del self._entries[next(iter(self._entries))]
+        _queue(self._entries, node.id, entry, _MOST)
 
-    def settled(self, edited: Node) -> None:
+    def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""
         self._entries.pop(edited.id, None)
         self._metrics.add("settled")
+        self.verdicts.settled(exact.id, exact.namespace)
 
     # --- who computes what -------------------------------------------------------------------
 
-    def next(self, owner: str, namespaces: Collection[str], *, working: bool) -> Look | None:
+    def next(
+        self, owner: str, namespaces: Collection[str], *, working: bool, scores: bool = False
+    ) -> Look | None:
         """The node that is worth most, leased to `owner`; None if there is none.
 
         Of these namespaces only. `working`: engines have requests, whose answers may be on the way.
+        `scores`: the engine scores answers, so that it may get a control.
         """
         with self._nodes.lock:
             now = self.clock()
-            ranked = sorted(self._ranked(now), key=lambda found: -found[0])
-            for _, node in ranked:
-                entry = self._entries[node.id]
-                early = working and not entry.answered and now - entry.since < _ANSWERED_S
-                if early or now < entry.until or node.namespace not in namespaces:
-                    continue
-                if self._answers.base(node.namespace, node.tokens, Reuse()) is not None:
-                    del self._entries[node.id]  # a longer exact node begins with it
-                    continue
-                entry.owner, entry.until, entry.tries = owner, now + LOOK_SECONDS, entry.tries + 1
-                self._metrics.add("looks")
-                return Look(node.id, node.stamp, node.namespace, node.token_bytes)
-            return None
+            found = self._worth_most(now, namespaces, working=working)
+            if scores and (found is None or self._since_control >= _BEFORE_CONTROL):
+                control = self._control(now, namespaces)
+                if control is not None:
+                    self._since_control = 0
+                    self._metrics.add("looks_control")
+                    return self._give(owner, now, control, self._controls[control.id])
+            if found is None:
+                return None
+            self._since_control += 1
+            self._metrics.add("looks")
+            return self._give(owner, now, found, self._entries[found.id])
+
+    def _worth_most(self, now: float, namespaces: Collection[str], *, working: bool) -> Node | None:
+        ranked = sorted(self._ranked(now), key=lambda found: -found[0])
+        for _, node in ranked:
+            entry = self._entries[node.id]
+            early = working and not entry.answer.begins and now - entry.since < _ANSWERED_S
+            if early or now < entry.until or node.namespace not in namespaces:
+                continue
+            if self._answers.base(node.namespace, node.tokens, Reuse()) is not None:
+                del self._entries[node.id]  # a longer exact node begins with it
+                continue
+            return node
+        return None
+
+    def _control(self, now: float, namespaces: Collection[str]) -> Node | None:
+        """The oldest control that nobody has; those that are gone or too old are forgotten."""
+        for name, entry in list(self._controls.items()):
+            node = self._nodes.tree.get(name)
+            if node is None or now - entry.since > _LATE_S:
+                del self._controls[name]
+            elif now >= entry.until and node.namespace in namespaces:
+                return node
+        return None
+
+    def _give(self, owner: str, now: float, node: Node, entry: _Entry) -> Look:
+        entry.owner, entry.until, entry.tries = owner, now + LOOK_SECONDS, entry.tries + 1
+        score = self._scoring.give(owner, now, entry.until, node, entry.answer)
+        begins = entry.answer.begins
+        return Look(
+            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact
+        )
 
     def _ranked(self, now: float) -> list[tuple[float, Node]]:
         """Nodes that are worth it, with their expected uses; the others are forgotten."""
@@ -142,32 +207,57 @@ class SecondLooks:
         leaves = sum(tree.user_count(_last_block(one)) == 1 for one in found if one is not None)
         return leaves - 1.0  # one of them is this conversation, which has gone on
 
-    def ended(self, owner: str, node: str, stamp: int, end: End) -> None:
+    def ended(
+        self, owner: str, node: str, stamp: int, end: End, regrets: tuple[float, ...] = ()
+    ) -> None:
         """An engine has ended a look. One that is not its own any more is ignored.
 
-        `computed`: the exact node is on its way. `dropped`: somebody else may take it.
+        `computed`: the exact node is on its way. `dropped`: somebody else may take it. `regrets`:
+        how good the answer was.
         """
         with self._nodes.lock:
-            entry = self._entries.get(node)
+            given = self._scoring.take(owner, node, stamp)
             if end != "computed":
                 self._metrics.add(f"looks_{end}")
-            if entry is None or entry.owner != owner or not self._same(node, stamp):
-                return
-            if end == "declined":
-                del self._entries[node]
-            elif end == "dropped":
-                entry.owner, entry.until, entry.tries = "", 0.0, entry.tries - 1
+            self._requeue(owner, node, stamp, end)
+        if given is not None and regrets:
+            self._scoring.scored(given, regrets)
+
+    def _requeue(self, owner: str, node: str, stamp: int, end: End) -> None:
+        """What becomes of a node whose look has ended. Hold the lock."""
+        queue = self._controls if node in self._controls else self._entries
+        entry = queue.get(node)
+        if entry is None or entry.owner != owner or not self._same(node, stamp):
+            return
+        if end == "declined" or (end == "computed" and queue is self._controls):
+            del queue[node]
+        elif end == "dropped":
+            entry.owner, entry.until, entry.tries = "", 0.0, entry.tries - 1
 
     def _same(self, node: str, stamp: int) -> bool:
         here = self._nodes.tree.get(node)
         return here is not None and here.stamp == stamp
 
+    def forget(self, namespace: str) -> None:
+        """A namespace was purged: nothing is remembered of its looks, nor heard of those that
+        engines have."""
+        with self._nodes.lock:
+            self._scoring.forget(namespace)
+
     def reap(self, dead_owners: Collection[str]) -> None:
         """What engines had that are gone may be given to others."""
         with self._nodes.lock:
-            for entry in self._entries.values():
+            self._scoring.reap(dead_owners)
+            for entry in (*self._entries.values(), *self._controls.values()):
                 if entry.owner in dead_owners:
                     entry.owner, entry.until = "", 0.0
+
+
+def _queue(entries: dict[str, _Entry], node: str, entry: _Entry, most: int) -> None:
+    """Put a node into a queue; the oldest goes where there are too many."""
+    entries[node] = entry
+    if len(entries) > most:
+        del entries[next(iter(entries))]
 
 
 def _last_block(node: Node) -> str:

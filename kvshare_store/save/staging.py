@@ -71,6 +71,10 @@ class Save(msgspec.Struct, frozen=True):
     """The node that an answer's prompt rows are taken from."""
     sources: tuple[bytes, ...] = ()
     """Who has sent the prompt, hashed."""
+    greedy: bool = False
+    """Of an answer: the request asked for the likeliest token at each step."""
+    request: str = ""
+    """The engine's name of the request."""
 
 
 class RowSource(Protocol):

@@ -176,7 +176,8 @@ def test_an_answer_over_the_socket(engine: ClientDriver) -> None:
     engine.save(told)
     whole = [*told, *answer]
     raw = np.asarray(whole, np.int32).tobytes()
-    staged = engine.client.stage_bytes(raw, NAMESPACE, Reuse(), 40)
+    named = "engines may choose such names: " * 20
+    staged = engine.client.stage_bytes(raw, NAMESPACE, Reuse(), 40, request=named)
     assert positions_of(staged.fresh) == list(range(40, 50))
     rows = engine.book.computed(whole, 50, "")
     engine.book.write(whole, rows, range(40, 50), 50)

@@ -192,6 +192,8 @@ class Bench:
         self._ids = itertools.count()
         self.answers: dict[str, Any] = {}
         """The last output of each finished request."""
+        self.probable: Any = None
+        """What the runner says of whoever asks for `prompt_logprobs`."""
 
     @property
     def planning(self) -> Planning:
@@ -257,7 +259,11 @@ class Bench:
                 req_id_to_index={name: index for index, name in enumerate(names)},
                 sampled_token_ids=sampled,
                 logprobs=None,
-                prompt_logprobs_dict={},
+                prompt_logprobs_dict={
+                    new.req_id: self.probable
+                    for new in output.scheduled_new_reqs
+                    if new.sampling_params.prompt_logprobs is not None
+                },
                 pooler_output=None,
                 kv_connector_output=KVConnectorOutput(
                     finished_recving=loaded or None, invalid_block_ids=invalid or set()

@@ -38,7 +38,12 @@ LINE = [11111, 22222, 33333, 44444, 12345, 23456, 34567, 45678]
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return kept_engine(
         tmp_path_factory,
-        kvshare={"policy": "aggressive", "second_look": "idle", "second_look_tokens": CHUNK},
+        kvshare={
+            "policy": "aggressive",
+            "second_look": "idle",
+            "second_look_tokens": CHUNK,
+            "second_look_control": 0.0,
+        },
         enable_prefix_caching=True,
         disable_log_stats=False,
     )
@@ -106,7 +111,8 @@ def test_an_edited_prompt_and_its_answer_become_exact_while_the_engine_is_idle(
     found = nodes(engine)[len(talk.told)]
     assert (found["generation"], found["exact_rows"]) == (0, len(talk.told))
     steps = [step.tokens for step in engine.steps[talk.served :]]
-    assert sum(steps) == len(talk.told) - HEAD - len(LINE), "from the exact prefix on"
+    scored = ANSWER  # the stored tokens of the answer, and the one before them, once more
+    assert sum(steps) == len(talk.told) - HEAD - len(LINE) + scored, "from the exact prefix on"
     assert max(steps) <= CHUNK
     stats = engine.stats()
     assert stats["settled"] >= 1
@@ -251,7 +257,12 @@ def test_an_engine_in_a_process_of_its_own_settles_by_itself_and_ends(
     from vllm import LLM, SamplingParams
 
     home, wanted = tmp_path / "home", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    kvshare = {"policy": "aggressive", "second_look": "idle", "second_look_tokens": 1}
+    kvshare = {
+        "policy": "aggressive",
+        "second_look": "idle",
+        "second_look_tokens": 1,
+        "second_look_control": 0.0,
+    }
     llm = LLM(**arguments(home, kvshare, ahead=True, enable_prefix_caching=True))
     client = Client(home, timeout=PATIENCE_S)
 

@@ -14,6 +14,7 @@ import pytest
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
+from kvshare_store.quality.score import Score
 from kvshare_store.store import Store
 from tests.machines.test_upkeep import ASKED_ONLY, PROMPT
 from tests.support.neighbours import (
@@ -52,8 +53,14 @@ def test_copies_on_other_machines_are_wiped(machine: Machine) -> None:
     assert plan.exact == 39
     row = bytes(one.book.computed(PROMPT, 40, "")[0, 0, 0].tobytes())
     until(lambda: row in copies(other))
+    score = Score(
+        namespace=NAMESPACE.digest, traffic="", policy="faithful", regrets=(0.5,), greedy=True,
+        control=False,
+    )  # fmt: skip
+    other.store.verdicts.scored(score, ["node"], "request")
     assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
     until(lambda: row not in copies(other))
+    until(lambda: other.store.verdicts.of_node("node") is None)
     until(lambda: other.store.namespace(NAMESPACE.digest) is None)
 
 

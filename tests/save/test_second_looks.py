@@ -36,7 +36,7 @@ def clock() -> Clock:
 @pytest.fixture
 def engine(driver: Open, clock: Clock) -> Driver:
     """A store whose queue has a clock of its own."""
-    opened = driver()
+    opened = driver(second_look_control=0.0)
     queue(opened).clock = clock
     return opened
 

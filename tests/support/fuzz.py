@@ -51,7 +51,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.EngineCached(32),
     protocol.Working(True),
     protocol.NextLook(("ab",)),
-    protocol.Looked("ab", 7, "dropped"),
+    protocol.Looked("ab", 7, "dropped", (0.5,)),
     protocol.Observe(512, 0.25),
     protocol.Failed("timeout"),
     protocol.Stats(),

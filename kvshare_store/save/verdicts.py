@@ -1,0 +1,181 @@
+"""Verdicts: what second looks have said of answers. In memory only, without any text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kvshare_store.config import policy_names
+from kvshare_store.metrics import OTHERS
+from kvshare_store.quality.score import Score
+
+CONTROL = "control"
+"""What answers that were served in full count as, beside the policies of the others."""
+_KEPT = 1000
+"""Verdicts on nodes, and on requests; the log has as many requests."""
+_FLOORS = 256
+"""Namespaces whose floor is known."""
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What full compute says of the first tokens of an answer; nats for each token."""
+
+    scored: int = 0
+    """Tokens; 0: the prompt was settled, and its answer was not scored."""
+    at: float = 0.0
+    """When, Unix seconds."""
+    control: bool = False
+    """It was served in full."""
+    policy: str = ""
+    traffic: str = ""
+    """The class of its request."""
+    greedy: bool = False
+    regret: float = 0.0
+    """The mean."""
+    worst: float = 0.0
+    diverged: int | None = None
+    """The first token that is not the model's best, of a greedy request."""
+    floor: float | None = None
+    """The mean regret of the controls of the namespace, of greedy ones if this is one; None: there
+    is none yet."""
+    floor_answers: int = 0
+    settled: float | None = None
+    """When the exact rows took the place of the edited ones, Unix seconds."""
+
+
+class _Scored(NamedTuple):
+    score: Score
+    at: float
+
+
+class Sum(msgspec.Struct):
+    """Of scores."""
+
+    answers: int = 0
+    diverged: int = 0
+    """Of greedy ones: others cannot."""
+    tokens: int = 0
+    regret: float = 0.0
+    """Of all these tokens together, nats."""
+
+    def add(self, score: Score) -> None:
+        """One more."""
+        self.answers += 1
+        self.diverged += score.diverged is not None
+        self.tokens += len(score.regrets)
+        self.regret += sum(score.regrets)
+
+
+class Verdicts:
+    """Those of one store. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_nodes: OrderedDict[str, _Scored] = OrderedDict()
+        self._of_requests: OrderedDict[str, _Scored] = OrderedDict()
+        self._settled: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        """By exact node, the namespace, and when it took the place of its edited twin."""
+        self._sums: dict[str, dict[str, Sum]] = {}
+        """By policy, or `CONTROL`, and how tokens were chosen, since the store was opened."""
+        self._floors: OrderedDict[str, dict[str, Sum]] = OrderedDict()
+        """Of the controls of a namespace, by how tokens were chosen."""
+
+    # --- what is said ------------------------------------------------------------------------
+
+    def scored(self, score: Score, nodes: Iterable[str], request: str) -> None:
+        """The answer of a request was scored: it is part of these nodes."""
+        scored = _Scored(score, time.time())
+        kind = CONTROL if score.control else score.policy
+        with self._lock:
+            for node in nodes:
+                _keep(self._of_nodes, node, scored)
+            if request:
+                _keep(self._of_requests, request, scored)
+            known = kind if kind in (CONTROL, *policy_names()) else OTHERS
+            _add(self._sums.setdefault(known, {}), score)
+            if score.control:
+                _add(self._floors.setdefault(score.namespace, {}), score)
+                self._floors.move_to_end(score.namespace)
+                if len(self._floors) > _FLOORS:
+                    self._floors.popitem(last=False)
+
+    def settled(self, exact: str, namespace: str) -> None:
+        """This node has taken the place of its edited twin."""
+        with self._lock:
+            _keep(self._settled, exact, (namespace, time.time()))
+
+    def forget(self, namespace: str) -> None:
+        """A namespace was purged."""
+        with self._lock:
+            for kept in (self._of_nodes, self._of_requests):
+                for name in [n for n, v in kept.items() if v.score.namespace == namespace]:
+                    del kept[name]
+            for name in [n for n, (space, _) in self._settled.items() if space == namespace]:
+                del self._settled[name]
+            self._floors.pop(namespace, None)
+
+    # --- what is asked -----------------------------------------------------------------------
+
+    def of_node(self, node: str) -> dict[str, Any] | None:
+        """The `Verdict` on the answer in a node, in plain types; None if nothing is known."""
+        with self._lock:
+            found, settled = self._of_nodes.get(node), self._settled.get(node)
+            if found is None and settled is None:
+                return None
+            return self._plain(found, settled[1] if settled is not None else None)
+
+    def of_request(self, request: str, namespace: str) -> dict[str, Any] | None:
+        """As `of_node`, of the answer to a request. `namespace`: the beginning of its digest."""
+        with self._lock:
+            found = self._of_requests.get(request)
+            if found is None or not found.score.namespace.startswith(namespace):
+                return None
+            return self._plain(found)
+
+    def report(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Sums of the scores by policy, those of controls as `CONTROL`, and by how the tokens were
+        chosen, `greedy` or `sampled`."""
+        with self._lock:
+            return {kind: msgspec.to_builtins(sums) for kind, sums in self._sums.items()}
+
+    def _plain(self, found: _Scored | None, settled: float | None = None) -> dict[str, Any]:
+        verdict = Verdict(settled=settled)
+        if found is not None:
+            score = found.score
+            floor = self._floors.get(score.namespace, {}).get(_chosen(score))
+            verdict = Verdict(
+                scored=len(score.regrets),
+                at=found.at,
+                control=score.control,
+                policy=score.policy,
+                traffic=score.traffic,
+                greedy=score.greedy,
+                regret=score.regret,
+                worst=max(score.regrets, default=0.0),
+                diverged=score.diverged,
+                floor=floor.regret / floor.tokens if floor is not None else None,
+                floor_answers=floor.answers if floor is not None else 0,
+                settled=settled,
+            )
+        plain: dict[str, Any] = msgspec.to_builtins(verdict)
+        return plain
+
+
+def _chosen(score: Score) -> str:
+    return "greedy" if score.greedy else "sampled"
+
+
+def _add(sums: dict[str, Sum], score: Score) -> None:
+    sums.setdefault(_chosen(score), Sum()).add(score)
+
+
+def _keep(kept: OrderedDict[str, Any], name: str, value: Any) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)

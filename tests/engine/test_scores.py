@@ -1,0 +1,166 @@
+"""Scores in a real engine: how far served answers are from those of full compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvshare_connectors.vllm.looks as looks_module
+import pytest
+import torch
+
+from kvshare_store.daemon import protocol
+from tests.engine.harness import BLOCK, Engine, kept_engine
+from tests.engine.test_second_look import ANSWER, CHUNK, HEAD, LINE, REST, Fresh, rest, settle
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+NOISE = 1e-3
+"""Nats between two computations of the same in float32."""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return kept_engine(
+        tmp_path_factory,
+        kvshare={
+            "policy": "aggressive",
+            "second_look": "idle",
+            "second_look_tokens": CHUNK,
+            "second_look_control": 1.0,
+        },
+        enable_prefix_caching=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def clean(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks_module, "_PAUSES_S", (0.02, 0.1))
+    rest(engine)
+    engine.clear()
+    rest(engine)
+
+
+def edited(engine: Engine, fresh: Fresh, **sampling: Any) -> tuple[list[int], list[int]]:
+    """A prompt that was served with edited rows, and what is stored of its answer."""
+    head, tail = fresh(HEAD), fresh(REST)
+    engine.store([*head, *fresh(8), *tail], max_tokens=1)
+    engine.forget()
+    prompt = [*head, *LINE, *tail]
+    answer = engine.ask(prompt, max_tokens=ANSWER, **sampling)
+    assert answer.said["edited"] > 4 * BLOCK
+    engine.settle()
+    return prompt, answer.tokens[:-1]
+
+
+def in_full(engine: Engine, prompt: list[int], answer: list[int]) -> list[float]:
+    """The regret of each token of an answer, as vLLM itself reports it for a prompt."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    text: Any = {"prompt_token_ids": [*prompt, *answer]}
+    (said,) = engine.llm.generate(text, wanted, use_tqdm=False)
+    regrets = []
+    for token, found in zip(answer, said.prompt_logprobs[len(prompt) :], strict=True):
+        regrets.append(max(one.logprob for one in found.values()) - found[token].logprob)
+    return regrets
+
+
+def verdict(engine: Engine, tokens: list[int]) -> dict[str, Any]:
+    """What `kvshare show` says of the node with these tokens."""
+    engine.settle()
+    (node,) = [n for n in engine.client.call(protocol.ListNodes()) if n["tokens"] == len(tokens)]
+    found: dict[str, Any] = engine.client.call(protocol.ShowNode(node["id"]))
+    assert found["verdict"] is not None
+    return found["verdict"]
+
+
+def spoil(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on rows that are loaded at other positions than they were computed for, or behind
+    them, are noise."""
+    worker = engine.worker
+    load = worker.load_one
+
+    def noisy(spec: Any) -> int:
+        nbytes = load(spec)
+        at = torch.arange(HEAD, spec.plan.stop)
+        slots = torch.tensor(spec.block_ids)[at // BLOCK] * BLOCK + at % BLOCK
+        worker.cache.write(torch.randn(worker.cache.layout.shape(len(at))) * 3, slots)
+        return int(nbytes)
+
+    monkeypatch.setattr(worker, "load_one", noisy)
+
+
+def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
+    engine: Engine, fresh: Fresh
+) -> None:
+    prompt, answer = edited(engine, fresh)
+    settle(engine)
+    found = verdict(engine, [*prompt, *answer])
+    regrets = in_full(engine, prompt, answer)
+    assert found["scored"] == len(answer) == ANSWER - 1
+    assert found["regret"] == pytest.approx(sum(regrets) / len(regrets), abs=NOISE)
+    assert found["worst"] == pytest.approx(max(regrets), abs=NOISE)
+    assert (found["control"], found["greedy"], found["policy"]) == (False, True, "aggressive")
+    first = next((at for at, regret in enumerate(regrets) if regret > NOISE), None)
+    assert found["diverged"] == first
+    assert found["settled"]
+
+
+def test_an_answer_that_was_spoiled_has_a_large_regret(
+    engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        spoil(engine, patch)
+        prompt, answer = edited(engine, fresh)
+    settle(engine)
+    found = verdict(engine, [*prompt, *answer])
+    assert found["regret"] > 1
+    assert found["diverged"] is not None
+    regrets = in_full(engine, prompt, answer)
+    assert found["regret"] == pytest.approx(sum(regrets) / len(regrets), abs=NOISE)
+
+
+def test_a_control_is_computed_anew_and_has_no_regret(engine: Engine, fresh: Fresh) -> None:
+    prompt = fresh(4 * BLOCK)
+    answer = engine.store(prompt, max_tokens=ANSWER)
+    before = len(engine.steps)
+    settle(engine)
+    computed = sum(step.tokens for step in engine.steps[before:])
+    rows = len(prompt) + ANSWER - 1
+    assert computed == rows + ANSWER, "all of it, and what is scored"
+    found = verdict(engine, [*prompt, *answer.tokens[:-1]])
+    assert (found["control"], found["scored"]) == (True, ANSWER - 1)
+    assert found["worst"] < NOISE
+    assert found["diverged"] is None
+    assert found["floor"] == pytest.approx(0, abs=NOISE)
+    assert engine.stats()["scores"]["control"]["greedy"]["answers"] >= 1
+
+
+def test_what_was_not_greedy_is_scored_but_cannot_diverge(engine: Engine, fresh: Fresh) -> None:
+    prompt, answer = edited(engine, fresh, temperature=1.0, seed=3)
+    settle(engine)
+    found = verdict(engine, [*prompt, *answer])
+    assert (found["greedy"], found["diverged"]) == (False, None)
+    assert found["scored"] == ANSWER - 1
+
+
+def test_the_log_has_the_verdict_of_a_request(engine: Engine, fresh: Fresh) -> None:
+    prompt, _ = edited(engine, fresh)
+    settle(engine)
+    logged = engine.client.call(protocol.ListRequests())
+    (entry,) = [one for one in logged if one["tokens"] == len(prompt) and one["edited"]][:1]
+    assert entry["verdict"]["scored"] == ANSWER - 1
+
+
+def test_rows_that_the_score_computed_again_are_right(engine: Engine, fresh: Fresh) -> None:
+    """They are written twice in one step, and are served afterwards."""
+    prompt, answer = edited(engine, fresh)
+    settle(engine)
+    following = [*prompt, *answer, *fresh(8)]
+    full = engine.ask(following, policy="off", skip_reading_prefix_cache=True)
+    rest(engine)
+    for policy in ("off", None):  # vLLM's own blocks of the look, then the store's
+        served = engine.ask(following, policy=policy)
+        assert served.agrees(full)
+        rest(engine)
+        engine.forget()
