@@ -105,15 +105,17 @@ class Store:
         policy: str | None = None,
         owner: str = "",
         deadline_ms: float | None = None,
+        pools: Sequence[str] = (),
     ) -> ReusePlan:
         """Which stored rows can serve this prompt, and what is left to compute.
 
         The plan's blocks are leased until `finish`. A plan without use says why in `declined`.
-        `policy` may only be stricter than the configured one. `ConfigError`/`PlanError` for input
-        that makes no sense; nothing else is raised.
+        `policy` may only be stricter than the configured one. `pools`: names of pools whose rows it
+        may use too. `ConfigError`/`PlanError` for input that makes no sense; nothing else is
+        raised.
         """
         return self.plan_soon(
-            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms
+            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms, pools=pools
         ).result()
 
     def plan_soon(
@@ -127,6 +129,7 @@ class Store:
         request: str = "",
         far: bool = False,
         look: bool = False,
+        pools: Sequence[str] = (),
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
@@ -137,9 +140,8 @@ class Store:
         machine, so loading is weighed at the rate measured there. `look`: for a second look, which
         is neither counted as a request nor logged.
         """
-        return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request, far=far, look=look
-        )
+        asked = as_tokens(tokens), namespace, policy, owner, deadline_ms, request
+        return self._serving.plan_soon(*asked, far=far, look=look, pools=tuple(pools))
 
     def explain(
         self,
@@ -315,8 +317,9 @@ class Store:
     ) -> str | None:
         """Stage and commit a prompt from a buffer. None if it is stored already, or as `commit`.
 
-        `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill, ascending,
-        canonical order. `NamespaceError` if their number does not fit.
+        `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill with rows of
+        the namespace itself (`ReusePlan.own`), ascending, canonical order. `NamespaceError` if
+        their number does not fit.
         """
         staged = self.stage(tokens, namespace, reuse_of(plan) if plan is not None else None)
         if staged.known:
@@ -358,16 +361,18 @@ class Store:
         return self.janitor.collect(dry_run=dry_run)
 
     def purge(
-        self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
-        dry_run: bool = False, given_up: Callable[[], bool] = lambda: False,
+        self, namespace: str = "", *, tenant: str | None = None, pool: str = "",
+        patience: float = 0.0, dry_run: bool = False,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Purged]:  # fmt: skip
-        """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's.
+        """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's
+        or a pool's.
 
         Waits up to `patience` seconds for leases and saves to end, for each of them, and no
         longer than until `given_up`; `Purged` says what remains. `NamespaceError` if there is no
         such namespace.
         """
-        found = matching(self.nodes, namespace, tenant)
+        found = matching(self.nodes, namespace, tenant, pool)
         parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]

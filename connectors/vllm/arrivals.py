@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 class Arrivals:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, adapters: Adapters, tenants: Tenants) -> None:
+    def __init__(
+        self, config: StoreConfig, adapters: Adapters, tenants: Tenants, pool: str = ""
+    ) -> None:
+        """`pool`: the one that this engine fills; empty in every engine that serves requests."""
         self._config = config
+        self._pool = publishing
+        self._pools = config.pool_names
         self._adapters = adapters
         self._tenants = tenants
         self._warnings = Warnings()
@@ -36,13 +41,18 @@ class Arrivals:
         adapter = self._adapters.of(request.lora_request)
         tenant = self._tenants.of(request.cache_salt or "")
         namespace = engine.for_tenant(tenant or "", adapter.identity)
+        if self._pool:
+            namespace = namespace.in_pool(self._pool)
         declined = unserved or _decline_reason(request, wish, policy) or adapter.declined
         if tenant is None:
             declined = declined or UNPROVEN
         if not protocol.lookup_fits(namespace, request.num_prompt_tokens):
             declined = declined or "too_long"
         looked_up = bool(declined)
-        state = RequestState(request, namespace, wish, policy, declined, looked_up=looked_up)
+        pools = self._pools if wish.pools else ()
+        state = RequestState(
+            request, namespace, wish, policy, declined, pools=pools, looked_up=looked_up
+        )
         self._warnings.consider(state)
         return state
 

@@ -43,7 +43,9 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self.link.ask(tokens, state.namespace, policy, state.id, look=state.look)
+        state.asked = self.link.ask(
+            tokens, state.namespace, policy, state.id, look=state.look, pools=state.pools
+        )
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"

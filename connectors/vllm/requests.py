@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 POLICY = "kvshare.policy"
+POOLS = "kvshare.pools"
 ANSWERED = frozenset(
     PREFIX + name
     for name in (
@@ -26,7 +27,8 @@ ANSWERED = frozenset(
         "recomputed", "reused", "unknown",
     )
 )  # fmt: skip
-"""Fields of an answer. Proxies may send them back with a request: only the policy is read."""
+"""Fields of an answer. Proxies may send them back with a request: only the policy is read, and
+beside them `kvshare.pools`."""
 
 
 class Wish(NamedTuple):
@@ -34,7 +36,9 @@ class Wish(NamedTuple):
 
     policy: str | None = None
     unknown: tuple[str, ...] = ()
-    """Parameters with the prefix `kvshare.` that do not exist."""
+    """Parameters with the prefix `kvshare.` that do not exist, or whose value makes no sense."""
+    pools: bool = True
+    """Whether rows of pools may be used. Of which pools, a request cannot say."""
 
 
 class Reserved(NamedTuple):
@@ -87,6 +91,8 @@ class RequestState:
     """The policy for it: the configured one, or a stricter one that it asked for."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
+    pools: tuple[str, ...] = ()
+    """Whose rows its plan may use beside its namespace's."""
     reason: str = ""
     """Why nothing is reused, as far as that is known."""
     asked: bytes | None = None
@@ -205,6 +211,10 @@ class RequestState:
         others = [span for span in (*found, *loaded) if not span.exact]
         return reuse_of(self.stored, [*exact, *others])
 
+    def own(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Those of `reuse` whose rows are stored in its namespace already: none from pools."""
+        return spans if self.stored is None else self.stored.own(spans)
+
     def hide_hashes(self, keys: list[tuple[int, bytes]]) -> None:
         """Publish and find its blocks under private hashes.
 
@@ -242,7 +252,7 @@ def wish_of(request: Request) -> Wish:
     params: Any = request.kv_transfer_params
     if not isinstance(params, dict):
         return Wish()
-    ours = [name for name in params if isinstance(name, str) and name.startswith(PREFIX)]
-    asked = params.get(POLICY)
-    unknown = tuple(sorted(set(ours) - ANSWERED))
-    return Wish(None if asked is None else str(asked), unknown)
+    ours = {name for name in params if isinstance(name, str) and name.startswith(PREFIX)}
+    asked, pools = params.get(POLICY), params.get(POOLS, True)
+    unknown = ours - ANSWERED - ({POOLS} if isinstance(pools, bool) else set())
+    return Wish(None if asked is None else str(asked), tuple(sorted(unknown)), pools is True)

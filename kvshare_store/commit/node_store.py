@@ -96,6 +96,20 @@ class NodeStore:
                 return None
             return list(self.state.replace(node, changed).unused)
 
+    def used(self, node: Node) -> None:
+        """A node was used just now; that is not noted of a pool's, where nothing changes by what
+        tenants do. Hold the lock."""
+        if not self.pooled(node):
+            self.tree.touch(node.id)
+
+    def pooled(self, node: Node) -> bool:
+        """Whether a node is of a pool."""
+        return self._is_pool(node.namespace)
+
+    def _is_pool(self, namespace: str) -> bool:
+        known = self.namespaces.get(namespace)
+        return known is not None and bool(known.pool)
+
     def reserve(self, nbytes: int) -> int:
         """See `BufferPool.reserve`. Where no tier is below, the nodes of blocks that had to go are
         removed."""
@@ -190,6 +204,8 @@ class NodeStore:
         return gone
 
     def _over_quota(self, namespace: str) -> bool:
+        if self._is_pool(namespace):
+            return False  # quotas bound tenants
         nbytes, count = self._config.namespace_bytes, self._config.namespace_nodes
         too_large = 0 < nbytes < self.tree.bytes_of(namespace)
         return too_large or 0 < count < self.tree.count_of(namespace)

@@ -14,15 +14,18 @@ def has_nodes(store: Store, ids: Sequence[str], *, use: bool = True) -> list[boo
     tree = store.tree
     with store.nodes.lock:
         store.nodes.remove_lost()
-        for node_id in ids if use else ():
-            tree.touch(node_id)
+        for node in map(tree.get, ids if use else ()):
+            if node is not None:
+                store.nodes.used(node)
         return [node_id in tree for node_id in ids]
 
 
-def forget(store: Store, ids: Sequence[str]) -> list[str]:
-    """Remove nodes; the ids of those that were here. Leased rows stay until their lease ends."""
+def forget(store: Store, ids: Sequence[str], *, pools: bool = False) -> list[str]:
+    """Remove nodes; the ids of those that were here. Leased rows stay until their lease ends.
+    `pools`: also those of pools, which others cannot remove."""
     with store.nodes.lock:
-        here = [node_id for node_id in dict.fromkeys(ids) if node_id in store.tree]
+        found = (store.tree.get(node_id) for node_id in dict.fromkeys(ids))
+        here = [n.id for n in found if n is not None and (pools or not store.nodes.pooled(n))]
         store.nodes.remove(here, whatever=True)
     return here
 

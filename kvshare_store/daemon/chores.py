@@ -42,6 +42,7 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
         return store.purge(
             message.namespace,
             tenant=message.tenant,
+            pool=message.pool,
             patience=message.patience,
             dry_run=message.dry_run,
             given_up=given_up,

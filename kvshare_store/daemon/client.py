@@ -49,9 +49,10 @@ class Client(Session):
         *,
         policy: str | None = None,
         timeout: float | None = None,
+        pools: Sequence[str] = (),
     ) -> ReusePlan:
         """As `Store.plan`."""
-        message = plan_request(as_tokens(tokens), namespace, policy)
+        message = plan_request(as_tokens(tokens), namespace, policy, pools=pools)
         return self._typed(message, ReusePlan, timeout)
 
     def finish(self, lease: str, outcome: Outcome) -> None:
@@ -164,7 +165,9 @@ def plan_request(
     request: str = "",
     *,
     look: bool = False,
+    pools: Sequence[str] = (),
 ) -> protocol.Plan:
     """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
     for a second look."""
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until, request[:LABEL_CHARS], look)
+    name = request[:LABEL_CHARS]
+    return protocol.Plan(namespace, tokens.tobytes(), policy, until, name, look, tuple(pools))

@@ -63,9 +63,10 @@ class Link:
         request: str = "",
         *,
         look: bool = False,
+        pools: tuple[str, ...] = (),
     ) -> bytes | None:
         """Send the lookup of a request, or of a second `look`; None while the daemon is given a
-        rest, and for one too long to send."""
+        rest, and for one too long to send. `pools`: whose rows it may use too."""
         resting = time.monotonic() < self.paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
@@ -75,7 +76,9 @@ class Link:
         try:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
-            question = plan_request(tokens, namespace, policy, until, request, look=look)
+            question = plan_request(
+                tokens, namespace, policy, until, request, look=look, pools=pools
+            )
             request_id = self.client.send(question)
         except OverloadError as error:
             self._failed(error.kind)

@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from kvshare_store.config import MOST_POOLS
 from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
-from kvshare_store.namespace import Namespace
+from kvshare_store.namespace import Namespace, PoolName
 from kvshare_store.plan import Count, Label, Outcome, Seconds
 from kvshare_store.save.second_looks import End
 from kvshare_store.save.staging import Reuse
 
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
+Pools = Annotated[tuple[PoolName, ...], msgspec.Meta(max_length=MOST_POOLS)]
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
@@ -62,6 +64,9 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     """The engine's name of the request, for the log."""
     look: bool = False
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
+    pools: Pools = ()
+    """Names of the pools whose rows the plan may have too: those for the model and adapter of
+    `namespace`. A daemon of the release before uses none."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):
@@ -343,7 +348,7 @@ class Collect(msgspec.Struct, frozen=True, tag="collect"):
 
 
 class Purge(msgspec.Struct, frozen=True, tag="purge"):
-    """Remove every byte of a namespace or of a tenant. Reply: list of `Purged`."""
+    """Remove every byte of a namespace, of a tenant or of a pool. Reply: list of `Purged`."""
 
     namespace: str = ""
     """The beginning of a digest."""
@@ -351,6 +356,8 @@ class Purge(msgspec.Struct, frozen=True, tag="purge"):
     patience: Patience = 0.0
     """Seconds to wait for leases and saves to end. The client waits too, or the purge is over."""
     dry_run: bool = False
+    pool: str = ""
+    """A daemon of the release before, which has none, finds nothing."""
 
 
 class CheckTree(msgspec.Struct, frozen=True, tag="check_tree"):

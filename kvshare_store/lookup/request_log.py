@@ -38,6 +38,8 @@ class Asked(NamedTuple):
     """Rows go to another machine."""
     look: bool = False
     """For a second look: nobody's request, so it is neither counted as one nor logged."""
+    pools: tuple[str, ...] = ()
+    """Whose rows it may use beside its namespace's."""
 
     def plan(self, declined: str = "") -> ReusePlan:
         """A plan without rows."""

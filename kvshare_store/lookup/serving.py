@@ -20,7 +20,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explainer, Explanation, Watched
-from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
@@ -92,6 +92,7 @@ class Serving:
         *,
         far: bool = False,
         look: bool = False,
+        pools: tuple[str, ...] = (),
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -104,6 +105,7 @@ class Serving:
             prompt_of(request, self.log.prompts),
             far,
             look,
+            pools,
         )
         if not look:
             self._metrics.add_all({"lookups": 1, "tokens_requested": lookup.tokens})
@@ -169,11 +171,9 @@ class Serving:
 
     def _planned(self, request: Tokens, lookup: Asked) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
-        return self._planner.plan(
+        planned = self._planner.plan(
             request,
-            Nominator(
-                self._nodes.tree, self._nodes.state.index(namespace.digest), self._nodes.lock
-            ),
+            self._nominator(lookup),
             policy,
             self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
@@ -181,6 +181,18 @@ class Serving:
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
         )
+        return _with_pools(planned) if lookup.pools else planned
+
+    def _nominator(self, lookup: Asked) -> Nominator:
+        own = self._donors_of(lookup.namespace)
+        if not lookup.pools:
+            return own
+        pools = map(lookup.namespace.in_pool, lookup.pools)
+        return WithPools(own, [self._donors_of(pool) for pool in pools])
+
+    def _donors_of(self, namespace: Namespace) -> Nominator:
+        nodes = self._nodes
+        return Nominator(nodes.tree, nodes.state.index(namespace.digest), nodes.lock)
 
     def _lease(
         self, planned: Planned, owner: str, deadline_ms: float | None
@@ -250,7 +262,7 @@ class Serving:
             opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
             for donor in planned.donors:
-                self._nodes.tree.touch(donor.id)
+                self._nodes.used(donor)
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
     def explain(
@@ -401,6 +413,15 @@ def _whole(bare: ReusePlan, node: Node) -> ReusePlan:
         donors=(node.id,),
         stamps=(node.stamp,),
     )
+
+
+def _with_pools(planned: Planned) -> Planned:
+    """The same plan, which says which of its blocks are those of pools."""
+    plan = planned.plan
+    others = (donor for donor in planned.donors if donor.namespace != plan.namespace)
+    theirs = {name for donor in others for name in donor.blocks}
+    pooled = tuple(at for at, block in enumerate(plan.blocks) if block.name in theirs)
+    return planned._replace(plan=msgspec.structs.replace(plan, pooled=pooled))
 
 
 def _as_edited(plan: ReusePlan) -> ReusePlan:

@@ -24,7 +24,7 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.rates import Rates
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
-from kvshare_store.save.provenance import Verified, check_provenance
+from kvshare_store.save.provenance import Verified, check_provenance, pools_of
 from kvshare_store.save.second_looks import SecondLooks
 from kvshare_store.save.staging import (
     Reuse,
@@ -35,6 +35,7 @@ from kvshare_store.save.staging import (
     check_reuse,
     new_staged,
     of_used_blocks,
+    without_blocks,
 )
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -82,7 +83,7 @@ class Saving:
         return self._kept(save) if save is not None else Staged(known=True)
 
     def _check_rate(self, namespace: Namespace) -> None:
-        if not self._rates.allow(namespace.digest):
+        if not namespace.pool and not self._rates.allow(namespace.digest):
             raise LimitError(
                 f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
                 f"({self._rates.per_second:g}) lets it; try again later"
@@ -106,18 +107,20 @@ class Saving:
             return None  # storing the prompt without its answer is better than storing neither
         elif base := self._answers.base(namespace.digest, request[:extends], reuse):
             reuse = rows_of(base, extends)
-            verified = check_provenance(reuse, request, namespace.digest, [base])
+            verified = check_provenance(reuse, request, [base], namespace)
         if verified is None:
             if not extends:
                 self._metrics.error(MissingBlockError.kind)
             return None
-        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+        kept = without_blocks(reuse, verified.pooled)
+        staged = new_staged(kept.spans, len(request), self._config.block_tokens)
         row_bytes = namespace.layout.row_bytes
         self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
         sizes = tuple(
-            verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
+            verified.sizes.get(name) or self._blocks.size_of(name) for name in kept.blocks
         )
-        return Save(namespace, request, reuse, sizes, verified.policy, staged, owner, extends, base)
+        told = verified.policy
+        return Save(namespace, request, reuse, kept, sizes, told, staged, owner, extends, base)
 
     def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
         quota = self._config.namespace_bytes
@@ -127,9 +130,10 @@ class Saving:
         """Check the claim against the donors; None if a donor is gone or has another form now."""
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
-        donors = [node for nodes in named for node in nodes]
+            donors = [node for nodes in named for node in nodes]
+            pools = pools_of(namespace, donors, self._nodes.namespaces)
         try:
-            return check_provenance(reuse, request, namespace.digest, donors)
+            return check_provenance(reuse, request, donors, namespace, pools)
         except PlanError:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
@@ -143,7 +147,7 @@ class Saving:
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, name = self._nodes.tree, id_of(save)
+        name = id_of(save)
         exact = self._answers.base(save.namespace.digest, save.tokens, Reuse())
         with self._nodes.lock:
             here = exact or self._answers.now(name)
@@ -151,7 +155,7 @@ class Saving:
             closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 if here is not None:
-                    tree.touch(here.id)
+                    self._nodes.used(here)
                 return Staged(known=True)
             self._saving.add(name)
             self._saves[save.staged.id] = save
@@ -240,12 +244,13 @@ class Saving:
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
             return self._answers.parent(save)
-        return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
+        found = map(self._answers.now, save.reuse.donors)
+        return next((node for node in found if not _is_of_pool(node, save)), None)
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Make the node visible. Runs under the lock: this is the last moment at which a shared
         block could be missing."""
-        for name in save.reuse.blocks:
+        for name in save.kept.blocks:
             if self._blocks.tier_of(name) is None:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
@@ -280,6 +285,10 @@ class _Filled(msgspec.Struct):
     offset: int
     name: str
     block: Block
+
+
+def _is_of_pool(node: Node | None, save: Save) -> bool:
+    return node is not None and node.namespace != save.namespace.digest
 
 
 def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:

@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _plan(self, tokens: tuple[int, ...], space: int, owner: str = "") -> Open | None:
         """Plan, check the answer as far as it is known, and load the rows."""
         namespace = self.namespaces[space]
-        plan = self.store.plan(tokens, namespace, owner=owner)
+        plan = self.store.plan(tokens, namespace, owner=owner, pools=self._pools(space))
         self.lookups += 1
         check_partition(plan)
         assert plan.tokens == len(tokens)
@@ -187,6 +187,10 @@ class StoreMachine(RuleBasedStateMachine):
         rows = gather(plan, self.row_layout, self._rows_of)
         self.books[namespace.digest].check(tokens, plan, rows)
         return Open(tokens, plan, rows, owner)
+
+    def _pools(self, space: int) -> tuple[str, ...]:
+        """The pools that plans in a namespace may use."""
+        return ()
 
     def _rows_of(self, ref: Any) -> memoryview:
         self.store.blocks.host.arena.check(ref)
@@ -241,7 +245,7 @@ class StoreMachine(RuleBasedStateMachine):
         exact = min(edited, default=len(tokens))
         self.salt += 1
         rows = rows_for(tokens, self.row_layout, exact=exact, salt=str(self.salt))
-        covered = set(positions_of(plan.spans))
+        covered = set(positions_of(plan.own(plan.spans)))
         fresh = [at for at in range(len(tokens)) if at not in covered]
         self.books[namespace.digest].write(tokens, rows, fresh, exact)
         self.books[namespace.digest].complete(tokens, plan, opened.rows, rows)
