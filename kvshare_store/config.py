@@ -117,7 +117,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How long a block of a shared remote stays condemned before it is removed, if no node uses it.
     The same on every machine, and longer than any machine is ever cut off from the catalogue."""
     pools: str = ""
-    """Pools whose rows this engine's requests may use, by name, separated by commas. Empty: none."""
+    """Names of the pools whose rows this engine's requests may use, separated by commas."""
     policy: PolicyName = "balanced"
     """Quality policy. A request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None

@@ -24,7 +24,7 @@ class Arrivals:
     ) -> None:
         """`pool`: the one that this engine fills; empty in every engine that serves requests."""
         self._config = config
-        self._pool = publishing
+        self._pool = pool
         self._pools = config.pool_names
         self._adapters = adapters
         self._tenants = tenants

@@ -121,6 +121,11 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         wanted = events is not None and events.enable_kv_cache_events
         return Announcer(self.config, block) if wanted else None
 
+    @property
+    def worker(self) -> Worker | IdleWorker | None:
+        """The worker side, once vLLM has made its KV cache."""
+        return self._worker
+
     # --- worker side ----------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:

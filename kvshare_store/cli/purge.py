@@ -1,4 +1,4 @@
-"""`kvshare purge`: remove every byte of a namespace or of a tenant."""
+"""`kvshare purge`: remove every byte of a namespace, of a tenant or of a pool."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ TenantOption = Annotated[
         "tenant_key is set, with the salt of this name.",
     ),
 ]
+PoolOption = Annotated[
+    str, typer.Option("--pool", metavar="NAME", help="Every namespace of this pool.")
+]
 WaitOption = Annotated[
     float, typer.Option("--wait", min=0, metavar="SECONDS", help="For leases and saves to end.")
 ]
@@ -35,26 +38,27 @@ def command(
     config: ConfigOption = None,
     namespace: NamespaceOption = "",
     tenant: TenantOption = None,
+    pool: PoolOption = "",
     wait: WaitOption = 60.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
 ) -> int:
-    """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
+    """Remove every byte of a namespace, a tenant or a pool: rows, tokens, vectors, old versions, and its key.
 
     Waits for leases to end. If something remains after that, it is listed and the exit code is 1.
     """
     from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415 - seconds, not for --help
 
-    if bool(namespace) == (tenant is not None):
-        raise ConfigError("name what to purge: --namespace DIGEST or --tenant NAME")
+    if bool(namespace) + bool(pool) + (tenant is not None) != 1:
+        raise ConfigError("name what to purge: --namespace DIGEST, --tenant NAME or --pool NAME")
     with answering(configured(home, config)) as ask:
-        found = ask(Purge(namespace, tenant, dry_run=True))
+        found = ask(Purge(namespace, tenant, dry_run=True, pool=pool))
         if dry_run:
             typer.echo(f"Would remove {counted(found)}.")
             return 0
         if not yes:
             typer.confirm(f"Remove {counted(found)} for good?", abort=True)
-        done = ask(Purge(namespace, tenant, patience=wait))
+        done = ask(Purge(namespace, tenant, patience=wait, pool=pool))
     for one in done:
         for what in one["remaining"]:
             typer.echo(f"{short(one['namespace'])}: {what}", err=True)
