@@ -63,6 +63,11 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The digest without tenant and adapter: engines with the same one have the same speed."""
         return self.for_tenant("").digest
 
+    @property
+    def owner(self) -> str:
+        """Whose it is, for people; empty if it is nobody's."""
+        return f"pool {self.pool}" if self.pool else f"tenant {self.tenant}" if self.tenant else ""
+
     def is_of(self, tenant: str | None) -> bool:
         """Whether it is this tenant's. The empty name is that of requests without a tenant, which
         have no pool either."""

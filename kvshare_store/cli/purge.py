@@ -43,7 +43,7 @@ def command(
     dry_run: DryRunOption = False,
     yes: YesOption = False,
 ) -> int:
-    """Remove every byte of a namespace, a tenant or a pool: rows, tokens, vectors, old versions, and its key.
+    """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
 
     Waits for leases to end. If something remains after that, it is listed and the exit code is 1.
     """

@@ -196,6 +196,8 @@ class ListNodes(msgspec.Struct, frozen=True, tag="list"):
     """Reply: list of node summaries, the most recently used first."""
 
     limit: int = 50
+    pool: str = ""
+    """Only those of this pool."""
 
 
 class Branch(msgspec.Struct, frozen=True, tag="branch"):

@@ -37,7 +37,7 @@ QUESTIONS = get_args(Question)
 def answer(store: Store, message: Question) -> Any:
     """The answer to one message, in plain types. Nothing changes."""
     if isinstance(message, protocol.ListNodes):
-        return list_nodes(store, message.limit)
+        return list_nodes(store, message.limit, message.pool)
     if isinstance(message, protocol.Branch):
         return branch(store, message)
     if isinstance(message, protocol.ShowNode):
@@ -180,7 +180,7 @@ def _namespace(store: Store, beginning: str) -> Namespace:
     if not known:
         raise NamespaceError("the store holds no prompt yet")
     names = ", ".join(
-        f"{one.digest[:12]} ({one.model}{f', tenant {one.tenant}' if one.tenant else ''})"
+        f"{one.digest[:12]} ({one.model}{f', {one.owner}' if one.owner else ''})"
         for one in known[:8]
     )
     raise NamespaceError(f"{len(known)} namespaces are here, name one with --namespace: {names}")

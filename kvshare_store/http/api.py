@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvshare_store.config import PolicyName
+from kvshare_store.config import PolicyName, StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import PlanError
 from kvshare_store.http import models
@@ -108,31 +109,35 @@ async def tenants(ask: Ask) -> Any:
 
 
 async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
-    """Tenants, the one with the most bytes first."""
+    """Tenants and pools, the one with the most bytes first."""
     held = await ask(protocol.Held(""))
-    spaces = [
-        {
-            "digest": one["digest"],
-            **{field: one["namespace"][field] for field in ("model", "tenant", "lora")},
-            "nodes": one["nodes"],
-            "bytes": one["nbytes"],
-            "quota": ask.config.namespace_bytes,
-            "nodes_quota": ask.config.namespace_nodes,
-        }
-        for one in held
-    ]
-    spaces.sort(key=lambda space: (space["tenant"], -space["bytes"]))
+    spaces = [_space(one, ask.config) for one in held]
+    spaces.sort(key=lambda space: (space["tenant"], space["pool"], -space["bytes"]))
     found = [
         {
             "tenant": tenant,
+            "pool": pool,
             "nodes": sum(space["nodes"] for space in mine),
             "bytes": sum(space["bytes"] for space in mine),
             "namespaces": mine,
         }
-        for tenant, group in groupby(spaces, key=lambda space: space["tenant"])
+        for (tenant, pool), group in groupby(spaces, key=itemgetter("tenant", "pool"))
         for mine in [list(group)]
     ]
     return sorted(found, key=lambda one: -one["bytes"])
+
+
+def _space(one: dict[str, Any], config: StoreConfig) -> dict[str, Any]:
+    pool = one["namespace"].get("pool", "")
+    return {
+        "digest": one["digest"],
+        **{field: one["namespace"][field] for field in ("model", "tenant", "lora")},
+        "pool": pool,
+        "nodes": one["nodes"],
+        "bytes": one["nbytes"],
+        "quota": 0 if pool else config.namespace_bytes,
+        "nodes_quota": 0 if pool else config.namespace_nodes,
+    }
 
 
 @router.get("/namespaces/{digest}/nodes", response_model=models.Nodes)

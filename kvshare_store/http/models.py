@@ -144,6 +144,7 @@ class Space(BaseModel):
     digest: str
     model: str
     tenant: str
+    pool: str
     lora: str
     nodes: int
     bytes: int
@@ -152,9 +153,10 @@ class Space(BaseModel):
 
 
 class Tenant(BaseModel):
-    """All namespaces of one tenant; the empty name is that of requests without a salt."""
+    """All namespaces of one tenant or pool; the empty name is that of requests without a salt."""
 
     tenant: str
+    pool: str
     nodes: int
     bytes: int
     namespaces: list[Space]
@@ -167,6 +169,7 @@ class NodeSummary(BaseModel):
     namespace: str
     model: str
     tenant: str
+    pool: str
     tokens: int
     exact_rows: int
     generation: int
