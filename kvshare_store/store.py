@@ -151,16 +151,17 @@ class Store:
         policy: str | None = None,
         only: str = "",
         without: Collection[str] = (),
+        pools: Collection[str] = (),
     ) -> Explanation:
         """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
 
         `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
-        `without`: of those to leave out. `NodeError` if `only` is not here.
+        `without`: of those to leave out; `pools`: as in `plan`. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):
             raise NodeError(f"node {only[:12]} is not in the store")
-        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without)
+        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without, pools)
 
     @property
     def requests(self) -> RequestLog:

@@ -239,6 +239,8 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
     namespace: str = ""
     """The beginning of a digest; may be empty where a node says it, or there is only one."""
     policy: str | None = None
+    pools: Pools = ()
+    """As those of a plan; a logged request says its own."""
 
 
 class ListRequests(msgspec.Struct, frozen=True, tag="list_requests"):

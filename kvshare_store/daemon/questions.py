@@ -93,6 +93,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
         policy=message.policy,
         only=only.id if only is not None else "",
         without=without,
+        pools=message.pools if logged is None else logged.pools,
     )
     plain: dict[str, Any] = msgspec.to_builtins(found)
     plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])

@@ -87,6 +87,8 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     saving_ms: float = 0.0
     """What the plan was expected to save."""
     prompt: bytes = b""
+    pools: tuple[str, ...] = ()
+    """Whose rows it could use beside its namespace's."""
 
     @property
     def seconds(self) -> float:
@@ -193,6 +195,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
         "tokens": asked.tokens,
         "outcome": outcome,
         "prompt": asked.prompt,
+        "pools": asked.pools,
         **fields,
     }
 

@@ -19,7 +19,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
-from kvshare_store.lookup.explain import Explainer, Explanation, Watched
+from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
 from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
@@ -272,15 +272,22 @@ class Serving:
         policy: str | None,
         only: Node | None = None,
         without: Collection[str] = (),
+        pools: Collection[str] = (),
     ) -> Explanation:
         """See `Store.explain`."""
         chosen = stricter_policy(self._policy, policy)
         if policy is not None and chosen.name != policy:
             chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
         cost = self._costs.of(namespace.model_digest)
+        named: Named = {}
+        own, *others = (
+            Watched(self._nodes.state, space.digest, named, only, without)
+            for space in (namespace, *map(namespace.in_pool, pools))
+        )
         return Explainer(self._config, request, chosen, cost).explain(
             self._planner,
-            Watched(self._nodes.state, namespace.digest, only, without),
+            WithPools(own, others) if others else own,
+            named,
             self._blocks.tier_of,
             namespace.layout.row_bytes,
             delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),

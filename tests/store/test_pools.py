@@ -172,6 +172,17 @@ def test_use_of_a_pool_leaves_no_trace_in_it(rooms: Callable[..., Rooms]) -> Non
     ]
 
 
+def test_an_explanation_names_the_pools_nodes(rooms: Callable[..., Rooms]) -> None:
+    found = rooms()
+    (template,) = nodes_of(found.pool)
+    told = found.store.explain(request(2), found.ann.namespace, pools=HOUSE)
+    assert [(one.node, one.kept) for one in told.candidates] == [(template.id, 48)]
+    assert told.by_kind["exact"] == 48
+    assert found.store.explain(request(2), found.ann.namespace).declined == "empty_store"
+    found.ann.serve(request(2), pools=HOUSE)
+    assert found.store.requests.last(1)[0].pools == HOUSE
+
+
 # --- what a client may claim ----------------------------------------------------------------------
 
 
