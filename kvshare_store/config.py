@@ -178,6 +178,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Plans that one namespace may ask for in a second; the others are declined (0: no limit)."""
     saves_per_second: float = 0.0
     """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
+    tenant_limits: str = ""
+    """File of YAML: for single tenants, what the four settings above are for them."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only on request)."""
     start_daemon: bool = True

@@ -13,6 +13,7 @@ from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
+from kvshare_store.limits import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
@@ -76,9 +77,12 @@ class Store:
 
     def reload(self, config: StoreConfig) -> None:
         """Go on by the settings of `config` that may change while a store is open: its limits, the
-        deadlines and budgets of plans, and how many nodes are kept."""
+        deadlines and budgets of plans, and how many nodes are kept. `ConfigError`, and nothing has
+        changed, if the limits of single tenants cannot be read."""
+        limits = TenantLimits(config)
         self.config = config
-        for part in (self._serving, self.saving, self.nodes, self.janitor):
+        self.nodes.reload(config, limits)
+        for part in (self._serving, self.saving, self.janitor):
             part.reload(config)
 
     def drain(self) -> None:

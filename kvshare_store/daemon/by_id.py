@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from heapq import nsmallest
 
 from kvshare_store.daemon.protocol import Holding
+from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 
 
@@ -35,15 +36,22 @@ def held(store: Store, model: str) -> list[Holding]:
     with store.nodes.lock:
         known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
         return [
-            Holding(
-                digest,
-                namespace,
-                store.tree.bytes_of(digest),
-                store.nodes.state.count(digest),
-            )
+            _holding(store, digest, namespace)
             for digest, namespace in known
             if namespace is not None and namespace.model.startswith(model)
         ]
+
+
+def _holding(store: Store, digest: str, namespace: Namespace) -> Holding:
+    limits = store.nodes.limits.of(namespace)
+    return Holding(
+        digest,
+        namespace,
+        store.tree.bytes_of(digest),
+        store.nodes.state.count(digest),
+        limits.namespace_bytes,
+        limits.namespace_nodes,
+    )
 
 
 def nodes_of(store: Store, namespace: str, after: str, limit: int) -> list[tuple[str, bytes]]:

@@ -422,6 +422,9 @@ class Holding(msgspec.Struct, frozen=True):
     nbytes: int
     """Of rows, before any codec."""
     nodes: int = 0
+    most_bytes: int = 0
+    """What it may have; 0: no limit."""
+    most_nodes: int = 0
 
 
 class Reply(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvshare_store.config import PolicyName, StoreConfig
+from kvshare_store.config import PolicyName
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import PlanError
 from kvshare_store.http import models
@@ -111,7 +111,18 @@ async def tenants(ask: Ask) -> Any:
 async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
     """Tenants and pools, the one with the most bytes first."""
     held = await ask(protocol.Held(""))
-    spaces = [_space(one, ask.config) for one in held]
+    spaces = [
+        {
+            "digest": one["digest"],
+            **{field: one["namespace"][field] for field in ("model", "tenant", "lora")},
+            "pool": one["namespace"].get("pool", ""),
+            "nodes": one["nodes"],
+            "bytes": one["nbytes"],
+            "quota": one["most_bytes"],
+            "nodes_quota": one["most_nodes"],
+        }
+        for one in held
+    ]
     spaces.sort(key=lambda space: (space["tenant"], space["pool"], -space["bytes"]))
     found = [
         {
@@ -125,19 +136,6 @@ async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
         for mine in [list(group)]
     ]
     return sorted(found, key=lambda one: -one["bytes"])
-
-
-def _space(one: dict[str, Any], config: StoreConfig) -> dict[str, Any]:
-    pool = one["namespace"].get("pool", "")
-    return {
-        "digest": one["digest"],
-        **{field: one["namespace"][field] for field in ("model", "tenant", "lora")},
-        "pool": pool,
-        "nodes": one["nodes"],
-        "bytes": one["nbytes"],
-        "quota": 0 if pool else config.namespace_bytes,
-        "nodes_quota": 0 if pool else config.namespace_nodes,
-    }
 
 
 @router.get("/namespaces/{digest}/nodes", response_model=models.Nodes)

@@ -148,8 +148,8 @@ class Space(BaseModel):
     lora: str
     nodes: int
     bytes: int
-    quota: int = Field(description="Setting namespace_bytes; 0: no limit.")
-    nodes_quota: int = Field(description="Setting namespace_nodes; 0: no limit.")
+    quota: int = Field(description="Bytes that it may have; 0: no limit.")
+    nodes_quota: int = Field(description="Prompts that it may have; 0: no limit.")
 
 
 class Tenant(BaseModel):

@@ -69,7 +69,7 @@ class Serving:
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._turns = FairLock()
-        self._rates = Rates(config.plans_per_second)
+        self._rates = Rates()
         self.log = RequestLog(prompts=config.log_prompts)
         self.ending = False
         """No more plans are made."""
@@ -78,7 +78,6 @@ class Serving:
         """Go on by other settings; the policy stays."""
         self._config = config
         self._planner.reload(config)
-        self._rates.per_second = config.plans_per_second
         self.log.prompts = config.log_prompts
 
     def plan_soon(
@@ -148,7 +147,8 @@ class Serving:
             return "draining"
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             return "too_many_leases"
-        return "" if self._rates.allow(namespace.digest) else "too_many_plans"
+        rate = self._nodes.limits.of(namespace).plans_per_second
+        return "" if self._rates.allow(namespace.digest, rate) else "too_many_plans"
 
     def _costs_of(self, lookup: Asked) -> Costs:
         return self._far_costs if lookup.far else self._costs

@@ -53,7 +53,7 @@ class Saving:
         self._plans = plans
         self._metrics = metrics
         self._answers = Answers(nodes)
-        self._rates = Rates(config.saves_per_second)
+        self._rates = Rates()
         self.looks = SecondLooks(nodes, self._answers, metrics)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
@@ -62,7 +62,6 @@ class Saving:
     def reload(self, config: StoreConfig) -> None:
         """Go on by other settings."""
         self._config = config
-        self._rates.per_second = config.saves_per_second
 
     def stage(
         self, request: Tokens, namespace: Namespace, reuse: Reuse, owner: str, extends: int = 0
@@ -83,10 +82,11 @@ class Saving:
         return self._kept(save) if save is not None else Staged(known=True)
 
     def _check_rate(self, namespace: Namespace) -> None:
-        if not namespace.pool and not self._rates.allow(namespace.digest):
+        rate = self._nodes.limits.of(namespace).saves_per_second
+        if not self._rates.allow(namespace.digest, rate):
             raise LimitError(
                 f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
-                f"({self._rates.per_second:g}) lets it; try again later"
+                f"({rate:g}) lets it; try again later"
             )
 
     def _checked(
@@ -123,7 +123,7 @@ class Saving:
         return Save(namespace, request, reuse, kept, sizes, told, staged, owner, extends, base)
 
     def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
-        quota = self._config.namespace_bytes
+        quota = self._nodes.limits.of(namespace).namespace_bytes
         return not quota or rows * namespace.layout.row_bytes <= quota
 
     def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
