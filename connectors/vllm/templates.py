@@ -18,7 +18,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
-from kvshare_store.errors import ConfigError, PlanError, StorageError, UnsupportedError
+from kvshare_store.errors import ConfigError, StorageError, UnavailableError, UnsupportedError
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.simulate.traces import json_lines
 
@@ -69,14 +69,13 @@ def publish(
     progress("starting an engine")
     with _engine(pool, settings, arguments) as engine:
         templates = [engine.tokens(number, line) for number, line in lines]
-        known = [engine.holds(tokens) for tokens in templates]
+        stored = 0
         for at, tokens in enumerate(templates, 1):
             progress(f"template {at:,} of {len(templates):,}: {len(tokens):,} tokens")
-            engine.store(tokens)
+            stored += engine.store(tokens)
         engine.check(templates)
         removed = engine.keep_only(templates) if replace else 0
-        count = sum(known)
-        return Published(len(known) - count, count, removed, sum(map(len, templates)))
+        return Published(stored, len(templates) - stored, removed, sum(map(len, templates)))
 
 
 def _read(file: Path) -> list[tuple[int, Template]]:
@@ -170,15 +169,17 @@ class Filling:
         """Whether a prompt of the pool begins with the template."""
         return any(_begins(tokens, template) for tokens in self.nodes().values())
 
-    def store(self, template: Tokens) -> None:
-        """Compute a template and wait until it is stored, so that the next one can build on it."""
+    def store(self, template: Tokens) -> bool:
+        """Compute a template and wait until it is stored, so that the next one can build on it.
+        False for one that is here already."""
         if self.holds(template):
-            return
+            return False
         from vllm import SamplingParams  # noqa: PLC0415 - see `_engine`
 
         prompt = {"prompt_token_ids": template.tolist()}
         self._llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)  # type: ignore[list-item]
         self._worker.saver.wait()
+        return True
 
     def check(self, templates: Sequence[Tokens]) -> None:
         """`StorageError` unless all of the templates are here and durable."""
@@ -223,5 +224,5 @@ def _sides(llm: LLM) -> tuple[Planning, Worker]:
     if planning is None or loads is None or isinstance(loads, IdleWorker):
         raise UnsupportedError("KVShare does not serve this model; the log above says why")
     if not planning.link.client.greeted:
-        raise PlanError("no daemon answers, so nothing can be stored")
+        raise UnavailableError("no daemon answers, so nothing can be stored")
     return planning, loads
