@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import invariant, rule
 
 from kvshare_store.errors import NamespaceError
-from tests.support.machines import Open, StoreMachine, Which, examples, prompts
+from kvshare_store.plan import ReusePlan
+from tests.support.machines import StoreMachine, Which, examples, prompts
 from tests.support.oracle import RowBook
 
 POOL = 2
@@ -24,20 +25,17 @@ class PoolMachine(StoreMachine):
         self.namespaces.append(self.namespaces[0].in_pool("house"))
         self.books[self.namespaces[POOL].digest] = RowBook(self.row_layout, whole=True)
 
-    def _pools(self, space: int) -> tuple[str, ...]:
+    def pools(self, space: int) -> tuple[str, ...]:
         return ("house",) if space < POOL else ()
 
-    def _plan(self, tokens: tuple[int, ...], space: int, owner: str = "") -> Open | None:
-        """Its rows are of the tenant or the pool, and the plan says which of them are the pool's.
-        That they are the right rows the book knows: a tenant's has what the tenant and the pool
-        have stored."""
-        opened = super()._plan(tokens, space, owner)
-        if opened is not None:
-            own, pool = self.namespaces[space].digest, self.namespaces[POOL].digest
-            for at, name in enumerate(opened.plan.block_names):
-                owners = {node.namespace for node in self.store.nodes.state.users(name)}
-                assert owners == ({pool} if at in opened.plan.pooled else {own})
-        return opened
+    def check_blocks(self, plan: ReusePlan, space: int) -> None:
+        """They are of the tenant or the pool, and the plan says which of them are the pool's. That
+        they hold the right rows the book knows: a tenant's has what the tenant and the pool have
+        stored."""
+        own, pool = self.namespaces[space].digest, self.namespaces[POOL].digest
+        for at, name in enumerate(plan.block_names):
+            owners = {node.namespace for node in self.store.nodes.state.users(name)}
+            assert owners == ({pool} if at in plan.pooled else {own})
 
     @rule(which=prompts)
     def publish(self, which: Which) -> None:

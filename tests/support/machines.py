@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _plan(self, tokens: tuple[int, ...], space: int, owner: str = "") -> Open | None:
         """Plan, check the answer as far as it is known, and load the rows."""
         namespace = self.namespaces[space]
-        plan = self.store.plan(tokens, namespace, owner=owner, pools=self._pools(space))
+        plan = self.store.plan(tokens, namespace, owner=owner, pools=self.pools(space))
         self.lookups += 1
         check_partition(plan)
         assert plan.tokens == len(tokens)
@@ -182,15 +182,20 @@ class StoreMachine(RuleBasedStateMachine):
             assert not plan.lease
             assert not plan.blocks
             return None
+        self.check_blocks(plan, space)
         assert plan.generation <= (self.config.max_generation or 0)
         assert (plan.generation > 0) == any(not span.exact for span in plan.spans)
         rows = gather(plan, self.row_layout, self._rows_of)
         self.books[namespace.digest].check(tokens, plan, rows)
         return Open(tokens, plan, rows, owner)
 
-    def _pools(self, space: int) -> tuple[str, ...]:
+    def pools(self, space: int) -> tuple[str, ...]:
         """The pools that plans in a namespace may use."""
         return ()
+
+    def check_blocks(self, plan: ReusePlan, space: int) -> None:
+        """Check whose the blocks of a plan are."""
+        assert not plan.pooled
 
     def _rows_of(self, ref: Any) -> memoryview:
         self.store.blocks.host.arena.check(ref)
