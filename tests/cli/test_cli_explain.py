@@ -293,6 +293,7 @@ def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
     assert [node["id"] for node in as_json("ls", "--pool", "house", "--home", home)] == [template]
     assert {node["pool"] for node in as_json("ls", "--home", home)} == {"", "house"}
     assert "house" in ok("ls", "--home", home)
+    assert "pool house" in ok("show", str(template), "--home", home)
     assert ok("ls", "--pool", "none", "--home", home).startswith("No nodes of pool none in ")
     (home / "tokens").write_text(json.dumps([*FIRST, 1]))
     asked = ("explain", home / "tokens", "--tokens", "--home", home, "--namespace")
