@@ -176,8 +176,8 @@ class Filling:
             return False
         from vllm import SamplingParams  # noqa: PLC0415 - see `_engine`
 
-        prompt = {"prompt_token_ids": template.tolist()}
-        self._llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)  # type: ignore[list-item]
+        prompt: Any = {"prompt_token_ids": template.tolist()}
+        self._llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
         self._worker.saver.wait()
         return True
 

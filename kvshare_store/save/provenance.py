@@ -70,7 +70,9 @@ def pools_of(namespace: Namespace, donors: Sequence[Node], known: Namespaces) ->
     return {
         one.digest
         for one in found
-        if one is not None and one.pool and namespace.in_pool(one.pool).digest == one.digest
+        if one is not None
+        and isinstance(one.pool, str)
+        and namespace.in_pool(one.pool).digest == one.digest
     }
 
 
