@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from kvshare_connectors.vllm.templates import Filling, Template
 
 from examples.engines.small_model import prepare_model
 from kvshare_store.daemon import protocol
+from kvshare_store.errors import ConfigError, StorageError
+from kvshare_store.nodes.edits import as_tokens
 from tests.engine.harness import BLOCK, Engine, Fresh, kept_engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -32,14 +35,14 @@ class Pool(NamedTuple):
     template: list[int]
     longer: list[int]
 
-    def publish(self, *lines: dict[str, Any], options: tuple[str, ...] = ()) -> str:
+    def publish(self, *lines: dict[str, Any]) -> str:
         """Run the command; returns what it has printed."""
         self.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         command = [
             sys.executable, "-m", "kvshare_store.cli.main", "publish", str(self.file),
             "--pool", "house", "--model", str(prepare_model()), "--home", str(self.engine.home),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
-            "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(256 << 20), *options,
+            "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(256 << 20),
         ]  # fmt: skip
         environment = os.environ | {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
@@ -151,11 +154,26 @@ def test_a_salt_that_spells_a_pool_is_a_tenant(pool: Pool, fresh: Fresh, salt: s
 
 
 def test_what_the_file_no_longer_has_is_replaced(pool: Pool, fresh: Fresh) -> None:
-    """Last, because it changes the pool. The shorter template was in the pool before the longer
-    one, and is not computed again."""
-    new = fresh(60)
-    said = pool.publish({"tokens": pool.template}, {"tokens": new}, options=("--replace",))
-    assert "Pool house: 1 templates stored, 1 were there, 2 removed; 360 tokens in all" in said
-    assert sorted(node["tokens"] for node in pool.nodes(pool="house")) == [60, 300]
-    prompt = [*pool.longer, *fresh(40)]
-    assert pool.engine.ask(prompt, salt="kim").said["exact"] == 300
+    """Last, because it changes the pool. What is there is not computed again, and what should be
+    there and is not is told."""
+    filling = Filling(pool.engine.llm, "house")
+    templates = [as_tokens(pool.template), as_tokens(pool.longer)]
+    assert [filling.store(template) for template in templates] == [False, False]
+    assert filling.keep_only(templates) == 1
+    assert sorted(node["tokens"] for node in pool.nodes(pool="house")) == [300, 400]
+    assert filling.keep_only(templates[1:]) == 1
+    assert [node["tokens"] for node in pool.nodes(pool="house")] == [400]
+    assert pool.engine.ask([*pool.template, *fresh(40)], salt="kim").said["exact"] == 300
+    with pytest.raises(StorageError, match="1 of 2 templates"):
+        filling.check([templates[0], as_tokens(fresh(60))])
+
+
+@pytest.mark.parametrize("count", [31, 2048])
+def test_templates_that_the_engine_cannot_take(pool: Pool, count: int) -> None:
+    filling = Filling(pool.engine.llm, "house")
+    assert len(filling.tokens(1, Template(tokens=[7] * 32))) == 32
+    assert len(filling.tokens(1, Template(prompt="a word and another " * 20))) > 32
+    with pytest.raises(ConfigError, match="line 3 has"):
+        filling.tokens(3, Template(tokens=[7] * count))
+    with pytest.raises(ConfigError, match="line 4 has no tokens"):
+        filling.tokens(4, Template(messages=[{"role": 7}]))
