@@ -25,7 +25,6 @@ from kvshare_store.simulate.traces import json_lines
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.planning import Planning
     from kvshare_connectors.vllm.worker import Worker
-    from vllm import LLM
 
 _LISTED = 1000
 _FLUSH_S = 600.0
@@ -114,8 +113,8 @@ def _engine(pool: str, settings: Mapping[str, str], arguments: Sequence[str]) ->
 class Filling:
     """An engine whose prompts all go into one pool. As a context manager it is ended."""
 
-    def __init__(self, llm: LLM, pool: str) -> None:
-        """`UnsupportedError` for a model that KVShare does not serve."""
+    def __init__(self, llm: Any, pool: str) -> None:
+        """`llm`: vLLM's `LLM`. `UnsupportedError` for a model that KVShare does not serve."""
         self._llm = llm
         planning, self._worker = _sides(llm)
         self._config: StoreConfig = planning.config
@@ -211,7 +210,7 @@ def _begins(tokens: Tokens, template: Tokens) -> bool:
     return np.array_equal(tokens[: len(template)], template)
 
 
-def _sides(llm: LLM) -> tuple[Planning, Worker]:
+def _sides(llm: Any) -> tuple[Planning, Worker]:
     """Both sides of the connector; `UnsupportedError` if one of them serves nothing."""
     from kvshare_connectors.vllm.beside import ours  # noqa: PLC0415 - see `_engine`
     from kvshare_connectors.vllm.idle import IdleWorker  # noqa: PLC0415

@@ -347,8 +347,9 @@ class StoreMachine(RuleBasedStateMachine):
     def evict(self, count: int) -> None:
         """Evict the nodes of least value."""
         before = [node.id for node in self.store.tree.victims()]
+        pinned = {node.id for node in self.store.tree if node.pinned}
         assert self.store.evict(nodes=count) == min(count, len(before))
-        assert {node.id for node in self.store.tree} == set(before[count:])
+        assert {node.id for node in self.store.tree} == {*before[count:], *pinned}
 
     @rule(which=prompts, space=st.integers(0, 1))
     def evict_what_is_leased(self, which: Which, space: int) -> None:
