@@ -103,8 +103,9 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         tenants = Tenants(self.config)  # first, so that a missing key stops the engine at once
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
-        link = open_link(self.config)
-        introduce(link, sourced_settings(self._vllm))
+        given = sourced_settings(self._vllm)
+        link = open_link(given.config)
+        introduce(link, given)
         look_for_own_prompts(link, namespace)
         announcer = self._announcer(size)
         self.planning = Planning(self.config, namespace, link, size, tenants, announcer, self._pool)

@@ -43,8 +43,9 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
+        pools = () if state.look else state.pools
         state.asked = self.link.ask(
-            tokens, state.namespace, policy, state.id, look=state.look, pools=state.pools
+            tokens, state.namespace, policy, state.id, look=state.look, pools=pools
         )
         state.asked_at = time.monotonic()
         if state.asked is None:

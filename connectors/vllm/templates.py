@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +67,7 @@ def publish(
     """
     lines = _read(file)
     progress("starting an engine")
-    with _engine(pool, settings, arguments) as engine:
+    with _engine(pool, settings, arguments) as llm, Filling(llm, pool) as engine:
         templates = [engine.tokens(number, line) for number, line in lines]
         stored = 0
         for at, tokens in enumerate(templates, 1):
@@ -96,8 +97,9 @@ def _checked(lines: IO[bytes]) -> Iterator[tuple[int, Template]]:
         raise ConfigError("the file holds no template")
 
 
-def _engine(pool: str, settings: Mapping[str, str], arguments: Sequence[str]) -> Filling:
-    """An engine in this process, so that it can be asked what it has stored."""
+@contextmanager
+def _engine(pool: str, settings: Mapping[str, str], arguments: Sequence[str]) -> Iterator[Any]:
+    """vLLM's `LLM` in this process, so that it can be asked what it has stored."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     line = vllm_arguments(Request(dict(settings), list(arguments), pool=pool))[1:]
@@ -107,11 +109,15 @@ def _engine(pool: str, settings: Mapping[str, str], arguments: Sequence[str]) ->
     except ImportError as error:
         raise UnsupportedError(f"vLLM is needed to compute templates: {error}") from error
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="kvshare publish"))
-    return Filling(LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(line))), pool)
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(line)))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 class Filling:
-    """An engine whose prompts all go into one pool. As a context manager it is ended."""
+    """An engine whose prompts all go into one pool. A context manager: it holds a connection."""
 
     def __init__(self, llm: Any, pool: str) -> None:
         """`llm`: vLLM's `LLM`. `UnsupportedError` for a model that KVShare does not serve."""
@@ -126,7 +132,6 @@ class Filling:
 
     def __exit__(self, *error: object) -> None:
         self._client.close()
-        self._llm.llm_engine.engine_core.shutdown()
 
     # --- templates ---------------------------------------------------------------------------
 

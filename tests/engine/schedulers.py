@@ -61,6 +61,8 @@ class FakeLink:
         """The daemon's own policy; it never grants a laxer one."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
+        self.pools: list[tuple[str, ...]] = []
+        """Of each question."""
         self.asked_for_looks = 0
         self.told: list[Any] = []
         self.busy: list[bool] = []
@@ -85,8 +87,10 @@ class FakeLink:
         request: str,
         *,
         look: bool = False,
+        pools: tuple[str, ...] = (),
     ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
+        self.pools.append(pools)
         self.asked_for_looks += look
         return b"%d" % len(self.asked)
 

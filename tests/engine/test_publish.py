@@ -153,10 +153,28 @@ def test_a_salt_that_spells_a_pool_is_a_tenant(pool: Pool, fresh: Fresh, salt: s
     assert len(pool.nodes(tenant=salt, pool="")) == 1
 
 
-def test_what_the_file_no_longer_has_is_replaced(pool: Pool, fresh: Fresh) -> None:
+@pytest.fixture
+def filling(pool: Pool) -> Iterator[Filling]:
+    """What the command does, on an engine that serves: it can look and remove, and adds nothing."""
+    with Filling(pool.engine.llm, "house") as made:
+        yield made
+
+
+@pytest.mark.parametrize("count", [31, 2048])
+def test_templates_that_the_engine_cannot_take(filling: Filling, count: int) -> None:
+    assert len(filling.tokens(1, Template(tokens=[7] * 32))) == 32
+    assert len(filling.tokens(1, Template(prompt="a word and another " * 20))) > 32
+    with pytest.raises(ConfigError, match="line 3 has"):
+        filling.tokens(3, Template(tokens=[7] * count))
+    with pytest.raises(ConfigError, match="line 4 has no tokens"):
+        filling.tokens(4, Template(messages=[{"role": 7}]))
+
+
+def test_what_the_file_no_longer_has_is_replaced(
+    pool: Pool, filling: Filling, fresh: Fresh
+) -> None:
     """Last, because it changes the pool. What is there is not computed again, and what should be
     there and is not is told."""
-    filling = Filling(pool.engine.llm, "house")
     templates = [as_tokens(pool.template), as_tokens(pool.longer)]
     assert [filling.store(template) for template in templates] == [False, False]
     assert filling.keep_only(templates) == 1
@@ -166,14 +184,3 @@ def test_what_the_file_no_longer_has_is_replaced(pool: Pool, fresh: Fresh) -> No
     assert pool.engine.ask([*pool.template, *fresh(40)], salt="kim").said["exact"] == 300
     with pytest.raises(StorageError, match="1 of 2 templates"):
         filling.check([templates[0], as_tokens(fresh(60))])
-
-
-@pytest.mark.parametrize("count", [31, 2048])
-def test_templates_that_the_engine_cannot_take(pool: Pool, count: int) -> None:
-    filling = Filling(pool.engine.llm, "house")
-    assert len(filling.tokens(1, Template(tokens=[7] * 32))) == 32
-    assert len(filling.tokens(1, Template(prompt="a word and another " * 20))) > 32
-    with pytest.raises(ConfigError, match="line 3 has"):
-        filling.tokens(3, Template(tokens=[7] * count))
-    with pytest.raises(ConfigError, match="line 4 has no tokens"):
-        filling.tokens(4, Template(messages=[{"role": 7}]))

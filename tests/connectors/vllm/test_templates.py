@@ -71,6 +71,9 @@ def test_such_an_engine_stores_nothing_that_is_not_its_own(monkeypatch: pytest.M
     assert (found.policy, found.second_look, found.store_answers) == ("exact", "off", False)
     assert (found.pool_names, found.tenant_key) == ((), "")
     assert settings.settings_of(engine_config()).pool_names == ("house",)
+    daemon = settings.sourced_settings(engine_config(**extra)).config
+    assert (daemon.policy, daemon.second_look) == ("aggressive", "idle"), "as if it served"
+    assert (daemon.idle_exit_s, found.store_answers) == (10.0, False), "and it soon makes room"
     assert settings.pool_of(engine_config()) == ""
 
 
