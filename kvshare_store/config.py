@@ -61,7 +61,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: int = 4 * 2**30
     """Budget of the host tier (shared memory)."""
     eviction: EvictionName = "cost"
-    """Which rows leave the host and the disk tier first (docs/design/eviction.md)."""
+    """Which rows leave the host tier first (docs/design/eviction.md)."""
     huge_pages: HugePages = "auto"
     """Whether the host tier uses huge pages: where the system offers them for shared memory, or
     never."""
@@ -144,6 +144,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     are idle, or also, a share of each step's tokens, while nobody waits."""
     second_look_tokens: int = 256
     """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
+    quality_bound: float = 0.0
+    """The extra rate of answers that begin differently which the operator accepts in each class of
+    traffic (docs/design/quality.md). 0: any; the policy is the configured one."""
+    quality_confidence: float = 0.95
+    """How sure it must be, for each class, that this is kept."""
     min_saving_ms: float = 2.0
     """Plans that save less time are declined. Negative: reuse even where that costs time."""
     plan_deadline_ms: float = 250.0
@@ -208,6 +213,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"second_look must be off, idle or a share up to {_LARGEST_SHARE}, "
                 f"got {self.second_look}"
+            )
+        if not self.quality_bound < 1:
+            raise ConfigError(f"quality_bound must be below 1, got {self.quality_bound}")
+        if not 0.5 <= self.quality_confidence < 1:
+            raise ConfigError(
+                f"quality_confidence must be from 0.5 to below 1, got {self.quality_confidence}"
             )
         for name in ("encryption_key", "tenant_key"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ from itertools import accumulate
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from kvshare_store.readable import short
 from kvshare_store.threads import Health
 
 _WINDOW = 4096
@@ -23,8 +24,6 @@ BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 """Upper bounds of histograms, seconds."""
 NEW = "new"
 """Where blocks come from that no tier had: saved, merged or imported."""
-LABEL_OF_NAMESPACE = 12
-"""Hex digits of a digest."""
 
 
 class Durations:
@@ -97,7 +96,8 @@ class Metrics:
     def add_all(self, amounts: Mapping[str, int]) -> None:
         """Count several at one moment: whoever asks for `counts` sees all of them or none."""
         with self._lock:
-            self._counts.update(amounts)
+            for name, amount in amounts.items():
+                self._counts[name] += amount
 
     def decline(self, reason: str) -> None:
         """Count a lookup that ended without reuse."""
@@ -135,7 +135,7 @@ class Metrics:
             return [self._label(digest) for digest in digests]
 
     def _label(self, digest: str, known: bool = True) -> str:
-        name, own = digest[:LABEL_OF_NAMESPACE], len(self._usage) - (OTHERS in self._usage)
+        name, own = short(digest), len(self._usage) - (OTHERS in self._usage)
         if name not in self._usage and (not known or own >= _NAMESPACES):
             name = OTHERS
         self._usage.setdefault(name, Usage(Counter(), Counter()))
@@ -144,7 +144,7 @@ class Metrics:
     def forget(self, digest: str) -> None:
         """A namespace was purged: nothing is counted for it any more."""
         with self._lock:
-            self._usage.pop(digest[:LABEL_OF_NAMESPACE], None)
+            self._usage.pop(short(digest), None)
 
     def observe(self, name: str, seconds: float) -> None:
         """Add one duration."""

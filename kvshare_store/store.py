@@ -19,6 +19,7 @@ from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.request_log import RequestLog
 from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.steering import open_quality, terms_of
 from kvshare_store.lookup.text_vectors import TextVectors, wanted
 from kvshare_store.machines.others_purges import OthersPurges
 from kvshare_store.machines.sharing import Sharing
@@ -63,8 +64,9 @@ class Store:
         self._rewriter = Rewriter(repository)
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
+        self.quality = open_quality(config, self.metrics, repository.keys)
         self._serving = Serving(
-            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics
+            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics, self.quality
         )
         self.saving = Saving(config, nodes, plans, self.metrics)
         self.janitor = Janitor(config, repository, self._rewriter)
@@ -72,7 +74,7 @@ class Store:
         """Failures of the committer so far, when each owner first saved since its last `flush`."""
         self.sharing: Sharing | None = None
         if config.catalog and repository.catalog is not None:
-            purges = OthersPurges(repository, self.saving, config.home_path)
+            purges = OthersPurges(repository, self.saving, self.quality, config.home_path)
             self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
 
     def reload(self, config: StoreConfig) -> None:
@@ -84,6 +86,7 @@ class Store:
         self.nodes.reload(config, limits)
         for part in (self._serving, self.saving, self.janitor):
             part.reload(config)
+        self.quality.reload(terms_of(config))
 
     def drain(self) -> None:
         """Make no more plans and stage no more saves; those that are under way go on."""
@@ -424,6 +427,7 @@ class Store:
                 self.repository.uses.exchange()
         except KVShareError as error:
             log.warning("kvshare: last uses could not be written down: %s", error)
+        self.quality.close()
         self.repository.close()
 
     def __enter__(self) -> Store:

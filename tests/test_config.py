@@ -64,7 +64,7 @@ def test_every_field_can_come_from_the_environment(name: str) -> None:
         "delimiters": "true", "semantic": "never", "embedder": "another", "log_requests": "true",
         "log_prompts": "true", "log_format": "json", "start_daemon": "false",
         "disk_write": "back", "remote_write": "through", "store_answers": "false",
-        "second_look": "0.25",
+        "second_look": "0.25", "quality_bound": "0.02", "quality_confidence": "0.99",
     }  # fmt: skip
     size = name.endswith("_bytes")
     given = others.get(name, "8000000" if size else "77")
@@ -119,6 +119,11 @@ def test_what_is_no_size(text: object) -> None:
         ({"second_look": "now"}, "second_look must be off or idle or a number, got 'now'"),
         ({"second_look": 0.6}, "second_look must be off, idle or a share up to 0.5"),
         ({"second_look": 0}, "second_look"),
+        ({"quality_bound": 2}, "quality_bound must be below 1, got 2"),
+        ({"quality_bound": -0.1}, "quality_bound must not be negative"),
+        ({"quality_confidence": 95}, "quality_confidence must be from 0.5 to below 1, got 95"),
+        ({"quality_confidence": 0.05}, "quality_confidence must be from 0.5 to below 1"),
+        ({"quality_confidence": "nan"}, "quality_confidence"),
         ({"lease_seconds": -1}, "lease_seconds must be greater than zero"),
         ({"lease_seconds": float("inf")}, "lease_seconds"),
         ({"min_run": -1}, "min_run must not be negative"),

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from benchmarks.data.datasets import DataError
+from kvshare_store.cli.progress import track
 
 _FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
 

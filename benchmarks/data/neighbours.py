@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
+
+from kvshare_store.cli.progress import track
 
 Floats = npt.NDArray[np.float32]
 _ROWS_AT_ONCE = 1024

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
 from examples.engines.small_model import user_cache_dir
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.embedders import SentenceEmbedder
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS

@@ -10,8 +10,6 @@ import uuid
 from random import Random
 from statistics import median
 
-from rich.progress import track
-
 from benchmarks.harness.engines import (
     Arm,
     Engine,
@@ -23,6 +21,7 @@ from benchmarks.harness.engines import (
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
+from kvshare_store.cli.progress import track
 
 TARGET = 0.99
 _ARMS = {

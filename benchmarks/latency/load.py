@@ -12,13 +12,12 @@ from random import Random
 from statistics import mean, median
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.progress import track
-
 from benchmarks.data.edited_prompts import SCATTERED, Texts, follower, long_texts
 from benchmarks.harness.engines import Arm, Engine, Home, Replayed, in_turn, rest, running
 from benchmarks.harness.models import model_name
 from benchmarks.harness.plots import cumulative
 from benchmarks.harness.result import Cell, Options, Result
+from kvshare_store.cli.progress import track
 from kvshare_store.config import load_config
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.simulate.prompt_replay import PREFIX_CACHING, Room, arms_of, replay

@@ -13,7 +13,6 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
-from rich.progress import track
 
 from benchmarks.data.datasets import ARENA_HARD, arena_hard
 from benchmarks.harness.engines import Arm, Engine, Home, in_turn, rest, running
@@ -21,6 +20,7 @@ from benchmarks.harness.models import model_name, tokenizer_of
 from benchmarks.harness.plots import cumulative
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

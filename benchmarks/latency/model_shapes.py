@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from kvshare_connectors.transformers import KVShareModel
-from rich.progress import Progress
 
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high
+from kvshare_store.cli.progress import progress
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 
@@ -162,9 +162,9 @@ def measure(options: Options) -> Result:
     repeats = options.size(REPEATS, 2)
     rows: list[list[Cell]] = []
     choose = random.Random(options.seed)
-    with Progress() as progress:
+    with progress() as shown:
         total = len(shapes) * len(lengths) * len(SHARES) * repeats
-        task = progress.add_task("Serving", total=total)
+        task = shown.add_task("Serving", total=total)
         for shape in shapes:
             with served(shape, layers, device) as model:
                 for length in lengths:
@@ -175,7 +175,7 @@ def measure(options: Options) -> Result:
                             donor = [choose.randrange(size) for _ in range(length)]
                             prompt = follower(donor, share, choose, size)
                             timings.append(time_pair(model, donor, prompt, device))
-                            progress.advance(task, 1 if len(timings) > 1 else 0)
+                            shown.advance(task, 1 if len(timings) > 1 else 0)
                         rows.append(_row(shape, length, share, timings[1:]))  # the first warms up
     return Result(
         name="shapes",

@@ -12,8 +12,6 @@ from random import Random
 from statistics import median
 from typing import NamedTuple
 
-from rich.progress import track
-
 from benchmarks.data.edited_prompts import Texts
 from benchmarks.harness.engines import (
     Arm,
@@ -27,6 +25,7 @@ from benchmarks.harness.engines import (
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.latency.load import Traffic, summary, traffic
+from kvshare_store.cli.progress import track
 
 _ARMS = {
     name: Arm(caching=True, kvshare=True, own={"second_look": name}) for name in ("off", "idle")

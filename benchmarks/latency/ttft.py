@@ -11,13 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rich.progress import Progress
-
 from benchmarks.data.edited_prompts import SCATTERED, Texts, follower, long_texts
 from benchmarks.harness.engines import Arm, Engine, Home, Timed, in_turn, rest, running
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Options, Result
 from benchmarks.latency.ttft_table import DEADLINE_MS, TARGET_LENGTHS, Key, Sample, draw, result
+from kvshare_store.cli.progress import progress
 
 __all__ = ["draw", "measure"]
 
@@ -160,12 +159,12 @@ def measure(options: Options) -> Result:
     fields["plan_deadline_ms"] = DEADLINE_MS
     prompts = {size: prompts_of(size, short=options.short) for size in lengths}
     steps = sum(times * (len(prompts[size]) + 1) for size, times in lengths.items())
-    with Progress() as progress, running(options, _ARMS, **fields) as (engines, home):
+    with progress() as shown, running(options, _ARMS, **fields) as (engines, home):
         grid = Grid(engines, home, long_texts(options))
-        task = progress.add_task("Serving prompts", total=steps)
+        task = shown.add_task("Serving prompts", total=steps)
         grid.warm_up()
         for repetition in range(max(lengths.values())):
             for length in (size for size, times in lengths.items() if repetition < times):
                 for _ in grid.measure(length, prompts[length], repetition):
-                    progress.advance(task)
+                    shown.advance(task)
     return result(grid.samples, grid.declined, options, model_name(options))

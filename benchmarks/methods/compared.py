@@ -1,4 +1,4 @@
-"""The methods that quality measurements compare, and the engine and progress bar around them."""
+"""The methods that quality measurements compare, and the engine around them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from benchmarks.methods.base import Method, Prefilled
 from benchmarks.methods.cacheblend import cacheblend, dhd
 from benchmarks.methods.epic import Epic
 from benchmarks.methods.kvshare import kvshare, prefix
+from kvshare_store.cli.progress import progress
 from kvshare_store.lookup.text import delimiter_ids
 
 FULL, NOISE, BF16 = "full", "full, in two chunks", "full, in bf16"
@@ -48,14 +49,11 @@ def engine_for(options: Options, dtype: torch.dtype = torch.float32) -> tuple[Ro
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; call what it yields with the number of finished steps."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
+def steps(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """What to call with a number of steps once they are done; it is reported how many are."""
+    with progress() as shown:
+        task = shown.add_task(title, total=total)
+        yield lambda done: shown.advance(task, done)
 
 
 def lineup(engine: RowEngine, *, short: bool = False) -> list[Method]:

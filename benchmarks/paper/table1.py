@@ -15,7 +15,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks.data.chat_prompts import EDITS, summaries, translation
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.base import Method
-from benchmarks.methods.compared import BF16, FULL, NOISE, Arm, engine_for, lineup, progress
+from benchmarks.methods.compared import BF16, FULL, NOISE, Arm, engine_for, lineup, steps
 from benchmarks.paper.table1_answers import (
     ANOTHER,
     NEAR,
@@ -62,7 +62,7 @@ def scored(
     asked = [asked_of(task, metric, chat) for task, metric in tasks]
     methods = methods_of(engine)
     total = sum(len(one.prompts) for one in asked)
-    with progress("Answering", total) as step:
+    with steps("Answering", total) as step:
         for one in asked:
             for block in blocks(one.prompts):
                 answer_block(engine, chat, methods, one, block)
@@ -70,7 +70,7 @@ def scored(
     del engine
     half, _, _ = engine_for(options, torch.bfloat16)
     notes = []
-    with progress("Answering in bf16", total) as step:
+    with steps("Answering in bf16", total) as step:
         for one in asked:
             for block in blocks(one.prompts):
                 answer_in_bf16(half, chat, one, block)

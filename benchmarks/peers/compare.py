@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.progress import track
-
 from benchmarks.data.edited_prompts import SCATTERED, Texts, follower, long_texts
 from benchmarks.harness.engines import Arm, Engine, Home, Timed, in_turn, rest, running
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from rich.progress import track
 
 from benchmarks.data.chat_histories import as_tokens, conversations
 from benchmarks.harness.engines import LONGEST, Arm, Engine, Home, Timed, in_turn, rest, running
@@ -25,6 +24,7 @@ from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.peers import lmcache, semblend
 from benchmarks.peers.environment import PeerMissingError, python_with
 from examples.prompts.histories import REWRITES, Message, requests
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,8 +178,6 @@ def result_of(served: list[Turn], options: Options, model: str) -> Result:
         paper="not measured",
         notes=notes_of(served, arms),
         targets=[_target(kind, most, of_kind[kind]) for kind, most in _MOST.items()],
-        series={"ratios": {kind: {arm: [turn.ratio(arm) for turn in of_kind[kind]]
-                                  for arm in arms} for kind in kinds}},
     )  # fmt: skip
 
 
@@ -231,18 +229,18 @@ def draw(made: Result) -> Figure:
     """Median time to first token beside prefix caching's, by kind of history and arm."""
     from matplotlib.figure import Figure
 
-    ratios = made.series["ratios"]
-    kinds = list(ratios)
-    arms = [arm for arm in ratios[kinds[0]] if arm not in ("full", "prefix")]
-    figure = Figure(figsize=(8, 4))
+    ratios = {(row[0], row[1]): float(str(row[4])) for row in made.rows}
+    kinds = list(dict.fromkeys(kind for kind, _ in ratios))
+    arms = [arm for arm in dict.fromkeys(arm for _, arm in ratios) if arm not in ("full", "prefix")]
+    figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
     greys = ("white", "black", "grey", "lightgrey")
     for place, (arm, grey) in enumerate(zip(arms, greys, strict=False)):
         at = [kind + (place - (len(arms) - 1) / 2) * 0.2 for kind in range(len(kinds))]
-        middle = [median(ratios[kind][arm]) for kind in kinds]
+        middle = [ratios[kind, arm] for kind in kinds]
         axes.bar(at, middle, 0.2, color=grey, edgecolor="black", label=arm)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 1) for kind in kinds])
+    axes.set_xticks(range(len(kinds)), [fill(kind, 16) for kind in kinds])
     axes.set_ylabel("time to first token, times prefix caching's")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.compared import delimiters_of, engine_for
 from benchmarks.quality.agreement_grid import Lineup, grid
 from benchmarks.quality.agreement_pairs import SHARE, SimilarPair, Split, similar_pairs
 from benchmarks.quality.agreement_scores import CONTINUATION, Score, floors, scores
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

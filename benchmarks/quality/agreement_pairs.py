@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 
 import blake3
 import numpy as np
-from rich.progress import track
 
 from benchmarks.data import datasets
 from benchmarks.data.chat_prompts import Chat
+from kvshare_store.cli.progress import track
 from kvshare_store.lookup.align import align
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.nodes.vectors import lexical_vector

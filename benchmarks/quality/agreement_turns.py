@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
-from rich.progress import track
 
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.agreement_scores import CONTINUATION, Score
 from benchmarks.quality.served_turns import Request, Served, Serving, floor_of, rewritten
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ from benchmarks.methods.compared import (
     delimiters_of,
     engine_for,
     lineup,
-    progress,
+    steps,
 )
 from benchmarks.methods.kvshare import kvshare
 from benchmarks.quality.probe_prompts import Filler, Probe, probes
@@ -42,7 +42,7 @@ def measure(options: Options) -> Result:
     found = _probed(engine, chat, options, pairs, tune=False)
     del engine
     half, _, _ = engine_for(options, torch.bfloat16)
-    with progress("Full compute in bf16", len(found)) as step:
+    with steps("Full compute in bf16", len(found)) as step:
         for one in found:
             one.arms[BF16] = _seen(full_compute(half, one.probe.request), one.probe)
             step(1)
@@ -60,7 +60,7 @@ def _probed(
     methods = _candidates(engine) if tune else lineup(engine, short=options.short)
     found = []
     last: tuple[Donor, Donor] | None = None
-    with progress("Tuning" if tune else "Probing", len(made)) as step:
+    with steps("Tuning" if tune else "Probing", len(made)) as step:
         for probe in made:
             request, donor = (
                 _extended(engine, tokens, before)

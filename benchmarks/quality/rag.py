@@ -26,7 +26,7 @@ from benchmarks.methods.base import (
     in_two_chunks,
     teacher_forced,
 )
-from benchmarks.methods.compared import BF16, FULL, NOISE, Arm, engine_for, lineup, progress
+from benchmarks.methods.compared import BF16, FULL, NOISE, Arm, engine_for, lineup, steps
 from benchmarks.quality.answer_metrics import Metric, paired_bootstrap, token_f1
 from benchmarks.quality.drafted_answers import drafted
 
@@ -65,7 +65,7 @@ def measure(options: Options) -> Result:
     divergence: dict[tuple[str, str], list[float]] = {}
     half, _, _ = engine_for(options, torch.bfloat16)
     methods = lineup(engine, short=options.short)
-    with progress("Asking about passages", len(asked)) as step:
+    with steps("Asking about passages", len(asked)) as step:
         for index, one in enumerate(asked):
             for key, (ready, answer, kl) in _answer(engine, half, chat, methods, one).items():
                 arm = arms.setdefault(key, Arm(*key, len(asked)))

@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rich.progress import track
-
 from benchmarks.harness.plots import cumulative
 from benchmarks.harness.result import Cell, Options, Result
+from kvshare_store.cli.progress import track
 from tests.support.cluster import Cluster, Machine
 
 if TYPE_CHECKING:

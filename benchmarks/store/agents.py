@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.progress import Progress
-
 from benchmarks.data import agents
 from benchmarks.harness.models import model_folder, model_name, tokenizer_of
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
+from kvshare_store.cli.progress import progress
 from kvshare_store.config import StoreConfig, load_config
 from kvshare_store.simulate.prompt_replay import (
     PREFIX_CACHING,
@@ -54,10 +53,10 @@ def measure(options: Options) -> Result:
     recorded = agents.recorded(options.data)
     slices = list(_slices(options, recorded))
     found: dict[tuple[str, str, str], Left] = {}
-    with Progress() as progress:
-        task = progress.add_task("replay", total=2 * sum(len(each.requests) for each in slices))
+    with progress() as shown:
+        task = shown.add_task("replay", total=2 * sum(len(each.requests) for each in slices))
         for each in slices:
-            for name, left in _replayed(each, config, lambda: progress.advance(task)).items():
+            for name, left in _replayed(each, config, lambda: shown.advance(task)).items():
                 found[name, each.rendering, each.sessions] = left
     return Result(
         name="agents",

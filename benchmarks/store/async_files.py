@@ -11,7 +11,6 @@ from pathlib import Path
 import aiofiles
 import aiofiles.os
 import numpy as np
-from rich.progress import track
 
 from benchmarks.data.kv_blocks import Named, described, random_blocks
 from benchmarks.harness.concurrency import spent
@@ -19,6 +18,7 @@ from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_range
 from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.cli.progress import track
 from kvshare_store.errors import StorageError
 from kvshare_store.tensors.frame import Block, decode_frame, encode_frame
 

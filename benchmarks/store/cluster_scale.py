@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from benchmarks.data.datasets import Arrival, mooncake
 from benchmarks.harness.result import Cell, Options, Result, read
+from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from kvshare_connectors.transformers.engine import RowEngine
-from rich.progress import Progress
 
 from benchmarks.data.edited_prompts import long_texts
 from benchmarks.data.kv_blocks import bf16_engine, real_blocks
@@ -24,6 +23,7 @@ from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high
 from kvshare_store.blocks.tiers.disk.tier import DiskTier
+from kvshare_store.cli.progress import progress
 from kvshare_store.tensors.codecs import CODECS, LOSSY, Codec, decode, encode
 from kvshare_store.tensors.frame import Block, Key, block_name, decode_frame, encode_frame
 from kvshare_store.tensors.layout import KVLayout
@@ -140,8 +140,8 @@ def measure(options: Options) -> Result:
     prompts = [texts.take(PROMPT_TOKENS) for _ in range(options.size(PROMPTS, SHORT_PROMPTS))]
     floor = median(kl_of_next(engine, prompt, None) for prompt in prompts)
     rows: list[list[Cell]] = []
-    with Progress() as progress:
-        task = progress.add_task("Codecs", total=2 * len(CODECS))
+    with progress() as shown:
+        task = shown.add_task("Codecs", total=2 * len(CODECS))
         for codec in CODECS:
             loss = (
                 median(kl_of_next(engine, prompt, codec) for prompt in prompts)  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ def measure(options: Options) -> Result:
                 found = rates(blocks, codec, key, rounds)  # type: ignore[arg-type]
                 spread = low_to_high(*found.spread)
                 rows.append([codec, "yes" if key else "no", *found[:-1], spread, loss])
-                progress.advance(task)
+                shown.advance(task)
     clear = [row for row in rows if row[1] == "no"]
     best = max(clear, key=lambda row: float(row[6] or 0))
     default = clear[0]

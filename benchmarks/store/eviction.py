@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from rich.progress import track
 
 from benchmarks.data.datasets import file_of
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from kvshare_store.blocks.eviction import POLICIES
+from kvshare_store.cli.progress import track
 from kvshare_store.simulate.replay import UNLIMITED, Machine
 from kvshare_store.simulate.traces import Request, requests
 

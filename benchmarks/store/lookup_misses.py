@@ -8,13 +8,13 @@ from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from benchmarks.data.datasets import all_turns, arena_hard, sharegpt
 from benchmarks.harness.models import model_folder, model_name, tokenized
 from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import MEASURED_TOKENS, MetadataStore, Sources
+from kvshare_store.cli.progress import track
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import Tokens
 

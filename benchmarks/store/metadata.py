@@ -19,12 +19,12 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
-from rich.progress import track
 
 from benchmarks.harness.result import Cell, Options, Result
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.rows import Rows
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match, edit_script

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import blake3
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort

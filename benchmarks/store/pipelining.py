@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from kvshare_connectors.transformers import KVShareModel
 from kvshare_connectors.transformers.rows import RowCache
-from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.data.edited_prompts import follower, long_texts
@@ -21,6 +20,7 @@ from benchmarks.data.kv_blocks import bf16_engine
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high, median_and_range
+from kvshare_store.cli.progress import progress
 from kvshare_store.config import StoreConfig
 from kvshare_store.editor import Editor
 from kvshare_store.plan import Outcome, ReusePlan, gaps
@@ -118,8 +118,8 @@ def measure(options: Options) -> Result:
     lengths = SHORT_LENGTHS if options.short else LENGTHS
     repeats = options.size(REPEATS, SHORT_REPEATS)
     rows: list[list[Cell]] = []
-    with tempfile.TemporaryDirectory(prefix="kvshare-pipelining-") as home, Progress() as progress:
-        task = progress.add_task("Serving", total=len(lengths) * len(SHARES) * (repeats + 1))
+    with tempfile.TemporaryDirectory(prefix="kvshare-pipelining-") as home, progress() as shown:
+        task = shown.add_task("Serving", total=len(lengths) * len(SHARES) * (repeats + 1))
         config = StoreConfig(home=home, policy="aggressive", semantic="never", disk=False,
                              min_saving_ms=-1e9, host_bytes=1 << 30)  # fmt: skip
         with KVShareModel(engine.model, Store(config)) as model:
@@ -134,7 +134,7 @@ def measure(options: Options) -> Result:
                     for turn in range(repeats + 1):
                         order = WAYS if turn % 2 else WAYS[::-1]
                         rounds.append({way: serve(model, plan, tokens, way)[0] for way in order})
-                        progress.advance(task)
+                        shown.advance(task)
                     model.store.finish(plan, Outcome())
                     rows.append(_row(length, plan, rounds[1:]))  # the first warms up
     return Result(

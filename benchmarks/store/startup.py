@@ -10,12 +10,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.progress import track
 
 from benchmarks.harness.page_cache import forget
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high
 from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, node_id

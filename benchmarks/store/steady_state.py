@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from benchmarks.data.datasets import all_turns, sharegpt
 from benchmarks.harness.models import model_folder, model_name, tokenized
@@ -17,6 +16,7 @@ from benchmarks.harness.plots import LINES
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import ENGINE_BLOCK, MEASURED_TOKENS, block_names
 from kvshare_store.blocks.tiers.host.arena import slot_bytes
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.namespace import Namespace

@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.progress import track
-
 from benchmarks.data.kv_blocks import Named, described, random_blocks
 from benchmarks.harness.concurrency import spent
 from benchmarks.harness.page_cache import forget
@@ -36,6 +34,7 @@ from kvshare_store.blocks.tiers.disk.tier import DiskTier
 from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.blocks.tiers.remote import RemoteTier
+from kvshare_store.cli.progress import track
 from tests.support.servers import (
     MooncakeClient,
     MooncakeMaster,

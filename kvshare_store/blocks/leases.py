@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import secrets
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ class LeaseBook:
         self._owned: dict[str, dict[str, Lease]] = {}
         self._ends: list[tuple[float, str]] = []
         """A heap of expiry times; some of its leases have ended already."""
-        self._pins: Counter[str] = Counter()
+        self._pins: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -44,13 +43,14 @@ class LeaseBook:
 
     def grant(self, names: list[str], owner: str, seconds: float) -> Lease:
         """Pin `names`, whether they are resident yet or not."""
-        lease = Lease(uuid.uuid4().hex, owner, tuple(names), self.clock() + seconds)
+        lease = Lease(secrets.token_hex(16), owner, tuple(names), self.clock() + seconds)
         self._leases[lease.id] = lease
         self._owned.setdefault(owner, {})[lease.id] = lease
         heapq.heappush(self._ends, (lease.expires, lease.id))
         if len(self._ends) > 2 * len(self._leases) + _SPARE:
             self._ends = sorted((one.expires, one.id) for one in self._leases.values())
-        self._pins.update(lease.names)
+        for name in lease.names:
+            self._pins[name] = self._pins.get(name, 0) + 1
         return lease
 
     def end(self, lease_id: str) -> Lease:
@@ -62,9 +62,11 @@ class LeaseBook:
         del owned[lease_id]
         if not owned:
             del self._owned[lease.owner]
-        self._pins.subtract(lease.names)
         for name in lease.names:
-            if self._pins[name] <= 0:
+            left = self._pins[name] - 1
+            if left:
+                self._pins[name] = left
+            else:
                 del self._pins[name]
         return lease
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from kvshare_store.cli.common import (
     ConfigOption,
@@ -19,6 +17,7 @@ from kvshare_store.cli.common import (
     console,
     print_json,
 )
+from kvshare_store.cli.progress import progress
 from kvshare_store.readable import printable, short, size
 
 if TYPE_CHECKING:
@@ -73,13 +72,13 @@ def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[
     names = tree["blocks"]
     if sample is not None:
         names = random.sample(names, min(sample, len(names)))
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        task = progress.add_task("reading blocks", total=len(names))
+    with progress(quiet=quiet) as shown:
+        task = shown.add_task("reading blocks", total=len(names))
         for some in _groups(names):
             blocks = ask(protocol.CheckBlocks(tuple(some), repair))
             problems += blocks["problems"]
             nbytes += blocks["read"]
-            progress.advance(task, len(some))
+            shown.advance(task, len(some))
     if repair:
         ask(protocol.Collect())
     return {

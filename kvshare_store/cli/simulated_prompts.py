@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 
-from kvshare_store.cli.simulated import Points, stderr
+from kvshare_store.cli.progress import progress
+from kvshare_store.cli.simulated import Points
 from kvshare_store.errors import ConfigError
 from kvshare_store.readable import share
 
@@ -26,15 +26,15 @@ def run(path: Path, reader: Reader, arms: Mapping[str, Arm], min_tokens: int) ->
     from kvshare_store.simulate import prompt_replay, prompts  # noqa: PLC0415 - NumPy, not for --help
 
     try:
-        with Progress(console=stderr(), transient=True) as progress, path.open("rb") as file:
-            reading = progress.add_task("reading", total=path.stat().st_size)
+        with progress() as shown, path.open("rb") as file:
+            reading = shown.add_task("reading", total=path.stat().st_size)
             found = []
             for prompt in prompts.read_prompts(file, reader):
                 found.append(prompt)
-                progress.update(reading, completed=file.tell())
-            serving = progress.add_task("serving", total=len(found))
+                shown.update(reading, completed=file.tell())
+            serving = shown.add_task("serving", total=len(found))
             counted = prompt_replay.replay(
-                prompts.in_order(found), arms, min_tokens, lambda: progress.advance(serving)
+                prompts.in_order(found), arms, min_tokens, lambda: shown.advance(serving)
             )
     except OSError as error:
         raise ConfigError(f"prompts {path} cannot be read: {error.strerror}") from error

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 
-from kvshare_store.cli.simulated import Points, stderr
+from kvshare_store.cli.progress import progress
+from kvshare_store.cli.simulated import Points
 from kvshare_store.errors import ConfigError
 from kvshare_store.readable import bar, share
 
@@ -30,14 +30,14 @@ def run(trace: Path, machines: Sequence[Machine], block_tokens: int, tokenize: A
     points: Points = {machine.policy: [] for machine in machines}
     every = 1
     try:
-        with Progress(console=stderr(), transient=True) as progress, trace.open("rb") as file:
-            task = progress.add_task(trace.name, total=trace.stat().st_size)
+        with progress() as shown, trace.open("rb") as file:
+            task = shown.add_task(trace.name, total=trace.stat().st_size)
             for number, request in enumerate(requests(file, block_tokens, tokenize), 1):
                 for machine in machines:
                     machine.serve(request)
                 if number % every:
                     continue
-                progress.update(task, completed=file.tell())
+                shown.update(task, completed=file.tell())
                 for machine in machines:
                     points[machine.policy].append((number, machine.served.hit_rate))
                 if len(points[machines[0].policy]) == 2 * _SAMPLES:

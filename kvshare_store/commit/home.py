@@ -39,6 +39,7 @@ class Home:
         host: HostTier,
         below: list[Level],
         catalog: Catalog | None,
+        keys: Keyring | None = None,
     ) -> None:
         self._lock = lock
         self.io = io
@@ -46,6 +47,7 @@ class Home:
         self.below = below
         """Tiers below host, the fastest first."""
         self.catalog = catalog
+        self.keys = keys
 
     @classmethod
     def open(cls, config: StoreConfig, health: Health | None = None) -> Home:
@@ -72,7 +74,7 @@ class Home:
             io.close()
             os.close(lock)
             raise
-        return cls(lock, io, HostTier(arena, make_policy(config.eviction)), below, catalog)
+        return cls(lock, io, HostTier(arena, make_policy(config.eviction)), below, catalog, keys)
 
     def close(self) -> None:
         """Let go of the home."""

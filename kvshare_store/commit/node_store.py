@@ -128,6 +128,19 @@ class NodeStore:
             self._weigh(change.nodes)
             return change
 
+    def shorten(self, node: Node, nbytes: int) -> Change:
+        """Free so many bytes at the end of a node, or drop it (`NodeState.shorten`). What is left
+        of it is queued. Where other machines have the node too, it is dropped."""
+        with self.lock:
+            if self._shared:
+                return self.drop([node.id])
+            change, shorter = self.state.shorten(node, nbytes, self._config.min_prompt_tokens)
+            self._weigh([node])
+            if shorter is not None:
+                vectors = Vectors(lexical_vector(shorter.tokens), None)
+                self.queue.put(Addition(shorter, vectors))
+            return change
+
     def remove(self, ids: Iterable[str], *, whatever: bool = False) -> int:
         """Remove nodes from memory now, from catalogue and tiers a little later; returns how many.
 
@@ -186,7 +199,7 @@ class NodeStore:
             self.remove_unused(change.unused)
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
-        """Remove nodes of a namespace until it is within its quota; returns how many.
+        """Shorten or remove nodes of a namespace until it is within its quota; returns how many.
 
         The newest is removed only if it alone is over the quota. With a shared catalogue only nodes
         go that no machine has used for a while.
@@ -195,13 +208,25 @@ class NodeStore:
         with self.lock:
             while self._over_quota(namespace):
                 victims = filter(self._quiet, self.tree.victims(namespace))
-                victim = next((node.id for node in victims if node.id != newest), newest)
-                if victim not in self.tree or (self._shared and victim == newest):
-                    break  # what is left is pinned, or others may be using it
-                if victim == newest:
+                victim = next((node for node in victims if node.id != newest), None)
+                if victim is not None:
+                    self._give_up(victim)
+                elif newest in self.tree and not self._shared:
                     self._metrics.error(NoSpaceError.kind)
-                gone += self.remove([victim])
+                    self.remove([newest])
+                else:
+                    break  # what is left is pinned, or others may be using it
+                gone += 1
         return gone
+
+    def _give_up(self, victim: Node) -> None:
+        """Shorten a node by what its namespace has too many bytes, or else remove it."""
+        excess = self.tree.bytes_of(victim.namespace) - self._config.namespace_bytes
+        if not self._config.namespace_bytes or excess <= 0:
+            self.remove([victim.id])
+            return
+        change = self.shorten(victim, excess)
+        self.queue.put(self.removal(change.nodes, change.unused))
 
     def _over_quota(self, namespace: str) -> bool:
         limits = self.limits.of(self.namespaces.get(namespace))

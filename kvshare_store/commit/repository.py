@@ -6,7 +6,6 @@ from __future__ import annotations
 import uuid
 
 from kvshare_store.blocks.block_store import BlockStore
-from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.committer import Committer
@@ -34,10 +33,10 @@ class Repository:
         limits = TenantLimits(config)
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
+        self.keys = home.keys
         self.shared = self.catalog is not None and self.catalog.place.shared
         state = NodeState(
             config.block_tokens,
-            lambda: make_policy(config.eviction),
             quotas=limits.quotas,
         )
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)

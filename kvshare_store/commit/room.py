@@ -50,7 +50,7 @@ class Room:
             missing = tier.use().missing(needed)
             if self._compact(missing):
                 continue
-            gone, unused = self._drop(missing)
+            gone, unused = self._drop(missing, self._nodes.shorten)
             if not gone and not self._compact(1):
                 return
             # rows leave the catalogue before their blocks leave the tiers
@@ -107,9 +107,9 @@ class Room:
                 and (ref := self._blocks.host.ref(name)) is not None
             )
 
-    def _drop(self, nbytes: int) -> Change:
-        """Drop nodes from memory, those worth least first, until their blocks have about so many
-        bytes."""
+    def _drop(self, nbytes: int, give_up: Callable[[Node, int], Change]) -> Change:
+        """Let nodes go in memory, those used longest ago first, until their blocks had about so
+        many bytes."""
         tier, gone, unused = self._tier, list[Node](), list[str]()
         with self._nodes.lock:
             while nbytes > 0 and tier is not None:
@@ -117,7 +117,7 @@ class Room:
                 victim = next((n for n in victims if n.id not in self.keep), None)
                 if victim is None:
                     break
-                change = self._nodes.drop([victim.id])
+                change = give_up(victim, nbytes)
                 nbytes -= sum(tier.size(name) or 0 for name in change.unused)
                 gone += change.nodes
                 unused += change.unused
@@ -140,8 +140,9 @@ class Room:
     def _relieve(self, nbytes: int, error: FullDiskError) -> bool:
         """Remove nodes because the file system is full; False if none is left. Here blocks go
         before rows, unlike in an eviction: the catalogue cannot be written before there is room. If
-        a crash leaves rows without blocks, the next start drops those nodes."""
-        gone, unused = self._drop(nbytes)
+        a crash leaves rows without blocks, the next start drops those nodes. They go as a whole: a
+        beginning would need a row of its own."""
+        gone, unused = self._drop(nbytes, lambda victim, _: self._nodes.drop([victim.id]))
         if not gone:
             return False
         log.warning("kvshare: %d prompts are forgotten, there is no space: %s", len(gone), error)

@@ -25,6 +25,7 @@ from kvshare_store.lookup.text import encode
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
+from kvshare_store.readable import short
 from kvshare_store.store import Store
 
 Question = (
@@ -108,7 +109,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     return {
         "request": None if logged is None else _plain(logged),
         "explanation": {
-            "namespace": namespace.digest[:12],
+            "namespace": short(namespace.digest),
             "model": namespace.model,
             "tenant": namespace.tenant,
             **plain,
@@ -162,7 +163,7 @@ def _prompt(
         ids = encode(namespace.tokenizer, message.text)
         if ids is None:
             raise PlanError(
-                f"namespace {namespace.digest[:12]} names no tokenizer that can be read here: "
+                f"namespace {short(namespace.digest)} names no tokenizer that can be read here: "
                 "name one with --tokenizer, or give token ids with --tokens"
             )
         return np.asarray(ids, np.int32), namespace, ()
@@ -181,7 +182,7 @@ def _namespace(store: Store, beginning: str) -> Namespace:
     if not known:
         raise NamespaceError("the store holds no prompt yet")
     names = ", ".join(
-        f"{one.digest[:12]} ({one.model}{f', {one.owner}' if one.owner else ''})"
+        f"{short(one.digest)} ({one.model}{f', {one.owner}' if one.owner else ''})"
         for one in known[:8]
     )
     raise NamespaceError(f"{len(known)} namespaces are here, name one with --namespace: {names}")

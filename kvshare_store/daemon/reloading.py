@@ -12,7 +12,7 @@ LIVE = (
     "min_saving_ms", "approximation_price", "candidates", "max_donors", "plan_deadline_ms",
     "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes", "plans_per_second",
     "saves_per_second", "tenant_limits", "max_chain", "max_scatter", "idle_exit_s", "drain_seconds",
-    "log_format", "log_prompts",
+    "log_format", "log_prompts", "quality_bound", "quality_confidence",
 )  # fmt: skip
 """Settings that count from the moment at which they are read again. All others need a restart."""
 

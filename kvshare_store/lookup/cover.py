@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from kvshare_store.lookup.places import Positions, Sought
 from kvshare_store.lookup.policy import Mask, runs_of
 from kvshare_store.nodes.edits import Match, Tokens
-from kvshare_store.nodes.node import Node, segments_between
+from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vector, lexical_vector
 from kvshare_store.plan import Context, Run, Span, contexts_of, cut_contexts
 
@@ -54,7 +56,8 @@ class Cover:
         ascend in the request and do not overlap there."""
         if not matches:
             return
-        start, source, length = np.asarray(matches, np.int64).T
+        numbers = np.fromiter(chain.from_iterable(matches), np.int64, 3 * len(matches))
+        start, source, length = numbers.reshape(-1, 3).T
         position = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
         free = self.donor_of[position] < 0
         if shortest > 1:
@@ -95,6 +98,20 @@ class Cover:
         inherited = cut_contexts(self.continues.contexts, self.in_place)
         return contexts_of(inherited, (), (), self.exact)
 
+    def matches(self, donor: Node, shortest: int) -> list[Match]:
+        """Runs of at least `shortest` that the donor covers, ascending on both sides: one that
+        stands before an earlier one in the donor is left out."""
+        at = np.flatnonzero(self.donor_of == self._index(donor))
+        source = self.source_of[at]
+        first = np.flatnonzero(np.diff(at, prepend=-2) - 1 | np.diff(source, prepend=-2) - 1)
+        runs = np.stack((at[first], source[first], np.diff(first, append=len(at))), 1)
+        found: list[Match] = []
+        for match in map(Match._make, runs.tolist()):
+            after = found[-1].source + found[-1].length if found else 0
+            if match.length >= shortest and match.source >= after:
+                found.append(match)
+        return found
+
     def _add_prefix(self, node: Node, start: int, stop: int) -> None:
         self.donor_of[start:stop] = self._index(node)
         self.source_of[start:stop] = np.arange(start, stop)
@@ -106,49 +123,65 @@ class Cover:
         self.donors.append(node)
         return len(self.donors) - 1
 
-    def pieces(self, keep: Mask) -> Pieces:
+    def pieces(self, keep: Mask) -> list[Piece]:
         """The kept positions, cut where the donor or the order in it changes and where a kind of
         reuse ends."""
-        at = np.flatnonzero(keep)
-        if not len(at):
-            return Pieces(at, at)
-        first = np.ones(len(at), np.bool_)
+        at = keep.nonzero()[0]
         donors, sources = self.donor_of[at], self.source_of[at]
-        first[1:] = (
-            (at[1:] != at[:-1] + 1)
+        first = np.ones(len(at) + 1, np.bool_)  # the last one is behind all
+        first[1:-1] = (
+            (at[1:] - at[:-1] != 1)
             | (donors[1:] != donors[:-1])
-            | (sources[1:] != sources[:-1] + 1)
-            | (at[1:] == self.exact)
-            | (at[1:] == self.in_place)
+            | (sources[1:] - sources[:-1] != 1)
         )
-        begin = np.flatnonzero(first)
-        return Pieces(at[begin], at[np.append(begin[1:], len(at)) - 1] + 1)
+        first[at.searchsorted((self.exact, self.in_place))] = True
+        begin = first.nonzero()[0]
+        stops = at[begin[1:] - 1] + 1
+        begin = begin[:-1]
+        columns = at[begin], stops, donors[begin], sources[begin]
+        return list(map(Piece._make, zip(*(each.tolist() for each in columns), strict=True)))
 
-    def spans(self, pieces: Pieces) -> tuple[list[Span], list[str]]:
+    def spans(self, pieces: Sequence[Piece]) -> tuple[list[Span], list[str]]:
         """Spans of the pieces, and the blocks they index."""
         spans: list[Span] = []
         blocks: dict[str, int] = {}
-        names = [tuple(node.blocks) for node in self.donors]  # unpacked once
-        places = np.stack((*pieces, self.donor_of[pieces.start], self.source_of[pieces.start]), 1)
-        for start, stop, donor, source in places.tolist():
-            node, shift = self.donors[donor], start - source
+        donors = [_unpacked(node) for node in self.donors]
+        for start, stop, donor, source in pieces:
+            names, segments, starts = donors[donor]
+            shift, end = start - source, source + stop - start
             exact, continued = start < self.exact, self.exact <= start < self.in_place
-            for part in segments_between(node, source, stop - shift):
-                first, last = max(part.start, source), min(part.stop, stop - shift)
-                skip = first - part.start
-                block = blocks.setdefault(names[donor][part.block], len(blocks))
-                at, row = first + shift, part.row + skip
-                spans.append(
-                    Span(at, last - first, part.source + skip, block, row, exact, continued)
-                )
+            for part in segments[bisect_right(starts, source) - 1 : bisect_left(starts, end)]:
+                skip = max(0, source - part.start)
+                length = min(part.length, end - part.start) - skip
+                block = blocks.setdefault(names[part.block], len(blocks))
+                at, row = part.start + skip + shift, part.row + skip
+                spans.append(Span(at, length, part.source + skip, block, row, exact, continued))
         return spans, list(blocks)
 
 
-class Pieces(NamedTuple):
-    """Runs of positions `start … stop-1` with rows that lie in a row in one donor."""
+class Piece(NamedTuple):
+    """Positions `start … stop-1`, whose rows lie in a row in one donor, from `source` on."""
 
-    start: Positions
-    stop: Positions
+    start: int
+    stop: int
+    donor: int
+    """Index into the cover's donors."""
+    source: int
+
+
+def placeholder_runs(pieces: Sequence[Piece]) -> int:
+    """How many runs before the end of the last piece no piece has."""
+    at = runs = 0
+    for piece in pieces:
+        runs += piece.start > at
+        at = piece.stop
+    return runs
+
+
+def _unpacked(node: Node) -> tuple[Sequence[str], Sequence[Span], list[int]]:
+    """Its blocks and segments, and where these start: looked at many times."""
+    segments = tuple(node.segments)
+    return tuple(node.blocks), segments, [segment.start for segment in segments]
 
 
 def _long_runs(free: Mask, cuts: Positions, shortest: int) -> Mask:

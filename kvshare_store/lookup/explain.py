@@ -16,16 +16,15 @@ import numpy.typing as npt
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.align import align, common_prefix
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.cover import Cover, placeholder_runs
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import (
     Mask,
     ReusePolicy,
     continues,
-    edges_of,
     kept_positions,
-    usable_tokens,
+    usable_length,
 )
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import Hashes
@@ -151,9 +150,10 @@ class Watched(Nominator):
         others.sort(key=lambda node: common_prefix(tokens, node.tokens), reverse=True)
         return others[:1]
 
-    def by_words(self, vector: Vector, count: int) -> list[Node]:
+    def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
         """As `Nominator`."""
-        return self._noted("words", partial(super().by_words, vector, count + len(self._without)))
+        more = len(self._without)
+        return self._noted("words", partial(super().by_words, vector, count + more, most + more))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
@@ -257,7 +257,7 @@ class Explainer:
             reason_of[dropped] = reason
         free = cover.donor_of < 0
         for node in nodes.values():
-            usable = len(usable_tokens(self._policy, node))
+            usable = usable_length(self._policy, node)
             for start, source, count in shared[node.id] if self._policy.edited else ():
                 barred = slice(start + max(0, usable - source), start + count)
                 reason_of[barred][free[barred]] = GENERATION
@@ -319,7 +319,7 @@ class Explainer:
     def _candidate(
         self, node: Node, ways: tuple[str, ...], shared: list[Match], plan: ReusePlan
     ) -> Candidate:
-        cover, usable = self._cover, len(usable_tokens(self._policy, node))
+        cover, usable = self._cover, usable_length(self._policy, node)
         mine = np.zeros(len(self._request), np.bool_)
         if cover is not None:
             for index, donor in enumerate(cover.donors):
@@ -399,7 +399,7 @@ class Explainer:
         for span in spans:
             tier = tier_of(blocks[span.block]) or "host"
             tiers[tier] = tiers.get(tier, 0) + span.length * row_bytes
-        runs = len(edges_of(~keep[: int(pieces.stop[-1])])[0])
+        runs = placeholder_runs(pieces)
         load = sum(cost.load[tier].seconds(nbytes) for tier, nbytes in tiers.items())
         whole = cost.prefill.seconds(len(self._request))
         left = cost.prefill.seconds(len(self._request) - reused)

@@ -29,6 +29,8 @@ class Nominator:
         self._tree = tree
         self._index = index
         self._lock = lock or threading.RLock()
+        self._asked: tuple[Vector | None, int, list[tuple[str, float]]] = None, 0, []
+        """The last vector, how many were asked for, and the nearest."""
 
     def __bool__(self) -> bool:
         """Whether there is any node."""
@@ -56,11 +58,15 @@ class Nominator:
         with self._lock:
             return self._nodes(self._index.passages.most_often(keys, count, count))
 
-    def by_words(self, vector: Vector, count: int) -> list[Node]:
-        """Nodes with similar token n-grams, the most similar first."""
+    def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
+        """Nodes with similar token n-grams, the most similar first. Who may ask for more with the
+        same vector says how many at most: all vectors are compared only once."""
         if self._index is None:
             return []
-        found = self._index.lexical.nearest(vector, count)
+        if vector is not self._asked[0] or count > self._asked[1]:
+            most = max(count, most)
+            self._asked = vector, most, self._index.lexical.nearest(vector, most)
+        found = self._asked[2][:count]
         with self._lock:
             return self._nodes([node_id for node_id, cosine in found if cosine >= _FLOOR])
 
@@ -105,9 +111,9 @@ class WithPools(Nominator):
         """As `Nominator`."""
         return [node for one in self._each for node in one.by_passages(hashes, count)]
 
-    def by_words(self, vector: Vector, count: int) -> list[Node]:
+    def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
         """As `Nominator`."""
-        return [node for one in self._each for node in one.by_words(vector, count)]
+        return [node for one in self._each for node in one.by_words(vector, count, most)]
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""

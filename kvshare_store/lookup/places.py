@@ -35,7 +35,7 @@ class Sought:
         """`start`: what stands before it is not sought."""
         self.tokens = tokens
         self.start = start
-        self._sampled: dict[int, Positions] = {}
+        self._sampled: dict[int, tuple[Positions, Hashes]] = {}
 
     @cached_property
     def _hashes(self) -> Hashes:
@@ -47,9 +47,15 @@ class Sought:
 
     def sampled(self, one_of: int) -> Positions:
         """Where the grams are that a table has which takes one of so many, ascending."""
-        if one_of not in self._sampled:
-            self._sampled[one_of] = _sample(self._hashes, one_of) + self.start
-        return self._sampled[one_of]
+        return self.sample(one_of)[0]
+
+    def sample(self, one_of: int) -> tuple[Positions, Hashes]:
+        """As `sampled`, and their hashes."""
+        known = self._sampled.get(one_of)
+        if known is None:
+            at, hashes = _sample(self._hashes, one_of)
+            known = self._sampled[one_of] = at + self.start, hashes
+        return known
 
     def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
         """Those of `sampled` whose grams lie inside one of the gaps, which ascend."""
@@ -70,19 +76,26 @@ class Places:
     def __init__(self, tokens: Tokens) -> None:
         hashes = gram_hashes(tokens)
         self.one_of = 1 << (len(hashes) // _LOOKED_AT).bit_length()
-        at = _sample(hashes, self.one_of)[::-1]  # the last that is put into a slot stays there
+        at, hashes = _sample(hashes, self.one_of)
+        at, hashes = at[::-1], hashes[::-1]  # the last that is put into a slot stays there
         bits = max(1, len(at).bit_length())
         self._shift = np.uint64(64 - bits)
-        slots = (hashes[at] >> self._shift).view(np.int64)
+        slots = (hashes >> self._shift).view(np.int64)
         self._places = np.full(1 << bits, -1, np.int32)
         self._places[slots] = at
         self._tags = np.zeros(1 << bits, np.uint32)
-        self._tags[slots] = hashes[at].astype(np.uint32)
+        self._tags[slots] = hashes.astype(np.uint32)
 
     @property
     def nbytes(self) -> int:
         """Memory of the table."""
         return self._places.nbytes + self._tags.nbytes
+
+    def has_any(self, hashes: Hashes) -> bool:
+        """Whether `find` finds a place for any of the grams."""
+        slots = (hashes >> self._shift).view(np.int64)
+        same = self._tags[slots] == hashes.astype(np.uint32)
+        return bool(np.count_nonzero(same)) and int(self._places[slots[same]].max()) >= 0
 
     def find(self, hashes: Hashes) -> npt.NDArray[np.int32]:
         """The place of each gram, or -1. Not yet verified."""
@@ -94,32 +107,31 @@ def guess(ours: Sought, theirs: Places, length: int) -> int:
     """About how many of the tokens that are sought the first `length` tokens of a donor have in
     runs of some length. 0: they have no gram in common."""
     sought = len(ours.tokens) - ours.start
-    if sought >= _FIRST_OF_MANY and not _in_common(ours, theirs):
-        return 0
+    if sought >= _FIRST_OF_MANY:
+        # most candidates of a new prompt have none of a few grams, and a passage worth its seam
+        # has several of the few
+        few = ours.sample(_FIRST_ONE_OF * theirs.one_of)[1]
+        if not theirs.has_any(few):
+            return 0
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
-    at = ours.sampled(one_of)
-    places = theirs.find(ours.hashes(at))
-    found = (places >= 0) & (places <= length - GRAM)
+    at, hashes = ours.sample(one_of)
+    places = theirs.find(hashes)
+    found = (places.view(np.uint32) <= length - GRAM).nonzero()[0]  # -1 is the greatest number
     starts = at[found]
     if not len(starts):
         return 0
-    steps, shifts = np.diff(starts), np.diff(places[found] - starts)
+    shifts = places[found] - starts
+    steps = starts[1:] - starts[:-1]
     # what lies between two grams that go on from one another is most likely the same too
     near = GRAM if one_of == 1 else 2 * GRAM * one_of
-    return GRAM + int(steps[(shifts == 0) & (steps <= near)].sum())
+    return GRAM + int(steps[(shifts[1:] == shifts[:-1]) & (steps <= near)].sum())
 
 
-def _in_common(ours: Sought, theirs: Places) -> bool:
-    """Whether any of a few grams of the request is there: most candidates of a new prompt have
-    none, and a passage worth its seam has several of the few."""
-    at = ours.sampled(_FIRST_ONE_OF * theirs.one_of)
-    return bool((theirs.find(ours.hashes(at)) >= 0).any())
-
-
-def _sample(hashes: Hashes, one_of: int) -> Positions:
+def _sample(hashes: Hashes, one_of: int) -> tuple[Positions, Hashes]:
     if one_of == 1:
-        return np.arange(len(hashes))
-    return np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
+        return np.arange(len(hashes)), hashes
+    at = np.flatnonzero(hashes & np.uint64(one_of - 1) == 0)
+    return at, hashes[at]
 
 
 class KnownPlaces:

@@ -3,7 +3,7 @@ holds no lock but for the moments in which donors are nominated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -11,11 +11,11 @@ import numpy as np
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
-from kvshare_store.lookup.cover import Cover, Pieces
+from kvshare_store.lookup.cover import Cover, Piece, placeholder_runs
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces
-from kvshare_store.lookup.policy import Mask, ReusePolicy, as_strict, edges_of, kept_positions
+from kvshare_store.lookup.policy import Mask, ReusePolicy, as_strict, kept_positions
 from kvshare_store.lookup.search import Search
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
@@ -116,10 +116,10 @@ class Planner:
         row_bytes: int,
     ) -> Planned:
         pieces = cover.pieces(keep)
-        if not len(pieces.start):
+        if not pieces:
             return _declined(bare, "nothing_kept")
         reused = int(np.count_nonzero(keep))
-        runs = len(edges_of(~keep[: int(pieces.stop[-1])])[0])
+        runs = placeholder_runs(pieces)
         least = self._config.min_saving_ms
         if cost.saving_ms(reused, runs, {}) < least:
             return _declined(bare, "no_saving")
@@ -181,19 +181,17 @@ def _moved_last(cover: Cover, keep: Mask, policy: ReusePolicy) -> Mask:
     return moved & keep
 
 
-def _sources(cover: Cover, pieces: Pieces) -> tuple[tuple[Node, ...], int]:
+def _sources(cover: Cover, pieces: Sequence[Piece]) -> tuple[tuple[Node, ...], int]:
     """The donors of some pieces, the one with most positions first, and the generation that
     building on them makes."""
-    lengths = pieces.stop - pieces.start
-    donor_of, source_of = cover.donor_of[pieces.start], cover.source_of[pieces.start]
-    counts = np.bincount(donor_of, lengths, len(cover.donors)).tolist()
-    used, first = np.unique(donor_of, return_index=True)
-    by_weight = sorted(zip(used.tolist(), first.tolist(), strict=True),
-                       key=lambda one: (-counts[one[0]], one[1]))  # fmt: skip
+    counts: dict[int, int] = {}  # of equals the first one first
     generation = cover.continues.generation if cover.continued and cover.continues else 0
-    edited = pieces.start >= cover.in_place
-    for donor in set(donor_of[edited].tolist()):
-        node, its = cover.donors[donor], edited & (donor_of == donor)
-        last = int((source_of + lengths)[its].max()) - 1
-        generation = max(generation, 1 + (node.generation if last >= node.exact_rows else 0))
-    return tuple(cover.donors[donor] for donor, _ in by_weight), generation
+    for start, stop, donor, source in pieces:
+        length = stop - start
+        counts[donor] = counts.get(donor, 0) + length
+        if start >= cover.in_place:
+            node = cover.donors[donor]
+            built_on = node.generation if source + length > node.exact_rows else 0
+            generation = max(generation, 1 + built_on)
+    by_weight = sorted(counts, key=lambda donor: -counts[donor])
+    return tuple(cover.donors[donor] for donor in by_weight), generation

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvshare_store.config import PolicyName, StoreConfig, policy_names
 from kvshare_store.errors import ConfigError
+from kvshare_store.lookup.places import Positions
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Run
@@ -105,19 +106,24 @@ def continues(policy: ReusePolicy, node: Node) -> bool:
     return allowed and node.generation <= policy.max_generation
 
 
-def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
-    """The leading tokens of `node` whose rows may be reused behind other text: all, or those that
-    are exact."""
+def usable_length(policy: ReusePolicy, node: Node) -> int:
+    """Of how many leading tokens of `node` the rows may be reused behind other text: of all, or of
+    those that are exact."""
     if node.generation < policy.max_generation and (node.exact or continues(policy, node)):
-        return node.tokens
-    return node.tokens[: node.exact_rows if policy.max_generation else 0]
+        return node.length
+    return node.exact_rows if policy.max_generation else 0
+
+
+def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
+    """The leading tokens of `node` whose rows may be reused behind other text."""
+    return node.tokens[: usable_length(policy, node)]
 
 
 def kept_positions(
     policy: ReusePolicy,
     request: Tokens,
-    donor_of: npt.NDArray[np.int64],
-    source_of: npt.NDArray[np.int64],
+    donor_of: Positions,
+    source_of: Positions,
     in_place: int,
     delimiters: Collection[int] = (),
 ) -> Mask:
@@ -129,12 +135,14 @@ def kept_positions(
     """
     # so much of what stays in place decides what is kept behind it
     start = max(0, in_place - policy.min_run - 1)
+    if not start:
+        return _kept(policy, request, donor_of, source_of, in_place, delimiters)
     keep = np.ones(len(request), np.bool_)
     keep[start:] = _kept(
         policy,
         request[start:],
         donor_of[start:],
-        source_of[start:] - (source_of[start] if start else 0),
+        source_of[start:] - source_of[start],
         in_place - start,
         delimiters,
     )
@@ -144,18 +152,17 @@ def kept_positions(
 def _kept(
     policy: ReusePolicy,
     request: Tokens,
-    donor_of: npt.NDArray[np.int64],
-    source_of: npt.NDArray[np.int64],
+    donor_of: Positions,
+    source_of: Positions,
     in_place: int,
     delimiters: Collection[int],
 ) -> Mask:
     length = len(request)
-    keep = donor_of >= 0
-    if not policy.edited:
-        keep[in_place:] = False
-    keep &= ~_after_edits(keep, donor_of, source_of, policy)
-    keep[max(0, length - policy.tail) :] = False
-    keep = _without_short_runs(keep, policy.min_run)
+    starts, stops = _in_order(donor_of, source_of, length if policy.edited else in_place)
+    windows = _windows(policy, starts, stops, donor_of, source_of)
+    starts = np.maximum.accumulate(starts + windows)  # a window may reach into the next runs
+    stops = np.minimum(stops, max(0, length - policy.tail))
+    keep = _mask(*_long_runs(starts, stops, policy.min_run), length)
     if policy.delimiters and len(delimiters):
         # after short runs have gone: the lines of code and lists are shorter than `min_run`. What
         # stays in place ends where the first edit is, also where that only removed text
@@ -165,63 +172,77 @@ def _kept(
     return keep
 
 
-def _after_edits(
-    covered: Mask,
-    donor_of: npt.NDArray[np.int64],
-    source_of: npt.NDArray[np.int64],
+def _in_order(
+    donor_of: Positions, source_of: Positions, length: int
+) -> tuple[Positions, Positions]:
+    """Starts and stops of the runs of the first `length` positions that come in order from one
+    donor, ascending."""
+    donor_of, source_of = donor_of[:length], source_of[:length]
+    covered = donor_of >= 0
+    cut = np.ones(length + 1, np.bool_)  # between two positions, and at both ends
+    cut[1:-1] = (donor_of[1:] != donor_of[:-1]) | (source_of[1:] - source_of[:-1] != 1)
+    return (covered & cut[:-1]).nonzero()[0], (covered & cut[1:]).nonzero()[0] + 1
+
+
+def _windows(
     policy: ReusePolicy,
-) -> Mask:
-    """Positions within a window after a change: text inserted, removed, or another donor."""
-    follows = np.ones(len(covered), np.bool_)
-    follows[1:] = (donor_of[1:] == donor_of[:-1]) & (source_of[1:] == source_of[:-1] + 1)
-    if len(covered):
-        follows[0] = source_of[0] == 0
-    # a position right after a gap, or one whose left neighbour in the donor is another token
-    seams = np.flatnonzero(covered & ~follows)
-    windows = np.full(len(seams), policy.edit_window)
+    starts: Positions,
+    stops: Positions,
+    donor_of: Positions,
+    source_of: Positions,
+) -> Positions:
+    """How many positions are recomputed from the start of each run on: text was inserted or removed
+    before it, or it comes from another donor."""
+    windows = np.full(len(starts), policy.edit_window)
+    sources = source_of[starts]
     if policy.edit_growth:
-        sizes = _edit_sizes(covered, donor_of, source_of, seams)
+        sizes = _edit_sizes(starts, stops, donor_of[starts], sources)
         grown = np.maximum(LEAST_WINDOW, np.ceil(policy.edit_growth * sizes))
         windows = np.minimum(windows, grown).astype(np.int64)
-    return _between(seams, np.minimum(seams + windows, len(covered)), len(covered))
-
-
-def _between(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], length: int) -> Mask:
-    """Positions in at least one of the runs `starts … stops-1`, bool [length]."""
-    begun = np.bincount(starts, minlength=length + 1) - np.bincount(stops, minlength=length + 1)
-    return np.cumsum(begun[:length]) > 0
-
-
-def _without_short_runs(keep: Mask, shortest: int) -> Mask:
-    if shortest <= 1:
-        return keep
-    starts, stops = edges_of(keep)
-    short = stops - starts < shortest
-    return keep & ~_between(starts[short], stops[short], len(keep)) if short.any() else keep
+    if len(starts) and starts[0] == sources[0] == 0:
+        windows[0] = 0  # where both begin nothing was changed
+    return windows
 
 
 def _edit_sizes(
-    covered: Mask,
-    donor_of: npt.NDArray[np.int64],
-    source_of: npt.NDArray[np.int64],
-    seams: npt.NDArray[np.int64],
+    starts: Positions, stops: Positions, donors: Positions, sources: Positions
 ) -> npt.NDArray[np.float64]:
-    """Tokens inserted or removed right before each seam, whichever are more; a change of donors
+    """Tokens inserted or removed right before each run, whichever are more; a change of donors
     has no end."""
-    last = np.maximum.accumulate(np.where(covered, np.arange(len(covered)), -1))
-    before = np.where(seams > 0, last[seams - 1], -1)
-    first = before < 0
-    inserted = seams - before - 1
-    removed = np.abs(source_of[seams] - np.where(first, -1, source_of[before]) - 1)
-    same = first | (donor_of[before] == donor_of[seams])
-    return np.where(same, np.maximum(inserted, removed), np.inf)
+    sizes = np.maximum(starts, sources).astype(np.float64)  # of the first run
+    inserted = starts[1:] - stops[:-1]
+    removed = np.abs(sources[1:] - sources[:-1] - (stops - starts)[:-1])
+    same = donors[1:] == donors[:-1]
+    sizes[1:] = np.where(same, np.maximum(inserted, removed), np.inf)
+    return sizes
 
 
-def edges_of(mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _long_runs(starts: Positions, stops: Positions, shortest: int) -> tuple[Positions, Positions]:
+    """Of runs, some of them empty, those that are at least so long together with those they
+    touch."""
+    some = starts < stops
+    starts, stops = starts[some], stops[some]
+    if shortest > 1:
+        apart = np.ones(len(starts) + 1, np.bool_)
+        apart[1:-1] = starts[1:] != stops[:-1]
+        starts, stops = starts[apart[:-1]], stops[apart[1:]]
+        long = stops - starts >= shortest
+        starts, stops = starts[long], stops[long]
+    return starts, stops
+
+
+def _mask(starts: Positions, stops: Positions, length: int) -> Mask:
+    """Positions in one of the runs, which ascend and do not overlap; bool [length]."""
+    edges = np.zeros(2 * len(starts) + 2, np.int64)
+    edges[1:-1:2], edges[2:-1:2], edges[-1] = starts, stops, length
+    return np.repeat(np.arange(len(edges) - 1) % 2 == 1, edges[1:] - edges[:-1])
+
+
+def edges_of(mask: Mask) -> tuple[Positions, Positions]:
     """Where the maximal runs of True begin, and where each has just ended, ascending."""
     padded = np.zeros(len(mask) + 2, np.bool_)
     padded[1:-1] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    edges = (padded[1:] != padded[:-1]).nonzero()[0]
     return edges[::2], edges[1::2]
 
 

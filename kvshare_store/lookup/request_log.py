@@ -16,6 +16,7 @@ from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan, Span
+from kvshare_store.readable import short
 
 _ENTRIES = 1000
 _PROMPT_BYTES = 64 << 20
@@ -187,7 +188,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
     space = asked.namespace
     return {
         "request": asked.request,
-        "namespace": space.digest[:12],
+        "namespace": short(space.digest),
         "model": space.model,
         "tenant": space.tenant,
         "lora": space.lora,
@@ -208,9 +209,10 @@ def prompt_of(tokens: Tokens, logged: bool) -> bytes:
 def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:
     """Spans of one kind that touch, as one run."""
     runs: list[tuple[int, int, str]] = []
+    begin, stop, kind = 0, 0, ""
     for span in spans:
-        if runs and runs[-1][1:] == (span.start, span.kind):
-            runs[-1] = (runs[-1][0], span.stop, span.kind)
-        else:
-            runs.append((span.start, span.stop, span.kind))
-    return tuple(runs)
+        if span.start != stop or span.kind != kind:
+            runs.append((begin, stop, kind))
+            begin, kind = span.start, span.kind
+        stop = span.start + span.length
+    return (*runs[1:], (begin, stop, kind)) if spans else ()

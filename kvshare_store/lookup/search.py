@@ -11,7 +11,13 @@ from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces, guess
-from kvshare_store.lookup.policy import LEAST_WINDOW, ReusePolicy, continues, usable_tokens
+from kvshare_store.lookup.policy import (
+    LEAST_WINDOW,
+    ReusePolicy,
+    continues,
+    usable_length,
+    usable_tokens,
+)
 from kvshare_store.nodes.edits import Match
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.index import LONG
@@ -61,7 +67,10 @@ class Search:
         tokens. Tokens decide: the chain's hashes only nominated."""
         cover = self._cover
         longest = len(cover.request) - 1
+        head = cover.request[: cover.exact + 1].tobytes()
         for node in nodes:
+            if not node.token_bytes.startswith(head):
+                continue  # no longer prefix in common
             common = min(common_prefix(cover.request, node.tokens), longest)
             exact = min(common, node.exact_rows)
             if exact > cover.exact:
@@ -99,7 +108,7 @@ class Search:
             found = nominator.by_passages(hashes, count)
             if found or served:
                 return found
-        return nominator.by_words(cover.words, count)
+        return nominator.by_words(cover.words, count, _WIDER * count)
 
     def _usable(self, nodes: list[Node]) -> list[Node]:
         """Nodes that have rows to build on, each once; none but donors where there are as many of
@@ -107,7 +116,7 @@ class Search:
         if len(self._cover.donors) >= self._config.max_donors:
             nodes = self._cover.donors
         distinct = {node.id: node for node in nodes}.values()
-        return [node for node in distinct if len(usable_tokens(self._policy, node))]
+        return [node for node in distinct if usable_length(self._policy, node)]
 
     def _cover_from(self, nodes: list[Node], served: bool = False) -> None:
         if not served:
@@ -145,7 +154,7 @@ class Search:
         for node in nodes:
             if not self._places.known(node) and not self._effort.spend(_HASHED * node.length):
                 continue
-            usable = len(usable_tokens(self._policy, node))
+            usable = usable_length(self._policy, node)
             tokens = guess(self._cover.sought, self._places.of(node), usable)
             self._guesses[node.id] = tokens
             if tokens:

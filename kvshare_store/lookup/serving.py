@@ -7,7 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -19,12 +19,14 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
 from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
-from kvshare_store.lookup.policy import PRESETS, configured_policy, stricter_policy
+from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
+from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
 from kvshare_store.metrics import Metrics
@@ -32,6 +34,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
 from kvshare_store.threads import FairLock
 
@@ -57,7 +60,9 @@ class Serving:
         far_costs: Costs,
         text: TextVectors,
         metrics: Metrics,
+        quality: Quality,
     ) -> None:
+        self._quality = quality
         self._config = config
         self._nodes = nodes
         self._blocks = nodes.blocks
@@ -113,7 +118,10 @@ class Serving:
             self._answer(answer, lookup, lookup.plan(refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
-            planned = self._planned(request, lookup)
+            if self._quality.steers and not look:
+                lookup, planned = self._steered(request, lookup)
+            else:
+                planned = self._planned(request, lookup)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
@@ -169,7 +177,9 @@ class Serving:
             leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
 
-    def _planned(self, request: Tokens, lookup: Asked) -> Planned:
+    def _planned(
+        self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
+    ) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
         planned = self._planner.plan(
             request,
@@ -180,6 +190,7 @@ class Serving:
             row_bytes=namespace.layout.row_bytes,
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+            watch=watch,
         )
         return _with_pools(planned) if lookup.pools else planned
 
@@ -193,6 +204,19 @@ class Serving:
     def _donors_of(self, namespace: Namespace) -> Nominator:
         nodes = self._nodes
         return Nominator(nodes.tree, nodes.state.index(namespace.digest), nodes.lock)
+
+    def _steered(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
+        """The plan under the policy that is known to be good enough for requests of this kind."""
+        covers: list[Cover] = []
+        planned = self._planned(request, lookup, lambda cover, _: covers.append(cover))
+        if not planned.plan.generation:
+            return lookup, planned
+        of = covers[0], planned.donors[0], lookup.policy, planned.plan.namespace
+        policy = rung_of(self._quality, self._nodes.state, *of)
+        if policy is lookup.policy:
+            return lookup, planned
+        lookup = lookup._replace(policy=policy)
+        return lookup, self._planned(request, lookup)
 
     def _lease(
         self, planned: Planned, owner: str, deadline_ms: float | None
@@ -344,8 +368,7 @@ class Serving:
 
     def decline(self, reason: str, tokens: int) -> None:
         """See `Store.decline`."""
-        self._metrics.add("lookups")
-        self._metrics.add("tokens_requested", tokens)
+        self._metrics.add_all({"lookups": 1, "tokens_requested": tokens})
         self._count_miss(reason, tokens, None)
         self.log.declined(reason, tokens)
 
@@ -390,9 +413,8 @@ class Serving:
         self, reason: str, tokens: int, namespace: Namespace | None, cached: int = 0
     ) -> None:
         """`namespace`: None where nobody has said whose request it was."""
-        self._metrics.add("misses")
+        self._metrics.add_all({"misses": 1, "tokens_recomputed": tokens})
         self._metrics.decline(reason)
-        self._metrics.add("tokens_recomputed", tokens)
         if namespace is not None:
             self._count_use(namespace, "miss", {"not_reused": tokens + cached})
 
@@ -404,6 +426,7 @@ class Serving:
     def forget(self, digest: str) -> None:
         """Drop what is remembered of the requests of a namespace."""
         self.log.forget(digest)
+        self._quality.forget(digest)
         self._metrics.forget(digest)
 
 

@@ -12,6 +12,7 @@ import msgspec
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.repository import Repository
+from kvshare_store.quality.quality import Quality
 from kvshare_store.save.saving import Saving
 
 log = logging.getLogger("kvshare")
@@ -31,11 +32,14 @@ class OthersPurges:
     A purge is identified by its id and not by a time, because clocks differ.
     """
 
-    def __init__(self, repository: Repository, saving: Saving, home: Path) -> None:
+    def __init__(
+        self, repository: Repository, saving: Saving, quality: Quality, home: Path
+    ) -> None:
         self._repository = repository
         self._nodes = repository.nodes
         self._blocks = repository.blocks
         self._saving = saving
+        self._quality = quality
         self._file = home / "purges.json"
         self._done = self._remembered()
         self._version = -1
@@ -105,6 +109,7 @@ class OthersPurges:
                 catalog.records.forget_key(digest)
             keep = {name for node in kept for name in node.blocks}
             dropped = self._blocks.pool.drop_copies(digest, keep)
+        self._quality.forget(digest)
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
         self._blocks.doubt_shared(None)
         self._blocks.pool.wipe()

@@ -58,16 +58,10 @@ class BlockUsers:
         node = next((self._node_of(node_id) for node_id in self.of(name)), None)
         return None if node is None else _sizes(node)[name]
 
-    def freed(self, node: Node) -> int:
-        """Bytes of the blocks that only this node of the tree uses."""
-        return sum(size for name, size in _sizes(node).items() if name not in self._shared)
-
     # --- changes -----------------------------------------------------------------------------
 
-    def enter(self, node: Node) -> set[str]:
-        """From now on the node uses its blocks. Returns the nodes that were the only users of one
-        of them until now."""
-        sharing: set[str] = set()
+    def enter(self, node: Node) -> None:
+        """From now on the node uses its blocks."""
         alone: list[int] = []
         sizes = _sizes(node)
         keys = list(map(_key, sizes))
@@ -81,47 +75,42 @@ class BlockUsers:
             elif node.id not in users:
                 if name not in self._shared:
                     self._shared_bytes[name] = self.size(name) or 0
-                    sharing.update(users)
                 self._shared[name] = _with(users, node.id)
         self._alone.add(node.id, alone)
-        return sharing
 
-    def leave(self, node: Node, kept: Collection[str] = ()) -> tuple[list[str], set[str]]:
+    def leave(self, node: Node, kept: Collection[str] = ()) -> list[str]:
         """The node no longer uses its blocks, except those that it has `kept`. Returns the blocks
-        without users, and the nodes that are now the only users of one."""
+        without users."""
         unused: list[str] = []
-        left: set[str] = set()
         for name, size in _sizes(node).items():
             if name in kept:
                 continue
             if name in self._shared:
-                left |= self._leave_shared(name, node)
+                self._leave_shared(name, node)
             else:
                 unused.append(name)
                 self._count -= 1
                 self.bytes[node.namespace] -= size
         if not self.bytes[node.namespace]:
             del self.bytes[node.namespace]
-        return unused, left
+        return unused
 
-    def _leave_shared(self, name: str, node: Node) -> set[str]:
+    def _leave_shared(self, name: str, node: Node) -> None:
         users = self._shared[name] = _without(self._shared[name], node.id)
         if len(users) > 1:
-            return set()
+            return
         (last,) = users
         if not self._alone_with(name):
             self._alone.add(last, [_key(name)])
         del self._shared[name]
         self.bytes[node.namespace] += (self.size(name) or 0) - self._shared_bytes.pop(name)
-        return {last}
 
     def forget(self, node_id: str) -> None:
         """The node has left the tree."""
         self._alone.remove(node_id)
 
-    def fill(self, nodes: Sequence[Node]) -> list[int]:
-        """Enter many nodes at once: all that there are, already in the tree. Returns `freed` of
-        each.
+    def fill(self, nodes: Sequence[Node]) -> None:
+        """Enter many nodes at once: all that there are, already in the tree.
 
         Blocks are told apart by hashes of their names; those that seem to have several users are
         checked one by one.
@@ -137,21 +126,19 @@ class BlockUsers:
         self._alone.settle()
         self._count = len(alone)
         sizes = np.fromiter(chain.from_iterable(map(_block_bytes, nodes)), np.int64, len(keys))
-        freed = np.bincount(whose[alone], sizes[alone], len(nodes)).astype(np.int64)
-        self._fill_bytes(nodes, freed)
+        own = np.bincount(whose[alone], sizes[alone], len(nodes)).astype(np.int64)
+        self._fill_bytes(nodes, own)
         blocks = several - (counts.cumsum() - counts)[whose[several]]
-        self._fill_shared(nodes, zip(whose[several].tolist(), blocks.tolist(), strict=True), freed)
-        return list(map(int, freed.tolist()))
+        self._fill_shared(nodes, zip(whose[several].tolist(), blocks.tolist(), strict=True))
 
-    def _fill_bytes(self, nodes: Sequence[Node], freed: Counts) -> None:
+    def _fill_bytes(self, nodes: Sequence[Node], own: Counts) -> None:
+        """`own`: bytes of the blocks that only this node uses, for each of the nodes."""
         found: dict[str, int] = {}
         spaces = [found.setdefault(node.namespace, len(found)) for node in nodes]
-        nbytes = np.bincount(spaces, freed, len(found)).tolist()
+        nbytes = np.bincount(spaces, own, len(found)).tolist()
         self.bytes.update({space: int(nbytes[at]) for space, at in found.items()})
 
-    def _fill_shared(
-        self, nodes: Sequence[Node], places: Iterable[tuple[int, int]], freed: Counts
-    ) -> None:
+    def _fill_shared(self, nodes: Sequence[Node], places: Iterable[tuple[int, int]]) -> None:
         """`places`: the number of the node and of the block in it, in the order of the nodes."""
         users: defaultdict[str, list[int]] = defaultdict(list)
         for number, block in places:
@@ -164,7 +151,6 @@ class BlockUsers:
             ids = tuple(dict.fromkeys(nodes[number].id for number in numbers))
             if len(ids) == 1:
                 self._alone.add(first.id, [_key(name)])
-                freed[numbers[0]] += size
             else:
                 self._shared[name] = ids if len(ids) <= _FEW else set(ids)
                 self._shared_bytes[name] = size

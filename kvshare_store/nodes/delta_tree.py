@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import msgspec
 
-from kvshare_store.blocks.eviction import LRU, EvictionPolicy
 from kvshare_store.nodes.block_users import BlockUsers
 from kvshare_store.nodes.node import Node
 
@@ -17,13 +16,7 @@ from kvshare_store.nodes.node import Node
 class DeltaTree:
     """Metadata only. Not thread-safe by itself: the Store holds its lock."""
 
-    def __init__(
-        self,
-        make_policy: Callable[[], EvictionPolicy] = LRU,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        quotas: bool = True,
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quotas: bool = True) -> None:
         """`quotas`: whether victims of a single namespace are asked for."""
         self.clock = clock
         self._nodes: dict[str, Node] = {}
@@ -31,14 +24,12 @@ class DeltaTree:
         self._blocks = BlockUsers(self._nodes.get)
         self._counts: Counter[str] = Counter()
         """Nodes of each namespace."""
-        self._used: dict[str, float] = {}
+        self._used: OrderedDict[str, float] = OrderedDict()
         """When each node was last used, by `clock`; least recently used first."""
-        self._make_policy = make_policy
-        self._order = make_policy()
-        self._orders: defaultdict[str, EvictionPolicy] | None = None
+        self._used_in: dict[str, OrderedDict[str, None]] | None = None
         """The same order within each namespace."""
         if quotas:
-            self._orders = defaultdict(make_policy)
+            self._used_in = defaultdict(OrderedDict)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -61,14 +52,14 @@ class DeltaTree:
         if node.id in self._nodes:
             self.touch(node.id)
             return
-        sharing = self._blocks.enter(node)
+        self._blocks.enter(node)
         self._nodes[node.id] = node
         self._counts[node.namespace] += 1
         self._used[node.id] = self.clock() - idle
+        if self._used_in is not None:
+            self._used_in[node.namespace][node.id] = None
         if node.parent is not None:
             self._children[node.parent].add(node.id)
-        self._rank_again(sharing)
-        self._rank(node)
 
     def fill(self, nodes: Iterable[tuple[Node, float]]) -> None:
         """Insert the first nodes, with the seconds since their last use. Of several with the same
@@ -87,9 +78,9 @@ class DeltaTree:
         for node in found:
             if node.parent is not None:
                 self._children[node.parent].add(node.id)
-        for node, freed in zip(found, self._blocks.fill(found), strict=True):
-            for order in self._orders_of(node):
-                order.add(node.id, freed, _cost(node, freed))
+            if self._used_in is not None:
+                self._used_in[node.namespace][node.id] = None
+        self._blocks.fill(found)
 
     def rooted(self, node: Node) -> Node:
         """The node, without its parent if that descends from it.
@@ -113,31 +104,39 @@ class DeltaTree:
         if node is None:
             return None
         del self._used[node_id]
+        if self._used_in is not None:
+            del self._used_in[node.namespace][node_id]
         self._counts[node.namespace] -= 1
         if not self._counts[node.namespace]:
             del self._counts[node.namespace]
-        self._unrank(node)
+            if self._used_in is not None:
+                del self._used_in[node.namespace]
         if node.parent is not None:
             self._children[node.parent].discard(node_id)
             if not self._children[node.parent]:
                 del self._children[node.parent]
         self._blocks.forget(node_id)
-        unused, alone = self._blocks.leave(node)
-        self._rank_again(alone)
-        return node, unused
+        return node, self._blocks.leave(node)
 
     def replace(self, node: Node) -> list[str]:
         """Replace a node by one with the same id, parent and prompt. Returns the blocks that no
         node uses any more. `KeyError` if there is no such node."""
         old = self._nodes[node.id]
-        sharing = self._blocks.enter(node)
+        self._blocks.enter(node)
         self._nodes[node.id] = node
-        unused, alone = self._blocks.leave(old, set(node.blocks))
-        self._rank_again(sharing | alone)
-        if node.pinned:
-            self._unrank(old)
-        self._rank(node)
-        return unused
+        return self._blocks.leave(old, set(node.blocks))
+
+    def shorten(self, node_id: str, beginning: Node) -> list[str]:
+        """Let the beginning of a node take its place, as long unused. Returns the blocks that no
+        node uses any more. `KeyError` if there is no such node."""
+        used = self._used[node_id]
+        self.add(beginning)
+        removed = self.remove(node_id)
+        self._used[beginning.id] = used
+        self._used.move_to_end(beginning.id, last=False)
+        if self._used_in is not None:
+            self._used_in[beginning.namespace].move_to_end(beginning.id, last=False)
+        return removed[1] if removed is not None else []
 
     def touch(self, node_id: str) -> None:
         """The node was used just now."""
@@ -146,57 +145,28 @@ class DeltaTree:
             self._use(node, self.clock())
 
     def _use(self, node: Node, at: float) -> None:
-        self._used.pop(node.id)
-        self._used[node.id] = at  # last
-        for order in self._orders_of(node):
-            order.touch(node.id)
+        self._used[node.id] = at
+        self._used.move_to_end(node.id)
+        if self._used_in is not None:
+            self._used_in[node.namespace].move_to_end(node.id)
 
     # --- who goes first ----------------------------------------------------------------------
 
-    def freed(self, node: Node) -> int:
-        """Bytes of the blocks that only this node uses."""
-        return self._blocks.freed(node)
-
-    def _orders_of(self, node: Node) -> Iterator[EvictionPolicy]:
-        if not node.pinned:
-            yield self._order
-            if self._orders is not None:
-                yield self._orders[node.namespace]
-
     def order_namespaces(self) -> None:
         """From now on somebody asks for the victims of one namespace."""
-        if self._orders is None:
-            self._orders = defaultdict(self._make_policy)
+        if self._used_in is None:
+            self._used_in = defaultdict(OrderedDict)
             for node in self:
-                if not node.pinned:
-                    freed = self.freed(node)
-                    self._orders[node.namespace].add(node.id, freed, _cost(node, freed))
-
-    def _rank(self, node: Node) -> None:
-        """What forgetting it loses, against the bytes that it frees."""
-        freed = 0 if node.pinned else self.freed(node)
-        for order in self._orders_of(node):
-            order.add(node.id, freed, _cost(node, freed))
-
-    def _rank_again(self, ids: Iterable[str]) -> None:
-        for node_id in ids:
-            if node_id in self._order:
-                self._rank(self._nodes[node_id])
-
-    def _unrank(self, node: Node) -> None:
-        self._order.remove(node.id)
-        if self._orders is not None:
-            self._orders[node.namespace].remove(node.id)
-            if not len(self._orders[node.namespace]):
-                del self._orders[node.namespace]
+                self._used_in[node.namespace][node.id] = None
 
     def victims(self, namespace: str | None = None) -> Iterator[Node]:
-        """Nodes in the order in which they should be forgotten; pinned ones never are. Of one
-        namespace: only with `quotas`."""
-        order: EvictionPolicy | None = self._order
+        """Nodes in the order in which they should be forgotten: those used longest ago first,
+        pinned ones never. Change nothing while you walk. Of one namespace: only with `quotas`."""
+        ids: Iterable[str] = self._used
         if namespace is not None:
-            order = None if self._orders is None else self._orders.get(namespace)
-        return (self._nodes[node_id] for node_id in (order.victims() if order is not None else ()))
+            ids = (self._used_in or {}).get(namespace, ())
+        found = (self._nodes[node_id] for node_id in ids)
+        return (node for node in found if not node.pinned)
 
     def idle(self, seconds: float) -> list[str]:
         """Nodes that were not used for so long, except pinned ones."""
@@ -285,9 +255,3 @@ class DeltaTree:
                 break
             length += 1
         return length
-
-
-def _cost(node: Node, freed: int) -> float:
-    """What is lost with a node: its rows that no other node uses, each as dear as any other. Where
-    others use all of them it frees nothing, and they go first."""
-    return float(freed or node.length)

@@ -13,6 +13,7 @@ from kvshare_store.errors import PlanError
 
 Tokens = npt.NDArray[np.int32]
 EditKind = Literal["keep", "insert", "delete", "replace"]
+_LARGEST = np.iinfo(np.int32).max
 
 
 class Match(NamedTuple):
@@ -37,7 +38,8 @@ def as_tokens(tokens: Sequence[int] | Tokens) -> Tokens:
     array = np.asarray(tokens)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise PlanError("tokens must be a flat sequence of integers")
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+    fits = array.dtype == np.int32  # as most do: what is left to check is the sign
+    if array.size and (array.min() < 0 or (not fits and array.max() > _LARGEST)):
         raise PlanError("token ids must be between 0 and 2**31 - 1")
     return np.ascontiguousarray(array, dtype=np.int32)
 

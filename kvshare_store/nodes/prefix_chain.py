@@ -38,20 +38,20 @@ class PrefixChain:
 
     def hashes(self, tokens: Tokens) -> Keys:
         """The chain of a prompt: one hash for each whole run."""
-        hashes = self._run_hashes([tokens])
+        hashes = self._run_hashes(tokens[: len(tokens) // self._run * self._run])
         return _mixed((hashes * _factors(len(hashes))).cumsum(dtype=np.uint64))
 
-    def _run_hashes(self, prompts: Sequence[Tokens]) -> Keys:
-        """Of each whole run of each prompt."""
-        whole = [tokens[: len(tokens) // self._run * self._run] for tokens in prompts]
-        runs = np.concatenate(whole).astype(np.uint64).reshape(-1, self._run)
+    def _run_hashes(self, whole: Tokens) -> Keys:
+        """Of each of some whole runs."""
+        runs = whole.astype(np.uint64).reshape(-1, self._run)
         return _mixed(runs @ _factors(self._run))
 
     def _chains(self, prompts: Sequence[Tokens]) -> tuple[Keys, Counts]:
         """As `hashes`, of many prompts one behind the other, and how many each has."""
         counts = np.asarray([len(tokens) // self._run for tokens in prompts])
         starts = counts.cumsum() - counts
-        hashes = self._run_hashes(prompts)
+        whole = [tokens[: len(tokens) // self._run * self._run] for tokens in prompts]
+        hashes = self._run_hashes(np.concatenate(whole))
         place = np.arange(len(hashes)) - starts.repeat(counts)
         sums = np.zeros(len(hashes) + 1, np.uint64)
         (hashes * _factors(int(counts.max(initial=0)))[place]).cumsum(out=sums[1:])
@@ -80,14 +80,19 @@ class PrefixChain:
 
     def nominate(self, hashes: Keys) -> list[str]:
         """Nodes that share the longest part of a chain, the newest first. Not yet verified."""
-        low, high = 0, len(hashes)  # an entry implies every shorter one of the same node
+        low, high = 1, len(hashes)  # an entry implies every shorter one of the same node
+        if not high or not self._any(hashes[0]):
+            return []
         while low < high:
             middle = (low + high + 1) // 2
-            if next(self._nodes.find(int(hashes[middle - 1])), None) is not None:
+            if self._any(hashes[middle - 1]):
                 low = middle
             else:
                 high = middle - 1
-        return list(islice(self._nodes.find(int(hashes[low - 1])), _CHAIN_FANOUT)) if low else []
+        return list(islice(self._nodes.find(int(hashes[low - 1])), _CHAIN_FANOUT))
+
+    def _any(self, entry: np.uint64) -> bool:
+        return next(self._nodes.find(int(entry)), None) is not None
 
 
 def _factors(count: int) -> Keys:

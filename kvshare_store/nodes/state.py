@@ -6,16 +6,16 @@ Nothing here knows a disk, a thread or a block's bytes. A change says what it ha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvshare_store.blocks.eviction import LRU, EvictionPolicy
+from kvshare_store.nodes.beginning import beginning
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.prefix_chain import CHAIN_RUN
-from kvshare_store.nodes.vectors import Vector, Vectors
+from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 
 
 class Change(NamedTuple):
@@ -32,13 +32,12 @@ class NodeState:
     def __init__(
         self,
         block_tokens: int,
-        make_policy: Callable[[], EvictionPolicy] = LRU,
         *,
         quotas: bool = True,
     ) -> None:
         """`quotas`: whether anybody asks for the victims of one namespace."""
         self.lock = threading.RLock()
-        self.tree = DeltaTree(make_policy, quotas=quotas)
+        self.tree = DeltaTree(quotas=quotas)
         self.namespaces = Namespaces()
         self._run = min(block_tokens, CHAIN_RUN)
         self._indexes: dict[str, NamespaceIndex] = {}
@@ -116,6 +115,19 @@ class NodeState:
                 unused += gone[1]
                 self._unindex(gone[0])
         return Change(tuple(removed), tuple(unused))
+
+    def shorten(self, node: Node, nbytes: int, least: int) -> tuple[Change, Node | None]:
+        """Free so many bytes of rows at the end of an exact node, as a prefix cache does: its
+        beginning, which is returned too, takes its place. The node is removed if it is not exact,
+        if its beginning would have fewer than `least` rows, or none that others lack."""
+        shorter = beginning(node, nbytes, self.tree.user_count) if node.exact else None
+        if shorter is None or shorter.length < least or shorter.id in self.tree:
+            return self.remove([node.id]), None
+        unused = self.tree.shorten(node.id, shorter)
+        self._unindex(node)
+        vectors = Vectors(lexical_vector(shorter.tokens), None)
+        self._index_of(node.namespace).add(shorter, vectors)
+        return Change((node,), tuple(unused)), shorter
 
     def _unindex(self, node: Node) -> None:
         index = self._indexes.get(node.namespace)

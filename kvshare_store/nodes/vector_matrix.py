@@ -32,7 +32,8 @@ class VectorMatrix:
     Of a large matrix most rows have a sketch: on which side of 768 random planes the vector lies, a
     bit each. Vectors with a high cosine lie on the same side of most, so counting differing bits,
     which are a sixteenth of the bytes, gives a shortlist, and only that is compared in full. A
-    search calls no BLAS: its threads would wait for the cores that an engine beside it computes on.
+    search compares row by row and multiplies no matrices: the threads of BLAS would wait for the
+    cores that an engine beside it computes on.
 
     `add` and `remove` must not run at once. `nearest` may run beside them: a row that changes at
     that moment may be missed or get another's cosine, which costs a nomination and no more.
@@ -142,7 +143,7 @@ def _shortlist(
 
 
 def _products(rows: Rows, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    products: npt.NDArray[np.float32] = np.einsum("ij,j->i", rows["numbers"], vector)
+    products: npt.NDArray[np.float32] = np.vecdot(rows["numbers"], vector)
     products *= rows["unit"]
     return products
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +58,8 @@ def lexical_vector(tokens: Tokens) -> Vector:
             last = ids[length - 1 :]
             hashed = _spread(hashed[: len(last)] ^ last)
             by_sign += np.bincount(_places(hashed[:_AT_ONCE]), minlength=len(by_sign))
-    return unit(by_sign[VECTOR_DIMENSIONS:] - by_sign[:VECTOR_DIMENSIONS])
+    counts = by_sign[VECTOR_DIMENSIONS:] - by_sign[:VECTOR_DIMENSIONS]
+    return (counts / (math.sqrt(counts.dot(counts)) or 1.0)).astype(np.float32)
 
 
 def _spread(words: Words) -> Words:

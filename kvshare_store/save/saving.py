@@ -22,6 +22,7 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.rates import Rates
+from kvshare_store.readable import short
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance, pools_of
@@ -85,7 +86,7 @@ class Saving:
         rate = self._nodes.limits.of(namespace).saves_per_second
         if not self._rates.allow(namespace.digest, rate):
             raise LimitError(
-                f"namespace {namespace.digest[:12]} saves more prompts than saves_per_second "
+                f"namespace {short(namespace.digest)} saves more prompts than saves_per_second "
                 f"({rate:g}) lets it; try again later"
             )
 

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 
-from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.lookup.cost import CostModel
@@ -54,7 +53,7 @@ class PlannedReuse:
         self._policy = configured_policy(config)
         self._planner = Planner(config, lambda: Effort(seconds=math.inf))
         self._cost = CostModel()
-        self._state = NodeState(config.block_tokens, lambda: make_policy(config.eviction))
+        self._state = NodeState(config.block_tokens)
         layout = KVLayout(1, 1, row_bytes // _ROW_UNIT, "float16")
         self._namespace = Namespace("simulated", layout, tokenizer=tokenizer)
         self._budget, self._settle = budget, settle
@@ -115,9 +114,9 @@ class PlannedReuse:
         self._make_room()
 
     def _make_room(self) -> None:
-        tree = self._state.tree
-        while sum(map(tree.bytes_of, tree.namespaces())) > self._budget:
-            self._state.remove([next(tree.victims()).id])
+        tree, least = self._state.tree, self._config.min_prompt_tokens
+        while (held := sum(map(tree.bytes_of, tree.namespaces()))) > self._budget:
+            self._state.shorten(next(tree.victims()), math.ceil(held - self._budget), least)
 
     def _settle_until(self, now: float | None) -> None:
         """Store edited prompts as exact ones when they are due, unless they were evicted."""

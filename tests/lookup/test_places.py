@@ -41,6 +41,14 @@ def test_a_place_is_the_first_with_the_gram(tokens: list[int]) -> None:
             assert hashes.tolist().index(hashes[at]) == place
 
 
+@given(st.lists(st.integers(0, 2), max_size=60), st.lists(st.integers(0, 2), max_size=60))
+def test_any_gram_is_here_where_one_has_a_place(donor: list[int], request: list[int]) -> None:
+    places, hashes = Places(np.asarray(donor, np.int32)), gram_hashes(np.asarray(request, np.int32))
+    assert places.has_any(hashes) == bool((places.find(hashes) >= 0).any())
+    empty = np.zeros(1, np.uint64)  # the hash that slots without a gram seem to have
+    assert not Places(np.asarray(donor[:7], np.int32)).has_any(empty)
+
+
 @pytest.mark.parametrize("length", [2_000, 60_000])
 def test_most_grams_have_a_place_and_no_others(length: int) -> None:
     donor = noise(1, length)

@@ -21,7 +21,8 @@ from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
-from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.nodes.vector_matrix import VectorMatrix
+from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 from kvshare_store.plan import Context, ReusePlan, Span, contexts_of
 
 ROW_BYTES = 64
@@ -407,6 +408,31 @@ def test_no_donor(policy: str) -> None:
     shelf = Shelf()
     shelf.add(text(1, 40))
     assert shelf.plan(text(2, 40), PRESETS[policy]).declined == "no_donor"
+
+
+def test_a_second_look_compares_no_vectors_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And names whom it would have named otherwise."""
+    shelf, nearest, asked = Shelf(candidates=2), VectorMatrix.nearest, list[int]()
+    for seed in range(12):
+        shelf.add([*text(seed, 40), *text(100, 20)])
+    query = lexical_vector(np.asarray([*text(50, 40), *text(100, 20)], np.int32))
+    few, many = (Nominator(shelf.tree, shelf.index).by_words(query, count) for count in (2, 8))
+
+    def counted(self: VectorMatrix, vector: Vector, count: int) -> list[tuple[str, float]]:
+        asked.append(count)
+        return nearest(self, vector, count)
+
+    monkeypatch.setattr(VectorMatrix, "nearest", counted)
+    nominator = Nominator(shelf.tree, shelf.index)
+    assert nominator.by_words(query, 2, 8) == few == many[:2]
+    assert nominator.by_words(query, 8) == many
+    assert asked == [8]
+    assert len(nominator.by_words(query, 9)) == 9
+    assert nominator.by_words(query.copy(), 2) == few
+    assert asked == [8, 9, 2]
+    asked.clear()
+    assert shelf.plan(text(60, 40)).declined == "no_donor"
+    assert asked == [8]
 
 
 def test_nothing_kept() -> None:

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.eviction import LRU, CostAware
 from kvshare_store.errors import NamespaceError
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.merge import copy_rows, merged_node, repacked, wants_merge
@@ -168,35 +167,8 @@ def order(tree: DeltaTree, namespace: str | None = None) -> list[str]:
     return [one.id for one in tree.victims(namespace)]
 
 
-def two_blocks(name: str, first: str, second: str) -> Node:
-    return node(name, [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], (first, second))
-
-
-def test_rows_that_only_one_node_uses_are_all_as_dear() -> None:
-    """A short answer behind a long prompt that others share is worth no more for each byte than a
-    prompt of its own."""
-    tree = DeltaTree(CostAware)
-    tree.add(two_blocks("shares", "s", "t"))
-    tree.add(two_blocks("alone", "u", "v"))
-    tree.add(two_blocks("child", "s", "w"))
-    assert order(tree) == ["shares", "alone", "child"]
-    assert [tree.freed(one) for one in tree] == [100, 200, 100]
-
-
-def test_a_node_that_frees_nothing_goes_last_and_is_as_old_as_before_when_it_does() -> None:
-    """An earlier turn of a conversation, whose rows the next turn shares."""
-    tree = DeltaTree(CostAware)
-    tree.add(two_blocks("turn 1", "s", "t"))
-    tree.add(two_blocks("other", "u", "v"))
-    later = [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0), Span(16, 8, 16, 2, 0)]
-    tree.add(node("turn 2", later, ("s", "t", "w")))
-    assert order(tree) == ["other", "turn 2", "turn 1"]
-    tree.remove("turn 2")
-    assert order(tree) == ["turn 1", "other"]
-
-
 def test_pinned_nodes_are_in_no_order() -> None:
-    tree = DeltaTree(LRU)
+    tree = DeltaTree()
     for name in "ab":
         tree.add(node(name, [Span(0, 8, 0, 0, 0)], (name * 2,)))
     pinned = msgspec.structs.replace(tree.get("a"), pinned=True)  # type: ignore[type-var]
@@ -209,7 +181,7 @@ def test_pinned_nodes_are_in_no_order() -> None:
 
 
 def test_bytes_are_counted_once_a_block() -> None:
-    tree = DeltaTree(LRU)
+    tree = DeltaTree()
     tree.add(node("a", [Span(0, 8, 0, 0, 0)], ("x",)))
     tree.add(node("b", [Span(0, 8, 0, 0, 0), Span(8, 8, 8, 1, 0)], ("x", "y")))
     assert tree.bytes_of("n") == 200

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.eviction import LRU
 from kvshare_store.nodes import block_users, postings
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Edit
@@ -120,9 +119,6 @@ class PlainTree:
     def users(self, block: str) -> set[str]:
         return {node.id for node in self.nodes.values() if block in tuple(node.blocks)}
 
-    def freed(self, node: Node) -> int:
-        return sum(SIZES[name] for name in {*node.blocks} if self.users(name) == {node.id})
-
     def blocks(self) -> set[str]:
         return {name for node in self.nodes.values() for name in node.blocks}
 
@@ -164,15 +160,13 @@ def agree(tree: DeltaTree, plain: PlainTree) -> None:
         assert tree.users(name) == users
         assert (tree.user_count(name), tree.uses(name)) == (len(users), bool(users))
         assert tree.size(name) == (size if users else None)
-    for node in plain.nodes.values():
-        assert tree.freed(node) == plain.freed(node)
 
 
 @given(st.dictionaries(st.integers(0, 5), owned, max_size=5), st.lists(actions, max_size=25))
 def test_the_tree_against_a_plain_dictionary(
     first: dict[int, list[str]], steps: list[tuple[str, int, list[str]]]
 ) -> None:
-    tree, plain = DeltaTree(LRU), PlainTree()
+    tree, plain = DeltaTree(), PlainTree()
     nodes = [make_node(number, blocks) for number, blocks in first.items()]
     tree.fill((node, float(len(nodes) - at)) for at, node in enumerate(nodes))
     plain.nodes = {node.id: node for node in nodes}
@@ -200,7 +194,7 @@ def test_the_tree_against_a_plain_dictionary(
 
 
 def test_the_longest_unused_comes_first_whatever_the_order_of_the_rows() -> None:
-    tree = DeltaTree(LRU)
+    tree = DeltaTree()
     rows = [(make_node(0, ["00" * 32]), 5.0), (make_node(1, ["01" * 32]), 9.0)]
     tree.fill([*rows, (make_node(0, ["02" * 32]), 20.0)])
     assert [node.id for node in tree] == ["node 1", "node 0"]

@@ -183,6 +183,19 @@ def test_an_explanation_names_the_pools_nodes(rooms: Callable[..., Rooms]) -> No
     assert found.store.requests.last(1)[0].pools == HOUSE
 
 
+def test_what_is_learned_of_quality_stays_with_the_tenant(
+    rooms: Callable[..., Rooms], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one tenant's answers would choose the policy of another's requests."""
+    found, asked = rooms(quality_bound=0.1), []
+    monkeypatch.setattr(
+        found.store.quality, "rung", lambda space, _, policy: asked.append(space) or policy
+    )
+    for driver in (found.ann, found.bob):
+        assert driver.serve([*prompt(5, 8), *TEMPLATE, *prompt(6, 8)], pools=HOUSE).pooled
+    assert asked == [found.ann.namespace.digest, found.bob.namespace.digest]
+
+
 # --- what a client may claim ----------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 
 def main(
@@ -19,22 +18,15 @@ def main(
     remote: Annotated[str, typer.Option(help="none, file, redis, s3 or mooncake.")] = "none",
 ) -> None:
     """Kill daemons, clients and remotes at random moments and compare every row that is served."""
+    from tests.support.chaos.counting import counting
     from tests.support.chaos.run import run
 
     drawn = random.SystemRandom().randrange(1 << 31) if seed is None else seed
     console = Console()
     console.print(f"seed {drawn} (repeat with --seed {drawn})")
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("kills", total=n)
+    with counting("kills", n) as count:
         report = run(
-            n,
-            drawn,
-            remote,
-            lambda so_far: progress.update(
-                bar,
-                completed=so_far.kills.total(),
-                description=f"kills ({len(so_far.findings)} findings)",
-            ),
+            n, drawn, remote, lambda so_far: count(so_far.kills.total(), len(so_far.findings))
         )
     report.print(console)
     raise typer.Exit(1 if report.findings else 0)

@@ -12,20 +12,29 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tests.support.chaos.counting import counting
 from tests.support.chaos.machine_steps import STEPS
 from tests.support.chaos.site import Site
 
 _AUDIT_EVERY = 8
 
 
-def run(folder: Path, steps: int, seed: int, *, to_the_end: bool = True) -> Site:
+def run(
+    folder: Path,
+    steps: int,
+    seed: int,
+    *,
+    to_the_end: bool = True,
+    count: Callable[[int, int], None] | None = None,
+) -> Site:
     """Take `steps` steps, or stop at the first finding unless `to_the_end`. Findings are in the
-    `findings` of the site, which is closed."""
+    `findings` of the site, which is closed. `count` is told the steps taken and the findings."""
     with Site(folder, seed) as site:
         for number in range(1, steps + 1):
             (step,) = site.chance.choices(list(STEPS), list(STEPS.values()))
@@ -34,6 +43,8 @@ def run(folder: Path, steps: int, seed: int, *, to_the_end: bool = True) -> Site
             site.done[step.__name__] += 1
             if number % _AUDIT_EVERY == 0 or number == steps:
                 site.audit(f"step {number}, {step.__name__}")
+            if count is not None:
+                count(number, len(site.findings))
             if site.findings and not to_the_end:
                 break
         return site
@@ -48,7 +59,8 @@ def main(
     typer.echo(f"seed {drawn} (repeat with --seed {drawn})")
     folder = Path(tempfile.mkdtemp(prefix="kvshare-machines-"))
     try:
-        site = run(folder, steps, drawn)
+        with counting("steps", steps) as count:
+            site = run(folder, steps, drawn, count=count)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     typer.echo(", ".join(f"{count} {name}" for name, count in sorted(site.done.items())))

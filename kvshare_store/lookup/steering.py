@@ -1,0 +1,68 @@
+"""Steering: where the operator has set a bound, what is known of a request's class chooses its
+policy, never a laxer one than the configured one or the one that the request asked for."""
+
+from __future__ import annotations
+
+import blake3
+
+from kvshare_store.config import PolicyName, StoreConfig
+from kvshare_store.keys import Keyring
+from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.policy import (
+    ReusePolicy,
+    as_strict,
+    configured_policy,
+    stricter_policy,
+)
+from kvshare_store.metrics import Metrics
+from kvshare_store.nodes.edits import edit_script
+from kvshare_store.nodes.grams import GRAM
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.state import NodeState
+from kvshare_store.quality.keeping import File
+from kvshare_store.quality.ladder import Terms
+from kvshare_store.quality.quality import Quality
+from kvshare_store.quality.traffic import traffic_of
+
+_FILE = "quality"
+
+
+def open_quality(config: StoreConfig, metrics: Metrics, keys: Keyring | None) -> Quality:
+    """What the home has learned, for the ladder of the configured policy."""
+    policy = configured_policy(config)
+    ladder = ladder_of(policy.name)
+    key = keys.of_table(_FILE) if keys is not None else None
+    file = File(config.home_path / _FILE, key) if config.disk or config.remote else None
+    meaning = repr([stricter_policy(policy, rung) for rung in ladder])
+    return Quality(
+        ladder, terms_of(config), metrics, file, meaning=blake3.blake3(meaning.encode()).hexdigest()
+    )
+
+
+def terms_of(config: StoreConfig) -> Terms:
+    """What the operator accepts."""
+    return Terms(config.quality_bound, 1.0 - config.quality_confidence)
+
+
+def ladder_of(policy: PolicyName) -> tuple[str, ...]:
+    """The policies from `exact` to this one; none below `exact`."""
+    return as_strict(policy)[1:]
+
+
+def rung_of(
+    quality: Quality,
+    state: NodeState,
+    cover: Cover,
+    donor: Node,
+    policy: ReusePolicy,
+    namespace: str,
+) -> ReusePolicy:
+    """The policy for a request of `namespace` that has an edited plan under `policy`, made of
+    `cover`, whose first donor is `donor`. It counts as served. What is learned is the request's
+    namespace's, also where the donor is of a pool."""
+    request = cover.request
+    edits = edit_script(cover.matches(donor, GRAM), donor.length, request)
+    with state.lock:
+        traffic = traffic_of(state.tree, donor, edits, len(request))
+    quality.planned.planned(namespace, request, traffic)
+    return stricter_policy(policy, quality.rung(namespace, traffic, policy.name))

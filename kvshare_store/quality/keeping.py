@@ -1,0 +1,66 @@
+"""What was learned, in a file of the home: written whole, renamed into place, checked when read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import blake3
+import msgspec
+
+from kvshare_store.blocks.tiers.disk import files
+from kvshare_store.errors import CorruptBlockError
+from kvshare_store.keys import seal, unseal
+from kvshare_store.quality.evidence import Evidence, Learned
+
+_DIGEST = 32
+_PURPOSE = b"quality"
+
+
+class Kept(msgspec.Struct):
+    """The file's content."""
+
+    ladder: str
+    """Names what the policies of the ladder mean. What was learned under others does not count."""
+    classes: dict[str, dict[str, Learned]] = msgspec.field(default_factory=dict)
+    """By namespace and traffic, least recently used first."""
+    floors: dict[str, Evidence] = msgspec.field(default_factory=dict)
+    """By namespace: of controls."""
+
+
+class File:
+    """One file. Errors are `OSError`s; what is no such file, or damaged, is `CorruptBlockError`."""
+
+    def __init__(self, path: Path, key: bytes | None = None) -> None:
+        """`key`: of AES-256; None writes in clear."""
+        self._path = str(path)
+        self._key = key
+
+    def read(self) -> Kept | None:
+        """None if there is none."""
+        try:
+            raw = bytes(files.read(self._path))
+        except FileNotFoundError:
+            return None
+        text = bytes(unseal(self._key, raw, _PURPOSE)) if self._key else raw
+        digest, body = text[:_DIGEST], text[_DIGEST:]
+        if blake3.blake3(body).digest() != digest:
+            raise CorruptBlockError(f"{self._path} is torn")
+        try:
+            return msgspec.msgpack.decode(body, type=Kept)
+        except msgspec.DecodeError as error:
+            raise CorruptBlockError(f"{self._path} is of another release: {error}") from error
+
+    def encode(self, kept: Kept) -> bytes | bytearray:
+        """The bytes of the file."""
+        body = msgspec.msgpack.encode(kept)
+        text = blake3.blake3(body).digest() + body
+        return seal(self._key, text, _PURPOSE) if self._key else text
+
+    def write(self, encoded: bytes | bytearray) -> None:
+        """Durable when this returns."""
+        unfinished = self._path + ".new"
+        files.discard(unfinished)
+        files.write(unfinished, [encoded])
+        files.rename(unfinished, self._path)
+        files.sync_folder(os.path.dirname(self._path))

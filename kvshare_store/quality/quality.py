@@ -1,0 +1,228 @@
+"""Quality: what scores say of each class of traffic, and which policy its requests get for that.
+
+docs/design/quality.md says what is promised, and what is assumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from kvshare_store.errors import CorruptBlockError, StorageError
+from kvshare_store.logs import Seldom
+from kvshare_store.metrics import Metrics
+from kvshare_store.quality.classes import Classes, Known
+from kvshare_store.quality.evidence import Evidence, Learned
+from kvshare_store.quality.keeping import File, Kept
+from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
+from kvshare_store.quality.report import ClassReport, report_class
+from kvshare_store.quality.score import Score
+from kvshare_store.quality.traffic import PlannedTraffic
+
+log = logging.getLogger("kvshare")
+
+_FLOORS = 4096
+"""Namespaces whose controls are kept."""
+_WRITE_S = 30.0
+"""What was learned in so long may be lost, if it says that a policy is good."""
+_RETRY_S = 7 * 86_400.0
+"""A class that stays exact since the first rung is beyond the bound is tried again after that."""
+
+
+class Quality:
+    """Thread-safe. Classes that are not known, or were forgotten, begin at `exact`."""
+
+    def __init__(
+        self,
+        ladder: Sequence[str],
+        terms: Terms,
+        metrics: Metrics,
+        file: File | None = None,
+        *,
+        meaning: str = "",
+        draw: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`ladder`: policies from `exact` to the configured one. `meaning`: names what they do, so
+        that evidence of policies that meant something else is dropped. `file`: None keeps what is
+        learned in memory. `draw`: numbers in 0 to 1, by which requests try the next rung."""
+        self.planned = PlannedTraffic()
+        self._ladder = tuple(ladder)
+        self._terms = terms
+        self._metrics = metrics
+        self._file = file
+        self._meaning = meaning
+        self._draw = draw
+        self._clock = clock
+        self._say = Seldom(log)
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._classes = Classes()
+        self._floors: OrderedDict[str, Evidence] = OrderedDict()
+        """Controls, by namespace."""
+        self._written = clock()
+        self._changed = False
+        self._read()
+
+    @property
+    def steers(self) -> bool:
+        """Whether there is a bound."""
+        return self._terms.bound > 0
+
+    def reload(self, terms: Terms) -> None:
+        """Go on by another bound or confidence."""
+        with self._lock:
+            self._terms = terms
+            for _, _, known in self._classes:
+                known.decisions.clear()
+
+    # --- what requests get -------------------------------------------------------------------
+
+    def rung(self, namespace: str, traffic: str, configured: str) -> str:
+        """The policy for one more request of a class, `configured` at most. It counts as served."""
+        if not self.steers or configured not in self._ladder[EXACT + 1 :]:
+            return configured
+        with self._lock:
+            known = self._classes.get(namespace, traffic)
+            made = self._decision(namespace, known, self._ladder.index(configured))
+            chosen = made.tried if self._draw() < made.share else made.rung
+            if known is not None and chosen != EXACT:
+                known.served()
+        return self._ladder[chosen]
+
+    def _decision(self, namespace: str, known: Known | None, top: int) -> Decision:
+        """`top`: the highest rung that the request may get."""
+        floor, ladder = self._floors.get(namespace) or Evidence(), self._ladder[: top + 1]
+        if known is None:
+            return decide(Learned(), floor, ladder, self._terms)
+        if known.controls != floor.diverged.count:
+            known.decisions.clear()
+            known.controls = floor.diverged.count
+        made = known.decisions.get(top)
+        if made == Decision() and self._clock() - known.learned.scored > _RETRY_S:
+            known.learned.forget()
+            known.decisions.clear()
+            made = None
+        if made is None:
+            made = known.decisions[top] = decide(known.learned, floor, ladder, self._terms)
+        return made
+
+    @property
+    def _top(self) -> int:
+        return len(self._ladder) - 1
+
+    # --- what scores say ---------------------------------------------------------------------
+
+    def observe(self, score: Score) -> None:
+        """One more answer was scored. What is of no policy of the ladder is ignored."""
+        if not score.control and score.policy not in self._ladder[EXACT + 1 :]:
+            return
+        with self._lock:
+            if score.control:
+                self._floor(score.namespace).add(score)
+            tightened = not score.control and self._learn(score)
+            self._changed = True
+            due = tightened or not 0 <= self._clock() - self._written < _WRITE_S
+        if due:
+            self._write()
+
+    def _floor(self, namespace: str) -> Evidence:
+        found = self._floors.setdefault(namespace, Evidence())
+        self._floors.move_to_end(namespace)
+        if len(self._floors) > _FLOORS:
+            self._floors.popitem(last=False)
+        return found
+
+    def _learn(self, score: Score) -> bool:
+        """Whether the class has become stricter."""
+        found = self._classes.get(score.namespace, score.traffic)
+        known = found or self._classes.add(score.namespace, score.traffic, Learned())
+        learned, terms = known.learned, self._terms
+        before = self._decision(score.namespace, known, self._top).rung if self.steers else EXACT
+        floor = self._floors.get(score.namespace) or Evidence()
+        least = floor.diverged.interval(terms.each()).low
+        evidence = learned.of(score.policy)
+        evidence.add(score, terms.bound + least if self.steers else 1.0)
+        learned.scored = self._clock()
+        if score.greedy:  # others say nothing of divergence
+            learned.unscored = 0
+        known.decisions.clear()
+        if before == EXACT:
+            return False
+        if score.policy == self._ladder[before] and doubted(evidence, terms):
+            learned.forget()
+        after = self._decision(score.namespace, known, self._top).rung
+        if after < before:
+            now, was = self._ladder[after], self._ladder[before]
+            text = f"class {score.traffic} is {now} now, was {was}: it may be beyond quality_bound"
+            self._say.warn("tightened", text, logging.INFO)
+        return after < before
+
+    def report(self) -> list[ClassReport]:
+        """All classes, the most recently used last. No request waits for all of it."""
+        with self._lock:
+            known = list(self._classes)
+        return [self._report(*one) for one in known]
+
+    def _report(self, namespace: str, traffic: str, known: Known) -> ClassReport:
+        with self._lock:
+            floor, named = self._floors.get(namespace) or Evidence(), self._named(namespace, known)
+            error = self._terms.error
+            return report_class(namespace, traffic, known.learned, floor, named, error)
+
+    def _named(self, namespace: str, known: Known) -> tuple[str, str, float]:
+        """The rung, what is tried, and by which share of requests."""
+        if not self.steers:
+            return "", "", 0.0
+        made = self._decision(namespace, known, self._top)
+        tried = self._ladder[made.tried] if made.tried != made.rung else ""
+        return self._ladder[made.rung], tried, made.share
+
+    # --- restarts ----------------------------------------------------------------------------
+
+    def forget(self, namespace: str) -> None:
+        """Nothing of a namespace is kept, neither here nor in the file."""
+        self.planned.forget(namespace)
+        with self._lock:
+            known = self._classes.forget(namespace)
+            known = self._floors.pop(namespace, None) is not None or known
+        if known:
+            self._write()
+
+    def close(self) -> None:
+        """Write down what was learned since the last time."""
+        if self._changed:
+            self._write()
+
+    def _read(self) -> None:
+        """A file that cannot be read, or is of other policies, is as none: all classes begin
+        anew."""
+        try:
+            kept = self._file.read() if self._file is not None else None
+        except (CorruptBlockError, OSError) as error:
+            self._metrics.error(CorruptBlockError.kind)
+            log.warning("kvshare: what was learned of quality is lost, begins anew: %s", error)
+            return
+        if kept is None or kept.ladder != self._meaning:
+            return
+        self._floors.update(kept.floors)
+        self._classes.fill(kept.classes)
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        with self._writing:
+            with self._lock:
+                self._changed, self._written = False, self._clock()
+                kept = Kept(self._meaning, self._classes.learned(), dict(self._floors))
+                encoded = self._file.encode(kept)
+            try:
+                self._file.write(encoded)
+            except OSError as error:
+                self._changed = True
+                self._metrics.error(StorageError.kind)
+                self._say.warn("quality", f"what was learned of quality was not written: {error}")

@@ -1,0 +1,122 @@
+"""Traffic: the class of a request, whose quality is known together.
+
+A class is a namespace, a family of prompts and a kind of edit. What is planned and what is scored
+later must fall into the same class, although the tree changes meanwhile. So a family is named by
+the first tokens of its root and not by the id of that: a root grows by its answer, and an exact
+twin takes its place. And text at the end of a prompt is no edit, since each prompt ends in its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import blake3
+
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.edits import Edit, Tokens
+from kvshare_store.nodes.node import Node
+
+Kind = Literal["append", "insert", "delete", "replace", "several"]
+
+_ROOT_TOKENS = 32
+"""Of a root, which name its family: no stored prompt is shorter unless a setting says so."""
+_LASTING = 8
+"""Equal tokens that part two edits; fewer are as a rule words that both texts happen to have."""
+
+_REMEMBERED = 4096
+"""Plans whose class is remembered: answers are scored within minutes."""
+
+
+class PlannedTraffic:
+    """The class that each of the last prompts was planned in, so that its score counts for no
+    other, whatever became of its donor. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._classes: OrderedDict[bytes, tuple[str, str]] = OrderedDict()
+        """Namespace and class, by what names a prompt."""
+
+    def planned(self, namespace: str, prompt: Tokens, traffic: str) -> None:
+        """A prompt was planned as one of this class."""
+        with self._lock:
+            self._classes[_name(namespace, prompt)] = namespace, traffic
+            if len(self._classes) > _REMEMBERED:
+                self._classes.popitem(last=False)
+
+    def forget(self, namespace: str) -> None:
+        """A namespace was purged."""
+        with self._lock:
+            for name in [name for name, at in self._classes.items() if at[0] == namespace]:
+                del self._classes[name]
+
+    def of(self, tree: DeltaTree, node: Node, length: int) -> str:
+        """The class of an edited node whose first `length` tokens are its prompt: as planned, or
+        else by its parent. Hold the lock of the nodes."""
+        with self._lock:
+            found = self._classes.get(_name(node.namespace, node.tokens[:length]))
+        if found is not None:
+            return found[1]
+        parent = tree.get(node.parent) if node.parent is not None else None
+        return traffic_of(tree, parent or node, node.edits, length)
+
+
+def _name(namespace: str, prompt: Tokens) -> bytes:
+    hasher = blake3.blake3(namespace.encode())
+    hasher.update(prompt.tobytes())
+    return hasher.digest(length=16)
+
+
+def traffic_of(tree: DeltaTree, donor: Node, edits: Sequence[Edit], length: int) -> str:
+    """The class of a request: short and printable. Hold the lock of the nodes.
+
+    `donor`: the first donor of a plan, or the parent of the node that was made of it (the node
+    itself if that is gone). `edits`: the script that turns the donor into the prompt, whose first
+    `length` tokens count; what follows is its answer.
+    """
+    path = tree.path(donor.id)
+    family = _family(path[0] if path else donor)
+    return f"{donor.namespace[:12]}/{family}/{kind_of(edits, length)}"
+
+
+def _family(root: Node) -> str:
+    hasher = blake3.blake3(f"{root.namespace}:".encode())
+    hasher.update(root.token_bytes[: 4 * _ROOT_TOKENS])
+    return hasher.hexdigest(length=4)
+
+
+def kind_of(edits: Iterable[Edit], length: int) -> Kind:
+    """What was done to the donor before the last text that both have. `append`: nothing."""
+    changes = list(_changes(edits, length))
+    if not changes:
+        return "append"
+    if len(changes) > 1:
+        return "several"
+    inserted, removed = changes[0]
+    return "delete" if not inserted else "replace" if removed else "insert"
+
+
+def _changes(edits: Iterable[Edit], length: int) -> Iterator[tuple[int, int]]:
+    """Tokens inserted and removed between two texts that stay, each of `_LASTING` tokens or more
+    (the first one of any length, where the donor's beginning stays)."""
+    at = inserted = removed = 0
+    for edit in edits:
+        if at >= length:
+            return
+        size, across = _sizes(edit, length - at)
+        at += size
+        if edit.kind != "keep":
+            inserted, removed = inserted + size, removed + across
+        elif size < _LASTING and (inserted or removed):
+            inserted, removed = inserted + size, removed + size
+        elif inserted or removed:
+            yield inserted, removed
+            inserted = removed = 0
+
+
+def _sizes(edit: Edit, most: int) -> tuple[int, int]:
+    """Tokens of the prompt that an operation covers, `most` at most, and of the donor."""
+    across = edit.stop - edit.start
+    return (min(across, most) if edit.kind == "keep" else min(len(edit.tokens), most)), across

@@ -1,0 +1,92 @@
+"""Exact nodes give up their ends first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvshare_store.nodes.node import Node, check_node, node_id
+from kvshare_store.nodes.state import NodeState
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.plan import Span
+
+_ROWS = 8
+"""Of a block."""
+_BYTES = 10
+"""Of a row."""
+
+
+def name(letter: str) -> str:
+    return f"{ord(letter):02x}" * 32
+
+
+def node(blocks: str, start: int = 0, *, exact: bool = True) -> Node:
+    """A prompt whose rows lie in blocks with these letters; `start`: its first token."""
+    length = _ROWS * len(blocks)
+    tokens = np.arange(start, start + length, dtype=np.int32)
+    return Node(
+        id=node_id("n", tokens, exact),
+        namespace="n",
+        token_bytes=tokens.tobytes(),
+        segments=[Span(_ROWS * at, _ROWS, _ROWS * at, at, 0) for at in range(len(blocks))],
+        blocks=tuple(map(name, blocks)),
+        block_bytes=(_ROWS * _BYTES,) * len(blocks),
+        exact_rows=length if exact else 0,
+        generation=int(not exact),
+    )
+
+
+def state_of(*nodes: Node) -> NodeState:
+    state = NodeState(_ROWS)
+    for each in nodes:
+        state.insert(each, Vectors(lexical_vector(each.tokens), None))
+    return state
+
+
+def test_as_much_goes_as_must_and_from_the_end() -> None:
+    whole = node("abcd")
+    state = state_of(whole)
+    change, shorter = state.shorten(whole, _ROWS * _BYTES + 1, least=1)
+    assert change.nodes == (whole,)
+    assert sorted(change.unused) == [name("c"), name("d")]
+    assert shorter is not None
+    check_node(shorter, _BYTES)
+    assert shorter.tokens.tolist() == whole.tokens[:16].tolist()
+    assert [each.id for each in state.tree] == [shorter.id]
+    index = state.index("n")
+    assert index is not None
+    assert len(index) == 1
+
+
+def test_it_stays_the_next_to_go() -> None:
+    first, second = node("abc"), node("xyz", start=100)
+    state = state_of(first, second)
+    _, shorter = state.shorten(first, 1, least=1)
+    assert shorter is not None
+    assert list(state.tree.victims()) == list(state.tree.victims("n")) == [shorter, second]
+
+
+def test_rows_that_others_have_too_are_left_to_them() -> None:
+    """An earlier turn of a conversation, of whose own rows only the answer is left."""
+    later, turn = node("abxy"), node("abc")
+    state = state_of(turn, later)
+    assert state.shorten(turn, 1, least=1)[1] is None
+    assert list(state.tree) == [later]
+
+
+def test_too_short_a_beginning_goes_too() -> None:
+    whole = node("abcd")
+    assert state_of(whole).shorten(whole, 1, least=25)[1] is None
+
+
+def test_an_edited_node_goes_as_a_whole() -> None:
+    edited = node("abcd", exact=False)
+    state = state_of(edited)
+    assert state.shorten(edited, 1, least=1)[1] is None
+    assert not len(state.tree)
+
+
+def test_a_beginning_that_is_there_is_not_made_twice() -> None:
+    whole, there = node("abcd"), node("wxy")
+    state = state_of(whole, there)
+    assert state.shorten(whole, 1, least=1)[1] is None
+    assert list(state.tree) == [there]
