@@ -42,6 +42,7 @@ MEASUREMENTS: dict[str, str] = {
     "table1": "paper.table1",
     "table1-presets": "paper.table1_presets",
     "probes": "quality.probes",
+    "injected": "quality.injected",
     "rag": "quality.rag",
     "agreement": "quality.agreement",
     "agreement-presets": "quality.agreement_presets",

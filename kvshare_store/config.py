@@ -96,6 +96,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tenant_key: str = ""
     """Where the key is that proves a `cache_salt`, in the same forms. Empty: any salt is
     accepted."""
+    source_key: str = ""
+    """Where the key is under which sources of requests are hashed, in the same forms. Empty:
+    `kvshare.source` is ignored."""
     disk_write: WriteMode = "through"
     """When blocks are written to disk: as soon as they are saved, or `back`: when the host runs out
     of room (then a remote tier must receive them at once)."""
@@ -135,6 +138,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Highest generation an edited node may have (None: the policy's own)."""
     approximation_price: float = 0.25
     """Tokens that an approximation must save for each token that is computed behind it."""
+    unconfirmed_share: float = 1.0
+    """Of a request's tokens, how many may be reused from behind text that only one other source has
+    sent (1: all)."""
     min_prompt_tokens: int = 32
     """Shorter prompts are neither looked up nor stored."""
     store_answers: bool = True
@@ -220,7 +226,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"quality_confidence must be from 0.5 to below 1, got {self.quality_confidence}"
             )
-        for name in ("encryption_key", "tenant_key"):
+        for name in ("encryption_key", "tenant_key", "source_key"):
             value = getattr(self, name)
             if value and not re.match(r"(file|env|command):.*\S", value):
                 raise ConfigError(f"{name} must be file:PATH, env:NAME or command:ARGV")
@@ -228,6 +234,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if len(names) > MOST_POOLS or any(len(name) > LONGEST_POOL for name in names):
             raise ConfigError(
                 f"pools has at most {MOST_POOLS} names of {LONGEST_POOL} characters each"
+            )
+        if self.unconfirmed_share > 1:
+            raise ConfigError(
+                f"unconfirmed_share must be a share from 0 to 1, got {self.unconfirmed_share}"
             )
         for name in self.__struct_fields__:
             value = getattr(self, name)

@@ -126,6 +126,7 @@ _LONGEST_SALT = 128
 _FORBIDDEN = "@/\\\0"
 """vLLM refuses a request whose `cache_salt` is longer or holds one of these."""
 _MAC_CHARACTERS = 64
+SOURCE_BYTES = 8
 LONGEST_NAME = _LONGEST_SALT - _MAC_CHARACTERS - len(".")
 
 
@@ -162,6 +163,22 @@ class Tenants:
                 "vLLM refuses a longer cache_salt, and one that holds these"
             )
         return f"{name}.{_mac(self._key, name)}"
+
+
+class Sources:
+    """Hashes the names of those who send requests, so that nobody else learns them. `ConfigError`
+    if the key cannot be read."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._key = master_key(config.source_key, "source_key") if config.source_key else None
+
+    def of(self, name: str, namespace: Namespace) -> bytes:
+        """The source of that name, as the store knows it: 8 bytes, others in each namespace. Empty
+        without a name or a key."""
+        if self._key is None or not name:
+            return b""
+        text = b"kvshare source " + namespace.digest.encode() + _bytes(name)
+        return hmac.digest(self._key, text, "sha256")[:SOURCE_BYTES]
 
 
 def _mac(key: bytes, name: str) -> str:

@@ -19,12 +19,14 @@ from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.request_log import RequestLog
 from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.steering import open_quality, terms_of
 from kvshare_store.lookup.text_vectors import TextVectors, wanted
 from kvshare_store.machines.others_purges import OthersPurges
 from kvshare_store.machines.sharing import Sharing
 from kvshare_store.maintenance.janitor import Collected, Janitor
 from kvshare_store.maintenance.purge import Purge, Purged, matching
+from kvshare_store.maintenance.purge_lineage import LineagePurge
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
@@ -65,10 +67,19 @@ class Store:
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
         self.quality = open_quality(config, self.metrics, repository.keys)
+        sources = Sources(nodes, self._rewriter)
         self._serving = Serving(
-            config, nodes, plans, self.costs, self.far_costs, self.text, self.metrics, self.quality
+            config,
+            nodes,
+            plans,
+            self.costs,
+            self.far_costs,
+            self.text,
+            sources,
+            self.metrics,
+            self.quality,
         )
-        self.saving = Saving(config, nodes, plans, self.metrics)
+        self.saving = Saving(config, nodes, plans, sources, self.metrics)
         self.janitor = Janitor(config, repository, self._rewriter)
         self._failures: dict[str, int] = {}
         """Failures of the committer so far, when each owner first saved since its last `flush`."""
@@ -113,6 +124,7 @@ class Store:
         owner: str = "",
         deadline_ms: float | None = None,
         pools: Sequence[str] = (),
+        source: bytes = b"",
     ) -> ReusePlan:
         """Which stored rows can serve this prompt, and what is left to compute.
 
@@ -122,7 +134,13 @@ class Store:
         raised.
         """
         return self.plan_soon(
-            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms, pools=pools
+            tokens,
+            namespace,
+            policy=policy,
+            owner=owner,
+            deadline_ms=deadline_ms,
+            pools=pools,
+            source=source,
         ).result()
 
     def plan_soon(
@@ -137,6 +155,7 @@ class Store:
         far: bool = False,
         look: bool = False,
         pools: Sequence[str] = (),
+        source: bytes = b"",
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
@@ -145,10 +164,13 @@ class Store:
         short. Input that makes no sense raises here; the future has a plan in every other case.
         `request`: the engine's name of the request, for the log. `far`: the rows go to another
         machine, so loading is weighed at the rate measured there. `look`: for a second look, which
-        is neither counted as a request nor logged.
+        is neither counted as a request nor logged. `source`: who sends the request, hashed
+        (`namespace.Sources`); its own rows are preferred.
         """
         asked = as_tokens(tokens), namespace, policy, owner, deadline_ms, request
-        return self._serving.plan_soon(*asked, far=far, look=look, pools=tuple(pools))
+        return self._serving.plan_soon(
+            *asked, far=far, look=look, pools=tuple(pools), source=source
+        )
 
     def explain(
         self,
@@ -384,6 +406,15 @@ class Store:
         parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
+
+    def purge_lineage(self, node_id: str, *, dry_run: bool = False) -> Purged:
+        """Remove a node, pinned or not, and what was computed behind its rows; durable on return.
+
+        Nothing that was planned from these nodes is saved any more. `NodeError` if there is no such
+        node.
+        """
+        purge = LineagePurge(self.repository, self.saving, node_id)
+        return purge.preview() if dry_run else purge.run()
 
     def reap(self, dead_owners: set[str] | None = None) -> None:
         """End expired leases, and release what clients hold that are gone."""

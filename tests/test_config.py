@@ -64,7 +64,8 @@ def test_every_field_can_come_from_the_environment(name: str) -> None:
         "delimiters": "true", "semantic": "never", "embedder": "another", "log_requests": "true",
         "log_prompts": "true", "log_format": "json", "start_daemon": "false",
         "disk_write": "back", "remote_write": "through", "store_answers": "false",
-        "second_look": "0.25", "quality_bound": "0.02", "quality_confidence": "0.99",
+        "second_look": "0.25", "source_key": "env:key", "unconfirmed_share": "0.25",
+        "quality_bound": "0.02", "quality_confidence": "0.99",
     }  # fmt: skip
     size = name.endswith("_bytes")
     given = others.get(name, "8000000" if size else "77")
@@ -118,6 +119,7 @@ def test_what_is_no_size(text: object) -> None:
         ({"edit_growth": -1}, "edit_growth"),
         ({"second_look": "now"}, "second_look must be off or idle or a number, got 'now'"),
         ({"second_look": 0.6}, "second_look must be off, idle or a share up to 0.5"),
+        ({"unconfirmed_share": 1.5}, "unconfirmed_share must be a share from 0 to 1"),
         ({"second_look": 0}, "second_look"),
         ({"quality_bound": 2}, "quality_bound must be below 1, got 2"),
         ({"quality_bound": -0.1}, "quality_bound must not be negative"),

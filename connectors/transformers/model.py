@@ -86,14 +86,20 @@ class KVShareModel:
     # --- serve -------------------------------------------------------------------------------
 
     def prefill(
-        self, tokens: Sequence[int], *, policy: str | None = None, tenant: str = ""
+        self,
+        tokens: Sequence[int],
+        *,
+        policy: str | None = None,
+        tenant: str = "",
+        source: bytes = b"",
     ) -> Served:
         """The prompt's rows: reused ones are loaded, the others computed in one forward.
 
-        Any failure of the store is a miss: the prompt is then computed in full.
+        Any failure of the store is a miss: the prompt is then computed in full. `source`: who sends
+        it, hashed (`namespace.Sources`).
         """
         namespace = self.namespace.for_tenant(tenant)
-        plan = self.store.plan(tokens, namespace, policy=policy)
+        plan = self.store.plan(tokens, namespace, policy=policy, source=source)
         cache = self.engine.cache(len(tokens))
         if not plan.declined:
             try:

@@ -10,7 +10,7 @@ from kvshare_connectors.vllm.requests import RequestState, Wish, granted, wish_o
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
-from kvshare_store.namespace import UNPROVEN, Namespace, Tenants
+from kvshare_store.namespace import UNPROVEN, Namespace, Sources, Tenants
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -28,6 +28,7 @@ class Arrivals:
         self._pools = config.pool_names
         self._adapters = adapters
         self._tenants = tenants
+        self._sources = Sources(config)
         self._warnings = Warnings()
 
     def state_of(self, request: Request, engine: Namespace, unserved: str = "") -> RequestState:
@@ -49,10 +50,12 @@ class Arrivals:
         if not protocol.lookup_fits(namespace, request.num_prompt_tokens):
             declined = declined or "too_long"
         looked_up = bool(declined)
+        source = self._sources.of(wish.source, namespace)
         pools = self._pools if wish.pools else ()
         state = RequestState(
-            request, namespace, wish, policy, declined, pools=pools, looked_up=looked_up
-        )
+            request, namespace, wish, policy, declined,
+            pools=pools, source=source, looked_up=looked_up,
+        )  # fmt: skip
         self._warnings.consider(state)
         return state
 

@@ -27,7 +27,7 @@ _RECENT_PROMPTS = 256
 """How many of the prompts used last are asked for their model."""
 _OWN = (
     "home", "device_bytes", "plan_deadline_ms", "second_look", "second_look_tokens", "start_daemon",
-    "store_answers", "tenant_key", "pools",
+    "store_answers", "tenant_key", "source_key", "pools",
     "connect", "tls_cert", "tls_key", "tls_server", "listen", "tls_clients", "tls_roles",
 )  # fmt: skip
 """Settings that belong to the engine, not to its daemon."""

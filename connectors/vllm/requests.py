@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 POLICY = "kvshare.policy"
 POOLS = "kvshare.pools"
+SOURCE = "kvshare.source"
 ANSWERED = frozenset(
     PREFIX + name
     for name in (
@@ -28,13 +29,15 @@ ANSWERED = frozenset(
     )
 )  # fmt: skip
 """Fields of an answer. Proxies may send them back with a request: only the policy is read, and
-beside them `kvshare.pools`."""
+`kvshare.pools` and `SOURCE`, which no answer has."""
 
 
 class Wish(NamedTuple):
     """What a client asked for in `kv_transfer_params`."""
 
     policy: str | None = None
+    source: str = ""
+    """Who sends the request, as the gateway says."""
     unknown: tuple[str, ...] = ()
     """Parameters with the prefix `kvshare.` that do not exist, or whose value makes no sense."""
     pools: bool = True
@@ -93,6 +96,8 @@ class RequestState:
     """Why the request is neither looked up nor stored."""
     pools: tuple[str, ...] = ()
     """Whose rows its plan may use beside its namespace's."""
+    source: bytes = b""
+    """Who sends it, hashed."""
     reason: str = ""
     """Why nothing is reused, as far as that is known."""
     asked: bytes | None = None
@@ -254,5 +259,10 @@ def wish_of(request: Request) -> Wish:
         return Wish()
     ours = {name for name in params if isinstance(name, str) and name.startswith(PREFIX)}
     asked, pools = params.get(POLICY), params.get(POOLS, True)
-    unknown = ours - ANSWERED - ({POOLS} if isinstance(pools, bool) else set())
-    return Wish(None if asked is None else str(asked), tuple(sorted(unknown)), pools is True)
+    unknown = ours - ANSWERED - {SOURCE} - ({POOLS} if isinstance(pools, bool) else set())
+    return Wish(
+        None if asked is None else str(asked),
+        str(params.get(SOURCE) or ""),
+        tuple(sorted(unknown)),
+        pools is True,
+    )

@@ -1,18 +1,36 @@
-"""`kvshare purge`: remove every byte of a namespace, of a tenant or of a pool."""
+"""`kvshare purge`: remove all of a namespace, a tenant or a pool, or a node with its lineage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from kvshare_store.cli.clear import YesOption
-from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    answering,
+    configured,
+    print_json,
+)
 from kvshare_store.cli.evict import DryRunOption
 from kvshare_store.errors import ConfigError
 from kvshare_store.readable import short
 
+if TYPE_CHECKING:
+    from kvshare_store.daemon.protocol import Purge
+
+NodeArgument = Annotated[
+    str, typer.Argument(metavar="[NODE]", help="With --lineage: id, or a unique beginning of it.")
+]
+LineageOption = Annotated[
+    bool,
+    typer.Option("--lineage", help="NODE, and every prompt with rows computed behind its rows."),
+]
 NamespaceOption = Annotated[
     str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
 ]
@@ -34,6 +52,8 @@ WaitOption = Annotated[
 
 
 def command(
+    node: NodeArgument = "",
+    lineage: LineageOption = False,
     home: HomeOption = None,
     config: ConfigOption = None,
     namespace: NamespaceOption = "",
@@ -42,35 +62,58 @@ def command(
     wait: WaitOption = 60.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
+    json: JsonOption = False,
 ) -> int:
     """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
 
     Waits for leases to end. If something remains after that, it is listed and the exit code is 1.
+
+    NODE --lineage removes a prompt that should not have been there: it, the prompts that go on from
+    it, and those with rows that were computed behind its rows. Pinned ones go too.
     """
+    wanted = _wanted(node, namespace, tenant, pool, lineage=lineage)
+    with answering(configured(home, config)) as ask:
+        found = ask(msgspec.structs.replace(wanted, dry_run=True))
+        if not dry_run:
+            if not yes:
+                typer.confirm(f"Remove {counted(found)} for good?", abort=True)
+            found = ask(msgspec.structs.replace(wanted, patience=wait))
+    if json:
+        print_json(found)
+    else:
+        _say(found, dry_run=dry_run)
+    return int(any(one["remaining"] for one in found))
+
+
+def _wanted(node: str, namespace: str, tenant: str | None, pool: str, *, lineage: bool) -> Purge:
+    """What to purge; `ConfigError` unless it is one thing."""
     from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415 - seconds, not for --help
 
-    if bool(namespace) + bool(pool) + (tenant is not None) != 1:
-        raise ConfigError("name what to purge: --namespace DIGEST, --tenant NAME or --pool NAME")
-    with answering(configured(home, config)) as ask:
-        found = ask(Purge(namespace, tenant, dry_run=True, pool=pool))
-        if dry_run:
-            typer.echo(f"Would remove {counted(found)}.")
-            return 0
-        if not yes:
-            typer.confirm(f"Remove {counted(found)} for good?", abort=True)
-        done = ask(Purge(namespace, tenant, patience=wait, pool=pool))
-    for one in done:
+    if bool(node) != lineage:
+        raise ConfigError("`purge NODE --lineage` takes both; `evict NODE` forgets one prompt")
+    if bool(namespace) + (tenant is not None) + bool(pool) + bool(node) != 1:
+        raise ConfigError(
+            "name what to purge: --namespace DIGEST, --tenant NAME, --pool NAME or NODE --lineage"
+        )
+    return Purge(namespace, tenant, pool=pool, lineage=node)
+
+
+def _say(found: Sequence[dict[str, Any]], *, dry_run: bool) -> None:
+    """What went or would go, and what remains."""
+    for one in found:
+        for name in one["ids"] if dry_run else ():
+            typer.echo(short(name))
         for what in one["remaining"]:
             typer.echo(f"{short(one['namespace'])}: {what}", err=True)
-    if any(one["remaining"] for one in done):
+    if any(one["remaining"] for one in found):
         typer.echo("Not all could be removed; purge again.", err=True)
-        return 1
-    typer.echo(f"Removed {counted(done)}.")
-    return 0
+    else:
+        typer.echo(f"{'Would remove' if dry_run else 'Removed'} {counted(found)}.")
 
 
 def counted(found: Sequence[dict[str, Any]]) -> str:
     """The number of prompts and their bytes, in words."""
     models = ", ".join(sorted({one["model"] for one in found}))
-    nodes, blocks = (sum(one[what] for one in found) for what in ("nodes", "blocks"))
-    return f"{nodes:,} nodes and {blocks:,} blocks of {len(found):,} namespaces ({models})"
+    nodes, blocks, unsure = (sum(one[w] for one in found) for w in ("nodes", "blocks", "unsure"))
+    maybe = f" ({unsure:,} of them unsure)" if unsure else ""
+    return f"{nodes:,} nodes{maybe} and {blocks:,} blocks of {len(found):,} namespaces ({models})"

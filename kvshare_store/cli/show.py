@@ -88,6 +88,8 @@ def summary_table(node: Node) -> Table:
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )
     table.add_row("parent", _parent(node))
+    if sources := node.get("sources"):
+        table.add_row("sent by", f"{sources} source{'' if sources == 1 else 's'}")
     pinned = ", pinned" if node.get("pinned") else ""
     table.add_row("stored", f"{age(node['created'])} ago{pinned}")
     return table

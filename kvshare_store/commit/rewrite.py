@@ -1,5 +1,5 @@
-"""Replaces a node by another form of it: pinned, merged, or with a text vector. A lookup sees the
-old form or the new one.
+"""Replaces a node by another form of it: pinned, merged, with more sources or with a text vector. A
+lookup sees the old form or the new one.
 
 The row is changed first, then the tree, both in the committer's thread. By then earlier changes of
 this machine are committed, so only another machine can have changed the row.
@@ -7,13 +7,13 @@ this machine are committed, so only another machine can have changed the row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
 from kvshare_store.catalog.faults import report
 from kvshare_store.commit.repository import Repository
-from kvshare_store.nodes.node import Node, new_stamp
+from kvshare_store.nodes.node import Node, new_stamp, with_sources
 from kvshare_store.nodes.vectors import Vector, Vectors, is_vector
 
 _ATTEMPTS = 4
@@ -30,23 +30,32 @@ class Rewriter:
         self._shared = repository.shared
         self._metrics = repository.metrics
 
-    # --- pins --------------------------------------------------------------------------------
+    # --- pins, sources -----------------------------------------------------------------------
 
     def pin(self, node_id: str, pinned: bool) -> bool:
         """Keep a node until it is purged, or no longer; False if it is not here. Durable on return,
         on every machine; `StorageError` if the catalogue refuses."""
-        return self._queue.run(lambda: self._pin(node_id, pinned))
+        return self._queue.run(
+            lambda: self._change(node_id, lambda node: _pinned(node, pinned=pinned))
+        )
 
-    def _pin(self, node_id: str, pinned: bool) -> bool:
+    def confirm(self, node_id: str, sources: Collection[bytes]) -> None:
+        """These sources have sent the prompt of a node too: it remembers that soon, if it is
+        here."""
+        self._queue.call(lambda: self._change(node_id, lambda node: with_sources(node, sources)))
+
+    def _change(self, node_id: str, change: Callable[[Node], Node]) -> bool:
+        """Replace a node by what `change` makes of it, which may be itself."""
         for _ in range(_ATTEMPTS):
             with self._nodes.lock:
                 node = self._nodes.tree.get(node_id)
                 vectors = None if node is None else self._nodes.state.vectors(node)
             if node is None or vectors is None:
                 return False
-            if node.pinned == pinned:
+            changed = change(node)
+            if changed is node:
                 return True
-            changed = msgspec.structs.replace(node, pinned=pinned, stamp=new_stamp())
+            changed = msgspec.structs.replace(changed, stamp=new_stamp())
             if self._commit(node, changed, vectors):
                 return self._replace(node, changed)
             self._learn_row(node)
@@ -127,3 +136,7 @@ class Rewriter:
             return
         for node, vectors in rows:
             self._durable.replace(node, vectors, node.stamp)
+
+
+def _pinned(node: Node, *, pinned: bool) -> Node:
+    return node if node.pinned == pinned else msgspec.structs.replace(node, pinned=pinned)

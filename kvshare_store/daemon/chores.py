@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kvshare_store.daemon import protocol
-from kvshare_store.daemon.describe import pin_node
+from kvshare_store.daemon.describe import found_node, pin_node
 from kvshare_store.daemon.evicting import chosen_nodes, evict_nodes
 from kvshare_store.errors import ConfigError
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.maintenance.moving import export_nodes, import_nodes
+from kvshare_store.maintenance.purge import Purged
 from kvshare_store.store import Store
 
 Chore = (
@@ -39,17 +40,26 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
     if isinstance(message, protocol.Collect):
         return store.collect(dry_run=message.dry_run)
     if isinstance(message, protocol.Purge):
-        return store.purge(
-            message.namespace,
-            tenant=message.tenant,
-            pool=message.pool,
-            patience=message.patience,
-            dry_run=message.dry_run,
-            given_up=given_up,
-        )
+        return _purge(store, message, given_up)
     if isinstance(message, protocol.CheckTree):
         return check_tree(store.repository, repair=message.repair)
     return check_blocks(store.repository, message.names, repair=message.repair)
+
+
+def _purge(store: Store, message: protocol.Purge, given_up: Callable[[], bool]) -> list[Purged]:
+    if message.lineage:
+        if message.namespace or message.tenant is not None:
+            raise ConfigError("name what to purge: a namespace, a tenant or a node, and only one")
+        node = found_node(store, message.lineage)
+        return [store.purge_lineage(node.id, dry_run=message.dry_run)]
+    return store.purge(
+        message.namespace,
+        tenant=message.tenant,
+        pool=message.pool,
+        patience=message.patience,
+        dry_run=message.dry_run,
+        given_up=given_up,
+    )
 
 
 def _path(text: str) -> Path:

@@ -166,8 +166,11 @@ def plan_request(
     *,
     look: bool = False,
     pools: Sequence[str] = (),
+    source: bytes = b"",
 ) -> protocol.Plan:
     """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
-    for a second look."""
-    name = request[:LABEL_CHARS]
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until, name, look, tuple(pools))
+    for a second look; `source`: who sends it, hashed."""
+    name, tokens_ = request[:LABEL_CHARS], tokens.tobytes()
+    return protocol.Plan(
+        namespace, tokens_, policy, until, name, look, source=source, pools=tuple(pools)
+    )

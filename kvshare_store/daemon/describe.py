@@ -125,6 +125,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
         "created": node.created,
         "pinned": node.pinned,
         "merged": node.merged,
+        "sources": len(node.sources),
         "preview": _text(store, node, 0, _PREVIEW_TOKENS),
     }
 

@@ -23,7 +23,7 @@ from kvshare_store.store import Store
 
 _INBOX_SHARE = 4
 """Rows that other machines send may take this part of `host_bytes` before they are saved."""
-_OWNERS = ("remote", "catalog", "encryption_key", "tenant_key", "http_token")
+_OWNERS = ("remote", "catalog", "encryption_key", "tenant_key", "source_key", "http_token")
 """Settings in which addresses with passwords, or commands, may stand."""
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 
@@ -120,6 +120,7 @@ class Handling:
             far=client.remote,
             look=message.look,
             pools=message.pools,
+            source=b"" if client.role == "reader" else message.source,  # nodes remember sources
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:

@@ -64,6 +64,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     """The engine's name of the request, for the log."""
     look: bool = False
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
+    source: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    """Who sends the request, hashed; empty if nobody says. That of a reader is ignored."""
     pools: Pools = ()
     """Names of the pools whose rows the plan may have too: those for the model and adapter of
     `namespace`. A daemon of the release before uses none."""
@@ -352,7 +354,8 @@ class Collect(msgspec.Struct, frozen=True, tag="collect"):
 
 
 class Purge(msgspec.Struct, frozen=True, tag="purge"):
-    """Remove every byte of a namespace, of a tenant or of a pool. Reply: list of `Purged`."""
+    """Remove every byte of a namespace, of a tenant or of a pool, or a node with its lineage.
+    Reply: list of `Purged`."""
 
     namespace: str = ""
     """The beginning of a digest."""
@@ -360,6 +363,9 @@ class Purge(msgspec.Struct, frozen=True, tag="purge"):
     patience: Patience = 0.0
     """Seconds to wait for leases and saves to end. The client waits too, or the purge is over."""
     dry_run: bool = False
+    lineage: str = ""
+    """The node, by its id or a unique beginning of it, that goes with what was computed behind its
+    rows. Releases before ignore it, and answer with an error since nothing else is named."""
     pool: str = ""
     """A daemon of the release before, which has none, finds nothing."""
 

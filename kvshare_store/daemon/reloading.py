@@ -9,10 +9,11 @@ import msgspec
 from kvshare_store.config import FIELDS, StoreConfig
 
 LIVE = (
-    "min_saving_ms", "approximation_price", "candidates", "max_donors", "plan_deadline_ms",
-    "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes", "plans_per_second",
-    "saves_per_second", "tenant_limits", "max_chain", "max_scatter", "idle_exit_s", "drain_seconds",
-    "log_format", "log_prompts", "quality_bound", "quality_confidence",
+    "min_saving_ms", "approximation_price", "unconfirmed_share", "candidates", "max_donors",
+    "plan_deadline_ms", "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes",
+    "plans_per_second", "saves_per_second", "tenant_limits", "max_chain", "max_scatter",
+    "idle_exit_s", "drain_seconds", "log_format", "log_prompts", "quality_bound",
+    "quality_confidence",
 )  # fmt: skip
 """Settings that count from the moment at which they are read again. All others need a restart."""
 

@@ -75,10 +75,11 @@ class ExplainBody(_Body):
 
 
 class PurgeBody(_Body):
-    """What to purge: a namespace, or all of a tenant."""
+    """What to purge: a namespace, all of a tenant, or a node with what was computed behind it."""
 
     namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     tenant: str | None = None
+    lineage: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$", description="A node.")
     patience: float = Field(default=30.0, ge=0, le=600, description="Seconds to wait for leases.")
     dry_run: bool = False
 
@@ -232,9 +233,9 @@ async def evict(ask: Ask, body: EvictBody) -> Any:
 
 @router.post("/purge", response_model=models.Purges, dependencies=[Depends(own_form)])
 async def purge(ask: Ask, body: PurgeBody) -> Any:
-    """Remove every byte of a namespace or of a tenant; `remaining` says what could not be."""
-    if bool(body.namespace) == (body.tenant is not None):
-        raise PlanError("name what to purge: namespace or tenant")
-    return await ask(
-        protocol.Purge(body.namespace, body.tenant, body.patience, body.dry_run), CHORE_S
-    )
+    """Remove every byte of a namespace or of a tenant; `remaining` says what could not be. Or a
+    node with its lineage."""
+    if bool(body.namespace) + (body.tenant is not None) + bool(body.lineage) != 1:
+        raise PlanError("name what to purge: namespace, tenant or lineage")
+    chosen = protocol.Purge(body.namespace, body.tenant, body.patience, body.dry_run, body.lineage)
+    return await ask(chosen, CHORE_S)

@@ -178,6 +178,7 @@ class NodeSummary(BaseModel):
     created: float
     pinned: bool
     merged: bool
+    sources: int = 0
     preview: str
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from time import perf_counter
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Outcome, ReusePlan
 
 _LONGEST_REASON = 64
+_REMEMBERED = 1 << 16
 _CLOCKS_DIFFER_S = 1.0
 """A load may be timed on a device."""
 
@@ -63,6 +65,8 @@ class OpenPlans:
         self._plans: dict[str, OpenPlan] = {}
         self._forms: dict[str, dict[int, list[Node]]] = {}
         """By id and by form: the node, once for each plan."""
+        self._revoked: dict[tuple[str, int], None] = {}
+        """Forms of nodes that vouch for nothing, by id and stamp."""
 
     def add(self, lease: str, plan: OpenPlan) -> None:
         """A plan was made."""
@@ -87,5 +91,12 @@ class OpenPlans:
         return plan
 
     def donors(self, node_id: str) -> list[Node]:
-        """The forms of a node that open plans were made from, each once."""
-        return [same[0] for same in self._forms.get(node_id, {}).values()]
+        """The forms of a node that open plans were made from, each once, but for revoked ones."""
+        forms = (same[0] for same in self._forms.get(node_id, {}).values())
+        return [node for node in forms if (node.id, node.stamp) not in self._revoked]
+
+    def revoke(self, nodes: Iterable[Node]) -> None:
+        """From now on nobody may build on these forms of nodes, whatever plan he has or gets."""
+        self._revoked |= dict.fromkeys((node.id, node.stamp) for node in nodes)
+        while len(self._revoked) > _REMEMBERED:
+            del self._revoked[next(iter(self._revoked))]

@@ -66,9 +66,11 @@ class Planner:
         namespace: str = "",
         delimiters: Collection[int] = (),
         watch: Callable[[Cover, Mask], None] | None = None,
+        limit: Callable[[Cover, Mask], None] | None = None,
     ) -> Planned:
         """The best plan for `request`, or one that is declined with a reason code. `watch` is
-        shown what covers the request, and which positions of it are kept."""
+        shown what covers the request, and which positions of it are kept; `limit` may keep fewer
+        of those behind the exact prefix."""
         bare = ReusePlan(namespace=namespace, tokens=len(request), policy=policy.name)
         if policy.name == "off":
             return _declined(bare, "policy_off")
@@ -87,6 +89,8 @@ class Planner:
         keep = kept_positions(
             policy, request, cover.donor_of, cover.source_of, cover.in_place, delimiters
         )
+        if limit is not None:
+            limit(cover, keep)
         self._drop_dear(cover, keep, policy)
         if watch is not None:
             watch(cover, keep)

@@ -39,6 +39,8 @@ class Asked(NamedTuple):
     """Rows go to another machine."""
     look: bool = False
     """For a second look: nobody's request, so it is neither counted as one nor logged."""
+    source: bytes = b""
+    """Who sends it, hashed."""
     pools: tuple[str, ...] = ()
     """Whose rows it may use beside its namespace's."""
 

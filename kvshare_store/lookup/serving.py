@@ -26,9 +26,11 @@ from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
+from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
+from kvshare_store.lookup.trust import Trust, Trusting
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
@@ -59,6 +61,7 @@ class Serving:
         costs: Costs,
         far_costs: Costs,
         text: TextVectors,
+        sources: Sources,
         metrics: Metrics,
         quality: Quality,
     ) -> None:
@@ -70,6 +73,7 @@ class Serving:
         self._costs = costs
         self._far_costs = far_costs
         self._text = text
+        self._sources = sources
         self._metrics = metrics
         self._policy = configured_policy(config)
         self._planner = Planner(config)
@@ -96,6 +100,7 @@ class Serving:
         *,
         far: bool = False,
         look: bool = False,
+        source: bytes = b"",
         pools: tuple[str, ...] = (),
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
@@ -109,6 +114,7 @@ class Serving:
             prompt_of(request, self.log.prompts),
             far,
             look,
+            source,
             pools,
         )
         if not look:
@@ -124,6 +130,8 @@ class Serving:
                 planned = self._planned(request, lookup)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
+        if source and not namespace.pool:
+            self._sources.asked(namespace.digest, request, source)
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
     def plan_node(
@@ -181,9 +189,10 @@ class Serving:
         self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
     ) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
+        trust = self._trust(request, lookup)
         planned = self._planner.plan(
             request,
-            self._nominator(lookup),
+            self._nominator(lookup, trust),
             policy,
             self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
@@ -191,19 +200,28 @@ class Serving:
             namespace=namespace.digest,
             delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
             watch=watch,
+            limit=None if trust is None else trust.limit,
         )
         return _with_pools(planned) if lookup.pools else planned
 
-    def _nominator(self, lookup: Asked) -> Nominator:
-        own = self._donors_of(lookup.namespace)
+    def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
+        share = self._config.unconfirmed_share
+        if not lookup.source and share >= 1:
+            return None
+        return Trust(self._nodes.state, request, lookup.source, share, lookup.namespace.digest)
+
+    def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
+        own = self._donors_of(lookup.namespace, trust)
         if not lookup.pools:
             return own
         pools = map(lookup.namespace.in_pool, lookup.pools)
-        return WithPools(own, [self._donors_of(pool) for pool in pools])
+        return WithPools(own, [self._donors_of(pool, trust) for pool in pools])
 
-    def _donors_of(self, namespace: Namespace) -> Nominator:
-        nodes = self._nodes
-        return Nominator(nodes.tree, nodes.state.index(namespace.digest), nodes.lock)
+    def _donors_of(self, namespace: Namespace, trust: Trust | None) -> Nominator:
+        state = self._nodes.state
+        if trust is not None:
+            return Trusting(state, namespace.digest, trust)
+        return Nominator(state.tree, state.index(namespace.digest), state.lock)
 
     def _steered(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
         """The plan under the policy that is known to be good enough for requests of this kind."""

@@ -27,7 +27,7 @@ _POLL_S = 0.05
 
 
 class Purged(msgspec.Struct, frozen=True):
-    """The result of purging one namespace."""
+    """The result of purging one namespace, or one lineage in it."""
 
     namespace: str
     model: str
@@ -35,6 +35,10 @@ class Purged(msgspec.Struct, frozen=True):
     blocks: int
     remaining: tuple[str, ...] = ()
     """What could not be removed, and why; empty if nothing is left."""
+    unsure: int = 0
+    """Of a lineage: how many of the nodes may be of it, though nobody knows any more."""
+    ids: tuple[str, ...] = ()
+    """Of a lineage: its nodes, the purged one first; 1,000 at most."""
 
 
 def matching(

@@ -23,6 +23,8 @@ from kvshare_store.plan import Context, Span, gaps
 
 NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""
+SOURCES = 4
+"""So many sources of a node are remembered: two tell that several have sent it."""
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
@@ -62,6 +64,9 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     a release that had no stamps."""
     format: int = NODE_FORMAT
     """How a reader must understand the other fields. One with a greater number is left alone."""
+    sources: tuple[bytes, ...] = ()
+    """Hashes of sources that have sent all of its tokens, `SOURCES` at most. Releases before lose
+    them when they write the row again; the node is then nobody's."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.edits, Edits):
@@ -110,6 +115,7 @@ class _Fields(msgspec.Struct, kw_only=True, gc=False):
     pinned: bool = False
     stamp: int = 0
     format: int = NODE_FORMAT
+    sources: tuple[bytes, ...] = ()
 
 
 def _as_they_were(packed: Any) -> Any:
@@ -148,6 +154,7 @@ def decode_node(encoded: bytes) -> Node:
         pinned=read.pinned,
         stamp=read.stamp,
         format=read.format,
+        sources=_interned(read.sources),
     )
 
 
@@ -188,6 +195,12 @@ def new_stamp() -> int:
 def saw_stamps(stamps: Iterable[int]) -> None:
     """Rows of a catalogue have these."""
     _stamps.saw(stamps)
+
+
+def with_sources(node: Node, sources: Iterable[bytes]) -> Node:
+    """The node with more sources, as far as there is room; itself if it has them already."""
+    found = tuple(dict.fromkeys((*node.sources, *sources)))[: max(SOURCES, len(node.sources))]
+    return node if found == node.sources else msgspec.structs.replace(node, sources=found)
 
 
 def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:

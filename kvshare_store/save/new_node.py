@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvshare_store.lookup.align import align
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import edit_script
-from kvshare_store.nodes.node import Node, check_segments, new_stamp, node_id
+from kvshare_store.nodes.node import SOURCES, Node, check_segments, new_stamp, node_id
 from kvshare_store.save.staging import Save, contexts_of_rows, exact_rows, fresh_segments
 
 
@@ -53,4 +53,5 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
         contexts=contexts_of_rows(reuse, length),
         stamp=new_stamp(),
         pinned=bool(save.namespace.pool),
+        sources=save.sources[:SOURCES],
     )

@@ -16,10 +16,11 @@ from kvshare_store.errors import (
     PlanError,
 )
 from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.sources import Sources
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.nodes.node import Node, node_id, with_sources
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.rates import Rates
 from kvshare_store.readable import short
@@ -45,13 +46,19 @@ class Saving:
     """Staged saves of one store. Thread-safe under the lock of the nodes."""
 
     def __init__(
-        self, config: StoreConfig, nodes: NodeStore, plans: OpenPlans, metrics: Metrics
+        self,
+        config: StoreConfig,
+        nodes: NodeStore,
+        plans: OpenPlans,
+        sources: Sources,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._nodes = nodes
         self._blocks = nodes.blocks
         self._pool = nodes.blocks.pool
         self._plans = plans
+        self._sources = sources
         self._metrics = metrics
         self._answers = Answers(nodes)
         self._rates = Rates()
@@ -120,8 +127,10 @@ class Saving:
         sizes = tuple(
             verified.sizes.get(name) or self._blocks.size_of(name) for name in kept.blocks
         )
-        told = verified.policy
-        return Save(namespace, request, reuse, kept, sizes, told, staged, owner, extends, base)
+        told, sources = verified.policy, self._sources.of(namespace.digest, request, extends)
+        return Save(
+            namespace, request, reuse, kept, sizes, told, staged, owner, extends, base, sources
+        )
 
     def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
         quota = self._nodes.limits.of(namespace).namespace_bytes
@@ -157,6 +166,8 @@ class Saving:
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 if here is not None:
                     self._nodes.used(here)
+                    if here.length == len(save.tokens):
+                        self._sources.confirm(here, save.sources)
                 return Staged(known=True)
             self._saving.add(name)
             self._saves[save.staged.id] = save
@@ -180,6 +191,16 @@ class Saving:
         """Forget the saves of clients that are gone."""
         with self._nodes.lock:
             for staged_id in [i for i, save in self._saves.items() if save.owner in dead_owners]:
+                self.abandon(staged_id)
+
+    def revoke(self, nodes: Sequence[Node]) -> None:
+        """Nothing is saved any more on top of these nodes, which are about to leave the tree. Hold
+        the lock."""
+        self._plans.revoke(nodes)
+        gone = {node.id for node in nodes}
+        for staged_id, save in list(self._saves.items()):
+            base = (save.base.id,) if save.base is not None else ()
+            if not gone.isdisjoint((*save.reuse.donors, *base)):
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:
@@ -260,8 +281,12 @@ class Saving:
         while fresh:
             filled = fresh.pop()
             self._pool.seal(filled.offset, filled.name, filled.block)
+        edited = self._nodes.tree.get(node_id(node.namespace, node.tokens, False))
+        if node.exact and edited is not None:
+            node = with_sources(node, edited.sources)
         self._nodes.add(node, vectors)
-        self._settle(node)
+        if node.exact and edited is not None:
+            self._settle(node, edited)
         self._answers.stored(save, node.id)
         if not node.exact and node.id in self._nodes.tree:
             self.looks.stored(node, save.base, adapter=bool(save.namespace.lora))
@@ -270,14 +295,12 @@ class Saving:
             self._metrics.add("tokens_answers_stored", node.length - save.extends)
         self._metrics.add("bytes_stored", nbytes)
 
-    def _settle(self, node: Node) -> None:
+    def _settle(self, node: Node, edited: Node) -> None:
         """An exact node takes the place of the edited one of the same tokens. Hold the lock."""
-        edited = self._nodes.tree.get(node_id(node.namespace, node.tokens, False))
-        if node.exact and edited is not None:
-            self.looks.settled(edited)
-            if not edited.pinned:
-                self._answers.replaced(edited.id, node.id)
-                self._nodes.remove([edited.id])
+        self.looks.settled(edited)
+        if not edited.pinned:
+            self._answers.replaced(edited.id, node.id)
+            self._nodes.remove([edited.id])
 
 
 class _Filled(msgspec.Struct):

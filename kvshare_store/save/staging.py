@@ -72,6 +72,8 @@ class Save(msgspec.Struct, frozen=True):
     prompt."""
     base: Node | None = None
     """The node that an answer's prompt rows are taken from."""
+    sources: tuple[bytes, ...] = ()
+    """Who has sent the prompt, hashed."""
 
 
 class RowSource(Protocol):

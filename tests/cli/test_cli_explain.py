@@ -307,6 +307,27 @@ def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
     assert "pool" in one_line(run("purge", "--pool", "house", "--home", home), 5)
 
 
+def test_a_purge_of_a_lineage(home: Path) -> None:
+    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        second = engine.save(SECOND, engine.serve(SECOND))
+        other = engine.save(list(range(5000, 5100)))
+        assert first and second and other  # noqa: PT018
+        assert "takes both" in one_line(run("purge", first, "--home", home), 2)
+        both = run("purge", first, "--lineage", "--tenant", "alice", "--home", home)
+        assert "name what to purge" in one_line(both, 2)
+        out = ok("purge", first[:12], "--lineage", "--dry-run", "--home", home)
+        assert out.splitlines()[:2] == [first[:12], second[:12]]
+        assert out.splitlines()[2].startswith("Would remove 2 nodes and ")
+        (done,) = as_json("purge", first, "--lineage", "--yes", "--home", home)
+        assert (done["nodes"], done["ids"], done["unsure"]) == (2, [first, second], 0)
+        assert [node["id"] for node in client.call(ListNodes())] == [other]
+    out = ok("purge", other, "--lineage", "--yes", "--home", home)  # the daemon is gone
+    assert out.startswith("Removed 1 nodes and ")
+    assert "nodes begin with" in one_line(run("purge", other, "--lineage", "--home", home), 1)
+
+
 def test_the_list_of_nodes_knows_whose_parent_is_gone(home: Path) -> None:
     with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)

@@ -21,7 +21,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
-from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.network import place_of
@@ -442,6 +442,18 @@ def test_a_client_may_ask_for_less(server: Server, home: Path) -> None:
     with Client(home, timeout=PATIENCE_S) as owner:
         assert owner.greet().role == "admin"
         assert owner.call(protocol.Clear()) == 0
+
+
+def test_what_a_reader_says_of_sources_is_not_remembered(server: Server, home: Path) -> None:
+    with Client(home, timeout=PATIENCE_S) as owner:
+        tokens = prompt(5, 40)
+        node = ClientDriver(owner, NAMESPACE).save(tokens)
+        for role, sources in (("reader", 0), ("engine", 1)):
+            with Client(home, timeout=PATIENCE_S, role=role) as client:
+                asked = plan_request(np.asarray(tokens, np.int32), NAMESPACE, None, source=b"a")
+                client.receive(client.send(asked), PATIENCE_S)
+            owner.flush()
+            assert owner.call(protocol.ShowNode(node or ""))["sources"] == sources
 
 
 def test_nobody_gets_more_than_the_certificate_says(connect: Callable[..., Client]) -> None:

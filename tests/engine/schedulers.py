@@ -63,6 +63,7 @@ class FakeLink:
         self.asked: list[tuple[str, str | None]] = []
         self.pools: list[tuple[str, ...]] = []
         """Of each question."""
+        self.sources: list[bytes] = []
         self.asked_for_looks = 0
         self.told: list[Any] = []
         self.busy: list[bool] = []
@@ -88,9 +89,11 @@ class FakeLink:
         *,
         look: bool = False,
         pools: tuple[str, ...] = (),
+        source: bytes = b"",
     ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
         self.pools.append(pools)
+        self.sources.append(source)
         self.asked_for_looks += look
         return b"%d" % len(self.asked)
 

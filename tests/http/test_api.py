@@ -216,6 +216,10 @@ def test_pin_evict_unpin_purge(own: World) -> None:
     assert sent(own, "/api/evict").json()["error"] == "config", "all is not evicted by mistake"
     both = sent(own, "/api/purge", namespace=own.space.digest, tenant=TENANT)
     assert both.status_code == 400
+    assert sent(own, "/api/purge", lineage="ab", tenant=TENANT).status_code == 400
+    assert sent(own, "/api/purge", lineage="f" * 32).json()["error"] == "node"
+    (lineage,) = sent(own, "/api/purge", lineage=own.parent[:12], dry_run=True).json()
+    assert (lineage["nodes"], lineage["ids"]) == (1, [own.parent])
     would = sent(own, "/api/purge", tenant=TENANT, dry_run=True).json()
     (purged,) = sent(own, "/api/purge", tenant=TENANT, patience=5.0).json()
     assert would[0]["nodes"] == purged["nodes"] == 1

@@ -75,6 +75,22 @@ def test_a_machine_that_was_off_carries_it_out_when_it_starts(
         until(lambda: not bad.exists())
 
 
+def test_a_lineage_goes_on_every_machine(machine: Machine) -> None:
+    """Also nodes that the purging machine does not have in memory."""
+    one, other = machine("a"), machine("b", max_nodes=1)
+    other.book = one.book
+    edited = [*PROMPT[:10], 7, 8, *PROMPT[12:]]
+    bad = save(one, PROMPT)
+    assert bad is not None
+    assert one.store.pin(bad), "so that it alone stays in the other one's memory"
+    one.save(edited, one.serve(edited))
+    save(one, LATER)
+    until(lambda: knows(other, PROMPT))
+    done = other.store.purge_lineage(bad)
+    assert (done.ids[0], done.nodes) == (bad, 2)
+    until(lambda: [node.tokens.tolist() for node in one.store.tree] == [LATER])
+
+
 def test_it_is_carried_out_once(machine: Machine, tmp_path: Path) -> None:
     """What is saved in the namespace afterwards keeps its copies."""
     one = machine("a")

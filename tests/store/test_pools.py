@@ -196,6 +196,19 @@ def test_what_is_learned_of_quality_stays_with_the_tenant(
     assert asked == [found.ann.namespace.digest, found.bob.namespace.digest]
 
 
+def test_rows_of_the_operator_need_no_source(rooms: Callable[..., Rooms]) -> None:
+    """A cap on what only others have sent does not concern them, and no source is noted there."""
+    found = rooms(unconfirmed_share=0.0)
+    tokens = [*prompt(5, 8), *TEMPLATE, *prompt(6, 8)]
+    for source in (b"", b"ann"):
+        assert found.ann.serve(tokens, pools=HOUSE, source=source).pooled
+        found.pool.plan([*TEMPLATE, 1], source=source)
+    found.store.flush()
+    assert [node.sources for node in nodes_of(found.pool)] == [()]
+    assert found.bob.save(tokens[:56])
+    assert found.bob.serve(tokens[4:], source=b"other").reused == 0, "the cap holds for all else"
+
+
 # --- what a client may claim ----------------------------------------------------------------------
 
 

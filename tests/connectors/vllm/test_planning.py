@@ -550,6 +550,24 @@ def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
     assert link.asked == [(NAMESPACE.for_tenant("alice").digest, "balanced")]
 
 
+def named(source: Any) -> dict[str, Any]:
+    return {"kvshare.source": source, "kvshare.policy": "faithful"}
+
+
+def test_a_source_is_hashed_before_it_leaves_the_engine(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCES", "ab" * 32)
+    for planning in (planned(link, source_key="env:SOURCES"), planned(link)):
+        for source in ("ann", "ann", "bob", "", None, {"no": ["text"]}):
+            planning.matched(request(kv_transfer_params=named(source)), 0)
+    ann, again, bob, *rest = link.sources
+    assert ann == again != bob
+    assert (len(ann), rest[:2]) == (8, [b"", b""])
+    assert rest[3:] == [b""] * 6, "without a key nothing is said"
+    assert link.asked == [(NAMESPACE.digest, "faithful")] * 12, "it is no unknown parameter"
+
+
 def test_salts_that_we_make_are_taken_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each salt is either refused by us or accepted by vLLM."""
     from vllm.entrypoints.generate.base.protocol import validate_cache_salt

@@ -1,0 +1,62 @@
+"""Who has sent which prompt: hashes of sources, on the nodes of the prompts.
+
+A node remembers a few sources that have sent all of its tokens. Those of a prompt that is not
+stored yet are remembered here, in memory, until it is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import blake3
+
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.rewrite import Rewriter
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import SOURCES, Node, node_id, with_sources
+
+_PROMPTS = 4096
+"""Prompts that are remembered: an engine saves one seconds after it has looked it up."""
+
+
+class Sources:
+    """Those of one store. Thread-safe under the lock of the nodes."""
+
+    def __init__(self, nodes: NodeStore, rewriter: Rewriter) -> None:
+        self._nodes = nodes
+        self._rewriter = rewriter
+        self._asked: dict[bytes, tuple[bytes, ...]] = {}
+        """By hash of namespace and prompt; what was asked for last is at the end."""
+
+    def asked(self, namespace: str, request: Tokens, source: bytes) -> None:
+        """A source has sent this prompt. Where it is stored already, its nodes remember that."""
+        key = _key(namespace, request)
+        names = [node_id(namespace, request, exact) for exact in (True, False)]
+        with self._nodes.lock:
+            known = self._asked.pop(key, ())
+            self._asked[key] = known if source in known else (*known, source)[:SOURCES]
+            if len(self._asked) > _PROMPTS:
+                del self._asked[next(iter(self._asked))]
+            found = [self._nodes.tree.get(name) for name in names]
+        for node in found:
+            if node is not None:
+                self.confirm(node, (source,))
+
+    def of(self, namespace: str, tokens: Tokens, extends: int) -> tuple[bytes, ...]:
+        """Those that have sent a prompt that is saved now. Of an answer (`extends` > 0) only a
+        source that has sent its prompt alone: the answer belongs to one request."""
+        if not self._asked:
+            return ()
+        key = _key(namespace, tokens[:extends] if extends else tokens)
+        with self._nodes.lock:
+            found = self._asked.get(key, ())
+        return found if not extends or len(found) == 1 else ()
+
+    def confirm(self, node: Node, sources: Collection[bytes]) -> None:
+        """These sources have sent all tokens of the node. It remembers them, durably soon."""
+        if with_sources(node, sources) is not node:
+            self._rewriter.confirm(node.id, sources)
+
+
+def _key(namespace: str, tokens: Tokens) -> bytes:
+    return blake3.blake3(namespace.encode() + tokens.tobytes()).digest(length=16)

@@ -1,0 +1,221 @@
+"""Whose rows a request is served: its own first, and of one other source no more than a cap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup import serving
+from kvshare_store.namespace import Namespace, Sources
+from kvshare_store.nodes.node import SOURCES, Node, node_id
+from kvshare_store.plan import ReusePlan
+from kvshare_store.store import Store
+from tests.save.test_answers import save as save_answer
+from tests.support.oracle import Driver, positions_of, prompt
+
+Open = Callable[..., Driver]
+
+ANN, BOB, CAT = b"ann-hash", b"bob-hash", b"cat-hash"
+HEAD, BODY = prompt(1, 24), prompt(2, 120)
+INJECTED = [*HEAD, *prompt(3, 12), *BODY]
+VICTIM = [*HEAD, *BODY, *prompt(4, 8)]
+
+
+@pytest.fixture
+def engine(driver: Open) -> Driver:
+    return open_(driver)
+
+
+def open_(driver: Open, share: float = 1.0) -> Driver:
+    return driver(min_prompt_tokens=4, approximation_price=0.0, unconfirmed_share=share)
+
+
+def sent(engine: Driver, tokens: list[int], source: bytes = b"", policy: str | None = None) -> Node:
+    """Serve and save a prompt of a source. Returns its node."""
+    plan = engine.serve(tokens, source=source, policy=policy)
+    engine.save(tokens, None if plan.declined else plan)
+    engine.store.flush()
+    return node(engine, tokens)
+
+
+def node(engine: Driver, tokens: Sequence[int]) -> Node:
+    for exact in (True, False):
+        name = node_id(engine.namespace.digest, np.asarray(tokens, np.int32), exact)
+        found = engine.store.tree.get(name)
+        if found is not None:
+            return found
+    raise AssertionError("the prompt is not stored")
+
+
+def edited(plan: ReusePlan) -> list[int]:
+    return positions_of(span for span in plan.spans if not span.exact)
+
+
+# --- whose a node is ------------------------------------------------------------------------------
+
+
+def test_a_node_remembers_who_sent_it_over_a_restart(engine: Driver) -> None:
+    assert sent(engine, VICTIM, ANN).sources == (ANN,)
+    assert sent(engine, VICTIM, BOB).sources == (ANN, BOB)
+    assert sent(engine, [*VICTIM, 7], CAT).sources == (CAT,), "a longer prompt is another one"
+    config = engine.store.config
+    engine.store.close()
+    with Store(config) as again:
+        assert {one.sources for one in again.tree} == {(ANN, BOB), (CAT,)}
+
+
+def test_few_sources_are_remembered(engine: Driver) -> None:
+    for number in range(SOURCES + 3):
+        sent(engine, VICTIM, bytes([number]) * 8)
+    assert len(node(engine, VICTIM).sources) == SOURCES
+
+
+def test_those_that_ask_before_it_is_stored_count(engine: Driver) -> None:
+    engine.serve(VICTIM, source=ANN)
+    engine.serve(VICTIM, source=BOB)
+    engine.save(VICTIM)
+    assert node(engine, VICTIM).sources == (ANN, BOB)
+
+
+def test_nobody_confirms_a_prompt_that_goes_on(engine: Driver) -> None:
+    """Who sends the beginning of a prompt has not sent what follows."""
+    sent(engine, [*VICTIM, *prompt(5, 20)], ANN)
+    engine.serve(VICTIM, source=BOB)
+    engine.store.flush()
+    assert node(engine, [*VICTIM, *prompt(5, 20)]).sources == (ANN,)
+
+
+def test_an_answer_is_of_one_request(engine: Driver) -> None:
+    """What one source makes the model say is not confirmed by those that asked the same."""
+    sent(engine, VICTIM, ANN)
+    save_answer(engine, VICTIM, prompt(6, 10))
+    assert node(engine, [*VICTIM, *prompt(6, 10)]).sources == (ANN,)
+    engine.serve(VICTIM, source=BOB)
+    save_answer(engine, VICTIM, prompt(7, 10))
+    assert node(engine, [*VICTIM, *prompt(7, 10)]).sources == ()
+
+
+def test_a_settled_node_keeps_its_sources(engine: Driver) -> None:
+    sent(engine, INJECTED, ANN)
+    assert sent(engine, VICTIM, BOB).generation == 1
+    engine.save(VICTIM, engine.serve(VICTIM, policy="exact"))
+    assert (node(engine, VICTIM).generation, node(engine, VICTIM).sources) == (0, (BOB,))
+
+
+# --- whose rows come first ------------------------------------------------------------------------
+
+
+def variant(seed: int) -> list[int]:
+    """A template with one's own words in front: each has as much of the body as the others."""
+    return [*prompt(seed, 10), *BODY]
+
+
+def test_own_rows_first(engine: Driver) -> None:
+    own = sent(engine, variant(11), ANN, "exact")
+    others = [sent(engine, variant(seed), BOB, "exact") for seed in (12, 13, 14)]
+    assert engine.serve(variant(15), source=ANN).donors == (own.id,)
+    assert engine.serve(variant(16), source=BOB).donors[0] in {one.id for one in others}
+
+
+def test_what_several_sources_sent_goes_before_what_one_has_sent(engine: Driver) -> None:
+    sent(engine, variant(21), ANN, "exact")
+    several = sent(engine, variant(22), ANN, "exact")
+    sent(engine, variant(22), BOB, "exact")
+    sent(engine, variant(23), ANN, "exact")
+    assert engine.serve(variant(24), source=CAT).donors == (several.id,)
+
+
+def test_much_better_rows_of_others_come_before_own_ones(engine: Driver) -> None:
+    sent(engine, [*prompt(31, 10), *BODY[:40]], ANN)
+    other = sent(engine, variant(32), BOB, "exact")
+    assert engine.serve(variant(33), source=ANN).donors[0] == other.id
+
+
+def test_without_a_source_and_a_cap_nothing_is_asked(
+    engine: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(*_: object) -> None:
+        raise AssertionError("sources are looked at")
+
+    monkeypatch.setattr(serving, "Trust", used)
+    sent(engine, INJECTED)
+    assert sent(engine, VICTIM).sources == ()
+
+
+# --- the cap --------------------------------------------------------------------------------------
+
+
+def test_the_cap_keeps_rows_from_behind_another_sources_text_out(driver: Open) -> None:
+    engine = open_(driver)
+    sent(engine, INJECTED, ANN)
+    assert len(edited(engine.serve(VICTIM, source=BOB))) > 100
+    engine = open_(driver, 0.0)
+    plan = engine.serve(VICTIM, source=BOB)
+    assert (plan.exact, plan.reused) == (len(HEAD), len(HEAD))
+    assert len(edited(engine.serve(VICTIM, source=ANN))) > 100, "they are its own"
+    engine = open_(driver, 0.25)
+    assert len(edited(engine.serve(VICTIM, source=BOB))) == len(VICTIM) // 4
+
+
+def test_rows_whose_text_several_have_sent_are_free(driver: Open) -> None:
+    """Both sent the same beginning, each went on with words of its own."""
+    engine = open_(driver, 0.0)
+    shared = [*prompt(41, 10), *BODY]
+    sent(engine, [*shared, *prompt(42, 30)], ANN)
+    sent(engine, [*shared, *prompt(43, 30)], BOB)
+    request = [*prompt(44, 6), *BODY, *prompt(42, 30), *prompt(45, 4)]
+    assert edited(engine.serve(request, source=CAT)) == list(range(6, 6 + len(BODY)))
+
+
+def test_rows_of_nobody_are_capped(driver: Open) -> None:
+    engine = open_(driver, 0.0)
+    sent(engine, INJECTED)
+    assert engine.serve(VICTIM, source=BOB).reused == len(HEAD)
+    assert engine.serve(VICTIM).reused == len(HEAD)
+
+
+def test_an_edited_prompt_does_not_launder_rows(driver: Open) -> None:
+    """An attacker also sends the victim's prompt, made of the attacker's rows."""
+    engine = open_(driver, 0.0)
+    sent(engine, INJECTED, ANN)
+    assert sent(engine, VICTIM, ANN).generation == 1
+    assert engine.serve(VICTIM, source=BOB).reused == len(HEAD)
+    assert engine.serve([*VICTIM, *prompt(51, 20)], source=BOB).reused == len(HEAD)
+    assert engine.serve([*VICTIM, *prompt(51, 20)], source=ANN).continued == len(VICTIM)
+
+
+def test_a_conversation_goes_on_from_its_own_rows(driver: Open) -> None:
+    """Also where nobody says whose it is."""
+    engine = open_(driver)
+    sent(engine, INJECTED)
+    sent(engine, VICTIM)
+    engine = open_(driver, 0.0)
+    taken = [at for at in edited(engine.serve([*VICTIM, *prompt(52, 20)])) if at < len(VICTIM)]
+    assert taken == [], "the rows are still those of the injected prompt"
+    engine.store.purge_lineage(node(engine, INJECTED).id)
+    sent(engine, VICTIM)
+    assert engine.serve([*VICTIM, *prompt(52, 20)]).exact == len(VICTIM)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_names_are_hashed_under_a_key_and_by_namespace(
+    config: Callable[..., StoreConfig],
+    namespace: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOURCES", "ab" * 32)
+    keyed = Sources(config(source_key="env:SOURCES"))
+    found = {
+        keyed.of("ann", namespace),
+        keyed.of("bob", namespace),
+        keyed.of("ann", namespace.for_tenant("acme")),
+    }
+    assert (len(found), {len(one) for one in found}) == (3, {8})
+    assert keyed.of("", namespace) == b"" == Sources(config()).of("ann", namespace)
+    monkeypatch.setenv("SOURCES", "cd" * 32)
+    assert Sources(config(source_key="env:SOURCES")).of("ann", namespace) not in found
