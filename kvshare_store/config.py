@@ -41,6 +41,8 @@ _LEAST_BYTES = 2**20
 _LARGEST_SHARE = 0.5
 """Of a step's tokens, for second looks while requests run."""
 _ENVIRONMENT = "KVSHARE_"
+LONGEST_POOL, MOST_POOLS = 64, 16
+"""Characters of a pool's name, and pools of one engine."""
 
 
 def default_home() -> Path:
@@ -117,6 +119,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shared_grace_seconds: float = 60.0
     """How long a block of a shared remote stays condemned before it is removed, if no node uses it.
     The same on every machine, and longer than any machine is ever cut off from the catalogue."""
+    pools: str = ""
+    """Names of the pools whose rows this engine's requests may use, separated by commas."""
     policy: PolicyName = "balanced"
     """Quality policy. A request may ask for a stricter one, never for a laxer one."""
     edit_window: int | None = None
@@ -188,6 +192,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Plans that one namespace may ask for in a second; the others are declined (0: no limit)."""
     saves_per_second: float = 0.0
     """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
+    tenant_limits: str = ""
+    """File of YAML: for single tenants, what the four settings above are for them."""
     gc_seconds: float = 60.0
     """How often garbage is collected and long chains are merged (0: only on request)."""
     start_daemon: bool = True
@@ -231,6 +237,11 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             value = getattr(self, name)
             if value and not re.match(r"(file|env|command):.*\S", value):
                 raise ConfigError(f"{name} must be file:PATH, env:NAME or command:ARGV")
+        names = self.pool_names
+        if len(names) > MOST_POOLS or any(len(name) > LONGEST_POOL for name in names):
+            raise ConfigError(
+                f"pools has at most {MOST_POOLS} names of {LONGEST_POOL} characters each"
+            )
         if self.unconfirmed_share > 1:
             raise ConfigError(
                 f"unconfirmed_share must be a share from 0 to 1, got {self.unconfirmed_share}"
@@ -250,6 +261,12 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def home_path(self) -> Path:
         """`home` with `~` resolved."""
         return Path(self.home).expanduser()
+
+    @property
+    def pool_names(self) -> tuple[str, ...]:
+        """`pools`, one by one."""
+        names = (name.strip() for name in self.pools.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 FIELDS = tuple(StoreConfig.__struct_fields__)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import functools
 import hmac
+from typing import Annotated
 
 import blake3
 import msgspec
 
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import LONGEST_POOL, StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.keys import master_key
 from kvshare_store.tensors.layout import KVLayout
+
+PoolName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_POOL)]
 
 
 class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,13 +36,21 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str = msgspec.field(default="")
     """A folder with a tokenizer, for display and text embeddings. It is not part of the
     identity."""
+    pool: PoolName | msgspec.UnsetType = msgspec.UNSET
+    """The pool that this is, which has no tenant. Not sent where it is unset: releases before do
+    not know it, and every namespace that is no pool is the same for them."""
     # A field that a later release adds goes below, with a default, and not into `_FIRST_FIELDS`.
+
+    def __post_init__(self) -> None:
+        if self.pool and self.tenant:
+            raise ConfigError("a pool has no tenant")
 
     @property
     def too_long(self) -> str:
         """The first field with more text than a client may send, empty if there is none. Stored
         namespaces are not checked: one with longer names can still be read and purged."""
-        texts = ((name, getattr(self, name)) for name in self.__struct_fields__ if name != "layout")
+        values = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        texts = ((name, value) for name, value in values if isinstance(value, str))
         return next((name for name, text in texts if not _fits(name, text)), "")
 
     @property
@@ -52,11 +63,26 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The digest without tenant and adapter: engines with the same one have the same speed."""
         return self.for_tenant("").digest
 
+    @property
+    def owner(self) -> str:
+        """Whose it is, for people; empty if it is nobody's."""
+        return f"pool {self.pool}" if self.pool else f"tenant {self.tenant}" if self.tenant else ""
+
+    def is_of(self, tenant: str | None) -> bool:
+        """Whether it is this tenant's. The empty name is that of requests without a tenant, which
+        have no pool either."""
+        return self.tenant == tenant and not self.pool
+
     def for_tenant(self, tenant: str, lora: str = "") -> Namespace:
-        """The same model for another tenant or adapter."""
-        if tenant == self.tenant and lora == self.lora:
+        """The same model for another tenant or adapter. No tenant's name leads to a pool."""
+        if tenant == self.tenant and lora == self.lora and not self.pool:
             return self
-        return msgspec.structs.replace(self, tenant=tenant, lora=lora)
+        return msgspec.structs.replace(self, tenant=tenant, lora=lora, pool=msgspec.UNSET)
+
+    def in_pool(self, pool: str) -> Namespace:
+        """The pool of this name for the same model and adapter. No pool's name leads to a
+        tenant."""
+        return msgspec.structs.replace(self, tenant="", pool=pool)
 
 
 _NAME_BYTES = 1 << 10

@@ -131,6 +131,9 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     saving_ms: float = 0.0
     policy: str = ""
     declined: str = ""
+    pooled: tuple[int, ...] = ()
+    """Blocks (indexes) of pools. A tenant's prompt never points there: whoever saves on top of this
+    plan stores the rows that came from them as the prompt's own."""
 
     @property
     def reused(self) -> int:
@@ -141,6 +144,10 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     def stop(self) -> int:
         """One past the last reused position; what follows is ordinary prefill."""
         return self.spans[-1].stop if self.spans else 0
+
+    def own(self, spans: Iterable[Span]) -> list[Span]:
+        """Those of its spans whose rows lie in the namespace itself."""
+        return [span for span in spans if span.block not in self.pooled]
 
     @property
     def block_names(self) -> tuple[str, ...]:

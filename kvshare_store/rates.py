@@ -21,12 +21,7 @@ class _Bucket(NamedTuple):
 class Rates:
     """At most so many a second for each namespace, and as many at once. Thread-safe."""
 
-    def __init__(
-        self, per_second: float = 0.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """`per_second`: 0 means no limit."""
-        self.per_second = per_second
-        """May be changed at any time."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
@@ -35,9 +30,9 @@ class Rates:
         """Namespaces that are remembered."""
         return len(self._buckets)
 
-    def allow(self, namespace: str) -> bool:
-        """Whether the namespace may ask now; if so, that is counted."""
-        rate = self.per_second
+    def allow(self, namespace: str, rate: float) -> bool:
+        """Whether the namespace may ask now; if so, that is counted. `rate`: how often in a
+        second, which may change at any time; 0 means no limit."""
         if not rate:
             return True
         most, now = max(1.0, rate), self._clock()

@@ -13,6 +13,7 @@ from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
+from kvshare_store.limits import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
@@ -90,9 +91,12 @@ class Store:
 
     def reload(self, config: StoreConfig) -> None:
         """Go on by the settings of `config` that may change while a store is open: its limits, the
-        deadlines and budgets of plans, and how many nodes are kept."""
+        deadlines and budgets of plans, and how many nodes are kept. `ConfigError`, and nothing has
+        changed, if the limits of single tenants cannot be read."""
+        limits = TenantLimits(config)
         self.config = config
-        for part in (self._serving, self.saving, self.nodes, self.janitor):
+        self.nodes.reload(config, limits)
+        for part in (self._serving, self.saving, self.janitor):
             part.reload(config)
         self.quality.reload(terms_of(config))
 
@@ -120,16 +124,24 @@ class Store:
         policy: str | None = None,
         owner: str = "",
         deadline_ms: float | None = None,
+        pools: Sequence[str] = (),
         source: bytes = b"",
     ) -> ReusePlan:
         """Which stored rows can serve this prompt, and what is left to compute.
 
         The plan's blocks are leased until `finish`. A plan without use says why in `declined`.
-        `policy` may only be stricter than the configured one. `ConfigError`/`PlanError` for input
-        that makes no sense; nothing else is raised.
+        `policy` may only be stricter than the configured one. `pools`: names of pools whose rows it
+        may use too. `ConfigError`/`PlanError` for input that makes no sense; nothing else is
+        raised.
         """
         return self.plan_soon(
-            tokens, namespace, policy=policy, owner=owner, deadline_ms=deadline_ms, source=source
+            tokens,
+            namespace,
+            policy=policy,
+            owner=owner,
+            deadline_ms=deadline_ms,
+            pools=pools,
+            source=source,
         ).result()
 
     def plan_soon(
@@ -143,6 +155,7 @@ class Store:
         request: str = "",
         far: bool = False,
         look: bool = False,
+        pools: Sequence[str] = (),
         source: bytes = b"",
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
@@ -155,10 +168,10 @@ class Store:
         is neither counted as a request nor logged. `source`: who sends the request, hashed
         (`namespace.Sources`); its own rows are preferred.
         """
+        asked = as_tokens(tokens), namespace, policy, owner, deadline_ms, request
         return self._serving.plan_soon(
-            as_tokens(tokens), namespace, policy, owner, deadline_ms, request,
-            far=far, look=look, source=source,
-        )  # fmt: skip
+            *asked, far=far, look=look, pools=tuple(pools), source=source
+        )
 
     def explain(
         self,
@@ -168,16 +181,17 @@ class Store:
         policy: str | None = None,
         only: str = "",
         without: Collection[str] = (),
+        pools: Collection[str] = (),
     ) -> Explanation:
         """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
 
         `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
-        `without`: of those to leave out. `NodeError` if `only` is not here.
+        `without`: of those to leave out; `pools`: as in `plan`. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):
             raise NodeError(f"node {only[:12]} is not in the store")
-        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without)
+        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without, pools)
 
     @property
     def requests(self) -> RequestLog:
@@ -357,8 +371,9 @@ class Store:
     ) -> str | None:
         """Stage and commit a prompt from a buffer. None if it is stored already, or as `commit`.
 
-        `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill, ascending,
-        canonical order. `NamespaceError` if their number does not fit.
+        `rows`: bytes-like, the rows of every position that `plan`'s spans do not fill with rows of
+        the namespace itself (`ReusePlan.own`), ascending, canonical order. `NamespaceError` if
+        their number does not fit.
         """
         staged = self.stage(tokens, namespace, reuse_of(plan) if plan is not None else None)
         if staged.known:
@@ -400,16 +415,18 @@ class Store:
         return self.janitor.collect(dry_run=dry_run)
 
     def purge(
-        self, namespace: str = "", *, tenant: str | None = None, patience: float = 0.0,
-        dry_run: bool = False, given_up: Callable[[], bool] = lambda: False,
+        self, namespace: str = "", *, tenant: str | None = None, pool: str = "",
+        patience: float = 0.0, dry_run: bool = False,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> list[Purged]:  # fmt: skip
-        """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's.
+        """Remove every byte of a namespace (the beginning of its digest), or of all of a tenant's
+        or a pool's.
 
         Waits up to `patience` seconds for leases and saves to end, for each of them, and no
         longer than until `given_up`; `Purged` says what remains. `NamespaceError` if there is no
         such namespace.
         """
-        found = matching(self.nodes, namespace, tenant)
+        found = matching(self.nodes, namespace, tenant, pool)
         parts = self.repository, self._serving, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]

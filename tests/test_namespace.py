@@ -25,6 +25,13 @@ CHANGED = {
     "ranks": "another",
     "tenant": "another",
 }
+BEFORE = {
+    NAMESPACE: "566a2ba7c42c0809e6c0809be533e9a9a4d1ac7b76874cf0a9c95ef6f19a2311",
+    Namespace("m", KVLayout(1, 1, 4, "float32")): (
+        "0e6d6a8ef6a9541fb12f6d8a442b3782c16f3afe83f90e78d893046221070f1e"
+    ),
+}
+"""Digests that the release before gave."""
 
 
 def test_the_digest_is_64_hex_digits() -> None:
@@ -39,7 +46,43 @@ def test_every_field_of_the_wall_changes_the_digest(name: str) -> None:
 
 
 def test_the_list_above_is_complete() -> None:
-    assert set(CHANGED) | {"tokenizer"} == set(Namespace.__struct_fields__)
+    assert set(CHANGED) | {"tokenizer", "pool"} == set(Namespace.__struct_fields__)
+
+
+@pytest.mark.parametrize("namespace", BEFORE)
+def test_digests_and_bytes_are_those_of_the_release_before(namespace: Namespace) -> None:
+    """What is stored is found again, and older releases understand the record."""
+    assert namespace.digest == BEFORE[namespace]
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(namespace))
+    assert list(sent) == list(Namespace.__struct_fields__[:-1])
+
+
+def test_a_pool_is_a_namespace_of_its_own() -> None:
+    pool = NAMESPACE.in_pool("house")
+    assert (pool.pool, pool.tenant, pool.lora) == ("house", "", "lora")
+    assert len({pool.digest, pool.in_pool("annex").digest, NAMESPACE.digest}) == 3
+    assert pool.digest == NAMESPACE.for_tenant("another", "lora").in_pool("house").digest
+    assert pool.model_digest == NAMESPACE.model_digest
+    raw = msgspec.msgpack.encode(pool)
+    assert msgspec.msgpack.decode(raw, type=Namespace) == pool
+
+
+@pytest.mark.parametrize("tenant", ["", "house", "pool=house"])
+def test_no_tenant_is_a_pool(tenant: str) -> None:
+    pool = NAMESPACE.in_pool("house")
+    space = pool.for_tenant(tenant, pool.lora)
+    assert not space.pool
+    assert space.digest != pool.digest
+    assert space.is_of(tenant)
+    assert not pool.is_of(tenant)
+
+
+@pytest.mark.parametrize("fields", [{"pool": ""}, {"pool": "x" * 65}, {"pool": "p", "tenant": "t"}])
+def test_pools_that_nobody_can_name(fields: dict[str, str]) -> None:
+    """An empty name would be a namespace that is neither a pool nor what it was before."""
+    sent = msgspec.to_builtins(NAMESPACE.for_tenant("")) | fields
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(sent, Namespace)
 
 
 @pytest.mark.parametrize(

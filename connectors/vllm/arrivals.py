@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 class Arrivals:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, adapters: Adapters, tenants: Tenants) -> None:
+    def __init__(
+        self, config: StoreConfig, adapters: Adapters, tenants: Tenants, pool: str = ""
+    ) -> None:
+        """`pool`: the one that this engine fills; empty in every engine that serves requests."""
         self._config = config
+        self._pool = pool
+        self._pools = config.pool_names
         self._adapters = adapters
         self._tenants = tenants
         self._sources = Sources(config)
@@ -37,6 +42,8 @@ class Arrivals:
         adapter = self._adapters.of(request.lora_request)
         tenant = self._tenants.of(request.cache_salt or "")
         namespace = engine.for_tenant(tenant or "", adapter.identity)
+        if self._pool:
+            namespace = namespace.in_pool(self._pool)
         declined = unserved or _decline_reason(request, wish, policy) or adapter.declined
         if tenant is None:
             declined = declined or UNPROVEN
@@ -44,9 +51,11 @@ class Arrivals:
             declined = declined or "too_long"
         looked_up = bool(declined)
         source = self._sources.of(wish.source, namespace)
+        pools = self._pools if wish.pools else ()
         state = RequestState(
-            request, namespace, wish, policy, declined, source, looked_up=looked_up
-        )
+            request, namespace, wish, policy, declined,
+            pools=pools, source=source, looked_up=looked_up,
+        )  # fmt: skip
         self._warnings.consider(state)
         return state
 

@@ -27,7 +27,7 @@ _RECENT_PROMPTS = 256
 """How many of the prompts used last are asked for their model."""
 _OWN = (
     "home", "device_bytes", "plan_deadline_ms", "second_look", "second_look_tokens", "start_daemon",
-    "store_answers", "tenant_key", "source_key",
+    "store_answers", "tenant_key", "source_key", "pools",
     "connect", "tls_cert", "tls_key", "tls_server", "listen", "tls_clients", "tls_roles",
 )  # fmt: skip
 """Settings that belong to the engine, not to its daemon."""
@@ -53,12 +53,14 @@ def introduce(link: Link, settings: Settings) -> None:
 
 
 def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
-    """The line that names this engine's policy, home and daemon, and its second looks."""
+    """The line that names this engine's policy, home and daemon, its second looks and pools."""
+    pools = ", ".join(settings.config.pool_names)
     policy, looks = granted(theirs["policy"], settings.config.policy), settings.config.second_look
     return (
         f"KVShare active: policy {policy}, home {settings.config.home_path}, "
         f"daemon pid {stats['pid']}, version {stats['version']}"
         + (f", second_look {looks}" if looks != "off" else "")
+        + (f", pools {pools}" if pools else "")
     )
 
 

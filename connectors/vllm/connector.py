@@ -10,7 +10,7 @@ from weakref import WeakSet
 from kvshare_connectors.vllm.capability import decline_reason
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 from kvshare_connectors.vllm.metrics import Counted, Tally, loads
-from kvshare_connectors.vllm.settings import settings_of, sourced_settings
+from kvshare_connectors.vllm.settings import pool_of, settings_of, sourced_settings
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from kvshare_store.daemon.protocol import Role
 
 
 log = logging.getLogger("kvshare")
@@ -67,6 +69,7 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         self._vllm = vllm_config
         self._kv_cache = kv_cache_config
         self.config = settings_of(vllm_config)
+        self._pool = pool_of(vllm_config)
         if self.config.log_format == "json":
             log_as_json()
         self._unserved = self._reason()
@@ -100,11 +103,12 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         tenants = Tenants(self.config)  # first, so that a missing key stops the engine at once
         namespace = namespace_of(self._vllm, self._kv_cache)
         size = self._vllm.cache_config.block_size
-        link = open_link(self.config)
-        introduce(link, sourced_settings(self._vllm))
+        given = sourced_settings(self._vllm)
+        link = open_link(given.config)
+        introduce(link, given)
         look_for_own_prompts(link, namespace)
         announcer = self._announcer(size)
-        self.planning = Planning(self.config, namespace, link, size, tenants, announcer)
+        self.planning = Planning(self.config, namespace, link, size, tenants, announcer, self._pool)
         self._tally = self.planning.tally
         if self._vllm.observability_config.otlp_traces_endpoint is not None:
             from kvshare_connectors.vllm.tracing import Trace  # noqa: PLC0415 - an extra of vLLM
@@ -117,6 +121,11 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
         events = self._vllm.kv_events_config
         wanted = events is not None and events.enable_kv_cache_events
         return Announcer(self.config, block) if wanted else None
+
+    @property
+    def worker(self) -> Worker | IdleWorker | None:
+        """The worker side, once vLLM has made its KV cache."""
+        return self._worker
 
     # --- worker side ----------------------------------------------------------------------------
 
@@ -147,7 +156,8 @@ class KVShareConnector(Counted, KVConnectorBase_V1, SupportsHMA):
             block_size=block_size,
             blocks=self._kv_cache.num_blocks,
         )
-        return Worker(self.config, cache, model_rope(self._vllm))
+        role: Role = "admin" if self._pool else "engine"
+        return Worker(self.config, cache, model_rope(self._vllm), role)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """vLLM calls this first in each step, before blocks that were given away are written."""

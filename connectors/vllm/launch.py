@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from kvshare_connectors.vllm.settings import PREFIX
+from kvshare_connectors.vllm.settings import FILLS, PREFIX
 
 from kvshare_store.cli.common import FIELDS_HELP
 from kvshare_store.config import FIELDS, load_config
@@ -44,8 +44,10 @@ class Request(NamedTuple):
 
     settings: dict[str, str]
     rest: list[str]
-    dry: bool
+    dry: bool = False
     """Print vLLM's command line instead of running it."""
+    pool: str = ""
+    """The pool that the engine fills; empty: it serves requests."""
 
 
 @app.callback()
@@ -133,12 +135,15 @@ def vllm_arguments(request: Request, environ: Mapping[str, str] | None = None) -
                 f"with your own together with the flags that {_OPTION}{_PRINT} shows"
             )
     scheduler = "KVShareAsyncScheduler" if _async(names) else "KVShareScheduler"
+    extra = connector_settings(request.settings, environ)
+    if request.pool:
+        extra[FILLS] = request.pool
     transfer = {
         "kv_connector": "KVShareConnector",
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": connector_settings(request.settings, environ),
+        "kv_connector_extra_config": extra,
     }
     return [
         "serve",

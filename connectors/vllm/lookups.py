@@ -43,9 +43,9 @@ class Lookups:
             return
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
-        state.asked = self.link.ask(
-            tokens, state.namespace, policy, state.id, look=state.look, source=state.source
-        )
+        pools = () if state.look else state.pools
+        asked = tokens, state.namespace, policy, state.id
+        state.asked = self.link.ask(*asked, look=state.look, pools=pools, source=state.source)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"

@@ -101,7 +101,7 @@ class Orders:
         """Order the rows of a prompt that this step completes to be stored."""
         state.saved = True
         reuse = state.reuse(state.loaded)
-        fresh = gaps(reuse.spans, 0, state.length)
+        fresh = gaps(state.own(reuse.spans), 0, state.length)
         edited = any(span.edited for span in reuse.spans)
         if not edited and sum(run.length for run in fresh) <= 1:
             state.kept = _kept(reuse, fresh[0].start if fresh else state.length)

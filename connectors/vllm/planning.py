@@ -54,13 +54,14 @@ class Planning:
         block: int,
         tenants: Tenants | None = None,
         announcer: Announcer | None = None,
+        pool: str = "",
     ) -> None:
         """`namespace`: of requests without tenant and adapter. `block`: tokens of a paged block.
-        `announcer`: where vLLM publishes KV events."""
+        `announcer`: where vLLM publishes KV events. `pool`: see `Arrivals`."""
         self.config = config
         adapters = Adapters()
         self.states: dict[str, RequestState] = {}
-        self._arrivals = Arrivals(config, adapters, tenants or Tenants(config))
+        self._arrivals = Arrivals(config, adapters, tenants or Tenants(config), pool)
         self.tally = Tally()
         self.lookups = Lookups(config, link, self.tally)
         self.publishing = Publishing(self.states, block)
@@ -261,8 +262,7 @@ class Planning:
         for state in self.states.values():
             if not state.loaded and not state.request.num_preemptions:
                 self.lookups.abandon(state, "reset")
-            before = state.namespace
-            state.namespace = self.namespace.for_tenant(before.tenant, before.lora)
+            state.namespace = msgspec.structs.replace(state.namespace, revision=revision)
             state.saved = state.saved or state.request.num_computed_tokens > 0
             state.kept = None
         waiting = RequestStatus.WAITING_FOR_REMOTE_KVS

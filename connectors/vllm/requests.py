@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 POLICY = "kvshare.policy"
+POOLS = "kvshare.pools"
 SOURCE = "kvshare.source"
 ANSWERED = frozenset(
     PREFIX + name
@@ -28,7 +29,7 @@ ANSWERED = frozenset(
     )
 )  # fmt: skip
 """Fields of an answer. Proxies may send them back with a request: only the policy is read, and
-`SOURCE`, which no answer has."""
+`kvshare.pools` and `SOURCE`, which no answer has."""
 
 
 class Wish(NamedTuple):
@@ -38,7 +39,9 @@ class Wish(NamedTuple):
     source: str = ""
     """Who sends the request, as the gateway says."""
     unknown: tuple[str, ...] = ()
-    """Parameters with the prefix `kvshare.` that do not exist."""
+    """Parameters with the prefix `kvshare.` that do not exist, or whose value makes no sense."""
+    pools: bool = True
+    """Whether rows of pools may be used. Of which pools, a request cannot say."""
 
 
 class Reserved(NamedTuple):
@@ -91,6 +94,8 @@ class RequestState:
     """The policy for it: the configured one, or a stricter one that it asked for."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
+    pools: tuple[str, ...] = ()
+    """Whose rows its plan may use beside its namespace's."""
     source: bytes = b""
     """Who sends it, hashed."""
     reason: str = ""
@@ -211,6 +216,10 @@ class RequestState:
         others = [span for span in (*found, *loaded) if not span.exact]
         return reuse_of(self.stored, [*exact, *others])
 
+    def own(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Those of `reuse` whose rows are stored in its namespace already: none from pools."""
+        return spans if self.stored is None else self.stored.own(spans)
+
     def hide_hashes(self, keys: list[tuple[int, bytes]]) -> None:
         """Publish and find its blocks under private hashes.
 
@@ -248,7 +257,12 @@ def wish_of(request: Request) -> Wish:
     params: Any = request.kv_transfer_params
     if not isinstance(params, dict):
         return Wish()
-    ours = [name for name in params if isinstance(name, str) and name.startswith(PREFIX)]
-    asked = params.get(POLICY)
-    unknown = tuple(sorted({*ours} - ANSWERED - {SOURCE}))
-    return Wish(None if asked is None else str(asked), str(params.get(SOURCE) or ""), unknown)
+    ours = {name for name in params if isinstance(name, str) and name.startswith(PREFIX)}
+    asked, pools = params.get(POLICY), params.get(POOLS, True)
+    unknown = ours - ANSWERED - {SOURCE} - ({POOLS} if isinstance(pools, bool) else set())
+    return Wish(
+        None if asked is None else str(asked),
+        str(params.get(SOURCE) or ""),
+        tuple(sorted(unknown)),
+        pools is True,
+    )

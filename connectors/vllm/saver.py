@@ -20,6 +20,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
+from kvshare_store.daemon.protocol import Role
 from kvshare_store.editor import Editor
 from kvshare_store.errors import (
     DeadlineError,
@@ -51,8 +52,10 @@ class Snapshot(NamedTuple):
 class Saver:
     """Sends everything to the daemon in order, from one thread with one client."""
 
-    def __init__(self, config: StoreConfig, layout: KVLayout) -> None:
+    def __init__(self, config: StoreConfig, layout: KVLayout, role: Role = "engine") -> None:
+        """`role`: that of its connection."""
         self.config = config
+        self._role: Role = role
         self._place = place_of(config)  # what is wrong with its keys is said at the start
         self._layout = layout
         self._queue: queue.Queue[Snapshot | Message | None] = queue.Queue()
@@ -96,7 +99,7 @@ class Saver:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        client = Client(self._place, role="engine")
+        client = Client(self._place, role=self._role)
         while (work := self._queue.get()) is not None:
             try:
                 self._do(client, work)

@@ -25,6 +25,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.daemon.network import place_of
+from kvshare_store.daemon.protocol import Role
 from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, reused_of
@@ -42,7 +43,10 @@ class Worker:
     unserved: Unserved | None = None
     """Why nothing is loaded or stored; see `idle.py`."""
 
-    def __init__(self, config: StoreConfig, cache: PagedCache, rope: Rope) -> None:
+    def __init__(
+        self, config: StoreConfig, cache: PagedCache, rope: Rope, role: Role = "engine"
+    ) -> None:
+        """`role`: with which it stores prompts."""
         self.cache = cache
         self.editor = Editor(cache.layout, rope, cache.device)
         self._config = config
@@ -50,7 +54,7 @@ class Worker:
         self.fetching: Client | None = None
         """Where rows come from that are on another machine."""
         self.resident = Resident(config.device_bytes, cache.device, cache.layout)
-        self.saver = Saver(config, cache.layout)
+        self.saver = Saver(config, cache.layout, role)
         self._failed_blocks: set[int] = set()
         """Not reported yet."""
         self._wrong_blocks: set[int] = set()

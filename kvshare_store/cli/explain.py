@@ -54,6 +54,10 @@ NamespaceOption = Annotated[
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", metavar="NAME", help="What this policy would do.")
 ]
+PoolsOption = Annotated[
+    list[str] | None,
+    typer.Option("--pool", metavar="NAME", help="A pool that it may use; may be repeated."),
+]
 FullOption = Annotated[bool, typer.Option("--full", help="Shorten no text.")]
 
 
@@ -65,6 +69,7 @@ def command(
     tokenizer: TokenizerOption = None,
     namespace: NamespaceOption = "",
     policy: PolicyOption = None,
+    pool: PoolsOption = None,
     home: HomeOption = None,
     config: ConfigOption = None,
     full: FullOption = False,
@@ -83,7 +88,8 @@ def command(
     first, only = (*nodes, "", "")[:2]
     ids, text = (b"", "") if prompt is None else _prompt(prompt, tokens, tokenizer)
     with answering(configured(home, config)) as ask:
-        found = ask(Explain(ids, text, first, request, only, namespace, policy))
+        pools = tuple(pool or ())
+        found = ask(Explain(ids, text, first, request, only, namespace, policy, pools))
     if tokenizer is not None and found["explanation"] is not None:
         _decode(found["explanation"], tokenizer)
     if json:

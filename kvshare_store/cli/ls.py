@@ -25,9 +25,12 @@ from kvshare_store.readable import age, one_line, short
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
 ]
+PoolOption = Annotated[
+    str, typer.Option("--pool", metavar="NAME", help="Only the templates of this pool.")
+]
 
 _TENANT = 12
-"""Cells that a tenant has at least."""
+"""Cells that a tenant, or a pool, has at least."""
 _PREVIEW = 8
 """Cells that the beginning of a prompt has at least."""
 _DROPPED = ("exact", "age", "preview")
@@ -38,6 +41,7 @@ def command(
     home: HomeOption = None,
     config: ConfigOption = None,
     limit: LimitOption = 50,
+    pool: PoolOption = "",
     json: JsonOption = False,
 ) -> None:
     """List the stored prompts, the most recently used first."""
@@ -45,16 +49,17 @@ def command(
 
     chosen = configured(home, config)
     with answering(chosen) as ask:
-        nodes = ask(protocol.ListNodes(limit))
+        nodes = ask(protocol.ListNodes(limit, pool))
         total = ask(protocol.Stats())["nodes"]
     if json:
         print_json(nodes)
     elif not nodes:
-        typer.echo(f"No nodes in {place(chosen)} yet.")
+        of = f" of pool {pool}" if pool else ""
+        typer.echo(f"No nodes{of} in {place(chosen)} yet.")
     else:
         out = console()
         out.print(nodes_table(nodes, out.width))
-        if total > len(nodes):
+        if total > len(nodes) and not pool:
             out.print(f"{len(nodes):,} of {total:,} nodes; --limit {total} shows all", style="dim")
 
 
@@ -63,7 +68,8 @@ def nodes_table(nodes: Sequence[dict[str, Any]], width: int) -> Table:
     have a flag. In `width` cells: what does not fit is left out."""
     columns = _columns(nodes)
     # the preview shrinks first where the terminal is narrow
-    widths = fitted(columns, width, {"tenant": _TENANT, "preview": _PREVIEW}, _DROPPED)
+    least = {"tenant": _TENANT, "pool": _TENANT, "preview": _PREVIEW}
+    widths = fitted(columns, width, least, _DROPPED)
     return table_of(columns, widths, _look)
 
 
@@ -85,8 +91,9 @@ def _columns(nodes: Sequence[dict[str, Any]]) -> Columns:
         "parent": [_parent(node) for node in nodes],
         "age": [Text(age(node["created"])) for node in nodes],
     }
-    if any(node["tenant"] for node in nodes):
-        columns["tenant"] = [Text(one_line(node["tenant"])) for node in nodes]
+    for whose in ("tenant", "pool"):  # a daemon of the release before knows no pools
+        if any(node.get(whose) for node in nodes):
+            columns[whose] = [Text(one_line(node.get(whose, ""))) for node in nodes]
     columns["preview"] = [Text(one_line(node["preview"])) for node in nodes]
     return columns
 

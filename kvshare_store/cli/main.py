@@ -22,6 +22,7 @@ from kvshare_store.cli import (
     ls,
     move,
     pin,
+    publish,
     purge,
     serve,
     settings,
@@ -71,6 +72,7 @@ app.command("explain")(explain.command)
 app.command("log")(log.command)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)
+app.command("publish", context_settings=publish.VLLM_ARGUMENTS)(publish.command)
 app.command("evict")(evict.command)
 app.command("gc")(gc.command)
 app.command("check")(check.command)

@@ -1,4 +1,4 @@
-"""`kvshare purge`: remove every byte of a namespace or of a tenant, or a node with its lineage."""
+"""`kvshare purge`: remove all of a namespace, a tenant or a pool, or a node with its lineage."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ TenantOption = Annotated[
         "tenant_key is set, with the salt of this name.",
     ),
 ]
+PoolOption = Annotated[
+    str, typer.Option("--pool", metavar="NAME", help="Every namespace of this pool.")
+]
 WaitOption = Annotated[
     float, typer.Option("--wait", min=0, metavar="SECONDS", help="For leases and saves to end.")
 ]
@@ -55,6 +58,7 @@ def command(
     config: ConfigOption = None,
     namespace: NamespaceOption = "",
     tenant: TenantOption = None,
+    pool: PoolOption = "",
     wait: WaitOption = 60.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
@@ -67,7 +71,7 @@ def command(
     NODE --lineage removes a prompt that should not have been there: it, the prompts that go on from
     it, and those with rows that were computed behind its rows. Pinned ones go too.
     """
-    wanted = _wanted(node, namespace, tenant, lineage=lineage)
+    wanted = _wanted(node, namespace, tenant, pool, lineage=lineage)
     with answering(configured(home, config)) as ask:
         found = ask(msgspec.structs.replace(wanted, dry_run=True))
         if not dry_run:
@@ -81,15 +85,17 @@ def command(
     return int(any(one["remaining"] for one in found))
 
 
-def _wanted(node: str, namespace: str, tenant: str | None, *, lineage: bool) -> Purge:
+def _wanted(node: str, namespace: str, tenant: str | None, pool: str, *, lineage: bool) -> Purge:
     """What to purge; `ConfigError` unless it is one thing."""
     from kvshare_store.daemon.protocol import Purge  # noqa: PLC0415 - seconds, not for --help
 
     if bool(node) != lineage:
         raise ConfigError("`purge NODE --lineage` takes both; `evict NODE` forgets one prompt")
-    if bool(namespace) + (tenant is not None) + bool(node) != 1:
-        raise ConfigError("name what to purge: --namespace DIGEST, --tenant NAME or NODE --lineage")
-    return Purge(namespace, tenant, lineage=node)
+    if bool(namespace) + (tenant is not None) + bool(pool) + bool(node) != 1:
+        raise ConfigError(
+            "name what to purge: --namespace DIGEST, --tenant NAME, --pool NAME or NODE --lineage"
+        )
+    return Purge(namespace, tenant, pool=pool, lineage=node)
 
 
 def _say(found: Sequence[dict[str, Any]], *, dry_run: bool) -> None:

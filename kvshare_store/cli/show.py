@@ -82,7 +82,8 @@ def summary_table(node: Node) -> Table:
     exact = node["exact_rows"]
     edited = node["generation"] > 0
     table.add_row("node", Text(node["id"], style="cyan"))
-    table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']})")
+    pool = f", pool {printable(node['pool'])}" if node.get("pool") else ""
+    table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']}{pool})")
     table.add_row("tokens", f"{node['tokens']:,}, of which {exact:,} exact from the start")
     table.add_row(
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")

@@ -14,6 +14,7 @@ from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, NoSpaceError
+from kvshare_store.limits import TenantLimits
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
@@ -31,6 +32,7 @@ class NodeStore:
         blocks: BlockStore,
         queue: CommitQueue,
         metrics: Metrics,
+        limits: TenantLimits,
         *,
         shared: bool,
         late_s: float,
@@ -43,16 +45,17 @@ class NodeStore:
         self.lock = state.lock
         self.blocks = blocks
         self.queue = queue
+        self.limits = limits
         self._config = config
         self._metrics = metrics
         self._shared = shared
         self._late_s = late_s
 
-    def reload(self, config: StoreConfig) -> None:
+    def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
         """Go on by other settings; nodes that are too many now go with the next save."""
         with self.lock:
-            self._config = config
-            if config.namespace_bytes or config.namespace_nodes:
+            self._config, self.limits = config, limits
+            if limits.quotas:
                 self.tree.order_namespaces()
 
     # --- nodes come --------------------------------------------------------------------------
@@ -95,6 +98,17 @@ class NodeStore:
             if self.tree.get(node.id) is not node or not complete:
                 return None
             return list(self.state.replace(node, changed).unused)
+
+    def used(self, node: Node) -> None:
+        """A node was used just now; that is not noted of a pool's, where nothing changes by what
+        tenants do. Hold the lock."""
+        if not self.pooled(node):
+            self.tree.touch(node.id)
+
+    def pooled(self, node: Node) -> bool:
+        """Whether a node is of a pool."""
+        known = self.namespaces.get(node.namespace)
+        return known is not None and bool(known.pool)
 
     def reserve(self, nbytes: int) -> int:
         """See `BufferPool.reserve`. Where no tier is below, the nodes of blocks that had to go are
@@ -215,7 +229,8 @@ class NodeStore:
         self.queue.put(self.removal(change.nodes, change.unused))
 
     def _over_quota(self, namespace: str) -> bool:
-        nbytes, count = self._config.namespace_bytes, self._config.namespace_nodes
+        limits = self.limits.of(self.namespaces.get(namespace))
+        nbytes, count = limits.namespace_bytes, limits.namespace_nodes
         too_large = 0 < nbytes < self.tree.bytes_of(namespace)
         return too_large or 0 < count < self.tree.count_of(namespace)
 

@@ -16,6 +16,7 @@ from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import HomeError, KVShareError, StorageError
+from kvshare_store.limits import TenantLimits
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.state import NodeState
 
@@ -29,22 +30,22 @@ class Repository:
         self.machine = uuid.uuid4().hex
         """Identifies this process among those that share a catalogue."""
         self.encrypted = bool(config.encryption_key)
+        limits = TenantLimits(config)
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog
         self.keys = home.keys
         self.shared = self.catalog is not None and self.catalog.place.shared
         state = NodeState(
             config.block_tokens,
-            quotas=bool(config.namespace_bytes or config.namespace_nodes),
+            quotas=limits.quotas,
         )
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
         self.condemned = self._open_condemned()
         self.uses = self._open_uses(state)
         self.queue = CommitQueue(metrics.health)
         late_s = 2 * self.uses.period if self.shared and self.uses is not None else 0.0
-        self.nodes = NodeStore(
-            config, state, self.blocks, self.queue, metrics, shared=self.shared, late_s=late_s
-        )
+        parts = config, state, self.blocks, self.queue, metrics, limits
+        self.nodes = NodeStore(*parts, shared=self.shared, late_s=late_s)
         self.durable = Durable(self.nodes, self.catalog, self.condemned, metrics)
         self.committer = Committer(self.queue, self.nodes, self.durable, metrics)
         self._closed = False

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from heapq import nsmallest
 
 from kvshare_store.daemon.protocol import Holding
+from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 
 
@@ -14,15 +15,18 @@ def has_nodes(store: Store, ids: Sequence[str], *, use: bool = True) -> list[boo
     tree = store.tree
     with store.nodes.lock:
         store.nodes.remove_lost()
-        for node_id in ids if use else ():
-            tree.touch(node_id)
+        for node in map(tree.get, ids if use else ()):
+            if node is not None:
+                store.nodes.used(node)
         return [node_id in tree for node_id in ids]
 
 
-def forget(store: Store, ids: Sequence[str]) -> list[str]:
-    """Remove nodes; the ids of those that were here. Leased rows stay until their lease ends."""
+def forget(store: Store, ids: Sequence[str], *, pools: bool = False) -> list[str]:
+    """Remove nodes; the ids of those that were here. Leased rows stay until their lease ends.
+    `pools`: also those of pools, which others cannot remove."""
     with store.nodes.lock:
-        here = [node_id for node_id in dict.fromkeys(ids) if node_id in store.tree]
+        found = (store.tree.get(node_id) for node_id in dict.fromkeys(ids))
+        here = [n.id for n in found if n is not None and (pools or not store.nodes.pooled(n))]
         store.nodes.remove(here, whatever=True)
     return here
 
@@ -32,15 +36,22 @@ def held(store: Store, model: str) -> list[Holding]:
     with store.nodes.lock:
         known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
         return [
-            Holding(
-                digest,
-                namespace,
-                store.tree.bytes_of(digest),
-                store.nodes.state.count(digest),
-            )
+            _holding(store, digest, namespace)
             for digest, namespace in known
             if namespace is not None and namespace.model.startswith(model)
         ]
+
+
+def _holding(store: Store, digest: str, namespace: Namespace) -> Holding:
+    limits = store.nodes.limits.of(namespace)
+    return Holding(
+        digest,
+        namespace,
+        store.tree.bytes_of(digest),
+        store.nodes.state.count(digest),
+        limits.namespace_bytes,
+        limits.namespace_nodes,
+    )
 
 
 def nodes_of(store: Store, namespace: str, after: str, limit: int) -> list[tuple[str, bytes]]:

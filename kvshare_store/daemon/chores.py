@@ -55,6 +55,7 @@ def _purge(store: Store, message: protocol.Purge, given_up: Callable[[], bool]) 
     return store.purge(
         message.namespace,
         tenant=message.tenant,
+        pool=message.pool,
         patience=message.patience,
         dry_run=message.dry_run,
         given_up=given_up,

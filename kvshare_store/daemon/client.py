@@ -49,9 +49,10 @@ class Client(Session):
         *,
         policy: str | None = None,
         timeout: float | None = None,
+        pools: Sequence[str] = (),
     ) -> ReusePlan:
         """As `Store.plan`."""
-        message = plan_request(as_tokens(tokens), namespace, policy)
+        message = plan_request(as_tokens(tokens), namespace, policy, pools=pools)
         return self._typed(message, ReusePlan, timeout)
 
     def finish(self, lease: str, outcome: Outcome) -> None:
@@ -173,9 +174,12 @@ def plan_request(
     request: str = "",
     *,
     look: bool = False,
+    pools: Sequence[str] = (),
     source: bytes = b"",
 ) -> protocol.Plan:
     """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
     for a second look; `source`: who sends it, hashed."""
-    name = request[:LABEL_CHARS]
-    return protocol.Plan(namespace, tokens.tobytes(), policy, until, name, look, source)
+    name, tokens_ = request[:LABEL_CHARS], tokens.tobytes()
+    return protocol.Plan(
+        namespace, tokens_, policy, until, name, look, source=source, pools=tuple(pools)
+    )

@@ -16,11 +16,14 @@ from kvshare_store.store import Store
 _PREVIEW_TOKENS = 24
 
 
-def list_nodes(store: Store, limit: int) -> list[dict[str, Any]]:
-    """Summaries of the nodes, the most recently used first."""
+def list_nodes(store: Store, limit: int, pool: str = "") -> list[dict[str, Any]]:
+    """Summaries of the nodes, or of those of a pool, the most recently used first."""
     with store.nodes.lock:  # nodes do not change: what takes time is done without it
-        newest = store.tree.newest(limit)
-    return [summary(store, node) for node in newest]
+        newest = store.tree.newest(len(store.tree) if pool else limit)
+        spaces = store.nodes.namespaces.by_digest()
+    if pool:
+        newest = [n for n in newest if n.namespace in spaces and spaces[n.namespace].pool == pool]
+    return [summary(store, node) for node in newest[: max(0, limit)]]
 
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
         "namespace": node.namespace[:12],
         "model": namespace.model if namespace else "",
         "tenant": namespace.tenant if namespace else "",
+        "pool": (namespace.pool or "") if namespace else "",
         "tokens": node.length,
         "exact_rows": node.exact_rows,
         "generation": node.generation,

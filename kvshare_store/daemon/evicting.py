@@ -60,7 +60,7 @@ def _named(store: Store, message: protocol.Evict) -> list[Node]:
 
 def _meant(store: Store, node: Node, message: protocol.Evict) -> bool:
     namespace = store.namespace(node.namespace)
-    if message.tenant is not None and (namespace is None or namespace.tenant != message.tenant):
+    if message.tenant is not None and (namespace is None or not namespace.is_of(message.tenant)):
         return False
     if message.older_than is not None and time.time() - node.created <= message.older_than:
         return False

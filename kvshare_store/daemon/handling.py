@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import by_id, protocol
+from kvshare_store.daemon import by_id, protocol, roles
 from kvshare_store.daemon.chores import CHORES, do_chore
 from kvshare_store.daemon.connection import Connection
 from kvshare_store.daemon.outbox import Received
@@ -78,7 +78,9 @@ class Handling:
                 self._store, message.nodes, use=message.use
             ),
             protocol.PlanNode: self._plan_node,
-            protocol.Forget: lambda message, _: by_id.forget(self._store, message.nodes),
+            protocol.Forget: lambda message, client: by_id.forget(
+                self._store, message.nodes, pools=client.role == "admin"
+            ),
             protocol.Held: lambda message, _: by_id.held(self._store, message.model),
             protocol.NodesOf: lambda message, _: by_id.nodes_of(
                 self._store, message.namespace, message.after, message.limit
@@ -117,6 +119,7 @@ class Handling:
             request=message.request,
             far=client.remote,
             look=message.look,
+            pools=message.pools,
             source=b"" if client.role == "reader" else message.source,  # nodes remember sources
         )
 
@@ -142,6 +145,7 @@ class Handling:
 
     def _stage(self, message: protocol.Stage, client: Connection) -> Any:
         self.inboxes.clear(client)
+        roles.check_writer(message.namespace, client.role)
         return self._store.stage(
             _tokens(message.tokens),
             message.namespace,

@@ -63,10 +63,11 @@ class Link:
         request: str = "",
         *,
         look: bool = False,
+        pools: tuple[str, ...] = (),
         source: bytes = b"",
     ) -> bytes | None:
         """Send the lookup of a request of `source`, or of a second `look`; None while the daemon is
-        given a rest, and for one too long to send."""
+        given a rest, and for one too long to send. `pools`: whose rows it may use too."""
         resting = time.monotonic() < self.paused_until
         if resting or not protocol.lookup_fits(namespace, len(tokens)):
             return None
@@ -77,7 +78,7 @@ class Link:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
             question = plan_request(
-                tokens, namespace, policy, until, request, look=look, source=source
+                tokens, namespace, policy, until, request, look=look, pools=pools, source=source
             )
             request_id = self.client.send(question)
         except OverloadError as error:

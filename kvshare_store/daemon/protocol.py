@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from kvshare_store.config import MOST_POOLS
 from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
-from kvshare_store.namespace import Namespace
+from kvshare_store.namespace import Namespace, PoolName
 from kvshare_store.plan import Count, Label, Outcome, Seconds
 from kvshare_store.quality.score import Regrets
 from kvshare_store.save.second_looks import End
@@ -23,6 +24,7 @@ from kvshare_store.save.staging import Reuse
 
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
+Pools = Annotated[tuple[PoolName, ...], msgspec.Meta(max_length=MOST_POOLS)]
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
@@ -65,6 +67,9 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
     source: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     """Who sends the request, hashed; empty if nobody says. That of a reader is ignored."""
+    pools: Pools = ()
+    """Names of the pools whose rows the plan may have too: those for the model and adapter of
+    `namespace`. A daemon of the release before uses none."""
 
 
 class Decline(msgspec.Struct, frozen=True, tag="decline"):
@@ -204,6 +209,8 @@ class ListNodes(msgspec.Struct, frozen=True, tag="list"):
     """Reply: list of node summaries, the most recently used first."""
 
     limit: int = 50
+    pool: str = ""
+    """Only those of this pool."""
 
 
 class Branch(msgspec.Struct, frozen=True, tag="branch"):
@@ -245,6 +252,8 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
     namespace: str = ""
     """The beginning of a digest; may be empty where a node says it, or there is only one."""
     policy: str | None = None
+    pools: Pools = ()
+    """As those of a plan; a logged request says its own."""
 
 
 class ListRequests(msgspec.Struct, frozen=True, tag="list_requests"):
@@ -356,8 +365,8 @@ class Collect(msgspec.Struct, frozen=True, tag="collect"):
 
 
 class Purge(msgspec.Struct, frozen=True, tag="purge"):
-    """Remove every byte of a namespace or of a tenant, or a node with its lineage. Reply: list of
-    `Purged`."""
+    """Remove every byte of a namespace, of a tenant or of a pool, or a node with its lineage.
+    Reply: list of `Purged`."""
 
     namespace: str = ""
     """The beginning of a digest."""
@@ -368,6 +377,8 @@ class Purge(msgspec.Struct, frozen=True, tag="purge"):
     lineage: str = ""
     """The node, by its id or a unique beginning of it, that goes with what was computed behind its
     rows. Releases before ignore it, and answer with an error since nothing else is named."""
+    pool: str = ""
+    """A daemon of the release before, which has none, finds nothing."""
 
 
 class CheckTree(msgspec.Struct, frozen=True, tag="check_tree"):
@@ -428,6 +439,9 @@ class Holding(msgspec.Struct, frozen=True):
     nbytes: int
     """Of rows, before any codec."""
     nodes: int = 0
+    most_bytes: int = 0
+    """What it may have; 0: no limit."""
+    most_nodes: int = 0
 
 
 class Reply(msgspec.Struct, frozen=True):

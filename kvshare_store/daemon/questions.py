@@ -38,7 +38,7 @@ QUESTIONS = get_args(Question)
 def answer(store: Store, message: Question) -> Any:
     """The answer to one message, in plain types. Nothing changes."""
     if isinstance(message, protocol.ListNodes):
-        return list_nodes(store, message.limit)
+        return list_nodes(store, message.limit, message.pool)
     if isinstance(message, protocol.Branch):
         return branch(store, message)
     if isinstance(message, protocol.ShowNode):
@@ -95,6 +95,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
         policy=message.policy,
         only=only.id if only is not None else "",
         without=without,
+        pools=message.pools if logged is None else logged.pools,
     )
     plain: dict[str, Any] = msgspec.to_builtins(found)
     plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])
@@ -182,7 +183,7 @@ def _namespace(store: Store, beginning: str) -> Namespace:
     if not known:
         raise NamespaceError("the store holds no prompt yet")
     names = ", ".join(
-        f"{short(one.digest)} ({one.model}{f', tenant {one.tenant}' if one.tenant else ''})"
+        f"{short(one.digest)} ({one.model}{f', {one.owner}' if one.owner else ''})"
         for one in known[:8]
     )
     raise NamespaceError(f"{len(known)} namespaces are here, name one with --namespace: {names}")

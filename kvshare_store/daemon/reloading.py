@@ -11,8 +11,8 @@ from kvshare_store.config import FIELDS, StoreConfig
 LIVE = (
     "min_saving_ms", "approximation_price", "unconfirmed_share", "candidates", "max_donors",
     "plan_deadline_ms", "lease_seconds", "max_nodes", "namespace_bytes", "namespace_nodes",
-    "plans_per_second", "saves_per_second", "max_chain", "max_scatter", "idle_exit_s",
-    "drain_seconds", "log_format", "log_prompts", "second_look_control",
+    "plans_per_second", "saves_per_second", "tenant_limits", "max_chain", "max_scatter",
+    "idle_exit_s", "drain_seconds", "log_format", "log_prompts", "second_look_control",
     "quality_bound", "quality_confidence",
 )  # fmt: skip
 """Settings that count from the moment at which they are read again. All others need a restart."""
@@ -39,8 +39,9 @@ def changed(now: StoreConfig, asked: StoreConfig) -> Change:
     return Change(msgspec.structs.replace(now, **live), told)
 
 
-def nothing_named(*, keys: bool) -> str:
-    """What a daemon without a settings file says of a reload. `keys`: it has some, and these were
-    read again."""
-    what = "only keys and roles were read again" if keys else "nothing to read again"
+def nothing_named(*, more: bool) -> str:
+    """What a daemon without a settings file says of a reload. `more`: other files are named, and
+    these were read again."""
+    read = "only keys, roles and limits of tenants were read again"
+    what = read if more else "nothing to read again"
     return f"no settings file was named at start: {what}"

@@ -11,6 +11,7 @@ from typing import get_args
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.protocol import Role
 from kvshare_store.errors import DeniedError
+from kvshare_store.namespace import Namespace
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """From the least to the most."""
@@ -53,4 +54,14 @@ def check(kind: type, role: Role) -> None:
         raise DeniedError(
             f"{what!r} needs the role {needed}, this connection has {role}: "
             "use a certificate with that role, or run it on the daemon's machine as its owner"
+        )
+
+
+def check_writer(namespace: Namespace, role: Role) -> None:
+    """`DeniedError` unless a client of this role may store prompts there: into pools only `admin`
+    may, which no connection of an engine is that serves requests."""
+    if namespace.pool and role != "admin":
+        raise DeniedError(
+            f"storing into a pool needs the role admin, this connection has {role}: "
+            "`kvshare publish` does it"
         )

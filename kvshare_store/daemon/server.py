@@ -188,18 +188,19 @@ class Server:
             asked = None if self._reread is None else self._reread()
             if self._network is not None:  # certificates and roles may have changed
                 self._network.reload(self.config)
+            change = changed(self.config, self.config if asked is None else asked)
+            self.store.reload(change.config)
         except KVShareError as error:
             self.store.metrics.error(error.kind)
             log.error("kvshare: the settings stay as they are: %s", error)
             return
         if asked is None:
-            log.warning("kvshare: %s", nothing_named(keys=self._network is not None))
+            more = self._network is not None or bool(self.config.tenant_limits)
+            log.warning("kvshare: %s", nothing_named(more=more))
             return
-        change = changed(self.config, asked)
         if change.config.log_format != self.config.log_format:
             log_process_as(change.config.log_format)
         self.config = change.config
-        self.store.reload(change.config)
         log.info("kvshare: %s", change.told)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
@@ -109,28 +110,30 @@ async def tenants(ask: Ask) -> Any:
 
 
 async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
-    """Tenants, the one with the most bytes first."""
+    """Tenants and pools, the one with the most bytes first."""
     held = await ask(protocol.Held(""))
     spaces = [
         {
             "digest": one["digest"],
             **{field: one["namespace"][field] for field in ("model", "tenant", "lora")},
+            "pool": one["namespace"].get("pool", ""),
             "nodes": one["nodes"],
             "bytes": one["nbytes"],
-            "quota": ask.config.namespace_bytes,
-            "nodes_quota": ask.config.namespace_nodes,
+            "quota": one["most_bytes"],
+            "nodes_quota": one["most_nodes"],
         }
         for one in held
     ]
-    spaces.sort(key=lambda space: (space["tenant"], -space["bytes"]))
+    spaces.sort(key=lambda space: (space["tenant"], space["pool"], -space["bytes"]))
     found = [
         {
             "tenant": tenant,
+            "pool": pool,
             "nodes": sum(space["nodes"] for space in mine),
             "bytes": sum(space["bytes"] for space in mine),
             "namespaces": mine,
         }
-        for tenant, group in groupby(spaces, key=lambda space: space["tenant"])
+        for (tenant, pool), group in groupby(spaces, key=itemgetter("tenant", "pool"))
         for mine in [list(group)]
     ]
     return sorted(found, key=lambda one: -one["bytes"])

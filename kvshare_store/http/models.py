@@ -153,17 +153,19 @@ class Space(BaseModel):
     digest: str
     model: str
     tenant: str
+    pool: str
     lora: str
     nodes: int
     bytes: int
-    quota: int = Field(description="Setting namespace_bytes; 0: no limit.")
-    nodes_quota: int = Field(description="Setting namespace_nodes; 0: no limit.")
+    quota: int = Field(description="Bytes that it may have; 0: no limit.")
+    nodes_quota: int = Field(description="Prompts that it may have; 0: no limit.")
 
 
 class Tenant(BaseModel):
-    """All namespaces of one tenant; the empty name is that of requests without a salt."""
+    """All namespaces of one tenant or pool; the empty name is that of requests without a salt."""
 
     tenant: str
+    pool: str
     nodes: int
     bytes: int
     namespaces: list[Space]
@@ -176,6 +178,7 @@ class NodeSummary(BaseModel):
     namespace: str
     model: str
     tenant: str
+    pool: str
     tokens: int
     exact_rows: int
     generation: int

@@ -114,17 +114,27 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[Part, ...]
 
 
+Named = dict[str, tuple[Node, list[str]]]
+"""Candidates by id, and what has named each."""
+
+
 class Watched(Nominator):
     """Remembers whom it named, and by what."""
 
     def __init__(
-        self, state: NodeState, namespace: str, only: Node | None, without: Collection[str]
+        self,
+        state: NodeState,
+        namespace: str,
+        named: Named,
+        only: Node | None,
+        without: Collection[str],
     ) -> None:
-        """`only`: name nobody else. `without`: never these nodes."""
+        """`named`: where it writes that down. `only`: name nobody else. `without`: never these
+        nodes."""
         super().__init__(state.tree, state.index(namespace), state.lock)
         self._state, self._namespace = state, namespace
         self._only, self._without = only, without
-        self.named: dict[str, tuple[Node, list[str]]] = {}
+        self.named = named
 
     def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
         """As `Nominator`."""
@@ -182,12 +192,13 @@ class Explainer:
     def explain(
         self,
         planner: Planner,
-        nominator: Watched,
+        nominator: Nominator,
+        named: Named,
         tier_of: Callable[[str], str | None],
         row_bytes: int,
         delimiters: Collection[int],
     ) -> Explanation:
-        """Plan, and say why the plan is so."""
+        """Plan, and say why the plan is so. `named`: where the nominator writes whom it named."""
         plan = planner.plan(
             self._request,
             nominator,
@@ -198,12 +209,12 @@ class Explainer:
             delimiters=delimiters,
             watch=self._watch,
         ).plan
-        nodes = {node_id: node for node_id, (node, _) in nominator.named.items()}
+        nodes = {node_id: node for node_id, (node, _) in named.items()}
         for donor in self._cover.donors if self._cover else ():
             nodes.setdefault(donor.id, donor)
         shared = {node.id: align(self._request, node.tokens) for node in nodes.values()}
         kind_of, reason_of = self._fates(plan, nodes, shared, delimiters)
-        ways = {node_id: tuple(ways) for node_id, (_, ways) in nominator.named.items()}
+        ways = {node_id: tuple(ways) for node_id, (_, ways) in named.items()}
         candidates = [
             self._candidate(node, ways.get(node.id, ("passages",)), shared[node.id], plan)
             for node in nodes.values()

@@ -91,3 +91,30 @@ class Nominator:
     def _nodes(self, ids: Iterable[str]) -> list[Node]:
         found = (self._tree.get(node_id) for node_id in ids)
         return [node for node in found if node is not None]
+
+
+class WithPools(Nominator):
+    """The donors of a namespace, and behind them those of pools, `count` of each: of two that are
+    as good the planner takes the first."""
+
+    def __init__(self, own: Nominator, pools: Sequence[Nominator]) -> None:
+        self._each = (own, *pools)
+
+    def __bool__(self) -> bool:
+        return any(self._each)
+
+    def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
+        """As `Nominator`."""
+        return [node for one in self._each for node in one.by_prefix(tokens, policies)]
+
+    def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
+        """As `Nominator`."""
+        return [node for one in self._each for node in one.by_passages(hashes, count)]
+
+    def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
+        """As `Nominator`."""
+        return [node for one in self._each for node in one.by_words(vector, count, most)]
+
+    def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
+        """As `Nominator`."""
+        return [node for one in self._each for node in one.by_text(like, count)]

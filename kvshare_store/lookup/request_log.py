@@ -41,6 +41,8 @@ class Asked(NamedTuple):
     """For a second look: nobody's request, so it is neither counted as one nor logged."""
     source: bytes = b""
     """Who sends it, hashed."""
+    pools: tuple[str, ...] = ()
+    """Whose rows it may use beside its namespace's."""
 
     def plan(self, declined: str = "") -> ReusePlan:
         """A plan without rows."""
@@ -88,6 +90,8 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     saving_ms: float = 0.0
     """What the plan was expected to save."""
     prompt: bytes = b""
+    pools: tuple[str, ...] = ()
+    """Whose rows it could use beside its namespace's."""
 
     @property
     def seconds(self) -> float:
@@ -194,6 +198,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
         "tokens": asked.tokens,
         "outcome": outcome,
         "prompt": asked.prompt,
+        "pools": asked.pools,
         **fields,
     }
 

@@ -20,8 +20,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explain import Explainer, Explanation, Watched
-from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
+from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
 from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
@@ -78,7 +78,7 @@ class Serving:
         self._policy = configured_policy(config)
         self._planner = Planner(config)
         self._turns = FairLock()
-        self._rates = Rates(config.plans_per_second)
+        self._rates = Rates()
         self.log = RequestLog(prompts=config.log_prompts)
         self.ending = False
         """No more plans are made."""
@@ -87,7 +87,6 @@ class Serving:
         """Go on by other settings; the policy stays."""
         self._config = config
         self._planner.reload(config)
-        self._rates.per_second = config.plans_per_second
         self.log.prompts = config.log_prompts
 
     def plan_soon(
@@ -102,6 +101,7 @@ class Serving:
         far: bool = False,
         look: bool = False,
         source: bytes = b"",
+        pools: tuple[str, ...] = (),
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
@@ -115,6 +115,7 @@ class Serving:
             far,
             look,
             source,
+            pools,
         )
         if not look:
             self._metrics.add_all({"lookups": 1, "tokens_requested": lookup.tokens})
@@ -129,7 +130,7 @@ class Serving:
                 planned = self._planned(request, lookup)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
-        if source:
+        if source and not namespace.pool:
             self._sources.asked(namespace.digest, request, source)
         return self._leasing(answer, lookup, planned, owner, deadline_ms)
 
@@ -162,7 +163,8 @@ class Serving:
             return "draining"
         if owner and self._blocks.leases.count(owner) >= _LEASES:
             return "too_many_leases"
-        return "" if self._rates.allow(namespace.digest) else "too_many_plans"
+        rate = self._nodes.limits.of(namespace).plans_per_second
+        return "" if self._rates.allow(namespace.digest, rate) else "too_many_plans"
 
     def _costs_of(self, lookup: Asked) -> Costs:
         return self._far_costs if lookup.far else self._costs
@@ -186,16 +188,11 @@ class Serving:
     def _planned(
         self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
     ) -> Planned:
-        namespace, policy, state = lookup.namespace, lookup.policy, self._nodes.state
-        share = self._config.unconfirmed_share
-        trust = None
-        if lookup.source or share < 1:
-            trust = Trust(state, request, lookup.source, share)
-        return self._planner.plan(
+        namespace, policy = lookup.namespace, lookup.policy
+        trust = self._trust(request, lookup)
+        planned = self._planner.plan(
             request,
-            Nominator(state.tree, state.index(namespace.digest), state.lock)
-            if trust is None
-            else Trusting(state, namespace.digest, trust),
+            self._nominator(lookup, trust),
             policy,
             self._costs_of(lookup).of(namespace.model_digest),
             tier_of=self._blocks.tier_of,
@@ -205,6 +202,26 @@ class Serving:
             watch=watch,
             limit=None if trust is None else trust.limit,
         )
+        return _with_pools(planned) if lookup.pools else planned
+
+    def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
+        share = self._config.unconfirmed_share
+        if not lookup.source and share >= 1:
+            return None
+        return Trust(self._nodes.state, request, lookup.source, share, lookup.namespace.digest)
+
+    def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
+        own = self._donors_of(lookup.namespace, trust)
+        if not lookup.pools:
+            return own
+        pools = map(lookup.namespace.in_pool, lookup.pools)
+        return WithPools(own, [self._donors_of(pool, trust) for pool in pools])
+
+    def _donors_of(self, namespace: Namespace, trust: Trust | None) -> Nominator:
+        state = self._nodes.state
+        if trust is not None:
+            return Trusting(state, namespace.digest, trust)
+        return Nominator(state.tree, state.index(namespace.digest), state.lock)
 
     def _steered(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
         """The plan under the policy that is known to be good enough for requests of this kind."""
@@ -212,9 +229,8 @@ class Serving:
         planned = self._planned(request, lookup, lambda cover, _: covers.append(cover))
         if not planned.plan.generation:
             return lookup, planned
-        policy = rung_of(
-            self._quality, self._nodes.state, covers[0], planned.donors[0], lookup.policy
-        )
+        of = covers[0], planned.donors[0], lookup.policy, planned.plan.namespace
+        policy = rung_of(self._quality, self._nodes.state, *of)
         if policy is lookup.policy:
             return lookup, planned
         lookup = lookup._replace(policy=policy)
@@ -288,7 +304,7 @@ class Serving:
             opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
             for donor in planned.donors:
-                self._nodes.tree.touch(donor.id)
+                self._nodes.used(donor)
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
     def explain(
@@ -298,15 +314,22 @@ class Serving:
         policy: str | None,
         only: Node | None = None,
         without: Collection[str] = (),
+        pools: Collection[str] = (),
     ) -> Explanation:
         """See `Store.explain`."""
         chosen = stricter_policy(self._policy, policy)
         if policy is not None and chosen.name != policy:
             chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
         cost = self._costs.of(namespace.model_digest)
+        named: Named = {}
+        own, *others = (
+            Watched(self._nodes.state, space.digest, named, only, without)
+            for space in (namespace, *map(namespace.in_pool, pools))
+        )
         return Explainer(self._config, request, chosen, cost).explain(
             self._planner,
-            Watched(self._nodes.state, namespace.digest, only, without),
+            WithPools(own, others) if others else own,
+            named,
             self._blocks.tier_of,
             namespace.layout.row_bytes,
             delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
@@ -438,6 +461,15 @@ def _whole(bare: ReusePlan, node: Node) -> ReusePlan:
         donors=(node.id,),
         stamps=(node.stamp,),
     )
+
+
+def _with_pools(planned: Planned) -> Planned:
+    """The same plan, which says which of its blocks are those of pools."""
+    plan = planned.plan
+    others = (donor for donor in planned.donors if donor.namespace != plan.namespace)
+    theirs = {name for donor in others for name in donor.blocks}
+    pooled = tuple(at for at, block in enumerate(plan.blocks) if block.name in theirs)
+    return planned._replace(plan=msgspec.structs.replace(plan, pooled=pooled))
 
 
 def _as_edited(plan: ReusePlan) -> ReusePlan:

@@ -50,13 +50,19 @@ def ladder_of(policy: PolicyName) -> tuple[str, ...]:
 
 
 def rung_of(
-    quality: Quality, state: NodeState, cover: Cover, donor: Node, policy: ReusePolicy
+    quality: Quality,
+    state: NodeState,
+    cover: Cover,
+    donor: Node,
+    policy: ReusePolicy,
+    namespace: str,
 ) -> ReusePolicy:
-    """The policy for a request that has an edited plan under `policy`, made of `cover`, whose first
-    donor is `donor`. It counts as served."""
+    """The policy for a request of `namespace` that has an edited plan under `policy`, made of
+    `cover`, whose first donor is `donor`. It counts as served. What is learned is the request's
+    namespace's, also where the donor is of a pool."""
     request = cover.request
     edits = edit_script(cover.matches(donor, GRAM), donor.length, request)
     with state.lock:
         traffic = traffic_of(state.tree, donor, edits, len(request))
-    quality.planned.planned(donor.namespace, request, traffic)
-    return stricter_policy(policy, quality.rung(donor.namespace, traffic, policy.name))
+    quality.planned.planned(namespace, request, traffic)
+    return stricter_policy(policy, quality.rung(namespace, traffic, policy.name))

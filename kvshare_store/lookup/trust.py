@@ -40,18 +40,25 @@ class Trust:
     """What one request trusts. Nodes without sources are nobody's, but for the conversation that
     the request continues."""
 
-    def __init__(self, state: NodeState, request: Tokens, source: bytes, share: float) -> None:
-        """`source`: who sends the request; empty if nobody says. `share`: of the request's tokens,
-        how many may come from behind text that only one other source has sent."""
+    def __init__(
+        self, state: NodeState, request: Tokens, source: bytes, share: float, namespace: str
+    ) -> None:
+        """`namespace`: the request's. Donors of others are a pool's: the operator's, who needs no
+        more trust than for a system prompt. `source`: who sends the request; empty if nobody says.
+        `share`: of the request's tokens, how many may come from behind text that only one other
+        source has sent."""
         self._state = state
         self._request = request.tobytes()
         self._source = source
         self._share = share
+        self._namespace = namespace
 
     def of(self, node: Node) -> int:
         """`OWN`, `CONFIRMED` by several sources, or `OTHER`."""
         if self._owns(node):
             return OWN
+        if node.namespace != self._namespace:
+            return CONFIRMED
         return CONFIRMED if len(node.sources) > 1 else OTHER
 
     def _owns(self, node: Node) -> bool:
@@ -76,7 +83,7 @@ class Trust:
     def _doubtful(self, cover: Cover, keep: Mask) -> Mask:
         """Positions behind the exact prefix whose rows are not trusted."""
         doubtful = np.zeros(len(keep), np.bool_)
-        taken = list(_parts(cover, keep))
+        taken = [one for one in _parts(cover, keep) if one[0].namespace == self._namespace]
         reach = self._reaches({node.blocks[part.block] for node, part, *_ in taken})
         for node, part, source, stop, shift in taken:
             for first, last in self._others(node, part, reach[node.blocks[part.block]]):

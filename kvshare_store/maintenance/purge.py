@@ -41,15 +41,17 @@ class Purged(msgspec.Struct, frozen=True):
     """Of a lineage: its nodes, the purged one first; 1,000 at most."""
 
 
-def matching(nodes: NodeStore, beginning: str, tenant: str | None) -> list[Namespace]:
-    """The namespace whose digest begins with this text, or all of a tenant's; `NamespaceError` if
-    there is none, or if several digests begin with it."""
+def matching(
+    nodes: NodeStore, beginning: str, tenant: str | None = None, pool: str = ""
+) -> list[Namespace]:
+    """The namespace whose digest begins with this text, or all of a tenant's or a pool's;
+    `NamespaceError` if there is none, or if several digests begin with it."""
     with nodes.lock:
         known = list(nodes.namespaces)
-    if tenant is not None:
-        found = [namespace for namespace in known if namespace.tenant == tenant]
+    if pool or tenant is not None:
+        found = [one for one in known if (one.pool == pool if pool else one.is_of(tenant))]
         if not found:
-            raise NamespaceError("no namespace is of that tenant")
+            raise NamespaceError(f"no namespace is of that {'pool' if pool else 'tenant'}")
         return found
     found = [namespace for namespace in known if namespace.digest.startswith(beginning)]
     if len(found) != 1 or not beginning:

@@ -27,13 +27,14 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
     """The node of a staged save.
 
     `fresh`: names of the blocks with its fresh rows, one for each of `save.staged.sizes`. `parent`:
-    its first donor, if that is still here. `PlanError` if the rows do not cover the prompt.
+    its first donor in the same namespace, if that is still here. A pool's node is pinned from the
+    start. `PlanError` if the rows do not cover the prompt.
     """
-    reuse, length = save.reuse, len(save.tokens)
+    reuse, kept, length = save.reuse, save.kept, len(save.tokens)
     sizes = save.staged.sizes
-    segments = [*reuse.spans, *fresh_segments(save.staged.fresh, sizes, len(reuse.blocks))]
+    segments = [*kept.spans, *fresh_segments(save.staged.fresh, sizes, len(kept.blocks))]
     segments.sort(key=lambda segment: segment.start)
-    blocks = (*reuse.blocks, *fresh)
+    blocks = (*kept.blocks, *fresh)
     check_segments(segments, length, len(blocks))
     matches = align(save.tokens, parent.tokens) if parent else []
     row_bytes = save.namespace.layout.row_bytes
@@ -51,5 +52,6 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
         policy=save.policy,
         contexts=contexts_of_rows(reuse, length),
         stamp=new_stamp(),
+        pinned=bool(save.namespace.pool),
         sources=save.sources[:SOURCES],
     )

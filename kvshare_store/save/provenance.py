@@ -9,7 +9,7 @@ namespace.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ import numpy as np
 from kvshare_store.config import policy_names
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.lookup.align import common_prefix
+from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Span
 from kvshare_store.save.staging import Reuse
@@ -56,18 +58,39 @@ class Verified(NamedTuple):
     """Bytes of each block that the spans use, as the donors give them."""
     policy: str = ""
     """The laxest that any of the rows was reused under; empty if all are exact."""
+    pooled: frozenset[str] = frozenset()
+    """Blocks of the donors that are of pools."""
+
+
+def pools_of(namespace: Namespace, donors: Sequence[Node], known: Namespaces) -> set[str]:
+    """The namespaces (digests) of donors that are pools which a save in `namespace` may build on:
+    those for the same model and adapter. Nothing in a pool builds on another one."""
+    others = {node.namespace for node in donors} - {namespace.digest}
+    found = (known.get(digest) for digest in others if not namespace.pool)
+    return {
+        one.digest
+        for one in found
+        if one is not None
+        and isinstance(one.pool, str)
+        and namespace.in_pool(one.pool).digest == one.digest
+    }
 
 
 def check_provenance(
-    reuse: Reuse, request: Tokens, namespace: str, donors: Sequence[Node]
+    reuse: Reuse,
+    request: Tokens,
+    donors: Sequence[Node],
+    namespace: Namespace,
+    pools: Collection[str] = (),
 ) -> Verified:
     """What the donors say of the spans.
 
     `donors`: the nodes that `reuse.donors` names, as they are now or were when they were planned.
-    `PlanError` if a span is not what it says or the generation is too low; `NamespaceError` if a
-    donor belongs to somebody else.
+    `pools`: the namespaces that they may be of beside their own. `PlanError` if a span is not what
+    it says or the generation is too low; `NamespaceError` if a donor belongs to somebody else.
     """
-    if any(node.namespace != namespace for node in donors):
+    others = [node for node in donors if node.namespace != namespace.digest]
+    if any(node.namespace not in pools for node in others):
         raise NamespaceError("a save builds on a prompt of another namespace")
     origins = _origins(request, donors)
     lowest = 0
@@ -92,7 +115,8 @@ def check_provenance(
         for node in donors
         for name, nbytes in zip(node.blocks, node.block_bytes, strict=False)
     }  # a node of an older release does not know the bytes of its blocks
-    return Verified(sizes, _laxest(reuse, lineage) if lowest else "")
+    pooled = frozenset(name for node in others for name in node.blocks)
+    return Verified(sizes, _laxest(reuse, lineage) if lowest else "", pooled)
 
 
 def _laxest(reuse: Reuse, lineage: Sequence[Node]) -> str:

@@ -27,7 +27,7 @@ from kvshare_store.rates import Rates
 from kvshare_store.readable import short
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
-from kvshare_store.save.provenance import Verified, check_provenance
+from kvshare_store.save.provenance import Verified, check_provenance, pools_of
 from kvshare_store.save.second_looks import SecondLooks
 from kvshare_store.save.staging import (
     Reuse,
@@ -38,6 +38,7 @@ from kvshare_store.save.staging import (
     check_reuse,
     new_staged,
     of_used_blocks,
+    without_blocks,
 )
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -62,7 +63,7 @@ class Saving:
         self._sources = sources
         self._metrics = metrics
         self._answers = Answers(nodes)
-        self._rates = Rates(config.saves_per_second)
+        self._rates = Rates()
         self.looks = SecondLooks(config, nodes, self._answers, metrics, quality)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
@@ -72,7 +73,6 @@ class Saving:
         """Go on by other settings."""
         self._config = config
         self.looks.reload(config)
-        self._rates.per_second = config.saves_per_second
 
     def stage(
         self,
@@ -103,10 +103,11 @@ class Saving:
         return self._kept(msgspec.structs.replace(save, greedy=greedy, request=request))
 
     def _check_rate(self, namespace: Namespace) -> None:
-        if not self._rates.allow(namespace.digest):
+        rate = self._nodes.limits.of(namespace).saves_per_second
+        if not self._rates.allow(namespace.digest, rate):
             raise LimitError(
                 f"namespace {short(namespace.digest)} saves more prompts than saves_per_second "
-                f"({self._rates.per_second:g}) lets it; try again later"
+                f"({rate:g}) lets it; try again later"
             )
 
     def _checked(
@@ -127,33 +128,35 @@ class Saving:
             return None  # storing the prompt without its answer is better than storing neither
         elif base := self._answers.base(namespace.digest, request[:extends], reuse):
             reuse = rows_of(base, extends)
-            verified = check_provenance(reuse, request, namespace.digest, [base])
+            verified = check_provenance(reuse, request, [base], namespace)
         if verified is None:
             if not extends:
                 self._metrics.error(MissingBlockError.kind)
             return None
-        staged = new_staged(reuse.spans, len(request), self._config.block_tokens)
+        kept = without_blocks(reuse, verified.pooled)
+        staged = new_staged(kept.spans, len(request), self._config.block_tokens)
         row_bytes = namespace.layout.row_bytes
         self._pool.check_fits(rows * row_bytes for rows in staged.sizes)
         sizes = tuple(
-            verified.sizes.get(name) or self._blocks.size_of(name) for name in reuse.blocks
+            verified.sizes.get(name) or self._blocks.size_of(name) for name in kept.blocks
         )
-        sources = self._sources.of(namespace.digest, request, extends)
+        told, sources = verified.policy, self._sources.of(namespace.digest, request, extends)
         return Save(
-            namespace, request, reuse, sizes, verified.policy, staged, owner, extends, base, sources
+            namespace, request, reuse, kept, sizes, told, staged, owner, extends, base, sources
         )
 
     def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
-        quota = self._config.namespace_bytes
+        quota = self._nodes.limits.of(namespace).namespace_bytes
         return not quota or rows * namespace.layout.row_bytes <= quota
 
     def _verified(self, reuse: Reuse, request: Tokens, namespace: Namespace) -> Verified | None:
         """Check the claim against the donors; None if a donor is gone or has another form now."""
         with self._nodes.lock:
             named = [self._donors(donor) for donor in reuse.donors]
-        donors = [node for nodes in named for node in nodes]
+            donors = [node for nodes in named for node in nodes]
+            pools = pools_of(namespace, donors, self._nodes.namespaces)
         try:
-            return check_provenance(reuse, request, namespace.digest, donors)
+            return check_provenance(reuse, request, donors, namespace, pools)
         except PlanError:
             if all(named) and _as_planned(reuse.stamps, named):
                 raise
@@ -167,7 +170,7 @@ class Saving:
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
-        tree, name = self._nodes.tree, id_of(save)
+        name = id_of(save)
         exact = self._answers.base(save.namespace.digest, save.tokens, Reuse())
         with self._nodes.lock:
             here = exact or self._answers.now(name)
@@ -175,7 +178,7 @@ class Saving:
             closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
                 if here is not None:
-                    tree.touch(here.id)
+                    self._nodes.used(here)
                     if here.length == len(save.tokens):
                         self._sources.confirm(here, save.sources)
                 return Staged(known=True)
@@ -276,12 +279,13 @@ class Saving:
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
             return self._answers.parent(save)
-        return self._answers.now(save.reuse.donors[0]) if save.reuse.donors else None
+        found = map(self._answers.now, save.reuse.donors)
+        return next((node for node in found if not _is_of_pool(node, save)), None)
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Make the node visible. Runs under the lock: this is the last moment at which a shared
         block could be missing."""
-        for name in save.reuse.blocks:
+        for name in save.kept.blocks:
             if self._blocks.tier_of(name) is None:
                 raise MissingBlockError(f"block {name[:12]} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
@@ -318,6 +322,10 @@ class _Filled(msgspec.Struct):
     offset: int
     name: str
     block: Block
+
+
+def _is_of_pool(node: Node | None, save: Save) -> bool:
+    return node is not None and node.namespace != save.namespace.digest
 
 
 def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:

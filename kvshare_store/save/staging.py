@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -58,8 +58,11 @@ class Save(msgspec.Struct, frozen=True):
     namespace: Namespace
     tokens: Tokens
     reuse: Reuse
+    kept: Reuse
+    """The part of it whose rows the node points at. What came from pools is stored anew: a tenant's
+    node has blocks of the tenant's alone."""
     block_bytes: tuple[int, ...]
-    """Bytes of each block of `reuse`."""
+    """Bytes of each block of `kept`."""
     policy: str
     """The laxest policy that any of its rows is reused under."""
     staged: Staged
@@ -133,6 +136,14 @@ def of_used_blocks(reuse: Reuse) -> Reuse:
     spans = tuple(msgspec.structs.replace(span, block=at[span.block]) for span in reuse.spans)
     blocks = tuple(reuse.blocks[block] for block in used)
     return msgspec.structs.replace(reuse, spans=spans, blocks=blocks)
+
+
+def without_blocks(reuse: Reuse, names: Collection[str]) -> Reuse:
+    """The same without the spans of these blocks."""
+    if not names:
+        return reuse
+    kept = tuple(span for span in reuse.spans if reuse.blocks[span.block] not in names)
+    return of_used_blocks(msgspec.structs.replace(reuse, spans=kept))
 
 
 def check_reuse(reuse: Reuse, length: int) -> None:

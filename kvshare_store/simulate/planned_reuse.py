@@ -99,10 +99,10 @@ class PlannedReuse:
     def _save(
         self, tokens: Tokens, namespace: Namespace, reuse: Reuse, donors: Sequence[Node] = ()
     ) -> Save:
-        verified = check_provenance(reuse, tokens, namespace.digest, donors)
+        verified = check_provenance(reuse, tokens, donors, namespace)
         sizes = tuple(verified.sizes[name] for name in reuse.blocks)
         staged = new_staged(reuse.spans, len(tokens), self._config.block_tokens)
-        return Save(namespace, tokens, reuse, sizes, verified.policy, staged, owner="")
+        return Save(namespace, tokens, reuse, reuse, sizes, verified.policy, staged, owner="")
 
     def _add(self, save: Save) -> None:
         state, donors = self._state, save.reuse.donors

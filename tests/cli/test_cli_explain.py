@@ -23,6 +23,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon
+from tests.support.oracle import Driver
 from tests.support.stores import SMALL
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
@@ -282,6 +283,28 @@ def test_what_a_purge_would_remove(home: Path) -> None:
         assert out.startswith("Would remove 1 nodes and ")
         assert out.endswith(" blocks of 1 namespaces (org/model).\n")
         assert [node["id"] for node in client.call(ListNodes())] == [kept]
+
+
+def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
+    """Offline. Requests without a tenant are not meant with it."""
+    with Store(StoreConfig(home=str(home), **SMALL)) as store:
+        template = Driver(store, SPACE.in_pool("house")).save(FIRST)
+        other = Driver(store, SPACE).save(SECOND)
+    assert [node["id"] for node in as_json("ls", "--pool", "house", "--home", home)] == [template]
+    assert {node["pool"] for node in as_json("ls", "--home", home)} == {"", "house"}
+    assert "house" in ok("ls", "--home", home)
+    assert "pool house" in ok("show", str(template), "--home", home)
+    assert ok("ls", "--pool", "none", "--home", home).startswith("No nodes of pool none in ")
+    (home / "tokens").write_text(json.dumps([*FIRST, 1]))
+    asked = ("explain", home / "tokens", "--tokens", "--home", home, "--namespace")
+    digest = SPACE.digest
+    assert as_json(*asked, digest)["explanation"]["by_kind"]["exact"] == 80
+    assert as_json(*asked, digest, "--pool", "house")["explanation"]["by_kind"]["exact"] == 200
+    assert "begin with" in one_line(run("purge", "--namespace", "ff", "--home", home), 5)
+    assert "--pool" in one_line(run("purge", "--pool", "a", "--tenant", "b", "--home", home), 2)
+    assert ok("purge", "--pool", "house", "--yes", "--home", home).startswith("Removed 1 nodes")
+    assert [node["id"] for node in as_json("ls", "--home", home)] == [other]
+    assert "pool" in one_line(run("purge", "--pool", "house", "--home", home), 5)
 
 
 def test_a_purge_of_a_lineage(home: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_daemon_that_an_engine_started_has_no_file(config: Config, tmp_path: P
 
 
 def test_without_a_file_keys_are_read_again_all_the_same() -> None:
-    assert nothing_named(keys=True).endswith("only keys and roles were read again")
+    read = "only keys, roles and limits of tenants were read again"
+    assert nothing_named(more=True).endswith(read)
 
 
 def test_settings_that_count_at_once(driver: Callable[..., Driver], config: Config) -> None:

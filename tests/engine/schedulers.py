@@ -61,6 +61,8 @@ class FakeLink:
         """The daemon's own policy; it never grants a laxer one."""
         self.late = 0
         self.asked: list[tuple[str, str | None]] = []
+        self.pools: list[tuple[str, ...]] = []
+        """Of each question."""
         self.sources: list[bytes] = []
         self.asked_for_looks = 0
         self.told: list[Any] = []
@@ -86,9 +88,11 @@ class FakeLink:
         request: str,
         *,
         look: bool = False,
+        pools: tuple[str, ...] = (),
         source: bytes = b"",
     ) -> bytes | None:
         self.asked.append((namespace.digest, policy))
+        self.pools.append(pools)
         self.sources.append(source)
         self.asked_for_looks += look
         return b"%d" % len(self.asked)

@@ -11,6 +11,7 @@ import pytest
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Explain, ListRequests, ShowNode
 from kvshare_store.exposition import CONTENT_TYPE, exposition
+from tests.support.daemons import ClientDriver
 from tests.support.exposition import Exposed
 from tests.support.page import BEARING, CHILD, EVIL, PARENT, TENANT, World, owned_world
 
@@ -225,6 +226,25 @@ def test_pin_evict_unpin_purge(own: World) -> None:
     assert purged["remaining"] == []
     left = own.ask("GET", "/api/tenants", headers=BEARING).json()
     assert [(one["tenant"], one["nodes"]) for one in left] == [("", 1)]
+
+
+def test_a_pool_is_no_tenant(own: World) -> None:
+    """It has no limits, and a purge of what has no tenant does not mean it."""
+    with Client(own.daemon.config.home_path) as client:
+        pool = ClientDriver(client, own.space.in_pool("house"))
+        node = pool.save(list(range(100)))
+    found = own.ask("GET", "/api/tenants", headers=BEARING).json()
+    (listed,) = [one for one in found if one["pool"]]
+    assert (listed["pool"], listed["tenant"], listed["nodes"]) == ("house", "", 1)
+    assert listed["namespaces"][0]["nodes_quota"] == 0
+    for path, told in (("/tenants", "pool house"), (f"/nodes/{node}", "<dt>Pool</dt>"),
+                       (f"/namespaces/{pool.namespace.digest}", "pool house")):  # fmt: skip
+        page = own.ask("GET", path, headers=BEARING | {"accept": "text/html"})
+        assert told in page.text, path
+    done = sent(own, "/api/purge", tenant="", patience=5.0).json()
+    assert [one["namespace"] for one in done] == [own.space.digest]
+    left = own.ask("GET", "/api/tenants", headers=BEARING).json()
+    assert [one["pool"] for one in left] == ["house"]
 
 
 def test_the_server_ends_with_its_daemon(own: World) -> None:

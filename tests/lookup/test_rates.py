@@ -25,36 +25,35 @@ class Clock:
 
 def test_a_second_gives_as_many_as_the_rate() -> None:
     clock = Clock()
-    rates = Rates(3.0, clock)
-    assert [rates.allow("a") for _ in range(5)] == [True] * 3 + [False] * 2
-    assert rates.allow("b"), "each namespace has its own"
+    rates = Rates(clock)
+    assert [rates.allow("a", 3.0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert rates.allow("b", 3.0), "each namespace has its own"
     clock.now += 0.34
-    assert [rates.allow("a") for _ in range(2)] == [True, False]
+    assert [rates.allow("a", 3.0) for _ in range(2)] == [True, False]
     clock.now += 3600.0
-    assert [rates.allow("a") for _ in range(5)] == [True] * 3 + [False] * 2, "none are hoarded"
+    assert [rates.allow("a", 3.0) for _ in range(5)] == [True] * 3 + [False] * 2, "none are hoarded"
 
 
 def test_less_than_one_a_second() -> None:
     clock = Clock()
-    rates = Rates(0.1, clock)
-    assert [rates.allow("a") for _ in range(2)] == [True, False]
+    rates = Rates(clock)
+    assert [rates.allow("a", 0.1) for _ in range(2)] == [True, False]
     clock.now += 9.9
-    assert not rates.allow("a")
+    assert not rates.allow("a", 0.1)
     clock.now += 0.2
-    assert rates.allow("a")
+    assert rates.allow("a", 0.1)
 
 
 def test_a_rate_that_changes_counts_at_once() -> None:
-    rates = Rates(1.0, Clock())
-    assert [rates.allow("a") for _ in range(2)] == [True, False]
-    rates.per_second = 0.0
-    assert all(rates.allow("a") for _ in range(100))
+    rates = Rates(Clock())
+    assert [rates.allow("a", 1.0) for _ in range(2)] == [True, False]
+    assert all(rates.allow("a", 0.0) for _ in range(100))
 
 
 def test_made_up_namespaces_take_no_memory() -> None:
-    rates = Rates(1.0, Clock())
+    rates = Rates(Clock())
     for number in range(_KEPT + 100):
-        assert rates.allow(str(number))
+        assert rates.allow(str(number), 1.0)
     assert len(rates) == _KEPT
 
 

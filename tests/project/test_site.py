@@ -19,8 +19,6 @@ SHOWN = re.compile(r"(?<![\w/.\"-])kvshare ((?:vllm )?[a-z]+)\b(?!:)([^`\n│|;#
 def shown() -> Iterator[tuple[str, str, list[str]]]:
     """Where the documents show a command, which, and its options."""
     for page in PAGES:
-        if page == DOCS / "design" / "publish.md":  # a design of what is not built yet
-            continue
         text = re.sub(r"\s*\\\n\s*", " ", page.read_text())
         fences = re.findall(r"^ *```.*?^ *```", text, re.MULTILINE | re.DOTALL)
         spans = re.findall(r"`[^`\n]+`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))

@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _plan(self, tokens: tuple[int, ...], space: int, owner: str = "") -> Open | None:
         """Plan, check the answer as far as it is known, and load the rows."""
         namespace = self.namespaces[space]
-        plan = self.store.plan(tokens, namespace, owner=owner)
+        plan = self.store.plan(tokens, namespace, owner=owner, pools=self.pools(space))
         self.lookups += 1
         check_partition(plan)
         assert plan.tokens == len(tokens)
@@ -182,11 +182,20 @@ class StoreMachine(RuleBasedStateMachine):
             assert not plan.lease
             assert not plan.blocks
             return None
+        self.check_blocks(plan, space)
         assert plan.generation <= (self.config.max_generation or 0)
         assert (plan.generation > 0) == any(not span.exact for span in plan.spans)
         rows = gather(plan, self.row_layout, self._rows_of)
         self.books[namespace.digest].check(tokens, plan, rows)
         return Open(tokens, plan, rows, owner)
+
+    def pools(self, space: int) -> tuple[str, ...]:
+        """The pools that plans in a namespace may use."""
+        return ()
+
+    def check_blocks(self, plan: ReusePlan, space: int) -> None:
+        """Check whose the blocks of a plan are."""
+        assert not plan.pooled
 
     def _rows_of(self, ref: Any) -> memoryview:
         self.store.blocks.host.arena.check(ref)
@@ -241,7 +250,7 @@ class StoreMachine(RuleBasedStateMachine):
         exact = min(edited, default=len(tokens))
         self.salt += 1
         rows = rows_for(tokens, self.row_layout, exact=exact, salt=str(self.salt))
-        covered = set(positions_of(plan.spans))
+        covered = set(positions_of(plan.own(plan.spans)))
         fresh = [at for at in range(len(tokens)) if at not in covered]
         self.books[namespace.digest].write(tokens, rows, fresh, exact)
         self.books[namespace.digest].complete(tokens, plan, opened.rows, rows)
@@ -338,8 +347,9 @@ class StoreMachine(RuleBasedStateMachine):
     def evict(self, count: int) -> None:
         """Evict the nodes of least value."""
         before = [node.id for node in self.store.tree.victims()]
+        pinned = {node.id for node in self.store.tree if node.pinned}
         assert self.store.evict(nodes=count) == min(count, len(before))
-        assert {node.id for node in self.store.tree} == set(before[count:])
+        assert {node.id for node in self.store.tree} == {*before[count:], *pinned}
 
     @rule(which=prompts, space=st.integers(0, 1))
     def evict_what_is_leased(self, which: Which, space: int) -> None:

@@ -126,9 +126,10 @@ class RowBook:
         """Tokens and rows of every prompt that was computed in part."""
 
     def complete(self, tokens: Sequence[int], plan: ReusePlan, loaded: Rows, rows: Rows) -> None:
-        """Note all rows of a prompt: those it `loaded` for a plan, and its own for the rest."""
+        """Note all rows of a prompt: those it `loaded` for a plan, and its own for the rest. Those
+        that came from a pool are its own too: they are stored anew."""
         whole = rows.copy()
-        reused = positions_of(plan.spans)
+        reused = positions_of(plan.own(plan.spans))
         whole[:, :, reused] = loaded[:, :, reused]
         self._prompts.append((list(tokens), row_keys(whole)))
 

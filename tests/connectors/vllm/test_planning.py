@@ -95,6 +95,34 @@ def finish(lease: str, reason: str, recomputed: int, cached: int = 0) -> protoco
     return protocol.Finish(lease, outcome)
 
 
+# --- pools ----------------------------------------------------------------------------------------
+
+
+def test_plans_may_use_the_pools_of_the_engine_unless_the_request_declines(link: FakeLink) -> None:
+    planning = planned(link, pools="house, annex")
+    for params in (None, {"kvshare.pools": True}, {"kvshare.pools": False}):
+        planning.look_ahead([request(kv_transfer_params=params)], busy=False)
+    assert link.pools == [("house", "annex")] * 2 + [()]
+
+
+def test_a_second_look_uses_no_pool(link: FakeLink) -> None:
+    planning = planned(link, pools="house")
+    state = planning.state_of(request())
+    state.look = True
+    planning.lookups.ask(state)
+    assert link.pools == [()]
+
+
+def test_an_engine_that_fills_a_pool_has_requests_of_nobody_else(link: FakeLink) -> None:
+    planning = Planning(StoreConfig(), NAMESPACE, link, 32, pool="house")  # type: ignore[arg-type]
+    for salt in (None, "ann"):
+        state = planning.state_of(request(cache_salt=salt))
+        assert state.namespace == NAMESPACE.in_pool("house")
+        planning.reset()
+        assert state.namespace.pool == "house"
+        planning = Planning(StoreConfig(), NAMESPACE, link, 32, pool="house")  # type: ignore[arg-type]
+
+
 # --- who may share --------------------------------------------------------------------------------
 
 
