@@ -448,6 +448,7 @@ class Store:
             self.saving.reap(dead)
             self.saving.looks.reap(dead)
         self.text.gone(dead)
+        self.quality.keep()
         for owner in dead:
             self._failures.pop(owner, None)
 

@@ -79,11 +79,17 @@ class Looking(Recovery):
         look = looks.next(idle=not self._others())
         if look is None:
             return
-        if look.num_prompt_tokens >= self.max_model_len:
+        if look.num_prompt_tokens >= self.max_model_len or not self._has_words(look):
             looks.ended("declined")
             return
         self.look = look
         super().add_request(look)
+
+    def _has_words(self, look: Request) -> bool:
+        """Whether the model has all of the prompt's tokens: vLLM's frontend, which refuses others,
+        has not seen a look, and one that is out of range would end the engine."""
+        tokens, words = look.prompt_token_ids or [], self.vllm_config.model_config.get_vocab_size()
+        return bool(tokens) and 0 <= min(tokens) <= max(tokens) < words
 
     def _look_on(self, look: Request, looks: Looks, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """A step with some tokens of the look, not counted."""

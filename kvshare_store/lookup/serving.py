@@ -105,6 +105,8 @@ class Serving:
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._policy, policy)
+        if look:
+            chosen = stricter_policy(chosen, "exact")  # it is not steered
         lookup = Asked(
             namespace,
             len(request),
@@ -295,8 +297,10 @@ class Serving:
                     self._closed(self._blocks.end_lease(lease.id))
                 return lookup.plan("not_resident")
             if any(ref.lossy for ref in refs.values()):
+                steered = plan.generation > 0 or not self._quality.steers
                 plan = _as_edited(plan)
-                if plan.generation > lookup.policy.max_generation or not lookup.policy.edited:
+                allowed = lookup.policy.edited and steered
+                if plan.generation > lookup.policy.max_generation or not allowed:
                     self._closed(self._blocks.end_lease(lease.id))
                     return lookup.plan("lossy")
             found = tuple(refs[name] for name in plan.block_names)

@@ -102,8 +102,8 @@ class Purge:
             self._nodes.namespaces.closed.add(self._digest)
         try:
             remaining = self._wait(deadline)
+            self._saving.looks.forget(self._digest)  # first: looks teach what is forgotten next
             self._serving.forget(self._digest)  # also those of requests that ended during the wait
-            self._saving.looks.forget(self._digest)
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:
             with self._nodes.lock:

@@ -15,6 +15,8 @@ from kvshare_store.quality.evidence import Evidence, Learned
 
 _DIGEST = 32
 _PURPOSE = b"quality"
+_MOST_BYTES = 16 << 20
+"""Of a file that is read: several times what the most classes and namespaces take."""
 
 
 class Kept(msgspec.Struct):
@@ -38,10 +40,12 @@ class File:
 
     def read(self) -> Kept | None:
         """None if there is none."""
-        try:
-            raw = bytes(files.read(self._path))
-        except FileNotFoundError:
+        size = files.measure(self._path)
+        if size is None:
             return None
+        if size[0] > _MOST_BYTES:
+            raise CorruptBlockError(f"{self._path} has {size[0]:,} bytes, which is too large")
+        raw = bytes(files.read(self._path))
         text = bytes(unseal(self._key, raw, _PURPOSE)) if self._key else raw
         digest, body = text[:_DIGEST], text[_DIGEST:]
         if blake3.blake3(body).digest() != digest:

@@ -66,6 +66,9 @@ class Quality:
         """Controls, by namespace."""
         self._written = clock()
         self._changed = False
+        """Since the file was written."""
+        self._foreign = False
+        """The file has what is not here: it could not be read, or is of other policies."""
         self._read()
 
     @property
@@ -92,6 +95,7 @@ class Quality:
             chosen = made.tried if self._draw() < made.share else made.rung
             if known is not None and chosen != EXACT:
                 known.served()
+                self._changed = True  # silence counts across restarts too
         return self._ladder[chosen]
 
     def _decision(self, namespace: str, known: Known | None, top: int) -> Decision:
@@ -125,10 +129,18 @@ class Quality:
             if score.control:
                 self._floor(score.namespace).add(score)
             tightened = not score.control and self._learn(score)
+            diverged = self.steers and not score.control and score.diverged is not None
             self._changed = True
-            due = tightened or not 0 <= self._clock() - self._written < _WRITE_S
-        if due:
+        if tightened or diverged or self._due():
             self._write()
+
+    def keep(self) -> None:
+        """Write down what has changed, if it is time. Called now and then."""
+        if self._changed and self._due():
+            self._write()
+
+    def _due(self) -> bool:
+        return not 0 <= self._clock() - self._written < _WRITE_S
 
     def _floor(self, namespace: str) -> Evidence:
         found = self._floors.setdefault(namespace, Evidence())
@@ -190,7 +202,7 @@ class Quality:
         with self._lock:
             known = self._classes.forget(namespace)
             known = self._floors.pop(namespace, None) is not None or known
-        if known:
+        if known or self._foreign or self._changed:
             self._write()
 
     def close(self) -> None:
@@ -206,8 +218,10 @@ class Quality:
         except (CorruptBlockError, OSError) as error:
             self._metrics.error(CorruptBlockError.kind)
             log.warning("kvshare: what was learned of quality is lost, begins anew: %s", error)
+            self._foreign = True
             return
         if kept is None or kept.ladder != self._meaning:
+            self._foreign = kept is not None
             return
         self._floors.update(kept.floors)
         self._classes.fill(kept.classes)
@@ -222,6 +236,7 @@ class Quality:
                 encoded = self._file.encode(kept)
             try:
                 self._file.write(encoded)
+                self._foreign = False
             except OSError as error:
                 self._changed = True
                 self._metrics.error(StorageError.kind)

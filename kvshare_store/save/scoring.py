@@ -93,4 +93,5 @@ class Scoring:
         self.verdicts.scored(
             score, {node.id, node_id(node.namespace, node.tokens, True)}, answer.request
         )
-        self._quality.observe(score)
+        if len(regrets) == answer.scored(node):  # of fewer nobody knows whether the rest diverges
+            self._quality.observe(score)

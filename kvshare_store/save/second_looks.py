@@ -6,6 +6,7 @@ docs/design/second_look.md says what becomes of them.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
 from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
-from kvshare_store.save.scoring import Answered, Scoring
+from kvshare_store.save.scoring import Answered, Given, Scoring
 from kvshare_store.save.staging import Reuse, Save
 
 LOOK_SECONDS = 120.0
@@ -64,6 +65,8 @@ class _Entry(msgspec.Struct):
     since: float
     answer: Answered
     """Where it has none, one may be on the way."""
+    computed: bool = False
+    """An engine has computed it: the answer is scored once only."""
     tries: int = 0
     owner: str = ""
     until: float = 0.0
@@ -93,6 +96,9 @@ class SecondLooks:
         self._controls: dict[str, _Entry] = {}
         """Exact nodes whose answers are scored only, the oldest first."""
         self._since_control = 0
+        self._hearing = threading.Lock()
+        """Held while an engine's words on an answer are taken in, so that a purge forgets these
+        too. Taken before the lock of the nodes."""
         self.verdicts = self._scoring.verdicts
 
     def reload(self, config: StoreConfig) -> None:
@@ -178,7 +184,8 @@ class SecondLooks:
 
     def _give(self, owner: str, now: float, node: Node, entry: _Entry) -> Look:
         entry.owner, entry.until, entry.tries = owner, now + LOOK_SECONDS, entry.tries + 1
-        score = self._scoring.give(owner, now, entry.until, node, entry.answer)
+        scored = Answered() if entry.computed else entry.answer
+        score = self._scoring.give(owner, now, entry.until, node, scored)
         begins = entry.answer.begins
         return Look(
             node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact
@@ -215,13 +222,19 @@ class SecondLooks:
         `computed`: the exact node is on its way. `dropped`: somebody else may take it. `regrets`:
         how good the answer was.
         """
+        with self._hearing:
+            given = self._ended(owner, node, stamp, end)
+            if given is not None and end == "computed" and regrets:
+                self._scoring.scored(given, regrets)
+
+    def _ended(self, owner: str, node: str, stamp: int, end: End) -> Given | None:
+        """The look that has ended; None if the engine had none, which counts nowhere."""
         with self._nodes.lock:
             given = self._scoring.take(owner, node, stamp)
-            if end != "computed":
+            if given is not None and end != "computed":
                 self._metrics.add(f"looks_{end}")
             self._requeue(owner, node, stamp, end)
-        if given is not None and regrets:
-            self._scoring.scored(given, regrets)
+            return given
 
     def _requeue(self, owner: str, node: str, stamp: int, end: End) -> None:
         """What becomes of a node whose look has ended. Hold the lock."""
@@ -231,7 +244,9 @@ class SecondLooks:
             return
         if end == "declined" or (end == "computed" and queue is self._controls):
             del queue[node]
-        elif end == "dropped":
+        elif end == "computed":
+            entry.computed = True
+        else:
             entry.owner, entry.until, entry.tries = "", 0.0, entry.tries - 1
 
     def _same(self, node: str, stamp: int) -> bool:
@@ -241,7 +256,7 @@ class SecondLooks:
     def forget(self, namespace: str) -> None:
         """A namespace was purged: nothing is remembered of its looks, nor heard of those that
         engines have."""
-        with self._nodes.lock:
+        with self._hearing, self._nodes.lock:
             self._scoring.forget(namespace)
 
     def reap(self, dead_owners: Collection[str]) -> None:

@@ -292,6 +292,17 @@ def test_a_prompt_that_is_too_long_is_declined(idle: Callable[..., Bench], link:
     assert ends(link) == ["declined"]
 
 
+@pytest.mark.parametrize("token", [-1, 1000, (1 << 31) - 1])
+def test_a_prompt_with_tokens_that_the_model_lacks_is_declined(
+    idle: Callable[..., Bench], link: FakeLink, token: int
+) -> None:
+    """vLLM's frontend refuses them; in the engine they would end it for everybody."""
+    bench = idle()
+    give(bench, link, [*PROMPT, token])
+    assert sum(run_out(bench)) == 0
+    assert ends(link) == ["declined"]
+
+
 def test_requests_with_adapters_are_looked_at_by_nobody(
     make: Make, tmp_path: Path, link: FakeLink
 ) -> None:

@@ -125,7 +125,7 @@ def test_the_node_and_its_score_are_of_the_class_and_rung_of_the_plan(engine: Dr
 def test_a_second_look_is_not_steered(engine: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Quality, "rung", never)
     plan = engine.store.plan_soon(edited(), engine.namespace, look=True).result()
-    assert plan.policy == "aggressive"
+    assert (plan.policy, plan.generation) == ("exact", 0), "so it gets no approximate rows"
 
 
 def never(*_: object) -> str:
@@ -168,6 +168,34 @@ def test_restarts_keep_what_was_learned_and_purges_do_not(
     assert digest not in (home / "quality").read_bytes()
     engine.save(DONOR)
     assert served(engine, edited()).policy == "exact"
+
+
+def test_rows_that_a_lossy_codec_changed_are_not_served_past_the_bound(
+    driver: Open, home: Path
+) -> None:
+    engine = driver(**BOUND, disk_codec="int8")
+    engine.save(DONOR)
+    engine.store.close()
+    bound = driver(**BOUND, disk_codec="int8").store
+    assert bound.plan(DONOR, engine.namespace).declined == "lossy"
+    free = driver(policy="aggressive", disk_codec="int8").store
+    plan = free.plan(DONOR, engine.namespace)
+    assert (plan.declined, plan.generation) == ("", 1)
+
+
+def test_a_lookup_that_says_it_is_a_look_is_no_way_past_the_bound(engine: Driver) -> None:
+    for policy in ("aggressive", "balanced", "faithful", None):
+        lookup = engine.store.plan_soon(edited(), engine.namespace, policy=policy, look=True)
+        assert lookup.result().generation == 0
+
+
+def test_a_clock_tick_writes_down_that_nobody_scores(
+    engine: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(engine.store.quality, "keep", lambda: kept.append(True))
+    engine.store.reap()
+    assert kept
 
 
 def test_without_a_disk_nothing_is_written(driver: Open, home: Path) -> None:

@@ -156,13 +156,50 @@ def test_what_makes_a_class_stricter_is_written_at_once(
     assert "class t is exact now, was faithful" in caplog.text
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_restart_does_not_end_the_silence(file: File, killed: bool) -> None:
+    now = 1e9
+    judge = quality(file=file, clock=lambda: now)
+    teach(judge, count=1000)
+    judge.close()
+    assert rungs(judge, 1000) == {"faithful"}
+    assert rungs(judge) == {"exact"}, "nobody has scored for so long"
+    now += 31
+    judge.keep() if killed else judge.close()
+    assert rungs(quality(file=file, clock=lambda: now)) == {"exact"}
+
+
+def test_a_kill_loses_nothing_bad(file: File) -> None:
+    judge = quality(file=file)
+    teach(judge, count=1500)
+    judge.observe(score(diverged=True))
+    assert judge.report()[0].rung == "faithful", "one alone changes nothing"
+    assert quality(file=file).report() == judge.report()
+
+
+def test_what_has_not_changed_is_not_written_again(file: File, tmp_path: Path) -> None:
+    now = 1e9
+    judge = quality(file=file, clock=lambda: now)
+    teach(judge)
+    judge.keep()
+    assert not (tmp_path / "quality").exists(), "it is not time"
+    now += 31
+    judge.keep()
+    before = (tmp_path / "quality").stat().st_mtime_ns
+    now += 31
+    judge.keep()
+    assert (tmp_path / "quality").stat().st_mtime_ns == before
+
+
 def test_the_rest_is_written_now_and_then(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WRITE_S", 0.0)
     teach(quality(file=file))
     assert rungs(quality(file=file)) == {"faithful"}
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "nonsense", "a folder", "a pipe"])
+@pytest.mark.parametrize(
+    "damage", ["torn", "flipped", "empty", "nonsense", "huge", "a folder", "a pipe"]
+)
 def test_a_damaged_file_is_counted_and_all_begin_anew(
     file: File, tmp_path: Path, damage: str
 ) -> None:
@@ -176,6 +213,9 @@ def test_a_damaged_file_is_counted_and_all_begin_anew(
         path.mkdir()
     elif damage == "a pipe":
         os.mkfifo(path)
+    elif damage == "huge":
+        path.touch()
+        os.truncate(path, 1 << 40)
     else:
         path.write_bytes(
             {
@@ -240,6 +280,17 @@ def test_a_purge_leaves_nothing_in_the_file(file: File, tmp_path: Path) -> None:
     kept = (tmp_path / "quality").read_bytes()
     assert b"gone" not in kept
     assert b"secret" not in kept
+
+
+def test_a_purge_leaves_nothing_in_a_file_of_other_policies(file: File, tmp_path: Path) -> None:
+    judge = quality(file=file, meaning="windows of 64")
+    teach(judge, namespace="gone")
+    judge.close()
+    quality(file=file, meaning="windows of 8").close()
+    assert b"gone" in (tmp_path / "quality").read_bytes(), "these policies may come back"
+    quality(file=file, meaning="windows of 8").forget("gone")
+    assert b"gone" not in (tmp_path / "quality").read_bytes()
+    assert rungs(quality(file=file, meaning="windows of 64"), namespace="gone") == {"exact"}
 
 
 def test_a_class_that_stays_exact_is_tried_again_after_a_week() -> None:

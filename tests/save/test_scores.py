@@ -12,9 +12,10 @@ from kvshare_store.daemon import describe, protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.exposition import exposition
 from kvshare_store.nodes.node import Node
+from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save import second_looks
-from kvshare_store.save.second_looks import End, Look
+from kvshare_store.save.second_looks import LOOK_SECONDS, End, Look
 from kvshare_store.save.staging import Buffer, Reuse, packed
 from tests.save.test_answers import PROMPT
 from tests.save.test_second_looks import Clock, compute, edited, node, queue
@@ -23,6 +24,8 @@ from tests.support.oracle import Driver, pick, positions_of, prompt
 Open = Callable[..., Driver]
 ANSWER = prompt(2, 20)
 REGRETS = (0.0, 0.0, 0.5, 0.0, 1.5)
+WHOLE = (*REGRETS, *(0.0,) * (SCORED_TOKENS - len(REGRETS)))
+"""Of all tokens that are asked for."""
 
 
 @pytest.fixture
@@ -308,7 +311,7 @@ def test_a_score_counts_for_the_class_of_its_request_and_a_control_for_the_floor
     engine = opened(1.0)
     answer(engine, edited(engine))
     control(engine)
-    for regrets in (REGRETS, (0.0,)):
+    for regrets in (WHOLE, (0.0,) * SCORED_TOKENS):
         look = given(engine)
         assert look is not None
         said(engine, look, regrets)
@@ -317,6 +320,39 @@ def test_a_score_counts_for_the_class_of_its_request_and_a_control_for_the_floor
     assert [(one.policy, one.greedy) for one in known.policies] == [("aggressive", 1)]
     assert known.policies[0].diverged.mean == 1
     assert (known.floor.greedy, known.floor.diverged.mean) == (1, 0)
+
+
+def test_a_part_of_a_score_is_seen_and_teaches_nothing(
+    opened: Callable[[float], Driver],
+) -> None:
+    """An engine whose steps have room for one token only would call every class harmless."""
+    engine = opened(1.0)
+    answer(engine, edited(engine))
+    control(engine)
+    for _ in range(2):
+        look = given(engine)
+        assert look is not None
+        said(engine, look, (0.0,))
+        assert verdict(engine, look.node) is not None
+    assert engine.store.quality.report() == []
+
+
+def test_an_answer_counts_once(engine: Driver, clock: Clock) -> None:
+    answer(engine, edited(engine))
+    look = given(engine)
+    assert look is not None
+    said(engine, look, WHOLE, end="dropped")
+    assert engine.store.quality.report() == [], "a look that was dropped says nothing"
+    look = given(engine)
+    assert look is not None
+    said(engine, look, WHOLE)
+    clock.now += LOOK_SECONDS + 1
+    again = given(engine)  # its exact rows never came
+    assert again is not None
+    assert (again.node, again.score) == (look.node, 0)
+    said(engine, again, WHOLE)
+    (known,) = engine.store.quality.report()
+    assert known.policies[0].greedy == 1
 
 
 # --- what is counted and forgotten ----------------------------------------------------------------
@@ -339,6 +375,25 @@ def test_scores_are_counted_by_policy(opened: Callable[[float], Driver]) -> None
     assert 'kvshare_regret_nats_total{chosen="greedy",policy="control"} 0.25' in lines
     assert 'kvshare_diverged_answers_total{policy="aggressive"} 1.0' in lines
     assert "kvshare_second_look_controls_total 1.0" in lines
+
+
+def test_what_is_said_during_a_purge_is_forgotten_too(
+    engine: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(engine, edited(engine))
+    look = given(engine)
+    assert look is not None
+    forget = Quality.forget
+
+    def slow(self: Quality, namespace: str) -> None:
+        forget(self, namespace)  # it writes a file
+        said(engine, look, WHOLE)
+
+    monkeypatch.setattr(Quality, "forget", slow)
+    engine.store.flush()
+    engine.store.purge(engine.namespace.digest)
+    assert engine.store.quality.report() == []
+    assert verdict(engine, look.node) is None
 
 
 def test_a_purge_forgets_verdicts_and_looks_that_engines_have(

@@ -226,7 +226,7 @@ def test_a_look_that_was_dropped_may_be_taken_by_another(engine: Driver) -> None
     assert next_look(engine, "two") is None, "nor was it this form"
     engine.store.looked("one", look.node, look.stamp, "dropped")
     assert next_look(engine, "two") == tokens
-    assert counts(engine, "looks_dropped") == [3]
+    assert counts(engine, "looks_dropped") == [1], "what one has not had is no drop"
     for _ in range(5):
         engine.store.looked("two", look.node, look.stamp, "dropped")
         assert next_look(engine, "two") == tokens, "as often as requests come in between"
