@@ -136,7 +136,9 @@ def test_the_release_before_reads_what_this_one_writes(driver: Open, home: Path)
     for row in rows_of(home / "catalog", "namespaces"):
         first = msgspec.msgpack.decode(row["namespace"], type=FirstNamespace)
         now = msgspec.structs.asdict(engine.namespace)
-        assert msgspec.structs.asdict(first) == {name: now[name] for name in first.__struct_fields__}
+        assert msgspec.structs.asdict(first) == {
+            name: now[name] for name in first.__struct_fields__
+        }
         assert "pool" not in msgspec.msgpack.decode(row["namespace"])
 
 
