@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hmac
+from collections.abc import Callable
 from typing import Annotated
 
 import blake3
@@ -45,6 +46,11 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.pool and self.tenant:
             raise ConfigError("a pool has no tenant")
 
+    def __reduce__(self) -> tuple[Callable[[bytes], Namespace], tuple[bytes]]:
+        """How vLLM hands it to a worker. Pickle names no module for an unset field: it would look
+        for one in all that are loaded, and Transformers' import what is not installed."""
+        return _unpickled, (msgspec.msgpack.encode(self),)
+
     @property
     def too_long(self) -> str:
         """The first field with more text than a client may send, empty if there is none. Stored
@@ -83,6 +89,10 @@ class Namespace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The pool of this name for the same model and adapter. No pool's name leads to a
         tenant."""
         return msgspec.structs.replace(self, tenant="", pool=pool)
+
+
+def _unpickled(encoded: bytes) -> Namespace:
+    return msgspec.msgpack.decode(encoded, type=Namespace)
 
 
 _NAME_BYTES = 1 << 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -151,3 +152,13 @@ def test_a_namespace_survives_the_wire() -> None:
 def test_layouts_that_make_no_sense(given: tuple[int, int, int, str]) -> None:
     with pytest.raises(ConfigError):
         KVLayout(*given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", ["", "house"])
+def test_it_is_pickled_without_a_look_at_other_modules(pool: str) -> None:
+    """An engine's scheduler hands it to its workers in this way."""
+    namespace = Namespace("m", KVLayout(2, 1, 4, "float32"))
+    namespace = namespace.in_pool(pool) if pool else namespace
+    pickled = pickle.dumps(namespace)
+    assert pickle.loads(pickled) == namespace  # noqa: S301 - made one line above
+    assert b"UNSET" not in pickled

@@ -263,7 +263,7 @@ class Daemon:
     def __init__(self, home: Path, role: str) -> None:
         assert role == "engine"
 
-    def stage_bytes(self, *_: Any) -> Staged:
+    def stage_bytes(self, *_: Any, **__: Any) -> Staged:
         return Staged(id="save", fresh=(Run(0, 40),), sizes=(32, 8))
 
     def commit(self, staged: Staged, blocks: Iterable[memoryview]) -> None:
