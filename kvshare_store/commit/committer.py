@@ -104,6 +104,8 @@ class Committer:
     def _add(self, additions: Sequence[Addition]) -> None:
         if not additions:
             return
+        # the last form of each: one that left memory for want of room was saved again
+        additions = list({addition.node.id: addition for addition in additions}.values())
         ended = self._durable.store(additions)
         for addition, error in zip(additions, ended, strict=True):
             if error is not None:

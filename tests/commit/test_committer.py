@@ -150,6 +150,17 @@ def test_a_node_that_comes_back_waits_until_its_predecessor_is_gone() -> None:
     desk.committer.close()
 
 
+def test_a_node_that_waits_twice_is_one_row() -> None:
+    """It left memory for want of room and was saved again, before it was durable. A commit with two
+    rows of one id is refused, with all others in it."""
+    desk = Desk()
+    log = desk.run(*map(addition, ("first", "a", "b", "a")))
+    rows = [step.split()[1:] for step in log if step.startswith("rows ")]
+    assert all(len(names) == len({*names}) for names in rows)
+    assert {name for names in rows for name in names} == {"first", "a", "b"}
+    desk.committer.close()
+
+
 def test_calls_keep_their_place_and_say_what_became_of_them() -> None:
     def refused() -> None:
         raise NoSpaceError("full")
