@@ -65,6 +65,20 @@ def test_it_stays_the_next_to_go() -> None:
     assert list(state.tree.victims()) == list(state.tree.victims("n")) == [shorter, second]
 
 
+def test_it_goes_no_sooner_than_before() -> None:
+    """A namespace over its quota shortens its own nodes: they are used later than others."""
+    older, whole, newer = node("abc"), node("xyz", start=100), node("uvw", start=200)
+    state = state_of(older, whole, newer)
+    _, shorter = state.shorten(whole, 1, least=1)
+    assert shorter is not None
+    assert list(state.tree) == [older, shorter, newer]
+    state.insert(whole, Vectors(lexical_vector(whole.tokens), None))
+    assert list(state.tree) == [older, shorter, newer, whole], "it is saved again"
+    state.tree.touch(shorter.id)
+    state.remove([whole.id])
+    assert list(state.tree) == list(state.tree.victims("n")) == [older, newer, shorter]
+
+
 def test_rows_that_others_have_too_are_left_to_them() -> None:
     """An earlier turn of a conversation, of whose own rows only the answer is left."""
     later, turn = node("abxy"), node("abc")
