@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -207,13 +207,21 @@ class Saving:
                 self.abandon(staged_id)
 
     def revoke(self, nodes: Sequence[Node]) -> None:
-        """Nothing is saved any more on top of these nodes, which are about to leave the tree. Hold
-        the lock."""
-        self._plans.revoke(nodes)
+        """Nothing is saved any more on top of these nodes, which are about to leave the tree, nor
+        on top of nodes with rows of theirs that have left it: one of these may have taken the place
+        of a prompt that somebody was planned. Hold the lock."""
         gone = {node.id for node in nodes}
+        rows = {name for node in nodes for name in node.blocks}
+
+        def ends(donor: str, blocks: Iterable[str]) -> bool:
+            left = donor not in self._nodes.tree
+            return donor in gone or (left and not rows.isdisjoint(blocks))
+
+        forms = [form for form in self._plans.forms() if ends(form.id, form.blocks)]
+        self._plans.revoke((*nodes, *forms))
         for staged_id, save in list(self._saves.items()):
             base = (save.base.id,) if save.base is not None else ()
-            if not gone.isdisjoint((*save.reuse.donors, *base)):
+            if any(ends(donor, save.reuse.blocks) for donor in (*save.reuse.donors, *base)):
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:
