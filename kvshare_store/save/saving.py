@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -207,21 +207,19 @@ class Saving:
                 self.abandon(staged_id)
 
     def revoke(self, nodes: Sequence[Node]) -> None:
-        """Nothing is saved any more on top of these nodes, which are about to leave the tree, nor
-        on top of nodes with rows of theirs that have left it: one of these may have taken the place
-        of a prompt that somebody was planned. Hold the lock."""
-        gone = {node.id for node in nodes}
-        rows = {name for node in nodes for name in node.blocks}
+        """Nothing is saved any more on top of these nodes of a namespace, which are about to leave
+        the tree, nor on top of what has left it: nobody knows of that any more whether it was one
+        of them, in a longer form or before its answer took its place. Hold the lock."""
+        gone, namespaces = {node.id for node in nodes}, {node.namespace for node in nodes}
 
-        def ends(donor: str, blocks: Iterable[str]) -> bool:
-            left = donor not in self._nodes.tree
-            return donor in gone or (left and not rows.isdisjoint(blocks))
+        def ends(donor: str) -> bool:
+            return donor in gone or donor not in self._nodes.tree
 
-        forms = [form for form in self._plans.forms() if ends(form.id, form.blocks)]
-        self._plans.revoke((*nodes, *forms))
+        forms = [form for form in self._plans.forms() if form.namespace in namespaces]
+        self._plans.revoke((*nodes, *(form for form in forms if ends(form.id))))
         for staged_id, save in list(self._saves.items()):
             base = (save.base.id,) if save.base is not None else ()
-            if any(ends(donor, save.reuse.blocks) for donor in (*save.reuse.donors, *base)):
+            if save.namespace.digest in namespaces and any(map(ends, (*save.reuse.donors, *base))):
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:
