@@ -6,7 +6,6 @@ command-line options), environment `KVSHARE_<FIELD>`, the YAML file, the default
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -38,6 +37,8 @@ _POSITIVE = frozenset(
 """Numbers that must not be zero. Only `min_saving_ms` may be negative."""
 _LEAST_BYTES = 2**20
 """A smaller budget would not hold a single block of the smallest models."""
+_LARGEST = 2**63
+"""Larger numbers cannot be told to others."""
 _LARGEST_SHARE = 0.5
 """Of a step's tokens, for second looks while requests run."""
 _ENVIRONMENT = "KVSHARE_"
@@ -250,8 +251,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             value = getattr(self, name)
             if not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
-                raise ConfigError(f"{name} must be a number, got {value}")
+            if not abs(value) < _LARGEST:
+                raise ConfigError(f"{name} must be a number below 2^63, got {value}")
             if name in _POSITIVE and value <= 0:
                 raise ConfigError(f"{name} must be greater than zero, got {value}")
             if value < 0 and name != "min_saving_ms":
@@ -280,7 +281,10 @@ def parse_size(value: object, name: str = "size") -> int:
     if match is None:
         raise ConfigError(f"{name}: {value!r} is not a size; write bytes or e.g. '4GiB'")
     unit = (match[2] or "").lower()
-    return int(float(match[1]) * (_BINARY.get(unit) or _UNITS[unit]))
+    nbytes = float(match[1]) * (_BINARY.get(unit) or _UNITS[unit])
+    if nbytes >= _LARGEST:
+        raise ConfigError(f"{name}: {value!r} is too large")
+    return int(nbytes)
 
 
 class Settings(NamedTuple):
@@ -381,7 +385,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         data = msgspec.yaml.decode(path.expanduser().read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except Exception as error:  # PyYAML raises whatever fails while it makes a value
         reason = " ".join(str(error).split())
         raise ConfigError(f"config file {path} is not YAML: {reason}") from error
     if data is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class TenantLimits:
         self.others = Limits(*(getattr(config, name) for name in Limits._fields))
         """Of tenants that have none of their own."""
         path = config.tenant_limits
-        self._own = _read(Path(path).expanduser(), self.others) if path else {}
+        self._own = _read(Path(path), self.others) if path else {}
 
     @property
     def quotas(self) -> bool:
@@ -53,17 +54,25 @@ def _read(path: Path, others: Limits) -> dict[str, Limits]:
     """Limits by tenant; what a tenant's entry does not say is that of the others. No message names
     a tenant: its name may be the salt that gives access."""
     try:
-        entries = msgspec.yaml.decode(path.read_bytes(), type=dict[str, dict[str, Any]] | None)
-        return {
-            tenant: _limits(given, others, f"tenant_limits {path}, entry {at}: ")
-            for at, (tenant, given) in enumerate((entries or {}).items(), 1)
-        }
-    except OSError as error:
-        raise ConfigError(f"tenant_limits {path} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        text = path.expanduser().read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"tenant_limits {path} cannot be read: {reason}") from error
+    try:
+        entries = msgspec.yaml.decode(text, type=dict[str, dict[str, Any]] | None)
+    except Exception as error:  # PyYAML raises whatever fails while it makes a value
         raise ConfigError(
-            f"tenant_limits {path} must hold 'tenant: {{limit: value}}' lines: {error}"
+            f"tenant_limits {path} must hold 'tenant: {{limit: value}}' lines: {_told(error)}"
         ) from error
+    return {
+        tenant: _limits(given, others, f"tenant_limits {path}, entry {at}: ")
+        for at, (tenant, given) in enumerate((entries or {}).items(), 1)
+    }
+
+
+def _told(error: Exception) -> str:
+    """What is wrong, without the name of a tag: `!name` is how a tenant may be called too."""
+    return re.sub(r"the tag '[^\n]*'", "a tag", str(error))
 
 
 def _limits(given: Mapping[str, Any], others: Limits, where: str) -> Limits:

@@ -48,6 +48,11 @@ def test_whose_limits_they_are(config: Config, namespace: Namespace, file: Path)
         ("ann: 5", "must hold"),
         ("- ann", "must hold"),
         ("{", "must hold"),
+        ("ann: {namespace_nodes: 2024-99-99}", "must hold"),
+        ("ann: {namespace_nodes: !!timestamp x}", "must hold"),
+        ("!ann : {namespace_nodes: 1}", "must hold"),
+        (f"ann: {{namespace_nodes: {2**63}}}", "entry 1: .*below"),
+        (f"ann: {{namespace_bytes: '{'9' * 400}'}}", "entry 1: .*too large"),
     ],
 )
 def test_files_that_cannot_be_used(config: Config, file: Path, text: str, told: str) -> None:
@@ -59,6 +64,31 @@ def test_files_that_cannot_be_used(config: Config, file: Path, text: str, told: 
     file.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         TenantLimits(config(tenant_limits=str(file)))
+
+
+def test_a_path_that_leads_nowhere(config: Config) -> None:
+    for path in ("~nobody-of-that-name/limits.yaml", "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            TenantLimits(config(tenant_limits=path))
+
+
+@pytest.mark.parametrize("others", [0, 1, 1 << 30])
+def test_a_tenant_over_its_own_quota_loses_no_more_than_that(
+    driver: Open, file: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Its oldest prompt is shortened by what is too much, whatever the others may have."""
+    monkeypatch.setattr("kvshare_store.config._LEAST_BYTES", 1)
+    layout = driver().namespace.layout
+    quota = 120 * layout.row_bytes
+    file.write_text(f"ann: {{namespace_bytes: {quota}}}")
+    open_ = driver(tenant_limits=str(file), namespace_bytes=others)
+    ann = Driver(open_.store, open_.namespace.for_tenant("ann"), open_.book)
+    first, second = prompt(1, 80), prompt(2, 80)
+    assert ann.save(first)
+    assert ann.save(second)
+    assert quota - 16 * layout.row_bytes <= open_.store.tree.bytes_of(ann.namespace.digest) <= quota
+    assert ann.serve(second).exact == 79
+    assert ann.serve(first).exact >= 24
 
 
 def test_an_empty_file_limits_nobody(config: Config, namespace: Namespace, file: Path) -> None:

@@ -61,6 +61,7 @@ class Durable:
         durable = [at for at, error in enumerate(ended) if error is None]
         if self._catalog is None or not durable:
             return ended
+        self.room.keep = {nodes[at].id for at in durable}
         try:
             known = self.add([additions[at] for at in durable])
             confirmed = self._confirmed([nodes[at] for at in durable], known)
@@ -75,7 +76,13 @@ class Durable:
             self._record_namespaces(nodes)
         except KVShareError as error:
             return [error] * len(nodes)
-        return _each(self.write, nodes)
+        return list(map(self._still_here, nodes, _each(self.write, nodes)))
+
+    def _still_here(self, node: Node, error: KVShareError | None) -> KVShareError | None:
+        """Where nodes are written one by one, room for one may be made by removing another."""
+        if error is None and node.id not in self._nodes.tree:
+            return MissingBlockError(f"node {node.id[:12]} left before its row was committed")
+        return error
 
     def _record_namespaces(self, nodes: Sequence[Node]) -> None:
         known = self._nodes.namespaces

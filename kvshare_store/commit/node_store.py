@@ -21,6 +21,9 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import Change, NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 
+_STEPS = 256
+"""Nodes that go for a quota while the lock is held: a quota may be lowered for thousands."""
+
 
 class NodeStore:
     """Thread-safe; `lock` may be held over several calls."""
@@ -52,7 +55,7 @@ class NodeStore:
         self._late_s = late_s
 
     def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
-        """Go on by other settings; nodes that are too many now go with the next save."""
+        """Go on by other settings; nodes that are too many now go with the next saves."""
         with self.lock:
             self._config, self.limits = config, limits
             if limits.quotas:
@@ -136,8 +139,8 @@ class NodeStore:
                 return self.drop([node.id])
             change, shorter = self.state.shorten(node, nbytes, self._config.min_prompt_tokens)
             self._weigh([node])
-            if shorter is not None:
-                vectors = Vectors(lexical_vector(shorter.tokens), None)
+            vectors = None if shorter is None else self.state.vectors(shorter)
+            if shorter is not None and vectors is not None:
                 self.queue.put(Addition(shorter, vectors))
             return change
 
@@ -199,14 +202,15 @@ class NodeStore:
             self.remove_unused(change.unused)
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
-        """Shorten or remove nodes of a namespace until it is within its quota; returns how many.
+        """Shorten or remove nodes of a namespace until it is within its quota, some of them in one
+        call; returns how many.
 
         The newest is removed only if it alone is over the quota. With a shared catalogue only nodes
         go that no machine has used for a while.
         """
         gone = 0
         with self.lock:
-            while self._over_quota(namespace):
+            while gone < _STEPS and self._over_quota(namespace):
                 victims = filter(self._quiet, self.tree.victims(namespace))
                 victim = next((node for node in victims if node.id != newest), None)
                 if victim is not None:
@@ -221,8 +225,9 @@ class NodeStore:
 
     def _give_up(self, victim: Node) -> None:
         """Shorten a node by what its namespace has too many bytes, or else remove it."""
-        excess = self.tree.bytes_of(victim.namespace) - self._config.namespace_bytes
-        if not self._config.namespace_bytes or excess <= 0:
+        quota = self.limits.of(self.namespaces.get(victim.namespace)).namespace_bytes
+        excess = self.tree.bytes_of(victim.namespace) - quota
+        if not quota or excess <= 0:
             self.remove([victim.id])
             return
         change = self.shorten(victim, excess)

@@ -48,7 +48,7 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
 
 def _purge(store: Store, message: protocol.Purge, given_up: Callable[[], bool]) -> list[Purged]:
     if message.lineage:
-        if message.namespace or message.tenant is not None:
+        if message.namespace or message.tenant is not None or message.pool:
             raise ConfigError("name what to purge: a namespace, a tenant or a node, and only one")
         node = found_node(store, message.lineage)
         return [store.purge_lineage(node.id, dry_run=message.dry_run)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
@@ -97,8 +98,12 @@ class WithPools(Nominator):
     """The donors of a namespace, and behind them those of pools, `count` of each: of two that are
     as good the planner takes the first."""
 
-    def __init__(self, own: Nominator, pools: Sequence[Nominator]) -> None:
+    def __init__(
+        self, own: Nominator, pools: Sequence[Nominator], rank: Callable[[Node], int] = lambda _: 0
+    ) -> None:
+        """`rank`: which of all go before others, but for a prefix, which is the same in all."""
         self._each = (own, *pools)
+        self._rank = rank
 
     def __bool__(self) -> bool:
         return any(self._each)
@@ -109,12 +114,15 @@ class WithPools(Nominator):
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
-        return [node for one in self._each for node in one.by_passages(hashes, count)]
+        return self._ranked(one.by_passages(hashes, count) for one in self._each)
 
     def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
         """As `Nominator`."""
-        return [node for one in self._each for node in one.by_words(vector, count, most)]
+        return self._ranked(one.by_words(vector, count, most) for one in self._each)
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
-        return [node for one in self._each for node in one.by_text(like, count)]
+        return self._ranked(one.by_text(like, count) for one in self._each)
+
+    def _ranked(self, found: Iterable[list[Node]]) -> list[Node]:
+        return sorted(chain.from_iterable(found), key=self._rank)

@@ -95,6 +95,10 @@ class OpenPlans:
         forms = (same[0] for same in self._forms.get(node_id, {}).values())
         return [node for node in forms if (node.id, node.stamp) not in self._revoked]
 
+    def forms(self) -> list[Node]:
+        """The forms of nodes that open plans were made from, each once."""
+        return [same[0] for forms in self._forms.values() for same in forms.values()]
+
     def revoke(self, nodes: Iterable[Node]) -> None:
         """From now on nobody may build on these forms of nodes, whatever plan he has or gets."""
         self._revoked |= dict.fromkeys((node.id, node.stamp) for node in nodes)

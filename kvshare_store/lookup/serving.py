@@ -216,8 +216,9 @@ class Serving:
         own = self._donors_of(lookup.namespace, trust)
         if not lookup.pools:
             return own
-        pools = map(lookup.namespace.in_pool, lookup.pools)
-        return WithPools(own, [self._donors_of(pool, trust) for pool in pools])
+        spaces = map(lookup.namespace.in_pool, lookup.pools)
+        pools = [self._donors_of(space, trust) for space in spaces]
+        return WithPools(own, pools) if trust is None else WithPools(own, pools, trust.of)
 
     def _donors_of(self, namespace: Namespace, trust: Trust | None) -> Nominator:
         state = self._nodes.state

@@ -162,7 +162,13 @@ class Janitor:
         """Quotas may be new, or smaller than when the nodes were saved."""
         with self._nodes.lock:
             namespaces = self._nodes.tree.namespaces()
-        return sum(self._nodes.hold_quota(namespace) for namespace in namespaces)
+        return sum(map(self._hold_quota, namespaces))
+
+    def _hold_quota(self, namespace: str) -> int:
+        total = 0
+        while not self._stop.is_set() and (gone := self._nodes.hold_quota(namespace)):
+            total += gone
+        return total
 
     # --- blocks ------------------------------------------------------------------------------
 

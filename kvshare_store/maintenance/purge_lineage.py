@@ -16,6 +16,8 @@ from kvshare_store.save.saving import Saving
 
 _NAMED = 1000
 """Most ids in an answer."""
+_LOOKS = 8
+"""Somebody who sends the purged prompt again and again must not keep a purge from ending."""
 
 
 class LineagePurge:
@@ -43,12 +45,13 @@ class LineagePurge:
         """Remove the lineage, pinned nodes too. Durable on return.
 
         A save that was on its way joins it: from the first removal on none can, so the second look
-        finds the last of them.
+        finds the last of them. What is found later was sent again.
         """
-        lineage = self._lineage()
-        while any(node.id not in self._gone for node in lineage.nodes):
-            self._remove(lineage.nodes)
+        for _ in range(_LOOKS):
             lineage = self._lineage()
+            if all(node.id in self._gone for node in lineage.nodes):
+                break
+            self._remove(lineage.nodes)
         result = self._result(lineage)
         self._repository.queue.flush()
         return result

@@ -56,7 +56,9 @@ class BlockUsers:
         if name in self._shared:
             return self._shared_bytes[name]
         node = next((self._node_of(node_id) for node_id in self.of(name)), None)
-        return None if node is None else _sizes(node)[name]
+        if node is None or not node.block_bytes:
+            return None if node is None else 0
+        return node.block_bytes[node.blocks.index(name)]
 
     # --- changes -----------------------------------------------------------------------------
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import msgspec
 
 from kvshare_store.nodes.block_users import BlockUsers
+from kvshare_store.nodes.last_uses import LastUses
 from kvshare_store.nodes.node import Node
+
+_SAME_S = 1.0
+"""Uses that lie no further apart are one: what this machine wrote down comes back by another
+clock."""
 
 
 class DeltaTree:
@@ -24,12 +29,12 @@ class DeltaTree:
         self._blocks = BlockUsers(self._nodes.get)
         self._counts: Counter[str] = Counter()
         """Nodes of each namespace."""
-        self._used: OrderedDict[str, float] = OrderedDict()
-        """When each node was last used, by `clock`; least recently used first."""
-        self._used_in: dict[str, OrderedDict[str, None]] | None = None
+        self._used = LastUses()
+        """By `clock`; least recently used first."""
+        self._used_in: dict[str, LastUses] | None = None
         """The same order within each namespace."""
         if quotas:
-            self._used_in = defaultdict(OrderedDict)
+            self._used_in = defaultdict(LastUses)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -55,9 +60,10 @@ class DeltaTree:
         self._blocks.enter(node)
         self._nodes[node.id] = node
         self._counts[node.namespace] += 1
-        self._used[node.id] = self.clock() - idle
+        at = self.clock() - idle
+        self._used.add(node.id, at)
         if self._used_in is not None:
-            self._used_in[node.namespace][node.id] = None
+            self._used_in[node.namespace].add(node.id, at)
         if node.parent is not None:
             self._children[node.parent].add(node.id)
 
@@ -71,7 +77,7 @@ class DeltaTree:
                 self._counts[node.namespace] += 1
                 used[node.id] = now - idle
         for node_id in sorted(used, key=used.__getitem__):
-            self._used[node_id] = used[node_id]
+            self._used.add(node_id, used[node_id])
         for node_id in self._used:
             self._nodes[node_id] = self.rooted(self._nodes[node_id])
         found = list(self)
@@ -79,7 +85,7 @@ class DeltaTree:
             if node.parent is not None:
                 self._children[node.parent].add(node.id)
             if self._used_in is not None:
-                self._used_in[node.namespace][node.id] = None
+                self._used_in[node.namespace].add(node.id, used[node.id])
         self._blocks.fill(found)
 
     def rooted(self, node: Node) -> Node:
@@ -103,9 +109,9 @@ class DeltaTree:
         node = self._nodes.pop(node_id, None)
         if node is None:
             return None
-        del self._used[node_id]
+        self._used.remove(node_id)
         if self._used_in is not None:
-            del self._used_in[node.namespace][node_id]
+            self._used_in[node.namespace].remove(node_id)
         self._counts[node.namespace] -= 1
         if not self._counts[node.namespace]:
             del self._counts[node.namespace]
@@ -129,13 +135,11 @@ class DeltaTree:
     def shorten(self, node_id: str, beginning: Node) -> list[str]:
         """Let the beginning of a node take its place, as long unused. Returns the blocks that no
         node uses any more. `KeyError` if there is no such node."""
-        used = self._used[node_id]
         self.add(beginning)
-        removed = self.remove(node_id)
-        self._used[beginning.id] = used
-        self._used.move_to_end(beginning.id, last=False)
+        self._used.swap(node_id, beginning.id)
         if self._used_in is not None:
-            self._used_in[beginning.namespace].move_to_end(beginning.id, last=False)
+            self._used_in[beginning.namespace].swap(node_id, beginning.id)
+        removed = self.remove(node_id)
         return removed[1] if removed is not None else []
 
     def touch(self, node_id: str) -> None:
@@ -145,19 +149,18 @@ class DeltaTree:
             self._use(node, self.clock())
 
     def _use(self, node: Node, at: float) -> None:
-        self._used[node.id] = at
-        self._used.move_to_end(node.id)
+        self._used.use(node.id, at)
         if self._used_in is not None:
-            self._used_in[node.namespace].move_to_end(node.id)
+            self._used_in[node.namespace].use(node.id, at)
 
     # --- who goes first ----------------------------------------------------------------------
 
     def order_namespaces(self) -> None:
         """From now on somebody asks for the victims of one namespace."""
         if self._used_in is None:
-            self._used_in = defaultdict(OrderedDict)
-            for node in self:
-                self._used_in[node.namespace][node.id] = None
+            self._used_in = defaultdict(LastUses)
+            for node_id, at in self._used.items():
+                self._used_in[self._nodes[node_id].namespace].add(node_id, at)
 
     def victims(self, namespace: str | None = None) -> Iterator[Node]:
         """Nodes in the order in which they should be forgotten: those used longest ago first,
@@ -176,7 +179,7 @@ class DeltaTree:
     def idle_for(self, node_id: str) -> float:
         """Seconds since the node was last used; negative if it is not here or is pinned."""
         node = self._nodes.get(node_id)
-        return -1.0 if node is None or node.pinned else self.clock() - self._used[node_id]
+        return -1.0 if node is None or node.pinned else self.clock() - self._used.of(node_id)
 
     def used_within(self, seconds: float) -> list[tuple[Node, float]]:
         """Nodes that were used in the last `seconds`, and how long ago."""
@@ -187,8 +190,9 @@ class DeltaTree:
     def used_before(self, node_id: str, idle: float) -> None:
         """Another machine used the node `idle` seconds ago."""
         at = self.clock() - idle
-        if self._used.get(node_id, at) < at:
-            self._use(self._nodes[node_id], at)
+        node = self._nodes.get(node_id)
+        if node is not None and self._used.of(node_id) < at - _SAME_S:
+            self._use(node, at)
 
     def bytes_of(self, namespace: str) -> int:
         """Bytes of the rows in the blocks of a namespace, each block once."""

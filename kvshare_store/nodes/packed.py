@@ -6,6 +6,7 @@ They are equal to the tuple of what they hold.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar, overload
@@ -108,6 +109,27 @@ class Names(Packed[str]):
         """What it holds."""
         text = self.raw.hex()
         return tuple([text[at : at + 64] for at in range(0, len(text), 2 * _NAME_BYTES)])
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(name) >= 0
+
+    def index(self, name: Any, start: int = 0, stop: int = sys.maxsize) -> int:
+        """Where the first of that name is."""
+        at = self._find(name)
+        return at if 0 <= start <= at < stop else super().index(name, start, stop)
+
+    def _find(self, name: object) -> int:
+        """The first place of a name, without unpacking the others; negative if it is not here."""
+        try:
+            wanted = bytes.fromhex(name) if isinstance(name, str) else b""
+        except ValueError:
+            return -1
+        if len(wanted) != _NAME_BYTES or wanted.hex() != name:
+            return -1
+        at = self.raw.find(wanted)
+        while at >= 0 and at % _NAME_BYTES:
+            at = self.raw.find(wanted, at + 1)
+        return at // _NAME_BYTES
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):

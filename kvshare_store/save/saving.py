@@ -207,13 +207,19 @@ class Saving:
                 self.abandon(staged_id)
 
     def revoke(self, nodes: Sequence[Node]) -> None:
-        """Nothing is saved any more on top of these nodes, which are about to leave the tree. Hold
-        the lock."""
-        self._plans.revoke(nodes)
-        gone = {node.id for node in nodes}
+        """Nothing is saved any more on top of these nodes of a namespace, which are about to leave
+        the tree, nor on top of what has left it: nobody knows of that any more whether it was one
+        of them, in a longer form or before its answer took its place. Hold the lock."""
+        gone, namespaces = {node.id for node in nodes}, {node.namespace for node in nodes}
+
+        def ends(donor: str) -> bool:
+            return donor in gone or donor not in self._nodes.tree
+
+        forms = [form for form in self._plans.forms() if form.namespace in namespaces]
+        self._plans.revoke((*nodes, *(form for form in forms if ends(form.id))))
         for staged_id, save in list(self._saves.items()):
             base = (save.base.id,) if save.base is not None else ()
-            if not gone.isdisjoint((*save.reuse.donors, *base)):
+            if save.namespace.digest in namespaces and any(map(ends, (*save.reuse.donors, *base))):
                 self.abandon(staged_id)
 
     def in_progress(self, namespace: str) -> int:

@@ -10,12 +10,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from kvshare_store.commit.home import FORMAT
+from kvshare_store.commit.queue import Addition
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     BusyError,
@@ -27,6 +28,8 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.testing.tiers import damage_file
@@ -228,6 +231,34 @@ def test_nodes_leave_lookup_before_their_blocks_leave_the_disk(driver: Open, hom
     engine.store.flush()
     assert seen
     assert seen == [set()] * len(seen)
+
+
+def test_a_node_that_left_for_another_of_its_batch_gets_no_row(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is gone has the batch written one by one, and each makes room for itself alone."""
+    store = (engine := driver()).store
+    names = [engine.save(prompt(seed, 40)) for seed in range(3)]
+    store.flush()
+    gone, left, stays = [node for name in names if (node := store.tree.get(name or ""))]
+    catalog, durable = store.repository.catalog, store.repository.durable
+    assert catalog is not None
+    catalog.delete([node.id for node in store.tree])
+    store.nodes.drop([gone.id])
+    write = durable.write
+
+    def making_room(nodes: Sequence[Node]) -> None:
+        write(nodes)
+        if stays in nodes:
+            store.nodes.shorten(left, 1)
+
+    monkeypatch.setattr(durable, "write", making_room)
+    work = [Addition(node, Vectors(lexical_vector(node.tokens), None)) for node in (left, stays)]
+    work.insert(0, work[0]._replace(node=gone))
+    ended = store.repository.queue.run(lambda: durable.store(work))
+    assert [error is None for error in ended] == [False, False, True]
+    store.flush()
+    assert {node.id for node, _ in catalog.load()} == {node.id for node in store.tree}
 
 
 def test_a_prompt_larger_than_the_disk_pushes_nobody_out(driver: Open, home: Path) -> None:

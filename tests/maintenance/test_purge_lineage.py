@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.errors import LeaseError, NodeError
+from kvshare_store.maintenance.purge_lineage import LineagePurge
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.store import Store
 from tests.save.test_answers import save as save_answer
@@ -177,6 +178,64 @@ def test_nobody_saves_on_top_of_what_was_purged(engine: Driver) -> None:
     assert engine.save(VICTIM, plan) is None
     assert save_answer(engine, INJECTED, prompt(19, 10)) is None
     assert not list(engine.store.tree)
+
+
+def test_nobody_saves_on_top_of_an_earlier_form(engine: Driver) -> None:
+    """A pin or one more source gives a node another stamp; a plan has the form from before."""
+    bad = compute(engine, INJECTED)
+    plan = engine.plan(VICTIM)
+    assert engine.store.pin(bad)
+    engine.store.purge_lineage(bad)
+    assert engine.save(VICTIM, plan) is None
+    engine.finish(plan)
+    assert not list(engine.store.tree)
+
+
+def test_nobody_saves_on_top_of_a_prompt_whose_place_was_taken(engine: Driver) -> None:
+    """Its answer has its rows now, and so is what is purged."""
+    compute(engine, INJECTED)
+    plan = engine.plan(VICTIM)
+    longer = [*prompt(18, 5), *VICTIM]
+    staged = engine.stage(longer, engine.serve(longer))
+    answer = save_answer(engine, INJECTED, prompt(19, 10))
+    assert answer is not None
+    assert found(engine, INJECTED, exact=True) is None
+    engine.store.purge_lineage(answer)
+    with pytest.raises(LeaseError):
+        engine.commit(staged)
+    assert engine.save(VICTIM, plan) is None
+    engine.finish(plan)
+    assert not list(engine.store.tree)
+
+
+def test_nobody_saves_on_top_of_a_prompt_of_which_the_beginning_is_left(engine: Driver) -> None:
+    bad = compute(engine, INJECTED)
+    plan = engine.plan(VICTIM)
+    whole = engine.store.tree.get(bad)
+    assert whole is not None
+    engine.store.nodes.shorten(whole, 1)
+    (left,) = engine.store.tree
+    assert left.length < whole.length
+    engine.store.purge_lineage(left.id)
+    assert engine.save(VICTIM, plan) is None
+    engine.finish(plan)
+    assert not list(engine.store.tree)
+
+
+def test_who_sends_it_again_and_again_keeps_no_purge(
+    engine: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, remove, sent = compute(engine, INJECTED), LineagePurge._remove, list[str]()
+
+    def removed(purge: LineagePurge, nodes: tuple[Node, ...]) -> None:
+        remove(purge, nodes)
+        assert len(sent) < 30
+        sent.append(compute(engine, [*INJECTED, *prompt(100 + len(sent), 9)]))
+
+    monkeypatch.setattr(LineagePurge, "_remove", removed)
+    done = engine.store.purge_lineage(bad)
+    assert set(done.ids) == {bad, *sent[:-1]}
+    assert [one.id for one in engine.store.tree] == sent[-1:]
 
 
 def test_it_is_durable(engine: Driver) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from kvshare_store.nodes.node import Node, check_node, node_id
+from kvshare_store.nodes.packed import Names
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Span
@@ -65,12 +67,40 @@ def test_it_stays_the_next_to_go() -> None:
     assert list(state.tree.victims()) == list(state.tree.victims("n")) == [shorter, second]
 
 
+def test_it_goes_no_sooner_than_before() -> None:
+    """A namespace over its quota shortens its own nodes: they are used later than others."""
+    older, whole, newer = node("abc"), node("xyz", start=100), node("uvw", start=200)
+    state = state_of(older, whole, newer)
+    _, shorter = state.shorten(whole, 1, least=1)
+    assert shorter is not None
+    assert list(state.tree) == [older, shorter, newer]
+    state.insert(whole, Vectors(lexical_vector(whole.tokens), None))
+    assert list(state.tree) == [older, shorter, newer, whole], "it is saved again"
+    state.tree.touch(shorter.id)
+    state.remove([whole.id])
+    assert list(state.tree) == list(state.tree.victims("n")) == [older, newer, shorter]
+
+
 def test_rows_that_others_have_too_are_left_to_them() -> None:
     """An earlier turn of a conversation, of whose own rows only the answer is left."""
     later, turn = node("abxy"), node("abc")
     state = state_of(turn, later)
     assert state.shorten(turn, 1, least=1)[1] is None
     assert list(state.tree) == [later]
+
+
+def test_many_blocks_are_unpacked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is held: what took as many steps as blocks for each block took a second."""
+    letters = "".join(map(chr, range(33, 113)))
+    whole, turn = node(letters), node(letters[:-1])
+    state = state_of(whole)
+    seen: list[Names] = []
+    unpacked = Names.unpacked
+    monkeypatch.setattr(Names, "unpacked", lambda names: (seen.append(names), unpacked(names))[1])
+    state.insert(turn, Vectors(lexical_vector(turn.tokens), None))
+    assert state.shorten(turn, _ROWS * _BYTES, least=1)[1] is None
+    assert state.shorten(whole, _ROWS * _BYTES, least=1)[1] is not None
+    assert len(seen) < 20
 
 
 def test_too_short_a_beginning_goes_too() -> None:

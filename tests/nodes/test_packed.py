@@ -54,6 +54,8 @@ def test_a_packed_sequence_is_its_tuple(
         assert packed[at] == plain[at]
         assert tuple(packed[at:]) == plain[at:]
         assert plain[at] in packed
+        assert packed.index(plain[at]) == plain.index(plain[at])
+        assert packed.index(plain[at], at) == plain.index(plain[at], at)
     for at in (len(plain), -len(plain) - 1):
         with pytest.raises(IndexError):
             packed[at]
@@ -66,6 +68,17 @@ def test_a_packed_sequence_is_its_tuple(
 def test_what_is_no_name_is_not_packed(bad: str) -> None:
     with pytest.raises(ValueError, match=r"hex|names of blocks"):
         Names.of(["cd" * 32, bad])
+
+
+def test_bytes_across_two_names_are_no_name() -> None:
+    packed = Names.of(["ab" * 16 + "cd" * 16, "ab" * 16 + "ef" * 16, "12" * 32])
+    assert "cd" * 16 + "ab" * 16 not in packed
+    assert "12" * 32 in packed
+    assert packed.index("12" * 32) == 2
+    with pytest.raises(ValueError, match=r"^$"):
+        packed.index("cd" * 16 + "ab" * 16)
+    for none in ("", "12", "12" * 31 + " 1", "12" * 31 + "xy", "AB" * 16 + "CD" * 16, None):
+        assert none not in packed
 
 
 def test_lengths_that_add_up_are_not_enough() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvshare_store.errors import NoSpaceError
@@ -315,6 +316,22 @@ def test_a_quota_that_is_new_is_held_by_the_janitor(driver: Open, home: Path) ->
     assert engine.serve(prompt(2, 40)).exact == 39
 
 
+def test_a_quota_that_is_much_lower_keeps_nobody_waiting(
+    driver: Open, monkeypatch: pytest.MonkeyPatch, namespace: Namespace
+) -> None:
+    """The lock is free after a few nodes."""
+    monkeypatch.setattr("kvshare_store.commit.node_store._STEPS", 2)
+    engine = driver()
+    for seed in range(9):
+        engine.save(prompt(seed, 40))
+    engine.store.reload(msgspec.structs.replace(engine.store.config, namespace_nodes=1))
+    assert engine.store.nodes.hold_quota(namespace.digest) == 2
+    engine.save(prompt(9, 40))
+    assert len(engine.store.tree) == 6
+    assert engine.store.collect().nodes == 5
+    assert engine.serve(prompt(9, 40)).exact == 39
+
+
 def test_time_to_live_counts_from_the_last_use(driver: Open) -> None:
     now = [0.0]
     engine = driver(ttl_seconds=10.0)
@@ -353,6 +370,17 @@ def test_the_prompt_used_longest_ago_is_forgotten_first(driver: Open) -> None:
     nodes["once"] = engine.save(prompt(2, 80))
     assert engine.store.evict(nodes=1) == 1
     assert [name for name, node in nodes.items() if str(node) in engine.store.tree] == ["once"]
+
+
+def test_what_is_read_back_of_uses_changes_no_order(driver: Open) -> None:
+    """This machine wrote it down itself, by a clock that says a little less."""
+    tree = (engine := driver()).store.tree
+    nodes = [engine.save(prompt(seed, 40)) for seed in range(3)]
+    first = str(nodes[0])
+    tree.used_before(first, tree.idle_for(first) - 1e-2)
+    assert [node.id for node in tree.victims()] == nodes
+    tree.used_before(first, tree.idle_for(first) - 5.0)
+    assert [node.id for node in tree.victims()] == [*nodes[1:], first], "another machine used it"
 
 
 @pytest.mark.parametrize("eviction", ["cost", "lru"])

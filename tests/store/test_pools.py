@@ -209,6 +209,26 @@ def test_rows_of_the_operator_need_no_source(rooms: Callable[..., Rooms]) -> Non
     assert found.bob.serve(tokens[4:], source=b"other").reused == 0, "the cap holds for all else"
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_rows_of_the_operator_go_before_those_of_another_source(
+    rooms: Callable[..., Rooms], share: float
+) -> None:
+    """Else somebody who sends the template behind a text of his own has it read instead, and with
+    a cap nothing at all."""
+    found = rooms(unconfirmed_share=share)
+    theirs = [*prompt(9, 4), *TEMPLATE]
+    assert found.ann.serve(theirs, source=b"eve").declined
+    assert found.ann.save(theirs)
+    asked = [*prompt(5, 4), *TEMPLATE]
+    plan = found.ann.serve(asked, pools=HOUSE, source=b"ann")
+    assert len(plan.pooled) == len(plan.blocks) > 0
+    assert found.ann.save(TEMPLATE)
+    plan = found.ann.serve(request(2), pools=HOUSE, source=b"ann")
+    assert (plan.exact, plan.pooled) == (48, ()), "an exact prefix is the same, whoever sent it"
+    plan = found.ann.serve(asked, pools=HOUSE, source=b"eve")
+    assert plan.pooled == (), "to whoever has sent it, it is its own"
+
+
 # --- what a client may claim ----------------------------------------------------------------------
 
 
