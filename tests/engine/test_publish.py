@@ -149,7 +149,7 @@ def test_a_salt_that_spells_a_pool_is_a_tenant(pool: Pool, fresh: Fresh, salt: s
     prompt = fresh(80)
     pool.engine.store(prompt, salt=salt)
     assert {node["id"] for node in pool.nodes(pool="house")} == before
-    assert pool.engine.ask(prompt, salt="jon").said["reused"] == 0
+    assert pool.engine.ask(prompt, salt="jon").said["reused"] < 8, "what begins alike by chance"
     assert len(pool.nodes(tenant=salt, pool="")) == 1
 
 
