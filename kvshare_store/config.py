@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -353,7 +353,7 @@ def _layers(
     """The sources, weakest first, with their values."""
     if file is not None:
         source = f"config file {file}"
-        yield source, _checked(_read_yaml(Path(file)), f"{source}: ")
+        yield source, _checked(_read_settings(Path(file)), f"{source}: ")
     variable = f"environment variable {_ENVIRONMENT}"
     yield "environment", _checked(_from_environment(environ), variable, in_capitals=True)
     yield "given", _checked(explicit, "kvshare settings: ")
@@ -380,14 +380,31 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith(_ENVIRONMENT) and name not in known)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(
+    path: Path, name: str, wrong: str, kind: Any = Any, told: Callable[[Exception], str] = str
+) -> Any:
+    """What a YAML file holds, as a value of type `kind`; `ConfigError` if it cannot be had.
+
+    The message has the `name` of the setting; of a file that holds something else it says what is
+    `wrong`, and what `told` makes of the reason.
+    """
     try:
-        data = msgspec.yaml.decode(path.expanduser().read_bytes())
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+        text = path.expanduser().read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name} {path} cannot be read: {reason}") from error
+    try:
+        return msgspec.yaml.decode(text, type=kind)
     except Exception as error:  # PyYAML raises whatever fails while it makes a value
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} is not YAML: {reason}") from error
+        raise ConfigError(f"{name} {path} {wrong}: {told(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    data = read_yaml(path, "config file", "is not YAML", told=_one_line)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
-from kvshare_store.config import StoreConfig, load_config
+from kvshare_store.config import StoreConfig, load_config, read_yaml
 from kvshare_store.errors import ConfigError, unknown
 from kvshare_store.namespace import Namespace
 
@@ -53,17 +51,8 @@ class TenantLimits:
 def _read(path: Path, others: Limits) -> dict[str, Limits]:
     """Limits by tenant; what a tenant's entry does not say is that of the others. No message names
     a tenant: its name may be the salt that gives access."""
-    try:
-        text = path.expanduser().read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"tenant_limits {path} cannot be read: {reason}") from error
-    try:
-        entries = msgspec.yaml.decode(text, type=dict[str, dict[str, Any]] | None)
-    except Exception as error:  # PyYAML raises whatever fails while it makes a value
-        raise ConfigError(
-            f"tenant_limits {path} must hold 'tenant: {{limit: value}}' lines: {_told(error)}"
-        ) from error
+    wrong = "must hold 'tenant: {limit: value}' lines"
+    entries = read_yaml(path, "tenant_limits", wrong, dict[str, dict[str, Any]] | None, _told)
     return {
         tenant: _limits(given, others, f"tenant_limits {path}, entry {at}: ")
         for at, (tenant, given) in enumerate((entries or {}).items(), 1)

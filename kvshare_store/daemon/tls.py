@@ -15,9 +15,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, read_yaml
 from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.roles import ROLES
 from kvshare_store.errors import ConfigError, DeniedError
@@ -208,11 +206,6 @@ class Roles:
 
 
 def _read_roles(path: Path) -> dict[str, Role]:
-    try:
-        return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Role])
-    except OSError as error:
-        raise ConfigError(f"tls_roles {path} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise ConfigError(
-            f"tls_roles {path} must hold 'common name: role' lines: {error}"
-        ) from error
+    wrong = "must hold 'common name: role' lines"
+    roles: dict[str, Role] = read_yaml(path, "tls_roles", wrong, dict[str, Role])
+    return roles

@@ -370,7 +370,8 @@ def test_keys_that_cannot_be_used(config: Config, keys: Keys, tmp_path: Path) ->
     (tmp_path / "open.key").write_bytes(Path(other.key).read_bytes())
     (tmp_path / "open.key").chmod(0o644)
     (tmp_path / "rubbish").write_text("rubbish")
-    rubbish = str(tmp_path / "rubbish")
+    rubbish, date = str(tmp_path / "rubbish"), tmp_path / "date"
+    date.write_text("ann: 2026-13-45\n")
     os.chmod(rubbish, 0o600)
     for changes, message in (
         ({"tls_key": other.key}, "tls_cert and tls_key cannot be used"),
@@ -380,6 +381,7 @@ def test_keys_that_cannot_be_used(config: Config, keys: Keys, tmp_path: Path) ->
         ({"tls_key": str(tmp_path / "open.key")}, "chmod 600"),
         ({"tls_clients": rubbish}, "tls_clients .* cannot be used"),
         ({"tls_roles": rubbish}, "must hold 'common name: role' lines"),
+        ({"tls_roles": str(date)}, "must hold 'common name: role' lines"),
         ({"tls_roles": "/nowhere"}, "tls_roles /nowhere cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):
