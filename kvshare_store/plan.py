@@ -79,6 +79,14 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
         )
 
 
+def of_used_blocks(spans: Sequence[Span]) -> tuple[tuple[Span, ...], list[int]]:
+    """The spans as they index a list of only the blocks that they use, and the places of these in
+    the list that they index now, ascending."""
+    used = sorted({span.block for span in spans})
+    at = {block: index for index, block in enumerate(used)}
+    return tuple(msgspec.structs.replace(span, block=at[span.block]) for span in spans), used
+
+
 class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """From position `start` on a prompt's rows were computed behind edited rows: these.
 

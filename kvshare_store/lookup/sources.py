@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import blake3
-
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.node import SOURCES, Node, node_id, with_sources
+from kvshare_store.nodes.node import SOURCES, Node, node_id, prompt_key, with_sources
 
 _PROMPTS = 4096
 """Prompts that are remembered: an engine saves one seconds after it has looked it up."""
@@ -30,7 +28,7 @@ class Sources:
 
     def asked(self, namespace: str, request: Tokens, source: bytes) -> None:
         """A source has sent this prompt. Where it is stored already, its nodes remember that."""
-        key = _key(namespace, request)
+        key = prompt_key(namespace, request)
         names = [node_id(namespace, request, exact) for exact in (True, False)]
         with self._nodes.lock:
             known = self._asked.pop(key, ())
@@ -47,7 +45,7 @@ class Sources:
         source that has sent its prompt alone: the answer belongs to one request."""
         if not self._asked:
             return ()
-        key = _key(namespace, tokens[:extends] if extends else tokens)
+        key = prompt_key(namespace, tokens[:extends] if extends else tokens)
         with self._nodes.lock:
             found = self._asked.get(key, ())
         return found if not extends or len(found) == 1 else ()
@@ -56,7 +54,3 @@ class Sources:
         """These sources have sent all tokens of the node. It remembers them, durably soon."""
         if with_sources(node, sources) is not node:
             self._rewriter.confirm(node.id, sources)
-
-
-def _key(namespace: str, tokens: Tokens) -> bytes:
-    return blake3.blake3(namespace.encode() + tokens.tobytes()).digest(length=16)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvshare_store.nodes.node import Node, new_stamp, node_id
-from kvshare_store.plan import Span
+from kvshare_store.plan import Span, of_used_blocks
 
 
 def beginning(node: Node, nbytes: int, users: Callable[[str], int]) -> Node | None:
@@ -32,8 +32,7 @@ def beginning(node: Node, nbytes: int, users: Callable[[str], int]) -> Node | No
 
 
 def _node_of(node: Node, segments: Sequence[Span]) -> Node:
-    used = sorted({segment.block for segment in segments})
-    at = {block: index for index, block in enumerate(used)}
+    kept, used = of_used_blocks(segments)
     length = segments[-1].stop
     tokens = node.tokens[:length]
     return msgspec.structs.replace(
@@ -42,7 +41,7 @@ def _node_of(node: Node, segments: Sequence[Span]) -> Node:
         token_bytes=tokens.tobytes(),
         parent=None,
         edits=(),
-        segments=tuple(msgspec.structs.replace(one, block=at[one.block]) for one in segments),
+        segments=kept,
         blocks=tuple(node.blocks[block] for block in used),
         block_bytes=tuple(node.block_bytes[block] for block in used) if node.block_bytes else (),
         exact_rows=length,

@@ -210,6 +210,13 @@ def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:
     return hasher.hexdigest(length=16)
 
 
+def prompt_key(namespace: str, tokens: Tokens) -> bytes:
+    """16 bytes that name a prompt of a namespace, stored or not, whatever its provenance."""
+    hasher = blake3.blake3(namespace.encode())
+    hasher.update(tokens.tobytes())
+    return hasher.digest(length=16)
+
+
 def check_node(node: Node, row_bytes: int) -> None:
     """`PlanError` unless the node's fields agree with one another: what a row of the catalogue must
     pass before it is believed. `row_bytes`: of the namespace's rows."""

@@ -17,7 +17,7 @@ import blake3
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Edit, Tokens
-from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.node import Node, prompt_key
 
 Kind = Literal["append", "insert", "delete", "replace", "several"]
 
@@ -42,7 +42,7 @@ class PlannedTraffic:
     def planned(self, namespace: str, prompt: Tokens, traffic: str) -> None:
         """A prompt was planned as one of this class."""
         with self._lock:
-            self._classes[_name(namespace, prompt)] = namespace, traffic
+            self._classes[prompt_key(namespace, prompt)] = namespace, traffic
             if len(self._classes) > _REMEMBERED:
                 self._classes.popitem(last=False)
 
@@ -56,17 +56,11 @@ class PlannedTraffic:
         """The class of an edited node whose first `length` tokens are its prompt: as planned, or
         else by its parent. Hold the lock of the nodes."""
         with self._lock:
-            found = self._classes.get(_name(node.namespace, node.tokens[:length]))
+            found = self._classes.get(prompt_key(node.namespace, node.tokens[:length]))
         if found is not None:
             return found[1]
         parent = tree.get(node.parent) if node.parent is not None else None
         return traffic_of(tree, parent or node, node.edits, length)
-
-
-def _name(namespace: str, prompt: Tokens) -> bytes:
-    hasher = blake3.blake3(namespace.encode())
-    hasher.update(prompt.tobytes())
-    return hasher.digest(length=16)
 
 
 def traffic_of(tree: DeltaTree, donor: Node, edits: Sequence[Edit], length: int) -> str:

@@ -15,7 +15,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, segments_between
 from kvshare_store.plan import Span, clip_spans, cut_contexts
-from kvshare_store.save.staging import Reuse, Save, of_used_blocks
+from kvshare_store.save.staging import Reuse, Save, without_unused_blocks
 
 _REMEMBERED = 4096
 """Replaced nodes that are remembered: a client that was planned one saves within seconds."""
@@ -107,7 +107,7 @@ def rows_of(base: Node, length: int) -> Reuse:
         *_marked(clip_spans(segments, 0, exact), exact=True, continued=False),
         *_marked(clip_spans(segments, exact, length), exact=False, continued=True),
     )
-    return of_used_blocks(
+    return without_unused_blocks(
         Reuse(
             spans,
             tuple(base.blocks),

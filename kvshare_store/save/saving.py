@@ -37,8 +37,8 @@ from kvshare_store.save.staging import (
     check_extends,
     check_reuse,
     new_staged,
-    of_used_blocks,
     without_blocks,
+    without_unused_blocks,
 )
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -122,7 +122,7 @@ class Saving:
             raise PlanError(f"{len(reuse.donors)} donors are more than any plan has")
         base, verified = None, None
         if not extends:
-            reuse = of_used_blocks(reuse)
+            reuse = without_unused_blocks(reuse)
             verified = self._verified(reuse, request, namespace)
         elif not self._fits_quota(len(request), namespace):
             return None  # storing the prompt without its answer is better than storing neither
@@ -300,11 +300,11 @@ class Saving:
         while fresh:
             filled = fresh.pop()
             self._pool.seal(filled.offset, filled.name, filled.block)
-        edited = self._nodes.tree.get(node_id(node.namespace, node.tokens, False))
-        if node.exact and edited is not None:
+        edited = self._edited_twin(node)
+        if edited is not None:
             node = with_sources(node, edited.sources)
         self._nodes.add(node, vectors)
-        if node.exact and edited is not None:
+        if edited is not None:
             self._settle(node, edited)
         self._answers.stored(save, node.id)
         if node.id in self._nodes.tree:
@@ -313,6 +313,12 @@ class Saving:
             self._metrics.add("answers_stored")
             self._metrics.add("tokens_answers_stored", node.length - save.extends)
         self._metrics.add("bytes_stored", nbytes)
+
+    def _edited_twin(self, node: Node) -> Node | None:
+        """The edited node of the same tokens, where this one is exact."""
+        if not node.exact:
+            return None
+        return self._nodes.tree.get(node_id(node.namespace, node.tokens, False))
 
     def _settle(self, node: Node, edited: Node) -> None:
         """An exact node takes the place of the edited one of the same tokens. Hold the lock."""

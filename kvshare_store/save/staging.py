@@ -12,7 +12,16 @@ from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, ReusePlan, Run, Span, contexts_of, cut_contexts, gaps
+from kvshare_store.plan import (
+    Context,
+    ReusePlan,
+    Run,
+    Span,
+    contexts_of,
+    cut_contexts,
+    gaps,
+    of_used_blocks,
+)
 from kvshare_store.tensors.layout import KVLayout
 
 _MOST_GENERATIONS = 1 << 15
@@ -129,11 +138,9 @@ def new_staged(spans: Sequence[Span], length: int, block_tokens: int) -> Staged:
     return Staged(id=uuid.uuid4().hex, fresh=fresh, sizes=tuple(sizes))
 
 
-def of_used_blocks(reuse: Reuse) -> Reuse:
+def without_unused_blocks(reuse: Reuse) -> Reuse:
     """The same without the blocks that no span uses."""
-    used = sorted({span.block for span in reuse.spans})
-    at = {block: index for index, block in enumerate(used)}
-    spans = tuple(msgspec.structs.replace(span, block=at[span.block]) for span in reuse.spans)
+    spans, used = of_used_blocks(reuse.spans)
     blocks = tuple(reuse.blocks[block] for block in used)
     return msgspec.structs.replace(reuse, spans=spans, blocks=blocks)
 
@@ -143,7 +150,7 @@ def without_blocks(reuse: Reuse, names: Collection[str]) -> Reuse:
     if not names:
         return reuse
     kept = tuple(span for span in reuse.spans if reuse.blocks[span.block] not in names)
-    return of_used_blocks(msgspec.structs.replace(reuse, spans=kept))
+    return without_unused_blocks(msgspec.structs.replace(reuse, spans=kept))
 
 
 def check_reuse(reuse: Reuse, length: int) -> None:

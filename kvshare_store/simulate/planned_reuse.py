@@ -24,7 +24,7 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Reused, reused_of
 from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import check_provenance
-from kvshare_store.save.staging import Reuse, Save, new_staged, of_used_blocks, reuse_of
+from kvshare_store.save.staging import Reuse, Save, new_staged, reuse_of, without_unused_blocks
 from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.tensors.layout import KVLayout
 
@@ -86,7 +86,8 @@ class PlannedReuse:
     # --- what is stored ----------------------------------------------------------------------
 
     def _keep(self, prompt: Prompt, namespace: Namespace, planned: Planned) -> None:
-        reuse = of_used_blocks(reuse_of(planned.plan))  # as if the client had used the whole plan
+        # as if the client had used the whole plan
+        reuse = without_unused_blocks(reuse_of(planned.plan))
         save = self._save(prompt.computed, namespace, reuse, planned.donors)
         stored = stored_as(self._state.tree, save)
         if stored is not None:
