@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,19 +188,13 @@ def write_weights(reader: "GGUFReader", config: dict[str, Any], folder: Path) ->
     """Write all weights, dequantised, as bfloat16."""
     from safetensors.torch import save_file
 
+    from kvshare_store.cli.progress import track
+
     weights = {
         weight_name(tensor.name): dequantised(tensor, config)
-        for tensor in progress(reader.tensors, "Converting the small model")
+        for tensor in track(reader.tensors, "Converting the small model")
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def progress(items: "Sequence[ReaderTensor]", title: str) -> "Iterator[ReaderTensor]":
-    """Go through the items with a progress bar on stderr; stdout is for the answer."""
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, title, console=Console(stderr=True))
 
 
 def weight_name(gguf_name: str) -> str:

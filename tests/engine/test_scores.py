@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvshare_connectors.vllm.looks as looks_module
 import pytest
 import torch
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, kept_engine
-from tests.engine.test_second_look import ANSWER, CHUNK, HEAD, LINE, REST, Fresh, rest, settle
+from tests.engine.test_second_look import (
+    ANSWER,
+    CHUNK,
+    HEAD,
+    LINE,
+    REST,
+    Fresh,
+    begin_clean,
+    rest,
+    settle,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -34,10 +43,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(autouse=True)
 def clean(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks_module, "_PAUSES_S", (0.02, 0.1))
-    rest(engine)
-    engine.clear()
-    rest(engine)
+    begin_clean(engine, monkeypatch)
 
 
 def edited(engine: Engine, fresh: Fresh, **sampling: Any) -> tuple[list[int], list[int]]:

@@ -51,6 +51,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(autouse=True)
 def clean(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_clean(engine, monkeypatch)
+
+
+def begin_clean(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is stored and nothing is on the way; an idle engine asks soon."""
     monkeypatch.setattr(looks_module, "_PAUSES_S", (0.02, 0.1))
     rest(engine)
     engine.clear()
