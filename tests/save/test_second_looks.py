@@ -177,8 +177,9 @@ def test_a_donor_of_many_comes_before_a_conversation_and_one_with_a_next_turn_do
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def test_the_queue_is_bounded(engine: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_bounded(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_looks, "_MOST", 3)
+    engine = driver(second_look_control=0.0)
     tokens = [edited(engine, prompt(seed, 40)) for seed in range(31, 36)]
     assert counts(engine, "looks_waiting") == [3]
     found = [next_look(engine) for _ in range(4)]
