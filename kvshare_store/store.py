@@ -31,6 +31,7 @@ from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import End, Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
@@ -190,7 +191,7 @@ class Store:
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):
-            raise NodeError(f"node {only[:12]} is not in the store")
+            raise NodeError(f"node {short(only)} is not in the store")
         return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without, pools)
 
     @property
@@ -272,7 +273,7 @@ class Store:
         start = perf_counter()
         namespace = self.nodes.namespaces.get(plan.namespace)
         if namespace is None:
-            raise PlanError(f"namespace {plan.namespace[:12]} is not one of this store's")
+            raise PlanError(f"namespace {short(plan.namespace)} is not one of this store's")
         try:
             edited = Editor(namespace.layout, rope).edit(
                 plan.spans, plan.blocks, lambda ref: self.rows_of(plan, plan.blocks.index(ref))

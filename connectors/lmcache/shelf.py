@@ -26,6 +26,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.namespace import Tenants
 from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.readable import short
 from kvshare_store.save.staging import Reuse
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def _copy(client: Client, plan: ReusePlan, target: memoryview) -> None:
     for span in plan.spans:
         ref = plan.blocks[span.block]
         if span.row or span.length != ref.rows:
-            raise MissError(f"block {ref.name[:12]} was packed anew")
+            raise MissError(f"block {short(ref.name)} was packed anew")
         part = target[at : at + ref.nbytes]
         leased.check(ref)
         part[:] = leased.rows(ref.offset, ref.nbytes)[: len(part)]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.ledger import MARKED, Fact, Ledger, within
 from kvshare_store.errors import ClaimedBlockError
+from kvshare_store.readable import short
 
 _PATIENCE_S = 5.0
 """How long a save waits for the removal of one of its blocks."""
@@ -96,7 +97,7 @@ class Condemned:
                 return
             if self.clock() > deadline:
                 raise ClaimedBlockError(
-                    f"another machine is removing block {min(hit)[:12]}; save the prompt again"
+                    f"another machine is removing block {short(min(hit))}; save the prompt again"
                 )
             time.sleep(_POLL_S)
 

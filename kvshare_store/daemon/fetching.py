@@ -15,6 +15,7 @@ from kvshare_store.daemon.protocol import PIECE_BYTES
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, LeaseError
 from kvshare_store.plan import BlockRef
+from kvshare_store.readable import short
 
 _UNDER_WAY = 6
 """Pieces. Together they are less than what a daemon keeps for a client that does not read."""
@@ -49,7 +50,7 @@ class Fetched:
     def check(self, ref: BlockRef) -> None:
         """As `LeasedRows`."""
         if self._rows.get(ref.offset, (None,))[0] != ref:
-            raise LeaseError(f"block {ref.name[:12]} was not fetched")
+            raise LeaseError(f"block {short(ref.name)} was not fetched")
 
 
 class _Piece(NamedTuple):

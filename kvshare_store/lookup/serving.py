@@ -38,6 +38,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.quality.quality import Quality
 from kvshare_store.rates import Rates
+from kvshare_store.readable import short
 from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
@@ -348,7 +349,7 @@ class Serving:
         for ref in found:
             if ref.name == name:
                 return ref
-        raise LeaseError(f"lease {lease[:12]} has ended, or is not of block {name[:12]}")
+        raise LeaseError(f"lease {short(lease)} has ended, or is not of block {short(name)}")
 
     # --- the end of a plan -----------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import StorageError
+from kvshare_store.readable import short
 
 log = logging.getLogger("kvshare")
 
@@ -133,8 +134,8 @@ class SharedGarbage:
                 unread.discard(node.id)
         if unread and (left := self._catalog.stamps(ids=unread)):
             raise StorageError(
-                f"{len(left)} rows of the catalogue cannot be read, {min(left)[:12]} for one: the "
-                "remote is not collected until `kvshare check --repair` has removed them"
+                f"{len(left)} rows of the catalogue cannot be read, {short(min(left))} for one: "
+                "the remote is not collected until `kvshare check --repair` has removed them"
             )
         return named
 

@@ -15,6 +15,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError
 from kvshare_store.nodes.merge import copy_rows, merged_node, wants_merge
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import short
 from kvshare_store.save.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -77,7 +78,7 @@ class Merger:
             except KVShareError as error:  # rows that are gone or lossy, no room, or a refusal
                 self._postpone(node)
                 level = logging.INFO if isinstance(error, MissError) else logging.WARNING
-                log.log(level, "kvshare: node %s was not merged: %s", node.id[:12], error)
+                log.log(level, "kvshare: node %s was not merged: %s", short(node.id), error)
         return merged
 
     def _mergeable(self, patient: bool) -> list[Node]:
@@ -141,5 +142,5 @@ class Merger:
             self._nodes.remove_lost([name])
             raise
         if block.lossy:  # under a new name nobody could tell that the rows were changed
-            raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
+            raise MissingBlockError(f"of block {short(name)} there are only lossy rows")
         return block

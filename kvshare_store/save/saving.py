@@ -293,7 +293,7 @@ class Saving:
         block could be missing."""
         for name in save.kept.blocks:
             if self._blocks.tier_of(name) is None:
-                raise MissingBlockError(f"block {name[:12]} left the store before the commit")
+                raise MissingBlockError(f"block {short(name)} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
         fresh.reverse()  # `pop` takes from the end: from the front each would move all the others
