@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
-from rich import box
 from rich.table import Table
 
 from kvshare_store.cli.common import (
@@ -18,6 +17,7 @@ from kvshare_store.cli.common import (
     SetOption,
     console,
     place,
+    plain_table,
     print_json,
     sourced,
 )
@@ -70,8 +70,8 @@ def _running(settings: Settings) -> Mapping[str, Any] | None:
     from kvshare_store.cli import remote  # noqa: PLC0415 - seconds, not for --help
 
     try:
-        with remote.connected(settings.config) as daemon:
-            return daemon.settings()
+        with remote.connected(settings.config) as client:
+            return remote.settings(client)
     except UnavailableError:
         return None
 
@@ -103,7 +103,7 @@ def _shown(value: Any) -> Any:
 
 def settings_table(rows: Sequence[Row]) -> Table:
     """A line for each setting."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("setting", style="cyan", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("from", overflow="fold")

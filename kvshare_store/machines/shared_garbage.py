@@ -6,7 +6,6 @@ grace period later by one machine, which reads the catalogue in between (docs/de
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -17,8 +16,6 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import StorageError
 from kvshare_store.readable import short
-
-log = logging.getLogger("kvshare")
 
 _CHUNK = 512
 _REMOVED_AT_ONCE = 1024
