@@ -95,7 +95,8 @@ class TextVectors:
     # --- what the store says ---------------------------------------------------------------------
 
     def working(self, owner: str, busy: bool) -> None:
-        """A client's engine has requests, or has none any more."""
+        """A client's engine has requests, or none any more. While one has, no text is embedded;
+        `Store.reap` of the client ends it as well."""
         with self._wake:
             (self.busy.add if busy else self.busy.discard)(owner)
             self._disturb()

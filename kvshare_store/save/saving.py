@@ -187,7 +187,7 @@ class Saving:
         return save.staged
 
     def wanted_bytes(self, staged_id: str, owner: str) -> int:
-        """See `Store.staged_bytes`."""
+        """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
         save = self._saves.get(staged_id)
         if save is None or save.owner != owner:
             raise LeaseError("the staged save is unknown or has ended; save again")
