@@ -43,23 +43,16 @@ class _Seen(NamedTuple):
 class Condemned:
     """What this machine knows of them. Thread-safe."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        machine: str,
-        grace_s: float,
-        blocks: BlockStore,
-        clock: Callable[[], float] = now_s,
-    ) -> None:
+    def __init__(self, ledger: Ledger, machine: str, grace_s: float, blocks: BlockStore) -> None:
         self.grace_s = grace_s
         self._ledger = ledger
         self._machine = machine
         self._blocks = blocks
-        self.clock = clock
+        self.clock: Callable[[], float] = now_s
         """This machine's own seconds: they measure durations only."""
         self._lock = threading.Lock()
         self._version = -1
-        self._looked = clock()
+        self._looked = self.clock()
         self._seen: dict[str, _Seen] = {}
 
     def look(self) -> set[str]:

@@ -163,7 +163,7 @@ class Durable:
         blocks = [block for removal in removals for block in removal.blocks]
         try:
             self._remove_rows([removal for removal in removals if removal.nodes])
-            self.delete(list(dict.fromkeys(blocks)))
+            self.room.delete(dict.fromkeys(blocks))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
 
@@ -175,10 +175,6 @@ class Durable:
             if some:
                 nodes = [node for removal in some for node in removal.nodes]
                 self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
-
-    def delete(self, names: Sequence[str]) -> None:
-        """See `Room.delete`."""
-        self.room.delete(names)
 
 
 def _blocks_of(nodes: Sequence[Node]) -> list[str]:

@@ -84,13 +84,12 @@ class SecondLooks:
         answers: Answers,
         metrics: Metrics,
         quality: Quality,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control_share = config.second_look_control
         self._nodes = nodes
         self._answers = answers
         self._metrics = metrics
-        self.clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._scoring = Scoring(nodes.tree, quality)
         self._entries: Latest[str, _Entry] = Latest(_MOST)
         """By node, the oldest first."""
