@@ -77,7 +77,7 @@ def test_a_tenant_over_its_own_quota_loses_no_more_than_that(
     driver: Open, file: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     """Its oldest prompt is shortened by what is too much, whatever the others may have."""
-    monkeypatch.setattr("kvshare_store.config._LEAST_BYTES", 1)
+    monkeypatch.setattr("kvshare_store.config.reading._LEAST_BYTES", 1)
     layout = driver().namespace.layout
     quota = 120 * layout.row_bytes
     file.write_text(f"ann: {{namespace_bytes: {quota}}}")
