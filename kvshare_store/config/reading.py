@@ -14,13 +14,12 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
-from kvshare_store.config.settings import FIELDS, LARGEST, StoreConfig
+from kvshare_store.config.settings import FIELDS, LARGEST, SIZES, StoreConfig
 from kvshare_store.errors import ConfigError, either, nearest, unknown
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
-_SIZE_FIELDS = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
 _LEAST_BYTES = 2**20
 """A smaller budget would not hold a single block of the smallest models."""
 _ENVIRONMENT = "KVSHARE_"
@@ -174,7 +173,7 @@ def _checked(
         if name not in FIELDS:
             raise ConfigError(f"{source}{unknown('setting', name, FIELDS)}")
         label = source + (name.upper() if in_capitals else name)
-        checked[name] = _size(value, label) if name in _SIZE_FIELDS else value
+        checked[name] = _size(value, label) if name in SIZES else value
         _check(name, checked[name], label)
     return checked
 

@@ -20,6 +20,8 @@ SecondLook = Literal["off", "idle"] | float
 HugePages = Literal["auto", "never"]
 LogFormat = Literal["text", "json"]
 
+SIZES = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
+"""Settings that may be written with a unit."""
 _POSITIVE = frozenset(
     ("block_tokens", "host_bytes", "disk_bytes", "candidates", "max_donors", "max_nodes",
      "lease_seconds", "plan_deadline_ms", "max_scatter", "remote_timeout_ms", "sync_seconds",

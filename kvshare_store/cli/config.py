@@ -1,13 +1,12 @@
-"""`kvshare config` and `kvshare salt`: the values in effect, and the salt of a tenant."""
+"""`kvshare config`: the values in effect, and where each came from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import typer
 from rich.table import Table
 
 from kvshare_store.cli.common import (
@@ -28,7 +27,7 @@ from kvshare_store.readable import printable, size
 Row = dict[str, Any]
 
 
-def config(
+def command(
     home: HomeOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -53,17 +52,6 @@ def config(
     out.print(settings_table(rows))
     for name in ignored:
         out.print(f"{name} in the environment is no setting and is ignored", style="yellow")
-
-
-def salt(
-    tenant: Annotated[str, typer.Argument(metavar="NAME", help="Name of the tenant.")],
-    config: ConfigOption = None,
-    set_: SetOption = None,
-) -> None:
-    """Print the cache_salt of a tenant, made with tenant_key, as a gateway has to send it."""
-    from kvshare_store.namespace import Tenants  # noqa: PLC0415 - only here
-
-    typer.echo(Tenants(sourced(None, config, set_).config).salt(tenant))
 
 
 def _running(settings: Settings) -> Mapping[str, Any] | None:
