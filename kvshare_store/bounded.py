@@ -1,8 +1,9 @@
-"""Dictionaries that forget."""
+"""Dictionaries that forget, and lists piece by piece."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 K = TypeVar("K")
@@ -22,3 +23,9 @@ class Latest(OrderedDict[K, V]):
         self.move_to_end(key)
         if len(self) > self._most:
             self.popitem(last=False)
+
+
+def pieces(items: Sequence[V], most: int) -> Iterator[Sequence[V]]:
+    """The items in order, at most so many at a time."""
+    for start in range(0, len(items), most):
+        yield items[start : start + most]

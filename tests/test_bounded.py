@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare_store.bounded import Latest
+from kvshare_store.bounded import Latest, pieces
 
 
 def filled(*keys: str, most: int = 3) -> Latest[str, str]:
@@ -41,3 +41,9 @@ def test_every_way_to_fill_it_is_bounded() -> None:
 
 def test_one_that_may_keep_nothing_stays_empty() -> None:
     assert not filled("a", "b", most=0)
+
+
+def test_pieces_of_a_list() -> None:
+    assert list(pieces("abcde", 2)) == ["ab", "cd", "e"]
+    assert list(pieces("abcd", 2)) == ["ab", "cd"]
+    assert not list(pieces([], 2))
