@@ -356,14 +356,14 @@ def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreCon
 
 def test_an_engine_that_left_is_not_working(server: Server) -> None:
     """What it said last is heard after its connection has ended, and before what it held ends."""
-    working, event, heard = server.store.working, threading.Event(), list[bool]()
+    working, event, heard = server.store.text.working, threading.Event(), list[bool]()
 
     def late(owner: str, busy: bool) -> None:
         assert event.wait(PATIENCE_S)
         working(owner, busy)
         heard.append(works(server))
 
-    server.store.working = late  # type: ignore[method-assign]
+    server.store.text.working = late  # type: ignore[method-assign]
     with Client(server.config.home_path, timeout=PATIENCE_S) as engine:
         engine.greet()
         engine.tell(protocol.Working(True))
