@@ -161,7 +161,7 @@ def test_an_engine_that_dies_ends_the_demo_with_one_line(
     out = tmp_path / "report.json"
     assert main(["--model", str(tmp_path), "--home", str(tmp_path), "--out", str(out)]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("[ 0 s] Starting three engines")
+    assert said.startswith("Starting three engines")
     assert "the engine 'full' has stopped" in said
     assert "no engine today" in out.with_suffix(".log").read_text()
     assert not out.exists()
