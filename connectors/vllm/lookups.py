@@ -11,6 +11,7 @@ from kvshare_connectors.vllm.requests import RequestState, Reserved
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import plan_request
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
 from kvshare_store.nodes.edits import as_tokens
@@ -44,8 +45,9 @@ class Lookups:
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
         pools = () if state.look else state.pools
-        asked = tokens, state.namespace, policy, state.id
-        state.asked = self.link.ask(*asked, look=state.look, pools=pools, source=state.source)
+        about = tokens, state.namespace, policy, state.id
+        question = plan_request(*about, look=state.look, pools=pools, source=state.source)
+        state.asked = self.link.ask(question)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 
 from kvshare_store.blocks.tiers.device import DeviceTier
+from kvshare_store.bounded import Latest
 from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.errors import LeaseError
 from kvshare_store.plan import BlockRef
@@ -27,7 +27,7 @@ class Resident:
     def __init__(self, budget: int, device: torch.device | str, layout: KVLayout) -> None:
         self.tier = DeviceTier(budget, device) if budget else None
         self._layout = layout
-        self._uses: OrderedDict[str, int] = OrderedDict()
+        self._uses: Latest[str, int] = Latest(_REMEMBERED)
         self._wanted: dict[str, tuple[LeasedRows, BlockRef]] = {}
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
@@ -42,11 +42,9 @@ class Resident:
         if self.tier is None:
             return
         for ref in blocks:
-            uses = self._uses[ref.name] = self._uses.pop(ref.name, 0) + 1
+            uses = self._uses[ref.name] = self._uses.get(ref.name, 0) + 1
             if uses >= _USES and not self._serves(ref):
                 self._wanted[ref.name] = (arena, ref)
-        while len(self._uses) > _REMEMBERED:
-            self._uses.popitem(last=False)
 
     def fill(self) -> None:
         """Copy blocks that were used often enough.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.log import request_lines
 from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
 
@@ -166,6 +166,6 @@ def spans_table(pieces: Sequence[Found]) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column(title, no_wrap=True)
     return table

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -17,9 +16,11 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    NodeArgument,
     answering,
     configured,
     console,
+    plain_table,
     print_json,
 )
 from kvshare_store.cli.verdicts import verdict_lines
@@ -30,9 +31,6 @@ Node = Mapping[str, Any]
 _KEPT_CHARS = 120
 _TEXT_CHARS = 400
 
-NodeArgument = Annotated[
-    str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
-]
 TextOption = Annotated[bool, typer.Option("--text", help="Print the whole prompt and no more.")]
 
 
@@ -164,7 +162,7 @@ def _stored(facts: Mapping[str, Any]) -> str:
 
 def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
     """Blocks in the order of the node, and which other nodes use them."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("block", style="cyan", no_wrap=True)
     table.add_column("tier")
     table.add_column("rows of this node", justify="right")

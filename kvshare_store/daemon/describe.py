@@ -11,6 +11,7 @@ from kvshare_store.errors import NodeError
 from kvshare_store.lookup.text import decode
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import short
 from kvshare_store.store import Store
 
 _PREVIEW_TOKENS = 24
@@ -66,7 +67,7 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
     """Pin the one node that begins so, or pin it no longer; its id, once that is durable."""
     node = found_node(store, beginning)
     if not store.pin(node.id, pinned):
-        raise NodeError(f"node {node.id[:12]} has just left the store")
+        raise NodeError(f"node {short(node.id)} has just left the store")
     store.flush()
     return node.id
 
@@ -113,7 +114,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
     namespace = store.namespace(node.namespace)
     return {
         "id": node.id,
-        "namespace": node.namespace[:12],
+        "namespace": short(node.namespace),
         "model": namespace.model if namespace else "",
         "tenant": namespace.tenant if namespace else "",
         "pool": (namespace.pool or "") if namespace else "",

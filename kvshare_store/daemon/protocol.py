@@ -462,14 +462,14 @@ _tags = msgspec.msgpack.Decoder(_Tag)
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
 _BESIDE_BYTES = MIB
 """Room for what a lookup and a save hold beside tokens and namespace."""
 
 
 def lookup_fits(namespace: Namespace, tokens: int) -> bool:
     """Whether a lookup, and a save, of so many tokens are short enough to be sent."""
-    nbytes = len(encode(namespace)) + tokens * _TOKEN_BYTES
+    nbytes = len(encode(namespace)) + tokens * TOKEN_BYTES
     return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES and not namespace.too_long
 
 

@@ -157,7 +157,7 @@ def _prompt(
         node = found_node(store, message.node)
         found = store.namespace(node.namespace)
         if found is None:
-            raise NodeError(f"node {node.id[:12]} has just left the store")
+            raise NodeError(f"node {short(node.id)} has just left the store")
         return node.tokens, found, [node.id]
     namespace = _namespace(store, message.namespace)
     if message.text:

@@ -16,6 +16,7 @@ from kvshare_store.errors import PlanError
 from kvshare_store.http import models
 from kvshare_store.http.asking import CHORE_S, Asking
 from kvshare_store.http.guard import Forms
+from kvshare_store.readable import short
 
 _NAME = 256
 
@@ -185,7 +186,7 @@ async def beside(ask: Asking, node: str, donor: str | None, policy: str | None) 
     if donor is None:
         found = await ask(protocol.ShowNode(node))
         if found["parent"] not in found["path"]:
-            raise PlanError(f"node {found['id'][:12]} has no parent here; name a donor")
+            raise PlanError(f"node {short(found['id'])} has no parent here; name a donor")
         donor = found["parent"]
     return await ask(protocol.Explain(node=node, only=donor, policy=policy))
 

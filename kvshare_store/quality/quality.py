@@ -9,9 +9,9 @@ import logging
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from kvshare_store.bounded import Latest
 from kvshare_store.errors import CorruptBlockError, StorageError
 from kvshare_store.logs import Seldom
 from kvshare_store.metrics import Metrics
@@ -62,7 +62,7 @@ class Quality:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._classes = Classes()
-        self._floors: OrderedDict[str, Evidence] = OrderedDict()
+        self._floors: Latest[str, Evidence] = Latest(_FLOORS)
         """Controls, by namespace."""
         self._written = clock()
         self._changed = False
@@ -143,10 +143,7 @@ class Quality:
         return not 0 <= self._clock() - self._written < _WRITE_S
 
     def _floor(self, namespace: str) -> Evidence:
-        found = self._floors.setdefault(namespace, Evidence())
-        self._floors.move_to_end(namespace)
-        if len(self._floors) > _FLOORS:
-            self._floors.popitem(last=False)
+        found = self._floors[namespace] = self._floors.get(namespace) or Evidence()
         return found
 
     def _learn(self, score: Score) -> bool:

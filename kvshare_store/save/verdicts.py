@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
 
+from kvshare_store.bounded import Latest
 from kvshare_store.config import policy_names
 from kvshare_store.metrics import OTHERS
 from kvshare_store.quality.score import Score
@@ -76,13 +76,13 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of_nodes: OrderedDict[str, _Scored] = OrderedDict()
-        self._of_requests: OrderedDict[str, _Scored] = OrderedDict()
-        self._settled: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._of_nodes: Latest[str, _Scored] = Latest(_KEPT)
+        self._of_requests: Latest[str, _Scored] = Latest(_KEPT)
+        self._settled: Latest[str, tuple[str, float]] = Latest(_KEPT)
         """By exact node, the namespace, and when it took the place of its edited twin."""
         self._sums: dict[str, dict[str, Sum]] = {}
         """By policy, or `CONTROL`, and how tokens were chosen, since the store was opened."""
-        self._floors: OrderedDict[str, dict[str, Sum]] = OrderedDict()
+        self._floors: Latest[str, dict[str, Sum]] = Latest(_FLOORS)
         """Of the controls of a namespace, by how tokens were chosen."""
 
     # --- what is said ------------------------------------------------------------------------
@@ -93,21 +93,19 @@ class Verdicts:
         kind = CONTROL if score.control else score.policy
         with self._lock:
             for node in nodes:
-                _keep(self._of_nodes, node, scored)
+                self._of_nodes[node] = scored
             if request:
-                _keep(self._of_requests, request, scored)
+                self._of_requests[request] = scored
             known = kind if kind in (CONTROL, *policy_names()) else OTHERS
             _add(self._sums.setdefault(known, {}), score)
             if score.control:
-                _add(self._floors.setdefault(score.namespace, {}), score)
-                self._floors.move_to_end(score.namespace)
-                if len(self._floors) > _FLOORS:
-                    self._floors.popitem(last=False)
+                floor = self._floors[score.namespace] = self._floors.get(score.namespace, {})
+                _add(floor, score)
 
     def settled(self, exact: str, namespace: str) -> None:
         """This node has taken the place of its edited twin."""
         with self._lock:
-            _keep(self._settled, exact, (namespace, time.time()))
+            self._settled[exact] = namespace, time.time()
 
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""
@@ -172,10 +170,3 @@ def _chosen(score: Score) -> str:
 
 def _add(sums: dict[str, Sum], score: Score) -> None:
     sums.setdefault(_chosen(score), Sum()).add(score)
-
-
-def _keep(kept: OrderedDict[str, Any], name: str, value: Any) -> None:
-    kept[name] = value
-    kept.move_to_end(name)
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)

@@ -40,7 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
     with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
-        asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, 0.0, "chat-7"))
+        asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, "chat-7"))
         plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
         client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 4, seconds=0.002))
         second = engine.save(SECOND, plan)
@@ -192,7 +192,7 @@ def test_a_logged_request_is_planned_again(home: Path) -> None:
 def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
     with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         for name in (f"chatcmpl-{'a' * 40}", f"chatcmpl-{'b' * 40}"):
-            ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, 0.0, name)
+            ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, name)
             client.receive(client.send(ask), 20.0)
         code, out, _ = run("log", "--home", home, columns="70")
         shown = [line.split()[0] for line in out.splitlines() if line.startswith("chatcmpl")]

@@ -237,7 +237,7 @@ def test_every_share_of_tokens_is_of_the_same_whole(driver: Callable[..., Driver
     engine.save(prompt(1, 40))
     assert engine.serve([*prompt(1, 40), 7]).exact == 40
     assert engine.plan(prompt(2, 59)).declined
-    engine.store.engine_cached(30)
+    engine.store.outcomes.engine_cached(30)
     history.take(engine.store.stats())
     text = seen(engine.store, history).text
     read = Page(text).text

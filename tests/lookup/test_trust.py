@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup import serving
+from kvshare_store.lookup import plan_maker
 from kvshare_store.namespace import Namespace, Sources
 from kvshare_store.nodes.node import SOURCES, Node, node_id
 from kvshare_store.plan import ReusePlan
@@ -140,7 +140,7 @@ def test_without_a_source_and_a_cap_nothing_is_asked(
     def used(*_: object) -> None:
         raise AssertionError("sources are looked at")
 
-    monkeypatch.setattr(serving, "Trust", used)
+    monkeypatch.setattr(plan_maker, "Trust", used)
     sent(engine, INJECTED)
     assert sent(engine, VICTIM).sources == ()
 

@@ -109,7 +109,7 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
         engine = ClientDriver(client, space)
         parent = engine.save(made.tokens(PARENT))
         child_tokens = np.asarray(made.tokens(CHILD), np.int32)
-        asked = client.send(plan_request(child_tokens, space, None, 0.0, f"chat-{EVIL}"))
+        asked = client.send(plan_request(child_tokens, space, None, f"chat-{EVIL}"))
         plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
         left = plan.tokens - plan.reused
         client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, left, seconds=0.2))

@@ -14,6 +14,7 @@ from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.errors import MissingBlockError, NoSpaceError
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 
@@ -107,7 +108,7 @@ class DeviceTier(Tier):
     async def get(self, name: str) -> Block:
         rows = self.rows(name)
         if rows is None:
-            raise MissingBlockError(f"block {name[:12]} is not in the device tier")
+            raise MissingBlockError(f"block {short(name)} is not in the device tier")
         place = self._blocks[name]
         data = rows.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         return Block(place.namespace, place.layout, data, place.lossy)
