@@ -1,9 +1,11 @@
-"""Numbers, times, reasons and foreign text, as people read them in a terminal or on a page."""
+"""Numbers, times, reasons, verdicts and foreign text, as people read them."""
 
 from __future__ import annotations
 
 import time
 import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -14,6 +16,9 @@ _ID = 12
 
 KIND_COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan"}
 """Of the kinds of reuse, in a terminal."""
+
+Verdict = Mapping[str, Any]
+"""What a second look has said of an answer, in plain types."""
 
 REASONS = {
     "edit": "no stored prompt has these tokens here",
@@ -42,6 +47,11 @@ def share(part: int, whole: int) -> str:
         return "-"
     percent = 100 * part / whole
     return "< 0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
+
+
+def percent(rate: float) -> str:
+    """`12.5 %` of a share or of a difference of two."""
+    return f"{100 * rate:.1f} %".replace("-0.0 ", "0.0 ").replace("-", "\N{MINUS SIGN}")
 
 
 def bar(part: int, whole: int) -> str:
@@ -106,3 +116,43 @@ def shortened(text: str, limit: int, *, head: bool = True, tail: bool = True) ->
         return text
     part = limit // (head + tail)
     return (text[:part] if head else "") + " … " + (text[-part:] if tail else "")
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def verdict_lines(verdict: Verdict | None) -> Iterable[str]:
+    """A verdict as `show` and `log` have it, one sentence a line; none if there is none."""
+    if verdict is None:
+        return
+    if verdict["scored"]:
+        what = "served in full" if verdict["control"] else f"policy {printable(verdict['policy'])}"
+        yield f"scored {age(verdict['at'])} ago: {verdict['scored']} tokens, {what}"
+        yield (
+            f"regret {verdict['regret']:.4f} nats a token, {verdict['worst']:.4f} at most; "
+            + _floor(verdict)
+        )
+        yield _divergence(verdict)
+    if verdict.get("settled"):
+        yield f"settled {age(verdict['settled'])} ago"
+
+
+def _floor(verdict: Verdict) -> str:
+    if verdict["floor"] is None:
+        return "floor not known yet"
+    return f"floor {verdict['floor']:.4f} ({verdict['floor_answers']:,} controls)"
+
+
+def _divergence(verdict: Verdict) -> str:
+    if not verdict["greedy"]:
+        return "not greedy, or with tokens forbidden: that it differs says nothing"
+    if verdict["diverged"] is None:
+        return "these tokens are those of full compute"
+    return f"differs from full compute from token {verdict['diverged'] + 1} on"
+
+
+def regret_cell(verdict: Verdict | None) -> str:
+    """The regret for a column, `!` where the answer differs from that of full compute."""
+    if verdict is None or not verdict["scored"]:
+        return "-"
+    return f"{verdict['regret']:.3f}" + ("!" if verdict["diverged"] is not None else "")

@@ -17,6 +17,7 @@ from kvshare_store.daemon.describe import (
     summary,
     words_of,
 )
+from kvshare_store.daemon.scored import quality
 from kvshare_store.daemon.walking import branch, donor_parts
 from kvshare_store.errors import NamespaceError, NodeError, PlanError
 from kvshare_store.lookup.align import align
@@ -30,7 +31,7 @@ from kvshare_store.store import Store
 
 Question = (
     protocol.ListNodes | protocol.Branch | protocol.ShowNode | protocol.Explain
-    | protocol.ListRequests | protocol.Diff
+    | protocol.ListRequests | protocol.Quality | protocol.Diff
 )  # fmt: skip
 QUESTIONS = get_args(Question)
 
@@ -45,6 +46,8 @@ def answer(store: Store, message: Question) -> Any:
         return show_node(store, message.node)
     if isinstance(message, protocol.Explain):
         return explain(store, message)
+    if isinstance(message, protocol.Quality):
+        return quality(store, message)
     if isinstance(message, protocol.Diff):
         return diff(store, message.first, message.second)
     found = store.requests.last(

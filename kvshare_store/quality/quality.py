@@ -19,9 +19,18 @@ from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept
 from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
-from kvshare_store.quality.report import ClassReport, report_class
+from kvshare_store.quality.report import (
+    ALL,
+    ClassReport,
+    PolicyReport,
+    Wanted,
+    extra_rate,
+    report_class,
+    report_floor,
+)
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic
+from kvshare_store.quality.trend import Moment, Trends
 
 log = logging.getLogger("kvshare")
 
@@ -62,6 +71,7 @@ class Quality:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._classes = Classes()
+        self._trends = Trends()
         self._floors: OrderedDict[str, Evidence] = OrderedDict()
         """Controls, by namespace."""
         self._written = clock()
@@ -162,6 +172,7 @@ class Quality:
         learned.scored = self._clock()
         if score.greedy:  # others say nothing of divergence
             learned.unscored = 0
+            self._note(score, learned, floor)
         known.decisions.clear()
         if before == EXACT:
             return False
@@ -174,17 +185,41 @@ class Quality:
             self._say.warn("tightened", text, logging.INFO)
         return after < before
 
-    def report(self) -> list[ClassReport]:
-        """All classes, the most recently used last. No request waits for all of it."""
-        with self._lock:
-            known = list(self._classes)
-        return [self._report(*one) for one in known]
+    def _note(self, score: Score, learned: Learned, floor: Evidence) -> None:
+        """Remember what is known now, for the trend."""
+        extra = extra_rate(learned, score.policy, floor, self._terms)
+        moment = Moment(learned.scored, learned.of(score.policy).diverged.count, extra)
+        self._trends.add(score.namespace, score.traffic, score.policy, moment)
 
-    def _report(self, namespace: str, traffic: str, known: Known) -> ClassReport:
+    # --- what people ask ---------------------------------------------------------------------
+
+    def report(self, wanted: Wanted = ALL) -> list[ClassReport]:
+        """Classes, those with the most scored answers first. No request waits for all of it."""
+        with self._lock:
+            found = wanted.of(self._classes)
+        return [self._report(*one, wanted) for one in found[wanted.part]]
+
+    def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
         with self._lock:
             floor, named = self._floors.get(namespace) or Evidence(), self._named(namespace, known)
-            error = self._terms.error
-            return report_class(namespace, traffic, known.learned, floor, named, error)
+            now, of = self._clock(), self._trends.of
+            return report_class(
+                namespace, traffic, known.learned, floor, named, self._terms,
+                lambda policy: of(namespace, traffic, policy, now) if wanted.trends else (),
+            )  # fmt: skip
+
+    def floors(self, wanted: Wanted) -> list[tuple[str, PolicyReport]]:
+        """What controls show, by namespace, those that were scored last first."""
+        with self._lock:
+            found = [name for name in reversed(self._floors) if name.startswith(wanted.namespace)]
+            shown = found[wanted.part]
+            return [(name, report_floor(self._floors[name], self._terms)) for name in shown]
+
+    def counts(self, wanted: Wanted) -> tuple[int, int]:
+        """How many classes are meant, and how many namespaces with controls."""
+        with self._lock:
+            classes = len(wanted.of(self._classes))
+            return classes, sum(name.startswith(wanted.namespace) for name in self._floors)
 
     def _named(self, namespace: str, known: Known) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""
@@ -202,6 +237,7 @@ class Quality:
         with self._lock:
             known = self._classes.forget(namespace)
             known = self._floors.pop(namespace, None) is not None or known
+            self._trends.forget(namespace)
         if known or self._foreign or self._changed:
             self._write()
 
