@@ -29,6 +29,7 @@ REASONS = {
     "delimiters": "delimiters behind an edit (delimiters)",
     "cost": "reuse would save too little (min_saving_ms, approximation_price)",
     "policy": "the policy reuses prefixes only",
+    "source": "behind text that only one other source has sent (unconfirmed_share)",
 }
 """Why tokens are computed again."""
 
@@ -52,6 +53,24 @@ def share(part: int, whole: int) -> str:
 def percent(rate: float) -> str:
     """`12.5 %` of a share or of a difference of two."""
     return f"{100 * rate:.1f} %".replace("-0.0 ", "0.0 ").replace("-", "\N{MINUS SIGN}")
+
+
+def steering_text(steering: Mapping[str, Any]) -> str:
+    """What a bound makes of a prompt's class, as a sentence."""
+    text = (
+        f"class {printable(steering['traffic'])} is at {steering['rung']} under a bound of "
+        f"{percent(steering['bound'])}"
+    )
+    if steering["tried"]:
+        text += f"; {percent(steering['share'])} of its requests get {steering['tried']}"
+    return text
+
+
+def source_text(candidate: Mapping[str, Any]) -> str:
+    """Whose a candidate is, and how many of the tokens kept of it nobody has confirmed."""
+    found: str = candidate.get("source", "")
+    rows = candidate.get("unconfirmed", 0)
+    return f"{found}, {rows:,} tokens unconfirmed" if rows else found
 
 
 def bar(part: int, whole: int) -> str:

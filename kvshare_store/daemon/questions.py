@@ -57,8 +57,10 @@ def answer(store: Store, message: Question) -> Any:
 
 
 def _plain(store: Store, entry: Logged) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, prompt=b""))
-    del found["prompt"]
+    found: dict[str, Any] = msgspec.to_builtins(
+        msgspec.structs.replace(entry, prompt=b"", source=b"")
+    )
+    del found["prompt"], found["source"]
     verdict = store.verdicts.of_request(entry.request, entry.namespace)
     return found | {"verdict": verdict}
 
@@ -99,6 +101,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
         only=only.id if only is not None else "",
         without=without,
         pools=message.pools if logged is None else logged.pools,
+        source=b"" if logged is None else logged.source,
     )
     plain: dict[str, Any] = msgspec.to_builtins(found)
     plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from kvshare_store.daemon.evicting import Evicted as EvictedStruct
 from kvshare_store.daemon.scored import QualityReport
-from kvshare_store.lookup import explain, request_log
+from kvshare_store.lookup import explain, request_log, steering
 from kvshare_store.maintenance import purge
 from kvshare_store.save import verdicts
 
@@ -52,12 +52,13 @@ Verdict = model_of(verdicts.Verdict)
 Purged = model_of(purge.Purged)
 Evicted = model_of(EvictedStruct)
 Candidate = model_of(explain.Candidate)
+Steering = model_of(steering.Steering)
 Expected = model_of(explain.Expected)
 Quality = model_of(QualityReport)
 Purges: Any = list[Purged]  # type: ignore[valid-type]
 
 
-class Logged(model_of(request_log.Logged, "prompt")):  # type: ignore[misc]
+class Logged(model_of(request_log.Logged, "prompt", "source")):  # type: ignore[misc]
     """One request that has ended, and what a second look has said of its answer."""
 
     verdict: Verdict | None = None  # type: ignore[valid-type]
@@ -285,6 +286,7 @@ class Explained(BaseModel):
     by_kind: dict[str, int]
     by_reason: dict[str, int]
     expected: Expected | None  # type: ignore[valid-type]
+    steering: Steering | None = None  # type: ignore[valid-type]
     divergence: Divergence | None
     candidates: list[Candidate]  # type: ignore[valid-type]
     parts: list[Part]

@@ -28,6 +28,8 @@ from kvshare_store.readable import (
     short,
     shortened,
     size,
+    source_text,
+    steering_text,
     verdict_lines,
 )
 
@@ -56,6 +58,8 @@ _environment.filters.update(
     clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
     percent=percent,
     verdict=verdict_lines,
+    steering=steering_text,
+    source=source_text,
     nats=lambda value: f"{value:.4f}",
     query=urlencode,
     many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",

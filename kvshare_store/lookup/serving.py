@@ -7,7 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -20,17 +20,18 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
+from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explaining import Explained, Explaining
 from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.planner import Planned, Planner, slowest_of
-from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
+from kvshare_store.lookup.policy import Mask, configured_policy, stricter_policy
 from kvshare_store.lookup.request_log import Asked, RequestLog, prompt_of
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.text_vectors import TextVectors
-from kvshare_store.lookup.trust import Trust, Trusting
+from kvshare_store.lookup.trust import Trust, Trusting, trust_of
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
@@ -207,10 +208,8 @@ class Serving:
         return _with_pools(planned) if lookup.pools else planned
 
     def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
-        share = self._config.unconfirmed_share
-        if not lookup.source and share >= 1:
-            return None
-        return Trust(self._nodes.state, request, lookup.source, share, lookup.namespace.digest)
+        share, digest = self._config.unconfirmed_share, lookup.namespace.digest
+        return trust_of(self._nodes.state, share, request, lookup.source, digest)
 
     def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
         own = self._donors_of(lookup.namespace, trust)
@@ -312,33 +311,11 @@ class Serving:
                 self._nodes.used(donor)
         return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
 
-    def explain(
-        self,
-        request: Tokens,
-        namespace: Namespace,
-        policy: str | None,
-        only: Node | None = None,
-        without: Collection[str] = (),
-        pools: Collection[str] = (),
-    ) -> Explanation:
+    def explain(self, asked: Explained) -> Explanation:
         """See `Store.explain`."""
-        chosen = stricter_policy(self._policy, policy)
-        if policy is not None and chosen.name != policy:
-            chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
-        cost = self._costs.of(namespace.model_digest)
-        named: Named = {}
-        own, *others = (
-            Watched(self._nodes.state, space.digest, named, only, without)
-            for space in (namespace, *map(namespace.in_pool, pools))
-        )
-        return Explainer(self._config, request, chosen, cost).explain(
-            self._planner,
-            WithPools(own, others) if others else own,
-            named,
-            self._blocks.tier_of,
-            namespace.layout.row_bytes,
-            delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
-        )
+        return Explaining(
+            self._config, self._policy, self._nodes, self._planner, self._costs, self._quality
+        ).explain(asked)
 
     def leased_block(self, lease: str, name: str) -> BlockRef:
         """See `Store.leased_block`."""

@@ -86,6 +86,11 @@ class Quality:
         """Whether there is a bound."""
         return self._terms.bound > 0
 
+    @property
+    def bound(self) -> float:
+        """The extra rate of divergence that the operator accepts; 0: any."""
+        return self._terms.bound
+
     def reload(self, terms: Terms) -> None:
         """Go on by another bound or confidence."""
         with self._lock:
@@ -107,6 +112,15 @@ class Quality:
                 known.served()
                 self._changed = True  # silence counts across restarts too
         return self._ladder[chosen]
+
+    def would(self, namespace: str, traffic: str, configured: str) -> tuple[str, str, float] | None:
+        """As `rung`, but nothing counts as served: the rung, what is tried or empty, and by which
+        share of requests. None without a bound, or where the policy has nothing to choose from."""
+        if not self.steers or configured not in self._ladder[EXACT + 1 :]:
+            return None
+        with self._lock:
+            known = self._classes.get(namespace, traffic)
+            return self._named(namespace, known, self._ladder.index(configured))
 
     def _decision(self, namespace: str, known: Known | None, top: int) -> Decision:
         """`top`: the highest rung that the request may get."""
@@ -201,7 +215,8 @@ class Quality:
 
     def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
         with self._lock:
-            floor, named = self._floors.get(namespace) or Evidence(), self._named(namespace, known)
+            floor = self._floors.get(namespace) or Evidence()
+            named = self._named(namespace, known, self._top)
             now, of = self._clock(), self._trends.of
             return report_class(
                 namespace, traffic, known.learned, floor, named, self._terms,
@@ -221,11 +236,11 @@ class Quality:
             classes = len(wanted.of(self._classes))
             return classes, sum(name.startswith(wanted.namespace) for name in self._floors)
 
-    def _named(self, namespace: str, known: Known) -> tuple[str, str, float]:
+    def _named(self, namespace: str, known: Known | None, top: int) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""
         if not self.steers:
             return "", "", 0.0
-        made = self._decision(namespace, known, self._top)
+        made = self._decision(namespace, known, top)
         tried = self._ladder[made.tried] if made.tried != made.rung else ""
         return self._ladder[made.rung], tried, made.share
 

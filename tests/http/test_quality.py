@@ -76,7 +76,7 @@ def teach(
                 regrets=regrets,
                 greedy=True,
                 control=control,
-            )  # fmt: skip
+            )
         )
     return traffic
 
@@ -118,9 +118,10 @@ def test_each_class_says_its_rung_and_why(engine: Driver) -> None:
     teach(engine, "aggressive", 40, bad=40, kind="insert")
     teach(engine, "faithful", 40, bad=40, kind="insert")
     teach(engine, count=300, control=True)
-    teach(engine, "faithful", kind="delete")
+    teach(engine, "faithful", 2500, kind="delete")
     teach(engine, "faithful", 8, bad=8, kind="delete")  # all that was known is in doubt
     first, *_ = told(engine)["classes"]
+    assert first["kind"] == "replace", "of the others less is known"
     assert (first["known"]["rung"], first["known"]["tried"]) == ("faithful", "balanced")
     said = lines(shown(engine))
     rows = re.findall(
@@ -134,7 +135,8 @@ def test_each_class_says_its_rung_and_why(engine: Driver) -> None:
     assert "exact rung" in by_kind["insert"]
     assert "exact rung" in by_kind["delete"]
     assert "within" in by_kind["delete"]
-    assert "300 0.0 %" in said
+    assert told(engine)["floors"][0]["known"]["greedy"] == 300
+    assert said.count("0.0 % (0.0 % to 1.5 %)") == 1, "what the controls show"
     digest = engine.namespace.digest
     one = lines(shown(engine, "/quality/class", namespace=digest, traffic=good))
     assert "Its rung faithful" in one
@@ -223,9 +225,9 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     assert f"/nodes/{stored.id}?policy=aggressive" in links
     node = seen(engine.store, f"/nodes/{stored.id}?policy=aggressive")
     assert "differs from full compute from token 3 on" in Page(node.text).text
-    (one,) = [link for link in links if (link or "").startswith("/quality/class")]
+    (one,) = {link for link in links if (link or "").startswith("/quality/class")}
     assert f"/nodes/{stored.id}" in seen(engine.store, str(one)).text
-    engine.store.evict([stored.id])
+    engine.store.clear()
     assert told(engine)["worst"][0]["node"] == ""
     assert "no longer stored" in lines(shown(engine))
 

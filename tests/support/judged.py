@@ -3,7 +3,7 @@ a look says how good that was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,12 +44,13 @@ class Judged(ClientDriver):
         self,
         tokens: Sequence[int],
         answer: Sequence[int],
-        regrets: tuple[float, ...] = GOOD,
+        regrets: Callable[[ReusePlan], tuple[float, ...]] = lambda _: GOOD,
         *,
         request: str = "",
         greedy: bool = True,
     ) -> ReusePlan:
-        """Serve a prompt, save it with its answer, and say of that how good it was."""
+        """Serve a prompt, save it with its answer, and say of that how good it was. `regrets`: of
+        each of its first tokens, by the plan that it was served on."""
         plan = self.served(tokens, request)
         self.save(tokens, None if plan.declined else plan)
         used = reuse_of(plan)
@@ -57,7 +58,9 @@ class Judged(ClientDriver):
         look = self.client.call(NextLook((self.namespace.digest,), scores=True))
         if look is not None:
             given = msgspec.convert(look, Look)
-            self.client.call(Looked(given.node, given.stamp, "computed", regrets[: given.score]))
+            self.client.call(
+                Looked(given.node, given.stamp, "computed", regrets(plan)[: given.score])
+            )
         return plan
 
     def _extend(
