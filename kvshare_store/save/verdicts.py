@@ -152,7 +152,7 @@ class Verdicts:
             return self._plain(found)
 
     def worst(self, most: int, namespace: str = "", traffic: str = "") -> list[Recent]:
-        """Recent answers on approximate rows, those with the highest regret first, at most so many.
+        """Recent answers on approximate rows with any regret, the highest first, at most so many.
         Greedy ones come before all others, whose regrets have the sampling in them. `namespace`:
         the beginning of a digest; `traffic`: a class."""
         with self._lock:
@@ -160,7 +160,7 @@ class Verdicts:
             for node, scored in self._of_nodes.items():
                 score = scored.score
                 meant = score.namespace.startswith(namespace) and traffic in ("", score.traffic)
-                if meant and not score.control:
+                if meant and score.regret and not score.control:
                     known = found.get(id(scored), Recent((), scored))
                     found[id(scored)] = known._replace(nodes=(*known.nodes, node))
         return nlargest(most, found.values(), key=_badness)

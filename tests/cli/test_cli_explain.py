@@ -134,6 +134,7 @@ def test_a_bound_and_a_cap_are_explained(
     first, second = engine.save(FIRST), engine.save(SECOND)
     engine.store.close()
     monkeypatch.setenv("KVSHARE_POLICY", "aggressive")
+    monkeypatch.setenv("KVSHARE_APPROXIMATION_PRICE", "0")
     arguments = ("explain", "--node", second, "--node", first, "--home", home)
     plain = as_json(*arguments)["explanation"]
     monkeypatch.setenv("KVSHARE_UNCONFIRMED_SHARE", "0.1")

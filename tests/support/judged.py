@@ -3,20 +3,26 @@ a look says how good that was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
-from kvshare_store.daemon.protocol import Looked, NextLook
+from kvshare_store.daemon.protocol import Looked, NextLook, Quality
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan import LABEL_CHARS, Outcome, ReusePlan
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save.second_looks import Look
 from kvshare_store.save.staging import Reuse, contexts_of_rows, reuse_of
-from tests.support.daemons import ClientDriver
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.page import EVIL, PARENT, TENANT, World, byte_tokenizer, page_url
+from tests.support.stores import SMALL
 
 SETTINGS: dict[str, Any] = {"second_look_control": 1.0}
 """Every answer that was served in full is a control."""
@@ -75,3 +81,27 @@ class Judged(ClientDriver):
             greedy=greedy, request=request,
         )  # fmt: skip
         self.commit_rows(staged, whole, exact)
+
+
+@contextlib.contextmanager
+def judged_world(folder: Path) -> Iterator[World]:
+    """A daemon that has scored answers of one class under a bound: the edited ones all diverge.
+    `child` is one of those."""
+    settings = SMALL | SETTINGS | {"http": "127.0.0.1:0", "quality_bound": 0.5}
+    config = StoreConfig(home=str(folder / "home"), **settings)
+    tokenizer = byte_tokenizer(folder / "tokenizer")
+    space = Namespace("org/<model>", KVLayout(2, 1, 4, "float32"), tenant=TENANT,
+                      tokenizer=str(tokenizer))  # fmt: skip
+    with Daemon(config) as daemon, Client(config.home_path) as client:
+        made = World(daemon, page_url(daemon), space, "", "", "")
+        engine = Judged(client, space)
+        for day in range(24):
+            engine.answered(
+                made.tokens(PARENT.replace("3 May", f"{10 + day} June")),
+                made.tokens(f" On day {day} we do sell them."),
+                lambda plan: BAD if plan.generation else GOOD,
+                request=f"chat-{day}-{EVIL}"[:LABEL_CHARS],
+            )
+        client.flush()
+        worst = client.call(Quality())["worst"]
+        yield made._replace(child=worst[0]["node"])
