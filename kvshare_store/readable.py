@@ -70,7 +70,10 @@ def source_text(candidate: Mapping[str, Any]) -> str:
     """Whose a candidate is, and how many of the tokens kept of it nobody has confirmed."""
     found: str = candidate.get("source", "")
     rows = candidate.get("unconfirmed", 0)
-    return f"{found}, {rows:,} tokens unconfirmed" if rows else found
+    if not rows:
+        return found
+    tokens = f"{rows:,} tokens"
+    return f"{found} ({tokens})" if found == "unconfirmed" else f"{found}, {tokens} unconfirmed"
 
 
 def bar(part: int, whole: int) -> str:

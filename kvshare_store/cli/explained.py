@@ -107,7 +107,7 @@ def candidates_table(candidates: Sequence[Found]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("found by", no_wrap=True)
     if sources:
-        table.add_column("source")
+        table.add_column("source", no_wrap=True)
     table.add_column("why", overflow="fold")
     for one in candidates:
         table.add_row(

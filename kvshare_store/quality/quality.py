@@ -209,9 +209,12 @@ class Quality:
 
     def report(self, wanted: Wanted = ALL) -> list[ClassReport]:
         """Classes, those with the most scored answers first. No request waits for all of it."""
+        return [self._report(*one, wanted) for one in self._meant(wanted)[wanted.part]]
+
+    def _meant(self, wanted: Wanted) -> list[tuple[str, str, Known]]:
         with self._lock:
-            found = wanted.of(self._classes)
-        return [self._report(*one, wanted) for one in found[wanted.part]]
+            classes = list(self._classes)
+        return wanted.of(classes)
 
     def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
         with self._lock:
@@ -233,8 +236,9 @@ class Quality:
     def counts(self, wanted: Wanted) -> tuple[int, int]:
         """How many classes are meant, and how many namespaces with controls."""
         with self._lock:
-            classes = len(wanted.of(self._classes))
-            return classes, sum(name.startswith(wanted.namespace) for name in self._floors)
+            spaces = list(self._floors)
+        controlled = sum(name.startswith(wanted.namespace) for name in spaces)
+        return len(self._meant(wanted)), controlled
 
     def _named(self, namespace: str, known: Known | None, top: int) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""

@@ -92,7 +92,8 @@ ALL = Wanted()
 
 
 def _scored(learned: Learned) -> int:
-    return sum(one.diverged.count + one.sampled.count for one in learned.policies.values())
+    policies = list(learned.policies.values())  # at once: nobody holds the lock
+    return sum(one.diverged.count + one.sampled.count for one in policies)
 
 
 def report_class(

@@ -144,7 +144,7 @@ def test_a_bound_and_a_cap_are_explained(
         "source", "unconfirmed"}  # fmt: skip
     assert capped["by_kind"]["edited"] == 20
     assert "recomputed: source" in ok(*arguments)
-    assert "unconfirmed, 20 tokens" in " ".join(ok(*arguments).split())
+    assert "unconfirmed (20 tokens)" in ok(*arguments)
     monkeypatch.setenv("KVSHARE_QUALITY_BOUND", "0.02")
     steered = as_json(*arguments)["explanation"]
     assert steered["steering"]["rung"] == steered["policy"] == "exact"

@@ -99,6 +99,15 @@ def test_an_empty_store_has_nothing_to_say(engine: Driver) -> None:
     assert (found["policy"], found["bound"], found["confidence"]) == ("aggressive", 0.02, 0.95)
 
 
+@pytest.mark.parametrize("policy", ["off", "exact"])
+def test_a_policy_without_edited_rows_has_nothing_to_say(driver: Open, policy: str) -> None:
+    engine = driver(quality_bound=0.02, policy=policy)
+    teach(engine)
+    teach(engine, control=True)
+    assert told(engine)["classes"] == []
+    assert "No edited answer was scored yet" in lines(shown(engine))
+
+
 def test_without_a_bound_it_is_only_reported(driver: Open) -> None:
     engine = driver()
     known(engine, engine.namespace)
@@ -247,6 +256,31 @@ def test_each_of_the_worst_is_listed_once_greedy_ones_first(engine: Driver) -> N
     (sampled,) = told(engine, traffic=f"{digest[:12]}/0a/99")["worst"]
     assert (sampled["greedy"], sampled["regret"]) == (False, 50.0)
     assert told(engine, traffic=f"{digest[:12]}/0a/98")["worst"] == []
+
+
+# --- explanations ---------------------------------------------------------------------------------
+
+
+def explained(driver: Open, **settings: Any) -> str:
+    """The page that explains an edited request of a source that is new."""
+    engine = driver(log_prompts=True, **settings)
+    donor = prompt(1, 300)
+    engine.save(donor)
+    engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]], source=b"ann-hash")
+    found = seen(engine.store, "/explain?request=1")
+    assert found.status_code == 200
+    return lines(Page(found.text))
+
+
+def test_an_explanation_says_the_rung_and_whose_rows_are_taken(driver: Open) -> None:
+    text = explained(driver, **BOUND, unconfirmed_share=0.5)
+    assert re.search(r"Class \w+/\w+/replace is at exact under a bound of 2.0 %", text)
+    assert "2.0 % of its requests get faithful. Its quality" in text
+    assert "found bysourcewhy" in text
+    capped = explained(driver, unconfirmed_share=0.5)
+    assert "under a bound" not in capped
+    assert "unconfirmed (150 tokens)" in capped
+    assert "only one other source has sent" in capped
 
 
 # --- whose it is ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.by_id import held
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.questions import answer
 from kvshare_store.errors import KVShareError
@@ -86,13 +87,18 @@ class Inside:
 
     def ask(self, message: Any, given_up: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        counts = isinstance(message, protocol.Stats)
         try:
-            found = self.store.stats() if counts else answer(self.store, message)
-            future.set_result(msgspec.to_builtins(found))
+            future.set_result(msgspec.to_builtins(self._found(message)))
         except KVShareError as error:
             future.set_exception(error)
         return future
+
+    def _found(self, message: Any) -> Any:
+        if isinstance(message, protocol.Stats):
+            return self.store.stats()
+        if isinstance(message, protocol.Held):
+            return held(self.store, message.model)
+        return answer(self.store, message)
 
 
 def seen(store: Store, path: str = "/", *, history: History | None = None) -> httpx.Response:

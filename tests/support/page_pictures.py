@@ -27,7 +27,7 @@ from tests.support.judged import GOOD, SETTINGS, Judged
 from tests.support.page import byte_tokenizer, page_url, tokens_of
 from tests.support.stores import SMALL
 
-SECONDS, PAUSE_S, ANSWERS = 125.0, 0.4, 1500
+SECONDS, PAUSE_S, ANSWERS = 125.0, 0.4, 900
 RULES = "You answer for a bike shop. Today: {day} May. Be brief and name prices.\n"
 CATALOGUE = "".join(
     f"{kind} {n}: {n * 137} francs, {n + 6} kg, {5 * n} in stock.\n"
