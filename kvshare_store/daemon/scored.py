@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -37,6 +37,8 @@ class ListedClass(msgspec.Struct, frozen=True):
     """What was edited: `append`, `insert`, `delete`, `replace` or `several`."""
     silent: bool
     """So many requests came without a score that what was learned counts no more."""
+    example: str
+    """A prompt of it that was scored lately; empty if none of those is stored any more."""
     known: ClassReport
 
 
@@ -90,12 +92,12 @@ def quality(store: Store, message: protocol.Quality) -> QualityReport:
     wanted = Wanted(digest, message.traffic, message.start, message.limit, message.trends)
     floors = store.quality.floors(Wanted(digest, most=_FLOORS))
     total, floors_total = store.quality.counts(wanted)
-    config = store.config
+    config, examples = store.config, store.verdicts.examples()
     return QualityReport(
         config.policy,
         config.quality_bound,
         config.quality_confidence,
-        tuple(_listed(store, one) for one in store.quality.report(wanted)),
+        tuple(_listed(store, one, examples) for one in store.quality.report(wanted)),
         total,
         tuple(Floor(_space(store, name), known) for name, known in floors),
         floors_total,
@@ -103,10 +105,13 @@ def quality(store: Store, message: protocol.Quality) -> QualityReport:
     )
 
 
-def _listed(store: Store, known: ClassReport) -> ListedClass:
+def _listed(
+    store: Store, known: ClassReport, examples: Mapping[tuple[str, str], Sequence[str]]
+) -> ListedClass:
     family, _, kind = known.traffic.partition("/")[2].partition("/")
+    example = _stored(store, examples.get((known.namespace, known.traffic), ()))
     silent = known.unscored >= STALE
-    return ListedClass(_space(store, known.namespace), family, kind, silent, known)
+    return ListedClass(_space(store, known.namespace), family, kind, silent, example, known)
 
 
 def _space(store: Store, digest: str) -> Space:

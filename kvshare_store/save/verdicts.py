@@ -165,6 +165,16 @@ class Verdicts:
                     found[id(scored)] = known._replace(nodes=(*known.nodes, node))
         return nlargest(most, found.values(), key=_badness)
 
+    def examples(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """By namespace and class the two nodes that were scored last: as a rule one prompt, edited
+        and exact."""
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
+        with self._lock:
+            for node, (score, *_) in self._of_nodes.items():
+                of = score.namespace, score.traffic
+                found[of] = (*found.get(of, ())[-1:], node)
+        return found
+
     def report(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Sums of the scores by policy, those of controls as `CONTROL`, and by how the tokens were
         chosen, `greedy` or `sampled`."""

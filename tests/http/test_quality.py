@@ -223,6 +223,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     look = given(engine)
     assert look is not None
     looked(engine, look, WHOLE)
+    assert told(engine)["classes"][0]["example"] == stored.id
     (worst,) = told(engine)["worst"]
     assert (worst["node"], worst["request"], worst["diverged"]) == (stored.id, "", 2)
     assert worst["regret"] == pytest.approx(sum(WHOLE) / len(WHOLE))
@@ -234,7 +235,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     (one,) = {link for link in links if (link or "").startswith("/quality/class")}
     assert f"/nodes/{stored.id}" in seen(engine.store, str(one)).text
     engine.store.clear()
-    assert told(engine)["worst"][0]["node"] == ""
+    assert told(engine)["worst"][0]["node"] == told(engine)["classes"][0]["example"] == ""
     assert "no longer stored" in lines(shown(engine))
 
 
