@@ -72,7 +72,8 @@ class Page(HTMLParser):
             assert found["src"] == "/static/page.js"
         for name in ("href", "src", "action"):
             assert not found.get(name) or re.match(r"[/?#]", found[name] or ""), found
-        self.ids += [found["id"]] if found.get("id") else []
+        if identity := found.get("id"):
+            self.ids.append(identity)
         self.elements.append((tag, found))
 
     def handle_data(self, data: str) -> None:
