@@ -169,7 +169,9 @@ async def children(
     return await ask(protocol.Branch(node=node, after=after, limit=limit))
 
 
-@router.get("/nodes/{node}/spans", response_model=models.Explanation)
+@router.get(
+    "/nodes/{node}/spans", response_model=models.Explanation, response_model_exclude_unset=True
+)
 async def spans(
     ask: Ask,
     node: NodeId,
@@ -218,7 +220,12 @@ async def quality(
     return await ask(protocol.Quality(namespace, traffic, trends, start, limit))
 
 
-@router.post("/explain", response_model=models.Explanation, dependencies=[Depends(own_form)])
+@router.post(
+    "/explain",
+    response_model=models.Explanation,
+    response_model_exclude_unset=True,  # without a bound or a cap nothing is said of them
+    dependencies=[Depends(own_form)],
+)
 async def explain(ask: Ask, body: ExplainBody) -> Any:
     """Why a prompt is served as it is. Nothing is served or counted."""
     return await ask(body.message())
