@@ -93,9 +93,9 @@ def judged(client: Client, space: Namespace, count: int) -> None:
 
 def pictures(
     folder: Path, out: Path, settings: dict[str, Any],
-    traffic: Callable[[Client, Namespace], dict[str, str]],
+    traffic: Callable[[Client, Namespace], dict[str, str]], height: int,
 ) -> None:  # fmt: skip
-    """Serve, open the pages that the traffic names, and write a picture of each."""
+    """Serve, open the pages that the traffic names, and write a picture of each, so high."""
     space = Namespace("org/model", KVLayout(2, 1, 4, "float32"),
                       tokenizer=str(byte_tokenizer(folder / "tokenizer")))  # fmt: skip
     large = SMALL | {"host_bytes": 64 << 20, "disk_bytes": 64 << 20} | settings
@@ -104,7 +104,7 @@ def pictures(
         paths = traffic(client, space)
         with browser(folder) as tab:
             for name, path in paths.items():
-                tab.look(1000, 640)
+                tab.look(1000, height)
                 tab.open(page_url(daemon) + path)
                 tab.picture(out / f"page-{name}.png", whole=False)
 
@@ -121,9 +121,9 @@ def main(out: Path) -> None:
         return {"quality": "/quality"}
 
     bound = SETTINGS | {"quality_bound": 0.2, "policy": "aggressive", "second_look_control": 0.3}
-    for settings, traffic in (({"policy": "balanced"}, plain), (bound, scored)):
+    for settings, traffic, height in (({"policy": "balanced"}, plain, 640), (bound, scored, 940)):
         with tempfile.TemporaryDirectory(prefix="kvshare-") as folder:
-            pictures(Path(folder), out, settings, traffic)
+            pictures(Path(folder), out, settings, traffic, height)
 
 
 if __name__ == "__main__":
