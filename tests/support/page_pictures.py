@@ -89,6 +89,8 @@ def judged(client: Client, space: Namespace, count: int) -> None:
         text = head.format(at // len(RISKS)) + body + chance.choice(QUESTIONS)
         answer = tokens_of(space, f" Answer {at}: that is so.")
         engine.answered(tokens_of(space, text), answer, regrets, request=f"chatcmpl-{at:04x}")
+        if at % 100 == 0:
+            client.flush()  # no more than so many may wait for the disk
 
 
 def pictures(
