@@ -16,6 +16,7 @@ from kvshare_store.errors import KVShareError, NodeError, PlanError, Unavailable
 from kvshare_store.limits import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explaining import Explained
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.lookup.plan_maker import PlanMaker
@@ -180,16 +181,19 @@ class Store:
         only: str = "",
         without: Collection[str] = (),
         pools: Collection[str] = (),
+        source: bytes = b"",
     ) -> Explanation:
         """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
 
-        `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
-        `without`: of those to leave out; `pools`: as in `plan`. `NodeError` if `only` is not here.
+        `policy`: also a laxer one than the configured; None: under a bound, that of the prompt's
+        class. `only`: the id of the one donor to consider; `without`: of those to leave out;
+        `pools`, `source`: as in `plan`. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):
             raise NodeError(f"node {short(only)} is not in the store")
-        return self._maker.explain(as_tokens(tokens), namespace, policy, donor, without, pools)
+        asked = Explained(as_tokens(tokens), namespace, policy, donor, without, pools, source)
+        return self._maker.explain(asked)
 
     @property
     def requests(self) -> RequestLog:

@@ -12,7 +12,16 @@ from rich.text import Text
 
 from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.log import request_lines
-from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
+from kvshare_store.readable import (
+    KIND_COLOURS,
+    REASONS,
+    printable,
+    share,
+    short,
+    shortened,
+    source_text,
+    steering_text,
+)
 
 Found = Mapping[str, Any]
 
@@ -52,6 +61,8 @@ def headline(explained: Found) -> Iterable[str]:
         f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
         f"{printable(explained['model'])} (namespace {explained['namespace']}{tenant})"
     )
+    if explained.get("steering"):
+        yield steering_text(explained["steering"])
     if explained["declined"]:
         yield f"no plan: {explained['declined']}"
     else:
@@ -90,10 +101,13 @@ def fates_table(explained: Found) -> Table:
 
 def candidates_table(candidates: Sequence[Found]) -> Table:
     """A line for each stored prompt that was nominated."""
+    sources = any(source_text(one) for one in candidates)
     table = _table("candidate")
     for column in ("score", "prefix", "shared", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("found by", no_wrap=True)
+    if sources:
+        table.add_column("source", no_wrap=True)
     table.add_column("why", overflow="fold")
     for one in candidates:
         table.add_row(
@@ -103,6 +117,7 @@ def candidates_table(candidates: Sequence[Found]) -> Table:
             f"{one['shared']:,}",
             f"{one['kept']:,}",
             ", ".join(one["found_by"]),
+            *([source_text(one)] if sources else []),
             Text(one["why"], "green" if one["taken"] else ""),
         )
     return table

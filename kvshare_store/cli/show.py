@@ -23,8 +23,14 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.cli.verdicts import verdict_lines
-from kvshare_store.readable import age, printable, provenance, short, shortened
+from kvshare_store.readable import (
+    age,
+    printable,
+    provenance,
+    short,
+    shortened,
+    verdict_lines,
+)
 
 Node = Mapping[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 import msgspec
@@ -48,9 +49,22 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """When the exact rows took the place of the edited ones, Unix seconds."""
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
+    """A score that a verdict is made of."""
+
     score: Score
     at: float
+    """When it came, Unix seconds."""
+    request: str
+    """The engine's name of the request; empty if it did not say."""
+
+
+class Recent(NamedTuple):
+    """An answer on approximate rows that was scored."""
+
+    nodes: tuple[str, ...]
+    """That it is part of: the edited one and its exact twin. They may have left the store."""
+    scored: Scored
 
 
 class Sum(msgspec.Struct):
@@ -76,8 +90,8 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of_nodes: Latest[str, _Scored] = Latest(_KEPT)
-        self._of_requests: Latest[str, _Scored] = Latest(_KEPT)
+        self._of_nodes: Latest[str, Scored] = Latest(_KEPT)
+        self._of_requests: Latest[str, Scored] = Latest(_KEPT)
         self._settled: Latest[str, tuple[str, float]] = Latest(_KEPT)
         """By exact node, the namespace, and when it took the place of its edited twin."""
         self._sums: dict[str, dict[str, Sum]] = {}
@@ -89,7 +103,7 @@ class Verdicts:
 
     def scored(self, score: Score, nodes: Iterable[str], request: str) -> None:
         """The answer of a request was scored: it is part of these nodes."""
-        scored = _Scored(score, time.time())
+        scored = Scored(score, time.time(), request)
         kind = CONTROL if score.control else score.policy
         with self._lock:
             for node in nodes:
@@ -135,13 +149,37 @@ class Verdicts:
                 return None
             return self._plain(found)
 
+    def worst(self, most: int, namespace: str = "", traffic: str = "") -> list[Recent]:
+        """Recent answers on approximate rows with any regret, the highest first, at most so many.
+        Greedy ones come before all others, whose regrets have the sampling in them. `namespace`:
+        the beginning of a digest; `traffic`: a class."""
+        with self._lock:
+            found: dict[int, Recent] = {}
+            for node, scored in self._of_nodes.items():
+                score = scored.score
+                meant = score.namespace.startswith(namespace) and traffic in ("", score.traffic)
+                if meant and score.regret and not score.control:
+                    known = found.get(id(scored), Recent((), scored))
+                    found[id(scored)] = known._replace(nodes=(*known.nodes, node))
+        return nlargest(most, found.values(), key=_badness)
+
+    def examples(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """By namespace and class the two nodes that were scored last: as a rule one prompt, edited
+        and exact."""
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
+        with self._lock:
+            for node, (score, *_) in self._of_nodes.items():
+                of = score.namespace, score.traffic
+                found[of] = (*found.get(of, ())[-1:], node)
+        return found
+
     def report(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Sums of the scores by policy, those of controls as `CONTROL`, and by how the tokens were
         chosen, `greedy` or `sampled`."""
         with self._lock:
             return {kind: msgspec.to_builtins(sums) for kind, sums in self._sums.items()}
 
-    def _plain(self, found: _Scored | None, settled: float | None = None) -> dict[str, Any]:
+    def _plain(self, found: Scored | None, settled: float | None = None) -> dict[str, Any]:
         verdict = Verdict(settled=settled)
         if found is not None:
             score = found.score
@@ -162,6 +200,11 @@ class Verdicts:
             )
         plain: dict[str, Any] = msgspec.to_builtins(verdict)
         return plain
+
+
+def _badness(recent: Recent) -> tuple[bool, float, float]:
+    score = recent.scored.score
+    return score.greedy, score.regret, recent.scored.at
 
 
 def _chosen(score: Score) -> str:
