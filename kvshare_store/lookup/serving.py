@@ -273,7 +273,7 @@ class Serving:
             self._count_answer(lookup, plan.declined)
         if plan.declined == "no_saving":
             self._costs_of(lookup).of(lookup.namespace.model_digest).doubt()
-        answer.set_result(plan)
+        answer.set_result(msgspec.structs.replace(plan, wiped=self._blocks.pool.wiped))
 
     def _count_answer(self, lookup: Asked, declined: str) -> None:
         seconds = perf_counter() - lookup.start
