@@ -14,6 +14,7 @@ from examples.prompts.histories import Message, recorded, turns
 from kvshare_store.simulate.prompts import Prompt
 
 BEGIN_S, TURN_S = 5.0, 30.0
+_PLAIN = {"add_special_tokens": False}
 
 
 def conversations(data: Path) -> Iterator[list[Message]]:
@@ -32,7 +33,7 @@ def as_tokens(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """Tokens of a history in ChatML, the small model's template, up to the start of the answer."""
     said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
     text = "".join([*said, "<|im_start|>assistant\n"])
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, **_PLAIN)["input_ids"]
     return tokens
 
 
@@ -71,10 +72,8 @@ def side_by_side(sessions: Sequence[Sequence[Sent]], tokenizer: Any) -> list[Pro
     for number, session in enumerate(sessions):
         for turn, (history, answer) in enumerate(session):
             text = f"{answer}<|im_end|>" if answer else ""
-            answered = tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens = (
-                np.asarray(ids, np.int32) for ids in (as_tokens(history, tokenizer), answered)
-            )
+            ids = as_tokens(history, tokenizer), tokenizer(text, **_PLAIN)["input_ids"]
+            tokens, answered = (np.asarray(each, np.int32) for each in ids)
             at = BEGIN_S * number + TURN_S * turn
-            prompts.append(Prompt(*tokens, at, "", str(number)))
+            prompts.append(Prompt(tokens, answered, at, "", str(number)))
     return sorted(prompts, key=lambda prompt: prompt.at or 0.0)

@@ -78,7 +78,7 @@ def measure(options: Options) -> Result:
         total = 2 * sum(len(each.requests) for each, _ in replays)
         task = shown.add_task("replay", total=total)
         for each, memory in replays:
-            found |= _replayed(each, memory, config, lambda: shown.advance(task))
+            found |= replayed(each, memory, config, lambda: shown.advance(task))
     whole = {each.prompts: each.requests for each in slices if each.sessions == "all"}
     return Result(
         name="agents",
@@ -92,9 +92,9 @@ def measure(options: Options) -> Result:
         model=f"none (tokens of {model_name(options)})",
         noise_floor="none: a replay gives the same numbers each time",
         columns=_COLUMNS,
-        rows=_rows(found),
+        rows=rows_of(found),
         notes=_NOTES,
-        targets=_targets(found),
+        targets=targets_of(found),
     )
 
 
@@ -155,7 +155,7 @@ def room_of(requests: Iterable[Prompt], memory: str, settle: float | None = None
     return Room(ROW_BYTES, MEMORY[memory] * longest * ROW_BYTES, settle)
 
 
-def _replayed(
+def replayed(
     part: Slice, memory: str, config: StoreConfig, served: Callable[[], None]
 ) -> dict[Key, Left]:
     """What each arm leaves."""
@@ -179,7 +179,8 @@ def _replayed(
     return found
 
 
-def _rows(found: dict[Key, Left]) -> list[list[Cell]]:
+def rows_of(found: dict[Key, Left]) -> list[list[Cell]]:
+    """A row for each arm over all sessions of a trace; what was not replayed is empty."""
     rows: list[list[Cell]] = []
     for key, left in found.items():
         if key.sessions != "all":
@@ -192,7 +193,8 @@ def _rows(found: dict[Key, Left]) -> list[list[Cell]]:
     return rows
 
 
-def _targets(found: dict[Key, Left]) -> list[tuple[str, str, bool]]:
+def targets_of(found: dict[Key, Left]) -> list[tuple[str, str, bool]]:
+    """The third is about every replay, settled or not."""
     ours = found[Key("balanced", "recorded", "all", "report")]
     worst = max(found, key=lambda each: max(found[each].ratio, found[each].settled))
     most = max(found[worst].ratio, found[worst].settled)
