@@ -411,7 +411,7 @@ def opened_to_all(home: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_it_ends_in_good_order_under_attack(attack: Attack, tmp_path: Path) -> None:
-    config: StoreConfig = small(str(tmp_path))
+    config = msgspec.structs.replace(small(str(tmp_path)), drain_seconds=1.0)
     book = RowBook(SPACE.layout)
     home = config.home_path
     with Daemon(config) as daemon, attacking(attack, home), Client(home, timeout=60.0) as client:
