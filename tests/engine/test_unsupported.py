@@ -69,8 +69,8 @@ def model_in(folder: Path, architecture: str) -> Path:
 def test_an_unsupported_model_is_served_without_reuse(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, groups: int, reason: str
 ) -> None:
-    """Layers with a window or a state keep blocks of their own: vLLM's hybrid memory manager stays on.
-    vLLM switches it off for connectors that do not declare support for it."""
+    """Layers with a window or a state keep blocks of their own: vLLM's hybrid memory manager stays
+    on. vLLM switches it off for connectors that do not declare support for it."""
     with caplog.at_level(logging.WARNING, "kvshare"):
         engine = Engine(
             tmp_path / "home",

@@ -23,7 +23,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
