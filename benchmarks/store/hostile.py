@@ -69,8 +69,11 @@ def timed(client: Client, seconds: float) -> list[float]:
 def attacked(name: str, home: Path) -> Iterator[None]:
     """A process of its own attacks until the end of the block."""
     command = [sys.executable, "-m", "tests.support.attacks", name, str(home)]
-    with subprocess.Popen(command, cwd=_ROOT) as attacker:
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE) as attacker:
         try:
+            assert attacker.stdout is not None
+            if not attacker.stdout.readline():
+                raise RuntimeError(f"the attack {name} did not begin")
             time.sleep(SETTLED_S)
             yield
             if attacker.poll() is not None:

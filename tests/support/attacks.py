@@ -132,4 +132,6 @@ def attacking(attack: Attack, home: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    {**ATTACKS, "computing": computing}[sys.argv[1]](Path(sys.argv[2]), threading.Event())
+    chosen = {**ATTACKS, "computing": computing}[sys.argv[1]]
+    print("begins", flush=True)
+    chosen(Path(sys.argv[2]), threading.Event())
