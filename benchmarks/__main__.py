@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, str] = {
     "plans": "store.lookups",
     "lookups": "store.rewritten_lookups",
     "hostile": "store.hostile",
+    "clients": "store.clients",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
     "agents": "store.agents",
