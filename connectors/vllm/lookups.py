@@ -34,6 +34,8 @@ class Lookups:
         self._late: list[RequestState] = []
         """Requests that ended, or whose namespace was replaced, before their plan came."""
         self._wait_until = 0.0
+        self.wiped = ""
+        """That of the newest plan (see `ReusePlan.wiped`)."""
         self.exact_only = True
         """Ask for exact rows only: the scheduler computes no placeholders, or another connector
         would store edited rows as exact."""
@@ -86,6 +88,8 @@ class Lookups:
         state.planned_at = time.monotonic()
         state.stored = plan
         state.reason = "unavailable" if plan is None else plan.declined
+        if plan is not None and plan.wiped:
+            self.wiped = plan.wiped
         if plan is not None and plan.spans:
             state.plan = plan
         return True

@@ -29,6 +29,7 @@ class Resident:
         self._layout = layout
         self._uses: Latest[str, int] = Latest(_REMEMBERED)
         self._wanted: dict[str, tuple[LeasedRows, BlockRef]] = {}
+        self._wiped = ""
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
         """The block's rows on the device, at least as exact as the arena's; None if absent."""
@@ -36,6 +37,15 @@ class Resident:
 
     def _serves(self, ref: BlockRef) -> bool:
         return self.tier is not None and self.tier.serves(ref.name, lossy=ref.lossy)
+
+    def purged(self, wiped: str) -> None:
+        """Drop every copy if `wiped`, of the newest plan, has changed (see `ReusePlan.wiped`)."""
+        if self.tier is None or wiped == self._wiped:
+            return
+        self._wiped = wiped
+        self._uses.clear()
+        self._wanted.clear()
+        self.tier.wipe()
 
     def used(self, arena: LeasedRows, blocks: Sequence[BlockRef]) -> None:
         """A request has loaded rows of these blocks."""

@@ -83,15 +83,19 @@ def summary_table(node: Node) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    exact = node["exact_rows"]
     edited = node["generation"] > 0
     table.add_row("node", Text(node["id"], style="cyan"))
     pool = f", pool {printable(node['pool'])}" if node.get("pool") else ""
     table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']}{pool})")
-    table.add_row("tokens", f"{node['tokens']:,}, of which {exact:,} exact from the start")
+    table.add_row("tokens", _rows_by_kind(node))
     table.add_row(
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )
+    if node["policy"]:
+        table.add_row("policy", f"{node['policy']}, the laxest that its rows were reused under")
+    for at, context in enumerate(node.get("contexts", ())):
+        line = f"from token {context['start']:,} on, behind edited rows up to {context['stop']:,}"
+        table.add_row("" if at else "contexts", line)
     table.add_row("parent", _parent(node))
     if sources := node.get("sources"):
         table.add_row("sent by", f"{sources} source{'' if sources == 1 else 's'}")
@@ -100,6 +104,12 @@ def summary_table(node: Node) -> Table:
     for at, line in enumerate(verdict_lines(node.get("verdict"))):
         table.add_row("" if at else "second look", line)
     return table
+
+
+def _rows_by_kind(node: Node) -> str:
+    continued = node.get("continued_rows", 0)  # a daemon of the release before does not say
+    more = f", {continued:,} continued from the parent" if continued else ""
+    return f"{node['tokens']:,}, of which {node['exact_rows']:,} exact from the start{more}"
 
 
 def _parent(node: Node) -> str:

@@ -215,7 +215,7 @@ class Serving:
 
     def _answer(self, answer: Future[ReusePlan], lookup: Asked, plan: ReusePlan) -> None:
         self._outcomes.answered(lookup, plan.declined)
-        answer.set_result(plan)
+        answer.set_result(msgspec.structs.replace(plan, wiped=self._blocks.pool.wiped))
 
     def _leased(
         self,

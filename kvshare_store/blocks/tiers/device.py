@@ -47,6 +47,8 @@ class DeviceTier(Tier):
         self._allocator = Allocator(budget)
         self._blocks: dict[str, _Place] = {}
         self._order = LRU()
+        self._written = 0
+        """Bytes of the arena, from its beginning, that may hold rows of blocks, here or gone."""
 
     def rows(self, name: str) -> torch.Tensor | None:
         """The block's rows in place, `[layers, 2, rows, kv_heads, head_dim]` of the layout's dtype
@@ -86,6 +88,7 @@ class DeviceTier(Tier):
         offset = self._allocator.allocate(_aligned(nbytes))
         if offset is not None:
             source = torch.frombuffer(bytearray(block.data), dtype=torch.uint8)
+            self._written = max(self._written, offset + nbytes)
             self._arena[offset : offset + nbytes].copy_(source)
             self._blocks[name] = _Place(offset, nbytes, block.namespace, block.layout, block.lossy)
         return offset is not None
@@ -98,6 +101,13 @@ class DeviceTier(Tier):
         self._allocator.free(found.offset)
         self._order.remove(name)
         return True
+
+    def wipe(self) -> None:
+        """Remove every block, and fill with zeros whatever held rows."""
+        for name in self.names():
+            self.drop(name)
+        self._arena[: self._written].zero_()
+        self._written = 0
 
     async def put(self, name: str, block: Block) -> None:
         self._give_way(name, block)
