@@ -90,14 +90,13 @@ class Verdicts:
     def scored(self, score: Score, nodes: Iterable[str], request: str) -> None:
         """The answer of a request was scored: it is part of these nodes."""
         scored = _Scored(score, time.time())
-        kind = CONTROL if score.control else score.policy
+        kind = counted_as(score.policy, control=score.control)
         with self._lock:
             for node in nodes:
                 _keep(self._of_nodes, node, scored)
             if request:
                 _keep(self._of_requests, request, scored)
-            known = kind if kind in (CONTROL, *policy_names()) else OTHERS
-            _add(self._sums.setdefault(known, {}), score)
+            _add(self._sums.setdefault(kind, {}), score)
             if score.control:
                 _add(self._floors.setdefault(score.namespace, {}), score)
                 self._floors.move_to_end(score.namespace)
@@ -164,6 +163,14 @@ class Verdicts:
             )
         plain: dict[str, Any] = msgspec.to_builtins(verdict)
         return plain
+
+
+def counted_as(policy: str | None, *, control: bool) -> str:
+    """The name that an answer is counted under: `CONTROL`, or the policy that it was served under,
+    `OTHERS` if that is none of this release."""
+    if control:
+        return CONTROL
+    return policy if policy in policy_names() else OTHERS
 
 
 def _chosen(score: Score) -> str:
