@@ -133,9 +133,13 @@ def test_wherever_it_is_cut_off_one_key_opens_all_of_it_and_it_can_be_ended(
     opened = [check_copy(copy, told, config, key, before) for copy in copies]
     assert opened == sorted(opened, reverse=True), "it is the old key's, then the new one's"
     assert set(opened) == {"old", "new"}
-    assert {"before merge", "after merge", "after rewrite", "after write"} <= {
-        c.step for c in copies
-    }
+    assert {
+        "before merge",
+        "after merge",
+        "before drop_versions",
+        "after drop_versions",
+        "after write",
+    } <= {c.step for c in copies}
 
 
 def distinct(copies: list[Copy]) -> list[Copy]:

@@ -65,8 +65,13 @@ def blocks(page: Path) -> Iterator[str]:
                 yield re.sub(r"\s+# .*", "", line.strip())
 
 
+def begins(command: str, start: str) -> bool:
+    """`start`: of the command behind its variables."""
+    return re.match(rf"(\w+=\S+ )*({start})", f"{command} ") is not None
+
+
 def elsewhere(command: str) -> bool:
-    return any(re.match(start, f"{command} ") for start in ELSEWHERE)
+    return any(begins(command, start) for start in ELSEWHERE)
 
 
 HERE = [
@@ -79,7 +84,7 @@ HERE = [
 def test_what_is_not_run_is_shown() -> None:
     shown = [command for page in PAGES for command in blocks(page)]
     assert len(shown) > 50
-    assert [start for start in ELSEWHERE if not any(re.match(start, it) for it in shown)] == []
+    assert [start for start in ELSEWHERE if not any(begins(it, start) for it in shown)] == []
     assert {page.id for page in HERE} >= {"start", "http", "pools", "security", "operating"}
 
 

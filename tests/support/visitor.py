@@ -60,7 +60,7 @@ def look(client: Client, nodes: list[str]) -> None:
     for node in nodes:
         assert client.call(protocol.ShowNode(node))["id"] == node
     assert client.call(protocol.HasNodes((*nodes, "ab" * 32))) == [True, True, False]
-    assert client.call(protocol.Pin(nodes[0])) is True
+    assert client.call(protocol.Pin(nodes[0])) == nodes[0]
     assert client.call(protocol.Explain(node=nodes[1]))
     assert client.call(protocol.ListRequests())
     assert client.call(protocol.Settings())["policy"] == "aggressive"
