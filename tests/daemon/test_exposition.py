@@ -278,10 +278,19 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def of_one_moment(script: Script, tmp_path: Path) -> tuple[dict[str, Labelled], Exposed]:
+    """What is expected, and what is exposed while the janitor does not compact the catalogue."""
+    catalog = script.daemon.config.home_path / "catalog"
+    while True:
+        before = bytes_in(catalog)
+        found = expected(script, tmp_path), Exposed(exposition(script.client.stats()).decode())
+        if bytes_in(catalog) == before:
+            return found
+
+
 def test_every_metric_is_what_happened(script: Script, tmp_path: Path) -> None:
     script.run()
-    wanted = expected(script, tmp_path)
-    exposed = Exposed(exposition(script.client.stats()).decode())
+    wanted, exposed = of_one_moment(script, tmp_path)
     labels = {family.name: family.labels for family in FAMILIES}
     found = {name: exposed.by(name, *labels[name]) for name in wanted}
     for family in FAMILIES:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import pytest
 
 from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.catalog.table import Table
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, ConfigError, CorruptBlockError
-from kvshare_store.keys import SALT_BYTES, Keyring, master_key
+from kvshare_store.keys import SALT_BYTES, Keyring, master_key, unseal
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.maintenance.rekey import Rekeyed, rekey
 from kvshare_store.namespace import Namespace
@@ -75,10 +76,14 @@ def told(config: Config, namespace: Namespace, key: Callable[[str], str]) -> Tol
 
 def salts(home: Path) -> list[bytes]:
     """What the records of namespaces have as their salts."""
-    import lancedb
+    return [bytes(row["salt"]) for row in records(home)]
 
+
+def records(home: Path) -> list[dict[str, Any]]:
+    """The rows of namespaces, read past the store."""
     table = lancedb.connect(str(home / "catalog")).open_table("namespaces")
-    return [bytes(row["salt"]) for row in table.to_arrow().to_pylist()]
+    rows: list[dict[str, Any]] = table.to_arrow().to_pylist()
+    return rows
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
@@ -98,6 +103,10 @@ def test_the_new_key_opens_all_of_it_and_the_old_one_nothing(
     told.check(config(encryption_key=key("new")))
     catalog = b"".join(bytes_in(home / "catalog").values())
     assert not [salt for salt in before if salt in catalog], "the old key leads nowhere"
+    opener = Keyring(master_key(key("new"))).of_table("namespaces")
+    for row in records(home):  # a release that knows only salts is told that its key is wrong
+        with pytest.raises(CorruptBlockError):
+            unseal(opener, row["namespace"], row["digest"].encode())
     with Store(config(encryption_key=key("new"))) as store:  # a namespace of the new key alone
         Driver(store, namespace.for_tenant("eve")).save(SECOND)
     assert rekey(config(encryption_key=key("new")), key("third")) == Rekeyed(3, 3)
