@@ -38,6 +38,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             "second_look_control": 1.0,
         },
         enable_prefix_caching=True,
+        disable_log_stats=False,
     )
 
 
