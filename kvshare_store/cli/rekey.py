@@ -40,7 +40,6 @@ def command(
         raise ConfigError("rekey works on a home of this machine: unset connect")
     refuse_without_store(chosen)
     done = rekey(chosen, new_key, alone=alone)
-    typer.echo(
-        f"{done.sealed:,} of {done.namespaces:,} namespaces were sealed with the new key; the "
-        f"others had it. Set encryption_key to {new_key} before the next start."
-    )
+    others = "; the others had it" if done.sealed < done.namespaces else ""
+    typer.echo(f"Sealed {done.sealed:,} of {done.namespaces:,} namespaces with the new key{others}.")
+    typer.echo(f"Set encryption_key to {new_key} before the next start.")
