@@ -41,5 +41,6 @@ def command(
     refuse_without_store(chosen)
     done = rekey(chosen, new_key, alone=alone)
     others = "; the others had it" if done.sealed < done.namespaces else ""
-    typer.echo(f"Sealed {done.sealed:,} of {done.namespaces:,} namespaces with the new key{others}.")
+    sealed = f"{done.sealed:,} of {done.namespaces:,} namespaces"
+    typer.echo(f"Sealed {sealed} with the new key{others}.")
     typer.echo(f"Set encryption_key to {new_key} before the next start.")
