@@ -26,6 +26,7 @@ MEASUREMENTS: dict[str, str] = {
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
     "lookups": "store.rewritten_lookups",
+    "clients": "store.clients",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
     "agents": "store.agents",
