@@ -30,7 +30,8 @@ class Keyring:
     """Keys derived from a master key, one for each namespace and purpose. Thread-safe.
 
     A namespace's key is HKDF-SHA256 of the master key with the namespace's own random salt. When
-    that salt is deleted nobody can derive the key again, not even with the master key.
+    that salt is deleted nobody can derive the key again, not even with the master key. After the
+    master key was changed, the namespace's key is kept in place of the salt, sealed (`wrapped`).
     """
 
     def __init__(self, master: bytes) -> None:
@@ -39,8 +40,22 @@ class Keyring:
         self._keys: dict[str, bytes] = {}
 
     def learn(self, namespace: str, salt: bytes) -> None:
-        """Learn the salt of a namespace."""
-        self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
+        """Learn the key of a namespace from its salt, or from what `wrapped` has made;
+        `CorruptBlockError` if that was made with another master key."""
+        if is_salt(salt):
+            self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
+            return
+        wrapping = self._wrapping(namespace, salt[:SALT_BYTES])
+        self._keys[namespace] = bytes(unseal(wrapping, salt[SALT_BYTES:], namespace.encode()))
+
+    def wrapped(self, namespace: str, key: bytes) -> bytes:
+        """What takes the place of a namespace's salt where its key was made of another master key:
+        a new salt, and that key, sealed."""
+        salt = new_salt()
+        return salt + bytes(seal(self._wrapping(namespace, salt), key, namespace.encode()))
+
+    def _wrapping(self, namespace: str, salt: bytes) -> bytes:
+        return self._derive(salt, f"wrapped namespace {namespace}")
 
     def forget(self, namespace: str) -> None:
         """Forget the key of a namespace; unknown ones are ignored."""
@@ -99,6 +114,11 @@ def unseal(key: bytes, sealed: Any, associated: bytes) -> bytearray:
 def new_salt() -> bytes:
     """A salt for a namespace."""
     return os.urandom(SALT_BYTES)
+
+
+def is_salt(stored: bytes) -> bool:
+    """Whether a record has a salt, or what `Keyring.wrapped` has made in its place."""
+    return len(stored) == SALT_BYTES
 
 
 def _aesgcm() -> Any:

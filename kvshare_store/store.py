@@ -437,6 +437,7 @@ class Store:
             staged=staged,
             looks=looks,
             scores=self.verdicts.report(),
+            quality=self.quality.overview(),
         )
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ class Planning:
         self.announcer = announcer
         self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
-        self.looks = Looks(config, link) if config.second_look != "off" else None
+        self.looks = Looks(config, link, self.tally) if config.second_look != "off" else None
         self.namespace = self._origin = namespace
         self.link = link
         self._block = block

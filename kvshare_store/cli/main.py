@@ -25,6 +25,7 @@ from kvshare_store.cli import (
     pin,
     publish,
     purge,
+    rekey,
     salt,
     serve,
     show,
@@ -78,6 +79,7 @@ app.command("evict")(evict.command)
 app.command("gc")(gc.command)
 app.command("check")(check.command)
 app.command("purge")(purge.command)
+app.command("rekey")(rekey.command)
 app.command("clear")(clear.command)
 app.command("config", epilog=FIELDS_HELP)(config.command)
 app.command("doctor", epilog=FIELDS_HELP)(doctor.command)

@@ -20,20 +20,18 @@ from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
-from kvshare_store.quality.keeping import File
+from kvshare_store.quality.keeping import NAME, File
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.traffic import traffic_of
-
-_FILE = "quality"
 
 
 def open_quality(config: StoreConfig, metrics: Metrics, keys: Keyring | None) -> Quality:
     """What the home has learned, for the ladder of the configured policy."""
     policy = configured_policy(config)
     ladder = ladder_of(policy.name)
-    key = keys.of_table(_FILE) if keys is not None else None
-    file = File(config.home_path / _FILE, key) if config.disk or config.remote else None
+    key = keys.of_table(NAME) if keys is not None else None
+    file = File(config.home_path / NAME, key) if config.disk or config.remote else None
     meaning = repr([stricter_policy(policy, rung) for rung in ladder])
     return Quality(
         ladder, terms_of(config), metrics, file, meaning=blake3.blake3(meaning.encode()).hexdigest()

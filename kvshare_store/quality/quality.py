@@ -19,6 +19,7 @@ from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept
 from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
+from kvshare_store.quality.overview import Counted, Overview, counted, overview
 from kvshare_store.quality.report import (
     ALL,
     ClassReport,
@@ -155,6 +156,8 @@ class Quality:
             tightened = not score.control and self._learn(score)
             diverged = self.steers and not score.control and score.diverged is not None
             self._changed = True
+        if tightened:
+            self._metrics.add("quality_tightened")
         if tightened or diverged or self._due():
             self._write()
 
@@ -236,6 +239,16 @@ class Quality:
             spaces = list(self._floors)
         controlled = sum(name.startswith(wanted.namespace) for name in spaces)
         return len(self._meant(wanted)), controlled
+
+    def overview(self) -> Overview:
+        """All classes together. No request waits for all of it."""
+        with self._lock:
+            known, terms = list(self._classes), self._terms
+        return overview(self._ladder, terms, [self._counted(at, one) for at, _, one in known])
+
+    def _counted(self, namespace: str, known: Known) -> Counted:
+        with self._lock:
+            return counted(known, self._floors.get(namespace) or Evidence())
 
     def _named(self, namespace: str, known: Known | None, top: int) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""

@@ -22,6 +22,7 @@ from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring
 from kvshare_store.save.staging import Reuse, Save
+from kvshare_store.save.verdicts import counted_as
 
 LOOK_SECONDS = 120.0
 """How long a prompt belongs to the engine that it was given to."""
@@ -58,6 +59,11 @@ class Look(msgspec.Struct, frozen=True):
     control: bool = False
     """The prompt was served in full and is computed only for its score: from the first token on,
     and nothing is stored."""
+    policy: str = ""
+    """What the score counts as: the policy that the prompt was served under, or `control`. A daemon
+    of the release before does not say."""
+    greedy: bool = False
+    """The answer's tokens were chosen so."""
 
 
 class _Entry(msgspec.Struct):
@@ -188,8 +194,9 @@ class SecondLooks:
         score = self._scoring.give(owner, now, entry.until, node, scored)
         begins = entry.answer.begins
         return Look(
-            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact
-        )
+            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact,
+            counted_as(node.policy or "exact", control=node.exact), entry.answer.greedy,
+        )  # fmt: skip
 
     def _ranked(self, now: float) -> list[tuple[float, Node]]:
         """Nodes that are worth it, with their expected uses; the others are forgotten."""

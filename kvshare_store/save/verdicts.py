@@ -104,14 +104,13 @@ class Verdicts:
     def scored(self, score: Score, nodes: Iterable[str], request: str) -> None:
         """The answer of a request was scored: it is part of these nodes."""
         scored = Scored(score, time.time(), request)
-        kind = CONTROL if score.control else score.policy
+        kind = counted_as(score.policy, control=score.control)
         with self._lock:
             for node in nodes:
                 self._of_nodes[node] = scored
             if request:
                 self._of_requests[request] = scored
-            known = kind if kind in (CONTROL, *policy_names()) else OTHERS
-            _add(self._sums.setdefault(known, {}), score)
+            _add(self._sums.setdefault(kind, {}), score)
             if score.control:
                 floor = self._floors[score.namespace] = self._floors.get(score.namespace, {})
                 _add(floor, score)
@@ -205,6 +204,14 @@ class Verdicts:
 def _badness(recent: Recent) -> tuple[bool, float, float]:
     score = recent.scored.score
     return score.greedy, score.regret, recent.scored.at
+
+
+def counted_as(policy: str | None, *, control: bool) -> str:
+    """The name that an answer is counted under: `CONTROL`, or the policy that it was served under,
+    `OTHERS` if that is none of this release."""
+    if control:
+        return CONTROL
+    return policy if policy in policy_names() else OTHERS
 
 
 def _chosen(score: Score) -> str:

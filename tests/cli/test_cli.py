@@ -192,7 +192,7 @@ def test_socket_in_use(home: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [["stats"], ["ls"], ["show", "ab"], ["clear"], ["stop"], ["gc"], ["check"], ["pin", "ab"],
-     ["unpin", "ab"], ["purge", "--tenant", "t"]],
+     ["unpin", "ab"], ["purge", "--tenant", "t"], ["rekey", "--new-key", "env:NO_KEY"]],
     ids=lambda command: command[0],
 )  # fmt: skip
 def test_a_home_without_a_store_is_probably_mistyped(

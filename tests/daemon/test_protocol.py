@@ -63,6 +63,22 @@ MESSAGES = [
     protocol.CheckBlocks(("a", "b"), True),
     protocol.Stop(True),
 ]
+REPLIES: list[protocol.Welcome | ReusePlan | Staged] = [
+    protocol.Welcome(protocol.NEWEST, 17, "0123abcd", "balanced"),
+    ReusePlan(
+        namespace="n",
+        tokens=9,
+        exact=4,
+        spans=REUSE.spans,
+        blocks=(BlockRef("ab" * 32, 4, 256, 64, 7, True),),
+        donors=("node",),
+        lease="lease",
+        arena="0123abcd",
+        saving_ms=1.5,
+        policy="balanced",
+    ),
+    Staged(id="s", fresh=(Run(0, 4),), sizes=(3, 1)),
+]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -77,20 +93,7 @@ def test_the_list_above_is_complete() -> None:
 
 
 def test_plans_and_saves_arrive_as_they_were_sent() -> None:
-    plan = ReusePlan(
-        namespace="n",
-        tokens=9,
-        exact=4,
-        spans=REUSE.spans,
-        blocks=(BlockRef("ab" * 32, 4, 256, 64, 7, True),),
-        donors=("node",),
-        lease="lease",
-        arena="0123abcd",
-        saving_ms=1.5,
-        policy="balanced",
-    )
-    staged = Staged(id="s", fresh=(Run(0, 4),), sizes=(3, 1))
-    for sent in (plan, staged):
+    for sent in REPLIES:
         reply = protocol.decode_reply(protocol.encode(protocol.Reply(result=sent)))
         assert msgspec.convert(reply.result, type(sent)) == sent
 

@@ -132,10 +132,15 @@ def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
     assert "It has no parent." in text(tab)
     follow(tab, page.child[:12])
     assert "14" in text(tab)
-    follow(tab, "Pin")
-    assert "pinned" in text(tab)
-    follow(tab, "Unpin")
-    assert "while there is room" in text(tab)
+    for question, sure, kept in (
+        ("Pin…", "Pin it", "pinned"),
+        ("Unpin…", "Unpin it", "while there is room"),
+    ):
+        follow(tab, question)
+        assert found_by_axe(tab) == []
+        follow(tab, sure)
+        assert "Beside its parent" in text(tab)
+        assert kept in text(tab)
     follow(tab, "Explain")
     prompt = PARENT.replace("bells", "lamps\nand bags")
     tab.run(f"document.querySelector('#text').value = {json.dumps(prompt)}")
