@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kvshare_store.metrics import Metrics
-from kvshare_store.quality.evidence import Evidence, Learned
-from kvshare_store.quality.ladder import Decision, Terms, decide
+from kvshare_store.quality.ladder import Decision, Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import Score
 
 RUNGS = ("faithful", "balanced", "aggressive")
 LADDER = ("exact", *RUNGS)
-_TOP = len(LADDER) - 1
 
 AFTER = 300
 """Requests before the mean so far is looked at."""
@@ -111,10 +109,11 @@ def replay(
     for at in range(requests):
         part = at * len(pools) // requests
         one = draw.choice(pools[part])
-        expected = judged.expected(one.kind, rates[part][one.kind])
+        rung, made = judged.rung(one.kind)
+        expected = _expected(made, rates[part][one.kind])
         stream.add(expected)
         classes.setdefault(one.kind, _Mean()).add(expected)
-        rung = judged.serve(one, scored, controls)
+        judged.answered(one, rung, scored, controls)
         counted += one.extra(rung)
         edited += bool(rung) and one.edited[rung - 1]
         if at >= (1 - _LAST) * requests:
@@ -125,6 +124,11 @@ def replay(
         stream.mean, stream.most, tuple(one.most for one in classes.values() if one.count > AFTER),
         counted / requests, edited / requests, LADDER[served.most_common(1)[0][0]], tuple(curve),
     )  # fmt: skip
+
+
+def _expected(made: Decision, rates: Sequence[float]) -> float:
+    """The rate of extra divergence of a request before its rung is drawn."""
+    return (1 - made.share) * rates[made.rung] + made.share * rates[made.tried]
 
 
 class _Mean:
@@ -142,47 +146,46 @@ class _Mean:
             self.most = max(self.most, self.mean)
 
 
+class _Drawn(float):
+    """A number that `Quality` draws. It sees the share of requests that it is compared with."""
+
+    share = 0.0
+
+    def __lt__(self, share: float) -> bool:
+        self.share = share
+        return float(self) < share
+
+
 class _Judged:
     """Requests of one namespace, as `Quality` has them served; scores come later."""
 
     def __init__(self, terms: Terms, draw: random.Random) -> None:
-        self._terms, self._draw = terms, draw
-        self._quality = Quality(LADDER, terms, Metrics(), draw=draw.random, clock=lambda: 0.0)
-        self._floor = Evidence()
-        self._decisions: dict[str, Decision] = {}
+        self._draw, self._drawn = draw, _Drawn()
+        self._quality = Quality(LADDER, terms, Metrics(), draw=self._next, clock=lambda: 0.0)
         self._scores: deque[Score | None] = deque([None] * _LATER)
 
-    def expected(self, kind: str, rates: Sequence[float]) -> float:
-        """The rate of extra divergence of the next request of a class, before its rung is drawn."""
-        made = self._decision(kind)
-        return (1 - made.share) * rates[made.rung] + made.share * rates[made.tried]
+    def _next(self) -> float:
+        self._drawn = _Drawn(self._draw.random())
+        return self._drawn
 
-    def _decision(self, kind: str) -> Decision:
-        if kind not in self._decisions:
-            for one in self._quality.report():
-                rung = LADDER.index(one.rung)
-                tried = LADDER.index(one.tried) if one.tried else rung
-                self._decisions[one.traffic] = Decision(rung, tried, one.share)
-        if kind not in self._decisions:  # no score of it has come
-            self._decisions[kind] = decide(Learned(), self._floor, LADDER, self._terms)
-        return self._decisions[kind]
+    def rung(self, kind: str) -> tuple[int, Decision]:
+        """The rung that a request of a class gets, and what it was drawn from."""
+        chosen = LADDER.index(self._quality.rung("stream", kind, LADDER[-1]))
+        share = self._drawn.share
+        rung = chosen - (float(self._drawn) < share)  # the next one is tried
+        return chosen, Decision(rung, rung + (share > 0), share)
 
-    def serve(self, one: Outcome, scored: float, controls: float) -> int:
-        """The rung that a request gets. Its answer may be scored, and an earlier score comes."""
-        rung = LADDER.index(self._quality.rung("stream", one.kind, LADDER[-1]))
+    def answered(self, one: Outcome, rung: int, scored: float, controls: float) -> None:
+        """The request got this rung. Its answer may be scored, and the score of an earlier one
+        comes."""
         in_full = not rung or not one.edited[rung - 1]
         if self._draw.random() < (controls if in_full else scored):
             diverged = one.control if in_full else one.diverged[rung - 1]
             self._scores.append(_score(one.kind, LADDER[rung], diverged, in_full))
         else:
             self._scores.append(None)
-        score = self._scores.popleft()
-        if score is not None:
+        if (score := self._scores.popleft()) is not None:
             self._quality.observe(score)
-            if score.control:
-                self._floor.add(score)
-            self._decisions.clear()
-        return rung
 
 
 def _score(kind: str, policy: str, diverged: bool, control: bool) -> Score:

@@ -59,7 +59,7 @@ def test_a_harmless_stream_loosens_and_a_harmful_one_ends_at_exact() -> None:
     harmless = replay([outcomes("0000")], TERMS, 2000, 0, scored=1.0)
     assert (harmless.extra, harmless.counted, harmless.last) == (0.0, 0.0, LADDER[-1])
     assert harmless.edited > 0.7
-    harmful = replay([outcomes("1110", "0110")], TERMS, 2000, 0, scored=1.0)
+    harmful = replay([outcomes("1110", "0110")], TERMS, 2000, 0, scored=1.0, controls=0.5)
     assert harmful.last == "exact"
     assert 0 < harmful.extra < 0.03
     assert harmful.most <= TERMS.bound
@@ -87,7 +87,7 @@ class _Unbounded(bound_replay.Quality):
 
 def test_classes_of_a_stream_learn_apart() -> None:
     pool = outcomes("0000") + outcomes("1110", kind="several")
-    made = replay([pool], TERMS, 3000, 0, scored=1.0)
+    made = replay([pool], TERMS, 3000, 0, scored=1.0, controls=0.5)
     assert len(made.classes) == 2
     assert min(made.classes) == 0 < max(made.classes) <= TERMS.bound
     assert 0.3 < made.edited < 0.55
