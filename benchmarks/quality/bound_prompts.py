@@ -37,8 +37,8 @@ class Source(NamedTuple):
 
 # --- templates, in which something stands before the text that they share -------------------------
 
-_DIALOGUE = 250, 600
-"""Characters of a dialogue: with two examples a prompt stays below 500 tokens or so."""
+_DIALOGUE = 150, 420
+"""Characters of a dialogue: with two examples a prompt stays below 500 tokens."""
 _SUMMARIZE = (
     "Ticket {number} of {name}, day {day} of the month.\n\nSummarize conversations in one short "
     "sentence. Name who does what.\n\n{examples}Conversation:\n{dialogue}\nSummary:"
@@ -103,7 +103,7 @@ def _in_turn(chat: Chat, texts: list[str]) -> list[Asked]:
 
 # --- conversations, passages, facts ---------------------------------------------------------------
 
-_SYSTEM, _SAID = 900, 240
+_SYSTEM, _SAID = 900, 160
 """Characters that are kept of a system prompt, and of what is said."""
 _TURNS = 3
 """Turns of a conversation, behind its first one."""
