@@ -126,7 +126,7 @@ def _result(
         seed=options.seed,
         model=f"{model}, float32, transformers",
         noise_floor=f"controls: {sum(one.control.diverged for one in every)} of {len(every)} "
-        "answers of full compute in two chunks diverge",
+        "answers of full compute diverge, decoded in a batch and scored in one forward",
         columns=_COLUMNS,
         rows=[_row(case) for case in cases],
         paper="not measured",

@@ -19,7 +19,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.model import KVShareModel, Served
 
 from benchmarks.harness.result import presets
-from benchmarks.methods.base import full_compute, generate, in_two_chunks
+from benchmarks.methods.base import full_compute, generate
 from benchmarks.quality.bound_prompts import Asked, Tokens
 from benchmarks.quality.bound_replay import RUNGS
 from kvshare_store.config import StoreConfig
@@ -61,7 +61,7 @@ class Recorded(msgspec.Struct, frozen=True):
     rungs: tuple[Answer, ...]
     """As in `RUNGS`."""
     control: Answer
-    """The prompt in full, in two chunks."""
+    """The prompt in full: answered token by token in a batch, scored in one forward."""
 
 
 class Recording:
@@ -112,8 +112,7 @@ class Recorder:
         made = list(self._served(asked))
         edited = [reused_of(one.plan.spans).edited if one.plan.generation else 0 for one in made]
         approximate = [one for one, rows in zip(made, edited, strict=True) if rows]
-        control = in_two_chunks(self._engine, asked.request)
-        scored = iter(self._scored(asked.request, [*approximate, control]))
+        scored = iter(self._scored(asked.request, approximate))
         return Recorded(
             self.name(asked),
             edit_kind(asked),
@@ -134,10 +133,11 @@ class Recorder:
     def _scored(
         self, prompt: Tokens, made: Sequence[Ready]
     ) -> list[tuple[tuple[float, ...], float]]:
-        """The regrets of each greedy answer, and that of its end, both by full compute."""
-        answers = generate(self._engine, made, SCORED_TOKENS, self._stop)
+        """The regrets of each greedy answer, that of full compute last, and of its end."""
+        truth = self._full(prompt)
+        answers = generate(self._engine, [*made, truth], SCORED_TOKENS, self._stop)
         ended = [[*answer, *self._stop[:1]][:SCORED_TOKENS] for answer in answers]
-        found = regrets(self._engine, self._full(prompt), ended)
+        found = regrets(self._engine, truth, ended)
         return [
             (tuple(every[: len(answer)]), sum(every[len(answer) :]))
             for answer, every in zip(answers, found, strict=True)
