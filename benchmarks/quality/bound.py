@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import chain
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
@@ -66,17 +65,12 @@ def record(options: Options, kept: Recording, count: int) -> tuple[dict[str, lis
     engine, chat, model = engine_for(options)
     source = Source(options.data, chat, tokenizer_of(options))
     streams = {name: make(source, count, options.seed) for name, make in STREAMS.items()}
-    found: dict[str, list[Recorded]] = {name: [] for name in streams}
-    with ExitStack() as stack:
-        recorder = Recorder(engine, model, chat.stop, stack)
-        # stream by stream in turn: what is recorded so far is as good as a smaller sample
-        asked = [(name, of[at]) for at in range(count) for name, of in streams.items()]
-        for name, one in track(asked, "Recording answers"):
-            known = kept.get(recorder.name(one))
-            if known is None:
-                known = recorder.record(one)
-                kept.add(known)
-            found[name].append(known)
+    recorder = Recorder(engine, model, chat.stop)
+    # a request of each stream at a time: what is recorded so far is as good as a smaller sample
+    for at in track(range(count), "Recording answers of all streams"):
+        new = [of[at] for of in streams.values() if recorder.name(of[at]) not in kept]
+        kept.add(recorder.record(new))
+    found = {name: [kept[recorder.name(one)] for one in of[:count]] for name, of in streams.items()}
     return found, model
 
 

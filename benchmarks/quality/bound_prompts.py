@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
 # --- templates, in which something stands before the text that they share -------------------------
 
-_DIALOGUE = 150, 420
+_DIALOGUE = 150, 300
 """Characters of a dialogue: with two examples a prompt stays below 500 tokens."""
 _SUMMARIZE = (
     "Ticket {number} of {name}, day {day} of the month.\n\nSummarize conversations in one short "
@@ -103,7 +103,7 @@ def _in_turn(chat: Chat, texts: list[str]) -> list[Asked]:
 
 # --- conversations, passages, facts ---------------------------------------------------------------
 
-_SYSTEM, _SAID = 900, 160
+_SYSTEM, _SAID = 600, 120
 """Characters that are kept of a system prompt, and of what is said."""
 _TURNS = 3
 """Turns of a conversation, behind its first one."""
@@ -137,7 +137,7 @@ def _at(messages: list[Message], second: int) -> list[Message]:
     return [{**messages[0], "content": system}, *messages[1:]]
 
 
-_PASSAGES = 3
+_PASSAGES = 2
 
 
 def passages(source: Source, n: int, seed: int) -> list[Asked]:

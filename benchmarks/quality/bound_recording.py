@@ -5,34 +5,42 @@ The answers are computed once and kept in a file, from which a run that was cut 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import blake3
 import msgspec
 import torch
 from kvshare_connectors.transformers.decode import Ready, stacked
 from kvshare_connectors.transformers.engine import RowEngine
-from kvshare_connectors.transformers.model import KVShareModel, Served
 
 from benchmarks.harness.result import presets
-from benchmarks.methods.base import full_compute, generate
-from benchmarks.quality.bound_prompts import Asked, Tokens
+from benchmarks.methods.base import Donor, full_compute, generate
+from benchmarks.methods.reuse import place, plan, positions_where
+from benchmarks.quality.bound_prompts import Asked
 from benchmarks.quality.bound_replay import RUNGS
-from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.align import align
+from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import as_tokens, edit_script
 from kvshare_store.nodes.grams import GRAM
-from kvshare_store.plan import ReusePlan, reused_of
+from kvshare_store.plan import reused_of
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.quality.traffic import kind_of
-from kvshare_store.store import Store
 
 _KEPT = 12
 """Prompts whose rows are kept: a request may be the donor of its stream's next one."""
+
+
+class _Served(NamedTuple):
+    """A prompt under one rung."""
+
+    edited: int
+    """Its approximate rows. Of 0 there is nothing else."""
+    cache: Any = None
+    logits: Any = None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -76,70 +84,73 @@ class Recording:
         kept = (msgspec.json.decode(line, type=Recorded) for line in whole)
         self._kept = {one.name: one for one in kept}
 
-    def get(self, name: str) -> Recorded | None:
-        """None if it was not recorded yet."""
-        return self._kept.get(name)
+    def __contains__(self, name: str) -> bool:
+        """Whether it was recorded."""
+        return name in self._kept
 
-    def add(self, one: Recorded) -> None:
+    def __getitem__(self, name: str) -> Recorded:
+        """What was recorded."""
+        return self._kept[name]
+
+    def add(self, new: Sequence[Recorded]) -> None:
         """Written at once."""
-        self._kept[one.name] = one
+        self._kept |= {one.name: one for one in new}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
-            file.write(msgspec.json.encode(one) + b"\n")
+            file.writelines(msgspec.json.encode(one) + b"\n" for one in new)
 
 
 class Recorder:
-    """An engine with a store that holds one donor at a time."""
+    """An engine that serves requests under every rung, each from its donor alone."""
 
-    def __init__(self, engine: RowEngine, name: str, stop: Sequence[int], stack: ExitStack) -> None:
-        """`name`: that of the model. `stop`: tokens that end an answer. `stack`: closes the
-        store."""
-        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvshare-bound-"))
-        config = StoreConfig(
-            home=home, semantic="never", min_saving_ms=-1e9, disk=False, policy=RUNGS[-1]
-        )
+    def __init__(self, engine: RowEngine, name: str, stop: Sequence[int]) -> None:
+        """`name`: that of the model. `stop`: tokens that end an answer."""
         self._engine, self._named, self._stop = engine, name, stop
         self._full = lru_cache(_KEPT)(partial(full_compute, engine))
-        self._model = stack.enter_context(KVShareModel(engine.model, Store(config)))
 
     def name(self, asked: Asked) -> str:
         """What the answers depend on, as a digest."""
         whole = (self._named, str(self._engine.dtype), presets(), RUNGS, asked)
         return blake3.blake3(msgspec.json.encode(whole)).hexdigest(length=8)
 
-    def record(self, asked: Asked) -> Recorded:
-        """Serve a request under every rung, and in full."""
-        made = list(self._served(asked))
-        edited = [reused_of(one.plan.spans).edited if one.plan.generation else 0 for one in made]
-        approximate = [one for one, rows in zip(made, edited, strict=True) if rows]
-        scored = iter(self._scored(asked.request, approximate))
-        return Recorded(
-            self.name(asked),
-            edit_kind(asked),
-            len(asked.request),
-            tuple(Answer(rows, *next(scored)) if rows else Answer(0) for rows in edited),
-            Answer(0, *next(scored)),
-        )
+    def record(self, group: Sequence[Asked]) -> list[Recorded]:
+        """Requests whose answers are decoded in one batch."""
+        served = [[self._served(asked, rung) for rung in RUNGS] for asked in group]
+        truths = [self._full(asked.request) for asked in group]
+        made = [
+            [*(one for one in of if one.edited), truth]
+            for of, truth in zip(served, truths, strict=True)
+        ]
+        answers = iter(generate(self._engine, list(chain(*made)), SCORED_TOKENS, self._stop))
+        found = []
+        for asked, of, truth, ready in zip(group, served, truths, made, strict=True):
+            scored = iter(self._scored(truth, list(islice(answers, len(ready)))))
+            rungs = tuple(Answer(x.edited, *next(scored)) if x.edited else Answer(0) for x in of)
+            control = Answer(0, *next(scored))
+            name, tokens = self.name(asked), len(asked.request)
+            found.append(Recorded(name, edit_kind(asked), tokens, rungs, control))
+        return found
 
-    def _served(self, asked: Asked) -> Iterator[Served]:
-        """The prompt under each rung, from a store with the donor alone."""
-        model, donor = self._model, self._full(asked.donor)
-        none = ReusePlan(namespace=model.namespace.digest, tokens=len(asked.donor), declined="off")
-        model.save(Served(asked.donor, donor.cache, donor.logits, none, model.namespace))
-        for rung in RUNGS:
-            yield model.prefill(asked.request, policy=rung)
-        model.store.clear()
+    def _served(self, asked: Asked, rung: str) -> _Served:
+        """The prompt under a rung. Where no row is approximate nothing is computed."""
+        donor = Donor(asked.donor, self._full(asked.donor).cache.rows[:, :, 0])
+        planned = plan(asked.request, [donor], PRESETS[rung])
+        edited = reused_of(planned.spans).edited if planned.generation else 0
+        if not edited:
+            return _Served(0)
+        placed = place(self._engine, asked.request, [donor], planned)
+        fresh = positions_where(~placed.kept)
+        logits = self._engine.partial(placed.cache, asked.request, fresh)
+        return _Served(edited, placed.cache, logits)
 
     def _scored(
-        self, prompt: Tokens, made: Sequence[Ready]
+        self, truth: Ready, answers: Sequence[Sequence[int]]
     ) -> list[tuple[tuple[float, ...], float]]:
-        """The regrets of each greedy answer, that of full compute last, and of its end."""
-        truth = self._full(prompt)
-        answers = generate(self._engine, [*made, truth], SCORED_TOKENS, self._stop)
+        """The regrets of each answer, and that of its end."""
         ended = [[*answer, *self._stop[:1]][:SCORED_TOKENS] for answer in answers]
         found = regrets(self._engine, truth, ended)
         return [
-            (tuple(every[: len(answer)]), sum(every[len(answer) :]))
+            (tuple(every[: len(answer)]), float(sum(every[len(answer) :])))
             for answer, every in zip(answers, found, strict=True)
         ]
 

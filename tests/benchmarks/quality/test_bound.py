@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -96,9 +94,8 @@ def test_classes_of_a_stream_learn_apart() -> None:
 
 
 @pytest.fixture
-def recorder(llama: RowEngine) -> Iterator[Recorder]:
-    with ExitStack() as stack:
-        yield Recorder(llama, "tiny", (2,), stack)
+def recorder(llama: RowEngine) -> Recorder:
+    return Recorder(llama, "tiny", (2,))
 
 
 def edited() -> Asked:
@@ -108,7 +105,7 @@ def edited() -> Asked:
 
 
 def test_every_rung_is_recorded(recorder: Recorder) -> None:
-    one = recorder.record(edited())
+    (one,) = recorder.record([edited()])
     assert (one.kind, one.tokens) == ("replace", 152)
     faithful, balanced, aggressive = (answer.edited for answer in one.rungs)
     assert 0 == faithful < balanced < aggressive < one.tokens, "too short for `faithful`"
@@ -118,7 +115,7 @@ def test_every_rung_is_recorded(recorder: Recorder) -> None:
 
 
 def test_what_reuses_nothing_is_not_scored(recorder: Recorder) -> None:
-    one = recorder.record(Asked(tuple(prompt_of(100)), tuple(prompt_of(100, seed=1))))
+    (one,) = recorder.record([Asked(tuple(prompt_of(100)), tuple(prompt_of(100, seed=1)))])
     assert [(answer.edited, answer.regrets) for answer in one.rungs] == [(0, ())] * 3
     assert one.control.regrets
 
@@ -144,15 +141,17 @@ def test_the_kind_of_edit_is_that_of_the_store() -> None:
 
 def test_a_run_goes_on_from_what_is_recorded(recorder: Recorder, tmp_path: Path) -> None:
     path = tmp_path / "samples" / "recorded.jsonl"
-    first = recorder.record(edited())
-    Recording(path).add(first)
+    first, second, third = edited(), Asked(*reversed(edited())), Asked(edited().donor, (1, 2, 3))
+    assert recorder.record([]) == []
+    made = recorder.record([first, second])
+    assert made == [*recorder.record([first]), *recorder.record([second])]
+    Recording(path).add(made[:1])
     path.write_bytes(path.read_bytes() + b'{"name": "torn')
     kept = Recording(path)
-    assert kept.get(recorder.name(edited())) == first
-    second = recorder.record(Asked(edited().donor, edited().request))
-    kept.add(second)
+    assert [recorder.name(one) in kept for one in (first, second, third)] == [True, False, False]
+    kept.add(made[1:])
     again = Recording(path)
-    assert [again.get(one.name) for one in (first, second)] == [first, second]
+    assert [again[recorder.name(one)] for one in (first, second)] == made
 
 
 def test_the_table_says_in_how_many_replays_the_bound_held() -> None:
