@@ -1,5 +1,5 @@
-"""The bound on recorded streams: for each of 60 real requests it is known under which policies its
-answer diverges from full compute (`python -m benchmarks run bound` recorded them)."""
+"""The bound on recorded streams: of each real request it is known under which policies its answer
+diverges from full compute. `python -m benchmarks run bound` recorded them (its `recorded`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ STREAMS = {
     for name, every in from_text(RECORDED.read_text()).items()
 }
 BOUND, ERROR = 0.05, 0.05
-REPLAYS, REQUESTS = 20, 1000
+REPLAYS, REQUESTS = 10, 2000
+"""As many that what a shift costs until it is scored, some 30 answers, is a small part of them."""
 
 
 @pytest.mark.parametrize("order", ["at random", "harmless half first"])
@@ -27,7 +28,7 @@ def test_the_bound_holds_on_recorded_streams(name: str, order: str) -> None:
     pools = [pool] if order == "at random" else halves(pool)
     terms = Terms(BOUND, ERROR)
     made = [replay(pools, terms, REQUESTS, seed, scored=1.0) for seed in range(REPLAYS)]
-    assert sum(one.most > BOUND for one in made) <= ERROR * REPLAYS
+    assert [one.most for one in made if one.most > BOUND] == []
     assert mean(one.counted for one in made) <= BOUND
 
 
