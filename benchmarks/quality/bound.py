@@ -9,11 +9,12 @@ from itertools import chain
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.harness.models import tokenizer_of
+from benchmarks.data.chat_prompts import Chat
+from benchmarks.harness.models import model_folder, model_name, tokenizer_of
 from benchmarks.harness.result import SAMPLES, Cell, Options, Result
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.bound_prompts import STREAMS, Source
-from benchmarks.quality.bound_recording import Recorded, Recorder, Recording
+from benchmarks.quality.bound_recording import Recorded, Recorder, Recording, name_of
 from benchmarks.quality.bound_replay import (
     AFTER,
     CONTROLS,
@@ -62,15 +63,19 @@ def measure(options: Options) -> Result:
 
 def record(options: Options, kept: Recording, count: int) -> tuple[dict[str, list[Recorded]], str]:
     """The streams, and the name of the model."""
-    engine, chat, model = engine_for(options)
-    source = Source(options.data, chat, tokenizer_of(options))
+    folder, model = model_folder(options), model_name(options)
+    source = Source(options.data, Chat(folder), tokenizer_of(options))
     streams = {name: make(source, count, options.seed) for name, make in STREAMS.items()}
-    recorder = Recorder(engine, model, chat.stop)
+    recorder: Recorder | None = None
     # a request of each stream at a time: what is recorded so far is as good as a smaller sample
     for at in track(range(count), "Recording answers of all streams"):
-        new = [of[at] for of in streams.values() if recorder.name(of[at]) not in kept]
-        kept.add(recorder.record(new))
-    found = {name: [kept[recorder.name(one)] for one in of[:count]] for name, of in streams.items()}
+        new = [of[at] for of in streams.values() if name_of(model, of[at]) not in kept]
+        if new:
+            recorder = recorder or Recorder(engine_for(options)[0], model, source.chat.stop)
+            kept.add(recorder.record(new))
+    found = {
+        name: [kept[name_of(model, one)] for one in of[:count]] for name, of in streams.items()
+    }
     return found, model
 
 

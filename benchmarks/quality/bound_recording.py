@@ -108,11 +108,6 @@ class Recorder:
         self._engine, self._named, self._stop = engine, name, stop
         self._full = lru_cache(_KEPT)(partial(full_compute, engine))
 
-    def name(self, asked: Asked) -> str:
-        """What the answers depend on, as a digest."""
-        whole = (self._named, str(self._engine.dtype), presets(), RUNGS, asked)
-        return blake3.blake3(msgspec.json.encode(whole)).hexdigest(length=8)
-
     def record(self, group: Sequence[Asked]) -> list[Recorded]:
         """Requests whose answers are decoded in one batch."""
         served = [[self._served(asked, rung) for rung in RUNGS] for asked in group]
@@ -127,7 +122,7 @@ class Recorder:
             scored = iter(self._scored(truth, list(islice(answers, len(ready)))))
             rungs = tuple(Answer(x.edited, *next(scored)) if x.edited else Answer(0) for x in of)
             control = Answer(0, *next(scored))
-            name, tokens = self.name(asked), len(asked.request)
+            name, tokens = name_of(self._named, asked), len(asked.request)
             found.append(Recorded(name, edit_kind(asked), tokens, rungs, control))
         return found
 
@@ -153,6 +148,12 @@ class Recorder:
             (tuple(every[: len(answer)]), float(sum(every[len(answer) :])))
             for answer, every in zip(answers, found, strict=True)
         ]
+
+
+def name_of(model: str, asked: Asked) -> str:
+    """What the answers to a request depend on, as a digest."""
+    whole = (model, str(torch.float32), presets(), RUNGS, asked)
+    return blake3.blake3(msgspec.json.encode(whole)).hexdigest(length=8)
 
 
 def regrets(engine: RowEngine, truth: Ready, answers: Sequence[Sequence[int]]) -> list[list[float]]:

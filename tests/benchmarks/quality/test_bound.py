@@ -10,7 +10,7 @@ from kvshare_connectors.transformers.engine import RowEngine
 from benchmarks.methods.base import full_compute, generate, teacher_forced
 from benchmarks.quality import bound, bound_replay
 from benchmarks.quality.bound_prompts import Asked
-from benchmarks.quality.bound_recording import Recorder, Recording, edit_kind, regrets
+from benchmarks.quality.bound_recording import Recorder, Recording, edit_kind, name_of, regrets
 from benchmarks.quality.bound_replay import (
     AFTER,
     LADDER,
@@ -148,10 +148,10 @@ def test_a_run_goes_on_from_what_is_recorded(recorder: Recorder, tmp_path: Path)
     Recording(path).add(made[:1])
     path.write_bytes(path.read_bytes() + b'{"name": "torn')
     kept = Recording(path)
-    assert [recorder.name(one) in kept for one in (first, second, third)] == [True, False, False]
+    assert [name_of("tiny", one) in kept for one in (first, second, third)] == [True, False, False]
     kept.add(made[1:])
     again = Recording(path)
-    assert [again[recorder.name(one)] for one in (first, second)] == made
+    assert [again[name_of("tiny", one)] for one in (first, second)] == made
 
 
 def test_the_table_says_in_how_many_replays_the_bound_held() -> None:
