@@ -235,7 +235,7 @@ def draw(made: Result) -> Figure:
     axes = figure.subplots(2, len(streams), sharex=True, sharey=True, squeeze=False)
     styles = dict(zip(BOUNDS, ("-", "--", ":"), strict=True))
     for stream, order, bound, curve in curves:
-        own = axes[order == DRIFTING][streams.index(stream)]
+        own = axes[int(order == DRIFTING)][streams.index(stream)]
         at = [
             (point + 1) * made.n["requests of a replay"] / len(curve) for point in range(len(curve))
         ]
