@@ -26,6 +26,8 @@ MEASUREMENTS: dict[str, str] = {
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
     "lookups": "store.rewritten_lookups",
+    "hostile": "store.hostile",
+    "clients": "store.clients",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
     "agents": "store.agents",

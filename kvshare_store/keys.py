@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_store.errors import ConfigError, CorruptBlockError, NamespaceError, UnsupportedError
+from kvshare_store.readable import short
 
 KEY_BYTES = 32
 SALT_BYTES = 32
@@ -52,7 +53,7 @@ class Keyring:
         """The key of a namespace; `NamespaceError` if its salt is unknown or was deleted."""
         key = self._keys.get(namespace)
         if key is None:
-            raise NamespaceError(f"namespace {namespace[:12]} has no key")
+            raise NamespaceError(f"namespace {short(namespace)} has no key")
         return key
 
     def of_table(self, purpose: str) -> bytes:

@@ -69,7 +69,7 @@ def _by_namespace(config: StoreConfig, repository: Repository) -> dict[str, dict
     found = {label: {**blank, **use} for label, use in metrics.usage().items()}
     for label, (digest, space) in zip(labels, known.items(), strict=True):
         use = found.setdefault(label, {**blank, "requests": {}, "tokens": {}})
-        use["nodes"] += state.count(digest)
+        use["nodes"] += state.tree.count_of(digest)
         use["bytes"] += state.tree.bytes_of(digest)
         if label != OTHERS:
             use["model"] = space.model

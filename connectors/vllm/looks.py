@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +13,7 @@ from kvshare_connectors.vllm.scoring import regrets_of
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from kvshare_store.bounded import Latest
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
@@ -49,7 +49,7 @@ class Looks:
         self.curious = False
         """Whether there may be a prompt to look at, so that an idle engine goes on making steps."""
         self._link = link
-        self._salts: OrderedDict[str, str | None] = OrderedDict()
+        self._salts: Latest[str, str | None] = Latest(_NAMESPACES)
         """`cache_salt` by digest, of the namespaces of the engine's own requests."""
         self._hasher: BlockHasher | None = None
         self._client = 0
@@ -75,9 +75,6 @@ class Looks:
             return
         self._hasher, self._client = request._block_hasher, request.client_index
         self._salts[state.namespace.digest] = request.cache_salt
-        self._salts.move_to_end(state.namespace.digest)
-        if len(self._salts) > _NAMESPACES:
-            self._salts.popitem(last=False)
 
     def served(self, state: RequestState | None) -> None:
         """A request has ended: what was stored of it may be worth a look."""

@@ -213,7 +213,7 @@ class Planning:
             if state.trace is not None:
                 state.trace.look()
         step = self.orders.build(output, self.states)
-        step.model = self.namespace.model_digest
+        step.model, step.wiped = self.namespace.model_digest, self.lookups.wiped
         return step
 
     # --- rows that are lost ------------------------------------------------------------------

@@ -23,6 +23,7 @@ from kvshare_store.keys import Keyring, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import NODE_FORMAT, Node, check_node, decode_node, encode_node
 from kvshare_store.nodes.vectors import Vectors, is_vector
+from kvshare_store.readable import short
 
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"
@@ -96,7 +97,7 @@ class Rows:
         row_bytes = self._row_bytes.get(row.namespace)
         if row_bytes is None:
             unknown = NewerRowError if row.namespace in self._newer else CorruptRowError
-            raise unknown(f"its namespace {row.namespace[:12]} is not known")
+            raise unknown(f"its namespace {short(row.namespace)} is not known")
         if self._keys is not None:
             row = self._unsealed(row, self._keys)
         elif not _check_holds(row):
@@ -168,7 +169,7 @@ def _decoded(row: Row) -> Node:
     if node.format > NODE_FORMAT:
         raise NewerRowError(f"it has format {node.format}, this release reads {NODE_FORMAT}")
     if (node.id, node.namespace) != (row.id, row.namespace):
-        raise CorruptRowError(f"it is the row of node {node.id[:12]}")
+        raise CorruptRowError(f"it is the row of node {short(node.id)}")
     return node
 
 

@@ -13,6 +13,7 @@ from kvshare_store.cli import (
     check,
     clear,
     completion,
+    config,
     diff,
     doctor,
     evict,
@@ -24,8 +25,8 @@ from kvshare_store.cli import (
     pin,
     publish,
     purge,
+    salt,
     serve,
-    settings,
     show,
     simulate,
     stats,
@@ -78,11 +79,11 @@ app.command("gc")(gc.command)
 app.command("check")(check.command)
 app.command("purge")(purge.command)
 app.command("clear")(clear.command)
-app.command("config", epilog=FIELDS_HELP)(settings.config)
+app.command("config", epilog=FIELDS_HELP)(config.command)
 app.command("doctor", epilog=FIELDS_HELP)(doctor.command)
 app.command("export")(move.export)
 app.command("import")(move.import_)
-app.command("salt")(settings.salt)
+app.command("salt")(salt.command)
 app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)
 app.command("top")(top.command)

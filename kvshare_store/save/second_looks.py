@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.metrics import Metrics
@@ -83,17 +84,16 @@ class SecondLooks:
         answers: Answers,
         metrics: Metrics,
         quality: Quality,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control_share = config.second_look_control
         self._nodes = nodes
         self._answers = answers
         self._metrics = metrics
-        self.clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._scoring = Scoring(nodes.tree, quality)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: Latest[str, _Entry] = Latest(_MOST)
         """By node, the oldest first."""
-        self._controls: dict[str, _Entry] = {}
+        self._controls: Latest[str, _Entry] = Latest(_CONTROLS)
         """Exact nodes whose answers are scored only, the oldest first."""
         self._since_control = 0
         self._hearing = threading.Lock()
@@ -119,14 +119,14 @@ class SecondLooks:
         entry = _Entry(self.clock(), Answered.of(save))
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
-                _queue(self._controls, node.id, entry, _CONTROLS)
+                self._controls[node.id] = entry
             return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
         if adapter:
             self._metrics.add("looks_declined")
             return
-        _queue(self._entries, node.id, entry, _MOST)
+        self._entries[node.id] = entry
 
     def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""
@@ -266,13 +266,6 @@ class SecondLooks:
             for entry in (*self._entries.values(), *self._controls.values()):
                 if entry.owner in dead_owners:
                     entry.owner, entry.until = "", 0.0
-
-
-def _queue(entries: dict[str, _Entry], node: str, entry: _Entry, most: int) -> None:
-    """Put a node into a queue; the oldest goes where there are too many."""
-    entries[node] = entry
-    if len(entries) > most:
-        del entries[next(iter(entries))]
 
 
 def _last_block(node: Node) -> str:

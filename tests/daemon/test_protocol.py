@@ -45,6 +45,7 @@ MESSAGES = [
     protocol.ShowNode("ab"),
     protocol.Explain(b"1234", node="ab", only="cd"),
     protocol.ListRequests(3, True, True),
+    protocol.Quality("ab", "ab/cd/append", True, 50, 3),
     protocol.Diff("ab", "cd"),
     protocol.HasNodes(("ab", "cd")),
     protocol.PlanNode("ab", 2.5),
