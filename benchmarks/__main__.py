@@ -45,6 +45,7 @@ MEASUREMENTS: dict[str, str] = {
     "table1-presets": "paper.table1_presets",
     "probes": "quality.probes",
     "injected": "quality.injected",
+    "bound": "quality.bound",
     "rag": "quality.rag",
     "agreement": "quality.agreement",
     "agreement-presets": "quality.agreement_presets",

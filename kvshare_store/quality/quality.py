@@ -181,17 +181,18 @@ class Quality:
         before = self._decision(score.namespace, known, self._top).rung if self.steers else EXACT
         floor = self._floors.get(score.namespace) or Evidence()
         least = floor.diverged.interval(terms.each()).low
-        evidence = learned.of(score.policy)
-        evidence.add(score, terms.bound + least if self.steers else 1.0)
+        evidence, allowed = learned.of(score.policy), terms.bound + least
+        evidence.add(score, allowed if self.steers else 1.0)
         learned.scored = self._clock()
         if score.greedy:  # others say nothing of divergence
             learned.unscored = 0
             self._note(score, learned, floor)
         known.decisions.clear()
+        # also where it is only tried: what was learned before a change says how often
+        if self.steers and doubted(evidence, terms) and evidence.diverged.mean <= allowed:
+            learned.forget()
         if before == EXACT:
             return False
-        if score.policy == self._ladder[before] and doubted(evidence, terms):
-            learned.forget()
         after = self._decision(score.namespace, known, self._top).rung
         if after < before:
             now, was = self._ladder[after], self._ladder[before]
