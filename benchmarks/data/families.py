@@ -32,6 +32,8 @@ class Family(NamedTuple):
     """Prompts of one template, as tokens in the chat template."""
 
     kind: str
+    name: str
+    """The kind and a number."""
     donor: tuple[int, ...]
     earlier: tuple[tuple[int, ...], ...]
     asked: tuple[tuple[int, ...], ...]
@@ -53,9 +55,10 @@ def families(folder: Path, chat: Chat, split: str, each: int, seed: int) -> list
     found = []
     for kind, make in KINDS.items():
         half = sources(folder, split, seed)
-        for _ in range(each):
+        for number in range(each):
             donor, *others = (chat.prompt(text) for text in make(half))
-            found.append(Family(kind, donor, tuple(others[:EARLIER]), tuple(others[EARLIER:])))
+            earlier, asked = tuple(others[:EARLIER]), tuple(others[EARLIER:])
+            found.append(Family(kind, f"{kind} {number}", donor, earlier, asked))
     return found
 
 

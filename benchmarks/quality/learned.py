@@ -54,11 +54,11 @@ def on_families(options: Options, split: Split, name: str, each: int, lineup: Li
     newline = chat.tokens("\n")[0]
     found = list(
         chain.from_iterable(
-            family_scores(engine, f"{family.kind} {at}", family, newline, lineup)
-            for at, family in enumerate(track(drawn, "Learning and forcing"))
+            family_scores(engine, family, newline, lineup)
+            for family in track(drawn, "Learning and forcing")
         )
     )
-    asked = [one for at, family in enumerate(drawn) for one in asked_of(str(at), family)]
+    asked = [one for family in drawn for one in asked_of(family)]
     floor = noise_floor(options, engine, asked[::FLOOR_EVERY])
     ours = [method.name for method in windows()]
     table = rows("families", found, ours, floor, options.seed)
@@ -71,10 +71,10 @@ def on_families(options: Options, split: Split, name: str, each: int, lineup: Li
     return result_of(options, name, f"{model}, fp32, transformers", n, floor, table, found)
 
 
-def asked_of(name: str, family: Family) -> list[SimilarPair]:
-    """The prompts of a family, named `name.number`."""
+def asked_of(family: Family) -> list[SimilarPair]:
+    """The prompts of a family; a number behind its name is their id."""
     return [
-        SimilarPair(f"{name}.{at}", prompt, family.donor, 1.0)
+        SimilarPair(f"{family.name}.{at}", prompt, family.donor, 1.0)
         for at, prompt in enumerate(family.asked)
     ]
 
@@ -87,12 +87,12 @@ def noise_floor(options: Options, engine: RowEngine, few: Sequence[SimilarPair])
 
 
 def family_scores(
-    engine: RowEngine, name: str, family: Family, newline: int, lineup: Lineup
+    engine: RowEngine, family: Family, newline: int, lineup: Lineup
 ) -> Iterator[Score]:
     """Every method on the prompts of a family, after what its earlier prompts taught."""
     donor = donor_of(engine, family.donor)
     taught = learned(engine, donor, family.earlier)
-    yield from pair_scores(engine, asked_of(name, family), donor, taught, newline, lineup)
+    yield from pair_scores(engine, asked_of(family), donor, taught, newline, lineup)
 
 
 def pair_scores(

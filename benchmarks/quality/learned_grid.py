@@ -24,8 +24,6 @@ from kvshare_store.lookup.policy import PRESETS, Mask
 Lineup = Literal["short", "report", "pairs", "tune"]
 By = Literal["attended", "deviation"]
 Base = Literal["no window", "window 8", "2 x edit", "balanced"]
-BLOCK = 8
-"""Positions that are chosen together: an engine computes runs, not scattered rows."""
 _BASES = {
     "no window": PRESETS["aggressive"],
     "window 8": windowed(8, min_run=8),
@@ -43,7 +41,7 @@ class Known(NamedTuple):
     own: Dependence
     """From full compute of this prompt, by its positions: what no store knows beforehand."""
     learned: Dependence | None
-    """From the family's earlier prompts, by position of the donor."""
+    """From the family's earlier prompts, by position of the donor; None if there are none."""
 
 
 def methods(known: Known, lineup: Lineup) -> list[Method]:
@@ -68,7 +66,7 @@ def windows() -> list[Method]:
 
 def by_share(
     known: Known, base: Base, by: By, share: float, block: int = 1, *, oracle: bool = False
-) -> Chosen:
+) -> Method:
     """A share of what the base leaves, the positions that depended most."""
     pick = partial(highest, share=share, block=block)
     return _picked(known, base, f"{by} {share:.0%}{_blocks(block)}", by, pick, oracle)
@@ -76,7 +74,7 @@ def by_share(
 
 def by_rest(
     known: Known, base: Base, by: By, rest: float, block: int = 1, *, oracle: bool = False
-) -> Chosen:
+) -> Method:
     """As many as leave no more than `rest`: many positions of one family and few of another."""
     pick = partial(until, rest=rest, block=block)
     return _picked(known, base, f"{by} to {rest:g}{_blocks(block)}", by, pick, oracle)
@@ -93,13 +91,17 @@ def _picked(
     by: By,
     pick: Callable[[Weights, Mask], Mask],
     oracle: bool,
-) -> Chosen:
+) -> Method:
+    label = f"{'oracle' if oracle else 'learned'} {name} + {base}"
+    if known.learned is None and not oracle:
+        return KVShare(label, PRESETS["balanced"])
+
     def choice(source: Positions, kept: Mask) -> Mask:
         if oracle or known.learned is None:
             return pick(getattr(known.own, by), kept)
         return pick(of_donor(getattr(known.learned, by), source), kept)
 
-    return Chosen(f"{'oracle' if oracle else 'learned'} {name} + {base}", _BASES[base], choice)
+    return Chosen(label, _BASES[base], choice)
 
 
 def lexical(known: Known, base: Base, window: int) -> Chosen:
@@ -127,6 +129,32 @@ def _short(known: Known) -> list[Method]:
     return [by_share(known, "balanced", "attended", 0.1), lexical(known, "balanced", 8)]
 
 
+def _report(known: Known) -> list[Method]:
+    return [
+        by_share(known, "window 8", "attended", 0.1),
+        by_share(known, "window 8", "attended", 0.1, block=4),
+        by_share(known, "window 8", "deviation", 0.1),
+        by_share(known, "balanced", "attended", 0.1),
+        by_rest(known, "window 8", "attended", 0.1),
+        by_rest(known, "window 8", "attended", 0.3),
+        lexical(known, "2 x edit", 4),
+        starts(known, "2 x edit", 8),
+    ]
+
+
+def _pairs(known: Known) -> list[Method]:
+    return [
+        by_share(known, "window 8", "attended", 0.1),
+        by_rest(known, "window 8", "attended", 0.1),
+        by_rest(known, "window 8", "attended", 0.3),
+        by_share(known, "window 8", "attended", 0.1, oracle=True),
+        by_rest(known, "window 8", "attended", 0.1, oracle=True),
+        lexical(known, "2 x edit", 4),
+        lexical(known, "2 x edit", 16),
+        starts(known, "2 x edit", 8),
+    ]
+
+
 def _tune(known: Known) -> list[Method]:
     found: list[Method] = [
         by_share(known, "no window", "attended", 0.2),
@@ -151,7 +179,7 @@ def _tune(known: Known) -> list[Method]:
     for base, share in bases:
         found += [
             by_share(known, base, "deviation", share),
-            by_share(known, base, "attended", share, BLOCK),
+            by_share(known, base, "attended", share, block=8),
             by_share(known, base, "attended", share, oracle=True),
             by_share(known, base, "deviation", share, oracle=True),
         ]
@@ -160,7 +188,7 @@ def _tune(known: Known) -> list[Method]:
 
 _CHOICES: dict[Lineup, Callable[[Known], list[Method]]] = {
     "short": _short,
-    "report": _tune,
-    "pairs": _short,
+    "report": _report,
+    "pairs": _pairs,
     "tune": _tune,
 }

@@ -96,8 +96,8 @@ def test_methods_have_names_of_their_own(lineup: Lineup) -> None:
 def test_a_family_teaches_and_is_scored(llama: RowEngine) -> None:
     base = prompt_of(60)
     members = [(*base[:10], at, *base[11:]) for at in range(1, 5)]
-    family = Family("header", members[0], (members[1],), (members[2], members[3]))
-    found = list(family_scores(llama, "header 0", family, 5, "short"))
+    family = Family("header", "header 0", members[0], (members[1],), (members[2], members[3]))
+    found = list(family_scores(llama, family, 5, "short"))
     assert {one.pair for one in found} == {"header 0.0", "header 0.1"}
     by_method = samples_of(found)
     windowed, chosen = (by_method[name].point() for name in
