@@ -19,6 +19,8 @@ COLUMNS = [
 MORE, LESS = 3.0, 0.7
 """What a choice must reach to be adopted: points more reused, or so many times the KL."""
 RESAMPLES = 1_000
+_LEAST_KL = 1e-9
+"""Rounding in float32 makes as much of two equal distributions, or 0."""
 
 
 class Point(NamedTuple):
@@ -72,14 +74,18 @@ def beside(frontier: Sequence[Point], one: Point) -> Beside:
         if not best or point.kl < best[-1].kl:
             best.append(point)
     reused = [point.reused for point in reversed(best)]
-    logs = [float(np.log(point.kl)) for point in reversed(best)]
-    log = float(np.log(one.kl))
+    logs = [_log(point) for point in reversed(best)]
+    log = _log(one)
     more = times = None
     if logs[0] <= log <= logs[-1]:
         more = 100 * (one.reused - float(np.interp(log, logs, reused)))
     if reused[0] <= one.reused <= reused[-1]:
         times = float(np.exp(log - np.interp(one.reused, reused, logs)))
     return Beside(more, times)
+
+
+def _log(point: Point) -> float:
+    return float(np.log(max(point.kl, _LEAST_KL)))
 
 
 def adopted(found: Beside) -> bool:
@@ -124,7 +130,8 @@ def rows(
             found.append([*line, None, None, None])
             continue
         again = resampled(frontier, ours, clusters, seed)
-        spread = low_to_high(*np.quantile(again, (0.025, 0.975))) if again else None
+        known = len(again) > RESAMPLES / 2  # most of them within the frontier
+        spread = low_to_high(*np.quantile(again, (0.025, 0.975))) if known else None
         found.append([*line, *beside(points, point), spread])
     return found
 

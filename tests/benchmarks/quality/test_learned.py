@@ -26,6 +26,7 @@ from benchmarks.quality.learned_table import (
     samples_of,
     verdicts,
 )
+from benchmarks.quality.learned_pairs import goal
 from tests.transformers.tiny import prompt_of
 
 FRONTIER = [Point(0.9, 0.1), Point(0.8, 0.01), Point(0.7, 0.02), Point(0.6, 0.001)]
@@ -83,6 +84,16 @@ def test_the_table_says_which_choice_reaches_the_criterion() -> None:
     assert by_name["learned"][7] == pytest.approx(0.4)
     assert by_name["learned"][8] == "0.40 to 0.40"
     assert verdicts(found, ["w8", "w64"]) == ["learned (families): 90.0% reused at 20.0 x floor"]
+
+
+def test_the_goal_is_met_by_reuse_within_a_multiple_of_the_floor() -> None:
+    def line(method: str, reused: float, times: float) -> list[object]:
+        return ["pairs", method, reused, 0.1, 0.1, times, None, None, None]
+
+    table = [line("learned a", 0.8, 5.1), line("learned b", 0.7, 5.0), line("oracle", 0.9, 1.0)]
+    assert goal(table)[1:] == ("learned b: 70.0% at 5.0 x", False)
+    assert goal([*table, line("learned c", 0.75, 4.0)])[2]
+    assert goal(table[:1])[1:] == ("none is so near", False)
 
 
 @pytest.mark.parametrize("lineup", get_args(Lineup))
