@@ -15,6 +15,7 @@ from benchmarks.methods.dependence import Dependence
 from benchmarks.quality.agreement_scores import Score
 from benchmarks.quality.learned import draw, family_scores, result_of
 from benchmarks.quality.learned_grid import Known, Lineup, methods, windows
+from benchmarks.quality.learned_pairs import goal
 from benchmarks.quality.learned_table import (
     Beside,
     Point,
@@ -26,7 +27,6 @@ from benchmarks.quality.learned_table import (
     samples_of,
     verdicts,
 )
-from benchmarks.quality.learned_pairs import goal
 from tests.transformers.tiny import prompt_of
 
 FRONTIER = [Point(0.9, 0.1), Point(0.8, 0.01), Point(0.7, 0.02), Point(0.6, 0.001)]
