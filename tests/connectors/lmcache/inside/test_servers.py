@@ -62,6 +62,11 @@ def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
     return rows
 
 
+def read_locked(opened: StorageManager) -> int:
+    """Objects in L1 that LMCache is reading, for example to store them."""
+    return sum(l1["read_locked_count"] for l1 in opened.report_status()["l1_managers"].values())
+
+
 def check_read(opened: StorageManager, rows: dict[int, torch.Tensor], missing: int) -> None:
     """The adapter has a prefix of `rows`; nobody has the object behind it."""
     keys = [key(number) for number in (*rows, missing)]
@@ -89,6 +94,8 @@ def test_managers_share_a_home_and_one_that_comes_later_reads_it(tmp_path: Path)
         until(lambda: all(looked_up(one, [key(number) for number in rows])))
         one.close()
         check_read(second, rows, missing=99)
+        # a store that ends later would unlock its keys, also when they were read back since
+        until(lambda: not read_locked(first))
         first.clear(force=True)
         check_read(first, rows, missing=99)
     stop_daemon(tmp_path)
