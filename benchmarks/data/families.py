@@ -51,12 +51,15 @@ class Sources(NamedTuple):
 
 def families(folder: Path, chat: Chat, split: str, each: int, seed: int) -> list[Family]:
     """`each` families of every kind (`KINDS`) of the half `tune` or `report`. A smaller sample is
-    the beginning of a larger one."""
+    the beginning of a larger one. `DataError` if the sets have too few texts for so many."""
     found = []
     for kind, make in KINDS.items():
         half = sources(folder, split, seed)
         for number in range(each):
-            donor, *others = (chat.prompt(text) for text in make(half))
+            try:
+                donor, *others = map(chat.prompt, make(half))
+            except StopIteration:
+                raise datasets.DataError(f"too few texts for {each} families of {kind}") from None
             earlier, asked = tuple(others[:EARLIER]), tuple(others[EARLIER:])
             found.append(Family(kind, f"{kind} {number}", donor, earlier, asked))
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.data.datasets import DataError
 from benchmarks.data.families import ASKED, EARLIER, KINDS, Family, families
 
 TEXTS = 300
@@ -60,6 +61,11 @@ def test_a_family_is_one_template_filled_anew(data: Path) -> None:
         assert (len(family.earlier), len(family.asked)) == (EARLIER, ASKED)
         assert len(set(texts)) == len(texts)
         assert len({text.split()[0] for text in texts}) == 1
+
+
+def test_more_families_than_there_are_texts_are_refused(data: Path) -> None:
+    with pytest.raises(DataError, match="too few texts for 50 families of header"):
+        drawn(data, "report", 50)
 
 
 def test_names_change_everywhere_and_orders_keep_their_passages(data: Path) -> None:
