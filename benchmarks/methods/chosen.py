@@ -21,8 +21,8 @@ _OFTEN = 4
 
 Positions = npt.NDArray[np.int64]
 Choice = Callable[[Positions, Mask], Mask]
-"""From where each position comes in the donor (-1: nowhere) and what the policy keeps, to which of
-the kept positions are computed all the same; bool `[tokens]`."""
+"""From which position of the donor the policy takes each position (-1: it is computed) and which
+these are, to which of them are computed all the same; bool `[tokens]`."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def of_donor(weights: Weights, source: Positions) -> Weights:
 def dependants(
     prompt: Sequence[int], donor: Sequence[int], source: Positions, kept: Mask, window: int
 ) -> Mask:
-    """Kept positions at a later recurrence of a rare token of the text that was put in or taken
-    out, and the `window - 1` behind it."""
+    """Kept positions at a later recurrence of a rare token that is computed, or whose row is left
+    out (edited text and windows), and the `window - 1` behind it."""
     tokens, before = np.asarray(prompt), np.asarray(donor)
     first: dict[int, int] = {}
     for at in np.flatnonzero(source < 0):

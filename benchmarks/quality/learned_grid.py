@@ -105,7 +105,7 @@ def _picked(
 
 
 def lexical(known: Known, base: Base, window: int) -> Chosen:
-    """A window at later recurrences of rare tokens of the edits."""
+    """A window at later recurrences of rare tokens of the edits and their windows."""
 
     def choice(source: Positions, kept: Mask) -> Mask:
         return dependants(known.prompt, known.donor, source, kept, window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -145,17 +145,9 @@ def verdicts(found: Sequence[Sequence[Cell]], windows: Sequence[str]) -> list[st
     """Choices that could be built and reach what was asked, in words."""
     said = []
     for line in found:
-        name, method, reused, _, _, floor, more, times, _ = line
+        name, method, reused, _, _, floor, more, times, spread = line
         buildable = method not in windows and not str(method).startswith("oracle")
         if buildable and adopted(Beside(more, times)):  # type: ignore[arg-type]
-            said.append(f"{method} ({name}): {reused:.1%} reused at {floor:.1f} x floor")
+            near = f"{reused:.1%} reused at {floor:.1f} x floor, times {spread or 'unknown'}"
+            said.append(f"{method} ({name}): {near}")
     return said
-
-
-def by_kind(scores: Sequence[Score], methods: Sequence[str]) -> Mapping[str, list[Score]]:
-    """The scores of some methods, by the kind of family: the first word of the prompt's id."""
-    found: dict[str, list[Score]] = {}
-    for one in scores:
-        if one.method in methods:
-            found.setdefault(one.pair.split()[0], []).append(one)
-    return found

@@ -83,7 +83,9 @@ def test_the_table_says_which_choice_reaches_the_criterion() -> None:
     assert by_name["w8"][2:] == pytest.approx([0.9, 0.5, 0.1 / 2**0.5, 50, None, None, None])
     assert by_name["learned"][7] == pytest.approx(0.4)
     assert by_name["learned"][8] == "0.40 to 0.40"
-    assert verdicts(found, ["w8", "w64"]) == ["learned (families): 90.0% reused at 20.0 x floor"]
+    assert verdicts(found, ["w8", "w64"]) == [
+        "learned (families): 90.0% reused at 20.0 x floor, times 0.40 to 0.40"
+    ]
 
 
 def test_the_goal_is_met_by_reuse_within_a_multiple_of_the_floor() -> None:
