@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.methods.base import Donor, Prefilled
 from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, place, plan
+from kvshare_store.plan import Span
 
 _NAME = "kvshare_attended"
 _SUFFIX = 16
@@ -89,7 +90,7 @@ def dependence(
     return Dependence(change.mean((0, 1)).numpy(), attended.numpy()), source
 
 
-def sources(spans: Sequence[Any], length: int) -> npt.NDArray[np.int64]:
+def sources(spans: Sequence[Span], length: int) -> npt.NDArray[np.int64]:
     """The donor's position that fills each position of a prompt, -1 where none does."""
     source = np.full(length, -1, np.int64)
     for span in spans:
