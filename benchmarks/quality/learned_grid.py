@@ -51,8 +51,7 @@ def methods(known: Known, lineup: Lineup) -> list[Method]:
 
 def windows() -> list[Method]:
     """Windows alone, from the most reuse to the least: the frontier to beat."""
-    policies = [windowed(8), windowed(16), windowed(24), windowed(64, growth=2, min_run=8),
-                windowed(64, growth=8, min_run=8)]  # fmt: skip
+    policies = [windowed(8), windowed(16), windowed(24), windowed(64, growth=2, min_run=8)]
     return [
         kvshare("aggressive"),
         *(KVShare(spelled(policy), policy) for policy in policies),
