@@ -52,6 +52,9 @@ MEASUREMENTS: dict[str, str] = {
     "agreement-weights": "quality.agreement_weights",
     "agreement-tune": "quality.agreement_tune",
     "agreement-turns": "quality.agreement_turns",
+    "learned": "quality.learned",
+    "learned-pairs": "quality.learned_pairs",
+    "learned-tune": "quality.learned_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 
