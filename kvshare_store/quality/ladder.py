@@ -49,7 +49,7 @@ def decide(learned: Learned, floor: Evidence, ladder: Sequence[str], terms: Term
     next one such that all together are within it, whatever is true within the limits."""
     stale = learned.unscored >= STALE
     error, base = terms.each(learned.epoch), floor.diverged.interval(terms.each())
-    rates = [_rate(learned, policy, error, stale=stale) for policy in ladder]
+    rates = [_rate(learned.policies.get(policy), error, terms, stale=stale) for policy in ladder]
     extra = [max(0.0, rate.high - base.low) for rate in rates]
     extra[EXACT] = 0.0
     rung = max(at for at in range(len(ladder)) if extra[at] <= terms.bound)
@@ -59,11 +59,12 @@ def decide(learned: Learned, floor: Evidence, ladder: Sequence[str], terms: Term
     return Decision(rung, tried, (terms.bound - extra[rung]) / (extra[tried] - extra[rung]))
 
 
-def _rate(learned: Learned, policy: str, error: float, *, stale: bool) -> Interval:
-    found = learned.policies.get(policy)
+def _rate(found: Evidence | None, error: float, terms: Terms, *, stale: bool) -> Interval:
     if found is None or stale:
         return Interval(0.0, 0.0, 1.0)
-    return found.diverged.interval(error)
+    rate = found.diverged.interval(error)
+    # the mean so far is no limit for what comes next, if it is doubted that this is as before
+    return rate._replace(high=1.0) if doubted(found, terms) else rate
 
 
 def doubted(evidence: Evidence, terms: Terms) -> bool:

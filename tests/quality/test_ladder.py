@@ -67,6 +67,14 @@ def test_divergence_of_full_compute_is_no_extra() -> None:
     assert decide(known, evidence("off", 1900, 100), LADDER, TERMS).rung == 1
 
 
+def test_what_is_doubted_is_tried_as_seldom_as_what_nothing_is_known_of() -> None:
+    known = learned(faithful=(50, 0))
+    assert decide(known, NOTHING, LADDER, TERMS).share > 2 * TERMS.bound
+    for _ in range(5):
+        known.of("faithful").add(score("faithful", diverged=True), TERMS.bound)
+    assert decide(known, NOTHING, LADDER, TERMS) == Decision(EXACT, 1, TERMS.bound)
+
+
 def test_evidence_that_no_score_confirms_counts_no_more() -> None:
     known = learned(faithful=(5000, 0))
     known.unscored = STALE
