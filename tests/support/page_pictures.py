@@ -76,7 +76,7 @@ def main(out: Path) -> None:
             with browser(Path(folder)) as tab:
                 for name, path in (("overview", "/"), ("prompt", f"/nodes/{node}")):
                     tab.look(1000, 640)
-                    tab.open(page_url(daemon) + path)
+                    tab.open(page_url(daemon.config.home_path) + path)
                     tab.picture(out / f"page-{name}.png", whole=False)
 
 
