@@ -26,6 +26,7 @@ MEASUREMENTS: dict[str, str] = {
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
     "lookups": "store.rewritten_lookups",
+    "hostile": "store.hostile",
     "clients": "store.clients",
     "steady": "store.steady_state",
     "eviction": "store.eviction",
@@ -44,12 +45,16 @@ MEASUREMENTS: dict[str, str] = {
     "table1-presets": "paper.table1_presets",
     "probes": "quality.probes",
     "injected": "quality.injected",
+    "bound": "quality.bound",
     "rag": "quality.rag",
     "agreement": "quality.agreement",
     "agreement-presets": "quality.agreement_presets",
     "agreement-weights": "quality.agreement_weights",
     "agreement-tune": "quality.agreement_tune",
     "agreement-turns": "quality.agreement_turns",
+    "learned": "quality.learned",
+    "learned-pairs": "quality.learned_pairs",
+    "learned-tune": "quality.learned_tune",
 }
 """Name to module, in the order of the report. Each module has `measure` and may have `draw`."""
 

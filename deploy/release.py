@@ -1,9 +1,11 @@
-"""Build what a release consists of, check it, say what to push. No network, no upload.
+"""Build what a release consists of, check it, tag it, say what to push. No network, no upload.
 
     make release
 
 The source distribution is built from the files of the commit, the wheel from the source
-distribution: so what is tested and uploaded needs nothing that only this folder has.
+distribution: so what is tested and uploaded needs nothing that only this folder has. What the
+release says on the wire is recorded for the tests of the next one, which also build this one from
+its tag (`tests/daemon/test_release_before.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kvshare_store": "kvshare_store", "connectors": "kvshare_connectors"}
 """Folders whose every file is in the wheel, and what they are called there."""
+RECORDING = "tests/data/protocol_before.json"
 _FIELDS = {"Name", "Version", "Summary", "Keywords", "Requires-Python", "License-Expression"}
 _FIELDS |= {"License-File", "Classifier", "Project-URL", "Description-Content-Type"}
 _FIELDS |= {"Provides-Extra", "Requires-Dist"}
@@ -82,8 +85,14 @@ def obstacles(version: str) -> Iterator[str]:
         yield f"the tag v{version} exists: change `version` in pyproject.toml"
 
 
+def make(version: str) -> None:
+    """Set the tag, and record the messages. The recording is for the commits that follow."""
+    _git("tag", "-a", f"v{version}", "-m", f"KVShare {version}")
+    _python("-m", "tests.support.protocol_recording", cwd=ROOT)
+
+
 def main() -> int:
-    """Build, check and print what is left to do; 1 if something is wrong."""
+    """Build, check, tag, record and print what is left to do; 1 if something is wrong."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     os.environ["SOURCE_DATE_EPOCH"] = _git("log", "-1", "--format=%ct").strip()
     files, out = committed(), ROOT / "dist"
@@ -96,11 +105,11 @@ def main() -> int:
     if wrong:
         print("\n".join(["This is no release:", *wrong]), file=sys.stderr)
         return 1
-    print(
-        f"dist/{sdist.name}\ndist/{wheel.name}\n\nAfter `make test`, push the tag and the files:\n"
-    )
-    print(f"    git tag -a v{version} -m 'KVShare {version}' && git push origin v{version}")
+    make(version)
+    print(f"dist/{sdist.name}\ndist/{wheel.name}\ntag v{version}\n\nIf `make test` has passed:\n")
+    print(f"    git push origin v{version}")
     print(f"    twine upload dist/{sdist.name} dist/{wheel.name}")
+    print(f"    git commit -m 'Messages of {version}, for the next release' {RECORDING}")
     return 0
 
 

@@ -166,6 +166,12 @@ def _diverged(stats: Stats) -> Iterator[Sample]:
             yield (policy,), sums["greedy"]["diverged"]
 
 
+def _extra_rates(stats: Stats) -> Iterator[Sample]:
+    for policy, limits in stats.get("quality", {}).get("extra", {}).items():
+        for limit, rate in limits.items():
+            yield (policy, limit), rate
+
+
 def _failing(stats: Stats) -> list[Sample]:
     health = stats["health"]
     parts = {**health["threads"], **health["failures"], **health["reasons"]}
@@ -225,6 +231,11 @@ FAMILIES: tuple[Family, ...] = (
            "computes in full", (), _one("looks_declined")),
     Family("kvshare_second_look_controls_total", "counter", "Answers served in full that were "
            "given to idle engines, only to be scored", (), _one("looks_control")),
+    Family("kvshare_second_looks_waiting", "gauge", "Edited prompts that wait for an idle engine",
+           (), _one("looks_waiting")),
+    Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),
+           _one("staged")),
+    # known quality
     Family("kvshare_scored_answers_total", "counter", "Answers that second looks have scored, by "
            "the policy that they were served under (`control`: in full) and how their tokens were "
            "chosen: `greedy` or `sampled`", ("policy", "chosen"), _scores("answers")),
@@ -234,10 +245,21 @@ FAMILIES: tuple[Family, ...] = (
            "over these tokens, in full compute", ("policy", "chosen"), _scores("regret")),
     Family("kvshare_diverged_answers_total", "counter", "Greedy answers whose first tokens are not "
            "those of full compute", ("policy",), _diverged),
-    Family("kvshare_second_looks_waiting", "gauge", "Edited prompts that wait for an idle engine",
-           (), _one("looks_waiting")),
-    Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),
-           _one("staged")),
+    Family("kvshare_quality_bound", "gauge", "The configured `quality_bound`: the rate of extra "
+           "divergence that is accepted; 0: any, and nothing is steered", (),
+           _one("quality", "bound")),
+    Family("kvshare_quality_confidence", "gauge", "The configured `quality_confidence`", (),
+           _one("quality", "confidence")),
+    Family("kvshare_quality_classes", "gauge", "Classes of traffic, by the policy that their "
+           "requests get", ("policy",), _each("quality", "classes")),
+    Family("kvshare_quality_silent_classes", "gauge", "Classes of which the last 1,000 requests on "
+           "approximate rows had no score, so that what was learned counts no more", (),
+           _one("quality", "silent")),
+    Family("kvshare_quality_worst_extra_rate", "gauge", "Limits (`lower`, `upper`) of the rate of "
+           "divergence beyond that of controls, each of the class where it is highest",
+           ("policy", "limit"), _extra_rates),
+    Family("kvshare_quality_tightened_total", "counter", "How often a score made a class stricter",
+           (), _one("quality_tightened")),
     # what is there
     Family("kvshare_nodes", "gauge", "Prompts in the store", (), _one("nodes")),
     Family("kvshare_blocks", "gauge", "Blocks that they use", (), _one("blocks")),

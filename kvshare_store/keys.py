@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_store.errors import ConfigError, CorruptBlockError, NamespaceError, UnsupportedError
+from kvshare_store.readable import short
 
 KEY_BYTES = 32
 SALT_BYTES = 32
@@ -29,7 +30,8 @@ class Keyring:
     """Keys derived from a master key, one for each namespace and purpose. Thread-safe.
 
     A namespace's key is HKDF-SHA256 of the master key with the namespace's own random salt. When
-    that salt is deleted nobody can derive the key again, not even with the master key.
+    that salt is deleted nobody can derive the key again, not even with the master key. After the
+    master key was changed, the namespace's key is kept in place of the salt, sealed (`wrapped`).
     """
 
     def __init__(self, master: bytes) -> None:
@@ -38,8 +40,22 @@ class Keyring:
         self._keys: dict[str, bytes] = {}
 
     def learn(self, namespace: str, salt: bytes) -> None:
-        """Learn the salt of a namespace."""
-        self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
+        """Learn the key of a namespace from its salt, or from what `wrapped` has made;
+        `CorruptBlockError` if that was made with another master key."""
+        if is_salt(salt):
+            self._keys[namespace] = self._derive(salt, f"namespace {namespace}")
+            return
+        wrapping = self._wrapping(namespace, salt[:SALT_BYTES])
+        self._keys[namespace] = bytes(unseal(wrapping, salt[SALT_BYTES:], namespace.encode()))
+
+    def wrapped(self, namespace: str, key: bytes) -> bytes:
+        """What takes the place of a namespace's salt where its key was made of another master key:
+        a new salt, and that key, sealed."""
+        salt = new_salt()
+        return salt + bytes(seal(self._wrapping(namespace, salt), key, namespace.encode()))
+
+    def _wrapping(self, namespace: str, salt: bytes) -> bytes:
+        return self._derive(salt, f"wrapped namespace {namespace}")
 
     def forget(self, namespace: str) -> None:
         """Forget the key of a namespace; unknown ones are ignored."""
@@ -52,7 +68,7 @@ class Keyring:
         """The key of a namespace; `NamespaceError` if its salt is unknown or was deleted."""
         key = self._keys.get(namespace)
         if key is None:
-            raise NamespaceError(f"namespace {namespace[:12]} has no key")
+            raise NamespaceError(f"namespace {short(namespace)} has no key")
         return key
 
     def of_table(self, purpose: str) -> bytes:
@@ -98,6 +114,11 @@ def unseal(key: bytes, sealed: Any, associated: bytes) -> bytearray:
 def new_salt() -> bytes:
     """A salt for a namespace."""
     return os.urandom(SALT_BYTES)
+
+
+def is_salt(stored: bytes) -> bool:
+    """Whether a record has a salt, or what `Keyring.wrapped` has made in its place."""
+    return len(stored) == SALT_BYTES
 
 
 def _aesgcm() -> Any:

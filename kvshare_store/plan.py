@@ -142,6 +142,9 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     pooled: tuple[int, ...] = ()
     """Blocks (indexes) of pools. A tenant's prompt never points there: whoever saves on top of this
     plan stores the rows that came from them as the prompt's own."""
+    wiped: str = ""
+    """Another text after each purge. Whoever keeps copies of rows drops all of them when it
+    changes. A daemon of the release before does not say."""
 
     @property
     def reused(self) -> int:

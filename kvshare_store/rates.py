@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
+
+from kvshare_store.bounded import Latest
 
 _KEPT = 4096
 """Namespaces whose buckets are kept. One that is forgotten begins with a full bucket."""
@@ -24,7 +25,7 @@ class Rates:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+        self._buckets: Latest[str, _Bucket] = Latest(_KEPT)
 
     def __len__(self) -> int:
         """Namespaces that are remembered."""
@@ -37,10 +38,8 @@ class Rates:
             return True
         most, now = max(1.0, rate), self._clock()
         with self._lock:
-            bucket = self._buckets.pop(namespace, _Bucket(most, now))
+            bucket = self._buckets.get(namespace, _Bucket(most, now))
             permits = min(most, bucket.permits + (now - bucket.at) * rate)
             allowed = permits >= 1.0
             self._buckets[namespace] = _Bucket(permits - allowed, now)
-            while len(self._buckets) > _KEPT:
-                self._buckets.popitem(last=False)
         return allowed

@@ -1,9 +1,11 @@
-"""Numbers, times, reasons and foreign text, as people read them in a terminal or on a page."""
+"""Numbers, times, reasons, verdicts and foreign text, as people read them."""
 
 from __future__ import annotations
 
 import time
 import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -15,6 +17,9 @@ _ID = 12
 KIND_COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan"}
 """Of the kinds of reuse, in a terminal."""
 
+Verdict = Mapping[str, Any]
+"""What a second look has said of an answer, in plain types."""
+
 REASONS = {
     "edit": "no stored prompt has these tokens here",
     "window": "they follow an edit closely (edit_window, edit_growth)",
@@ -24,6 +29,7 @@ REASONS = {
     "delimiters": "delimiters behind an edit (delimiters)",
     "cost": "reuse would save too little (min_saving_ms, approximation_price)",
     "policy": "the policy reuses prefixes only",
+    "source": "behind text that only one other source has sent (unconfirmed_share)",
 }
 """Why tokens are computed again."""
 
@@ -42,6 +48,32 @@ def share(part: int, whole: int) -> str:
         return "-"
     percent = 100 * part / whole
     return "< 0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
+
+
+def percent(rate: float) -> str:
+    """`12.5 %` of a share or of a difference of two."""
+    return f"{100 * rate:.1f} %".replace("-0.0 ", "0.0 ").replace("-", "\N{MINUS SIGN}")
+
+
+def steering_text(steering: Mapping[str, Any]) -> str:
+    """What a bound makes of a prompt's class, as a sentence."""
+    text = (
+        f"class {printable(steering['traffic'])} is at {steering['rung']} under a bound of "
+        f"{percent(steering['bound'])}"
+    )
+    if steering["tried"]:
+        text += f"; {percent(steering['share'])} of its requests get {steering['tried']}"
+    return text
+
+
+def source_text(candidate: Mapping[str, Any]) -> str:
+    """Whose a candidate is, and how many of the tokens kept of it nobody has confirmed."""
+    found: str = candidate.get("source", "")
+    rows = candidate.get("unconfirmed", 0)
+    if not rows:
+        return found
+    tokens = f"{rows:,} tokens"
+    return f"{found} ({tokens})" if found == "unconfirmed" else f"{found}, {tokens} unconfirmed"
 
 
 def bar(part: int, whole: int) -> str:
@@ -106,3 +138,43 @@ def shortened(text: str, limit: int, *, head: bool = True, tail: bool = True) ->
         return text
     part = limit // (head + tail)
     return (text[:part] if head else "") + " … " + (text[-part:] if tail else "")
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def verdict_lines(verdict: Verdict | None) -> Iterable[str]:
+    """A verdict as `show` and `log` have it, one sentence a line; none if there is none."""
+    if verdict is None:
+        return
+    if verdict["scored"]:
+        what = "served in full" if verdict["control"] else f"policy {printable(verdict['policy'])}"
+        yield f"scored {age(verdict['at'])} ago: {verdict['scored']} tokens, {what}"
+        yield (
+            f"regret {verdict['regret']:.4f} nats a token, {verdict['worst']:.4f} at most; "
+            + _floor(verdict)
+        )
+        yield _divergence(verdict)
+    if verdict.get("settled"):
+        yield f"settled {age(verdict['settled'])} ago"
+
+
+def _floor(verdict: Verdict) -> str:
+    if verdict["floor"] is None:
+        return "floor not known yet"
+    return f"floor {verdict['floor']:.4f} ({verdict['floor_answers']:,} controls)"
+
+
+def _divergence(verdict: Verdict) -> str:
+    if not verdict["greedy"]:
+        return "not greedy, or with tokens forbidden: that it differs says nothing"
+    if verdict["diverged"] is None:
+        return "these tokens are those of full compute"
+    return f"differs from full compute from token {verdict['diverged'] + 1} on"
+
+
+def regret_cell(verdict: Verdict | None) -> str:
+    """The regret for a column, `!` where the answer differs from that of full compute."""
+    if verdict is None or not verdict["scored"]:
+        return "-"
+    return f"{verdict['regret']:.3f}" + ("!" if verdict["diverged"] is not None else "")

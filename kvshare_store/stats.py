@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import msgspec
+
 from kvshare_store.commit.repository import Repository
 from kvshare_store.config import StoreConfig
 from kvshare_store.metrics import OTHERS
+from kvshare_store.quality.overview import Overview
 from kvshare_store.version import version
 
 _COUNTERS = (
@@ -15,7 +18,7 @@ _COUNTERS = (
     "tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited",
     "tokens_recomputed", "tokens_engine_cached", "bytes_loaded", "bytes_stored",
     "answers_stored", "tokens_answers_stored", "edited_stored", "settled", "looks",
-    "looks_dropped", "looks_declined", "looks_control",
+    "looks_dropped", "looks_declined", "looks_control", "quality_tightened",
 )  # fmt: skip
 
 
@@ -27,11 +30,12 @@ def stats_of(
     staged: int,
     looks: int,
     scores: dict[str, Any],
+    quality: Overview,
 ) -> dict[str, Any]:
     """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
     begun; `looks`: edited prompts that wait for an idle engine; `scores`: see
-    `Verdicts.report`. Never waits: neither for the lock
-    nor for a first look at the disk."""
+    `Verdicts.report`. Never waits: neither for the lock of the nodes nor for a first look at the
+    disk."""
     metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
     return {
         "version": version(),
@@ -48,6 +52,7 @@ def stats_of(
         "staged": staged,
         "looks_waiting": looks,
         "scores": scores,
+        "quality": msgspec.to_builtins(quality),
         "tiers": blocks.report(),
         "moved": metrics.moves(),
         "evicted": metrics.evictions,
@@ -69,7 +74,7 @@ def _by_namespace(config: StoreConfig, repository: Repository) -> dict[str, dict
     found = {label: {**blank, **use} for label, use in metrics.usage().items()}
     for label, (digest, space) in zip(labels, known.items(), strict=True):
         use = found.setdefault(label, {**blank, "requests": {}, "tokens": {}})
-        use["nodes"] += state.count(digest)
+        use["nodes"] += state.tree.count_of(digest)
         use["bytes"] += state.tree.bytes_of(digest)
         if label != OTHERS:
             use["model"] = space.model

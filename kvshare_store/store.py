@@ -16,7 +16,10 @@ from kvshare_store.errors import KVShareError, NodeError, PlanError, Unavailable
 from kvshare_store.limits import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explaining import Explained
 from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.outcomes import Outcomes
+from kvshare_store.lookup.plan_maker import PlanMaker
 from kvshare_store.lookup.request_log import RequestLog
 from kvshare_store.lookup.serving import Serving
 from kvshare_store.lookup.sources import Sources
@@ -30,9 +33,10 @@ from kvshare_store.maintenance.purge_lineage import LineagePurge
 from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
-from kvshare_store.save.second_looks import End, Look
+from kvshare_store.save.second_looks import Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.save.verdicts import Verdicts
 from kvshare_store.stats import stats_of
@@ -59,6 +63,7 @@ class Store:
         self.costs = Costs()
         self.far_costs = Costs(far=True)
         """Of engines on other machines."""
+        costs = {False: self.costs, True: self.far_costs}
         self.repository = repository = Repository(config, self.metrics)
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
@@ -69,16 +74,12 @@ class Store:
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
         self.quality = open_quality(config, self.metrics, repository.keys)
         sources = Sources(nodes, self._rewriter)
-        self._serving = Serving(
-            config,
-            nodes,
-            plans,
-            self.costs,
-            self.far_costs,
-            self.text,
-            sources,
-            self.metrics,
-            self.quality,
+        self.outcomes = Outcomes(
+            nodes, plans, costs, self.metrics, self.quality, log_prompts=config.log_prompts
+        )
+        self._maker = PlanMaker(config, nodes, costs, self.quality)
+        self.serving = Serving(
+            config, nodes, plans, self._maker, self.outcomes, self.text, sources, self.quality
         )
         self.saving = Saving(config, nodes, plans, sources, self.metrics, self.quality)
         self.janitor = Janitor(config, repository, self._rewriter)
@@ -96,18 +97,18 @@ class Store:
         limits = TenantLimits(config)
         self.config = config
         self.nodes.reload(config, limits)
-        for part in (self._serving, self.saving, self.janitor):
+        for part in (self.serving, self.saving, self.janitor):
             part.reload(config)
         self.quality.reload(terms_of(config))
 
     def drain(self) -> None:
         """Make no more plans and stage no more saves; those that are under way go on."""
-        self._serving.ending = True
+        self.serving.ending = True
 
     @property
     def draining(self) -> bool:
         """Whether no more plans are made."""
-        return self._serving.ending
+        return self.serving.ending
 
     @property
     def held(self) -> int:
@@ -169,9 +170,7 @@ class Store:
         (`namespace.Sources`); its own rows are preferred.
         """
         asked = as_tokens(tokens), namespace, policy, owner, deadline_ms, request
-        return self._serving.plan_soon(
-            *asked, far=far, look=look, pools=tuple(pools), source=source
-        )
+        return self.serving.plan_soon(*asked, far=far, look=look, pools=tuple(pools), source=source)
 
     def explain(
         self,
@@ -182,39 +181,24 @@ class Store:
         only: str = "",
         without: Collection[str] = (),
         pools: Collection[str] = (),
+        source: bytes = b"",
     ) -> Explanation:
         """Why a plan for this prompt would be what it is; nothing is leased, counted or logged.
 
-        `policy`: also a laxer one than the configured. `only`: the id of the one donor to consider;
-        `without`: of those to leave out; `pools`: as in `plan`. `NodeError` if `only` is not here.
+        `policy`: also a laxer one than the configured; None: under a bound, that of the prompt's
+        class. `only`: the id of the one donor to consider; `without`: of those to leave out;
+        `pools`, `source`: as in `plan`. `NodeError` if `only` is not here.
         """
         donor = self.tree.get(only) if only else None
         if only and (donor is None or donor.namespace != namespace.digest):
-            raise NodeError(f"node {only[:12]} is not in the store")
-        return self._serving.explain(as_tokens(tokens), namespace, policy, donor, without, pools)
+            raise NodeError(f"node {short(only)} is not in the store")
+        asked = Explained(as_tokens(tokens), namespace, policy, donor, without, pools, source)
+        return self._maker.explain(asked)
 
     @property
     def requests(self) -> RequestLog:
         """The last requests, and how they ended."""
-        return self._serving.log
-
-    def plan_node(
-        self,
-        node_id: str,
-        *,
-        owner: str = "",
-        deadline_ms: float | None = None,
-        far: bool = False,
-    ) -> Future[ReusePlan]:
-        """All rows of one exact node, leased until `finish`: no lookup, no policy, no cost.
-
-        Ends as `plan_soon` does; a node that is not here, or not exact, is a plan without use.
-        """
-        return self._serving.plan_node(node_id, owner, deadline_ms, far=far)
-
-    def decline(self, reason: str, tokens: int) -> None:
-        """Count a request of `tokens` tokens for which the engine could not ask for a plan."""
-        self._serving.decline(reason, tokens)
+        return self.outcomes.log
 
     def finish(self, plan: ReusePlan | str, outcome: Outcome) -> None:
         """The request has loaded the plan, or given it up: ends the lease and counts the outcome.
@@ -222,17 +206,7 @@ class Store:
         A lease that has ended already is ignored: it was counted when it expired. `PlanError` for
         an outcome that the plan cannot have; the plan has then ended as a miss.
         """
-        self._serving.finish(plan if isinstance(plan, str) else plan.lease, outcome)
-
-    def engine_cached(self, tokens: int) -> None:
-        """Correct a lookup that was counted as a miss: the engine's own prefix cache had `tokens`
-        of its tokens."""
-        self._serving.engine_cached(tokens)
-
-    def working(self, owner: str, busy: bool) -> None:
-        """A client's engine has requests, or none any more. While one has, no text is embedded.
-        `reap` of the owner ends it as well."""
-        self.text.working(owner, busy)
+        self.outcomes.finish(plan if isinstance(plan, str) else plan.lease, outcome)
 
     def next_look(
         self, owner: str, namespaces: Collection[str], *, scores: bool = False
@@ -242,12 +216,6 @@ class Store:
         were, so it is given controls too."""
         working = self.text.engines_work
         return self.saving.looks.next(owner, namespaces, working=working, scores=scores)
-
-    def looked(
-        self, owner: str, node: str, stamp: int, end: End, regrets: tuple[float, ...] = ()
-    ) -> None:
-        """An engine has ended what `next_look` gave it. `regrets`: how good the answer was."""
-        self.saving.looks.ended(owner, node, stamp, end, regrets)
 
     @property
     def verdicts(self) -> Verdicts:
@@ -272,7 +240,7 @@ class Store:
         start = perf_counter()
         namespace = self.nodes.namespaces.get(plan.namespace)
         if namespace is None:
-            raise PlanError(f"namespace {plan.namespace[:12]} is not one of this store's")
+            raise PlanError(f"namespace {short(plan.namespace)} is not one of this store's")
         try:
             edited = Editor(namespace.layout, rope).edit(
                 plan.spans, plan.blocks, lambda ref: self.rows_of(plan, plan.blocks.index(ref))
@@ -289,10 +257,6 @@ class Store:
         )
         self.finish(plan, outcome)
         return edited
-
-    def leased_block(self, lease: str, name: str) -> BlockRef:
-        """Where a block of an open plan lies; `LeaseError` if there is no such plan or block."""
-        return self._serving.leased_block(lease, name)
 
     def rows_of(self, plan: ReusePlan, block: int) -> memoryview:
         """The bytes of one of a plan's blocks; `LeaseError` if the lease no longer holds it."""
@@ -326,7 +290,7 @@ class Store:
         it names, `StorageError` while nothing can be stored, `OverloadError` while hundreds of
         prompts wait to be made durable, `LimitError` beyond `saves_per_second`.
         """
-        if self._serving.ending:
+        if self.serving.ending:
             raise UnavailableError("the daemon is ending and takes no more prompts")
         self.metrics.health.check_storing()
         self._queue.admit()
@@ -340,10 +304,6 @@ class Store:
             greedy=greedy,
             request=request,
         )
-
-    def staged_bytes(self, staged_id: str, owner: str) -> int:
-        """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
-        return self.saving.wanted_bytes(staged_id, owner)
 
     def abandon(self, staged_id: str) -> None:
         """Forget a staged save."""
@@ -427,7 +387,7 @@ class Store:
         such namespace.
         """
         found = matching(self.nodes, namespace, tenant, pool)
-        parts = self.repository, self._serving, self.saving
+        parts = self.repository, self.outcomes, self.saving
         purges = [Purge(*parts, one, given_up) for one in found]
         return [one.preview() if dry_run else one.run(patience) for one in purges]
 
@@ -444,7 +404,7 @@ class Store:
         """End expired leases, and release what clients hold that are gone."""
         dead = dead_owners or set()
         with self.nodes.lock:
-            self._serving.reap(dead)
+            self.outcomes.reap(dead)
             self.saving.reap(dead)
             self.saving.looks.reap(dead)
         self.text.gone(dead)
@@ -477,6 +437,7 @@ class Store:
             staged=staged,
             looks=looks,
             scores=self.verdicts.report(),
+            quality=self.quality.overview(),
         )
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ def test_a_tenant_over_its_own_quota_loses_no_more_than_that(
     driver: Open, file: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     """Its oldest prompt is shortened by what is too much, whatever the others may have."""
-    monkeypatch.setattr("kvshare_store.config._LEAST_BYTES", 1)
+    monkeypatch.setattr("kvshare_store.config.reading._LEAST_BYTES", 1)
     layout = driver().namespace.layout
     quota = 120 * layout.row_bytes
     file.write_text(f"ann: {{namespace_bytes: {quota}}}")
@@ -105,8 +105,8 @@ def test_a_store_holds_them(driver: Open, config: Config, file: Path) -> None:
     for seed in range(3):
         assert ann.save(prompt(seed, 40))
         assert bob.save(prompt(seed, 40))
-    assert store.nodes.state.count(ann.namespace.digest) == 1
-    assert store.nodes.state.count(bob.namespace.digest) == 3
+    assert store.tree.count_of(ann.namespace.digest) == 1
+    assert store.tree.count_of(bob.namespace.digest) == 3
     assert ann.serve(prompt(2, 40)).reused
     assert ann.plan(prompt(2, 40)).declined == "too_many_plans"
     assert bob.serve(prompt(2, 40)).reused
@@ -117,7 +117,7 @@ def test_a_store_holds_them(driver: Open, config: Config, file: Path) -> None:
     file.write_text("bob: {namespace_nodes: 1}")
     store.reload(config(tenant_limits=str(file)))
     assert bob.save(prompt(7, 40))
-    assert store.nodes.state.count(bob.namespace.digest) == 1
+    assert store.tree.count_of(bob.namespace.digest) == 1
     assert nobody.save(prompt(2, 40))
     file.write_text("bob: {}\nann: 1")
     with pytest.raises(ConfigError):

@@ -183,7 +183,8 @@ _NOTES = [
     "the prompts without duplicates `aggressive`, which is the paper's method, has the share in "
     "the last column at ≥ 90 % (the paper: over 50 %), `balanced` and `faithful` far less.",
     "Prefix caching and block matching keep everything for ever, in blocks of 16 tokens. Policy "
-    "`exact` finds prefixes by runs of 64 tokens, so it misses shorter ones that caching has.",
+    "`exact` finds prefixes by runs of as many, and reuses them up to the token where they end; it "
+    "has no prompts of fewer than 32 tokens, which caching has.",
     "No plan is declined for its cost, and no store evicts: see `steady` for that.",
 ]
 

@@ -38,6 +38,8 @@ class SimilarPair(NamedTuple):
     donor: tuple[int, ...]
     alignable: float
     """Share of the prompt's tokens in aligned runs."""
+    earlier: tuple[tuple[int, ...], ...] = ()
+    """Other earlier prompts, most similar first, that cover as much of the prompt as a donor."""
 
 
 def similar_pairs(folder: Path, chat: Chat, split: Split, n: int) -> list[SimilarPair]:
@@ -57,15 +59,14 @@ def halves(folder: Path, chat: Chat) -> dict[Split, list[SimilarPair]]:
     used: dict[int, int] = {}
     nominated = _nominated([tokens for _, tokens in prompts])
     for at, (name, tokens) in enumerate(track(prompts, "Aligning similar prompts")):
-        best = max(
-            ((_alignable(tokens, prompts[donor][1]), donor) for donor in nominated[at]),
-            default=(0.0, -1),
-        )
-        share, donor = best
-        if share < SHARE or used.get(donor, 0) >= _PER_DONOR:
+        shares = [(_alignable(tokens, prompts[donor][1]), donor) for donor in nominated[at]]
+        similar = sorted((one for one in shares if one[0] >= SHARE), reverse=True)
+        if not similar or used.get(similar[0][1], 0) >= _PER_DONOR:
             continue
+        (share, donor), *others = similar
         used[donor] = used.get(donor, 0) + 1
-        pairs.append(SimilarPair(name, tokens, prompts[donor][1], share))
+        earlier = tuple(prompts[other][1] for _, other in others)
+        pairs.append(SimilarPair(name, tokens, prompts[donor][1], share, earlier))
     drawn = sorted((_hash(pair.id), pair) for pair in pairs)
     found: dict[Split, list[SimilarPair]] = {"tune": [], "report": []}
     for digest, pair in drawn:

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import ExitStack
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,8 +41,9 @@ PACE_S = 2.0
 """Between two requests of one client, on average."""
 TARGET_P99_MS, TARGET_GROWTH = 10.0, 0.02
 NAMESPACE = Namespace("clients", KVLayout(30, 3, 64, "bfloat16"))
-EVERY_S, WARM_S = 5.0, 10.0
-"""How often memory is looked at; how long requests are not counted at first."""
+EVERY_S, WARM_S, START_S = 5.0, 10.0, 120.0
+"""How often memory is looked at; how long requests are not counted at first; how long processes may
+take to start."""
 
 
 class Asked(NamedTuple):
@@ -84,7 +86,8 @@ def request(client: Client, tokens: Tokens) -> tuple[float, float, int]:
     loaded = load(client, plan)
     took = perf_counter() - planned
     edited_rows, missing = plan.reused - plan.exact, plan.tokens - plan.reused
-    client.finish(plan.lease, Outcome(plan.exact, edited_rows, missing, loaded, took))
+    used = plan.reused * NAMESPACE.layout.row_bytes
+    client.finish(plan.lease, Outcome(plan.exact, edited_rows, missing, used, took))
     return 1e3 * (planned - start), 1e3 * took, loaded
 
 
@@ -103,11 +106,16 @@ def ask(home: str, number: int, begin: float, stop: float, asked: Asked) -> None
                 asked.requests.extend([got] if due >= begin else [])
 
 
-def ask_all(home: str, numbers: list[int], begin: float, stop: float, done: Queue[Asked]) -> None:
-    """The clients of one process, a thread each."""
+def ask_all(
+    home: str, numbers: list[int], ready: Barrier, seconds: float, done: Queue[Asked]
+) -> None:
+    """The clients of one process, a thread each, once all processes are there."""
     asked = Asked([], [])
+    ready.wait(START_S)
+    begin = time.monotonic() + WARM_S
     each = [
-        threading.Thread(target=ask, args=(home, number, begin, stop, asked)) for number in numbers
+        threading.Thread(target=ask, args=(home, number, begin, begin + seconds, asked))
+        for number in numbers
     ]
     for one in each:
         one.start()
@@ -131,19 +139,19 @@ def watch(daemon: Daemon, seconds: float, what: str) -> Watched:
     """Let all clients ask for so long, and look at the daemon meanwhile."""
     assert daemon.process is not None
     spawn = multiprocessing.get_context("spawn")
-    done: Queue[Asked] = spawn.Queue()
-    begin = time.monotonic() + WARM_S
-    stop = begin + seconds
+    ready, done = spawn.Barrier(PROCESSES + 1), spawn.Queue()
     home = str(daemon.config.home_path)
     processes = [
         spawn.Process(
-            target=ask_all, args=(home, list(range(at, CLIENTS, PROCESSES)), begin, stop, done)
+            target=ask_all, args=(home, list(range(at, CLIENTS, PROCESSES)), ready, seconds, done)
         )
         for at in range(PROCESSES)
     ]
     for process in processes:
         process.start()
-    time.sleep(max(0.0, begin - time.monotonic()))
+    ready.wait(START_S)
+    stop = time.monotonic() + WARM_S + seconds
+    time.sleep(WARM_S)
     memory, cpu = seen(daemon.process.pid, stop, what)
     asked = [done.get(timeout=60.0) for _ in processes]
     for process in processes:

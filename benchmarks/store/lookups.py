@@ -152,6 +152,11 @@ def crafted(length: int) -> Iterator[tuple[str, Tokens, Sequence[Tokens]]]:
     changed[::24] = 5
     yield "every 24th token", changed, [text]
     yield "moved pieces of 32 tokens", pieces[order].ravel(), [text]
+    values = [noise(20 + at, length, 100, 102) for at in range(9)]
+    yield "two tokens at random", values[0], values[1:]
+    passages = np.arange(length) % 220 >= 180
+    first, second = (np.where(passages, text, values[at]) for at in (0, 1))
+    yield "two tokens at random between passages", first, [second]
 
 
 def alignment(length: int) -> Iterator[tuple[str, float, float]]:

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from kvshare_connectors.lmcache.objects import MODEL, ROWS, Parts, Place, key_of, nbytes_of
 
+from kvshare_store.bounded import pieces
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -26,6 +27,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.namespace import Tenants
 from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.readable import short
 from kvshare_store.save.staging import Reuse
 
 T = TypeVar("T")
@@ -89,9 +91,8 @@ class Shelf:
     def has(self, nodes: Sequence[str]) -> list[bool]:
         """Which nodes are here; these will be among the last to be evicted."""
         found: list[bool] = []
-        for at in range(0, len(nodes), _ASKED_AT_ONCE):
-            message = protocol.HasNodes(tuple(nodes[at : at + _ASKED_AT_ONCE]))
-            found += self._ask(message, list[bool])
+        for some in pieces(nodes, _ASKED_AT_ONCE):
+            found += self._ask(protocol.HasNodes(tuple(some)), list[bool])
         return found
 
     def held(self, model: str = "") -> list[protocol.Holding]:
@@ -127,9 +128,8 @@ class Shelf:
     def forget(self, nodes: Sequence[str]) -> set[str]:
         """Remove objects; the ids of those that were here."""
         gone: set[str] = set()
-        for at in range(0, len(nodes), _ASKED_AT_ONCE):
-            message = protocol.Forget(tuple(nodes[at : at + _ASKED_AT_ONCE]))
-            gone |= set(self._ask(message, list[str]))
+        for some in pieces(nodes, _ASKED_AT_ONCE):
+            gone |= set(self._ask(protocol.Forget(tuple(some)), list[str]))
         return gone
 
 
@@ -183,7 +183,7 @@ def _copy(client: Client, plan: ReusePlan, target: memoryview) -> None:
     for span in plan.spans:
         ref = plan.blocks[span.block]
         if span.row or span.length != ref.rows:
-            raise MissError(f"block {ref.name[:12]} was packed anew")
+            raise MissError(f"block {short(ref.name)} was packed anew")
         part = target[at : at + ref.nbytes]
         leased.check(ref)
         part[:] = leased.rows(ref.offset, ref.nbytes)[: len(part)]

@@ -22,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import (
     to_event_extra_keys,
 )
 
+from kvshare_store.bounded import Latest
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -124,7 +125,7 @@ class Announcer:
         self._home = config.home_path
         self._block = block
         self._lock = threading.Lock()
-        self._waiting: dict[str, tuple[Prompt, int]] = {}
+        self._waiting: Latest[str, tuple[Prompt, int]] = Latest(_MOST)
         """Prompts that are being stored, and how many more questions each may take."""
         self._announced = Announced(block)
         self._events: deque[KVCacheEvent] = deque()
@@ -146,8 +147,6 @@ class Announcer:
             return
         with self._lock:
             self._waiting[node] = (_prompt(request, count, self._block), _PATIENCE)
-            while len(self._waiting) > _MOST:
-                del self._waiting[next(iter(self._waiting))]
 
     def take(self) -> list[KVCacheEvent]:
         """Events since the last call."""

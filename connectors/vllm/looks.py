@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from kvshare_connectors.vllm.metrics import Tally
 from kvshare_connectors.vllm.requests import POLICY, RequestState
 from kvshare_connectors.vllm.scoring import regrets_of
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from kvshare_store.bounded import Latest
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
@@ -38,7 +39,7 @@ _NAMESPACES = 64
 class Looks:
     """One per engine; called only from the scheduler's thread."""
 
-    def __init__(self, config: StoreConfig, link: Link) -> None:
+    def __init__(self, config: StoreConfig, link: Link, tally: Tally) -> None:
         self.tokens = config.second_look_tokens
         self.share = config.second_look if isinstance(config.second_look, float) else 0.0
         """Of a step's tokens, beside requests that run; 0: only while there are none."""
@@ -49,7 +50,8 @@ class Looks:
         self.curious = False
         """Whether there may be a prompt to look at, so that an idle engine goes on making steps."""
         self._link = link
-        self._salts: OrderedDict[str, str | None] = OrderedDict()
+        self._tally = tally
+        self._salts: Latest[str, str | None] = Latest(_NAMESPACES)
         """`cache_salt` by digest, of the namespaces of the engine's own requests."""
         self._hasher: BlockHasher | None = None
         self._client = 0
@@ -75,9 +77,6 @@ class Looks:
             return
         self._hasher, self._client = request._block_hasher, request.client_index
         self._salts[state.namespace.digest] = request.cache_salt
-        self._salts.move_to_end(state.namespace.digest)
-        if len(self._salts) > _NAMESPACES:
-            self._salts.popitem(last=False)
 
     def served(self, state: RequestState | None) -> None:
         """A request has ended: what was stored of it may be worth a look."""
@@ -216,5 +215,7 @@ class Looks:
         look, regrets = self._look, self._regrets if end == "computed" else ()
         self._look = None
         self.scoring("", 0)
+        if look is not None and look.policy and regrets:
+            self._tally.scored(look.policy, regrets, greedy=look.greedy)
         if look is not None:
             self._link.tell(protocol.Looked(look.node, look.stamp, end, regrets))

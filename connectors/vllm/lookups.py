@@ -11,6 +11,7 @@ from kvshare_connectors.vllm.requests import RequestState, Reserved
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import plan_request
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
 from kvshare_store.nodes.edits import as_tokens
@@ -33,6 +34,8 @@ class Lookups:
         self._late: list[RequestState] = []
         """Requests that ended, or whose namespace was replaced, before their plan came."""
         self._wait_until = 0.0
+        self.wiped = ""
+        """That of the newest plan (see `ReusePlan.wiped`)."""
         self.exact_only = True
         """Ask for exact rows only: the scheduler computes no placeholders, or another connector
         would store edited rows as exact."""
@@ -44,8 +47,9 @@ class Lookups:
         tokens = as_tokens(state.request.prompt_token_ids or ())
         policy = "exact" if self.exact_only else state.policy
         pools = () if state.look else state.pools
-        asked = tokens, state.namespace, policy, state.id
-        state.asked = self.link.ask(*asked, look=state.look, pools=pools, source=state.source)
+        about = tokens, state.namespace, policy, state.id
+        question = plan_request(*about, look=state.look, pools=pools, source=state.source)
+        state.asked = self.link.ask(question)
         state.asked_at = time.monotonic()
         if state.asked is None:
             state.looked_up, state.reason = True, "unavailable"
@@ -84,6 +88,8 @@ class Lookups:
         state.planned_at = time.monotonic()
         state.stored = plan
         state.reason = "unavailable" if plan is None else plan.declined
+        if plan is not None and plan.wiped:
+            self.wiped = plan.wiped
         if plan is not None and plan.spans:
             state.plan = plan
         return True

@@ -74,3 +74,5 @@ class KVShareMetadata(KVConnectorMetadata):
     """Prompt tokens computed by this step when it is a pure prefill of some length, else 0."""
     model: str = ""
     """`Namespace.model_digest` of what computed them."""
+    wiped: str = ""
+    """That of the newest plan (see `ReusePlan.wiped`)."""

@@ -6,7 +6,7 @@ worker side times loads. vLLM adds up what workers and scheduler report each ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvshare_store.metrics import BUCKETS
 from kvshare_store.plan import Reused
+from kvshare_store.quality.score import diverged_at
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,18 +28,27 @@ KINDS = ("exact", "continued", "edited", "recomputed")
 OUTCOMES = ("exact", "continued", "edited", "miss", "aborted")
 TOKENS, REQUESTS = "vllm:kvshare_tokens", "vllm:kvshare_requests"
 LOOKUP, LOAD = "vllm:kvshare_lookup_seconds", "vllm:kvshare_load_seconds"
+SCORED, SCORED_TOKENS = "vllm:kvshare_scored_answers", "vllm:kvshare_scored_tokens"
+REGRET, DIVERGED = "vllm:kvshare_regret_nats", "vllm:kvshare_diverged_answers"
 HELP = {
     TOKENS: "Tokens of prompts, by what became of them; with vLLM's own prefix hits all of them.",
     REQUESTS: "Requests that have ended, by the least exact kind of reuse, and why without reuse.",
     LOOKUP: "How long a request that could have started waited for its plan, in seconds.",
     LOAD: "Loading the rows of a plan into the paged cache, on each worker, in seconds.",
+    SCORED: "Answers that this engine has scored in second looks, by how they were served.",
+    SCORED_TOKENS: "Their tokens that were scored.",
+    REGRET: "Sum of log p(best token) - log p(served token) over these tokens, in full compute.",
+    DIVERGED: "Greedy ones of these answers whose first tokens are not those of full compute.",
 }
+SUMS = {"answers": SCORED, "tokens": SCORED_TOKENS, "regret": REGRET}
+"""Of scores, each by policy and by how the tokens were chosen."""
 
 
 @dataclass
 class KVShareStats(KVConnectorStats):
     """What happened since the last step; in `data`: `tokens` by kind, `requests` by outcome and
-    reason, and the durations of `lookups` and `loads`, seconds."""
+    reason, `scores` by policy and choice of tokens, and the durations of `lookups` and `loads`,
+    seconds."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -46,7 +56,9 @@ class KVShareStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Nothing has happened."""
-        self.data: dict[str, Any] = {"tokens": {}, "requests": {}, "lookups": [], "loads": []}
+        self.data: dict[str, Any] = {
+            "tokens": {}, "requests": {}, "scores": {}, "lookups": [], "loads": []
+        }  # fmt: skip
 
     def is_empty(self) -> bool:
         """Whether nothing has happened."""
@@ -59,6 +71,9 @@ class KVShareStats(KVConnectorStats):
         for outcome, reasons in other.data["requests"].items():
             for reason, amount in reasons.items():
                 self.request(outcome, reason, amount)
+        for policy, by_choice in other.data["scores"].items():
+            for chosen, sums in by_choice.items():
+                self.score(policy, chosen, sums)
         for name in ("lookups", "loads"):
             self.data[name] += other.data[name]
         return self
@@ -86,6 +101,12 @@ class KVShareStats(KVConnectorStats):
         """One more request that has ended."""
         reasons = self.data["requests"].setdefault(outcome, {})
         reasons[reason] = reasons.get(reason, 0) + amount
+
+    def score(self, policy: str, chosen: str, sums: Mapping[str, float]) -> None:
+        """So many more `answers`, `tokens` and `diverged`, and so much `regret`."""
+        found = self.data["scores"].setdefault(policy, {}).setdefault(chosen, {})
+        for name, amount in sums.items():
+            found[name] = found.get(name, 0) + amount
 
 
 class Tally:
@@ -115,6 +136,13 @@ class Tally:
     def looked_up(self, seconds: float) -> None:
         """A request has waited so long for its plan."""
         self._stats.data["lookups"].append(seconds)
+
+    def scored(self, policy: str, regrets: Sequence[float], *, greedy: bool) -> None:
+        """A second look has scored an answer; `policy`: what its prompt was served under."""
+        sums = {"answers": 1, "tokens": len(regrets), "regret": sum(regrets)}
+        if greedy:
+            sums["diverged"] = diverged_at(regrets) is not None
+        self._stats.score(policy, "greedy" if greedy else "sampled", sums)
 
     def take(self) -> KVShareStats | None:
         """What was counted since the last call, if anything was."""
@@ -148,6 +176,9 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         histogram = metric_types[prometheus_client.Histogram]
         self.tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
         self.requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
+        chosen = [*labelnames, "policy", "chosen"]
+        self.scores = {name: counter(at, HELP[at], chosen) for name, at in SUMS.items()}
+        self.diverged = counter(DIVERGED, HELP[DIVERGED], [*labelnames, "policy"])
         seconds = {"labelnames": labelnames, "buckets": list(BUCKETS)}
         self.lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
         self.loads = histogram(LOAD, HELP[LOAD], **seconds)
@@ -169,6 +200,12 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         for outcome, reasons in transfer_stats_data["requests"].items():
             for reason, amount in reasons.items():
                 self._of(self.requests, engine_idx, outcome, reason).inc(amount)
+        for policy, by_choice in transfer_stats_data["scores"].items():
+            for chosen, sums in by_choice.items():
+                for name, metric in self.scores.items():
+                    self._of(metric, engine_idx, policy, chosen).inc(sums[name])
+                if chosen == "greedy":
+                    self._of(self.diverged, engine_idx, policy).inc(sums["diverged"])
         for seconds in transfer_stats_data["lookups"]:
             self._of(self.lookups, engine_idx).observe(seconds)
         for seconds in transfer_stats_data["loads"]:

@@ -68,7 +68,7 @@ class Planning:
         self.announcer = announcer
         self.orders = Orders(config, adapters, block, announcer)
         self.runs = Runs()
-        self.looks = Looks(config, link) if config.second_look != "off" else None
+        self.looks = Looks(config, link, self.tally) if config.second_look != "off" else None
         self.namespace = self._origin = namespace
         self.link = link
         self._block = block
@@ -213,7 +213,7 @@ class Planning:
             if state.trace is not None:
                 state.trace.look()
         step = self.orders.build(output, self.states)
-        step.model = self.namespace.model_digest
+        step.model, step.wiped = self.namespace.model_digest, self.lookups.wiped
         return step
 
     # --- rows that are lost ------------------------------------------------------------------

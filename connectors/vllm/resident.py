@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 
 from kvshare_store.blocks.tiers.device import DeviceTier
+from kvshare_store.bounded import Latest
 from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.errors import LeaseError
 from kvshare_store.plan import BlockRef
@@ -27,8 +27,9 @@ class Resident:
     def __init__(self, budget: int, device: torch.device | str, layout: KVLayout) -> None:
         self.tier = DeviceTier(budget, device) if budget else None
         self._layout = layout
-        self._uses: OrderedDict[str, int] = OrderedDict()
+        self._uses: Latest[str, int] = Latest(_REMEMBERED)
         self._wanted: dict[str, tuple[LeasedRows, BlockRef]] = {}
+        self._wiped = ""
 
     def rows(self, ref: BlockRef) -> torch.Tensor | None:
         """The block's rows on the device, at least as exact as the arena's; None if absent."""
@@ -37,16 +38,23 @@ class Resident:
     def _serves(self, ref: BlockRef) -> bool:
         return self.tier is not None and self.tier.serves(ref.name, lossy=ref.lossy)
 
+    def purged(self, wiped: str) -> None:
+        """Drop every copy if `wiped`, of the newest plan, has changed (see `ReusePlan.wiped`)."""
+        if self.tier is None or wiped == self._wiped:
+            return
+        self._wiped = wiped
+        self._uses.clear()
+        self._wanted.clear()
+        self.tier.wipe()
+
     def used(self, arena: LeasedRows, blocks: Sequence[BlockRef]) -> None:
         """A request has loaded rows of these blocks."""
         if self.tier is None:
             return
         for ref in blocks:
-            uses = self._uses[ref.name] = self._uses.pop(ref.name, 0) + 1
+            uses = self._uses[ref.name] = self._uses.get(ref.name, 0) + 1
             if uses >= _USES and not self._serves(ref):
                 self._wanted[ref.name] = (arena, ref)
-        while len(self._uses) > _REMEMBERED:
-            self._uses.popitem(last=False)
 
     def fill(self) -> None:
         """Copy blocks that were used often enough.

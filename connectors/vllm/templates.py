@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from kvshare_connectors.vllm.launch import Request, vllm_arguments
 
+from kvshare_store.bounded import pieces
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
@@ -203,8 +204,8 @@ class Filling:
         """
         wanted = {template.tobytes() for template in templates}
         gone = [node for node, tokens in self.nodes().items() if tokens.tobytes() not in wanted]
-        for at in range(0, len(gone), _LISTED):
-            self._client.call(protocol.Forget(tuple(gone[at : at + _LISTED])))
+        for some in pieces(gone, _LISTED):
+            self._client.call(protocol.Forget(tuple(some)))
         for template in templates:
             self.store(template)
         self.check(templates)

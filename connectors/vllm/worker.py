@@ -70,8 +70,10 @@ class Worker:
             self._save(spec)
 
     def step_begins(self, step: KVShareMetadata) -> None:
-        """Start the clock for the prefill rate; drop failures that the scheduler has handled."""
+        """Start the clock for the prefill rate; drop failures that the scheduler has handled, and
+        copies of what was purged."""
         self._wrong_blocks -= step.handled
+        self.resident.purged(step.wiped)
         self._watch = stopwatch(self.cache.device)
 
     def load(self, step: KVShareMetadata) -> None:

@@ -33,12 +33,12 @@ from rich.console import Console
 
 from examples.chat.measured import ARMS, Turn, problems, report
 from examples.chat.table import LEGEND, table
-from examples.demo.progress import progress_of
 from examples.engines.process import EngineError
 from examples.engines.server import Server, Streamed, arguments
 from examples.engines.small_model import SmallModelError, prepare_model
 from examples.engines.store import StoreView, temporary_home
 from examples.prompts.histories import REWRITES, Asked, Message, Rewrite, recorded, requests
+from kvshare_store.cli.progress import progress
 from kvshare_store.errors import KVShareError
 
 _ANSWER_TOKENS = 16
@@ -119,8 +119,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Turn]:
     logs = {arm: options.out.with_suffix(f".{arm}.log") for arm in ARMS}
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home())
-        progress = stack.enter_context(progress_of(console))
-        progress.says("Starting two servers, a minute or two", None)
+        console.print("Starting two servers, a minute or two ...")
         settings = {"home": home, "policy": "balanced", "log_requests": "true"}
         plain = Server("prefix", arguments(options.model, None), logs["prefix"])
         stack.enter_context(plain)
@@ -133,10 +132,12 @@ def measure(options: argparse.Namespace, console: Console) -> list[Turn]:
         store = StoreView(home)
         stack.callback(store.close)
         chat = Chat(servers, store, spoken, options.turns)
-        progress.says("Warming up", None)
+        console.print("Warming up ...")
         chat.warm_up()
-        progress.says(f"Serving {len(spoken)} conversations side by side", chat.steps)
-        return list(chat.serve(progress.advance))
+        with progress() as shown:
+            what = f"Serving {len(spoken)} conversations side by side"
+            task = shown.add_task(what, total=chat.steps)
+            return list(chat.serve(lambda: shown.advance(task)))
 
 
 def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:

@@ -40,16 +40,14 @@ How it is measured:
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.progress import Bar, Lines, progress_of
 from examples.demo.report import Results
 from examples.demo.session import COMPARED, DemoError, Session, Workload
 from examples.demo.terminal import show
@@ -57,6 +55,7 @@ from examples.engines.engine import SETTINGS, Engine, kvshare_settings
 from examples.engines.process import EngineError
 from examples.engines.small_model import SmallModelError, prepare_model
 from examples.engines.store import StoreView, temporary_home
+from kvshare_store.cli.progress import track
 from kvshare_store.errors import KVShareError
 
 
@@ -66,6 +65,13 @@ def arm_settings(arm: str, home: str) -> dict[str, Any]:
     if arm in ("full", "prefix"):
         return caching
     return caching | kvshare_settings(home=home, policy="balanced")
+
+
+def served(session: Session) -> Iterator[None]:
+    """Each prompt of all repetitions, once it is served."""
+    for repetition in range(session.workload.repetitions):
+        yield from session.followers(repetition)
+        yield from session.misses(repetition)
 
 
 class Demo:
@@ -80,8 +86,7 @@ class Demo:
         """All measurements."""
         with ExitStack() as stack:
             home = self.options.home or stack.enter_context(temporary_home())
-            progress = stack.enter_context(progress_of(self.console))
-            progress.says("Starting three engines, about a minute", None)
+            self.console.print("Starting three engines, about a minute ...")
             full = stack.enter_context(self.start("full", home))
             with self.start("prefix", home) as prefix, self.start("kvshare", home) as ours:
                 arms = {"full": full, "prefix": prefix, "kvshare": ours}
@@ -89,27 +94,25 @@ class Demo:
                 store = StoreView(home)
                 stack.callback(store.close)
                 session = Session(self.workload, arms, store)
-                progress.says("Warming up", None)
+                self.console.print("Warming up ...")
                 session.warm_up(COMPARED)
-                progress.says("Serving prompts", self.workload.steps)
-                for repetition in range(self.workload.repetitions):
-                    for _ in chain(session.followers(repetition), session.misses(repetition)):
-                        progress.advance()
+                for _ in track(served(session), "Serving prompts", self.workload.steps):
+                    pass
             if self.workload.repeats:
-                self.repeat(session, home, progress)
+                self.repeat(session, home)
             session.results.errors = store.stats()["errors"]
         return session.results
 
-    def repeat(self, session: Session, home: str, progress: Bar | Lines) -> None:
+    def repeat(self, session: Session, home: str) -> None:
         """Send prompts twice to a fourth engine."""
-        progress.says("Starting a fourth engine")
+        self.console.print("Starting a fourth engine ...")
         with self.start("identical", home) as again:
             again.ready()
             session.arms["identical"] = again
             session.warm_up(["identical"])
-            progress.says("Serving prompts again")
-            for _ in session.repeated():
-                progress.advance()
+            families = len(self.workload.families)
+            for _ in track(session.repeated(), "Serving prompts again", families):
+                pass
 
     def start(self, name: str, home: str) -> Engine:
         """Start one engine; it is not ready yet."""

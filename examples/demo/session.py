@@ -57,10 +57,9 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """The number of prompts, for the progress bar."""
+        """How many prompts are sent, without those that are sent twice."""
         sent = sum(1 + len(family.followers) for family in self.families)
-        again = len(self.families) if self.repeats else 0
-        return self.repetitions * (sent + len(self.misses)) + again
+        return self.repetitions * (sent + len(self.misses))
 
 
 class Session:

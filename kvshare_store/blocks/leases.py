@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvshare_store.errors import LeaseError
+from kvshare_store.readable import short
 
 
 class Lease(NamedTuple):
@@ -57,7 +58,7 @@ class LeaseBook:
         """Unpin; `LeaseError` if the lease is unknown or has ended already."""
         lease = self._leases.pop(lease_id, None)
         if lease is None:
-            raise LeaseError(f"lease {lease_id[:12]} is unknown or has ended")
+            raise LeaseError(f"lease {short(lease_id)} is unknown or has ended")
         owned = self._owned[lease.owner]
         del owned[lease_id]
         if not owned:

@@ -17,6 +17,7 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.metrics import Metrics
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 
 HOST = "host"
@@ -111,7 +112,7 @@ class Levels:
             except KVShareError as error:
                 self._metrics.error(error.kind)
                 refused = error
-        raise refused or MissingBlockError(f"block {name[:12]} is in no tier")
+        raise refused or MissingBlockError(f"block {short(name)} is in no tier")
 
     async def fill(self, name: str, block: Block, source: Level) -> None:
         """Also keep a block that came from a slow level in the faster ones, if they have or can

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
@@ -49,6 +50,8 @@ class BufferPool:
         self._writing_back = 0
         self._lost: list[str] = []
         """Blocks that are in no tier any more, until `take_lost` reports them."""
+        self.wiped = _new_wipe()
+        """See `ReusePlan.wiped`."""
 
     # --- slots --------------------------------------------------------------------------------
 
@@ -219,8 +222,13 @@ class BufferPool:
             self._dirty.pop(name, None)
 
     def wipe(self) -> None:
-        """Fill the free parts of the arena with zeros."""
+        """Fill the free parts of the arena with zeros, and let engines know that copies must go."""
         at: int | None = 0
         while at is not None:
             with self._lock:
                 at = self._host.wipe(at, _WIPED_AT_ONCE)
+        self.wiped = _new_wipe()  # last: until now a copy could be made
+
+
+def _new_wipe() -> str:
+    return secrets.token_hex(8)

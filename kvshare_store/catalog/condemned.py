@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.ledger import MARKED, Fact, Ledger, within
 from kvshare_store.errors import ClaimedBlockError
+from kvshare_store.readable import short
 
 _PATIENCE_S = 5.0
 """How long a save waits for the removal of one of its blocks."""
@@ -42,23 +43,16 @@ class _Seen(NamedTuple):
 class Condemned:
     """What this machine knows of them. Thread-safe."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        machine: str,
-        grace_s: float,
-        blocks: BlockStore,
-        clock: Callable[[], float] = now_s,
-    ) -> None:
+    def __init__(self, ledger: Ledger, machine: str, grace_s: float, blocks: BlockStore) -> None:
         self.grace_s = grace_s
         self._ledger = ledger
         self._machine = machine
         self._blocks = blocks
-        self.clock = clock
+        self.clock: Callable[[], float] = now_s
         """This machine's own seconds: they measure durations only."""
         self._lock = threading.Lock()
         self._version = -1
-        self._looked = clock()
+        self._looked = self.clock()
         self._seen: dict[str, _Seen] = {}
 
     def look(self) -> set[str]:
@@ -96,7 +90,7 @@ class Condemned:
                 return
             if self.clock() > deadline:
                 raise ClaimedBlockError(
-                    f"another machine is removing block {min(hit)[:12]}; save the prompt again"
+                    f"another machine is removing block {short(min(hit))}; save the prompt again"
                 )
             time.sleep(_POLL_S)
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 from kvshare_store.catalog.batches import namespace_rows, texts
 from kvshare_store.catalog.faults import Faults
 from kvshare_store.catalog.lance import quoted
-from kvshare_store.catalog.rows import Rows
+from kvshare_store.catalog.rows import Rows, opens, rekeyed
 from kvshare_store.catalog.table import Table
 from kvshare_store.catalog.table_reader import Fields
 from kvshare_store.errors import MissError
+from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
 
 NAMESPACES = Fields(
@@ -87,6 +88,21 @@ class NamespaceRecords:
                 except MissError as error:
                     self._faults.add(row.digest, error)
         return found
+
+    def rekey(self, old: Keyring, new: Keyring) -> tuple[int, int]:
+        """Seal all records with another master key, in one commit, then remove every byte of what
+        they were. Those that have the new key already stay. Returns how many were sealed, and how
+        many there are. `ConfigError`, and nothing is changed, if one has neither key.
+
+        Nobody else may use the catalogue meanwhile.
+        """
+        with self._lock:
+            rows = [row for batch in self._table.rows() for row in namespace_rows(batch)]
+            sealed = [rekeyed(row, old, new) for row in rows if not opens(row, new)]
+            if sealed:
+                self._table.merge(sealed, replace=True)
+            self._table.rewrite()
+        return len(sealed), len(rows)
 
     def forget_key(self, digest: str) -> None:
         """Forget the key of a namespace that was purged, here or by another machine. If a new

@@ -19,10 +19,11 @@ from kvshare_store.errors import (
     NewerRowError,
     PlanError,
 )
-from kvshare_store.keys import Keyring, new_salt, seal, unseal
+from kvshare_store.keys import Keyring, is_salt, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import NODE_FORMAT, Node, check_node, decode_node, encode_node
 from kvshare_store.nodes.vectors import Vectors, is_vector
+from kvshare_store.readable import short
 
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"
@@ -96,7 +97,7 @@ class Rows:
         row_bytes = self._row_bytes.get(row.namespace)
         if row_bytes is None:
             unknown = NewerRowError if row.namespace in self._newer else CorruptRowError
-            raise unknown(f"its namespace {row.namespace[:12]} is not known")
+            raise unknown(f"its namespace {short(row.namespace)} is not known")
         if self._keys is not None:
             row = self._unsealed(row, self._keys)
         elif not _check_holds(row):
@@ -123,8 +124,7 @@ class Rows:
         digest, encoded = namespace.digest, msgspec.msgpack.encode(namespace)
         if self._keys is None:
             return {"digest": digest, "namespace": encoded, "salt": None}
-        sealed = bytes(seal(self._keys.of_table("namespaces"), encoded, digest.encode()))
-        return {"digest": digest, "namespace": sealed, "salt": new_salt()}
+        return _record(digest, encoded, new_salt(), self._keys)
 
     def namespace(self, row: NamespaceRow) -> Namespace:
         """The namespace of a row, whose key and size of rows are known from then on.
@@ -138,13 +138,8 @@ class Rows:
             raise ConfigError(
                 f"this store was written {written} an encryption_key, and that cannot be changed"
             )
-        if self._keys is not None and salt is not None:
-            key = self._keys.of_table("namespaces")
-            try:
-                encoded = bytes(unseal(key, encoded, digest.encode()))
-            except CorruptBlockError as error:
-                raise ConfigError("encryption_key is not the key of this store") from error
-            self._keys.learn(digest, salt)
+        if self._keys is not None:
+            encoded = _opened(row, self._keys)
         try:
             namespace = _namespace(digest, encoded)
         except NewerRowError:
@@ -160,6 +155,47 @@ class Rows:
             self._keys.forget(namespace)
 
 
+# --- encrypted records --------------------------------------------------------------------------
+
+
+def rekeyed(row: NamespaceRow, old: Keyring, new: Keyring) -> dict[str, Any]:
+    """The row of a namespace under another master key. Its own key stays, and so do the blocks and
+    rows that are sealed with it. `ConfigError` if `old` is not what it was written with."""
+    encoded = _opened(row, old)
+    return _record(row.digest, encoded, new.wrapped(row.digest, old(row.digest)), new)
+
+
+def opens(row: NamespaceRow, keys: Keyring) -> bool:
+    """Whether a row was written with this master key."""
+    try:
+        _opened(row, keys)
+    except ConfigError:
+        return False
+    return True
+
+
+def _record(digest: str, encoded: bytes, salt: bytes, keys: Keyring) -> dict[str, Any]:
+    sealed = bytes(seal(keys.of_table(_purpose(salt)), encoded, digest.encode()))
+    return {"digest": digest, "namespace": sealed, "salt": salt}
+
+
+def _opened(row: NamespaceRow, keys: Keyring) -> bytes:
+    """The record in a row, whose namespace has a key from then on."""
+    salt = row.salt or b""
+    try:
+        encoded = bytes(unseal(keys.of_table(_purpose(salt)), row.namespace, row.digest.encode()))
+        keys.learn(row.digest, salt)
+    except CorruptBlockError as error:
+        raise ConfigError("encryption_key is not the key of this store") from error
+    return encoded
+
+
+def _purpose(salt: bytes) -> str:
+    """A release that knows only salts is told that it has the wrong key, before it takes all nodes
+    for damaged."""
+    return "namespaces" if is_salt(salt) else "wrapped namespaces"
+
+
 def _decoded(row: Row) -> Node:
     try:
         node = decode_node(row.node)
@@ -168,7 +204,7 @@ def _decoded(row: Row) -> Node:
     if node.format > NODE_FORMAT:
         raise NewerRowError(f"it has format {node.format}, this release reads {NODE_FORMAT}")
     if (node.id, node.namespace) != (row.id, row.namespace):
-        raise CorruptRowError(f"it is the row of node {node.id[:12]}")
+        raise CorruptRowError(f"it is the row of node {short(node.id)}")
     return node
 
 

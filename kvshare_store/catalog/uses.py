@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from kvshare_store.bounded import pieces
 from kvshare_store.catalog.ledger import Fact, Ledger
 from kvshare_store.nodes.delta_tree import DeltaTree
 
@@ -43,8 +44,8 @@ class Uses:
             with self._lock:
                 used = self._tree.used_within(now - self._written)
             facts = [Fact(node.id, now - idle, node.namespace) for node, idle in used]
-            for start in range(0, len(facts), _CHUNK):
-                self._ledger.put(facts[start : start + _CHUNK])
+            for some in pieces(facts, _CHUNK):
+                self._ledger.put(some)
             self._written = now
             self._learn(now)
 

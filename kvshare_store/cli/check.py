@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvshare_store.bounded import pieces
 from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
@@ -74,7 +74,7 @@ def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[
         names = random.sample(names, min(sample, len(names)))
     with progress(quiet=quiet) as shown:
         task = shown.add_task("reading blocks", total=len(names))
-        for some in _groups(names):
+        for some in pieces(names, _AT_ONCE):
             blocks = ask(protocol.CheckBlocks(tuple(some), repair))
             problems += blocks["problems"]
             nbytes += blocks["read"]
@@ -89,11 +89,6 @@ def examine(ask: Ask, *, repair: bool, sample: int | None, quiet: bool) -> dict[
         "garbage": tree["garbage"],
         "problems": problems,
     }
-
-
-def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(names), _AT_ONCE):
-        yield names[start : start + _AT_ONCE]
 
 
 def report(found: dict[str, Any]) -> None:

@@ -24,8 +24,6 @@ from kvshare_store.cli.serve import HTTP_LIBRARIES
 from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
-from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import KVShareError, UnavailableError
 from kvshare_store.readable import size
 from kvshare_store.version import version
@@ -68,10 +66,11 @@ def _near(config: StoreConfig) -> Iterator[Finding]:
 
 def _in_effect(config: StoreConfig) -> StoreConfig:
     try:
-        with remote.connected(config) as daemon:
-            theirs = {name: value for name, value in daemon.settings().items() if name in FIELDS}
+        with remote.connected(config) as client:
+            found = remote.settings(client)
     except KVShareError:
         return config
+    theirs = {name: value for name, value in found.items() if name in FIELDS}
     return msgspec.structs.replace(config, **theirs | {"home": config.home})
 
 
@@ -211,7 +210,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _daemon(config: StoreConfig, serving: bool) -> Iterator[Finding]:
     try:
-        with remote.connected(config), Client(place_of(config)) as client:
+        with remote.connected(config) as client:
             stats: dict[str, Any] = client.call(protocol.Stats())
     except UnavailableError:
         if serving:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured, place
-
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    YesOption,
+    answering,
+    configured,
+    place,
+)
 
 
 def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption = False) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from kvshare_store.config import FIELDS, Settings, StoreConfig, load_settings
 from kvshare_store.errors import ConfigError
@@ -37,6 +39,13 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")]
+NODE_HELP = "Id of a node, or a unique beginning of it."
+NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help=NODE_HELP)]
+NamespaceOption = Annotated[
+    str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
+]
 
 
 def configured(
@@ -80,6 +89,11 @@ def answering(config: StoreConfig) -> AbstractContextManager[Ask]:
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def plain_table(**look: Any) -> Table:
+    """A table without a frame; `look`: what rich's `Table` takes."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **look)
 
 
 def console() -> Console:

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kvshare_store.cli.common import (
+    NODE_HELP,
     ConfigOption,
     HomeOption,
     JsonOption,
@@ -20,9 +21,8 @@ from kvshare_store.cli.common import (
 from kvshare_store.cli.show import edits_text
 from kvshare_store.readable import provenance, share, short
 
-_HELP = "Id of a node, or a unique beginning of it."
-FirstArgument = Annotated[str, typer.Argument(metavar="A", help=_HELP)]
-SecondArgument = Annotated[str, typer.Argument(metavar="B", help=_HELP)]
+FirstArgument = Annotated[str, typer.Argument(metavar="A", help=NODE_HELP)]
+SecondArgument = Annotated[str, typer.Argument(metavar="B", help=NODE_HELP)]
 
 
 def command(

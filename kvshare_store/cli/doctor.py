@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from kvshare_store.cli.common import (
     JsonOption,
     SetOption,
     console,
+    plain_table,
     print_json,
     sourced,
 )
@@ -50,7 +50,7 @@ def command(
 
 def findings_table(found: Sequence[dict[str, Any]]) -> Table:
     """A line for each finding, with what to do about it."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
     table.add_column("found", overflow="fold")

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import (
     ConfigOption,
+    DryRunOption,
     HomeOption,
     JsonOption,
+    YesOption,
     answering,
     configured,
     print_json,
@@ -37,7 +38,6 @@ PolicyOption = Annotated[
     str,
     typer.Option("--policy", metavar="NAME", help="Edited prompts that were made under a policy."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")]
 
 
 def command(

@@ -14,6 +14,7 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    NamespaceOption,
     answering,
     configured,
     console,
@@ -47,9 +48,6 @@ TokenizerOption = Annotated[
     typer.Option(
         "--tokenizer", metavar="DIR", help="tokenizer.json, or its folder; else the namespace's."
     ),
-]
-NamespaceOption = Annotated[
-    str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
 ]
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", metavar="NAME", help="What this policy would do.")

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.log import request_lines
-from kvshare_store.readable import KIND_COLOURS, REASONS, printable, share, short, shortened
+from kvshare_store.readable import (
+    KIND_COLOURS,
+    REASONS,
+    printable,
+    share,
+    short,
+    shortened,
+    source_text,
+    steering_text,
+)
 
 Found = Mapping[str, Any]
 
@@ -52,6 +61,8 @@ def headline(explained: Found) -> Iterable[str]:
         f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
         f"{printable(explained['model'])} (namespace {explained['namespace']}{tenant})"
     )
+    if explained.get("steering"):
+        yield steering_text(explained["steering"])
     if explained["declined"]:
         yield f"no plan: {explained['declined']}"
     else:
@@ -90,10 +101,13 @@ def fates_table(explained: Found) -> Table:
 
 def candidates_table(candidates: Sequence[Found]) -> Table:
     """A line for each stored prompt that was nominated."""
+    sources = any(source_text(one) for one in candidates)
     table = _table("candidate")
     for column in ("score", "prefix", "shared", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("found by", no_wrap=True)
+    if sources:
+        table.add_column("source", no_wrap=True)
     table.add_column("why", overflow="fold")
     for one in candidates:
         table.add_row(
@@ -103,6 +117,7 @@ def candidates_table(candidates: Sequence[Found]) -> Table:
             f"{one['shared']:,}",
             f"{one['kept']:,}",
             ", ".join(one["found_by"]),
+            *([source_text(one)] if sources else []),
             Text(one["why"], "green" if one["taken"] else ""),
         )
     return table
@@ -166,6 +181,6 @@ def spans_table(pieces: Sequence[Found]) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column(title, no_wrap=True)
     return table

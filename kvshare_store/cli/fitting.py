@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from kvshare_store.cli.common import plain_table
 
 Columns = dict[str, list[Text]]
 """Cells by the head of their column."""
@@ -42,7 +43,7 @@ def table_of(
     columns: Columns, widths: Mapping[str, int], look: Callable[[str], Mapping[str, Any]]
 ) -> Table:
     """The columns that have a width, a line for each row; `look`: how a column is shown."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table(padding=(0, 1, 0, 0))
     for name, wide in widths.items():
         table.add_column(name, width=wide, **look(name))
     for row in zip(*(columns[name] for name in widths), strict=True):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from kvshare_store.cli.common import (
     ConfigOption,
+    DryRunOption,
     HomeOption,
     JsonOption,
     answering,
@@ -15,10 +16,6 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.readable import size
-
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", "-n", help="Only say what would be collected.")
-]
 
 
 def command(

@@ -20,8 +20,16 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, unique_length
-from kvshare_store.cli.verdicts import regret_cell, verdict_lines
-from kvshare_store.readable import KIND_COLOURS, age, milliseconds, one_line, printable, short
+from kvshare_store.readable import (
+    KIND_COLOURS,
+    age,
+    milliseconds,
+    one_line,
+    printable,
+    regret_cell,
+    short,
+    verdict_lines,
+)
 
 Request = Mapping[str, Any]
 

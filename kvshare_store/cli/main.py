@@ -13,6 +13,7 @@ from kvshare_store.cli import (
     check,
     clear,
     completion,
+    config,
     diff,
     doctor,
     evict,
@@ -24,8 +25,9 @@ from kvshare_store.cli import (
     pin,
     publish,
     purge,
+    rekey,
+    salt,
     serve,
-    settings,
     show,
     simulate,
     stats,
@@ -77,12 +79,13 @@ app.command("evict")(evict.command)
 app.command("gc")(gc.command)
 app.command("check")(check.command)
 app.command("purge")(purge.command)
+app.command("rekey")(rekey.command)
 app.command("clear")(clear.command)
-app.command("config", epilog=FIELDS_HELP)(settings.config)
+app.command("config", epilog=FIELDS_HELP)(config.command)
 app.command("doctor", epilog=FIELDS_HELP)(doctor.command)
 app.command("export")(move.export)
 app.command("import")(move.import_)
-app.command("salt")(settings.salt)
+app.command("salt")(salt.command)
 app.command("simulate")(simulate.command)
 app.command("stop")(stop.command)
 app.command("top")(top.command)

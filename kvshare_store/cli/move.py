@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    YesOption,
     answering,
     configured,
     print_json,

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, answering, configured
+from kvshare_store.cli.common import ConfigOption, HomeOption, NodeArgument, answering, configured
 from kvshare_store.readable import short
-
-NodeArgument = Annotated[
-    str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
-]
 
 
 def pin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from kvshare_store.cli.clear import YesOption
 from kvshare_store.cli.common import (
     ConfigOption,
+    DryRunOption,
     HomeOption,
     JsonOption,
+    NamespaceOption,
+    YesOption,
     answering,
     configured,
     print_json,
 )
-from kvshare_store.cli.evict import DryRunOption
 from kvshare_store.errors import ConfigError
 from kvshare_store.readable import short
 
@@ -30,9 +31,6 @@ NodeArgument = Annotated[
 LineageOption = Annotated[
     bool,
     typer.Option("--lineage", help="NODE, and every prompt with rows computed behind its rows."),
-]
-NamespaceOption = Annotated[
-    str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
 ]
 TenantOption = Annotated[
     str | None,

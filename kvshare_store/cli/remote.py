@@ -16,53 +16,40 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import KVShareError
 
-_CLEAR_S = 600.0
-
-
-class Daemon:
-    """A running daemon."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that it runs with, by field."""
-        found: dict[str, Any] = self._client.call(protocol.Settings())
-        return found
-
-    def stop(self, *, drain: bool = False) -> int:
-        """Tell the daemon to stop, or to let leases end first; returns its process id."""
-        pid = self._client.greet().pid
-        self._client.call(protocol.Stop(drain))
-        return pid
-
-    def gone(self, patience: float) -> bool:
-        """Wait until the stopped daemon has left its home; False after `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while self._here():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-    def _here(self) -> bool:
-        home = self._client.home
-        if isinstance(home, Path):
-            return home_taken(home)
-        try:
-            self._client.look()
-            self._client.greet(1.0)
-        except KVShareError:
-            return False
-        return True
-
 
 @contextmanager
-def connected(config: StoreConfig) -> Iterator[Daemon]:
-    """The daemon of a home; fails at once if none runs."""
+def connected(config: StoreConfig) -> Iterator[Client]:
+    """A client of a home's daemon; fails at once if none runs."""
     with Client(place_of(config)) as client:
         if client.remote:
             client.greet()
         else:
             client.open()
-        yield Daemon(client)
+        yield client
+
+
+def settings(client: Client) -> dict[str, Any]:
+    """The settings that the daemon runs with, by field."""
+    found: dict[str, Any] = client.call(protocol.Settings())
+    return found
+
+
+def gone(client: Client, patience: float) -> bool:
+    """Wait until the stopped daemon has left its home; False after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while _here(client):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _here(client: Client) -> bool:
+    if isinstance(client.home, Path):
+        return home_taken(client.home)
+    try:
+        client.look()
+        client.greet(1.0)
+    except KVShareError:
+        return False
+    return True

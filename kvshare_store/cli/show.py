@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -17,22 +16,27 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    NodeArgument,
     answering,
     configured,
     console,
+    plain_table,
     print_json,
 )
-from kvshare_store.cli.verdicts import verdict_lines
-from kvshare_store.readable import age, printable, provenance, short, shortened
+from kvshare_store.readable import (
+    age,
+    printable,
+    provenance,
+    short,
+    shortened,
+    verdict_lines,
+)
 
 Node = Mapping[str, Any]
 
 _KEPT_CHARS = 120
 _TEXT_CHARS = 400
 
-NodeArgument = Annotated[
-    str, typer.Argument(metavar="NODE", help="Id of the node, or a unique beginning of it.")
-]
 TextOption = Annotated[bool, typer.Option("--text", help="Print the whole prompt and no more.")]
 
 
@@ -79,15 +83,19 @@ def summary_table(node: Node) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    exact = node["exact_rows"]
     edited = node["generation"] > 0
     table.add_row("node", Text(node["id"], style="cyan"))
     pool = f", pool {printable(node['pool'])}" if node.get("pool") else ""
     table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']}{pool})")
-    table.add_row("tokens", f"{node['tokens']:,}, of which {exact:,} exact from the start")
+    table.add_row("tokens", _rows_by_kind(node))
     table.add_row(
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )
+    if node["policy"]:
+        table.add_row("policy", f"{node['policy']}, the laxest that its rows were reused under")
+    for at, context in enumerate(node.get("contexts", ())):
+        line = f"from token {context['start']:,} on, behind edited rows up to {context['stop']:,}"
+        table.add_row("" if at else "contexts", line)
     table.add_row("parent", _parent(node))
     if sources := node.get("sources"):
         table.add_row("sent by", f"{sources} source{'' if sources == 1 else 's'}")
@@ -96,6 +104,12 @@ def summary_table(node: Node) -> Table:
     for at, line in enumerate(verdict_lines(node.get("verdict"))):
         table.add_row("" if at else "second look", line)
     return table
+
+
+def _rows_by_kind(node: Node) -> str:
+    continued = node.get("continued_rows", 0)  # a daemon of the release before does not say
+    more = f", {continued:,} continued from the parent" if continued else ""
+    return f"{node['tokens']:,}, of which {node['exact_rows']:,} exact from the start{more}"
 
 
 def _parent(node: Node) -> str:
@@ -164,7 +178,7 @@ def _stored(facts: Mapping[str, Any]) -> str:
 
 def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
     """Blocks in the order of the node, and which other nodes use them."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("block", style="cyan", no_wrap=True)
     table.add_column("tier")
     table.add_column("rows of this node", justify="right")

@@ -1,4 +1,4 @@
-"""What both replays share: a progress bar, JSON output, and a plot."""
+"""What both replays share: JSON output and a plot."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ Points = dict[str, list[tuple[int, float]]]
 """Points of each line of a plot: number of requests, share of their tokens found so far."""
 
 STDOUT = Path("-")
-
-
-def stderr() -> Any:
-    """The console on standard error, for progress."""
-    from rich.console import Console  # noqa: PLC0415 - only where there is a bar to show
-
-    return Console(stderr=True)
 
 
 def write_json(path: Path, result: Any) -> None:

@@ -6,9 +6,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 
+from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.progress import progress
 from kvshare_store.cli.simulated import Points
 from kvshare_store.errors import ConfigError
@@ -47,8 +47,7 @@ def table(result: dict[str, Any]) -> Table:
     """A line for prefix caching and for each policy."""
     title = f"{result['requests']:,} requests, {result['tokens']:,} tokens"
     caption = "ratio: of tokens to compute; median, 90 %: tokens to compute a request"
-    found = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found.show_edge = found.pad_edge = False
+    found = plain_table(title=title, caption=caption, padding=(0, 1, 0, 0))
     found.add_column("reused", style="cyan", no_wrap=True)
     for column in ("exact", "continued", "edited", "to compute", "ratio", "median", "90 %"):
         found.add_column(column, justify="right", no_wrap=True)

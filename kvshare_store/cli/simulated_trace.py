@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich import box
 from rich.table import Table
 
+from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.progress import progress
 from kvshare_store.cli.simulated import Points
 from kvshare_store.errors import ConfigError
@@ -63,7 +63,7 @@ def table(result: Sequence[dict[str, Any]]) -> Table:
     """A line for each policy; the last line is the upper bound of all."""
     first = result[0]
     title = f"{first['requests']:,} requests, {first['tokens']:,} tokens"
-    found = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    found = plain_table(title=title)
     found.add_column("policy", style="cyan", no_wrap=True)
     for column in ("found", "host", "disk"):
         found.add_column(column, justify="right", no_wrap=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from kvshare_store.cli.common import (
     configured,
     console,
     place,
+    plain_table,
     print_json,
 )
 from kvshare_store.readable import age, bar, milliseconds, share, size
@@ -187,7 +187,7 @@ def _shares_table(
 
 def _table(title: str, width: int = 22) -> Table:
     """A table titled by the head of its first column; with a bar it fits into 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table = plain_table(header_style="bold")
     table.add_column(title, min_width=width, no_wrap=True)
     return table
 

@@ -25,14 +25,16 @@ def command(
 ) -> None:
     """Stop the daemon of a home, if one runs. Everything it has stored stays on disk."""
     from kvshare_store.cli import remote, upkeep  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.protocol import Stop  # noqa: PLC0415
 
     chosen = configured(home, config)
     which = place(chosen)
     try:
-        with remote.connected(chosen) as daemon:
-            patience = _PATIENCE_S + (daemon.settings()["drain_seconds"] if drain else 0.0)
-            pid = daemon.stop(drain=drain)
-            if not daemon.gone(patience):
+        with remote.connected(chosen) as client:
+            draining = remote.settings(client)["drain_seconds"] if drain else 0.0
+            patience, pid = _PATIENCE_S + draining, client.greet().pid
+            client.call(Stop(drain))
+            if not remote.gone(client, patience):
                 raise DeadlineError(
                     f"the daemon of {which} (process {pid}) is still writing after "
                     f"{patience:.0f} s; it stops when it is done"

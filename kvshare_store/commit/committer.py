@@ -22,6 +22,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import short
 from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
@@ -70,7 +71,7 @@ class Committer:
         try:
             self._fail(work.node, error)
         except BaseException:  # the rest of the batch must not suffer
-            log.exception("kvshare: node %s could not be given up", work.node.id[:12])
+            log.exception("kvshare: node %s could not be given up", short(work.node.id))
 
     def _fail(self, node: Node, error: KVShareError) -> None:
         """A node that cannot be made durable is removed: a full disk ends saving, not serving."""

@@ -20,6 +20,7 @@ from kvshare_store.errors import KVShareError, MissingBlockError, StorageError
 from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.readable import short
 
 log = logging.getLogger("kvshare")
 
@@ -81,7 +82,7 @@ class Durable:
     def _still_here(self, node: Node, error: KVShareError | None) -> KVShareError | None:
         """Where nodes are written one by one, room for one may be made by removing another."""
         if error is None and node.id not in self._nodes.tree:
-            return MissingBlockError(f"node {node.id[:12]} left before its row was committed")
+            return MissingBlockError(f"node {short(node.id)} left before its row was committed")
         return error
 
     def _record_namespaces(self, nodes: Sequence[Node]) -> None:
@@ -97,7 +98,7 @@ class Durable:
         with self._nodes.lock:
             for node in nodes:
                 if node.id not in self._nodes.tree:
-                    raise MissingBlockError(f"node {node.id[:12]} left before it was durable")
+                    raise MissingBlockError(f"node {short(node.id)} left before it was durable")
         names = _blocks_of(nodes)
         room = self.room
         room.keep = {node.id for node in nodes}
@@ -162,7 +163,7 @@ class Durable:
         blocks = [block for removal in removals for block in removal.blocks]
         try:
             self._remove_rows([removal for removal in removals if removal.nodes])
-            self.delete(list(dict.fromkeys(blocks)))
+            self.room.delete(dict.fromkeys(blocks))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
 
@@ -174,10 +175,6 @@ class Durable:
             if some:
                 nodes = [node for removal in some for node in removal.nodes]
                 self._catalog.delete(nodes, [stamp for r in some for stamp in r.stamps])
-
-    def delete(self, names: Sequence[str]) -> None:
-        """See `Room.delete`."""
-        self.room.delete(names)
 
 
 def _blocks_of(nodes: Sequence[Node]) -> list[str]:

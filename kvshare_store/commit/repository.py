@@ -35,10 +35,7 @@ class Repository:
         self.catalog = home.catalog
         self.keys = home.keys
         self.shared = self.catalog is not None and self.catalog.place.shared
-        state = NodeState(
-            config.block_tokens,
-            quotas=limits.quotas,
-        )
+        state = NodeState(config.block_tokens, quotas=limits.quotas)
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
         self.condemned = self._open_condemned()
         self.uses = self._open_uses(state)

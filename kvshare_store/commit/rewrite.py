@@ -110,7 +110,7 @@ class Rewriter:
     def _replace(self, node: Node, changed: Node) -> bool:
         unused = self._nodes.replace(node, changed)
         if unused is not None:
-            self._durable.delete(unused)
+            self._durable.room.delete(unused)
         return unused is not None
 
     # --- text vectors ------------------------------------------------------------------------

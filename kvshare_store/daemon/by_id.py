@@ -48,7 +48,7 @@ def _holding(store: Store, digest: str, namespace: Namespace) -> Holding:
         digest,
         namespace,
         store.tree.bytes_of(digest),
-        store.nodes.state.count(digest),
+        store.tree.count_of(digest),
         limits.namespace_bytes,
         limits.namespace_nodes,
     )

@@ -170,7 +170,6 @@ def plan_request(
     tokens: Tokens,
     namespace: Namespace,
     policy: str | None,
-    until: float = 0.0,
     request: str = "",
     *,
     look: bool = False,
@@ -179,7 +178,7 @@ def plan_request(
 ) -> protocol.Plan:
     """The message behind `Client.plan`, for callers that do not wait. `request`: its name; `look`:
     for a second look; `source`: who sends it, hashed."""
-    name, tokens_ = request[:LABEL_CHARS], tokens.tobytes()
+    name, raw = request[:LABEL_CHARS], tokens.tobytes()
     return protocol.Plan(
-        namespace, tokens_, policy, until, name, look, source=source, pools=tuple(pools)
+        namespace, raw, policy, request=name, look=look, source=source, pools=tuple(pools)
     )

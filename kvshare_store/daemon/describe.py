@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.errors import NodeError
+from kvshare_store.lookup.align import common_prefix
 from kvshare_store.lookup.text import decode
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
+from kvshare_store.plan import cut_contexts
+from kvshare_store.readable import short
 from kvshare_store.store import Store
 
 _PREVIEW_TOKENS = 24
@@ -40,11 +43,27 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
     return {
         **summary(store, node),
         **family,
+        "contexts": [{"start": at.start, "stop": at.stop} for at in node.contexts],
+        "continued_rows": _continued_rows(node, parent),
         "edits": [edit_text(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
         "verdict": store.verdicts.of_node(node.id),
         "blocks": _blocks(store, node, users),
     }
+
+
+def _continued_rows(node: Node, parent: Node | None) -> int:
+    """Rows behind the exact ones that stay in the context in which `parent` has them: the same
+    tokens before them, and the same edited rows."""
+    if parent is None:
+        return 0
+    common = common_prefix(node.tokens, parent.tokens)
+    both = (*node.contexts, *parent.contexts)
+    ends = {common, *(end for at in both for end in (at.start, at.stop) if end < common)}
+    for end in sorted(ends, reverse=True):
+        if cut_contexts(node.contexts, end) == cut_contexts(parent.contexts, end):
+            return max(0, end - node.exact_rows)
+    return 0
 
 
 def _blocks(store: Store, node: Node, users: list[int]) -> list[dict[str, Any]]:
@@ -66,7 +85,7 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
     """Pin the one node that begins so, or pin it no longer; its id, once that is durable."""
     node = found_node(store, beginning)
     if not store.pin(node.id, pinned):
-        raise NodeError(f"node {node.id[:12]} has just left the store")
+        raise NodeError(f"node {short(node.id)} has just left the store")
     store.flush()
     return node.id
 
@@ -113,7 +132,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
     namespace = store.namespace(node.namespace)
     return {
         "id": node.id,
-        "namespace": node.namespace[:12],
+        "namespace": short(node.namespace),
         "model": namespace.model if namespace else "",
         "tenant": namespace.tenant if namespace else "",
         "pool": (namespace.pool or "") if namespace else "",

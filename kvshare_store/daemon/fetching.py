@@ -15,11 +15,14 @@ from kvshare_store.daemon.protocol import PIECE_BYTES
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, LeaseError
 from kvshare_store.plan import BlockRef
+from kvshare_store.readable import short
 
 _UNDER_WAY = 6
 """Pieces. Together they are less than what a daemon keeps for a client that does not read."""
 _PATIENCE_S = 10.0
 """For one piece."""
+_SAVE_S = 600.0
+"""For all rows of a save."""
 
 
 class LeasedRows(Protocol):
@@ -49,7 +52,7 @@ class Fetched:
     def check(self, ref: BlockRef) -> None:
         """As `LeasedRows`."""
         if self._rows.get(ref.offset, (None,))[0] != ref:
-            raise LeaseError(f"block {ref.name[:12]} was not fetched")
+            raise LeaseError(f"block {short(ref.name)} was not fetched")
 
 
 class _Piece(NamedTuple):
@@ -112,9 +115,9 @@ def fetch(session: Session, lease: str, refs: Sequence[BlockRef], seconds: float
 class WireOutbox:
     """What an `Outbox` is, for a daemon on another machine: rows are sent as they are written."""
 
-    def __init__(self, session: Session, staged: str, seconds: float = 600.0) -> None:
+    def __init__(self, session: Session, staged: str) -> None:
         self._staged = staged
-        self._pieces = _Pieces(session, seconds)
+        self._pieces = _Pieces(session, _SAVE_S)
 
     def write(self, offset: int, data: Any) -> int:
         """As `Outbox.write`; whatever the daemon says to a piece is raised later."""

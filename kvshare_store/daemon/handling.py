@@ -43,20 +43,22 @@ class Handling:
         self._check_home = check_home
         self.inboxes = Inboxes(store.config.host_bytes // _INBOX_SHARE)
         self._handlers: dict[type, Callable[[Any, Any], Any]] = {
-            protocol.Decline: lambda message, _: self._store.decline(
+            protocol.Decline: lambda message, _: self._store.outcomes.decline(
                 message.reason, message.tokens
             ),
-            protocol.EngineCached: lambda message, _: self._store.engine_cached(message.tokens),
+            protocol.EngineCached: lambda message, _: self._store.outcomes.engine_cached(
+                message.tokens
+            ),
             protocol.Settings: self._settings,
             protocol.Finish: lambda message, _: self._store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
-            protocol.Working: lambda message, client: self._store.working(
+            protocol.Working: lambda message, client: self._store.text.working(
                 client.owner, message.busy
             ),
             protocol.NextLook: lambda message, client: self._store.next_look(
                 client.owner, message.namespaces, scores=message.scores
             ),
-            protocol.Looked: lambda message, client: self._store.looked(
+            protocol.Looked: lambda message, client: self._store.saving.looks.ended(
                 client.owner, message.node, message.stamp, message.end, message.regrets
             ),
             protocol.Stage: self._stage,
@@ -109,7 +111,7 @@ class Handling:
             raise DeadlineError("the engine has stopped waiting for this plan")
         if now - came > self._store.config.plan_deadline_ms / 1e3:
             if not message.look:
-                self._store.decline("late", len(tokens))
+                self._store.outcomes.decline("late", len(tokens))
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self._store.plan_soon(
             tokens,
@@ -129,9 +131,7 @@ class Handling:
             left_ms = min((message.until - time.monotonic()) * 1e3, left_ms)
         if client.gone or not left_ms >= 0:  # nor where it is no number
             raise DeadlineError("the client has stopped waiting for these rows")
-        return self._store.plan_node(
-            message.node, owner=client.owner, deadline_ms=left_ms, far=client.remote
-        )
+        return self._store.serving.plan_node(message.node, client.owner, left_ms, far=client.remote)
 
     def _settings(self, _: protocol.Settings, client: Connection | None) -> StoreConfig:
         """Without what may hold secrets, for engines of other machines."""

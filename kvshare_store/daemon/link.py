@@ -17,7 +17,7 @@ import msgspec
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import answers, home_taken
-from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import Place, Remote, place_of
 from kvshare_store.daemon.spawn import Spawned, ensure_daemon, spawn_daemon
 from kvshare_store.errors import (
@@ -27,8 +27,6 @@ from kvshare_store.errors import (
     OverloadError,
     UnavailableError,
 )
-from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import ReusePlan
 
 log = logging.getLogger("kvshare")
@@ -55,31 +53,19 @@ class Link:
         self.paused_until = 0.0
         self._reviver: Reviver | None = None
 
-    def ask(
-        self,
-        tokens: Tokens,
-        namespace: Namespace,
-        policy: str | None,
-        request: str = "",
-        *,
-        look: bool = False,
-        pools: tuple[str, ...] = (),
-        source: bytes = b"",
-    ) -> bytes | None:
-        """Send the lookup of a request of `source`, or of a second `look`; None while the daemon is
-        given a rest, and for one too long to send. `pools`: whose rows it may use too."""
+    def ask(self, question: protocol.Plan) -> bytes | None:
+        """Send a lookup, until when it is waited for filled in; None while the daemon is given a
+        rest, and for one too long to send."""
+        tokens = len(question.tokens) // protocol.TOKEN_BYTES
         resting = time.monotonic() < self.paused_until
-        if resting or not protocol.lookup_fits(namespace, len(tokens)):
+        if resting or not protocol.lookup_fits(question.namespace, tokens):
             return None
-        until = 0.0  # clocks of other machines differ
-        if not self.client.remote:
+        if not self.client.remote:  # clocks of other machines differ
             until = time.monotonic() + self.config.plan_deadline_ms / 1e3
+            question = msgspec.structs.replace(question, until=until)
         try:
             self.client.look()
             self._told_busy &= self.client.connected  # else a new connection is opened here
-            question = plan_request(
-                tokens, namespace, policy, until, request, look=look, pools=pools, source=source
-            )
             request_id = self.client.send(question)
         except OverloadError as error:
             self._failed(error.kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import socket
@@ -14,8 +13,6 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.tls import Roles, TlsStream, client_context, server_context
 from kvshare_store.errors import ConfigError, HomeError, UnavailableError
-
-log = logging.getLogger("kvshare")
 
 _ADDRESS = re.compile(
     r"tcp://(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})"

@@ -265,6 +265,22 @@ class ListRequests(msgspec.Struct, frozen=True, tag="list_requests"):
     request: str = ""
 
 
+class Quality(msgspec.Struct, frozen=True, tag="quality"):
+    """Reply: what scored answers say of each class of traffic, those with the most of them first;
+    what controls say of each namespace; and which answers were the worst lately."""
+
+    namespace: Label = ""
+    """The beginning of a digest; empty: all."""
+    traffic: Label = ""
+    """Only this class, as it is named in an answer."""
+    trends: bool = False
+    """With what was known of each policy of a class in the last day."""
+    start: Count = 0
+    """Without so many of the first classes."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=200)] = 50
+    """Classes."""
+
+
 class Diff(msgspec.Struct, frozen=True, tag="diff"):
     """Reply: the edits that turn the prompt of one node into that of another, as text."""
 
@@ -404,8 +420,8 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 Request = (
     Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook
     | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Ready | Flush
-    | ListNodes | Branch | ShowNode | Explain | ListRequests | Diff | HasNodes | PlanNode | Forget
-    | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
+    | ListNodes | Branch | ShowNode | Explain | ListRequests | Quality | Diff | HasNodes | PlanNode
+    | Forget | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
     | CheckBlocks | Stop
 )  # fmt: skip
 
@@ -462,14 +478,14 @@ _tags = msgspec.msgpack.Decoder(_Tag)
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
 _BESIDE_BYTES = MIB
 """Room for what a lookup and a save hold beside tokens and namespace."""
 
 
 def lookup_fits(namespace: Namespace, tokens: int) -> bool:
     """Whether a lookup, and a save, of so many tokens are short enough to be sent."""
-    nbytes = len(encode(namespace)) + tokens * _TOKEN_BYTES
+    nbytes = len(encode(namespace)) + tokens * TOKEN_BYTES
     return nbytes + _BESIDE_BYTES <= MESSAGE_BYTES and not namespace.too_long
 
 

@@ -17,6 +17,7 @@ from kvshare_store.daemon.describe import (
     summary,
     words_of,
 )
+from kvshare_store.daemon.scored import quality
 from kvshare_store.daemon.walking import branch, donor_parts
 from kvshare_store.errors import NamespaceError, NodeError, PlanError
 from kvshare_store.lookup.align import align
@@ -30,7 +31,7 @@ from kvshare_store.store import Store
 
 Question = (
     protocol.ListNodes | protocol.Branch | protocol.ShowNode | protocol.Explain
-    | protocol.ListRequests | protocol.Diff
+    | protocol.ListRequests | protocol.Quality | protocol.Diff
 )  # fmt: skip
 QUESTIONS = get_args(Question)
 
@@ -45,6 +46,8 @@ def answer(store: Store, message: Question) -> Any:
         return show_node(store, message.node)
     if isinstance(message, protocol.Explain):
         return explain(store, message)
+    if isinstance(message, protocol.Quality):
+        return quality(store, message)
     if isinstance(message, protocol.Diff):
         return diff(store, message.first, message.second)
     found = store.requests.last(
@@ -54,8 +57,10 @@ def answer(store: Store, message: Question) -> Any:
 
 
 def _plain(store: Store, entry: Logged) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, prompt=b""))
-    del found["prompt"]
+    found: dict[str, Any] = msgspec.to_builtins(
+        msgspec.structs.replace(entry, prompt=b"", source=b"")
+    )
+    del found["prompt"], found["source"]
     verdict = store.verdicts.of_request(entry.request, entry.namespace)
     return found | {"verdict": verdict}
 
@@ -96,6 +101,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
         only=only.id if only is not None else "",
         without=without,
         pools=message.pools if logged is None else logged.pools,
+        source=b"" if logged is None else logged.source,
     )
     plain: dict[str, Any] = msgspec.to_builtins(found)
     plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])
@@ -157,7 +163,7 @@ def _prompt(
         node = found_node(store, message.node)
         found = store.namespace(node.namespace)
         if found is None:
-            raise NodeError(f"node {node.id[:12]} has just left the store")
+            raise NodeError(f"node {short(node.id)} has just left the store")
         return node.tokens, found, [node.id]
     namespace = _namespace(store, message.namespace)
     if message.text:

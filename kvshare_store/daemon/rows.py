@@ -20,7 +20,7 @@ _BLOCK_BYTES = 512
 
 def read_rows(store: Store, message: protocol.ReadRows) -> bytes:
     """A piece of a leased block. `LeaseError` if the lease has ended or names no such block."""
-    ref = store.leased_block(message.lease, message.block)
+    ref = store.serving.leased_block(message.lease, message.block)
     arena = store.blocks.host.arena
     arena.check(ref)
     stop = min(message.start + protocol.PIECE_BYTES, ref.nbytes)
@@ -66,7 +66,7 @@ class Inboxes:
         `ProtocolError` beyond its rows, `OverloadError` while too many rows wait."""
         if not client.remote:
             raise ProtocolError("a client on the daemon's machine has an outbox")
-        room = store.staged_bytes(message.staged, client.owner)
+        room = store.saving.wanted_bytes(message.staged, client.owner)
         stop = message.start + len(message.rows)
         if stop > room:
             raise ProtocolError(f"rows up to byte {stop:,} were sent for a save of {room:,} bytes")

@@ -1,4 +1,4 @@
-"""Pages with forms. What removes something shows first what would go, and asks."""
+"""Pages with forms. What removes, pins or unpins something shows first what that is, and asks."""
 
 from __future__ import annotations
 
@@ -124,6 +124,20 @@ async def _explain_page(
 
 
 # --- pins -----------------------------------------------------------------------------------------
+
+
+@router.get("/nodes/{node}/pin")
+async def ask_pin(ask: Ask, request: Request, node: NodeId) -> Response:
+    """What would be kept."""
+    found = await ask(protocol.ShowNode(node))
+    return rendered(request, "pin.html", node=found, pins=True)
+
+
+@router.get("/nodes/{node}/unpin")
+async def ask_unpin(ask: Ask, request: Request, node: NodeId) -> Response:
+    """What would be kept no longer than others."""
+    found = await ask(protocol.ShowNode(node))
+    return rendered(request, "pin.html", node=found, pins=False)
 
 
 @router.post("/nodes/{node}/pin")

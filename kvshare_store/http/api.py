@@ -16,6 +16,8 @@ from kvshare_store.errors import PlanError
 from kvshare_store.http import models
 from kvshare_store.http.asking import CHORE_S, Asking
 from kvshare_store.http.guard import Forms
+from kvshare_store.plan import LABEL_CHARS
+from kvshare_store.readable import short
 
 _NAME = 256
 
@@ -168,7 +170,9 @@ async def children(
     return await ask(protocol.Branch(node=node, after=after, limit=limit))
 
 
-@router.get("/nodes/{node}/spans", response_model=models.Explanation)
+@router.get(
+    "/nodes/{node}/spans", response_model=models.Explanation, response_model_exclude_unset=True
+)
 async def spans(
     ask: Ask,
     node: NodeId,
@@ -185,7 +189,7 @@ async def beside(ask: Asking, node: str, donor: str | None, policy: str | None) 
     if donor is None:
         found = await ask(protocol.ShowNode(node))
         if found["parent"] not in found["path"]:
-            raise PlanError(f"node {found['id'][:12]} has no parent here; name a donor")
+            raise PlanError(f"node {short(found['id'])} has no parent here; name a donor")
         donor = found["parent"]
     return await ask(protocol.Explain(node=node, only=donor, policy=policy))
 
@@ -201,7 +205,28 @@ async def requests(
     return await ask(protocol.ListRequests(limit, declined, slow))
 
 
-@router.post("/explain", response_model=models.Explanation, dependencies=[Depends(own_form)])
+@router.get("/quality", response_model=models.Quality)
+async def quality(
+    ask: Ask,
+    namespace: Annotated[
+        str, Query(pattern=r"^[0-9a-f]{0,64}$", description="Digest, or a unique beginning of it.")
+    ] = "",
+    traffic: Annotated[str, Query(max_length=LABEL_CHARS, description="Only this class.")] = "",
+    trends: Annotated[bool, Query(description="With what was known in the last day.")] = False,
+    start: Annotated[int, Query(ge=0, le=2**31 - 1, description="Without the first ones.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> Any:
+    """What scored answers say of each class of traffic. Rates and regrets are lists: mean, lower
+    and upper limit."""
+    return await ask(protocol.Quality(namespace, traffic, trends, start, limit))
+
+
+@router.post(
+    "/explain",
+    response_model=models.Explanation,
+    response_model_exclude_unset=True,  # without a bound or a cap nothing is said of them
+    dependencies=[Depends(own_form)],
+)
 async def explain(ask: Ask, body: ExplainBody) -> Any:
     """Why a prompt is served as it is. Nothing is served or counted."""
     return await ask(body.message())

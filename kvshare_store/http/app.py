@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,6 @@ from kvshare_store.http.asking import Asking, status_of
 from kvshare_store.http.guard import Forms, Guard, RefusedError
 from kvshare_store.http.rendering import rendered
 from kvshare_store.version import version
-
-log = logging.getLogger("kvshare")
-
-Handler = Callable[[Request, Any], Awaitable[Response]]
 
 
 def application(asking: Asking, token: str) -> ASGIApp:

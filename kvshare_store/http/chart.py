@@ -1,13 +1,16 @@
-"""Stacked bars of what happened step by step, as shapes that a template draws as SVG."""
+"""What happened step by step, and what was known at which moment, as shapes that a template draws
+as SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvshare_store.http.history import COUNTERS, Step
 
 WIDTH, HEIGHT = 600, 160
+DAY_S = 86_400.0
+"""What a trend covers, at most."""
 _GAP = 0.15
 """Of a bar's width, between two of them."""
 
@@ -65,3 +68,46 @@ def chart(steps: Sequence[Step]) -> Chart | None:
         sum(kinds.values()),
         kinds,
     )
+
+
+class Band(NamedTuple):
+    """A mean between its limits, moment by moment. Points are `x,y` in units of the drawing."""
+
+    area: str
+    """Corners of what is between the limits."""
+    line: str
+    """Points of the mean."""
+    bound: float | None
+    """How far down a bound is drawn; None: there is none, or it is above the top."""
+    top: float
+    """The rate at the top edge."""
+    start: float
+    """Unix seconds at the left edge."""
+    stop: float
+
+
+def band(trend: Sequence[Any], bound: float, now: float, width: int, height: int) -> Band | None:
+    """A rate and its limits, as in `Moment`, each true until the next one; None without any.
+
+    At first the limits are far apart. So that the rest can be seen, the top edge is where those of
+    the last moment fit; what is above is cut off, and so is what is below 0. `bound`: 0 for none.
+    """
+    if not trend:
+        return None
+    start, stop = max(trend[0][0], now - DAY_S), max(now, trend[-1][0])
+    _, _, (mean, _, high) = trend[-1]
+    top = min(1.0, max(1.3 * high, 2.0 * mean, 1.5 * bound, 0.01))
+    across = width / max(stop - start, 1.0)
+
+    def stepped(which: int) -> list[str]:
+        points = []
+        for at, (moment, _, rates) in enumerate(trend):
+            y = height * (1 - min(max(rates[which] / top, 0.0), 1.0))
+            until = trend[at + 1][0] if at + 1 < len(trend) else start + width / across
+            for when in (max(moment, start), until):
+                points.append(f"{(when - start) * across:.1f},{y:.1f}")
+        return points
+
+    area = " ".join([*stepped(2), *reversed(stepped(1))])
+    drawn = height * (1 - bound / top) if 0 < bound <= top else None
+    return Band(area, " ".join(stepped(0)), drawn, top, start, stop)

@@ -5,17 +5,20 @@ What the store has as a struct becomes a model here; nothing is written down twi
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from kvshare_store.daemon.evicting import Evicted as EvictedStruct
-from kvshare_store.lookup import explain, request_log
+from kvshare_store.daemon.scored import QualityReport
+from kvshare_store.lookup import explain, request_log, steering
 from kvshare_store.maintenance import purge
 from kvshare_store.save import verdicts
 
 
+@cache
 def model_of(struct: type[msgspec.Struct], *without: str) -> type[BaseModel]:
     """A model with the fields of a struct, and of those within it."""
     fields: dict[str, Any] = {}
@@ -49,11 +52,13 @@ Verdict = model_of(verdicts.Verdict)
 Purged = model_of(purge.Purged)
 Evicted = model_of(EvictedStruct)
 Candidate = model_of(explain.Candidate)
+Steering = model_of(steering.Steering)
 Expected = model_of(explain.Expected)
+Quality = model_of(QualityReport)
 Purges: Any = list[Purged]  # type: ignore[valid-type]
 
 
-class Logged(model_of(request_log.Logged, "prompt")):  # type: ignore[misc]
+class Logged(model_of(request_log.Logged, "prompt", "source")):  # type: ignore[misc]
     """One request that has ended, and what a second look has said of its answer."""
 
     verdict: Verdict | None = None  # type: ignore[valid-type]
@@ -281,6 +286,7 @@ class Explained(BaseModel):
     by_kind: dict[str, int]
     by_reason: dict[str, int]
     expected: Expected | None  # type: ignore[valid-type]
+    steering: Steering | None = None  # type: ignore[valid-type]
     divergence: Divergence | None
     candidates: list[Candidate]  # type: ignore[valid-type]
     parts: list[Part]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from kvshare_store.config import PolicyName, policy_names
 from kvshare_store.daemon import protocol
-from kvshare_store.errors import KVShareError
+from kvshare_store.errors import KVShareError, NodeError
 from kvshare_store.http.api import Ask, Digest, NodeId, beside, tenants_of
 from kvshare_store.http.asking import Asking
 from kvshare_store.http.chart import chart
+from kvshare_store.http.classes import lines, summed
 from kvshare_store.http.history import COUNTERS
 from kvshare_store.http.rendering import rendered, words
+from kvshare_store.plan import LABEL_CHARS
 
 _TENANTS = 200
 _REQUESTS = 100
 _PAGE = 50
+_CLASSES = 25
 LINKED = 1024
 """Characters of a tenant's name that fit into a link: as UTF-8 they may take 12 KiB there."""
 
@@ -112,6 +116,50 @@ def clipped(explained: dict[str, Any], *, full: bool) -> dict[str, Any]:
         name: [part | {"text": words(part["text"], full=full)} for part in explained[name]]
         for name in ("parts", "donor_parts")
     }
+
+
+@router.get("/quality")
+async def quality(
+    ask: Ask,
+    request: Request,
+    namespace: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = "",
+    start: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+) -> Response:
+    """What is known of the quality of each class of traffic."""
+    found = await ask(protocol.Quality(namespace, "", True, start, _CLASSES))
+    scores = (await ask(protocol.Stats()))["scores"]
+    now = time.time()
+    return rendered(
+        request,
+        "quality.html",
+        found=found,
+        listed=[(one, lines(one, found, now, small=True)) for one in found["classes"]],
+        scores=summed(scores),
+        namespace=namespace,
+        start=start,
+        shown=_CLASSES,
+    )
+
+
+@router.get("/quality/class")
+async def one_class(
+    ask: Ask,
+    request: Request,
+    namespace: Annotated[str, Query(pattern=r"^[0-9a-f]{1,64}$")],
+    traffic: Annotated[str, Query(min_length=1, max_length=LABEL_CHARS)],
+) -> Response:
+    """All that is known of one class."""
+    found = await ask(protocol.Quality(namespace, traffic, True))
+    if not found["classes"]:
+        raise NodeError("no answer of such a class was scored, or it was forgotten since")
+    one = found["classes"][0]
+    return rendered(
+        request,
+        "class.html",
+        found=found,
+        one=one,
+        lines=lines(one, found, time.time(), small=False),
+    )
 
 
 @router.get("/requests")

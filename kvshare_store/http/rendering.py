@@ -11,6 +11,8 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kvshare_store.http.chart import HEIGHT, WIDTH
+from kvshare_store.http.classes import KINDS_OF_EDIT, SPARK_HEIGHT, SPARK_WIDTH
 from kvshare_store.http.guard import Forms
 from kvshare_store.http.history import KINDS
 from kvshare_store.readable import (
@@ -19,12 +21,16 @@ from kvshare_store.readable import (
     as_one_name,
     milliseconds,
     one_line,
+    percent,
     printable,
     provenance,
     share,
     short,
     shortened,
     size,
+    source_text,
+    steering_text,
+    verdict_lines,
 )
 
 PART_CHARACTERS = 240
@@ -50,13 +56,24 @@ _environment.filters.update(
     exact=as_one_name,
     grouped=lambda number: f"{number:,}",
     clock=lambda at: time.strftime("%H:%M", time.localtime(at)),
+    percent=percent,
+    verdict=verdict_lines,
+    steering=steering_text,
+    source=source_text,
+    nats=lambda value: f"{value:.4f}",
     query=urlencode,
     many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
     kind=lambda name: _CACHED if name == "cached" else name,
     in_order=lambda counts: [(kind, counts.get(kind, 0)) for kind in KINDS],
     zip_same=lambda names: [(name, name) for name in names],
 )
-_environment.globals.update(share=share, reasons=REASONS)
+_environment.globals.update(
+    share=share,
+    reasons=REASONS,
+    edits=KINDS_OF_EDIT,
+    whole=(WIDTH, HEIGHT),
+    spark=(SPARK_WIDTH, SPARK_HEIGHT),
+)
 
 for _name in _environment.list_templates():
     _environment.get_template(_name)  # compiled now: the first who looks need not wait

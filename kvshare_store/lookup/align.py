@@ -40,8 +40,9 @@ _CLOSE = 128
 _BITS = 31
 _MOST = 1 << _BITS
 """No prompt has so many tokens."""
-_SEED = 64
-"""Cells that looking at a seed costs."""
+_SEED, _COMPARED, _RUN, _MATCH = 64, 32, 1 << 10, 1 << 11
+"""Cells that looking at a seed costs, comparing a token of a stretch, making a run longer, and each
+equal run that is found."""
 _FEW = 31
 """So few edits are found many times as fast, by looking along the diagonal only."""
 _FIRST_LOOK = 256
@@ -101,6 +102,7 @@ def align(
             found = _cut(*pieces, seeds - head, effort, least)
     elif cells and effort.spend(cells + _CALL):
         found = _levenshtein(*pieces)
+        effort.count(_MATCH * len(found))
     found = [Match(head + start, head + source, length) for start, source, length in found]
     return _join([Match(0, 0, head), *found, Match(middle.stop, across.stop, tail)])
 
@@ -165,7 +167,11 @@ def _runs(
     if len(starts) > _MOST_STRETCHES:
         longest = np.sort(np.argsort(-lengths, kind="stable")[:_MOST_STRETCHES])
         starts, sources, lengths = starts[longest], sources[longest], lengths[longest]
-    starts, sources, lengths = _equal(request, donor, starts, sources, lengths)
+    if not effort.spend(_COMPARED * int(lengths.sum())):
+        return []
+    starts, sources, lengths = _equal(request, donor, starts, sources, lengths, shortest)
+    if not effort.spend(_RUN * len(starts)):
+        return []
     bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
     begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
     ends, room = (
@@ -180,6 +186,7 @@ def _runs(
     before = _extents(request[::-1], donor[::-1], *backwards, room, effort)
     long = before + lengths >= shortest
     found = np.stack((starts - before, sources - before, lengths + before), 1)[long]
+    effort.count(_MATCH * len(found))
     runs: list[Match] = []
     for run in found[found[:, 0].argsort(kind="stable")].tolist():
         _put(runs, Match(*run), shortest)
@@ -212,9 +219,15 @@ def _phrases(starts: Positions, lengths: Positions, seeds: Positions) -> Mask:
 
 
 def _equal(
-    request: Tokens, donor: Tokens, starts: Positions, sources: Positions, lengths: Positions
+    request: Tokens,
+    donor: Tokens,
+    starts: Positions,
+    sources: Positions,
+    lengths: Positions,
+    shortest: int,
 ) -> tuple[Positions, Positions, Positions]:
-    """The maximal parts of some runs in which the tokens are equal."""
+    """The maximal parts of some stretches in which the tokens are equal: those of at least
+    `shortest` tokens, and those at an end of their stretch, which may go on."""
     ends = np.cumsum(lengths)
     at = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
     shift = sources - starts
@@ -223,8 +236,11 @@ def _equal(
     equal[place] = request[at] == donor[at + np.repeat(shift, lengths)]
     begin, end = edges_of(equal)
     whose = np.searchsorted(ends + np.arange(len(ends)), begin, "right")
-    found = begin - whose - (ends - lengths)[whose] + starts[whose]
-    return found, found + shift[whose], end - begin
+    first = begin - whose - (ends - lengths)[whose]
+    at_an_end = (first == 0) | (first + end - begin == lengths[whose])
+    kept = at_an_end | (end - begin >= shortest)
+    found = (first + starts[whose])[kept]
+    return found, found + shift[whose[kept]], (end - begin)[kept]
 
 
 def _extents(
@@ -254,7 +270,7 @@ def _extents(
         if not effort.spend(_CALL):
             break
         more = common_prefix(request[first:stop], donor[second:])
-        effort.spend(more)
+        effort.count(more)
         counts[at] += more
     return counts
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from statistics import median
+
+from kvshare_store.bounded import Latest
 
 _WINDOW = 15
 _MODELS = 64
@@ -79,7 +81,7 @@ class Costs:
     def __init__(self, *, far: bool = False) -> None:
         """`far`: for engines on other machines, which the network is between."""
         self.load = loading_rates(far=far)
-        self._models: OrderedDict[str, CostModel] = OrderedDict()
+        self._models: Latest[str, CostModel] = Latest(_MODELS)
         self._lock = threading.Lock()
 
     def of(self, model: str) -> CostModel:
@@ -88,12 +90,7 @@ class Costs:
         Of more than `_MODELS` the one asked for the longest ago is forgotten.
         """
         with self._lock:
-            cost = self._models.get(model)
-            if cost is None:
-                cost = self._models[model] = CostModel(self.load)
-            self._models.move_to_end(model)
-            while len(self._models) > _MODELS:
-                self._models.popitem(last=False)
+            cost = self._models[model] = self._models.get(model) or CostModel(self.load)
             return cost
 
     def observe(self, model: str, tokens: int, seconds: float) -> None:

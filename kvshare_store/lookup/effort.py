@@ -11,7 +11,7 @@ _PIECE = 1 << 13
 """What each piece of work costs beside its cells, in cells: calls from Python take microseconds."""
 _SECONDS = 0.04
 """Nothing is begun so long after the first alignment of a plan began,"""
-_UNTIMED = 1 << 22
+_UNTIMED = 1 << 23
 """but so many cells are allowed whatever the clock says: a short prompt must not lose its plan
 because its thread had to wait for a core."""
 
@@ -43,3 +43,7 @@ class Effort:
             return False
         self.left -= cost
         return True
+
+    def count(self, cells: int) -> None:
+        """What a piece of work has cost beside what was foreseen."""
+        self.left -= cells

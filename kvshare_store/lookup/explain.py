@@ -6,7 +6,7 @@ to know, such as what a candidate that it passed over would have given, is found
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -26,6 +26,8 @@ from kvshare_store.lookup.policy import (
     kept_positions,
     usable_length,
 )
+from kvshare_store.lookup.steering import Steering
+from kvshare_store.lookup.trust import WORDS, Trust
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import Hashes
 from kvshare_store.nodes.node import Node
@@ -35,12 +37,12 @@ from kvshare_store.plan import ReusePlan
 
 KINDS = ("exact", "continued", "edited")
 EDIT, WINDOW, TAIL, MIN_RUN, DELIMITERS = "edit", "window", "tail", "min_run", "delimiters"
-GENERATION, COST, POLICY = "generation", "cost", "policy"
+GENERATION, COST, POLICY, SOURCE = "generation", "cost", "policy", "source"
 _SHOWN = 16
 """Tokens on both sides of the first difference."""
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     """A stored prompt that was nominated. Lengths in tokens."""
 
     node: str
@@ -61,6 +63,12 @@ class Candidate(msgspec.Struct, frozen=True):
     """and those of them that the policy did not recompute."""
     taken: bool
     why: str
+    source: str = ""
+    """Who has sent it: `own`, `confirmed` by several, or `unconfirmed`; empty where no limit and no
+    source asks for that."""
+    unconfirmed: int = 0
+    """Tokens kept of it behind the exact prefix whose rows were computed behind unconfirmed
+    text."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -98,7 +106,7 @@ class Expected(msgspec.Struct, frozen=True):
     saving: float
 
 
-class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+class Explanation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One plan, and why."""
 
     policy: str
@@ -112,6 +120,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     divergence: Divergence | None
     candidates: tuple[Candidate, ...]
     parts: tuple[Part, ...]
+    steering: Steering | None = None
+    """What a bound makes of it; None where it steers nothing."""
 
 
 Named = dict[str, tuple[Node, list[str]]]
@@ -128,10 +138,12 @@ class Watched(Nominator):
         named: Named,
         only: Node | None,
         without: Collection[str],
+        trust: Trust | None = None,
     ) -> None:
         """`named`: where it writes that down. `only`: name nobody else. `without`: never these
-        nodes."""
+        nodes. `trust`: by which it names those first that are trusted most."""
         super().__init__(state.tree, state.index(namespace), state.lock)
+        self._trust = trust
         self._state, self._namespace = state, namespace
         self._only, self._without = only, without
         self.named = named
@@ -165,6 +177,10 @@ class Watched(Nominator):
         """As `Nominator`."""
         return self._noted("text", partial(super().by_text, like, count))
 
+    def _nodes(self, ids: Iterable[str]) -> list[Node]:
+        found = super()._nodes(ids)
+        return found if self._trust is None else sorted(found, key=self._trust.of)
+
     def _noted(self, how: str, find: Callable[[], list[Node]]) -> list[Node]:
         if self._only is not None:
             how, found = "asked", [self._only]
@@ -182,12 +198,25 @@ class Explainer:
     """Explains one request."""
 
     def __init__(
-        self, config: StoreConfig, request: Tokens, policy: ReusePolicy, cost: CostModel
+        self,
+        config: StoreConfig,
+        request: Tokens,
+        policy: ReusePolicy,
+        cost: CostModel,
+        trust: Trust | None = None,
     ) -> None:
+        """`trust`: what the request trusts, if that matters."""
         self._config, self._request = config, request
         self._policy, self._cost = policy, cost
-        self._cover: Cover | None = None
+        self._trust = trust
+        self.cover: Cover | None = None
+        """What covered the request, once it was planned."""
+        self.donors: tuple[Node, ...] = ()
+        """Those of the plan."""
         self._keep: Mask = np.zeros(len(request), np.bool_)
+        self._capped: Mask = self._keep
+        """Positions that come from behind too much of another source's text."""
+        self._doubtful: Mask = self._keep
 
     def explain(
         self,
@@ -199,7 +228,7 @@ class Explainer:
         delimiters: Collection[int],
     ) -> Explanation:
         """Plan, and say why the plan is so. `named`: where the nominator writes whom it named."""
-        plan = planner.plan(
+        planned = planner.plan(
             self._request,
             nominator,
             self._policy,
@@ -208,9 +237,11 @@ class Explainer:
             row_bytes=row_bytes,
             delimiters=delimiters,
             watch=self._watch,
-        ).plan
+            limit=None if self._trust is None else self._limit,
+        )
+        plan, self.donors = planned.plan, planned.donors
         nodes = {node_id: node for node_id, (node, _) in named.items()}
-        for donor in self._cover.donors if self._cover else ():
+        for donor in self.cover.donors if self.cover else ():
             nodes.setdefault(donor.id, donor)
         shared = {node.id: align(self._request, node.tokens) for node in nodes.values()}
         kind_of, reason_of = self._fates(plan, nodes, shared, delimiters)
@@ -234,7 +265,15 @@ class Explainer:
         )
 
     def _watch(self, cover: Cover, keep: Mask) -> None:
-        self._cover, self._keep = cover, keep
+        self.cover, self._keep = cover, keep
+        if self._trust is not None:
+            self._doubtful = self._trust.doubtful(cover, keep)
+
+    def _limit(self, cover: Cover, keep: Mask) -> None:
+        before = keep.copy()
+        if self._trust is not None:
+            self._trust.limit(cover, keep)
+        self._capped = before & ~keep
 
     # --- what becomes of each token ----------------------------------------------------------
 
@@ -246,7 +285,7 @@ class Explainer:
         delimiters: Collection[int],
     ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]]:
         """The kind of reuse of each position, and which rule recomputes it."""
-        length, cover = len(self._request), self._cover
+        length, cover = len(self._request), self.cover
         kind_of = np.full(length, "recomputed", "<U10")
         reason_of = np.full(length, EDIT if self._policy.edited else POLICY, "<U16")
         if cover is None:
@@ -255,6 +294,7 @@ class Explainer:
             return kind_of, reason_of
         for reason, dropped in self._dropped(cover, delimiters):
             reason_of[dropped] = reason
+        reason_of[self._capped] = SOURCE
         free = cover.donor_of < 0
         for node in nodes.values():
             usable = usable_length(self._policy, node)
@@ -298,7 +338,7 @@ class Explainer:
     def _parts(
         self, kind_of: npt.NDArray[np.str_], reason_of: npt.NDArray[np.str_]
     ) -> Iterator[Part]:
-        length, cover = len(self._request), self._cover
+        length, cover = len(self._request), self.cover
         donor_of = np.full(length, -1) if cover is None else cover.donor_of
         source_of = np.full(length, -1) if cover is None else cover.source_of
         reused = kind_of != "recomputed"
@@ -319,7 +359,7 @@ class Explainer:
     def _candidate(
         self, node: Node, ways: tuple[str, ...], shared: list[Match], plan: ReusePlan
     ) -> Candidate:
-        cover, usable = self._cover, usable_length(self._policy, node)
+        cover, usable = self.cover, usable_length(self._policy, node)
         mine = np.zeros(len(self._request), np.bool_)
         if cover is not None:
             for index, donor in enumerate(cover.donors):
@@ -341,6 +381,8 @@ class Explainer:
             kept=kept,
             taken=kept > 0,
             why=why,
+            source=WORDS[self._trust.of(node)] if self._trust is not None else "",
+            unconfirmed=int(np.count_nonzero(mine & self._doubtful)) if kept else 0,
         )
 
     def _taken(self, kept: int, plan: ReusePlan) -> str:
@@ -362,7 +404,7 @@ class Explainer:
                 f"its rows are of generation {node.generation}{lax}: policy {policy.name} does not "
                 "build on them"
             )
-        cover = self._cover
+        cover = self.cover
         if cover is None:
             return "its passages are too short to be worth a seam"
         free = cover.donor_of < 0
@@ -391,10 +433,10 @@ class Explainer:
         """None where nothing could be reused."""
         keep, cost = self._keep, self._cost
         reused = int(np.count_nonzero(keep))
-        if self._cover is None or not reused:
+        if self.cover is None or not reused:
             return None
-        pieces = self._cover.pieces(keep)
-        spans, blocks = self._cover.spans(pieces)
+        pieces = self.cover.pieces(keep)
+        spans, blocks = self.cover.spans(pieces)
         tiers: dict[str, int] = {}
         for span in spans:
             tier = tier_of(blocks[span.block]) or "host"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from time import perf_counter
 from typing import NamedTuple
 
+from kvshare_store.bounded import Latest
 from kvshare_store.errors import PlanError
 from kvshare_store.lookup.request_log import Asked
 from kvshare_store.nodes.node import Node
@@ -65,7 +66,7 @@ class OpenPlans:
         self._plans: dict[str, OpenPlan] = {}
         self._forms: dict[str, dict[int, list[Node]]] = {}
         """By id and by form: the node, once for each plan."""
-        self._revoked: dict[tuple[str, int], None] = {}
+        self._revoked: Latest[tuple[str, int], None] = Latest(_REMEMBERED)
         """Forms of nodes that vouch for nothing, by id and stamp."""
 
     def add(self, lease: str, plan: OpenPlan) -> None:
@@ -101,6 +102,5 @@ class OpenPlans:
 
     def revoke(self, nodes: Iterable[Node]) -> None:
         """From now on nobody may build on these forms of nodes, whatever plan he has or gets."""
-        self._revoked |= dict.fromkeys((node.id, node.stamp) for node in nodes)
-        while len(self._revoked) > _REMEMBERED:
-            del self._revoked[next(iter(self._revoked))]
+        for node in nodes:
+            self._revoked[node.id, node.stamp] = None

@@ -92,6 +92,8 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     prompt: bytes = b""
     pools: tuple[str, ...] = ()
     """Whose rows it could use beside its namespace's."""
+    source: bytes = b""
+    """Who has sent it, hashed."""
 
     @property
     def seconds(self) -> float:
@@ -199,6 +201,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
         "outcome": outcome,
         "prompt": asked.prompt,
         "pools": asked.pools,
+        "source": asked.source,
         **fields,
     }
 

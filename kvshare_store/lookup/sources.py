@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.nodes.edits import Tokens
@@ -23,7 +24,7 @@ class Sources:
     def __init__(self, nodes: NodeStore, rewriter: Rewriter) -> None:
         self._nodes = nodes
         self._rewriter = rewriter
-        self._asked: dict[bytes, tuple[bytes, ...]] = {}
+        self._asked: Latest[bytes, tuple[bytes, ...]] = Latest(_PROMPTS)
         """By hash of namespace and prompt; what was asked for last is at the end."""
 
     def asked(self, namespace: str, request: Tokens, source: bytes) -> None:
@@ -31,10 +32,8 @@ class Sources:
         key = prompt_key(namespace, request)
         names = [node_id(namespace, request, exact) for exact in (True, False)]
         with self._nodes.lock:
-            known = self._asked.pop(key, ())
+            known = self._asked.get(key, ())
             self._asked[key] = known if source in known else (*known, source)[:SOURCES]
-            if len(self._asked) > _PROMPTS:
-                del self._asked[next(iter(self._asked))]
             found = [self._nodes.tree.get(name) for name in names]
         for node in found:
             if node is not None:

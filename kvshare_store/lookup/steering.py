@@ -4,6 +4,7 @@ policy, never a laxer one than the configured one or the one that the request as
 from __future__ import annotations
 
 import blake3
+import msgspec
 
 from kvshare_store.config import PolicyName, StoreConfig
 from kvshare_store.keys import Keyring
@@ -19,20 +20,18 @@ from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
-from kvshare_store.quality.keeping import File
+from kvshare_store.quality.keeping import NAME, File
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.traffic import traffic_of
-
-_FILE = "quality"
 
 
 def open_quality(config: StoreConfig, metrics: Metrics, keys: Keyring | None) -> Quality:
     """What the home has learned, for the ladder of the configured policy."""
     policy = configured_policy(config)
     ladder = ladder_of(policy.name)
-    key = keys.of_table(_FILE) if keys is not None else None
-    file = File(config.home_path / _FILE, key) if config.disk or config.remote else None
+    key = keys.of_table(NAME) if keys is not None else None
+    file = File(config.home_path / NAME, key) if config.disk or config.remote else None
     meaning = repr([stricter_policy(policy, rung) for rung in ladder])
     return Quality(
         ladder, terms_of(config), metrics, file, meaning=blake3.blake3(meaning.encode()).hexdigest()
@@ -60,9 +59,36 @@ def rung_of(
     """The policy for a request of `namespace` that has an edited plan under `policy`, made of
     `cover`, whose first donor is `donor`. It counts as served. What is learned is the request's
     namespace's, also where the donor is of a pool."""
-    request = cover.request
-    edits = edit_script(cover.matches(donor, GRAM), donor.length, request)
-    with state.lock:
-        traffic = traffic_of(state.tree, donor, edits, len(request))
-    quality.planned.planned(namespace, request, traffic)
+    traffic = _traffic(state, cover, donor)
+    quality.planned.planned(namespace, cover.request, traffic)
     return stricter_policy(policy, quality.rung(namespace, traffic, policy.name))
+
+
+class Steering(msgspec.Struct, frozen=True):
+    """What a bound makes of a prompt's class."""
+
+    bound: float
+    """The extra rate of divergence that the operator accepts."""
+    traffic: str
+    """The class."""
+    rung: str
+    """The policy that its requests get,"""
+    tried: str
+    """but for those that get the next one, if any does,"""
+    share: float
+    """which are so many."""
+
+
+def steering_of(
+    quality: Quality, state: NodeState, cover: Cover, donor: Node, policy: str, namespace: str
+) -> Steering | None:
+    """As `rung_of`, for whoever only asks: nothing counts as served. None without a bound."""
+    traffic = _traffic(state, cover, donor)
+    found = quality.would(namespace, traffic, policy)
+    return None if found is None else Steering(quality.bound, traffic, *found)
+
+
+def _traffic(state: NodeState, cover: Cover, donor: Node) -> str:
+    edits = edit_script(cover.matches(donor, GRAM), donor.length, cover.request)
+    with state.lock:
+        return traffic_of(state.tree, donor, edits, len(cover.request))

@@ -11,9 +11,9 @@ import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
 from typing import NamedTuple
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
@@ -80,7 +80,7 @@ class TextVectors:
         self.jobs: list[_Job] = []
         """Stored prompts that wait for a vector, a heap."""
         self._orders = itertools.count()
-        self.served_badly: OrderedDict[str, None] = OrderedDict()
+        self.served_badly: Latest[str, None] = Latest(_SERVED_BADLY)
         """Ids of prompts that were asked for and found little; they come first once stored."""
         self.busy: set[str] = set()
         """Clients whose engines have requests."""
@@ -95,7 +95,8 @@ class TextVectors:
     # --- what the store says ---------------------------------------------------------------------
 
     def working(self, owner: str, busy: bool) -> None:
-        """A client's engine has requests, or has none any more."""
+        """A client's engine has requests, or none any more. While one has, no text is embedded;
+        `Store.reap` of the client ends it as well."""
         with self._wake:
             (self.busy.add if busy else self.busy.discard)(owner)
             self._disturb()
@@ -122,8 +123,6 @@ class TextVectors:
             self._disturb()
             if badly:
                 self.served_badly[exact_name] = None
-            while len(self.served_badly) > _SERVED_BADLY:
-                self.served_badly.popitem(last=False)
 
     def saved(self, name: str) -> None:
         """A prompt became a node."""

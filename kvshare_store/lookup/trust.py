@@ -23,6 +23,8 @@ from kvshare_store.nodes.state import NodeState
 from kvshare_store.plan import Span
 
 OWN, CONFIRMED, OTHER = range(3)
+WORDS = ("own", "confirmed", "unconfirmed")
+"""What people read for these."""
 _USERS = 64
 """Most nodes of a block that are asked who has sent them."""
 
@@ -73,14 +75,14 @@ class Trust:
         come first stay."""
         if self._share >= 1:
             return
-        doubtful = self._doubtful(cover, keep)
+        doubtful = self.doubtful(cover, keep)
         at = np.flatnonzero(doubtful)[int(self._share * len(keep)) :]
         keep[at] = False
         if len(at) and at[0] < cover.in_place:
             keep[at[0] : cover.in_place] = False  # what is continued has no gap
             cover.in_place = int(at[0])
 
-    def _doubtful(self, cover: Cover, keep: Mask) -> Mask:
+    def doubtful(self, cover: Cover, keep: Mask) -> Mask:
         """Positions behind the exact prefix whose rows are not trusted."""
         doubtful = np.zeros(len(keep), np.bool_)
         taken = [one for one in _parts(cover, keep) if one[0].namespace == self._namespace]
@@ -149,6 +151,15 @@ def _reach(users: Iterable[tuple[int, bool, tuple[bytes, ...]]]) -> _Reach:
             by_source[source] = max(by_source[source], rows)
     second = sorted(by_source.values())[-2] if len(by_source) > 1 else 0
     return _Reach(exact, max(own, second))
+
+
+def trust_of(
+    state: NodeState, share: float, request: Tokens, source: bytes, namespace: str
+) -> Trust | None:
+    """What a request trusts, as in `Trust`; None where all is trusted alike."""
+    if not source and share >= 1:
+        return None
+    return Trust(state, request, source, share, namespace)
 
 
 class Trusting(Nominator):

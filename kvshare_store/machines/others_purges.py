@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvshare_store.bounded import pieces
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.repository import Repository
@@ -144,6 +145,6 @@ def _purges(catalog: Catalog) -> dict[str, Fact]:
 def _absent(catalog: Catalog, here: Mapping[str, int]) -> dict[str, int]:
     """The nodes whose rows are gone or have another stamp."""
     ids, rows = list(here), dict[str, int]()
-    for start in range(0, len(ids), _CHUNK):
-        rows |= catalog.stamps(ids=ids[start : start + _CHUNK])
+    for some in pieces(ids, _CHUNK):
+        rows |= catalog.stamps(ids=some)
     return {node_id: stamp for node_id, stamp in here.items() if rows.get(node_id) != stamp}

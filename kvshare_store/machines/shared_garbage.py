@@ -6,18 +6,16 @@ grace period later by one machine, which reads the catalogue in between (docs/de
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 
+from kvshare_store.bounded import pieces
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import StorageError
-
-log = logging.getLogger("kvshare")
+from kvshare_store.readable import short
 
 _CHUNK = 512
 _REMOVED_AT_ONCE = 1024
@@ -80,7 +78,7 @@ class SharedGarbage:
         self._garbage = {name: self._garbage.get(name, begun) for name in garbage}
         grace = self._condemned.grace_s
         due = [name for name, since in self._garbage.items() if begun - since >= grace]
-        for chunk in _chunks(due, _CHUNK):
+        for chunk in pieces(due, _CHUNK):
             self._condemned.mark({name: listed[name] for name in chunk})
         self._listed_again = self._condemned.clock() + _REST * (self._condemned.clock() - begun)
 
@@ -94,7 +92,7 @@ class SharedGarbage:
         unused = [name for name in claimed if name not in named]
         purged = {claimed[name] for name in unused} - self._catalog.records.digests()
         removed = 0
-        for chunk in _chunks(unused, _DELETES):
+        for chunk in pieces(unused, _DELETES):
             if self._condemned.clock() >= until or stopped():
                 break  # still claimed; the next pass goes on
             gone = {name: claimed[name] for name in chunk}
@@ -110,7 +108,7 @@ class SharedGarbage:
         stamps = self._catalog.stamps()
         named: set[str] = set()
         elsewhere: list[str] = []
-        for chunk in _chunks(list(stamps), _CHUNK):
+        for chunk in pieces(list(stamps), _CHUNK):
             with self._nodes.lock:
                 for node_id in chunk:
                     node = self._nodes.tree.get(node_id)
@@ -127,19 +125,13 @@ class SharedGarbage:
         self._catalog.records.read()  # and the keys of those that are new
         named: set[str] = set()
         unread = set(ids)
-        for chunk in _chunks(ids, _CHUNK):
+        for chunk in pieces(ids, _CHUNK):
             for node, _ in self._catalog.load(ids=chunk):
                 named.update(node.blocks)
                 unread.discard(node.id)
         if unread and (left := self._catalog.stamps(ids=unread)):
             raise StorageError(
-                f"{len(left)} rows of the catalogue cannot be read, {min(left)[:12]} for one: the "
-                "remote is not collected until `kvshare check --repair` has removed them"
+                f"{len(left)} rows of the catalogue cannot be read, {short(min(left))} for one: "
+                "the remote is not collected until `kvshare check --repair` has removed them"
             )
         return named
-
-
-def _chunks(items: Sequence[str], size: int) -> Iterator[list[str]]:
-    at = iter(items)
-    while chunk := list(islice(at, size)):
-        yield chunk

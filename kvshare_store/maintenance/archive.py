@@ -27,6 +27,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import NODE_FORMAT, Node, check_node, decode_node
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, decode_frame, split_frame
 
 MAGIC = b"KVSHARE ARCHIVE 1\n"
@@ -152,20 +153,22 @@ def _check(contents: Contents, node: Node, path: Path) -> None:
     it says."""
     namespace = contents.namespaces.get(node.namespace)
     if namespace is None:
-        raise CorruptBlockError(f"archive {path} lacks the namespace of node {node.id[:12]}")
+        raise CorruptBlockError(f"archive {path} lacks the namespace of node {short(node.id)}")
     if node.format > NODE_FORMAT:
         raise ConfigError(f"archive {path} is of a later release: update kvshare-store")
     try:
         check_node(node, namespace.layout.row_bytes)
     except PlanError as error:
-        raise CorruptBlockError(f"archive {path}: node {node.id[:12]}: {error}") from error
+        raise CorruptBlockError(f"archive {path}: node {short(node.id)}: {error}") from error
     lacking = [name for name in node.blocks if name not in contents.blocks]
     if lacking:
-        raise CorruptBlockError(f"archive {path} lacks block {lacking[0][:12]} of {node.id[:12]}")
+        raise CorruptBlockError(
+            f"archive {path} lacks block {short(lacking[0])} of {short(node.id)}"
+        )
     facts = [(node.namespace, nbytes) for nbytes in node.block_bytes]
     moved = any(s.source != s.start for s in node.segments if s.start < node.exact_rows)
     if facts != [contents.facts[name] for name in node.blocks] or moved or not _sane(node):
-        raise CorruptBlockError(f"archive {path}: node {node.id[:12]} is not what it says")
+        raise CorruptBlockError(f"archive {path}: node {short(node.id)} is not what it says")
 
 
 def _sane(node: Node) -> bool:

@@ -17,6 +17,7 @@ from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, PlanError
 from kvshare_store.nodes.node import Node, check_segments
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, block_name
 
 
@@ -77,14 +78,14 @@ def check_tree(repository: Repository, *, repair: bool) -> TreeReport:
 
 def _node_problems(repository: Repository, node: Node) -> Iterable[Problem]:
     if repository.nodes.namespaces.get(node.namespace) is None:
-        yield Problem("namespace", node.id, f"nobody knows its namespace {node.namespace[:12]}")
+        yield Problem("namespace", node.id, f"nobody knows its namespace {short(node.namespace)}")
     try:
         check_segments(node.segments, node.length, len(node.blocks))
     except PlanError as error:
         yield Problem("segments", node.id, str(error))
     missing = [name for name in node.blocks if repository.blocks.tier_of(name) is None]
     if missing and repository.nodes.tree.get(node.id) is node:  # it may have been removed meanwhile
-        named = ", ".join(name[:12] for name in missing[:3])
+        named = ", ".join(short(name) for name in missing[:3])
         yield Problem("missing", node.id, f"{len(missing)} of its blocks are in no tier: {named}")
 
 
@@ -230,4 +231,4 @@ def _namespace_problems(
         users = repository.nodes.state.users(name)
     for node in users:
         if any(block.namespace != node.namespace for block in copies):
-            yield Problem("namespace", name, f"node {node.id[:12]} is of another namespace")
+            yield Problem("namespace", name, f"node {short(node.id)} is of another namespace")

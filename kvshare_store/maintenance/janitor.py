@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import msgspec
 
+from kvshare_store.bounded import pieces
 from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
@@ -203,10 +205,7 @@ class Janitor:
         self._queue.run(lambda: None)
 
     def _chunks(self, items: Sequence[str]) -> Iterator[Sequence[str]]:
-        for start in range(0, len(items), _CHUNK):
-            if self._stop.is_set():
-                return
-            yield items[start : start + _CHUNK]
+        return takewhile(lambda _: not self._stop.is_set(), pieces(items, _CHUNK))
 
     # --- the catalogue -----------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvshare_store.bounded import pieces
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError
 from kvshare_store.nodes.merge import copy_rows, merged_node, wants_merge
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import short
 from kvshare_store.save.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -58,9 +60,8 @@ class Merger:
         with self._nodes.lock:
             nodes = list(tree)[::-1]
         found: list[Node] = []
-        for start in range(0, len(nodes), _AT_ONCE):
+        for some in pieces(nodes, _AT_ONCE):
             with self._nodes.lock:
-                some = nodes[start : start + _AT_ONCE]
                 found += [n for n in some if n.id in tree and wants_merge(n, tree, *limits)]
         return found
 
@@ -77,7 +78,7 @@ class Merger:
             except KVShareError as error:  # rows that are gone or lossy, no room, or a refusal
                 self._postpone(node)
                 level = logging.INFO if isinstance(error, MissError) else logging.WARNING
-                log.log(level, "kvshare: node %s was not merged: %s", node.id[:12], error)
+                log.log(level, "kvshare: node %s was not merged: %s", short(node.id), error)
         return merged
 
     def _mergeable(self, patient: bool) -> list[Node]:
@@ -141,5 +142,5 @@ class Merger:
             self._nodes.remove_lost([name])
             raise
         if block.lossy:  # under a new name nobody could tell that the rows were changed
-            raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
+            raise MissingBlockError(f"of block {short(name)} there are only lossy rows")
         return block

@@ -31,6 +31,7 @@ from kvshare_store.maintenance.archive import (
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, encode_node, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32
@@ -103,7 +104,7 @@ def _export(repository: Repository, nodes: Sequence[Node], file: BinaryIO) -> Ex
                 if name not in written:
                     block = repository.blocks.read(name)
                     if block.lossy:
-                        raise MissingBlockError(f"of block {name[:12]} there are only lossy rows")
+                        raise MissingBlockError(f"of block {short(name)} there are only lossy rows")
                     head, payload = encode_frame(name, block)
                     writer.put(BLOCK, head, memoryview(payload).cast("B"))
                     written.add(name)

@@ -17,7 +17,7 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, NamespaceError
-from kvshare_store.lookup.serving import Serving
+from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.machines.others_purges import BEGUN
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
@@ -65,7 +65,7 @@ class Purge:
     def __init__(
         self,
         repository: Repository,
-        serving: Serving,
+        outcomes: Outcomes,
         saving: Saving,
         namespace: Namespace,
         given_up: Callable[[], bool],
@@ -74,7 +74,7 @@ class Purge:
         self._repository = repository
         self._nodes = repository.nodes
         self._blocks = repository.blocks
-        self._serving = serving
+        self._outcomes = outcomes
         self._saving = saving
         self._namespace = namespace
         self._digest = namespace.digest
@@ -103,7 +103,7 @@ class Purge:
         try:
             remaining = self._wait(deadline)
             self._saving.looks.forget(self._digest)  # first: looks teach what is forgotten next
-            self._serving.forget(self._digest)  # also those of requests that ended during the wait
+            self._outcomes.forget(self._digest)  # also those of requests that ended during the wait
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:
             with self._nodes.lock:
@@ -116,7 +116,7 @@ class Purge:
     def _wait(self, deadline: float) -> list[str]:
         """Wait for readers and writers of the namespace's rows; returns who is left."""
         while True:
-            self._serving.reap(set())
+            self._outcomes.reap(set())
             with self._nodes.lock:
                 here = self._nodes.state.of_namespace(self._digest)
                 self._note(self._nodes.drop([node.id for node in here]).nodes)
@@ -175,6 +175,6 @@ class Purge:
         while filling := filling & pool.filling():
             if self._over(deadline):
                 return [f"{len(filling):,} slots in shared memory are being filled"]
-            self._serving.reap(set())
+            self._outcomes.reap(set())
             time.sleep(_POLL_S)
         return []

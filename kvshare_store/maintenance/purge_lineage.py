@@ -12,6 +12,7 @@ from kvshare_store.errors import NodeError
 from kvshare_store.maintenance.purge import Purged
 from kvshare_store.nodes.lineage import Lineage, lineage_of
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
 
 _NAMED = 1000
@@ -32,7 +33,7 @@ class LineagePurge:
             root = self._nodes.tree.get(node_id)
             namespace = None if root is None else self._nodes.namespaces.get(root.namespace)
         if root is None or namespace is None:
-            raise NodeError(f"node {node_id[:12]} is not in the store")
+            raise NodeError(f"node {short(node_id)} is not in the store")
         self._root = root
         self._namespace = namespace
         self._gone: dict[str, Node] = {}

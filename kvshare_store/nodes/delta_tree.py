@@ -21,9 +21,9 @@ clock."""
 class DeltaTree:
     """Metadata only. Not thread-safe by itself: the Store holds its lock."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quotas: bool = True) -> None:
+    def __init__(self, *, quotas: bool = True) -> None:
         """`quotas`: whether victims of a single namespace are asked for."""
-        self.clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._nodes: dict[str, Node] = {}
         self._children: defaultdict[str, set[str]] = defaultdict(set)
         self._blocks = BlockUsers(self._nodes.get)

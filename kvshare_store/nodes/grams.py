@@ -1,4 +1,5 @@
-"""Hashes of n-grams of tokens, in time that does not depend on n. They nominate; tokens decide."""
+"""Hashes of grams of tokens, in time that does not depend on their length. They nominate; tokens
+decide."""
 
 from __future__ import annotations
 
@@ -39,17 +40,17 @@ class _Powers:
 _powers = _Powers()
 
 
-def gram_hashes(tokens: Tokens, length: int = GRAM) -> Hashes:
-    """A hash of the `length` tokens from each position on; empty for shorter prompts."""
-    count = max(0, len(tokens) - length + 1)
+def gram_hashes(tokens: Tokens) -> Hashes:
+    """A hash of the gram from each position on; empty for shorter prompts."""
+    count = max(0, len(tokens) - GRAM + 1)
     hashed = np.empty(count, np.uint64)
     for start in range(0, count, _AT_ONCE):  # so that what is computed stays in the cache
         stop = min(start + _AT_ONCE, count)
-        _hash_into(hashed[start:stop], tokens[start : stop + length - 1], length)
+        _hash_into(hashed[start:stop], tokens[start : stop + GRAM - 1])
     return hashed
 
 
-def _hash_into(hashed: Hashes, tokens: Tokens, length: int) -> None:
+def _hash_into(hashed: Hashes, tokens: Tokens) -> None:
     base, inverse = _powers(len(tokens))
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * MIX
     mixed ^= mixed >> _SHIFT
@@ -57,7 +58,7 @@ def _hash_into(hashed: Hashes, tokens: Tokens, length: int) -> None:
     sums = np.empty(len(tokens) + 1, np.uint64)
     sums[0] = 0
     np.cumsum(mixed, out=sums[1:])
-    np.subtract(sums[length:], sums[: len(hashed)], out=hashed)
+    np.subtract(sums[GRAM:], sums[: len(hashed)], out=hashed)
     hashed *= inverse[: len(hashed)]
     hashed ^= hashed >> np.uint64(32)
     hashed *= MIX

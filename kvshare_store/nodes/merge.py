@@ -15,6 +15,7 @@ from kvshare_store.errors import NamespaceError
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, new_stamp
 from kvshare_store.plan import Span
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 
 
@@ -81,12 +82,12 @@ def copy_rows(
             continue
         block = read(node.blocks[part.block])
         if block.namespace != node.namespace:
-            raise NamespaceError(f"a block of node {node.id[:12]} belongs to another namespace")
+            raise NamespaceError(f"a block of node {short(node.id)} belongs to another namespace")
         rows = block.layout.words(block.data, block.rows)
         out = block.layout.words(target, stop - start)
         out[:, :, part.start - start : part.stop - start] = rows[
             :, :, part.row : part.row + part.length
         ]
     if block is None:
-        raise NamespaceError(f"node {node.id[:12]} has no rows at {start}")
+        raise NamespaceError(f"node {short(node.id)} has no rows at {start}")
     return Block(node.namespace, block.layout, target)

@@ -173,10 +173,12 @@ class _Stamps:
         self._seen = 0
 
     def saw(self, stamps: Iterable[int]) -> None:
+        """Rows of a catalogue have these."""
         with self._lock:
             self._seen = max(self._seen, *stamps, 0)
 
     def new(self) -> int:
+        """The stamp of a row that is made now: greater than any that this process has seen."""
         with self._lock:
             number = max(time.time_ns() >> _DRAWN, (self._seen >> _DRAWN) + 1)
         return number << _DRAWN | secrets.randbits(_DRAWN)
@@ -185,16 +187,7 @@ class _Stamps:
 _DRAWN = 20
 """Bits of a stamp (a millisecond) that are drawn: two machines may make one at the same moment."""
 _stamps = _Stamps()
-
-
-def new_stamp() -> int:
-    """The stamp of a row that is made now: greater than any that this process has seen."""
-    return _stamps.new()
-
-
-def saw_stamps(stamps: Iterable[int]) -> None:
-    """Rows of a catalogue have these."""
-    _stamps.saw(stamps)
+new_stamp, saw_stamps = _stamps.new, _stamps.saw
 
 
 def with_sources(node: Node, sources: Iterable[bytes]) -> Node:

@@ -29,12 +29,7 @@ class Change(NamedTuple):
 class NodeState:
     """Nodes of every namespace. Whoever changes them, or looks twice, holds `lock`."""
 
-    def __init__(
-        self,
-        block_tokens: int,
-        *,
-        quotas: bool = True,
-    ) -> None:
+    def __init__(self, block_tokens: int, *, quotas: bool = True) -> None:
         """`quotas`: whether anybody asks for the victims of one namespace."""
         self.lock = threading.RLock()
         self.tree = DeltaTree(quotas=quotas)
@@ -64,11 +59,6 @@ class NodeState:
     def of_namespace(self, namespace: str) -> list[Node]:
         """Every node of a namespace."""
         return [node for node in self.tree if node.namespace == namespace]
-
-    def count(self, namespace: str) -> int:
-        """How many nodes a namespace has, without looking at them."""
-        index = self._indexes.get(namespace)
-        return 0 if index is None else len(index)
 
     # --- changes -----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from kvshare_store.errors import CorruptBlockError
 from kvshare_store.keys import seal, unseal
 from kvshare_store.quality.evidence import Evidence, Learned
 
+NAME = "quality"
+"""Of the file in the home, and of its key."""
 _DIGEST = 32
 _PURPOSE = b"quality"
 _MOST_BYTES = 16 << 20
@@ -68,3 +71,12 @@ class File:
         files.write(unfinished, [encoded])
         files.rename(unfinished, self._path)
         files.sync_folder(os.path.dirname(self._path))
+
+    def reseal(self, key: bytes) -> None:
+        """Seal the file with another key. One that cannot be read, which it cannot if it has that
+        key already, stays as it is."""
+        with contextlib.suppress(CorruptBlockError):
+            kept = self.read()
+            if kept is not None:
+                other = File(Path(self._path), key)
+                other.write(other.encode(kept))

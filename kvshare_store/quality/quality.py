@@ -9,9 +9,9 @@ import logging
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from kvshare_store.bounded import Latest
 from kvshare_store.errors import CorruptBlockError, StorageError
 from kvshare_store.logs import Seldom
 from kvshare_store.metrics import Metrics
@@ -19,9 +19,19 @@ from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept
 from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
-from kvshare_store.quality.report import ClassReport, report_class
+from kvshare_store.quality.overview import Counted, Overview, counted, overview
+from kvshare_store.quality.report import (
+    ALL,
+    ClassReport,
+    PolicyReport,
+    Wanted,
+    extra_rate,
+    report_class,
+    report_floor,
+)
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic
+from kvshare_store.quality.trend import Moment, Trends
 
 log = logging.getLogger("kvshare")
 
@@ -62,7 +72,8 @@ class Quality:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._classes = Classes()
-        self._floors: OrderedDict[str, Evidence] = OrderedDict()
+        self._trends = Trends()
+        self._floors: Latest[str, Evidence] = Latest(_FLOORS)
         """Controls, by namespace."""
         self._written = clock()
         self._changed = False
@@ -75,6 +86,11 @@ class Quality:
     def steers(self) -> bool:
         """Whether there is a bound."""
         return self._terms.bound > 0
+
+    @property
+    def bound(self) -> float:
+        """The extra rate of divergence that the operator accepts; 0: any."""
+        return self._terms.bound
 
     def reload(self, terms: Terms) -> None:
         """Go on by another bound or confidence."""
@@ -97,6 +113,15 @@ class Quality:
                 known.served()
                 self._changed = True  # silence counts across restarts too
         return self._ladder[chosen]
+
+    def would(self, namespace: str, traffic: str, configured: str) -> tuple[str, str, float] | None:
+        """As `rung`, but nothing counts as served: the rung, what is tried or empty, and by which
+        share of requests. None without a bound, or where the policy has nothing to choose from."""
+        if not self.steers or configured not in self._ladder[EXACT + 1 :]:
+            return None
+        with self._lock:
+            known = self._classes.get(namespace, traffic)
+            return self._named(namespace, known, self._ladder.index(configured))
 
     def _decision(self, namespace: str, known: Known | None, top: int) -> Decision:
         """`top`: the highest rung that the request may get."""
@@ -131,6 +156,8 @@ class Quality:
             tightened = not score.control and self._learn(score)
             diverged = self.steers and not score.control and score.diverged is not None
             self._changed = True
+        if tightened:
+            self._metrics.add("quality_tightened")
         if tightened or diverged or self._due():
             self._write()
 
@@ -143,10 +170,7 @@ class Quality:
         return not 0 <= self._clock() - self._written < _WRITE_S
 
     def _floor(self, namespace: str) -> Evidence:
-        found = self._floors.setdefault(namespace, Evidence())
-        self._floors.move_to_end(namespace)
-        if len(self._floors) > _FLOORS:
-            self._floors.popitem(last=False)
+        found = self._floors[namespace] = self._floors.get(namespace) or Evidence()
         return found
 
     def _learn(self, score: Score) -> bool:
@@ -157,16 +181,18 @@ class Quality:
         before = self._decision(score.namespace, known, self._top).rung if self.steers else EXACT
         floor = self._floors.get(score.namespace) or Evidence()
         least = floor.diverged.interval(terms.each()).low
-        evidence = learned.of(score.policy)
-        evidence.add(score, terms.bound + least if self.steers else 1.0)
+        evidence, allowed = learned.of(score.policy), terms.bound + least
+        evidence.add(score, allowed if self.steers else 1.0)
         learned.scored = self._clock()
         if score.greedy:  # others say nothing of divergence
             learned.unscored = 0
+            self._note(score, learned, floor)
         known.decisions.clear()
+        # also where it is only tried: what was learned before a change says how often
+        if self.steers and doubted(evidence, terms) and evidence.diverged.mean <= allowed:
+            learned.forget()
         if before == EXACT:
             return False
-        if score.policy == self._ladder[before] and doubted(evidence, terms):
-            learned.forget()
         after = self._decision(score.namespace, known, self._top).rung
         if after < before:
             now, was = self._ladder[after], self._ladder[before]
@@ -174,23 +200,62 @@ class Quality:
             self._say.warn("tightened", text, logging.INFO)
         return after < before
 
-    def report(self) -> list[ClassReport]:
-        """All classes, the most recently used last. No request waits for all of it."""
-        with self._lock:
-            known = list(self._classes)
-        return [self._report(*one) for one in known]
+    def _note(self, score: Score, learned: Learned, floor: Evidence) -> None:
+        """Remember what is known now, for the trend."""
+        extra = extra_rate(learned, score.policy, floor, self._terms)
+        moment = Moment(learned.scored, learned.of(score.policy).diverged.count, extra)
+        self._trends.add(score.namespace, score.traffic, score.policy, moment)
 
-    def _report(self, namespace: str, traffic: str, known: Known) -> ClassReport:
-        with self._lock:
-            floor, named = self._floors.get(namespace) or Evidence(), self._named(namespace, known)
-            error = self._terms.error
-            return report_class(namespace, traffic, known.learned, floor, named, error)
+    # --- what people ask ---------------------------------------------------------------------
 
-    def _named(self, namespace: str, known: Known) -> tuple[str, str, float]:
+    def report(self, wanted: Wanted = ALL) -> list[ClassReport]:
+        """Classes, those with the most scored answers first. No request waits for all of it."""
+        return [self._report(*one, wanted) for one in self._meant(wanted)[wanted.part]]
+
+    def _meant(self, wanted: Wanted) -> list[tuple[str, str, Known]]:
+        with self._lock:
+            classes = list(self._classes)
+        return wanted.of(classes)
+
+    def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
+        with self._lock:
+            floor = self._floors.get(namespace) or Evidence()
+            named = self._named(namespace, known, self._top)
+            now, of = self._clock(), self._trends.of
+            return report_class(
+                namespace, traffic, known.learned, floor, named, self._terms,
+                lambda policy: of(namespace, traffic, policy, now) if wanted.trends else (),
+            )  # fmt: skip
+
+    def floors(self, wanted: Wanted) -> list[tuple[str, PolicyReport]]:
+        """What controls show, by namespace, those that were scored last first."""
+        with self._lock:
+            found = [name for name in reversed(self._floors) if name.startswith(wanted.namespace)]
+            shown = found[wanted.part]
+            return [(name, report_floor(self._floors[name], self._terms)) for name in shown]
+
+    def counts(self, wanted: Wanted) -> tuple[int, int]:
+        """How many classes are meant, and how many namespaces with controls."""
+        with self._lock:
+            spaces = list(self._floors)
+        controlled = sum(name.startswith(wanted.namespace) for name in spaces)
+        return len(self._meant(wanted)), controlled
+
+    def overview(self) -> Overview:
+        """All classes together. No request waits for all of it."""
+        with self._lock:
+            known, terms = list(self._classes), self._terms
+        return overview(self._ladder, terms, [self._counted(at, one) for at, _, one in known])
+
+    def _counted(self, namespace: str, known: Known) -> Counted:
+        with self._lock:
+            return counted(known, self._floors.get(namespace) or Evidence())
+
+    def _named(self, namespace: str, known: Known | None, top: int) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""
         if not self.steers:
             return "", "", 0.0
-        made = self._decision(namespace, known, self._top)
+        made = self._decision(namespace, known, top)
         tried = self._ladder[made.tried] if made.tried != made.rung else ""
         return self._ladder[made.rung], tried, made.share
 
@@ -202,6 +267,7 @@ class Quality:
         with self._lock:
             known = self._classes.forget(namespace)
             known = self._floors.pop(namespace, None) is not None or known
+            self._trends.forget(namespace)
         if known or self._foreign or self._changed:
             self._write()
 

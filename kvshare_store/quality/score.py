@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -41,4 +42,9 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
         the request was not greedy, where that says nothing."""
         if not self.greedy:
             return None
-        return next((at for at, regret in enumerate(self.regrets) if regret > 0), None)
+        return diverged_at(self.regrets)
+
+
+def diverged_at(regrets: Sequence[float]) -> int | None:
+    """The first token that is not the model's best; None if all are."""
+    return next((at for at, regret in enumerate(regrets) if regret > 0), None)

@@ -9,12 +9,12 @@ twin takes its place. And text at the end of a prompt is no edit, since each pro
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import blake3
 
+from kvshare_store.bounded import Latest
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node, prompt_key
@@ -36,15 +36,13 @@ class PlannedTraffic:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._classes: OrderedDict[bytes, tuple[str, str]] = OrderedDict()
+        self._classes: Latest[bytes, tuple[str, str]] = Latest(_REMEMBERED)
         """Namespace and class, by what names a prompt."""
 
     def planned(self, namespace: str, prompt: Tokens, traffic: str) -> None:
         """A prompt was planned as one of this class."""
         with self._lock:
             self._classes[prompt_key(namespace, prompt)] = namespace, traffic
-            if len(self._classes) > _REMEMBERED:
-                self._classes.popitem(last=False)
 
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""

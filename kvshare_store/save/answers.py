@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 import numpy as np
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, segments_between
@@ -26,7 +27,7 @@ class Answers:
 
     def __init__(self, nodes: NodeStore) -> None:
         self._nodes = nodes
-        self._longer: dict[str, str] = {}
+        self._longer: Latest[str, str] = Latest(_REMEMBERED)
         """By id of a node that was replaced: the node that replaced it."""
 
     def now(self, node: str) -> Node | None:
@@ -86,8 +87,6 @@ class Answers:
     def replaced(self, node: str, by: str) -> None:
         """A node is about to leave the tree: this one has its place. Hold the lock."""
         self._longer[node] = by
-        if len(self._longer) > _REMEMBERED:
-            del self._longer[next(iter(self._longer))]
 
     def _replaceable(self, base: Node, save: Save) -> bool:
         """Whether the answer's node has everything that the base has, and nothing needs the base

@@ -187,7 +187,7 @@ class Saving:
         return save.staged
 
     def wanted_bytes(self, staged_id: str, owner: str) -> int:
-        """See `Store.staged_bytes`."""
+        """Bytes of the rows that a staged save of `owner` wants; `LeaseError` if there is none."""
         save = self._saves.get(staged_id)
         if save is None or save.owner != owner:
             raise LeaseError("the staged save is unknown or has ended; save again")
@@ -293,7 +293,7 @@ class Saving:
         block could be missing."""
         for name in save.kept.blocks:
             if self._blocks.tier_of(name) is None:
-                raise MissingBlockError(f"block {name[:12]} left the store before the commit")
+                raise MissingBlockError(f"block {short(name)} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
         fresh.reverse()  # `pop` takes from the end: from the front each would move all the others

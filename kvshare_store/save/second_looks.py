@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.metrics import Metrics
@@ -21,6 +22,7 @@ from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring
 from kvshare_store.save.staging import Reuse, Save
+from kvshare_store.save.verdicts import counted_as
 
 LOOK_SECONDS = 120.0
 """How long a prompt belongs to the engine that it was given to."""
@@ -57,6 +59,11 @@ class Look(msgspec.Struct, frozen=True):
     control: bool = False
     """The prompt was served in full and is computed only for its score: from the first token on,
     and nothing is stored."""
+    policy: str = ""
+    """What the score counts as: the policy that the prompt was served under, or `control`. A daemon
+    of the release before does not say."""
+    greedy: bool = False
+    """The answer's tokens were chosen so."""
 
 
 class _Entry(msgspec.Struct):
@@ -83,17 +90,16 @@ class SecondLooks:
         answers: Answers,
         metrics: Metrics,
         quality: Quality,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control_share = config.second_look_control
         self._nodes = nodes
         self._answers = answers
         self._metrics = metrics
-        self.clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._scoring = Scoring(nodes.tree, quality)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: Latest[str, _Entry] = Latest(_MOST)
         """By node, the oldest first."""
-        self._controls: dict[str, _Entry] = {}
+        self._controls: Latest[str, _Entry] = Latest(_CONTROLS)
         """Exact nodes whose answers are scored only, the oldest first."""
         self._since_control = 0
         self._hearing = threading.Lock()
@@ -119,14 +125,14 @@ class SecondLooks:
         entry = _Entry(self.clock(), Answered.of(save))
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
-                _queue(self._controls, node.id, entry, _CONTROLS)
+                self._controls[node.id] = entry
             return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
         if adapter:
             self._metrics.add("looks_declined")
             return
-        _queue(self._entries, node.id, entry, _MOST)
+        self._entries[node.id] = entry
 
     def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""
@@ -188,8 +194,9 @@ class SecondLooks:
         score = self._scoring.give(owner, now, entry.until, node, scored)
         begins = entry.answer.begins
         return Look(
-            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact
-        )
+            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact,
+            counted_as(node.policy or "exact", control=node.exact), entry.answer.greedy,
+        )  # fmt: skip
 
     def _ranked(self, now: float) -> list[tuple[float, Node]]:
         """Nodes that are worth it, with their expected uses; the others are forgotten."""
@@ -266,13 +273,6 @@ class SecondLooks:
             for entry in (*self._entries.values(), *self._controls.values()):
                 if entry.owner in dead_owners:
                     entry.owner, entry.until = "", 0.0
-
-
-def _queue(entries: dict[str, _Entry], node: str, entry: _Entry, most: int) -> None:
-    """Put a node into a queue; the oldest goes where there are too many."""
-    entries[node] = entry
-    if len(entries) > most:
-        del entries[next(iter(entries))]
 
 
 def _last_block(node: Node) -> str:

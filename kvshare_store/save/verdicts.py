@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 import msgspec
 
+from kvshare_store.bounded import Latest
 from kvshare_store.config import policy_names
 from kvshare_store.metrics import OTHERS
 from kvshare_store.quality.score import Score
@@ -48,9 +49,22 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """When the exact rows took the place of the edited ones, Unix seconds."""
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
+    """A score that a verdict is made of."""
+
     score: Score
     at: float
+    """When it came, Unix seconds."""
+    request: str
+    """The engine's name of the request; empty if it did not say."""
+
+
+class Recent(NamedTuple):
+    """An answer on approximate rows that was scored."""
+
+    nodes: tuple[str, ...]
+    """That it is part of: the edited one and its exact twin. They may have left the store."""
+    scored: Scored
 
 
 class Sum(msgspec.Struct):
@@ -76,38 +90,35 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of_nodes: OrderedDict[str, _Scored] = OrderedDict()
-        self._of_requests: OrderedDict[str, _Scored] = OrderedDict()
-        self._settled: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._of_nodes: Latest[str, Scored] = Latest(_KEPT)
+        self._of_requests: Latest[str, Scored] = Latest(_KEPT)
+        self._settled: Latest[str, tuple[str, float]] = Latest(_KEPT)
         """By exact node, the namespace, and when it took the place of its edited twin."""
         self._sums: dict[str, dict[str, Sum]] = {}
         """By policy, or `CONTROL`, and how tokens were chosen, since the store was opened."""
-        self._floors: OrderedDict[str, dict[str, Sum]] = OrderedDict()
+        self._floors: Latest[str, dict[str, Sum]] = Latest(_FLOORS)
         """Of the controls of a namespace, by how tokens were chosen."""
 
     # --- what is said ------------------------------------------------------------------------
 
     def scored(self, score: Score, nodes: Iterable[str], request: str) -> None:
         """The answer of a request was scored: it is part of these nodes."""
-        scored = _Scored(score, time.time())
-        kind = CONTROL if score.control else score.policy
+        scored = Scored(score, time.time(), request)
+        kind = counted_as(score.policy, control=score.control)
         with self._lock:
             for node in nodes:
-                _keep(self._of_nodes, node, scored)
+                self._of_nodes[node] = scored
             if request:
-                _keep(self._of_requests, request, scored)
-            known = kind if kind in (CONTROL, *policy_names()) else OTHERS
-            _add(self._sums.setdefault(known, {}), score)
+                self._of_requests[request] = scored
+            _add(self._sums.setdefault(kind, {}), score)
             if score.control:
-                _add(self._floors.setdefault(score.namespace, {}), score)
-                self._floors.move_to_end(score.namespace)
-                if len(self._floors) > _FLOORS:
-                    self._floors.popitem(last=False)
+                floor = self._floors[score.namespace] = self._floors.get(score.namespace, {})
+                _add(floor, score)
 
     def settled(self, exact: str, namespace: str) -> None:
         """This node has taken the place of its edited twin."""
         with self._lock:
-            _keep(self._settled, exact, (namespace, time.time()))
+            self._settled[exact] = namespace, time.time()
 
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""
@@ -137,13 +148,37 @@ class Verdicts:
                 return None
             return self._plain(found)
 
+    def worst(self, most: int, namespace: str = "", traffic: str = "") -> list[Recent]:
+        """Recent answers on approximate rows with any regret, the highest first, at most so many.
+        Greedy ones come before all others, whose regrets have the sampling in them. `namespace`:
+        the beginning of a digest; `traffic`: a class."""
+        with self._lock:
+            found: dict[int, Recent] = {}
+            for node, scored in self._of_nodes.items():
+                score = scored.score
+                meant = score.namespace.startswith(namespace) and traffic in ("", score.traffic)
+                if meant and score.regret and not score.control:
+                    known = found.get(id(scored), Recent((), scored))
+                    found[id(scored)] = known._replace(nodes=(*known.nodes, node))
+        return nlargest(most, found.values(), key=_badness)
+
+    def examples(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """By namespace and class the two nodes that were scored last: as a rule one prompt, edited
+        and exact."""
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
+        with self._lock:
+            for node, (score, *_) in self._of_nodes.items():
+                of = score.namespace, score.traffic
+                found[of] = (*found.get(of, ())[-1:], node)
+        return found
+
     def report(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Sums of the scores by policy, those of controls as `CONTROL`, and by how the tokens were
         chosen, `greedy` or `sampled`."""
         with self._lock:
             return {kind: msgspec.to_builtins(sums) for kind, sums in self._sums.items()}
 
-    def _plain(self, found: _Scored | None, settled: float | None = None) -> dict[str, Any]:
+    def _plain(self, found: Scored | None, settled: float | None = None) -> dict[str, Any]:
         verdict = Verdict(settled=settled)
         if found is not None:
             score = found.score
@@ -166,16 +201,22 @@ class Verdicts:
         return plain
 
 
+def _badness(recent: Recent) -> tuple[bool, float, float]:
+    score = recent.scored.score
+    return score.greedy, score.regret, recent.scored.at
+
+
+def counted_as(policy: str | None, *, control: bool) -> str:
+    """The name that an answer is counted under: `CONTROL`, or the policy that it was served under,
+    `OTHERS` if that is none of this release."""
+    if control:
+        return CONTROL
+    return policy if policy in policy_names() else OTHERS
+
+
 def _chosen(score: Score) -> str:
     return "greedy" if score.greedy else "sampled"
 
 
 def _add(sums: dict[str, Sum], score: Score) -> None:
     sums.setdefault(_chosen(score), Sum()).add(score)
-
-
-def _keep(kept: OrderedDict[str, Any], name: str, value: Any) -> None:
-    kept[name] = value
-    kept.move_to_end(name)
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)

@@ -4,7 +4,7 @@ tier."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -13,14 +13,6 @@ from kvshare_store.simulate.traces import Chunk, Request
 
 UNLIMITED = "unlimited"
 """Name of the row for a cache that never evicts: the upper bound of every policy."""
-
-Cost = Callable[[int, int], float]
-"""What recomputing a run costs, by its first position and its tokens."""
-
-
-def by_tokens(position: int, tokens: int) -> float:
-    """The cost of a token: every token costs the same, at any position."""
-    return float(tokens)
 
 
 class Served(msgspec.Struct):
@@ -86,18 +78,10 @@ class Machine:
     """Two tiers, each with its own policy. Saved rows go to both, a hit on disk is copied to the
     host, and what the host evicts goes to disk unless it is there."""
 
-    def __init__(
-        self,
-        policy: str,
-        host_bytes: float,
-        disk_bytes: float,
-        row_bytes: int,
-        cost: Cost = by_tokens,
-    ) -> None:
+    def __init__(self, policy: str, host_bytes: float, disk_bytes: float, row_bytes: int) -> None:
         self._host = Shelf(_policy(policy), host_bytes)
         self._disk = Shelf(_policy(policy), disk_bytes)
         self._row_bytes = row_bytes
-        self._cost = cost
         self.policy = policy
         self.served = Served()
 
@@ -116,10 +100,8 @@ class Machine:
         self._keep(request)
 
     def _keep(self, request: Sequence[Chunk]) -> None:
-        position = sum(chunk.tokens for chunk in request)
         for chunk in reversed(request):  # the rest of a prompt is of no use without its beginning
-            position -= chunk.tokens
-            nbytes, cost = chunk.tokens * self._row_bytes, self._cost(position, chunk.tokens)
+            nbytes, cost = chunk.tokens * self._row_bytes, float(chunk.tokens)
             if chunk.name in self._disk:
                 self._disk.touch(chunk.name)
             else:

@@ -12,6 +12,7 @@ import msgspec
 
 from kvshare_store.errors import CorruptBlockError, NamespaceError, ShortBlockError
 from kvshare_store.keys import SEAL_BYTES, seal, unseal
+from kvshare_store.readable import short
 from kvshare_store.tensors.codecs import LOSSY, Codec, decode, encode
 from kvshare_store.tensors.layout import KVLayout
 
@@ -111,15 +112,15 @@ def decode_frame(frame: bytes | memoryview, name: str, key: Key | None = None) -
     """
     header, payload = split_frame(frame)
     if header.name != name:
-        raise CorruptBlockError(f"frame of block {header.name[:12]} is not of {name[:12]}")
+        raise CorruptBlockError(f"frame of block {short(header.name)} is not of {short(name)}")
     if header.encrypted != (key is not None):
         state = "encrypted" if header.encrypted else "not encrypted"
-        raise CorruptBlockError(f"block {name[:12]} is {state}; the store's setting differs")
+        raise CorruptBlockError(f"block {short(name)} is {state}; the store's setting differs")
     contents, body = _plain(header, payload) if key is None else _opened(header, payload, key)
     data = decode(contents.codec, body, contents.layout, contents.raw_bytes)
     block = Block(header.namespace, contents.layout, data, contents.lossy)
     if not block.lossy and block_name(block) != name:
-        raise CorruptBlockError(f"block {name[:12]} holds other bytes than its name says")
+        raise CorruptBlockError(f"block {short(name)} holds other bytes than its name says")
     return block
 
 
@@ -180,7 +181,7 @@ def _plain(header: FrameHeader, payload: memoryview) -> tuple[Contents, memoryvi
     if contents.lossy or contents.codec != "none":
         check = check_of(header.name, header.namespace, contents, payload)
         if contents.check != check:
-            raise CorruptBlockError(f"block {header.name[:12]} is damaged")
+            raise CorruptBlockError(f"block {short(header.name)} is damaged")
     return contents, payload
 
 
@@ -188,7 +189,7 @@ def _opened(header: FrameHeader, payload: memoryview, key: Key) -> tuple[Content
     try:
         secret = key(header.namespace)
     except NamespaceError as error:
-        raise CorruptBlockError(f"block {header.name[:12]} cannot be opened: {error}") from error
+        raise CorruptBlockError(f"block {short(header.name)} cannot be opened: {error}") from error
     about = unseal(secret, header.contents, _whose(header.name, header.namespace))
     return _contents(about), unseal(secret, payload, packed_header(header))
 

@@ -192,7 +192,7 @@ def test_socket_in_use(home: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [["stats"], ["ls"], ["show", "ab"], ["clear"], ["stop"], ["gc"], ["check"], ["pin", "ab"],
-     ["unpin", "ab"], ["purge", "--tenant", "t"]],
+     ["unpin", "ab"], ["purge", "--tenant", "t"], ["rekey", "--new-key", "env:NO_KEY"]],
     ids=lambda command: command[0],
 )  # fmt: skip
 def test_a_home_without_a_store_is_probably_mistyped(
@@ -363,7 +363,7 @@ def test_stats_of_an_idle_daemon_leave_out_what_is_empty() -> None:
 
 NODE: dict[str, Any] = {
     "id": "b" * 32, "namespace": "n" * 12, "model": "org/model", "tenant": "",
-    "tokens": 1500, "exact_rows": 600,
+    "tokens": 1500, "exact_rows": 600, "policy": "balanced",
     "generation": 2, "parent": "a" * 32, "created": 0.0, "preview": "Dear [bold]all[/bold],\nhello",
     "text": "t" * 1000,
     "edits": [

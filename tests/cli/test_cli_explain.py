@@ -40,7 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
     with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
-        asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, 0.0, "chat-7"))
+        asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, "chat-7"))
         plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
         client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 4, seconds=0.002))
         second = engine.save(SECOND, plan)
@@ -127,6 +127,32 @@ def test_an_offline_home_explains_the_same(driver: Any, home: Path, namespace: N
     assert "1 removed" not in run("diff", first, second, "--home", home)[1]
 
 
+def test_a_bound_and_a_cap_are_explained(
+    driver: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver()
+    first, second = engine.save(FIRST), engine.save(SECOND)
+    engine.store.close()
+    monkeypatch.setenv("KVSHARE_POLICY", "aggressive")
+    monkeypatch.setenv("KVSHARE_APPROXIMATION_PRICE", "0")
+    arguments = ("explain", "--node", second, "--node", first, "--home", home)
+    plain = as_json(*arguments)["explanation"]
+    monkeypatch.setenv("KVSHARE_UNCONFIRMED_SHARE", "0.1")
+    capped = as_json(*arguments)["explanation"]
+    assert capped.keys() == plain.keys()
+    assert capped["candidates"][0].keys() - plain["candidates"][0].keys() == {
+        "source", "unconfirmed"}  # fmt: skip
+    assert capped["by_kind"]["edited"] == 20
+    assert "recomputed: source" in ok(*arguments)
+    assert "unconfirmed (20 tokens)" in ok(*arguments)
+    monkeypatch.setenv("KVSHARE_QUALITY_BOUND", "0.02")
+    steered = as_json(*arguments)["explanation"]
+    assert steered["steering"]["rung"] == steered["policy"] == "exact"
+    assert steered["by_kind"] == {"exact": 80, "recomputed": 120}
+    out = ok(*arguments)
+    assert "/replace is at exact under a bound of 2.0 %; 2.0 % of its requests get faithful" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -192,7 +218,7 @@ def test_a_logged_request_is_planned_again(home: Path) -> None:
 def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
     with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         for name in (f"chatcmpl-{'a' * 40}", f"chatcmpl-{'b' * 40}"):
-            ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, 0.0, name)
+            ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, name)
             client.receive(client.send(ask), 20.0)
         code, out, _ = run("log", "--home", home, columns="70")
         shown = [line.split()[0] for line in out.splitlines() if line.startswith("chatcmpl")]

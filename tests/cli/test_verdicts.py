@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvshare_store.cli import log, show, stats
-from kvshare_store.cli.verdicts import regret_cell, verdict_lines
+from kvshare_store.readable import regret_cell, verdict_lines
 from tests.cli.test_cli import NODE, REQUEST, SECOND_REQUEST, rendered
 
 

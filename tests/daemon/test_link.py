@@ -76,7 +76,7 @@ def link(daemon: Daemon) -> Iterator[Link]:
 
 def planned(link: Link, seconds: float) -> ReusePlan | None:
     """What the scheduler does with a request."""
-    request = link.ask(TOKENS, NAMESPACE, None)
+    request = link.ask(plan_request(TOKENS, NAMESPACE, None))
     if request is None:
         return None
     try:
@@ -141,14 +141,15 @@ def test_where_somebody_else_starts_daemons_engines_only_wait(
 def test_a_lookup_that_no_message_can_hold_is_its_own_miss(link: Link, spawned: list[int]) -> None:
     """The daemon cuts off whoever sends more than it takes, and with it the lookups of others."""
     planned_in_the_end(link)
-    other = link.ask(TOKENS, NAMESPACE, None)
+    other = link.ask(plan_request(TOKENS, NAMESPACE, None))
     assert other is not None
     for count in (1 << 18, wire.MESSAGE_BYTES // 4, 8 << 20):
-        asked = link.ask(np.full(count, 7, np.int32), NAMESPACE, None)
+        asked = link.ask(plan_request(np.full(count, 7, np.int32), NAMESPACE, None))
         assert (asked is None) == (count >= wire.MESSAGE_BYTES // 4)
         if asked is not None:
             assert link.answer(asked, PATIENCE_S) is not None
-    assert link.ask(TOKENS, NAMESPACE.for_tenant("x" * 1025), None) is None, "a name too long"
+    too_long = plan_request(TOKENS, NAMESPACE.for_tenant("x" * 1025), None)
+    assert link.ask(too_long) is None, "its namespace has too long a name"
     assert link.answer(other, PATIENCE_S) is not None
     assert planned(link, PATIENCE_S) is not None
     assert link.failures == []
@@ -227,12 +228,12 @@ def test_a_late_plan_is_its_requests_miss_and_no_more(
     link.client.greet(PATIENCE_S)
     reconnects: list[None] = []
     monkeypatch.setattr(link.client, "reconnect", lambda: reconnects.append(None))
-    late = link.ask(TOKENS, NAMESPACE.for_tenant("a"), None)
+    late = link.ask(plan_request(TOKENS, NAMESPACE.for_tenant("a"), None))
     assert late is not None
     with pytest.raises(DeadlineError):
         link.answer(late, 0.01)
     link.give_up(late)
-    other = link.ask(TOKENS, NAMESPACE.for_tenant("b"), None)
+    other = link.ask(plan_request(TOKENS, NAMESPACE.for_tenant("b"), None))
     assert other is not None, "the next lookup is asked at once"
     plan = link.answer(other, PATIENCE_S)
     assert plan is not None
@@ -252,7 +253,7 @@ def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: 
     assert daemon.process is not None
     os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
     asked = 0
-    while (request := link.ask(TOKENS, NAMESPACE, None)) is not None:
+    while (request := link.ask(plan_request(TOKENS, NAMESPACE, None))) is not None:
         link.give_up(request)
         asked += 1
     daemon.send(signal.SIGCONT)
@@ -268,7 +269,7 @@ def test_nobody_waits_for_a_hung_daemons_welcome(daemon: Daemon) -> None:
     link = Link(daemon.config)
     daemon.send(signal.SIGSTOP)
     try:
-        request = link.ask(TOKENS, NAMESPACE, None)
+        request = link.ask(plan_request(TOKENS, NAMESPACE, None))
         assert request is not None
         assert not link.client.greeted
     finally:
@@ -355,14 +356,14 @@ def test_a_new_daemon_hears_that_the_engine_works(config: Callable[..., StoreCon
 
 def test_an_engine_that_left_is_not_working(server: Server) -> None:
     """What it said last is heard after its connection has ended, and before what it held ends."""
-    working, event, heard = server.store.working, threading.Event(), list[bool]()
+    working, event, heard = server.store.text.working, threading.Event(), list[bool]()
 
     def late(owner: str, busy: bool) -> None:
         assert event.wait(PATIENCE_S)
         working(owner, busy)
         heard.append(works(server))
 
-    server.store.working = late  # type: ignore[method-assign]
+    server.store.text.working = late  # type: ignore[method-assign]
     with Client(server.config.home_path, timeout=PATIENCE_S) as engine:
         engine.greet()
         engine.tell(protocol.Working(True))

@@ -113,7 +113,9 @@ def test_an_engine_of_another_machine_has_a_link(
     config = keys.client(keys.clients.issue("engine 7", "engine"), server.port)
     link = open_link(msgspec.structs.replace(config, plan_deadline_ms=20_000.0))
     try:
-        request = link.ask(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None, "request")
+        request = link.ask(
+            plan_request(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None, "request")
+        )
         assert request is not None
         plan = link.answer(request, PATIENCE_S)
         assert plan is not None
@@ -216,7 +218,7 @@ def test_nobody_waits_for_a_resolver(keys: Keys, monkeypatch: pytest.MonkeyPatch
         raise socket.gaierror(socket.EAI_NONAME, "nobody knows it")
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
-    assert link.ask(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None) is None
+    assert link.ask(plan_request(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None)) is None
     link.close()
     assert asked == ["kvshare-revive"]
     with (

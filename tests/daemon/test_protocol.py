@@ -45,6 +45,7 @@ MESSAGES = [
     protocol.ShowNode("ab"),
     protocol.Explain(b"1234", node="ab", only="cd"),
     protocol.ListRequests(3, True, True),
+    protocol.Quality("ab", "ab/cd/append", True, 50, 3),
     protocol.Diff("ab", "cd"),
     protocol.HasNodes(("ab", "cd")),
     protocol.PlanNode("ab", 2.5),
@@ -62,6 +63,22 @@ MESSAGES = [
     protocol.CheckBlocks(("a", "b"), True),
     protocol.Stop(True),
 ]
+REPLIES: list[protocol.Welcome | ReusePlan | Staged] = [
+    protocol.Welcome(protocol.NEWEST, 17, "0123abcd", "balanced"),
+    ReusePlan(
+        namespace="n",
+        tokens=9,
+        exact=4,
+        spans=REUSE.spans,
+        blocks=(BlockRef("ab" * 32, 4, 256, 64, 7, True),),
+        donors=("node",),
+        lease="lease",
+        arena="0123abcd",
+        saving_ms=1.5,
+        policy="balanced",
+    ),
+    Staged(id="s", fresh=(Run(0, 4),), sizes=(3, 1)),
+]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -76,20 +93,7 @@ def test_the_list_above_is_complete() -> None:
 
 
 def test_plans_and_saves_arrive_as_they_were_sent() -> None:
-    plan = ReusePlan(
-        namespace="n",
-        tokens=9,
-        exact=4,
-        spans=REUSE.spans,
-        blocks=(BlockRef("ab" * 32, 4, 256, 64, 7, True),),
-        donors=("node",),
-        lease="lease",
-        arena="0123abcd",
-        saving_ms=1.5,
-        policy="balanced",
-    )
-    staged = Staged(id="s", fresh=(Run(0, 4),), sizes=(3, 1))
-    for sent in (plan, staged):
+    for sent in REPLIES:
         reply = protocol.decode_reply(protocol.encode(protocol.Reply(result=sent)))
         assert msgspec.convert(reply.result, type(sent)) == sent
 

@@ -1,20 +1,38 @@
-"""Releases one version apart. The messages of the one before were recorded as it sent them
-(`tests/data/protocol_before.json`); each release records its own when it is made."""
+"""Releases one version apart: clients and daemons of the release before, built from its tag, with
+those of this one; and its messages, as it sent them (`tests/data/protocol_before.json`).
+
+`make release` sets the tag and records the messages. While there is no tag, an older commit stands
+for the release before. Where a clone has neither, the recorded messages are all there is.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
+from kvshare_store.daemon.address import answers
 from kvshare_store.plan import ReusePlan
 from kvshare_store.save.staging import Staged
 from tests.daemon.test_protocol import MESSAGES
+from tests.support import protocol_recording, releases, visitor
+from tests.support.daemons import START_S, Daemon
+from tests.support.environments import run
+from tests.support.peer import Peer
+from tests.support.releases import Release
 
 BEFORE = json.loads((Path(__file__).parents[1] / "data" / "protocol_before.json").read_text())
 REQUESTS: dict[str, str] = BEFORE["requests"]
@@ -65,3 +83,104 @@ def test_what_its_daemons_answer_is_understood(name: str) -> None:
 def test_no_message_was_taken_away() -> None:
     assert set(REQUESTS) <= {kind.__name__ for kind in typing.get_args(protocol.Request)}
     assert protocol.OLDEST <= 2, "the version that it speaks"
+
+
+# --- its messages, to a daemon -------------------------------------------------------------------
+
+FILES = {"Export", "Import"}
+"""Messages whose recorded paths are nobody's to write to."""
+
+
+def test_what_its_clients_send_is_served(tmp_path: Path) -> None:
+    """What they name is not here, which is an answer of its own; none is a `protocol` error."""
+    with Daemon(StoreConfig(home=str(tmp_path / "home"), host_bytes=1 << 20)) as daemon:
+        for name in REQUESTS.keys() - FILES - {"Hello", "Stop"}:
+            with Peer(daemon.config.home_path) as peer:
+                assert answered(peer, "Hello") == ""
+                assert answered(peer, name) not in {"protocol", "internal"}, name
+        with Peer(daemon.config.home_path) as peer:
+            assert (answered(peer, "Hello"), answered(peer, "Stop")) == ("", "")
+        assert daemon.process is not None
+        assert daemon.process.wait(START_S) == 0
+
+
+def answered(peer: Peer, name: str) -> str:
+    """The kind of error of the answer to a recorded message; empty if it is none."""
+    peer.send(bytes.fromhex(REQUESTS[name]))
+    reply = peer.receive()
+    assert reply is not None, f"the daemon hung up on {name}"
+    return reply.error
+
+
+# --- its clients and its daemon ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    name = releases.before()
+    if name is None:
+        pytest.skip("no release and no older commit is here; its recorded messages were served")
+    return releases.built(name, tmp_path_factory.mktemp("before"))
+
+
+@contextmanager
+def daemon(python: Path | str, home: Path, settings: Path) -> Iterator[None]:
+    """`kvshare serve` of the release that this Python has."""
+    command = [str(python), "-m", "kvshare_store.cli.main", "serve"]
+    command += ["--home", str(home), "--config", str(settings)]
+    log = home.with_suffix(".log")
+    with log.open("a") as out:
+        process = subprocess.Popen(command, cwd=home.parent, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + START_S
+        while not answers(home):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(START_S) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def visit_before(before: Release, home: Path, own: int, found: range) -> None:
+    """What `visitor.visit` does, by a client of the release before."""
+    command = [str(before.python), visitor.__file__, str(home), str(own), *map(str, found)]
+    environment = {**os.environ, "PYTHONPATH": str(before.files)}
+    done = subprocess.run(
+        command, cwd=before.files, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_clients_and_daemons_of_both_releases_serve_each_other(
+    before: Release, tmp_path: Path
+) -> None:
+    """Each reads, row by row, what the other has stored; so does each daemon on the same home."""
+    home, settings = tmp_path / "home", tmp_path / "settings.yaml"
+    home.mkdir(mode=0o700)
+    settings.write_text(
+        "{host_bytes: 8MiB, disk_bytes: 64MiB, policy: aggressive, semantic: never}"
+    )
+    where = "import kvshare_store; print(kvshare_store.__file__)"
+    assert run(before.files, before.python, "-c", where).startswith(str(before.python.parents[1]))
+    with daemon(before.python, home, settings):
+        visitor.visit(home, 1)
+    with daemon(sys.executable, home, settings):
+        visit_before(before, home, 2, range(1, 2))
+        visitor.visit(home, 3, range(1, 3))
+    with daemon(before.python, home, settings):
+        visitor.visit(home, 4, range(1, 4))
+
+
+# --- this release, for the next one --------------------------------------------------------------
+
+
+def test_what_is_recorded_of_this_release_is_what_it_sends() -> None:
+    found: Any = protocol_recording.recorded()
+    assert found["requests"].keys() == {kind.__name__ for kind in typing.get_args(protocol.Request)}
+    assert found["replies"].keys() == REPLIES.keys() == BEFORE["replies"].keys()
+    for name, body in found["requests"].items():
+        assert protocol.decode_request(bytes.fromhex(body)) == NOW[name]

@@ -18,6 +18,7 @@ import torch
 from kvshare_connectors.vllm.planning import Planning
 from kvshare_connectors.vllm.requests import granted
 
+from kvshare_store.daemon import protocol
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, ReusePlan, Span
@@ -80,21 +81,11 @@ class FakeLink:
             msgspec.to_builtins(self.looks.pop(0), builtin_types=(bytes,)) if self.looks else None
         )
 
-    def ask(
-        self,
-        tokens: Any,
-        namespace: Namespace,
-        policy: str | None,
-        request: str,
-        *,
-        look: bool = False,
-        pools: tuple[str, ...] = (),
-        source: bytes = b"",
-    ) -> bytes | None:
-        self.asked.append((namespace.digest, policy))
-        self.pools.append(pools)
-        self.sources.append(source)
-        self.asked_for_looks += look
+    def ask(self, question: protocol.Plan) -> bytes | None:
+        self.asked.append((question.namespace.digest, question.policy))
+        self.pools.append(question.pools)
+        self.sources.append(question.source)
+        self.asked_for_looks += question.look
         return b"%d" % len(self.asked)
 
     def answer(self, request_id: bytes, seconds: float) -> ReusePlan | None:

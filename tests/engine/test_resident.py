@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, WITH_DEVICE_TIER, Answer, Engine, Fresh
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -84,3 +85,25 @@ def test_what_is_reused_often_comes_from_the_device_bit_for_bit(
     if not edited:
         assert answers[0].agrees(full)
     engine.check_idle()
+
+
+def test_after_a_purge_the_next_request_of_anybody_empties_the_device(
+    engine: Engine, fresh: Fresh
+) -> None:
+    donor = fresh(LENGTH)
+    engine.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.planning.orders, "save", lambda *_: None)
+        ask_often(engine, fresh(LENGTH))  # whatever was purged before has been heard of
+    engine.store(donor)
+    ask_often(engine, donor)
+    tier = engine.worker.resident.tier
+    assert tier is not None
+    engine.settle()
+    done = engine.client.call(protocol.Purge(engine.planning.namespace.digest, patience=20.0))
+    assert [one["remaining"] for one in done] == [[]]
+    places = [tier.rows(name) for name in tier.names()]
+    assert places, "the daemon cannot reach it"
+    engine.ask(fresh(40), salt="somebody else")
+    assert tier.names() == []
+    assert not any(place is None or place.view(torch.uint8).any() for place in places)

@@ -38,6 +38,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             "second_look_control": 1.0,
         },
         enable_prefix_caching=True,
+        disable_log_stats=False,
     )
 
 
@@ -96,9 +97,21 @@ def spoil(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "load_one", noisy)
 
 
+def counted(engine: Engine, policy: str) -> dict[str, float]:
+    """What vLLM's own metrics say of the greedy answers served under a policy."""
+    return {
+        metric.name.removeprefix("vllm:kvshare_"): metric.value
+        for metric in engine.llm.get_metrics()
+        if metric.name.startswith("vllm:kvshare_")
+        and metric.labels.get("policy") == policy
+        and metric.labels.get("chosen", "greedy") == "greedy"
+    }
+
+
 def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
     engine: Engine, fresh: Fresh
 ) -> None:
+    before = counted(engine, "aggressive")
     prompt, answer = edited(engine, fresh)
     settle(engine)
     found = verdict(engine, [*prompt, *answer])
@@ -110,6 +123,15 @@ def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
     first = next((at for at, regret in enumerate(regrets) if regret > NOISE), None)
     assert found["diverged"] == first
     assert found["settled"]
+    gained = {
+        name: value - before.get(name, 0) for name, value in counted(engine, "aggressive").items()
+    }
+    assert gained == {
+        "scored_answers": 1,
+        "scored_tokens": ANSWER - 1,
+        "regret_nats": pytest.approx(found["regret"] * found["scored"], abs=NOISE),
+        "diverged_answers": first is not None,
+    }
 
 
 def test_an_answer_that_was_spoiled_has_a_large_regret(

@@ -244,12 +244,13 @@ def _requests(engine: Engine) -> dict[str, Any]:
 
 
 def _metrics(engine: Engine) -> dict[str, Any]:
-    """Counters of requests, tokens and cache hits."""
-    counted = ("tokens", "request_success", "queries", "hits")
+    """Counters of requests, tokens and cache hits; not of scores, which only looks have."""
+    counted = ("_tokens", "request_success", "queries", "hits")
     return {
         f"{metric.name} {sorted(metric.labels.items())}": metric.value
         for metric in engine.llm.get_metrics()
-        if any(word in metric.name for word in counted) and hasattr(metric, "value")
+        if any(word in metric.name.replace("scored_tokens", "") for word in counted)
+        and hasattr(metric, "value")
     }
 
 

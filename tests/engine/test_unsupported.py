@@ -27,14 +27,21 @@ TINY: dict[str, Any] = {
 
 
 def config_of(architecture: str) -> Any:
-    """The configuration of a tiny model in which some layers attend to the last tokens only."""
-    from transformers import Gemma3TextConfig, GptOssConfig, MistralConfig
+    """The configuration of a tiny model in which some layers attend to the last tokens only, or
+    keep a state instead of rows."""
+    from transformers import Gemma3TextConfig, GptOssConfig, Lfm2Config, MistralConfig
 
     if architecture == "MistralForCausalLM":
         return MistralConfig(**TINY, num_hidden_layers=2)
     if architecture == "Gemma3ForCausalLM":
         layers = ["sliding_attention", "full_attention"] * 2
         return Gemma3TextConfig(**TINY, num_hidden_layers=4, layer_types=layers)
+    if architecture == "Lfm2ForCausalLM":
+        return Lfm2Config(
+            **{**TINY, "sliding_window": None}, num_hidden_layers=2, conv_dim=64,
+            layer_types=["conv", "full_attention"], block_dim=64, block_ff_dim=64,
+            block_multiple_of=32,
+        )  # fmt: skip
     layers = ["sliding_attention", "full_attention"]
     return GptOssConfig(
         **TINY, num_hidden_layers=2, layer_types=layers, num_local_experts=4,
@@ -51,14 +58,19 @@ def model_in(folder: Path, architecture: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "groups"),
-    [("MistralForCausalLM", 1), ("Gemma3ForCausalLM", 2), ("GptOssForCausalLM", 2)],
+    ("architecture", "groups", "reason"),
+    [
+        ("MistralForCausalLM", 1, "sliding_window"),
+        ("Gemma3ForCausalLM", 2, "sliding_window"),
+        ("GptOssForCausalLM", 2, "sliding_window"),
+        ("Lfm2ForCausalLM", 2, "mamba_or_hybrid"),
+    ],
 )
 def test_an_unsupported_model_is_served_without_reuse(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, groups: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, groups: int, reason: str
 ) -> None:
-    """Layers with a window keep their own, smaller blocks: vLLM's hybrid memory manager stays on.
-    vLLM switches it off for connectors that do not declare support for it."""
+    """Layers with a window or a state keep blocks of their own: vLLM's hybrid memory manager stays
+    on. vLLM switches it off for connectors that do not declare support for it."""
     with caplog.at_level(logging.WARNING, "kvshare"):
         engine = Engine(
             tmp_path / "home",
@@ -81,10 +93,10 @@ def test_an_unsupported_model_is_served_without_reuse(
         assert len(first.tokens) == 4
         assert second.tokens == first.tokens
         assert second.cached >= 64  # vLLM's own prefix cache works as ever
-        assert first.said == {"reused": 0, "reason": "sliding_window"}
+        assert first.said == {"reused": 0, "reason": reason}
         assert not engine.scheduler.requests
     finally:
         engine.close()
     said = [record.getMessage() for record in caplog.records if record.name == "kvshare"]
-    assert said == ["kvshare: this model is served without reuse: sliding_window"]
+    assert said == [f"kvshare: this model is served without reuse: {reason}"]
     assert not (tmp_path / "home" / "blocks").exists()

@@ -23,7 +23,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
@@ -36,8 +35,9 @@ from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support import waiting
+from tests.support.attacks import ATTACKS, RUBBISH, Attack, attacking, hoarded
 from tests.support.daemons import ClientDriver, Daemon
-from tests.support.fuzz import MIB, Fuzzer, fuzz, left_over, requests, small
+from tests.support.fuzz import MIB, fuzz, left_over, requests, small
 from tests.support.needs import need
 from tests.support.oracle import Driver, RowBook, prompt
 from tests.support.peer import Peer
@@ -105,10 +105,9 @@ def test_messages_that_no_client_would_send(daemon: Daemon) -> None:
 
 def test_connections_that_come_and_go(daemon: Daemon) -> None:
     before, chance = warmed_up(daemon), random.Random(1)
-    rubbish = (b"", b"\xff\0", b"GET / HTTP/1.1\r\n\r\n", wire.HEADER.pack(40, bytes(8)) + b"half")
     for _ in range(10_000):
         with contextlib.suppress(OSError, OverloadError), Peer(daemon.config.home_path) as peer:
-            peer.socket.sendall(chance.choice(rubbish))
+            peer.socket.sendall(chance.choice(RUBBISH))
     check_nothing_lasts(daemon, before)
 
 
@@ -409,57 +408,19 @@ def opened_to_all(home: Path) -> Iterator[None]:
 # --- the end during each ----------------------------------------------------------------------
 
 
-def fuzzed(home: Path, over: threading.Event) -> None:
-    fuzzer = Fuzzer(home, 3)
-    while not over.is_set():
-        with contextlib.suppress(Exception):  # the daemon stops meanwhile
-            fuzzer.burst()
-    fuzzer.close()
-
-
-def flooded(home: Path, over: threading.Event) -> None:
-    """As many lookups as the daemon takes, without waiting for the answers."""
-    body = protocol.encode(protocol.Plan(SPACE, np.arange(1000, dtype=np.int32).tobytes()))
-    with contextlib.suppress(OSError, AssertionError), Peer(home) as peer:
-        peer.hello()
-        peer.socket.settimeout(0.5)
-        while not over.is_set():
-            with contextlib.suppress(TimeoutError):
-                peer.send(body)
-
-
-def crowded(home: Path, over: threading.Event) -> None:
-    with contextlib.ExitStack() as peers, contextlib.suppress(Exception):
-        for _ in range(100):
-            peers.enter_context(Peer(home)).socket.sendall(b"half")
-        over.wait(PATIENCE_S)
-
-
-def flushing(home: Path, over: threading.Event) -> None:
-    with contextlib.suppress(Exception), Client(home, timeout=PATIENCE_S) as client:
-        while not over.is_set():
-            client.flush()
-            client.call(protocol.Collect())
-
-
-@pytest.mark.parametrize("attack", [fuzzed, flooded, crowded, flushing])
-def test_it_ends_in_good_order_under_attack(
-    attack: Callable[[Path, threading.Event], None], tmp_path: Path
-) -> None:
-    config: StoreConfig = small(str(tmp_path))
-    over, book = threading.Event(), RowBook(SPACE.layout)
-    with Daemon(config) as daemon:
-        attacker = threading.Thread(target=attack, args=(config.home_path, over))
-        attacker.start()
-        try:
-            with Client(config.home_path, timeout=PATIENCE_S) as client:
-                driver = ClientDriver(client, SPACE, book)
-                for seed in range(5):
-                    driver.save(prompt(seed, 64))
-                assert daemon.end() == 0, daemon.log()
-        finally:
-            over.set()
-            attacker.join(PATIENCE_S)
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_it_ends_in_good_order_under_attack(attack: Attack, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(small(str(tmp_path)), drain_seconds=1.0)
+    book = RowBook(SPACE.layout)
+    home = config.home_path
+    with Daemon(config) as daemon, attacking(attack, home), Client(home, timeout=60.0) as client:
+        driver = ClientDriver(client, SPACE, book)
+        for seed in range(5):
+            driver.save(prompt(seed, 64))
+        if attack is hoarded:
+            until(lambda: client.stats()["leases"] > 0)
+            assert client.stats()["staged"] > 0
+        assert daemon.end() == 0, daemon.log()
     with Store(config) as store:
         found = Driver(store, SPACE, book)
         assert [found.serve(prompt(seed, 64)).exact for seed in range(5)] == [63] * 5

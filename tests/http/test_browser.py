@@ -6,6 +6,7 @@ import importlib.resources
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -13,6 +14,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Decline, Held, Purge
 from tests.support.browser import Tab, browser, chromium
 from tests.support.daemons import ClientDriver
+from tests.support.judged import judged_world
 from tests.support.needs import need
 from tests.support.page import PARENT, TENANT, World, world
 
@@ -29,6 +31,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A daemon with answers that were scored."""
+    need(chromium() is not None, "the system's package chromium")
+    with judged_world(tmp_path_factory.mktemp("judged")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     need(chromium() is not None, "the system's package chromium")
     with browser(tmp_path_factory.mktemp("browser")) as opened:
@@ -38,7 +48,16 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def views(page: World) -> list[str]:
     digest = page.space.digest
     return ["/", "/tenants", f"/namespaces/{digest}?whole=true", f"/nodes/{page.child}",
-            "/requests", "/explain?request=1", f"/purge?namespace={digest}"]  # fmt: skip
+            "/requests", "/quality", "/explain?request=1",
+            f"/purge?namespace={digest}"]  # fmt: skip
+
+
+def scored_views(judged: World) -> list[str]:
+    digest = judged.space.digest
+    (one,) = judged.ask("GET", "/api/quality").json()["classes"]
+    of_class = {"namespace": digest, "traffic": one["known"]["traffic"]}
+    return ["/quality", f"/quality?namespace={digest}", f"/quality/class?{urlencode(of_class)}",
+            f"/nodes/{judged.child}?policy=aggressive", "/explain?request=5"]  # fmt: skip
 
 
 def found_by_axe(tab: Tab) -> list[str]:
@@ -52,18 +71,22 @@ def found_by_axe(tab: Tab) -> list[str]:
 @pytest.mark.parametrize(
     ("screen", "dark"), [(DESK, False), (PHONE, True)], ids=["desk in light", "phone in the dark"]
 )
-def test_every_view_can_be_read(page: World, tab: Tab, screen: dict[str, Any], dark: bool) -> None:
+def test_every_view_can_be_read(
+    page: World, judged: World, tab: Tab, screen: dict[str, Any], dark: bool
+) -> None:
     """Nothing is wider than the screen, axe finds nothing, nothing comes from elsewhere, and no
     prompt has become a script."""
     tab.look(**screen, dark=dark)
-    for path in views(page):
-        tab.open(page.url + path)
+    for url in [page.url + path for path in views(page)] + [
+        judged.url + path for path in scored_views(judged)
+    ]:
+        tab.open(url)
         tab.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        assert tab.run("document.documentElement.scrollWidth <= innerWidth"), path
-        assert found_by_axe(tab) == [], path
+        assert tab.run("document.documentElement.scrollWidth <= innerWidth"), url
+        assert found_by_axe(tab) == [], url
         assert "owned" not in tab.run("document.title")
     assert tab.complaints == []
-    assert [url for url in tab.asked if not url.startswith(page.url)] == []
+    assert [url for url in tab.asked if not url.startswith((page.url, judged.url))] == []
 
 
 def test_colours_follow_the_system_and_differ_without_colour(page: World, tab: Tab) -> None:
@@ -109,10 +132,15 @@ def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
     assert "It has no parent." in text(tab)
     follow(tab, page.child[:12])
     assert "14" in text(tab)
-    follow(tab, "Pin")
-    assert "pinned" in text(tab)
-    follow(tab, "Unpin")
-    assert "while there is room" in text(tab)
+    for question, sure, kept in (
+        ("Pin…", "Pin it", "pinned"),
+        ("Unpin…", "Unpin it", "while there is room"),
+    ):
+        follow(tab, question)
+        assert found_by_axe(tab) == []
+        follow(tab, sure)
+        assert "Beside its parent" in text(tab)
+        assert kept in text(tab)
     follow(tab, "Explain")
     prompt = PARENT.replace("bells", "lamps\nand bags")
     tab.run(f"document.querySelector('#text').value = {json.dumps(prompt)}")
@@ -122,6 +150,25 @@ def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
     assert f"{len(prompt)} tokens of org/<model>" in said
     assert page.parent[:12] in said
     assert tab.run("document.querySelector('#text').value") == prompt, "line ends as they were"
+    assert tab.complaints == []
+
+
+def test_a_bad_answer_leads_to_what_was_edited(judged: World, tab: Tab) -> None:
+    """From the list of the worst to the prompt beside its parent, and to its request."""
+    tab.look(**PHONE)
+    tab.open(judged.url + "/")
+    follow(tab, "Quality")
+    assert "Bound: 50.0 %" in text(tab)
+    assert TENANT in text(tab)
+    follow(tab, f"Prompt {judged.child[:12]} beside its parent")
+    assert "differs from full compute from token 3 on" in text(tab)
+    pieces = "[...document.querySelectorAll('.prompt span[class^=k-]')].map(one => one.className)"
+    assert {"k-exact", "k-edited", "k-recomputed", "k-unused"} <= set(tab.run(pieces))
+    follow(tab, "The quality of its class")
+    assert "Its worst recent answers" in text(tab)
+    tab.leave_by("document.querySelector('a[href^=\"/explain?request=chat\"]').click()")
+    assert "differs from full compute from token 3 on" in text(tab)
+    assert "Its tokens were not kept" in text(tab)
     assert tab.complaints == []
 
 
@@ -139,8 +186,8 @@ def test_the_keyboard_is_enough(page: World, tab: Tab) -> None:
     for _ in range(9):
         tab.press("Tab", 9)
         seen.append(tab.run(where))
-    assert seen[:6] == ["Skip to the content", "KVShare", "Overview", "Tenants", "Requests",
-                        "Explain"]  # fmt: skip
+    assert seen[:7] == ["Skip to the content", "KVShare", "Overview", "Tenants", "Requests",
+                        "Quality", "Explain"]  # fmt: skip
 
 
 def test_the_overview_keeps_itself_up_to_date(page: World, tab: Tab) -> None:

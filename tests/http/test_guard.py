@@ -217,11 +217,21 @@ def test_nobody_elses_page_can_change_anything(page: World, path: str) -> None:
 
 
 def csrf_of(page: World, action: str) -> str:
-    shown = f"/nodes/{page.child}" if action.startswith("/nodes") else action
     form = rf'action="{action}"[^>]*>\s*<input type="hidden" name="csrf" value="([^"]+)"'
-    found = re.search(form, page.ask("GET", shown).text)
+    found = re.search(form, page.ask("GET", action).text)
     assert found is not None
     return found[1]
+
+
+@pytest.mark.parametrize("action", ["pin", "unpin", "evict"])
+def test_nothing_is_done_to_a_prompt_by_one_click(page: World, action: str) -> None:
+    shown = page.ask("GET", f"/nodes/{page.child}").text
+    assert 'method="post"' not in shown
+    before = page.ask("GET", f"/api/nodes/{page.child}").json()
+    asked = page.ask("GET", f"/nodes/{page.child}/{action}")
+    assert asked.status_code == 200
+    assert f'action="/nodes/{page.child}/{action}"' in asked.text
+    assert page.ask("GET", f"/api/nodes/{page.child}").json() == before
 
 
 def posted(page: World, path: str, csrf: str, **headers: str) -> httpx.Response:

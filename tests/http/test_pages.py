@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import re
 from collections.abc import Callable
-from concurrent.futures import Future
-from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx
-import msgspec
 import pytest
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.questions import answer
-from kvshare_store.http.app import routes
-from kvshare_store.http.asking import Asking
 from kvshare_store.http.history import History
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.state import NodeState
-from kvshare_store.store import Store
 from tests.support.daemons import ClientDriver
 from tests.support.oracle import Driver, prompt
-from tests.support.page import BEARING, CATALOGUE, CHILD, EVIL, PARENT, TENANT, World
-
-ALLOWED = {
-    "html", "head", "meta", "title", "link", "script", "body", "a", "header", "nav", "ul", "ol",
-    "li", "main", "h1", "h2", "h3", "p", "div", "section", "span", "strong", "dl", "dt", "dd",
-    "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "form", "input", "label",
-    "select", "option", "textarea", "button", "meter", "figure", "figcaption", "svg", "rect",
-    "blockquote",
-}  # fmt: skip
-"""Elements that the templates have. `script` is one, with an address of ours."""
-
-
-class Page(HTMLParser):
-    """Checks while it reads."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.ids: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        assert tag in ALLOWED, tag
-        assert not [name for name in found if name.startswith("on") or name == "style"], found
-        if tag == "script":
-            assert found["src"] == "/static/page.js"
-        for name in ("href", "src", "action"):
-            assert not found.get(name) or re.match(r"[/?#]", found[name] or ""), found
-        self.ids += [found["id"]] if found.get("id") else []
-        self.elements.append((tag, found))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from tests.support.page import BEARING, CATALOGUE, CHILD, EVIL, PARENT, TENANT, Page, World, seen
 
 
 def shown(page: World, path: str, **query: Any) -> Page:
@@ -187,31 +144,6 @@ def test_without_log_prompts_there_is_no_text_of_a_request(page: World) -> None:
 # --- the first view -------------------------------------------------------------------------------
 
 
-class Inside:
-    """A store that is asked in this process, as the daemon asks its own."""
-
-    def __init__(self, store: Store) -> None:
-        self.store, self.config = store, store.config
-
-    def ask(self, message: Any, given_up: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        counts = isinstance(message, protocol.Stats)
-        found = self.store.stats() if counts else answer(self.store, message)
-        future.set_result(msgspec.to_builtins(found))
-        return future
-
-
-def seen(store: Store, history: History) -> httpx.Response:
-    """The first view."""
-    transport = httpx.ASGITransport(routes(Asking(Inside(store), history)))
-
-    async def get() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return await client.get("/")
-
-    return asyncio.run(get())
-
-
 def test_the_first_view_looks_at_no_node(
     driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +157,7 @@ def test_the_first_view_looks_at_no_node(
 
     monkeypatch.setattr(DeltaTree, "__iter__", refuse)
     monkeypatch.setattr(NodeState, "of_namespace", refuse)
-    assert seen(store, history).status_code == 200
+    assert seen(store, history=history).status_code == 200
     with pytest.raises(AssertionError):
         store.nodes.state.of_namespace("")
 
@@ -237,9 +169,9 @@ def test_every_share_of_tokens_is_of_the_same_whole(driver: Callable[..., Driver
     engine.save(prompt(1, 40))
     assert engine.serve([*prompt(1, 40), 7]).exact == 40
     assert engine.plan(prompt(2, 59)).declined
-    engine.store.engine_cached(30)
+    engine.store.outcomes.engine_cached(30)
     history.take(engine.store.stats())
-    text = seen(engine.store, history).text
+    text = seen(engine.store, history=history).text
     read = Page(text).text
     assert "Tokens reused40of all prompt tokens40.0 %" in "".join(read.splitlines())
     assert "40 of 100 prompt tokens reused (40.0 %) between" in read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -28,6 +29,8 @@ CELLS = 1 << 26
 """Pairs of tokens that may be compared for one plan, whatever the prompt: `Effort`'s own number."""
 CALLS = 20_000
 """Comparisons of two runs, each a few microseconds."""
+MATCH, CALL = 1 << 12, 1 << 15
+"""Pairs that are compared in the time that an equal run takes, and in that of such a comparison."""
 
 
 class Clock:
@@ -43,12 +46,14 @@ class Work:
     """Counts what the alignment does."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.cells = self.calls = 0
+        self.cells = self.calls = self.matches = 0
         opcodes, prefix = align_module.Levenshtein.opcodes, align_module.common_prefix
 
         def counted_opcodes(a: Sequence[int], b: Sequence[int], **hint: int | None) -> object:
+            script = opcodes(a, b, **hint)
             self.cells += len(a) * len(b)
-            return opcodes(a, b, **hint)
+            self.matches += len(script.as_matching_blocks())
+            return script
 
         def counted_prefix(a: Tokens, b: Tokens) -> int:
             self.calls += 1
@@ -58,6 +63,11 @@ class Work:
             opcodes=counted_opcodes, distance=align_module.Levenshtein.distance
         ))  # fmt: skip
         patch.setattr(align_module, "common_prefix", counted_prefix)
+
+    @property
+    def cost(self) -> int:
+        """All of it, in pairs that are compared."""
+        return self.cells + MATCH * self.matches + CALL * self.calls
 
 
 @pytest.fixture
@@ -91,6 +101,16 @@ def changed(tokens: Tokens, every: int) -> Tokens:
     return copy
 
 
+def between_passages(tokens: Tokens, run: int, passage: int = 40) -> Tokens:
+    """Passages of the text, and behind each a run of the tokens."""
+    inside = np.arange(LONG) % (run + passage) < run
+    return np.where(inside, tokens, TEXT).astype(np.int32)
+
+
+def two_values(seed: int) -> Tokens:
+    return noise(seed, LONG, 100, 102)
+
+
 TEXT = noise(0, LONG)
 CRAFTED: dict[str, Callable[[], tuple[Tokens, list[Tokens]]]] = {
     "one token": lambda: (
@@ -108,6 +128,15 @@ CRAFTED: dict[str, Callable[[], tuple[Tokens, list[Tokens]]]] = {
     "every second token": lambda: (changed(TEXT, 2), [TEXT]),
     "every 24th token": lambda: (changed(TEXT, 24), [TEXT, changed(TEXT, 23)]),
     "moved pieces": lambda: (shuffled(TEXT, 32), [TEXT, shuffled(TEXT, 48), shuffled(TEXT, 8)]),
+    "two tokens at random": lambda: (two_values(1), [two_values(2 + at) for at in range(8)]),
+    "two tokens at random between passages": lambda: (
+        between_passages(two_values(1), 180),
+        [between_passages(two_values(2), 180)],
+    ),
+    "every second token between passages": lambda: (
+        between_passages(changed(TEXT, 2), 40, 24),
+        [TEXT, changed(TEXT, 24)],
+    ),
     "large ids": lambda: (changed(TEXT + (1 << 30), 24), [TEXT + (1 << 30)]),
 }
 
@@ -144,6 +173,7 @@ def test_a_crafted_prompt_costs_bounded_work(work: Work, name: str, policy: str)
     found = plan(request, donors, policy)
     assert work.cells <= CELLS
     assert work.calls <= CALLS
+    assert work.cost <= CELLS
     for span in found.spans:  # what was found so far is right
         number, block = found.block_names[span.block].split("/")
         at = int(block) + span.row
@@ -193,6 +223,17 @@ def test_a_passage_is_found_wherever_it_moved() -> None:
     assert passages(request, donor, [Run(60, 120), Run(185, 260)], 40) == [
         Match(60, 410, 60), Match(185, 15, 75),
     ]  # fmt: skip
+
+
+def test_parts_that_are_too_short_for_a_passage_cost_nothing() -> None:
+    """A stretch where every second token is another falls into thousands of them."""
+    request = between_passages(changed(TEXT, 2), 40, 24)
+    tracemalloc.start()
+    found = passages(request, TEXT, [Run(0, LONG)], 16, Effort(clock=Clock()))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) > 1_000
+    assert most < 8 << 20
 
 
 def test_the_longest_of_several_places_is_taken() -> None:

@@ -187,7 +187,7 @@ def test_requests_are_logged_as_they_ended(driver: Open) -> None:
     plan = engine.store.plan_soon(edited(first), engine.namespace, request="chat-2").result()
     kinds = (plan.exact, plan.reused - plan.exact, plan.tokens - plan.reused)
     engine.store.finish(plan, Outcome(*kinds, nbytes=64, seconds=0.001))
-    engine.store.decline("multimodal", 30)
+    engine.store.outcomes.decline("multimodal", 30)
     lost = engine.store.plan(first, engine.namespace)
     engine.store.finish(lost, Outcome(recomputed=400, failed="aborted"))
     failed, declined, used, missed = engine.store.requests.last(10)
@@ -224,7 +224,7 @@ def test_the_log_is_bounded(driver: Open, monkeypatch: pytest.MonkeyPatch) -> No
     kept = [bool(one.prompt) for one in engine.store.requests.last(10)]
     assert kept == [True, True, False, False, False]
     for _ in range(1100):
-        engine.store.decline("late", 1)
+        engine.store.outcomes.decline("late", 1)
     assert len(engine.store.requests.last(5000)) == 1000
 
 

@@ -70,7 +70,7 @@ def test_plans_beyond_the_rate_are_declined(driver: Open, namespace: Namespace) 
     neighbour.save(prompt(2, 40))
     assert engine.serve(prompt(1, 40)).exact == 39
     assert engine.plan(prompt(1, 40)).declined == "too_many_plans"
-    assert engine.store.plan_node(node or "").result().declined == "too_many_plans"
+    assert engine.store.serving.plan_node(node or "").result().declined == "too_many_plans"
     assert neighbour.serve(prompt(2, 40)).exact == 39
     stats = engine.store.stats()
     assert stats["declined"] == {"too_many_plans": 2}

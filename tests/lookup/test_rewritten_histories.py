@@ -22,9 +22,13 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan, Span
 
-LENGTHS = (3_000, 50_000)
+LENGTHS = {3_000: 40, 50_000: 40, 100_000: 8}
+"""How many histories of each length are stored."""
+MIDDLE = 50_000
+SPENT = 0.7
+"""Share of what the alignments of a plan may cost that none of these takes: nothing is left out."""
 SYSTEM, MESSAGE, THOUGHT, NEW = 600, 250, 80, 300
-HISTORIES, TURNS = 40, 1
+TURNS = 1
 WORDS = np.cumsum(1 / np.arange(1, 5_001))
 
 
@@ -115,13 +119,17 @@ class Shelf:
 
     def __init__(self, length: int) -> None:
         self.tree, self.index = DeltaTree(), NamespaceIndex(64)
-        self.planner = Planner(
-            StoreConfig(home="none", min_saving_ms=-1e9), lambda: Effort(seconds=math.inf)
-        )
+        self.effort = Effort()
+        self.planner = Planner(StoreConfig(home="none", min_saving_ms=-1e9), self.new_effort)
         count = len(messages(0, length))
-        for seed in range(HISTORIES):
+        for seed in range(LENGTHS[length]):
             for turns in range(count - TURNS + 1, count + 1):
                 self.add(np.concatenate(history(seed, length, turns)), f"{seed}/{turns}")
+
+    def new_effort(self) -> Effort:
+        """As much work as any plan may cost, whatever the clock says."""
+        self.effort = Effort(seconds=math.inf)
+        return self.effort
 
     def add(self, tokens: Tokens, name: str) -> None:
         node = Node(
@@ -156,6 +164,7 @@ def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
     parts = [*make(length), text(9, 100)]
     request = np.concatenate(parts).astype(np.int32)
     plan = shelf(length).plan(request)
+    assert shelf(length).effort.left >= (1 - SPENT) * Effort().left
     for span in plan.spans:
         node = shelf(length).tree.get(plan.block_names[span.block])
         assert node is not None
@@ -167,7 +176,7 @@ def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
 
 def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
     """A result that another conversation has got too."""
-    length = LENGTHS[1]
+    length = MIDDLE
     known = messages(5, length)[20][1]
     request = np.concatenate((*history(0, length), known, text(9, 100))).astype(np.int32)
     plan = shelf(length).plan(request)

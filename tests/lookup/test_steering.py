@@ -12,6 +12,7 @@ import pytest
 
 from kvshare_store.config import policy_names
 from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.explain import Explanation
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match
 from kvshare_store.nodes.node import node_id
@@ -217,3 +218,61 @@ def test_what_a_donor_covers_as_a_script_sees_it(engine: Driver) -> None:
     assert cover.matches(node, 8) == ascending
     assert cover.matches(other, 8) == [Match(100, 0, 20)]
     assert cover.matches(other, 21) == []
+
+
+# --- explanations ---------------------------------------------------------------------------------
+
+
+def explained(engine: Driver, tokens: list[int], **how: Any) -> Explanation:
+    return engine.store.explain(tokens, engine.namespace, **how)
+
+
+def test_an_explanation_is_of_the_rung_and_counts_nowhere(
+    engine: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teach(engine, edited(), "faithful")
+    tokens, ask = edited(6), Quality.rung
+    monkeypatch.setattr(Quality, "rung", never)
+    found = explained(engine, tokens)
+    assert found.steering is not None
+    assert (found.policy, found.generation, found.steering.rung) == ("faithful", 1, "faithful")
+    assert (found.steering.bound, found.steering.tried) == (0.02, "balanced")
+    assert 0 < found.steering.share < 0.02
+    assert found.by_reason["window"] > 0
+    monkeypatch.setattr(Quality, "rung", ask)
+    plan = served(engine, tokens)
+    assert found.steering.traffic == traffic(engine, tokens)
+    edited_tokens = sum(span.length for span in plan.spans if span.edited)
+    assert found.by_kind["edited"] == edited_tokens
+
+
+def test_an_explanation_of_a_class_that_nothing_is_known_of(engine: Driver) -> None:
+    found = explained(engine, edited())
+    assert found.steering is not None
+    assert (found.policy, found.steering.rung, found.steering.tried) == (
+        "exact", "exact", "faithful")  # fmt: skip
+    assert found.steering.share == pytest.approx(0.02)
+    assert "edited" not in found.by_kind
+
+
+def test_what_another_policy_would_do_is_still_explained(engine: Driver) -> None:
+    teach(engine, edited(), "faithful")
+    found = explained(engine, edited(6), policy="aggressive")
+    assert found.steering is not None
+    assert (found.policy, found.steering.rung) == ("aggressive", "faithful")
+    strict = explained(engine, edited(6), policy="faithful")
+    assert strict.steering is not None
+    assert (strict.policy, strict.steering.rung, strict.steering.tried) == (
+        "faithful", "faithful", "")  # fmt: skip
+    for policy in ("exact", "off"):
+        assert explained(engine, edited(6), policy=policy).steering is None
+
+
+def test_exact_plans_and_stores_without_a_bound_say_nothing_of_it(
+    engine: Driver, driver: Open
+) -> None:
+    assert explained(engine, [*DONOR, 1, 2, 3]).steering is None
+    assert explained(engine, prompt(77, 40)).steering is None
+    plain = msgspec.to_builtins(explained(driver(), edited()))
+    assert "steering" not in plain
+    assert "source" not in plain["candidates"][0]

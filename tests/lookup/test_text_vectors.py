@@ -121,14 +121,14 @@ def test_no_text_is_embedded_while_an_engine_works(
     child = embedding_process()
     assert child is not None
     for owner in ("one", "two"):
-        store.working(owner, True)
+        store.text.working(owner, True)
     wait_for(lambda: child.status() == psutil.STATUS_STOPPED)
     engine.save(prompt(1, 40))
-    store.working("one", False)
+    store.text.working("one", False)
     store.flush()
     assert engine.serve(prompt(1, 40)).exact == 39, "lookups go on"
     assert (vectors_of(engine), child.status()) == (1, psutil.STATUS_STOPPED)
-    store.working("two", False)
+    store.text.working("two", False)
     wait_for(lambda: vectors_of(engine) == 2)
 
 
@@ -137,7 +137,7 @@ def test_an_engine_that_died_blocks_idle_time_no_more(
 ) -> None:
     embedder("well")
     engine = open_store()
-    engine.store.working("engine", True)
+    engine.store.text.working("engine", True)
     engine.save(prompt(1, 40))
     engine.store.flush()
     assert vectors_of(engine) == 0
@@ -151,14 +151,14 @@ def test_what_words_served_badly_comes_first(
     embedder(str(tmp_path))
     engine = open_store()
     store = engine.store
-    store.working("engine", True)
+    store.text.working("engine", True)
     engine.save([1, *prompt(1, 40)])
     assert store.plan([2, *prompt(2, 40)], NAMESPACE).declined == "no_donor"
     engine.save([2, *prompt(2, 40)])
     engine.save([3, *prompt(3, 40)])
     gone = engine.save([4, *prompt(4, 40)])
     store.nodes.remove([gone])
-    store.working("engine", False)
+    store.text.working("engine", False)
     wait_for(lambda: vectors_of(engine) == 3)
     assert (tmp_path / "prompts").read_text().split() == ["2", "3", "1"]
 
@@ -171,7 +171,7 @@ def test_the_queue_is_bounded(
     monkeypatch.setattr(text_vectors, "_SERVED_BADLY", 3)
     engine = open_store()
     store = engine.store
-    store.working("engine", True)
+    store.text.working("engine", True)
     for seed in range(12):
         engine.serve(prompt(seed, 40))
         engine.save(prompt(seed, 40))

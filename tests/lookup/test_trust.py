@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup import serving
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.questions import answer
+from kvshare_store.lookup import trust
+from kvshare_store.lookup.explain import Explanation
 from kvshare_store.namespace import Namespace, Sources
 from kvshare_store.nodes.node import SOURCES, Node, node_id
 from kvshare_store.plan import ReusePlan
@@ -140,7 +144,7 @@ def test_without_a_source_and_a_cap_nothing_is_asked(
     def used(*_: object) -> None:
         raise AssertionError("sources are looked at")
 
-    monkeypatch.setattr(serving, "Trust", used)
+    monkeypatch.setattr(trust, "Trust", used)
     sent(engine, INJECTED)
     assert sent(engine, VICTIM).sources == ()
 
@@ -219,3 +223,52 @@ def test_names_are_hashed_under_a_key_and_by_namespace(
     assert keyed.of("", namespace) == b"" == Sources(config()).of("ann", namespace)
     monkeypatch.setenv("SOURCES", "cd" * 32)
     assert Sources(config(source_key="env:SOURCES")).of("ann", namespace) not in found
+
+
+# --- explanations ---------------------------------------------------------------------------------
+
+
+def kinds(found: Explanation) -> list[str]:
+    return [part.reason or part.kind for part in found.parts for _ in range(part.start, part.stop)]
+
+
+def explained(engine: Driver, tokens: list[int], source: bytes = b"") -> Explanation:
+    return engine.store.explain(tokens, engine.namespace, source=source)
+
+
+def test_an_explanation_says_whose_rows_are_taken_and_what_the_cap_costs(driver: Open) -> None:
+    engine = open_(driver, 0.25)
+    attacker = sent(engine, INJECTED, ANN)
+    found = explained(engine, VICTIM, BOB)
+    plan = engine.serve(VICTIM, source=BOB)
+    assert [at for at, kind in enumerate(kinds(found)) if kind == "edited"] == edited(plan)
+    (candidate,) = found.candidates
+    assert (candidate.node, candidate.source) == (attacker.id, "unconfirmed")
+    assert candidate.unconfirmed == len(VICTIM) // 4
+    assert found.by_reason["source"] > 40
+    own = explained(engine, VICTIM, ANN)
+    assert "source" not in own.by_reason
+    assert (own.candidates[0].source, own.candidates[0].unconfirmed) == ("own", 0)
+    sent(engine, INJECTED, BOB)
+    assert explained(engine, VICTIM, CAT).candidates[0].source == "confirmed"
+
+
+def test_a_logged_request_is_explained_for_its_source(driver: Open) -> None:
+    engine = driver(
+        min_prompt_tokens=4, approximation_price=0.0, unconfirmed_share=0.25, log_prompts=True
+    )
+    sent(engine, INJECTED, ANN)
+    for source, word in ((ANN, "own"), (BOB, "unconfirmed")):
+        engine.serve(VICTIM, source=source)
+        last = engine.store.requests.last(1)[0]
+        found = answer(engine.store, protocol.Explain(request=str(last.number)))
+        (candidate,) = found["explanation"]["candidates"]
+        assert candidate["source"] == word
+        assert "source" not in found["request"], "the hash itself is nobody's business"
+
+
+def test_without_a_cap_an_explanation_is_silent_on_sources(engine: Driver) -> None:
+    sent(engine, INJECTED, ANN)
+    plain = msgspec.to_builtins(explained(engine, VICTIM))
+    assert not {"source", "unconfirmed"} & plain["candidates"][0].keys()
+    assert "steering" not in plain

@@ -60,6 +60,7 @@ def test_copies_on_other_machines_are_wiped(machine: Machine) -> None:
     other.store.verdicts.scored(score, ["node"], "request")
     assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
     until(lambda: row not in copies(other))
+    until(lambda: other.plan(PROMPT).wiped != plan.wiped)
     until(lambda: other.store.verdicts.of_node("node") is None)
     until(lambda: other.store.namespace(NAMESPACE.digest) is None)
 

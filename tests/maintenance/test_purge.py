@@ -207,6 +207,22 @@ def test_a_purged_namespace_can_be_used_again(two: Two, mine: Namespace) -> None
     assert two.mine.serve(PROMPTS[0]).exact == len(PROMPTS[0]) - 1
 
 
+def test_the_next_plan_of_anybody_tells_engines_to_drop_their_copies(
+    two: Two, mine: Namespace
+) -> None:
+    """Also a plan without rows. While rows are leased nothing is purged, and nothing told."""
+    leased = two.mine.plan(PROMPTS[5])
+    told = two.kept.serve(THEIRS).wiped
+    assert told
+    assert two.store.purge(mine.digest)[0].remaining
+    assert two.kept.serve(THEIRS).wiped == told == leased.wiped
+    two.mine.finish(leased)
+    two.store.purge(mine.digest)
+    after = two.kept.serve(THEIRS).wiped
+    assert after not in (told, "")
+    assert two.mine.plan(PROMPTS[0]).wiped == after
+
+
 def test_the_last_namespace_leaves_nothing_either(two: Two, home: Path, mine: Namespace) -> None:
     two.store.purge(two.kept.namespace.digest)
     two.store.purge(mine.digest)

@@ -53,6 +53,7 @@ FIRING = {
     ),
     "KVShareDamagedBlocks": ("kvshare_quarantined_blocks_total", {"tier": "disk"}, "0x15 1x15"),
     "KVShareClientsCutOff": ("kvshare_cut_off_total", {}, "0x15 1x15"),
+    "KVShareQualityUnknown": ("kvshare_quality_silent_classes", {}, "0x3 2x27"),
     "KVShareEnginesAlone": ("vllm:kvshare_requests_total", {"reason": "unavailable"}, "0+1x30"),
 }  # fmt: skip
 """A series under which each alarm fires after 20 minutes: name, labels, a value a minute."""
@@ -74,7 +75,7 @@ def firing(rule: dict[str, Any]) -> dict[str, Any]:
     shown = {"instance": "i", **labels}
     summary = re.sub(
         r"{{ \$labels\.(\w+) }}", lambda it: shown[it[1]], rule["annotations"]["summary"]
-    )
+    ).replace("{{ $value }}", "2")
     expected = {
         "exp_labels": {**shown, **rule["labels"]},
         "exp_annotations": {"summary": summary},

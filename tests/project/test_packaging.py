@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-import sys
-import sysconfig
 import tomllib
-import venv
 from pathlib import Path
 
 import pytest
 
 from deploy import release
+from kvshare_store.version import version
+from tests.support.environments import empty_environment, install, run
+from tests.support.protocol_recording import recorded
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,31 +55,13 @@ def built(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {"sdist": sdist, "wheel": wheel}
 
 
-def empty_environment(folder: Path) -> Path:
-    """The Python of an environment that sees the packages of this one, but not this project."""
-    venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    # a path alone: the .pth files there, which lead to this tree, are not read
-    (packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
-
-
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_it_installs_and_works(kind: str, built: dict[str, Path], tmp_path: Path) -> None:
     python = empty_environment(tmp_path / "env")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
-    pip += ["--no-index", "--no-build-isolation", "--no-compile", "--ignore-installed"]
-    run(tmp_path, *pip, "--disable-pip-version-check", "--root-user-action=ignore", built[kind])
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert run(tmp_path, python.with_name("kvshare"), "--version") == f"kvshare {version}\n"
+    install(python, built[kind])
+    now = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(tmp_path, python.with_name("kvshare"), "--version") == f"kvshare {now}\n"
     assert run(tmp_path, python, "-c", _SAVE_AND_PLAN) == "exact: 599 \n"
-
-
-def run(folder: Path, *command: str | Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_nothing_is_missing(built: dict[str, Path], files: list[str]) -> None:
@@ -105,3 +88,31 @@ def test_what_is_no_release_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert ["no heading" in why for why in release.obstacles("1.2")] == [True]
     run(tmp_path, *git, "tag", "v1.2.0")
     assert ["tag v1.2.0 exists" in why for why in release.obstacles("1.2.0")] == [True]
+
+
+def test_a_release_is_tagged_and_what_it_says_is_recorded(
+    built: dict[str, Path], files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make release` in a small copy of the project, with files that were built already."""
+    for name in files:
+        if name.startswith("tests/") and name.endswith((".py", release.RECORDING)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {version()}\n")
+    recording = tmp_path / release.RECORDING
+    recording.write_text("{}")
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "t")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "t@localhost")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    for git in (("init", "-q"), ("add", "."), ("commit", "-qm", "all")):
+        run(tmp_path, "git", *git)
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "build", lambda *_: (built["sdist"], built["wheel"]))
+    assert release.main() == 0
+    assert run(tmp_path, "git", "tag", "--points-at", "HEAD") == f"v{version()}\n"
+    assert run(tmp_path, "git", "status", "--porcelain") == f" M {release.RECORDING}\n"
+    assert json.loads(recording.read_text()) == recorded()
+    run(tmp_path, "git", "commit", "-qam", "recorded")
+    assert release.main() == 1, "the tag is there"

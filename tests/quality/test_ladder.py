@@ -122,6 +122,16 @@ def test_a_shift_makes_it_exact_at_once() -> None:
     assert found.diverged < 0.05
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shift_of_a_class_that_has_just_loosened_makes_it_exact_at_once(seed: int) -> None:
+    """Two divergences take its rung away. How often it is tried then must not be said by what was
+    learned before the shift."""
+    found = run(quality(0.05, seed=seed), from_(600, 0.0, 0.8), 1100, seed=seed)
+    assert found.served[599] > EXACT
+    assert sum(rung > EXACT for rung in found.served[600:]) < 60
+    assert found.most < 0.05
+
+
 def test_without_scores_it_spends_no_more_than_the_bound() -> None:
     found = run(quality(0.05), always(1.0, 1.0, 1.0), 6000, scored=0.0)
     assert found.extra < 0.065

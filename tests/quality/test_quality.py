@@ -17,8 +17,9 @@ from kvshare_store.quality.evidence import MOST_NATS
 from kvshare_store.quality.keeping import File
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
+from kvshare_store.quality.report import Wanted
 from kvshare_store.quality.score import Score
-from tests.quality.streams import quality, score
+from tests.quality.streams import LADDER, quality, score
 
 
 @pytest.fixture
@@ -66,6 +67,35 @@ def test_a_bound_that_is_set_later_finds_what_was_learned() -> None:
     assert rungs(judge) == {"balanced"}
     judge.reload(Terms(0.001, 0.05))
     assert rungs(judge) == {"exact"}
+
+
+def test_the_limits_that_are_reported_are_those_that_the_ladder_goes_by() -> None:
+    judge = quality(0.02)
+    for at in range(700):
+        judge.observe(score("faithful"))
+        judge.observe(score("balanced", at % 150 == 0))
+        if at % 3 == 0:
+            judge.observe(score(control=True))
+        (known,) = judge.report()
+        within = [one.policy for one in known.policies if one.extra.high <= 0.02]
+        laxest = max(within, key=LADDER.index, default="exact")
+        assert known.rung == laxest
+    assert known.rung == "faithful"
+
+
+def test_a_part_of_the_classes_is_reported() -> None:
+    judge = quality()
+    for at in range(10):
+        teach(judge, traffic=f"t{at}", count=at + 1)
+        teach(judge, namespace="other", traffic=f"t{at}", count=1)
+    first = judge.report(Wanted("n", most=3))
+    assert [one.traffic for one in first] == ["t9", "t8", "t7"], "the most scored ones first"
+    assert [one.traffic for one in judge.report(Wanted("n", start=8, most=3))] == ["t1", "t0"]
+    assert judge.report(Wanted("n", start=10)) == []
+    assert judge.counts(Wanted("n", most=3)) == (10, 0)
+    assert judge.counts(Wanted()) == (20, 0)
+    (one,) = judge.report(Wanted("o", "t3"))
+    assert (one.namespace, one.traffic) == ("other", "t3")
 
 
 def test_tenants_and_classes_learn_apart() -> None:
@@ -138,9 +168,9 @@ def test_a_restart_keeps_what_was_learned(file: File) -> None:
     before = judge.report()
     judge.close()
     again = quality(file=file)
-    assert rungs(again) == {"faithful"}
     assert again.report()[0].floor.greedy == 1
     assert again.report() == before
+    assert rungs(again) == {"faithful"}
 
 
 def test_what_makes_a_class_stricter_is_written_at_once(

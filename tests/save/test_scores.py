@@ -88,7 +88,7 @@ def said(
     owner: str = "engine",
     end: End = "computed",
 ) -> None:
-    engine.store.looked(owner, look.node, look.stamp, end, regrets)
+    engine.store.saving.looks.ended(owner, look.node, look.stamp, end, regrets)
 
 
 def verdict(engine: Driver, name: str) -> dict[str, Any] | None:

@@ -128,17 +128,17 @@ def test_prompts_of_adapters_are_declined(engine: Driver) -> None:
 def test_a_prompt_whose_answer_is_on_the_way_waits_for_it(engine: Driver, clock: Clock) -> None:
     """While an engine works. The answer of its own an idle one stores before it asks."""
     tokens = edited(engine)
-    engine.store.working("engine", True)
+    engine.store.text.working("engine", True)
     assert next_look(engine) is None
-    engine.store.working("engine", False)
-    engine.store.working("other", True)
+    engine.store.text.working("engine", False)
+    engine.store.text.working("other", True)
     assert next_look(engine) is None
     clock.now += 61
     assert next_look(engine) == tokens
-    engine.store.looked("engine", *_name(engine, tokens), "dropped")
+    engine.store.saving.looks.ended("engine", *_name(engine, tokens), "dropped")
     other = edited(engine, prompt(11, 40))
     assert next_look(engine, "third") == tokens
-    engine.store.working("other", False)
+    engine.store.text.working("other", False)
     assert next_look(engine) == other
 
 
@@ -177,8 +177,9 @@ def test_a_donor_of_many_comes_before_a_conversation_and_one_with_a_next_turn_do
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def test_the_queue_is_bounded(engine: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_bounded(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_looks, "_MOST", 3)
+    engine = driver(second_look_control=0.0)
     tokens = [edited(engine, prompt(seed, 40)) for seed in range(31, 36)]
     assert counts(engine, "looks_waiting") == [3]
     found = [next_look(engine) for _ in range(4)]
@@ -220,15 +221,15 @@ def test_a_look_that_was_dropped_may_be_taken_by_another(engine: Driver) -> None
     tokens = edited(engine)
     look = given(engine, "one")
     assert look is not None
-    engine.store.looked("two", look.node, look.stamp, "dropped")
+    engine.store.saving.looks.ended("two", look.node, look.stamp, "dropped")
     assert next_look(engine, "two") is None, "it is not two's to give back"
-    engine.store.looked("one", look.node, look.stamp + 1, "dropped")
+    engine.store.saving.looks.ended("one", look.node, look.stamp + 1, "dropped")
     assert next_look(engine, "two") is None, "nor was it this form"
-    engine.store.looked("one", look.node, look.stamp, "dropped")
+    engine.store.saving.looks.ended("one", look.node, look.stamp, "dropped")
     assert next_look(engine, "two") == tokens
     assert counts(engine, "looks_dropped") == [1], "what one has not had is no drop"
     for _ in range(5):
-        engine.store.looked("two", look.node, look.stamp, "dropped")
+        engine.store.saving.looks.ended("two", look.node, look.stamp, "dropped")
         assert next_look(engine, "two") == tokens, "as often as requests come in between"
 
 
@@ -236,7 +237,7 @@ def test_a_look_that_an_engine_declined_is_given_to_nobody(engine: Driver) -> No
     edited(engine)
     look = given(engine)
     assert look is not None
-    engine.store.looked("engine", look.node, look.stamp, "declined")
+    engine.store.saving.looks.ended("engine", look.node, look.stamp, "declined")
     assert next_look(engine, "other") is None
     assert counts(engine, "looks_declined", "looks_waiting") == [1, 0]
 
@@ -251,9 +252,9 @@ def test_what_an_engine_had_that_is_gone_may_be_taken_by_another(engine: Driver)
 
 
 def test_nothing_is_known_of_looks_that_nobody_was_given(engine: Driver) -> None:
-    engine.store.looked("engine", "nobody", 1, "computed")
+    engine.store.saving.looks.ended("engine", "nobody", 1, "computed")
     tokens = edited(engine)
-    engine.store.looked("engine", *_name(engine, tokens), "declined")
+    engine.store.saving.looks.ended("engine", *_name(engine, tokens), "declined")
     assert next_look(engine) == tokens
 
 

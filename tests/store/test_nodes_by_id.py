@@ -14,7 +14,7 @@ PROMPT = list(range(100, 130))
 
 def rows_checked(one: Driver, node: str, tokens: list[int]) -> ReusePlan:
     """The plan of a whole node, whose rows are those of these tokens."""
-    plan = one.store.plan_node(node).result()
+    plan = one.store.serving.plan_node(node).result()
     assert not plan.declined
     assert plan.exact == plan.tokens == plan.reused == len(tokens)
     one.check(tokens, plan)
@@ -43,7 +43,7 @@ def test_a_node_with_equal_blocks(driver: Open) -> None:
     layout = one.namespace.layout
     node = one.store.save(PROMPT, one.namespace, bytes(len(PROMPT) * layout.row_bytes))
     assert node is not None
-    plan = one.store.plan_node(node).result()
+    plan = one.store.serving.plan_node(node).result()
     assert plan.exact == len(PROMPT)
     assert len(plan.blocks) < len(plan.spans)
     assert all(not any(one.store.rows_of(plan, at)) for at in range(len(plan.blocks)))
@@ -55,14 +55,14 @@ def test_unknown_and_edited_nodes_are_plans_without_use(driver: Open) -> None:
     edited = one.serve_and_save([*PROMPT[:14], 7, *PROMPT[15:]])
     assert edited is not None
     for node in ("", "0" * 32, edited):
-        assert one.store.plan_node(node).result().declined == "unknown_node"
+        assert one.store.serving.plan_node(node).result().declined == "unknown_node"
 
 
 def test_rows_that_a_codec_rounded_are_refused(driver: Open) -> None:
     node = driver(disk_codec="int8").save(PROMPT)
     assert node is not None
     one = driver(disk_codec="int8")
-    assert one.store.plan_node(node).result().declined == "lossy"
+    assert one.store.serving.plan_node(node).result().declined == "lossy"
     assert one.store.stats()["leases"] == 0
 
 

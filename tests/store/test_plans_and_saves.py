@@ -561,8 +561,8 @@ def test_every_requested_token_is_counted_once(driver: Open) -> None:
     reused = plan.reused - 8
     engine.store.finish(plan, Outcome(12, reused - 12, 41 - 8 - reused, cached=8))
     assert engine.plan(prompt(2, 30)).declined  # the engine's own cache has half of this one
-    engine.store.engine_cached(15)
-    engine.store.decline("multimodal", 50)
+    engine.store.outcomes.engine_cached(15)
+    engine.store.outcomes.decline("multimodal", 50)
     given_up = engine.plan(prompt(1, 40))
     engine.store.finish(given_up, Outcome(failed="engine_prefix", recomputed=4, cached=36))
     stats = engine.store.stats()

@@ -41,7 +41,7 @@ class PoolMachine(StoreMachine):
     def publish(self, which: Which) -> None:
         """The operator stores a template; every tenant may be served its rows."""
         tokens = self._prompt(which)
-        if self.store.nodes.state.count(self.namespaces[POOL].digest) >= _MOST:
+        if self.store.tree.count_of(self.namespaces[POOL].digest) >= _MOST:
             return
         for space in self.namespaces[:POOL]:
             rows = self.books[space.digest].computed(tokens, len(tokens), "")
@@ -58,7 +58,7 @@ class PoolMachine(StoreMachine):
         try:
             (done,) = self.store.purge(pool="house")
         except NamespaceError:
-            assert self.store.nodes.state.count(digest) == 0
+            assert self.store.tree.count_of(digest) == 0
             return
         assert done.remaining == ()
         assert [node.id for node in self.store.tree] == others

@@ -176,6 +176,11 @@ class ClientDriver:
         if staged.known:
             return None
         exact = min((s.start for s in reuse.spans if not s.exact), default=len(tokens))
+        return self.commit_rows(staged, tokens, exact)
+
+    def commit_rows(self, staged: Staged, tokens: Sequence[int], exact: int) -> str | None:
+        """Compute what a staged save wants, and commit it. The rows of the first `exact` tokens
+        depend on nothing else."""
         rows = self.book.computed(tokens, exact, staged.id)
         fresh = positions_of(staged.fresh)
         self.book.write(tokens, rows, fresh, exact)

@@ -65,6 +65,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Held("fuzz"),
     protocol.NodesOf("ab"),
     protocol.Explain(_TOKENS),
+    protocol.Quality(),
     protocol.Diff("ab", "cd"),
     protocol.ListRequests(3),
     protocol.Evict(("ab",), dry_run=True),

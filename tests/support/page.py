@@ -1,12 +1,15 @@
-"""A real daemon with its HTTP server, holding prompts that are full of HTML."""
+"""A real daemon with its HTTP server, holding prompts that are full of HTML; and pages as they are
+sent, of that daemon or of a store in this process."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +19,17 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.by_id import held
 from kvshare_store.daemon.client import Client, plan_request
+from kvshare_store.daemon.questions import answer
+from kvshare_store.errors import KVShareError
+from kvshare_store.http.app import routes
+from kvshare_store.http.asking import Asking
+from kvshare_store.http.history import History
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import START_S, ClientDriver, Daemon
 from tests.support.stores import SMALL
@@ -31,6 +42,76 @@ CHILD = PARENT.replace("3 May", "14 May").replace("bells", "locks")
 TENANT = "<i>alice</i>"
 TOKEN = "a-token-of-tests-and-of-nothing-else"
 BEARING = {"authorization": f"Bearer {TOKEN}"}
+
+
+ALLOWED = {
+    "html", "head", "meta", "title", "link", "script", "body", "a", "header", "nav", "ul", "ol",
+    "li", "main", "h1", "h2", "h3", "p", "div", "section", "span", "strong", "dl", "dt", "dd",
+    "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "form", "input", "label",
+    "select", "option", "textarea", "button", "meter", "figure", "figcaption", "svg", "rect",
+    "blockquote", "br", "polygon", "polyline", "line",
+}  # fmt: skip
+"""Elements that the templates have. `script` is one, with an address of ours."""
+
+
+class Page(HTMLParser):
+    """Checks while it reads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert tag in ALLOWED, tag
+        assert not [name for name in found if name.startswith("on") or name == "style"], found
+        if tag == "script":
+            assert found["src"] == "/static/page.js"
+        for name in ("href", "src", "action"):
+            assert not found.get(name) or re.match(r"[/?#]", found[name] or ""), found
+        if identity := found.get("id"):
+            self.ids.append(identity)
+        self.elements.append((tag, found))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+class Inside:
+    """A store that is asked in this process, as the daemon asks its own."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.config = store, store.config
+
+    def ask(self, message: Any, given_up: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(msgspec.to_builtins(self._found(message)))
+        except KVShareError as error:
+            future.set_exception(error)
+        return future
+
+    def _found(self, message: Any) -> Any:
+        if isinstance(message, protocol.Stats):
+            return self.store.stats()
+        if isinstance(message, protocol.Held):
+            return held(self.store, message.model)
+        return answer(self.store, message)
+
+
+def seen(store: Store, path: str = "/", *, history: History | None = None) -> httpx.Response:
+    """A page of a store in this process."""
+    transport = httpx.ASGITransport(routes(Asking(Inside(store), history or History())))
+    accept = {} if path.startswith("/api/") else {"accept": "text/html"}
+
+    async def get() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get(path, headers=accept)
+
+    return asyncio.run(get())
 
 
 def byte_tokenizer(folder: Path) -> Path:
@@ -110,7 +191,7 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
         engine = ClientDriver(client, space)
         parent = engine.save(made.tokens(PARENT))
         child_tokens = np.asarray(made.tokens(CHILD), np.int32)
-        asked = client.send(plan_request(child_tokens, space, None, 0.0, f"chat-{EVIL}"))
+        asked = client.send(plan_request(child_tokens, space, None, f"chat-{EVIL}"))
         plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
         left = plan.tokens - plan.reused
         client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, left, seconds=0.2))

@@ -49,6 +49,8 @@ are ignored. An unknown `type` is answered with `protocol`, and the connection l
 fields have defaults under which old ones mean what they meant. Types, error kinds and reasons are
 never renamed or used again. `Namespace` and `KVLayout` are the exception: a field that a release
 does not know is an error there, because they decide who shares rows with whom.
+`tests/daemon/test_release_before.py` holds it: clients and daemons of the release before, built
+from its tag, work with those of this one.
 """
 
 

@@ -25,6 +25,7 @@ from kvshare_store.blocks.remotes.mooncake_settings import (
     read_settings,
 )
 from kvshare_store.blocks.remotes.urls import RemoteURL
+from kvshare_store.bounded import pieces
 from kvshare_store.errors import (
     DeadlineError,
     KVShareError,
@@ -117,8 +118,7 @@ class MooncakeRemote(Remote):
             )
         loop = asyncio.get_running_loop()
         keys = await loop.run_in_executor(self._pool, self._keys, self._prefix + prefix)
-        for start in range(0, len(keys), _LIST_PAGE):
-            page = keys[start : start + _LIST_PAGE]
+        for page in pieces(keys, _LIST_PAGE):
             for entry in await self._call(partial(_sizes, keys=page)):
                 yield Entry(entry.key.removeprefix(self._prefix), entry.nbytes)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from kvshare_store.blocks.remotes.base import Remote
 from kvshare_store.errors import ForeignError, MissingBlockError, UnsupportedError
+from kvshare_store.readable import short
 
 MARK = "kvshare-store.json"
 _BLOCK = re.compile(r"^blocks/([0-9a-f]{64})/[0-9a-f]{64}$")
@@ -59,9 +60,9 @@ class Owner:
             found = "?"
         if found != self.store:
             raise ForeignError(
-                f"{remote.name} belongs to store {found[:12]}, this is store {self.store[:12]}: "
-                f"choose another prefix; or, if that store is gone for good, remove {MARK} and "
-                "blocks/ there"
+                f"{remote.name} belongs to store {short(found)}, this is store "
+                f"{short(self.store)}: choose another prefix; or, if that store is gone for good, "
+                f"remove {MARK} and blocks/ there"
             )
         return True
 

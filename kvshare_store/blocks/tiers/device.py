@@ -14,6 +14,7 @@ from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.errors import MissingBlockError, NoSpaceError
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 
@@ -46,6 +47,8 @@ class DeviceTier(Tier):
         self._allocator = Allocator(budget)
         self._blocks: dict[str, _Place] = {}
         self._order = LRU()
+        self._written = 0
+        """Bytes of the arena, from its beginning, that may hold rows of blocks, here or gone."""
 
     def rows(self, name: str) -> torch.Tensor | None:
         """The block's rows in place, `[layers, 2, rows, kv_heads, head_dim]` of the layout's dtype
@@ -85,6 +88,7 @@ class DeviceTier(Tier):
         offset = self._allocator.allocate(_aligned(nbytes))
         if offset is not None:
             source = torch.frombuffer(bytearray(block.data), dtype=torch.uint8)
+            self._written = max(self._written, offset + nbytes)
             self._arena[offset : offset + nbytes].copy_(source)
             self._blocks[name] = _Place(offset, nbytes, block.namespace, block.layout, block.lossy)
         return offset is not None
@@ -98,6 +102,13 @@ class DeviceTier(Tier):
         self._order.remove(name)
         return True
 
+    def wipe(self) -> None:
+        """Remove every block, and fill with zeros whatever held rows."""
+        for name in self.names():
+            self.drop(name)
+        self._arena[: self._written].zero_()
+        self._written = 0
+
     async def put(self, name: str, block: Block) -> None:
         self._give_way(name, block)
         if name not in self._blocks and not self._store(name, block):
@@ -107,7 +118,7 @@ class DeviceTier(Tier):
     async def get(self, name: str) -> Block:
         rows = self.rows(name)
         if rows is None:
-            raise MissingBlockError(f"block {name[:12]} is not in the device tier")
+            raise MissingBlockError(f"block {short(name)} is not in the device tier")
         place = self._blocks[name]
         data = rows.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         return Block(place.namespace, place.layout, data, place.lossy)

@@ -22,6 +22,7 @@ from kvshare_store.errors import (
     PlanError,
     StorageError,
 )
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import (
     Block,
     Codec,
@@ -222,7 +223,7 @@ class RemoteTier(Tier):
     async def get(self, name: str) -> Block:
         known = self._known.get(name)
         if known is None:
-            raise MissingBlockError(f"block {name[:12]} is not known to be in the remote tier")
+            raise MissingBlockError(f"block {short(name)} is not known to be in the remote tier")
         with self._call():
             return await self._get(name, known)
 
@@ -233,7 +234,7 @@ class RemoteTier(Tier):
         except MissingBlockError as error:
             if self._known.get(name) is known:  # and not put again in the meantime
                 self.forget(name)
-            raise MissingBlockError(f"block {name[:12]} is not in the remote tier") from error
+            raise MissingBlockError(f"block {short(name)} is not in the remote tier") from error
         try:
             block = await asyncio.to_thread(decode_frame, frame, name, self._key)
         except CorruptBlockError:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class WrapperTier(Tier):
-    """Passes every call on; subclasses override the calls that they change."""
+    """Passes every call on; subclasses override the calls that they change, or `_around`."""
 
     def __init__(self, inner: Tier) -> None:
         self.inner = inner
@@ -30,13 +30,17 @@ class WrapperTier(Tier):
         return self.inner.properties
 
     async def put(self, name: str, block: Block) -> None:
-        await self.inner.put(name, block)
+        await self._around(lambda: self.inner.put(name, block), reads=False)
 
     async def get(self, name: str) -> Block:
-        return await self.inner.get(name)
+        return await self._around(lambda: self.inner.get(name), reads=True)
 
     async def delete(self, name: str) -> bool:
-        return await self.inner.delete(name)
+        return await self._around(lambda: self.inner.delete(name), reads=False)
+
+    async def _around(self, call: Callable[[], Awaitable[T]], *, reads: bool) -> T:
+        """Make a call of the tier inside; `reads`: it waits for a block."""
+        return await call()
 
     def size(self, name: str) -> int | None:
         return self.inner.size(name)
@@ -80,19 +84,10 @@ class RetryTier(WrapperTier):
         self._pause_s = pause_s
         self._longest_pause_s = longest_pause_s
 
-    async def put(self, name: str, block: Block) -> None:
-        await self._retried(lambda: self.inner.put(name, block))
-
-    async def get(self, name: str) -> Block:
-        return await self._retried(lambda: self.inner.get(name))
-
-    async def delete(self, name: str) -> bool:
-        return await self._retried(lambda: self.inner.delete(name))
-
     def trouble(self) -> dict[str, int | str]:
         return {**self.inner.trouble(), "retries": self.retries}
 
-    async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _around(self, call: Callable[[], Awaitable[T]], *, reads: bool) -> T:
         for retry in range(self._attempts - 1):
             try:
                 return await call()
@@ -115,19 +110,11 @@ class DeadlineTier(WrapperTier):
         self._read_s = read_s
         self._write_s = write_s
 
-    async def put(self, name: str, block: Block) -> None:
-        await self._limited(self.inner.put(name, block), self._write_s)
-
-    async def get(self, name: str) -> Block:
-        return await self._limited(self.inner.get(name), self._read_s)
-
-    async def delete(self, name: str) -> bool:
-        return await self._limited(self.inner.delete(name), self._write_s)
-
-    async def _limited(self, call: Awaitable[T], seconds: float) -> T:
+    async def _around(self, call: Callable[[], Awaitable[T]], *, reads: bool) -> T:
+        seconds = self._read_s if reads else self._write_s
         try:
             async with asyncio.timeout(seconds) as limit:
-                return await call
+                return await call()
         except TimeoutError as error:
             if not limit.expired():  # the tier's own error, with more text
                 raise
@@ -142,17 +129,9 @@ class BreakerTier(WrapperTier):
         super().__init__(inner)
         self.breaker = breaker or Breaker()
 
-    async def put(self, name: str, block: Block) -> None:
+    async def _around(self, call: Callable[[], Awaitable[T]], *, reads: bool) -> T:
         with self.breaker.call(f"{self.name} tier"):
-            await self.inner.put(name, block)
-
-    async def get(self, name: str) -> Block:
-        with self.breaker.call(f"{self.name} tier"):
-            return await self.inner.get(name)
-
-    async def delete(self, name: str) -> bool:
-        with self.breaker.call(f"{self.name} tier"):
-            return await self.inner.delete(name)
+            return await call()
 
     def trouble(self) -> dict[str, int | str]:
         said: dict[str, int | str] = {

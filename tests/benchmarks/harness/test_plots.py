@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.harness.result import write
 from benchmarks.paper import figure2, figure4
-from benchmarks.store import cluster_scale, lookup_misses, steady_state
+from benchmarks.store import agents, cluster_scale, lookup_misses, steady_state
 from tests.benchmarks.results import result
 
 
@@ -23,6 +23,17 @@ from tests.benchmarks.results import result
             {"rows": [["s", "x"], ["t", "x"]], "series": {"s: x": [0.1], "t: x": [0.2]}},
         ),
         (cluster_scale, {"rows": [[8, 0.1, 0.1, 0.4, 0.1, 0.3, 0.4, 0.1, 2.0]]}),
+        (
+            agents,
+            {
+                "rows": [
+                    [name, trace, memory, 9, 0.1, 0.1, 0.1, 0.9]
+                    for name in ("exact", "balanced")
+                    for trace in ("chat", "tau")
+                    for memory in ("all", "1")
+                ]
+            },
+        ),
         (lookup_misses, {"series": {"0 nodes": [0.1, 0.2], "9 nodes": [0.3]}}),
     ],
 )

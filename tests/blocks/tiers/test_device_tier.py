@@ -131,9 +131,34 @@ def test_an_exact_span_of_rounded_rows_is_refused(arena: Arena) -> None:
         )
 
 
+def test_a_purge_leaves_no_row_on_the_device(arena: Arena) -> None:
+    """Not of blocks that are there, of those that made room for them, nor of those that are about
+    to be copied."""
+    refs = [placed(arena, seed, seed << 12) for seed in range(4)]
+    resident = Resident(2 * refs[0].nbytes, DEVICE, LAYOUT)
+    assert resident.tier is not None
+    resident.purged("before")
+    places = []
+    for ref in refs[:3]:
+        used_twice(resident, arena, ref)
+        places.append(resident.rows(ref))
+    assert resident.rows(refs[0]) is None, "another block has made it leave"
+    resident.purged("before")
+    assert resident.rows(refs[2]) is not None, "nothing has been purged"
+    for _ in range(2):
+        resident.used(arena, [refs[3]])
+    resident.purged("after")
+    resident.fill()
+    assert resident.tier.names() == []
+    assert all(place is not None and not place.view(torch.uint8).any() for place in places)
+    used_twice(resident, arena, refs[0])
+    assert resident.rows(refs[0]) is not None
+
+
 def test_no_budget_keeps_nothing(arena: Arena) -> None:
     ref = placed(arena, 1)
     resident = Resident(0, DEVICE, LAYOUT)
+    resident.purged("before")
     for _ in range(3):
         resident.used(arena, [ref])
         resident.fill()

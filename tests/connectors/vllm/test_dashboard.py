@@ -28,9 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "kvshare.json").read_text())
 MODEL, EVERYTHING = "demo", ".*"
 WINDOW = "1m"
-UNHEARD_OF = ("errors_total", "failures_total", "last_success", "evicted", "tier_")
-"""What has no series while nothing fails, nothing is evicted, no remote is configured and the
-janitor has not come round."""
+UNHEARD_OF = (
+    "errors_total", "failures_total", "last_success", "evicted", "tier_", "scored_",
+    "quality_worst", "quality_bound",
+)  # fmt: skip
+"""What has no series while nothing fails, nothing is evicted, no remote is configured, the janitor
+has not come round, no answer is scored and no bound is set."""
 
 
 def queries() -> Iterator[str]:

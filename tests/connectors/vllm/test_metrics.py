@@ -12,6 +12,7 @@ from kvshare_connectors.vllm import KVShareConnector
 from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from kvshare_store.exposition import FAMILIES
 from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
 
@@ -50,6 +51,9 @@ def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
     tally.ended(answer(exact=5, edited=2, recomputed=3), computed=True)
     tally.ended(answer(recomputed=7, reason="no_donor"), computed=True)
     tally.looked_up(0.25)
+    tally.scored("balanced", (0.0, 0.5, 0.25), greedy=True)
+    tally.scored("balanced", (0.0,), greedy=True)
+    tally.scored("control", (1.0, 1.0), greedy=False)
     taken = tally.take()
     assert taken is not None
     assert tally.take() is None
@@ -61,6 +65,10 @@ def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
     assert stats.data == {
         "tokens": {"exact": 5, "continued": 0, "edited": 2, "recomputed": 10},
         "requests": {"edited": {"": 1}, "miss": {"no_donor": 1}},
+        "scores": {
+            "balanced": {"greedy": {"answers": 2, "tokens": 4, "regret": 0.75, "diverged": 1}},
+            "control": {"sampled": {"answers": 1, "tokens": 2, "regret": 2.0}},
+        },
         "lookups": [0.25],
         "loads": [0.5],
     }
@@ -108,6 +116,34 @@ def test_engines_are_told_apart(registry: CollectorRegistry, metrics: KVSharePro
     assert exposed.value("vllm:kvshare_load_seconds_count", engine="1", model_name="demo") == 0
 
 
+def test_scores_are_told_apart_by_policy(
+    registry: CollectorRegistry, metrics: KVSharePromMetrics
+) -> None:
+    """Under the names and labels of the daemon's."""
+    for _ in range(2):
+        tally = Tally()
+        tally.scored("balanced", (0.0, 0.5), greedy=True)
+        tally.scored("balanced", (2.0,), greedy=False)
+        tally.scored("control", (0.0, 0.0), greedy=True)
+        taken = tally.take()
+        assert taken is not None
+        metrics.observe(taken.to_dict(), 1)
+    exposed = Exposed(generate_latest(registry).decode())
+    expected = {
+        "scored_answers": {("balanced", "greedy"): 2, ("balanced", "sampled"): 2,
+                           ("control", "greedy"): 2},
+        "scored_tokens": {("balanced", "greedy"): 4, ("balanced", "sampled"): 2,
+                          ("control", "greedy"): 4},
+        "regret_nats": {("balanced", "greedy"): 1.0, ("balanced", "sampled"): 4.0},
+        "diverged_answers": {("balanced",): 2},
+    }  # fmt: skip
+    for name, samples in expected.items():
+        labels = ("policy",) if name == "diverged_answers" else ("policy", "chosen")
+        assert exposed.by(f"vllm:kvshare_{name}_total", *labels) == samples
+        family = {one.name: one for one in FAMILIES}[f"kvshare_{name}_total"]
+        assert family.labels == labels
+
+
 def test_an_engine_that_is_not_served_says_so() -> None:
     tally = Tally()
     tally.unserved("mamba_or_hybrid")
@@ -119,7 +155,8 @@ def test_an_engine_that_is_not_served_says_so() -> None:
 def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
     tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
     rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
-    made = (metrics.tokens, metrics.requests, metrics.lookups, metrics.loads)
+    scores = (*metrics.scores.values(), metrics.diverged)
+    made = (metrics.tokens, metrics.requests, *scores, metrics.lookups, metrics.loads)
     exported = {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,

@@ -27,6 +27,7 @@ from kvshare_store.errors import (
     MissingBlockError,
     StorageError,
 )
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame
 
 T = TypeVar("T")
@@ -179,7 +180,7 @@ class DiskTier(Tier):
             try:
                 return self._read(name)
             except FileNotFoundError as error:
-                raise MissingBlockError(f"block {name[:12]} is not on disk") from error
+                raise MissingBlockError(f"block {short(name)} is not on disk") from error
             except CorruptBlockError:
                 self._quarantine(name)
                 raise
@@ -262,4 +263,4 @@ def _refused(name: str, verb: str) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind = FullDiskError if full else StorageError
-        raise kind(f"block {name[:12]} was not {verb}: {error.strerror}") from error
+        raise kind(f"block {short(name)} was not {verb}: {error.strerror}") from error

@@ -25,6 +25,7 @@ from kvshare_store.blocks.tiers.host import huge_pages
 from kvshare_store.blocks.tiers.host.memory import available_bytes
 from kvshare_store.errors import HomeError, LeaseError, NoSpaceError, StorageError
 from kvshare_store.plan import BlockRef
+from kvshare_store.readable import short
 
 ALIGN = 64
 LABEL_BYTES = 64
@@ -100,9 +101,9 @@ class ArenaView:
         """`LeaseError` unless the slot holds what the plan named: the same block, placed there by
         the same copy, and as exact as it was then."""
         if ref.offset < 0 or ref.offset + slot_bytes(ref.nbytes) > self.nbytes:
-            raise LeaseError(f"block {ref.name[:12]} is not in the arena")
+            raise LeaseError(f"block {short(ref.name)} is not in the arena")
         if self.label(ref.offset) != (ref.name, ref.seq, ref.lossy):
-            raise LeaseError(f"block {ref.name[:12]} left the arena before it was read")
+            raise LeaseError(f"block {short(ref.name)} left the arena before it was read")
 
 
 class Arena(ArenaView):

@@ -11,6 +11,7 @@ from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.plan import BlockRef
+from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 
@@ -164,7 +165,7 @@ class HostTier(Tier):
         """The block in place: shared memory, valid until the block is deleted."""
         slot = self._slots.get(name)
         if slot is None:
-            raise MissingBlockError(f"block {name[:12]} is not in the host tier")
+            raise MissingBlockError(f"block {short(name)} is not in the host tier")
         rows = self.arena.rows(slot.offset, slot.nbytes)
         return Block(slot.namespace, slot.layout, rows, slot.lossy)
 

@@ -1,7 +1,7 @@
 """What LMCache's L2 adapter interface promises its controllers, one test per promise.
 
-LMCache ships no tests for third-party adapters. These follow the documentation of its interface and
-its own tests of its mock adapter.
+LMCache's own check (`test_own_check.py`) looks up, stores and loads. These follow the documentation
+of its interface and its own tests of its mock adapter.
 """
 
 from __future__ import annotations

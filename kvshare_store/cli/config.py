@@ -1,14 +1,12 @@
-"""`kvshare config` and `kvshare salt`: the values in effect, and the salt of a tenant."""
+"""`kvshare config`: the values in effect, and where each came from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import typer
-from rich import box
 from rich.table import Table
 
 from kvshare_store.cli.common import (
@@ -18,6 +16,7 @@ from kvshare_store.cli.common import (
     SetOption,
     console,
     place,
+    plain_table,
     print_json,
     sourced,
 )
@@ -28,7 +27,7 @@ from kvshare_store.readable import printable, size
 Row = dict[str, Any]
 
 
-def config(
+def command(
     home: HomeOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -55,23 +54,12 @@ def config(
         out.print(f"{name} in the environment is no setting and is ignored", style="yellow")
 
 
-def salt(
-    tenant: Annotated[str, typer.Argument(metavar="NAME", help="Name of the tenant.")],
-    config: ConfigOption = None,
-    set_: SetOption = None,
-) -> None:
-    """Print the cache_salt of a tenant, made with tenant_key, as a gateway has to send it."""
-    from kvshare_store.namespace import Tenants  # noqa: PLC0415 - only here
-
-    typer.echo(Tenants(sourced(None, config, set_).config).salt(tenant))
-
-
 def _running(settings: Settings) -> Mapping[str, Any] | None:
     from kvshare_store.cli import remote  # noqa: PLC0415 - seconds, not for --help
 
     try:
-        with remote.connected(settings.config) as daemon:
-            return daemon.settings()
+        with remote.connected(settings.config) as client:
+            return remote.settings(client)
     except UnavailableError:
         return None
 
@@ -103,7 +91,7 @@ def _shown(value: Any) -> Any:
 
 def settings_table(rows: Sequence[Row]) -> Table:
     """A line for each setting."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("setting", style="cyan", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("from", overflow="fold")

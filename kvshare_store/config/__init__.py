@@ -1,0 +1,45 @@
+"""Settings: `settings` has every one of them, `reading` where its value comes from."""
+
+from __future__ import annotations
+
+from kvshare_store.config.reading import (
+    Settings,
+    load_config,
+    load_settings,
+    names_file,
+    parse_size,
+    read_yaml,
+    unknown_variables,
+)
+from kvshare_store.config.settings import (
+    FIELDS,
+    LONGEST_POOL,
+    MOST_POOLS,
+    EvictionName,
+    LogFormat,
+    PolicyName,
+    StoreConfig,
+    WriteMode,
+    default_home,
+    policy_names,
+)
+
+__all__ = [
+    "FIELDS",
+    "LONGEST_POOL",
+    "MOST_POOLS",
+    "EvictionName",
+    "LogFormat",
+    "PolicyName",
+    "Settings",
+    "StoreConfig",
+    "WriteMode",
+    "default_home",
+    "load_config",
+    "load_settings",
+    "names_file",
+    "parse_size",
+    "policy_names",
+    "read_yaml",
+    "unknown_variables",
+]

@@ -1,0 +1,146 @@
+"""The plan for a lookup: whose nodes may be donors, and by which policy. Nothing is leased, counted
+or logged here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import msgspec
+
+from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.config import StoreConfig
+from kvshare_store.lookup.cost import Costs
+from kvshare_store.lookup.cover import Cover
+from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
+from kvshare_store.lookup.nominate import Nominator, WithPools
+from kvshare_store.lookup.planner import Planned, Planner
+from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
+from kvshare_store.lookup.request_log import Asked
+from kvshare_store.lookup.steering import rung_of
+from kvshare_store.lookup.text import delimiter_ids
+from kvshare_store.lookup.trust import Trust, Trusting
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
+from kvshare_store.quality.quality import Quality
+
+
+class PlanMaker:
+    """Plans of one store. Thread-safe."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        nodes: NodeStore,
+        costs: Mapping[bool, Costs],
+        quality: Quality,
+    ) -> None:
+        """`costs`: what is measured of engines here (False) and of those on other machines."""
+        self._config = config
+        self._nodes = nodes
+        self._tier_of = nodes.blocks.tier_of
+        self._costs = costs
+        self._quality = quality
+        self._planner = Planner(config)
+        self.policy = configured_policy(config)
+
+    def reload(self, config: StoreConfig) -> None:
+        """Go on by other settings; the policy stays."""
+        self._config = config
+        self._planner.reload(config)
+
+    def made(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
+        """The plan, and the lookup with the policy that it was made under: where the operator has
+        set a bound, that is the one which is known to be good enough for requests of this kind."""
+        if lookup.look or not self._quality.steers:
+            return lookup, self._planned(request, lookup)
+        covers: list[Cover] = []
+        planned = self._planned(request, lookup, lambda cover, _: covers.append(cover))
+        if not planned.plan.generation:
+            return lookup, planned
+        of = covers[0], planned.donors[0], lookup.policy, planned.plan.namespace
+        policy = rung_of(self._quality, self._nodes.state, *of)
+        if policy is lookup.policy:
+            return lookup, planned
+        lookup = lookup._replace(policy=policy)
+        return lookup, self._planned(request, lookup)
+
+    def _planned(
+        self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
+    ) -> Planned:
+        namespace, policy = lookup.namespace, lookup.policy
+        trust = self._trust(request, lookup)
+        planned = self._planner.plan(
+            request,
+            self._nominator(lookup, trust),
+            policy,
+            self._costs[lookup.far].of(namespace.model_digest),
+            tier_of=self._tier_of,
+            row_bytes=namespace.layout.row_bytes,
+            namespace=namespace.digest,
+            delimiters=delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+            watch=watch,
+            limit=None if trust is None else trust.limit,
+        )
+        return _with_pools(planned) if lookup.pools else planned
+
+    # --- donors ----------------------------------------------------------------------------------
+
+    def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
+        share = self._config.unconfirmed_share
+        if not lookup.source and share >= 1:
+            return None
+        return Trust(self._nodes.state, request, lookup.source, share, lookup.namespace.digest)
+
+    def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
+        own = self._donors_of(lookup.namespace, trust)
+        if not lookup.pools:
+            return own
+        spaces = map(lookup.namespace.in_pool, lookup.pools)
+        pools = [self._donors_of(space, trust) for space in spaces]
+        return WithPools(own, pools) if trust is None else WithPools(own, pools, trust.of)
+
+    def _donors_of(self, namespace: Namespace, trust: Trust | None) -> Nominator:
+        state = self._nodes.state
+        if trust is not None:
+            return Trusting(state, namespace.digest, trust)
+        return Nominator(state.tree, state.index(namespace.digest), state.lock)
+
+    # --- why -------------------------------------------------------------------------------------
+
+    def explain(
+        self,
+        request: Tokens,
+        namespace: Namespace,
+        policy: str | None,
+        only: Node | None = None,
+        without: Collection[str] = (),
+        pools: Collection[str] = (),
+    ) -> Explanation:
+        """See `Store.explain`."""
+        chosen = stricter_policy(self.policy, policy)
+        if policy is not None and chosen.name != policy:
+            chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
+        cost = self._costs[False].of(namespace.model_digest)
+        named: Named = {}
+        own, *others = (
+            Watched(self._nodes.state, space.digest, named, only, without)
+            for space in (namespace, *map(namespace.in_pool, pools))
+        )
+        return Explainer(self._config, request, chosen, cost).explain(
+            self._planner,
+            WithPools(own, others) if others else own,
+            named,
+            self._tier_of,
+            namespace.layout.row_bytes,
+            delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
+        )
+
+
+def _with_pools(planned: Planned) -> Planned:
+    """The same plan, which says which of its blocks are those of pools."""
+    plan = planned.plan
+    others = (donor for donor in planned.donors if donor.namespace != plan.namespace)
+    theirs = {name for donor in others for name in donor.blocks}
+    pooled = tuple(at for at, block in enumerate(plan.blocks) if block.name in theirs)
+    return planned._replace(plan=msgspec.structs.replace(plan, pooled=pooled))

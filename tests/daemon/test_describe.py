@@ -1,0 +1,59 @@
+"""What the daemon says of a node, and `kvshare show` of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvshare_store.cli import show
+from kvshare_store.daemon.describe import show_node
+from tests.support.oracle import Driver, prompt
+
+FIRST = prompt(1, 200)
+EDITED = [*FIRST[:60], *prompt(2, 5), *FIRST[66:]]
+NEXT = [*EDITED, *prompt(3, 30)]
+
+
+@pytest.mark.parametrize("policy", ["aggressive", "balanced"])
+def test_what_a_prompt_continues_and_under_which_policy(
+    driver: Callable[..., Driver], policy: str
+) -> None:
+    """The next turn of an edited prompt has the contexts of that, and all of its rows but the last
+    few are the rows of that."""
+    engine = driver(policy=policy)
+    ids = [engine.serve_and_save(tokens) for tokens in (FIRST, EDITED, NEXT)]
+    first, edited, after = (show_node(engine.store, node or "") for node in ids)
+    assert (first["contexts"], first["policy"], first["continued_rows"]) == ([], "", 0)
+    assert (edited["policy"], edited["continued_rows"]) == (policy, 0)
+    (context,) = edited["contexts"]
+    assert after["contexts"] == edited["contexts"]
+    assert after["policy"] == policy
+    assert (after["parent"], after["generation"]) == (ids[1], 1)
+    assert after["continued_rows"] == len(EDITED) - after["exact_rows"]
+    table = show.summary_table(after)
+    said = [str(cell) for column in table.columns[1:] for cell in column.cells]
+    lines = f"{after['exact_rows']} exact from the start, {after['continued_rows']} continued"
+    assert any(lines in line for line in said)
+    assert any(line.startswith(f"{policy}, the laxest") for line in said)
+    behind = f"from token {context['start']} on, behind edited rows up to {context['stop']}"
+    assert behind in said
+
+
+def test_rows_behind_another_edit_are_not_continued(driver: Callable[..., Driver]) -> None:
+    """The same tokens, in another context than the parent has them in."""
+    engine = driver(policy="aggressive")
+    later = [*EDITED[:150], *prompt(4, 5), *EDITED[156:]]
+    ids = [engine.serve_and_save(tokens) for tokens in (FIRST, EDITED, later)]
+    found = show_node(engine.store, ids[2] or "")
+    assert found["parent"] == ids[1]
+    assert len(found["contexts"]) == 2
+    assert found["continued_rows"] == 150 - found["exact_rows"]
+
+
+def test_a_daemon_of_the_release_before_says_less(driver: Callable[..., Driver]) -> None:
+    engine = driver()
+    found = show_node(engine.store, engine.serve_and_save(FIRST) or "")
+    for name in ("contexts", "continued_rows"):
+        del found[name]
+    assert list(show.parts(found))
