@@ -93,7 +93,7 @@ def judged_world(folder: Path) -> Iterator[World]:
     space = Namespace("org/<model>", KVLayout(2, 1, 4, "float32"), tenant=TENANT,
                       tokenizer=str(tokenizer))  # fmt: skip
     with Daemon(config) as daemon, Client(config.home_path) as client:
-        made = World(daemon, page_url(daemon), space, "", "", "")
+        made = World(daemon, page_url(config.home_path), space, "", "", "")
         engine = Judged(client, space)
         for day in range(24):
             engine.answered(
