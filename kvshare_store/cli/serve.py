@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
+from kvshare_store.cli.libraries import load_lancedb
 from kvshare_store.config import StoreConfig, names_file
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.logs import log_process_as
+from kvshare_store.observability.logs import log_process_as
 from kvshare_store.readable import size
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    load_lancedb()
     from kvshare_store.daemon import address, network, server  # noqa: PLC0415 - seconds, not for --help
 
     log_process_as(config.log_format)

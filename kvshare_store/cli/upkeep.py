@@ -6,23 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
-
+from kvshare_store.cli.libraries import load_lancedb
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import connect
-from kvshare_store.daemon.chores import do_chore
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
-from kvshare_store.daemon.questions import QUESTIONS, answer
 from kvshare_store.errors import HomeError, UnavailableError
-from kvshare_store.store import Store
 
 Ask = Callable[[Any], Any]
 
 _PATIENCE_S = 3600.0
-_HOST_BYTES = 256 * 2**20
-_NEVER = 2**62
 
 
 @contextmanager
@@ -35,19 +28,11 @@ def chores(config: StoreConfig) -> Iterator[Ask]:
         with Client(place_of(config)) as client:
             yield lambda message: client.call(message, timeout=_PATIENCE_S)
         return
-    with Store(_alone(config)) as store:
-        yield lambda message: msgspec.to_builtins(_answer(store, message))
+    load_lancedb()
+    from kvshare_store.cli.offline import alone, answered  # noqa: PLC0415 - seconds, not with a daemon
 
-
-def _answer(store: Store, message: Any) -> Any:
-    """What a daemon would answer."""
-    if isinstance(message, protocol.Stats):
-        return store.stats()
-    if isinstance(message, QUESTIONS):
-        return answer(store, message)
-    if isinstance(message, protocol.Clear):
-        return store.clear()
-    return do_chore(store, message)
+    with alone(config) as store:
+        yield lambda message: answered(store, message)
 
 
 def refuse_without_store(config: StoreConfig) -> None:
@@ -70,16 +55,3 @@ def _served(config: StoreConfig) -> bool:
         refuse_without_store(config)
         return False
     return True
-
-
-def _alone(config: StoreConfig) -> StoreConfig:
-    """The home opened for one message. Nothing is merged: this process may have other budgets than
-    those that the home is used with."""
-    return msgspec.structs.replace(
-        config,
-        host_bytes=min(config.host_bytes, _HOST_BYTES),
-        semantic="never",
-        gc_seconds=0.0,
-        max_chain=_NEVER,
-        max_scatter=float(_NEVER),
-    )

@@ -162,6 +162,33 @@ def test_stats_add_up_and_say_what_waits(home: Path) -> None:
         assert "not finished" not in out
 
 
+LISTING = """
+import sys, pydantic
+from kvshare_store.cli.main import main
+checked = pydantic.validate_call
+try: main(["ls", "--json", "--home", sys.argv[1]])
+except SystemExit as end: assert end.code == 0
+assert pydantic.validate_call is checked
+print("lancedb" in sys.modules)
+"""
+
+
+def test_only_a_home_that_nobody_serves_takes_the_time_to_load_lancedb(home: Path) -> None:
+    """Most of a command's start, and part of LanceDB is left out; nothing of that shows."""
+
+    def listed() -> tuple[Any, bool]:
+        command = [sys.executable, "-c", LISTING, home]
+        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        nodes, _, loaded = out.rstrip().rpartition("\n")
+        return json.loads(nodes), loaded == "True"
+
+    with serving(home):
+        fill(home)
+        nodes, loaded = listed()
+        assert (len(nodes), loaded) == (2, False)
+    assert listed() == (nodes, True)
+
+
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_no_bar_is_cut(store: Stored, columns: str) -> None:
     out = run("stats", "--home", store[0], columns=columns)[1]

@@ -24,10 +24,10 @@ from kvshare_connectors.vllm.planning import Planning
 from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.worker import Worker
 
-from examples.engines.small_model import prepare_model
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.plan import ReusePlan, Span, clip_spans
+from tests.support.short_model import short_model
 
 BLOCK = 32
 PATIENCE_S = 60.0
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 """How far two fp32 computations of the same log-probability may differ."""
 
 SHARED: dict[str, Any] = {
-    "kvshare": {"policy": "aggressive"},
+    "kvshare": {"policy": "aggressive", "http": "127.0.0.1:0"},
     "enable_prefix_caching": True,
     "disable_log_stats": False,
 }
@@ -118,14 +118,14 @@ def arguments(
     extra |= {f"kvshare.{name}": value for name, value in kvshare.items()}
     scheduler = "KVShareAsyncScheduler" if ahead else "KVShareScheduler"
     defaults = {
-        "model": str(prepare_model()),
+        "model": str(short_model()),
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_batched_tokens": 2048,
         "max_num_seqs": 64,
         "block_size": BLOCK,
-        "kv_cache_memory_bytes": 512 << 20,
+        "kv_cache_memory_bytes": 128 << 20,
         "enable_prefix_caching": False,
         "max_logprobs": 50,
         "scheduler_cls": f"kvshare_connectors.vllm.{scheduler}",
@@ -141,7 +141,8 @@ def arguments(
 
 
 class Engine:
-    """`LLM` with KVShare. One at a time in a process; `close` it, unless it is a `kept_engine`.
+    """`LLM` with KVShare, on a few layers of the small model if `settings` name no other. One at a
+    time in a process; `close` it, unless it is a `kept_engine`.
 
     `ahead`: with asynchronous scheduling.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.engines.small_model import prepare_model
 from tests.engine.harness import BLOCK, Engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(tmp_path_factory.mktemp("home"), dtype="bfloat16")
+    engine = Engine(tmp_path_factory.mktemp("home"), dtype="bfloat16", model=str(prepare_model()))
     yield engine
     engine.close()
 

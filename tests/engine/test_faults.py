@@ -371,13 +371,14 @@ def test_what_waits_for_a_frozen_daemon_does_not_fill_memory(
     engine: Engine, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, frozen = engine.worker.saver, engine.daemon
-    small = msgspec.structs.replace(saver.config, host_bytes=1 << 20)
+    row_bytes = engine.worker.cache.layout.row_bytes
+    small = msgspec.structs.replace(saver.config, host_bytes=20 * row_bytes)
     monkeypatch.setattr(saver, "config", small)
     os.kill(frozen, signal.SIGSTOP)
     try:
         for _ in range(4):
             engine.ask(fresh(40), max_tokens=1)
-        assert saver.waiting_bytes <= 64 * engine.worker.cache.layout.row_bytes
+        assert saver.waiting_bytes <= 64 * row_bytes
     finally:
         os.kill(frozen, signal.SIGCONT)
     engine.settle()

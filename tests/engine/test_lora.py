@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from examples.engines.small_model import prepare_model
 from tests.engine.harness import Engine, Fresh, half
+from tests.support.short_model import short_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -28,7 +28,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     made = []
     for number in (1, 2):
         torch.manual_seed(number)
-        base = AutoModelForCausalLM.from_pretrained(str(prepare_model()), dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(str(short_model()), dtype=torch.float32)
         config = LoraConfig(
             r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             init_lora_weights=False, task_type="CAUSAL_LM",

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 from kvshare_connectors.vllm.templates import Filling, Template
 
-from examples.engines.small_model import prepare_model
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, StorageError
 from kvshare_store.nodes.edits import as_tokens
 from tests.engine.harness import BLOCK, Engine, Fresh, kept_engine
+from tests.support.short_model import short_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -40,9 +40,9 @@ class Pool(NamedTuple):
         self.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         command = [
             sys.executable, "-m", "kvshare_store.cli.main", "publish", str(self.file),
-            "--pool", "house", "--model", str(prepare_model()), "--home", str(self.engine.home),
+            "--pool", "house", "--model", str(short_model()), "--home", str(self.engine.home),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
-            "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(256 << 20),
+            "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(64 << 20),
         ]  # fmt: skip
         environment = os.environ | {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",

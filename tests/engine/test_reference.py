@@ -10,10 +10,10 @@ from kvshare_connectors.transformers.decode import teacher_forced
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.model import KVShareModel, Served
 
-from examples.engines.small_model import prepare_model
 from kvshare_store.config import StoreConfig
 from kvshare_store.store import Store
 from tests.engine.harness import WITH_DEVICE_TIER, Answer, Engine, kept_engine
+from tests.support.short_model import short_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -39,7 +39,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVShareModel
         min_saving_ms=-1e9,
         plan_deadline_ms=10_000,
     )
-    with KVShareModel(RowEngine.load(prepare_model()).model, Store(config)) as model:
+    with KVShareModel(RowEngine.load(short_model()).model, Store(config)) as model:
         yield model
 
 

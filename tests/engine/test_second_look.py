@@ -278,7 +278,7 @@ def test_an_engine_in_a_process_of_its_own_settles_by_itself_and_ends(
     def stored(count: int) -> bool:
         return len(client.call(protocol.ListNodes())) >= count
 
-    head, rest_ = fresh(HEAD), fresh(REST)
+    head, rest_ = fresh(HEAD), fresh(2 * REST)  # a look of seconds
     ask([*head, *fresh(8), *rest_])
     until(lambda: stored(1), PATIENCE_S)
     ask([*head, *LINE, *rest_])

@@ -13,7 +13,6 @@ import pytest
 import typer.main
 
 from benchmarks.harness.dead_links import broken
-from examples.engines.small_model import prepare_model
 from kvshare_store.cli.main import app
 from kvshare_store.commit import home
 from kvshare_store.config import FIELDS, StoreConfig
@@ -21,6 +20,7 @@ from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 from tests.support.documents import DOCS, PAGES, ROOT, quoted, tables_of
+from tests.support.short_model import short_model
 
 DESIGN = DOCS / "design"
 
@@ -192,7 +192,7 @@ def test_the_library_example_runs(
 def test_the_transformers_example_reuses_more_than_the_chat_template(
     run_example: Callable[[str], tuple[dict[str, Any], str]], tmp_path: Path
 ) -> None:
-    (tmp_path / "model-folder").symlink_to(prepare_model())
+    (tmp_path / "model-folder").symlink_to(short_model())
     names, out = run_example("transformers")
     answer = names["answer"]
     assert answer.reused > 0.7 * answer.prompt_tokens > 200

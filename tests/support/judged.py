@@ -39,7 +39,7 @@ class Judged(ClientDriver):
     def served(self, tokens: Sequence[int], request: str) -> ReusePlan:
         """Plan and finish a request that has a name."""
         array = np.asarray(tokens, np.int32)
-        asked = self.client.send(plan_request(array, self.namespace, None, 0.0, request))
+        asked = self.client.send(plan_request(array, self.namespace, None, request))
         plan = msgspec.convert(self.client.receive(asked, 20.0), ReusePlan)
         if not plan.declined:
             left = plan.tokens - plan.reused
@@ -93,7 +93,7 @@ def judged_world(folder: Path) -> Iterator[World]:
     space = Namespace("org/<model>", KVLayout(2, 1, 4, "float32"), tenant=TENANT,
                       tokenizer=str(tokenizer))  # fmt: skip
     with Daemon(config) as daemon, Client(config.home_path) as client:
-        made = World(daemon, page_url(daemon), space, "", "", "")
+        made = World(daemon, page_url(config.home_path), space, "", "", "")
         engine = Judged(client, space)
         for day in range(24):
             engine.answered(

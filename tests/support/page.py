@@ -165,14 +165,15 @@ class World(NamedTuple):
         return tokens_of(self.space, text)
 
 
-def page_url(daemon: Daemon) -> str:
-    """The address of a daemon's page, from its output, without a slash at the end."""
+def page_url(home: Path) -> str:
+    """The address of the page of a home's daemon, from its output, without a slash at the end."""
     deadline = time.monotonic() + START_S
     while True:
-        found = re.search(r"the page is on (http://\S+)/\n", daemon.log())
+        log = (home / "daemon.log").read_text()
+        found = re.search(r"the page is on (http://\S+)/\n", log)
         if found is not None:
             return found[1]
-        assert time.monotonic() < deadline, daemon.log()
+        assert time.monotonic() < deadline, log
         time.sleep(0.02)
 
 
@@ -186,7 +187,7 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
     tokenizer = byte_tokenizer(folder / "tokenizer")
     space = Namespace("org/<model>", KVLayout(2, 1, 4, "float32"), tokenizer=str(tokenizer))
     with Daemon(config) as daemon, Client(home) as client:
-        made = World(daemon, page_url(daemon), space, "", "", "")
+        made = World(daemon, page_url(config.home_path), space, "", "", "")
         engine = ClientDriver(client, space)
         parent = engine.save(made.tokens(PARENT))
         child_tokens = np.asarray(made.tokens(CHILD), np.int32)

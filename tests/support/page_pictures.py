@@ -102,12 +102,12 @@ def pictures(
                       tokenizer=str(byte_tokenizer(folder / "tokenizer")))  # fmt: skip
     large = SMALL | {"host_bytes": 64 << 20, "disk_bytes": 64 << 20} | settings
     config = StoreConfig(home=str(folder / "home"), http="127.0.0.1:0", **large)
-    with Daemon(config) as daemon, Client(config.home_path) as client:
+    with Daemon(config), Client(config.home_path) as client:
         paths = traffic(client, space)
         with browser(folder) as tab:
             for name, path in paths.items():
                 tab.look(1000, height)
-                tab.open(page_url(daemon) + path)
+                tab.open(page_url(config.home_path) + path)
                 tab.picture(out / f"page-{name}.png", whole=False)
 
 

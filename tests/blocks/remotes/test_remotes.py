@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.blocks.remotes import mooncake, open_remote
 from kvshare_store.blocks.remotes.base import Remote
+from kvshare_store.blocks.remotes.mooncake_settings import load_library as mooncake_library
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.blocks.tiers.wrappers import RetryTier, resilient
@@ -124,6 +125,48 @@ def mooncake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine
         yield ServerEngine(master)
 
 
+class Connections:
+    """Mooncake's library for tests that follow each other: opening and closing a connection takes
+    it a second, so connections stay open."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, Any] = {}
+
+    def MooncakeDistributedStore(self) -> Connection:  # noqa: N802 - as the library calls it
+        return Connection(self)
+
+
+class Connection:
+    """One of them: what is called reaches the real one, but for the end."""
+
+    def __init__(self, kept: Connections) -> None:
+        self._kept = kept
+        self._real: Any = None
+
+    def setup(self, settings: dict[str, str]) -> int:
+        name, code = str(settings), 0
+        if name not in self._kept.open:
+            real = mooncake_library().MooncakeDistributedStore()
+            if not (code := real.setup(settings)):
+                self._kept.open[name] = real
+        self._real = self._kept.open.get(name)
+        return int(code)
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.fixture(scope="module")
+def connections(mooncake_engine: Engine) -> Iterator[Connections]:
+    kept = Connections()
+    yield kept
+    for real in kept.open.values():
+        real.close()
+
+
 class OnEngine(RemoteTests):
     """The contract tests of remotes on one of the engines above."""
 
@@ -178,8 +221,16 @@ class _S3:
 
 class _Mooncake:
     @pytest.fixture(autouse=True)
-    def _engine(self, mooncake_engine: Engine) -> None:
+    def _engine(
+        self,
+        mooncake_engine: Engine,
+        connections: Connections,
+        request: pytest.FixtureRequest,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         self.engine: Any = mooncake_engine
+        if "clos" not in request.node.name:  # the others are about what a test leaves open
+            monkeypatch.setattr(mooncake, "load_library", lambda: connections)
 
 
 class TestFolder(_Folder, OnEngine):

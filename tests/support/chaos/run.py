@@ -44,7 +44,8 @@ def kinds_of(remote: str) -> dict[str, int]:
 
 
 class Deck:
-    """Kinds in random order. Each occurs as often as its weight before the round begins again."""
+    """Kinds in random order: first each of them once, then the others, until each has occurred as
+    often as its weight and the round begins again."""
 
     def __init__(self, chance: random.Random, weights: dict[str, int]) -> None:
         self._chance = chance
@@ -54,8 +55,11 @@ class Deck:
     def draw(self) -> str:
         """The next kind."""
         if not self._left:
-            self._left = [kind for kind, weight in self._weights.items() for _ in range(weight)]
-            self._chance.shuffle(self._left)
+            again = [kind for kind, weight in self._weights.items() for _ in range(weight - 1)]
+            once = list(self._weights)
+            self._chance.shuffle(again)
+            self._chance.shuffle(once)
+            self._left = again + once
         return self._left.pop()
 
 

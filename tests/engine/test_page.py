@@ -1,0 +1,78 @@
+"""The daemon's page in a real browser, behind a real engine: a hit is seen, explained, and its
+tenant purged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.engine.harness import SHARED, Engine
+from tests.http.test_browser import DESK, follow, text
+from tests.support.browser import Tab, browser, chromium
+from tests.support.needs import need
+from tests.support.page import page_url
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+SETTINGS = SHARED
+TENANT = "the bike shop"
+CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs and weighs {n} kg. " for n in range(5, 15))
+EARLIER = f"You answer for a bike shop. Today: 3 May. {CATALOGUE}Do you sell bells?"
+LATER = EARLIER.replace("3 May", "4 June").replace("sell bells", "repair lamps")
+COLUMNS = ("request", "ago", "outcome", "tokens", "exact", "continued", "edited", "recomputed")
+KINDS = COLUMNS[-4:]
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    need(chromium() is not None, "the system's package chromium")
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+def texts(tab: Tab, selector: str) -> list[str]:
+    """What the elements say that a selector finds, without the space around it."""
+    said: list[str] = tab.run(
+        f"[...document.querySelectorAll({selector!r})].map(one => one.innerText.trim())"
+    )
+    return said
+
+
+def legend(tab: Tab, section: str) -> dict[str, int]:
+    """Tokens by kind in a section's legend."""
+    parts = [item.split() for item in texts(tab, f"[aria-labelledby={section}] .legend li")]
+    return {kind: int(count.replace(",", "")) for kind, count, *_ in parts}
+
+
+def test_a_hit_is_seen_explained_and_its_tenant_purged(
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab
+) -> None:
+    engine.store(encode(EARLIER), salt=TENANT)
+    engine.forget()
+    answer = engine.store(encode(LATER), salt=TENANT)
+    kinds = {kind: answer.said[kind] for kind in KINDS}
+    assert kinds["edited"] > len(encode(LATER)) // 2
+    tab.look(**DESK)
+    tab.open(page_url(engine.home) + "/")
+    assert "Stored prompts\n2" in text(tab)
+
+    follow(tab, "Requests")
+    newest = texts(tab, "tbody tr:first-child > *")
+    row = dict(zip(COLUMNS, newest, strict=False))
+    assert (row["outcome"], newest[-1]) == ("edited", TENANT)
+    assert {kind: int(row[kind]) for kind in KINDS} == kinds
+
+    follow(tab, row["request"])
+    assert legend(tab, "logged") == kinds
+    assert answer.said["donor"][:12] in text(tab)
+    follow(tab, answer.said["donor"][:12])
+    assert "Do you sell bells?" in text(tab)
+
+    follow(tab, "Tenants")
+    follow(tab, f"Purge {TENANT}…")
+    follow(tab, "Purge for good")
+    assert "Removed for good" in text(tab)
+    assert tab.complaints == []
+    engine.forget()
+    assert engine.ask(encode(LATER), salt=TENANT).said["reused"] == 0
