@@ -13,7 +13,7 @@ from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
-from kvshare_store.limits import TenantLimits
+from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.explaining import Explained
@@ -30,16 +30,16 @@ from kvshare_store.machines.sharing import Sharing
 from kvshare_store.maintenance.janitor import Collected, Janitor
 from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.maintenance.purge_lineage import LineagePurge
-from kvshare_store.metrics import Metrics
+from kvshare_store.maintenance.stats import stats_of
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.save.verdicts import Verdicts
-from kvshare_store.stats import stats_of
 
 if TYPE_CHECKING:
     from kvshare_store.editor import EditedRows

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.ladder import Decision, Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import Score

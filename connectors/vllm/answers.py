@@ -8,7 +8,7 @@ from typing import Any
 from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.settings import PREFIX
 
-from kvshare_store.logs import with_fields
+from kvshare_store.observability.logs import with_fields
 from kvshare_store.plan import reused_of
 
 log = logging.getLogger("kvshare")

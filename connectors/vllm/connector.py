@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvshare_store.errors import ConfigError, UnsupportedError
-from kvshare_store.logs import log_as_json
+from kvshare_store.observability.logs import log_as_json
 
 if TYPE_CHECKING:
     import torch

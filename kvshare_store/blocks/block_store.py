@@ -22,7 +22,7 @@ from kvshare_store.blocks.pool import BufferPool
 from kvshare_store.blocks.tiers.base import Tier, TierUse
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import BlockRef
 from kvshare_store.tensors.frame import Block
 

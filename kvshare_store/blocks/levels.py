@@ -16,7 +16,7 @@ from kvshare_store.errors import (
     NoSpaceError,
     StorageError,
 )
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 

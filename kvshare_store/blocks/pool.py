@@ -15,7 +15,7 @@ from kvshare_store.blocks.slot_sizes import SlotSizes
 from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import LeaseError, NoSpaceError
-from kvshare_store.metrics import NEW, Metrics
+from kvshare_store.observability.metrics import NEW, Metrics
 from kvshare_store.tensors.frame import Block
 
 _DIRTY_SHARE = 0.75

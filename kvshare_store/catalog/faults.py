@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvshare_store.errors import ErrorKind, KVShareError
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 
 log = logging.getLogger("kvshare")
 

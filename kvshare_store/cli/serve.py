@@ -17,7 +17,7 @@ from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, config
 from kvshare_store.cli.libraries import load_lancedb
 from kvshare_store.config import StoreConfig, names_file
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.logs import log_process_as
+from kvshare_store.observability.logs import log_process_as
 from kvshare_store.readable import size
 
 if TYPE_CHECKING:

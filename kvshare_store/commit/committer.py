@@ -20,8 +20,8 @@ from kvshare_store.errors import (
     MissError,
     NoSpaceError,
 )
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.readable import short
 from kvshare_store.threads import STORING, Supervised, be_nice
 

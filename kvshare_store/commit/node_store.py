@@ -14,12 +14,12 @@ from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, NoSpaceError
-from kvshare_store.limits import TenantLimits
-from kvshare_store.metrics import Metrics
+from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import Change, NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.observability.metrics import Metrics
 
 _STEPS = 256
 """Nodes that go for a quota while the lock is held: a quota may be lowered for thousands."""

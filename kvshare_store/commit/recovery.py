@@ -13,10 +13,10 @@ from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.faults import report
 from kvshare_store.errors import MissingBlockError
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.observability.metrics import Metrics
 
 Row = tuple[Node, Vectors]
 

@@ -16,9 +16,9 @@ from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import HomeError, KVShareError, StorageError
-from kvshare_store.limits import TenantLimits
-from kvshare_store.metrics import Metrics
+from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.nodes.state import NodeState
+from kvshare_store.observability.metrics import Metrics
 
 
 class Repository:

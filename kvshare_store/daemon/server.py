@@ -38,7 +38,7 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
-from kvshare_store.logs import Seldom, log_process_as
+from kvshare_store.observability.logs import Seldom, log_process_as
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")

@@ -21,7 +21,7 @@ from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.connection import Budget, Connection, Limits
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import KVShareError, OverloadError, ProtocolError
-from kvshare_store.logs import Seldom
+from kvshare_store.observability.logs import Seldom
 
 log = logging.getLogger("kvshare")
 

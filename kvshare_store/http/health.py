@@ -8,9 +8,9 @@ from fastapi import APIRouter, Response
 
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError
-from kvshare_store.exposition import CONTENT_TYPE, exposition
 from kvshare_store.http import models
 from kvshare_store.http.api import Ask
+from kvshare_store.observability.exposition import CONTENT_TYPE, exposition
 
 READY_S = 2.0
 _TEXT: dict[int | str, dict[str, Any]] = {

@@ -12,8 +12,8 @@ from kvshare_store.errors import LeaseError, PlanError
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.request_log import Asked, RequestLog
-from kvshare_store.metrics import Metrics
 from kvshare_store.namespace import Namespace
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Outcome
 from kvshare_store.quality.quality import Quality
 

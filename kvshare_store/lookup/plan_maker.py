@@ -3,7 +3,7 @@ or logged here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -11,17 +11,17 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
+from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explaining import Explained, Explaining
 from kvshare_store.lookup.nominate import Nominator, WithPools
 from kvshare_store.lookup.planner import Planned, Planner
-from kvshare_store.lookup.policy import PRESETS, Mask, configured_policy, stricter_policy
+from kvshare_store.lookup.policy import Mask, configured_policy
 from kvshare_store.lookup.request_log import Asked
 from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
-from kvshare_store.lookup.trust import Trust, Trusting
+from kvshare_store.lookup.trust import Trust, Trusting, trust_of
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.node import Node
 from kvshare_store.quality.quality import Quality
 
 
@@ -87,10 +87,8 @@ class PlanMaker:
     # --- donors ----------------------------------------------------------------------------------
 
     def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
-        share = self._config.unconfirmed_share
-        if not lookup.source and share >= 1:
-            return None
-        return Trust(self._nodes.state, request, lookup.source, share, lookup.namespace.digest)
+        share, digest = self._config.unconfirmed_share, lookup.namespace.digest
+        return trust_of(self._nodes.state, share, request, lookup.source, digest)
 
     def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
         own = self._donors_of(lookup.namespace, trust)
@@ -108,33 +106,16 @@ class PlanMaker:
 
     # --- why -------------------------------------------------------------------------------------
 
-    def explain(
-        self,
-        request: Tokens,
-        namespace: Namespace,
-        policy: str | None,
-        only: Node | None = None,
-        without: Collection[str] = (),
-        pools: Collection[str] = (),
-    ) -> Explanation:
+    def explain(self, asked: Explained) -> Explanation:
         """See `Store.explain`."""
-        chosen = stricter_policy(self.policy, policy)
-        if policy is not None and chosen.name != policy:
-            chosen = PRESETS[policy]  # what a laxer one would do: nothing is served
-        cost = self._costs[False].of(namespace.model_digest)
-        named: Named = {}
-        own, *others = (
-            Watched(self._nodes.state, space.digest, named, only, without)
-            for space in (namespace, *map(namespace.in_pool, pools))
-        )
-        return Explainer(self._config, request, chosen, cost).explain(
+        return Explaining(
+            self._config,
+            self.policy,
+            self._nodes,
             self._planner,
-            WithPools(own, others) if others else own,
-            named,
-            self._tier_of,
-            namespace.layout.row_bytes,
-            delimiter_ids(namespace.tokenizer) if chosen.delimiters else (),
-        )
+            self._costs[False],
+            self._quality,
+        ).explain(asked)
 
 
 def _with_pools(planned: Planned) -> Planned:

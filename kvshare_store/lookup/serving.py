@@ -17,6 +17,7 @@ from kvshare_store.blocks.leases import Lease
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError
+from kvshare_store.limits.rates import Rates
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.lookup.plan_maker import PlanMaker
@@ -30,7 +31,6 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.quality.quality import Quality
-from kvshare_store.rates import Rates
 from kvshare_store.readable import short
 from kvshare_store.threads import FairLock
 

@@ -15,11 +15,11 @@ from kvshare_store.lookup.policy import (
     configured_policy,
     stricter_policy,
 )
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.keeping import NAME, File
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality

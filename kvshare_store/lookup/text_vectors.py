@@ -26,10 +26,10 @@ from kvshare_store.errors import (
 from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker, embedding_command
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import node_id
 from kvshare_store.nodes.vectors import Vector, is_vector
+from kvshare_store.observability.metrics import Metrics
 
 log = logging.getLogger("kvshare")
 

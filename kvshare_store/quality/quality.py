@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from kvshare_store.bounded import Latest
 from kvshare_store.errors import CorruptBlockError, StorageError
-from kvshare_store.logs import Seldom
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.logs import Seldom
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept

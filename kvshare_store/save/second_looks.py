@@ -16,8 +16,8 @@ import msgspec
 from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring

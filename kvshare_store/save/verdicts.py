@@ -12,7 +12,7 @@ import msgspec
 
 from kvshare_store.bounded import Latest
 from kvshare_store.config import policy_names
-from kvshare_store.metrics import OTHERS
+from kvshare_store.observability.metrics import OTHERS
 from kvshare_store.quality.score import Score
 
 CONTROL = "control"

@@ -20,9 +20,9 @@ from kvshare_store.errors import (
     OverloadError,
     StorageError,
 )
-from kvshare_store.metrics import Metrics
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Span
 
 PATIENCE_S = 30.0

@@ -22,8 +22,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import UnavailableError
-from kvshare_store.exposition import FAMILIES, exposition
 from kvshare_store.namespace import Namespace
+from kvshare_store.observability.exposition import FAMILIES, exposition
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
@@ -448,7 +448,7 @@ sys.modules["prometheus_client"] = None
 import kvshare_store.daemon.server
 from kvshare_store.errors import UnsupportedError
 try:
-    import kvshare_store.exposition
+    import kvshare_store.observability.exposition
 except UnsupportedError as error:
     print(error)
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvshare_store.exposition import FAMILIES, exposition
+from kvshare_store.observability.exposition import FAMILIES, exposition
 from kvshare_store.quality.ladder import STALE, Terms
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save.second_looks import Look

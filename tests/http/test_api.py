@@ -10,7 +10,7 @@ import pytest
 
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Explain, ListRequests, ShowNode
-from kvshare_store.exposition import CONTENT_TYPE, exposition
+from kvshare_store.observability.exposition import CONTENT_TYPE, exposition
 from tests.support.daemons import ClientDriver
 from tests.support.exposition import Exposed
 from tests.support.page import BEARING, CHILD, EVIL, PARENT, TENANT, World, owned_world

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from kvshare_store.lookup.cost import CostModel, Rate
-from kvshare_store.metrics import BUCKETS, Metrics
+from kvshare_store.observability.metrics import BUCKETS, Metrics
 
 
 def test_a_rate_is_the_median_of_what_was_measured() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.keeping import File
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.ladder import STALE, Terms
 from kvshare_store.quality.overview import Limits, Overview
 from kvshare_store.quality.quality import Quality

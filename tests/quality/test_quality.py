@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvshare_store.blocks.tiers.disk import files
-from kvshare_store.metrics import Metrics
+from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality import classes
 from kvshare_store.quality import quality as module
 from kvshare_store.quality.evidence import MOST_NATS

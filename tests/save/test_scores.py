@@ -10,8 +10,8 @@ import pytest
 
 from kvshare_store.daemon import describe, protocol
 from kvshare_store.errors import ProtocolError
-from kvshare_store.exposition import exposition
 from kvshare_store.nodes.node import Node
+from kvshare_store.observability.exposition import exposition
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save import second_looks

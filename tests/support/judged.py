@@ -39,7 +39,7 @@ class Judged(ClientDriver):
     def served(self, tokens: Sequence[int], request: str) -> ReusePlan:
         """Plan and finish a request that has a name."""
         array = np.asarray(tokens, np.int32)
-        asked = self.client.send(plan_request(array, self.namespace, None, 0.0, request))
+        asked = self.client.send(plan_request(array, self.namespace, None, request))
         plan = msgspec.convert(self.client.receive(asked, 20.0), ReusePlan)
         if not plan.declined:
             left = plan.tokens - plan.reused

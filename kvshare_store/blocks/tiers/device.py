@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from kvshare_store.blocks.eviction import LRU
+from kvshare_store.blocks.tiers.allocator import Allocator
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
-from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.blocks.tiers.host.allocator import SLIDE, Allocator, Move
+from kvshare_store.blocks.tiers.allocator import SLIDE, Allocator, Move
 
 Steps = list[tuple[str, int, int]]
 

@@ -12,7 +12,7 @@ from kvshare_connectors.vllm import KVShareConnector
 from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kvshare_store.exposition import FAMILIES
+from kvshare_store.observability.exposition import FAMILIES
 from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
 

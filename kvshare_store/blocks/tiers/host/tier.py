@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from kvshare_store.blocks.eviction import CostAware, EvictionPolicy
+from kvshare_store.blocks.tiers.allocator import Allocator
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
-from kvshare_store.blocks.tiers.host.allocator import Allocator
 from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.plan import BlockRef

@@ -9,7 +9,7 @@ import msgspec
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.config import StoreConfig
-from kvshare_store.metrics import OTHERS
+from kvshare_store.observability.metrics import OTHERS
 from kvshare_store.quality.overview import Overview
 from kvshare_store.version import version
 

@@ -11,7 +11,13 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
-from kvshare_store.logs import JsonLines, Seldom, log_as_json, log_process_as, with_fields
+from kvshare_store.observability.logs import (
+    JsonLines,
+    Seldom,
+    log_as_json,
+    log_process_as,
+    with_fields,
+)
 from tests.support.daemons import Daemon
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from kvshare_store.errors import UnsupportedError
-from kvshare_store.metrics import BUCKETS
+from kvshare_store.observability.metrics import BUCKETS
 
 try:
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest

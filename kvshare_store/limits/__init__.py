@@ -1,0 +1,1 @@
+"""What each tenant may have, and ask for in a second."""

@@ -1,0 +1,1 @@
+"""What the store counts and logs."""
