@@ -1,9 +1,10 @@
 """Traffic: the class of a request, whose quality is known together.
 
 A class is a namespace, a family of prompts and a kind of edit. What is planned and what is scored
-later must fall into the same class, although the tree changes meanwhile. So a family is named by
-the first tokens of its root and not by the id of that: a root grows by its answer, and an exact
-twin takes its place. And text at the end of a prompt is no edit, since each prompt ends in its own.
+later must fall into the same class, although the tree changes meanwhile: a root grows by its
+answer, and edited prompts that settle become roots of their own. So a family is named by one gram
+of the beginning of its root, the same one as long as that gram stays. And text at the end of a
+prompt is no edit, since each prompt ends in its own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import blake3
 from kvshare_store.bounded import Latest
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Edit, Tokens
+from kvshare_store.nodes.grams import GRAM, gram_hashes
 from kvshare_store.nodes.node import Node, prompt_key
 
 Kind = Literal["append", "insert", "delete", "replace", "several"]
 
-_ROOT_TOKENS = 32
-"""Of a root, which name its family: no stored prompt is shorter unless a setting says so."""
+_ROOT_TOKENS = 256
+"""Of a root, one gram of which names its family."""
 _LASTING = 8
 """Equal tokens that part two edits; fewer are as a rule words that both texts happen to have."""
 
@@ -74,8 +76,13 @@ def traffic_of(tree: DeltaTree, donor: Node, edits: Sequence[Edit], length: int)
 
 
 def _family(root: Node) -> str:
+    """Of two roots the same with the chance that their beginnings' grams are (MinHash, Broder
+    1997)."""
+    beginning = root.tokens[:_ROOT_TOKENS]
+    hashes = gram_hashes(beginning)
+    at = int(hashes.argmin()) if len(hashes) else 0
     hasher = blake3.blake3(f"{root.namespace}:".encode())
-    hasher.update(root.token_bytes[: 4 * _ROOT_TOKENS])
+    hasher.update(beginning[at : at + GRAM].tobytes())
     return hasher.hexdigest(length=4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import numpy as np
 import pytest
@@ -147,3 +149,17 @@ def test_regrets_that_are_none_are_refused(regrets: list[float]) -> None:
     fields = {"namespace": "n", "traffic": "t", "policy": "p", "greedy": True, "control": False}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({**fields, "regrets": regrets}, Score)
+
+
+def test_a_template_stays_one_family_when_its_prompts_become_roots() -> None:
+    """A date near the beginning and a question at the end are others in each."""
+    chance = np.random.default_rng(5)
+    template = chance.integers(0, 30_000, 300).tolist()
+    families = Counter[str]()
+    for _ in range(200):
+        prompt = list(template)
+        prompt[16:19] = chance.integers(0, 30_000, 3).tolist()
+        prompt += chance.integers(0, 30_000, 12).tolist()
+        root = make_node(prompt)
+        families[traffic_of(DeltaTree(), root, (), len(prompt)).split("/")[1]] += 1
+    assert families.most_common(1)[0][1] > 180
