@@ -26,6 +26,8 @@ from kvshare_store.readable import (
 Found = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
+_REASON_CHARS = 16
+"""Width of a column of reasons, at least: longer ones take several lines."""
 
 
 def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]:
@@ -105,10 +107,10 @@ def candidates_table(candidates: Sequence[Found]) -> Table:
     table = _table("candidate")
     for column in ("score", "prefix", "shared", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("found by", no_wrap=True)
+    table.add_column("found by", overflow="fold")
     if sources:
-        table.add_column("source", no_wrap=True)
-    table.add_column("why", overflow="fold")
+        table.add_column("source", overflow="fold")
+    table.add_column("why", overflow="fold", min_width=_REASON_CHARS)
     for one in candidates:
         table.add_row(
             Text(short(one["node"]), "cyan"),

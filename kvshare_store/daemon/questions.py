@@ -93,6 +93,9 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             f"a prompt of {len(tokens):,} tokens is too long to be explained: "
             f"at most {protocol.EXPLAINED_TOKENS:,}"
         )
+    for pool in message.pools:
+        if store.nodes.namespaces.get(namespace.in_pool(pool).digest) is None:
+            raise NodeError(f"no pool {pool!r} has prompts of this model: see kvshare ls --pool")
     only = found_node(store, message.only) if message.only else None
     found = store.explain(
         tokens,

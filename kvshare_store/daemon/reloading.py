@@ -33,7 +33,9 @@ def changed(now: StoreConfig, asked: StoreConfig) -> Change:
     live = {name: getattr(asked, name) for name in other if name in LIVE}
     new = [f"{name} is {value} now, was {getattr(now, name)}" for name, value in live.items()]
     late = ", ".join(name for name in other if name not in LIVE)
-    told = "settings were read again: " + ("; ".join(new) or "nothing changed")
+    told = "settings were read again: " + ("; ".join(new) or "no setting has changed")
+    if asked.tenant_limits:
+        told += "; the file of tenant_limits was read too"
     if late:
         told += f"; a restart is needed for {late}"
     return Change(msgspec.structs.replace(now, **live), told)

@@ -326,6 +326,7 @@ def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
     digest = SPACE.digest
     assert as_json(*asked, digest)["explanation"]["by_kind"]["exact"] == 80
     assert as_json(*asked, digest, "--pool", "house")["explanation"]["by_kind"]["exact"] == 200
+    assert "no pool 'hoose'" in one_line(run(*asked, digest, "--pool", "hoose"), 1)
     assert "begin with" in one_line(run("purge", "--namespace", "ff", "--home", home), 5)
     assert "--pool" in one_line(run("purge", "--pool", "a", "--tenant", "b", "--home", home), 2)
     assert ok("purge", "--pool", "house", "--yes", "--home", home).startswith("Removed 1 nodes")

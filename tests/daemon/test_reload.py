@@ -121,7 +121,9 @@ def test_a_change_takes_what_is_live_and_names_the_rest(config: Config) -> None:
     assert "lease_seconds is 7.0 now" in change.told
     assert "policy" in change.told
     assert "SECRET" not in change.told
-    assert changed(now, now).told.endswith("nothing changed")
+    assert changed(now, now).told.endswith("no setting has changed")
+    limited = msgspec.structs.replace(now, tenant_limits="/limits.yaml")
+    assert changed(limited, limited).told.endswith("; the file of tenant_limits was read too")
 
 
 def test_the_page_names_all_that_are_live() -> None:
