@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvshare_store.commit import queue as commit_queue
 from kvshare_store.commit.committer import Committer
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
+from kvshare_store.commit.room import Room
 from kvshare_store.errors import (
     KVShareError,
     MissingBlockError,
@@ -72,6 +73,17 @@ class Nodes:
         self._log += [f"given up {node_id}" for node_id in ids]
 
 
+class Deletions(Room):
+    """Records which blocks are deleted."""
+
+    def __init__(self, log: list[str], nodes: Any) -> None:
+        super().__init__(nodes, None)
+        self._log = log
+
+    def delete(self, names: Iterable[str]) -> None:
+        self._log.append("blocks gone " + " ".join(names))
+
+
 class Steps(Durable):
     """Work without blocks whose steps are recorded in `log`."""
 
@@ -84,6 +96,7 @@ class Steps(Durable):
         make_durable: Callable[[Node], None] | None,
     ) -> None:
         super().__init__(nodes, catalogue, None, Metrics())
+        self.room = Deletions(log, nodes)
         self._log = log
         self._start = start
         self._make_durable = make_durable
@@ -103,9 +116,6 @@ class Steps(Durable):
 
     def _with_room(self, commit: Callable[[], T]) -> T:
         return commit()
-
-    def delete(self, names: Sequence[str]) -> None:
-        self._log.append("blocks gone " + " ".join(names))
 
 
 class Desk:

@@ -166,13 +166,14 @@ class World(NamedTuple):
 
 
 def page_url(home: Path) -> str:
-    """The address of the page of a home's daemon, from its output, without a slash at the end."""
+    """The address of the page of a home's daemon, from its output, without a slash at the end; if
+    there were several daemons, of the last one."""
     deadline = time.monotonic() + START_S
     while True:
         log = (home / "daemon.log").read_text()
-        found = re.search(r"the page is on (http://\S+)/\n", log)
-        if found is not None:
-            return found[1]
+        found: list[str] = re.findall(r"the page is on (http://\S+)/\n", log)
+        if found:
+            return found[-1]
         assert time.monotonic() < deadline, log
         time.sleep(0.02)
 
