@@ -45,7 +45,7 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
         **summary(store, node),
         **family,
         "contexts": [{"start": at.start, "stop": at.stop} for at in node.contexts],
-        "continued_rows": _continued_rows(node, parent),
+        "continued_rows": continued_rows(node, parent),
         "edits": [edit_text(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
         "verdict": store.verdicts.of_node(node.id),
@@ -53,7 +53,7 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
     }
 
 
-def _continued_rows(node: Node, parent: Node | None) -> int:
+def continued_rows(node: Node, parent: Node | None) -> int:
     """Rows behind the exact ones that stay in the context in which `parent` has them: the same
     tokens before them, and the same edited rows."""
     if parent is None:

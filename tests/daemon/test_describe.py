@@ -76,7 +76,7 @@ def test_many_contexts_cost_no_more_than_one_look_at_each(
     monkeypatch.setattr(describe, "cut_contexts", counted)
     replace = msgspec.structs.replace
     one, other = replace(node, contexts=claimed[0]), replace(parent, contexts=claimed[1])
-    assert describe._continued_rows(one, other) == 0
+    assert describe.continued_rows(one, other) == 0
     assert len(looks) <= 8
 
 
