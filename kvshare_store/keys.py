@@ -142,23 +142,25 @@ def master_key(source: str, setting: str = "encryption_key") -> bytes:
     kind, _, where = source.partition(":")
     try:
         if kind == "file":
-            return _parsed(private_file(Path(where).expanduser()), f"file {where}", raw=True)
+            return _parsed(private_file(Path(where)), f"file {where}", raw=True)
         if kind == "env":
             value = os.environ.get(where)
             if value is None:
                 raise ConfigError(f"environment variable {where} is not set")
             return _parsed(value.encode(), f"environment variable {where}", raw=False)
         if kind == "command":
-            return _parsed(_from_command(where), f"command {shlex.split(where)[0]}", raw=True)
+            argv = _argv(where)
+            return _parsed(_from_command(argv), f"command {argv[0]}", raw=True)
     except ConfigError as error:
         raise ConfigError(f"{setting}: {error}") from error
     raise ConfigError(f"{setting} must be file:PATH, env:NAME or command:ARGV")
 
 
 def private_file(path: Path) -> bytes:
-    """What a short file holds; `ConfigError` if it cannot be read, or if others may read it."""
+    """What a short file holds; `ConfigError` if it cannot be read, or if others may read it. A `~`
+    is somebody's home folder."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path.expanduser(), os.O_RDONLY)
         with open(descriptor, "rb") as file:
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
             if mode & 0o077:
@@ -166,17 +168,31 @@ def private_file(path: Path) -> bytes:
                     f"{path} has mode {mode:04o}, others may read it; chmod 600 {path}"
                 )
             return file.read(1024)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ConfigError:  # which is a ValueError too
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
-def _from_command(line: str) -> bytes:
+def _argv(line: str) -> list[str]:
+    """The words of a command, one at least."""
+    try:
+        argv = shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"the command cannot be split into words: {error}") from error
+    if not argv:
+        raise ConfigError("no command is named after command:")
+    return argv
+
+
+def _from_command(argv: list[str]) -> bytes:
     """What a command prints; it is started without a shell."""
-    argv = shlex.split(line)
     try:
         done = subprocess.run(argv, capture_output=True, timeout=_COMMAND_S, check=False)
-    except OSError as error:
-        raise ConfigError(f"{argv[0]} cannot run: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{argv[0]} cannot run: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{argv[0]} printed no key in {_COMMAND_S:.0f} s") from error
     if done.returncode:

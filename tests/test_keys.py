@@ -67,6 +67,26 @@ def test_a_command_that_gives_no_key(line: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("command:", "no command is named"),
+        ("command:  ", "no command is named"),
+        ("command:'/etc/key", "cannot be split into words"),
+        ("command:/bin/echo\0", "cannot run"),
+        ("command:''", "cannot run"),
+        ("file:~nobody-of-this-name/key", "cannot be read"),
+        ("file:/etc/a\0b", "cannot be read"),
+        ("env:", "is not set"),
+        ("env:a\0b", "is not set"),
+    ],
+)
+def test_a_source_that_leads_nowhere(source: str, words: str) -> None:
+    """`kvshare rekey` takes any text."""
+    with pytest.raises(ConfigError, match=f"^the new key: .*{words}"):
+        master_key(source, "the new key")
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"short", KEY + b"x", b"zz" * 32, KEY.hex().encode()[:-2]]
 )
 def test_what_is_no_key(tmp_path: Path, content: bytes) -> None:

@@ -88,6 +88,8 @@ def load_settings(
     explicit = dict(explicit or {})
     named = explicit.pop("config", None)
     file = file or named or environ.get(f"{_ENVIRONMENT}CONFIG")
+    if not isinstance(file, str | os.PathLike | None):
+        raise ConfigError(f"kvshare settings: config must be the path of a file, got {file!r}")
     values: dict[str, Any] = dict(defaults or {})
     sources = dict.fromkeys(FIELDS, "default")
     for source, layer in _layers(explicit, file, environ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from kvshare_store.lookup.align import common_prefix
 from kvshare_store.lookup.text import decode
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import cut_contexts
+from kvshare_store.plan import Context, cut_contexts
 from kvshare_store.readable import short
 from kvshare_store.store import Store
 
@@ -44,7 +45,7 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
         **summary(store, node),
         **family,
         "contexts": [{"start": at.start, "stop": at.stop} for at in node.contexts],
-        "continued_rows": _continued_rows(node, parent),
+        "continued_rows": continued_rows(node, parent),
         "edits": [edit_text(store, node, parent, edit) for edit in node.edits] if parent else [],
         "text": _text(store, node, 0, node.length),
         "verdict": store.verdicts.of_node(node.id),
@@ -52,14 +53,17 @@ def show_node(store: Store, beginning: str) -> dict[str, Any]:
     }
 
 
-def _continued_rows(node: Node, parent: Node | None) -> int:
+def continued_rows(node: Node, parent: Node | None) -> int:
     """Rows behind the exact ones that stay in the context in which `parent` has them: the same
     tokens before them, and the same edited rows."""
     if parent is None:
         return 0
     common = common_prefix(node.tokens, parent.tokens)
-    both = (*node.contexts, *parent.contexts)
-    ends = {common, *(end for at in both for end in (at.start, at.stop) if end < common)}
+    pairs = zip_longest(node.contexts, parent.contexts)
+    differ = next(({one, other} - {None} for one, other in pairs if one != other), set[Context]())
+    # where the first two that differ both begin, they are the same up to the end of one, if at all
+    places = (min((at.start for at in differ), default=common), *(at.stop for at in differ))
+    ends = {common, *(end for end in places if end < common)}
     for end in sorted(ends, reverse=True):
         if cut_contexts(node.contexts, end) == cut_contexts(parent.contexts, end):
             return max(0, end - node.exact_rows)

@@ -88,7 +88,9 @@ class QualityReport(msgspec.Struct, frozen=True):
 
 def quality(store: Store, message: protocol.Quality) -> QualityReport:
     """The answer to one question; `NamespaceError` if no one namespace begins so."""
-    digest = matching(store.nodes, message.namespace)[0].digest if message.namespace else ""
+    digest = message.namespace
+    if digest and not store.quality.knows(digest):  # of one that is named in full, scores may stay
+        digest = matching(store.nodes, digest)[0].digest
     wanted = Wanted(digest, message.traffic, message.start, message.limit, message.trends)
     floors = store.quality.floors(Wanted(digest, most=_FLOORS))
     total, floors_total = store.quality.counts(wanted)

@@ -81,7 +81,7 @@ def token_of(config: StoreConfig, address: Address) -> str:
                 "http_token=FILE (head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE)"
             )
         return ""
-    path = Path(config.http_token).expanduser()
+    path = Path(config.http_token)
     try:
         token = private_file(path).decode("ascii").strip()
     except UnicodeDecodeError as error:

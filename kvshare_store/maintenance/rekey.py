@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit.home import check_format, take_lock
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import ConfigError
+from kvshare_store.errors import ConfigError, StorageError
 from kvshare_store.keys import Keyring, master_key
 from kvshare_store.quality import keeping
 
@@ -51,7 +51,17 @@ def rekey(config: StoreConfig, source: str, *, alone: bool = False) -> Rekeyed:
         catalog = Catalog(config.catalog or home / "catalog")
         done = Rekeyed(*catalog.records.rekey(old, new))
         learned = keeping.File(home / keeping.NAME, old.of_table(keeping.NAME))
-        learned.reseal(new.of_table(keeping.NAME))
+        _reseal(learned, new.of_table(keeping.NAME))
     finally:
         os.close(lock)
     return done
+
+
+def _reseal(learned: keeping.File, key: bytes) -> None:
+    try:
+        learned.reseal(key)
+    except OSError as error:
+        raise StorageError(
+            "all namespaces have the new key, but what was learned of quality was not written: "
+            f"{error.strerror or error}; run the same command again, or go on without it"
+        ) from error

@@ -45,6 +45,10 @@ class Classes:
             for traffic, known in of_namespace.items():
                 yield namespace, traffic, known
 
+    def __contains__(self, namespace: str) -> bool:
+        """Whether there are classes of the namespace."""
+        return namespace in self._namespaces
+
     def get(self, namespace: str, traffic: str) -> Known | None:
         """The class, which is used by that; None if nothing is known of it."""
         of_namespace = self._namespaces.get(namespace)

@@ -241,6 +241,11 @@ class Quality:
         controlled = sum(name.startswith(wanted.namespace) for name in spaces)
         return len(self._meant(wanted)), controlled
 
+    def knows(self, namespace: str) -> bool:
+        """Whether any answer in the namespace of this digest was scored."""
+        with self._lock:
+            return namespace in self._classes or namespace in self._floors
+
     def overview(self) -> Overview:
         """All classes together. No request waits for all of it."""
         with self._lock:

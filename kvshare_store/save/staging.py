@@ -173,6 +173,8 @@ def check_reuse(reuse: Reuse, length: int) -> None:
     starts = [context.start for context in reuse.contexts]
     if starts != sorted(starts) or any(not 0 <= start < length for start in starts):
         raise PlanError("contexts do not ascend within the prompt")
+    if len(starts) > length:
+        raise PlanError(f"a prompt of {length} tokens has no {len(starts):,} contexts")
     if not 0 <= reuse.generation <= _MOST_GENERATIONS:
         raise PlanError(f"no rows are of generation {reuse.generation}")
 

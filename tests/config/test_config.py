@@ -187,6 +187,13 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
             load_config(file=path, environ={})
 
 
+@pytest.mark.parametrize("name", [5, 1.5, ["a.yaml"]])
+def test_the_name_of_a_settings_file_is_text(name: object) -> None:
+    """An engine's settings are JSON."""
+    with pytest.raises(ConfigError, match="config must be the path of a file, got"):
+        load_config({"config": name}, environ={})
+
+
 def test_the_source_of_a_bad_value_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^environment variable KVSHARE_POLICY must .* 'lax'"):
         load_config(environ={"KVSHARE_POLICY": "lax"})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import msgspec
 import pytest
 
 from kvshare_store.cli import show
+from kvshare_store.daemon import describe
 from kvshare_store.daemon.describe import show_node
+from kvshare_store.plan import Context, cut_contexts
 from tests.support.oracle import Driver, prompt
 
 FIRST = prompt(1, 200)
@@ -49,6 +52,32 @@ def test_rows_behind_another_edit_are_not_continued(driver: Callable[..., Driver
     assert found["parent"] == ids[1]
     assert len(found["contexts"]) == 2
     assert found["continued_rows"] == 150 - found["exact_rows"]
+
+
+def test_many_contexts_cost_no_more_than_one_look_at_each(
+    driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may have claimed one for each row."""
+    engine = driver(policy="aggressive")
+    ids = [engine.serve_and_save(tokens) for tokens in (FIRST, EDITED, NEXT)]
+    _, parent, node = (engine.store.tree.get(name or "") for name in ids)
+    assert parent is not None
+    assert node is not None
+    claimed = [
+        tuple(Context(at, digest, at + 1) for at in range(node.exact_rows, parent.length))
+        for digest in (b"a", b"b")
+    ]
+    looks: list[int] = []
+
+    def counted(contexts: Sequence[Context], length: int) -> tuple[Context, ...]:
+        looks.append(length)
+        return cut_contexts(contexts, length)
+
+    monkeypatch.setattr(describe, "cut_contexts", counted)
+    replace = msgspec.structs.replace
+    one, other = replace(node, contexts=claimed[0]), replace(parent, contexts=claimed[1])
+    assert describe.continued_rows(one, other) == 0
+    assert len(looks) <= 8
 
 
 def test_a_daemon_of_the_release_before_says_less(driver: Callable[..., Driver]) -> None:

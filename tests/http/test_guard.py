@@ -102,6 +102,11 @@ def test_what_is_no_token_is_refused(
     assert "http_token" in str(refused.value)
 
 
+def test_a_token_in_the_home_folder_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match="http_token: ~nobody-of-this-name/token cannot be read"):
+        token_of(StoreConfig(http_token="~nobody-of-this-name/token"), Address("0.0.0.0", 80))
+
+
 # --- who asks -------------------------------------------------------------------------------------
 
 

@@ -318,6 +318,39 @@ def test_a_namespace_sees_its_own(engine: Driver) -> None:
     assert "alice" not in shown(engine).text
 
 
+def classes_linked(path: str, engine: Driver) -> list[str]:
+    """The classes that a page leads to, all of which can be looked at."""
+    found = seen(engine.store, path)
+    assert found.status_code == 200, found.text
+    to = [at["href"] or "" for tag, at in Page(found.text).elements if tag == "a"]
+    links = [link for link in to if link.startswith("/quality/class")]
+    for link in links:
+        assert seen(engine.store, link).status_code == 200, link
+    return links
+
+
+def test_the_class_of_a_prompt_on_rows_of_a_pool_is_that_of_its_namespace(engine: Driver) -> None:
+    """Its name begins as the pool's digest does."""
+    known(engine, engine.namespace.in_pool("shop"))
+    stored, digest = engine.save(prompt(3, 60)), engine.namespace.digest
+    assert stored is not None
+    pool = engine.namespace.in_pool("shop").digest
+    score = Score(namespace=digest, traffic=f"{pool[:12]}/0a/insert", policy="faithful",
+                  regrets=(1.0,), greedy=True, control=False)  # fmt: skip
+    engine.store.quality.observe(score)
+    engine.store.verdicts.scored(score, {stored}, "")
+    (link,) = classes_linked(f"/nodes/{stored}", engine)
+    assert f"namespace={digest[:12]}" in link
+
+
+def test_a_namespace_without_prompts_keeps_what_was_learned_and_its_page(engine: Driver) -> None:
+    digest = "ab" * 32
+    traffic = teach(engine, digest=digest)
+    assert traffic.replace("/", "%2F") in classes_linked("/quality", engine)[0]
+    assert told(engine, namespace=digest)["total"] == 1
+    assert f"/namespaces/{digest}" not in seen(engine.store, "/quality").text, "there is none"
+
+
 @pytest.mark.parametrize(
     "query", ["namespace=UPPER", "start=-1", "limit=0", "limit=201", "traffic=" + "x" * 200]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.catalog.table import Table
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import BusyError, ConfigError, CorruptBlockError
+from kvshare_store.errors import BusyError, ConfigError, CorruptBlockError, StorageError
 from kvshare_store.keys import SALT_BYTES, Keyring, master_key, unseal
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.maintenance.rekey import Rekeyed, rekey
@@ -186,7 +187,7 @@ def test_what_was_learned_begins_anew_where_it_was_cut_off_and_not_ended(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "rename", torn)
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(StorageError, match="gone"):
             rekey(config(encryption_key=key("old")), key("new"))
     told.check(config(encryption_key=key("new")), learned=False)
 
@@ -232,3 +233,19 @@ def test_a_key_that_is_kept_is_sealed_for_its_namespace(key: Callable[[str], str
     for keys, namespace in ((old, "ab"), (new, "cd")):
         with pytest.raises(CorruptBlockError):
             keys.learn(namespace, kept)
+
+
+def test_a_disk_that_is_full_leaves_what_can_be_ended(
+    told: Told, config: Config, key: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says which key the home has."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as during:
+        during.setattr(files, "write", full)
+        with pytest.raises(StorageError, match=r"have the new key.*No space left.*again"):
+            rekey(config(encryption_key=key("old")), key("new"))
+    assert rekey(config(encryption_key=key("old")), key("new")) == Rekeyed(0, 2)
+    told.check(config(encryption_key=key("new")))

@@ -335,6 +335,7 @@ def test_continued_rows_are_a_prefix_of_an_edited_prompt(driver: Open) -> None:
         ([tokens[0] + 1, *tokens[1:]], honest),
         ([1, *tokens], moved(honest)),
         (tokens, msgspec.structs.replace(honest, contexts=(Context(len(tokens), b""),))),
+        (tokens, msgspec.structs.replace(honest, contexts=(Context(0, b""),) * (len(tokens) + 1))),
         (tokens, msgspec.structs.replace(honest, contexts=())),
     ]
     for request, lie in lies:
