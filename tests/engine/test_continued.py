@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from kvshare_store.daemon import protocol
-from tests.engine.harness import BLOCK, SHARED, TOLERANCE, Answer, Engine, Fresh
+from tests.engine.harness import BLOCK, TOLERANCE, Answer, Engine, Fresh
 from tests.engine.other import Other
 from tests.engine.test_faults import comes_back
 
@@ -20,7 +21,8 @@ ANSWER = 3
 """Rows of an answer that are stored: its last token has none."""
 EXACT = 2 * BLOCK + 8
 """Exact rows of an edited prompt: its unchanged head, and the new line computed behind it."""
-SETTINGS = SHARED
+SETTINGS: dict[str, Any] = {"kvshare": {"policy": "aggressive"}, "enable_prefix_caching": True}
+"""Not those of the shared engine: after a change of weights no other engine shares its rows."""
 
 
 class Conversation:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, kept_engine
@@ -97,21 +98,24 @@ def spoil(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "load_one", noisy)
 
 
-def counted(engine: Engine, policy: str) -> dict[str, float]:
-    """What vLLM's own metrics say of the greedy answers served under a policy."""
+def counted(policy: str) -> dict[str, float]:
+    """What vLLM's own metrics say of the greedy answers served under a policy. (`LLM.get_metrics`
+    rounds counters down.)"""
     return {
-        metric.name.removeprefix("vllm:kvshare_"): metric.value
-        for metric in engine.llm.get_metrics()
-        if metric.name.startswith("vllm:kvshare_")
-        and metric.labels.get("policy") == policy
-        and metric.labels.get("chosen", "greedy") == "greedy"
+        sample.name.removeprefix("vllm:kvshare_").removesuffix("_total"): sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("vllm:kvshare_")
+        and sample.name.endswith("_total")
+        and sample.labels.get("policy") == policy
+        and sample.labels.get("chosen", "greedy") == "greedy"
     }
 
 
 def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
     engine: Engine, fresh: Fresh
 ) -> None:
-    before = counted(engine, "aggressive")
+    before = counted("aggressive")
     prompt, answer = edited(engine, fresh)
     settle(engine)
     found = verdict(engine, [*prompt, *answer])
@@ -123,9 +127,7 @@ def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
     first = next((at for at, regret in enumerate(regrets) if regret > NOISE), None)
     assert found["diverged"] == first
     assert found["settled"]
-    gained = {
-        name: value - before.get(name, 0) for name, value in counted(engine, "aggressive").items()
-    }
+    gained = {name: value - before.get(name, 0) for name, value in counted("aggressive").items()}
     assert gained == {
         "scored_answers": 1,
         "scored_tokens": ANSWER - 1,

@@ -12,7 +12,6 @@ _TOGETHER = {
     "engine/test_behaviour.py": _SHARED,
     "engine/test_behaviour_counted.py": _SHARED,
     "engine/test_behaviour_over_time.py": _SHARED,
-    "engine/test_continued.py": _SHARED,
     "engine/test_page.py": _SHARED,
     "engine/test_partial_prefill.py": _DEVICE,
     "engine/test_reference.py": _DEVICE,
