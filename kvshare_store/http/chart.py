@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvshare_store.http.history import COUNTERS, Step
+from kvshare_store.quality.trend import DAY_S
 
 WIDTH, HEIGHT = 600, 160
-DAY_S = 86_400.0
-"""What a trend covers, at most."""
 _GAP = 0.15
 """Of a bar's width, between two of them."""
 

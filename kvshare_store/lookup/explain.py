@@ -6,7 +6,7 @@ to know, such as what a candidate that it passed over would have given, is found
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -17,7 +17,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.align import align, common_prefix
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.cover import Cover, placeholder_runs
-from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.nominate import Nominator, Rank
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import (
     Mask,
@@ -138,12 +138,11 @@ class Watched(Nominator):
         named: Named,
         only: Node | None,
         without: Collection[str],
-        trust: Trust | None = None,
+        rank: Rank | None = None,
     ) -> None:
         """`named`: where it writes that down. `only`: name nobody else. `without`: never these
-        nodes. `trust`: by which it names those first that are trusted most."""
-        super().__init__(state.tree, state.index(namespace), state.lock)
-        self._trust = trust
+        nodes. `rank`: as `Nominator` has it."""
+        super().__init__(state.tree, state.index(namespace), state.lock, rank)
         self._state, self._namespace = state, namespace
         self._only, self._without = only, without
         self.named = named
@@ -176,10 +175,6 @@ class Watched(Nominator):
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
         return self._noted("text", partial(super().by_text, like, count))
-
-    def _nodes(self, ids: Iterable[str]) -> list[Node]:
-        found = super()._nodes(ids)
-        return found if self._trust is None else sorted(found, key=self._trust.of)
 
     def _noted(self, how: str, find: Callable[[], list[Node]]) -> list[Node]:
         if self._only is not None:

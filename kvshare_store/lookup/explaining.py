@@ -11,7 +11,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
-from kvshare_store.lookup.nominate import Nominator, WithPools
+from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy, stricter_policy
 from kvshare_store.lookup.steering import steering_of
@@ -86,11 +86,10 @@ class Explaining(NamedTuple):
         return found, explainer
 
     def _nominator(self, asked: Explained, named: Named, trust: Trust | None) -> Nominator:
+        rank = None if trust is None else trust.of
         spaces = asked.namespace, *map(asked.namespace.in_pool, asked.pools)
-        own, *others = (
-            Watched(self.nodes.state, space.digest, named, asked.only, asked.without, trust)
+        own, *pools = (
+            Watched(self.nodes.state, space.digest, named, asked.only, asked.without, rank)
             for space in spaces
         )
-        if not others:
-            return own
-        return WithPools(own, others) if trust is None else WithPools(own, others, trust.of)
+        return together(own, pools, rank)

@@ -18,18 +18,28 @@ _ANCHORS = 256
 _FLOOR = 0.02
 """Lexical cosines below this are chance."""
 
+Rank = Callable[[Node], int]
+"""Of two donors that seem to have about as much the planner takes the first: that of the lower
+number."""
+
 
 class Nominator:
     """The donors of one namespace. Each question holds the lock only while it looks ids up; hashes
     are computed before. Nodes do not change, so whoever has one needs no lock."""
 
     def __init__(
-        self, tree: DeltaTree, index: NamespaceIndex | None, lock: threading.RLock | None = None
+        self,
+        tree: DeltaTree,
+        index: NamespaceIndex | None,
+        lock: threading.RLock | None = None,
+        rank: Rank | None = None,
     ) -> None:
-        """`index`: None for a namespace without nodes. `lock`: None where one thread does all."""
+        """`index`: None for a namespace without nodes. `lock`: None where one thread does all.
+        `rank`: which nodes are named before others."""
         self._tree = tree
         self._index = index
         self._lock = lock or threading.RLock()
+        self._rank = rank
         self._asked: tuple[Vector | None, int, list[tuple[str, float]]] = None, 0, []
         """The last vector, how many were asked for, and the nearest."""
 
@@ -91,16 +101,23 @@ class Nominator:
 
     def _nodes(self, ids: Iterable[str]) -> list[Node]:
         found = (self._tree.get(node_id) for node_id in ids)
-        return [node for node in found if node is not None]
+        return _ranked((node for node in found if node is not None), self._rank)
+
+
+def _ranked(nodes: Iterable[Node], rank: Rank | None) -> list[Node]:
+    return list(nodes) if rank is None else sorted(nodes, key=rank)
+
+
+def together(own: Nominator, pools: Sequence[Nominator], rank: Rank | None) -> Nominator:
+    """The donors of a namespace and of its pools, if it has any; `rank`: that of each."""
+    return WithPools(own, pools, rank) if pools else own
 
 
 class WithPools(Nominator):
     """The donors of a namespace, and behind them those of pools, `count` of each: of two that are
     as good the planner takes the first."""
 
-    def __init__(
-        self, own: Nominator, pools: Sequence[Nominator], rank: Callable[[Node], int] = lambda _: 0
-    ) -> None:
+    def __init__(self, own: Nominator, pools: Sequence[Nominator], rank: Rank | None) -> None:
         """`rank`: which of all go before others, but for a prefix, which is the same in all."""
         self._each = (own, *pools)
         self._rank = rank
@@ -114,15 +131,15 @@ class WithPools(Nominator):
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._ranked(one.by_passages(hashes, count) for one in self._each)
+        return self._all(one.by_passages(hashes, count) for one in self._each)
 
     def by_words(self, vector: Vector, count: int, most: int = 0) -> list[Node]:
         """As `Nominator`."""
-        return self._ranked(one.by_words(vector, count, most) for one in self._each)
+        return self._all(one.by_words(vector, count, most) for one in self._each)
 
     def by_text(self, like: Sequence[Node], count: int) -> list[Node]:
         """As `Nominator`."""
-        return self._ranked(one.by_text(like, count) for one in self._each)
+        return self._all(one.by_text(like, count) for one in self._each)
 
-    def _ranked(self, found: Iterable[list[Node]]) -> list[Node]:
-        return sorted(chain.from_iterable(found), key=self._rank)
+    def _all(self, found: Iterable[list[Node]]) -> list[Node]:
+        return _ranked(chain.from_iterable(found), self._rank)

@@ -13,14 +13,13 @@ from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.explaining import Explained, Explaining
-from kvshare_store.lookup.nominate import Nominator, WithPools
+from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planned, Planner
 from kvshare_store.lookup.policy import Mask, configured_policy
 from kvshare_store.lookup.request_log import Asked
 from kvshare_store.lookup.steering import rung_of
 from kvshare_store.lookup.text import delimiter_ids
-from kvshare_store.lookup.trust import Trust, Trusting, trust_of
-from kvshare_store.namespace import Namespace
+from kvshare_store.lookup.trust import Trust, trust_of
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.quality.quality import Quality
 
@@ -91,18 +90,12 @@ class PlanMaker:
         return trust_of(self._nodes.state, share, request, lookup.source, digest)
 
     def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
-        own = self._donors_of(lookup.namespace, trust)
-        if not lookup.pools:
-            return own
-        spaces = map(lookup.namespace.in_pool, lookup.pools)
-        pools = [self._donors_of(space, trust) for space in spaces]
-        return WithPools(own, pools) if trust is None else WithPools(own, pools, trust.of)
-
-    def _donors_of(self, namespace: Namespace, trust: Trust | None) -> Nominator:
-        state = self._nodes.state
-        if trust is not None:
-            return Trusting(state, namespace.digest, trust)
-        return Nominator(state.tree, state.index(namespace.digest), state.lock)
+        state, rank = self._nodes.state, None if trust is None else trust.of
+        spaces = lookup.namespace, *map(lookup.namespace.in_pool, lookup.pools)
+        own, *pools = (
+            Nominator(state.tree, state.index(space.digest), state.lock, rank) for space in spaces
+        )
+        return together(own, pools, rank)
 
     # --- why -------------------------------------------------------------------------------------
 

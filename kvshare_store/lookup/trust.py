@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.policy import Mask
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, segments_between
@@ -160,15 +159,3 @@ def trust_of(
     if not source and share >= 1:
         return None
     return Trust(state, request, source, share, namespace)
-
-
-class Trusting(Nominator):
-    """Names the donors that a request trusts most first; of those that seem to have about as much
-    the first is taken."""
-
-    def __init__(self, state: NodeState, namespace: str, trust: Trust) -> None:
-        super().__init__(state.tree, state.index(namespace), state.lock)
-        self._trust = trust
-
-    def _nodes(self, ids: Iterable[str]) -> list[Node]:
-        return sorted(super()._nodes(ids), key=self._trust.of)

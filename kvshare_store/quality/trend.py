@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from itertools import pairwise
 from typing import NamedTuple
 
+from kvshare_store.bounded import Latest
 from kvshare_store.quality.confidence import Interval
 
 _SERIES = 512
 """Policies of classes whose trend is kept: those that were scored last."""
 _MOMENTS = 48
-_DAY_S = 86_400.0
+DAY_S = 86_400.0
 """What a trend covers once there is so much."""
-_SLOWEST_S = _DAY_S / _MOMENTS
+_SLOWEST_S = DAY_S / _MOMENTS
 
 
 class Moment(NamedTuple):
@@ -66,21 +66,19 @@ class Trends:
     """Those of many classes; the ones that nothing was added to the longest go. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._series: OrderedDict[tuple[str, str, str], _Series] = OrderedDict()
+        self._series: Latest[tuple[str, str, str], _Series] = Latest(_SERIES)
         """By namespace, class and policy."""
 
     def add(self, namespace: str, traffic: str, policy: str, moment: Moment) -> None:
         """Something new is known."""
         name = namespace, traffic, policy
-        self._series.setdefault(name, _Series()).add(moment)
-        self._series.move_to_end(name)
-        if len(self._series) > _SERIES:
-            self._series.popitem(last=False)
+        series = self._series[name] = self._series.get(name) or _Series()
+        series.add(moment)
 
     def of(self, namespace: str, traffic: str, policy: str, now: float) -> tuple[Moment, ...]:
         """The last day of one policy, the oldest first."""
         series = self._series.get((namespace, traffic, policy))
-        return () if series is None else series.last(now - _DAY_S)
+        return () if series is None else series.last(now - DAY_S)
 
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""
