@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.data import datasets
-from benchmarks.data.chat_prompts import Chat
+from benchmarks.data.chat_prompts import Chat, sampled
 
 EARLIER = 3
 """Prompts of a family that were computed in full before, beside the donor."""
@@ -78,7 +78,7 @@ def sources(folder: Path, split: str, seed: int) -> Sources:
 
 def half(rows: Sequence[Any], split: str, seed: int) -> list[Any]:
     """Every second of the rows in a drawn order."""
-    drawn = random.Random(seed).sample(list(rows), len(rows))
+    drawn = sampled(rows, len(rows), seed)
     return drawn[::2] if split == "tune" else drawn[1::2]
 
 

@@ -48,6 +48,10 @@ class Options:
         return self.n or (short if self.short else full)
 
 
+class MissingPartError(RuntimeError):
+    """This machine lacks what a measurement needs."""
+
+
 class Result(msgspec.Struct, kw_only=True):
     """One measurement. `name` is that of its command, its JSON and its plot."""
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.plots import cumulative
-from benchmarks.harness.result import Cell, Options, Result
+from benchmarks.harness.result import Cell, MissingPartError, Options, Result
 from kvshare_store.cli.progress import track
 from tests.support.cluster import Cluster, Machine
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 PROMPTS, SHORT_PROMPTS = 60, 10
 TARGET_S = 1.0
 _PATIENCE_S = 10.0
-
-
-class MissingPartError(RuntimeError):
-    """This machine lacks what the measurement needs."""
 
 
 def reused_after(machine: Machine, seed: int) -> float:

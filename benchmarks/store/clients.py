@@ -18,15 +18,14 @@ import numpy as np
 import psutil
 
 from benchmarks.harness.plots import LINES, cumulative
-from benchmarks.harness.result import Cell, Options, Result
-from benchmarks.store.lookups import FAMILIES, edited, family
+from benchmarks.harness.result import Cell, MissingPartError, Options, Result
+from benchmarks.store.lookups import FAMILIES, edited, save_families
 from kvshare_store import KVLayout, Namespace, StoreConfig
 from kvshare_store.cli.progress import track
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import KVShareError
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.save.staging import Reuse
 from tests.support.browser import browser, chromium
 from tests.support.daemons import Daemon
 from tests.support.page import page_url
@@ -51,19 +50,6 @@ class Asked(NamedTuple):
 
     requests: list[tuple[float, float, int]]
     errors: list[str]
-
-
-class MissingPartError(RuntimeError):
-    """This machine lacks what the measurement needs."""
-
-
-def fill(client: Client) -> None:
-    """Store one prompt of each family, with random rows."""
-    for number in range(FAMILIES):
-        staged = client.stage(family(number), NAMESPACE, Reuse())
-        row = NAMESPACE.layout.row_bytes
-        client.commit(staged, (os.urandom(size * row) for size in staged.sizes))
-    client.flush()
 
 
 def load(client: Client, plan: ReusePlan) -> int:
@@ -181,7 +167,7 @@ def measure(options: Options) -> Result:
         settings = {"host_bytes": 2 << 30, "disk": False, "http": "127.0.0.1:0"}
         daemon = stack.enter_context(Daemon(StoreConfig(home=str(folder / "home"), **settings)))
         with Client(daemon.config.home_path) as client:
-            fill(client)
+            save_families(client, NAMESPACE, FAMILIES)
         alone = watch(daemon, seconds, "Clients alone")
         url = page_url(daemon)
         stack.enter_context(prometheus(folder, [url.removeprefix("http://")]))

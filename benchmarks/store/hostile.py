@@ -15,12 +15,11 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.harness.result import Cell, Options, Result
-from benchmarks.store.lookups import NAMESPACE, edited, family
+from benchmarks.store.lookups import NAMESPACE, edited, save_families
 from kvshare_store import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import DeadlineError, OverloadError
 from kvshare_store.plan import Outcome
-from kvshare_store.save.staging import Reuse
 from tests.support.attacks import ATTACKS, computing
 from tests.support.daemons import Daemon
 
@@ -35,16 +34,6 @@ _ROOT = Path(__file__).parents[2]
 def configured(home: str) -> StoreConfig:
     """A daemon with room for everybody."""
     return StoreConfig(home=home, host_bytes=256 << 20, semantic="never", min_saving_ms=-1e9)
-
-
-def stored(client: Client) -> None:
-    """The prompts that the well-behaved client asks for with changes."""
-    chance = np.random.default_rng(0)
-    for number in range(PROMPTS):
-        staged = client.stage(family(number), NAMESPACE, Reuse())
-        row_bytes = NAMESPACE.layout.row_bytes
-        client.commit(staged, (chance.bytes(rows * row_bytes) for rows in staged.sizes))
-    client.flush()
 
 
 def timed(client: Client, seconds: float) -> list[float]:
@@ -100,7 +89,7 @@ def measure(options: Options) -> Result:
         Daemon(configured(f"{folder}/home")) as daemon,
         Client(daemon.config.home_path, timeout=_PATIENCE_S) as client,
     ):
-        stored(client)
+        save_families(client, NAMESPACE, PROMPTS)
         timed(client, seconds / 2)  # tables and costs are warm from here on
         names = [computing.__name__, *ATTACKS]
         rows = [row_of(name, client, daemon.config.home_path, seconds) for name in names]

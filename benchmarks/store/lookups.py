@@ -16,12 +16,14 @@ import numpy as np
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.metadata_replay import MetadataStore, Sources
 from kvshare_store import KVLayout, Namespace, Store, StoreConfig
+from kvshare_store.daemon.client import Client
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.lookup.search import Search
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome
+from kvshare_store.save.staging import Reuse
 
 NODES, LENGTH, FAMILIES, THREADS = 1_000, 1_000, 40, 8
 LONG, SHORT_LONG = 131_072, 32_768
@@ -64,6 +66,16 @@ def save(store: Store, tokens: Tokens, seed: int) -> None:
     """Store a prompt with random rows, so that no two share a block."""
     rows = np.random.default_rng(seed).standard_normal(NAMESPACE.layout.shape(len(tokens)))
     store.save(tokens, NAMESPACE, rows.astype(np.float16))
+
+
+def save_families(client: Client, namespace: Namespace, count: int) -> None:
+    """Store what so many families have in common, through a daemon, with random rows."""
+    chance = np.random.default_rng(0)
+    for number in range(count):
+        staged = client.stage(family(number), namespace, Reuse())
+        row_bytes = namespace.layout.row_bytes
+        client.commit(staged, (chance.bytes(rows * row_bytes) for rows in staged.sizes))
+    client.flush()
 
 
 def fill(store: Store) -> None:

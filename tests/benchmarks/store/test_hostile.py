@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.store import hostile
+from benchmarks.store.lookups import NAMESPACE, save_families
 from kvshare_store.daemon.client import Client
 from tests.support.attacks import ATTACKS, computing
 from tests.support.daemons import Daemon
@@ -18,7 +19,7 @@ def test_plans_beside_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Daemon(hostile.configured(str(tmp_path / "home"))) as daemon,
         Client(daemon.config.home_path, timeout=60.0) as client,
     ):
-        hostile.stored(client)
+        save_families(client, NAMESPACE, hostile.PROMPTS)
         before = client.stats()
         row = hostile.row_of("hoarded", client, daemon.config.home_path, 0.3)
         after = client.stats()

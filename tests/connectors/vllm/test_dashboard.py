@@ -8,14 +8,14 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kvshare_connectors.vllm.metrics import KVSharePromMetrics, Tally, loads
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from kvshare_connectors.vllm.metrics import Tally, loads
+from prometheus_client import CollectorRegistry, Counter, start_http_server
 
 from kvshare_store.daemon.client import Client
+from tests.connectors.vllm.registered import LABELS, registered
 from tests.support.daemons import ClientDriver
 from tests.support.documents import ROOT
 from tests.support.needs import need
@@ -49,16 +49,9 @@ class Engine:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-
-        def inside(kind: Any) -> Any:
-            return lambda *args, **kwargs: kind(*args, **kwargs, registry=self.registry)
-
-        kinds = {kind: inside(kind) for kind in (Counter, Gauge, Histogram)}
-        labels = ["model_name", "engine"]
-        config: Any = SimpleNamespace(kv_transfer_config=None)
-        self._ours = KVSharePromMetrics(config, kinds, labels, {0: [MODEL, "0"]})
+        self._ours = registered(self.registry, MODEL, engines=1)
         self._theirs = [
-            Counter(name, name, labels, registry=self.registry).labels(MODEL, "0")
+            Counter(name, name, LABELS, registry=self.registry).labels(MODEL, "0")
             for name in ("vllm:prompt_tokens", "vllm:prefix_cache_hits")
         ]
 

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from kvshare_connectors.vllm import KVShareConnector
 from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from kvshare_store.observability.exposition import FAMILIES
+from tests.connectors.vllm.registered import registered
 from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
 
@@ -86,14 +87,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> KVSharePromMetrics:
     """For two engines behind one front end."""
-
-    def inside(kind: Any) -> Any:
-        return lambda *args, **kwargs: kind(*args, **kwargs, registry=registry)
-
-    kinds = {kind: inside(kind) for kind in (Counter, Gauge, Histogram)}
-    engines: dict[int, list[object]] = {0: ["demo", "0"], 1: ["demo", "1"]}
-    config: Any = SimpleNamespace(kv_transfer_config=None)
-    return KVSharePromMetrics(config, kinds, ["model_name", "engine"], engines)
+    return registered(registry, "demo", engines=2)
 
 
 def test_engines_are_told_apart(registry: CollectorRegistry, metrics: KVSharePromMetrics) -> None:
