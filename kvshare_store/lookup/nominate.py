@@ -101,11 +101,11 @@ class Nominator:
 
     def _nodes(self, ids: Iterable[str]) -> list[Node]:
         found = (self._tree.get(node_id) for node_id in ids)
-        return _ranked((node for node in found if node is not None), self._rank)
+        return _ranked([node for node in found if node is not None], self._rank)
 
 
-def _ranked(nodes: Iterable[Node], rank: Rank | None) -> list[Node]:
-    return list(nodes) if rank is None else sorted(nodes, key=rank)
+def _ranked(nodes: list[Node], rank: Rank | None) -> list[Node]:
+    return nodes if rank is None else sorted(nodes, key=rank)
 
 
 def together(own: Nominator, pools: Sequence[Nominator], rank: Rank | None) -> Nominator:
@@ -142,4 +142,4 @@ class WithPools(Nominator):
         return self._all(one.by_text(like, count) for one in self._each)
 
     def _all(self, found: Iterable[list[Node]]) -> list[Node]:
-        return _ranked(chain.from_iterable(found), self._rank)
+        return _ranked(list(chain.from_iterable(found)), self._rank)
