@@ -17,4 +17,4 @@ def test_reuse_does_not_fade_and_budgets_hold() -> None:
     assert figures.early > 0.5
     assert figures.late >= 0.95 * figures.early, "what recurs is found after 1,000 novel prompts"
     assert figures.last >= 0.95 * figures.early
-    assert figures.growth < 32 << 20, "of some 450 MB"
+    assert figures.growth < 24 << 20, "of some 300 MB"

@@ -209,7 +209,7 @@ class Driver:
         self._loaded: dict[str, Rows] = {}
         """For each plan with edited rows what it was served, by lease."""
         self._computed: dict[str, Buffer] = {}
-        """Rows of each staged prompt, by the id of its save."""
+        """Rows of each staged prompt, by the id of its save; `save` forgets them."""
 
     def plan(self, tokens: Sequence[int], **options: Any) -> ReusePlan:
         """A checked plan. Call `finish` on it afterwards."""
@@ -225,7 +225,7 @@ class Driver:
     def served(self, tokens: Sequence[int], plan: ReusePlan, rows: Rows) -> None:
         """Check rows that were loaded for a plan."""
         self.book.check(tokens, plan, rows)
-        if plan.generation:
+        if plan.generation and isinstance(self.book, RowBook):
             self._loaded[plan.lease] = rows
 
     def _rows_of(self, plan: ReusePlan, ref: BlockRef) -> memoryview:
@@ -270,7 +270,11 @@ class Driver:
     def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
         """Stage and commit. Returns the node's id, or None if it was known or could not be kept."""
         staged = self.stage(tokens, plan)
-        return None if staged.known else self.commit(staged)
+        if staged.known:
+            return None
+        node = self.commit(staged)
+        del self._computed[staged.id]
+        return node
 
     def serve_and_save(self, tokens: Sequence[int]) -> str | None:
         """Plan, save and finish, as an engine does with every request."""
