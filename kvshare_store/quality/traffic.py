@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import blake3
 
@@ -88,18 +88,27 @@ def _family(root: Node) -> str:
 
 def kind_of(edits: Iterable[Edit], length: int) -> Kind:
     """What was done to the donor before the last text that both have. `append`: nothing."""
-    changes = list(_changes(edits, length))
-    if not changes:
+    found = list(changes(edits, length))
+    if not found:
         return "append"
-    if len(changes) > 1:
+    if len(found) > 1:
         return "several"
-    inserted, removed = changes[0]
+    inserted, removed, _ = found[0]
     return "delete" if not inserted else "replace" if removed else "insert"
 
 
-def _changes(edits: Iterable[Edit], length: int) -> Iterator[tuple[int, int]]:
-    """Tokens inserted and removed between two texts that stay, each of `_LASTING` tokens or more
-    (the first one of any length, where the donor's beginning stays)."""
+class Change(NamedTuple):
+    """What was done to the donor between two texts that stay: tokens."""
+
+    inserted: int
+    removed: int
+    stop: int
+    """Where in the prompt the next text begins that stays."""
+
+
+def changes(edits: Iterable[Edit], length: int) -> Iterator[Change]:
+    """What was done between two texts that stay, each of `_LASTING` tokens or more (the first one
+    of any length, where the donor's beginning stays)."""
     at = inserted = removed = 0
     for edit in edits:
         if at >= length:
@@ -111,7 +120,7 @@ def _changes(edits: Iterable[Edit], length: int) -> Iterator[tuple[int, int]]:
         elif size < _LASTING and (inserted or removed):
             inserted, removed = inserted + size, removed + size
         elif inserted or removed:
-            yield inserted, removed
+            yield Change(inserted, removed, at - size)
             inserted = removed = 0
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.quality.parts import Served
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS, Score
 from kvshare_store.save.staging import Save
@@ -22,11 +23,13 @@ class Answered(msgspec.Struct, frozen=True):
     greedy: bool = False
     request: str = ""
     """The engine's name of its request."""
+    served: Served = Served()
+    """How the rows of its prompt came about."""
 
     @classmethod
-    def of(cls, save: Save) -> Answered:
+    def of(cls, save: Save, served: Served) -> Answered:
         """What a save says of it."""
-        return cls(save.extends, save.greedy, save.request)
+        return cls(save.extends, save.greedy, save.request, served)
 
     def scored(self, node: Node) -> int:
         """How many of its tokens are scored."""
@@ -89,6 +92,8 @@ class Scoring:
             regrets=regrets,
             greedy=answer.greedy,
             control=node.exact,
+            computed=answer.served.computed,
+            distance=answer.served.distance(answer.begins),
         )
         self.verdicts.scored(
             score, {node.id, node_id(node.namespace, node.tokens, True)}, answer.request

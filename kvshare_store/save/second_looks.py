@@ -18,6 +18,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
+from kvshare_store.quality.parts import Served, served_of
 from kvshare_store.quality.quality import Quality
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring
@@ -122,7 +123,7 @@ class SecondLooks:
         Nodes of adapters are not queued; of exact ones only some with answers are, as controls.
         """
         base, adapter = save.base, bool(save.namespace.lora)
-        entry = _Entry(self.clock(), Answered.of(save))
+        entry = _Entry(self.clock(), Answered.of(save, self._served(node, save)))
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
                 self._controls[node.id] = entry
@@ -133,6 +134,16 @@ class SecondLooks:
             self._metrics.add("looks_declined")
             return
         self._entries[node.id] = entry
+
+    def _served(self, node: Node, save: Save) -> Served:
+        """How the rows of the prompt came about; an answer does not say that of its own."""
+        if node.exact:
+            return Served()
+        known = self._entries.get(save.base.id) if save.base is not None else None
+        if known is not None:
+            return known.answer.served
+        length = save.extends or node.length
+        return served_of(self._nodes.tree, node, length, None if save.extends else save.reuse.spans)
 
     def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""

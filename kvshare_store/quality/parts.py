@@ -1,0 +1,92 @@
+"""Parts: the answers of a class apart by how much of their prompts was computed, and by how far
+they begin behind the nearest edit.
+
+The ladder goes by the class as a whole: parts are only reported, so they split no evidence.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from kvshare_store.nodes.delta_tree import DeltaTree
+from kvshare_store.nodes.node import Node
+from kvshare_store.plan import Span
+from kvshare_store.quality.traffic import changes
+
+_ANCESTORS = 64
+"""Prompts that only go on are followed up so far to the edit that they go on from."""
+
+
+class Bucket(NamedTuple):
+    """Values from `start` to below `stop`; None: no limit."""
+
+    start: int
+    stop: int | None
+
+    @property
+    def name(self) -> str:
+        """What its scores are kept under. Other bounds have other names."""
+        return f"{self.start}-{'' if self.stop is None else self.stop}"
+
+
+COMPUTED = (Bucket(0, 10), Bucket(10, 25), Bucket(25, 50), Bucket(50, None))
+"""Percent of the prompt's tokens behind its exact prefix that the engine computed."""
+DISTANCE = (Bucket(0, 64), Bucket(64, 256), Bucket(256, 1024), Bucket(1024, None))
+"""Tokens from the end of the nearest edit to the first token of the answer."""
+
+
+def bucket_of(buckets: Sequence[Bucket], value: float | None) -> str:
+    """The name of the bucket of a value; empty if it is not known."""
+    if value is None or value < 0:
+        return ""
+    return buckets[bisect_right(buckets, value, key=lambda one: one.start) - 1].name
+
+
+class Served(msgspec.Struct, frozen=True):
+    """How the rows of a prompt came about. None: not known."""
+
+    computed: float | None = None
+    """The share of its tokens behind the exact prefix that the engine computed."""
+    edit: int | None = None
+    """Where the edit ends that is nearest to the prompt's end."""
+
+    def distance(self, answer: int) -> int | None:
+        """Tokens from the edit to an answer that begins there."""
+        return None if self.edit is None or self.edit > answer else answer - self.edit
+
+
+def served_of(tree: DeltaTree, node: Node, length: int, spans: Sequence[Span] | None) -> Served:
+    """Of an edited node whose first `length` tokens are its prompt. `spans`: the rows that it was
+    built on, None if nobody knows them any more. Hold the lock of the nodes."""
+    computed = None if spans is None else _computed(spans, length)
+    return Served(computed, _nearest_edit(tree, node, length))
+
+
+def _computed(spans: Iterable[Span], length: int) -> float | None:
+    exact = reused = 0
+    for span in spans:
+        if span.exact:
+            exact = max(exact, span.stop)
+        else:
+            reused += span.length
+    return 1.0 - reused / (length - exact) if exact < length else None
+
+
+def _nearest_edit(tree: DeltaTree, node: Node, length: int) -> int | None:
+    """By the node's own script, or else by that of the nearest ancestor that it goes on from. Where
+    none of them is here, where the rows begin that stand behind other text than their own."""
+    at: Node | None = node
+    for _ in range(_ANCESTORS):
+        edits = tuple(at.edits) if at is not None else ()
+        last = max((change.stop for change in changes(edits, length)), default=None)
+        if last is not None:
+            return last
+        if at is None or not edits or edits[0].kind != "keep" or edits[0].start:
+            break
+        length = min(length, edits[0].stop)
+        at = tree.get(at.parent) if at.parent is not None else None
+    return node.contexts[-1].start if node.contexts else None
