@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import blake3
 
@@ -73,6 +73,12 @@ def traffic_of(tree: DeltaTree, donor: Node, edits: Sequence[Edit], length: int)
     path = tree.path(donor.id)
     family = _family(path[0] if path else donor)
     return f"{donor.namespace[:12]}/{family}/{kind_of(edits, length)}"
+
+
+def edit_of(traffic: str) -> str:
+    """The kind of edit of a class by its name; empty of controls, which have none."""
+    kind = traffic.rpartition("/")[2]
+    return kind if kind in get_args(Kind) else ""
 
 
 def _family(root: Node) -> str:

@@ -56,13 +56,18 @@ class Scoring:
         self._given: dict[str, Given] = {}
         """By node. What an engine says may come after the node was settled, and has left."""
 
-    def give(self, owner: str, now: float, until: float, node: Node, answer: Answered) -> int:
-        """An engine gets a look; returns how many tokens of the answer it shall score."""
+    @property
+    def bound(self) -> float:
+        """The extra rate of divergence that the operator accepts; 0: any."""
+        return self._quality.bound
+
+    def give(self, owner: str, now: float, until: float, node: Node, answer: Answered) -> Given:
+        """An engine gets a look."""
         self._given = {name: one for name, one in self._given.items() if now < one.until}
         begins = answer.begins
         traffic = self._quality.planned.of(self._tree, node, begins) if begins else ""
-        self._given[node.id] = Given(owner, until, node, answer, traffic)
-        return answer.scored(node)
+        given = self._given[node.id] = Given(owner, until, node, answer, traffic)
+        return given
 
     def take(self, owner: str, node: str, stamp: int) -> Given | None:
         """The look that an engine has ended; None if it had none."""

@@ -20,6 +20,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.parts import Served, served_of
 from kvshare_store.quality.quality import Quality
+from kvshare_store.quality.traffic import edit_of
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring
 from kvshare_store.save.staging import Reuse, Save
@@ -65,6 +66,11 @@ class Look(msgspec.Struct, frozen=True):
     of the release before does not say."""
     greedy: bool = False
     """The answer's tokens were chosen so."""
+    edit: str = ""
+    """The kind of edit that its score counts under; empty of controls, and from a daemon of the
+    release before."""
+    bound: float | None = None
+    """The daemon's `quality_bound`. A daemon of the release before does not say."""
 
 
 class _Entry(msgspec.Struct):
@@ -202,12 +208,20 @@ class SecondLooks:
     def _give(self, owner: str, now: float, node: Node, entry: _Entry) -> Look:
         entry.owner, entry.until, entry.tries = owner, now + LOOK_SECONDS, entry.tries + 1
         scored = Answered() if entry.computed else entry.answer
-        score = self._scoring.give(owner, now, entry.until, node, scored)
-        begins = entry.answer.begins
+        given = self._scoring.give(owner, now, entry.until, node, scored)
         return Look(
-            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact,
-            counted_as(node.policy or "exact", control=node.exact), entry.answer.greedy,
-        )  # fmt: skip
+            node.id,
+            node.stamp,
+            node.namespace,
+            node.token_bytes,
+            entry.answer.begins,
+            scored.scored(node),
+            node.exact,
+            counted_as(node.policy or "exact", control=node.exact),
+            entry.answer.greedy,
+            "" if node.exact else edit_of(given.traffic),
+            self._scoring.bound,
+        )
 
     def _ranked(self, now: float) -> list[tuple[float, Node]]:
         """Nodes that are worth it, with their expected uses; the others are forgotten."""

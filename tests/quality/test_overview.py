@@ -79,6 +79,54 @@ def test_a_silent_class_is_counted_and_vouches_for_nothing() -> None:
     assert judge.overview().silent == 0
 
 
+def in_doubt() -> Quality:
+    """More of what is only tried diverges than is allowed, and lately much more: it is doubted,
+    with a mean that is known to be within 0.75."""
+    judge = quality(0.02)
+    for diverged in (*[False, True] * 100, *[True] * 10):
+        judge.observe(score("balanced", diverged))
+    return judge
+
+
+def test_what_is_doubted_has_no_upper_limit_wherever_it_is_shown() -> None:
+    judge = in_doubt()
+    (known,) = judge.report()
+    (shown,) = known.policies
+    assert shown.diverged.high < 0.75, "as measured"
+    assert shown.extra.high == 1.0
+    assert judge.overview().extra["balanced"].upper == 1.0
+    assert judge.overview().doubted == 1
+    judge.reload(Terms(0.0, 0.05))
+    (known,) = judge.report()
+    assert known.policies[0].extra.high < 0.75, "without a bound nothing is doubted"
+    assert judge.overview().doubted == 0
+
+
+def test_what_is_shown_of_a_silent_class_is_what_the_ladder_goes_by() -> None:
+    judge = quality(0.02)
+    for _ in range(900):
+        judge.observe(score())
+    for _ in range(STALE):
+        judge.rung("n", "t", LADDER[-1])
+    (known,) = judge.report()
+    assert (known.rung, known.policies[0].extra.high) == ("exact", 1.0)
+
+
+def test_one_function_says_what_is_decided_shown_and_counted() -> None:
+    """On classes of every sort, doubted and silent ones: rungs and limits agree."""
+    for seed in range(3):
+        judge = taught(quality(0.05), seed)
+        alone, together = judge.report(), judge.overview()
+        for one in alone:
+            within = [each.policy for each in one.policies if each.extra.high <= 0.05]
+            assert one.rung == max(within, key=LADDER.index, default="exact")
+        loud = [one for one in alone if one.unscored < STALE]
+        for policy, limits in together.extra.items():
+            highs = [each.extra.high for one in loud for each in one.policies
+                     if each.policy == policy and each.greedy]  # fmt: skip
+            assert limits.upper == pytest.approx(max(0.0, *highs))
+
+
 def test_a_class_that_becomes_stricter_is_counted() -> None:
     metrics = Metrics()
     judge = quality(0.02, metrics=metrics)
