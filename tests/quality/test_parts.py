@@ -169,8 +169,8 @@ def test_a_tenants_parts_are_its_own() -> None:
 
 def test_parts_are_bounded_whatever_is_scored() -> None:
     evidence = Evidence()
-    for share, distance in zip(np.linspace(-1, 3, 500), range(-50, 10**7, 20_011), strict=False):
-        evidence.add(part_score(float(share), distance))
+    for share, distance in zip(np.linspace(-1, 3, 500), np.geomspace(1, 1e9, 500), strict=True):
+        evidence.add(part_score(float(share), int(distance) - 50))
     assert set(evidence.computed) == {one.name for one in COMPUTED}
     assert set(evidence.distance) == {one.name for one in DISTANCE}
 
