@@ -55,10 +55,11 @@ def limits(numbers: npt.ArrayLike, error: npt.ArrayLike) -> tuple[Floats, Floats
 
     `numbers`: count, total and deviation of each, of any shape. `error`: as of `radius`.
     """
-    count, total, deviation = np.moveaxis(np.asarray(numbers, np.float64), -1, 0)
+    found = np.asarray(numbers, np.float64)
+    count = found[..., 0]
     some = np.maximum(count, 1.0)
-    width = np.where(count > 0, radius(deviation, error) / some, 1.0)
-    mean = total / some
+    mean = found[..., 1] / some
+    width = np.where(count > 0, radius(found[..., 2], error) / some, 1.0)
     return np.maximum(0.0, mean - width), np.minimum(1.0, mean + width)
 
 

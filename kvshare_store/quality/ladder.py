@@ -90,21 +90,18 @@ def extra_of(classes: Sequence[Seen], ladder: Sequence[str], terms: Terms) -> Ex
     """What is known of each policy of each class. All that is decided, shown and counted comes from
     here. The mean so far is no limit for what comes next if it is doubted that this is as before,
     or if nobody has scored for long."""
-    shape, nothing = (len(classes), len(ladder)), (0, 0.0, 0.0)
-    numbers = np.array(
-        [
-            [nothing if one.silent else one.rates.get(policy, nothing) for policy in ladder]
-            for one in classes
-        ],
-        np.float64,
-    ).reshape(*shape, len(nothing))
-    doubts = [[policy in one.doubted for policy in ladder] for one in classes]
-    errors = np.array([terms.each(one.epoch) for one in classes], np.float64)
-    low, high = limits(numbers, errors[:, None])
-    high[np.array(doubts, bool).reshape(shape)] = 1.0
-    floors = np.array([one.floor for one in classes], np.float64).reshape(-1, len(nothing))
-    floor_low, floor_high = limits(floors, terms.each())
-    return Extra(low - floor_high[:, None], high - floor_low[:, None])
+    nothing: Numbers = (0, 0.0, 0.0)
+    shape, floor = (len(classes), len(ladder) + 1), len(ladder)
+    numbers, errors = [], []
+    for one in classes:
+        rates = {} if one.silent else one.rates
+        numbers.append([*(rates.get(policy, nothing) for policy in ladder), one.floor])
+        errors.append([*[terms.each(one.epoch)] * floor, terms.each()])
+    low, high = limits(np.array(numbers, float).reshape(*shape, 3), np.reshape(errors, shape))
+    for at, one in enumerate(classes):
+        for policy in one.doubted.intersection(ladder):
+            high[at, ladder.index(policy)] = 1.0
+    return Extra(low[:, :floor] - high[:, floor:], high[:, :floor] - low[:, floor:])
 
 
 def decide(learned: Learned, floor: Evidence, ladder: Sequence[str], terms: Terms) -> Decision:

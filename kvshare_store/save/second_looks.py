@@ -129,22 +129,20 @@ class SecondLooks:
         Nodes of adapters are not queued; of exact ones only some with answers are, as controls.
         """
         base, adapter = save.base, bool(save.namespace.lora)
-        entry = _Entry(self.clock(), Answered.of(save, self._served(node, save)))
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
-                self._controls[node.id] = entry
+                self._controls[node.id] = _Entry(self.clock(), Answered.of(save))
             return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
         if adapter:
             self._metrics.add("looks_declined")
             return
-        self._entries[node.id] = entry
+        answer = Answered.of(save, self._served(node, save))
+        self._entries[node.id] = _Entry(self.clock(), answer)
 
     def _served(self, node: Node, save: Save) -> Served:
-        """How the rows of the prompt came about; an answer does not say that of its own."""
-        if node.exact:
-            return Served()
+        """How the rows of an edited prompt came about; the save of its answer does not say."""
         known = self._entries.get(save.base.id) if save.base is not None else None
         if known is not None:
             return known.answer.served
