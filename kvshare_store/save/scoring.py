@@ -27,7 +27,7 @@ class Answered(msgspec.Struct, frozen=True):
     """How the rows of its prompt came about."""
 
     @classmethod
-    def of(cls, save: Save, served: Served = Served()) -> Answered:
+    def of(cls, save: Save, served: Served) -> Answered:
         """What a save says of it."""
         return cls(save.extends, save.greedy, save.request, served)
 

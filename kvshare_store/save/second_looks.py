@@ -131,7 +131,7 @@ class SecondLooks:
         base, adapter = save.base, bool(save.namespace.lora)
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
-                self._controls[node.id] = _Entry(self.clock(), Answered.of(save))
+                self._controls[node.id] = _Entry(self.clock(), Answered.of(save, Served()))
             return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
