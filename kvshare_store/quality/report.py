@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from kvshare_store.config import policy_names
 from kvshare_store.quality.classes import Known
-from kvshare_store.quality.confidence import Interval, Tally
+from kvshare_store.quality.confidence import Interval, Tally, limits
 from kvshare_store.quality.evidence import MOST_NATS, Evidence, Learned, Scores
 from kvshare_store.quality.ladder import Terms, extra_of, seen
-from kvshare_store.quality.parts import COMPUTED, DISTANCE, Bucket
+from kvshare_store.quality.parts import COMPUTED, DISTANCE
 from kvshare_store.quality.trend import Moment
 
 
@@ -145,30 +145,31 @@ def report_class(
 def _of_policy(
     learned: Learned, policy: str, floor: Evidence, terms: Terms, trend: tuple[Moment, ...]
 ) -> PolicyReport:
-    found, error = learned.policies[policy], terms.error
-    known = _scores(found, floor, error) | {"extra": extra_rate(learned, policy, floor, terms)}
+    found = learned.policies[policy]
+    computed = [one for one in COMPUTED if one.name in found.computed]
+    distance = [one for one in DISTANCE if one.name in found.distance]
+    parts = (
+        *(found.computed[one.name] for one in computed),
+        *(found.distance[one.name] for one in distance),
+    )
+    whole, *known = _known([found, *parts], floor, terms.error)
+    reports = [
+        PartReport(start=one.start, stop=one.stop, **fields)
+        for one, fields in zip((*computed, *distance), known, strict=True)
+    ]
     return PolicyReport(
         policy=policy,
-        computed=_parts(COMPUTED, found.computed, floor, error),
-        distance=_parts(DISTANCE, found.distance, floor, error),
+        computed=tuple(reports[: len(computed)]),
+        distance=tuple(reports[len(computed) :]),
         trend=trend,
-        **known,
-    )
-
-
-def _parts(
-    buckets: Sequence[Bucket], found: Mapping[str, Scores], floor: Evidence, error: float
-) -> tuple[PartReport, ...]:
-    return tuple(
-        PartReport(start=one.start, stop=one.stop, **_scores(found[one.name], floor, error))
-        for one in buckets
-        if one.name in found
+        **whole | {"extra": extra_rate(learned, policy, floor, terms)},
     )
 
 
 def report_floor(floor: Evidence, terms: Terms) -> PolicyReport:
     """Of controls."""
-    return PolicyReport(policy="", **_scores(floor, Evidence(), terms.error))
+    (known,) = _known([floor], Evidence(), terms.error)
+    return PolicyReport(policy="", **known)
 
 
 def extra_rate(learned: Learned, policy: str, floor: Evidence, terms: Terms) -> Interval:
@@ -178,24 +179,40 @@ def extra_rate(learned: Learned, policy: str, floor: Evidence, terms: Terms) -> 
     return Interval(mean, found.lower.item(), found.upper.item())
 
 
-def _scores(found: Scores, base: Scores, error: float) -> dict[str, Any]:
-    """The fields of a `ScoresReport`. `base`: of controls. Each interval is ever wrong with the
-    probability `error` at most."""
-    return {
-        "greedy": found.diverged.count,
-        "sampled": found.sampled.count,
-        "diverged": found.diverged.interval(error / 2),
-        "regret": _nats(found.regret.interval(error / 2)),
-        "sampled_regret": _nats(found.sampled.interval(error / 2)),
-        "extra": _beyond(found.diverged, base.diverged, error),
-        "extra_regret": _nats(_beyond(found.regret, base.regret, error)),
-    }
+def _known(found: Sequence[Scores], base: Scores, error: float) -> list[dict[str, Any]]:
+    """The fields of a `ScoresReport` of each. `base`: of controls. Each interval is ever wrong with
+    the probability `error` at most: two limits share that, or four of a difference."""
+    tallies = [(one.diverged, one.regret, one.sampled) for one in found]
+    alone = _intervals(tallies, error / 2)
+    apart = _intervals(tallies, error / 4)
+    ((diverged, regret, _),) = _intervals([(base.diverged, base.regret, base.sampled)], error / 4)
+    return [
+        {
+            "greedy": one.diverged.count,
+            "sampled": one.sampled.count,
+            "diverged": itself[0],
+            "regret": _nats(itself[1]),
+            "sampled_regret": _nats(itself[2]),
+            "extra": _beyond(other[0], diverged),
+            "extra_regret": _nats(_beyond(other[1], regret)),
+        }
+        for one, itself, other in zip(found, alone, apart, strict=True)
+    ]
 
 
-def _beyond(one: Tally, other: Tally, error: float) -> Interval:
-    """The difference of two means; four limits share the error."""
-    ours, theirs = one.interval(error / 4), other.interval(error / 4)
-    return Interval(ours.mean - theirs.mean, ours.low - theirs.high, ours.high - theirs.low)
+def _intervals(tallies: Sequence[Sequence[Tally]], error: float) -> list[list[Interval]]:
+    """Those of many at once."""
+    low, high = limits([[one.numbers for one in row] for row in tallies], error)
+    means = ([one.mean for one in row] for row in tallies)
+    return [
+        [Interval(*of) for of in zip(*row, strict=True)]
+        for row in zip(means, low.tolist(), high.tolist(), strict=True)
+    ]
+
+
+def _beyond(one: Interval, other: Interval) -> Interval:
+    """The difference of two means."""
+    return Interval(one.mean - other.mean, one.low - other.high, one.high - other.low)
 
 
 def _nats(share: Interval) -> Interval:

@@ -12,6 +12,7 @@ from kvshare_store.daemon import describe, protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.exposition import exposition
+from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save import second_looks
@@ -390,9 +391,10 @@ def test_an_answer_whose_prompt_left_the_queue_has_its_edit_still(
 
 
 def test_a_look_says_the_kind_of_edit_and_the_bound(driver: Open) -> None:
-    engine = driver(second_look_control=1.0, quality_bound=0.75)
+    engine = driver(second_look_control=1.0)
     answer(engine, edited(engine))
     control(engine)
+    engine.store.quality.reload(Terms(0.75, 0.05))
     first, second = given(engine), given(engine)
     assert first is not None
     assert second is not None
