@@ -62,11 +62,11 @@ class Served(msgspec.Struct, frozen=True):
 def served_of(tree: DeltaTree, node: Node, length: int, spans: Sequence[Span] | None) -> Served:
     """Of an edited node whose first `length` tokens are its prompt. `spans`: the rows that it was
     built on, None if nobody knows them any more. Hold the lock of the nodes."""
-    computed = None if spans is None else _computed(spans, length)
+    computed = None if spans is None else _share_computed(spans, length)
     return Served(computed, _nearest_edit(tree, node, length))
 
 
-def _computed(spans: Iterable[Span], length: int) -> float | None:
+def _share_computed(spans: Iterable[Span], length: int) -> float | None:
     exact = reused = 0
     for span in spans:
         if span.exact:

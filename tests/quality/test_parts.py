@@ -18,7 +18,7 @@ from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File
 from kvshare_store.quality.parts import COMPUTED, DISTANCE, Served, bucket_of, served_of
 from kvshare_store.quality.quality import Quality
-from kvshare_store.quality.report import PartReport, PolicyReport
+from kvshare_store.quality.report import PolicyReport
 from kvshare_store.quality.score import Score
 from tests.quality.streams import LADDER, quality, score
 from tests.quality.test_traffic import ANSWER, DONOR, QUESTION, edited, make_node
@@ -222,13 +222,17 @@ def test_the_release_before_reads_it_and_is_read() -> None:
     assert ours.of("faithful").diverged.count == 10
 
 
-def test_parts_of_other_bounds_are_left_out() -> None:
-    judge = quality()
-    judge.observe(part_score(0.3, 10))
-    (known,) = (one for *_, one in judge._classes)
-    known.learned.of("faithful").distance["0-7"] = known.learned.of("faithful").distance["0-64"]
-    assert [one.start for one in policy_of(judge).distance] == [0]
-    assert all(isinstance(one, PartReport) for one in policy_of(judge).distance)
+def test_parts_of_other_bounds_are_left_out(tmp_path: Path) -> None:
+    file = File(tmp_path / "quality")
+    taught(file)
+    kept = file.read()
+    assert kept is not None
+    parts = kept.classes["n"]["t"].of("faithful").distance
+    parts["0-7"] = parts.pop("0-64")
+    file.write(file.encode(kept))
+    again = policy_of(quality(file=file))
+    assert [one.start for one in again.distance] == [64, 256, 1024]
+    assert again.greedy == 50
 
 
 def test_evidence_that_begins_anew_has_new_parts() -> None:

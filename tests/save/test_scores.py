@@ -377,10 +377,12 @@ def test_a_class_is_known_apart_by_share_computed_and_by_distance(engine: Driver
 
 
 def test_an_answer_whose_prompt_left_the_queue_has_its_edit_still(
-    engine: Driver, monkeypatch: pytest.MonkeyPatch
+    driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(second_looks, "_MOST", 1)
+    engine = driver(second_look_control=0.0)
     told = edited(engine)
-    queue(engine)._entries.clear()
+    edited(engine, prompt(51, 40))
     answer(engine, told)
     look = given(engine)
     assert look is not None
