@@ -12,13 +12,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Span
 from kvshare_store.quality.traffic import changes
-
-_ANCESTORS = 64
-"""Prompts that only go on are followed up so far to the edit that they go on from."""
 
 
 class Bucket(NamedTuple):
@@ -59,11 +55,13 @@ class Served(msgspec.Struct, frozen=True):
         return None if self.edit is None or self.edit > answer else answer - self.edit
 
 
-def served_of(tree: DeltaTree, node: Node, length: int, spans: Sequence[Span] | None) -> Served:
+def served_of(
+    node: Node, length: int, spans: Sequence[Span] | None, parent: Served | None
+) -> Served:
     """Of an edited node whose first `length` tokens are its prompt. `spans`: the rows that it was
-    built on, None if nobody knows them any more. Hold the lock of the nodes."""
+    built on; `parent`: of the node's parent. None if nobody knows them any more."""
     computed = None if spans is None else _share_computed(spans, length)
-    return Served(computed, _nearest_edit(tree, node, length))
+    return Served(computed, _nearest_edit(node, length, None if parent is None else parent.edit))
 
 
 def _share_computed(spans: Iterable[Span], length: int) -> float | None:
@@ -76,17 +74,14 @@ def _share_computed(spans: Iterable[Span], length: int) -> float | None:
     return 1.0 - reused / (length - exact) if exact < length else None
 
 
-def _nearest_edit(tree: DeltaTree, node: Node, length: int) -> int | None:
-    """By the node's own script, or else by that of the nearest ancestor that it goes on from. Where
-    none of them is here, where the rows begin that stand behind other text than their own."""
-    at: Node | None = node
-    for _ in range(_ANCESTORS):
-        edits = tuple(at.edits) if at is not None else ()
-        last = max((change.stop for change in changes(edits, length)), default=None)
-        if last is not None:
-            return last
-        if at is None or not edits or edits[0].kind != "keep" or edits[0].start:
-            break
-        length = min(length, edits[0].stop)
-        at = tree.get(at.parent) if at.parent is not None else None
+def _nearest_edit(node: Node, length: int, parent: int | None) -> int | None:
+    """By the node's own script, or that of what it goes on from. Where nobody knows that, where the
+    rows begin that stand behind other text than their own."""
+    edits = tuple(node.edits)
+    last = max((change.stop for change in changes(edits, length)), default=None)
+    if last is not None:
+        return last
+    kept = edits[0].stop if edits and edits[0].kind == "keep" and not edits[0].start else 0
+    if parent is not None and parent <= min(kept, length):
+        return parent
     return node.contexts[-1].start if node.contexts else None

@@ -36,6 +36,8 @@ _HALF_LIFE_S = 60.0
 _ANSWERED_S = 60.0
 """A prompt that has no answer by then gets none."""
 _TRIES = 3
+_REMEMBERED = 4096
+"""Edited nodes of which it is known how their rows came about."""
 _CONTROLS = 16
 """Answers served in full that wait to be scored."""
 _BEFORE_CONTROL = 9
@@ -108,6 +110,8 @@ class SecondLooks:
         """By node, the oldest first."""
         self._controls: Latest[str, _Entry] = Latest(_CONTROLS)
         """Exact nodes whose answers are scored only, the oldest first."""
+        self._served: Latest[str, Served] = Latest(_REMEMBERED)
+        """By edited node, in the queue or not."""
         self._since_control = 0
         self._hearing = threading.Lock()
         """Held while an engine's words on an answer are taken in, so that a purge forgets these
@@ -138,16 +142,17 @@ class SecondLooks:
         if adapter:
             self._metrics.add("looks_declined")
             return
-        answer = Answered.of(save, self._served(node, save))
-        self._entries[node.id] = _Entry(self.clock(), answer)
+        served = self._served[node.id] = self._how(node, save)
+        self._entries[node.id] = _Entry(self.clock(), Answered.of(save, served))
 
-    def _served(self, node: Node, save: Save) -> Served:
+    def _how(self, node: Node, save: Save) -> Served:
         """How the rows of an edited prompt came about; the save of its answer does not say."""
-        known = self._entries.get(save.base.id) if save.base is not None else None
+        known = self._served.get(save.base.id) if save.base is not None else None
         if known is not None:
-            return known.answer.served
-        length = save.extends or node.length
-        return served_of(self._nodes.tree, node, length, None if save.extends else save.reuse.spans)
+            return known
+        parent = self._served.get(node.parent) if node.parent is not None else None
+        spans = None if save.extends else save.reuse.spans
+        return served_of(node, save.extends or node.length, spans, parent)
 
     def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""
@@ -288,6 +293,7 @@ class SecondLooks:
         engines have."""
         with self._hearing, self._nodes.lock:
             self._scoring.forget(namespace)
+            self._served.clear()  # names of nodes and numbers: what others lose is a share
 
     def reap(self, dead_owners: Collection[str]) -> None:
         """What engines had that are gone may be given to others."""

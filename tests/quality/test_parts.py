@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Context, Span
 from kvshare_store.quality.confidence import Tally
@@ -67,47 +66,34 @@ def test_the_share_is_of_what_is_not_exact(
     spans: tuple[Span, ...] | None, share: float | None
 ) -> None:
     node = make_node(edited(40, 2, 2))
-    found = served_of(DeltaTree(), node, 100, spans).computed
+    found = served_of(node, 100, spans, None).computed
     assert found == (share if share is None else pytest.approx(share))
 
 
 def test_the_distance_begins_where_the_last_edit_ends() -> None:
-    tree, donor = DeltaTree(), make_node(DONOR + QUESTION)
-    tree.add(donor)
+    donor = make_node(DONOR + QUESTION)
     prompt = edited(50, 2, 3) + QUESTION
     for tokens in (prompt, prompt + ANSWER):
-        served = served_of(tree, make_node(tokens, donor), len(prompt), ())
+        served = served_of(make_node(tokens, donor), len(prompt), (), None)
         assert served.edit == 53
         assert served.distance(len(prompt)) == len(prompt) - 53
     twice = [*edited(20, 1, 1)[:70], 9500, *DONOR[70:]]
-    assert served_of(tree, make_node(twice, donor), len(twice), ()).edit == 71
+    assert served_of(make_node(twice, donor), len(twice), (), Served(edit=3)).edit == 71
     assert served.distance(50) is None, "the edit is behind that"
 
 
 def test_a_prompt_that_goes_on_has_the_edit_that_it_goes_on_from() -> None:
-    tree, donor = DeltaTree(), make_node(DONOR)
-    first = make_node(edited(50, 2, 2) + QUESTION, donor)
+    first = make_node(edited(50, 2, 2) + QUESTION, make_node(DONOR))
+    before = served_of(first, first.length, (), None)
     second = make_node(first.tokens.tolist() + ANSWER, first)
+    after = served_of(second, second.length, (), before)
     third = make_node(second.tokens.tolist() + QUESTION[::-1], second)
-    for node in (donor, first, second, third):
-        tree.add(node)
-    assert served_of(tree, third, third.length, ()).edit == 52
+    assert served_of(third, third.length, (), after).edit == before.edit == 52
     early = make_node(first.tokens.tolist()[:30] + ANSWER, first)
-    assert served_of(tree, early, early.length, ()).edit is None, "the edit is not in its beginning"
-    tree.remove(second.id)
-    assert served_of(tree, third, third.length, ()).edit is None, "nobody knows it any more"
-    contexts = (Context(44, b"d" * 16, 60),)
-    known = msgspec.structs.replace(third, contexts=contexts)
-    assert served_of(tree, known, known.length, ()).edit == 44
-
-
-def test_ancestors_that_never_end_are_not_followed_for_ever() -> None:
-    tree, node = DeltaTree(), make_node(DONOR)
-    tree.add(node)
-    for at in range(200):
-        node = make_node([*node.tokens.tolist(), at], node)
-        tree.add(node)
-    assert served_of(tree, node, node.length, ()) == Served(1.0, None)
+    assert served_of(early, early.length, (), before).edit is None, "it stood behind that"
+    assert served_of(third, third.length, (), None).edit is None, "nobody knows it any more"
+    known = msgspec.structs.replace(third, contexts=(Context(44, b"d" * 16, 60),))
+    assert served_of(known, known.length, (), None).edit == 44
 
 
 # --- what is reported -----------------------------------------------------------------------------
@@ -251,4 +237,4 @@ def policy_epoch(judge: Quality) -> int:
 
 def test_a_node_without_a_parent_has_no_edit() -> None:
     node: Node = make_node(DONOR)
-    assert served_of(DeltaTree(), node, 100, None) == Served()
+    assert served_of(node, 100, None, None) == Served()

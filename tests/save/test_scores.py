@@ -376,10 +376,10 @@ def test_a_class_is_known_apart_by_share_computed_and_by_distance(engine: Driver
     assert computed.diverged == distance.diverged == policy.diverged
 
 
-def test_an_answer_whose_prompt_left_the_queue_has_its_edit_still(
+def test_an_answer_whose_prompt_is_forgotten_has_its_edit_still(
     driver: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(second_looks, "_MOST", 1)
+    monkeypatch.setattr(second_looks, "_REMEMBERED", 1)
     engine = driver(second_look_control=0.0)
     told = edited(engine)
     edited(engine, prompt(51, 40))
