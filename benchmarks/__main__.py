@@ -23,6 +23,7 @@ MEASUREMENTS: dict[str, str] = {
     "second-look": "latency.second_look",
     "settled-turns": "latency.settled_turns",
     "conversations": "peers.conversations",
+    "unchanged": "latency.unchanged",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",
