@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -101,15 +102,14 @@ def spoil(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(policy: str) -> dict[str, float]:
     """What vLLM's own metrics say of the greedy answers served under a policy. (`LLM.get_metrics`
     rounds counters down.)"""
-    return {
-        sample.name.removeprefix("vllm:kvshare_").removesuffix("_total"): sample.value
-        for family in REGISTRY.collect()
-        for sample in family.samples
-        if sample.name.startswith("vllm:kvshare_")
-        and sample.name.endswith("_total")
-        and sample.labels.get("policy") == policy
-        and sample.labels.get("chosen", "greedy") == "greedy"
-    }
+    found: Counter[str] = Counter()
+    for sample in (sample for family in REGISTRY.collect() for sample in family.samples):
+        name = sample.name.removeprefix("vllm:kvshare_").removesuffix("_total")
+        ours = name != sample.name and sample.name.endswith("_total")
+        greedy = sample.labels.get("chosen", "greedy") == "greedy"
+        if ours and greedy and sample.labels.get("policy") == policy and sample.labels["edit"]:
+            found[name] += sample.value
+    return dict(found)
 
 
 def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
@@ -134,6 +134,9 @@ def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
         "regret_nats": pytest.approx(found["regret"] * found["scored"], abs=NOISE),
         "diverged_answers": first is not None,
     }
+    bound = [one.value for family in REGISTRY.collect() for one in family.samples
+             if one.name == "vllm:kvshare_quality_bound"]  # fmt: skip
+    assert bound == [0.0], "as the daemon has it"
 
 
 def test_an_answer_that_was_spoiled_has_a_large_regret(
