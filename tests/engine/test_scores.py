@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, kept_engine
+from tests.engine.pictures import FOLDER, Pictures, pictures, settings, subject, tab
 from tests.engine.test_second_look import (
     ANSWER,
     CHUNK,
@@ -21,9 +23,16 @@ from tests.engine.test_second_look import (
     rest,
     settle,
 )
+from tests.http.test_browser import text
+from tests.support.browser import Tab
+from tests.support.page import page_url
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+__all__ = ["pictures", "tab"]
+
+ANSWERS = 300 if FOLDER else 6
+"""Scored before the page is looked at."""
 NOISE = 1e-3
 """Nats between two computations of the same in float32."""
 
@@ -32,12 +41,17 @@ NOISE = 1e-3
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return kept_engine(
         tmp_path_factory,
-        kvshare={
-            "policy": "aggressive",
-            "second_look": "idle",
-            "second_look_tokens": CHUNK,
-            "second_look_control": 1.0,
-        },
+        kvshare=settings(
+            {
+                "policy": "aggressive",
+                "second_look": "idle",
+                "second_look_tokens": CHUNK,
+                "second_look_control": 1.0,
+                "http": "127.0.0.1:0",
+            },
+            policy="aggressive",
+            quality_bound=0.2,
+        ),
         enable_prefix_caching=True,
         disable_log_stats=False,
     )
@@ -194,3 +208,22 @@ def test_rows_that_the_score_computed_again_are_right(engine: Engine, fresh: Fre
         assert served.agrees(full)
         rest(engine)
         engine.forget()
+
+
+def test_the_page_shows_what_was_scored(
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab, pictures: Pictures
+) -> None:
+    for at in range(ANSWERS):
+        engine.store(encode(subject(at)), max_tokens=ANSWER)
+        engine.forget()
+        settle(engine)
+    scores = engine.stats()["scores"]
+    (controls,) = [one["greedy"]["answers"] for name, one in scores.items() if name == "control"]
+    edited = sum(one["greedy"]["answers"] for name, one in scores.items() if name != "control")
+    assert edited >= ANSWERS // 6
+    tab.look(1280, 900)
+    tab.open(page_url(engine.home) + "/quality")
+    assert f"Edited answers scored\n{edited:,}" in text(tab)
+    assert f"Controls\n{controls:,}" in text(tab)
+    assert tab.complaints == []
+    pictures.take(tab, "quality", height=760)
