@@ -12,7 +12,7 @@
 # make churn    a day of traffic at full budgets
 # make docs     the site of these documents, in site/ (the page of results is made anew from what was measured)
 # make schemas  the manifests and Compose files in deploy/ against the schemas of Kubernetes and Compose
-# make screenshots   the pictures of the page in these documents, anew: a real engine serves for seven minutes
+# make screenshots   the pictures of the page in these documents, anew: a real engine serves for ten minutes
 # make release  build wheel and source distribution from the commit, check them, say what to push
 # make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
@@ -124,7 +124,7 @@ schemas: .venv/project.stamp .schemas/packages.stamp
 screenshots: export OMP_WAIT_POLICY = PASSIVE
 screenshots: export PICTURES = $(CURDIR)/docs/images
 screenshots: setup
-	$(PY) -m pytest -q --basetemp /tmp/kvshare-screenshots -o timeout=900 \
+	$(PY) -m pytest -q --basetemp /tmp/kvshare-screenshots -o timeout=900 -o faulthandler_timeout=930 \
 		tests/engine/test_page.py tests/engine/test_scores.py::test_the_page_shows_what_was_scored
 
 release: .venv/project.stamp

@@ -37,7 +37,6 @@ QUESTIONS = ("Do you sell bells?", "Is the red one cheap?", "Which bike is light
 
 SUBJECTS = (
     "You answer for a bike shop. Today: {} May.",
-    "Summarise the ticket of customer {}.",
     "How much does customer {} owe? Say the sum.",
 )
 """Of prompts whose answers are scored: each is a class of traffic."""
@@ -55,9 +54,10 @@ class Pictures:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def take(self, tab: Tab, name: str, height: int = SCREEN["height"]) -> None:
-        """Write `page-NAME.png`, so high, without what is further down."""
-        tab.look(SCREEN["width"], height)
+    def take(self, tab: Tab, name: str, first: str = "body") -> None:
+        """Write `page-NAME.png`: what a screen shows from the `first` element on."""
+        tab.look(**SCREEN)
+        tab.run(f"document.querySelector({first!r}).scrollIntoView()")
         path = self._folder / f"page-{name}.png"
         tab.picture(path, whole=False)
         assert path.stat().st_size <= MOST_BYTES

@@ -68,7 +68,7 @@ def test_a_hit_is_seen_explained_and_its_tenant_purged(
     (child,) = texts(tab, "[aria-label=Children] tbody th a")
     follow(tab, child)
     assert legend(tab, "beside")["edited"] > kinds["edited"] // 2
-    pictures.take(tab, "prompt")
+    pictures.take(tab, "prompt", "#beside")
     tab.look(**DESK)
 
     follow(tab, "Tenants")

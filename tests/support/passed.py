@@ -143,7 +143,7 @@ def table(found: dict[str, set[str]]) -> str:
         for folder in folders
     ]
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| `.` |", "| – |")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| `.` |", "| top |")
 
 
 def _names(folder: str, files: set[str]) -> str:
