@@ -12,6 +12,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,6 +72,10 @@ class Asked:
         self._settle()
         return Served(kind, len(tokens), answer.report["kvshare.reused"], answer.ttft_s, spent[0])
 
+    def close(self) -> None:
+        """End the engine."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _settle(self) -> None:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -112,8 +117,7 @@ def measure(options: Options) -> Result:
         fields: dict[str, Any] = {"semantic": "never", "min_saving_ms": -1e9}
         folder = f"{place}/home"
         daemon = CountedDaemon(StoreConfig(home=folder, idle_exit_s=600.0, **fields))
-        with daemon.running():
-            engine = Asked(options, Home(folder, **fields), watch)
+        with daemon.running(), closing(Asked(options, Home(folder, **fields), watch)) as engine:
             for tokens in sent[:WARM]:
                 engine.ask("warm", tokens)
             phases = {
