@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.harness.counting import CountedDaemon, Stopwatch, watch_engine
 from benchmarks.harness.engines import Arm, Home, engine_settings
@@ -114,9 +114,9 @@ def measure(options: Options) -> Result:
     sent = list(islice(prompts(options.data, tokenizer_of(options)), WARM + count))
     watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="kvshare-bench-") as place:
-        fields: dict[str, Any] = {"semantic": "never", "min_saving_ms": -1e9}
+        fields = {"semantic": "never", "min_saving_ms": -1e9, "idle_exit_s": 600.0}
         folder = f"{place}/home"
-        daemon = CountedDaemon(StoreConfig(home=folder, idle_exit_s=600.0, **fields))
+        daemon = CountedDaemon(StoreConfig(home=folder, **fields))
         with daemon.running(), closing(Asked(options, Home(folder, **fields), watch)) as engine:
             for tokens in sent[:WARM]:
                 engine.ask("warm", tokens)
@@ -144,8 +144,8 @@ def result_of(phases: dict[str, Phase], options: Options, model: str) -> Result:
         n={f"{name} prompts": len(phase.served) for name, phase in phases.items()},
         seed=options.seed,
         model=model,
-        noise_floor="none: what is timed is the counting itself; a timer that times nothing shows "
-        "about 0.2 us a call",
+        noise_floor=f"a stopwatch around a function that does nothing: {1e6 * of_nothing():.2f} us "
+        "a call",
         columns=["prompts", "n", "tokens", "reused", "ttft ms", "engine us", "daemon us",
                  "calls in the daemon", "share %", "largest share %"],
         rows=[row_of(name, phase, shares[name]) for name, phase in phases.items()],
@@ -165,6 +165,20 @@ def result_of(phases: dict[str, Phase], options: Options, model: str) -> Result:
         ],
         series={"shares": shares},
     )  # fmt: skip
+
+
+def of_nothing(calls: int = 10_000) -> float:
+    """What a stopwatch says of a function that does nothing, seconds a call."""
+
+    class Idle:
+        def nothing(self) -> None:
+            pass
+
+    watch, idle = Stopwatch(), Idle()
+    watch.wrap(Idle, "nothing")
+    for _ in range(calls):
+        idle.nothing()
+    return watch.seconds / calls
 
 
 def row_of(name: str, phase: Phase, shares: list[float]) -> list[Cell]:
