@@ -8,6 +8,7 @@ is what the daemon would do without the request: whatever its lanes do outside o
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import threading
@@ -41,6 +42,7 @@ class Watch:
         self.answers = 0
         """How many requests lanes have answered."""
         self._on = self._storing = False
+        self._client = threading.current_thread()
         self._answering = threading.local()
 
     def note(self, frame: FrameType, event: str, _: Any) -> None:
@@ -62,8 +64,9 @@ class Watch:
 
     def _counts(self) -> bool:
         """Whether this thread works for a request now."""
-        name = threading.current_thread().name
-        moves = name == "MainThread" or name.endswith("(serve)")
+        thread = threading.current_thread()
+        name = thread.name
+        moves = thread is self._client or name.endswith("(serve)")
         return moves or self._depth > 0 or (self._storing and name.startswith(STORING))
 
     @contextmanager
@@ -79,8 +82,11 @@ class Watch:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """A watch over all threads that begin in the block."""
+    """A watch over this thread and all that begin in the block. What others left behind is not
+    tidied up meanwhile: it would be noted."""
     watch = Watch()
+    gc.collect()
+    gc.disable()
     threading.setprofile(watch.note)
     sys.setprofile(watch.note)
     try:
@@ -88,6 +94,7 @@ def watching() -> Iterator[Watch]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+        gc.enable()
 
 
 def serve(client: Client, editor: Editor, tokens: list[int]) -> None:
