@@ -29,6 +29,8 @@ from tests.support.waiting import until
 
 PACKAGE = "kvshare_store/"
 LENGTH, WARM = 300, 3
+MOVES, ANSWERS = ("daemon/switchboard.py", "turn"), ("daemon/handling.py", "answer")
+"""Where the daemon works for a request: while it moves messages, and while a lane answers."""
 STORING = ("kvshare-commit", "kvshare-io", "kvshare-disk")
 """Threads that make a node durable, by the beginning of their names."""
 STEPS = ("serve", "save, until it is answered", "save, until it is durable")
@@ -43,7 +45,7 @@ class Watch:
         """How many requests lanes have answered."""
         self._on = self._storing = False
         self._client = threading.current_thread()
-        self._answering = threading.local()
+        self._inside = threading.local()
 
     def note(self, frame: FrameType, event: str, _: Any) -> None:
         """What Python calls for each call and return."""
@@ -52,22 +54,21 @@ class Watch:
         if not package or event not in ("call", "return"):
             return
         step = 1 if event == "call" else -1
-        if (name, code.co_name) == ("daemon/handling.py", "answer"):
-            self._answering.depth = self._depth + step
-            self.answers += event == "return"
+        if (function := (name, code.co_name)) in (MOVES, ANSWERS):
+            self._inside.depth = self._depth + step
+            self.answers += function == ANSWERS and event == "return"
         if self._on and event == "call" and self._counts():
             self.files.add(name)
 
     @property
     def _depth(self) -> int:
-        return int(getattr(self._answering, "depth", 0))
+        return int(getattr(self._inside, "depth", 0))
 
     def _counts(self) -> bool:
         """Whether this thread works for a request now."""
         thread = threading.current_thread()
-        name = thread.name
-        moves = thread is self._client or name.endswith("(serve)")
-        return moves or self._depth > 0 or (self._storing and name.startswith(STORING))
+        stores = self._storing and thread.name.startswith(STORING)
+        return thread is self._client or self._depth > 0 or stores
 
     @contextmanager
     def on(self, *, storing: bool = False) -> Iterator[set[str]]:
