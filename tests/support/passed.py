@@ -23,8 +23,9 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.plan import Outcome
 from tests.support.daemons import ClientDriver, serving
+from tests.support.neighbours import NAMESPACE
 from tests.support.oracle import prompt
-from tests.support.stores import NAMESPACE, SMALL
+from tests.support.stores import SMALL
 from tests.support.waiting import until
 
 PACKAGE = "kvshare_store/"
