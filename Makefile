@@ -122,7 +122,8 @@ schemas: .venv/project.stamp .schemas/packages.stamp
 
 # The tests that drive the page with a real engine take them. What a picture shows of paths begins there.
 screenshots: export OMP_WAIT_POLICY = PASSIVE
-screenshots: export PICTURES = $(CURDIR)/docs/images
+screenshots: export PAGE_PICTURES = $(CURDIR)/docs/images
+screenshots: export REQUIRE_ALL_TESTS = 1
 screenshots: setup
 	$(PY) -m pytest -q --basetemp /tmp/kvshare-screenshots -o timeout=900 -o faulthandler_timeout=930 \
 		tests/engine/test_page.py tests/engine/test_scores.py::test_the_page_shows_what_was_scored

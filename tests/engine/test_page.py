@@ -90,7 +90,7 @@ def test_the_overview_shows_what_was_reused(
     tab.look(**DESK)
     tab.open(page_url(engine.home) + "/")
     reused = sum(stats[f"tokens_reused_{kind}"] for kind in KINDS[:3])
-    assert reused > 100
+    assert reused > 0
     assert f"Requests\n{stats['lookups']:,}" in text(tab)
     assert f"Tokens reused\n{reused:,}" in text(tab)
     assert tab.complaints == []
