@@ -1,8 +1,8 @@
 """Pictures of the page for the documents, and the traffic that is worth one.
 
-`make screenshots` names the folder in PAGE_PICTURES and runs the tests that drive the page with a real
-engine. Those then serve minutes of traffic; in the whole suite they serve a request or two, and the
-pictures are thrown away. Their prompts are these.
+`make screenshots` names the folder in PAGE_PICTURES and runs the tests that drive the page with a
+real engine. Those then serve minutes of traffic; in the whole suite they serve a few requests, and
+the pictures are thrown away. Their prompts are these.
 """
 
 from __future__ import annotations
