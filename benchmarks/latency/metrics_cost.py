@@ -110,7 +110,7 @@ class Phase(NamedTuple):
 
 def measure(options: Options) -> Result:
     """Serve new prompts, then each again with an edit."""
-    count = max(2, options.size(100, 12))
+    count = max(2, options.size(80, 12))
     sent = list(islice(prompts(options.data, tokenizer_of(options)), WARM + count))
     watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="kvshare-bench-") as place:
