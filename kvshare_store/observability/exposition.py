@@ -330,7 +330,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvshare_namespace_tokens_total", "counter", "As `kvshare_tokens_total`, of one "
            "namespace", (*_SPACE, "kind"),
            _spaces_by("tokens", ("exact", "continued", "edited", "not_reused"))),
-    Family("kvshare_namespace_nodes", "gauge", "Prompts of a namespace", _SPACE, _spaces("nodes")),
+    Family("kvshare_namespace_nodes", "gauge", "Prompts of a namespace; one that became exact "
+           "counts twice until its edited form has left", _SPACE, _spaces("nodes")),
     Family("kvshare_namespace_bytes", "gauge", "Bytes of rows of a namespace, before any codec",
            _SPACE, _spaces("bytes")),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, kept_engine
+from tests.engine.pictures import FOLDER, Pictures, pictures, settings, subject, tab
 from tests.engine.test_second_look import (
     ANSWER,
     CHUNK,
@@ -22,9 +24,18 @@ from tests.engine.test_second_look import (
     rest,
     settle,
 )
+from tests.http.test_browser import text
+from tests.support.browser import Tab
+from tests.support.page import page_url
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+__all__ = ["pictures", "tab"]
+
+ANSWERS = 150 if FOLDER else 8
+"""Scored before the page is looked at."""
+POLICIES = ("aggressive", "balanced", "faithful")
+"""What each two prompts ask for in turn."""
 NOISE = 1e-3
 """Nats between two computations of the same in float32."""
 
@@ -33,12 +44,16 @@ NOISE = 1e-3
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return kept_engine(
         tmp_path_factory,
-        kvshare={
-            "policy": "aggressive",
-            "second_look": "idle",
-            "second_look_tokens": CHUNK,
-            "second_look_control": 1.0,
-        },
+        kvshare=settings(
+            {
+                "policy": "aggressive",
+                "second_look": "idle",
+                "second_look_tokens": CHUNK,
+                "second_look_control": 1.0,
+                "http": "127.0.0.1:0",
+            },
+            policy="aggressive",
+        ),
         enable_prefix_caching=True,
         disable_log_stats=False,
     )
@@ -197,3 +212,27 @@ def test_rows_that_the_score_computed_again_are_right(engine: Engine, fresh: Fre
         assert served.agrees(full)
         rest(engine)
         engine.forget()
+
+
+def test_the_page_shows_what_was_scored(
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab, pictures: Pictures
+) -> None:
+    for at in range(ANSWERS):
+        asked = POLICIES[at // 2 % len(POLICIES)]
+        engine.store(encode(subject(at)), max_tokens=ANSWER, policy=asked)
+        engine.forget()
+        settle(engine)
+    answers = {
+        policy: sum(chosen["answers"] for chosen in scores.values())
+        for policy, scores in engine.stats()["scores"].items()
+    }
+    controls = answers.pop("control")
+    edited = sum(answers.values())
+    assert edited >= ANSWERS // 3
+    assert answers.keys() == set(POLICIES)
+    tab.look(1280, 900)
+    tab.open(page_url(engine.home) + "/quality")
+    assert f"Edited answers scored\n{edited:,}" in text(tab)
+    assert f"Controls\n{controls:,}" in text(tab)
+    assert tab.complaints == []
+    pictures.take(tab, "quality")
