@@ -346,7 +346,7 @@ def test_clear_and_stop(home: Path) -> None:
         code, out, err = run("stop", "--home", home)
         assert (code, err) == (0, "")
         assert out == f"The daemon of {home} (process {process.pid}) has stopped.\n"
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == (
             f"kvshare: serving {home} on {home}/kvshare.sock, host 64.0 MiB, disk 128.0 MiB, "

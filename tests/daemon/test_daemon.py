@@ -53,6 +53,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     config = StoreConfig(
         home=str(home), block_tokens=8, host_bytes=1 << 20, disk_bytes=1 << 24,
         min_prompt_tokens=8, min_saving_ms=0.0, policy="aggressive", semantic="never",
+        plan_deadline_ms=20_000.0,
     )  # fmt: skip
     with Daemon(config) as daemon:
         yield daemon
@@ -472,7 +473,7 @@ def test_what_a_killed_client_held_is_released(daemon: Callable[..., Daemon], ho
 
 
 def test_an_idle_daemon_exits(daemon: Callable[..., Daemon]) -> None:
-    running = daemon(idle_exit_s=0.5)
+    running = daemon(idle_exit_s=1.0)
     assert running.process is not None
     assert running.process.wait(PATIENCE_S) == 0
 

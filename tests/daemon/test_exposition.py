@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.blocks.tiers.breaker import Breaker
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
@@ -334,6 +336,8 @@ def scrape(store: Store) -> Exposed:
 def test_a_remote_that_does_not_answer(
     driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lasting = partial(Breaker, pause_s=3600.0)  # it stays open, however slow this machine is
+    monkeypatch.setattr("kvshare_store.blocks.tiers.wrappers.Breaker", lasting)
     engine = driver(remote=f"file://{tmp_path / 'remote'}", remote_write="through")
     calls = itertools.count()
 

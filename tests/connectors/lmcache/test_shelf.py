@@ -53,7 +53,8 @@ def has(shelf: Shelf, *numbers: int) -> list[bool]:
 
 def settings(home: Path, **changes: object) -> StoreConfig:
     small = {"host_bytes": 1 << 21, "disk_bytes": 1 << 24, "semantic": "never", "gc_seconds": 0.0}
-    return StoreConfig(**{"home": str(home)} | small | changes)  # type: ignore[arg-type]
+    unhurried = {"plan_deadline_ms": 20_000.0}
+    return StoreConfig(**{"home": str(home)} | small | unhurried | changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
