@@ -43,7 +43,7 @@ from tests.support.waiting import eventually
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 Config = Callable[..., StoreConfig]
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def script(config: Config, tmp_path: Path, tenant_key: str) -> Iterator[Script]:
         tenant_key=tenant_key,
         gc_seconds=0.2,
     )
-    with Daemon(settings) as daemon, Client(settings.home_path, timeout=20) as client:
+    with Daemon(settings) as daemon, Client(settings.home_path, timeout=60) as client:
         yield Script(daemon, client)
 
 

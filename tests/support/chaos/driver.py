@@ -21,7 +21,7 @@ from tests.support.chaos.worker import some_prompt, work
 from tests.support.daemons import ClientDriver
 
 _WORKERS = 3
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 _SERVED_AFTER = 15
 """Prompts that the parent itself is served after each restart."""
 
@@ -204,7 +204,7 @@ class Trial:
         self._remote.kill()
         self._count("remote")
         before = self._report.requests
-        self._until(lambda: self._report.requests > before + 5, _PATIENCE_S)
+        self._until(lambda: self._report.requests > before + 5)
         if self._report.requests == before:
             self._report.problem("nothing is served while the remote is away")
         self._remote.start()
@@ -224,7 +224,7 @@ class Trial:
     def _settle(self) -> None:
         """While all clients rest, nothing may be held: no lease, no reservation."""
         self._pause()
-        if not self._until(lambda: not self._held(), 10.0):
+        if not self._until(lambda: not self._held()):
             self._report.leak(f"clients at rest or dead hold {self._held()}")
         self._tell_all("go")
 
@@ -297,10 +297,10 @@ class Trial:
         for worker in self._workers:
             if not worker.join():
                 self._report.problem("a client did not end in good order")
-        if not self._until(lambda: not self._held(), 10.0):
+        if not self._until(lambda: not self._held()):
             self._report.leak(f"clients that have ended hold {self._held()}")
         self._client.call(protocol.Clear(), _PATIENCE_S)
-        if not self._until(lambda: not self._bytes(), 10.0):
+        if not self._until(lambda: not self._bytes()):
             self._report.leak(f"an empty store holds {self._bytes()} bytes")
         if self._daemon.end():
             self._report.problem("the daemon did not end in good order")
