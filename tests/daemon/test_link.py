@@ -333,7 +333,7 @@ def test_a_stuck_lookup_keeps_nobody_else_waiting(server: Server) -> None:
 def test_status_waits_neither_for_the_lock_nor_for_the_disk(
     config: Callable[..., StoreConfig], monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    with Daemon(config()):
+    with serving(config()):
         save(home)
     measured = threading.Event()
     measure = files.measure
