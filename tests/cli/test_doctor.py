@@ -65,7 +65,7 @@ def test_a_running_daemon_is_well(home: Path) -> None:
         assert (code, states(found["permissions"])) == (0, ["ok", "ok"])
         assert f"version {version()}, ok, 0 nodes" in found["daemon"][0]["found"]
         assert "disk_bytes 16.0 MiB" in found["disk"][0]["found"], "as the daemon runs"
-        out = run("doctor", "--home", home)[1]
+        out = run("doctor", "--home", home, columns="200")[1]
         assert "kvshare.sock is 0600" in out
 
 

@@ -20,7 +20,7 @@ def keep_in_memory() -> None:
     found = os.statvfs(_MEMORY)
     if found.f_bavail * found.f_frsize < _ROOM_BYTES:
         return
-    folder = _MEMORY / f"kvshare-tests-{os.getuid()}"
+    folder = _MEMORY / f"kvs-{os.getuid()}"  # the names of sockets must not be long
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid == os.getuid():
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
