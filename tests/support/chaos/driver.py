@@ -88,8 +88,8 @@ class Trial:
         else:
             report.problem(news[0])
 
-    def _until(self, what: Callable[[], bool], seconds: float = _PATIENCE_S) -> bool:
-        deadline = time.monotonic() + seconds
+    def _until(self, what: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + _PATIENCE_S
         while True:
             self._listen()
             if what():
@@ -111,7 +111,7 @@ class Trial:
     def load(self) -> None:
         """Let the clients work for a while. Its length depends on their progress and on chance."""
         enough = self._report.requests + self._chance.randrange(2, 40)
-        self._until(lambda: self._report.requests >= enough, 2.0)
+        self._until(lambda: self._report.requests >= enough)
         time.sleep(self._chance.uniform(0.0, 0.03))
 
     # --- kills --------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Trial:
         worker.send(signal.SIGSTOP)
         self._count("client frozen")
         enough = self._report.requests + 40
-        self._until(lambda: self._report.requests >= enough, 5.0)
+        self._until(lambda: self._report.requests >= enough)
         worker.send(signal.SIGCONT)
         self._settle()
 
