@@ -46,8 +46,9 @@ until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 def knows(engine: Driver, tokens: list[int]) -> bool:
-    """Whether the store has a node of exactly this prompt."""
-    return any(node.tokens.tolist() == tokens for node in engine.store.tree)
+    """Whether the store has a node of exactly this prompt, and is through with learning of it."""
+    with engine.store.nodes.lock:
+        return any(node.tokens.tolist() == tokens for node in engine.store.tree)
 
 
 def save(engine: Driver, tokens: list[int]) -> str | None:
