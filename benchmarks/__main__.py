@@ -22,6 +22,7 @@ MEASUREMENTS: dict[str, str] = {
     "answers": "latency.answers",
     "second-look": "latency.second_look",
     "conversations": "peers.conversations",
+    "unchanged": "latency.unchanged",
     "misses": "latency.misses",
     "misses_store": "store.lookup_misses",
     "plans": "store.lookups",

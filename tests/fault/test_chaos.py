@@ -6,6 +6,8 @@ import fcntl
 import multiprocessing
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -30,6 +32,7 @@ from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope
 from tests.support.chaos.audit import Auditor
 from tests.support.chaos.namespaces import possible
+from tests.support.chaos.processes import IMPORTED_ONCE
 from tests.support.chaos.report import Report
 from tests.support.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
 from tests.support.chaos.run import run
@@ -47,6 +50,13 @@ OTHER = SPACE.for_tenant("other")
 TOKENS = prompt(1, 40)
 HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
 """A home that the release before has written."""
+
+
+def test_processes_are_forked_before_lancedb_is_imported() -> None:
+    """Its threads do not survive a fork, and a lock that one of them held stays locked."""
+    modules = ["tests.support.chaos.__main__", *IMPORTED_ONCE]
+    script = f"import sys, {', '.join(modules)}; sys.exit('lancedb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.slow

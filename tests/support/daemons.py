@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
-from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
@@ -34,6 +33,9 @@ from tests.support.oracle import (
     pick,
     positions_of,
 )
+
+if TYPE_CHECKING:
+    from kvshare_store.daemon.server import Server
 
 START_S = 60.0
 
@@ -51,6 +53,9 @@ def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
 @contextmanager
 def serving(config: StoreConfig, limits: Limits | None = None) -> Iterator[Server]:
     """A daemon in this process."""
+    # processes that the kill test forks inherit this module, and must not inherit LanceDB
+    from kvshare_store.daemon.server import Server
+
     running = Server(config, limits)
     thread = threading.Thread(target=running.serve)
     thread.start()

@@ -27,7 +27,7 @@ from tests.support.chaos.namespaces import see_instead
 from tests.support.power_cut import command
 
 START_S = 60.0
-_IMPORTED_ONCE = [
+IMPORTED_ONCE = [
     "__main__",
     "lance_namespace",
     "numpy",
@@ -41,7 +41,7 @@ _IMPORTED_ONCE = [
 def context() -> ForkServerContext:
     """The server process from which all processes of the kill test are forked."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(_IMPORTED_ONCE)
+    found.set_forkserver_preload(IMPORTED_ONCE)
     return found
 
 
