@@ -76,7 +76,7 @@ class BlockStore:
         """The fastest tier that holds the block, or None."""
         if self.host.has(name):
             return self.host.name
-        level = self.levels.holder(name)
+        level = self.pool.holder(name)
         return None if level is None else level.tier.name
 
     def size_of(self, name: str) -> int:
@@ -249,13 +249,16 @@ class BlockStore:
         return level is None or self._io.run(self.levels.make_room(level, nbytes))
 
     def delete(self, names: list[str]) -> None:
-        """Remove blocks that were dropped from every tier below, and wait for it.
+        """Remove blocks that `pool.drop` returned from every tier below, and wait for it.
 
         Only one thread may delete and persist, so that a block which returns at that moment is not
         deleted together with its predecessor.
         """
-        if names:
-            self._io.run(self.levels.delete(names))
+        try:
+            if names:
+                self._io.run(self.levels.delete(names))
+        finally:
+            self.pool.deleted()
 
     def list_shared(self) -> dict[str, str]:
         """Blocks in a remote tier that several machines share, of all machines, with the namespace

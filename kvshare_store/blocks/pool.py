@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import LeaseBook
-from kvshare_store.blocks.levels import Levels
+from kvshare_store.blocks.levels import Level, Levels
 from kvshare_store.blocks.slot_sizes import SlotSizes
 from kvshare_store.blocks.tiers.host.arena import slot_bytes
 from kvshare_store.blocks.tiers.host.tier import HostTier
@@ -47,6 +47,9 @@ class BufferPool:
         self._persisting: frozenset[str] = frozenset()
         """Blocks that are being written to tiers below at this moment, from their place in the
         host."""
+        self._leaving: frozenset[str] = frozenset()
+        """Blocks that are being deleted from the tiers below at this moment: some still have
+        them."""
         self._writing_back = 0
         self._lost: list[str] = []
         """Blocks that are in no tier any more, until `take_lost` reports them."""
@@ -103,7 +106,7 @@ class BufferPool:
         with self._lock:
             self.place(offset, name, block)
             self._metrics.moved(NEW, self._host.name, len(block.data))
-            if self._levels and self._levels.holder(name) is None:
+            if self._levels and self.holder(name) is None:
                 self._dirty[name] = len(block.data)
 
     def place(self, offset: int, name: str, block: Block) -> None:
@@ -191,11 +194,22 @@ class BufferPool:
         return lost
 
     def drop(self, names: Iterable[str]) -> list[str]:
-        """Remove blocks that no node uses from the host, except leased ones. Returns those that may
-        be deleted below. Keep holding the lock under which they were found unused."""
+        """Remove blocks that no node uses from the host, except leased ones. Returns those that are
+        to be deleted below; until `deleted` nothing counts on finding them there. Keep holding the
+        lock under which they were found unused."""
         free = [name for name in names if not self.leases.pinned(name)]
         self._drop(free)
+        self._leaving = frozenset(free)
         return free
+
+    def deleted(self) -> None:
+        """What `drop` returned last has been deleted below."""
+        with self._lock:
+            self._leaving = frozenset()
+
+    def holder(self, name: str) -> Level | None:
+        """The fastest level below that holds the block, and will."""
+        return None if name in self._leaving else self._levels.holder(name)
 
     def drop_namespace(self, namespace: str) -> list[str]:
         """Remove every block of a namespace from the host; returns them. None of them may be

@@ -74,12 +74,13 @@ class Committer:
             log.exception("kvshare: node %s could not be given up", short(work.node.id))
 
     def _fail(self, node: Node, error: KVShareError) -> None:
-        """A node that cannot be made durable is removed: a full disk ends saving, not serving."""
-        if _is_refusal(error):
-            self._queue.failed(error)
+        """A node that cannot be made durable is removed: a full disk ends saving, not serving. If
+        nobody has removed it before, and not for want of room, whoever flushes is told."""
         if not isinstance(error, MissError):
             self._metrics.error(error.kind)
-        self._nodes.remove([node.id])
+        was_here = self._nodes.forget(node)
+        if _is_refusal(error) or (was_here and isinstance(error, MissError)):
+            self._queue.failed(error)
 
     def _do(self, batch: Sequence[Work]) -> None:
         """Do as much as possible in one go, additions first: if a removal came first and the

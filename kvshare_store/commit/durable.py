@@ -80,8 +80,9 @@ class Durable:
         return list(map(self._still_here, nodes, _each(self.write, nodes)))
 
     def _still_here(self, node: Node, error: KVShareError | None) -> KVShareError | None:
-        """Where nodes are written one by one, room for one may be made by removing another."""
-        if error is None and node.id not in self._nodes.tree:
+        """Where nodes are written one by one, room for one may be made by removing another, which
+        may have been saved again since, with other blocks."""
+        if error is None and not self._nodes.has(node):
             return MissingBlockError(f"node {short(node.id)} left before its row was committed")
         return error
 

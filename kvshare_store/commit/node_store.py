@@ -63,9 +63,22 @@ class NodeStore:
 
     # --- nodes come --------------------------------------------------------------------------
 
+    def has(self, node: Node) -> bool:
+        """Whether the node is here, with these blocks."""
+        here = self.tree.get(node.id)
+        return here is not None and here.blocks == node.blocks
+
     def add(self, node: Node, vectors: Vectors) -> None:
-        """Offer a node to lookups now and make it durable soon. Its blocks are in a tier."""
+        """Offer a node to lookups now and make it durable soon. Its blocks are in a tier.
+
+        One that is here already stays as it is, and so does its row: the beginning of another
+        prompt may have become this one meanwhile.
+        """
         with self.lock:
+            if node.id in self.tree:
+                self.tree.touch(node.id)
+                self.remove_unused(node.blocks)
+                return
             node = self._insert(node, vectors)
             self.queue.put(Addition(node, vectors))
             if self._shared:
@@ -156,6 +169,11 @@ class NodeStore:
                 removal = self.removal(gone, unused)
                 self.queue.put(removal._replace(stamps=()) if whatever else removal)
             return len(gone)
+
+    def forget(self, node: Node) -> bool:
+        """As `remove`, but only if the node is here with these blocks; whether it was."""
+        with self.lock:
+            return self.has(node) and bool(self.remove([node.id]))
 
     def removal(self, nodes: Sequence[Node], unused: Sequence[str] = ()) -> Removal:
         """The removal of rows in the form that this machine knows, and then of blocks."""

@@ -62,15 +62,16 @@ class Catalogue:
 
 
 class Nodes:
-    """Records which nodes are given up."""
+    """Records which nodes are given up. The node `left` is not here any more."""
 
     blocks = None
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
 
-    def remove(self, ids: list[str]) -> None:
-        self._log += [f"given up {node_id}" for node_id in ids]
+    def forget(self, node: Node) -> bool:
+        self._log.append(f"given up {node.id}")
+        return node.id != "left"
 
 
 class Deletions(Room):
@@ -269,6 +270,18 @@ def test_no_room_and_nodes_that_left_are_no_failure_of_storage() -> None:
     desk.run(addition("left"), addition("large"))
     desk.queue.flush(since=0)
     assert desk.health.report()["state"] == "ok"
+    desk.committer.close()
+
+
+def test_a_prompt_whose_blocks_vanish_is_not_called_durable() -> None:
+    def vanished(node: Node) -> None:
+        raise MissingBlockError("a block is in no tier")
+
+    desk = Desk(vanished)
+    desk.start.set()
+    with pytest.raises(StorageError, match=r"1 prompts were not stored.*in no tier"):
+        flush_after(desk, addition("a"))
+    assert desk.health.report()["state"] == "ok", "storage has refused nothing"
     desk.committer.close()
 
 

@@ -24,6 +24,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, KVShareError
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.prefix_chain import CHAIN_RUN
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.rope import Rope
@@ -131,7 +132,8 @@ class Auditor:
             tokens = node.tokens.tolist()
             driver = drivers[node.namespace]
             served = self._compare(driver, tokens)
-            if node.exact and served != len(tokens) - 1:
+            # many nodes may have all whole runs in common, and only some of them are looked at
+            if node.exact and served < (len(tokens) - 1) // CHAIN_RUN * CHAIN_RUN:
                 self._report.lose(f"node {node_id} serves {served} rows of {len(tokens)}")
             at = self._chance.randrange(len(tokens))
             self._compare(driver, [*tokens[:at], 5, 6, *tokens[at:]])

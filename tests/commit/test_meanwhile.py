@@ -1,0 +1,105 @@
+"""Prompts that are saved while others leave: they are stored as they were told, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kvshare_store.save.staging import Buffer
+from kvshare_store.store import Store
+from tests.support.oracle import Driver, prompt
+
+Open = Callable[..., Driver]
+PATIENCE_S = 60.0
+
+
+@contextmanager
+def deleting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Files are deleted only when the context ends; the event says that one is about to be."""
+    disk = store.blocks.levels.named("disk")
+    assert disk is not None
+    begun, go_on, delete = threading.Event(), threading.Event(), disk.tier.delete
+
+    async def late(name: str) -> bool:
+        begun.set()
+        while not go_on.is_set():  # other blocks are read and written meanwhile
+            await asyncio.sleep(0.01)
+        return await delete(name)
+
+    monkeypatch.setattr(disk.tier, "delete", late)
+    try:
+        yield begun
+    finally:
+        go_on.set()
+
+
+def reopened(engine: Driver, driver: Open) -> Driver:
+    engine.store.flush()
+    engine.store.close()
+    again = driver()
+    assert again.store.stats()["errors"] == {}, "every row has its blocks"
+    return again
+
+
+def test_rows_that_are_being_deleted_are_not_built_on(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The donor of a save is forgotten while its rows are on their way."""
+    engine = driver()
+    tokens, longer = prompt(1, 40), prompt(1, 40) + prompt(2, 20)
+    donor = engine.save(tokens)
+    engine.store.flush()
+    staged = engine.stage(longer, engine.serve(longer))
+    assert staged.rows == 20
+    with deleting(engine.store, monkeypatch) as begun:
+        engine.store.nodes.remove([str(donor)])
+        assert begun.wait(PATIENCE_S)
+        assert engine.commit(staged) is None, "nobody may be told that it is stored"
+    again = reopened(engine, driver)
+    assert again.plan(longer).declined == "empty_store"
+
+
+def test_rows_that_come_back_while_they_are_deleted_stay(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows are saved anew: they count as nowhere else, and are written again."""
+    engine = driver()
+    tokens = prompt(1, 40)
+    donor = engine.save(tokens)
+    engine.store.flush()
+    with deleting(engine.store, monkeypatch) as begun:
+        engine.store.nodes.remove([str(donor)])
+        assert begun.wait(PATIENCE_S)
+        assert engine.save(tokens) == donor
+        assert not any(map(engine.store.blocks.pool._may_go, engine.store.tree.blocks()))
+    again = reopened(engine, driver)
+    assert again.serve(tokens).exact == 39
+
+
+def test_a_prompt_that_becomes_another_ones_beginning_is_stored_once(driver: Open) -> None:
+    """While it is saved, a longer one is, and is shortened to the very same tokens. An engine that
+    computes a prompt again gets other bits."""
+    engine = driver()
+    tokens, shorter = prompt(1, 64), prompt(1, 56)
+    staged = engine.stage(shorter)
+    longer = engine.save(tokens)
+    engine.store.flush()
+    nodes = engine.store.nodes
+    with nodes.lock:
+        node = nodes.tree.get(str(longer))
+        assert node is not None
+        change = nodes.shorten(node, 1)
+        nodes.queue.put(nodes.removal(change.nodes, change.unused))
+    assert [node.tokens.tolist() for node in nodes.tree] == [shorter]
+    blocks = nodes.tree.blocks()
+    other_rows = Buffer(bytes(staged.rows * engine.namespace.layout.row_bytes))
+    assert engine.store.commit(staged.id, other_rows) in nodes.tree
+    engine.store.flush()
+    engine.store.collect()
+    assert nodes.tree.blocks() == blocks
+    again = reopened(engine, driver)
+    assert again.serve(shorter).exact == 55
