@@ -295,8 +295,8 @@ class Trial:
         """End everything in order: clients, all nodes, the daemon. Nothing may be left of any."""
         self._pause("end")
         for worker in self._workers:
-            if not worker.join():
-                self._report.problem("a client did not end in good order")
+            if (code := worker.join()) != 0:
+                self._report.problem(f"a client did not end in good order: exit code {code}")
         if not self._until(lambda: not self._held()):
             self._report.leak(f"clients that have ended hold {self._held()}")
         self._client.call(protocol.Clear(), _PATIENCE_S)
