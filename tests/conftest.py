@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support.needs import need  # noqa: E402 - its asserts are rewritten as well
+from tests.support.in_memory import keep_in_memory  # noqa: E402 - asserts are rewritten as well
+from tests.support.needs import need  # noqa: E402
 
 pytest_plugins = ["tests.support.stores"]
+
+keep_in_memory()
 
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

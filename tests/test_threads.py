@@ -15,7 +15,7 @@ from kvshare_store.errors import StorageError
 from kvshare_store.threads import STORING, FairLock, Health, Supervised
 from tests.support.neighbours import Machine, until
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def test_a_thread_that_fails_is_started_again() -> None:

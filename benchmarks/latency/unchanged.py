@@ -71,14 +71,15 @@ def measure(options: Options) -> Result:
     served: list[Turn] = []
     with running(options, _ARMS) as (engines, home):
         for at, (kind, group) in enumerate(track(parts, "Conversations")):
-            served += _serve(engines, home, kind, group, at)
+            served += serve(engines, home, kind, group, at)
     return result_of(served, options, model_name(options))
 
 
-def _serve(
+def serve(
     engines: Mapping[str, Engine], home: Home, kind: str, asked: Sequence[Asked], part: int
 ) -> list[Turn]:
-    """With tenants that nobody had before: nothing is left of the parts before."""
+    """What each engine takes for the same requests, with tenants that nobody had before: nothing is
+    left of the parts before."""
     timed: dict[str, list[Timed]] = {}
     salt_of = _salts(kind)
     for arm in in_turn(list(engines), part):

@@ -152,7 +152,7 @@ def test_deleted_rows_stay_on_disk_until_old_versions_are_cleaned_up(
         table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
         return not on_disk()
 
-    until(cleaned_up, 10)
+    until(cleaned_up, 60)
     assert ids(table) == ["kept"]
 
 

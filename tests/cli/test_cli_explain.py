@@ -22,7 +22,7 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.commands import one_line, run
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import Driver
 from tests.support.stores import SMALL
 
@@ -37,7 +37,7 @@ SECOND = [*FIRST[:80], 7, 8, 9, *FIRST[83:]]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
     """Home of a daemon with three prompts, and their ids; four requests were made."""
     home = tmp_path_factory.mktemp("explain") / "home"
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, "chat-7"))
@@ -205,7 +205,7 @@ def test_a_logged_request_in_full(served: Served) -> None:
 
 
 def test_a_logged_request_is_planned_again(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         assert engine.plan(SECOND).declined == "empty_store"
         engine.save(FIRST)
@@ -216,7 +216,7 @@ def test_a_logged_request_is_planned_again(home: Path) -> None:
 
 
 def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         for name in (f"chatcmpl-{'a' * 40}", f"chatcmpl-{'b' * 40}"):
             ask = plan_request(np.asarray(FIRST, np.int32), SPACE, None, name)
             client.receive(client.send(ask), 20.0)
@@ -235,7 +235,7 @@ def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
 def test_a_request_is_no_candidate_for_itself(home: Path) -> None:
     """Neither the prompt that it stored, nor that prompt with its answer, nor what a second look
     has made of it."""
-    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         plan = engine.serve(SECOND)
@@ -248,7 +248,7 @@ def test_a_request_is_no_candidate_for_itself(home: Path) -> None:
 
 
 def test_a_repeated_prompt_shows_the_prompt_that_served_it(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         engine.serve(FIRST)
@@ -272,7 +272,7 @@ def test_the_edits_between_two_prompts(served: Served) -> None:
 
 def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         plan = engine.serve(SECOND)
@@ -303,7 +303,7 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_a_purge_would_remove(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         kept = ClientDriver(client, SPACE.for_tenant("alice")).save(FIRST)
         out = ok("purge", "--tenant", "alice", "--dry-run", "--home", home)
         assert out.startswith("Would remove 1 nodes and ")
@@ -335,7 +335,7 @@ def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
 
 
 def test_a_purge_of_a_lineage(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         second = engine.save(SECOND, engine.serve(SECOND))
@@ -356,7 +356,7 @@ def test_a_purge_of_a_lineage(home: Path) -> None:
 
 
 def test_the_list_of_nodes_knows_whose_parent_is_gone(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         engine = ClientDriver(client, SPACE)
         first = engine.save(FIRST)
         engine.save(SECOND, engine.serve(SECOND))

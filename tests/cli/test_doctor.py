@@ -19,7 +19,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
 from kvshare_store.version import version
 from tests.support.commands import one_line, run
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, Daemon, serving
 from tests.support.neighbours import NAMESPACE
 from tests.support.stores import SMALL
 
@@ -65,12 +65,12 @@ def test_a_running_daemon_is_well(home: Path) -> None:
         assert (code, states(found["permissions"])) == (0, ["ok", "ok"])
         assert f"version {version()}, ok, 0 nodes" in found["daemon"][0]["found"]
         assert "disk_bytes 16.0 MiB" in found["disk"][0]["found"], "as the daemon runs"
-        out = run("doctor", "--home", home)[1]
+        out = run("doctor", "--home", home, columns="200")[1]
         assert "kvshare.sock is 0600" in out
 
 
 def test_a_home_that_others_can_read(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)):
+    with serving(StoreConfig(home=str(home), **SMALL)):
         home.chmod(0o755)
         (home / "kvshare.sock").chmod(0o666)
         code, found = diagnosed(home)
@@ -167,7 +167,7 @@ def test_an_engine_that_compiles_nothing(words: list[str]) -> None:
 
 
 def test_top_prints_a_line_each_time(home: Path) -> None:
-    with Daemon(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         ClientDriver(client, NAMESPACE).save(range(200))
         code, out, err = run("top", "--interval", "0.1", "--count", "2", "--home", home)
     assert (code, err) == (0, "")

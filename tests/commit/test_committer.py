@@ -26,7 +26,7 @@ from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Span
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def addition(name: str) -> Addition:

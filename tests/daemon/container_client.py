@@ -24,7 +24,7 @@ NAMESPACE = Namespace("model", KVLayout(8, 4, 64, "float32"))
 TOKENS = 40
 SLOT = slot_bytes(8 * NAMESPACE.layout.row_bytes)
 """Bytes of a block's slot. Ten of them exceed a daemon's least memory."""
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def config(home: str, blocks: int = 64) -> StoreConfig:

@@ -26,7 +26,7 @@ from tests.support.waiting import eventually
 
 Config = Callable[..., StoreConfig]
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.blocks.tiers.breaker import Breaker
 from kvshare_store.blocks.tiers.remote import RemoteTier
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
@@ -158,7 +160,7 @@ def script(config: Config, tmp_path: Path, tenant_key: str) -> Iterator[Script]:
         tenant_key=tenant_key,
         gc_seconds=0.2,
     )
-    with Daemon(settings) as daemon, Client(settings.home_path, timeout=20) as client:
+    with Daemon(settings) as daemon, Client(settings.home_path, timeout=60) as client:
         yield Script(daemon, client)
 
 
@@ -334,6 +336,8 @@ def scrape(store: Store) -> Exposed:
 def test_a_remote_that_does_not_answer(
     driver: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lasting = partial(Breaker, pause_s=3600.0)  # it stays open, however slow this machine is
+    monkeypatch.setattr("kvshare_store.blocks.tiers.wrappers.Breaker", lasting)
     engine = driver(remote=f"file://{tmp_path / 'remote'}", remote_write="through")
     calls = itertools.count()
 

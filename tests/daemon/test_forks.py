@@ -23,7 +23,7 @@ from tests.support.oracle import prompt
 pytestmark = pytest.mark.fault
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

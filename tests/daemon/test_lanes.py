@@ -11,7 +11,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.errors import OverloadError
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

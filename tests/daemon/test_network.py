@@ -51,7 +51,7 @@ Config = Callable[..., StoreConfig]
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 WIDE = Namespace("wide", KVLayout(8, 8, 64, "float32"))
 """Rows of 32 KiB: a block of 32 rows is two pieces."""
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.support.peer import Peer
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 ROW = 64
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

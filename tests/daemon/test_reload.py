@@ -25,7 +25,7 @@ from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Reloaded(Daemon):

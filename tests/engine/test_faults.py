@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 LENGTH = 130
-DEADLINE_S = 0.4
+DEADLINE_S = 1.0
 RECOVERY_S = 60.0
 SETTINGS = {
     "kvshare": {"policy": "aggressive", "plan_deadline_ms": DEADLINE_S * 1e3},
@@ -389,7 +389,7 @@ def test_a_flipped_byte_on_disk_is_a_miss(engine: Engine, prompt: list[int]) -> 
     full = engine.store(prompt)
     engine.forget()
     engine.client.stop()
-    until(lambda: not home_taken(engine.home), 10.0)
+    until(lambda: not home_taken(engine.home), RECOVERY_S)
     for path in block_files(engine.home):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kvshare_connectors.vllm.looks as looks_module
@@ -267,10 +268,12 @@ def test_a_request_right_behind_another_meets_no_look(
     monkeypatch.setattr(looks_module, "_PAUSES_S", (30.0,))
     bench = idle()
     give(bench, link)
-    before = time.monotonic()
+    now, slept = time.monotonic(), list[float]()
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=slept.append)
+    monkeypatch.setattr(looks_module, "time", clock)
     for _ in range(5):
         assert bench.step().total_num_scheduled_tokens == 0
-    assert time.monotonic() - before < 5, "each waits milliseconds"
+    assert slept == [looks_module._TICK_S] * 5, "each waits milliseconds"
     assert bench.scheduler.has_requests()
     assert not questions(link)
 

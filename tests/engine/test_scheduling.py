@@ -13,7 +13,7 @@ import pytest
 from kvshare_connectors.vllm.metadata import KVShareMetadata
 
 from kvshare_store.errors import DeadlineError, LeaseError
-from tests.engine.harness import BLOCK, Answer, Engine, Fresh, Keep, random_runs
+from tests.engine.harness import BLOCK, PATIENCE_S, Answer, Engine, Fresh, Keep, random_runs
 from tests.engine.soak import Traffic, related_prompts
 from tests.support.waiting import until
 
@@ -341,9 +341,9 @@ def test_abort_while_waiting_for_room(engine: Engine, prompt: list[int]) -> None
     with engine.counted() as gained, engine.room(3):
         name = engine.add(prompt)
         engine.step()
-        until(lambda: leases(engine) == 1, 5.0)
+        until(lambda: leases(engine) == 1, PATIENCE_S)
         engine.abort(name)
-        until(lambda: leases(engine) == 0, 5.0)  # no further step is needed for that
+        until(lambda: leases(engine) == 0, PATIENCE_S)  # no further step is needed for that
     assert gained["declined.aborted"] == 1
 
 
@@ -365,7 +365,7 @@ def test_abort_while_the_lookup_runs(
             engine.step()
             assert engine.planning.states
             engine.abort(name)
-        until(lambda: leases(engine) == 1, 5.0)
+        until(lambda: leases(engine) == 1, PATIENCE_S)
     assert gained["declined.aborted"] == 1
 
 

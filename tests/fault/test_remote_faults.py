@@ -134,7 +134,7 @@ def keep(engine: Driver, tokens: list[int]) -> None:
 def until_saved(engine: Driver, tokens: list[int]) -> None:
     """Save until the breaker, and whatever refuses saves meanwhile, has let a call through
     again."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while from_below(engine, tokens).exact != len(tokens) - 1:
         assert time.monotonic() < deadline
         with contextlib.suppress(StorageError):

@@ -29,7 +29,7 @@ from tests.support import waiting
 from tests.support.page import Numb
 from tests.support.stores import SMALL
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 until = partial(waiting.until, seconds=PATIENCE_S)

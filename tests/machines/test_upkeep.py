@@ -21,6 +21,7 @@ from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
 from tests.support.neighbours import (
     NAMESPACE,
+    PATIENCE_S,
     Machine,
     collect_all,
     config_of,
@@ -255,7 +256,7 @@ def test_a_save_waits_for_the_removal_of_its_blocks(machine: Machine, tmp_path: 
     assert saving.is_alive()
     one.store.blocks.delete_shared(claimed)
     condemned.release(claimed)
-    saving.join(10.0)
+    saving.join(PATIENCE_S)
     assert blocks.sure(claimed)
     assert remote_blocks(tmp_path) == 5
     late = machine("c", disk=False)
@@ -298,7 +299,7 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
 
     monkeypatch.setattr(condemned, "claim", claim_while_it_saves)
     one.store.collect()
-    saving.join(10.0)
+    saving.join(PATIENCE_S)
     monkeypatch.setattr(other.store.repository.durable, "write", put)
     assert remote_blocks(tmp_path) == 5
     late = machine("c", disk=False)

@@ -266,7 +266,7 @@ def small(folder: str) -> StoreConfig:
     return StoreConfig(
         home=f"{folder}/home", block_tokens=8, host_bytes=4 * MIB, disk_bytes=16 * MIB,
         min_prompt_tokens=8, min_saving_ms=0.0, policy="aggressive", semantic="never",
-        gc_seconds=0.0, max_nodes=500,
+        gc_seconds=0.0, max_nodes=500, plan_deadline_ms=20_000.0,
     )  # fmt: skip
 
 

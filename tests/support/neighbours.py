@@ -16,7 +16,7 @@ from tests.support import waiting
 from tests.support.oracle import Driver
 
 NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 Machine = Callable[..., Driver]
 
 
@@ -37,7 +37,7 @@ def config_of(folder: Path, name: str, **settings: Any) -> StoreConfig:
         "min_prompt_tokens": 8,
         "min_saving_ms": -1e9,
         "semantic": "never",
-        "plan_deadline_ms": 5_000.0,
+        "plan_deadline_ms": 20_000.0,
     }
     return StoreConfig(**{**shared, **small, **settings})
 
@@ -46,8 +46,9 @@ until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 def knows(engine: Driver, tokens: list[int]) -> bool:
-    """Whether the store has a node of exactly this prompt."""
-    return any(node.tokens.tolist() == tokens for node in engine.store.tree)
+    """Whether the store has a node of exactly this prompt, and is through with learning of it."""
+    with engine.store.nodes.lock:
+        return any(node.tokens.tolist() == tokens for node in engine.store.tree)
 
 
 def save(engine: Driver, tokens: list[int]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.address import connect
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Peer:

@@ -26,7 +26,7 @@ SPACE = Namespace("model", KVLayout(2, 1, 16, "float32"), tenant="t")
 def visit(home: Path, own: int, found: Iterable[int] = ()) -> None:
     """Read what others have stored, `found`, row by row; store a prompt, `own`, and an edit of it;
     look at them as people do."""
-    with Client(home, timeout=20.0) as client:
+    with Client(home, timeout=60.0) as client:
         assert client.stats()["policy"] == "aggressive"
         engine = ClientDriver(client, SPACE, DescribedRows(SPACE))
         for number in found:

@@ -37,7 +37,7 @@ class FakeHome:
 
 
 def served(kind: str, engines: dict[str, FakeEngine]) -> list[Turn]:
-    return unchanged._serve(engines, FakeHome(), kind, ASKED, 0)  # type: ignore[arg-type]
+    return unchanged.serve(engines, FakeHome(), kind, ASKED, 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "tenants"), [("one tenant", 1), ("a tenant each", 2)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -62,9 +61,10 @@ class Clock:
 
 
 class ScriptedTier(WrapperTier):
-    """Each get waits as long as the next entry says, then answers or raises."""
+    """Each get waits as long as the next entry says, then answers or raises. An event is waited
+    for."""
 
-    def __init__(self, inner: Tier, *script: float | KVShareError) -> None:
+    def __init__(self, inner: Tier, *script: float | asyncio.Event | KVShareError) -> None:
         super().__init__(inner)
         self.script = list(script)
         self.begun = self.cancelled = 0
@@ -73,7 +73,10 @@ class ScriptedTier(WrapperTier):
         self.begun += 1
         step = self.script.pop(0) if self.script else 0.0
         try:
-            await asyncio.sleep(step if isinstance(step, float) else 0.001)
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            else:
+                await asyncio.sleep(step if isinstance(step, float) else 0.001)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -156,10 +159,8 @@ def test_a_hanging_tier_costs_no_more_than_the_deadline(tmp_path: Path) -> None:
         calls = {0.05: [tier.get(NAME)], 0.1: [tier.put(NAME, BLOCK), tier.delete(NAME)]}
         for seconds, limited in calls.items():
             for call in limited:
-                begun = time.perf_counter()
-                with pytest.raises(DeadlineError, match=f"{seconds * 1e3:.0f} ms"):
+                with pytest.raises(DeadlineError, match=f"within {seconds * 1e3:.0f} ms"):
                     await call
-                assert time.perf_counter() - begun >= seconds * 0.9
 
     run(tmp_path, scenario)
 
@@ -298,14 +299,15 @@ def test_a_miss_is_an_answer_and_failures_must_be_in_a_row(tmp_path: Path) -> No
 
 def test_what_began_earlier_neither_opens_nor_closes_it(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
-        clock = Clock()
-        scripted = ScriptedTier(disk, 0.05, StorageError("x"), StorageError("x"))
+        clock, go_on = Clock(), asyncio.Event()
+        scripted = ScriptedTier(disk, go_on, StorageError("x"), StorageError("x"))
         tier = BreakerTier(scripted, Breaker(failures=2, pause_s=10, clock=clock))
         early = asyncio.ensure_future(tier.get(NAME))
         await asyncio.sleep(0)
         for _ in range(2):
             with pytest.raises(StorageError):
                 await tier.get(NAME)
+        go_on.set()
         assert same(await early, BLOCK)
         assert tier.breaker.state == "open"
 
@@ -321,9 +323,23 @@ async def warmed_up(tier: HedgedTier, reads: int = 60) -> None:
         await tier.get(NAME)
 
 
+class AtHand(WrapperTier):
+    """Has the block at once, however busy the machine is."""
+
+    async def get(self, name: str) -> Block:
+        return BLOCK
+
+
+async def until_begun(scripted: ScriptedTier, reads: int) -> None:
+    """Let others work until so many reads have begun."""
+    async with asyncio.timeout(60):
+        while scripted.begun < reads:
+            await asyncio.sleep(0.001)
+
+
 async def hedged(disk: Tier) -> tuple[ScriptedTier, HedgedTier]:
     """A scripted tier, and a wrapper around it that knows the usual latency."""
-    scripted = ScriptedTier(disk)
+    scripted = ScriptedTier(AtHand(disk))
     tier = HedgedTier(scripted)
     await warmed_up(tier)
     return scripted, tier
@@ -334,7 +350,7 @@ def test_a_slow_read_is_asked_for_again_and_the_loser_cancelled(tmp_path: Path) 
         scripted, tier = await hedged(disk)
         before = scripted.begun
         scripted.script = [FOREVER]
-        assert same(await asyncio.wait_for(tier.get(NAME), 10), BLOCK)
+        assert same(await asyncio.wait_for(tier.get(NAME), 60), BLOCK)
         await asyncio.sleep(0)
         assert (scripted.begun - before, scripted.cancelled) == (2, 1)
 
@@ -344,9 +360,12 @@ def test_a_slow_read_is_asked_for_again_and_the_loser_cancelled(tmp_path: Path) 
 def test_the_first_may_still_win(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
         scripted, tier = await hedged(disk)
-        hedges = tier.hedges
-        scripted.script = [0.1, FOREVER]
-        assert same(await asyncio.wait_for(tier.get(NAME), 10), BLOCK)
+        hedges, begun, first = tier.hedges, scripted.begun, asyncio.Event()
+        scripted.script = [first, FOREVER]
+        read = asyncio.ensure_future(tier.get(NAME))
+        await until_begun(scripted, begun + 2)
+        first.set()
+        assert same(await asyncio.wait_for(read, 60), BLOCK)
         await asyncio.sleep(0)
         assert tier.hedges == hedges + 1
         assert scripted.cancelled >= 1
@@ -358,8 +377,13 @@ def test_the_first_may_still_win(tmp_path: Path) -> None:
 def test_only_a_verified_answer_wins(tmp_path: Path, error: KVShareError) -> None:
     async def scenario(disk: Tier) -> None:
         scripted, tier = await hedged(disk)
-        scripted.script = [0.1, error]
-        assert same(await tier.get(NAME), BLOCK)
+        begun, first = scripted.begun, asyncio.Event()
+        scripted.script = [first, error]
+        read = asyncio.ensure_future(tier.get(NAME))
+        await until_begun(scripted, begun + 2)
+        await asyncio.sleep(0.01)  # the second fails
+        first.set()
+        assert same(await read, BLOCK)
         scripted.script = [error, error]
         with pytest.raises(type(error)):
             await tier.get(NAME)
@@ -391,8 +415,8 @@ def test_a_caller_that_gives_up_takes_its_reads_along(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
         scripted, tier = await hedged(disk)
         scripted.script, cancelled = [FOREVER, FOREVER], scripted.cancelled
-        call = asyncio.ensure_future(tier.get(NAME))
-        await asyncio.sleep(0.2)
+        begun, call = scripted.begun, asyncio.ensure_future(tier.get(NAME))
+        await until_begun(scripted, begun + 2)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         await asyncio.sleep(0)
@@ -415,7 +439,7 @@ def test_a_hanging_tier_is_soon_refused_and_found_again(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
         slow = SlowTier(disk, get=FOREVER)
         asked = FaultyTier(slow)
-        tier = resilient(asked, deadline_ms=40)
+        tier = resilient(asked, deadline_ms=300)
         now = [0.0]
         tier.breaker = Breaker(failures=2, pause_s=1.0, clock=lambda: now[0])
         for _ in range(2):
@@ -438,7 +462,7 @@ def test_a_hanging_tier_is_soon_refused_and_found_again(tmp_path: Path) -> None:
 def test_the_deadline_holds_for_all_attempts_together(tmp_path: Path) -> None:
     async def scenario(disk: Tier) -> None:
         scripted = ScriptedTier(disk, *[StorageError("x")] * 1000)
-        tier = resilient(scripted, deadline_ms=50, attempts=1000)
+        tier = resilient(scripted, deadline_ms=300, attempts=1000)
         with pytest.raises(DeadlineError):
             await tier.get(NAME)
         assert scripted.begun > 1

@@ -17,7 +17,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, NoSpaceError
 from kvshare_store.namespace import Tenants
-from tests.support.daemons import Daemon
+from tests.support.daemons import Daemon, serving
 
 NBYTES = 40_000
 TENANTS = Tenants(StoreConfig())
@@ -53,14 +53,15 @@ def has(shelf: Shelf, *numbers: int) -> list[bool]:
 
 def settings(home: Path, **changes: object) -> StoreConfig:
     small = {"host_bytes": 1 << 21, "disk_bytes": 1 << 24, "semantic": "never", "gc_seconds": 0.0}
-    return StoreConfig(**{"home": str(home)} | small | changes)  # type: ignore[arg-type]
+    unhurried = {"plan_deadline_ms": 20_000.0}
+    return StoreConfig(**{"home": str(home)} | small | unhurried | changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreConfig]:
     """A home with a daemon, for tests whose objects have numbers of their own."""
     config = settings(tmp_path_factory.mktemp("shared"), block_tokens=10, disk_bytes=1 << 26)
-    with Daemon(config):
+    with serving(config):
         yield config
 
 
@@ -166,7 +167,7 @@ def damage(path: Path) -> None:
 
 def test_the_oldest_go_when_the_disk_is_full_and_none_is_wrong(home: Path) -> None:
     config = settings(home, disk_bytes=1 << 20, eviction="lru")
-    with Daemon(config), Shelf(config) as shelf:
+    with serving(config), Shelf(config) as shelf:
         for number in range(60):  # 2.4 MB
             put(shelf, number)
             assert has(shelf, 0) == [True], "whoever asks for an object keeps it"
@@ -181,16 +182,13 @@ def test_rows_that_a_codec_has_changed_are_no_object(home: Path) -> None:
     numbers = np.random.default_rng(1).standard_normal(NBYTES // 2, np.float32)
     rows = memoryview((numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # bfloat16
     target = memoryview(bytearray(NBYTES))
-    with Daemon(config) as daemon:
-        with Shelf(config) as shelf:
-            shelf.put(place(1), rows)
-            shelf.flush()
-            assert shelf.take(place(1), target), "in memory it is as it was put"
-            assert target == rows
-        daemon.end()
-        daemon.start()
-        with Shelf(config) as shelf:
-            assert not shelf.take(place(1), target)
+    with serving(config), Shelf(config) as shelf:
+        shelf.put(place(1), rows)
+        shelf.flush()
+        assert shelf.take(place(1), target), "in memory it is as it was put"
+        assert target == rows
+    with serving(config), Shelf(config) as shelf:
+        assert not shelf.take(place(1), target)
 
 
 def test_a_home_that_wants_longer_prompts_is_refused(home: Path) -> None:

@@ -94,12 +94,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         engine.serve()  # a series that begins while it is watched has no rate yet
         serve(made, "Do you sell bells? ")
         url = stack.enter_context(prometheus(folder, targets))
-        until(lambda: len(ask(url, "up == 1")) == len(targets), 20.0)
+        until(lambda: len(ask(url, "up == 1")) == len(targets), 60.0)
         engine.serve()
         serve(made, "Is the red one cheap? ")
         seen = f"sum(increase(vllm:kvshare_tokens_total[{WINDOW}])) > 0"
         both = f"{seen} and sum(increase(kvshare_namespace_tokens_total[{WINDOW}])) > 0"
-        until(lambda: ask(url, both), 20.0)
+        until(lambda: ask(url, both), 60.0)
         yield url
 
 

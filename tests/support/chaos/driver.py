@@ -21,7 +21,7 @@ from tests.support.chaos.worker import some_prompt, work
 from tests.support.daemons import ClientDriver
 
 _WORKERS = 3
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 _SERVED_AFTER = 15
 """Prompts that the parent itself is served after each restart."""
 
@@ -88,8 +88,8 @@ class Trial:
         else:
             report.problem(news[0])
 
-    def _until(self, what: Callable[[], bool], seconds: float = _PATIENCE_S) -> bool:
-        deadline = time.monotonic() + seconds
+    def _until(self, what: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + _PATIENCE_S
         while True:
             self._listen()
             if what():
@@ -111,7 +111,7 @@ class Trial:
     def load(self) -> None:
         """Let the clients work for a while. Its length depends on their progress and on chance."""
         enough = self._report.requests + self._chance.randrange(2, 40)
-        self._until(lambda: self._report.requests >= enough, 2.0)
+        self._until(lambda: self._report.requests >= enough)
         time.sleep(self._chance.uniform(0.0, 0.03))
 
     # --- kills --------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Trial:
         worker.send(signal.SIGSTOP)
         self._count("client frozen")
         enough = self._report.requests + 40
-        self._until(lambda: self._report.requests >= enough, 5.0)
+        self._until(lambda: self._report.requests >= enough)
         worker.send(signal.SIGCONT)
         self._settle()
 
@@ -204,7 +204,7 @@ class Trial:
         self._remote.kill()
         self._count("remote")
         before = self._report.requests
-        self._until(lambda: self._report.requests > before + 5, _PATIENCE_S)
+        self._until(lambda: self._report.requests > before + 5)
         if self._report.requests == before:
             self._report.problem("nothing is served while the remote is away")
         self._remote.start()
@@ -224,7 +224,7 @@ class Trial:
     def _settle(self) -> None:
         """While all clients rest, nothing may be held: no lease, no reservation."""
         self._pause()
-        if not self._until(lambda: not self._held(), 10.0):
+        if not self._until(lambda: not self._held()):
             self._report.leak(f"clients at rest or dead hold {self._held()}")
         self._tell_all("go")
 
@@ -295,12 +295,12 @@ class Trial:
         """End everything in order: clients, all nodes, the daemon. Nothing may be left of any."""
         self._pause("end")
         for worker in self._workers:
-            if not worker.join():
-                self._report.problem("a client did not end in good order")
-        if not self._until(lambda: not self._held(), 10.0):
+            if (code := worker.join()) != 0:
+                self._report.problem(f"a client did not end in good order: exit code {code}")
+        if not self._until(lambda: not self._held()):
             self._report.leak(f"clients that have ended hold {self._held()}")
         self._client.call(protocol.Clear(), _PATIENCE_S)
-        if not self._until(lambda: not self._bytes(), 10.0):
+        if not self._until(lambda: not self._bytes()):
             self._report.leak(f"an empty store holds {self._bytes()} bytes")
         if self._daemon.end():
             self._report.problem("the daemon did not end in good order")

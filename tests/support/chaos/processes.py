@@ -222,10 +222,10 @@ class Worker:
         if self._process.pid is not None and self.alive:
             os.kill(self._process.pid, number)
 
-    def join(self) -> bool:
-        """Wait until it ends by itself; False if it does not."""
+    def join(self) -> int | None:
+        """Wait until it ends by itself; its exit code, or None if it does not end."""
         self._process.join(START_S)
-        return self._process.exitcode == 0
+        return self._process.exitcode
 
     def close(self) -> None:
         """End it, by SIGKILL if needed."""

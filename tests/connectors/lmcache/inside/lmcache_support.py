@@ -21,11 +21,12 @@ PATIENCE_S = 60.0
 def spec(home: object, **params: Any) -> dict[str, Any]:
     """The value of `--l2-adapter`, as in docs/lmcache.md."""
     small = {"host_bytes": 1 << 22, "disk_bytes": 1 << 26, "semantic": "never"}
+    unhurried = {"plan_deadline_ms": 20_000.0}
     return {
         "type": "plugin",
         "module_path": "kvshare_connectors.lmcache.adapter",
         "class_name": "KVShareL2Adapter",
-        "adapter_params": {"home": str(home)} | small | params,
+        "adapter_params": {"home": str(home)} | small | unhurried | params,
     }
 
 

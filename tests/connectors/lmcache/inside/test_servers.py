@@ -50,7 +50,7 @@ def manager(home: Path) -> Iterator[StorageManager]:
         opened.close()
 
 
-def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
+def written(opened: StorageManager, home: Path, numbers: range) -> dict[int, torch.Tensor]:
     """Write objects to L1 and wait until the adapter has them."""
     keys = [key(number) for number in numbers]
     reserved = opened.reserve_write(keys, LAYOUT)
@@ -59,6 +59,9 @@ def written(opened: StorageManager, numbers: range) -> dict[int, torch.Tensor]:
         rows[number] = torch.randn(LAYOUT.shapes[0]).to(torch.bfloat16)
         reserved[one].tensor.copy_(rows[number])
     opened.finish_write(keys)
+    one = adapter(home)
+    until(lambda: all(looked_up(one, keys)))
+    one.close()
     return rows
 
 
@@ -89,10 +92,7 @@ def stop_daemon(home: Path) -> None:
 
 def test_managers_share_a_home_and_one_that_comes_later_reads_it(tmp_path: Path) -> None:
     with manager(tmp_path) as first, manager(tmp_path) as second:
-        rows = written(first, range(1, 6))
-        one = adapter(tmp_path)
-        until(lambda: all(looked_up(one, [key(number) for number in rows])))
-        one.close()
+        rows = written(first, tmp_path, range(1, 6))
         check_read(second, rows, missing=99)
         # a store that ends later would unlock its keys, also when they were read back since
         until(lambda: not read_locked(first))
@@ -142,7 +142,7 @@ def asked(url: str, **request: Any) -> Any:
 
 def test_the_real_server_shows_and_deletes_what_another_process_stored(tmp_path: Path) -> None:
     with manager(tmp_path) as first:
-        rows = written(first, range(1, 4))
+        rows = written(first, tmp_path, range(1, 4))
         with server(tmp_path, tmp_path.parent / "server.log") as url:
             (status,) = asked(f"{url}/status")["storage_manager"]["l2_adapters"]
             assert status["type"] == "KVShareL2Adapter"
