@@ -11,11 +11,13 @@
 # make chaos-machines   three machines on one remote and one catalogue: is anything lost (STEPS=, SEED=)
 # make churn    a day of traffic at full budgets
 # make docs     the site of these documents, in site/ (the page of results is made anew from what was measured)
+# make schemas  the manifests and Compose files in deploy/ against the schemas of Kubernetes and Compose
+# make screenshots   the pictures of the page in these documents, anew: a real engine serves for ten minutes
 # make release  build wheel and source distribution from the commit, check them, say what to push
 # make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs release lint packages clean
+.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs schemas screenshots release lint packages clean
 
 PYTHON = python3
 TEST_PROCESSES = 2
@@ -109,6 +111,23 @@ docs: .venv/project.stamp .venv-docs/packages.stamp
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
 	@echo "Open site/index.html"
 
+# Packages that carry the schemas, downloaded and not installed.
+schemas: .venv/project.stamp .schemas/packages.stamp
+	$(PY) deploy/schemas.py .schemas
+
+.schemas/packages.stamp: requirements/schemas.txt .venv/packages.stamp
+	rm -rf .schemas
+	$(PIP) download --no-deps --dest .schemas -r requirements/schemas.txt
+	@touch $@
+
+# The tests that drive the page with a real engine take them. What a picture shows of paths begins there.
+screenshots: export OMP_WAIT_POLICY = PASSIVE
+screenshots: export PAGE_PICTURES = $(CURDIR)/docs/images
+screenshots: export REQUIRE_ALL_TESTS = 1
+screenshots: setup
+	$(PY) -m pytest -q --basetemp /tmp/kvshare-screenshots -o timeout=900 -o faulthandler_timeout=930 \
+		tests/engine/test_page.py tests/engine/test_scores.py::test_the_page_shows_what_was_scored
+
 release: .venv/project.stamp
 	$(PY) deploy/release.py
 
@@ -127,5 +146,5 @@ packages:
 	done
 
 clean:
-	rm -rf .venv .venv-bench .venv-docs .venv-lmcache .upstream build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-docs .venv-lmcache .schemas .upstream build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

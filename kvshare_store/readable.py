@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
@@ -53,6 +53,17 @@ def share(part: int, whole: int) -> str:
 def percent(rate: float) -> str:
     """`12.5 %` of a share or of a difference of two."""
     return f"{100 * rate:.1f} %".replace("-0.0 ", "0.0 ").replace("-", "\N{MINUS SIGN}")
+
+
+def limits(rate: Sequence[float]) -> str:
+    """`1.0 % (0.2 to 3.0 %)` of a mean and its limits."""
+    mean, low, high = map(percent, rate)
+    return f"{mean} ({low.removesuffix(' %')} to {high})"
+
+
+def bounds(start: int, stop: int | None) -> str:
+    """`64 to 255`: whole numbers from `start` to below `stop`."""
+    return f"{start:,} or more" if stop is None else f"{start:,} to {stop - 1:,}"
 
 
 def steering_text(steering: Mapping[str, Any]) -> str:

@@ -437,6 +437,7 @@ class Store:
             staged=staged,
             looks=looks,
             scores=self.verdicts.report(),
+            scores_by_edit=self.verdicts.by_edit(),
             quality=self.quality.overview(),
         )
 

@@ -19,6 +19,8 @@ from benchmarks.harness.timers import PARTS, Timers, time_engine
 from examples.engines import engine
 from examples.engines.process import answer_commands
 
+_NAP_S = 0.005
+
 
 class Commands(engine.Commands):
     """The commands of the process."""
@@ -98,6 +100,16 @@ class Commands(engine.Commands):
             begun = begun or self._scheduler.look is not None
         self.settle()
         return time.perf_counter() - start
+
+    def idle(self, seconds: float) -> bool:
+        """Have no requests for so long, as a server between two of them."""
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0:
+            if self._looks():
+                self._engine.step()
+            else:
+                time.sleep(min(left, _NAP_S))
+        return True
 
     def settle(self) -> bool:
         """Wait until what KVShare saves in the background has reached the daemon."""

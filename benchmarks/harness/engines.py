@@ -101,6 +101,10 @@ class Engine(EngineProcess):
         seconds until then."""
         return float(self._do("look"))
 
+    def idle(self, seconds: float) -> None:
+        """KVShare only: have no requests for so long."""
+        self._do("idle", seconds=seconds)
+
     def settle(self) -> None:
         """KVShare only: wait until everything saved has reached the daemon."""
         self._do("settle")

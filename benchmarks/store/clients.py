@@ -169,7 +169,7 @@ def measure(options: Options) -> Result:
         with Client(daemon.config.home_path) as client:
             save_families(client, NAMESPACE, FAMILIES)
         alone = watch(daemon, seconds, "Clients alone")
-        url = page_url(daemon)
+        url = page_url(daemon.config.home_path)
         stack.enter_context(prometheus(folder, [url.removeprefix("http://")]))
         stack.enter_context(browser(folder)).open(f"{url}/")
         beside = watch(daemon, seconds, "Clients, the page, Prometheus")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import tempfile
 import threading
@@ -56,10 +57,12 @@ def edited(seed: int) -> Tokens:
 @contextmanager
 def opened(**settings: Any) -> Iterator[Store]:
     """A store in a folder of its own."""
+    gc.freeze()  # as a daemon does
     with tempfile.TemporaryDirectory(prefix="kvshare-plans-") as home:
         base = {"home": home, "host_bytes": 256 << 20, "semantic": "never", "min_saving_ms": -1e9}
         with Store(StoreConfig(**base | settings)) as store:
             yield store
+    gc.unfreeze()
 
 
 def save(store: Store, tokens: Tokens, seed: int) -> None:

@@ -216,6 +216,6 @@ class Looks:
         self._look = None
         self.scoring("", 0)
         if look is not None and look.policy and regrets:
-            self._tally.scored(look.policy, regrets, greedy=look.greedy)
+            self._tally.scored(look, regrets)
         if look is not None:
             self._link.tell(protocol.Looked(look.node, look.stamp, end, regrets))

@@ -24,12 +24,15 @@ from kvshare_store.quality.score import diverged_at
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from kvshare_store.save.second_looks import Look
+
 KINDS = ("exact", "continued", "edited", "recomputed")
 OUTCOMES = ("exact", "continued", "edited", "miss", "aborted")
 TOKENS, REQUESTS = "vllm:kvshare_tokens", "vllm:kvshare_requests"
 LOOKUP, LOAD = "vllm:kvshare_lookup_seconds", "vllm:kvshare_load_seconds"
 SCORED, SCORED_TOKENS = "vllm:kvshare_scored_answers", "vllm:kvshare_scored_tokens"
 REGRET, DIVERGED = "vllm:kvshare_regret_nats", "vllm:kvshare_diverged_answers"
+BOUND = "vllm:kvshare_quality_bound"
 HELP = {
     TOKENS: "Tokens of prompts, by what became of them; with vLLM's own prefix hits all of them.",
     REQUESTS: "Requests that have ended, by the least exact kind of reuse, and why without reuse.",
@@ -39,16 +42,17 @@ HELP = {
     SCORED_TOKENS: "Their tokens that were scored.",
     REGRET: "Sum of log p(best token) - log p(served token) over these tokens, in full compute.",
     DIVERGED: "Greedy ones of these answers whose first tokens are not those of full compute.",
+    BOUND: "The daemon's `quality_bound` when this engine scored its last answer; 0: any.",
 }
 SUMS = {"answers": SCORED, "tokens": SCORED_TOKENS, "regret": REGRET}
-"""Of scores, each by policy and by how the tokens were chosen."""
+"""Of scores, each by policy, by how the tokens were chosen, and by kind of edit."""
 
 
 @dataclass
 class KVShareStats(KVConnectorStats):
     """What happened since the last step; in `data`: `tokens` by kind, `requests` by outcome and
-    reason, `scores` by policy and choice of tokens, and the durations of `lookups` and `loads`,
-    seconds."""
+    reason, `scores` by policy, choice of tokens and kind of edit, the `bound` on their quality, if
+    that is known, and the durations of `lookups` and `loads`, seconds."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -57,7 +61,7 @@ class KVShareStats(KVConnectorStats):
     def reset(self) -> None:
         """Nothing has happened."""
         self.data: dict[str, Any] = {
-            "tokens": {}, "requests": {}, "scores": {}, "lookups": [], "loads": []
+            "tokens": {}, "requests": {}, "scores": {}, "bound": None, "lookups": [], "loads": []
         }  # fmt: skip
 
     def is_empty(self) -> bool:
@@ -72,8 +76,11 @@ class KVShareStats(KVConnectorStats):
             for reason, amount in reasons.items():
                 self.request(outcome, reason, amount)
         for policy, by_choice in other.data["scores"].items():
-            for chosen, sums in by_choice.items():
-                self.score(policy, chosen, sums)
+            for chosen, by_edit in by_choice.items():
+                for edit, sums in by_edit.items():
+                    self.score(policy, chosen, edit, sums)
+        if other.data["bound"] is not None:
+            self.data["bound"] = other.data["bound"]
         for name in ("lookups", "loads"):
             self.data[name] += other.data[name]
         return self
@@ -102,9 +109,10 @@ class KVShareStats(KVConnectorStats):
         reasons = self.data["requests"].setdefault(outcome, {})
         reasons[reason] = reasons.get(reason, 0) + amount
 
-    def score(self, policy: str, chosen: str, sums: Mapping[str, float]) -> None:
+    def score(self, policy: str, chosen: str, edit: str, sums: Mapping[str, float]) -> None:
         """So many more `answers`, `tokens` and `diverged`, and so much `regret`."""
-        found = self.data["scores"].setdefault(policy, {}).setdefault(chosen, {})
+        by_choice = self.data["scores"].setdefault(policy, {})
+        found = by_choice.setdefault(chosen, {}).setdefault(edit, {})
         for name, amount in sums.items():
             found[name] = found.get(name, 0) + amount
 
@@ -137,12 +145,15 @@ class Tally:
         """A request has waited so long for its plan."""
         self._stats.data["lookups"].append(seconds)
 
-    def scored(self, policy: str, regrets: Sequence[float], *, greedy: bool) -> None:
-        """A second look has scored an answer; `policy`: what its prompt was served under."""
+    def scored(self, look: Look, regrets: Sequence[float]) -> None:
+        """A second look has scored an answer."""
+        greedy = look.greedy
         sums = {"answers": 1, "tokens": len(regrets), "regret": sum(regrets)}
         if greedy:
             sums["diverged"] = diverged_at(regrets) is not None
-        self._stats.score(policy, "greedy" if greedy else "sampled", sums)
+        self._stats.score(look.policy, "greedy" if greedy else "sampled", look.edit, sums)
+        if look.bound is not None:
+            self._stats.data["bound"] = look.bound
 
     def take(self) -> KVShareStats | None:
         """What was counted since the last call, if anything was."""
@@ -176,9 +187,11 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         histogram = metric_types[prometheus_client.Histogram]
         self.tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
         self.requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
-        chosen = [*labelnames, "policy", "chosen"]
+        chosen = [*labelnames, "policy", "chosen", "edit"]
         self.scores = {name: counter(at, HELP[at], chosen) for name, at in SUMS.items()}
-        self.diverged = counter(DIVERGED, HELP[DIVERGED], [*labelnames, "policy"])
+        self.diverged = counter(DIVERGED, HELP[DIVERGED], [*labelnames, "policy", "edit"])
+        gauge = metric_types[prometheus_client.Gauge]
+        self.bound = gauge(BOUND, HELP[BOUND], labelnames, multiprocess_mode="mostrecent")
         seconds = {"labelnames": labelnames, "buckets": list(BUCKETS)}
         self.lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
         self.loads = histogram(LOAD, HELP[LOAD], **seconds)
@@ -201,15 +214,22 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
             for reason, amount in reasons.items():
                 self._of(self.requests, engine_idx, outcome, reason).inc(amount)
         for policy, by_choice in transfer_stats_data["scores"].items():
-            for chosen, sums in by_choice.items():
-                for name, metric in self.scores.items():
-                    self._of(metric, engine_idx, policy, chosen).inc(sums[name])
-                if chosen == "greedy":
-                    self._of(self.diverged, engine_idx, policy).inc(sums["diverged"])
+            for chosen, by_edit in by_choice.items():
+                for edit, sums in by_edit.items():
+                    self._score(engine_idx, (policy, chosen, edit), sums)
+        if transfer_stats_data["bound"] is not None:
+            self._of(self.bound, engine_idx).set(transfer_stats_data["bound"])
         for seconds in transfer_stats_data["lookups"]:
             self._of(self.lookups, engine_idx).observe(seconds)
         for seconds in transfer_stats_data["loads"]:
             self._of(self.loads, engine_idx).observe(seconds)
+
+    def _score(self, engine: int, of: tuple[str, str, str], sums: Mapping[str, float]) -> None:
+        policy, chosen, edit = of
+        for name, metric in self.scores.items():
+            self._of(metric, engine, *of).inc(sums[name])
+        if chosen == "greedy":
+            self._of(self.diverged, engine, policy, edit).inc(sums["diverged"])
 
 
 class Counted:

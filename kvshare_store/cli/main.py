@@ -25,6 +25,7 @@ from kvshare_store.cli import (
     pin,
     publish,
     purge,
+    quality,
     rekey,
     salt,
     serve,
@@ -72,6 +73,7 @@ app.command("show")(show.command)
 app.command("diff")(diff.command)
 app.command("explain")(explain.command)
 app.command("log")(log.command)
+app.command("quality")(quality.command)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)
 app.command("publish", context_settings=publish.VLLM_ARGUMENTS)(publish.command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -107,6 +108,7 @@ def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
         log.info("kvshare: it listens on %s, with keys", bound)
     if entrance is not None:
         serve_page(daemon, entrance)
+    gc.freeze()  # libraries are never garbage, and looking at all of them would take 80 ms
     daemon.serve()
     logging.shutdown()
     os._exit(0)  # the store is closed: a thread that still waits for a medium is not waited for

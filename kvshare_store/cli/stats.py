@@ -21,7 +21,7 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.readable import age, bar, milliseconds, share, size
+from kvshare_store.readable import age, bar, milliseconds, percent, share, size
 
 Counts = Mapping[str, Any]
 
@@ -89,6 +89,8 @@ def tables(stats: Counts) -> Iterable[Table]:
     yield times_table(stats["seconds"])
     if stats.get("scores"):
         yield scores_table(stats["scores"])
+    if _known(stats.get("quality")):
+        yield quality_table(stats["quality"])
     if stats["declined"]:
         yield counts_table("why lookups ended without reuse", stats["declined"], "yellow")
     if stats["errors"]:
@@ -161,6 +163,39 @@ def scores_table(scores: Mapping[str, Mapping[str, Counts]]) -> Table:
             regret = f"{one['regret'] / one['tokens']:.4f}"
             table.add_row(f"{policy}, {chosen}", f"{one['answers']:,}", regret, diverged)
     return table
+
+
+def _known(quality: Counts | None) -> bool:
+    """Whether there is a bound or a class; daemons before scores say nothing."""
+    return bool(quality and (quality["bound"] or any(quality["classes"].values())))
+
+
+def quality_table(quality: Counts) -> Table:
+    """How many classes of traffic get each policy, and the limits of the extra rate of divergence
+    of the class where they are highest."""
+    bound = (
+        f"bound {percent(quality['bound'])}, confidence {percent(quality['confidence'])}"
+        if quality["bound"]
+        else "no bound"
+    )
+    table = _table(f"quality: {bound}")
+    table.add_column("classes", justify="right")
+    table.add_column("highest extra divergence", justify="right")
+    for policy, count in quality["classes"].items():
+        known = quality["extra"].get(policy)
+        highest = f"{percent(known['lower'])} to {percent(known['upper'])}" if known else "-"
+        table.add_row(policy, f"{count:,}", highest)
+    for name in ("doubted", "silent"):
+        if quality.get(name):  # a daemon of the release before counts no doubt
+            table.add_row(DOUBTS[name], f"{quality[name]:,}", "")
+    return table
+
+
+DOUBTS = {
+    "doubted": "in doubt: more diverge lately",
+    "silent": "silent: not scored for long",
+}
+"""Classes whose policies do not stand, whatever the mean so far."""
 
 
 def counts_table(title: str, counts: Mapping[str, int], style: str) -> Table:

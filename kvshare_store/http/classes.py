@@ -46,7 +46,7 @@ def lines(one: Found, answer: Found, now: float, *, small: bool) -> list[Line]:
             name,
             " ".join(_roles(one["known"], name, answer)),
             known.get(name),
-            _standing(name, known.get(name), answer["bound"], silent=one["silent"]),
+            _standing(name, known.get(name), answer["bound"]),
             band(known[name]["trend"], answer["bound"], now, *size) if name in known else None,
         )
         for name in sorted(names, key=policy_names().index)
@@ -63,13 +63,13 @@ def _roles(known: Found, policy: str, answer: Found) -> Iterator[str]:
         yield f"tried by {100 * known['share']:.1f} % of requests"
 
 
-def _standing(policy: str, known: Found | None, bound: float, *, silent: bool) -> str:
+def _standing(policy: str, known: Found | None, bound: float) -> str:
     """By the limits that the ladder goes by."""
     if not bound:
         return ""
     if policy == "exact":
         return "within"
-    if known is None or silent:
+    if known is None:
         return "not known"
     _, low, high = known["extra"]
     return "within" if high <= bound else "beyond" if low > bound else "not known"

@@ -19,6 +19,7 @@ from kvshare_store.readable import (
     REASONS,
     age,
     as_one_name,
+    bounds,
     milliseconds,
     one_line,
     percent,
@@ -68,6 +69,7 @@ _environment.filters.update(
     zip_same=lambda names: [(name, name) for name in names],
 )
 _environment.globals.update(
+    bounds=bounds,
     share=share,
     reasons=REASONS,
     edits=KINDS_OF_EDIT,

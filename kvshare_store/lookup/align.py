@@ -26,6 +26,8 @@ _MAX_CELLS = 1 << 24
 first;"""
 _MAX_CELLS_FOR_GRAMS = 1 << 20
 """above this many (0.3 ms) where runs without a gram are of no use: equal runs have all others."""
+_MAX_CELLS_OF_PIECES = 1 << 22
+"""Between equal runs so many pairs of such tokens are looked at again."""
 _HASHED, _CALL = 32, 1 << 15
 """Cells that hashing a token and aligning a piece of any size cost."""
 _SMALL = 1 << 14
@@ -139,10 +141,10 @@ def passages(
 def _seeds(ours: Sought, theirs: Places, gaps: Sequence[Run], across: Run) -> Positions:
     """Where runs may be: int64 [2, n], positions of the request inside `gaps`, ascending, and of
     the donor inside `across` where the same gram seems to be."""
-    starts = ours.inside(gaps, theirs.one_of)
-    sources = theirs.find(ours.hashes(starts))
-    found = (sources >= across.start) & (sources <= across.stop - GRAM)
-    return np.stack((starts[found], sources[found]))
+    starts, hashes = ours.inside(gaps, theirs.one_of)
+    sources = theirs.find(hashes) - across.start  # of those without a place it is below zero
+    found = (sources.view(np.uint32) <= across.length - GRAM).nonzero()[0]
+    return np.stack((starts[found], sources[found] + across.start))
 
 
 def _runs(
@@ -159,7 +161,7 @@ def _runs(
 
     Fewer than `least_seeds` close to one another with one shift are ignored.
     """
-    if not seeds.size or not effort.spend(_SEED * seeds.shape[1]):
+    if seeds.shape[1] < least_seeds or not effort.spend(_SEED * seeds.shape[1]):
         return []
     starts, sources, lengths = _stretches(seeds, least_seeds)
     if not len(starts):
@@ -172,23 +174,15 @@ def _runs(
     starts, sources, lengths = _equal(request, donor, starts, sources, lengths, shortest)
     if not effort.spend(_RUN * len(starts)):
         return []
-    bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
-    begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
-    ends, room = (
-        (starts + lengths, sources + lengths),
-        np.minimum(end - starts, len(donor) - sources),
-    )
-    lengths += _extents(request, donor, *ends, room - lengths, effort)
-    backwards, room = (
-        (len(request) - starts, len(donor) - sources),
-        np.minimum(starts - begin, sources),
-    )
-    before = _extents(request[::-1], donor[::-1], *backwards, room, effort)
-    long = before + lengths >= shortest
-    found = np.stack((starts - before, sources - before, lengths + before), 1)[long]
+    found = _grown(request, donor, starts, sources, lengths, gaps, effort)
+    found = found[found[:, 2] >= shortest]
     effort.count(_MATCH * len(found))
+    found = found[found[:, 0].argsort(kind="stable")]
+    stops = found[:, 0] + found[:, 2]
+    outside = np.ones(len(found), np.bool_)  # of a run before it
+    outside[1:] = stops[1:] > np.maximum.accumulate(stops)[:-1]
     runs: list[Match] = []
-    for run in found[found[:, 0].argsort(kind="stable")].tolist():
+    for run in found[outside].tolist():
         _put(runs, Match(*run), shortest)
     return runs
 
@@ -196,16 +190,17 @@ def _runs(
 def _stretches(seeds: Positions, least: int) -> tuple[Positions, Positions, Positions]:
     """Starts, sources and lengths of the stretches in which at least so many seeds follow closely
     on one another with one shift."""
-    order = np.sort(((seeds[1] - seeds[0] + _MOST) << _BITS) + seeds[0])
-    starts, shifts = order & (_MOST - 1), (order >> _BITS) - _MOST
-    first = np.ones(len(order), np.bool_)
-    first[1:] = np.diff(order) > _CLOSE  # also where the shift is another one
-    begin = np.flatnonzero(first)
-    count = np.diff(begin, append=len(order))
-    lengths = starts[begin + count - 1] + GRAM - starts[begin]
+    order = ((seeds[1] - seeds[0] + _MOST) << _BITS) + seeds[0]
+    order.sort(kind="stable")  # the fastest for what is mostly sorted
+    starts = order & (_MOST - 1)
+    edges = np.ones(len(order) + 1, np.bool_)
+    edges[1:-1] = order[1:] - order[:-1] > _CLOSE  # also where the shift is another one
+    at = edges.nonzero()[0]
+    begin, count = at[:-1], at[1:] - at[:-1]
+    lengths = starts[at[1:] - 1] + GRAM - starts[begin]
     kept = (count >= least) & ~_phrases(starts[begin], lengths, count)
     begin = begin[kept]
-    return starts[begin], starts[begin] + shifts[begin], lengths[kept]
+    return starts[begin], starts[begin] + (order[begin] >> _BITS) - _MOST, lengths[kept]
 
 
 def _phrases(starts: Positions, lengths: Positions, seeds: Positions) -> Mask:
@@ -228,19 +223,49 @@ def _equal(
 ) -> tuple[Positions, Positions, Positions]:
     """The maximal parts of some stretches in which the tokens are equal: those of at least
     `shortest` tokens, and those at an end of their stretch, which may go on."""
-    ends = np.cumsum(lengths)
-    at = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
-    shift = sources - starts
-    equal = np.zeros(len(at) + len(ends), np.bool_)  # one that is not between each two runs
-    place = np.arange(len(at)) + np.repeat(np.arange(len(ends)), lengths)
-    equal[place] = request[at] == donor[at + np.repeat(shift, lengths)]
-    begin, end = edges_of(equal)
-    whose = np.searchsorted(ends + np.arange(len(ends)), begin, "right")
-    first = begin - whose - (ends - lengths)[whose]
+    where = list(zip(starts.tolist(), sources.tolist(), lengths.tolist(), strict=True))
+    ours = np.concatenate([request[at : at + length] for at, _, length in where])
+    equal = ours == np.concatenate([donor[at : at + length] for _, at, length in where])
+    ends = lengths.cumsum()
+    cut = np.ones(len(equal) + 1, np.bool_)  # between two tokens, and at both ends
+    cut[1:-1] = equal[1:] != equal[:-1]
+    cut[ends] = True
+    begin, end = (equal & cut[:-1]).nonzero()[0], (equal & cut[1:]).nonzero()[0] + 1
+    whose = ends.searchsorted(begin, "right")
+    first = begin - (ends - lengths)[whose]
     at_an_end = (first == 0) | (first + end - begin == lengths[whose])
     kept = at_an_end | (end - begin >= shortest)
     found = (first + starts[whose])[kept]
-    return found, found + shift[whose[kept]], (end - begin)[kept]
+    return found, found + (sources - starts)[whose[kept]], (end - begin)[kept]
+
+
+def _grown(
+    request: Tokens,
+    donor: Tokens,
+    starts: Positions,
+    sources: Positions,
+    lengths: Positions,
+    gaps: Sequence[Run],
+    effort: Effort,
+) -> Positions:
+    """The runs that some equal parts, sorted by shift, are of: int64 [n, 3] as in `Match`, each as
+    long as it can be inside its gap."""
+    bounds = np.asarray([(gap.start, gap.stop) for gap in gaps])
+    begin, end = bounds[bounds[:, 1].searchsorted(starts, "right")].T
+    shifts, stops = sources - starts, starts + lengths
+    # a stretch may reach beyond its gap, but is not made longer there
+    room = np.maximum(np.minimum(end, len(donor) - shifts) - stops, 0)
+    ahead = np.full(len(starts), _MOST)  # a part that reaches the next one is of the same run
+    ahead[:-1] = np.where(shifts[1:] == shifts[:-1], starts[1:] - stops[:-1], _MOST)
+    more = _extents(request, donor, stops, stops + shifts, np.minimum(room, ahead), effort)
+    edges = np.ones(len(starts) + 1, np.bool_)
+    edges[1:-1] = (more < ahead)[:-1]
+    at = edges.nonzero()[0]
+    first, stops = at[:-1], (stops + more)[at[1:] - 1]
+    starts, sources = starts[first], sources[first]
+    room = np.maximum(np.minimum(starts - begin[first], sources), 0)
+    before = _extents(request, donor, starts - 1, sources - 1, room, effort, -1)
+    return np.stack((starts - before, sources - before, stops - starts + before), 1)
 
 
 def _extents(
@@ -250,29 +275,36 @@ def _extents(
     sources: Positions,
     room: Positions,
     effort: Effort,
+    step: int = 1,
 ) -> Positions:
-    """How many tokens are equal from each pair of places on, at most as many as there is room, or
-    as the effort allows to look at."""
+    """How many tokens are equal from each pair of places on, or back from there if `step` is -1; at
+    most as many as there is room, or as the effort allows to look at."""
     counts = np.zeros_like(starts)
     going_on = np.arange(len(starts))
     for ahead in _AHEAD:
-        done = counts[going_on]
-        inside = np.arange(ahead) < (room[going_on] - done)[:, None]
-        ours = np.where(inside, (starts[going_on] + done)[:, None] + np.arange(ahead), 0)
-        theirs = np.where(inside, (sources[going_on] + done)[:, None] + np.arange(ahead), 0)
-        same = inside & (request[ours] == donor[theirs])
+        done, left = counts[going_on], room[going_on]
+        along = step * (done[:, None] + np.arange(ahead))  # what is clipped has no room
+        ours = request.take(starts[going_on, None] + along, mode="clip")
+        same = ours == donor.take(sources[going_on, None] + along, mode="clip")
         equal = same.all(1)
-        counts[going_on] += np.where(equal, ahead, same.argmin(1))
-        going_on = going_on[equal]
+        counts[going_on] = np.minimum(done + np.where(equal, ahead, same.argmin(1)), left)
+        going_on = going_on[equal & (done + ahead < left)]
     for at in going_on.tolist():
-        first, second = starts[at] + counts[at], sources[at] + counts[at]
-        stop = starts[at] + room[at]
         if not effort.spend(_CALL):
             break
-        more = common_prefix(request[first:stop], donor[second:])
+        done, left = int(counts[at]), int(room[at] - counts[at])
+        more = common_prefix(
+            _along(request, int(starts[at]) + step * done, left, step),
+            _along(donor, int(sources[at]) + step * done, left, step),
+        )
         effort.count(more)
         counts[at] += more
     return counts
+
+
+def _along(tokens: Tokens, first: int, count: int, step: int) -> Tokens:
+    """So many tokens from `first` on, or back from there."""
+    return tokens[first:][:count] if step > 0 else tokens[: first + 1][::-1][:count]
 
 
 def _put(runs: list[Match], new: Match, shortest: int) -> None:
@@ -314,9 +346,14 @@ def _cut(
 
 
 def _promising(ours: Run, theirs: Run, seeds: Positions) -> bool:
-    """Whether two pieces may have a gram in common. Small ones are quicker aligned than asked."""
-    if ours.length * theirs.length <= _SMALL:
+    """Whether two pieces may have a gram in common that is worth its edits. Small ones are quicker
+    aligned than asked. Where so much was changed as between large ones, a policy keeps long runs
+    only, and those are known."""
+    cells = ours.length * theirs.length
+    if cells <= _SMALL:
         return True
+    if cells > _MAX_CELLS_OF_PIECES:
+        return False
     starts, sources = seeds
     inside = sources[slice(*starts.searchsorted((ours.start, ours.stop - GRAM + 1)))]
     return bool(((inside >= theirs.start) & (inside <= theirs.stop - GRAM)).any())

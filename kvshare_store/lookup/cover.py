@@ -35,7 +35,7 @@ class Cover:
     @property
     def covered(self) -> int:
         """Positions that some donor covers."""
-        return int(np.count_nonzero(self.donor_of >= 0))
+        return self.in_place + int(np.count_nonzero(self.donor_of[self.in_place :] >= 0))
 
     @cached_property
     def sought(self) -> Sought:
@@ -49,7 +49,9 @@ class Cover:
 
     def gaps(self, shortest: int) -> list[Run]:
         """Runs of at least `shortest` positions that nobody covers."""
-        return runs_of(self.donor_of < 0, shortest)
+        start = self.in_place  # all before it is covered
+        found = runs_of(self.donor_of[start:] < 0, shortest)
+        return [Run(start + gap.start, start + gap.stop) for gap in found]
 
     def add(self, node: Node, matches: Sequence[Match], shortest: int = 1) -> None:
         """Let `node` cover what is still uncovered, in runs of at least `shortest`. `matches`
@@ -126,19 +128,15 @@ class Cover:
     def pieces(self, keep: Mask) -> list[Piece]:
         """The kept positions, cut where the donor or the order in it changes and where a kind of
         reuse ends."""
-        at = keep.nonzero()[0]
-        donors, sources = self.donor_of[at], self.source_of[at]
-        first = np.ones(len(at) + 1, np.bool_)  # the last one is behind all
-        first[1:-1] = (
-            (at[1:] - at[:-1] != 1)
-            | (donors[1:] != donors[:-1])
-            | (sources[1:] - sources[:-1] != 1)
+        cut = np.ones(len(keep) + 1, np.bool_)  # between two positions, and at both ends
+        cut[1:-1] = (
+            (keep[1:] != keep[:-1])
+            | (self.donor_of[1:] != self.donor_of[:-1])
+            | (self.source_of[1:] - self.source_of[:-1] != 1)
         )
-        first[at.searchsorted((self.exact, self.in_place))] = True
-        begin = first.nonzero()[0]
-        stops = at[begin[1:] - 1] + 1
-        begin = begin[:-1]
-        columns = at[begin], stops, donors[begin], sources[begin]
+        cut[[self.exact, self.in_place]] = True
+        begin, stops = (keep & cut[:-1]).nonzero()[0], (keep & cut[1:]).nonzero()[0] + 1
+        columns = begin, stops, self.donor_of[begin], self.source_of[begin]
         return list(map(Piece._make, zip(*(each.tolist() for each in columns), strict=True)))
 
     def spans(self, pieces: Sequence[Piece]) -> tuple[list[Span], list[str]]:
@@ -151,11 +149,13 @@ class Cover:
             shift, end = start - source, source + stop - start
             exact, continued = start < self.exact, self.exact <= start < self.in_place
             for part in segments[bisect_right(starts, source) - 1 : bisect_left(starts, end)]:
-                skip = max(0, source - part.start)
-                length = min(part.length, end - part.start) - skip
+                first, length = part.start, part.length
+                skip = source - first if first < source else 0
+                if first + length > end:
+                    length = end - first
                 block = blocks.setdefault(names[part.block], len(blocks))
-                at, row = part.start + skip + shift, part.row + skip
-                spans.append(Span(at, length, part.source + skip, block, row, exact, continued))
+                at, origin, row = first + skip + shift, part.source + skip, part.row + skip
+                spans.append(Span(at, length - skip, origin, block, row, exact, continued))
         return spans, list(blocks)
 
 

@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.grams import GRAM, Hashes, gram_hashes
+from kvshare_store.nodes.index import LONG
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Run
 
@@ -28,6 +30,14 @@ _REMEMBERED_BYTES = 32 << 20
 """Tables of 2,000 to 4,000 prompts of 1,000 tokens, or of 130 to 260 of 64,000."""
 
 
+class Sample(NamedTuple):
+    """Some of a request's grams."""
+
+    at: Positions
+    """Where they begin, ascending."""
+    hashes: Hashes
+
+
 class Sought:
     """A request whose grams are looked up in many donors: hashed once."""
 
@@ -35,34 +45,33 @@ class Sought:
         """`start`: what stands before it is not sought."""
         self.tokens = tokens
         self.start = start
-        self._sampled: dict[int, tuple[Positions, Hashes]] = {}
+        self._samples: dict[int, Sample] = {}
+        self._inside: tuple[Sequence[Run], int, Sample] | None = None
 
     @cached_property
     def _hashes(self) -> Hashes:
         return gram_hashes(self.tokens[self.start :])
 
-    def hashes(self, at: Positions) -> Hashes:
-        """Of the grams that begin at these positions."""
-        return self._hashes[at - self.start]
-
-    def sampled(self, one_of: int) -> Positions:
-        """Where the grams are that a table has which takes one of so many, ascending."""
-        return self.sample(one_of)[0]
-
-    def sample(self, one_of: int) -> tuple[Positions, Hashes]:
-        """As `sampled`, and their hashes."""
-        known = self._sampled.get(one_of)
+    def sample(self, one_of: int) -> Sample:
+        """The grams that a table has which takes one of so many."""
+        known = self._samples.get(one_of)
         if known is None:
             at, hashes = _sample(self._hashes, one_of)
-            known = self._sampled[one_of] = at + self.start, hashes
+            known = self._samples[one_of] = Sample(at + self.start, hashes)
         return known
 
-    def inside(self, gaps: Sequence[Run], one_of: int) -> Positions:
-        """Those of `sampled` whose grams lie inside one of the gaps, which ascend."""
-        sampled = self.sampled(one_of)
+    def inside(self, gaps: Sequence[Run], one_of: int) -> Sample:
+        """Those of `sample` that lie inside one of the gaps, which ascend. The last answer is
+        remembered: the same is asked of one donor after the other."""
+        if self._inside is None or self._inside[:2] != (gaps, one_of):
+            self._inside = gaps, one_of, self._cut(gaps, self.sample(one_of))
+        return self._inside[2]
+
+    def _cut(self, gaps: Sequence[Run], sample: Sample) -> Sample:
         bounds = np.asarray([(gap.start, gap.stop - GRAM + 1) for gap in gaps], np.int64)
-        parts = [sampled[first:last] for first, last in sampled.searchsorted(bounds).tolist()]
-        return np.concatenate(parts) if parts else sampled[:0]
+        parts = [slice(*each) for each in sample.at.searchsorted(bounds).tolist()]
+        chosen = (np.concatenate([each[:0], *(each[part] for part in parts)]) for each in sample)
+        return Sample(*chosen)
 
 
 class Places:
@@ -100,31 +109,33 @@ class Places:
     def find(self, hashes: Hashes) -> npt.NDArray[np.int32]:
         """The place of each gram, or -1. Not yet verified."""
         slots = (hashes >> self._shift).view(np.int64)
-        return np.where(self._tags[slots] == hashes.astype(np.uint32), self._places[slots], -1)
+        return np.where(
+            self._tags.take(slots) == hashes.astype(np.uint32), self._places.take(slots), -1
+        )
 
 
 def guess(ours: Sought, theirs: Places, length: int) -> int:
     """About how many of the tokens that are sought the first `length` tokens of a donor have in
     runs of some length. 0: they have no gram in common."""
     sought = len(ours.tokens) - ours.start
-    if sought >= _FIRST_OF_MANY:
-        # most candidates of a new prompt have none of a few grams, and a passage worth its seam
-        # has several of the few
-        few = ours.sample(_FIRST_ONE_OF * theirs.one_of)[1]
-        if not theirs.has_any(few):
+    if _FIRST_OF_MANY <= sought < LONG:
+        # most candidates of a new short prompt have none of a few grams, and a passage worth its
+        # seam has several of the few
+        few = ours.sample(_FIRST_ONE_OF * theirs.one_of)
+        if not theirs.has_any(few.hashes):
             return 0
     one_of = max(theirs.one_of, 1 << (sought // _GUESSED_FROM).bit_length())
     at, hashes = ours.sample(one_of)
     places = theirs.find(hashes)
     found = (places.view(np.uint32) <= length - GRAM).nonzero()[0]  # -1 is the greatest number
-    starts = at[found]
-    if not len(starts):
+    if not len(found):
         return 0
-    shifts = places[found] - starts
+    starts, sources = at[found], places[found]
     steps = starts[1:] - starts[:-1]
+    goes_on = sources[1:] - sources[:-1] == steps
     # what lies between two grams that go on from one another is most likely the same too
     near = GRAM if one_of == 1 else 2 * GRAM * one_of
-    return GRAM + int(steps[(shifts[1:] == shifts[:-1]) & (steps <= near)].sum())
+    return GRAM + int(steps[goes_on & (steps <= near)].sum())
 
 
 def _sample(hashes: Hashes, one_of: int) -> tuple[Positions, Hashes]:

@@ -130,11 +130,11 @@ class Planner:
         spans, blocks = cover.spans(pieces)
         tiers = [tier_of(name) for name in blocks]
         tier_bytes: dict[str, int] = {}
-        for span in spans:
-            tier = tiers[span.block]
+        for tier in set(tiers):
             if tier is None:
                 return _declined(bare, "blocks_gone")
-            tier_bytes[tier] = tier_bytes.get(tier, 0) + span.length * row_bytes
+            rows = sum([span.length for span in spans if tiers[span.block] == tier])
+            tier_bytes[tier] = rows * row_bytes
         saving = cost.saving_ms(reused, runs, tier_bytes)
         if saving < least:
             return _declined(bare, "no_saving")

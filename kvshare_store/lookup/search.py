@@ -104,8 +104,7 @@ class Search:
         others by words. The words of a long prompt that is served do not tell what is new in it."""
         cover, count = self._cover, self._config.candidates
         if len(cover.request) >= LONG:
-            hashes = cover.sought.hashes(cover.sought.inside(cover.gaps(GRAM), 1))
-            found = nominator.by_passages(hashes, count)
+            found = nominator.by_passages(cover.sought.inside(cover.gaps(GRAM), 1).hashes, count)
             if found or served:
                 return found
         return nominator.by_words(cover.words, count, _WIDER * count)
@@ -152,16 +151,21 @@ class Search:
         enough = share * (length - self._cover.sought.start)
         ranked: list[Node] = []
         for node in nodes:
-            if not self._places.known(node) and not self._effort.spend(_HASHED * node.length):
-                continue
-            usable = usable_length(self._policy, node)
-            tokens = guess(self._cover.sought, self._places.of(node), usable)
-            self._guesses[node.id] = tokens
+            tokens = self._guess(node)
             if tokens:
                 ranked.append(node)
             if tokens >= enough:
                 break
         return sorted(ranked, key=lambda node: -int(math.log(self._guesses[node.id], _BETTER)))
+
+    def _guess(self, node: Node) -> int:
+        """How much the node seems to have; 0 if looking would be too much work."""
+        if node.id not in self._guesses:
+            if not self._places.known(node) and not self._effort.spend(_HASHED * node.length):
+                return 0
+            usable = usable_length(self._policy, node)
+            self._guesses[node.id] = guess(self._cover.sought, self._places.of(node), usable)
+        return self._guesses[node.id]
 
     def _aligned(self, donor: Node) -> list[Match]:
         return align(

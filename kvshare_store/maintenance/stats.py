@@ -30,12 +30,13 @@ def stats_of(
     staged: int,
     looks: int,
     scores: dict[str, Any],
+    scores_by_edit: dict[str, Any],
     quality: Overview,
 ) -> dict[str, Any]:
     """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
-    begun; `looks`: edited prompts that wait for an idle engine; `scores`: see
-    `Verdicts.report`. Never waits: neither for the lock of the nodes nor for a first look at the
-    disk."""
+    begun; `looks`: edited prompts that wait for an idle engine; `scores`, `scores_by_edit`: see
+    `Verdicts`. Never waits: neither for the lock of the nodes nor for a first look at the disk.
+    """
     metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
     return {
         "version": version(),
@@ -52,6 +53,7 @@ def stats_of(
         "staged": staged,
         "looks_waiting": looks,
         "scores": scores,
+        "scores_by_edit": scores_by_edit,
         "quality": msgspec.to_builtins(quality),
         "tiers": blocks.report(),
         "moved": metrics.moves(),

@@ -154,16 +154,17 @@ def _spaces_by(name: str, kinds: tuple[str, ...]) -> Read:
 
 def _scores(name: str) -> Read:
     return lambda stats: [
-        ((policy, chosen), one[name])
-        for policy, sums in stats.get("scores", {}).items()
+        ((policy, chosen, edit), one[name])
+        for edit, by_policy in stats.get("scores_by_edit", {}).items()
+        for policy, sums in by_policy.items()
         for chosen, one in sums.items()
     ]
 
 
 def _diverged(stats: Stats) -> Iterator[Sample]:
-    for policy, sums in stats.get("scores", {}).items():
-        if "greedy" in sums:
-            yield (policy,), sums["greedy"]["diverged"]
+    for (policy, chosen, edit), count in _scores("diverged")(stats):
+        if chosen == "greedy":
+            yield (policy, edit), count
 
 
 def _extra_rates(stats: Stats) -> Iterator[Sample]:
@@ -237,14 +238,15 @@ FAMILIES: tuple[Family, ...] = (
            _one("staged")),
     # known quality
     Family("kvshare_scored_answers_total", "counter", "Answers that second looks have scored, by "
-           "the policy that they were served under (`control`: in full) and how their tokens were "
-           "chosen: `greedy` or `sampled`", ("policy", "chosen"), _scores("answers")),
+           "the policy that they were served under (`control`: in full), how their tokens were "
+           "chosen (`greedy` or `sampled`), and the kind of edit of their class",
+           ("policy", "chosen", "edit"), _scores("answers")),
     Family("kvshare_scored_tokens_total", "counter", "Their tokens that were scored",
-           ("policy", "chosen"), _scores("tokens")),
+           ("policy", "chosen", "edit"), _scores("tokens")),
     Family("kvshare_regret_nats_total", "counter", "Sum of log p(best token) - log p(served token) "
-           "over these tokens, in full compute", ("policy", "chosen"), _scores("regret")),
+           "over these tokens, in full compute", ("policy", "chosen", "edit"), _scores("regret")),
     Family("kvshare_diverged_answers_total", "counter", "Greedy answers whose first tokens are not "
-           "those of full compute", ("policy",), _diverged),
+           "those of full compute", ("policy", "edit"), _diverged),
     Family("kvshare_quality_bound", "gauge", "The configured `quality_bound`: the rate of extra "
            "divergence that is accepted; 0: any, and nothing is steered", (),
            _one("quality", "bound")),
@@ -255,6 +257,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvshare_quality_silent_classes", "gauge", "Classes of which the last 1,000 requests on "
            "approximate rows had no score, so that what was learned counts no more", (),
            _one("quality", "silent")),
+    Family("kvshare_quality_doubted_classes", "gauge", "Classes with a policy whose last scores "
+           "look as if its rate had risen above the bound, so that it counts as unknown", (),
+           _one("quality", "doubted")),
     Family("kvshare_quality_worst_extra_rate", "gauge", "Limits (`lower`, `upper`) of the rate of "
            "divergence beyond that of controls, each of the class where it is highest",
            ("policy", "limit"), _extra_rates),
@@ -325,7 +330,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvshare_namespace_tokens_total", "counter", "As `kvshare_tokens_total`, of one "
            "namespace", (*_SPACE, "kind"),
            _spaces_by("tokens", ("exact", "continued", "edited", "not_reused"))),
-    Family("kvshare_namespace_nodes", "gauge", "Prompts of a namespace", _SPACE, _spaces("nodes")),
+    Family("kvshare_namespace_nodes", "gauge", "Prompts of a namespace; one that became exact "
+           "counts twice until its edited form has left", _SPACE, _spaces("nodes")),
     Family("kvshare_namespace_bytes", "gauge", "Bytes of rows of a namespace, before any codec",
            _SPACE, _spaces("bytes")),
 )  # fmt: skip

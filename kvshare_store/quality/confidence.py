@@ -19,7 +19,6 @@ drift. What is bounded is their mean so far.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import msgspec
@@ -27,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Numbers = tuple[int, float, float]
+"""Of a `Tally`: count, total and deviation."""
 
 _BETS: Floats = 0.95 * 2.0 ** (-np.arange(16) / 2)
 """From streams of a few values to such of a hundred thousand."""
@@ -37,15 +38,29 @@ _PRICES: Floats = (-np.log1p(-_BETS) - _BETS) / _BETS
 _ONCE: Floats = -np.log(_SHARES) / _BETS
 
 
-def radius(deviation: npt.ArrayLike, error: float) -> Floats:
+def radius(deviation: npt.ArrayLike, error: npt.ArrayLike) -> Floats:
     """How far the sum of some values is from the sum of their means, on either side.
 
     `deviation`: sums of squared distances from the guesses, of any shape. `error`: the probability
-    that the sum is ever further away, on one side.
+    that the sum is ever further away, on one side; of a shape that goes with it.
     """
     spent = np.asarray(deviation, np.float64)[..., None] * _PRICES
-    found: Floats = (spent + _ONCE - math.log(error) / _BETS).min(axis=-1)
+    allowed = np.log(np.asarray(error, np.float64))[..., None] / _BETS
+    found: Floats = (spent + _ONCE - allowed).min(axis=-1)
     return found
+
+
+def limits(numbers: npt.ArrayLike, error: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """A lower and an upper limit for each mean of many tallies; 0 and 1 without any value.
+
+    `numbers`: count, total and deviation of each, of any shape. `error`: as of `radius`.
+    """
+    found = np.asarray(numbers, np.float64)
+    count = found[..., 0]
+    some = np.maximum(count, 1.0)
+    mean = found[..., 1] / some
+    width = np.where(count > 0, radius(found[..., 2], error) / some, 1.0)
+    return np.maximum(0.0, mean - width), np.minimum(1.0, mean + width)
 
 
 class Interval(NamedTuple):
@@ -77,7 +92,10 @@ class Tally(msgspec.Struct, array_like=True):
 
     def interval(self, error: float) -> Interval:
         """The mean and its limits. Each is ever wrong with the probability `error` at most."""
-        if not self.count:
-            return Interval(0.0, 0.0, 1.0)
-        width = float(radius(self.deviation, error)) / self.count
-        return Interval(self.mean, max(0.0, self.mean - width), min(1.0, self.mean + width))
+        low, high = limits(self.numbers, error)
+        return Interval(self.mean, float(low), float(high))
+
+    @property
+    def numbers(self) -> Numbers:
+        """What `limits` goes by."""
+        return self.count, self.total, self.deviation

@@ -7,14 +7,15 @@ import math
 import msgspec
 
 from kvshare_store.quality.confidence import Tally
+from kvshare_store.quality.parts import COMPUTED, DISTANCE, bucket_of
 from kvshare_store.quality.score import Score
 
 MOST_NATS = 4.0
 """A regret counts as this at most, so that a mean of them can be bounded."""
 
 
-class Evidence(msgspec.Struct):
-    """Scores of answers that were served under one policy."""
+class Scores(msgspec.Struct, array_like=True):
+    """What some scores together say."""
 
     diverged: Tally = msgspec.field(default_factory=Tally)
     """Of greedy requests: 1 where another token was the likeliest."""
@@ -23,19 +24,43 @@ class Evidence(msgspec.Struct):
     sampled: Tally = msgspec.field(default_factory=Tally)
     """Regrets of the other requests. They have the sampling in them, so they are compared with
     those of controls that were sampled only."""
-    doubt: float = 0.0
-    """Log of the e-detector's value: how much likelier the last scores are if the rate is far above
-    the bound than if it is at the bound."""
 
-    def add(self, score: Score, allowed: float = 1.0) -> None:
-        """One more score. `allowed`: the rate of divergence that is not doubted."""
+    def count(self, score: Score) -> None:
+        """One more score."""
         regret = min(score.regret, MOST_NATS) / MOST_NATS
         if not score.greedy:
             self.sampled.add(regret)
             return
         self.regret.add(regret)
         self.diverged.add(float(score.diverged is not None))
-        self.doubt = max(0.0, self.doubt) + _doubt(score.diverged is not None, allowed)
+
+
+class Evidence(Scores, array_like=False):
+    """Scores of answers that were served under one policy."""
+
+    doubt: float = 0.0
+    """Log of the e-detector's value: how much likelier the last scores are if the rate is far above
+    the bound than if it is at the bound."""
+    computed: dict[str, Scores] = {}
+    """By bucket, how much of the prompts was computed (`quality/parts.py`)."""
+    distance: dict[str, Scores] = {}
+    """By bucket, how far the answers begin behind an edit."""
+
+    def add(self, score: Score, allowed: float = 1.0) -> None:
+        """One more score. `allowed`: the rate of divergence that is not doubted."""
+        self.count(score)
+        for parts, name in (
+            (self.computed, bucket_of(COMPUTED, _percent(score.computed))),
+            (self.distance, bucket_of(DISTANCE, score.distance)),
+        ):
+            if name:
+                parts.setdefault(name, Scores()).count(score)
+        if score.greedy:
+            self.doubt = max(0.0, self.doubt) + _doubt(score.diverged is not None, allowed)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _doubt(diverged: bool, allowed: float) -> float:

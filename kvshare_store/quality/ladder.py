@@ -9,7 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvshare_store.quality.confidence import Interval
+import numpy as np
+import numpy.typing as npt
+
+from kvshare_store.quality.confidence import Floats, Numbers, limits
 from kvshare_store.quality.evidence import Evidence, Learned
 
 EXACT = 0
@@ -44,30 +47,77 @@ class Decision(NamedTuple):
     """Of the requests, for `tried`."""
 
 
+class Seen(NamedTuple):
+    """What the ladder goes by, of one class: copies."""
+
+    epoch: int
+    silent: bool
+    """So many requests came without a score that what was learned counts no more."""
+    floor: Numbers
+    rates: dict[str, Numbers]
+    """Of divergence, by policy."""
+    doubted: frozenset[str]
+    """Policies whose last scores look as if their rate had risen above the bound."""
+
+
+def seen(learned: Learned, floor: Evidence, terms: Terms) -> Seen:
+    """One class, and the controls of its namespace."""
+    found = learned.policies
+    return Seen(
+        learned.epoch,
+        terms.bound > 0 and learned.unscored >= STALE,
+        floor.diverged.numbers,
+        {policy: one.diverged.numbers for policy, one in found.items()},
+        frozenset(policy for policy, one in found.items() if doubted(one, terms)),
+    )
+
+
+class Extra(NamedTuple):
+    """Limits of the rate of divergence beyond that of controls: classes by policies."""
+
+    lower: Floats
+    upper: Floats
+
+    def rungs(self, bound: float) -> npt.NDArray[np.int_]:
+        """Of each class the highest policy that is within the bound."""
+        within = self.upper <= bound
+        within[:, EXACT:1] = True
+        found: npt.NDArray[np.int_] = (within * np.arange(within.shape[1])).max(1, initial=EXACT)
+        return found
+
+
+def extra_of(classes: Sequence[Seen], ladder: Sequence[str], terms: Terms) -> Extra:
+    """What is known of each policy of each class. All that is decided, shown and counted comes from
+    here. The mean so far is no limit for what comes next if it is doubted that this is as before,
+    or if nobody has scored for long."""
+    nothing: Numbers = (0, 0.0, 0.0)
+    shape, floor = (len(classes), len(ladder) + 1), len(ladder)
+    numbers, errors = [], []
+    for one in classes:
+        rates = {} if one.silent else one.rates
+        numbers.append([*(rates.get(policy, nothing) for policy in ladder), one.floor])
+        errors.append([*[terms.each(one.epoch)] * floor, terms.each()])
+    low, high = limits(np.array(numbers, float).reshape(*shape, 3), np.reshape(errors, shape))
+    for at, one in enumerate(classes):
+        for policy in one.doubted.intersection(ladder):
+            high[at, ladder.index(policy)] = 1.0
+    return Extra(low[:, :floor] - high[:, floor:], high[:, :floor] - low[:, floor:])
+
+
 def decide(learned: Learned, floor: Evidence, ladder: Sequence[str], terms: Terms) -> Decision:
     """The highest policy of the ladder that is within the bound, and the share of requests for the
     next one such that all together are within it, whatever is true within the limits."""
-    stale = learned.unscored >= STALE
-    error, base = terms.each(learned.epoch), floor.diverged.interval(terms.each())
-    rates = [_rate(learned.policies.get(policy), error, terms, stale=stale) for policy in ladder]
-    extra = [max(0.0, rate.high - base.low) for rate in rates]
-    extra[EXACT] = 0.0
-    rung = max(at for at in range(len(ladder)) if extra[at] <= terms.bound)
+    found = extra_of([seen(learned, floor, terms)], ladder, terms)
+    (rung,) = found.rungs(terms.bound).tolist()
+    (lower,), (upper,) = found.lower.tolist(), found.upper.tolist()
     tried = rung + 1
-    if tried >= len(ladder) or rates[tried].low - base.high > terms.bound:
+    if tried >= len(ladder) or lower[tried] > terms.bound:
         return Decision(rung, rung)
-    return Decision(rung, tried, (terms.bound - extra[rung]) / (extra[tried] - extra[rung]))
-
-
-def _rate(found: Evidence | None, error: float, terms: Terms, *, stale: bool) -> Interval:
-    if found is None or stale:
-        return Interval(0.0, 0.0, 1.0)
-    rate = found.diverged.interval(error)
-    # the mean so far is no limit for what comes next, if it is doubted that this is as before
-    return rate._replace(high=1.0) if doubted(found, terms) else rate
+    spent = 0.0 if rung == EXACT else max(0.0, upper[rung])
+    return Decision(rung, tried, (terms.bound - spent) / (upper[tried] - spent))
 
 
 def doubted(evidence: Evidence, terms: Terms) -> bool:
     """Whether the last scores look as if the rate had risen above the bound. While it is at the
     bound this happens once in so many scores as `1 / (error * bound)`, or less often."""
-    return evidence.doubt >= -math.log(terms.error * terms.bound)
+    return terms.bound > 0 and evidence.doubt >= -math.log(terms.error * terms.bound)

@@ -18,14 +18,15 @@ from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File, Kept
-from kvshare_store.quality.ladder import EXACT, Decision, Terms, decide, doubted
-from kvshare_store.quality.overview import Counted, Overview, counted, overview
+from kvshare_store.quality.ladder import EXACT, Decision, Seen, Terms, decide, doubted, seen
+from kvshare_store.quality.overview import Overview, overview
 from kvshare_store.quality.report import (
     ALL,
     ClassReport,
     PolicyReport,
     Wanted,
     extra_rate,
+    most_scored_first,
     report_class,
     report_floor,
 )
@@ -189,7 +190,7 @@ class Quality:
             self._note(score, learned, floor)
         known.decisions.clear()
         # also where it is only tried: what was learned before a change says how often
-        if self.steers and doubted(evidence, terms) and evidence.diverged.mean <= allowed:
+        if doubted(evidence, terms) and evidence.diverged.mean <= allowed:
             learned.forget()
         if before == EXACT:
             return False
@@ -210,12 +211,13 @@ class Quality:
 
     def report(self, wanted: Wanted = ALL) -> list[ClassReport]:
         """Classes, those with the most scored answers first. No request waits for all of it."""
-        return [self._report(*one, wanted) for one in self._meant(wanted)[wanted.part]]
+        found = most_scored_first(self._meant(wanted))
+        return [self._report(*one, wanted) for one in found[wanted.part]]
 
     def _meant(self, wanted: Wanted) -> list[tuple[str, str, Known]]:
         with self._lock:
             classes = list(self._classes)
-        return wanted.of(classes)
+        return wanted.meant(classes)
 
     def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
         with self._lock:
@@ -250,11 +252,11 @@ class Quality:
         """All classes together. No request waits for all of it."""
         with self._lock:
             known, terms = list(self._classes), self._terms
-        return overview(self._ladder, terms, [self._counted(at, one) for at, _, one in known])
+        return overview(self._ladder, terms, [self._seen(at, one, terms) for at, _, one in known])
 
-    def _counted(self, namespace: str, known: Known) -> Counted:
+    def _seen(self, namespace: str, known: Known, terms: Terms) -> Seen:
         with self._lock:
-            return counted(known, self._floors.get(namespace) or Evidence())
+            return seen(known.learned, self._floors.get(namespace) or Evidence(), terms)
 
     def _named(self, namespace: str, known: Known | None, top: int) -> tuple[str, str, float]:
         """The rung, what is tried, and by which share of requests."""

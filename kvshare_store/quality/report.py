@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kvshare_store.config import policy_names
 from kvshare_store.quality.classes import Known
-from kvshare_store.quality.confidence import Interval, Tally
-from kvshare_store.quality.evidence import MOST_NATS, Evidence, Learned
-from kvshare_store.quality.ladder import Terms
+from kvshare_store.quality.confidence import Interval, Tally, limits
+from kvshare_store.quality.evidence import MOST_NATS, Evidence, Learned, Scores
+from kvshare_store.quality.ladder import Terms, extra_of, seen
+from kvshare_store.quality.parts import COMPUTED, DISTANCE
 from kvshare_store.quality.trend import Moment
 
 
-class PolicyReport(msgspec.Struct, frozen=True):
-    """Answers that were served under one policy, or controls. Rates are shares of greedy answers,
-    regrets nats for each token; each has a mean, a lower and an upper limit."""
+class ScoresReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers that were scored. Rates are shares of greedy answers, regrets nats for each token;
+    each has a mean, a lower and an upper limit."""
 
-    policy: str
-    """Empty for controls."""
     greedy: int
     """Greedy answers that were scored."""
     sampled: int
@@ -31,8 +30,28 @@ class PolicyReport(msgspec.Struct, frozen=True):
     """The mean regret of greedy answers."""
     sampled_regret: Interval
     extra: Interval
-    """The rate of divergence beyond that of controls, with the limits that the ladder goes by."""
+    """The rate of divergence beyond that of controls."""
     extra_regret: Interval
+
+
+class PartReport(ScoresReport, frozen=True, kw_only=True):
+    """Those of a policy that are alike in one respect: from `start` to below `stop`."""
+
+    start: int
+    stop: int | None
+    """None: no limit."""
+
+
+class PolicyReport(ScoresReport, frozen=True, kw_only=True):
+    """Answers that were served under one policy, or controls. The limits of `extra` are those that
+    the ladder goes by."""
+
+    policy: str
+    """Empty for controls."""
+    computed: tuple[PartReport, ...] = ()
+    """Apart by the percentage of the prompt's tokens behind its exact prefix that were computed."""
+    distance: tuple[PartReport, ...] = ()
+    """Apart by the tokens from the end of the nearest edit to the answer."""
     trend: tuple[Moment, ...] = ()
     """What was known in the last day, the oldest first, if that was asked for."""
 
@@ -74,18 +93,22 @@ class Wanted(NamedTuple):
     trends: bool = False
     """With what was known in the last day."""
 
-    def of(self, classes: Iterable[tuple[str, str, Known]]) -> list[tuple[str, str, Known]]:
-        """All that are meant, those with the most scored answers first."""
-        found = [
+    def meant(self, classes: Iterable[tuple[str, str, Known]]) -> list[tuple[str, str, Known]]:
+        """All that are meant."""
+        return [
             one for one in classes
             if one[0].startswith(self.namespace) and self.traffic in ("", one[1])
         ]  # fmt: skip
-        return sorted(found, key=lambda one: (-_scored(one[2].learned), one[1]))
 
     @property
     def part(self) -> slice:
         """Of all that are meant, those that are reported."""
         return slice(self.start, None if self.most is None else self.start + self.most)
+
+
+def most_scored_first(classes: list[tuple[str, str, Known]]) -> list[tuple[str, str, Known]]:
+    """The order of a report."""
+    return sorted(classes, key=lambda one: (-_scored(one[2].learned), one[1]))
 
 
 ALL = Wanted()
@@ -114,52 +137,81 @@ def report_class(
         learned.epoch,
         learned.unscored,
         learned.scored,
-        tuple(
-            msgspec.structs.replace(
-                _report(name, learned.policies[name], floor, terms.error),
-                extra=extra_rate(learned, name, floor, terms),
-                trend=trend(name),
-            )
-            for name in names
-        ),
+        tuple(_of_policy(learned, name, floor, terms, trend(name)) for name in names),
         report_floor(floor, terms),
+    )
+
+
+def _of_policy(
+    learned: Learned, policy: str, floor: Evidence, terms: Terms, trend: tuple[Moment, ...]
+) -> PolicyReport:
+    found = learned.policies[policy]
+    computed = [one for one in COMPUTED if one.name in found.computed]
+    distance = [one for one in DISTANCE if one.name in found.distance]
+    parts = (
+        *(found.computed[one.name] for one in computed),
+        *(found.distance[one.name] for one in distance),
+    )
+    whole, *known = _known([found, *parts], floor, terms.error)
+    reports = [
+        PartReport(start=one.start, stop=one.stop, **fields)
+        for one, fields in zip((*computed, *distance), known, strict=True)
+    ]
+    return PolicyReport(
+        policy=policy,
+        computed=tuple(reports[: len(computed)]),
+        distance=tuple(reports[len(computed) :]),
+        trend=trend,
+        **whole | {"extra": extra_rate(learned, policy, floor, terms)},
     )
 
 
 def report_floor(floor: Evidence, terms: Terms) -> PolicyReport:
     """Of controls."""
-    return _report("", floor, None, terms.error)
+    (known,) = _known([floor], Evidence(), terms.error)
+    return PolicyReport(policy="", **known)
 
 
 def extra_rate(learned: Learned, policy: str, floor: Evidence, terms: Terms) -> Interval:
     """The rate of divergence beyond the floor, with the limits that the ladder goes by."""
-    return _apart(
-        learned.of(policy).diverged.interval(terms.each(learned.epoch)),
-        floor.diverged.interval(terms.each()),
-    )
+    found = extra_of([seen(learned, floor, terms)], [policy], terms)
+    mean = learned.of(policy).diverged.mean - floor.diverged.mean
+    return Interval(mean, found.lower.item(), found.upper.item())
 
 
-def _report(policy: str, found: Evidence, floor: Evidence | None, error: float) -> PolicyReport:
-    """Each interval is ever wrong with the probability `error` at most."""
-    base = floor or Evidence()
-    return PolicyReport(
-        policy,
-        found.diverged.count,
-        found.sampled.count,
-        found.diverged.interval(error / 2),
-        _nats(found.regret.interval(error / 2)),
-        _nats(found.sampled.interval(error / 2)),
-        _beyond(found.diverged, base.diverged, error),
-        _nats(_beyond(found.regret, base.regret, error)),
-    )
+def _known(found: Sequence[Scores], base: Scores, error: float) -> list[dict[str, Any]]:
+    """The fields of a `ScoresReport` of each. `base`: of controls. Each interval is ever wrong with
+    the probability `error` at most: two limits share that, or four of a difference."""
+    tallies = [(one.diverged, one.regret, one.sampled) for one in found]
+    alone = _intervals(tallies, error / 2)
+    apart = _intervals(tallies, error / 4)
+    ((diverged, regret, _),) = _intervals([(base.diverged, base.regret, base.sampled)], error / 4)
+    return [
+        {
+            "greedy": one.diverged.count,
+            "sampled": one.sampled.count,
+            "diverged": itself[0],
+            "regret": _nats(itself[1]),
+            "sampled_regret": _nats(itself[2]),
+            "extra": _beyond(other[0], diverged),
+            "extra_regret": _nats(_beyond(other[1], regret)),
+        }
+        for one, itself, other in zip(found, alone, apart, strict=True)
+    ]
 
 
-def _beyond(one: Tally, other: Tally, error: float) -> Interval:
-    """The difference of two means; four limits share the error."""
-    return _apart(one.interval(error / 4), other.interval(error / 4))
+def _intervals(tallies: Sequence[Sequence[Tally]], error: float) -> list[list[Interval]]:
+    """Those of many at once."""
+    low, high = limits([[one.numbers for one in row] for row in tallies], error)
+    means = ([one.mean for one in row] for row in tallies)
+    return [
+        [Interval(*of) for of in zip(*row, strict=True)]
+        for row in zip(means, low.tolist(), high.tolist(), strict=True)
+    ]
 
 
-def _apart(one: Interval, other: Interval) -> Interval:
+def _beyond(one: Interval, other: Interval) -> Interval:
+    """The difference of two means."""
     return Interval(one.mean - other.mean, one.low - other.high, one.high - other.low)
 
 

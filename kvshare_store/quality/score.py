@@ -30,6 +30,10 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     """The request asked for the likeliest token at each step."""
     control: bool
     """The prompt was served in full: such scores say how far apart two computations in full are."""
+    computed: float | None = None
+    """The share of the prompt's tokens behind its exact prefix that were computed, if known."""
+    distance: int | None = None
+    """Tokens from the end of the nearest edit to the answer, if known."""
 
     @property
     def regret(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import blake3
 
@@ -75,6 +75,12 @@ def traffic_of(tree: DeltaTree, donor: Node, edits: Sequence[Edit], length: int)
     return f"{donor.namespace[:12]}/{family}/{kind_of(edits, length)}"
 
 
+def edit_of(traffic: str) -> str:
+    """The kind of edit of a class by its name; empty of controls, which have none."""
+    kind = traffic.rpartition("/")[2]
+    return kind if kind in get_args(Kind) else ""
+
+
 def _family(root: Node) -> str:
     """Of two roots the same with the chance that their beginnings' grams are (MinHash, Broder
     1997)."""
@@ -88,18 +94,27 @@ def _family(root: Node) -> str:
 
 def kind_of(edits: Iterable[Edit], length: int) -> Kind:
     """What was done to the donor before the last text that both have. `append`: nothing."""
-    changes = list(_changes(edits, length))
-    if not changes:
+    found = list(changes(edits, length))
+    if not found:
         return "append"
-    if len(changes) > 1:
+    if len(found) > 1:
         return "several"
-    inserted, removed = changes[0]
+    inserted, removed, _ = found[0]
     return "delete" if not inserted else "replace" if removed else "insert"
 
 
-def _changes(edits: Iterable[Edit], length: int) -> Iterator[tuple[int, int]]:
-    """Tokens inserted and removed between two texts that stay, each of `_LASTING` tokens or more
-    (the first one of any length, where the donor's beginning stays)."""
+class Change(NamedTuple):
+    """What was done to the donor between two texts that stay: tokens."""
+
+    inserted: int
+    removed: int
+    stop: int
+    """Where in the prompt the next text begins that stays."""
+
+
+def changes(edits: Iterable[Edit], length: int) -> Iterator[Change]:
+    """What was done between two texts that stay, each of `_LASTING` tokens or more (the first one
+    of any length, where the donor's beginning stays)."""
     at = inserted = removed = 0
     for edit in edits:
         if at >= length:
@@ -111,7 +126,7 @@ def _changes(edits: Iterable[Edit], length: int) -> Iterator[tuple[int, int]]:
         elif size < _LASTING and (inserted or removed):
             inserted, removed = inserted + size, removed + size
         elif inserted or removed:
-            yield inserted, removed
+            yield Change(inserted, removed, at - size)
             inserted = removed = 0
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, node_id
+from kvshare_store.quality.parts import Served
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS, Score
 from kvshare_store.save.staging import Save
@@ -22,11 +23,13 @@ class Answered(msgspec.Struct, frozen=True):
     greedy: bool = False
     request: str = ""
     """The engine's name of its request."""
+    served: Served = Served()
+    """How the rows of its prompt came about."""
 
     @classmethod
-    def of(cls, save: Save) -> Answered:
+    def of(cls, save: Save, served: Served) -> Answered:
         """What a save says of it."""
-        return cls(save.extends, save.greedy, save.request)
+        return cls(save.extends, save.greedy, save.request, served)
 
     def scored(self, node: Node) -> int:
         """How many of its tokens are scored."""
@@ -53,13 +56,18 @@ class Scoring:
         self._given: dict[str, Given] = {}
         """By node. What an engine says may come after the node was settled, and has left."""
 
-    def give(self, owner: str, now: float, until: float, node: Node, answer: Answered) -> int:
-        """An engine gets a look; returns how many tokens of the answer it shall score."""
+    @property
+    def bound(self) -> float:
+        """The extra rate of divergence that the operator accepts; 0: any."""
+        return self._quality.bound
+
+    def give(self, owner: str, now: float, until: float, node: Node, answer: Answered) -> Given:
+        """An engine gets a look."""
         self._given = {name: one for name, one in self._given.items() if now < one.until}
         begins = answer.begins
         traffic = self._quality.planned.of(self._tree, node, begins) if begins else ""
-        self._given[node.id] = Given(owner, until, node, answer, traffic)
-        return answer.scored(node)
+        given = self._given[node.id] = Given(owner, until, node, answer, traffic)
+        return given
 
     def take(self, owner: str, node: str, stamp: int) -> Given | None:
         """The look that an engine has ended; None if it had none."""
@@ -89,6 +97,8 @@ class Scoring:
             regrets=regrets,
             greedy=answer.greedy,
             control=node.exact,
+            computed=answer.served.computed,
+            distance=answer.served.distance(answer.begins),
         )
         self.verdicts.scored(
             score, {node.id, node_id(node.namespace, node.tokens, True)}, answer.request

@@ -18,7 +18,9 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
+from kvshare_store.quality.parts import Served, served_of
 from kvshare_store.quality.quality import Quality
+from kvshare_store.quality.traffic import edit_of
 from kvshare_store.save.answers import Answers
 from kvshare_store.save.scoring import Answered, Given, Scoring
 from kvshare_store.save.staging import Reuse, Save
@@ -34,6 +36,8 @@ _HALF_LIFE_S = 60.0
 _ANSWERED_S = 60.0
 """A prompt that has no answer by then gets none."""
 _TRIES = 3
+_REMEMBERED = 4096
+"""Edited nodes of which it is known how their rows came about."""
 _CONTROLS = 16
 """Answers served in full that wait to be scored."""
 _BEFORE_CONTROL = 9
@@ -64,6 +68,11 @@ class Look(msgspec.Struct, frozen=True):
     of the release before does not say."""
     greedy: bool = False
     """The answer's tokens were chosen so."""
+    edit: str = ""
+    """The kind of edit that its score counts under; empty of controls, and from a daemon of the
+    release before."""
+    bound: float | None = None
+    """The daemon's `quality_bound`. A daemon of the release before does not say."""
 
 
 class _Entry(msgspec.Struct):
@@ -101,6 +110,8 @@ class SecondLooks:
         """By node, the oldest first."""
         self._controls: Latest[str, _Entry] = Latest(_CONTROLS)
         """Exact nodes whose answers are scored only, the oldest first."""
+        self._served: Latest[str, Served] = Latest(_REMEMBERED)
+        """By edited node, in the queue or not."""
         self._since_control = 0
         self._hearing = threading.Lock()
         """Held while an engine's words on an answer are taken in, so that a purge forgets these
@@ -122,17 +133,26 @@ class SecondLooks:
         Nodes of adapters are not queued; of exact ones only some with answers are, as controls.
         """
         base, adapter = save.base, bool(save.namespace.lora)
-        entry = _Entry(self.clock(), Answered.of(save))
         if node.exact:
             if save.extends and not adapter and random.random() < self._control_share:
-                self._controls[node.id] = entry
+                self._controls[node.id] = _Entry(self.clock(), Answered.of(save, Served()))
             return
         if base is None or base.id in self._nodes.tree:
             self._metrics.add("edited_stored")
         if adapter:
             self._metrics.add("looks_declined")
             return
-        self._entries[node.id] = entry
+        served = self._served[node.id] = self._how(node, save)
+        self._entries[node.id] = _Entry(self.clock(), Answered.of(save, served))
+
+    def _how(self, node: Node, save: Save) -> Served:
+        """How the rows of an edited prompt came about; the save of its answer does not say."""
+        known = self._served.get(save.base.id) if save.base is not None else None
+        if known is not None:
+            return known
+        parent = self._served.get(node.parent) if node.parent is not None else None
+        spans = None if save.extends else save.reuse.spans
+        return served_of(node, save.extends or node.length, spans, parent)
 
     def settled(self, edited: Node, exact: Node) -> None:
         """The exact twin of an edited node is in the tree. Hold the lock."""
@@ -191,12 +211,20 @@ class SecondLooks:
     def _give(self, owner: str, now: float, node: Node, entry: _Entry) -> Look:
         entry.owner, entry.until, entry.tries = owner, now + LOOK_SECONDS, entry.tries + 1
         scored = Answered() if entry.computed else entry.answer
-        score = self._scoring.give(owner, now, entry.until, node, scored)
-        begins = entry.answer.begins
+        given = self._scoring.give(owner, now, entry.until, node, scored)
         return Look(
-            node.id, node.stamp, node.namespace, node.token_bytes, begins, score, node.exact,
-            counted_as(node.policy or "exact", control=node.exact), entry.answer.greedy,
-        )  # fmt: skip
+            node.id,
+            node.stamp,
+            node.namespace,
+            node.token_bytes,
+            entry.answer.begins,
+            scored.scored(node),
+            node.exact,
+            counted_as(node.policy or "exact", control=node.exact),
+            entry.answer.greedy,
+            "" if node.exact else edit_of(given.traffic),
+            self._scoring.bound,
+        )
 
     def _ranked(self, now: float) -> list[tuple[float, Node]]:
         """Nodes that are worth it, with their expected uses; the others are forgotten."""
@@ -265,6 +293,7 @@ class SecondLooks:
         engines have."""
         with self._hearing, self._nodes.lock:
             self._scoring.forget(namespace)
+            self._served.clear()  # names of nodes and numbers: what others lose is a share
 
     def reap(self, dead_owners: Collection[str]) -> None:
         """What engines had that are gone may be given to others."""

@@ -14,6 +14,7 @@ from kvshare_store.bounded import Latest
 from kvshare_store.config import policy_names
 from kvshare_store.observability.metrics import OTHERS
 from kvshare_store.quality.score import Score
+from kvshare_store.quality.traffic import edit_of
 
 CONTROL = "control"
 """What answers that were served in full count as, beside the policies of the others."""
@@ -84,6 +85,13 @@ class Sum(msgspec.Struct):
         self.tokens += len(score.regrets)
         self.regret += sum(score.regrets)
 
+    def join(self, other: Sum) -> None:
+        """All of another one."""
+        self.answers += other.answers
+        self.diverged += other.diverged
+        self.tokens += other.tokens
+        self.regret += other.regret
+
 
 class Verdicts:
     """Those of one store. Thread-safe."""
@@ -94,8 +102,9 @@ class Verdicts:
         self._of_requests: Latest[str, Scored] = Latest(_KEPT)
         self._settled: Latest[str, tuple[str, float]] = Latest(_KEPT)
         """By exact node, the namespace, and when it took the place of its edited twin."""
-        self._sums: dict[str, dict[str, Sum]] = {}
-        """By policy, or `CONTROL`, and how tokens were chosen, since the store was opened."""
+        self._sums: dict[str, dict[str, dict[str, Sum]]] = {}
+        """By kind of edit (empty of controls), policy (or `CONTROL`) and how tokens were chosen,
+        since the store was opened."""
         self._floors: Latest[str, dict[str, Sum]] = Latest(_FLOORS)
         """Of the controls of a namespace, by how tokens were chosen."""
 
@@ -110,7 +119,8 @@ class Verdicts:
                 self._of_nodes[node] = scored
             if request:
                 self._of_requests[request] = scored
-            _add(self._sums.setdefault(kind, {}), score)
+            edit = "" if score.control else edit_of(score.traffic)
+            _add(self._sums.setdefault(edit, {}).setdefault(kind, {}), score)
             if score.control:
                 floor = self._floors[score.namespace] = self._floors.get(score.namespace, {})
                 _add(floor, score)
@@ -175,8 +185,21 @@ class Verdicts:
     def report(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Sums of the scores by policy, those of controls as `CONTROL`, and by how the tokens were
         chosen, `greedy` or `sampled`."""
+        found: dict[str, dict[str, Sum]] = {}
         with self._lock:
-            return {kind: msgspec.to_builtins(sums) for kind, sums in self._sums.items()}
+            for by_policy in self._sums.values():
+                for kind, sums in by_policy.items():
+                    for chosen, one in sums.items():
+                        found.setdefault(kind, {}).setdefault(chosen, Sum()).join(one)
+        return {kind: msgspec.to_builtins(sums) for kind, sums in found.items()}
+
+    def by_edit(self) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+        """As `report`, apart by kind of edit; that of controls is empty."""
+        with self._lock:
+            return {
+                edit: {kind: msgspec.to_builtins(sums) for kind, sums in by_policy.items()}
+                for edit, by_policy in self._sums.items()
+            }
 
     def _plain(self, found: Scored | None, settled: float | None = None) -> dict[str, Any]:
         verdict = Verdict(settled=settled)

@@ -128,6 +128,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str,
 Stored = tuple[Path, str, str]
 
 
+def test_collections_of_a_daemon_pass_over_what_it_started_with(tmp_path: Path) -> None:
+    """Looking at the objects of all libraries would stop every lookup for a tenth of a second."""
+    code = (
+        "import gc\n"
+        "from kvshare_store.cli.serve import run\n"
+        "from kvshare_store.config import StoreConfig\n"
+        "from kvshare_store.daemon.server import Server\n"
+        "def serve(daemon):\n"
+        "    print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)\n"
+        "    daemon.close()\n"
+        "Server.serve = serve\n"
+        f"run(lambda: StoreConfig(home={str(tmp_path)!r}, host_bytes=1 << 26), named=False)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=True)
+    kept, looked_at = map(int, done.stdout.split())
+    assert kept > 10_000
+    assert looked_at < kept / 10
+
+
 def test_stats_as_json(store: Stored) -> None:
     """Run in a process of its own: standard output may hold nothing but the document."""
     home = store[0]

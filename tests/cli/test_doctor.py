@@ -157,6 +157,12 @@ def test_flags_of_a_running_engine(line: str, state: str) -> None:
     assert checkup.flags_of(1, line).state == state
 
 
+@pytest.mark.parametrize("words", [["--enforce-eager"], ["--port", "1", "-O0"]])
+def test_an_engine_that_compiles_nothing(words: list[str]) -> None:
+    assert not checkup.compiles(["vllm", "serve", "m", *words])
+    assert checkup.compiles(["vllm", "serve", "m", "--port", "1"])
+
+
 # --- top ------------------------------------------------------------------------------------------
 
 

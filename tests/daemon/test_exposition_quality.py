@@ -50,7 +50,8 @@ def serve(engine: Driver) -> None:
 
 
 def learn(engine: Driver) -> None:
-    """Three classes that earn `faithful`: one keeps it, one is scored no more, one turns bad."""
+    """Three classes that earn `faithful`: one keeps it, one is scored no more, one turns bad. Of a
+    fourth one nobody knows, and what is tried is doubted."""
     judge = engine.store.quality
     judge.reload(Terms(0.25, 0.1))
     for traffic in ("good", "silent", "bad"):
@@ -61,13 +62,19 @@ def learn(engine: Driver) -> None:
         judge.rung("n", "silent", "faithful")
     while judge.overview().classes["faithful"] > 1:
         judge.observe(score("faithful", True, traffic="bad"))
+    for _ in range(9):
+        judge.observe(score("faithful", True, traffic="doubted"))
 
 
 def test_answers_looks_and_scores_are_what_happened(driver: Callable[..., Driver]) -> None:
     engine = driver(second_look_control=1.0)
     serve(engine)
     learn(engine)
-    tokens = {("aggressive", "greedy"): SCORED_TOKENS, ("aggressive", "sampled"): SCORED_TOKENS}
+    tokens = {
+        ("aggressive", "greedy", "replace"): SCORED_TOKENS,
+        ("aggressive", "sampled", "replace"): SCORED_TOKENS,
+    }
+    served_in_full = ("control", "greedy", "")
     extra = engine.store.quality.overview().extra
     assert set(extra) == {"faithful", "aggressive"}
     wanted = {
@@ -80,14 +87,15 @@ def test_answers_looks_and_scores_are_what_happened(driver: Callable[..., Driver
         "kvshare_second_looks_declined_total": {(): 1},
         "kvshare_second_look_controls_total": {(): 1},
         "kvshare_second_looks_waiting": {(): 1},
-        "kvshare_scored_answers_total": {**dict.fromkeys(tokens, 1), ("control", "greedy"): 1},
-        "kvshare_scored_tokens_total": {**tokens, ("control", "greedy"): 2},
-        "kvshare_regret_nats_total": {**dict.fromkeys(tokens, 2.0), ("control", "greedy"): 0.25},
-        "kvshare_diverged_answers_total": {("aggressive",): 1, ("control",): 1},
+        "kvshare_scored_answers_total": {**dict.fromkeys(tokens, 1), served_in_full: 1},
+        "kvshare_scored_tokens_total": {**tokens, served_in_full: 2},
+        "kvshare_regret_nats_total": {**dict.fromkeys(tokens, 2.0), served_in_full: 0.25},
+        "kvshare_diverged_answers_total": {("aggressive", "replace"): 1, ("control", ""): 1},
         "kvshare_quality_bound": {(): 0.25},
         "kvshare_quality_confidence": {(): 0.9},
-        "kvshare_quality_classes": {("exact",): 4, ("faithful",): 1},
+        "kvshare_quality_classes": {("exact",): 5, ("faithful",): 1},
         "kvshare_quality_silent_classes": {(): 1},
+        "kvshare_quality_doubted_classes": {(): 1},
         "kvshare_quality_tightened_total": {(): 1},
         "kvshare_quality_worst_extra_rate": {
             (policy, limit): rate

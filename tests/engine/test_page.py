@@ -3,32 +3,29 @@ tenant purged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from tests.engine.harness import SHARED, Engine
+from tests.engine.pictures import FOLDER, Pictures, pictures, serve, settings, tab
 from tests.http.test_browser import DESK, follow, text
-from tests.support.browser import Tab, browser, chromium
-from tests.support.needs import need
+from tests.support.browser import Tab
 from tests.support.page import page_url
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-SETTINGS = SHARED
+__all__ = ["pictures", "tab"]
+
+SETTINGS = SHARED | {"kvshare": settings(SHARED["kvshare"])}
+SECONDS = 125.0 if FOLDER else 0.0
+"""How long the engine serves requests before the overview is looked at."""
 TENANT = "the bike shop"
 CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs and weighs {n} kg. " for n in range(5, 15))
 EARLIER = f"You answer for a bike shop. Today: 3 May. {CATALOGUE}Do you sell bells?"
 LATER = EARLIER.replace("3 May", "4 June").replace("sell bells", "repair lamps")
 COLUMNS = ("request", "ago", "outcome", "tokens", "exact", "continued", "edited", "recomputed")
 KINDS = COLUMNS[-4:]
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    need(chromium() is not None, "the system's package chromium")
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 def texts(tab: Tab, selector: str) -> list[str]:
@@ -46,7 +43,7 @@ def legend(tab: Tab, section: str) -> dict[str, int]:
 
 
 def test_a_hit_is_seen_explained_and_its_tenant_purged(
-    engine: Engine, encode: Callable[[str], list[int]], tab: Tab
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab, pictures: Pictures
 ) -> None:
     engine.store(encode(EARLIER), salt=TENANT)
     engine.forget()
@@ -68,6 +65,11 @@ def test_a_hit_is_seen_explained_and_its_tenant_purged(
     assert answer.said["donor"][:12] in text(tab)
     follow(tab, answer.said["donor"][:12])
     assert "Do you sell bells?" in text(tab)
+    (child,) = texts(tab, "[aria-label=Children] tbody th a")
+    follow(tab, child)
+    assert legend(tab, "beside")["edited"] > kinds["edited"] // 2
+    pictures.take(tab, "prompt", "#beside")
+    tab.look(**DESK)
 
     follow(tab, "Tenants")
     follow(tab, f"Purge {TENANT}…")
@@ -76,3 +78,20 @@ def test_a_hit_is_seen_explained_and_its_tenant_purged(
     assert tab.complaints == []
     engine.forget()
     assert engine.ask(encode(LATER), salt=TENANT).said["reused"] == 0
+
+
+def test_the_overview_shows_what_was_reused(
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab, pictures: Pictures
+) -> None:
+    before = engine.client.stats()["lookups"]
+    served = serve(engine, encode, SECONDS)
+    stats = engine.stats()
+    assert stats["lookups"] - before == served
+    tab.look(**DESK)
+    tab.open(page_url(engine.home) + "/")
+    reused = sum(stats[f"tokens_reused_{kind}"] for kind in KINDS[:3])
+    assert reused > 0
+    assert f"Requests\n{stats['lookups']:,}" in text(tab)
+    assert f"Tokens reused\n{reused:,}" in text(tab)
+    assert tab.complaints == []
+    pictures.take(tab, "overview")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, Engine, kept_engine
+from tests.engine.pictures import FOLDER, Pictures, pictures, settings, subject, tab
 from tests.engine.test_second_look import (
     ANSWER,
     CHUNK,
@@ -21,9 +24,18 @@ from tests.engine.test_second_look import (
     rest,
     settle,
 )
+from tests.http.test_browser import text
+from tests.support.browser import Tab
+from tests.support.page import page_url
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
+__all__ = ["pictures", "tab"]
+
+ANSWERS = 150 if FOLDER else 8
+"""Scored before the page is looked at."""
+POLICIES = ("aggressive", "balanced", "faithful")
+"""What each two prompts ask for in turn."""
 NOISE = 1e-3
 """Nats between two computations of the same in float32."""
 
@@ -32,12 +44,16 @@ NOISE = 1e-3
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return kept_engine(
         tmp_path_factory,
-        kvshare={
-            "policy": "aggressive",
-            "second_look": "idle",
-            "second_look_tokens": CHUNK,
-            "second_look_control": 1.0,
-        },
+        kvshare=settings(
+            {
+                "policy": "aggressive",
+                "second_look": "idle",
+                "second_look_tokens": CHUNK,
+                "second_look_control": 1.0,
+                "http": "127.0.0.1:0",
+            },
+            policy="aggressive",
+        ),
         enable_prefix_caching=True,
         disable_log_stats=False,
     )
@@ -101,15 +117,14 @@ def spoil(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(policy: str) -> dict[str, float]:
     """What vLLM's own metrics say of the greedy answers served under a policy. (`LLM.get_metrics`
     rounds counters down.)"""
-    return {
-        sample.name.removeprefix("vllm:kvshare_").removesuffix("_total"): sample.value
-        for family in REGISTRY.collect()
-        for sample in family.samples
-        if sample.name.startswith("vllm:kvshare_")
-        and sample.name.endswith("_total")
-        and sample.labels.get("policy") == policy
-        and sample.labels.get("chosen", "greedy") == "greedy"
-    }
+    found: Counter[str] = Counter()
+    for sample in (sample for family in REGISTRY.collect() for sample in family.samples):
+        name = sample.name.removeprefix("vllm:kvshare_").removesuffix("_total")
+        ours = name != sample.name and sample.name.endswith("_total")
+        greedy = sample.labels.get("chosen", "greedy") == "greedy"
+        if ours and greedy and sample.labels.get("policy") == policy and sample.labels["edit"]:
+            found[name] += sample.value
+    return dict(found)
 
 
 def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
@@ -134,6 +149,9 @@ def test_an_edited_prompts_answer_is_scored_as_full_compute_scores_it(
         "regret_nats": pytest.approx(found["regret"] * found["scored"], abs=NOISE),
         "diverged_answers": first is not None,
     }
+    bound = [one.value for family in REGISTRY.collect() for one in family.samples
+             if one.name == "vllm:kvshare_quality_bound"]  # fmt: skip
+    assert bound == [0.0], "as the daemon has it"
 
 
 def test_an_answer_that_was_spoiled_has_a_large_regret(
@@ -194,3 +212,27 @@ def test_rows_that_the_score_computed_again_are_right(engine: Engine, fresh: Fre
         assert served.agrees(full)
         rest(engine)
         engine.forget()
+
+
+def test_the_page_shows_what_was_scored(
+    engine: Engine, encode: Callable[[str], list[int]], tab: Tab, pictures: Pictures
+) -> None:
+    for at in range(ANSWERS):
+        asked = POLICIES[at // 2 % len(POLICIES)]
+        engine.store(encode(subject(at)), max_tokens=ANSWER, policy=asked)
+        engine.forget()
+        settle(engine)
+    answers = {
+        policy: sum(chosen["answers"] for chosen in scores.values())
+        for policy, scores in engine.stats()["scores"].items()
+    }
+    controls = answers.pop("control")
+    edited = sum(answers.values())
+    assert edited >= ANSWERS // 3
+    assert answers.keys() == set(POLICIES)
+    tab.look(1280, 900)
+    tab.open(page_url(engine.home) + "/quality")
+    assert f"Edited answers scored\n{edited:,}" in text(tab)
+    assert f"Controls\n{controls:,}" in text(tab)
+    assert tab.complaints == []
+    pictures.take(tab, "quality")

@@ -1,4 +1,4 @@
-"""The page in a real browser, with a real daemon behind it: by mouse, by keyboard, on a phone."""
+"""The page in a real browser, with a real daemon behind it: by mouse and on a phone."""
 
 from __future__ import annotations
 
@@ -170,24 +170,6 @@ def test_a_bad_answer_leads_to_what_was_edited(judged: World, tab: Tab) -> None:
     assert "differs from full compute from token 3 on" in text(tab)
     assert "Its tokens were not kept" in text(tab)
     assert tab.complaints == []
-
-
-def test_the_keyboard_is_enough(page: World, tab: Tab) -> None:
-    tab.look(**DESK)
-    tab.open(page.url + "/")
-    where = "document.activeElement.innerText"
-    tab.press("Tab", 9)
-    assert tab.run(where) == "Skip to the content"
-    assert tab.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    tab.press("Enter", 13)
-    assert tab.run("document.activeElement.id") == "main"
-    tab.open(page.url + "/")
-    seen = []
-    for _ in range(9):
-        tab.press("Tab", 9)
-        seen.append(tab.run(where))
-    assert seen[:7] == ["Skip to the content", "KVShare", "Overview", "Tenants", "Requests",
-                        "Quality", "Explain"]  # fmt: skip
 
 
 def test_the_overview_keeps_itself_up_to_date(page: World, tab: Tab) -> None:

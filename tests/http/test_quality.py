@@ -164,6 +164,28 @@ def test_a_class_that_is_silent_says_so(engine: Driver) -> None:
     assert "not known" in lines(shown(engine))
 
 
+def test_a_class_is_shown_apart_by_share_computed_and_by_distance(engine: Driver) -> None:
+    known(engine, engine.namespace)
+    digest = engine.namespace.digest
+    traffic = teach(engine, "faithful", 3)
+    for at in range(40):
+        computed, distance, regret = (0.05, 5, 1.5) if at < 10 else (0.9, 4000, 0.0)
+        score = Score(namespace=digest, traffic=traffic, policy="faithful", regrets=(regret,),
+                      greedy=True, control=False, computed=computed, distance=distance)  # fmt: skip
+        engine.store.quality.observe(score)
+    (policy,) = told(engine)["classes"][0]["known"]["policies"]
+    assert [(one["start"], one["stop"], one["greedy"]) for one in policy["distance"]] == [
+        (0, 64, 10), (1024, None, 30)
+    ]  # fmt: skip
+    near, far = policy["distance"]
+    assert (near["diverged"][0], far["diverged"][0], policy["greedy"]) == (1.0, 0.0, 43)
+    said = lines(shown(engine, "/quality/class", namespace=digest, traffic=traffic))
+    assert re.search(r"0 to 63 tokens\s?10\s?100\.0 %", said)
+    assert re.search(r"1,024 or more tokens\s?30\s?0\.0 %", said)
+    assert re.search(r"0 to 9 %\s?10", said)
+    assert re.search(r"50 or more %\s?30", said)
+
+
 # --- over time ------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup import align as align_module
-from kvshare_store.lookup.align import align, passages
+from kvshare_store.lookup.align import align, common_prefix, passages
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
@@ -211,7 +211,46 @@ def test_some_effort_is_kept_for_the_gaps() -> None:
     assert not effort.spend(1 << 19)
 
 
+def test_large_pieces_between_runs_are_not_looked_at_again() -> None:
+    """What two of them have in common are phrases: no policy keeps one behind so large an edit."""
+    phrase, first, last = noise(20, 10), noise(21, 3_000), noise(22, 3_000)
+    request, donor = (
+        np.concatenate((noise(at, 50), first, noise(at + 1, 2_500), phrase, noise(at + 2, 2_500),
+                        last, noise(at + 3, 50)))
+        for at in (30, 40)
+    )  # fmt: skip
+    effort = Effort(clock=Clock())
+    found = align(request, donor, effort, least=8)
+    assert found == [Match(50, 50, 3_000), Match(8_060, 8_060, 3_000)]
+    hashed, compared = 32 * (len(request) + len(donor)), 2 * 32 * len(request)
+    assert CELLS - effort.left < hashed + compared + 4 * CALL
+    small = request[5_300:6_200], donor[5_300:6_200]
+    assert Match(250, 250, 10) in align(*small, least=8)
+
+
 # --- passages -----------------------------------------------------------------------------------
+
+
+def test_a_run_whose_grams_also_stand_elsewhere_is_made_longer_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The table knows the first place of each gram, so a long run falls into parts."""
+    copied = [noise(50 + at, 200) for at in range(20)]
+    own = [noise(80 + at, 200) for at in range(20)]
+    text = np.concatenate([part for pair in zip(own, copied, strict=True) for part in pair])
+    donor = np.concatenate((*copied, noise(100, 10), text))
+    gaps, at, compared = [Run(0, len(text))], len(donor) - len(text), list[int]()
+
+    def counted(a: Tokens, b: Tokens) -> int:
+        compared.append(common_prefix(a, b))
+        return compared[-1]
+
+    monkeypatch.setattr(align_module, "common_prefix", counted)
+    assert passages(text, donor, gaps, 96) == [Match(0, at, len(text))]
+    assert 0 < sum(compared) < len(text), "each part up to the next one only"
+    text[4_100] = 5
+    halves = [Match(0, at, 4_100), Match(4_101, at + 4_101, len(text) - 4_101)]
+    assert passages(text, donor, gaps, 96) == halves
 
 
 def test_a_passage_is_found_wherever_it_moved() -> None:

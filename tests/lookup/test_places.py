@@ -53,19 +53,25 @@ def test_any_gram_is_here_where_one_has_a_place(donor: list[int], request: list[
 def test_most_grams_have_a_place_and_no_others(length: int) -> None:
     donor = noise(1, length)
     places, own = Places(donor), Sought(donor)
-    at = own.sampled(places.one_of)
-    found = places.find(own.hashes(at))
+    at, hashes = own.sample(places.one_of)
+    found = places.find(hashes)
     assert np.mean(found == at) > 0.5
     assert (found[found >= 0] == at[found >= 0]).all()
     other = Sought(noise(2, length))
-    assert (places.find(other.hashes(other.sampled(places.one_of))) < 0).all()
+    assert (places.find(other.sample(places.one_of).hashes) < 0).all()
     assert places.nbytes <= 16 * 2 * length / places.one_of
 
 
 def test_grams_inside_gaps() -> None:
     sought = Sought(noise(3, 100), start=10)
-    found = sought.inside([Run(0, 20), Run(40, 40 + GRAM), Run(60, 61)], 1)
-    assert found.tolist() == [10, 11, 12, 40]
+    gaps = [Run(0, 20), Run(40, 40 + GRAM), Run(60, 61)]
+    found = sought.inside(gaps, 1)
+    assert found.at.tolist() == [10, 11, 12, 40]
+    assert (found.hashes == gram_hashes(sought.tokens)[found.at]).all()
+    assert sought.inside(gaps, 1) is found  # the next donor is asked for the same
+    assert sought.inside(gaps[1:], 1).at.tolist() == [40]
+    assert set(sought.inside(gaps, 2).at.tolist()) < set(found.at.tolist())
+    assert not len(sought.inside([], 1).at)
 
 
 @pytest.mark.parametrize("length", [1_000, 40_000])
@@ -103,7 +109,7 @@ def test_many_threads_ask_for_tables() -> None:
     def ask(seed: int) -> None:
         for at in np.random.default_rng(seed).integers(0, len(nodes), 200).tolist():
             table, own = known.of(nodes[at]), Sought(nodes[at].tokens)
-            found = table.find(own.hashes(own.sampled(1)))
+            found = table.find(own.sample(1).hashes)
             if not (found == np.arange(len(found)))[found >= 0].all() or (found < 0).all():
                 wrong.append(nodes[at].id)
 

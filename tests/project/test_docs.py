@@ -75,7 +75,7 @@ def required() -> set[str]:
     extras = project["project"]["optional-dependencies"].values()
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     asked += [requirement for extra in extras for requirement in extra]
-    for name in ("lmcache.txt", "bench.txt", "docs.txt"):
+    for name in ("lmcache.txt", "bench.txt", "docs.txt", "schemas.txt"):
         pins = (ROOT / "requirements" / name).read_text().splitlines()
         asked += [line for line in pins if line and not line.startswith(("#", "-r "))]
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in asked}
@@ -127,6 +127,16 @@ def test_every_make_target_that_is_named_exists() -> None:
 
 def test_links_lead_somewhere() -> None:
     assert list(broken(ROOT)) == []
+
+
+def test_pictures_of_the_page_are_those_that_its_tests_take() -> None:
+    """And they are small enough for a clone."""
+    folder = DOCS / "images"
+    shown = set(re.findall(r"images/page-(\w+)\.png\)", "\n".join(p.read_text() for p in PAGES)))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "engine").glob("test_*.py"))
+    assert shown == set(re.findall(r'pictures\.take\(tab, "(\w+)"', tests))
+    assert {path.name for path in folder.iterdir()} == {f"page-{name}.png" for name in shown}
+    assert [path.name for path in folder.iterdir() if path.stat().st_size > 100_000] == []
 
 
 # --- order of writes ------------------------------------------------------------------------------

@@ -40,17 +40,26 @@ def test_it_counts_what_each_class_gets(bound: float) -> None:
         wanted = [one.rung or LADDER[-1] for one in alone]
         assert found.classes == {rung: wanted.count(rung) for rung in LADDER}
         assert (found.bound, found.confidence) == (bound, 0.95)
+        loud = [one for one in alone if bound == 0 or one.unscored < STALE]
+        for policy, limits in found.extra.items():
+            shown = [each.extra for one in loud for each in one.policies if each.policy == policy]
+            assert limits.upper == pytest.approx(max(0.0, *(extra.high for extra in shown)))
+            assert limits.lower == pytest.approx(max(0.0, *(extra.low for extra in shown)))
+        for one in alone if bound else ():
+            within = [each.policy for each in one.policies if each.extra.high <= bound]
+            assert one.rung == max(within, key=LADDER.index, default="exact")
         seen.update(wanted)
     assert len(seen) >= (3 if bound else 1), seen
 
 
 def test_the_limits_are_those_of_the_worst_class() -> None:
     """A class with many scores is known well; one with few may be anything."""
-    judge = quality(0.02)
+    judge = quality(0.0)  # without a bound nothing is doubted
     for at in range(900):
         judge.observe(score(traffic="good"))
         judge.observe(score("balanced", at % 2 == 0, traffic="bad"))
         judge.observe(score(control=True))
+    judge.reload(Terms(0.02, 0.05))
     sure = judge.overview()
     assert sure.classes == {"exact": 1, "faithful": 1, "balanced": 0, "aggressive": 0}
     assert set(sure.extra) == {"faithful", "balanced"}
@@ -77,6 +86,39 @@ def test_a_silent_class_is_counted_and_vouches_for_nothing() -> None:
     assert (silent.silent, silent.classes["exact"], silent.extra) == (1, 1, {})
     judge.observe(score())
     assert judge.overview().silent == 0
+
+
+def in_doubt() -> Quality:
+    """More of what is only tried diverges than is allowed, and lately much more: it is doubted,
+    with a mean that is known to be within 0.75."""
+    judge = quality(0.02)
+    for diverged in (*[False, True] * 100, *[True] * 10):
+        judge.observe(score("balanced", diverged))
+    return judge
+
+
+def test_what_is_doubted_has_no_upper_limit_wherever_it_is_shown() -> None:
+    judge = in_doubt()
+    (known,) = judge.report()
+    (shown,) = known.policies
+    assert shown.diverged.high < 0.75, "as measured"
+    assert shown.extra.high == 1.0
+    assert judge.overview().extra["balanced"].upper == 1.0
+    assert judge.overview().doubted == 1
+    judge.reload(Terms(0.0, 0.05))
+    (known,) = judge.report()
+    assert known.policies[0].extra.high < 0.75, "without a bound nothing is doubted"
+    assert judge.overview().doubted == 0
+
+
+def test_what_is_shown_of_a_silent_class_is_what_the_ladder_goes_by() -> None:
+    judge = quality(0.02)
+    for _ in range(900):
+        judge.observe(score())
+    for _ in range(STALE):
+        judge.rung("n", "t", LADDER[-1])
+    (known,) = judge.report()
+    assert (known.rung, known.policies[0].extra.high) == ("exact", 1.0)
 
 
 def test_a_class_that_becomes_stricter_is_counted() -> None:

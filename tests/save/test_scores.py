@@ -12,12 +12,13 @@ from kvshare_store.daemon import describe, protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.exposition import exposition
+from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.save import second_looks
 from kvshare_store.save.second_looks import LOOK_SECONDS, End, Look
 from kvshare_store.save.staging import Buffer, Reuse, packed
-from tests.save.test_answers import PROMPT
+from tests.save.test_answers import PROMPT, changed
 from tests.save.test_second_looks import Clock, compute, edited, node, queue
 from tests.support.oracle import Driver, pick, positions_of, prompt
 
@@ -355,6 +356,54 @@ def test_an_answer_counts_once(engine: Driver, clock: Clock) -> None:
     assert known.policies[0].greedy == 1
 
 
+def test_a_class_is_known_apart_by_share_computed_and_by_distance(engine: Driver) -> None:
+    """As the prompt was served, and its answer finds it."""
+    engine.save(PROMPT)
+    told = changed(PROMPT)
+    plan = engine.serve(told)
+    engine.save(told, plan)
+    answer(engine, told)
+    look = given(engine)
+    assert look is not None
+    said(engine, look, WHOLE)
+    (known,) = engine.store.quality.report()
+    (policy,) = known.policies
+    share = 100 * (1 - (plan.reused - plan.exact) / (len(told) - plan.exact))
+    (computed,), (distance,) = policy.computed, policy.distance
+    assert computed.start <= share
+    assert computed.stop is None or share < computed.stop
+    assert distance.start <= len(told) - 22 < (distance.stop or len(told))
+    assert computed.diverged == distance.diverged == policy.diverged
+
+
+def test_an_answer_whose_prompt_is_forgotten_has_its_edit_still(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_looks, "_REMEMBERED", 1)
+    engine = driver(second_look_control=0.0)
+    told = edited(engine)
+    edited(engine, prompt(51, 40))
+    answer(engine, told)
+    look = given(engine)
+    assert look is not None
+    said(engine, look, WHOLE)
+    ((policy,),) = (one.policies for one in engine.store.quality.report())
+    assert (policy.greedy, policy.computed) == (1, ())
+    assert [one.greedy for one in policy.distance] == [1]
+
+
+def test_a_look_says_the_kind_of_edit_and_the_bound(driver: Open) -> None:
+    engine = driver(second_look_control=1.0)
+    answer(engine, edited(engine))
+    control(engine)
+    engine.store.quality.reload(Terms(0.75, 0.05))
+    first, second = given(engine), given(engine)
+    assert first is not None
+    assert second is not None
+    assert (first.edit, first.bound) == ("replace", 0.75)
+    assert (second.control, second.edit, second.bound) == (True, "", 0.75)
+
+
 # --- what is counted and forgotten ----------------------------------------------------------------
 
 
@@ -372,8 +421,8 @@ def test_scores_are_counted_by_policy(opened: Callable[[float], Driver]) -> None
         "control": {"greedy": {"answers": 1, "diverged": 1, "tokens": 2, "regret": 0.25}},
     }
     lines = exposition(stats).decode().splitlines()
-    assert 'kvshare_regret_nats_total{chosen="greedy",policy="control"} 0.25' in lines
-    assert 'kvshare_diverged_answers_total{policy="aggressive"} 1.0' in lines
+    assert 'kvshare_regret_nats_total{chosen="greedy",edit="",policy="control"} 0.25' in lines
+    assert 'kvshare_diverged_answers_total{edit="replace",policy="aggressive"} 1.0' in lines
     assert "kvshare_second_look_controls_total 1.0" in lines
 
 

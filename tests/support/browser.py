@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,15 @@ class Tab:
 
     def leave_by(self, script: str) -> None:
         """Run an expression that opens another page, and wait until that page is loaded."""
+        self._leave(lambda: self.run(script))
+
+    def leave_with(self, key: str, code: int) -> None:
+        """Press a key that opens another page, and wait until that page is loaded."""
+        self._leave(lambda: self.press(key, code))
+
+    def _leave(self, act: Callable[[], Any]) -> None:
         self._events.clear()
-        self.run(script)
+        act()
         self._await("Page.loadEventFired")
 
     def run(self, script: str) -> Any:
@@ -104,6 +111,10 @@ class Tab:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
                       windowsVirtualKeyCode=code)  # fmt: skip
             text = ""
+
+    def type(self, text: str) -> None:
+        """Enter text where the focus is."""
+        self.call("Input.insertText", text=text)
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
         """A screenshot, as PNG."""

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.result import write
+from benchmarks.latency import metrics_cost
 from benchmarks.paper import figure2, figure4
-from benchmarks.store import agents, cluster_scale, lookup_misses, steady_state
+from benchmarks.store import agents, cluster_scale, lookup_misses, page, steady_state
 from tests.benchmarks.results import result
 
 
@@ -32,6 +33,25 @@ from tests.benchmarks.results import result
                     for trace in ("chat", "tau")
                     for memory in ("all", "1")
                 ]
+            },
+        ),
+        (metrics_cost, {"series": {"shares": {"new": [0.001, 0.002], "edited": [0.004]}}}),
+        (
+            page,
+            {
+                "series": {
+                    "painted": {
+                        "warm": {
+                            name: [9.0, 10.0]
+                            for name in (
+                                page.FIRST,
+                                "namespace",
+                                "prompt beside its parent",
+                                page.FLOOR,
+                            )
+                        }
+                    }
+                }
             },
         ),
         (lookup_misses, {"series": {"0 nodes": [0.1, 0.2], "9 nodes": [0.3]}}),

@@ -13,6 +13,7 @@ from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareSta
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvshare_store.observability.exposition import FAMILIES
+from kvshare_store.save.second_looks import Look
 from tests.connectors.vllm.registered import registered
 from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
@@ -23,6 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def answer(reason: str = "", **tokens: int) -> dict[str, Any]:
     said = dict.fromkeys(("exact", "continued", "edited", "recomputed"), 0) | tokens
     return {f"kvshare.{name}": value for name, value in (said | {"reason": reason}).items()}
+
+
+def look(policy: str, edit: str = "", *, greedy: bool = True, bound: float | None = None) -> Look:
+    return Look("node", 1, "n", b"", policy=policy, edit=edit, greedy=greedy, bound=bound)
 
 
 def worker(*seconds: float) -> Any:
@@ -52,9 +57,9 @@ def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
     tally.ended(answer(exact=5, edited=2, recomputed=3), computed=True)
     tally.ended(answer(recomputed=7, reason="no_donor"), computed=True)
     tally.looked_up(0.25)
-    tally.scored("balanced", (0.0, 0.5, 0.25), greedy=True)
-    tally.scored("balanced", (0.0,), greedy=True)
-    tally.scored("control", (1.0, 1.0), greedy=False)
+    tally.scored(look("balanced", "insert"), (0.0, 0.5, 0.25))
+    tally.scored(look("balanced", "insert", bound=0.02), (0.0,))
+    tally.scored(look("control", greedy=False), (1.0, 1.0))
     taken = tally.take()
     assert taken is not None
     assert tally.take() is None
@@ -67,9 +72,12 @@ def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
         "tokens": {"exact": 5, "continued": 0, "edited": 2, "recomputed": 10},
         "requests": {"edited": {"": 1}, "miss": {"no_donor": 1}},
         "scores": {
-            "balanced": {"greedy": {"answers": 2, "tokens": 4, "regret": 0.75, "diverged": 1}},
-            "control": {"sampled": {"answers": 1, "tokens": 2, "regret": 2.0}},
+            "balanced": {
+                "greedy": {"insert": {"answers": 2, "tokens": 4, "regret": 0.75, "diverged": 1}}
+            },
+            "control": {"sampled": {"": {"answers": 1, "tokens": 2, "regret": 2.0}}},
         },
+        "bound": 0.02,
         "lookups": [0.25],
         "loads": [0.5],
     }
@@ -110,32 +118,52 @@ def test_engines_are_told_apart(registry: CollectorRegistry, metrics: KVSharePro
     assert exposed.value("vllm:kvshare_load_seconds_count", engine="1", model_name="demo") == 0
 
 
-def test_scores_are_told_apart_by_policy(
+def test_scores_are_told_apart_by_policy_and_by_kind_of_edit(
     registry: CollectorRegistry, metrics: KVSharePromMetrics
 ) -> None:
     """Under the names and labels of the daemon's."""
     for _ in range(2):
         tally = Tally()
-        tally.scored("balanced", (0.0, 0.5), greedy=True)
-        tally.scored("balanced", (2.0,), greedy=False)
-        tally.scored("control", (0.0, 0.0), greedy=True)
+        tally.scored(look("balanced", "insert", bound=0.05), (0.0, 0.5))
+        tally.scored(look("balanced", "replace", greedy=False), (2.0,))
+        tally.scored(look("balanced", "replace"), (0.0,))
+        tally.scored(look("control"), (0.0, 0.0))
         taken = tally.take()
         assert taken is not None
         metrics.observe(taken.to_dict(), 1)
     exposed = Exposed(generate_latest(registry).decode())
+    inserted, replaced = ("balanced", "greedy", "insert"), ("balanced", "greedy", "replace")
+    sampled, control = ("balanced", "sampled", "replace"), ("control", "greedy", "")
     expected = {
-        "scored_answers": {("balanced", "greedy"): 2, ("balanced", "sampled"): 2,
-                           ("control", "greedy"): 2},
-        "scored_tokens": {("balanced", "greedy"): 4, ("balanced", "sampled"): 2,
-                          ("control", "greedy"): 4},
-        "regret_nats": {("balanced", "greedy"): 1.0, ("balanced", "sampled"): 4.0},
-        "diverged_answers": {("balanced",): 2},
-    }  # fmt: skip
+        "scored_answers": dict.fromkeys((inserted, replaced, sampled, control), 2),
+        "scored_tokens": {inserted: 4, replaced: 2, sampled: 2, control: 4},
+        "regret_nats": {inserted: 1.0, sampled: 4.0},
+        "diverged_answers": {("balanced", "insert"): 2},
+    }
     for name, samples in expected.items():
-        labels = ("policy",) if name == "diverged_answers" else ("policy", "chosen")
+        labels = ("policy", "chosen", "edit")
+        if name == "diverged_answers":
+            labels = ("policy", "edit")
         assert exposed.by(f"vllm:kvshare_{name}_total", *labels) == samples
         family = {one.name: one for one in FAMILIES}[f"kvshare_{name}_total"]
         assert family.labels == labels
+    assert exposed.by("vllm:kvshare_quality_bound", "engine") == {("1",): 0.05}
+
+
+def test_a_daemon_of_the_release_before_names_neither_edit_nor_bound(
+    registry: CollectorRegistry, metrics: KVSharePromMetrics
+) -> None:
+    older = {"node": "n", "stamp": 1, "namespace": "n", "tokens": b"", "policy": "balanced"}
+    tally = Tally()
+    tally.scored(msgspec.convert(older, Look), (0.5,))
+    taken = tally.take()
+    assert taken is not None
+    metrics.observe(taken.to_dict(), 0)
+    exposed = Exposed(generate_latest(registry).decode())
+    assert exposed.by("vllm:kvshare_scored_answers_total", "policy", "edit") == {
+        ("balanced", ""): 1
+    }
+    assert exposed.by("vllm:kvshare_quality_bound", "engine") == {}
 
 
 def test_an_engine_that_is_not_served_says_so() -> None:
@@ -149,7 +177,7 @@ def test_an_engine_that_is_not_served_says_so() -> None:
 def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
     tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
     rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
-    scores = (*metrics.scores.values(), metrics.diverged)
+    scores = (*metrics.scores.values(), metrics.diverged, metrics.bound)
     made = (metrics.tokens, metrics.requests, *scores, metrics.lookups, metrics.loads)
     exported = {
         family.name + ("_total" if family.type == "counter" else ""): (

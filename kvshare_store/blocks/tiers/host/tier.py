@@ -147,9 +147,9 @@ class HostTier(Tier):
         rows = slot.layout.rows_in(slot.nbytes)
         return BlockRef(name, rows, slot.nbytes, slot.offset, slot.seq, slot.lossy)
 
-    def refs(self, names: Iterable[str]) -> dict[str, BlockRef]:
-        """As `ref`, of those of the blocks that are here."""
-        slots, found = self._slots, dict[str, BlockRef]()
+    def used(self, names: Iterable[str]) -> dict[str, BlockRef]:
+        """As `ref`, of those of the blocks that are here; counts a use of each."""
+        slots, found, touch = self._slots, dict[str, BlockRef](), self._policy.touch
         layout, row_bytes = None, 0
         for name in names:
             slot = slots.get(name)
@@ -159,6 +159,7 @@ class HostTier(Tier):
                 layout, row_bytes = slot.layout, slot.layout.row_bytes
             rows = slot.nbytes // row_bytes
             found[name] = BlockRef(name, rows, slot.nbytes, slot.offset, slot.seq, slot.lossy)
+            touch(name)
         return found
 
     def peek(self, name: str) -> Block:
@@ -201,6 +202,10 @@ class HostTier(Tier):
 
     def has(self, name: str) -> bool:
         return name in self._slots
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Those of the blocks that are not here."""
+        return [name for name in names if name not in self._slots]
 
     def size(self, name: str) -> int | None:
         slot = self._slots.get(name)

@@ -1,0 +1,158 @@
+"""`kvshare quality`, and what `kvshare stats` says of quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from kvshare_store.cli import quality, stats
+from kvshare_store.cli.main import app
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.questions import answer
+from kvshare_store.quality.ladder import STALE
+from kvshare_store.quality.score import Score
+from kvshare_store.readable import bounds, limits
+from tests.cli.test_cli import STATS, rendered
+from tests.support.oracle import Driver
+from tests.support.page import EVIL
+
+Open = Callable[..., Driver]
+
+
+def teach(engine: Driver, count: int = 400, kind: str = "replace", *, bad: bool = False) -> None:
+    digest = engine.namespace.digest
+    for at in range(count):
+        engine.store.quality.observe(
+            Score(
+                namespace=digest,
+                traffic=f"{digest[:12]}/0a1b2c3d/{kind}",
+                policy="faithful",
+                regrets=(1.5 if bad else 0.0,),
+                greedy=True,
+                control=False,
+                computed=at / count,
+                distance=at,
+            )
+        )
+
+
+def found(engine: Driver, **asked: Any) -> Any:
+    return msgspec.to_builtins(answer(engine.store, protocol.Quality(**asked)))
+
+
+@pytest.fixture
+def engine(driver: Open) -> Driver:
+    return driver(quality_bound=0.02, policy="aggressive")
+
+
+def rows(engine: Driver, *, parts: bool = False) -> list[str]:
+    shown = rendered(quality.classes_table(found(engine), parts=parts))
+    return [" ".join(line.split()) for line in shown.splitlines()]
+
+
+def test_each_class_says_its_policies_and_what_is_known(engine: Driver) -> None:
+    teach(engine)
+    teach(engine, 40, "insert", bad=True)
+    table = rows(engine)
+    digest = engine.namespace.digest
+    assert table[2] == f"{digest[:12]}/0a1b2c3d/replace of {digest[:12]}"
+    assert table[3].startswith("faithful (rung, within the bound) 400 0.0 % (")
+    assert table[4].startswith("balanced (tried by ")
+    assert table[4].endswith("not known yet) - - -")
+    (bad,) = [row for row in table if row.startswith("faithful (tried")]
+    assert " 40 100.0 % (" in bad
+    assert bad.endswith(" 1.5000")
+    assert not any("computed" in row for row in table)
+
+
+def test_parts_follow_their_policy(engine: Driver) -> None:
+    teach(engine)
+    table = rows(engine, parts=True)
+    at = next(at for at, row in enumerate(table) if row.startswith("faithful"))
+    assert [row.split(" 0.0 % (")[0] for row in table[at + 1 : at + 8]] == [
+        "0 to 9 % computed 40", "10 to 24 % computed 60", "25 to 49 % computed 100",
+        "50 or more % computed 200", "0 to 63 tokens behind an edit 64",
+        "64 to 255 tokens behind an edit 192", "256 to 1,023 tokens behind an edit 144",
+    ]  # fmt: skip
+
+
+def test_an_answer_of_the_release_before_has_no_parts(engine: Driver) -> None:
+    teach(engine)
+    older = found(engine)
+    for policy in older["classes"][0]["known"]["policies"]:
+        del policy["computed"], policy["distance"]
+    assert "computed" not in rendered(quality.classes_table(older, parts=True))
+
+
+def test_names_of_others_cannot_steer_the_terminal(engine: Driver) -> None:
+    teach(engine)
+    one = found(engine)
+    one["classes"][0]["space"]["tenant"] = "\x1b[31m" + EVIL
+    assert "\x1b" not in rendered(quality.classes_table(one, parts=False))
+
+
+def test_the_headline_says_the_bound_or_that_there_is_none(engine: Driver) -> None:
+    teach(engine, 5)
+    teach(engine, 4, "insert")
+    assert quality.headline("/h", found(engine, limit=1)) == (
+        "/h: bound 2.0 %, confidence 95.0 %, policy aggressive; classes with scored answers: 2, "
+        "these are 1 of them"
+    )
+    assert "no bound (quality_bound)" in quality.headline("/h", found(engine) | {"bound": 0.0})
+
+
+def test_the_command_reads_a_home_that_nobody_serves(engine: Driver) -> None:
+    teach(engine)
+    home = str(engine.store.config.home_path)
+    engine.store.close()
+    for options in ([], ["--parts"], ["--json"], ["--json", "--class", "none"]):
+        ran = CliRunner().invoke(app, ["quality", "--home", home, *options])
+        assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.output)["classes"] == []
+
+
+def test_statistics_say_the_bound_the_classes_and_the_doubt(engine: Driver) -> None:
+    teach(engine)
+    teach(engine, 10, "insert", bad=True)
+    teach(engine, 400, "delete")
+    digest = engine.namespace.digest
+    for _ in range(STALE):
+        engine.store.quality.rung(digest, f"{digest[:12]}/0a1b2c3d/delete", "aggressive")
+    said = STATS | {"quality": engine.store.stats()["quality"]}
+    table = [" ".join(row.split()) for row in rendered(*stats.tables(said)).splitlines()]
+    (head,) = [at for at, row in enumerate(table) if row.startswith("quality: bound 2.0 %")]
+    assert "confidence 95.0 %" in table[head]
+    assert table[head + 2] == "exact 2 -"
+    assert table[head + 3].startswith("faithful 1 ")
+    assert table[head + 3].endswith(" to 100.0 %")
+    assert "in doubt: more diverge lately 1" in table
+    assert "silent: not scored for long 1" in table
+
+
+def test_statistics_without_bound_and_classes_or_of_the_release_before(engine: Driver) -> None:
+    known = engine.store.stats()["quality"]
+    nothing = known | {"bound": 0.0}
+    for said in (STATS, STATS | {"quality": nothing}):
+        assert "quality" not in rendered(*stats.tables(said))
+    teach(engine)
+    older = {name: one for name, one in engine.store.stats()["quality"].items()
+             if name != "doubted"}  # fmt: skip
+    assert "in doubt" not in rendered(*stats.tables(STATS | {"quality": older}))
+    unbound = rendered(*stats.tables(STATS | {"quality": older | {"bound": 0.0}}))
+    assert "quality: no bound" in unbound
+
+
+def test_limits_and_bounds_in_words() -> None:
+    assert limits((0.01, -0.002, 0.03)) == "1.0 % (\N{MINUS SIGN}0.2 to 3.0 %)"
+    assert (bounds(0, 64), bounds(1024, None)) == ("0 to 63", "1,024 or more")
+
+
+def test_a_home_without_a_store_is_an_error(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["quality", "--home", str(tmp_path / "none")])
+    assert ran.exit_code != 0
