@@ -89,13 +89,15 @@ def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # the cores belong to the engine: what the daemon computes, it computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    load_lancedb()
-    from kvshare_store.daemon import address, network, server  # noqa: PLC0415 - seconds, not for --help
-
-    log_process_as(config.log_format)
-    log.setLevel(logging.INFO)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to tell
+    # until there is somebody to tell, in this thread and in those that libraries start: a signal
+    # that one of them does not block would end the process at once
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
+        load_lancedb()
+        from kvshare_store.daemon import address, network, server  # noqa: PLC0415 - seconds, not for --help
+
+        log_process_as(config.log_format)
+        log.setLevel(logging.INFO)
         daemon = server.Server(config, reread=read if named else None)
         for number, act in zip(_SIGNALS, (daemon.drain, daemon.stop, daemon.reload), strict=True):
             signal.signal(number, act)

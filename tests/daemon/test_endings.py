@@ -26,7 +26,7 @@ from kvshare_store.errors import BusyError, DeadlineError, OverloadError, Unavai
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, Daemon, child_daemon
 from tests.support.needs import need
 from tests.support.oracle import prompt
 
@@ -42,6 +42,18 @@ ENGINE = (
     "print(client.greet().pid, flush=True)\n"
     "time.sleep(600)\n"
 )
+
+
+def test_a_daemon_that_is_stopped_as_soon_as_it_answers_ends_well(config: Config) -> None:
+    """Also if the signal meets a thread that a library has started. Not every try hits the moment
+    between the first answer and the first handler."""
+    for name in "abc":
+        chosen = config(home=str(config().home_path.with_name(name)))
+        process = child_daemon(chosen)
+        while not answers(chosen.home_path):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
 
 
 # --- beginning ----------------------------------------------------------------------------------
