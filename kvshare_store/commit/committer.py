@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from kvshare_store.bounded import Latest
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import Addition, Call, CommitQueue, Removal, Work, shown
@@ -27,6 +28,9 @@ from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
+_REMEMBERED = 4096
+"""Nodes that could not be made durable; more work than that never waits."""
+
 
 class Committer:
     """Does the work in the queue, in its order."""
@@ -39,6 +43,8 @@ class Committer:
         self._durable = durable
         self._metrics = metrics
         self._health = metrics.health
+        self._failed: Latest[str, KVShareError] = Latest(_REMEMBERED)
+        """By id the nodes that could not be made durable, though nobody had removed them."""
         self._thread = Supervised(STORING, self._run, metrics.health)
 
     def close(self) -> None:
@@ -79,6 +85,8 @@ class Committer:
         if not isinstance(error, MissError):
             self._metrics.error(error.kind)
         was_here = self._nodes.forget(node)
+        if was_here:
+            self._failed[node.id] = error
         if _is_refusal(error) or (was_here and isinstance(error, MissError)):
             self._queue.failed(error)
 
@@ -112,6 +120,8 @@ class Committer:
         for addition, error in zip(additions, ended, strict=True):
             if error is not None:
                 self._fail(addition.node, error)
+            else:
+                self._failed.pop(addition.node.id, None)
         refusal = next((error for error in ended if error and _is_refusal(error)), None)
         if None in ended:
             self._health.well(STORING)
@@ -120,8 +130,19 @@ class Committer:
             self._health.failed(STORING, refusal)
 
     def _remove(self, removals: Sequence[Removal]) -> None:
+        removals = [removal for removal in removals if not self._taken_back(removal)]
         if removals:
             self._durable.remove(removals)
+
+    def _taken_back(self, removal: Removal) -> bool:
+        """Nodes whose place another one was to take stay if that one could not be made durable."""
+        if removal.instead not in self._failed:
+            return False
+        try:
+            return self._durable.take_back(removal.nodes)
+        except KVShareError as error:
+            log.warning("kvshare: prompts are only there again after a restart: %s", error)
+            return True
 
 
 def _is_refusal(error: KVShareError) -> bool:

@@ -168,6 +168,15 @@ class Durable:
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
 
+    def take_back(self, ids: Collection[str]) -> bool:
+        """Nodes whose rows are still there are in memory again; False if there is no such row."""
+        if self._catalog is None:
+            return False
+        rows = list(self._catalog.load(ids=ids))
+        self._nodes.learn((), rows, {})
+        report(self._catalog.take_faults(), self._metrics)
+        return bool(rows)
+
     def _remove_rows(self, removals: Sequence[Removal]) -> None:
         """Remove rows in one commit, and in another those for which stamps were named."""
         if self._catalog is None:

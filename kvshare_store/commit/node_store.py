@@ -157,16 +157,17 @@ class NodeStore:
                 self.queue.put(Addition(shorter, vectors))
             return change
 
-    def remove(self, ids: Iterable[str], *, whatever: bool = False) -> int:
+    def remove(self, ids: Iterable[str], *, whatever: bool = False, instead: str = "") -> int:
         """Remove nodes from memory now, from catalogue and tiers a little later; returns how many.
 
         In a shared catalogue, rows stay that another machine has pinned, merged or saved again
-        meanwhile. `whatever` removes those too.
+        meanwhile. `whatever` removes those too. `instead`: the node that takes their place; they
+        come back if it cannot be made durable.
         """
         with self.lock:
             gone, unused = self.drop(ids)
             if gone:
-                removal = self.removal(gone, unused)
+                removal = self.removal(gone, unused)._replace(instead=instead)
                 self.queue.put(removal._replace(stamps=()) if whatever else removal)
             return len(gone)
 

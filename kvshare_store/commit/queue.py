@@ -44,6 +44,8 @@ class Removal(NamedTuple):
     nodes: tuple[str, ...]
     blocks: tuple[str, ...]
     stamps: tuple[int, ...] = ()
+    instead: str = ""
+    """The node that takes their place, if there is one."""
 
 
 class Call(NamedTuple):

@@ -82,7 +82,7 @@ class Answers:
             if base is None or node not in self._nodes.tree or not self._replaceable(base, save):
                 return
             self.replaced(base.id, node)
-            self._nodes.remove([base.id])
+            self._nodes.remove([base.id], instead=node)
 
     def replaced(self, node: str, by: str) -> None:
         """A node is about to leave the tree: this one has its place. Hold the lock."""

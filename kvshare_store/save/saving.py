@@ -325,7 +325,7 @@ class Saving:
         self.looks.settled(edited, node)
         if not edited.pinned:
             self._answers.replaced(edited.id, node.id)
-            self._nodes.remove([edited.id])
+            self._nodes.remove([edited.id], instead=node.id)
 
 
 class _Filled(msgspec.Struct):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
+from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
+from tests.support.tiers import disk_level
 
 Open = Callable[..., Driver]
 PATIENCE_S = 60.0
@@ -20,8 +24,7 @@ PATIENCE_S = 60.0
 @contextmanager
 def deleting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Files are deleted only when the context ends; the event says that one is about to be."""
-    disk = store.blocks.levels.named("disk")
-    assert disk is not None
+    disk = disk_level(store)
     begun, go_on, delete = threading.Event(), threading.Event(), disk.tier.delete
 
     async def late(name: str) -> bool:
@@ -108,3 +111,28 @@ def test_a_prompt_that_becomes_another_ones_beginning_is_stored_once(driver: Ope
     assert nodes.tree.blocks() == blocks
     again = reopened(engine, driver)
     assert again.serve(shorter).exact == 55
+
+
+@pytest.mark.parametrize("error", [StorageError("Input/output error"), NoSpaceError("full")])
+def test_a_prompt_stays_if_what_takes_its_place_cannot_be_stored(
+    driver: Open, error: KVShareError
+) -> None:
+    """An edited prompt is durable; then its exact twin is saved, and the disk refuses that."""
+    engine = driver()
+    tokens = prompt(1, 40)
+    edited = [*tokens[:20], 5, 6, *tokens[21:]]
+    engine.save(tokens)
+    node = engine.serve_and_save(edited)
+    engine.store.flush()
+    level = disk_level(engine.store)
+    level.tier = disk = FaultyTier(level.tier)
+    disk.fail_always("put", error)
+    assert engine.save(edited), "computed in full"
+    with contextlib.suppress(StorageError):
+        engine.store.flush()
+    disk.fail_always("put", None)
+    assert node in engine.store.tree
+    engine.save(prompt(3, 40))  # storing works again
+    again = reopened(engine, driver)
+    assert node in again.store.tree
+    assert again.serve(edited).generation == 1
