@@ -139,7 +139,10 @@ class Committer:
         if removal.instead not in self._failed:
             return False
         try:
-            return self._durable.take_back(removal.nodes)
+            if not self._durable.take_back(removal.nodes):
+                return False
+            self._nodes.removed([removal])
+            return True
         except KVShareError as error:
             log.warning("kvshare: prompts are only there again after a restart: %s", error)
             return True

@@ -164,6 +164,7 @@ class Durable:
         blocks = [block for removal in removals for block in removal.blocks]
         try:
             self._remove_rows([removal for removal in removals if removal.nodes])
+            self._nodes.removed(removals)
             self.room.delete(dict.fromkeys(blocks))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)

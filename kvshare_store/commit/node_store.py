@@ -7,6 +7,7 @@ nodes use a block, and queues what must become durable or be removed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
@@ -53,6 +54,8 @@ class NodeStore:
         self._metrics = metrics
         self._shared = shared
         self._late_s = late_s
+        self._named: Counter[str] = Counter()
+        """How many rows that are about to be removed name a block."""
 
     def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
         """Go on by other settings; nodes that are too many now go with the next saves."""
@@ -165,9 +168,9 @@ class NodeStore:
         come back if it cannot be made durable.
         """
         with self.lock:
-            gone, unused = self.drop(ids)
+            gone = self.drop(ids).nodes
             if gone:
-                removal = self.removal(gone, unused)._replace(instead=instead)
+                removal = self.removal(gone)._replace(instead=instead)
                 self.queue.put(removal._replace(stamps=()) if whatever else removal)
             return len(gone)
 
@@ -176,10 +179,27 @@ class NodeStore:
         with self.lock:
             return self.has(node) and bool(self.remove([node.id]))
 
-    def removal(self, nodes: Sequence[Node], unused: Sequence[str] = ()) -> Removal:
-        """The removal of rows in the form that this machine knows, and then of blocks."""
+    def removal(self, nodes: Sequence[Node]) -> Removal:
+        """The removal of rows in the form that this machine knows, and then of the blocks that no
+        node uses by then. It must be queued. Until `removed` these blocks are `named`. Hold the
+        lock."""
         stamps = tuple(node.stamp for node in nodes) if self._shared else ()
-        return Removal(tuple(node.id for node in nodes), tuple(unused), stamps)
+        blocks = tuple(name for node in nodes for name in node.blocks)
+        self._named.update(blocks)
+        return Removal(tuple(node.id for node in nodes), blocks, stamps)
+
+    def named(self, block: str) -> bool:
+        """Whether a row names the block whose node has left memory and whose removal is queued."""
+        return block in self._named
+
+    def removed(self, removals: Iterable[Removal]) -> None:
+        """No row names the blocks of these removals any more, or its node is back."""
+        with self.lock:
+            for removal in removals:
+                if removal.nodes:
+                    self._named.subtract(removal.blocks)
+                    for name in {name for name in removal.blocks if self._named[name] <= 0}:
+                        del self._named[name]
 
     def remove_unused(self, names: Iterable[str]) -> None:
         """Remove those of the blocks that no node uses."""
@@ -250,7 +270,7 @@ class NodeStore:
             self.remove([victim.id])
             return
         change = self.shorten(victim, excess)
-        self.queue.put(self.removal(change.nodes, change.unused))
+        self.queue.put(self.removal(change.nodes))
 
     def _over_quota(self, namespace: str) -> bool:
         limits = self.limits.of(self.namespaces.get(namespace))

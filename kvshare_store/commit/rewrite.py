@@ -126,9 +126,12 @@ class Rewriter:
 
     def _write_vectors(self, ids: Sequence[str]) -> None:
         """Rows keep their stamps: vectors only nominate, so no machine needs to read the rows
-        again."""
+        again. A node that left and is here again is written when its blocks are durable, which is
+        queued."""
+        holder = self._nodes.blocks.pool.holder
         with self._nodes.lock:
-            nodes = [node for i in ids if (node := self._nodes.tree.get(i)) is not None]
+            here = [node for i in ids if (node := self._nodes.tree.get(i)) is not None]
+            nodes = [node for node in here if all(map(holder, node.blocks))]
             found = [(node, self._nodes.state.vectors(node)) for node in nodes]
         rows = [(node, vectors) for node, vectors in found if vectors is not None]
         if not self._shared:

@@ -72,9 +72,11 @@ class Room:
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove blocks that nobody leases or uses from every tier, and wait for it. The nodes that
-        used them must be removed before. A block that is in use again by now stays."""
-        with self._nodes.lock:
-            unused = [name for name in names if not self._nodes.tree.uses(name)]
+        used them must be removed before. A block that is in use again by now stays, and so does one
+        that a row still names: whoever removes the row removes the block."""
+        nodes = self._nodes
+        with nodes.lock:
+            unused = [name for name in names if not (nodes.tree.uses(name) or nodes.named(name))]
             free = self._blocks.pool.drop(unused)
         self._blocks.delete(free)
 

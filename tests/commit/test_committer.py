@@ -73,6 +73,9 @@ class Nodes:
         self._log.append(f"given up {node.id}")
         return node.id != "left"
 
+    def removed(self, removals: Iterable[Removal]) -> None:
+        pass
+
 
 class Deletions(Room):
     """Records which blocks are deleted."""

@@ -6,16 +6,22 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
+from kvshare_store.commit.queue import CommitQueue
+from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
 from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
 from tests.support.tiers import disk_level
+from tests.support.waiting import until
 
 Open = Callable[..., Driver]
 PATIENCE_S = 60.0
@@ -38,6 +44,18 @@ def deleting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[threadin
         yield begun
     finally:
         go_on.set()
+
+
+def hold(queue: CommitQueue, go_on: threading.Event) -> None:
+    """The committer does nothing more until the event."""
+    held = threading.Event()
+
+    def wait() -> None:
+        held.set()
+        assert go_on.wait(PATIENCE_S)
+
+    queue.call(wait)
+    assert held.wait(PATIENCE_S)
 
 
 def reopened(engine: Driver, driver: Open) -> Driver:
@@ -101,7 +119,7 @@ def test_a_prompt_that_becomes_another_ones_beginning_is_stored_once(driver: Ope
         node = nodes.tree.get(str(longer))
         assert node is not None
         change = nodes.shorten(node, 1)
-        nodes.queue.put(nodes.removal(change.nodes, change.unused))
+        nodes.queue.put(nodes.removal(change.nodes))
     assert [node.tokens.tolist() for node in nodes.tree] == [shorter]
     blocks = nodes.tree.blocks()
     other_rows = Buffer(bytes(staged.rows * engine.namespace.layout.row_bytes))
@@ -136,3 +154,54 @@ def test_a_prompt_stays_if_what_takes_its_place_cannot_be_stored(
     again = reopened(engine, driver)
     assert node in again.store.tree
     assert again.serve(edited).generation == 1
+
+
+def test_a_text_vector_commits_no_row_before_its_blocks(driver: Open) -> None:
+    """While the vector waits for the committer its node leaves and comes back, with other bits."""
+    engine = driver()
+    tokens, nodes, go_on = prompt(1, 40), engine.store.nodes, threading.Event()
+    node = str(engine.save(tokens))
+    engine.store.flush()
+    catalog = engine.store.repository.catalog
+    assert catalog is not None
+    hold(nodes.queue, go_on)
+    vectors = {node: np.ones(VECTOR_DIMENSIONS, np.float32)}
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(Rewriter(engine.store.repository).describe, vectors)
+        until(lambda: nodes.queue.report()["waiting"] == 1, PATIENCE_S)
+        row = nodes.queue.call(lambda: next(catalog.load(ids=[node]))[0].blocks)
+        nodes.remove([node])
+        staged = engine.stage(tokens)
+        rows = Buffer(bytes(staged.rows * engine.namespace.layout.row_bytes))
+        assert engine.store.commit(staged.id, rows) == node
+        go_on.set()
+        written.result(PATIENCE_S)
+    assert not set(row.result(PATIENCE_S)) & nodes.tree.blocks(), "not the form that comes later"
+    engine.store.flush()
+    assert next(catalog.load(ids=[node]))[0].blocks == nodes.tree.get(node).blocks  # type: ignore[union-attr]
+
+
+def test_blocks_stay_while_a_row_names_them(driver: Open) -> None:
+    """Two prompts share blocks. One has left memory, and the removal of its row waits; then room is
+    made by removing the other."""
+    engine = driver()
+    first, second = prompt(1, 40), [*prompt(1, 40)[:24], *prompt(2, 16)]
+    nodes, go_on = engine.store.nodes, threading.Event()
+    names = [str(engine.save(tokens)) for tokens in (first, second)]
+    engine.store.flush()
+    shared = set.intersection(*(set(node.blocks) for node in nodes.tree))
+    assert len(shared) == 3
+    hold(nodes.queue, go_on)
+    room = engine.store.repository.durable.room
+    catalog, disk = engine.store.repository.catalog, disk_level(engine.store).tier
+    assert catalog is not None
+    made = nodes.queue.call(lambda: room.delete(nodes.drop([names[1]]).unused))
+    left = nodes.queue.call(lambda: (set(disk.names()), len(list(catalog.load(ids=[names[0]])))))
+    nodes.remove([names[0]])
+    go_on.set()
+    made.result(PATIENCE_S)
+    on_disk, rows = left.result(PATIENCE_S)
+    assert rows == 1
+    assert shared <= on_disk
+    engine.store.flush()
+    assert not set(disk.names()) & shared, "they go with the row"
