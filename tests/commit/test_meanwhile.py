@@ -165,7 +165,7 @@ def test_a_text_vector_commits_no_row_before_its_blocks(driver: Open) -> None:
     catalog = engine.store.repository.catalog
     assert catalog is not None
     hold(nodes.queue, go_on)
-    vectors = {node: np.ones(VECTOR_DIMENSIONS, np.float32)}
+    vectors = {node: np.full(VECTOR_DIMENSIONS, VECTOR_DIMENSIONS**-0.5, np.float32)}
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(Rewriter(engine.store.repository).describe, vectors)
         until(lambda: nodes.queue.report()["waiting"] == 1, PATIENCE_S)
