@@ -38,7 +38,7 @@ PartsOption = Annotated[
 ]
 LimitOption = Annotated[
     int,
-    typer.Option("--limit", "-n", min=1, max=4096, metavar="N", help="At most so many classes."),
+    typer.Option("--limit", "-n", min=1, max=200, metavar="N", help="At most so many classes."),
 ]
 
 

@@ -85,6 +85,7 @@ class Committer:
         if not isinstance(error, MissError):
             self._metrics.error(error.kind)
         was_here = self._nodes.forget(node)
+        self._failed.pop(node.id, None)
         if was_here:
             self._failed[node.id] = error
         if _is_refusal(error) or (was_here and isinstance(error, MissError)):

@@ -163,8 +163,10 @@ class Durable:
         """Remove rows, then blocks. What storage refuses to remove stays as garbage."""
         blocks = [block for removal in removals for block in removal.blocks]
         try:
-            self._remove_rows([removal for removal in removals if removal.nodes])
-            self._nodes.removed(removals)
+            try:
+                self._remove_rows([removal for removal in removals if removal.nodes])
+            finally:
+                self._nodes.removed(removals)
             self.room.delete(dict.fromkeys(blocks))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)

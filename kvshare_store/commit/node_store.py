@@ -67,9 +67,9 @@ class NodeStore:
     # --- nodes come --------------------------------------------------------------------------
 
     def has(self, node: Node) -> bool:
-        """Whether the node is here, with these blocks."""
+        """Whether the node is here, in this form: not as it was saved again, or merged, since."""
         here = self.tree.get(node.id)
-        return here is not None and here.blocks == node.blocks
+        return here is not None and here.stamp == node.stamp and here.blocks == node.blocks
 
     def add(self, node: Node, vectors: Vectors) -> None:
         """Offer a node to lookups now and make it durable soon. Its blocks are in a tier.
@@ -84,11 +84,14 @@ class NodeStore:
                 return
             node = self._insert(node, vectors)
             self.queue.put(Addition(node, vectors))
-            if self._shared:
-                self.drop_excess()
-            else:
-                self.evict(max(0, len(self.tree) - self._config.max_nodes))
+            self._hold_count()
             self.hold_quota(node.namespace, newest=node.id)
+
+    def _hold_count(self) -> None:
+        if self._shared:
+            self.drop_excess()
+        else:
+            self.evict(max(0, len(self.tree) - self._config.max_nodes))
 
     def _insert(self, node: Node, vectors: Vectors, idle: float = 0.0) -> Node:
         node = self.state.insert(node, vectors, idle)
@@ -175,7 +178,7 @@ class NodeStore:
             return len(gone)
 
     def forget(self, node: Node) -> bool:
-        """As `remove`, but only if the node is here with these blocks; whether it was."""
+        """As `remove`, but only if the node is here in this form; whether it was."""
         with self.lock:
             return self.has(node) and bool(self.remove([node.id]))
 
@@ -303,7 +306,7 @@ class NodeStore:
                 ours = here is not None and here.stamp != known.get(node.id)
                 if not ours and node.namespace not in self.namespaces.closed:
                     self._adopt(node, vectors)
-            self.drop_excess()
+            self._hold_count()
 
     def _adopt(self, node: Node, vectors: Vectors) -> None:
         """The row counts: what this machine had of the node is dropped."""

@@ -26,8 +26,6 @@ _MAX_CELLS = 1 << 24
 first;"""
 _MAX_CELLS_FOR_GRAMS = 1 << 20
 """above this many (0.3 ms) where runs without a gram are of no use: equal runs have all others."""
-_MAX_CELLS_OF_PIECES = 1 << 22
-"""Between equal runs so many pairs of such tokens are looked at again."""
 _HASHED, _CALL = 32, 1 << 15
 """Cells that hashing a token and aligning a piece of any size cost."""
 _SMALL = 1 << 14
@@ -346,14 +344,9 @@ def _cut(
 
 
 def _promising(ours: Run, theirs: Run, seeds: Positions) -> bool:
-    """Whether two pieces may have a gram in common that is worth its edits. Small ones are quicker
-    aligned than asked. Where so much was changed as between large ones, a policy keeps long runs
-    only, and those are known."""
-    cells = ours.length * theirs.length
-    if cells <= _SMALL:
+    """Whether two pieces may have a gram in common. Small ones are quicker aligned than asked."""
+    if ours.length * theirs.length <= _SMALL:
         return True
-    if cells > _MAX_CELLS_OF_PIECES:
-        return False
     starts, sources = seeds
     inside = sources[slice(*starts.searchsorted((ours.start, ours.stop - GRAM + 1)))]
     return bool(((inside >= theirs.start) & (inside <= theirs.stop - GRAM)).any())

@@ -53,6 +53,8 @@ class LineagePurge:
             if all(node.id in self._gone for node in lineage.nodes):
                 break
             self._remove(lineage.nodes)
+            # what one of them was to replace comes back if that one could not be stored
+            self._repository.queue.settle()
         result = self._result(lineage)
         self._repository.queue.flush()
         return result

@@ -304,6 +304,9 @@ class Saving:
         if edited is not None:
             node = with_sources(node, edited.sources)
         self._nodes.add(node, vectors)
+        here = self._nodes.tree.get(node.id)
+        if here is not None and here.stamp != node.stamp:  # it was there already
+            self._sources.confirm(here, node.sources)
         if edited is not None:
             self._settle(node, edited)
         self._answers.stored(save, node.id)

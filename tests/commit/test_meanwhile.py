@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
-from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.rewrite import Rewriter
-from kvshare_store.errors import KVShareError, NoSpaceError, StorageError
+from kvshare_store.errors import StorageError
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
-from tests.support.faulty import FaultyTier
+from kvshare_store.tensors.frame import Block
+from tests.support.meanwhile import PATIENCE_S, hold, reopened
 from tests.support.oracle import Driver, prompt
 from tests.support.tiers import disk_level
 from tests.support.waiting import until
 
 Open = Callable[..., Driver]
-PATIENCE_S = 60.0
 
 
 @contextmanager
@@ -44,26 +42,6 @@ def deleting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[threadin
         yield begun
     finally:
         go_on.set()
-
-
-def hold(queue: CommitQueue, go_on: threading.Event) -> None:
-    """The committer does nothing more until the event."""
-    held = threading.Event()
-
-    def wait() -> None:
-        held.set()
-        assert go_on.wait(PATIENCE_S)
-
-    queue.call(wait)
-    assert held.wait(PATIENCE_S)
-
-
-def reopened(engine: Driver, driver: Open) -> Driver:
-    engine.store.flush()
-    engine.store.close()
-    again = driver()
-    assert again.store.stats()["errors"] == {}, "every row has its blocks"
-    return again
 
 
 def test_rows_that_are_being_deleted_are_not_built_on(
@@ -131,31 +109,6 @@ def test_a_prompt_that_becomes_another_ones_beginning_is_stored_once(driver: Ope
     assert again.serve(shorter).exact == 55
 
 
-@pytest.mark.parametrize("error", [StorageError("Input/output error"), NoSpaceError("full")])
-def test_a_prompt_stays_if_what_takes_its_place_cannot_be_stored(
-    driver: Open, error: KVShareError
-) -> None:
-    """An edited prompt is durable; then its exact twin is saved, and the disk refuses that."""
-    engine = driver()
-    tokens = prompt(1, 40)
-    edited = [*tokens[:20], 5, 6, *tokens[21:]]
-    engine.save(tokens)
-    node = engine.serve_and_save(edited)
-    engine.store.flush()
-    level = disk_level(engine.store)
-    level.tier = disk = FaultyTier(level.tier)
-    disk.fail_always("put", error)
-    assert engine.save(edited), "computed in full"
-    with contextlib.suppress(StorageError):
-        engine.store.flush()
-    disk.fail_always("put", None)
-    assert node in engine.store.tree
-    engine.save(prompt(3, 40))  # storing works again
-    again = reopened(engine, driver)
-    assert node in again.store.tree
-    assert again.serve(edited).generation == 1
-
-
 def test_a_text_vector_commits_no_row_before_its_blocks(driver: Open) -> None:
     """While the vector waits for the committer its node leaves and comes back, with other bits."""
     engine = driver()
@@ -205,3 +158,53 @@ def test_blocks_stay_while_a_row_names_them(driver: Open) -> None:
     assert shared <= on_disk
     engine.store.flush()
     assert not set(disk.names()) & shared, "they go with the row"
+
+
+def test_a_prompt_that_is_saved_again_while_its_first_save_fails_is_stored(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left before it was durable, so its first save ends in nothing; the second has the same
+    rows."""
+    engine = driver()
+    nodes, disk, busy = engine.store.nodes, disk_level(engine.store), threading.Event()
+    begun, go_on, put = threading.Event(), threading.Event(), disk.tier.put
+
+    async def late(name: str, block: Block) -> None:
+        begun.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await put(name, block)
+
+    hold(nodes.queue, busy)
+    node = str(engine.save(prompt(1, 40)))
+    engine.save(prompt(2, 40))
+    nodes.remove([node])
+    monkeypatch.setattr(disk.tier, "put", late)
+    busy.set()
+    assert begun.wait(PATIENCE_S), "the first has failed, the second is being written"
+    assert engine.save(prompt(1, 40)) == node
+    go_on.set()
+    assert node in reopened(engine, driver).store.tree
+
+
+def test_blocks_of_a_row_that_could_not_be_removed_are_garbage(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver()
+    nodes, catalog, refused = engine.store.nodes, engine.store.repository.catalog, [True]
+    assert catalog is not None
+    delete = catalog.delete
+
+    def once(ids: Iterable[str], stamps: Collection[int] = ()) -> None:
+        if refused.pop() if refused else False:
+            raise StorageError("busy")
+        delete(ids, stamps)
+
+    monkeypatch.setattr(catalog, "delete", once)
+    node = engine.save(prompt(1, 40))
+    engine.store.flush()
+    nodes.remove([str(node)])
+    nodes.queue.settle()
+    assert engine.store.stats()["tiers"]["disk"]["blocks"] == 5
+    assert engine.store.collect().blocks == 5
+    assert engine.store.stats()["tiers"]["disk"]["blocks"] == 0

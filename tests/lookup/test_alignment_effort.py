@@ -211,23 +211,6 @@ def test_some_effort_is_kept_for_the_gaps() -> None:
     assert not effort.spend(1 << 19)
 
 
-def test_large_pieces_between_runs_are_not_looked_at_again() -> None:
-    """What two of them have in common are phrases: no policy keeps one behind so large an edit."""
-    phrase, first, last = noise(20, 10), noise(21, 3_000), noise(22, 3_000)
-    request, donor = (
-        np.concatenate((noise(at, 50), first, noise(at + 1, 2_500), phrase, noise(at + 2, 2_500),
-                        last, noise(at + 3, 50)))
-        for at in (30, 40)
-    )  # fmt: skip
-    effort = Effort(clock=Clock())
-    found = align(request, donor, effort, least=8)
-    assert found == [Match(50, 50, 3_000), Match(8_060, 8_060, 3_000)]
-    hashed, compared = 32 * (len(request) + len(donor)), 2 * 32 * len(request)
-    assert CELLS - effort.left < hashed + compared + 4 * CALL
-    small = request[5_300:6_200], donor[5_300:6_200]
-    assert Match(250, 250, 10) in align(*small, least=8)
-
-
 # --- passages -----------------------------------------------------------------------------------
 
 
