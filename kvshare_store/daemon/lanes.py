@@ -92,6 +92,7 @@ class Lanes:
     """Work goes in; nothing that goes wrong in it ends a thread or stays unsaid."""
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self._failed = failed
         self._lanes = {name: _Lane(name, size, failed) for name, size in _SIZES.items()}
 
     def submit(self, client: str, kind: type, work: Work) -> None:
@@ -113,9 +114,10 @@ class Lanes:
                 future.set_result(question())
             except KVShareError as error:
                 future.set_exception(error)
-            except BaseException as error:
+            except BaseException as error:  # counted before anybody has the answer
+                log.exception("kvshare: a question failed")
+                self._failed(error)
                 future.set_exception(InternalError("the daemon failed on this; see its log"))
-                raise error from None  # the lane logs and counts it
 
         self.submit(client, kind, work)
         return future
