@@ -10,14 +10,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from statistics import median
 from typing import NamedTuple
 
 from benchmarks.data.chat_histories import as_tokens, conversations
 from benchmarks.harness.engines import LONGEST, Arm, Engine, Home, Timed, in_turn, rest, running
 from benchmarks.harness.models import model_name, tokenizer_of
-from benchmarks.harness.result import Cell, Options, Result
+from benchmarks.harness.result import Options, Result
 from benchmarks.harness.spread import median_and_middle_half
+from benchmarks.peers.conversations import SIDE_BY_SIDE, Turn, target_of, times_of
 from examples.prompts.histories import REWRITES, Message, requests
 from kvshare_store.cli.progress import track
 
@@ -26,7 +26,7 @@ _ARMS = {
     "prefix again": Arm(caching=True),
     "kvshare": Arm(caching=True, kvshare=True),
 }
-_SIDE_BY_SIDE, _TURNS, _ANSWER = 3, 6, 16
+_TURNS, _ANSWER = 6, 16
 _TOGETHER, _APART = "one tenant", "a tenant each"
 _MOST = {_TOGETHER: 0.64, _APART: 1.03}
 """Targets: KVShare's time as a multiple of prefix caching's, median."""
@@ -41,18 +41,6 @@ class Asked(NamedTuple):
     tokens: list[int]
 
 
-class Turn(NamedTuple):
-    """One turn, served by every arm."""
-
-    kind: str
-    number: int
-    timed: dict[str, Timed]
-
-    def ratio(self, arm: str) -> float:
-        """This arm's time to first token beside the first engine's."""
-        return self.timed[arm].ttft_s / self.timed["prefix"].ttft_s
-
-
 def measure(options: Options) -> Result:
     """Serve all conversations, with tenants in common and apart; `--n`: how often."""
     tokenizer = tokenizer_of(options)
@@ -61,7 +49,7 @@ def measure(options: Options) -> Result:
         return as_tokens(messages, tokenizer)[-LONGEST + _ANSWER :]
 
     chosen = list(islice(conversations(options.data), 2 if options.short else 6))
-    groups = [chosen[at : at + _SIDE_BY_SIDE] for at in range(0, len(chosen), _SIDE_BY_SIDE)]
+    groups = [chosen[at : at + SIDE_BY_SIDE] for at in range(0, len(chosen), SIDE_BY_SIDE)]
     asked = [
         [Asked(one.conversation, one.turn, tokens_of(one.messages))
          for one in requests(group, REWRITES[0], 3 if options.short else _TURNS)]
@@ -117,31 +105,13 @@ def result_of(served: list[Turn], options: Options, model: str) -> Result:
         noise_floor=f"a second engine with prefix caching: median {middle}, middle half {half}",
         columns=["conversations have", "arm", "ms", "times prefix caching", "middle half", "sum",
                  "computed"],
-        rows=[_row(kind, arm, turns) for kind, turns in of_kind.items() for arm in _ARMS],
+        rows=[[kind, arm, *times_of(arm, turns)] for kind, turns in of_kind.items()
+              for arm in _ARMS],
         notes=[
-            f"{_SIDE_BY_SIDE} conversations take turns and are sent without a pause; {_ANSWER} "
+            f"{SIDE_BY_SIDE} conversations take turns and are sent without a pause; {_ANSWER} "
             "greedy tokens are generated for each; the recorded answers are the history",
             "sum: seconds of all turns, times prefix caching's. computed: tokens of the prompts "
             "that were computed, all turns",
         ],
-        targets=[_target(kind, most, of_kind[kind]) for kind, most in _MOST.items()],
+        targets=[target_of(kind, most, of_kind[kind]) for kind, most in _MOST.items()],
     )  # fmt: skip
-
-
-def _row(kind: str, arm: str, turns: Sequence[Turn]) -> list[Cell]:
-    timed = [turn.timed[arm] for turn in turns]
-    total = sum(one.ttft_s for one in timed) / sum(turn.timed["prefix"].ttft_s for turn in turns)
-    return [
-        kind,
-        arm,
-        round(median(one.ttft_s for one in timed) * 1e3),
-        *median_and_middle_half([turn.ratio(arm) for turn in turns], 2),
-        f"{total:.2f}",
-        sum(one.computed for one in timed),
-    ]
-
-
-def _target(kind: str, most: float, turns: Sequence[Turn]) -> tuple[str, str, bool]:
-    reached = median([turn.ratio("kvshare") for turn in turns])
-    what = f"{kind}: at most {most} times prefix caching's time to first token, median"
-    return what, f"{reached:.2f}, n = {len(turns)}", reached <= most

@@ -36,7 +36,7 @@ ARMS = {
     "kvshare": Arm(caching=True, kvshare=True),
 }
 _PEERS = ("lmcache", "semblend")
-_SIDE_BY_SIDE = 3
+SIDE_BY_SIDE = 3
 """Conversations that an engine serves turn about."""
 _ANSWER = 16
 _OWN_ANSWER = 48
@@ -75,7 +75,7 @@ def measure(options: Options) -> Result:
     turns = 5 if options.short else 6
     first = 2 if options.short else 0  # the third and fourth call tools from the second turn on
     chosen = list(islice(conversations(options.data), first, first + options.size(6, 2)))
-    groups = [chosen[at : at + _SIDE_BY_SIDE] for at in range(0, len(chosen), _SIDE_BY_SIDE)]
+    groups = [chosen[at : at + SIDE_BY_SIDE] for at in range(0, len(chosen), SIDE_BY_SIDE)]
     kinds = {rewrite.name: rewrite for rewrite in REWRITES} | {_OWN: REWRITES[0]}
     parts = [(kind, number) for kind in kinds for number in range(len(groups))]
     served: list[Turn] = []
@@ -177,7 +177,7 @@ def result_of(served: list[Turn], options: Options, model: str) -> Result:
         rows=[_row(kind, arm, of_kind[kind]) for kind in kinds for arm in arms],
         paper="not measured",
         notes=notes_of(served, arms),
-        targets=[_target(kind, most, of_kind[kind]) for kind, most in _MOST.items()],
+        targets=[target_of(f"history {kind}", most, of_kind[kind]) for kind, most in _MOST.items()],
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def notes_of(served: list[Turn], arms: list[str]) -> list[str]:
     tokens = sorted(turn.timed["full"].tokens for turn in served)
     missing = [name for name in _PEERS if name not in arms]
     notes = [
-        f"prompts of {tokens[0]:,} to {tokens[-1]:,} tokens; {_SIDE_BY_SIDE} conversations take "
+        f"prompts of {tokens[0]:,} to {tokens[-1]:,} tokens; {SIDE_BY_SIDE} conversations take "
         f"turns and are sent without a pause; {_ANSWER} greedy tokens are generated for each",
         "the recorded answers are sent as history, whatever the model answers; in the last kind "
         f"the history has what full compute answered, up to {_OWN_ANSWER} tokens, and all answer "
@@ -203,23 +203,32 @@ def notes_of(served: list[Turn], arms: list[str]) -> list[str]:
     return notes + ([f"not installed, so not measured: {', '.join(missing)}"] if missing else [])
 
 
-def _target(kind: str, most: float, turns: list[Turn]) -> tuple[str, str, bool]:
+def target_of(what: str, most: float, turns: Sequence[Turn]) -> tuple[str, str, bool]:
+    """KVShare's time as a multiple of prefix caching's, median."""
     reached = median([turn.ratio("kvshare") for turn in turns])
-    what = f"history {kind}: at most {most} times prefix caching's time to first token, median"
-    return what, f"{reached:.2f}, n = {len(turns)}", reached <= most
+    goal = f"{what}: at most {most} times prefix caching's time to first token, median"
+    return goal, f"{reached:.2f}, n = {len(turns)}", reached <= most
 
 
-def _row(kind: str, arm: str, turns: list[Turn]) -> list[Cell]:
+def times_of(arm: str, turns: Sequence[Turn]) -> list[Cell]:
+    """Milliseconds, the multiple of prefix caching's time with its middle half, that of the sum of
+    all turns, and tokens of the prompts that were computed."""
     timed = [turn.timed[arm] for turn in turns]
-    total = sum(t.ttft_s for t in timed) / sum(t.timed["prefix"].ttft_s for t in turns)
+    total = sum(one.ttft_s for one in timed) / sum(turn.timed["prefix"].ttft_s for turn in turns)
     return [
-        kind,
-        arm,
-        len(turns),
         round(median(one.ttft_s for one in timed) * 1e3),
         *median_and_middle_half([turn.ratio(arm) for turn in turns], 2),
         f"{total:.2f}",
         sum(one.computed for one in timed),
+    ]
+
+
+def _row(kind: str, arm: str, turns: list[Turn]) -> list[Cell]:
+    return [
+        kind,
+        arm,
+        len(turns),
+        *times_of(arm, turns),
         f"{sum(turn.same(arm, 1) for turn in turns)} of {len(turns)}",
         f"{sum(turn.same(arm) for turn in turns)} of {len(turns)}",
     ]
