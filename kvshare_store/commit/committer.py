@@ -43,7 +43,7 @@ class Committer:
         self._durable = durable
         self._metrics = metrics
         self._health = metrics.health
-        self._failed: Latest[str, KVShareError] = Latest(_REMEMBERED)
+        self._failed: Latest[str, None] = Latest(_REMEMBERED)
         """By id the nodes that could not be made durable, though nobody had removed them."""
         self._thread = Supervised(STORING, self._run, metrics.health)
 
@@ -87,7 +87,7 @@ class Committer:
         was_here = self._nodes.forget(node)
         self._failed.pop(node.id, None)
         if was_here:
-            self._failed[node.id] = error
+            self._failed[node.id] = None
         if _is_refusal(error) or (was_here and isinstance(error, MissError)):
             self._queue.failed(error)
 
@@ -140,13 +140,13 @@ class Committer:
         if removal.instead not in self._failed:
             return False
         try:
-            if not self._durable.take_back(removal.nodes):
-                return False
-            self._nodes.removed([removal])
-            return True
+            back = self._durable.take_back(removal.nodes)
         except KVShareError as error:
             log.warning("kvshare: prompts are only there again after a restart: %s", error)
             return True
+        if back:
+            self._nodes.removed([removal])
+        return back
 
 
 def _is_refusal(error: KVShareError) -> bool:
