@@ -17,7 +17,7 @@ from benchmarks.harness.engines import LONGEST, Arm, Engine, Home, Timed, in_tur
 from benchmarks.harness.models import model_name, tokenizer_of
 from benchmarks.harness.result import Options, Result
 from benchmarks.harness.spread import median_and_middle_half
-from benchmarks.peers.conversations import SIDE_BY_SIDE, Turn, target_of, times_of
+from benchmarks.harness.turns import ANSWER, SIDE_BY_SIDE, Turn, target_of, times_of
 from examples.prompts.histories import REWRITES, Message, requests
 from kvshare_store.cli.progress import track
 
@@ -26,7 +26,7 @@ _ARMS = {
     "prefix again": Arm(caching=True),
     "kvshare": Arm(caching=True, kvshare=True),
 }
-_TURNS, _ANSWER = 6, 16
+_TURNS = 6
 _TOGETHER, _APART = "one tenant", "a tenant each"
 _MOST = {_TOGETHER: 0.64, _APART: 1.03}
 """Targets: KVShare's time as a multiple of prefix caching's, median."""
@@ -46,7 +46,7 @@ def measure(options: Options) -> Result:
     tokenizer = tokenizer_of(options)
 
     def tokens_of(messages: Sequence[Message]) -> list[int]:
-        return as_tokens(messages, tokenizer)[-LONGEST + _ANSWER :]
+        return as_tokens(messages, tokenizer)[-LONGEST + ANSWER :]
 
     chosen = list(islice(conversations(options.data), 2 if options.short else 6))
     groups = [chosen[at : at + SIDE_BY_SIDE] for at in range(0, len(chosen), SIDE_BY_SIDE)]
@@ -73,7 +73,7 @@ def serve(
     for arm in in_turn(list(engines), part):
         engine = engines[arm]
         timed[arm] = [
-            engine.ask(one.tokens, salt_of(one.conversation), max_tokens=_ANSWER) for one in asked
+            engine.ask(one.tokens, salt_of(one.conversation), max_tokens=ANSWER) for one in asked
         ]
         if arm == "kvshare":  # what is still to be stored must not slow the next arm down
             rest(engine, home)
@@ -108,7 +108,7 @@ def result_of(served: list[Turn], options: Options, model: str) -> Result:
         rows=[[kind, arm, *times_of(arm, turns)] for kind, turns in of_kind.items()
               for arm in _ARMS],
         notes=[
-            f"{SIDE_BY_SIDE} conversations take turns and are sent without a pause; {_ANSWER} "
+            f"{SIDE_BY_SIDE} conversations take turns and are sent without a pause; {ANSWER} "
             "greedy tokens are generated for each; the recorded answers are the history",
             "sum: seconds of all turns, times prefix caching's. computed: tokens of the prompts "
             "that were computed, all turns",

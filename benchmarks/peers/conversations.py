@@ -12,15 +12,15 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from statistics import median
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.data.chat_histories import as_tokens, conversations
 from benchmarks.harness.engines import LONGEST, Arm, Engine, Home, Timed, in_turn, rest, running
 from benchmarks.harness.models import model_name, tokenizer_of
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
+from benchmarks.harness.turns import ANSWER, SIDE_BY_SIDE, Turn, target_of, times_of
 from benchmarks.peers import lmcache, semblend
 from benchmarks.peers.environment import PeerMissingError, python_with
 from examples.prompts.histories import REWRITES, Message, requests
@@ -36,9 +36,6 @@ ARMS = {
     "kvshare": Arm(caching=True, kvshare=True),
 }
 _PEERS = ("lmcache", "semblend")
-SIDE_BY_SIDE = 3
-"""Conversations that an engine serves turn about."""
-_ANSWER = 16
 _OWN_ANSWER = 48
 _OWN = "as it is, answered by the model"
 _STORED_S = 1.0
@@ -49,24 +46,6 @@ _MOST = {
     "old tool results truncated": 0.7,
 }
 """Targets: KVShare's time as a multiple of prefix caching's, median, by kind of history."""
-
-
-class Turn(NamedTuple):
-    """One turn, served by every arm."""
-
-    kind: str
-    """What was done to the history."""
-    number: int
-    """From 1."""
-    timed: dict[str, Timed]
-
-    def ratio(self, arm: str) -> float:
-        """This arm's time to first token beside the first prefix-caching engine's."""
-        return self.timed[arm].ttft_s / self.timed["prefix"].ttft_s
-
-    def same(self, arm: str, tokens: int = _ANSWER) -> bool:
-        """Whether the answer begins with the tokens that full compute gives."""
-        return self.timed[arm].token_ids[:tokens] == self.timed["full"].token_ids[:tokens]
 
 
 def measure(options: Options) -> Result:
@@ -136,7 +115,7 @@ def serve_turns(
     asked: Sequence[tuple[int, list[int]]], salt: str, part: int,
 ) -> list[Turn]:  # fmt: skip
     timed: dict[str, list[Timed]] = {}
-    length = _OWN_ANSWER if kind == _OWN else _ANSWER
+    length = _OWN_ANSWER if kind == _OWN else ANSWER
     for arm in in_turn(list(engines), part):
         engine = engines[arm]
         own = "" if arm == "semblend" else salt  # with a salt it never finds what it stored
@@ -186,7 +165,7 @@ def notes_of(served: list[Turn], arms: list[str]) -> list[str]:
     missing = [name for name in _PEERS if name not in arms]
     notes = [
         f"prompts of {tokens[0]:,} to {tokens[-1]:,} tokens; {SIDE_BY_SIDE} conversations take "
-        f"turns and are sent without a pause; {_ANSWER} greedy tokens are generated for each",
+        f"turns and are sent without a pause; {ANSWER} greedy tokens are generated for each",
         "the recorded answers are sent as history, whatever the model answers; in the last kind "
         f"the history has what full compute answered, up to {_OWN_ANSWER} tokens, and all answer "
         "as much",
@@ -201,26 +180,6 @@ def notes_of(served: list[Turn], arms: list[str]) -> list[str]:
         "`lmcache`, `semblend`. SemBlend has no tenants: it may find what another kind stored",
     ]
     return notes + ([f"not installed, so not measured: {', '.join(missing)}"] if missing else [])
-
-
-def target_of(what: str, most: float, turns: Sequence[Turn]) -> tuple[str, str, bool]:
-    """KVShare's time as a multiple of prefix caching's, median."""
-    reached = median([turn.ratio("kvshare") for turn in turns])
-    goal = f"{what}: at most {most} times prefix caching's time to first token, median"
-    return goal, f"{reached:.2f}, n = {len(turns)}", reached <= most
-
-
-def times_of(arm: str, turns: Sequence[Turn]) -> list[Cell]:
-    """Milliseconds, the multiple of prefix caching's time with its middle half, that of the sum of
-    all turns, and tokens of the prompts that were computed."""
-    timed = [turn.timed[arm] for turn in turns]
-    total = sum(one.ttft_s for one in timed) / sum(turn.timed["prefix"].ttft_s for turn in turns)
-    return [
-        round(median(one.ttft_s for one in timed) * 1e3),
-        *median_and_middle_half([turn.ratio(arm) for turn in turns], 2),
-        f"{total:.2f}",
-        sum(one.computed for one in timed),
-    ]
 
 
 def _row(kind: str, arm: str, turns: list[Turn]) -> list[Cell]:

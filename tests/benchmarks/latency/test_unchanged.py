@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.harness.engines import Timed
 from benchmarks.harness.result import Options
+from benchmarks.harness.turns import Turn
 from benchmarks.latency import unchanged
 from benchmarks.latency.unchanged import Asked
-from benchmarks.peers.conversations import Turn
 
 SECONDS = {"prefix": 1.0, "prefix again": 1.1, "kvshare": 0.5}
 ASKED = [Asked(0, 1, [1, 2]), Asked(1, 1, [3, 4]), Asked(0, 2, [1, 2, 5]), Asked(1, 2, [3, 4, 6])]

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.data.chat_histories import as_tokens
 from benchmarks.harness.engines import Timed, in_turn
 from benchmarks.harness.result import Options
+from benchmarks.harness.turns import Turn
 from benchmarks.peers import conversations, environment
-from benchmarks.peers.conversations import Turn
 from examples.prompts.histories import REWRITES
 
 ARMS = [*conversations.ARMS, "lmcache", "semblend"]
