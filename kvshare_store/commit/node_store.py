@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
@@ -56,6 +56,9 @@ class NodeStore:
         self._late_s = late_s
         self._named: Counter[str] = Counter()
         """How many rows that are about to be removed name a block."""
+        self._numbers = count(1)
+        self._waiting: set[int] = set()
+        """Numbers of the removals that these are from."""
 
     def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
         """Go on by other settings; nodes that are too many now go with the next saves."""
@@ -188,18 +191,22 @@ class NodeStore:
         lock."""
         stamps = tuple(node.stamp for node in nodes) if self._shared else ()
         blocks = tuple(name for node in nodes for name in node.blocks)
+        number = next(self._numbers)
         self._named.update(blocks)
-        return Removal(tuple(node.id for node in nodes), blocks, stamps)
+        self._waiting.add(number)
+        return Removal(tuple(node.id for node in nodes), blocks, stamps, number=number)
 
     def named(self, block: str) -> bool:
         """Whether a row names the block whose node has left memory and whose removal is queued."""
         return block in self._named
 
     def removed(self, removals: Iterable[Removal]) -> None:
-        """No row names the blocks of these removals any more, or its node is back."""
+        """No row names the blocks of these removals any more, or its node is back. To say so again
+        changes nothing."""
         with self.lock:
             for removal in removals:
-                if removal.nodes:
+                if removal.number in self._waiting:
+                    self._waiting.remove(removal.number)
                     self._named.subtract(removal.blocks)
                     for name in {name for name in removal.blocks if self._named[name] <= 0}:
                         del self._named[name]

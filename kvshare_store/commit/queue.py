@@ -46,6 +46,8 @@ class Removal(NamedTuple):
     stamps: tuple[int, ...] = ()
     instead: str = ""
     """The node that takes their place, if there is one."""
+    number: int = 0
+    """Tells it from another of the same nodes. 0: it names no block that must stay until then."""
 
 
 class Call(NamedTuple):

@@ -208,3 +208,19 @@ def test_blocks_of_a_row_that_could_not_be_removed_are_garbage(
     assert engine.store.stats()["tiers"]["disk"]["blocks"] == 5
     assert engine.store.collect().blocks == 5
     assert engine.store.stats()["tiers"]["disk"]["blocks"] == 0
+
+
+def test_a_removal_that_is_done_twice_counts_once(driver: Open) -> None:
+    """A batch that fails is done again piece by piece."""
+    engine = driver()
+    engine.save(prompt(1, 40))
+    engine.store.flush()
+    nodes = engine.store.nodes
+    with nodes.lock:
+        (node,) = nodes.tree
+        first, second = nodes.removal([node]), nodes.removal([node])
+        for _ in range(2):
+            nodes.removed([first])
+        assert nodes.named(node.blocks[0]), "the other removal still waits"
+        nodes.removed([second])
+        assert not nodes.named(node.blocks[0])
