@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
+
+log = logging.getLogger("kvshare.chaos")
 
 _SHOWN = 10
 
@@ -33,19 +36,23 @@ class Report:
 
     def wrong(self, what: str) -> None:
         """Note a wrong row that was served."""
-        self.wrong_rows.append(f"{self.where}: {what}")
+        self._note(self.wrong_rows, what)
 
     def lose(self, what: str) -> None:
         """Note a durable node that is missing."""
-        self.lost_nodes.append(f"{self.where}: {what}")
+        self._note(self.lost_nodes, what)
 
     def leak(self, what: str) -> None:
         """Note something that is held although nothing uses it."""
-        self.leaks.append(f"{self.where}: {what}")
+        self._note(self.leaks, what)
 
     def problem(self, what: str) -> None:
         """Note any other error."""
-        self.problems.append(f"{self.where}: {what}")
+        self._note(self.problems, what)
+
+    def _note(self, findings: list[str], what: str) -> None:
+        findings.append(f"{self.where}: {what}")
+        log.warning("found: %s", findings[-1])  # the run may take another hour
 
     @property
     def findings(self) -> list[str]:
