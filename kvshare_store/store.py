@@ -357,10 +357,11 @@ class Store:
         return self.nodes.evict(nodes, namespace)
 
     def clear(self) -> int:
-        """Forget every node and remove its blocks; returns how many nodes there were."""
+        """Forget every node and remove its blocks; returns how many nodes there were.
+        `StorageError` if the catalogue refuses to remove rows."""
         with self.nodes.lock:
             count = self.nodes.remove([node.id for node in self.tree], whatever=True)
-        self._queue.settle()
+        self._queue.check_removed()
         return count
 
     def pin(self, node_id: str, pinned: bool = True) -> bool:

@@ -56,6 +56,7 @@ class Committer:
         be_nice(10)
         while batch := self._queue.take():
             self._attempt(batch)
+        self._attempt(())  # removals that were refused
 
     def _attempt(self, batch: Sequence[Work]) -> None:
         """Do a batch. After an unexpected error each piece is tried alone: one that fails is given
@@ -132,8 +133,9 @@ class Committer:
 
     def _remove(self, removals: Sequence[Removal]) -> None:
         removals = [removal for removal in removals if not self._taken_back(removal)]
-        if removals:
-            self._durable.remove(removals)
+        if removals or self._queue.unremoved:
+            refused = self._durable.remove(removals)
+            self._queue.unremoved = "" if refused is None else shown(refused)
 
     def _taken_back(self, removal: Removal) -> bool:
         """Nodes whose place another one was to take stay if that one could not be made durable."""

@@ -16,9 +16,10 @@ from kvshare_store.catalog.faults import report
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import Addition, Removal
 from kvshare_store.commit.room import Room
-from kvshare_store.errors import KVShareError, MissingBlockError, StorageError
+from kvshare_store.errors import FullDiskError, KVShareError, MissingBlockError, StorageError
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.observability.logs import Seldom
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.readable import short
 
@@ -52,11 +53,16 @@ class Durable:
         self._condemned = condemned
         self._metrics = metrics
         self.room = Room(nodes, catalog)
+        self._say = Seldom(log)
+        self._refused: list[Removal] = []
+        """Removals whose rows the catalogue has refused to remove."""
 
     # --- nodes come --------------------------------------------------------------------------
 
     def store(self, additions: Sequence[Addition]) -> Ended:
         """Store blocks, then rows, in batches of the size that the tiers can use."""
+        if self._refused:
+            self.remove(())
         nodes = [addition.node for addition in additions]
         ended = self._make(nodes)
         durable = [at for at, error in enumerate(ended) if error is None]
@@ -65,6 +71,7 @@ class Durable:
         self.room.keep = {nodes[at].id for at in durable}
         try:
             known = self.add([additions[at] for at in durable])
+            self._replaced({nodes[at].id for at in durable})
             confirmed = self._confirmed([nodes[at] for at in durable], known)
         except KVShareError as error:
             confirmed = [error] * len(durable)
@@ -108,24 +115,28 @@ class Durable:
             self._condemned.rescue(names)
         room.retried(lambda: self._blocks.persist(names), room.missing_bytes(names))
 
-    def add(self, rows: Sequence[tuple[Node, Vectors]]) -> set[str]:
+    def add(self, rows: Sequence[tuple[Node, Vectors]], *, new: bool = True) -> set[str]:
         """Commit rows of nodes whose blocks are durable. Returns the ids of nodes whose rows
-        another machine committed first; those rows stay."""
+        another machine committed first; those rows stay. Without `new`, nothing is forgotten to
+        make room for them."""
         catalog = self._catalog
         if catalog is None:
             return set()
-        return self._with_room(lambda: catalog.add(rows))
+        return self._with_room(lambda: catalog.add(rows), forgetting=new)
 
     def replace(self, node: Node, vectors: Vectors, expected: int) -> bool:
-        """Replace a node's row, but only if it has the stamp `expected`; False if it has not."""
+        """Replace a node's row, but only if it has the stamp `expected`; False if it has not.
+        Nothing is forgotten to make room for it."""
         catalog = self._catalog
         if catalog is None:
             return True
-        return self._with_room(lambda: catalog.replace(node, vectors, expected))
+        return self._with_room(lambda: catalog.replace(node, vectors, expected), forgetting=False)
 
-    def _with_room(self, commit: Callable[[], T]) -> T:
+    def _with_room(self, commit: Callable[[], T], *, forgetting: bool) -> T:
         self.room.fit_catalog()
-        return self.room.retried(commit, _COMMIT_BYTES)
+        if forgetting:
+            return self.room.retried(commit, _COMMIT_BYTES)
+        return self.room.compacted(commit)
 
     def _confirmed(self, nodes: Sequence[Node], known: Collection[str]) -> Ended:
         """Rows were committed. For the nodes in `known`, another machine's row was there before."""
@@ -159,17 +170,45 @@ class Durable:
 
     # --- nodes go ----------------------------------------------------------------------------
 
-    def remove(self, removals: Sequence[Removal]) -> None:
-        """Remove rows, then blocks. What storage refuses to remove stays as garbage."""
-        blocks = [block for removal in removals for block in removal.blocks]
+    def remove(self, removals: Sequence[Removal]) -> KVShareError | None:
+        """Remove rows, then blocks. Returns why rows could not be removed: they and their blocks
+        stay, and are removed with the next ones. Until then a restart brings these nodes back.
+
+        Where the disk is full blocks go first, to make room: the next start drops rows without
+        blocks.
+        """
+        removals, self._refused = [*self._refused, *removals], []
         try:
             try:
-                self._remove_rows([removal for removal in removals if removal.nodes])
-            finally:
-                self._nodes.removed(removals)
-            self.room.delete(dict.fromkeys(blocks))
+                self._remove_rows(removals)
+            except FullDiskError:
+                self._remove_blocks(removals)
+                self._remove_rows(removals)
+        except KVShareError as error:
+            self._refused = [removal for removal in removals if removal.nodes]
+            self._remove_blocks([removal for removal in removals if not removal.nodes])
+            self._metrics.error(error.kind)
+            self._say.warn("remove", f"rows could not be removed, it is tried again: {error}")
+            return error
+        self._remove_blocks(removals)
+        return None
+
+    def _remove_blocks(self, removals: Sequence[Removal]) -> None:
+        """What storage refuses to remove stays as garbage."""
+        self._nodes.removed(removals)
+        try:
+            self.room.delete(dict.fromkeys(block for each in removals for block in each.blocks))
         except KVShareError as error:
             log.warning("kvshare: removal left garbage behind: %s", error)
+
+    def _replaced(self, ids: Collection[str]) -> None:
+        """New rows of these nodes are committed. In a shared catalogue the first row of a node
+        stays, so there the removal of it still counts."""
+        if self._condemned is None:
+            self._refused = [
+                each._replace(nodes=tuple(i for i in each.nodes if i not in ids))
+                for each in self._refused
+            ]
 
     def take_back(self, ids: Collection[str]) -> bool:
         """Nodes whose rows are still there are in memory again; False if there is no such row."""
@@ -184,6 +223,7 @@ class Durable:
         """Remove rows in one commit, and in another those for which stamps were named."""
         if self._catalog is None:
             return
+        removals = [removal for removal in removals if removal.nodes]
         for some in ([r for r in removals if not r.stamps], [r for r in removals if r.stamps]):
             if some:
                 nodes = [node for removal in some for node in removal.nodes]

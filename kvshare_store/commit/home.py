@@ -118,7 +118,8 @@ def take_lock(home: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise BusyError(
-            f"home {home} belongs to a running store; stop it, or choose another home"
+            f"home {home} belongs to a running store; stop it, or choose another home. An engine "
+            "starts its daemon again unless it has start_daemon: false"
         ) from error
     return descriptor
 

@@ -83,6 +83,8 @@ class CommitQueue:
         """Nodes so far that storage refused, for any reason but lack of room."""
         self._last = ""
         """The reason of the last refusal."""
+        self.unremoved = ""
+        """Why rows of nodes that were removed are still there, or nothing."""
         self._began: float | None = None
         """When the committer took its current work (monotonic); None while it is idle."""
 
@@ -125,6 +127,16 @@ class CommitQueue:
             raise StorageError(
                 f"{lost or 'the last'} prompts were not stored and are forgotten: {self._last}. "
                 "See to the home's disk and its catalogue, restart the store, and save them again"
+            )
+
+    def check_removed(self) -> None:
+        """`settle`, then `StorageError` if the catalogue still has rows of removed nodes."""
+        self.settle()
+        if self.unremoved:
+            raise StorageError(
+                f"prompts that were removed are back after a restart: {self.unremoved}. See to the "
+                "home's disk and its catalogue; removing them is tried again with the next save, "
+                "every gc_seconds, and when the store is closed"
             )
 
     def admit(self) -> None:

@@ -135,7 +135,7 @@ class Rewriter:
             found = [(node, self._nodes.state.vectors(node)) for node in nodes]
         rows = [(node, vectors) for node, vectors in found if vectors is not None]
         if not self._shared:
-            self._durable.add(rows)
+            self._durable.add(rows, new=False)
             return
         for node, vectors in rows:
             self._durable.replace(node, vectors, node.stamp)

@@ -139,6 +139,16 @@ class Room:
                     raise
         return write()
 
+    def compacted(self, write: Callable[[], T]) -> T:
+        """Try a write that is not worth a prompt; if the disk has no room, once more after old
+        versions of the catalogue are gone."""
+        try:
+            return write()
+        except FullDiskError:
+            if not self._compact(1):
+                raise
+            return write()
+
     def _relieve(self, nbytes: int, error: FullDiskError) -> bool:
         """Remove nodes because the file system is full; False if none is left. Here blocks go
         before rows, unlike in an eviction: the catalogue cannot be written before there is room. If

@@ -10,6 +10,7 @@ from kvshare_store.config import policy_names
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import found_node
 from kvshare_store.errors import ConfigError, unknown
+from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
 
@@ -25,7 +26,8 @@ class Evicted(msgspec.Struct, frozen=True):
 
 def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
     """Forget the nodes that a message means. `NodeError` for one that is not here, `ConfigError`
-    for a message that means all or a policy that does not exist."""
+    for a message that means all or a policy that does not exist, `NamespaceError` for a tenant that
+    is not known."""
     if not (message.nodes or message.tenant is not None or message.older_than is not None
             or message.policy):  # fmt: skip
         raise ConfigError("name what to evict; `kvshare clear` forgets every prompt")
@@ -38,6 +40,7 @@ def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
             store.nodes.remove([node.id for node in goes], whatever=True)
     if not message.dry_run:
         store.flush()
+        store.repository.queue.check_removed()
     return Evicted(
         tuple(node.id for node in goes),
         sum(node.length for node in goes),
@@ -46,9 +49,14 @@ def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
 
 
 def chosen_nodes(store: Store, message: protocol.Evict) -> list[Node]:
-    """The nodes for which all holds that a message says."""
+    """The nodes for which all holds that a message says; `NamespaceError` for a tenant that has
+    no namespace here."""
     with store.nodes.lock:
-        return [node for node in _named(store, message) if _meant(store, node, message)]
+        found = [node for node in _named(store, message) if _meant(node, message)]
+        if message.tenant is None:
+            return found
+        theirs = {namespace.digest for namespace in matching(store.nodes, "", message.tenant)}
+        return [node for node in found if node.namespace in theirs]
 
 
 def _named(store: Store, message: protocol.Evict) -> list[Node]:
@@ -58,10 +66,7 @@ def _named(store: Store, message: protocol.Evict) -> list[Node]:
     return list({node.id: node for node in named}.values())
 
 
-def _meant(store: Store, node: Node, message: protocol.Evict) -> bool:
-    namespace = store.namespace(node.namespace)
-    if message.tenant is not None and (namespace is None or not namespace.is_of(message.tenant)):
-        return False
+def _meant(node: Node, message: protocol.Evict) -> bool:
     if message.older_than is not None and time.time() - node.created <= message.older_than:
         return False
     return not message.policy or node.policy == message.policy

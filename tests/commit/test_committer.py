@@ -118,7 +118,7 @@ class Steps(Durable):
         self._log.append(f"durable {node.id}")
         return None
 
-    def _with_room(self, commit: Callable[[], T]) -> T:
+    def _with_room(self, commit: Callable[[], T], *, forgetting: bool) -> T:
         return commit()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from kvshare_store.commit.rewrite import Rewriter
-from kvshare_store.errors import StorageError
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
@@ -185,29 +184,6 @@ def test_a_prompt_that_is_saved_again_while_its_first_save_fails_is_stored(
     assert engine.save(prompt(1, 40)) == node
     go_on.set()
     assert node in reopened(engine, driver).store.tree
-
-
-def test_blocks_of_a_row_that_could_not_be_removed_are_garbage(
-    driver: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = driver()
-    nodes, catalog, refused = engine.store.nodes, engine.store.repository.catalog, [True]
-    assert catalog is not None
-    delete = catalog.delete
-
-    def once(ids: Iterable[str], stamps: Collection[int] = ()) -> None:
-        if refused.pop() if refused else False:
-            raise StorageError("busy")
-        delete(ids, stamps)
-
-    monkeypatch.setattr(catalog, "delete", once)
-    node = engine.save(prompt(1, 40))
-    engine.store.flush()
-    nodes.remove([str(node)])
-    nodes.queue.settle()
-    assert engine.store.stats()["tiers"]["disk"]["blocks"] == 5
-    assert engine.store.collect().blocks == 5
-    assert engine.store.stats()["tiers"]["disk"]["blocks"] == 0
 
 
 def test_a_removal_that_is_done_twice_counts_once(driver: Open) -> None:
