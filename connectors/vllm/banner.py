@@ -12,7 +12,7 @@ from typing import Any
 from kvshare_connectors.vllm.requests import granted
 from vllm.logger import init_logger
 
-from kvshare_store.config import Settings, unknown_variables
+from kvshare_store.config import PER_ENGINE, Settings, unknown_variables
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import KVShareError
@@ -26,11 +26,10 @@ _ANSWER_S = 5.0
 _RECENT_PROMPTS = 256
 """How many of the prompts used last are asked for their model."""
 _OWN = (
-    "home", "device_bytes", "plan_deadline_ms", "second_look", "second_look_tokens", "start_daemon",
-    "store_answers", "tenant_key", "source_key", "pools",
+    "home", *PER_ENGINE,
     "connect", "tls_cert", "tls_key", "tls_server", "listen", "tls_clients", "tls_roles",
 )  # fmt: skip
-"""Settings that belong to the engine, not to its daemon."""
+"""Settings of which a daemon may have others."""
 
 
 def introduce(link: Link, settings: Settings) -> None:

@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
     sourced,
 )
-from kvshare_store.config import FIELDS, Settings, unknown_variables
+from kvshare_store.config import FIELDS, PER_ENGINE, Settings, unknown_variables
 from kvshare_store.errors import UnavailableError
 from kvshare_store.readable import printable, size
 
@@ -36,7 +36,8 @@ def command(
     """Show every setting: its value, and where that came from.
 
     If a daemon serves the home, or answers at `connect`, its values are shown; `here` is what this
-    command would have used, where that differs.
+    command would have used, where that differs. What is `per engine` an engine may have been
+    given otherwise: its log says so when it starts.
     """
     settings = sourced(home, config, set_)
     theirs = _running(settings)
@@ -100,7 +101,8 @@ def settings_table(rows: Sequence[Row]) -> Table:
         name = row["name"]
         here = _words(name, row["here"]) if "here" in row else ""
         style = "dim" if row["source"] == "default" else ""
-        table.add_row(name, _words(name, row["value"]), row["source"], here, style=style)
+        source = row["source"] + ("; per engine" if name in PER_ENGINE else "")
+        table.add_row(name, _words(name, row["value"]), source, here, style=style)
     return table
 
 

@@ -83,9 +83,10 @@ def headline(home: str, found: Found) -> str:
         if found["bound"]
         else "no bound (quality_bound), so scores are only reported"
     )
+    none = "" if found["total"] else "; engines with second_look score answers while they are idle"
     return (
         f"{home}: {bound}, policy {found['policy']}; classes with scored answers: "
-        f"{found['total']:,}{some}"
+        f"{found['total']:,}{some}{none}"
     )
 
 

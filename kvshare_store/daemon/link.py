@@ -168,9 +168,11 @@ class Link:
         self._rest()
         self.client.reconnect()
         if self._reviver is None or self._reviver.done:
-            what = "restarting it" if self.config.start_daemon else "it is not ours to restart"
+            what = "it is not ours to restart"
             if self.client.remote:
                 what = "it is tried again"
+            elif self.config.start_daemon:
+                what = "this engine starts one"
             log.warning("kvshare: %s; %s, serving without reuse meanwhile", error, what)
             self._reviver = Reviver(self.config, self.client.home)
 

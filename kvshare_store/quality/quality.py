@@ -293,8 +293,15 @@ class Quality:
             log.warning("kvshare: what was learned of quality is lost, begins anew: %s", error)
             self._foreign = True
             return
-        if kept is None or kept.ladder != self._meaning:
-            self._foreign = kept is not None
+        if kept is None:
+            return
+        if kept.ladder != self._meaning:
+            self._foreign = True
+            log.warning(
+                "kvshare: %d namespaces have answers that were scored under another policy or "
+                "other settings of it; they do not count now, and the next score replaces them",
+                len(kept.classes),
+            )
             return
         self._floors.update(kept.floors)
         self._classes.fill(kept.classes)

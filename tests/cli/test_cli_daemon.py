@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from kvshare_store.cli.common import parse_settings
-from kvshare_store.config import StoreConfig, load_config
+from kvshare_store.config import PER_ENGINE, StoreConfig, load_config
 from kvshare_store.config.reading import load_settings
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
@@ -237,7 +237,9 @@ def test_config_of_a_running_daemon(store: Stored) -> None:
     assert rows["policy"] == {"value": "faithful", "source": "daemon", "here": "balanced"}
     assert rows["min_run"] == {"value": None, "source": "daemon", "here": 3}
     assert rows["block_tokens"] == {"value": 64, "source": "default"}
-    assert "as its daemon runs" in run("config", "--home", store[0])[1]
+    shown = run("config", "--home", store[0])[1]
+    assert "as its daemon runs" in shown
+    assert shown.count("per engine") == len(PER_ENGINE)
 
 
 def test_every_command_reads_a_home_that_nobody_serves(home: Path) -> None:

@@ -287,6 +287,9 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
         assert "unknown policy 'lax'" in one_line(
             run("evict", "--policy", "lax", "--home", home), 2
         )
+        assert "no namespace is of that tenant" in one_line(
+            run("evict", "--tenant", "allice", "--yes", "--home", home), 5
+        )
         out = ok("evict", "--tenant", "alice", "--yes", "--home", home)
         assert out == "Forgot 0 nodes (0 tokens; 1 pinned stays).\n"
         assert ok("evict", "--older-than", "1h", "--yes", "--home", home).startswith("Forgot 0")
@@ -392,6 +395,9 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
     out = ok("export", "a.kv", "--home", there)
     assert out.startswith("3 nodes and ")
     assert run("export", "a.kv", "--home", there)[0] == 1  # no outcome is reported
+    typo = run("export", "c.kv", "--tenant", "allice", "--home", there)
+    assert "no namespace is of that tenant" in one_line(typo, 5)
+    assert not (tmp_path / "c.kv").exists(), "a backup of nothing looks like one"
     assert as_json("export", "b.kv", "--tenant", "alice", "--home", there)["nodes"] == 1
     Store(StoreConfig(home=str(home), **SMALL)).close()
     assert as_json("import", "b.kv", "--home", home)["nodes"] == [ids[2]]

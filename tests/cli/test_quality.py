@@ -107,6 +107,10 @@ def test_the_headline_says_the_bound_or_that_there_is_none(engine: Driver) -> No
     assert "no bound (quality_bound)" in quality.headline("/h", found(engine) | {"bound": 0.0})
 
 
+def test_the_headline_says_where_scores_come_from_while_there_are_none(engine: Driver) -> None:
+    assert "engines with second_look score answers" in quality.headline("/h", found(engine))
+
+
 def test_the_command_reads_a_home_that_nobody_serves(engine: Driver) -> None:
     teach(engine)
     home = str(engine.store.config.home_path)

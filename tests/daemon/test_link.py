@@ -310,7 +310,7 @@ def test_it_is_said_that_the_daemon_is_gone(
     planned_in_the_end(link)
     daemon.kill()
     assert planned(link, PATIENCE_S) is None
-    assert "is gone; restarting it" in caplog.text
+    assert "is gone; this engine starts one" in caplog.text
     assert "in time" not in caplog.text
 
 

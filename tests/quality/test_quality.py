@@ -261,12 +261,16 @@ def test_a_damaged_file_is_counted_and_all_begin_anew(
     assert metrics.errors == {"corrupt": 1}
 
 
-def test_what_was_learned_of_other_policies_does_not_count(file: File) -> None:
+def test_what_was_learned_of_other_policies_does_not_count(
+    file: File, caplog: pytest.LogCaptureFixture
+) -> None:
     judge = quality(file=file, meaning="windows of 64")
     teach(judge)
     judge.close()
     assert rungs(quality(file=file, meaning="windows of 64")) == {"faithful"}
+    assert not caplog.records
     assert rungs(quality(file=file, meaning="windows of 8")) == {"exact"}
+    assert "they do not count now" in caplog.text
 
 
 def test_with_a_key_the_file_says_nothing(tmp_path: Path) -> None:
