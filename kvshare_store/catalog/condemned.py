@@ -54,11 +54,13 @@ class Condemned:
         self._version = -1
         self._looked = self.clock()
         self._seen: dict[str, _Seen] = {}
+        self._purges: dict[str, str] = {}
+        """Namespaces that were purged, and how far the last purge of each has come."""
 
     def look(self) -> set[str]:
         """Names of the blocks that are condemned now. Marks last for a grace period, so whoever
         looks at least twice in that time sees each of them. After a longer pause nothing is
-        certain."""
+        certain, and neither is it after a purge, which condemns no block before it removes it."""
         with self._lock:
             asked = self.clock()
             version = self._ledger.refresh()
@@ -66,7 +68,12 @@ class Condemned:
                 self._blocks.doubt_shared(None)
             self._looked = asked
             if version != self._version:
-                facts = self._ledger.facts("key LIKE 'block/%'")
+                found = self._ledger.facts("key LIKE 'block/%' OR key LIKE 'purged/%'")
+                facts = [fact for fact in found if fact.key.startswith("block/")]
+                purges = {at.key: at.state for at in found if at.key.startswith("purged/")}
+                if purges != self._purges:
+                    self._blocks.doubt_shared(None)
+                self._purges = purges
                 self._blocks.doubt_shared(
                     [name for fact in facts if (name := _name(fact)) not in self._seen]
                 )

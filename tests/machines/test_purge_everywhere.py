@@ -257,6 +257,25 @@ def test_what_was_saved_after_a_purge_stays(
     assert late.store.namespace(NAMESPACE.digest) == NAMESPACE
 
 
+def test_a_save_that_builds_on_what_was_purged_meanwhile_is_complete(machine: Machine) -> None:
+    """It keeps blocks that its machine believes to be in the remote. The namespace is in use again,
+    so nobody takes its row for one of before the purge."""
+    one, other = machine("a"), machine("b", sync_seconds=3600.0)
+    other.book = one.book
+    save(one, PROMPT)
+    learn(other)
+    plan = other.serve([*PROMPT, 1, 2, 3, 4])
+    assert plan.exact == 40
+    assert one.store.purge(NAMESPACE.digest)[0].remaining == ()
+    save(one, prompt(2, 40))
+    other.save([*PROMPT, 1, 2, 3, 4], plan)
+    other.store.flush()
+    third = machine("c")
+    third.book = one.book
+    assert third.serve([*PROMPT, 1, 2, 3, 4, 5]).exact == 44
+    assert third.store.stats()["errors"] == {}
+
+
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "killed before it looked"])
 def test_what_was_saved_before_its_machine_heard_of_the_purge_goes(
     machine: Machine, tmp_path: Path, restarted: bool
