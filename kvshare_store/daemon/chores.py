@@ -34,9 +34,7 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
         nodes = chosen_nodes(store, meant)
         return export_nodes(store.repository, nodes, _path(message.path), plain=message.plain)
     if isinstance(message, protocol.Import):
-        found = import_nodes(store.repository, _path(message.path))
-        store.flush()
-        return found
+        return import_nodes(store.repository, _path(message.path))
     if isinstance(message, protocol.Collect):
         return store.collect(dry_run=message.dry_run)
     if isinstance(message, protocol.Purge):

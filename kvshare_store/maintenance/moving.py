@@ -135,7 +135,8 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     """Take the nodes of an archive into a store.
 
     `ConfigError` for a file that is no archive or cannot be read, `ShortBlockError` for one that is
-    cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
+    cut off, `CorruptBlockError` for one that is damaged; then nothing has changed. `StorageError`
+    if storage refuses nodes; those that it took before stay. What was taken is durable.
     """
     try:
         if path.is_dir():
@@ -154,7 +155,7 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
 def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Imported:
     added: list[str] = []
     skipped: list[str] = []
-    known = 0
+    known, refusals = 0, repository.queue.failures
     for node in contents.nodes:
         tree = repository.nodes.tree
         exact_one = node_id(node.namespace, node.tokens, True)
@@ -163,12 +164,12 @@ def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Impor
             continue
         namespace = contents.namespaces[node.namespace]
         if len(added) % _AT_ONCE == _AT_ONCE - 1:
-            repository.queue.settle()
+            repository.queue.flush(refusals)
         if _add(repository, node, namespace, partial(block_at, file, contents)):
             added.append(node.id)
         else:
             skipped.append(node.id)
-    repository.queue.settle()
+    repository.queue.flush(refusals)
     tree = repository.nodes.tree
     skipped += [each for each in added if each not in tree]  # others took their room
     added = [each for each in added if each in tree]

@@ -20,6 +20,7 @@ from kvshare_store.daemon.protocol import Export, Import
 from kvshare_store.errors import (
     ConfigError,
     CorruptBlockError,
+    FullDiskError,
     KVShareError,
     ShortBlockError,
     StorageError,
@@ -30,6 +31,7 @@ from kvshare_store.nodes.node import encode_node
 from kvshare_store.store import Store
 from tests.support.oracle import Driver
 from tests.support.stores import Open
+from tests.support.tiers import disk_level
 
 Config = Callable[..., StoreConfig]
 
@@ -146,6 +148,23 @@ def test_where_there_is_no_room(archive: Path, other: Callable[..., Store]) -> N
         result = import_nodes(store.repository, archive)
         assert result.skipped
         assert {node.id for node in store.tree} <= set(result.nodes)
+        assert not store.blocks.pool.filling()
+
+
+def test_a_disk_that_refuses_is_an_error_and_one_that_is_full_is_none(
+    archive: Path, other: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def put(*_: object) -> None:
+        raise reason
+
+    with other() as store:
+        monkeypatch.setattr(disk_level(store).tier, "put", put)
+        reason: KVShareError = FullDiskError("the disk is full")
+        assert len(import_nodes(store.repository, archive).skipped) == 3
+        reason = StorageError("Input/output error")
+        with pytest.raises(StorageError, match=r"3 prompts were not stored .* Input/output error"):
+            import_nodes(store.repository, archive)
+        assert not len(store.tree)
         assert not store.blocks.pool.filling()
 
 
