@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -100,13 +101,35 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="kvshare", standalone_mode=False)
+        if sys.stdout is not None:  # it is None where the shell has closed it
+            sys.stdout.flush()  # not only at exit, which would show a traceback
     except KVShareError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (see {_help_of(given)})", 2)
     except typer.Abort:
         _fail("stopped, nothing was changed", 1)
+    except OSError:  # those of the store are `KVShareError`s
+        refusal = _refusal()
+        if refusal is None:
+            raise
+        if isinstance(refusal, BrokenPipeError):  # whoever read has read enough
+            sys.exit(1)
+        _fail(f"cannot write the answer: {refusal.strerror}", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refusal() -> OSError | None:
+    """Why standard output takes nothing, not even an empty line; None if it does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or what is in its buffer would be tried once more at exit
+        return error
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:

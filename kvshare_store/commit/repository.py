@@ -30,6 +30,7 @@ class Repository:
         self.machine = uuid.uuid4().hex
         """Identifies this process among those that share a catalogue."""
         self.encrypted = bool(config.encryption_key)
+        self.home = config.home_path
         limits = TenantLimits(config)
         self._home = home = Home.open(config, metrics.health)
         self.catalog = home.catalog

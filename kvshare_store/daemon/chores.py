@@ -34,9 +34,7 @@ def do_chore(store: Store, message: Chore, given_up: Callable[[], bool] = lambda
         nodes = chosen_nodes(store, meant)
         return export_nodes(store.repository, nodes, _path(message.path), plain=message.plain)
     if isinstance(message, protocol.Import):
-        found = import_nodes(store.repository, _path(message.path))
-        store.flush()
-        return found
+        return import_nodes(store.repository, _path(message.path))
     if isinstance(message, protocol.Collect):
         return store.collect(dry_run=message.dry_run)
     if isinstance(message, protocol.Purge):
@@ -63,8 +61,10 @@ def _purge(store: Store, message: protocol.Purge, given_up: Callable[[], bool]) 
 
 
 def _path(text: str) -> Path:
-    """`ConfigError` unless the path is absolute, so that the daemon's working folder does not
+    """`ConfigError` if it is no path, or not absolute: the daemon's working folder must not
     matter."""
-    if "\0" in text or not Path(text).is_absolute() or Path(text).is_dir():
-        raise ConfigError(f"{text!r} is not an absolute path")
+    if "\0" in text:
+        raise ConfigError(f"{text!r} has a NUL character in it, which no path may have")
+    if not Path(text).is_absolute():
+        raise ConfigError(f"{text!r} is not an absolute path: write it from / on")
     return Path(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def export_nodes(
     the new one is complete.
 
     `plain`: also of an encrypted store; `ConfigError` for one otherwise, because an archive is not
-    encrypted. `StorageError` if the file cannot be written.
+    encrypted, and for a path where no archive may be. `StorageError` if the file cannot be written.
     """
     if repository.encrypted and not plain:
         raise ConfigError(
@@ -73,6 +74,7 @@ def export_nodes(
         )
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        _refuse_others(path, repository.home)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(beside, flags, 0o600)
         try:
@@ -89,6 +91,18 @@ def export_nodes(
             raise
         raise StorageError(f"archive {path} cannot be written: {error.strerror}") from error
     return found
+
+
+def _refuse_others(path: Path, home: Path) -> None:
+    """`ConfigError` for what an archive must not replace: a device, a pipe, a link (behind
+    /dev/stdout is the daemon's own output), and any file of the home, there already or not."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ConfigError(f"{path} is no regular file and is not replaced: name another file")
+    folder = Path(os.path.realpath(path.parent))
+    if folder.is_relative_to(os.path.realpath(home)):
+        raise ConfigError(f"{path} is in the home of this store: name a file elsewhere")
 
 
 def _export(repository: Repository, nodes: Sequence[Node], file: BinaryIO) -> Exported:
@@ -121,9 +135,12 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     """Take the nodes of an archive into a store.
 
     `ConfigError` for a file that is no archive or cannot be read, `ShortBlockError` for one that is
-    cut off, `CorruptBlockError` for one that is damaged; then nothing has changed.
+    cut off, `CorruptBlockError` for one that is damaged; then nothing has changed. `StorageError`
+    if storage refuses nodes; those that it took before stay. What was taken is durable.
     """
     try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder: name an archive in it")
         if path.exists() and not path.is_file():  # a pipe would block
             raise ConfigError(f"archive {path} is no ordinary file")
         with path.open("rb") as file:
@@ -138,7 +155,7 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
 def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Imported:
     added: list[str] = []
     skipped: list[str] = []
-    known = 0
+    known, refusals = 0, repository.queue.failures
     for node in contents.nodes:
         tree = repository.nodes.tree
         exact_one = node_id(node.namespace, node.tokens, True)
@@ -147,12 +164,12 @@ def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Impor
             continue
         namespace = contents.namespaces[node.namespace]
         if len(added) % _AT_ONCE == _AT_ONCE - 1:
-            repository.queue.settle()
+            repository.queue.flush(refusals)
         if _add(repository, node, namespace, partial(block_at, file, contents)):
             added.append(node.id)
         else:
             skipped.append(node.id)
-    repository.queue.settle()
+    repository.queue.flush(refusals)
     tree = repository.nodes.tree
     skipped += [each for each in added if each not in tree]  # others took their room
     added = [each for each in added if each in tree]

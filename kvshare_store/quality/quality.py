@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from kvshare_store.bounded import Latest
 from kvshare_store.errors import CorruptBlockError, StorageError
 from kvshare_store.observability.logs import Seldom
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.classes import Classes, Known
 from kvshare_store.quality.evidence import Evidence, Learned
-from kvshare_store.quality.keeping import File, Kept
+from kvshare_store.quality.keeping import File, Packed, pack
 from kvshare_store.quality.ladder import EXACT, Decision, Seen, Terms, decide, doubted, seen
 from kvshare_store.quality.overview import Overview, overview
 from kvshare_store.quality.report import (
@@ -306,14 +308,30 @@ class Quality:
         self._floors.update(kept.floors)
         self._classes.fill(kept.classes)
 
+    def _kept(self) -> Packed:
+        """What is to be written. No request waits for all of it, so each class and each floor is
+        as it was at some moment of this call: what changes meanwhile is written the next time."""
+        with self._lock:
+            self._changed, self._written = False, self._clock()
+            classes, floors = self._classes.learned(), dict(self._floors)
+        return Packed(
+            self._meaning,
+            {
+                namespace: {traffic: self._encoded(one) for traffic, one in of_namespace.items()}
+                for namespace, of_namespace in classes.items()
+            },
+            {namespace: self._encoded(one) for namespace, one in floors.items()},
+        )
+
+    def _encoded(self, one: Learned | Evidence) -> msgspec.Raw:
+        with self._lock:
+            return pack(one)
+
     def _write(self) -> None:
         if self._file is None:
             return
         with self._writing:
-            with self._lock:
-                self._changed, self._written = False, self._clock()
-                kept = Kept(self._meaning, self._classes.learned(), dict(self._floors))
-                encoded = self._file.encode(kept)
+            encoded = self._file.encode(self._kept())
             try:
                 self._file.write(encoded)
                 self._foreign = False

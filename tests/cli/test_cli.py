@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -15,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from kvshare_store import readable
-from kvshare_store.cli import common, gc, log, ls, serve, show, stats
+from kvshare_store.cli import common, gc, log, ls, main, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.version import version
@@ -218,6 +221,53 @@ def test_errors_reach_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvshare_store.cli.main", "stats", "--home", tmp_path]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "has no store" in one_line((found.returncode, found.stdout, found.stderr), 3)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "bash"]])
+def test_an_answer_that_cannot_be_written(arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "kvshare_store.cli.main", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        found = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+    line = one_line((found.returncode, "", found.stderr), 1)
+    assert line == "kvshare: cannot write the answer: No space left on device\n"
+
+
+def test_an_answer_that_cannot_be_written_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a command has left in the buffer."""
+    monkeypatch.setattr(main, "app", lambda *_, **__: print("answer"))
+    with (
+        contextlib.suppress(OSError),  # closing the file here, if nothing did before
+        Path("/dev/full").open("w") as full,
+        contextlib.redirect_stdout(full),
+        pytest.raises(SystemExit) as end,
+    ):
+        main.main([])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "kvshare: cannot write the answer: No space left on device\n"
+
+
+def test_whoever_reads_no_further_is_no_error() -> None:
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "completion", "bash"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        found = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (found.returncode, found.stderr) == (1, b"")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(main, "app", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        main.main(["ls"])
 
 
 def test_version() -> None:

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon.chores import do_chore
+from kvshare_store.daemon.protocol import Export, Import
 from kvshare_store.errors import (
     ConfigError,
     CorruptBlockError,
+    FullDiskError,
     KVShareError,
     ShortBlockError,
     StorageError,
@@ -28,6 +31,7 @@ from kvshare_store.nodes.node import encode_node
 from kvshare_store.store import Store
 from tests.support.oracle import Driver
 from tests.support.stores import Open
+from tests.support.tiers import disk_level
 
 Config = Callable[..., StoreConfig]
 
@@ -147,6 +151,23 @@ def test_where_there_is_no_room(archive: Path, other: Callable[..., Store]) -> N
         assert not store.blocks.pool.filling()
 
 
+def test_a_disk_that_refuses_is_an_error_and_one_that_is_full_is_none(
+    archive: Path, other: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def put(*_: object) -> None:
+        raise reason
+
+    with other() as store:
+        monkeypatch.setattr(disk_level(store).tier, "put", put)
+        reason: KVShareError = FullDiskError("the disk is full")
+        assert len(import_nodes(store.repository, archive).skipped) == 3
+        reason = StorageError("Input/output error")
+        with pytest.raises(StorageError, match=r"3 prompts were not stored .* Input/output error"):
+            import_nodes(store.repository, archive)
+        assert not len(store.tree)
+        assert not store.blocks.pool.filling()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -225,6 +246,54 @@ def test_an_encrypted_store_is_exported_only_when_that_is_said(
 def test_a_file_that_cannot_be_written(driver: Open, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be written"):
         exported(driver(), tmp_path / "no" / "a.kv")
+
+
+def test_no_archive_takes_the_place_of_what_is_no_regular_file(
+    driver: Open, tmp_path: Path
+) -> None:
+    engine = driver()
+    engine.save(prompt())
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    (tmp_path / "loose").symlink_to(tmp_path / "nothing")
+    for name in ("pipe", "link", "loose"):
+        before = (tmp_path / name).lstat()
+        with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+            exported(engine, tmp_path / name)
+        assert (tmp_path / name).lstat() == before
+    with pytest.raises(ConfigError, match="is a folder"):
+        exported(engine, tmp_path)
+    (tmp_path / "a.kv").write_bytes(b"the one before")
+    assert exported(engine, tmp_path / "a.kv").nodes == 1
+
+
+@pytest.mark.parametrize("name", ["quality", "lock", "new.kv", "catalog/../quality"])
+def test_no_archive_lies_in_the_home(driver: Open, tmp_path: Path, name: str) -> None:
+    engine = driver()
+    engine.save(prompt())
+    home = engine.store.config.home_path
+    (home / "quality").write_bytes(b"learned")
+    (tmp_path / "way").symlink_to(home)
+    before = sorted(home.iterdir())
+    for path in (home / name, tmp_path / "way" / name):
+        with pytest.raises(ConfigError, match="in the home of this store"):
+            exported(engine, path)
+    assert sorted(home.iterdir()) == before
+    assert (home / "quality").read_bytes() == b"learned"
+
+
+@pytest.mark.parametrize("message", [Export, Import])
+def test_paths_are_refused_for_the_reason_that_is_true(
+    driver: Open, tmp_path: Path, message: type[Export | Import]
+) -> None:
+    store = driver().store
+    for path, words in [
+        ("a.kv", "not an absolute path"),
+        ("/a\0b", "NUL"),
+        (str(tmp_path), f"^{tmp_path} is a folder"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            do_chore(store, message(path))
 
 
 def forged(engine: Driver, tmp_path: Path, **fields: object) -> Path:

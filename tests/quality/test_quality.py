@@ -14,7 +14,7 @@ from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality import classes
 from kvshare_store.quality import quality as module
 from kvshare_store.quality.evidence import MOST_NATS
-from kvshare_store.quality.keeping import File
+from kvshare_store.quality.keeping import File, Kept, Packed
 from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.report import Wanted
@@ -300,6 +300,29 @@ def test_a_disk_that_refuses_costs_no_score(file: File, monkeypatch: pytest.Monk
     assert metrics.errors["storage"] == 400
     judge.close()  # there is room again
     assert rungs(quality(file=file)) == {"faithful"}
+
+
+def test_no_request_waits_while_the_file_is_encoded(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = quality(file=file)
+    teach(judge)
+    judge.observe(score(control=True))
+    learned = judge.report()
+    waited: list[bool] = []
+
+    def slow(kept: Kept | Packed) -> bytes | bytearray:
+        request = threading.Thread(target=rungs, args=(judge, 1), daemon=True)
+        request.start()
+        request.join(5)
+        waited.append(request.is_alive())
+        return File.encode(file, kept)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(file, "encode", slow)
+        judge.close()
+    assert waited == [False]
+    assert quality(file=file).report() == learned
 
 
 def test_a_purge_leaves_nothing_in_the_file(file: File, tmp_path: Path) -> None:
