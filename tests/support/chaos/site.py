@@ -156,10 +156,16 @@ class Site:
             self.kept[node_id] = Kept(tuple(tokens), self.passed)
 
     def serve(self, engine: Driver, tokens: Sequence[int]) -> None:
-        """Ask for a prompt; this counts as a use of its donors."""
+        """Ask for a prompt; this counts as a use of its donors. One that nobody had used for so
+        long that it may go is no longer one that must be there: another machine may remove it
+        before it hears of this use."""
         for node_id in engine.serve(tokens).donors:
-            if (kept := self.kept.get(node_id)) is not None:
+            if (kept := self.kept.get(node_id)) is None:
+                continue
+            if kept.pinned or self.passed - kept.used < TTL_S:
                 self.kept[node_id] = kept._replace(used=self.passed)
+            else:
+                del self.kept[node_id]
 
     # --- what must hold -----------------------------------------------------------------------
 
