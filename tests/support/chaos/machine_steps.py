@@ -76,10 +76,13 @@ def merge_unheard(site: Site) -> None:
 def pin_unheard(site: Site) -> None:
     """A node is pinned on one machine and removed on another that has not yet read of the pin."""
     one, other = (site.machines[name] for name in site.chance.sample(sorted(site.machines), 2))
+    before = set(site.kept)
     site.save(one, site.new_prompt())
     site.learn(other)
-    node_id, kept = list(site.kept.items())[-1]
-    if one.store.pin(node_id):
+    for node_id in site.kept.keys() - before:  # none if the save was refused
+        if not one.store.pin(node_id):
+            continue
+        kept = site.kept[node_id]
         site.kept[node_id] = kept._replace(pinned=True)
         other.store.nodes.remove([node_id])
         other.store.flush()
@@ -226,7 +229,7 @@ def foreign_file(site: Site) -> None:
 def restart(site: Site) -> None:
     """A machine is shut down in order and starts again."""
     name = site.chance.choice(NAMES)
-    site.machines[name].store.close()
+    site.machines.pop(name).store.close()
     site.open(name)
 
 

@@ -110,7 +110,11 @@ class Site:
         return StoreConfig(**{**shared, **settings})
 
     def open(self, name: str) -> None:
-        """Start a machine."""
+        """Start a machine. Real time has hardly passed since any prompt was saved, so what it
+        believes of their age is wrong, unless the others have written their uses down."""
+        for other in self.machines.values():
+            if other.store.repository.uses is not None:
+                other.store.repository.uses.exchange()
         store = self._stack.enter_context(Store(self.config(name)))
         book = OwnBits(self.book, _BITS[name])
         self.machines[name] = Driver(store, SPACE, book)
