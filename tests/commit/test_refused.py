@@ -37,6 +37,21 @@ class Refusing:
         return self._real(*arguments)
 
 
+@pytest.fixture
+def stored(driver: Open) -> tuple[Driver, str]:
+    """A store with one durable prompt, and its node. Nobody collects unasked."""
+    engine = driver(gc_seconds=0.0)
+    node = str(engine.save(TOKENS))
+    engine.store.flush()
+    return engine, node
+
+
+@pytest.fixture
+def refusing(stored: tuple[Driver, str], monkeypatch: pytest.MonkeyPatch) -> Refusing:
+    """Its catalogue, which refuses to remove rows as often as it is told to."""
+    return Refusing(stored[0].store, "delete", monkeypatch)
+
+
 ASKED: list[Callable[[Store, str], object]] = [
     lambda store, node: store.purge_lineage(node),
     lambda store, node: evict_nodes(store, Evict((node,))),
@@ -46,12 +61,12 @@ ASKED: list[Callable[[Store, str], object]] = [
 
 @pytest.mark.parametrize("ask", ASKED, ids=["purge --lineage", "evict", "clear"])
 def test_whoever_asks_for_a_removal_is_told_that_it_was_refused(
-    driver: Open, ask: Callable[[Store, str], object], monkeypatch: pytest.MonkeyPatch
+    driver: Open,
+    stored: tuple[Driver, str],
+    refusing: Refusing,
+    ask: Callable[[Store, str], object],
 ) -> None:
-    engine = driver(gc_seconds=0.0)
-    node = str(engine.save(TOKENS))
-    engine.store.flush()
-    refusing = Refusing(engine.store, "delete", monkeypatch)
+    engine, node = stored
     refusing.times = 1_000
     with pytest.raises(StorageError, match="back after a restart: Input/output error"):
         ask(engine.store, node)
@@ -63,12 +78,9 @@ def test_whoever_asks_for_a_removal_is_told_that_it_was_refused(
 
 
 def test_it_is_removed_once_the_catalogue_allows_it(
-    driver: Open, monkeypatch: pytest.MonkeyPatch
+    stored: tuple[Driver, str], refusing: Refusing
 ) -> None:
-    engine = driver()
-    node = str(engine.save(TOKENS))
-    engine.store.flush()
-    refusing = Refusing(engine.store, "delete", monkeypatch)
+    engine, node = stored
     refusing.times = 1
     engine.store.nodes.remove([node])
     engine.store.flush()
@@ -81,12 +93,9 @@ def test_it_is_removed_once_the_catalogue_allows_it(
 
 
 def test_a_prompt_that_is_saved_again_outlives_its_refused_removal(
-    driver: Open, monkeypatch: pytest.MonkeyPatch
+    driver: Open, stored: tuple[Driver, str], refusing: Refusing
 ) -> None:
-    engine = driver()
-    node = str(engine.save(TOKENS))
-    engine.store.flush()
-    refusing = Refusing(engine.store, "delete", monkeypatch)
+    engine, node = stored
     refusing.times = 3
     engine.store.nodes.remove([node])
     engine.store.repository.queue.settle()
@@ -98,12 +107,9 @@ def test_a_prompt_that_is_saved_again_outlives_its_refused_removal(
 
 
 def test_on_a_full_disk_blocks_go_before_rows(
-    driver: Open, monkeypatch: pytest.MonkeyPatch
+    driver: Open, stored: tuple[Driver, str], refusing: Refusing
 ) -> None:
-    engine = driver()
-    node = str(engine.save(TOKENS))
-    engine.store.flush()
-    refusing = Refusing(engine.store, "delete", monkeypatch)
+    engine, node = stored
     refusing.times, refusing.error = 1, FullDiskError("no space left")
     evict_nodes(engine.store, Evict((node,)))
     assert len(reopened(engine, driver).store.tree) == 0

@@ -67,8 +67,8 @@ class Answer:
         follows is not compared then. Prints what differs."""
         pairs = zip(self.tokens, other.tokens, self.logprobs, other.logprobs, strict=True)
         for at, (own, its, a, b) in enumerate(pairs):
-            apart = max((abs(a[token] - b[token]) for token in a.keys() & b.keys()), default=1e9)
-            if apart >= TOLERANCE or a.get(its, -1e9) < a[own] - TOLERANCE:
+            apart = _apart(a, b)
+            if apart >= TOLERANCE or a.get(its, float("-inf")) < a[own] - TOLERANCE:
                 print(f"token {at}: {own} and {its}, log-probabilities differ by {apart:.1e}")
                 return False
             if own != its:
@@ -78,8 +78,12 @@ class Answer:
     def difference(self, other: Answer) -> float:
         """Largest difference of a log-probability that both report."""
         pairs = zip(self.logprobs, other.logprobs, strict=True)
-        shared = (abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
-        return max(shared, default=float("inf"))
+        return max((_apart(a, b) for a, b in pairs if a.keys() & b.keys()), default=float("inf"))
+
+
+def _apart(a: dict[int, float], b: dict[int, float]) -> float:
+    """Largest difference at one token; infinite if both report none in common."""
+    return max((abs(a[token] - b[token]) for token in a.keys() & b.keys()), default=float("inf"))
 
 
 @dataclass
