@@ -15,12 +15,13 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.agreement_scores import CONTINUATION, Score
 from benchmarks.quality.served_turns import Request, Served, Serving, floor_of, rewritten
+from examples.prompts.histories import REWRITES
 from kvshare_store.cli.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("as it is", "a date in the system prompt", "old tool results truncated")
+KINDS = tuple(rewrite.name for rewrite in REWRITES)
 ARMS: dict[str, dict[str, Any]] = {"balanced": {"policy": "balanced"}}
 FIRST, LATER = "first edited", "later"
 _TURNS = 6
@@ -32,7 +33,7 @@ _FLOORS = 6
 
 def measure(options: Options) -> Result:
     """Serve conversations of the half that is reported."""
-    count, turns = options.size(3, 2), 2 if options.short else _TURNS
+    count, turns = options.size(8, 2), 2 if options.short else _TURNS
     return measured(options, rewritten(options, "report", KINDS, count, turns), ARMS)
 
 
