@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from kvshare_connectors.transformers.engine import RowEngine
 from kvshare_connectors.transformers.model import KVShareModel, Served
-from rich.progress import track
 
 from benchmarks.data.chat_prompts import Chat
 from benchmarks.harness.result import Cell, Options, Result
@@ -22,6 +21,7 @@ from benchmarks.methods.base import Prefilled, full_compute, generate
 from benchmarks.methods.compared import engine_for
 from benchmarks.quality.probe_table import wilson
 from examples.prompts.families import FAMILIES
+from kvshare_store.cli.progress import track
 from kvshare_store.config import StoreConfig
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
