@@ -21,7 +21,7 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.readable import age, bar, milliseconds, percent, share, size
+from kvshare_store.readable import age, bar, milliseconds, percent, printable, share, size
 
 Counts = Mapping[str, Any]
 
@@ -96,8 +96,7 @@ def tables(stats: Counts) -> Iterable[Table]:
     if stats["errors"]:
         yield counts_table("errors", stats["errors"], "red")
     if stats["health"]["failures"]:
-        title = f"failed threads (now {stats['health']['state']})"
-        yield counts_table(title, stats["health"]["failures"], "red")
+        yield health_table(stats["health"])
 
 
 def lookups_table(stats: Counts) -> Table:
@@ -204,6 +203,16 @@ def counts_table(title: str, counts: Mapping[str, int], style: str) -> Table:
     table.add_column("", justify="right", style=style)
     for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         table.add_row(name, f"{count:,}")
+    return table
+
+
+def health_table(health: Counts) -> Table:
+    """How often each part of the daemon has failed, and the error of those that fail now."""
+    table = _table(f"health: {health['state']}")
+    table.add_column("failures", justify="right", style="red")
+    table.add_column("error now", overflow="fold")
+    for part, count in sorted(health["failures"].items()):
+        table.add_row(part, f"{count:,}", printable(health["reasons"].get(part, "")))
     return table
 
 

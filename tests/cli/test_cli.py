@@ -375,7 +375,10 @@ STATS: dict[str, Any] = {
     "bytes_loaded": 3 * 2**20, "bytes_stored": 5 * 2**30,
     "answers_stored": 3, "tokens_answers_stored": 1_200,
     "declined": {"too_short": 1, "no_donor": 12}, "errors": {"corrupt": 3},
-    "health": {"state": "degraded", "failures": {"kvshare-sync": 2}},
+    "health": {
+        "state": "degraded", "failures": {"kvshare-sync": 2, "kvshare-commit": 1},
+        "reasons": {"kvshare-sync": "OSError: the bucket is \x1b[31mgone"},
+    },
     "nodes": 1234, "blocks": 99, "leases": 1,
     "tiers": {"host": {"bytes": 2**29, "budget": 2**30, "blocks": 7}},
     "seconds": {"lookup": {"p50": 0.0012, "p99": 0.02}},
@@ -398,8 +401,9 @@ def test_stats_are_readable() -> None:
         "host 7 512.0 MiB 1.0 GiB 50.0 % ██████████░░░░░░░░░░",
         "lookup 1.20 ms 20.00 ms",
         "corrupt 3",
-        "failed threads (now degraded)",
-        "kvshare-sync 2",
+        "health: degraded failures error now",
+        "kvshare-commit 1",
+        "kvshare-sync 2 OSError: the bucket is ␛[31mgone",
     ):
         assert row in rows
     assert rows.index("no_donor 12") < rows.index("too_short 1")
