@@ -150,8 +150,21 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
         "pinned": node.pinned,
         "merged": node.merged,
         "sources": len(node.sources),
-        "preview": _text(store, node, 0, _PREVIEW_TOKENS),
+        "preview": _preview(store, node),
     }
+
+
+def _preview(store: Store, node: Node) -> str:
+    """What tells a prompt from others: of one that was edited where its first new text stands, of
+    any other its beginning, which chats and templates have in common."""
+    start = 0
+    for edit in node.edits:
+        if edit.tokens:
+            break
+        start += edit.stop - edit.start if edit.kind == "keep" else 0
+    else:
+        start = 0
+    return ("… " if start else "") + _text(store, node, start, start + _PREVIEW_TOKENS)
 
 
 def edit_text(store: Store, node: Node, parent: Node, edit: Edit) -> dict[str, Any]:

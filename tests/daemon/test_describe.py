@@ -86,3 +86,25 @@ def test_a_daemon_of_the_release_before_says_less(driver: Callable[..., Driver])
     for name in ("contexts", "continued_rows"):
         del found[name]
     assert list(show.parts(found))
+
+
+@pytest.mark.parametrize(
+    ("later", "shown"),
+    [
+        (EDITED, ("… ", 60)),
+        ([*FIRST, *prompt(5, 30)], ("… ", 200)),
+        ([*prompt(6, 40), *FIRST], ("", 0)),
+        ([*FIRST[:60], *FIRST[80:]], ("", 0)),
+    ],
+    ids=["replaced", "continued", "in front", "nothing new"],
+)
+def test_a_list_shows_what_tells_a_prompt_from_its_parent(
+    driver: Callable[..., Driver], later: list[int], shown: tuple[str, int]
+) -> None:
+    """Chats and templates begin alike."""
+    engine = driver(policy="aggressive")
+    engine.serve_and_save(FIRST)
+    node = engine.serve_and_save(later)
+    found = {one["id"]: one["preview"] for one in describe.list_nodes(engine.store, 9)}
+    dots, start = shown
+    assert found[node or ""] == dots + " ".join(map(str, later[start : start + 24]))
