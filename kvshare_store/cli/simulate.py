@@ -74,7 +74,12 @@ DiskBytesOption = Annotated[
     str, typer.Option("--disk-bytes", metavar="SIZE", help="TRACE: of the disk tier; 0: no disk.")
 ]
 RowBytesOption = Annotated[
-    int, typer.Option("--row-bytes", min=1, help="K and V of a token; default: Qwen2.5-7B.")
+    str,
+    typer.Option(
+        "--row-bytes",
+        metavar="BYTES|DIR",
+        help="What K and V of a token take, or a model's folder that says it. Default: Qwen2.5-7B.",
+    ),
 ]
 BlockTokensOption = Annotated[
     int, typer.Option("--block-tokens", min=1, help="TRACE: of a block, where lines have none.")
@@ -119,7 +124,7 @@ def command(
     policy: PolicyOption = None,
     host_bytes: HostBytesOption = None,
     disk_bytes: DiskBytesOption = "0",
-    row_bytes: RowBytesOption = 57_344,
+    row_bytes: RowBytesOption = "57344",
     block_tokens: BlockTokensOption = 64,
     tokenizer: TokenizerOption = None,
     answers: AnswersOption = True,
@@ -137,7 +142,7 @@ def command(
         figure_class()  # before the work, not after it
     names = policy if policy is not None else _REUSE if prompts else ",".join(POLICIES)
     policies = [name.strip() for name in names.split(",") if name.strip()]
-    options = _Options(policies, host_bytes, row_bytes, tokenizer, plot, json)
+    options = _Options(policies, host_bytes, _row_bytes(row_bytes), tokenizer, plot, json)
     if trace is not None:
         _of_trace(trace, options, disk_bytes, block_tokens)
     elif prompts is not None:
@@ -196,6 +201,17 @@ def _size(text: str, name: str) -> int:
     if size < 0:
         raise ConfigError(f"{name}: a budget is negative")
     return size
+
+
+def _row_bytes(text: str) -> int:
+    from kvshare_store.simulate.model_rows import row_bytes_of  # noqa: PLC0415 - NumPy
+
+    if Path(text).is_dir():
+        return row_bytes_of(Path(text))
+    nbytes = parse_size(text, "--row-bytes")
+    if nbytes < 1:
+        raise ConfigError("--row-bytes: a token takes at least a byte")
+    return nbytes
 
 
 def _seconds(text: str) -> float | None:

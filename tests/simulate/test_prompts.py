@@ -293,6 +293,8 @@ def test_settings_count(file: Path) -> None:
         (["--settle", "soon"], "--settle"),
         (["--settle", "-1"], "--settle"),
         (["--row-bytes", "6"], "multiple of 4"),
+        (["--row-bytes", "0"], "at least a byte"),
+        (["--row-bytes", "/nowhere"], "not a size"),
         (["--min-tokens", "501"], "501 tokens"),
         (["--plot", "/nowhere/out.png"], "cannot be written"),
         (["--json", "/nowhere/out.json"], "cannot be written"),
