@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POLICIES = ("exact", "faithful", "balanced", "aggressive")
-SETTLED = 10.0
+SETTLED = 30.0
 """Seconds after which an edited prompt is exact in the columns that say so."""
 ROW_BYTES = 57_344
 CONVERSATIONS, TURNS = {"tau": 40, "ShareGPT": 250}, 6
