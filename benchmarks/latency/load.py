@@ -169,8 +169,8 @@ def _result(phases: list[Phase], options: Options, model: str) -> Result:
             f"{_SHARES[0]:.0%}, {_SHARES[1]:.0%} or {_SHARES[2]:.0%} in common with one of "
             f"{_DONORS} stored prompts, changed at {SCATTERED} places",
             "KVShare stores every prompt while it serves, on the same cores",
-            "processor seconds of the daemon from the first request to the last answer, pauses between "
-            "requests included: "
+            "processor seconds of the daemon from the first request to the last answer, pauses "
+            "between requests included: "
             + ", ".join(f"{phase.name} {phase.daemon_s:.1f}" for phase in phases),
             "with so few requests p99 is the slowest or the second slowest of them",
             "tokens to compute of the requests at once, by replay: "
