@@ -181,3 +181,17 @@ def test_every_share_of_tokens_is_of_the_same_whole(driver: Callable[..., Driver
     found = re.findall(r"^(.+?) ([\d,]+) ([\d.]+) %$", Page(legend).text, re.M)
     assert {kind: float(share) for kind, _, share in found} == shares
     assert "saved" not in read
+
+
+def test_the_overview_has_the_share_of_edited_prompts_that_are_settled(
+    driver: Callable[..., Driver],
+) -> None:
+    engine = driver(policy="aggressive")
+    first = prompt(1, 200)
+    edited = [*first[:60], *prompt(2, 5), *first[65:]]
+    engine.serve_and_save(first)
+    assert "Edited prompts settled" not in Page(seen(engine.store).text).text
+    for save, share in ((engine.serve_and_save, "0.0 %"), (engine.save, "100.0 %")):
+        save(edited)
+        text = "".join(Page(seen(engine.store).text).text.splitlines())
+        assert f"Edited prompts settled{share}" in text
