@@ -437,6 +437,7 @@ class Store:
             since=self._since,
             staged=staged,
             looks=looks,
+            texts=len(self.text.jobs),
             scores=self.verdicts.report(),
             scores_by_edit=self.verdicts.by_edit(),
             quality=self.quality.overview(),

@@ -122,6 +122,10 @@ class Lanes:
         self.submit(client, kind, work)
         return future
 
+    def waiting(self) -> dict[str, int]:
+        """How many requests wait for a thread, by lane."""
+        return {name: lane.waiting for name, lane in self._lanes.items()}
+
     def run(self, lane: str, work: Work) -> None:
         """Do something for nobody in particular, when it is its turn."""
         self._lanes[lane].put("", work)
@@ -160,6 +164,12 @@ class _Lane:
     def running(self) -> bool:
         """Whether any work has begun and not ended."""
         return bool(self._busy)
+
+    @property
+    def waiting(self) -> int:
+        """Work of all clients that has not begun."""
+        with self._lock:
+            return sum(map(len, self._queues.values()))
 
     def put(self, client: str, work: Work) -> None:
         """Do it when it is the client's turn; `OverloadError` if the client's queue is full."""

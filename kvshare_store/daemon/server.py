@@ -341,6 +341,7 @@ class Server:
                 "seconds": time.monotonic() - self._started,
                 "connections": len(board.connections),
                 "requests": board.under_way,
+                "waiting": self._lanes.waiting(),
                 "cut_off": board.cut_off,
                 "draining": self._drained_by != float("inf"),
             }

@@ -29,13 +29,15 @@ def stats_of(
     since: float,
     staged: int,
     looks: int,
+    texts: int,
     scores: dict[str, Any],
     scores_by_edit: dict[str, Any],
     quality: Overview,
 ) -> dict[str, Any]:
     """See `Store.stats`. `since`: when it was opened, Unix seconds; `staged`: saves that have
-    begun; `looks`: edited prompts that wait for an idle engine; `scores`, `scores_by_edit`: see
-    `Verdicts`. Never waits: neither for the lock of the nodes nor for a first look at the disk.
+    begun; `looks`: edited prompts that wait for an idle engine; `texts`: prompts that wait for a
+    text vector; `scores`, `scores_by_edit`: see `Verdicts`. Never waits: neither for the lock of
+    the nodes nor for a first look at the disk.
     """
     metrics, blocks, tree = repository.metrics, repository.blocks, repository.nodes.tree
     return {
@@ -52,6 +54,7 @@ def stats_of(
         "reserved": len(blocks.pool.filling()),
         "staged": staged,
         "looks_waiting": looks,
+        "texts_waiting": texts,
         "scores": scores,
         "scores_by_edit": scores_by_edit,
         "quality": msgspec.to_builtins(quality),

@@ -234,6 +234,8 @@ FAMILIES: tuple[Family, ...] = (
            "given to idle engines, only to be scored", (), _one("looks_control")),
     Family("kvshare_second_looks_waiting", "gauge", "Edited prompts that wait for an idle engine",
            (), _one("looks_waiting")),
+    Family("kvshare_text_vectors_waiting", "gauge", "Prompts that wait for a text vector, which is "
+           "made while the machine is idle", (), _one("texts_waiting")),
     Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),
            _one("staged")),
     # known quality
@@ -321,6 +323,10 @@ FAMILIES: tuple[Family, ...] = (
            _one("daemon", "connections")),
     Family("kvshare_requests_in_progress", "gauge", "Messages that are being answered", (),
            _one("daemon", "requests")),
+    Family("kvshare_waiting_requests", "gauge", "Messages that wait for a thread of their lane",
+           ("lane",), _each("daemon", "waiting")),
+    Family("kvshare_draining", "gauge", "1 while the daemon ends: engines plan nothing more", (),
+           _one("daemon", "draining")),
     Family("kvshare_cut_off_total", "counter", "Clients that were cut off because they broke a "
            "limit", (), _one("daemon", "cut_off")),
     # namespaces

@@ -196,6 +196,9 @@ def expected(script: Script, tmp_path: Path) -> dict[str, Labelled]:
         "kvshare_commit_refused_total": {},
         "kvshare_connections": {(): 1},
         "kvshare_requests_in_progress": {(): 1},
+        "kvshare_waiting_requests": {},
+        "kvshare_draining": {},
+        "kvshare_text_vectors_waiting": {},
         "kvshare_cut_off_total": {(): 1},
         **namespaces(script, rows, hits, reused, left),
     }

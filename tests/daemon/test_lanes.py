@@ -45,3 +45,4 @@ def test_a_client_queues_few_explanations(busy: Lanes) -> None:
     with pytest.raises(OverloadError, match="8 such requests wait already"):
         busy.submit("one", protocol.Diff, lambda: None)
     busy.submit("two", protocol.Diff, lambda: None)
+    assert {lane: count for lane, count in busy.waiting().items() if count} == {"explain": 9}

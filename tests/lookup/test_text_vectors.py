@@ -175,7 +175,7 @@ def test_the_queue_is_bounded(
     for seed in range(12):
         engine.serve(prompt(seed, 40))
         engine.save(prompt(seed, 40))
-    assert len(store.text.jobs) == 4
+    assert store.stats()["texts_waiting"] == 4
     for seed in range(20, 32):
         engine.serve(prompt(seed, 40))
     assert len(store.text.served_badly) == 3
