@@ -1,7 +1,9 @@
 """Who has sent which prompt: hashes of sources, on the nodes of the prompts.
 
 A node remembers a few sources that have sent all of its tokens. Those of a prompt that is not
-stored yet are remembered here, in memory, until it is saved.
+stored yet are remembered here, in memory, until it is saved. An edited node is only of those that
+asked before it was saved: who sends its tokens later has not sent the text that its rows were
+computed behind.
 """
 
 from __future__ import annotations
@@ -28,16 +30,14 @@ class Sources:
         """By hash of namespace and prompt; what was asked for last is at the end."""
 
     def asked(self, namespace: str, request: Tokens, source: bytes) -> None:
-        """A source has sent this prompt. Where it is stored already, its nodes remember that."""
+        """A source has sent this prompt. Where it is stored already, its node remembers that."""
         key = prompt_key(namespace, request)
-        names = [node_id(namespace, request, exact) for exact in (True, False)]
         with self._nodes.lock:
             known = self._asked.get(key, ())
             self._asked[key] = known if source in known else (*known, source)[:SOURCES]
-            found = [self._nodes.tree.get(name) for name in names]
-        for node in found:
-            if node is not None:
-                self.confirm(node, (source,))
+            node = self._nodes.tree.get(node_id(namespace, request, True))
+        if node is not None:
+            self.confirm(node, (source,))
 
     def of(self, namespace: str, tokens: Tokens, extends: int) -> tuple[bytes, ...]:
         """Those that have sent a prompt that is saved now. Of an answer (`extends` > 0) only a
@@ -50,6 +50,7 @@ class Sources:
         return found if not extends or len(found) == 1 else ()
 
     def confirm(self, node: Node, sources: Collection[bytes]) -> None:
-        """These sources have sent all tokens of the node. It remembers them, durably soon."""
-        if with_sources(node, sources) is not node:
+        """These sources have sent all tokens of the node. It remembers them, durably soon, unless
+        it is edited."""
+        if node.exact and with_sources(node, sources) is not node:
             self._rewriter.confirm(node.id, sources)

@@ -2,7 +2,8 @@
 
 Rows of the exact prefix need no trust: the request has the text itself. For the others the tree
 says who has sent the text before a row. A row in the exact prefix of nodes was computed behind
-their tokens, so it is of their sources; any other row is of the node that it is taken from.
+their tokens, so it is of their sources. Any other row was computed behind text that its node does
+not have, so it is of the one source whose request the node was made for.
 """
 
 from __future__ import annotations
@@ -56,16 +57,18 @@ class Trust:
 
     def of(self, node: Node) -> int:
         """`OWN`, `CONFIRMED` by several sources, or `OTHER`."""
+        several = len(node.sources) > 1
+        if several and not node.exact:
+            return OTHER  # nobody knows for whose request its rows were computed
         if self._owns(node):
             return OWN
-        if node.namespace != self._namespace:
-            return CONFIRMED
-        return CONFIRMED if len(node.sources) > 1 else OTHER
+        return CONFIRMED if several or node.namespace != self._namespace else OTHER
 
     def _owns(self, node: Node) -> bool:
         if node.sources:
             return self._source in node.sources
-        return self._request.startswith(node.token_bytes)
+        known = node.exact or not self._source  # an edited one may be made for any of the sources
+        return known and self._request.startswith(node.token_bytes)
 
     # --- the cap -----------------------------------------------------------------------------
 

@@ -191,6 +191,43 @@ def test_an_edited_prompt_does_not_launder_rows(driver: Open) -> None:
     assert engine.serve([*VICTIM, *prompt(51, 20)], source=ANN).continued == len(VICTIM)
 
 
+def guessed(engine: Driver) -> None:
+    """An attacker's rows of the body stand behind an injection and behind edited rows, so in
+    nobody's exact prefix. Then the attacker sends the victim's very prompt, made of them."""
+    sent(engine, prompt(53, 40), ANN)
+    sent(engine, [*prompt(54, 4), *prompt(53, 40), *prompt(3, 12), *BODY], ANN)
+    assert sent(engine, VICTIM, ANN).generation == 2
+
+
+def test_who_sends_an_edited_prompt_again_does_not_confirm_its_rows(driver: Open) -> None:
+    """The rows were computed behind text that only the first source has sent."""
+    guessed(open_(driver))
+    engine = open_(driver, 0.1)
+    assert sent(engine, VICTIM, BOB).sources == (ANN,), "the prompt is stored already"
+    engine.store.flush()
+    assert node(engine, VICTIM).sources == (ANN,)
+    following, similar = [*VICTIM, *prompt(55, 20)], [*prompt(56, 5), *VICTIM[5:]]
+    for source, tokens in ((BOB, following), (CAT, similar)):
+        taken = edited(engine.serve(tokens, source=source))
+        assert len(taken) <= len(tokens) // 10
+
+
+def test_an_edited_prompt_that_several_asked_for_is_nobodys(driver: Open) -> None:
+    """Nobody knows whose rows were saved."""
+    engine = open_(driver)
+    sent(engine, prompt(53, 40), ANN)
+    sent(engine, [*prompt(54, 4), *prompt(53, 40), *prompt(3, 12), *BODY], ANN)
+    engine.serve(VICTIM, source=BOB, policy="exact")
+    assert sent(engine, VICTIM, ANN).generation == 2
+    following = [*VICTIM, *prompt(55, 20)]
+    for sources in ((BOB, ANN), ()):
+        engine = open_(driver, 0.0)
+        stored = node(engine, VICTIM)
+        engine.store.nodes.state.replace(stored, msgspec.structs.replace(stored, sources=sources))
+        for source in (ANN, BOB, CAT):
+            assert engine.serve(following, source=source).reused == len(HEAD)
+
+
 def test_a_conversation_goes_on_from_its_own_rows(driver: Open) -> None:
     """Also where nobody says whose it is."""
     engine = open_(driver)
