@@ -35,9 +35,13 @@ class Recovery(Scheduler):
         return connector.planning if connector is not None else None
 
     def _need(self, request: Request) -> int:
-        """Tokens that the next step could compute of it."""
-        known = request.num_tokens_with_spec + request.num_output_placeholders
-        return int(known - request.num_computed_tokens)
+        """Tokens that the next step could compute of it. None where a step in flight computes its
+        last one: vLLM schedules no more of it."""
+        ahead, computed = request.num_output_placeholders, request.num_computed_tokens
+        longest = request.num_prompt_tokens + request.max_tokens
+        if ahead and computed + 2 - ahead >= longest:
+            return 0
+        return int(request.num_tokens_with_spec + ahead - computed)
 
     def _free_rows(self) -> int:
         """Free rows of the batch. A running request keeps its row even when not scheduled."""

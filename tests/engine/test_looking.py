@@ -328,6 +328,25 @@ SHARE = {"second_look": 0.0625}
 """Of the 512 tokens of a step: 32."""
 
 
+def test_a_request_whose_last_token_is_on_its_way_leaves_no_tokens_to_a_look(
+    idle: Callable[..., Bench], link: FakeLink
+) -> None:
+    """Nothing more is scheduled of it, so the step must not be larger for it."""
+    bench = idle(kvshare=SHARE, ahead=True)
+    request = bench.add(range(100), max_tokens=9)
+    bench.step()
+    give(bench, link)
+    in_flight, parts = [], []
+    while not request.is_finished():
+        in_flight.append(bench.schedule())
+        scheduled = in_flight[-1].num_scheduled_tokens
+        parts += [tokens for name, tokens in scheduled.items() if name != request.request_id]
+        if len(in_flight) > 1:
+            bench.finish(in_flight.pop(0))
+    assert len(parts) > 3
+    assert max(parts) == 32
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_share_of_each_step_goes_to_looks_while_nobody_waits(
     idle: Callable[..., Bench], link: FakeLink, ahead: bool
