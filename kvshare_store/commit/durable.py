@@ -61,8 +61,7 @@ class Durable:
 
     def store(self, additions: Sequence[Addition]) -> Ended:
         """Store blocks, then rows, in batches of the size that the tiers can use."""
-        if self._refused:
-            self.remove(())
+        self.remove(())
         nodes = [addition.node for addition in additions]
         ended = self._make(nodes)
         durable = [at for at, error in enumerate(ended) if error is None]
@@ -178,6 +177,8 @@ class Durable:
         blocks.
         """
         removals, self._refused = [*self._refused, *removals], []
+        if not removals:
+            return None
         try:
             try:
                 self._remove_rows(removals)

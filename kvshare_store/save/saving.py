@@ -303,9 +303,8 @@ class Saving:
         edited = self._edited_twin(node)
         if edited is not None:
             node = with_sources(node, edited.sources)
-        self._nodes.add(node, vectors)
-        here = self._nodes.tree.get(node.id)
-        if here is not None and here.stamp != node.stamp:  # it was there already
+        here = self._nodes.add(node, vectors)
+        if here.stamp != node.stamp:  # it was there already
             self._sources.confirm(here, node.sources)
         if edited is not None:
             self._settle(node, edited)
