@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from kvshare_connectors.dtypes import NAMES
 from kvshare_connectors.vllm.joined_caches import JoinedCaches, join
 from kvshare_connectors.vllm.paged_formats import Format, format_of
 from kvshare_connectors.vllm.raw_blocks import RawBlocks, SpareBuffers, check_range
@@ -19,6 +18,7 @@ from kvshare_connectors.vllm.types import AttentionLayer
 from torch import Tensor
 
 from kvshare_store.errors import NamespaceError, UnsupportedError
+from kvshare_store.tensors.dtypes import NAMES
 from kvshare_store.tensors.layout import KVLayout
 
 _SPARE_BYTES = 256 << 20

@@ -23,8 +23,8 @@ from kvshare_store.errors import (
 )
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
+from kvshare_store.observability.threads import STORING, Supervised, be_nice
 from kvshare_store.readable import short
-from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from kvshare_store.errors import KVShareError, OverloadError, StorageError
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
-from kvshare_store.threads import STORING, Health
+from kvshare_store.observability.threads import STORING, Health
 
 T = TypeVar("T")
 

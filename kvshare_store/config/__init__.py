@@ -1,18 +1,20 @@
-"""Settings: `settings` has every one of them, `reading` where its value comes from."""
+"""Settings: `settings` has every one of them, `reading` where its value comes from; `files` reads
+what people name."""
 
 from __future__ import annotations
 
+from kvshare_store.config.files import json_lines, read_yaml
 from kvshare_store.config.reading import (
     Settings,
     load_config,
     load_settings,
     names_file,
     parse_size,
-    read_yaml,
     unknown_variables,
 )
 from kvshare_store.config.settings import (
     FIELDS,
+    FIELDS_HELP,
     LONGEST_POOL,
     MOST_POOLS,
     PER_ENGINE,
@@ -27,6 +29,7 @@ from kvshare_store.config.settings import (
 
 __all__ = [
     "FIELDS",
+    "FIELDS_HELP",
     "LONGEST_POOL",
     "MOST_POOLS",
     "PER_ENGINE",
@@ -37,6 +40,7 @@ __all__ = [
     "StoreConfig",
     "WriteMode",
     "default_home",
+    "json_lines",
     "load_config",
     "load_settings",
     "names_file",

@@ -15,9 +15,10 @@ import msgspec
 
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError
-from kvshare_store.limits.rates import Rates
+from kvshare_store.lookup.fair_lock import FairLock
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.lookup.plan_maker import PlanMaker
@@ -32,7 +33,6 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.quality.quality import Quality
 from kvshare_store.readable import short
-from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
@@ -15,7 +16,6 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
-from kvshare_store.limits.rates import Rates
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.namespace import Namespace
