@@ -189,15 +189,6 @@ class PagedCache:
         for layer, copy in zip(self.layers, copies, strict=True):
             torch.index_select(layer.kv_cache, 0, ids, out=copy)
 
-    def read(self, slots: Tensor) -> Tensor:
-        """Canonical rows `[L, 2, T, H, D]` of the tokens in `slots` (int64 `[T]`), copied."""
-        if not len(slots):
-            return torch.empty(self.layout.shape(0), dtype=self.layers[0].kv_cache.dtype)
-        check_range("slot", slots, 0, self.slots)
-        used, index = torch.unique(slots // self.block_size, return_inverse=True)
-        with self.snapshot(used.tolist()) as raw:
-            return raw.rows(index * self.block_size + slots % self.block_size)
-
 
 def _layer_index(name: str) -> int:
     """The index of a layer in the model: the one number in its name."""
