@@ -245,7 +245,7 @@ class Saving:
         with self._metrics.timed("save"):
             try:
                 self.copy(save, source, fresh)
-                node = self._node(save, [filled.name for filled in fresh])
+                node = new_node(save, [filled.name for filled in fresh], self._parent(save))
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._nodes.lock:
                     if staged_id not in self._saves:
@@ -279,14 +279,13 @@ class Saving:
             filled.name = block_name(block)
             at += nbytes
 
-    def _node(self, save: Save, fresh: list[str]) -> Node:
-        return new_node(save, fresh, self._parent(save))
-
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
             return self._answers.parent(save)
-        found = map(self._answers.now, save.reuse.donors)
-        return next((node for node in found if not _is_of_pool(node, save)), None)
+        for node in map(self._answers.now, save.reuse.donors):
+            if node is None or node.namespace == save.namespace.digest:  # of no pool
+                return node
+        return None
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Make the node visible. Runs under the lock: this is the last moment at which a shared
@@ -336,10 +335,6 @@ class _Filled(msgspec.Struct):
     offset: int
     name: str
     block: Block
-
-
-def _is_of_pool(node: Node | None, save: Save) -> bool:
-    return node is not None and node.namespace != save.namespace.digest
 
 
 def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:
