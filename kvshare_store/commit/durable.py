@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.faults import report
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import Addition, Removal
 from kvshare_store.commit.room import Room

@@ -6,9 +6,9 @@ from __future__ import annotations
 import uuid
 
 from kvshare_store.blocks.block_store import BlockStore
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.committer import Committer
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.home import Home
 from kvshare_store.commit.node_store import NodeStore
