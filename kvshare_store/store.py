@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
+from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
-from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.explaining import Explained

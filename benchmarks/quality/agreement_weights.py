@@ -19,7 +19,7 @@ from benchmarks.harness.result import SAMPLES, Cell, Options, Result, read
 from benchmarks.harness.spread import low_to_high
 from benchmarks.quality.agreement import FLOOR_EVERY, LONG
 from benchmarks.quality.agreement_pairs import SimilarPair, halves
-from kvshare_store.lookup.align import common_prefix
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from benchmarks.methods.compared import (
 from benchmarks.methods.kvshare import kvshare
 from benchmarks.quality.probe_prompts import Filler, Probe, probes
 from benchmarks.quality.probe_table import Probed, Seen, draw, table
-from kvshare_store.lookup.align import common_prefix
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.nodes.edits import as_tokens
 
 if TYPE_CHECKING:

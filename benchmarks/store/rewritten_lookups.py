@@ -13,7 +13,7 @@ from benchmarks.data.rewritten_prompts import REWRITES, History, Request, Texts
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.store.lookups import NAMESPACE, opened, save
 from kvshare_store import Store
-from kvshare_store.lookup.align import common_prefix
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.lookup.policy import PRESETS, kept_positions
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvshare_connectors.dtypes import NAMES
 from kvshare_connectors.transformers.types import Config, Model
 
 from kvshare_store.errors import UnsupportedError
+from kvshare_store.tensors.dtypes import NAMES
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
 

@@ -29,7 +29,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.errors import KVShareError
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.nodes.node import node_id
-from kvshare_store.threads import Health, Supervised
+from kvshare_store.observability.threads import Health, Supervised
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

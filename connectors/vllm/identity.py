@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import blake3
 from huggingface_hub import snapshot_download
-from kvshare_connectors.dtypes import NAMES
 from kvshare_connectors.vllm.types import attention_spec
 
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.namespace import Namespace
+from kvshare_store.tensors.dtypes import NAMES
 from kvshare_store.tensors.layout import KVLayout
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from kvshare_connectors.vllm.settings import FILLS, PREFIX
 
-from kvshare_store.cli.common import FIELDS_HELP
-from kvshare_store.config import FIELDS, load_config
+from kvshare_store.config import FIELDS, FIELDS_HELP, load_config
 from kvshare_store.errors import ConfigError, UnsupportedError, unknown
 
 CONNECTOR_MODULE = "kvshare_connectors.vllm"

@@ -6,7 +6,7 @@ worker side times loads. vLLM adds up what workers and scheduler report each ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,8 @@ class KVShareStats(KVConnectorStats):
         for outcome, reasons in other.data["requests"].items():
             for reason, amount in reasons.items():
                 self.request(outcome, reason, amount)
-        for policy, by_choice in other.data["scores"].items():
-            for chosen, by_edit in by_choice.items():
-                for edit, sums in by_edit.items():
-                    self.score(policy, chosen, edit, sums)
+        for of, sums in _scores(other.data):
+            self.score(*of, sums)
         if other.data["bound"] is not None:
             self.data["bound"] = other.data["bound"]
         for name in ("lookups", "loads"):
@@ -172,6 +170,14 @@ def loads(seconds: Sequence[float]) -> KVShareStats | None:
     return stats
 
 
+def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], dict[str, float]]]:
+    """Sums of scores, by policy, how tokens were chosen, and edit."""
+    for policy, by_choice in data["scores"].items():
+        for chosen, by_edit in by_choice.items():
+            for edit, sums in by_edit.items():
+                yield (policy, chosen, edit), sums
+
+
 class KVSharePromMetrics(KVConnectorPromMetrics):
     """The same for Prometheus, in the process that answers `/metrics`."""
 
@@ -213,10 +219,8 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         for outcome, reasons in transfer_stats_data["requests"].items():
             for reason, amount in reasons.items():
                 self._of(self.requests, engine_idx, outcome, reason).inc(amount)
-        for policy, by_choice in transfer_stats_data["scores"].items():
-            for chosen, by_edit in by_choice.items():
-                for edit, sums in by_edit.items():
-                    self._score(engine_idx, (policy, chosen, edit), sums)
+        for of, sums in _scores(transfer_stats_data):
+            self._score(engine_idx, of, sums)
         if transfer_stats_data["bound"] is not None:
             self._of(self.bound, engine_idx).set(transfer_stats_data["bound"])
         for seconds in transfer_stats_data["lookups"]:

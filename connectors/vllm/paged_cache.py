@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from kvshare_connectors.dtypes import NAMES
 from kvshare_connectors.vllm.joined_caches import JoinedCaches, join
 from kvshare_connectors.vllm.paged_formats import Format, format_of
 from kvshare_connectors.vllm.raw_blocks import RawBlocks, SpareBuffers, check_range
@@ -19,6 +18,7 @@ from kvshare_connectors.vllm.types import AttentionLayer
 from torch import Tensor
 
 from kvshare_store.errors import NamespaceError, UnsupportedError
+from kvshare_store.tensors.dtypes import NAMES
 from kvshare_store.tensors.layout import KVLayout
 
 _SPARE_BYTES = 256 << 20
@@ -188,15 +188,6 @@ class PagedCache:
             return
         for layer, copy in zip(self.layers, copies, strict=True):
             torch.index_select(layer.kv_cache, 0, ids, out=copy)
-
-    def read(self, slots: Tensor) -> Tensor:
-        """Canonical rows `[L, 2, T, H, D]` of the tokens in `slots` (int64 `[T]`), copied."""
-        if not len(slots):
-            return torch.empty(self.layout.shape(0), dtype=self.layers[0].kv_cache.dtype)
-        check_range("slot", slots, 0, self.slots)
-        used, index = torch.unique(slots // self.block_size, return_inverse=True)
-        with self.snapshot(used.tolist()) as raw:
-            return raw.rows(index * self.block_size + slots % self.block_size)
 
 
 def _layer_index(name: str) -> int:

@@ -40,13 +40,6 @@ class LogicalFormat:
     def values(self, blocks: Tensor) -> Tensor:
         return blocks.chunk(2, dim=-1)[1].transpose(1, 2)[:, :, None, :, :, None]
 
-    @staticmethod
-    def write(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Reference for the backends' own write: `[T, H, D]` each, slots -1 skipped."""
-        kept = slots >= 0
-        block, offset = slots[kept] // cache.shape[2], slots[kept] % cache.shape[2]
-        cache[block, :, offset] = torch.cat([keys[kept], values[kept]], dim=-1)
-
 
 class VecFormat:
     """CPU, `isa` "vec" and "vec16": of every (block, head), K as `[D, N]`, then V as `[N, D]`.

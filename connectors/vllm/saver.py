@@ -29,9 +29,9 @@ from kvshare_store.errors import (
     NoSpaceError,
     UnavailableError,
 )
+from kvshare_store.observability.threads import Health, Supervised
 from kvshare_store.save.staging import Staged
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.threads import Health, Supervised
 
 log = logging.getLogger("kvshare")
 

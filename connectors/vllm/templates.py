@@ -16,13 +16,12 @@ import numpy as np
 from kvshare_connectors.vllm.launch import Request, vllm_arguments
 
 from kvshare_store.bounded import pieces
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, json_lines
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
 from kvshare_store.errors import ConfigError, StorageError, UnavailableError, UnsupportedError
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.simulate.traces import json_lines
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.planning import Planning

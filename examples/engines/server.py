@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from examples.engines.engine import SETTINGS, computed
-from examples.engines.process import ENVIRONMENT, PATIENCE_S, EngineError
+from examples.engines.process import ENVIRONMENT, PATIENCE_S, EngineError, wait_or_kill
 
 _STOP_S = 60
 _LINE_S = 5.0
@@ -160,11 +160,7 @@ class Server(Client):
     def close(self) -> None:
         """End the server."""
         self._process.terminate()
-        try:
-            self._process.wait(timeout=_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process, _STOP_S)
 
     def __enter__(self) -> Self:
         return self

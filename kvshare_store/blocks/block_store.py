@@ -19,7 +19,7 @@ from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.leases import Lease, LeaseBook
 from kvshare_store.blocks.levels import Level, Levels
 from kvshare_store.blocks.pool import BufferPool
-from kvshare_store.blocks.tiers.base import Tier, TierUse
+from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.errors import KVShareError, LeaseError, MissError, NoSpaceError
 from kvshare_store.observability.metrics import Metrics
@@ -301,19 +301,13 @@ class BlockStore:
         own = [level.tier.names() for level in self.levels if not level.shared]
         return set(self.host.names()).union(*own)
 
-    def use(self) -> dict[str, TierUse]:
-        """Bytes, budget and blocks of each tier, as far as they are known. Never waits."""
-        return {tier.name: tier.counted() for tier in self._tiers()}
-
     def report(self) -> dict[str, dict[str, Any]]:
-        """`use` in plain types, with the errors of each tier."""
+        """Bytes, budget and blocks of each tier, as far as they are known, and its errors, in plain
+        types. Never waits."""
+        tiers: list[Tier] = [self.host, *(level.tier for level in self.levels)]
         return {
-            tier.name: msgspec.structs.asdict(tier.counted()) | tier.trouble()
-            for tier in self._tiers()
+            tier.name: msgspec.structs.asdict(tier.counted()) | tier.trouble() for tier in tiers
         }
-
-    def _tiers(self) -> list[Tier]:
-        return [self.host, *(level.tier for level in self.levels)]
 
     def close(self) -> None:
         """Close every tier."""

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from kvshare_store.threads import Health, Supervised
+from kvshare_store.observability.threads import Health, Supervised
 
 T = TypeVar("T")
 _PATIENCE = 5.0

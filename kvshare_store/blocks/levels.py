@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.remote import RemoteTier
-from kvshare_store.config import WriteMode
 from kvshare_store.errors import (
     KVShareError,
     MissError,
@@ -28,22 +27,22 @@ FRAME_BYTES = 4096
 class Level:
     """A tier below host and its part in the store.
 
-    `write`: `through` writes a block as soon as it is saved, `back` only when the tier above runs
-    out of room. A `required` level must hold every block of a node before the node is committed.
+    A block is written as soon as it is saved, or `back`: only when the tier above runs out of room.
+    A `required` level must hold every block of a node before the node is committed.
     `shared`: other machines read what is there, so nothing is deleted without asking them.
     """
 
     def __init__(
         self,
         tier: Tier,
-        write: WriteMode,
         *,
+        back: bool,
         required: bool = False,
         shared: bool = False,
         remote: RemoteTier | None = None,
     ) -> None:
         self.tier = tier
-        self.write = write
+        self.back = back
         self.required = required
         self.shared = shared
         self.remote = remote
@@ -132,7 +131,7 @@ class Levels:
             (level, name)
             for level in self._levels
             for name in names
-            if level.write == "through" and level.needs(name)
+            if not level.back and level.needs(name)
         ]
         # all of them end before an error is raised: a write reads the rows in place
         ended = await asyncio.gather(
@@ -174,7 +173,7 @@ class Levels:
     async def write_back(self, name: str, block: Block) -> None:
         """A block leaves the host: the first level that writes back takes it."""
         for level in self._levels:
-            if level.write == "back":
+            if level.back:
                 with contextlib.suppress(KVShareError):  # a level below holds it already
                     await self._put(level, name, block, HOST)
                 return
@@ -198,7 +197,7 @@ class Levels:
         """Remove a block from a level once a slower one holds it."""
         try:
             if not any(lower.has(name) for lower in below):
-                takes = next((lower for lower in below if lower.write == "back"), None)
+                takes = next((lower for lower in below if lower.back), None)
                 if takes is None:
                     return False
                 block = await level.tier.get(name)

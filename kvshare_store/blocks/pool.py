@@ -173,7 +173,7 @@ class BufferPool:
         already."""
         holder = self._levels.holder(name)
         first = next(iter(self._levels))
-        if holder is first or first.write != "back" or self._writing_back >= _WRITING_BACK:
+        if holder is first or not first.back or self._writing_back >= _WRITING_BACK:
             return
         block = self._host.peek(name)
         copied = Block(block.namespace, block.layout, bytes(block.data), block.lossy)

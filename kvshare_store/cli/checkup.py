@@ -25,8 +25,8 @@ from kvshare_store.config import FIELDS, Settings, StoreConfig, unknown_variable
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.address import SOCKET, home_taken
 from kvshare_store.errors import KVShareError, UnavailableError
+from kvshare_store.observability.version import version
 from kvshare_store.readable import size
-from kvshare_store.version import version
 
 _VLLM = "0.32"
 _FEW_FILES = 4096

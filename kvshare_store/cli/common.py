@@ -13,13 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvshare_store.config import FIELDS, Settings, StoreConfig, load_settings
+from kvshare_store.config import Settings, StoreConfig, load_settings
 from kvshare_store.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
-
-FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}. `kvshare config` shows their values."
 
 HomeOption = Annotated[
     str | None,

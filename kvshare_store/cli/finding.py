@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 
 OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
 

@@ -36,9 +36,9 @@ from kvshare_store.cli import (
     stop,
     top,
 )
-from kvshare_store.cli.common import FIELDS_HELP
+from kvshare_store.config import FIELDS_HELP
 from kvshare_store.errors import KVShareError
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 
 _ENGINES = {"vllm": "kvshare_connectors.vllm.launch"}
 """Modules whose `app` has the commands of an engine, by name: the store imports no engine."""

@@ -7,19 +7,20 @@ reused, by reuse policy, beside the engine's own prefix cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import msgspec
 import typer
 
-from kvshare_store.blocks.eviction import POLICIES
 from kvshare_store.cli.common import ConfigOption, SetOption, configured, console
 from kvshare_store.cli.simulated import STDOUT, draw, figure_class, write_json
-from kvshare_store.config import StoreConfig, parse_size
+from kvshare_store.config import EvictionName, StoreConfig, parse_size
 from kvshare_store.errors import ConfigError
 
 _HOST_BYTES = "4GiB"
+_EVICTION = ",".join(get_args(EvictionName))
 _REUSE = "exact,faithful,balanced,aggressive"
 
 
@@ -57,7 +58,7 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="NAMES",
-        help=f"Policies, separated by commas. TRACE: {','.join(POLICIES)}; --prompts: {_REUSE}.",
+        help=f"Policies, separated by commas. TRACE: {_EVICTION}; --prompts: {_REUSE}.",
         show_default=False,
     ),
 ]
@@ -140,7 +141,7 @@ def command(
         raise ConfigError("name either a TRACE or --prompts FILE")
     if plot is not None:
         figure_class()  # before the work, not after it
-    names = policy if policy is not None else _REUSE if prompts else ",".join(POLICIES)
+    names = policy if policy is not None else _REUSE if prompts else _EVICTION
     policies = [name.strip() for name in names.split(",") if name.strip()]
     options = _Options(policies, host_bytes, _row_bytes(row_bytes), tokenizer, plot, json)
     if trace is not None:
@@ -161,10 +162,7 @@ def _of_trace(trace: Path, options: _Options, disk_bytes: str, block_tokens: int
     tokenize = traces.tokenizer(options.tokenizer) if options.tokenizer is not None else None
     points = simulated.run(trace, machines, block_tokens, tokenize)
     result = simulated.report(machines)
-    if options.json is not None:
-        write_json(options.json, result)
-    if options.json != STDOUT:
-        console().print(simulated.table(result))
+    _show(options, result, simulated.table)
     if options.plot is not None:
         draw(points, f"{trace.name}, host {host_bytes}, disk {disk_bytes}", options.plot)
 
@@ -188,12 +186,16 @@ def _of_prompts(
     reader = prompts.Reader(tokenize, answers, settle is not None)
     counted = simulated.run(path, reader, arms, least)
     result = prompt_replay.report(counted)
+    _show(options, result, simulated.table)
+    if options.plot is not None:
+        draw(simulated.points(counted), path.name, options.plot)
+
+
+def _show(options: _Options, result: Any, table: Callable[[Any], Any]) -> None:
     if options.json is not None:
         write_json(options.json, result)
     if options.json != STDOUT:
-        console().print(simulated.table(result))
-    if options.plot is not None:
-        draw(simulated.points(counted), path.name, options.plot)
+        console().print(table(result))
 
 
 def _size(text: str, name: str) -> int:

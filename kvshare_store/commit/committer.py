@@ -23,8 +23,8 @@ from kvshare_store.errors import (
 )
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
+from kvshare_store.observability.threads import STORING, Supervised, be_nice
 from kvshare_store.readable import short
-from kvshare_store.threads import STORING, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 
@@ -133,9 +133,8 @@ class Committer:
 
     def _remove(self, removals: Sequence[Removal]) -> None:
         removals = [removal for removal in removals if not self._taken_back(removal)]
-        if removals or self._queue.unremoved:
-            refused = self._durable.remove(removals)
-            self._queue.unremoved = "" if refused is None else shown(refused)
+        refused = self._durable.remove(removals)
+        self._queue.unremoved = "" if refused is None else shown(refused)
 
     def _taken_back(self, removal: Removal) -> bool:
         """Nodes whose place another one was to take stay if that one could not be made durable."""

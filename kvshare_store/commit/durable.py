@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.faults import report
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import Addition, Removal
 from kvshare_store.commit.room import Room
@@ -61,8 +61,7 @@ class Durable:
 
     def store(self, additions: Sequence[Addition]) -> Ended:
         """Store blocks, then rows, in batches of the size that the tiers can use."""
-        if self._refused:
-            self.remove(())
+        self.remove(())
         nodes = [addition.node for addition in additions]
         ended = self._make(nodes)
         durable = [at for at, error in enumerate(ended) if error is None]
@@ -178,6 +177,8 @@ class Durable:
         blocks.
         """
         removals, self._refused = [*self._refused, *removals], []
+        if not removals:
+            return None
         try:
             try:
                 self._remove_rows(removals)

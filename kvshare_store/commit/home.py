@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kvshare_store.blocks.configured import check_levels, open_levels
 from kvshare_store.blocks.eviction import make_policy
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.blocks.levels import Level
@@ -17,10 +16,11 @@ from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.catalog.catalog import Catalog
+from kvshare_store.commit.tiers import check_levels, open_levels
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import BusyError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
-from kvshare_store.threads import Health
+from kvshare_store.observability.threads import Health
 
 FORMAT = "2"
 """The format that a home is marked with. A later release that adds something and changes nothing

@@ -13,9 +13,9 @@ from itertools import count, islice
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
+from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, NoSpaceError
-from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import Change, NodeState
@@ -74,21 +74,24 @@ class NodeStore:
         here = self.tree.get(node.id)
         return here is not None and here.stamp == node.stamp and here.blocks == node.blocks
 
-    def add(self, node: Node, vectors: Vectors) -> None:
-        """Offer a node to lookups now and make it durable soon. Its blocks are in a tier.
+    def add(self, node: Node, vectors: Vectors) -> Node:
+        """Offer a node to lookups now and make it durable soon; returns it as it was added. Its
+        blocks are in a tier.
 
-        One that is here already stays as it is, and so does its row: the beginning of another
-        prompt may have become this one meanwhile.
+        One that is here already stays as it is, and so does its row, and that one is returned: the
+        beginning of another prompt may have become this one meanwhile.
         """
         with self.lock:
-            if node.id in self.tree:
+            here = self.tree.get(node.id)
+            if here is not None:
                 self.tree.touch(node.id)
                 self.remove_unused(node.blocks)
-                return
+                return here
             node = self._insert(node, vectors)
             self.queue.put(Addition(node, vectors))
             self._hold_count()
             self.hold_quota(node.namespace, newest=node.id)
+            return node
 
     def _hold_count(self) -> None:
         if self._shared:

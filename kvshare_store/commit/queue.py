@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from kvshare_store.errors import KVShareError, OverloadError, StorageError
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
-from kvshare_store.threads import STORING, Health
+from kvshare_store.observability.threads import STORING, Health
 
 T = TypeVar("T")
 
@@ -117,11 +117,14 @@ class CommitQueue:
         if self._follow_ups != before:
             self.run(lambda: None)
 
-    def flush(self, since: int | None = None) -> None:
+    def flush(self, since: int | None = None, *, removed: bool = False) -> None:
         """`settle`, then `StorageError` if storage refuses nodes, or has refused one since there
-        were `since` `failures` (None: since now)."""
+        were `since` `failures` (None: since now). `removed`: `check_removed` too."""
         before = self.failures if since is None else since
-        self.settle()
+        if removed:
+            self.check_removed()
+        else:
+            self.settle()
         lost = self.failures - before
         if lost or self._health.failing(STORING):
             raise StorageError(

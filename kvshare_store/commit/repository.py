@@ -6,17 +6,17 @@ from __future__ import annotations
 import uuid
 
 from kvshare_store.blocks.block_store import BlockStore
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.committer import Committer
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.durable import Durable
 from kvshare_store.commit.home import Home
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
+from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import HomeError, KVShareError, StorageError
-from kvshare_store.limits.tenants import TenantLimits
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.observability.metrics import Metrics
 

@@ -1,42 +1,42 @@
-"""Settings: `settings` has every one of them, `reading` where its value comes from."""
+"""Settings: `settings` has every one of them, `reading` where its value comes from; `files` reads
+what people name."""
 
 from __future__ import annotations
 
+from kvshare_store.config.files import json_lines, read_yaml
 from kvshare_store.config.reading import (
     Settings,
     load_config,
     load_settings,
     names_file,
     parse_size,
-    read_yaml,
     unknown_variables,
 )
 from kvshare_store.config.settings import (
     FIELDS,
+    FIELDS_HELP,
     LONGEST_POOL,
     MOST_POOLS,
     PER_ENGINE,
     EvictionName,
-    LogFormat,
     PolicyName,
     StoreConfig,
-    WriteMode,
     default_home,
     policy_names,
 )
 
 __all__ = [
     "FIELDS",
+    "FIELDS_HELP",
     "LONGEST_POOL",
     "MOST_POOLS",
     "PER_ENGINE",
     "EvictionName",
-    "LogFormat",
     "PolicyName",
     "Settings",
     "StoreConfig",
-    "WriteMode",
     "default_home",
+    "json_lines",
     "load_config",
     "load_settings",
     "names_file",

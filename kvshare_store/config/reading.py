@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
+from kvshare_store.config.files import read_yaml
 from kvshare_store.config.settings import FIELDS, LARGEST, SIZES, StoreConfig
 from kvshare_store.errors import ConfigError, either, nearest, unknown
 
@@ -132,25 +133,6 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     them: Kubernetes does, for a service named `kvshare`."""
     known = {f"{_ENVIRONMENT}{name.upper()}" for name in (*FIELDS, "config")}
     return sorted(name for name in environ if name.startswith(_ENVIRONMENT) and name not in known)
-
-
-def read_yaml(
-    path: Path, name: str, wrong: str, kind: Any = Any, told: Callable[[Exception], str] = str
-) -> Any:
-    """What a YAML file holds, as a value of type `kind`; `ConfigError` if it cannot be had.
-
-    The message has the `name` of the setting; of a file that holds something else it says what is
-    `wrong`, and what `told` makes of the reason.
-    """
-    try:
-        text = path.expanduser().read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name} {path} cannot be read: {reason}") from error
-    try:
-        return msgspec.yaml.decode(text, type=kind)
-    except Exception as error:  # PyYAML raises whatever fails while it makes a value
-        raise ConfigError(f"{name} {path} {wrong}: {told(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -270,6 +270,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 FIELDS = tuple(StoreConfig.__struct_fields__)
+FIELDS_HELP = f"FIELD is one of: {', '.join(FIELDS)}. `kvshare config` shows their values."
+"""For commands that take settings."""
 
 
 def policy_names() -> tuple[str, ...]:

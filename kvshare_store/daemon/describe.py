@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.errors import NodeError
-from kvshare_store.lookup.align import common_prefix
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.lookup.text import decode
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node

@@ -39,8 +39,7 @@ def evict_nodes(store: Store, message: protocol.Evict) -> Evicted:
         if not message.dry_run:
             store.nodes.remove([node.id for node in goes], whatever=True)
     if not message.dry_run:
-        store.flush()
-        store.repository.queue.check_removed()
+        store.repository.queue.flush(removed=True)
     return Evicted(
         tuple(node.id for node in goes),
         sum(node.length for node in goes),

@@ -43,6 +43,8 @@ async def own_form(
 Ask = Annotated[Asking, Depends(asking)]
 NodeId = Annotated[str, Path(pattern=_HEX, description="Id of a node, or a unique beginning.")]
 Digest = Annotated[str, Path(pattern=_HEX, description="Digest, or a unique beginning of it.")]
+After = Annotated[str, Query(max_length=120, description="`next` of the answer before.")]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": models.Error, "description": "The request cannot be answered as it is."},
@@ -146,8 +148,8 @@ async def nodes(
     ask: Ask,
     digest: Digest,
     whole: Annotated[bool, Query(description="Every node, not only where trees begin.")] = False,
-    after: Annotated[str, Query(max_length=120, description="`next` of the answer before.")] = "",
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    after: After = "",
+    limit: Limit = 50,
 ) -> Any:
     """Stored prompts of a namespace, the last stored first."""
     return await ask(protocol.Branch(namespace=digest, whole=whole, after=after, limit=limit))
@@ -163,8 +165,8 @@ async def node(ask: Ask, node: NodeId) -> Any:
 async def children(
     ask: Ask,
     node: NodeId,
-    after: Annotated[str, Query(max_length=120, description="`next` of the answer before.")] = "",
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    after: After = "",
+    limit: Limit = 50,
 ) -> Any:
     """The prompts that are edits of this one."""
     return await ask(protocol.Branch(node=node, after=after, limit=limit))
@@ -199,7 +201,7 @@ async def requests(
     ask: Ask,
     declined: Annotated[bool, Query(description="Only those without reuse.")] = False,
     slow: Annotated[bool, Query(description="The slowest first.")] = False,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    limit: Limit = 50,
 ) -> Any:
     """The last requests: outcome, reason, tokens by kind, seconds."""
     return await ask(protocol.ListRequests(limit, declined, slow))

@@ -17,7 +17,7 @@ from kvshare_store.http import actions, api, health, pages
 from kvshare_store.http.asking import Asking, status_of
 from kvshare_store.http.guard import Forms, Guard, RefusedError
 from kvshare_store.http.rendering import rendered
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 
 
 def application(asking: Asking, token: str) -> ASGIApp:

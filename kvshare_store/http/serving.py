@@ -20,7 +20,7 @@ from kvshare_store.http.app import application
 from kvshare_store.http.asking import Asking, Daemon
 from kvshare_store.http.history import STEP_S, History
 from kvshare_store.observability.logs import Seldom
-from kvshare_store.threads import Health, Supervised, be_nice
+from kvshare_store.observability.threads import Health, Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 

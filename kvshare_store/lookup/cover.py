@@ -9,6 +9,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and more
 
 from kvshare_store.lookup.places import Positions, Sought
 from kvshare_store.lookup.policy import Mask, runs_of

@@ -14,6 +14,9 @@ _SECONDS = 0.04
 _UNTIMED = 1 << 23
 """but so many cells are allowed whatever the clock says: a short prompt must not lose its plan
 because its thread had to wait for a core."""
+HASHED, CALL, MATCH = 32, 1 << 15, 1 << 11
+"""Cells that hashing a token costs, aligning a piece of any size, and each equal run that is
+found."""
 
 
 class Effort:

@@ -27,8 +27,6 @@ _MAX_WINDOWS = 8
 class TextEmbedder(ABC):
     """Text to a unit vector of 384 float32. Thread-safe."""
 
-    name: str
-
     @abstractmethod
     def embed(self, text: str) -> Vector:
         """The vector of `text`; of zeros for text without content. Deterministic."""
@@ -47,7 +45,6 @@ class SentenceEmbedder(TextEmbedder):
             raise UnsupportedError(
                 "text embeddings need `pip install kvshare-store[semantic]`, or semantic: never"
             ) from error
-        self.name = model
         self._lock = threading.Lock()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

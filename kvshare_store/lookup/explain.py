@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.align import align, common_prefix
+from kvshare_store.lookup.align import align
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.cover import Cover, placeholder_runs
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.lookup.nominate import Nominator, Rank
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import (

@@ -44,13 +44,14 @@ class Asked(NamedTuple):
     pools: tuple[str, ...] = ()
     """Whose rows it may use beside its namespace's."""
 
-    def plan(self, declined: str = "") -> ReusePlan:
+    def plan(self, declined: str = "", wiped: str = "") -> ReusePlan:
         """A plan without rows."""
         return ReusePlan(
             namespace=self.namespace.digest,
             tokens=self.tokens,
             policy=self.policy.name,
             declined=declined,
+            wiped=wiped,
         )
 
 

@@ -6,9 +6,10 @@ import math
 from functools import partial
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.align import align, common_prefix, passages
+from kvshare_store.lookup.align import align
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.equal_runs import common_prefix, passages
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.places import KnownPlaces, guess
 from kvshare_store.lookup.policy import (

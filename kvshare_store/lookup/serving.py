@@ -15,9 +15,10 @@ import msgspec
 
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError
-from kvshare_store.limits.rates import Rates
+from kvshare_store.lookup.fair_lock import FairLock
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.lookup.plan_maker import PlanMaker
@@ -32,7 +33,6 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.quality.quality import Quality
 from kvshare_store.readable import short
-from kvshare_store.threads import FairLock
 
 Leased = tuple[Lease, dict[str, BlockRef]]
 
@@ -111,7 +111,7 @@ class Serving:
         self._outcomes.asked(lookup)
         answer: Future[ReusePlan] = Future()
         if refused := self._refused(owner, namespace):
-            self._answer(answer, lookup, lookup.plan(refused))
+            self._answer(answer, lookup, self._declined(lookup, refused))
             return answer
         with self._turns if lookup.tokens <= _SHORT else nullcontext():
             lookup, planned = self._maker.made(request, lookup)
@@ -141,7 +141,7 @@ class Serving:
         lookup = Asked(namespace, node.length, policy, start, far=far)
         self._outcomes.asked(lookup)
         if refused := self._refused(owner, namespace):
-            self._answer(answer, lookup, lookup.plan(refused))
+            self._answer(answer, lookup, self._declined(lookup, refused))
             return answer
         tier = slowest_of({self._blocks.tier_of(name) for name in node.blocks})
         planned = Planned(_whole(lookup.plan(), node), (node,), tier)
@@ -179,7 +179,7 @@ class Serving:
         declined = planned.plan.declined
         leasing = None if declined else self._lease(planned, owner, deadline_ms)
         if leasing is None:
-            self._answer(answer, lookup, lookup.plan(declined or "blocks_gone"))
+            self._answer(answer, lookup, self._declined(lookup, declined or "blocks_gone"))
         else:
             leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
@@ -215,7 +215,10 @@ class Serving:
 
     def _answer(self, answer: Future[ReusePlan], lookup: Asked, plan: ReusePlan) -> None:
         self._outcomes.answered(lookup, plan.declined)
-        answer.set_result(msgspec.structs.replace(plan, wiped=self._blocks.pool.wiped))
+        answer.set_result(plan)
+
+    def _declined(self, lookup: Asked, reason: str) -> ReusePlan:
+        return lookup.plan(reason, self._blocks.pool.wiped)
 
     def _leased(
         self,
@@ -231,21 +234,26 @@ class Serving:
             if not alive or len(refs) < len(plan.blocks):
                 if alive:
                     self._outcomes.closed(self._blocks.end_lease(lease.id))
-                return lookup.plan("not_resident")
+                return self._declined(lookup, "not_resident")
             if any(ref.lossy for ref in refs.values()):
                 steered = plan.generation > 0 or not self._quality.steers
                 plan = _as_edited(plan)
                 allowed = lookup.policy.edited and steered
                 if plan.generation > lookup.policy.max_generation or not allowed:
                     self._outcomes.closed(self._blocks.end_lease(lease.id))
-                    return lookup.plan("lossy")
-            found = tuple(refs[name] for name in plan.block_names)
-            plan = msgspec.structs.replace(plan, blocks=found)
+                    return self._declined(lookup, "lossy")
+            plan = msgspec.structs.replace(
+                plan,
+                blocks=tuple(refs[name] for name in plan.block_names),
+                lease=lease.id,
+                arena=self._blocks.host.arena.id,
+                wiped=self._blocks.pool.wiped,
+            )
             opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
             for donor in planned.donors:
                 self._nodes.used(donor)
-        return msgspec.structs.replace(plan, lease=lease.id, arena=self._blocks.host.arena.id)
+        return plan
 
 
 def _whole(bare: ReusePlan, node: Node) -> ReusePlan:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from kvshare_store.bounded import pieces
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.ledger import Fact
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import StorageError
 from kvshare_store.readable import short

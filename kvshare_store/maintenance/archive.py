@@ -26,7 +26,7 @@ from kvshare_store.errors import (
     ShortBlockError,
 )
 from kvshare_store.namespace import Namespace
-from kvshare_store.nodes.node import NODE_FORMAT, Node, check_node, decode_node
+from kvshare_store.nodes.node import MOST_GENERATIONS, NODE_FORMAT, Node, check_node, decode_node
 from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, decode_frame, split_frame
 
@@ -36,7 +36,6 @@ NAMESPACE, BLOCK, NODE, _END = b"S", b"B", b"N", b"E"
 _LONGEST = 1 << 32
 """Bytes of the largest record that a sound archive can have."""
 _HASHED = 1 << 20
-_MOST_GENERATIONS = 1 << 15
 
 
 class Writer:
@@ -176,7 +175,7 @@ def _sane(node: Node) -> bool:
     return (
         node.policy in policies
         and math.isfinite(node.created)
-        and node.generation <= _MOST_GENERATIONS
+        and node.generation <= MOST_GENERATIONS
     )
 
 

@@ -22,7 +22,7 @@ from kvshare_store.errors import KVShareError, StorageError
 from kvshare_store.machines.shared_garbage import SharedGarbage
 from kvshare_store.maintenance.empty_namespaces import EmptyNamespaces
 from kvshare_store.maintenance.merging import Merger
-from kvshare_store.threads import Supervised, be_nice
+from kvshare_store.observability.threads import Supervised, be_nice
 
 log = logging.getLogger("kvshare")
 

@@ -56,8 +56,7 @@ class LineagePurge:
             # what one of them was to replace comes back if that one could not be stored
             self._repository.queue.settle()
         result = self._result(lineage)
-        self._repository.queue.check_removed()
-        self._repository.queue.flush()
+        self._repository.queue.flush(removed=True)
         return result
 
     def _lineage(self) -> Lineage:

@@ -10,8 +10,8 @@ import msgspec
 from kvshare_store.commit.repository import Repository
 from kvshare_store.config import StoreConfig
 from kvshare_store.observability.metrics import OTHERS
+from kvshare_store.observability.version import version
 from kvshare_store.quality.overview import Overview
-from kvshare_store.version import version
 
 _COUNTERS = (
     "lookups", "hits_exact", "hits_continued", "hits_edited", "misses", "tokens_requested",

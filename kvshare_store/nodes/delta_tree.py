@@ -202,10 +202,6 @@ class DeltaTree:
         """Nodes of a namespace, pinned ones too."""
         return self._counts[namespace]
 
-    def size(self, block: str) -> int | None:
-        """Bytes of the rows of a block; None if no node uses it."""
-        return self._blocks.size(block)
-
     def namespaces(self) -> list[str]:
         """Digests of the namespaces that have blocks."""
         return [digest for digest, nbytes in self._blocks.bytes.items() if nbytes]

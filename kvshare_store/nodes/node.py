@@ -25,6 +25,8 @@ NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""
 SOURCES = 4
 """So many sources of a node are remembered: two tell that several have sent it."""
+MOST_GENERATIONS = 1 << 15
+"""Of edits, one on another: more than any policy builds on."""
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):

@@ -56,7 +56,10 @@ class VectorMatrix:
         if at is None:
             self.extend([node_id], vector[None])
             return
-        self._rows[at] = _packed(vector[None])[0]
+        self._put(at, _packed(vector[None])[0])
+
+    def _put(self, at: int, row: npt.NDArray[np.void]) -> None:
+        self._rows[at] = row
         if at < self._sketched:
             self._sketches[:, at] = _sketch(_unpacked(self._rows[at : at + 1]))[:, 0]
 
@@ -89,9 +92,7 @@ class VectorMatrix:
         if last != node_id:
             self._at[last] = at
             self._ids[at] = last
-            self._rows[at] = self._rows[len(self._ids)]
-            if at < self._sketched:
-                self._sketches[:, at] = _sketch(_unpacked(self._rows[at : at + 1]))[:, 0]
+            self._put(at, self._rows[len(self._ids)])
 
     def nearest(self, vector: npt.NDArray[np.float32], count: int) -> list[tuple[str, float]]:
         """The `count` best ids with their cosines, best first."""

@@ -1,1 +1,1 @@
-"""What the store counts and logs."""
+"""What the store counts and logs, and how its threads are."""

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from kvshare_store.config import LogFormat
-
 LOGGER = "kvshare"
 _PREFIX = f"{LOGGER}: "
 _SELDOM_S = 60.0
@@ -64,9 +62,9 @@ def with_fields(**fields: Any) -> dict[str, Any]:
     return {"fields": fields}
 
 
-def log_process_as(form: LogFormat) -> None:
-    """From now on all lines of this process go to standard error in this form, also those of
-    libraries. For a process that is KVShare's own."""
+def log_process_as(form: str) -> None:
+    """From now on all lines of this process go to standard error in this form (`log_format`), also
+    those of libraries. For a process that is KVShare's own."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

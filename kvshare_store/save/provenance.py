@@ -17,7 +17,7 @@ import numpy as np
 
 from kvshare_store.config import policy_names
 from kvshare_store.errors import NamespaceError, PlanError
-from kvshare_store.lookup.align import common_prefix
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.namespaces import Namespaces

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvshare_store.commit.node_store import NodeStore
+from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
@@ -15,7 +16,6 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
-from kvshare_store.limits.rates import Rates
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.namespace import Namespace
@@ -245,7 +245,7 @@ class Saving:
         with self._metrics.timed("save"):
             try:
                 self.copy(save, source, fresh)
-                node = self._node(save, [filled.name for filled in fresh])
+                node = new_node(save, [filled.name for filled in fresh], self._parent(save))
                 vectors = Vectors(lexical_vector(save.tokens), None)
                 with self._nodes.lock:
                     if staged_id not in self._saves:
@@ -279,14 +279,13 @@ class Saving:
             filled.name = block_name(block)
             at += nbytes
 
-    def _node(self, save: Save, fresh: list[str]) -> Node:
-        return new_node(save, fresh, self._parent(save))
-
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
             return self._answers.parent(save)
-        found = map(self._answers.now, save.reuse.donors)
-        return next((node for node in found if not _is_of_pool(node, save)), None)
+        for node in map(self._answers.now, save.reuse.donors):
+            if node is None or node.namespace == save.namespace.digest:  # of no pool
+                return node
+        return None
 
     def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
         """Make the node visible. Runs under the lock: this is the last moment at which a shared
@@ -303,9 +302,8 @@ class Saving:
         edited = self._edited_twin(node)
         if edited is not None:
             node = with_sources(node, edited.sources)
-        self._nodes.add(node, vectors)
-        here = self._nodes.tree.get(node.id)
-        if here is not None and here.stamp != node.stamp:  # it was there already
+        here = self._nodes.add(node, vectors)
+        if here.stamp != node.stamp:  # it was there already
             self._sources.confirm(here, node.sources)
         if edited is not None:
             self._settle(node, edited)
@@ -337,10 +335,6 @@ class _Filled(msgspec.Struct):
     offset: int
     name: str
     block: Block
-
-
-def _is_of_pool(node: Node | None, save: Save) -> bool:
-    return node is not None and node.namespace != save.namespace.digest
 
 
 def _as_planned(stamps: Sequence[int], named: Sequence[Sequence[Node]]) -> bool:

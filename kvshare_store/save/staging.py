@@ -11,7 +11,7 @@ import msgspec
 from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.node import MOST_GENERATIONS, Node
 from kvshare_store.plan import (
     Context,
     ReusePlan,
@@ -23,8 +23,6 @@ from kvshare_store.plan import (
     of_used_blocks,
 )
 from kvshare_store.tensors.layout import KVLayout
-
-_MOST_GENERATIONS = 1 << 15
 
 
 class Reuse(msgspec.Struct, frozen=True):
@@ -175,7 +173,7 @@ def check_reuse(reuse: Reuse, length: int) -> None:
         raise PlanError("contexts do not ascend within the prompt")
     if len(starts) > length:
         raise PlanError(f"a prompt of {length} tokens has no {len(starts):,} contexts")
-    if not 0 <= reuse.generation <= _MOST_GENERATIONS:
+    if not 0 <= reuse.generation <= MOST_GENERATIONS:
         raise PlanError(f"no rows are of generation {reuse.generation}")
 
 

@@ -8,9 +8,10 @@ from typing import IO, NamedTuple
 
 import msgspec
 
+from kvshare_store.config import json_lines
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.simulate.traces import Tokenize, json_lines
+from kvshare_store.simulate.traces import Tokenize
 
 
 class Prompt(NamedTuple):

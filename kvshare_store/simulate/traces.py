@@ -3,18 +3,17 @@ prefixes."""
 
 from __future__ import annotations
 
-import gzip
 import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import blake3
 import msgspec
 import numpy as np
 
+from kvshare_store.config import json_lines
 from kvshare_store.errors import ConfigError, UnsupportedError
 from kvshare_store.nodes.edits import Tokens
 
@@ -23,7 +22,6 @@ HASHED_TOKENS = 512
 _BETWEEN_TURNS = 100.0
 """How many other conversations begin, on average, between two turns of one."""
 
-Line = TypeVar("Line")
 Tokenize = Callable[[str], Sequence[int]]
 
 
@@ -55,26 +53,6 @@ def requests(file: IO[bytes], block_tokens: int, tokenize: Tokenize | None) -> I
     neither.
     """
     return _interleaved(json_lines(file, _Line, "the trace"), block_tokens, tokenize or four_bytes)
-
-
-def json_lines(file: IO[bytes], kind: type[Line], what: str) -> Iterator[tuple[int, Line]]:
-    """The lines of a JSONL file (gzip or not) with their numbers; empty ones are skipped.
-
-    `ConfigError` names the line that is not of this kind; `what`: how it calls the file.
-    """
-    decode = msgspec.json.Decoder(kind).decode
-    packed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    number = 0
-    try:
-        with gzip.open(file) if packed else nullcontext(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, decode(line)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{what} cannot be read: line {number}: {error}") from error
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"{what} cannot be read after line {number}: {error}") from error
 
 
 def _interleaved(

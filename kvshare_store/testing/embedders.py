@@ -30,8 +30,6 @@ RECIPE = "Beat the eggs with the sugar until pale, fold in the flour, bake for f
 class WordEmbedder(TextEmbedder):
     """The lexical vector of a text's words: for tests that need some embedder and no model."""
 
-    name = "words"
-
     def embed(self, text: str) -> Vector:
         words = [zlib.crc32(word.encode()) & 0x7FFFFFFF for word in text.split()]
         return lexical_vector(np.asarray(words, np.int32))

@@ -21,7 +21,7 @@ from kvshare_store import readable
 from kvshare_store.cli import common, gc, log, ls, main, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 from tests.support.commands import one_line, run
 
 pytestmark = pytest.mark.usefixtures("plain_environment")

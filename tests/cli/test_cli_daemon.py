@@ -28,10 +28,10 @@ from kvshare_store.daemon.protocol import Decline, EngineCached, ShowNode
 from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import Spawned, spawn_daemon
 from kvshare_store.namespace import Namespace
+from kvshare_store.observability.version import version
 from kvshare_store.plan import Outcome, Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.version import version
 from tests.support import daemons
 from tests.support.commands import run
 

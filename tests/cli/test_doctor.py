@@ -17,7 +17,7 @@ from kvshare_store.blocks.tiers.host import arena
 from kvshare_store.cli import checkup, top
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon, serving
 from tests.support.neighbours import NAMESPACE

@@ -26,11 +26,11 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.errors import UnavailableError
 from kvshare_store.namespace import Namespace
 from kvshare_store.observability.exposition import FAMILIES, exposition
+from kvshare_store.observability.version import version
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from kvshare_store.version import version
 from tests.daemon.test_exposition_quality import COMPARED
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.documents import ROOT, quoted, tables_of

@@ -12,6 +12,7 @@ import torch
 from kvshare_store.plan import reused_of
 from tests.engine.harness import BLOCK, SHARED, TOLERANCE, Engine, Fresh
 from tests.engine.soak import Traffic, related_prompts
+from tests.support.paged import rows_at
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -58,7 +59,7 @@ def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def read(block_ids: list[int], positions: torch.Tensor) -> torch.Tensor:
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker.cache.read(slots)
+        return rows_at(worker.cache, slots)
 
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)

@@ -11,6 +11,7 @@ import torch
 
 from examples.engines.small_model import prepare_model
 from tests.engine.harness import BLOCK, Engine
+from tests.support.paged import rows_at
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -32,7 +33,7 @@ def test_rows_of_an_exact_hit_are_the_saved_bits(
     def read(block_ids: list[int]) -> torch.Tensor:
         positions = torch.arange(len(prompt) - 1)
         slots = torch.tensor(block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        return worker.cache.read(slots).view(torch.int16)
+        return rows_at(worker.cache, slots).view(torch.int16)
 
     def saving(spec: Any) -> Any:
         rows["saved"] = read(spec.block_ids)

@@ -31,7 +31,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 from tests.support.daemons import ClientDriver, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:::(vllm|torch|transformers)")]

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from kvshare_store.errors import LeaseError, NamespaceError, PlanError, UnsupportedError
+from tests.support.paged import rows_at, write_logical
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing vLLM warns, and here warnings are errors
     pytest.importorskip("vllm.model_executor.layers.attention")
 
 from kvshare_connectors.vllm.paged_cache import PagedCache
-from kvshare_connectors.vllm.paged_formats import LogicalFormat
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -142,7 +142,7 @@ def test_what_the_kernel_wrote_is_read_back(
         layer = layers[name_of(index)]
         layer.impl.do_kv_cache_update(layer, rows[index, 0], rows[index, 1], layer.kv_cache, slots)
 
-    assert torch.equal(cache.read(slots), rows)
+    assert torch.equal(rows_at(cache, slots), rows)
     every = cache.snapshot(range(BLOCKS)).rows(torch.arange(cache.slots))
     assert torch.equal(every[:, :, slots], rows)
     # Runs that begin and end inside a tile, a block or a group of blocks.
@@ -162,7 +162,7 @@ def test_head_sizes_off_the_vector_width_use_vec16(
     cache = cache_of(layers)
     rows, slots = random_rows(cache, 45), shuffled_slots(cache, 45)
     cache.write(rows, slots)
-    assert torch.equal(cache.read(slots), rows)
+    assert torch.equal(rows_at(cache, slots), rows)
 
 
 @needs_cpu_platform
@@ -172,7 +172,7 @@ def test_write_touches_its_slots_only_and_skips_minus_one(
 ) -> None:
     cache = cache_of(cpu_layers(vllm_config, dtype, isa, 32, 64))
     every = torch.arange(cache.slots)
-    before = cache.read(every)
+    before = rows_at(cache, every)
     rows, slots = random_rows(cache, 50), shuffled_slots(cache, 50)
     slots[::3] = -1
 
@@ -180,7 +180,7 @@ def test_write_touches_its_slots_only_and_skips_minus_one(
 
     expected = before.clone()
     expected[:, :, slots[slots >= 0]] = rows[:, :, slots >= 0]
-    assert torch.equal(cache.read(every), expected)
+    assert torch.equal(rows_at(cache, every), expected)
 
 
 @needs_cpu_platform
@@ -190,7 +190,7 @@ def test_rows_may_be_strided(vllm_config: VllmConfig, dtype: torch.dtype, isa: s
     rows = random_rows(cache, 80).permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4)
     slots = shuffled_slots(cache, 40)
     cache.write(rows[:, :, ::2], slots)
-    assert torch.equal(cache.read(slots), rows[:, :, ::2])
+    assert torch.equal(rows_at(cache, slots), rows[:, :, ::2])
 
 
 @needs_cpu_platform
@@ -218,7 +218,7 @@ def test_layers_of_one_allocation_are_handled_at_once(
     for cache in (joined, apart):
         cache.write(torch.zeros_like(rows), every)
         cache.write(rows, slots)
-    assert torch.equal(joined.read(every), apart.read(every))
+    assert torch.equal(rows_at(joined, every), rows_at(apart, every))
 
 
 def packed_for_amx(keys: Tensor, values: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def test_amx_tiles_are_read_and_written_on_any_cpu(vllm_config: VllmConfig, head
                 packed = packed_for_amx(there[0, :, head], there[1, :, head])
                 blocks[block, head] = packed.view(blocks[block, head].shape)
     every = torch.arange(cache.slots)
-    assert torch.equal(cache.read(every), rows)
+    assert torch.equal(rows_at(cache, every), rows)
     assert torch.equal(cache.snapshot(range(BLOCKS)).rows(every), rows)
     stored = [layers[name_of(index)].kv_cache.clone() for index in range(LAYERS)]
     cache.write(torch.zeros_like(rows), every)
@@ -267,7 +267,7 @@ def logical_layers(
     """Stand-ins for layers of an accelerator backend; `token_major` as in LBNHC."""
 
     def write(_: Any, keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
-        LogicalFormat.write(cache, keys, values, slots)
+        write_logical(cache, keys, values, slots)
 
     layers = {}
     for index in range(LAYERS):
@@ -294,7 +294,7 @@ def test_logical_round_trip(dtype: torch.dtype, token_major: bool) -> None:
     cache = cache_of(layers)
     rows, slots = random_rows(cache, 33), shuffled_slots(cache, 33)
     cache.write(rows, slots)
-    assert torch.equal(cache.read(slots), rows)
+    assert torch.equal(rows_at(cache, slots), rows)
     # The layout itself: [block, head, token, K | V].
     block, offset = int(slots[7]) // 16, int(slots[7]) % 16
     stored = layers[name_of(1)].kv_cache[block, :, offset]
@@ -309,7 +309,7 @@ def test_scheduler_blocks_made_of_several_kernel_blocks() -> None:
     doubled.write(rows, slots)
     assert (cache.block_size, doubled.block_size) == (16, 32)
     assert torch.equal(doubled.snapshot([2, 0]).rows(torch.arange(64)), rows)
-    assert torch.equal(doubled.read(slots), rows)
+    assert torch.equal(rows_at(doubled, slots), rows)
     with pytest.raises(UnsupportedError, match="whole kernel blocks"):
         cache_of(logical_layers(block_size=16), block_size=24)
 
@@ -341,7 +341,7 @@ def test_a_snapshot_is_independent_of_the_live_cache(cache: PagedCache) -> None:
 def test_positions_count_through_the_snapshot(cache: PagedCache) -> None:
     raw = cache.snapshot([5, 1, 2])
     positions = torch.tensor([40, 3, 17, 17])
-    expected = cache.read(torch.tensor([2 * 16 + 8, 5 * 16 + 3, 1 * 16 + 1, 1 * 16 + 1]))
+    expected = rows_at(cache, torch.tensor([2 * 16 + 8, 5 * 16 + 3, 1 * 16 + 1, 1 * 16 + 1]))
     assert torch.equal(raw.rows(positions), expected)
 
 
@@ -366,7 +366,7 @@ def test_released_memory_serves_the_next_snapshot(cache: PagedCache) -> None:
     raw.release()  # a second time: the buffer must not be lent to two snapshots
     first, second = cache.snapshot([4, 5, 6]), cache.snapshot([4, 5, 6])
     assert first.buffer.data_ptr() == address != second.buffer.data_ptr()
-    assert torch.equal(first.rows(torch.arange(48)), cache.read(torch.arange(64, 112)))
+    assert torch.equal(first.rows(torch.arange(48)), rows_at(cache, torch.arange(64, 112)))
 
 
 def test_spare_memory_is_bounded() -> None:
@@ -384,17 +384,16 @@ def test_rows_in_another_thread_after_inference_mode(cache: PagedCache) -> None:
     thread = threading.Thread(target=lambda: found.append(raw.rows(torch.arange(32))))
     thread.start()
     thread.join()
-    assert torch.equal(found[0][:, :, 16:], cache.read(torch.arange(16, 32)))
+    assert torch.equal(found[0][:, :, 16:], rows_at(cache, torch.arange(16, 32)))
     raw.release()  # and a buffer made in inference mode can be used outside of it
     reused = cache.snapshot([0])
-    assert torch.equal(reused.rows(torch.arange(16)), cache.read(torch.arange(16)))
+    assert torch.equal(reused.rows(torch.arange(16)), rows_at(cache, torch.arange(16)))
 
 
 def test_nothing_asked_nothing_done(cache: PagedCache) -> None:
     none = torch.empty(0, dtype=torch.int64)
     cache.write(random_rows(cache, 0), none)
     assert cache.snapshot([]).rows(none).shape == cache.layout.shape(0)
-    assert cache.read(none).shape == cache.layout.shape(0)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -402,7 +401,7 @@ def test_nothing_asked_nothing_done(cache: PagedCache) -> None:
 
 def test_bad_arguments_are_refused_before_anything_is_written(cache: PagedCache) -> None:
     every = torch.arange(cache.slots)
-    before = cache.read(every)
+    before = rows_at(cache, every)
     with pytest.raises(PlanError, match="slot"):
         cache.write(random_rows(cache, 2), torch.tensor([0, cache.slots]))
     with pytest.raises(PlanError, match="slot"):
@@ -415,13 +414,11 @@ def test_bad_arguments_are_refused_before_anything_is_written(cache: PagedCache)
         cache.snapshot([0, BLOCKS])
     with pytest.raises(PlanError, match="block id"):
         cache.snapshot([-1])
-    with pytest.raises(PlanError, match="slot"):
-        cache.read(torch.tensor([-1]))
     with pytest.raises(PlanError, match="position"):
         cache.snapshot([0]).rows(torch.tensor([16]))
     with pytest.raises(PlanError, match="rows need"):
         cache.snapshot([0]).rows(torch.arange(3), out=random_rows(cache, 4))
-    assert torch.equal(cache.read(every), before)
+    assert torch.equal(rows_at(cache, every), before)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from kvshare_store.daemon import protocol
 from tests.engine.harness import BLOCK, WITH_DEVICE_TIER, Answer, Engine, Fresh
+from tests.support.paged import rows_at
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -29,7 +30,7 @@ def loads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.T
             at for span in spec.plan.spans for at in range(span.start, span.start + span.length)
         ]
         positions, blocks = torch.tensor(places), torch.tensor(spec.block_ids)
-        return worker.cache.read(blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
+        return rows_at(worker.cache, blocks[positions // BLOCK] * BLOCK + positions % BLOCK)
 
     def loading(spec: Any) -> int:
         from_arena: list[str] = []

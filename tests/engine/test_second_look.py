@@ -22,6 +22,7 @@ from tests.engine.harness import (
     close_kept_engine,
     kept_engine,
 )
+from tests.support.paged import rows_at
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -155,7 +156,7 @@ def test_rows_are_those_of_full_compute(
     def saving(spec: Any) -> Any:
         positions = torch.arange(len(spec.tokens) // 4)
         slots = torch.tensor(spec.block_ids)[positions // BLOCK] * BLOCK + positions % BLOCK
-        rows.append(worker.cache.read(slots))
+        rows.append(rows_at(worker.cache, slots))
         return snapshot(spec)
 
     monkeypatch.setattr(worker, "snapshot", saving)

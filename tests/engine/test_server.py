@@ -31,7 +31,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver
 from tests.support.exposition import Exposed
 from tests.support.oracle import prompt
-from tests.support.waiting import until
+from tests.support.waiting import eventually, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -154,13 +154,13 @@ def stored(home: Path, nodes: int, *, exactly: bool = False) -> dict[str, Any]:
     """Stats once that many prompts are stored; `exactly`: no more and no fewer. A prompt with its
     answer replaces the prompt, and for a moment both are stored."""
     with Client(home) as client:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            stats = client.stats()
-            if stats["nodes"] == nodes or (stats["nodes"] > nodes and not exactly):
-                break
-            time.sleep(0.1)
-        return stats
+
+        def there() -> bool:
+            found = int(client.stats()["nodes"])
+            return found == nodes or (found > nodes and not exactly)
+
+        eventually(there, STOP_S)
+        return client.stats()
 
 
 def wait_until_kept(home: Path, tokens: int, tenant: str) -> None:

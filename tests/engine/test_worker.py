@@ -28,6 +28,7 @@ from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan, Run, Span
 from kvshare_store.save.staging import Staged
+from tests.support.paged import rows_at
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::(vllm|torch)")]
 
@@ -290,7 +291,7 @@ def test_the_saver_commits_the_fresh_rows_block_by_block(monkeypatch: pytest.Mon
     one.saver.tell(lambda: protocol.Failed("after"))
     one.close()
     slots = torch.cat([torch.arange(TOKENS) + block * TOKENS for block in spec.block_ids])[:40]
-    parts = torch.split(cache.read(slots), [32, 8], dim=2)
+    parts = torch.split(rows_at(cache, slots), [32, 8], dim=2)
     assert Daemon.committed == [part.contiguous().numpy().tobytes() for part in parts]
     assert Daemon.told == [protocol.Failed("before"), protocol.Failed("after")]
 

@@ -13,8 +13,8 @@ import pytest
 from kvshare_store.blocks.remotes.owner import Owner
 from kvshare_store.blocks.tiers import remote as remote_tier
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.catalog.condemned import Condemned
 from kvshare_store.catalog.uses import Uses
+from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.machines.shared_garbage import SharedGarbage
 from tests.support.chaos.machines import run

@@ -200,14 +200,14 @@ def test_every_call_of_a_store_that_opens(driver: Callable[..., Driver], disk: F
     engine = driver()
     before = len(disk.calls)
     engine = driver()
-    engine.store.blocks.use()
+    engine.store.blocks.report()
     assert from_below(engine, old).exact == 15
     for at in range(1, len(disk.calls) - before + 1):
         engine.store.close()
         disk.arm(REFUSALS[at % len(REFUSALS)], at)
         try:
             engine = driver()
-            engine.store.blocks.use()
+            engine.store.blocks.report()
             from_below(engine, old)
             disk.heal()
         except KVShareError:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.blocks import configured as levels_of
 from kvshare_store.blocks.remotes import open_remote
+from kvshare_store.commit import tiers as levels_of
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import NoSpaceError, StorageError
 from kvshare_store.namespace import Namespace
@@ -106,7 +106,7 @@ def test_every_call_of_a_store_in_use(
 def test_a_remote_that_is_away_stops_saving_not_serving(
     driver: Callable[..., Driver], remotes: list[FaultyRemote], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvshare_store.threads._REFUSED_S", 0.1)  # ten seconds, else
+    monkeypatch.setattr("kvshare_store.observability.threads._REFUSED_S", 0.1)  # ten seconds, else
     engine, new = driver(), prompt(2, 40)
     engine.save(OLD)
     engine.store.flush()

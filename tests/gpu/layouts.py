@@ -13,6 +13,7 @@ from kvshare_store.plan import Span
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
 from tests.gpu.model import DEVICE, HEAD_DIM, HEADS, LAYERS, ORDERS, paged_cache
+from tests.support.paged import rows_at
 
 TOKENS = 500
 SPLITS = {"16": (16, 16), "64 of 16": (16, 64)}
@@ -36,7 +37,7 @@ def round_trip(order: str, kernel_block: int, block_size: int) -> str:
     rows = torch.randn(cache.layout.shape(TOKENS)).to(torch.bfloat16)
     slots = torch.randperm(cache.slots)[:TOKENS]
     cache.write(rows, slots)
-    if not torch.equal(cache.read(slots), rows):
+    if not torch.equal(rows_at(cache, slots), rows):
         return "what was written is not what is read"
     block, offset = slots // kernel_block, slots % kernel_block
     for index, layer in enumerate(cache.layers):

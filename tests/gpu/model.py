@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from kvshare_connectors.vllm.paged_cache import PagedCache
-from kvshare_connectors.vllm.paged_formats import LogicalFormat
 from torch import Tensor
+
+from tests.support.paged import write_logical
 
 DEVICE = torch.device("cuda:0")
 LAYERS, HEADS, HEAD_DIM = 8, 8, 128
@@ -24,7 +25,7 @@ ORDERS = {
 
 def write(_: Any, keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
     """What a backend's `do_kv_cache_update` does."""
-    LogicalFormat.write(cache, keys, values, slots)
+    write_logical(cache, keys, values, slots)
 
 
 def paged_cache(

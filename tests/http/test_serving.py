@@ -24,7 +24,7 @@ from kvshare_store.http import asking, guard, health, serving
 from kvshare_store.http.address import entrance
 from kvshare_store.http.history import History
 from kvshare_store.http.serving import THREAD, HttpServer
-from kvshare_store.threads import Health
+from kvshare_store.observability.threads import Health
 from tests.support import waiting
 from tests.support.page import Numb
 from tests.support.stores import SMALL

@@ -11,9 +11,11 @@ import pytest
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup import align as align_module
-from kvshare_store.lookup.align import align, common_prefix, passages
+from kvshare_store.lookup import equal_runs
+from kvshare_store.lookup.align import align
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
+from kvshare_store.lookup.equal_runs import common_prefix, passages
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
@@ -47,7 +49,7 @@ class Work:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.cells = self.calls = self.matches = 0
-        opcodes, prefix = align_module.Levenshtein.opcodes, align_module.common_prefix
+        opcodes, prefix = align_module.Levenshtein.opcodes, equal_runs.common_prefix
 
         def counted_opcodes(a: Sequence[int], b: Sequence[int], **hint: int | None) -> object:
             script = opcodes(a, b, **hint)
@@ -62,7 +64,8 @@ class Work:
         patch.setattr(align_module, "Levenshtein", SimpleNamespace(
             opcodes=counted_opcodes, distance=align_module.Levenshtein.distance
         ))  # fmt: skip
-        patch.setattr(align_module, "common_prefix", counted_prefix)
+        for module in (align_module, equal_runs):
+            patch.setattr(module, "common_prefix", counted_prefix)
 
     @property
     def cost(self) -> int:
@@ -228,7 +231,7 @@ def test_a_run_whose_grams_also_stand_elsewhere_is_made_longer_once(
         compared.append(common_prefix(a, b))
         return compared[-1]
 
-    monkeypatch.setattr(align_module, "common_prefix", counted)
+    monkeypatch.setattr(equal_runs, "common_prefix", counted)
     assert passages(text, donor, gaps, 96) == [Match(0, at, len(text))]
     assert 0 < sum(compared) < len(text), "each part up to the next one only"
     text[4_100] = 5

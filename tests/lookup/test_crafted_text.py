@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.lookup import align as align_module
+from kvshare_store.lookup import equal_runs
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.grams import GRAM, gram_hashes
@@ -42,13 +43,14 @@ def test_one_token_again_and_again(
     """What is found is equal, and the work is bounded, not only the time that it may take. With
     equal ends most is found there; else each place of the request seems to be each of the donor."""
     request, donor = repeated(LENGTH // 3), repeated(LENGTH // 2, ends)
-    compare, compared = align_module.common_prefix, list[int]()
+    compare, compared = equal_runs.common_prefix, list[int]()
 
     def counted(a: Tokens, b: Tokens) -> int:
         compared.append(compare(a, b))
         return compared[-1]
 
-    monkeypatch.setattr(align_module, "common_prefix", counted)
+    for module in (align_module, equal_runs):
+        monkeypatch.setattr(module, "common_prefix", counted)
     found = align_module.align(request, donor, Effort(seconds=math.inf), least=least)
     assert sum(compared) < MOST_COMPARED
     for start, source, length in found:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvshare_store.errors import PlanError
 from kvshare_store.lookup import align as align_module
-from kvshare_store.lookup.align import align, common_prefix
+from kvshare_store.lookup.align import align
+from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.nodes.edits import Match, as_tokens, edit_script
 from kvshare_store.nodes.grams import GRAM, gram_hashes
 from tests.support.edits import apply_edits

@@ -310,7 +310,7 @@ def test_a_row_that_is_committed_after_a_claim_keeps_its_blocks(
 def test_a_save_whose_blocks_a_dead_janitor_claimed_is_refused_and_can_be_made_later(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvshare_store.catalog.condemned._PATIENCE_S", 0.1)
+    monkeypatch.setattr("kvshare_store.commit.condemned._PATIENCE_S", 0.1)
     one, other, third = (machine(name, **ASKED_ONLY) for name in "abc")
     third.book = other.book
     save(one, PROMPT)

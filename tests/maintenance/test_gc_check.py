@@ -118,10 +118,10 @@ def test_blocks_whose_node_is_just_coming_are_not_garbage(
     add = nodes.add
     passing = threading.Thread(target=lambda: collected.append(engine.store.collect().blocks))
 
-    def add_late(*arguments: Any) -> None:
+    def add_late(*arguments: Any) -> Any:
         passing.start()
         time.sleep(0.2)
-        add(*arguments)
+        return add(*arguments)
 
     monkeypatch.setattr(nodes, "add", add_late)
     engine.save(prompt(2, 40))

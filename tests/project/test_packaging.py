@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy import release
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 from tests.support.environments import empty_environment, install, run
 from tests.support.protocol_recording import recorded
 

@@ -230,9 +230,9 @@ class Day:
             self._driver.save(asked.tokens, None if plan.declined else plan)
         except NoSpaceError:
             self._refused += 1
-        for tier, use in self._store.blocks.use().items():
-            if use.bytes > use.budget:
-                self._over.append(f"{tier} holds {use.bytes:,} of {use.budget:,}")
+        for tier, use in self._store.blocks.report().items():
+            if use["bytes"] > use["budget"]:
+                self._over.append(f"{tier} holds {use['bytes']:,} of {use['budget']:,}")
 
     def _reuse(self, novel: range) -> float:
         return float(np.mean([share for before, share in self._reused if before in novel]))

@@ -426,14 +426,14 @@ class StoreMachine(RuleBasedStateMachine):
         files = {file.stem: file for file in (self.home / "blocks").glob("*/*")}
         assert wanted <= set(files), "a node points at a block that is not on disk"
         assert set(files) <= wanted | held, "blocks without a node were left behind"
-        use = self.store.blocks.use()
+        use = self.store.blocks.report()
         catalog = (
             self.store.repository.catalog.bytes if self.store.repository.catalog is not None else 0
         )
         blocks = sum(file.stat().st_size for file in files.values())
-        assert use["disk"].bytes == blocks + catalog
+        assert use["disk"]["bytes"] == blocks + catalog
         assert blocks <= self.config.disk_bytes  # the last commit may exceed it
-        assert use["disk"].blocks == len(files)
+        assert use["disk"]["blocks"] == len(files)
         assert not list((self.home / "tmp").iterdir())
         assert set(self.store.blocks.host.names()) <= wanted | held
         self._check_catalogue()
@@ -463,7 +463,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(seqs) == len(taken), "two slots have one sequence number"
         taken.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken)), "slots overlap"
-        used = self.store.blocks.use()["host"].bytes
+        used = self.store.blocks.report()["host"]["bytes"]
         assert sum(stop - start for start, stop in taken) == used
         assert used <= self.config.host_bytes
         assert len(self.staged) == self.store.stats()["staged"]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvshare_store.catalog.condemned import now_s
+from kvshare_store.commit.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from kvshare_store.daemon import protocol
-from kvshare_store.version import version
+from kvshare_store.observability.version import version
 from tests.daemon.test_protocol import MESSAGES, REPLIES
 
 RECORDING = Path(__file__).parents[1] / "data" / "protocol_before.json"

@@ -46,11 +46,6 @@ class Allocator:
         """Free bytes in total."""
         return self.nbytes - self.used
 
-    @property
-    def largest(self) -> int:
-        """The largest range that can be allocated without moving anything."""
-        return self._by_size[-1][0] if self._by_size else 0
-
     def allocate(self, size: int) -> int | None:
         """Offset of `size` bytes at the start of the smallest free range that has them, or None."""
         at = bisect_left(self._by_size, (size, 0))

@@ -15,15 +15,11 @@ from kvshare_store.blocks.tiers.allocator import Allocator
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.readable import short
+from kvshare_store.tensors.dtypes import DTYPES
 from kvshare_store.tensors.frame import Block
-from kvshare_store.tensors.layout import DTypeName, KVLayout
+from kvshare_store.tensors.layout import KVLayout
 
 _ALIGN = 64
-DTYPES: dict[DTypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 class _Place(NamedTuple):

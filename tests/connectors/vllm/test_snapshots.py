@@ -17,6 +17,7 @@ from kvshare_connectors.vllm.snapshots import SnapshotRing
 from torch import Tensor
 
 from kvshare_store.errors import NoSpaceError
+from tests.support.paged import rows_at
 
 LAYERS, HEADS, TOKENS, HEAD_DIM, BLOCKS = 3, 2, 16, 8, 40
 BLOCK_BYTES = LAYERS * HEADS * TOKENS * 2 * HEAD_DIM * 4
@@ -96,7 +97,7 @@ def tokens_of(*blocks: int) -> Tensor:
 def expected(cache: PagedCache, *blocks: int) -> Tensor:
     """Canonical rows of blocks, read without the ring buffer."""
     plain = PagedCache(cache.layers, LogicalFormat())
-    return plain.read(tokens_of(*blocks))
+    return rows_at(plain, tokens_of(*blocks))
 
 
 def wipe(cache: PagedCache) -> None:

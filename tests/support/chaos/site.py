@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvshare_store.catalog.condemned import now_s
+from kvshare_store.commit.condemned import now_s
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError
 from kvshare_store.namespace import Namespace

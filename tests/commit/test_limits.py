@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvshare_store.commit.tenants import Limits, TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, LimitError
-from kvshare_store.limits.tenants import Limits, TenantLimits
 from kvshare_store.namespace import Namespace
 from tests.support.oracle import Driver, prompt
 

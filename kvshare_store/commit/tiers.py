@@ -39,7 +39,7 @@ def open_levels(
         disk = io.run(opened)
         # other machines cannot read this disk: with a shared catalogue it is only a cache
         required = config.disk_write == "through" and not config.catalog
-        levels.append(Level(disk, config.disk_write, required=required))
+        levels.append(Level(disk, back=config.disk_write == "back", required=required))
     if config.remote:
         required = not any(level.required for level in levels)
         levels.append(_remote(config, io, keys, owner, required=required))
@@ -76,7 +76,7 @@ def _remote(
         io.submit(tier.discover())  # what is there already counts
     return Level(
         resilient(tier, config.remote_timeout_ms),
-        config.remote_write,
+        back=config.remote_write == "back",
         required=required,
         shared=bool(config.catalog),
         remote=tier,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 from typing import Any
 
 import pytest
 
 from kvshare_store.blocks.io_loop import IoLoop
 from kvshare_store.errors import StorageError
-from kvshare_store.threads import STORING, FairLock, Health, Supervised
+from kvshare_store.observability.threads import STORING, Health, Supervised
 from tests.support.neighbours import Machine, until
 
 PATIENCE_S = 60.0
@@ -105,40 +102,3 @@ def test_the_loop_of_the_tiers_survives_what_ends_a_loop() -> None:
     assert io.run(answer(), PATIENCE_S) == 7
     assert health.report()["failures"] == {"kvshare-io": 1}
     io.close()
-
-
-def test_a_fair_lock_is_had_in_the_order_of_asking() -> None:
-    lock, order = FairLock(), list[int]()
-
-    def ask(number: int) -> None:
-        with lock:
-            order.append(number)
-
-    askers = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    with lock:
-        for count, asker in enumerate(askers, 1):
-            asker.start()
-            while len(lock.waiting) < count:
-                time.sleep(0.001)
-    for asker in askers:
-        asker.join(PATIENCE_S)
-    assert order == list(range(8))
-    with lock:
-        pass
-
-
-def test_who_gives_up_waiting_for_a_fair_lock_holds_nobody_up() -> None:
-    """A signal ends the wait of the main thread."""
-    lock = FairLock()
-    with lock:
-        signal.signal(signal.SIGUSR1, _interrupt)
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        with pytest.raises(InterruptedError), lock:
-            raise AssertionError("it is taken")
-    had = threading.Event()
-    threading.Thread(target=lambda: lock.__enter__() or had.set()).start()
-    assert had.wait(PATIENCE_S)
-
-
-def _interrupt(*_: object) -> None:
-    raise InterruptedError

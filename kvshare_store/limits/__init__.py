@@ -1,1 +1,0 @@
-"""What each tenant may have, and ask for in a second."""
