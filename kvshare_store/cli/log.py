@@ -25,9 +25,11 @@ from kvshare_store.readable import (
     age,
     milliseconds,
     one_line,
+    outcome_text,
     printable,
     regret_cell,
     short,
+    steering_text,
     verdict_lines,
 )
 
@@ -141,6 +143,8 @@ def request_lines(request: Request) -> Iterable[str]:
         f"{_time(request['held'])} from question to end; the plan was expected to save "
         f"{request['saving_ms']:,.1f} ms"
     )
+    if request.get("steering"):  # a daemon of the release before does not say it
+        yield steering_text(request["steering"])
     if request["donors"]:
         yield "donors: " + ", ".join(short(donor) for donor in request["donors"])
     if request["spans"]:
@@ -153,8 +157,7 @@ def _name(request: Request) -> str:
 
 
 def _outcome(request: Request) -> Text:
-    reason = f": {printable(request['reason'])}" if request["reason"] else ""
-    return Text(f"{request['outcome']}{reason}", COLOURS[request["outcome"]])
+    return Text(outcome_text(request), COLOURS[request["outcome"]])
 
 
 def _some(count: int) -> str:

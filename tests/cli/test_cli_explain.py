@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.cli import evict
+from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.protocol import ListNodes
@@ -150,7 +151,36 @@ def test_a_bound_and_a_cap_are_explained(
     assert steered["steering"]["rung"] == steered["policy"] == "exact"
     assert steered["by_kind"] == {"exact": 80, "recomputed": 120}
     out = ok(*arguments)
-    assert "/replace is at exact under a bound of 2.0 %; 2.0 % of its requests get faithful" in out
+    assert "/replace is at exact under a quality_bound of 2.0 %; 2.0 % of its requests get" in out
+
+
+def test_a_logged_request_says_the_bound_also_without_its_text(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    bound = StoreConfig(home=str(home), quality_bound=1e-9, **SMALL)
+    with serving(bound), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        engine.save(FIRST)
+        for name, tokens in (("kept", SECOND), ("lost", [7, 8, *FIRST[2:]]), ("new", [1] * 99)):
+            asked = client.send(plan_request(np.asarray(tokens, np.int32), SPACE, None, name))
+            plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
+            if plan.lease:
+                client.finish(plan.lease, Outcome(plan.exact, 0, 120))
+        table = ok("log", "--home", home)
+        for words in ("exact (quality_bound)", "miss: quality_bound", "miss: no_donor"):
+            assert words in table
+        for name in ("kept", "lost"):
+            out = ok("explain", "--request", name, "--home", home)
+            assert "policy exact" in out
+            assert "/replace is at exact under a quality_bound of 0.0 %" in out
+        assert "quality_bound" not in ok("explain", "--request", "new", "--home", home)
+
+
+def test_a_log_of_the_release_before_says_no_bound(served: Served) -> None:
+    found = as_json("log", "--home", served[0])
+    for request in found:
+        del request["steering"]
+    assert "quality_bound" not in "".join(request_lines(found[0]))
+    assert requests_table(found, 200).row_count == len(found)
 
 
 @pytest.mark.parametrize(

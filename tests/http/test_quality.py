@@ -297,13 +297,29 @@ def explained(driver: Open, **settings: Any) -> str:
 
 def test_an_explanation_says_the_rung_and_whose_rows_are_taken(driver: Open) -> None:
     text = explained(driver, **BOUND, unconfirmed_share=0.5)
-    assert re.search(r"Class \w+/\w+/replace is at exact under a bound of 2.0 %", text)
+    assert re.search(r"Class \w+/\w+/replace is at exact under a quality_bound of 2.0 %", text)
     assert "2.0 % of its requests get faithful. Its quality" in text
     assert "found bysourcewhy" in text
     capped = explained(driver, unconfirmed_share=0.5)
-    assert "under a bound" not in capped
+    assert "quality_bound" not in capped
     assert "unconfirmed (150 tokens)" in capped
     assert "only one other source has sent" in capped
+
+
+def test_a_logged_request_says_the_bound_also_without_its_text(driver: Open) -> None:
+    engine = driver(**BOUND | {"quality_bound": 1e-9})
+    donor = prompt(1, 300)
+    engine.save(donor)
+    engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]])
+    engine.serve([*prompt(5, 3), *donor[3:]])
+    table = lines(Page(seen(engine.store, "/requests").text))
+    assert "exact (quality_bound)" in table
+    assert "miss: quality_bound" in table
+    found = seen(engine.store, "/api/requests").json()
+    assert [one["steering"]["rung"] for one in found] == ["exact", "exact"]
+    for number in (1, 2):
+        text = lines(Page(seen(engine.store, f"/explain?request={number}").text))
+        assert re.search(r"Class \w+/\w+/replace is at exact under a quality_bound of 0.0 %", text)
 
 
 # --- whose it is ----------------------------------------------------------------------------------
