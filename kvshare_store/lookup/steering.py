@@ -79,7 +79,7 @@ def rung_of(
     `cover`, whose first donor is `donor`; and what made it stricter, if it is. It counts as served.
     What is learned is the request's namespace's, also where the donor is of a pool."""
     traffic = _traffic(state, cover, donor)
-    quality.planned.planned(namespace, cover.request, traffic)
+    quality.planned.planned(namespace, cover.request, traffic, donor.id)
     chosen = stricter_policy(policy, quality.rung(namespace, traffic, policy.name))
     if chosen is policy:
         return policy, None

@@ -252,6 +252,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     read = shown(engine)
     links = [found["href"] for tag, found in read.elements if tag == "a"]
     assert f"/nodes/{stored.id}?policy=aggressive" in links
+    assert f"text was replaced, as in {stored.id[:12]}" in lines(read)
     node = seen(engine.store, f"/nodes/{stored.id}?policy=aggressive")
     assert "differs from full compute from token 3 on" in Page(node.text).text
     (one,) = {link for link in links if (link or "").startswith("/quality/class")}
@@ -259,6 +260,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     engine.store.clear()
     assert told(engine)["worst"][0]["node"] == told(engine)["classes"][0]["example"] == ""
     assert "no longer stored" in lines(shown(engine))
+    assert "text was replaced; no such prompt is known to be stored" in lines(shown(engine))
 
 
 def verdict_on(engine: Driver, at: int, regret: float, *, greedy: bool = True) -> None:
