@@ -57,7 +57,8 @@ def lines(one: Found, answer: Found, now: float, *, small: bool) -> list[Line]:
 def described(one: Found) -> tuple[str, str]:
     """Which traffic a listed class is: what differs, in words that end where a node is to be
     named, and the id of that node; empty if none is known."""
-    differs = KINDS_OF_EDIT.get(one["kind"], one["kind"])
+    kind: str = one["kind"]
+    differs = KINDS_OF_EDIT.get(kind, kind)
     if one["example"]:
         return f"{differs}, as in", one["example"]
     donor = one.get("donor", "")  # a daemon of the release before has none

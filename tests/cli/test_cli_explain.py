@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,33 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
         assert {node.id for node in store.tree} == {second, other}
     ok("unpin", other, "--home", home)
     assert ok("evict", "--older-than", "0s", "--yes", "--home", home).startswith("Forgot 2")
+
+
+def test_the_prompts_of_one_tenant_are_listed(served: Served) -> None:
+    home, (first, second, third) = served
+    listed = as_json("ls", "--tenant", "alice", "--home", home)
+    assert [(node["id"], node["tenant"]) for node in listed] == [(third, "alice")]
+    nobodys = as_json("ls", "--tenant", "", "--limit", "2", "--home", home)
+    assert {node["id"] for node in nobodys} == {first, second}
+    assert as_json("ls", "--tenant", "alice", "--pool", "house", "--home", home) == []
+    assert "shows all" not in ok("ls", "--tenant", "alice", "--home", home)
+    for command in (["ls"], ["export", home / "archive"]):
+        ran = run(*command, "--tenant", "allice", "--home", home)
+        assert "no namespace is of that tenant" in one_line(ran, 5)
+
+
+def test_a_daemon_of_the_release_before_lists_no_other_tenants(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = as_json("ls", "--home", served[0])
+
+    def older(message: Any) -> Any:
+        return every if isinstance(message, ListNodes) else {"nodes": len(every)}
+
+    monkeypatch.setattr("kvshare_store.cli.ls.answering", lambda _: nullcontext(older))
+    listed = as_json("ls", "--tenant", "alice", "--home", served[0])
+    assert [node["id"] for node in listed] == [served[1][2]]
+    assert ok("ls", "--tenant", "allice", "--home", served[0]).startswith("No nodes of that tenant")
 
 
 def test_what_a_purge_would_remove(home: Path) -> None:
