@@ -37,7 +37,7 @@ Request = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "miss": "yellow"}
 
-_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited", "regret")
+_DROPPED = ("continued", "lookup", "load", "ago", "recomputed", "exact", "edited", "regret")
 """Columns that a narrow terminal does without, the first one first."""
 _TENANT = 16
 """Cells that a tenant has at least."""
@@ -115,7 +115,7 @@ def _columns(requests: Sequence[Request]) -> Columns:
     }
     for kind in ("exact", "continued", "edited"):
         columns[kind] = [Text(_some(request[kind])) for request in requests]
-    columns["computed"] = [Text(f"{request['recomputed']:,}") for request in requests]
+    columns["recomputed"] = [Text(f"{request['recomputed']:,}") for request in requests]
     for step in ("lookup", "load"):
         columns[step] = [Text(_time(request[step])) for request in requests]
     verdicts = [request.get("verdict") for request in requests]
@@ -135,7 +135,7 @@ def request_lines(request: Request) -> Iterable[str]:
     )
     yield (
         f"{_outcome(request)}: {request['exact']:,} exact, {request['continued']:,} continued, "
-        f"{request['edited']:,} edited, {request['recomputed']:,} computed, "
+        f"{request['edited']:,} edited, {request['recomputed']:,} recomputed, "
         f"{request['cached']:,} from the engine's prefix cache"
     )
     yield (

@@ -33,7 +33,7 @@ PartsOption = Annotated[
     bool,
     typer.Option(
         "--parts",
-        help="Show classes apart: by how much was computed, by how far the answer is from an edit.",
+        help="Show classes apart: by share recomputed, by how far the answer is from an edit.",
     ),
 ]
 LimitOption = Annotated[
@@ -42,7 +42,7 @@ LimitOption = Annotated[
 ]
 
 
-PARTS = {"computed": "{} % computed", "distance": "{} tokens behind an edit"}
+PARTS = {"computed": "{} % recomputed", "distance": "{} tokens behind an edit"}
 """What the parts of a policy are called."""
 
 

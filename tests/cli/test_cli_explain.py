@@ -82,7 +82,7 @@ def test_a_stored_prompt_against_another(served: Served) -> None:
     out = ok("explain", "--node", second[:10], "--node", first[:10], "--home", home)
     for words in (
         "200 tokens, policy aggressive",
-        "plan: 196 tokens reused, 4 computed",
+        "plan: 196 tokens reused, 4 recomputed",
         "at token 80, from",
         "recomputed: edit",
         "[edit: 7 8 9]",
@@ -230,7 +230,7 @@ def test_the_log_of_a_daemon(served: Served) -> None:
 def test_a_logged_request_in_full(served: Served) -> None:
     out = ok("explain", "--request", "chat", "--home", served[0])
     assert "request chat-7" in out
-    assert "80 exact, 0 continued, 116 edited, 4 computed" in out
+    assert "80 exact, 0 continued, 116 edited, 4 recomputed" in out
     assert "load 2.00 ms" in out
     assert "log_prompts" in out
 

@@ -106,8 +106,8 @@ def test_parts_follow_their_policy(engine: Driver) -> None:
     table = rows(engine, parts=True)
     at = next(at for at, row in enumerate(table) if row.startswith("faithful"))
     assert [row.split(" 0.0 % (")[0] for row in table[at + 1 : at + 8]] == [
-        "0 to 9 % computed 40", "10 to 24 % computed 60", "25 to 49 % computed 100",
-        "50 or more % computed 200", "0 to 63 tokens behind an edit 64",
+        "0 to 9 % recomputed 40", "10 to 24 % recomputed 60", "25 to 49 % recomputed 100",
+        "50 or more % recomputed 200", "0 to 63 tokens behind an edit 64",
         "64 to 255 tokens behind an edit 192", "256 to 1,023 tokens behind an edit 144",
     ]  # fmt: skip
 
