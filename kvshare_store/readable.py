@@ -69,12 +69,21 @@ def bounds(start: int, stop: int | None) -> str:
 def steering_text(steering: Mapping[str, Any]) -> str:
     """What a bound makes of a prompt's class, as a sentence."""
     text = (
-        f"class {printable(steering['traffic'])} is at {steering['rung']} under a bound of "
+        f"class {printable(steering['traffic'])} is at {steering['rung']} under a quality_bound of "
         f"{percent(steering['bound'])}"
     )
     if steering["tried"]:
         text += f"; {percent(steering['share'])} of its requests get {steering['tried']}"
     return text
+
+
+def outcome_text(request: Mapping[str, Any]) -> str:
+    """`edited`, or `miss: no_donor` with the reason; `exact (quality_bound)` where a bound made the
+    policy stricter."""
+    if request["reason"]:
+        return f"{request['outcome']}: {one_line(request['reason'])}"
+    bounded = request.get("steering")  # a daemon of the release before does not say it
+    return f"{request['outcome']} (quality_bound)" if bounded else str(request["outcome"])
 
 
 def source_text(candidate: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ class Trace:
     def look(self) -> None:
         """Called each step: the first token says that the whole prompt is computed."""
         if self._loading_at is not None and self._request.num_output_tokens:
-            self.part("partial_prefill", self._loading_at, computed=self._left)
+            self.part("partial_prefill", self._loading_at, recomputed=self._left)
             self._loading_at = None
 
     def end(self, answer: Mapping[str, Any]) -> None:

@@ -10,12 +10,13 @@ from rich.table import Table
 from examples.chat.measured import ARMS, Row, Turn, rows
 
 _COLUMNS = (
-    "prompt\ntokens", "computed\nplain", "\nKVShare", "ms\nplain", "\nKVShare", "\ntimes",
+    "prompt\ntokens", "recomputed\nplain", "\nKVShare", "ms\nplain", "\nKVShare", "\ntimes",
     "same\nanswer",
 )  # fmt: skip
 LEGEND = (
-    "plain: vLLM with its prefix caching alone. computed: tokens of the prompt that the engine "
-    "computed. ms: time to the first word. times: KVShare's, as a multiple of plain vLLM's. "
+    "plain: vLLM with its prefix caching alone. KVShare: under policy balanced. recomputed: tokens "
+    "of the prompt that the engine computed. ms: time to the first word. times: KVShare's, as a "
+    "multiple of plain vLLM's. "
     "Medians over the conversations; 2+: turns 2 and later of all of them."
 )
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from examples.engines.engine import Answer
 
+POLICY = "balanced"
+"""What KVShare reuses in the demo."""
 LONG = 1000
 """Tokens from which a prompt counts as long."""
 LIGHT = 0.10

@@ -48,7 +48,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.report import Results
+from examples.demo.report import POLICY, Results
 from examples.demo.session import COMPARED, DemoError, Session, Workload
 from examples.demo.terminal import show
 from examples.engines.engine import SETTINGS, Engine, kvshare_settings
@@ -64,7 +64,7 @@ def arm_settings(arm: str, home: str) -> dict[str, Any]:
     caching = {"enable_prefix_caching": arm in ("prefix", "kvshare")}
     if arm in ("full", "prefix"):
         return caching
-    return caching | kvshare_settings(home=home, policy="balanced")
+    return caching | kvshare_settings(home=home, policy=POLICY)
 
 
 def served(session: Session) -> Iterator[None]:

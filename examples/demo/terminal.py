@@ -10,12 +10,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from examples.demo.report import LIGHT, LONG, FollowerResult, Results
+from examples.demo.report import LIGHT, LONG, POLICY, FollowerResult, Results
 
 
 def show(report: dict[str, Any], results: Results, console: Console) -> None:
     """The table, the summary, and one answer side by side."""
-    console.rule("Time to first token")
+    console.rule(f"Time to first token, KVShare under policy {POLICY}")
     console.print(follower_table(report["followers"]))
     console.print(summary_panel(report["summary"]))
     if results.followers:
@@ -26,7 +26,7 @@ def follower_table(rows: Iterable[dict[str, Any]]) -> Table:
     """One row for each follower."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
     table.add_column("\nfamily", no_wrap=True)
-    for name in ("\ntokens", "exact\nreuse", "edited\nreuse", "com-\nputed"):
+    for name in ("\ntokens", "exact\nreuse", "edited\nreuse", "recom-\nputed"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("full\nms", "prefix\nms", "KVShare\nms", "\nfaster"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -73,7 +73,7 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("First token sooner than full prefill's", times_text(full)),
         ("First token sooner than prefix caching's", times_text(prefix)),
         (f"  than full, {LONG:,} tokens and more", n_text(long)),
-        (f"  than full, of these at most {LIGHT:.0%} computed", n_text(light)),
+        (f"  than full, of these at most {LIGHT:.0%} recomputed", n_text(light)),
         *([("Identical prompt again", times_text(again))] if again is not None else []),
         ("Tokens reused", percent(summary["share_reused"])),
         ("Cost of a miss", f"{percent(summary['miss_overhead'])} (n={summary['misses']})"),

@@ -71,7 +71,7 @@ def headline(explained: Found) -> Iterable[str]:
         reused = explained["tokens"] - explained["by_kind"].get("recomputed", 0)
         made = explained["generation"]
         yield (
-            f"plan: {reused:,} tokens reused, {explained['tokens'] - reused:,} computed; "
+            f"plan: {reused:,} tokens reused, {explained['tokens'] - reused:,} recomputed; "
             + (f"the prompt's rows are then of generation {made}" if made else "exact")
         )
     expected = explained["expected"]

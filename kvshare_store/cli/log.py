@@ -25,9 +25,11 @@ from kvshare_store.readable import (
     age,
     milliseconds,
     one_line,
+    outcome_text,
     printable,
     regret_cell,
     short,
+    steering_text,
     verdict_lines,
 )
 
@@ -35,7 +37,7 @@ Request = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "miss": "yellow"}
 
-_DROPPED = ("continued", "lookup", "load", "ago", "computed", "exact", "edited", "regret")
+_DROPPED = ("continued", "lookup", "load", "ago", "recomputed", "exact", "edited", "regret")
 """Columns that a narrow terminal does without, the first one first."""
 _TENANT = 16
 """Cells that a tenant has at least."""
@@ -113,7 +115,7 @@ def _columns(requests: Sequence[Request]) -> Columns:
     }
     for kind in ("exact", "continued", "edited"):
         columns[kind] = [Text(_some(request[kind])) for request in requests]
-    columns["computed"] = [Text(f"{request['recomputed']:,}") for request in requests]
+    columns["recomputed"] = [Text(f"{request['recomputed']:,}") for request in requests]
     for step in ("lookup", "load"):
         columns[step] = [Text(_time(request[step])) for request in requests]
     verdicts = [request.get("verdict") for request in requests]
@@ -133,7 +135,7 @@ def request_lines(request: Request) -> Iterable[str]:
     )
     yield (
         f"{_outcome(request)}: {request['exact']:,} exact, {request['continued']:,} continued, "
-        f"{request['edited']:,} edited, {request['recomputed']:,} computed, "
+        f"{request['edited']:,} edited, {request['recomputed']:,} recomputed, "
         f"{request['cached']:,} from the engine's prefix cache"
     )
     yield (
@@ -141,6 +143,8 @@ def request_lines(request: Request) -> Iterable[str]:
         f"{_time(request['held'])} from question to end; the plan was expected to save "
         f"{request['saving_ms']:,.1f} ms"
     )
+    if request.get("steering"):  # a daemon of the release before does not say it
+        yield steering_text(request["steering"])
     if request["donors"]:
         yield "donors: " + ", ".join(short(donor) for donor in request["donors"])
     if request["spans"]:
@@ -153,8 +157,7 @@ def _name(request: Request) -> str:
 
 
 def _outcome(request: Request) -> Text:
-    reason = f": {printable(request['reason'])}" if request["reason"] else ""
-    return Text(f"{request['outcome']}{reason}", COLOURS[request["outcome"]])
+    return Text(outcome_text(request), COLOURS[request["outcome"]])
 
 
 def _some(count: int) -> str:

@@ -19,6 +19,7 @@ from kvshare_store.cli.common import (
     place,
     print_json,
 )
+from kvshare_store.cli.evict import TenantOption
 from kvshare_store.cli.fitting import Columns, fitted, table_of
 from kvshare_store.readable import age, one_line, short
 
@@ -42,6 +43,7 @@ def command(
     config: ConfigOption = None,
     limit: LimitOption = 50,
     pool: PoolOption = "",
+    tenant: TenantOption = None,
     json: JsonOption = False,
 ) -> None:
     """List the stored prompts, the most recently used first."""
@@ -49,17 +51,19 @@ def command(
 
     chosen = configured(home, config)
     with answering(chosen) as ask:
-        nodes = ask(protocol.ListNodes(limit, pool))
+        nodes = ask(protocol.ListNodes(limit, pool, tenant))
         total = ask(protocol.Stats())["nodes"]
+    if tenant is not None:  # a daemon of the release before lists those of all
+        nodes = [node for node in nodes if node["tenant"] == tenant and not node.get("pool")]
     if json:
         print_json(nodes)
     elif not nodes:
-        of = f" of pool {pool}" if pool else ""
+        of = f" of pool {pool}" if pool else "" if tenant is None else " of that tenant"
         typer.echo(f"No nodes{of} in {place(chosen)} yet.")
     else:
         out = console()
         out.print(nodes_table(nodes, out.width))
-        if total > len(nodes) and not pool:
+        if total > len(nodes) and not pool and tenant is None:
             out.print(f"{len(nodes):,} of {total:,} nodes; --limit {total} shows all", style="dim")
 
 

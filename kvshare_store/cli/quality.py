@@ -33,7 +33,7 @@ PartsOption = Annotated[
     bool,
     typer.Option(
         "--parts",
-        help="Show classes apart: by how much was computed, by how far the answer is from an edit.",
+        help="Show classes apart: by share recomputed, by how far the answer is from an edit.",
     ),
 ]
 LimitOption = Annotated[
@@ -42,7 +42,7 @@ LimitOption = Annotated[
 ]
 
 
-PARTS = {"computed": "{} % computed", "distance": "{} tokens behind an edit"}
+PARTS = {"computed": "{} % recomputed", "distance": "{} tokens behind an edit"}
 """What the parts of a policy are called."""
 
 
@@ -58,6 +58,7 @@ def command(
     """Show for each class of traffic its policy, and how good the answers were.
 
     Classes with the most scored answers come first. Rates have their limits in brackets.
+    A class has a prompt below its name: kvshare show says which.
     """
     from kvshare_store.daemon.protocol import Quality  # noqa: PLC0415 - seconds, not for --help
 
@@ -91,8 +92,9 @@ def headline(home: str, found: Found) -> str:
 
 
 def classes_table(found: Found, *, parts: bool) -> Table:
-    """A line for each class and for each of its policies; `parts`: and for each part of these."""
-    from kvshare_store.http.classes import lines  # noqa: PLC0415 - numpy, not for --help
+    """Two lines for each class, its name and which traffic that is, and one for each of its
+    policies; `parts`: and for each part of these."""
+    from kvshare_store.http.classes import described, lines  # noqa: PLC0415 - numpy, not for --help
 
     table = plain_table(header_style="bold")
     table.add_column("class, policy", overflow="fold")
@@ -101,10 +103,13 @@ def classes_table(found: Found, *, parts: bool) -> Table:
     now = time.time()
     for one in found["classes"]:
         table.add_row(_name(one), "", "", "")
+        words, node = described(one)
+        table.add_row(f"  {printable(words)} {short(node)}".rstrip(), "", "", "", style="dim")
         for line in lines(one, found, now, small=True):
             _add_policy(table, line)
             for label, part in _parts(line.known) if parts and line.known else ():
                 table.add_row(f"    {label}", *_numbers(part))
+    table.caption, table.caption_justify = "kvshare show NODE shows a prompt", "left"
     return table
 
 

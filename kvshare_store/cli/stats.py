@@ -117,7 +117,7 @@ def tokens_table(stats: Counts) -> Table:
         "reused, continued": ("tokens_reused_continued", "magenta"),
         "reused, edited": ("tokens_reused_edited", "cyan"),
         "engine's prefix cache": ("tokens_engine_cached", "blue"),
-        "computed": ("tokens_recomputed", "yellow"),
+        "recomputed": ("tokens_recomputed", "yellow"),
     }
     whole = stats["tokens_requested"]
     waiting = whole - sum(stats.get(name, 0) for name, _ in rows.values())

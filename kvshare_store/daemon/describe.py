@@ -11,6 +11,7 @@ import numpy as np
 from kvshare_store.errors import NodeError
 from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.lookup.text import decode
+from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Context, cut_contexts
@@ -20,13 +21,19 @@ from kvshare_store.store import Store
 _PREVIEW_TOKENS = 24
 
 
-def list_nodes(store: Store, limit: int, pool: str = "") -> list[dict[str, Any]]:
-    """Summaries of the nodes, or of those of a pool, the most recently used first."""
+def list_nodes(
+    store: Store, limit: int, pool: str = "", tenant: str | None = None
+) -> list[dict[str, Any]]:
+    """Summaries of the nodes, or of those of a pool or a tenant, the most recently used first;
+    `NamespaceError` for a tenant that has no namespace here."""
+    whole = bool(pool) or tenant is not None
     with store.nodes.lock:  # nodes do not change: what takes time is done without it
-        newest = store.tree.newest(len(store.tree) if pool else limit)
+        newest = store.tree.newest(len(store.tree) if whole else limit)
         spaces = store.nodes.namespaces.by_digest()
-    if pool:
-        newest = [n for n in newest if n.namespace in spaces and spaces[n.namespace].pool == pool]
+        theirs = matching(store.nodes, "", tenant) if tenant is not None else spaces.values()
+    if whole:
+        meant = {space.digest for space in theirs if not pool or space.pool == pool}
+        newest = [node for node in newest if node.namespace in meant]
     return [summary(store, node) for node in newest[: max(0, limit)]]
 
 

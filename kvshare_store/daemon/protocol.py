@@ -211,6 +211,8 @@ class ListNodes(msgspec.Struct, frozen=True, tag="list"):
     limit: int = 50
     pool: str = ""
     """Only those of this pool."""
+    tenant: str | None = None
+    """Only those of this tenant; an error if it has no namespace. Releases before ignore it."""
 
 
 class Branch(msgspec.Struct, frozen=True, tag="branch"):

@@ -39,7 +39,7 @@ QUESTIONS = get_args(Question)
 def answer(store: Store, message: Question) -> Any:
     """The answer to one message, in plain types. Nothing changes."""
     if isinstance(message, protocol.ListNodes):
-        return list_nodes(store, message.limit, message.pool)
+        return list_nodes(store, message.limit, message.pool, message.tenant)
     if isinstance(message, protocol.Branch):
         return branch(store, message)
     if isinstance(message, protocol.ShowNode):

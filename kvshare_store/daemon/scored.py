@@ -39,6 +39,9 @@ class ListedClass(msgspec.Struct, frozen=True):
     """So many requests came without a score that what was learned counts no more."""
     example: str
     """A prompt of it that was scored lately; empty if none of those is stored any more."""
+    donor: str
+    """The prompt that the last request of it was planned from; empty if that is not stored any
+    more, or nobody remembers: without a bound, and before its first request since the start."""
     known: ClassReport
 
 
@@ -112,8 +115,10 @@ def _listed(
 ) -> ListedClass:
     family, _, kind = known.traffic.partition("/")[2].partition("/")
     example = _stored(store, examples.get((known.namespace, known.traffic), ()))
+    donor = _stored(store, [store.quality.planned.donor(known.namespace, known.traffic)])
     silent = known.unscored >= STALE
-    return ListedClass(_space(store, known.namespace), family, kind, silent, example, known)
+    space = _space(store, known.namespace)
+    return ListedClass(space, family, kind, silent, example, donor, known)
 
 
 def _space(store: Store, digest: str) -> Space:

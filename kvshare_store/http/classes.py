@@ -17,6 +17,7 @@ KINDS_OF_EDIT = {
     "several": "several places differ",
 }
 """What was done to the donor."""
+NONE_STORED = "; no such prompt is known to be stored"
 
 Found = Mapping[str, Any]
 
@@ -51,6 +52,17 @@ def lines(one: Found, answer: Found, now: float, *, small: bool) -> list[Line]:
         )
         for name in sorted(names, key=policy_names().index)
     ]
+
+
+def described(one: Found) -> tuple[str, str]:
+    """Which traffic a listed class is: what differs, in words that end where a node is to be
+    named, and the id of that node; empty if none is known."""
+    kind: str = one["kind"]
+    differs = KINDS_OF_EDIT.get(kind, kind)
+    if one["example"]:
+        return f"{differs}, as in", one["example"]
+    donor = one.get("donor", "")  # a daemon of the release before has none
+    return (f"{differs}, in prompts like", donor) if donor else (differs + NONE_STORED, "")
 
 
 def _roles(known: Found, policy: str, answer: Found) -> Iterator[str]:

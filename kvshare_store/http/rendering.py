@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kvshare_store.http.chart import HEIGHT, WIDTH
-from kvshare_store.http.classes import KINDS_OF_EDIT, SPARK_HEIGHT, SPARK_WIDTH
+from kvshare_store.http.classes import SPARK_HEIGHT, SPARK_WIDTH, described
 from kvshare_store.http.guard import Forms
 from kvshare_store.http.history import KINDS
 from kvshare_store.readable import (
@@ -22,6 +22,7 @@ from kvshare_store.readable import (
     bounds,
     milliseconds,
     one_line,
+    outcome_text,
     percent,
     printable,
     provenance,
@@ -60,7 +61,9 @@ _environment.filters.update(
     percent=percent,
     verdict=verdict_lines,
     steering=steering_text,
+    outcome=outcome_text,
     source=source_text,
+    described=described,
     nats=lambda value: f"{value:.4f}",
     query=urlencode,
     many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
@@ -72,7 +75,6 @@ _environment.globals.update(
     bounds=bounds,
     share=share,
     reasons=REASONS,
-    edits=KINDS_OF_EDIT,
     whole=(WIDTH, HEIGHT),
     spark=(SPARK_WIDTH, SPARK_HEIGHT),
 )

@@ -14,7 +14,7 @@ from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
 from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy, stricter_policy
-from kvshare_store.lookup.steering import steering_of
+from kvshare_store.lookup.steering import reason_under_bound, steering_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.trust import Trust, trust_of
 from kvshare_store.namespace import Namespace
@@ -64,6 +64,8 @@ class Explaining(NamedTuple):
             return found
         if asked.policy is None and steering.rung != chosen.name:
             found, _ = self._under(asked, stricter_policy(chosen, steering.rung))
+            declined = reason_under_bound(found.declined)
+            found = msgspec.structs.replace(found, declined=declined)
         return msgspec.structs.replace(found, steering=steering)
 
     def _under(self, asked: Explained, policy: ReusePolicy) -> tuple[Explanation, Explainer]:

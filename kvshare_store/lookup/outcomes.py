@@ -55,8 +55,6 @@ class Outcomes:
             if declined:
                 self._count_miss(declined, lookup.tokens, lookup.namespace)
                 self.log.missed(lookup, declined, seconds)
-        if declined == "no_saving":
-            self._costs[lookup.far].of(lookup.namespace.model_digest).doubt()
 
     def decline(self, reason: str, tokens: int, *, logged: bool = True) -> None:
         """Count a request of `tokens` tokens for which nobody could ask for a plan."""

@@ -17,7 +17,7 @@ from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planned, Planner
 from kvshare_store.lookup.policy import Mask, configured_policy
 from kvshare_store.lookup.request_log import Asked
-from kvshare_store.lookup.steering import rung_of
+from kvshare_store.lookup.steering import reason_under_bound, rung_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.trust import Trust, trust_of
 from kvshare_store.nodes.edits import Tokens
@@ -58,22 +58,24 @@ class PlanMaker:
         if not planned.plan.generation:
             return lookup, planned
         of = covers[0], planned.donors[0], lookup.policy, planned.plan.namespace
-        policy = rung_of(self._quality, self._nodes.state, *of)
+        policy, steering = rung_of(self._quality, self._nodes.state, *of)
         if policy is lookup.policy:
             return lookup, planned
-        lookup = lookup._replace(policy=policy)
-        return lookup, self._planned(request, lookup)
+        lookup = lookup._replace(policy=policy, steering=steering)
+        planned = self._planned(request, lookup)
+        return lookup, planned.declined(reason_under_bound(planned.plan.declined))
 
     def _planned(
         self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
     ) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
         trust = self._trust(request, lookup)
+        costs = self._costs[lookup.far].of(namespace.model_digest)
         planned = self._planner.plan(
             request,
             self._nominator(lookup, trust),
             policy,
-            self._costs[lookup.far].of(namespace.model_digest),
+            costs,
             tier_of=self._tier_of,
             row_bytes=namespace.layout.row_bytes,
             namespace=namespace.digest,
@@ -81,6 +83,8 @@ class PlanMaker:
             watch=watch,
             limit=None if trust is None else trust.limit,
         )
+        if planned.plan.declined == "no_saving":
+            costs.doubt()
         return _with_pools(planned) if lookup.pools else planned
 
     # --- donors ----------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class Planned(NamedTuple):
     tier: str = "host"
     """The slowest tier that some of the blocks come from."""
 
+    def declined(self, reason: str) -> Planned:
+        """The same plan, declined for this reason; itself if that is empty."""
+        return _declined(self.plan, reason) if reason else self
+
 
 class Planner:
     """Makes plans of immutable nodes. Thread-safe."""

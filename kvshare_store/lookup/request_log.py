@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvshare_store.lookup.policy import ReusePolicy
+from kvshare_store.lookup.steering import Steering
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan, Span
@@ -43,6 +44,8 @@ class Asked(NamedTuple):
     """Who sends it, hashed."""
     pools: tuple[str, ...] = ()
     """Whose rows it may use beside its namespace's."""
+    steering: Steering | None = None
+    """What made the policy stricter than it would be without a bound."""
 
     def plan(self, declined: str = "", wiped: str = "") -> ReusePlan:
         """A plan without rows."""
@@ -95,6 +98,8 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     """Whose rows it could use beside its namespace's."""
     source: bytes = b""
     """Who has sent it, hashed."""
+    steering: Steering | None = None
+    """What made the policy stricter than it would have been without a bound."""
 
     @property
     def seconds(self) -> float:
@@ -203,6 +208,7 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
         "prompt": asked.prompt,
         "pools": asked.pools,
         "source": asked.source,
+        "steering": asked.steering,
         **fields,
     }
 

@@ -25,6 +25,10 @@ from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.traffic import traffic_of
 
+QUALITY_BOUND = "quality_bound"
+_OF_THE_POLICY = ("no_donor", "nothing_kept", "no_saving")
+"""Reasons to decline that depend on what the policy reuses."""
+
 
 def open_quality(config: StoreConfig, metrics: Metrics, keys: Keyring | None) -> Quality:
     """What the home has learned, for the ladder of the configured policy."""
@@ -48,22 +52,6 @@ def ladder_of(policy: PolicyName) -> tuple[str, ...]:
     return as_strict(policy)[1:]
 
 
-def rung_of(
-    quality: Quality,
-    state: NodeState,
-    cover: Cover,
-    donor: Node,
-    policy: ReusePolicy,
-    namespace: str,
-) -> ReusePolicy:
-    """The policy for a request of `namespace` that has an edited plan under `policy`, made of
-    `cover`, whose first donor is `donor`. It counts as served. What is learned is the request's
-    namespace's, also where the donor is of a pool."""
-    traffic = _traffic(state, cover, donor)
-    quality.planned.planned(namespace, cover.request, traffic)
-    return stricter_policy(policy, quality.rung(namespace, traffic, policy.name))
-
-
 class Steering(msgspec.Struct, frozen=True):
     """What a bound makes of a prompt's class."""
 
@@ -79,13 +67,41 @@ class Steering(msgspec.Struct, frozen=True):
     """which are so many."""
 
 
+def rung_of(
+    quality: Quality,
+    state: NodeState,
+    cover: Cover,
+    donor: Node,
+    policy: ReusePolicy,
+    namespace: str,
+) -> tuple[ReusePolicy, Steering | None]:
+    """The policy for a request of `namespace` that has an edited plan under `policy`, made of
+    `cover`, whose first donor is `donor`; and what made it stricter, if it is. It counts as served.
+    What is learned is the request's namespace's, also where the donor is of a pool."""
+    traffic = _traffic(state, cover, donor)
+    quality.planned.planned(namespace, cover.request, traffic, donor.id)
+    chosen = stricter_policy(policy, quality.rung(namespace, traffic, policy.name))
+    if chosen is policy:
+        return policy, None
+    return chosen, _steering(quality, traffic, policy.name, namespace)
+
+
 def steering_of(
     quality: Quality, state: NodeState, cover: Cover, donor: Node, policy: str, namespace: str
 ) -> Steering | None:
     """As `rung_of`, for whoever only asks: nothing counts as served. None without a bound."""
-    traffic = _traffic(state, cover, donor)
+    return _steering(quality, _traffic(state, cover, donor), policy, namespace)
+
+
+def _steering(quality: Quality, traffic: str, policy: str, namespace: str) -> Steering | None:
     found = quality.would(namespace, traffic, policy)
     return None if found is None else Steering(quality.bound, traffic, *found)
+
+
+def reason_under_bound(declined: str) -> str:
+    """Why a plan is declined under a rung, where the policy that it would have had without the
+    bound reuses rows: the bound, or what has nothing to do with policies."""
+    return QUALITY_BOUND if declined in _OF_THE_POLICY else declined
 
 
 def _traffic(state: NodeState, cover: Cover, donor: Node) -> str:

@@ -40,17 +40,28 @@ class PlannedTraffic:
         self._lock = threading.Lock()
         self._classes: Latest[bytes, tuple[str, str]] = Latest(_REMEMBERED)
         """Namespace and class, by what names a prompt."""
+        self._donors: Latest[tuple[str, str], str] = Latest(_REMEMBERED)
+        """Of the last plan, by namespace and class."""
 
-    def planned(self, namespace: str, prompt: Tokens, traffic: str) -> None:
-        """A prompt was planned as one of this class."""
+    def planned(self, namespace: str, prompt: Tokens, traffic: str, donor: str = "") -> None:
+        """A prompt was planned as one of this class, from rows of this node."""
         with self._lock:
             self._classes[prompt_key(namespace, prompt)] = namespace, traffic
+            if donor:
+                self._donors[namespace, traffic] = donor
+
+    def donor(self, namespace: str, traffic: str) -> str:
+        """The node that the last prompt of a class was planned from; empty if nobody remembers."""
+        with self._lock:
+            return self._donors.get((namespace, traffic), "")
 
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""
         with self._lock:
             for name in [name for name, at in self._classes.items() if at[0] == namespace]:
                 del self._classes[name]
+            for of in [of for of in self._donors if of[0] == namespace]:
+                del self._donors[of]
 
     def of(self, tree: DeltaTree, node: Node, length: int) -> str:
         """The class of an edited node whose first `length` tokens are its prompt: as planned, or

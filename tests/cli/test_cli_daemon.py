@@ -184,7 +184,7 @@ def test_stats_add_up_and_say_what_waits(home: Path) -> None:
             client.call(EngineCached(16))
             out = run("stats", "--home", home)[1]
             assert re.search(r"^engine's prefix cache +16 ", out, re.MULTILINE)
-            assert re.search(r"^computed +14 ", out, re.MULTILINE)
+            assert re.search(r"^recomputed +14 ", out, re.MULTILINE)
             assert re.search(r"^not finished +140 ", out, re.MULTILINE)
             client.finish(plan.lease, Outcome(exact=100, recomputed=8, cached=32))
             out = run("stats", "--home", home)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.cli import evict
+from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.protocol import ListNodes
@@ -80,7 +82,7 @@ def test_a_stored_prompt_against_another(served: Served) -> None:
     out = ok("explain", "--node", second[:10], "--node", first[:10], "--home", home)
     for words in (
         "200 tokens, policy aggressive",
-        "plan: 196 tokens reused, 4 computed",
+        "plan: 196 tokens reused, 4 recomputed",
         "at token 80, from",
         "recomputed: edit",
         "[edit: 7 8 9]",
@@ -150,7 +152,36 @@ def test_a_bound_and_a_cap_are_explained(
     assert steered["steering"]["rung"] == steered["policy"] == "exact"
     assert steered["by_kind"] == {"exact": 80, "recomputed": 120}
     out = ok(*arguments)
-    assert "/replace is at exact under a bound of 2.0 %; 2.0 % of its requests get faithful" in out
+    assert "/replace is at exact under a quality_bound of 2.0 %; 2.0 % of its requests get" in out
+
+
+def test_a_logged_request_says_the_bound_also_without_its_text(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    bound = StoreConfig(home=str(home), quality_bound=1e-9, **SMALL)
+    with serving(bound), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        engine.save(FIRST)
+        for name, tokens in (("kept", SECOND), ("lost", [7, 8, *FIRST[2:]]), ("new", [1] * 99)):
+            asked = client.send(plan_request(np.asarray(tokens, np.int32), SPACE, None, name))
+            plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
+            if plan.lease:
+                client.finish(plan.lease, Outcome(plan.exact, 0, 120))
+        table = ok("log", "--home", home)
+        for words in ("exact (quality_bound)", "miss: quality_bound", "miss: no_donor"):
+            assert words in table
+        for name in ("kept", "lost"):
+            out = ok("explain", "--request", name, "--home", home)
+            assert "policy exact" in out
+            assert "/replace is at exact under a quality_bound of 0.0 %" in out
+        assert "quality_bound" not in ok("explain", "--request", "new", "--home", home)
+
+
+def test_a_log_of_the_release_before_says_no_bound(served: Served) -> None:
+    found = as_json("log", "--home", served[0])
+    for request in found:
+        del request["steering"]
+    assert "quality_bound" not in "".join(request_lines(found[0]))
+    assert requests_table(found, 200).row_count == len(found)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +230,7 @@ def test_the_log_of_a_daemon(served: Served) -> None:
 def test_a_logged_request_in_full(served: Served) -> None:
     out = ok("explain", "--request", "chat", "--home", served[0])
     assert "request chat-7" in out
-    assert "80 exact, 0 continued, 116 edited, 4 computed" in out
+    assert "80 exact, 0 continued, 116 edited, 4 recomputed" in out
     assert "load 2.00 ms" in out
     assert "log_prompts" in out
 
@@ -303,6 +334,33 @@ def test_what_is_evicted_and_what_stays(home: Path, monkeypatch: pytest.MonkeyPa
         assert {node.id for node in store.tree} == {second, other}
     ok("unpin", other, "--home", home)
     assert ok("evict", "--older-than", "0s", "--yes", "--home", home).startswith("Forgot 2")
+
+
+def test_the_prompts_of_one_tenant_are_listed(served: Served) -> None:
+    home, (first, second, third) = served
+    listed = as_json("ls", "--tenant", "alice", "--home", home)
+    assert [(node["id"], node["tenant"]) for node in listed] == [(third, "alice")]
+    nobodys = as_json("ls", "--tenant", "", "--limit", "2", "--home", home)
+    assert {node["id"] for node in nobodys} == {first, second}
+    assert as_json("ls", "--tenant", "alice", "--pool", "house", "--home", home) == []
+    assert "shows all" not in ok("ls", "--tenant", "alice", "--home", home)
+    for command in (["ls"], ["export", home / "archive"]):
+        ran = run(*command, "--tenant", "allice", "--home", home)
+        assert "no namespace is of that tenant" in one_line(ran, 5)
+
+
+def test_a_daemon_of_the_release_before_lists_no_other_tenants(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = as_json("ls", "--home", served[0])
+
+    def older(message: Any) -> Any:
+        return every if isinstance(message, ListNodes) else {"nodes": len(every)}
+
+    monkeypatch.setattr("kvshare_store.cli.ls.answering", lambda _: nullcontext(older))
+    listed = as_json("ls", "--tenant", "alice", "--home", served[0])
+    assert [node["id"] for node in listed] == [served[1][2]]
+    assert ok("ls", "--tenant", "allice", "--home", served[0]).startswith("No nodes of that tenant")
 
 
 def test_what_a_purge_would_remove(home: Path) -> None:

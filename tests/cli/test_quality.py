@@ -15,11 +15,12 @@ from kvshare_store.cli import quality, stats
 from kvshare_store.cli.main import app
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.questions import answer
+from kvshare_store.http.classes import described
 from kvshare_store.quality.ladder import STALE
 from kvshare_store.quality.score import Score
-from kvshare_store.readable import bounds, limits
+from kvshare_store.readable import bounds, limits, short
 from tests.cli.test_cli import STATS, rendered
-from tests.support.oracle import Driver
+from tests.support.oracle import Driver, prompt
 from tests.support.page import EVIL
 
 Open = Callable[..., Driver]
@@ -62,13 +63,42 @@ def test_each_class_says_its_policies_and_what_is_known(engine: Driver) -> None:
     table = rows(engine)
     digest = engine.namespace.digest
     assert table[2] == f"{digest[:12]}/0a1b2c3d/replace of {digest[:12]}"
-    assert table[3].startswith("faithful (rung, within the bound) 400 0.0 % (")
-    assert table[4].startswith("balanced (tried by ")
-    assert table[4].endswith("not known yet) - - -")
+    assert table[3] == "text was replaced; no such prompt is known to be stored"
+    assert table[4].startswith("faithful (rung, within the bound) 400 0.0 % (")
+    assert table[5].startswith("balanced (tried by ")
+    assert table[5].endswith("not known yet) - - -")
     (bad,) = [row for row in table if row.startswith("faithful (tried")]
     assert " 40 100.0 % (" in bad
     assert bad.endswith(" 1.5000")
     assert not any("computed" in row for row in table)
+
+
+def test_a_class_names_a_prompt_that_can_be_shown(engine: Driver) -> None:
+    donor = prompt(1, 300)
+    stored = engine.save(donor)
+    tokens = [*donor[:100], *prompt(5, 3), *donor[103:]]
+    engine.serve(tokens)
+    of = {"namespace": engine.namespace.digest, "policy": "faithful"}
+    traffic = explained(engine, tokens)
+    engine.store.quality.observe(
+        Score(**of, traffic=traffic, regrets=(0.0,), greedy=True, control=False)  # type: ignore[arg-type]
+    )
+    (one,) = found(engine)["classes"]
+    assert (one["example"], one["donor"]) == ("", stored)
+    assert f"text was replaced, in prompts like {short(stored)}" in rows(engine)
+    scored = one | {"example": "f" * 64}
+    assert described(scored) == ("text was replaced, as in", "f" * 64)
+    del one["donor"]  # as a daemon of the release before answers
+    assert described(one) == ("text was replaced; no such prompt is known to be stored", "")
+    engine.store.clear()
+    assert "text was replaced; no such prompt is known to be stored" in rows(engine)
+
+
+def explained(engine: Driver, tokens: list[int]) -> str:
+    """The class of a prompt."""
+    steering = engine.store.explain(tokens, engine.namespace).steering
+    assert steering is not None
+    return steering.traffic
 
 
 def test_parts_follow_their_policy(engine: Driver) -> None:
@@ -76,8 +106,8 @@ def test_parts_follow_their_policy(engine: Driver) -> None:
     table = rows(engine, parts=True)
     at = next(at for at, row in enumerate(table) if row.startswith("faithful"))
     assert [row.split(" 0.0 % (")[0] for row in table[at + 1 : at + 8]] == [
-        "0 to 9 % computed 40", "10 to 24 % computed 60", "25 to 49 % computed 100",
-        "50 or more % computed 200", "0 to 63 tokens behind an edit 64",
+        "0 to 9 % recomputed 40", "10 to 24 % recomputed 60", "25 to 49 % recomputed 100",
+        "50 or more % recomputed 200", "0 to 63 tokens behind an edit 64",
         "64 to 255 tokens behind an edit 192", "256 to 1,023 tokens behind an edit 144",
     ]  # fmt: skip
 

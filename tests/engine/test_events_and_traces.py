@@ -196,7 +196,7 @@ def test_a_request_is_part_of_its_clients_trace(
     assert {span.parent for span in found.values()} == {request.id}
     assert request.attributes["kvshare.edited"] == answer.said["edited"] > 0
     assert request.attributes["gen_ai.request.id"].startswith(name)
-    computed = found["kvshare.partial_prefill"].attributes["kvshare.computed"]
+    computed = found["kvshare.partial_prefill"].attributes["kvshare.recomputed"]
     assert computed == answer.said["recomputed"]
     assert found["kvshare.load"].attributes["kvshare.bytes"] > 0
     order = ("lookup", "plan", "partial_prefill")

@@ -252,6 +252,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     read = shown(engine)
     links = [found["href"] for tag, found in read.elements if tag == "a"]
     assert f"/nodes/{stored.id}?policy=aggressive" in links
+    assert f"text was replaced, as in {stored.id[:12]}" in lines(read)
     node = seen(engine.store, f"/nodes/{stored.id}?policy=aggressive")
     assert "differs from full compute from token 3 on" in Page(node.text).text
     (one,) = {link for link in links if (link or "").startswith("/quality/class")}
@@ -259,6 +260,7 @@ def test_the_worst_answers_lead_to_their_prompts(driver: Open) -> None:
     engine.store.clear()
     assert told(engine)["worst"][0]["node"] == told(engine)["classes"][0]["example"] == ""
     assert "no longer stored" in lines(shown(engine))
+    assert "text was replaced; no such prompt is known to be stored" in lines(shown(engine))
 
 
 def verdict_on(engine: Driver, at: int, regret: float, *, greedy: bool = True) -> None:
@@ -297,13 +299,29 @@ def explained(driver: Open, **settings: Any) -> str:
 
 def test_an_explanation_says_the_rung_and_whose_rows_are_taken(driver: Open) -> None:
     text = explained(driver, **BOUND, unconfirmed_share=0.5)
-    assert re.search(r"Class \w+/\w+/replace is at exact under a bound of 2.0 %", text)
+    assert re.search(r"Class \w+/\w+/replace is at exact under a quality_bound of 2.0 %", text)
     assert "2.0 % of its requests get faithful. Its quality" in text
     assert "found bysourcewhy" in text
     capped = explained(driver, unconfirmed_share=0.5)
-    assert "under a bound" not in capped
+    assert "quality_bound" not in capped
     assert "unconfirmed (150 tokens)" in capped
     assert "only one other source has sent" in capped
+
+
+def test_a_logged_request_says_the_bound_also_without_its_text(driver: Open) -> None:
+    engine = driver(**BOUND | {"quality_bound": 1e-9})
+    donor = prompt(1, 300)
+    engine.save(donor)
+    engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]])
+    engine.serve([*prompt(5, 3), *donor[3:]])
+    table = lines(Page(seen(engine.store, "/requests").text))
+    assert "exact (quality_bound)" in table
+    assert "miss: quality_bound" in table
+    found = seen(engine.store, "/api/requests").json()
+    assert [one["steering"]["rung"] for one in found] == ["exact", "exact"]
+    for number in (1, 2):
+        text = lines(Page(seen(engine.store, f"/explain?request={number}").text))
+        assert re.search(r"Class \w+/\w+/replace is at exact under a quality_bound of 0.0 %", text)
 
 
 # --- whose it is ----------------------------------------------------------------------------------

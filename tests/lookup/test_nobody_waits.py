@@ -249,6 +249,17 @@ def test_a_slow_models_prefill_makes_no_fast_models_plans(driver: Open) -> None:
     assert small.serve(prompt(1, 400)).declined == "no_saving"
 
 
+def test_slow_loads_switch_reuse_off_for_a_while_only(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt(1, 40))
+    rate = engine.store.costs.load["host"]
+    rate.smallest = 1
+    for _ in range(3):
+        rate.observe(1, 1000.0)
+    declined = [engine.serve(prompt(1, 40)).declined for _ in range(4)]
+    assert declined == ["no_saving", "no_saving", "no_saving", ""]
+
+
 def test_tenants_and_adapters_of_a_model_share_its_rate(driver: Open) -> None:
     engine = driver()
     tenant = engine.namespace.for_tenant("t", "adapter")

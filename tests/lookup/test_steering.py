@@ -13,6 +13,7 @@ import pytest
 from kvshare_store.config import policy_names
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.steering import reason_under_bound
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match
 from kvshare_store.nodes.node import node_id
@@ -78,6 +79,55 @@ def test_a_class_begins_at_exact_and_loosens_on_evidence(engine: Driver) -> None
     assert min(span.start for span in plan.spans if span.edited) == 103
     teach(engine, edited(), "aggressive", bad=True)
     assert served(engine, edited(6)).policy in ("exact", "faithful")
+
+
+def test_a_plan_that_the_bound_leaves_nothing_of_is_declined_for_that(engine: Driver) -> None:
+    tokens = [*prompt(5, 3), *DONOR[3:]]
+    plan = served(engine, tokens)
+    assert (plan.policy, plan.declined) == ("exact", "quality_bound")
+    assert engine.store.metrics.declined["quality_bound"] >= 5
+    assert "no_donor" not in engine.store.metrics.declined
+    found = explained(engine, tokens)
+    assert (found.policy, found.declined) == ("exact", "quality_bound")
+    assert found.steering is not None
+    assert explained(engine, tokens, policy="exact").declined == "no_donor", "by itself"
+    assert engine.serve(prompt(8, 300)).declined == "no_donor"
+
+
+@pytest.mark.parametrize("declined", ["no_donor", "nothing_kept", "no_saving"])
+def test_what_the_policy_is_declined_for_is_the_bounds(declined: str) -> None:
+    assert reason_under_bound(declined) == "quality_bound"
+
+
+@pytest.mark.parametrize("declined", ["", "blocks_gone"])
+def test_what_no_policy_is_declined_for_is_not_the_bounds(declined: str) -> None:
+    assert reason_under_bound(declined) == declined
+
+
+def test_the_log_says_which_bound_made_a_policy_stricter(engine: Driver) -> None:
+    teach(engine, edited(), "faithful")
+    plan = served(engine, edited(6))
+    assert plan.policy == "faithful"
+    served(engine, [*DONOR[:100], *DONOR[120:]])
+    engine.serve([*DONOR, 1, 2, 3])
+    last, *others = engine.store.requests.last(None)
+    assert (last.outcome, last.steering) == ("exact", None), "no bound asks about exact rows"
+    stricter = next(one for one in others if one.policy == "exact")
+    assert stricter.outcome == "exact"
+    assert stricter.steering is not None
+    assert (stricter.steering.rung, stricter.steering.bound) == ("exact", 0.02)
+    assert stricter.steering.traffic.endswith("/delete")
+    replaced = [one.steering for one in others if one.steering not in (None, stricter.steering)]
+    looser = replaced[0]
+    assert looser is not None
+    assert (looser.rung, looser.tried) == ("faithful", "balanced")
+    assert looser.traffic == traffic(engine, edited())
+
+
+def test_a_request_of_the_laxest_rung_is_not_said_to_be_stricter(engine: Driver) -> None:
+    teach(engine, edited(), "aggressive")
+    assert served(engine, edited(6)).policy == "aggressive"
+    assert engine.store.requests.last(1)[0].steering is None
 
 
 def test_another_kind_of_edit_is_another_class(engine: Driver) -> None:

@@ -121,6 +121,18 @@ def test_what_was_planned_goes_before_what_the_tree_says() -> None:
     assert traffic.of(tree, node, 100) == own
 
 
+def test_the_last_donor_of_a_class_is_remembered_until_a_purge() -> None:
+    traffic = PlannedTraffic()
+    tokens = make_node(DONOR).tokens
+    assert traffic.donor("n", "t") == ""
+    for donor in ("first", "last"):
+        traffic.planned("n", tokens, "t", donor)
+    traffic.planned("m", tokens, "t", "another tenant's")
+    assert traffic.donor("n", "t") == "last"
+    traffic.forget("n")
+    assert (traffic.donor("n", "t"), traffic.donor("m", "t")) == ("", "another tenant's")
+
+
 def test_remembered_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvshare_store.quality.traffic._REMEMBERED", 2)
     tree, traffic = DeltaTree(), PlannedTraffic()

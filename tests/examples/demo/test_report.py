@@ -140,6 +140,7 @@ def test_the_terminal_shows_everything_in_eighty_columns() -> None:
     shown = console.export_text()
     assert "…" not in shown.replace(TEXT, "")
     assert "medical_report  1,999" in shown
+    assert "Time to first token, KVShare under policy balanced" in shown
     assert "book_character, with KVShare" in shown
 
 
