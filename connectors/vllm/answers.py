@@ -23,8 +23,10 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     """Tokens of the prompt by where their rows came from, and why.
 
     `prefix_cached` + `exact` + `continued` + `edited` + `recomputed` is the length of the prompt;
-    `reused` is `exact` + `continued` + `edited`. `reason` says why nothing was reused, `asked`
-    what the client wanted and did not get, `unknown` which of its parameters mean nothing.
+    `reused` is `exact` + `continued` + `edited`. `generation` is 0 where all of these rows are
+    exact, else how many edits stand between them and full compute. `reason` says why nothing was
+    reused, `asked` what the client wanted and did not get, `unknown` which of its parameters mean
+    nothing.
     """
     reused = reused_of(state.loaded)
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
@@ -35,6 +37,7 @@ def answer_of(state: RequestState) -> dict[str, Any]:
         **reused._asdict(),
         "recomputed": state.length - state.local - reused.tokens,
         "prefix_cached": state.local,
+        "generation": _generation(state),
         "donor": donors[0] if donors else "",
         "reason": "" if state.loaded else state.declined or state.reason,
         "policy": policy,
@@ -44,6 +47,12 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     if state.wish.unknown:
         said["unknown"] = [name[:_LONGEST] for name in state.wish.unknown[:_MOST]]
     return {PREFIX + name: value for name, value in said.items()}
+
+
+def _generation(state: RequestState) -> int:
+    """That of the plan whose rows were loaded, or were still in vLLM's own prefix cache."""
+    used = state.stored is not None and bool(state.loaded or state.in_engine)
+    return state.stored.generation if state.stored is not None and used else 0
 
 
 def log_line(state: RequestState, answer: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ SOURCE = "kvshare.source"
 ANSWERED = frozenset(
     PREFIX + name
     for name in (
-        "asked", "continued", "donor", "edited", "exact", "policy", "prefix_cached", "reason",
-        "recomputed", "reused", "unknown",
+        "asked", "continued", "donor", "edited", "exact", "generation", "policy", "prefix_cached",
+        "reason", "recomputed", "reused", "unknown",
     )
 )  # fmt: skip
 """Fields of an answer. Proxies may send them back with a request: only the policy is read, and

@@ -663,7 +663,7 @@ def test_an_answer_says_what_was_reused(make: Make, link: FakeLink) -> None:
     bench.drain()
     assert said(bench, request) == {
         "reused": 70, "exact": 40, "continued": 0, "edited": 30, "recomputed": 30,
-        "prefix_cached": 0,
+        "prefix_cached": 0, "generation": PLAN.generation,
         "donor": "d", "reason": "", "policy": "balanced",
     }  # fmt: skip
     link.plan = msgspec.structs.replace(PLAN, spans=(), lease="", donors=(), declined="no_donor")
@@ -693,7 +693,7 @@ def test_an_answer_of_a_preempted_request_counts_what_was_computed_anew(
         saves += bench.step().kv_connector_metadata.saves
     assert said(bench, request) == {
         "reused": 0, "exact": 0, "continued": 0, "edited": 0, "recomputed": LENGTH,
-        "prefix_cached": 0,
+        "prefix_cached": 0, "generation": 0,
         "donor": "", "reason": "preempted", "policy": "balanced",
     }  # fmt: skip
     assert not saves
