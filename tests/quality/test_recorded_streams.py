@@ -38,3 +38,13 @@ def laxest(pool: list[Outcome]) -> float:
 
 def test_without_a_bound_most_of_them_would_be_beyond_it() -> None:
     assert sum(laxest(pool) > BOUND for pool in STREAMS.values()) >= 4
+
+
+def test_changed_facts_stay_exact_and_a_harmless_class_loosens() -> None:
+    """Answers follow the edits of the one under `aggressive`, and hardly see those of the other."""
+    last = {
+        name: {replay([STREAMS[name]], Terms(BOUND, ERROR), REQUESTS, seed, scored=1.0).last
+               for seed in range(4)}
+        for name in ("changed facts", "dated conversations")
+    }  # fmt: skip
+    assert last == {"changed facts": {"exact"}, "dated conversations": {"balanced"}}
