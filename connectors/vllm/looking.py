@@ -105,6 +105,8 @@ class Looking(Recovery):
             self.connector_prefix_cache_stats, manager.log_stats = stats, counts
             self._hurries = False
         metadata_of(output).prefilled = 0  # a short step does not say how fast prefill is
+        if look.request_id in output.num_scheduled_tokens:
+            looks.began()
         self._score(look, looks, output)
         planning = self._planning()
         state = planning.find(look) if planning is not None else None
@@ -160,10 +162,17 @@ class Looking(Recovery):
         look = self.look
         if self._looks is not None:
             self._looks.computed(model_runner_output)
+            self._stepped(look, self._looks, scheduler_output.num_scheduled_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if look is not None:
             _hide(outputs, look.request_id)
         return outputs
+
+    def _stepped(self, look: Request | None, looks: Looks, scheduled: dict[str, int]) -> None:
+        """Learn from a step that was the look's alone how long its tokens take."""
+        mine = scheduled.get(look.request_id, 0) if look is not None else 0
+        if mine and sum(name in self.requests for name in scheduled) == 1:
+            looks.stepped(mine)
 
     # --- requests come and go ----------------------------------------------------------------
 

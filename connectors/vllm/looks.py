@@ -31,6 +31,9 @@ _PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 _TICK_S = 0.005
 """The longest wait of a step: a request that arrives meanwhile waits for it."""
 _ANSWER_S = 5.0
+_STEP_S, _LEAST = 0.05, 32
+"""What a step of a look may take, since a request that arrives waits for it; but it has so many
+tokens, however slow the machine."""
 _LAST = 1 << 30
 """vLLM preempts requests with the largest number first."""
 _NAMESPACES = 64
@@ -40,7 +43,10 @@ class Looks:
     """One per engine; called only from the scheduler's thread."""
 
     def __init__(self, config: StoreConfig, link: Link, tally: Tally) -> None:
-        self.tokens = config.second_look_tokens
+        self._most = config.second_look_tokens
+        self.tokens = self._most
+        """Of a step: fewer than the operator allows where these would take longer than a step
+        may."""
         self.share = config.second_look if isinstance(config.second_look, float) else 0.0
         """Of a step's tokens, beside requests that run; 0: only while there are none."""
         self.spell_s = float("inf")
@@ -63,7 +69,7 @@ class Looks:
         self._asked: bytes | None = None
         self._asked_at = 0.0
         self._look: Look | None = None
-        self._name = ""
+        self._name, self._began = "", 0.0
         self._row, self._scored = "", 0
         """The virtual row that scores so many tokens of the answer, once a step has it."""
         self._regrets: tuple[float, ...] = ()
@@ -187,6 +193,16 @@ class Looks:
         return request.request_id == self._name
 
     # --- how good the answer was -------------------------------------------------------------
+
+    def began(self) -> None:
+        """A step with tokens of the look is on its way."""
+        self._began = time.perf_counter()
+
+    def stepped(self, tokens: int) -> None:
+        """It is done, and had so many tokens of the look and none of anybody else."""
+        if tokens >= _LEAST:  # of fewer the time says little
+            seconds = max(1e-9, time.perf_counter() - self._began)
+            self.tokens = min(self._most, max(_LEAST, int(tokens * _STEP_S / seconds)))
 
     def scored(self, tokens: int) -> Run | None:
         """The positions to compute once more beside the look's last ones, at most `tokens`: one

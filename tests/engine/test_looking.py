@@ -401,3 +401,20 @@ def test_requests_take_the_blocks_of_a_look(idle: Callable[..., Bench], link: Fa
     bench.drain(300)
     assert ends(link)[0] == "dropped"
     assert (request.num_preemptions, request.num_output_tokens) == (0, 200)
+
+
+def test_on_a_slow_machine_a_step_has_fewer_tokens(
+    idle: Callable[..., Bench], link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that arrives waits for a time and not for a number of tokens."""
+    bench = idle(kvshare={"second_look_tokens": 48})
+    monkeypatch.setattr(looks_module, "_STEP_S", 0.0)
+    give(bench, link, range(700, 800))
+    assert [tokens for tokens in run_out(bench) if tokens] == [48, 32, 20]
+    monkeypatch.setattr(looks_module, "_STEP_S", 60.0)
+    for first, expected in ((900, [32, 48, 20]), (600, [48, 48, 4])):
+        bench.add()
+        bench.drain()
+        give(bench, link, range(first, first + 100))
+        assert [tokens for tokens in run_out(bench) if tokens] == expected
+    assert ends(link) == ["computed"] * 3
