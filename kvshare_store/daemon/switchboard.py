@@ -27,7 +27,6 @@ log = logging.getLogger("kvshare")
 
 Socket = socket.socket
 
-_ACCEPTED_AT_ONCE = 64
 _REST_S = 0.5
 """How long no connection is accepted after the system has refused one."""
 
@@ -222,20 +221,18 @@ class Switchboard:
         self._open = wanted
 
     def _accept(self, door: Door) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
-            try:
-                stream = door.accept()
-            except BlockingIOError:
-                return
-            except ConnectionError:  # it has gone before it was let in
-                continue
-            except OSError as error:  # no descriptors left: existing connections go on
-                log.warning("kvshare: a connection was not accepted: %s", error)
-                self._closed_until = time.monotonic() + _REST_S
-                self._let_in(False)
-                return
-            if stream is not None:
-                self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
+        """Let one client in, so that those who are connected are heard before the next one."""
+        try:
+            stream = door.accept()
+        except (BlockingIOError, ConnectionError):  # it has gone before it was let in
+            return
+        except OSError as error:  # no descriptors left: existing connections go on
+            log.warning("kvshare: a connection was not accepted: %s", error)
+            self._closed_until = time.monotonic() + _REST_S
+            self._let_in(False)
+            return
+        if stream is not None:
+            self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
 
     def _welcome(self, connection: Connection) -> None:
         if len(self.connections) >= self._limits.connections:
