@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import psutil
 
 from benchmarks.harness.plots import save
@@ -123,12 +124,12 @@ def run(
     result.date = datetime.now(UTC).date().isoformat()
     result.short = options.short
     result.policies = result.policies or presets()
+    show(result)  # first: what took an hour is not lost where it cannot be written
     kept = options.out / f"{result.name}.json"
     if options.short and kept.exists() and not read(kept).short:
         print(f"{kept} is of the full form and stays; use --out to keep this short one")
     else:
         write(result, draw, options.out)
-    show(result)
     return result
 
 
@@ -138,17 +139,26 @@ def write(result: Result, draw: Callable[[Result], Figure] | None, out: Path) ->
     samples = out / SAMPLES
     samples.mkdir(parents=True, exist_ok=True)
     (out / f"{result.name}.json").write_text(summary(result), encoding="utf-8")
-    (samples / f"{result.name}.json").write_bytes(msgspec.json.encode(result.series))
+    (samples / f"{result.name}.json").write_bytes(
+        msgspec.json.encode(result.series, enc_hook=_plain)
+    )
     if draw is not None:
         save(draw(result), out / f"{result.name}.png")
 
 
 def summary(result: Result) -> str:
     """JSON of the result without its samples: a line for each field and each row of the table."""
-    fields = msgspec.to_builtins(result)
+    fields = msgspec.to_builtins(result, enc_hook=_plain)
     del fields["series"]
     lines = ",\n ".join(f"{_json(name)}: {_value(value)}" for name, value in fields.items())
     return "{\n " + lines + "\n}\n"
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise NotImplementedError(f"a result holds a {type(value).__name__}")
 
 
 def _value(value: Any) -> str:

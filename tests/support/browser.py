@@ -134,7 +134,9 @@ def browser(folder: Path) -> Iterator[Tab]:
     try:
         port = _port(profile / "DevToolsActivePort", process)
         opened = httpx.put(f"http://127.0.0.1:{port}/json/new?about:blank", timeout=_START_S)
-        with connect(opened.json()["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+        address = opened.json()["webSocketDebuggerUrl"]
+        # a page may be left open for minutes in which nobody reads what the browser says of it
+        with connect(address, max_size=None, proxy=None, ping_interval=None) as socket:
             yield Tab(socket)
     finally:
         process.terminate()

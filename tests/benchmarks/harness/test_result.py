@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from benchmarks.harness.result import Options, Result, presets, read, run, write
 from tests.benchmarks.results import result
@@ -35,3 +36,12 @@ def test_samples_lie_apart_and_are_read_back_where_they_still_are(tmp_path: Path
     assert "0.25" not in (tmp_path / "a.json").read_text()
     (tmp_path / "samples" / "a.json").unlink()
     assert read(tmp_path / "a.json") == msgspec.structs.replace(made, series={})
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path: Path) -> None:
+    made = result("a")
+    made.rows, made.series = [["a", np.float64(0.5), np.int64(3)]], {"b": [np.float32(0.25)]}
+    write(made, None, tmp_path)
+    found = read(tmp_path / f"{made.name}.json")
+    assert found.rows == [["a", 0.5, 3]]
+    assert found.series == {"b": [0.25]}
