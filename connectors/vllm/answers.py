@@ -51,7 +51,7 @@ def answer_of(state: RequestState) -> dict[str, Any]:
 
 def _generation(state: RequestState) -> int:
     """That of the plan whose rows were loaded, or were still in vLLM's own prefix cache."""
-    used = state.stored is not None and bool(state.loaded or state.in_engine)
+    used = state.loaded or state.in_engine
     return state.stored.generation if state.stored is not None and used else 0
 
 

@@ -44,6 +44,9 @@ NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help=NODE_HELP)]
 NamespaceOption = Annotated[
     str, typer.Option("--namespace", metavar="DIGEST", help="Digest, or a unique beginning of it.")
 ]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", metavar="NAME", help="Prompts of this tenant.")
+]
 
 
 def configured(

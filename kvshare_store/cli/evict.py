@@ -12,6 +12,7 @@ from kvshare_store.cli.common import (
     DryRunOption,
     HomeOption,
     JsonOption,
+    TenantOption,
     YesOption,
     answering,
     configured,
@@ -26,9 +27,6 @@ _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 60
 NodesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NODE]...", help="Ids, or unique beginnings of them."),
-]
-TenantOption = Annotated[
-    str | None, typer.Option("--tenant", metavar="NAME", help="Prompts of this tenant.")
 ]
 OlderOption = Annotated[
     str | None,

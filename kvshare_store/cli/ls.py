@@ -13,13 +13,13 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    TenantOption,
     answering,
     configured,
     console,
     place,
     print_json,
 )
-from kvshare_store.cli.evict import TenantOption
 from kvshare_store.cli.fitting import Columns, fitted, table_of
 from kvshare_store.readable import age, one_line, short
 

@@ -11,12 +11,12 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    TenantOption,
     YesOption,
     answering,
     configured,
     print_json,
 )
-from kvshare_store.cli.evict import TenantOption
 from kvshare_store.readable import short, size
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]

@@ -164,14 +164,19 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
 def _preview(store: Store, node: Node) -> str:
     """What tells a prompt from others: of one that was edited where its first new text stands, of
     any other its beginning, which chats and templates have in common."""
-    start = 0
+    start = _first_new(node)
+    return ("… " if start else "") + _text(store, node, start, start + _PREVIEW_TOKENS)
+
+
+def _first_new(node: Node) -> int:
+    """Where the first text is that the parent does not have; 0 if there is none."""
+    at = 0
     for edit in node.edits:
         if edit.tokens:
-            break
-        start += edit.stop - edit.start if edit.kind == "keep" else 0
-    else:
-        start = 0
-    return ("… " if start else "") + _text(store, node, start, start + _PREVIEW_TOKENS)
+            return at
+        if edit.kind == "keep":
+            at += edit.stop - edit.start
+    return 0
 
 
 def edit_text(store: Store, node: Node, parent: Node, edit: Edit) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Switchboard:
         """Let one client in, so that those who are connected are heard before the next one."""
         try:
             stream = door.accept()
-        except (BlockingIOError, ConnectionError):  # it has gone before it was let in
+        except (BlockingIOError, ConnectionError):  # whoever was there has gone
             return
         except OSError as error:  # no descriptors left: existing connections go on
             log.warning("kvshare: a connection was not accepted: %s", error)

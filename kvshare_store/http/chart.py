@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvshare_store.http.history import COUNTERS, Step
+from kvshare_store.quality.trend import DAY_S
 
 WIDTH, HEIGHT = 600, 160
 _GAP = 0.15
 """Of a bar's width, between two of them."""
-_DAY_S = 86_400.0
-"""Of a trend, the last day is drawn."""
 
 
 class Bar(NamedTuple):
@@ -94,7 +93,7 @@ def band(trend: Sequence[Any], bound: float, now: float, width: int, height: int
     """
     if not trend:
         return None
-    start, stop = max(trend[0][0], now - _DAY_S), max(now, trend[-1][0])
+    start, stop = max(trend[0][0], now - DAY_S), max(now, trend[-1][0])
     _, _, (mean, _, high) = trend[-1]
     top = min(1.0, max(1.3 * high, 2.0 * mean, 1.5 * bound, 0.01))
     across = width / max(stop - start, 1.0)
