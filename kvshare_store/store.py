@@ -276,6 +276,7 @@ class Store:
         extends: int = 0,
         greedy: bool = False,
         request: str = "",
+        source: bytes = b"",
     ) -> Staged:
         """Which rows of this prompt are not stored yet: `Staged.fresh`.
 
@@ -283,7 +284,8 @@ class Store:
         The rows of that prompt are taken from its node, whose place the longer one takes; `reuse`
         says only of which generation and contexts they are. `known` if there is no such node.
         `greedy`, of an answer: the request asked for the likeliest token at each step. `request`:
-        the engine's name of it.
+        the engine's name of it. `source`: who sent it, hashed; empty: whoever has looked the prompt
+        up.
 
         `commit` them, or `abandon`; a staged save of an `owner` also ends when that stages another
         prompt or is reaped. `PlanError` or `NamespaceError` if `reuse` is not true of the prompts
@@ -303,6 +305,7 @@ class Store:
             extends,
             greedy=greedy,
             request=request,
+            source=source,
         )
 
     def abandon(self, staged_id: str) -> None:

@@ -53,6 +53,8 @@ class SaveSpec:
     """As in `LoadSpec`."""
     greedy: bool = False
     """Of an answer: its request asked for the likeliest token at each step."""
+    source: bytes = b""
+    """Who sent the request, hashed."""
 
 
 @dataclass

@@ -124,6 +124,7 @@ class Orders:
                     fresh,
                     list(block_ids),
                     trace=state.carrier,
+                    source=state.source,
                 )
             )
 
@@ -151,6 +152,7 @@ class Orders:
             kept.tokens,
             state.carrier,
             is_greedy(state.request.sampling_params),
+            state.source,
         )
         self._step.answers.append(spec)
         if self._announcer is not None and _exact(kept.reuse):

@@ -147,6 +147,7 @@ class Saver:
             spec.extends,
             greedy=spec.greedy,
             request=spec.request_id,
+            source=spec.source,
         )
         if staged.known:
             return

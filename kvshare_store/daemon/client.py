@@ -72,10 +72,11 @@ class Client(Session):
         *,
         greedy: bool = False,
         request: str = "",
+        source: bytes = b"",
     ) -> Staged:
         """As `stage`, for int32 tokens that are bytes already; the rest as in `Store.stage`."""
         name = request[:LABEL_CHARS]
-        message = protocol.Stage(namespace, tokens, reuse, extends, greedy, name)
+        message = protocol.Stage(namespace, tokens, reuse, extends, greedy, name, source)
         return self._typed(message, Staged)
 
     def commit(self, staged: Staged, blocks: Iterable[Any]) -> str | None:

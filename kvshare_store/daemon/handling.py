@@ -154,6 +154,7 @@ class Handling:
             extends=message.extends,
             greedy=message.greedy,
             request=message.request,
+            source=message.source,
         )
 
     def _commit(self, message: protocol.Commit, client: Connection) -> str | None:

@@ -25,6 +25,7 @@ from kvshare_store.save.staging import Reuse
 Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
 Pools = Annotated[tuple[PoolName, ...], msgspec.Meta(max_length=MOST_POOLS)]
+Source = Annotated[bytes, msgspec.Meta(max_length=16)]
 Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
@@ -65,7 +66,7 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     """The engine's name of the request, for the log."""
     look: bool = False
     """For a second look, which is nobody's request: it is neither counted as one nor logged."""
-    source: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    source: Source = b""
     """Who sends the request, hashed; empty if nobody says. That of a reader is ignored."""
     pools: Pools = ()
     """Names of the pools whose rows the plan may have too: those for the model and adapter of
@@ -159,6 +160,8 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
     release before does not say."""
     request: Label = ""
     """The engine's name of the request, as in `Plan`."""
+    source: Source = b""
+    """As in `Plan`. Of an engine of the release before it is what its lookup said."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

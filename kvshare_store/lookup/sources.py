@@ -39,15 +39,20 @@ class Sources:
         if node is not None:
             self.confirm(node, (source,))
 
-    def of(self, namespace: str, tokens: Tokens, extends: int) -> tuple[bytes, ...]:
-        """Those that have sent a prompt that is saved now. Of an answer (`extends` > 0) only a
-        source that has sent its prompt alone: the answer belongs to one request."""
-        if not self._asked:
-            return ()
+    def of(
+        self, namespace: str, tokens: Tokens, extends: int, source: bytes = b""
+    ) -> tuple[bytes, ...]:
+        """Those that have sent a prompt that is saved now, the `source` of the save among them. An
+        answer (`extends` > 0) belongs to one request: it is of that source, or where the save names
+        none, of one that has sent its prompt alone."""
+        if source and extends:
+            return (source,)
         key = prompt_key(namespace, tokens[:extends] if extends else tokens)
         with self._nodes.lock:
-            found = self._asked.get(key, ())
-        return found if not extends or len(found) == 1 else ()
+            asked = self._asked.get(key, ()) if self._asked else ()
+        if extends:
+            return asked if len(asked) == 1 else ()
+        return tuple(dict.fromkeys((source, *asked)))[:SOURCES] if source else asked
 
     def confirm(self, node: Node, sources: Collection[bytes]) -> None:
         """These sources have sent all tokens of the node. It remembers them, durably soon, unless

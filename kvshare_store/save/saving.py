@@ -84,6 +84,7 @@ class Saving:
         *,
         greedy: bool = False,
         request: str = "",
+        source: bytes = b"",
     ) -> Staged:
         """Which rows of a prompt are missing. Nothing is reserved: a staged save is a record.
 
@@ -100,7 +101,11 @@ class Saving:
             raise
         if save is None:
             return Staged(known=True)
-        return self._kept(msgspec.structs.replace(save, greedy=greedy, request=request))
+        sender = b"" if namespace.pool else source
+        sources = self._sources.of(namespace.digest, tokens, extends, sender)
+        return self._kept(
+            msgspec.structs.replace(save, greedy=greedy, request=request, sources=sources)
+        )
 
     def _check_rate(self, namespace: Namespace) -> None:
         rate = self._nodes.limits.of(namespace).saves_per_second
@@ -140,10 +145,8 @@ class Saving:
         sizes = tuple(
             verified.sizes.get(name) or self._blocks.size_of(name) for name in kept.blocks
         )
-        told, sources = verified.policy, self._sources.of(namespace.digest, request, extends)
-        return Save(
-            namespace, request, reuse, kept, sizes, told, staged, owner, extends, base, sources
-        )
+        told = verified.policy
+        return Save(namespace, request, reuse, kept, sizes, told, staged, owner, extends, base)
 
     def _fits_quota(self, rows: int, namespace: Namespace) -> bool:
         quota = self._nodes.limits.of(namespace).namespace_bytes

@@ -37,7 +37,11 @@ TOLERANCE = 5e-4
 alone and beside others they differed by up to 0.7e-4; wrong rows differ by 100e-4 and more."""
 
 SHARED: dict[str, Any] = {
-    "kvshare": {"policy": "aggressive", "http": "127.0.0.1:0"},
+    "kvshare": {
+        "policy": "aggressive",
+        "http": "127.0.0.1:0",
+        "source_key": "env:KVSHARE_TEST_SOURCES",
+    },
     "enable_prefix_caching": True,
     "disable_log_stats": False,
 }
@@ -172,6 +176,7 @@ class Engine:
         close_kept_engine()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        os.environ["KVSHARE_TEST_SOURCES"] = "ab" * 32
         # Threads that wait for each other are slow on a busy processor, and vLLM compiles an
         # operation of its sampler, which costs more here than it saves.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

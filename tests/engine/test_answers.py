@@ -71,6 +71,17 @@ def test_each_of_several_answers_is_stored(engine: Engine, prompt: list[int]) ->
         check_next_turn(engine, [*prompt, *answer.tokens], LENGTH + ANSWER - 1)
 
 
+def test_an_answer_is_of_the_source_that_asked_for_it(engine: Engine, prompt: list[int]) -> None:
+    """Two have sent the prompt: each is given an answer of its own, and nobody confirms it."""
+    for seed, source in enumerate(("ann", "bob")):
+        asked = {"kvshare.source": source}
+        engine.store(prompt, params=asked, seed=seed, temperature=1.0, max_tokens=ANSWER - seed)
+    assert {length: one["sources"] for length, one in nodes(engine).items()} == {
+        LENGTH + ANSWER - 1: 1,
+        LENGTH + ANSWER - 2: 1,
+    }
+
+
 def test_an_answer_that_ends_at_a_stop_string(engine: Engine, prompt: list[int]) -> None:
     """vLLM's front end finds the stop string and aborts the request."""
     whole = engine.ask(prompt, policy="off", max_tokens=ANSWER).tokens

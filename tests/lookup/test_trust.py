@@ -16,6 +16,7 @@ from kvshare_store.lookup.explain import Explanation
 from kvshare_store.namespace import Namespace, Sources
 from kvshare_store.nodes.node import SOURCES, Node, node_id
 from kvshare_store.plan import ReusePlan
+from kvshare_store.save.staging import Buffer, packed
 from kvshare_store.store import Store
 from tests.save.test_answers import save as save_answer
 from tests.support.oracle import Driver, positions_of, prompt
@@ -100,6 +101,23 @@ def test_an_answer_is_of_one_request(engine: Driver) -> None:
     engine.serve(VICTIM, source=BOB)
     save_answer(engine, VICTIM, prompt(7, 10))
     assert node(engine, [*VICTIM, *prompt(7, 10)]).sources == ()
+
+
+def test_a_save_that_names_its_source_needs_no_memory_of_its_lookup(engine: Driver) -> None:
+    """The daemon may have been started again since, or others may have asked the same."""
+    engine.serve(VICTIM, source=BOB)
+    engine.save(VICTIM, source=ANN)
+    assert node(engine, VICTIM).sources == (ANN, BOB)
+    save_answer(engine, VICTIM, prompt(6, 10), source=CAT)
+    assert node(engine, [*VICTIM, *prompt(6, 10)]).sources == (CAT,)
+
+
+def test_a_template_of_a_pool_is_nobodys(engine: Driver) -> None:
+    pool = engine.namespace.in_pool("templates")
+    staged = engine.store.stage(VICTIM, pool, source=ANN)
+    rows = bytes(len(VICTIM) * pool.layout.row_bytes)
+    assert engine.store.commit(staged.id, Buffer(packed(rows, staged.sizes, pool.layout)))
+    assert [one.sources for one in engine.store.tree] == [()]
 
 
 def test_a_settled_node_keeps_its_sources(engine: Driver) -> None:

@@ -35,16 +35,26 @@ EXACT = Reuse()
 
 
 def stage(
-    engine: Driver, told: Sequence[int], answer: Sequence[int], reuse: Reuse = EXACT
+    engine: Driver,
+    told: Sequence[int],
+    answer: Sequence[int],
+    reuse: Reuse = EXACT,
+    source: bytes = b"",
 ) -> Staged:
-    return engine.store.stage([*told, *answer], engine.namespace, reuse, extends=len(told))
+    return engine.store.stage(
+        [*told, *answer], engine.namespace, reuse, extends=len(told), source=source
+    )
 
 
 def save(
-    engine: Driver, told: Sequence[int], answer: Sequence[int], reuse: Reuse = EXACT
+    engine: Driver,
+    told: Sequence[int],
+    answer: Sequence[int],
+    reuse: Reuse = EXACT,
+    source: bytes = b"",
 ) -> str | None:
     """Save an answer to a prompt. Returns the node's id, or None if it is not wanted."""
-    staged = stage(engine, told, answer, reuse)
+    staged = stage(engine, told, answer, reuse, source)
     if staged.known:
         return None
     tokens, fresh = [*told, *answer], positions_of(staged.fresh)

@@ -246,10 +246,12 @@ class Driver:
             self.finish(plan)
         return plan
 
-    def stage(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> Staged:
+    def stage(
+        self, tokens: Sequence[int], plan: ReusePlan | None = None, source: bytes = b""
+    ) -> Staged:
         """Stage a prompt and compute what `plan` leaves out; `commit` makes it a node."""
         reuse = None if plan is None else reuse_of(plan)
-        staged = self.store.stage(tokens, self.namespace, reuse)
+        staged = self.store.stage(tokens, self.namespace, reuse, source=source)
         if not staged.known:
             spans = () if plan is None else plan.spans
             exact = min((span.start for span in spans if not span.exact), default=len(tokens))
@@ -267,9 +269,11 @@ class Driver:
         kept."""
         return self.store.commit(staged.id, self._computed[staged.id])
 
-    def save(self, tokens: Sequence[int], plan: ReusePlan | None = None) -> str | None:
+    def save(
+        self, tokens: Sequence[int], plan: ReusePlan | None = None, source: bytes = b""
+    ) -> str | None:
         """Stage and commit. Returns the node's id, or None if it was known or could not be kept."""
-        staged = self.stage(tokens, plan)
+        staged = self.stage(tokens, plan, source)
         if staged.known:
             return None
         node = self.commit(staged)
