@@ -17,7 +17,7 @@
 # make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
-.PHONY: setup lmcache-setup bench-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs schemas screenshots release lint packages clean
+.PHONY: setup lmcache-setup bench-setup docs-setup test test-upstream demo chat bench bench-store chaos chaos-machines churn docs schemas screenshots release lint packages clean
 
 PYTHON = python3
 TEST_PROCESSES = 2
@@ -49,6 +49,7 @@ setup: .venv/project.stamp
 # apart: those environments see .venv, nothing there sees them.
 lmcache-setup: .venv/project.stamp .venv-lmcache/packages.stamp
 bench-setup: setup .venv-bench/packages.stamp
+docs-setup: .venv/project.stamp .venv-docs/packages.stamp
 
 .venv-lmcache/packages.stamp: requirements/lmcache.txt
 .venv-bench/packages.stamp: requirements/bench.txt requirements/lmcache.txt
@@ -62,7 +63,7 @@ bench-setup: setup .venv-bench/packages.stamp
 
 # Waiting threads sleep: engines, daemons and tests share few cores.
 test: export OMP_WAIT_POLICY = PASSIVE
-test: setup lmcache-setup
+test: setup lmcache-setup docs-setup
 	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # vLLM's tests, from its source distribution, and what they import live in .upstream.
@@ -105,7 +106,7 @@ churn: setup
 	$(PY) -m tests.support.churn --pause-ms 1
 
 # Nothing of the site is loaded from elsewhere; a link that leads nowhere ends the build.
-docs: .venv/project.stamp .venv-docs/packages.stamp
+docs: docs-setup
 	$(PY) -m benchmarks report
 	$(PY) -m benchmarks.harness.dead_links
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict

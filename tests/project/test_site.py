@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from benchmarks.__main__ import MEASUREMENTS
 from docs.site import drawings, reference
 from kvshare_store.config import FIELDS
 from tests.support.documents import DOCS, PAGES, ROOT, tables_of
+from tests.support.needs import need
 
 SHOWN = re.compile(r"(?<![\w/.\"-])kvshare ((?:vllm )?[a-z]+)\b(?!:)([^`\n│|;#]*)")
 """A command with what follows it on its line."""
@@ -84,6 +87,25 @@ def test_every_page_of_the_site_has_a_place() -> None:
     folders = {Path(name).parent for name in named if "*" in name}
     pages = {path.relative_to(DOCS) for path in DOCS.glob("**/*.md")}
     assert [page for page in pages if str(page) not in named and page.parent not in folders] == []
+
+
+def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    python = ROOT / ".venv-docs" / "bin" / "python"
+    need(python.exists(), "`make docs-setup`")
+    site = [str(python), "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(tmp_path)]
+    built = subprocess.run(
+        site,
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (built.returncode, built.stderr) == (0, "")
+    pages = {str(page.relative_to(tmp_path)): page.read_text() for page in tmp_path.rglob("*.html")}
+    sources = {path.relative_to(DOCS).with_suffix(".html") for path in DOCS.glob("**/*.md")}
+    assert {str(source) for source in sources} | {"index.html", "options.html"} <= pages.keys()
+    loads = re.compile(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
+    assert [found for text in pages.values() for found in loads.findall(text)] == []
 
 
 def test_the_drawings_are_those_of_the_source() -> None:
