@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2Adapter
 from lmcache.v1.distributed.storage_manager import StorageManager
 
 from kvshare_store.daemon.client import Client
+from tests.connectors.lmcache.inside.lmcache_engine import LENGTH
 from tests.connectors.lmcache.inside.lmcache_support import adapter, key, looked_up, spec, until
 
+CHUNK = 128
+"""Tokens of LMCache's chunks."""
+CHUNKS = LENGTH // CHUNK
+"""Of the engine's prompt, that are whole."""
 LAYOUT = MemoryLayoutDesc([torch.Size([2, 3, 64, 8])], [torch.bfloat16])
 
 
@@ -111,12 +116,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(home: Path, log: Path) -> Iterator[str]:
-    """`lmcache server` with the adapter; yields the address of its HTTP API."""
+def server(home: Path, log: Path) -> Iterator[tuple[int, str]]:
+    """`lmcache server` with the adapter; yields its port and the address of its HTTP API."""
     port, http = free_port(), free_port()
     command = [str(Path(sys.executable).parent / "lmcache"), "server", "--port", str(port)]
     command += ["--http-port", str(http), "--l1-size-gb", "0.1", "--eviction-policy", "LRU"]
-    command += ["--chunk-size", "128", "--supported-transfer-mode", "auto"]
+    command += ["--chunk-size", str(CHUNK), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", f"kvshare-test-{uuid.uuid4().hex[:8]}", "--disable-observability"]
     command += ["--l2-adapter", json.dumps(spec(home))]
     with log.open("w") as out:
@@ -124,7 +129,7 @@ def server(home: Path, log: Path) -> Iterator[str]:
     try:
         until(lambda: process.poll() is not None or answers(http))
         assert process.poll() is None, log.read_text()[-4000:]
-        yield f"http://127.0.0.1:{http}"
+        yield port, f"http://127.0.0.1:{http}"
     finally:
         process.terminate()
         process.wait(60)
@@ -140,18 +145,46 @@ def asked(url: str, **request: Any) -> Any:
         return json.load(answer)
 
 
-def test_the_real_server_shows_and_deletes_what_another_process_stored(tmp_path: Path) -> None:
-    with manager(tmp_path) as first:
-        rows = written(first, tmp_path, range(1, 4))
-        with server(tmp_path, tmp_path.parent / "server.log") as url:
-            (status,) = asked(f"{url}/status")["storage_manager"]["l2_adapters"]
-            assert status["type"] == "KVShareL2Adapter"
-            assert status["is_healthy"], status
-            listed = asked(f"{url}/cache/objects?tier=l2")["entries"]
-            keys = [entry.get("key", entry) for entry in listed]
-            assert {int(one["chunk_hash_hex"], 16) for one in keys} == set(rows)
-            body = json.dumps({"tier": "l2", "keys": keys[:1]}).encode()
-            headers = {"Content-Type": "application/json"}
-            asked(f"{url}/cache/objects", data=body, headers=headers, method="DELETE")
-            assert len(asked(f"{url}/cache/objects?tier=l2")["entries"]) == len(rows) - 1
+def has(url: str, count: int) -> list[Any] | None:
+    """The keys of the objects below the server, once there are so many."""
+    listed = asked(f"{url}/cache/objects?tier=l2")["entries"]
+    return [one.get("key", one) for one in listed] if len(listed) == count else None
+
+
+def check_healthy(url: str) -> None:
+    (status,) = asked(f"{url}/status")["storage_manager"]["l2_adapters"]
+    assert status["type"] == "KVShareL2Adapter"
+    assert status["is_healthy"], status
+
+
+def check_delete(url: str, keys: list[Any]) -> None:
+    body = json.dumps({"tier": "l2", "keys": keys[:1]}).encode()
+    headers = {"Content-Type": "application/json"}
+    asked(f"{url}/cache/objects", data=body, headers=headers, method="DELETE")
+    assert has(url, len(keys) - 1)
+
+
+def generated(port: int, salts: Sequence[str]) -> list[dict[str, Any]]:
+    """What a new engine with LMCache's connector says of one prompt, sent under each salt."""
+    module = "tests.connectors.lmcache.inside.lmcache_engine"
+    command = [sys.executable, "-W", "ignore", "-m", module, str(port), *salts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"salt"')]
+
+
+def test_an_engine_finds_its_chunks_after_engine_and_server_were_started_again(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path.parent / "server.log"
+    with server(tmp_path, log) as (port, url):
+        (first,) = generated(port, ["acme"])
+        assert first["cached"] == 0
+        until(lambda: has(url, CHUNKS))
+        check_healthy(url)
+    with server(tmp_path, log) as (port, url):
+        again, other = generated(port, ["acme", "other"])
+        assert again == first | {"cached": CHUNKS * CHUNK}
+        assert other == first | {"salt": "other"}
+        check_delete(url, until(lambda: has(url, 2 * CHUNKS)))
     stop_daemon(tmp_path)
