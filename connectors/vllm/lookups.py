@@ -72,7 +72,8 @@ class Lookups:
             if not state.look:
                 self._tally.looked_up(time.monotonic() - wanted_at)
             if state.trace is not None:
-                state.trace.part("lookup", state.asked_at, reason=state.reason)
+                took = time.monotonic() - state.asked_at
+                state.trace.part("lookup", took, reason=state.reason)
 
     def _left(self, state: RequestState) -> float:
         """Seconds until the lookup's deadline."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.namespace import Namespace, Tenants
-from kvshare_store.plan import clip_spans, gaps
+from kvshare_store.plan import LABEL_CHARS, clip_spans, gaps
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.events import Announcer
@@ -140,6 +141,7 @@ class Planning:
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
+        self._look_at(state)
         computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
         if not state.look:
             self.tally.ended(answer, computed=computed)
@@ -199,8 +201,10 @@ class Planning:
         state.block_ids = blocks.get_block_ids()
         state.parked = bool(state.runs) and state.promise.parks
         state.count_reuse()
+        state.taken_at = time.monotonic()
         if state.trace is not None:
-            state.trace.loading(state)
+            saving_ms = state.plan.saving_ms
+            state.trace.part("plan", state.taken_at - state.planned_at, saving_ms=saving_ms)
         self.orders.load(state, state.plan)
         if self.places_runs:
             self.runs.add(state)
@@ -209,12 +213,22 @@ class Planning:
 
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
-        for state in self.states.values() if self.trace_of is not None else ():
-            if state.trace is not None:
-                state.trace.look()
+        for state in self.states.values():
+            self._look_at(state)
         step = self.orders.build(output, self.states)
         step.model, step.wiped = self.namespace.model_digest, self.lookups.wiped
         return step
+
+    def _look_at(self, state: RequestState) -> None:
+        """The first token says that the whole prompt is computed: report how long that took."""
+        if not state.taken_at or not state.request.num_output_tokens:
+            return
+        took, state.taken_at = time.monotonic() - state.taken_at, 0.0
+        if not state.look:
+            self.link.tell(protocol.Prefilled(state.id[:LABEL_CHARS], took))
+        if state.trace is not None:
+            left = sum(run.length for run in gaps(state.loaded, state.local, state.length))
+            state.trace.part("partial_prefill", took, recomputed=left)
 
     # --- rows that are lost ------------------------------------------------------------------
 

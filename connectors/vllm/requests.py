@@ -114,6 +114,8 @@ class RequestState:
     stored: ReusePlan | None = None
     """The same plan, kept after it was loaded or given up: it tells which rows are stored."""
     planned_at: float = 0.0
+    taken_at: float = 0.0
+    """When vLLM took its plan; 0 before, and once its first token is there."""
     promise: Promise = field(default_factory=lambda: Promise(0, []))
     reserved: Reserved = field(default_factory=Reserved)
     """What this step has set aside for it. Nothing if the plan was not there when the step

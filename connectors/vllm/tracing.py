@@ -14,10 +14,7 @@ from kvshare_connectors.vllm.settings import PREFIX
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from kvshare_store.plan import gaps
-
 if TYPE_CHECKING:
-    from kvshare_connectors.vllm.requests import RequestState
     from vllm.v1.request import Request
 
 Carrier = dict[str, str]
@@ -32,36 +29,18 @@ class Trace:
     def __init__(self, request: Request) -> None:
         headers = request.trace_headers
         context = TraceContextTextMapPropagator().extract(headers) if headers else None
-        self._request = request
         self._span = trace.get_tracer("kvshare").start_span(
             f"{PREFIX}request", context, attributes={_REQUEST_ID: request.request_id}
         )
         self.carrier: Carrier = {}
         TraceContextTextMapPropagator().inject(self.carrier, trace.set_span_in_context(self._span))
-        self._loading_at: float | None = None
-        self._left = 0
-        """Tokens of its prompt that are computed although others are loaded."""
 
-    def part(self, name: str, began: float, **attributes: Any) -> None:
-        """Record a part of the request that ends now; `began`: by `time.monotonic`."""
-        emit(self.carrier, name, time.monotonic() - began, **attributes)
-
-    def loading(self, state: RequestState) -> None:
-        """vLLM uses the promise of its plan: its rows are loaded in this step."""
-        saving_ms = state.plan.saving_ms if state.plan is not None else 0.0
-        self.part("plan", state.planned_at, saving_ms=saving_ms)
-        self._loading_at = time.monotonic()
-        self._left = sum(run.length for run in gaps(state.loaded, state.local, state.length))
-
-    def look(self) -> None:
-        """Called each step: the first token says that the whole prompt is computed."""
-        if self._loading_at is not None and self._request.num_output_tokens:
-            self.part("partial_prefill", self._loading_at, recomputed=self._left)
-            self._loading_at = None
+    def part(self, name: str, seconds: float, **attributes: Any) -> None:
+        """Record a part of the request, which has taken so long and ends now."""
+        emit(self.carrier, name, seconds, **attributes)
 
     def end(self, answer: Mapping[str, Any]) -> None:
         """The request has ended, with this report on reuse."""
-        self.look()
         self._span.set_attributes(dict(answer))
         self._span.end()
 

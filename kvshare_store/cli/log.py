@@ -140,8 +140,8 @@ def request_lines(request: Request) -> Iterable[str]:
     )
     yield (
         f"lookup {_time(request['lookup'])}, load {_time(request['load'])}, "
-        f"{_time(request['held'])} from question to end; the plan was expected to save "
-        f"{request['saving_ms']:,.1f} ms"
+        f"{_time(request['held'])} from question to end; {_time(request.get('prefill', 0.0))} from "
+        f"plan to first token; the plan was expected to save {request['saving_ms']:,.1f} ms"
     )
     if request.get("steering"):  # a daemon of the release before does not say it
         yield steering_text(request["steering"])

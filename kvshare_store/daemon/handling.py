@@ -46,6 +46,9 @@ class Handling:
             protocol.Decline: lambda message, _: self._store.outcomes.decline(
                 message.reason, message.tokens
             ),
+            protocol.Prefilled: lambda message, _: self._store.outcomes.log.prefilled(
+                message.request, message.seconds
+            ),
             protocol.EngineCached: lambda message, _: self._store.outcomes.engine_cached(
                 message.tokens
             ),

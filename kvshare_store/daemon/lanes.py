@@ -54,6 +54,7 @@ _LANES: dict[type, str] = {
         (
             protocol.Decline,
             protocol.EngineCached,
+            protocol.Prefilled,
             protocol.Finish,
             protocol.Observe,
             protocol.Working,

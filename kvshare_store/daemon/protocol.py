@@ -80,6 +80,15 @@ class Decline(msgspec.Struct, frozen=True, tag="decline"):
     tokens: Count
 
 
+class Prefilled(msgspec.Struct, frozen=True, tag="prefilled"):
+    """The engine has the first token of a request whose plan it took so many seconds before. For
+    the log. Reply: None."""
+
+    request: Label
+    """The engine's name of the request, as in `Plan`."""
+    seconds: Seconds
+
+
 class EngineCached(msgspec.Struct, frozen=True, tag="engine_cached"):
     """Tokens of a missed lookup that the engine's own prefix cache had. Reply: None."""
 
@@ -423,11 +432,11 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Request = (
-    Hello | Plan | Decline | EngineCached | ReadRows | Finish | Observe | Working | NextLook
-    | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Ready | Flush
-    | ListNodes | Branch | ShowNode | Explain | ListRequests | Quality | Diff | HasNodes | PlanNode
-    | Forget | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge | CheckTree
-    | CheckBlocks | Stop
+    Hello | Plan | Decline | Prefilled | EngineCached | ReadRows | Finish | Observe | Working
+    | NextLook | Looked | Stage | WriteRows | Commit | Abandon | Failed | Settings | Stats | Ready
+    | Flush | ListNodes | Branch | ShowNode | Explain | ListRequests | Quality | Diff | HasNodes
+    | PlanNode | Forget | Held | NodesOf | Clear | Pin | Evict | Export | Import | Collect | Purge
+    | CheckTree | CheckBlocks | Stop
 )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ _STORING = (
     protocol.Flush, protocol.NextLook, protocol.Looked,
 )  # fmt: skip
 _REPORTING = (
-    protocol.Observe, protocol.Decline, protocol.EngineCached, protocol.Working, protocol.Failed,
+    protocol.Observe, protocol.Decline, protocol.EngineCached, protocol.Prefilled,
+    protocol.Working, protocol.Failed,
 )  # fmt: skip
 """What it says of speed and of counts changes plans and numbers of others."""
 _RULING = (

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvshare_store.bounded import Latest
 from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.lookup.steering import Steering
 from kvshare_store.namespace import Namespace
@@ -20,6 +21,8 @@ from kvshare_store.plan import Outcome, ReusePlan, Span
 from kvshare_store.readable import short
 
 _ENTRIES = 1000
+_EARLY = 256
+"""Times of requests whose plans have not ended for the log yet."""
 _PROMPT_BYTES = 64 << 20
 """Tokens of all logged prompts together."""
 
@@ -91,6 +94,9 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     load: float = 0.0
     held: float = 0.0
     """From the question to the end of the plan."""
+    prefill: float = 0.0
+    """From the step that took the plan to the first token: what loading the rows and computing the
+    others took. 0: the engine did not say."""
     saving_ms: float = 0.0
     """What the plan was expected to save."""
     prompt: bytes = b""
@@ -119,6 +125,7 @@ class RequestLog:
         self.prompts = prompts
         self._lock = threading.Lock()
         self._entries: deque[Logged] = deque(maxlen=_ENTRIES)
+        self._early: Latest[str, float] = Latest(_EARLY)
         self._count = 0
 
     def missed(self, asked: Asked, reason: str, lookup: float) -> None:
@@ -152,11 +159,23 @@ class RequestLog:
         )
         self._add(entry)
 
+    def prefilled(self, request: str, seconds: float) -> None:
+        """The engine has the first token of a request, so long after it took the plan. It may say
+        so before the plan's end is reported, which goes another way."""
+        with self._lock:
+            for at in range(len(self._entries) - 1, -1, -1):
+                if self._entries[at].request == request:
+                    entry = msgspec.structs.replace(self._entries[at], prefill=seconds)
+                    self._entries[at] = entry
+                    return
+            self._early[request] = seconds
+
     def _add(self, fields: dict[str, object]) -> None:
         blank = {"request": "", "namespace": "", "model": "", "tenant": "", "lora": "",
                  "policy": "", "at": time.time()}  # fmt: skip
         with self._lock:
             self._count += 1
+            fields["prefill"] = self._early.pop(str(fields.get("request")), 0.0)
             entry = Logged(**(blank | fields | {"number": self._count}))  # type: ignore[arg-type]
             self._entries.append(entry)
             if entry.prompt:

@@ -17,7 +17,7 @@ from kvshare_store.cli import evict
 from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
-from kvshare_store.daemon.protocol import ListNodes
+from kvshare_store.daemon.protocol import ListNodes, Prefilled
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -45,6 +45,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
         asked = client.send(plan_request(np.asarray(SECOND, np.int32), SPACE, None, "chat-7"))
         plan = msgspec.convert(client.receive(asked, 20.0), ReusePlan)
         client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 4, seconds=0.002))
+        client.call(Prefilled("chat-7", 0.0305))
         second = engine.save(SECOND, plan)
         other = ClientDriver(client, SPACE.for_tenant("alice"), engine.book)
         assert other.plan(FIRST).declined == "empty_store"
@@ -232,6 +233,7 @@ def test_a_logged_request_in_full(served: Served) -> None:
     assert "request chat-7" in out
     assert "80 exact, 0 continued, 116 edited, 4 recomputed" in out
     assert "load 2.00 ms" in out
+    assert "30.50 ms from plan to first token" in out
     assert "log_prompts" in out
 
 

@@ -431,7 +431,7 @@ def test_every_message_has_a_role() -> None:
     assert admin >= {"Clear", "Pin", "Evict", "Export", "Import", "Purge", "Stop", "Collect"}
     assert engine == {
         "Stage", "WriteRows", "Commit", "Abandon", "Forget", "Flush", "NextLook", "Looked",
-        "Observe", "Decline", "EngineCached", "Working", "Failed",
+        "Observe", "Decline", "EngineCached", "Prefilled", "Working", "Failed",
     }  # fmt: skip
     reads = {kind.__name__ for kind, role in NEEDED.items() if role == "reader"}
     assert {"Plan", "PlanNode", "ReadRows", "Finish", "Stats", "ShowNode"} <= reads

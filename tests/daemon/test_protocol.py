@@ -25,6 +25,7 @@ MESSAGES = [
     protocol.Plan(NAMESPACE, b"1234", "exact", look=True),
     protocol.Decline("late", 40),
     protocol.EngineCached(32),
+    protocol.Prefilled("chat-1", 0.25),
     protocol.Settings(),
     protocol.ReadRows("lease", "ab" * 32, 3),
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
+from kvshare_store.daemon import protocol
 from tests.engine.harness import SHARED, Answer, Engine, Fresh
 from tests.engine.test_behaviour import LENGTH, NEW, edited
 from tests.support.exposition import Exposed
@@ -58,6 +60,16 @@ def workload(engine: Engine, fresh: Fresh) -> list[Answer]:
     answers.append(engine.store(fresh(LENGTH)))  # like nothing before
     answers.append(engine.ask(fresh(LENGTH), policy="off"))
     return answers
+
+
+def test_the_log_says_what_a_plan_took_to_the_first_token(engine: Engine, fresh: Fresh) -> None:
+    engine.clear()
+    began = time.monotonic()
+    workload(engine, fresh)
+    took = time.monotonic() - began
+    logged = engine.client.call(protocol.ListRequests())
+    assert [bool(one["prefill"]) for one in logged] == [one["outcome"] != "miss" for one in logged]
+    assert 0 < sum(one["prefill"] for one in logged) < took
 
 
 def test_every_value_is_what_happened(engine: Engine, fresh: Fresh) -> None:

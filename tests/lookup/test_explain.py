@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,22 @@ def test_requests_are_logged_as_they_ended(driver: Open) -> None:
     assert engine.store.requests.last(10, request="chat") == [used, missed]
     assert engine.store.requests.last(10, request="4") == [failed]
     assert not any(one.prompt for one in engine.store.requests.last(10))
+
+
+def test_what_the_first_token_took_is_logged_whatever_is_reported_first(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt())
+    for name, early in (("chat-1", False), ("chat-2", True)):
+        plan = engine.store.plan_soon(prompt(), engine.namespace, request=name).result()
+        reports = [
+            partial(engine.finish, plan),
+            partial(engine.store.requests.prefilled, name, 0.25),
+        ]
+        for report in reversed(reports) if early else reports:
+            report()
+        assert engine.store.requests.last(1)[0].prefill == 0.25
+    engine.serve(prompt())
+    assert engine.store.requests.last(1)[0].prefill == 0.0, "each time is of one request"
 
 
 def test_tokens_are_logged_only_where_that_is_set(driver: Open) -> None:

@@ -49,6 +49,7 @@ _EXAMPLES: list[protocol.Request] = [
     protocol.Finish("lease", Outcome(3, 4, 5, 6, 0.5, "aborted")),
     protocol.Decline("late", 40),
     protocol.EngineCached(32),
+    protocol.Prefilled("chat-1", 0.25),
     protocol.Working(True),
     protocol.NextLook(("ab",)),
     protocol.Looked("ab", 7, "dropped", (0.5,)),
