@@ -55,7 +55,8 @@ class Store:
     `HomeError` or `BusyError` when the home cannot be used or belongs to another process.
     """
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, *, visiting: bool = False) -> None:
+        """`visiting`: see `Repository`."""
         self.config = config
         self._since = time.time()
         self.metrics = Metrics()
@@ -64,7 +65,7 @@ class Store:
         self.far_costs = Costs(far=True)
         """Of engines on other machines."""
         costs = {False: self.costs, True: self.far_costs}
-        self.repository = repository = Repository(config, self.metrics)
+        self.repository = repository = Repository(config, self.metrics, visiting=visiting)
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
         self.blocks = repository.blocks

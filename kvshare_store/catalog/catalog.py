@@ -338,6 +338,11 @@ class Catalog:
         self.facts.create([Fact("store", time.time(), state=uuid.uuid4().hex)])
         return self.facts.facts("key = 'store'")[0].state
 
+    @property
+    def had_remote(self) -> bool:
+        """Whether the store has ever been opened with a remote: then it has an id."""
+        return bool(self.facts.facts("key = 'store'"))
+
     def purge(self, namespace: str) -> None:
         """Remove every row of a namespace, its record and its salt, from old versions too.
 

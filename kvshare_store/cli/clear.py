@@ -22,6 +22,6 @@ def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption
     with answering(chosen) as ask:
         nodes = ask(protocol.Stats())["nodes"]
         if nodes and not yes:
-            typer.confirm(f"Remove all {nodes:,} nodes of {place(chosen)}?", abort=True)
+            typer.confirm(f"Remove all {nodes:,} nodes of {place(chosen)}?", abort=True, err=True)
         removed = ask(protocol.Clear())
     typer.echo(f"{removed:,} nodes removed.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvshare_store.bounded import pieces
 from kvshare_store.cli.common import (
     ConfigOption,
     DryRunOption,
@@ -18,11 +21,18 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.errors import ConfigError
+from kvshare_store.errors import ConfigError, NodeError
 from kvshare_store.readable import short
+
+if TYPE_CHECKING:
+    from kvshare_store.cli.upkeep import Ask
 
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_OLDEST_S = 1e9
+"""As in the message."""
+_AT_ONCE = 1000
+"""Nodes in one message, which has room for a limited number of them."""
 
 NodesArgument = Annotated[
     list[str] | None,
@@ -62,9 +72,8 @@ def command(
         found = ask(Evict(ids, tenant, seconds, policy, dry_run=True))
         if not dry_run and found["nodes"]:
             if not yes:
-                typer.confirm(f"Remove {counted(found)}?", abort=True)
-            # exactly what was shown and confirmed
-            found = ask(Evict(tuple(found["nodes"])))
+                typer.confirm(f"Remove {counted(found)}?", abort=True, err=True)
+            found = forgotten(ask, found["nodes"])
     if json:
         print_json(found)
         return
@@ -74,12 +83,34 @@ def command(
     typer.echo(f"{'Would forget' if dry_run else 'Forgot'} {counted(found)}.")
 
 
+def forgotten(ask: Ask, nodes: Sequence[str]) -> dict[str, Any]:
+    """Forget exactly what was shown and confirmed; some may have gone by themselves meanwhile."""
+    from kvshare_store.daemon.protocol import Evict  # noqa: PLC0415 - seconds, not for --help
+
+    done: dict[str, Any] = {"nodes": [], "tokens": 0, "pinned": []}
+    for some in pieces(nodes, _AT_ONCE):
+        try:
+            found = [ask(Evict(tuple(some)))]
+        except NodeError:  # then none of them was forgotten
+            found = []
+            for node in some:
+                with contextlib.suppress(NodeError):
+                    found.append(ask(Evict((node,))))
+        for one in found:
+            for name, value in one.items():
+                done[name] += value
+    return done
+
+
 def parse_age(text: str) -> float:
     """Seconds of `90s`, `10min`, `6h` or `7d`; `ConfigError` for anything else."""
     match = _AGE.match(text.strip())
     if match is None:
         raise ConfigError(f"--older-than {text}: write an age such as 90s, 10min, 6h or 7d")
-    return float(match[1]) * _SECONDS[match[2]]
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > _OLDEST_S:
+        raise ConfigError(f"--older-than {text}: no prompt is older than {_OLDEST_S:.0f}s")
+    return seconds
 
 
 def counted(found: dict[str, Any]) -> str:

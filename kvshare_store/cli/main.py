@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +40,7 @@ from kvshare_store.cli import (
 from kvshare_store.config import FIELDS_HELP
 from kvshare_store.errors import KVShareError
 from kvshare_store.observability.version import version
+from kvshare_store.readable import one_line
 
 _ENGINES = {"vllm": "kvshare_connectors.vllm.launch"}
 """Modules whose `app` has the commands of an engine, by name: the store imports no engine."""
@@ -98,6 +100,9 @@ app.command("completion")(completion.command)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command. An error becomes one line on standard error and an exit code."""
     completion.prepare()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # signs that it cannot show become `?`
+            stream.reconfigure(errors="replace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="kvshare", standalone_mode=False)
@@ -133,7 +138,8 @@ def _refusal() -> OSError | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"kvshare: {' '.join(message.split())}", err=True)
+    # it may name what strangers wrote: a field of an archive, a path
+    typer.echo(f"kvshare: {one_line(message)}", err=True)
     sys.exit(code)
 
 

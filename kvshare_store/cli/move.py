@@ -46,7 +46,7 @@ def export(
     from kvshare_store.daemon.protocol import Export  # noqa: PLC0415 - seconds, not for --help
 
     if file.is_file() and not yes:  # nothing else is replaced
-        typer.confirm(f"Replace {file}?", abort=True)
+        typer.confirm(f"Replace {file}?", abort=True, err=True)
     with answering(configured(home, config)) as ask:
         found = ask(Export(str(file.absolute()), tuple(nodes or ()), tenant, plain))
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import msgspec
@@ -32,14 +33,23 @@ def _answer(store: Store, message: Any) -> Any:
 
 
 def alone(config: StoreConfig) -> Store:
-    """The home opened for one message. Nothing is merged: this process may have other budgets than
-    those that the home is used with."""
+    """The home opened for one message. Nothing is merged, and nothing goes for a budget or for a
+    tier that is not there: the home may be used with other settings than those of this process.
+
+    `ConfigError` if the store has used a remote and the settings name none.
+    """
     chosen = msgspec.structs.replace(
         config,
         host_bytes=min(config.host_bytes, _HOST_BYTES),
+        disk_bytes=max(config.disk_bytes, shutil.disk_usage(config.home_path).total),
+        remote_bytes=0,
+        max_nodes=_NEVER,
+        namespace_bytes=0,
+        namespace_nodes=0,
+        tenant_limits="",
         semantic="never",
         gc_seconds=0.0,
         max_chain=_NEVER,
         max_scatter=float(_NEVER),
     )
-    return Store(chosen)
+    return Store(chosen, visiting=True)

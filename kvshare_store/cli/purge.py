@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
-from kvshare_store.readable import short
+from kvshare_store.readable import one_line, short
 
 if TYPE_CHECKING:
     from kvshare_store.daemon.protocol import Purge
@@ -45,7 +45,8 @@ PoolOption = Annotated[
     str, typer.Option("--pool", metavar="NAME", help="Every namespace of this pool.")
 ]
 WaitOption = Annotated[
-    float, typer.Option("--wait", min=0, metavar="SECONDS", help="For leases and saves to end.")
+    float,
+    typer.Option("--wait", min=0, max=600, metavar="SECONDS", help="For leases and saves to end."),
 ]
 
 
@@ -74,7 +75,7 @@ def command(
         found = ask(msgspec.structs.replace(wanted, dry_run=True))
         if not dry_run:
             if not yes:
-                typer.confirm(f"Remove {counted(found)} for good?", abort=True)
+                typer.confirm(f"Remove {counted(found)} for good?", abort=True, err=True)
             found = ask(msgspec.structs.replace(wanted, patience=wait))
     if json:
         print_json(found)
@@ -111,7 +112,7 @@ def _say(found: Sequence[dict[str, Any]], *, dry_run: bool) -> None:
 
 def counted(found: Sequence[dict[str, Any]]) -> str:
     """The number of prompts and their bytes, in words."""
-    models = ", ".join(sorted({one["model"] for one in found}))
+    models = ", ".join(sorted({one_line(one["model"]) for one in found}))
     nodes, blocks, unsure = (sum(one[w] for one in found) for w in ("nodes", "blocks", "unsure"))
     maybe = f" ({unsure:,} of them unsure)" if unsure else ""
     return f"{nodes:,} nodes{maybe} and {blocks:,} blocks of {len(found):,} namespaces ({models})"

@@ -22,7 +22,10 @@ _REUSED = ("tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edit
 _RATES = ("lookups", "misses", "tokens_requested", *_REUSED, "bytes_loaded", "bytes_stored")
 
 IntervalOption = Annotated[
-    float, typer.Option("--interval", "-i", min=0.1, metavar="SECONDS", help="Between two looks.")
+    float,
+    typer.Option(
+        "--interval", "-i", min=0.1, max=86400, metavar="SECONDS", help="Between two looks."
+    ),
 ]
 CountOption = Annotated[
     int, typer.Option("--count", "-c", min=0, metavar="N", help="Look so often, then end; 0: on.")

@@ -26,6 +26,7 @@ def chores(config: StoreConfig) -> Iterator[Ask]:
     """
     if _served(config):
         with Client(place_of(config)) as client:
+            client.greet()  # a daemon that hangs is found out now: a chore may take an hour
             yield lambda message: client.call(message, timeout=_PATIENCE_S)
         return
     load_lancedb()

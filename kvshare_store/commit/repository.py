@@ -3,6 +3,7 @@ are lower in the import order and do not know it."""
 
 from __future__ import annotations
 
+import logging
 import uuid
 
 from kvshare_store.blocks.block_store import BlockStore
@@ -16,15 +17,20 @@ from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
 from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import HomeError, KVShareError, StorageError
+from kvshare_store.errors import ConfigError, HomeError, KVShareError, StorageError
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.observability.metrics import Metrics
+
+log = logging.getLogger("kvshare")
 
 
 class Repository:
     """What a home holds, and the thread that makes it durable."""
 
-    def __init__(self, config: StoreConfig, metrics: Metrics) -> None:
+    def __init__(self, config: StoreConfig, metrics: Metrics, *, visiting: bool = False) -> None:
+        """`visiting`: for one command, whose settings may not be those that the home is used with,
+        so it removes nothing by itself. `ConfigError` if they lack the remote that the home has
+        used."""
         self._config = config
         self.metrics = metrics
         self.machine = uuid.uuid4().hex
@@ -48,7 +54,14 @@ class Repository:
         self.committer = Committer(self.queue, self.nodes, self.durable, metrics)
         self._closed = False
         try:
-            self._recover(state)
+            lacking = self._lacks_remote()
+            if lacking and visiting:
+                raise ConfigError(
+                    "this store has used a remote, and these settings name none: what the remote "
+                    "has would be left out. Pass the daemon's settings with --config, or name it "
+                    "in KVSHARE_REMOTE"
+                )
+            self._recover(state, spare=visiting or lacking)
         except KVShareError as error:
             self.close()
             if isinstance(error, StorageError):
@@ -70,13 +83,25 @@ class Repository:
             return None
         return Uses(self.catalog.uses, state.tree, state.lock, self._config.ttl_seconds)
 
-    def _recover(self, state: NodeState) -> None:
-        """Load the nodes. Those whose blocks are gone are removed from the catalogue."""
+    def _lacks_remote(self) -> bool:
+        """Whether rows may be in a remote that the settings do not name."""
+        catalog = self.catalog
+        return catalog is not None and not self._config.remote and catalog.had_remote
+
+    def _recover(self, state: NodeState, *, spare: bool) -> None:
+        """Load the nodes. Those whose blocks are gone are removed from the catalogue, unless it
+        may be the settings that are wrong (`spare`): the next that are right find them there."""
         if self.catalog is None:
             return
         used = self.uses.recorded() if self.uses is not None else {}
         lost = recover(state, self.catalog, self.blocks, used, self.metrics)
-        if lost:
+        if lost and spare:
+            log.warning(
+                "kvshare: %d stored prompts are left out, since no tier of these settings has "
+                "their rows: name the remote again, or forget them with `kvshare check --repair`",
+                len(lost),
+            )
+        elif lost:
             self.queue.put(self.nodes.removal(lost))
         if self.shared:
             self.nodes.drop_excess()

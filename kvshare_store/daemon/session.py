@@ -30,6 +30,7 @@ from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.tls import MUST_HOLD, reason_of
 from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing, Stream
 from kvshare_store.errors import (
+    ConfigError,
     DeadlineError,
     DeniedError,
     KVShareError,
@@ -177,7 +178,7 @@ class Session:
         if self._outgoing.nbytes > _UNSENT_BYTES:
             raise UnavailableError(f"the daemon of {self.home} takes no messages")
         request_id = next(self._ids).to_bytes(8, "little")
-        self._outgoing.put(request_id, protocol.encode(message), descriptor)
+        self._outgoing.put(request_id, _encoded(message), descriptor)
         self._waiting.add(request_id)
         return request_id
 
@@ -309,6 +310,16 @@ class Session:
             return self.receive(request_id, timeout)
         finally:
             self.forget(request_id)
+
+
+def _encoded(message: protocol.Request) -> bytes:
+    """`ConfigError` for what no message can hold: arguments that are not UTF-8, endless numbers."""
+    try:
+        return protocol.encode(message)
+    except UnicodeEncodeError as error:
+        raise ConfigError("a name or path is not UTF-8, which the daemon cannot be told") from error
+    except OverflowError as error:
+        raise ConfigError("a number is larger than any that the daemon can be told") from error
 
 
 def _leave_to_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,7 +73,9 @@ def export_nodes(
         raise ConfigError(
             "this store is encrypted and archives are not: pass --plain to write one all the same"
         )
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # not by the process id: in a container every daemon has the same one, and one that was killed
+    # would keep the next from writing
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         _refuse_others(path, repository.home)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

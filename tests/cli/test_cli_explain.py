@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.cli import evict
+from kvshare_store.cli import evict, purge, upkeep
 from kvshare_store.cli.log import request_lines, requests_table
+from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.protocol import ListNodes, Prefilled
-from kvshare_store.errors import ConfigError
+from kvshare_store.errors import ConfigError, NodeError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
@@ -465,3 +469,75 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
     assert {node["id"] for node in as_json("ls", "--home", home)} == set(ids)
     (tmp_path / "a.kv").write_bytes((tmp_path / "a.kv").read_bytes()[:-1])
     assert "is cut off" in one_line(run("import", "a.kv", "--home", home), 1)
+
+
+# --- what is asked and what is printed ------------------------------------------------------------
+
+
+def test_what_went_meanwhile_keeps_nothing_else_from_being_evicted(tmp_path: Path) -> None:
+    answers = iter(({"nodes": ["a", "b", "c"], "tokens": 9, "pinned": []},))
+    sent: list[tuple[str, ...]] = []
+
+    def ask(message: Any) -> Any:
+        sent.append(message.nodes)
+        if "b" in message.nodes:
+            raise NodeError("0 nodes begin with 'b'")
+        return {"nodes": list(message.nodes), "tokens": 3 * len(message.nodes), "pinned": []}
+
+    found = evict.forgotten(ask, next(answers)["nodes"])
+    assert found == {"nodes": ["a", "c"], "tokens": 6, "pinned": []}
+    many = [f"{at:04x}" for at in range(20_000)]
+    sent.clear()
+    assert evict.forgotten(ask, [n for n in many if "b" not in n])["pinned"] == []
+    assert max(map(len, sent)) <= 1 << 14
+
+
+def test_questions_are_no_part_of_the_answer(served: Served) -> None:
+    home, (first, _, _) = served
+    for command in (("evict", first), ("purge", first, "--lineage")):
+        code, out, err = run(*command, "--json", "--home", home, answer="n\n")
+        assert (code, out.strip()) == (1, "")  # the blank belongs to the cursor of a terminal
+        assert "Remove" in err
+
+
+def test_a_model_cannot_steer_the_terminal(served: Served) -> None:
+    purged = {"nodes": 1, "blocks": 1, "unsure": 0, "model": "m\x1b[2J\u202e"}
+    assert "\x1b" not in purge.counted([purged])
+    assert "\u202e" not in purge.counted([purged])
+
+
+@pytest.mark.parametrize(
+    "command", [("show", "\udcff"), ("ls", "--tenant", "\udcff"), ("ls", "--limit", "9" * 30)]
+)
+def test_what_no_message_can_hold(served: Served, command: tuple[str, ...]) -> None:
+    one_line(run(*command, "--home", served[0]), 2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("purge", "--tenant", "a", "--wait", "601"), ("evict", "--older-than", "99999d"),
+     ("top", "--interval", "1e12")],
+)  # fmt: skip
+def test_seconds_that_no_message_can_hold(served: Served, command: tuple[str, ...]) -> None:
+    one_line(run(*command, "--home", served[0]), 2)
+
+
+def test_a_terminal_that_cannot_show_a_sign_is_shown_another(served: Served) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as end:
+        main(["explain", "--node", served[1][1], "--home", str(served[0])])
+    assert end.value.code == 0
+    shown.seek(0)
+    assert "?" in shown.read(), "an ellipsis, in this one"
+
+
+def test_a_daemon_that_hangs_does_not_hang_a_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "Client", partial(Client, timeout=0.3))
+    home.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as hanging:
+        hanging.bind(str(home / "kvshare.sock"))
+        hanging.listen()
+        for command in ("ls", "gc"):
+            assert "did not answer" in one_line(run(command, "--home", home), 8)
