@@ -120,11 +120,11 @@ class Worker:
     def _arena(self, arena_id: str) -> ArenaView:
         """The daemon's shared memory, fetched with the first plan that names it.
 
-        A restarted daemon has another one. Waits at most as long as for a plan.
+        A restarted daemon has another one. That is once in a daemon's life, so it waits longer than
+        for a plan: a daemon on a busy machine would lose the first requests their rows.
         """
         if arena_id not in self.arenas:
-            patience = self._config.plan_deadline_ms / 1e3
-            with Client(self._config.home_path, timeout=patience, role="engine") as client:
+            with Client(self._config.home_path, timeout=_FETCH_S, role="engine") as client:
                 welcome = client.greet()
                 self.arenas.add(welcome.arena, os.dup(client.arena))
         return self.arenas.at(arena_id)

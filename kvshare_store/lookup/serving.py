@@ -38,6 +38,8 @@ Leased = tuple[Lease, dict[str, BlockRef]]
 
 _LEASES = 1024
 """One client may hold. An engine holds one for each request that is about to load."""
+_TRIES = 2
+"""So often a plan is made whose donors have gone by the time their blocks are leased."""
 _SHORT = 1 << 11
 """Prompts of so many tokens and fewer are planned one at a time: their plans are many short steps,
 and threads that take turns within them lose more time to Python's lock than they compute. Plans of
@@ -113,13 +115,26 @@ class Serving:
         if refused := self._refused(owner, namespace):
             self._answer(answer, lookup, self._declined(lookup, refused))
             return answer
-        with self._turns if lookup.tokens <= _SHORT else nullcontext():
-            lookup, planned = self._maker.made(request, lookup)
+        lookup, planned, leasing = self._made(request, lookup, owner, deadline_ms)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
         if source and not namespace.pool:
             self._sources.asked(namespace.digest, request, source)
-        return self._leasing(answer, lookup, planned, owner, deadline_ms)
+        return self._leasing(answer, lookup, planned, leasing)
+
+    def _made(
+        self, request: Tokens, asked: Asked, owner: str, deadline_ms: float | None
+    ) -> tuple[Asked, Planned, Future[Leased] | None]:
+        """A plan, and the lease of its blocks. A donor may leave the store in between: a prompt's
+        node does when its answer is stored, and the longer one has the same rows. So a plan whose
+        donors are gone is made once more."""
+        for _ in range(_TRIES):
+            with self._turns if asked.tokens <= _SHORT else nullcontext():
+                lookup, planned = self._maker.made(request, asked)
+            leasing = self._lease(planned, owner, deadline_ms)
+            if leasing is not None or planned.plan.declined not in ("", "blocks_gone"):
+                break
+        return lookup, planned, leasing
 
     def plan_node(
         self, node_id: str, owner: str = "", deadline_ms: float | None = None, *, far: bool = False
@@ -145,7 +160,8 @@ class Serving:
             return answer
         tier = slowest_of({self._blocks.tier_of(name) for name in node.blocks})
         planned = Planned(_whole(lookup.plan(), node), (node,), tier)
-        return self._leasing(answer, lookup, planned, owner, deadline_ms)
+        leasing = self._lease(planned, owner, deadline_ms)
+        return self._leasing(answer, lookup, planned, leasing)
 
     def leased_block(self, lease: str, name: str) -> BlockRef:
         """Where a block of an open plan lies; `LeaseError` if there is no such plan or block."""
@@ -173,13 +189,11 @@ class Serving:
         answer: Future[ReusePlan],
         lookup: Asked,
         planned: Planned,
-        owner: str,
-        deadline_ms: float | None,
+        leasing: Future[Leased] | None,
     ) -> Future[ReusePlan]:
-        declined = planned.plan.declined
-        leasing = None if declined else self._lease(planned, owner, deadline_ms)
         if leasing is None:
-            self._answer(answer, lookup, self._declined(lookup, declined or "blocks_gone"))
+            reason = planned.plan.declined or "blocks_gone"
+            self._answer(answer, lookup, self._declined(lookup, reason))
         else:
             leasing.add_done_callback(lambda done: self._complete(answer, lookup, planned, done))
         return answer
@@ -187,7 +201,9 @@ class Serving:
     def _lease(
         self, planned: Planned, owner: str, deadline_ms: float | None
     ) -> Future[Leased] | None:
-        """None if a donor or a block has left the store since the plan was made."""
+        """None if there is no plan, or a donor or a block has left the store since it was made."""
+        if planned.plan.declined:
+            return None
         timeout = (self._config.plan_deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         seconds = self._config.lease_seconds + timeout
         with self._nodes.lock:

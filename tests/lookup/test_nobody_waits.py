@@ -20,6 +20,7 @@ from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.plan import ReusePlan
 from kvshare_store.store import Store
+from tests.save.test_answers import save as save_answer
 from tests.support.faulty import GatedTier
 from tests.support.oracle import Driver, prompt
 
@@ -158,10 +159,28 @@ def test_a_donor_that_leaves_during_the_alignment(
         assert begun.wait(PATIENCE)
         engine.store.clear() if change == "cleared" else engine.store.evict(nodes=1)
         go_on.set()
-        assert soon.result(PATIENCE).declined == "blocks_gone"
+        assert soon.result(PATIENCE).declined == "empty_store"
     assert engine.store.stats()["leases"] == 0
     engine.store.flush()
     assert engine.store.blocks.names() == set()
+
+
+def test_a_donor_whose_answer_is_stored_during_the_alignment(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longer node has the same rows, under another id."""
+    engine = driver()
+    donor = engine.save(prompt(1, 48))
+    with held_alignment(monkeypatch) as (begun, go_on), ThreadPoolExecutor(1) as pool:
+        soon = pool.submit(engine.plan, EDITED)
+        assert begun.wait(PATIENCE)
+        longer = save_answer(engine, prompt(1, 48), prompt(9, 10))
+        go_on.set()
+        plan = soon.result(PATIENCE)
+    assert longer != donor
+    assert plan.donors == (longer,)
+    engine.finish(plan)
+    assert engine.store.stats()["leases"] == 0
 
 
 def test_a_donor_that_leaves_and_comes_back_during_the_alignment(
