@@ -52,21 +52,25 @@ def introduce(link: Link, settings: Settings) -> None:
 
 
 def active(settings: Settings, theirs: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
-    """The line that names this engine's policy, home and daemon, its second looks and pools."""
+    """The line that names this engine's policy, home and daemon, its second looks and pools, and
+    the daemon's page."""
     pools = ", ".join(settings.config.pool_names)
     policy, looks = granted(theirs["policy"], settings.config.policy), settings.config.second_look
+    page = theirs.get("http", "")
     return (
         f"KVShare active: policy {policy}, home {settings.config.home_path}, "
         f"daemon pid {stats['pid']}, version {stats['version']}"
         + (f", second_look {looks}" if looks != "off" else "")
         + (f", pools {pools}" if pools else "")
+        + (f", page http://{page}/" if page and not page.endswith(":0") else "")
     )
 
 
 def in_vain(settings: Settings, theirs: Mapping[str, Any]) -> list[str]:
-    """A line for each given setting that differs from the running daemon's."""
+    """A line for each given setting that differs from the running daemon's, and one if the daemon
+    has a bound that this engine does nothing for."""
     policy = settings.config.policy
-    return [
+    lines = [
         f"{name}={value} does not count here: the daemon of {settings.config.home_path} runs with "
         f"{theirs[name]}; stop it (kvshare stop) to start one with other settings"
         for name, value in settings.given().items()
@@ -74,6 +78,12 @@ def in_vain(settings: Settings, theirs: Mapping[str, Any]) -> list[str]:
         # a stricter policy does count: it holds for this engine's requests
         if name != "policy" or granted(theirs["policy"], policy) != policy
     ]
+    if theirs.get("quality_bound") and settings.config.second_look == "off":
+        lines.append(
+            f"the daemon has quality_bound={theirs['quality_bound']:g} and this engine scores no "
+            "answers: without scores nothing but exact rows is reused. Set second_look=idle here"
+        )
+    return lines
 
 
 def look_for_own_prompts(link: Link, namespace: Namespace) -> None:

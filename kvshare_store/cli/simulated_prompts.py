@@ -46,7 +46,7 @@ def run(path: Path, reader: Reader, arms: Mapping[str, Arm], min_tokens: int) ->
 def table(result: dict[str, Any]) -> Table:
     """A line for prefix caching and for each policy."""
     title = f"{result['requests']:,} requests, {result['tokens']:,} tokens"
-    caption = "ratio: of tokens to compute; median, 90 %: tokens to compute a request"
+    caption = "ratio: to compute, prefix caching = 1; median, 90 %: tokens to compute a request"
     found = plain_table(title=title, caption=caption, padding=(0, 1, 0, 0))
     found.add_column("reused", style="cyan", no_wrap=True)
     for column in ("exact", "continued", "edited", "to compute", "ratio", "median", "90 %"):

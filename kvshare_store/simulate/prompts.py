@@ -58,7 +58,10 @@ class Reader(NamedTuple):
     def prompt(self, line: _Line) -> Prompt:
         """The prompt of a line; `ConfigError` or `PlanError` if it has none."""
         if line.tokens is None and line.prompt is None:
-            raise ConfigError("it has neither prompt nor tokens")
+            raise ConfigError(
+                "it has neither `prompt` nor `tokens`; put messages through the model's chat "
+                "template first, as the engine does"
+            )
         if line.at is None and self.timed:
             raise ConfigError("it has no `at`, which --settle needs")
         if line.at is not None and not math.isfinite(line.at):

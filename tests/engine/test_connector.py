@@ -33,6 +33,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
 from kvshare_store.observability.version import version
 from tests.support.daemons import ClientDriver, serving
+from tests.support.servers import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:::(vllm|torch|transformers)")]
 
@@ -251,6 +252,21 @@ def test_what_is_set_in_vain_is_said(
         f"kvshare: policy=aggressive does not count here: the daemon of {home} runs with balanced",
         f"kvshare: min_run=3 does not count here: the daemon of {home} runs with None",
     ]
+
+
+@pytest.mark.parametrize(("second_look", "warns"), [("off", True), ("idle", False)])
+def test_the_page_and_a_bound_that_this_engine_does_nothing_for_are_said(
+    connect: Connect, home: Path, said: Callable[..., list[str]], second_look: str, warns: bool
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    own: dict[str, Any] = {"host_bytes": 2**22, "disk": False, "semantic": "never"}
+    config = StoreConfig(home=str(home), quality_bound=0.02, http=address, **own)
+    with serving(config):
+        connect(home, second_look=second_look)
+    (line,) = said("vllm.kvshare")
+    assert line.endswith(f", page http://{address}/")
+    found = [line for line in said("kvshare") if "quality_bound=0.02" in line]
+    assert bool(found) == warns
 
 
 def test_an_engine_starts_without_a_key_of_tenants_only_if_none_is_named(

@@ -81,7 +81,7 @@ def test_a_line_has_tokens_or_text() -> None:
         (b'{"tokens": "x"}\n', "line 3: .*tokens"),
         (b'{"tokens": [1, -2]}\n', "line 3: token ids"),
         (b'{"tokens": [1, 4294967296]}\n', "line 3: token ids"),
-        (b'{"answer": "x"}\n', "line 3: .*neither prompt nor tokens"),
+        (b'{"answer": "x"}\n', "line 3: .*neither `prompt` nor `tokens`"),
         (b'{"prompt": "x"}\n', "line 3: .*--tokenizer"),
         (b'{"tokens": [1], "answer": "x"}\n', "line 3: .*--tokenizer"),
         (b'{"tokens": [1], "at": "noon"}\n', "line 3: .*at"),
