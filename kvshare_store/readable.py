@@ -86,6 +86,13 @@ def outcome_text(request: Mapping[str, Any]) -> str:
     return f"{request['outcome']} (quality_bound)" if bounded else str(request["outcome"])
 
 
+def no_tokens_text(request: Mapping[str, Any]) -> str:
+    """Why a logged request is not planned again: its tokens are not here."""
+    if request["policy"]:
+        return "Its tokens were not kept (setting log_prompts), so it is not planned again."
+    return "It was declined before any plan was made, so its tokens are not here."
+
+
 def source_text(candidate: Mapping[str, Any]) -> str:
     """Whose a candidate is, and how many of the tokens kept of it nobody has confirmed."""
     found: str = candidate.get("source", "")

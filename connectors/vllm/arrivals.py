@@ -53,7 +53,7 @@ class Arrivals:
         source = self._sources.of(wish.source, namespace)
         pools = self._pools if wish.pools else ()
         state = RequestState(
-            request, namespace, wish, policy, declined,
+            request, namespace, wish, policy, declined, proven=tenant is not None,
             pools=pools, source=source, looked_up=looked_up,
         )  # fmt: skip
         self._warnings.consider(state)

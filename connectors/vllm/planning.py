@@ -120,7 +120,7 @@ class Planning:
                 state.trace = self.trace_of(request)
             self.link.working(True)
             if state.declined and not state.look:
-                self.link.tell(protocol.Decline(state.declined, state.length))
+                self.link.tell(_decline(state))
         return state
 
     def look_ahead(self, requests: Iterable[Request], *, busy: bool) -> list[RequestState]:
@@ -281,3 +281,10 @@ class Planning:
             state.kept = None
         waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
         return not any(s.loaded and s.request.status == waiting for s in self.states.values())
+
+
+def _decline(state: RequestState) -> protocol.Decline:
+    """What the daemon hears of a request that the engine declines itself."""
+    known = state.proven and not state.namespace.too_long
+    namespace = state.namespace if known else None
+    return protocol.Decline(state.declined, state.length, state.id[:LABEL_CHARS], namespace)

@@ -94,6 +94,8 @@ class RequestState:
     """The policy for it: the configured one, or a stricter one that it asked for."""
     declined: str = ""
     """Why the request is neither looked up nor stored."""
+    proven: bool = True
+    """Its salt proves the tenant of `namespace`, or none has to be proven."""
     pools: tuple[str, ...] = ()
     """Whose rows its plan may use beside its namespace's."""
     source: bytes = b""

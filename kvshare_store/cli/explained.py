@@ -15,6 +15,7 @@ from kvshare_store.cli.log import request_lines
 from kvshare_store.readable import (
     KIND_COLOURS,
     REASONS,
+    no_tokens_text,
     printable,
     share,
     short,
@@ -37,7 +38,7 @@ def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]
     if request is not None:
         yield from request_lines(request)
         if explained is None:
-            yield "Its tokens were not kept (setting log_prompts), so it is not planned again."
+            yield no_tokens_text(request)
             return
         yield "Planned again, with what the store holds now:\n"
     yield from headline(explained)

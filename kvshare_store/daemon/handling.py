@@ -44,7 +44,7 @@ class Handling:
         self.inboxes = Inboxes(store.config.host_bytes // _INBOX_SHARE)
         self._handlers: dict[type, Callable[[Any, Any], Any]] = {
             protocol.Decline: lambda message, _: self._store.outcomes.decline(
-                message.reason, message.tokens
+                message.reason, message.tokens, message.request, message.namespace
             ),
             protocol.Prefilled: lambda message, _: self._store.outcomes.log.prefilled(
                 message.request, message.seconds
@@ -114,7 +114,7 @@ class Handling:
             raise DeadlineError("the engine has stopped waiting for this plan")
         if now - came > self._store.config.plan_deadline_ms / 1e3:
             if not message.look:
-                self._store.outcomes.decline("late", len(tokens))
+                self._store.outcomes.decline("late", len(tokens), message.request, space)
             return ReusePlan(namespace=space.digest, tokens=len(tokens), declined="late")
         return self._store.plan_soon(
             tokens,

@@ -78,6 +78,10 @@ class Decline(msgspec.Struct, frozen=True, tag="decline"):
 
     reason: Label
     tokens: Count
+    request: Label = ""
+    """As in `Plan`. An engine of the release before says neither this nor the namespace."""
+    namespace: Namespace | None = None
+    """Whose request it was; None where nobody knows, as behind a salt that proves no tenant."""
 
 
 class Prefilled(msgspec.Struct, frozen=True, tag="prefilled"):
@@ -521,8 +525,10 @@ def decode_request(body: bytes | bytearray) -> Request:
         message = _requests.decode(body)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed request: {error}") from error
-    if isinstance(message, Plan | Stage) and (name := message.namespace.too_long):
-        raise ProtocolError(f"the {name} of the namespace is too long")
+    if isinstance(message, Plan | Stage | Decline):
+        space = message.namespace
+        if space is not None and (name := space.too_long):
+            raise ProtocolError(f"the {name} of the namespace is too long")
     return message
 
 

@@ -56,12 +56,21 @@ class Outcomes:
                 self._count_miss(declined, lookup.tokens, lookup.namespace)
                 self.log.missed(lookup, declined, seconds)
 
-    def decline(self, reason: str, tokens: int, *, logged: bool = True) -> None:
-        """Count a request of `tokens` tokens for which nobody could ask for a plan."""
+    def decline(
+        self,
+        reason: str,
+        tokens: int,
+        request: str = "",
+        namespace: Namespace | None = None,
+        *,
+        logged: bool = True,
+    ) -> None:
+        """Count a request of `tokens` tokens for which nobody could ask for a plan. `request`: the
+        engine's name of it; `namespace`: None where nobody has said whose it was."""
         self._metrics.add_all({"lookups": 1, "tokens_requested": tokens})
-        self._count_miss(reason, tokens, None)
+        self._count_miss(reason, tokens, namespace)
         if logged:
-            self.log.declined(reason, tokens)
+            self.log.declined(reason, tokens, request, namespace)
 
     def engine_cached(self, tokens: int) -> None:
         """Correct a lookup that was counted as a miss: the engine's own prefix cache had `tokens`

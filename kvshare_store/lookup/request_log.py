@@ -132,9 +132,14 @@ class RequestLog:
         """A lookup ended without a plan."""
         self._add(_entry(asked, "miss", reason=reason, recomputed=asked.tokens, lookup=lookup))
 
-    def declined(self, reason: str, tokens: int) -> None:
-        """The engine asked for no plan; whose request it was, it did not say."""
-        self._add({"outcome": "miss", "reason": reason, "tokens": tokens, "recomputed": tokens})
+    def declined(
+        self, reason: str, tokens: int, request: str = "", namespace: Namespace | None = None
+    ) -> None:
+        """No plan was made, so neither policy nor tokens are known. `namespace`: None where nobody
+        has said whose request it was."""
+        whose = {} if namespace is None else _whose(namespace)
+        said = {"request": request, "outcome": "miss", "reason": reason, "tokens": tokens}
+        self._add(whose | said | {"recomputed": tokens})
 
     def ended(
         self, asked: Asked, plan: ReusePlan, lookup: float, held: float, outcome: Outcome
@@ -214,13 +219,9 @@ class RequestLog:
 
 
 def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
-    space = asked.namespace
     return {
+        **_whose(asked.namespace),
         "request": asked.request,
-        "namespace": short(space.digest),
-        "model": space.model,
-        "tenant": space.tenant,
-        "lora": space.lora,
         "policy": asked.policy.name,
         "tokens": asked.tokens,
         "outcome": outcome,
@@ -229,6 +230,15 @@ def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:
         "source": asked.source,
         "steering": asked.steering,
         **fields,
+    }
+
+
+def _whose(space: Namespace) -> dict[str, object]:
+    return {
+        "namespace": short(space.digest),
+        "model": space.model,
+        "tenant": space.tenant,
+        "lora": space.lora,
     }
 
 

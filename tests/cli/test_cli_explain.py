@@ -21,7 +21,7 @@ from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
-from kvshare_store.daemon.protocol import ListNodes, Prefilled
+from kvshare_store.daemon.protocol import Decline, ListNodes, Prefilled
 from kvshare_store.errors import ConfigError, NodeError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -179,6 +179,21 @@ def test_a_logged_request_says_the_bound_also_without_its_text(tmp_path: Path) -
             assert "policy exact" in out
             assert "/replace is at exact under a quality_bound of 0.0 %" in out
         assert "quality_bound" not in ok("explain", "--request", "new", "--home", home)
+
+
+def test_a_request_that_its_engine_declined_is_found_by_its_id(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        client.call(Decline("policy_off", 30, "cmpl-1-0-abc", SPACE.for_tenant("alice")))
+        client.call(Decline("late", 9))  # of an engine of the release before
+        table = ok("log", "--declined", "--home", home)
+        for words in ("cmpl-1-0-abc", "alice", "miss: policy_off"):
+            assert words in table
+        out = ok("explain", "--request", "cmpl-1", "--home", home)
+        nameless = ok("explain", "--request", "2", "--home", home)
+    assert "org/model, tenant alice" in out
+    assert "declined before any plan was made" in out
+    assert "no namespace" in nameless
 
 
 def test_a_log_of_the_release_before_says_no_bound(served: Served) -> None:

@@ -421,6 +421,9 @@ def test_names_longer_than_any_are_refused(connect: Callable[..., Client]) -> No
     client = connect("reader")
     with pytest.raises(ProtocolError, match="the tenant of the namespace is too long"):
         client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 2000), timeout=PATIENCE_S)
+    nameless = protocol.Decline("policy_off", 40, "r", NAMESPACE.for_tenant("t" * 2000))
+    with pytest.raises(ProtocolError, match="the tenant of the namespace is too long"):
+        connect("engine").call(nameless)
     assert client.plan(prompt(1, 40), NAMESPACE.for_tenant("t" * 1000)).declined == "empty_store"
 
 

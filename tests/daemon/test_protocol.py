@@ -23,7 +23,7 @@ REUSE = Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("node",), 1)
 MESSAGES = [
     protocol.Hello(1, 7),
     protocol.Plan(NAMESPACE, b"1234", "exact", look=True),
-    protocol.Decline("late", 40),
+    protocol.Decline("late", 40, "r", NAMESPACE),
     protocol.EngineCached(32),
     protocol.Prefilled("chat-1", 0.25),
     protocol.Settings(),

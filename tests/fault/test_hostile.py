@@ -278,7 +278,8 @@ def test_a_burst_of_lookups_delays_its_own_client(server: Callable[[Limits], Ser
     running.store.plan_soon = stuck  # type: ignore[method-assign]
     home = running.config.home_path
     with Client(home, timeout=PATIENCE_S) as greedy, Client(home, timeout=PATIENCE_S) as other:
-        asked = [greedy.send(protocol.Plan(SPACE, bytes(160))) for _ in range(100)]
+        plans = (protocol.Plan(SPACE, bytes(160), request=f"chat-{n}") for n in range(100))
+        asked = list(map(greedy.send, plans))
         with pytest.raises(OverloadError, match="ask again later"):
             greedy.receive(asked[-1], PATIENCE_S)
         for _ in range(3):
@@ -288,6 +289,8 @@ def test_a_burst_of_lookups_delays_its_own_client(server: Callable[[Limits], Ser
         event.set()
         late = msgspec.convert(greedy.receive(asked[10], PATIENCE_S), ReusePlan)
         assert late.declined == "late", "nobody makes plans that nobody waits for"
+        (logged,) = other.call(protocol.ListRequests(request="chat-10"))
+        assert (logged["reason"], logged["model"]) == ("late", SPACE.model)
 
 
 def test_a_purge_that_waits_holds_up_nobody_and_ends_with_its_client(

@@ -141,6 +141,24 @@ def test_without_log_prompts_there_is_no_text_of_a_request(page: World) -> None:
     assert "bike shop" not in read.text
 
 
+def test_a_request_that_its_engine_declined_says_whose_it_was(
+    driver: Callable[..., Driver],
+) -> None:
+    engine = driver()
+    alice = engine.namespace.for_tenant(TENANT)
+    engine.store.outcomes.decline("policy_off", 30, f"cmpl-{EVIL}", alice)
+    engine.store.outcomes.decline("late", 9)
+    listed = Page(seen(engine.store, "/requests?declined=true").text).text
+    named, nameless = (
+        Page(seen(engine.store, f"/explain?request={number}").text).text for number in (1, 2)
+    )
+    for said in (listed, named):
+        for words in (f"cmpl-{EVIL}", TENANT, "miss: policy_off"):
+            assert words in said
+    assert "declined before any plan was made" in named
+    assert "It is not known whose it was." in nameless
+
+
 # --- the first view -------------------------------------------------------------------------------
 
 

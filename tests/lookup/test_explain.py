@@ -226,6 +226,19 @@ def test_what_the_first_token_took_is_logged_whatever_is_reported_first(driver: 
     assert engine.store.requests.last(1)[0].prefill == 0.0, "each time is of one request"
 
 
+def test_what_an_engine_declines_is_logged_and_counted_as_its_tenants(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt())
+    engine.store.outcomes.decline("policy_off", 30, "chat-1", engine.namespace)
+    (logged,) = engine.store.requests.last(10, request="chat")
+    assert (logged.model, logged.tenant) == (engine.namespace.model, engine.namespace.tenant)
+    assert (logged.reason, logged.recomputed, logged.policy) == ("policy_off", 30, "")
+    (counted,) = engine.store.stats()["namespaces"].values()
+    assert (counted["requests"], counted["tokens"]) == ({"miss": 1}, {"not_reused": 30})
+    engine.store.purge(namespace=engine.namespace.digest)
+    assert engine.store.requests.last(10) == []
+
+
 def test_tokens_are_logged_only_where_that_is_set(driver: Open) -> None:
     engine = driver(log_prompts=True)
     engine.store.plan(prompt(), engine.namespace)

@@ -90,6 +90,10 @@ def planned(link: FakeLink, **config: Any) -> Planning:
     return planning
 
 
+def declined_as(reason: str, request: Any, namespace: Namespace = NAMESPACE) -> protocol.Decline:
+    return protocol.Decline(reason, LENGTH, request.request_id, namespace)
+
+
 def finish(lease: str, reason: str, recomputed: int, cached: int = 0) -> protocol.Finish:
     outcome = protocol.Outcome(failed=reason, recomputed=recomputed, cached=cached)
     return protocol.Finish(lease, outcome)
@@ -199,9 +203,10 @@ def test_an_adapter_whose_files_change_while_it_is_loaded_is_declined(
     change(weights)
     changed = request(lora_request=lora("a", adapter))
     assert planning.matched(changed, 0) == (0, False)
-    assert link.told == [protocol.Decline("adapter_changed", LENGTH)]
+    space = planning.state_of(changed).namespace
+    assert link.told == [declined_as("adapter_changed", changed, space)]
     assert not link.asked
-    assert planning.state_of(changed).namespace.digest != before.namespace.digest
+    assert space.digest != before.namespace.digest
     weights.write_bytes(trained)
     restored = planning.state_of(request(lora_request=lora("a", adapter)))
     assert restored.namespace.digest == before.namespace.digest
@@ -257,8 +262,9 @@ def test_an_adapter_whose_files_are_not_to_be_found_is_declined(
     if there == "no weights":
         adapter_in(tmp_path / "x")
         (tmp_path / "x" / "adapter_model.safetensors").unlink()
-    planning.state_of(request(lora_request=lora("a", tmp_path / "x")))
-    assert link.told == [protocol.Decline("adapter_unknown", LENGTH)]
+    wanted = request(lora_request=lora("a", tmp_path / "x"))
+    space = planning.state_of(wanted).namespace
+    assert link.told == [declined_as("adapter_unknown", wanted, space)]
 
 
 def test_an_adapter_from_the_hub_is_known_once_it_is_downloaded(
@@ -500,8 +506,16 @@ def test_declined_requests_are_counted_and_never_looked_up(
     declined = request(**fields)
     for _ in range(2):
         assert planning.matched(declined, 0) == (0, False)
-    assert link.told == [protocol.Decline(reason, LENGTH)]
+    assert link.told == [declined_as(reason, declined)]
     assert not link.asked
+
+
+def test_a_declined_request_says_whose_it_is(planning: Planning, link: FakeLink) -> None:
+    wanted = request(request_id="r" * 200, cache_salt="alice", kv_transfer_params=policy("off"))
+    planning.state_of(wanted)
+    assert link.told == [
+        protocol.Decline("policy_off", LENGTH, "r" * 128, NAMESPACE.for_tenant("alice"))
+    ]
 
 
 @pytest.mark.parametrize("fields", [{}, {"kv_transfer_params": policy("off")}])
@@ -513,7 +527,7 @@ def test_what_vllms_own_cache_had_of_a_miss_is_told_once(
     wanted = request(**fields)
     for _ in range(2):
         assert planning.matched(wanted, 64) == (0, False)
-    declined = [protocol.Decline("policy_off", LENGTH)] if fields else []
+    declined = [declined_as("policy_off", wanted)] if fields else []
     assert link.told == declined
     for _ in range(2):
         planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
@@ -546,6 +560,9 @@ def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
         assert planning.state_of(wanted).declined == "tenant_unproven"  # so it is not stored either
     assert link.asked == []
     assert {message.reason for message in link.told} == {"tenant_unproven"}
+    planning.matched(request(cache_salt="alice", kv_transfer_params=policy("off")), 0)
+    assert link.told[-1].reason == "policy_off"
+    assert {message.namespace for message in link.told} == {None}, "it is nobody's"
     planning.matched(request(cache_salt=proven), 0)
     assert link.asked == [(NAMESPACE.for_tenant("alice").digest, "balanced")]
 
@@ -593,6 +610,7 @@ def test_a_request_that_no_message_can_hold_is_declined(planning: Planning, link
         assert planning.state_of(wanted).declined == "too_long"  # so it is not stored either
     assert link.asked == []
     assert {message.reason for message in link.told} == {"too_long"}
+    assert [message.namespace for message in link.told] == [None, NAMESPACE]
     planning.matched(request(cache_salt="x" * 1024), 0)
     assert len(link.asked) == 1
 
@@ -610,9 +628,10 @@ def test_the_stricter_policy_holds(link: FakeLink, configured: str, asked: str |
     names = policy_names()
     expected = min(configured, asked or configured, key=names.index)
     planning = planned(link, policy=configured)
-    planning.matched(request(kv_transfer_params=policy(asked)), 0)
+    wanted = request(kv_transfer_params=policy(asked))
+    planning.matched(wanted, 0)
     if expected == "off":
-        assert link.told == [protocol.Decline("policy_off", LENGTH)]
+        assert link.told == [declined_as("policy_off", wanted)]
     else:
         assert link.asked == [(NAMESPACE.digest, expected)]
 
