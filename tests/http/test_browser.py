@@ -20,6 +20,9 @@ from tests.support.page import PARENT, TENANT, World, world
 
 AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js")
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844, "phone": True}
+on_both_screens = pytest.mark.parametrize(
+    ("screen", "dark"), [(DESK, False), (PHONE, True)], ids=["desk in light", "phone in the dark"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,14 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A daemon with answers that were scored."""
     need(chromium() is not None, "the system's package chromium")
     with judged_world(tmp_path_factory.mktemp("judged")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A daemon that keeps the tokens of requests."""
+    need(chromium() is not None, "the system's package chromium")
+    with world(tmp_path_factory.mktemp("keeping"), log_prompts=True) as made:
         yield made
 
 
@@ -68,25 +79,69 @@ def found_by_axe(tab: Tab) -> list[str]:
             for node in one["nodes"]]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("screen", "dark"), [(DESK, False), (PHONE, True)], ids=["desk in light", "phone in the dark"]
-)
+def check_view(tab: Tab) -> None:
+    """Nothing is wider than the screen, axe finds nothing, and no prompt has become a script."""
+    url = tab.run("location.href")
+    tab.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert tab.run("document.documentElement.scrollWidth <= innerWidth"), url
+    assert found_by_axe(tab) == [], url
+    assert "owned" not in tab.run("document.title")
+
+
+def check_explained(tab: Tab) -> None:
+    """As any view, with all that an explanation may have."""
+    assert tab.run("document.querySelectorAll('#plan, #candidates, #difference').length") == 3
+    check_view(tab)
+
+
+@on_both_screens
 def test_every_view_can_be_read(
     page: World, judged: World, tab: Tab, screen: dict[str, Any], dark: bool
 ) -> None:
-    """Nothing is wider than the screen, axe finds nothing, nothing comes from elsewhere, and no
-    prompt has become a script."""
+    """Also, nothing comes from elsewhere."""
     tab.look(**screen, dark=dark)
     for url in [page.url + path for path in views(page)] + [
         judged.url + path for path in scored_views(judged)
     ]:
         tab.open(url)
-        tab.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        assert tab.run("document.documentElement.scrollWidth <= innerWidth"), url
-        assert found_by_axe(tab) == [], url
-        assert "owned" not in tab.run("document.title")
+        check_view(tab)
     assert tab.complaints == []
     assert [url for url in tab.asked if not url.startswith((page.url, judged.url))] == []
+
+
+@on_both_screens
+def test_what_is_explained_and_removed_can_be_read(
+    keeping: World, tab: Tab, screen: dict[str, Any], dark: bool
+) -> None:
+    tab.look(**screen, dark=dark)
+    tab.open(keeping.url + "/explain?request=1")
+    check_explained(tab)
+    paste(tab, keeping, PARENT.replace("bells", "lamps"))
+    check_explained(tab)
+    with Client(keeping.daemon.config.home_path) as client:
+        engine = ClientDriver(client, keeping.space.for_tenant("gone"))
+        node, _ = (engine.save(keeping.tokens(text)) for text in (PARENT, "another prompt"))
+        client.flush()
+    for path, sure, done in (
+        (f"/nodes/{node}/evict", "Forget it", "Forgot 1 prompt"),
+        ("/purge?tenant=gone", "Purge for good", "Removed for good"),
+    ):
+        tab.open(keeping.url + path)
+        follow(tab, sure)
+        assert done in text(tab)
+        check_view(tab)
+    assert tab.complaints == []
+
+
+@on_both_screens
+def test_errors_can_be_read(page: World, tab: Tab, screen: dict[str, Any], dark: bool) -> None:
+    tab.look(**screen, dark=dark)
+    for path in ("/nodes/ffff", "/nothing", "/purge", "/explain?request=nobody"):
+        tab.open(page.url + path)
+        assert tab.run("document.querySelectorAll('[role=alert]').length") == 1, path
+        check_view(tab)
+    said, tab.complaints[:] = list(tab.complaints), []
+    assert all("Failed to load resource" in one for one in said), "of the status, and no more"
 
 
 def test_colours_follow_the_system_and_differ_without_colour(page: World, tab: Tab) -> None:
@@ -121,6 +176,13 @@ def follow(tab: Tab, label: str) -> None:
     )
 
 
+def paste(tab: Tab, page: World, prompt: str) -> None:
+    """Ask for an explanation of a prompt, where its form is open."""
+    tab.run(f"document.querySelector('#text').value = {json.dumps(prompt)}")
+    tab.run(f"document.querySelector('#namespace').value = {json.dumps(page.space.digest)}")
+    tab.leave_by("document.querySelector('button.main').click()")
+
+
 def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
     """From the first view, as somebody would who has not been here before."""
     tab.look(**DESK)
@@ -143,9 +205,7 @@ def test_a_prompt_is_found_pinned_and_explained(page: World, tab: Tab) -> None:
         assert kept in text(tab)
     follow(tab, "Explain")
     prompt = PARENT.replace("bells", "lamps\nand bags")
-    tab.run(f"document.querySelector('#text').value = {json.dumps(prompt)}")
-    tab.run(f"document.querySelector('#namespace').value = {json.dumps(page.space.digest)}")
-    tab.leave_by("document.querySelector('button.main').click()")
+    paste(tab, page, prompt)
     said = text(tab)
     assert f"{len(prompt)} tokens of org/<model>" in said
     assert page.parent[:12] in said
