@@ -93,6 +93,13 @@ def no_tokens_text(request: Mapping[str, Any]) -> str:
     return "It was declined before any plan was made, so its tokens are not here."
 
 
+def rates_text(space: Mapping[str, Any]) -> str:
+    """What a namespace may ask for in a second: `50 plans, 2.5 saves`."""
+    rates = {what: space[f"{what}_per_second"] for what in ("plans", "saves")}
+    limits = [f"{rate:,.10g} {what}" for what, rate in rates.items() if rate]
+    return ", ".join(limits) or "no limit"
+
+
 def source_text(candidate: Mapping[str, Any]) -> str:
     """Whose a candidate is, and how many of the tokens kept of it nobody has confirmed."""
     found: str = candidate.get("source", "")

@@ -51,6 +51,8 @@ def _holding(store: Store, digest: str, namespace: Namespace) -> Holding:
         store.tree.count_of(digest),
         limits.namespace_bytes,
         limits.namespace_nodes,
+        limits.plans_per_second,
+        limits.saves_per_second,
     )
 
 

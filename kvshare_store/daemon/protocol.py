@@ -476,6 +476,9 @@ class Holding(msgspec.Struct, frozen=True):
     most_bytes: int = 0
     """What it may have; 0: no limit."""
     most_nodes: int = 0
+    plans_per_second: float = 0.0
+    """What it may ask for; 0: no limit. A daemon of the release before does not say."""
+    saves_per_second: float = 0.0
 
 
 class Reply(msgspec.Struct, frozen=True):

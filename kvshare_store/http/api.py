@@ -109,7 +109,7 @@ async def stats(ask: Ask) -> Any:
 
 @router.get("/tenants", response_model=list[models.Tenant])
 async def tenants(ask: Ask) -> Any:
-    """Who has how much in the store, and may have."""
+    """Who has how much in the store, may have, and may ask for."""
     return await tenants_of(ask)
 
 
@@ -125,6 +125,8 @@ async def tenants_of(ask: Asking) -> list[dict[str, Any]]:
             "bytes": one["nbytes"],
             "quota": one["most_bytes"],
             "nodes_quota": one["most_nodes"],
+            "plans_per_second": one["plans_per_second"],
+            "saves_per_second": one["saves_per_second"],
         }
         for one in held
     ]

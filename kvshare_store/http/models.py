@@ -164,6 +164,8 @@ class Space(BaseModel):
     bytes: int
     quota: int = Field(description="Bytes that it may have; 0: no limit.")
     nodes_quota: int = Field(description="Prompts that it may have; 0: no limit.")
+    plans_per_second: float = Field(description="Plans that it may ask for; 0: no limit.")
+    saves_per_second: float = Field(description="Prompts that it may save; 0: no limit.")
 
 
 class Tenant(BaseModel):

@@ -53,6 +53,7 @@ def test_tenants_with_use_and_quota(page: World) -> None:
     assert space["digest"] == page.space.for_tenant(TENANT).digest
     assert space["bytes"] == len(PARENT.encode()) * page.space.layout.row_bytes
     assert (space["quota"], space["nodes_quota"]) == (0, 0)
+    assert "<td>no limit</td>" in page.ask("GET", "/tenants", headers={"accept": "text/html"}).text
     assert plain["bytes"] > space["bytes"], "parent and child share rows, but not all"
 
 
@@ -191,8 +192,10 @@ def test_limits_of_tenants(owned: World) -> None:
     (_, alice) = owned.ask("GET", "/api/tenants", headers=BEARING).json()
     (space,) = alice["namespaces"]
     assert (space["nodes"], space["nodes_quota"]) == (1, 1000)
+    assert (space["plans_per_second"], space["saves_per_second"]) == (5000.0, 2500.5)
     page = owned.ask("GET", "/tenants", headers=BEARING | {"accept": "text/html"})
     assert '<td class="number">1 of 1,000</td>' in page.text
+    assert "<td>5,000 plans, 2,500.5 saves</td>" in page.text
 
 
 @pytest.fixture(scope="module")

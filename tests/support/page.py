@@ -208,8 +208,9 @@ def world(folder: Path, **settings: Any) -> Iterator[World]:
 
 
 def owned_world(folder: Path) -> contextlib.AbstractContextManager[World]:
-    """A world whose daemon wants `TOKEN`, and has a limit of prompts that nobody reaches."""
+    """A world whose daemon wants `TOKEN`, and has limits that nobody reaches."""
     secret = folder / "token"
     secret.write_text(TOKEN + "\n")
     secret.chmod(0o600)
-    return world(folder, http_token=str(secret), log_prompts=True, namespace_nodes=1000)
+    limits = {"namespace_nodes": 1000, "plans_per_second": 5000.0, "saves_per_second": 2500.5}
+    return world(folder, http_token=str(secret), log_prompts=True, **limits)
