@@ -61,7 +61,7 @@ def command(
 ) -> None:
     """Show the last requests: outcome, reason, tokens by kind, times.
 
-    The daemon keeps the last 1,000 in memory, without their text.
+    The daemon keeps the last 1,000 in memory, and their text only with the setting log_prompts.
     """
     from kvshare_store.daemon.protocol import ListRequests  # noqa: PLC0415 - not for --help
 

@@ -131,6 +131,8 @@ def test_an_offline_home_explains_the_same(driver: Any, home: Path, namespace: N
     found = as_json("explain", "--node", second, "--node", first, "--home", home)["explanation"]
     assert found["by_kind"]["exact"] == 80
     assert as_json("log", "--home", home) == []
+    asked = one_line(run("explain", "--request", "1", "--home", home), 1)
+    assert "no logged request is '1'" in asked, "as docs/commands.md says"
     assert "1 removed" not in run("diff", first, second, "--home", home)[1]
 
 
