@@ -17,6 +17,7 @@ from kvshare_store.errors import (
     ProtocolError,
     error_for,
 )
+from tests.support.documents import ROOT, tables_of
 
 # Append-only: a kind that was released is never renamed.
 KINDS = {
@@ -107,6 +108,29 @@ def test_families(kind: str, cls: type[KVShareError]) -> None:
     assert cls.retryable == (kind in RETRYABLE)
     assert issubclass(cls, BUILTINS.get(kind, Exception))
     assert 1 <= cls.exit_code <= 125
+
+
+NAMED = {
+    errors.ConfigError: "a setting",
+    errors.HomeError: "the home cannot be used",
+    errors.BusyError: "belongs to another process",
+    errors.NamespaceError: "no such namespace",
+    errors.UnsupportedError: "not installed",
+    errors.UnavailableError: "no daemon is there",
+    errors.DeadlineError: "did not answer in time",
+    errors.ForeignError: "somebody else's",
+    errors.DeniedError: "role or certificate",
+}
+"""What docs/commands.md says of the errors with an exit code of their own."""
+
+
+def test_every_exit_code_is_explained() -> None:
+    (table,) = tables_of(ROOT / "docs" / "commands.md", "exit code", "meaning")
+    explained = {int(code): meaning for code, meaning in table[1:]}
+    assert set(explained) == {0, 1} | {cls.exit_code for cls in KINDS.values()}
+    assert set(NAMED) == {cls for cls in KINDS.values() if cls.exit_code != 1}
+    for cls, words in NAMED.items():
+        assert words in explained[cls.exit_code], cls
 
 
 def test_exit_codes_tell_errors_apart() -> None:
