@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 from kvshare_store.daemon.client import Client
 from tests.support.page import BEARING, World
 
-EXAMPLES = 6
-"""Of each kind for each operation."""
+EXAMPLES = settings.default.max_examples * 3 // 20
+"""Of each kind for each operation: 6 in the default profile, and more where a profile has more."""
 _LIMITS = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
 CHECKS = [
     content_type_conformance,
