@@ -34,7 +34,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.daemon.test_exposition_quality import COMPARED
 from tests.support.daemons import ClientDriver, Daemon
 from tests.support.documents import ROOT, quoted, tables_of
-from tests.support.exposition import Exposed
+from tests.support.exposition import Exposed, unread
 from tests.support.neighbours import until
 from tests.support.oracle import Driver, prompt
 from tests.support.peer import Peer
@@ -313,6 +313,7 @@ def test_every_metric_is_what_happened(script: Script, tmp_path: Path) -> None:
         "kvshare_evicted_blocks_total",
     }  # fmt: skip
     assert wanted.keys() | others | COMPARED == {family.name for family in FAMILIES}
+    assert unread(script.client.stats()) == set(), "the other way round; see also scores"
 
 
 def check_times(script: Script, exposed: Exposed) -> None:

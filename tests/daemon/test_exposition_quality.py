@@ -11,7 +11,7 @@ from kvshare_store.save.second_looks import Look
 from tests.quality.streams import score
 from tests.save.test_scores import ANSWER, WHOLE, answer, control, given, said
 from tests.save.test_second_looks import compute, edited
-from tests.support.exposition import Exposed
+from tests.support.exposition import Exposed, unread
 from tests.support.oracle import Driver, prompt
 
 COMPARED = {
@@ -104,7 +104,9 @@ def test_answers_looks_and_scores_are_what_happened(driver: Callable[..., Driver
             if rate
         },
     }
-    exposed = Exposed(exposition(engine.store.stats()).decode())
+    stats = engine.store.stats()
+    assert unread(stats) == set()
+    exposed = Exposed(exposition(stats).decode())
     labels = {family.name: family.labels for family in FAMILIES}
     assert {name: exposed.by(name, *labels[name]) for name in wanted} == wanted
     assert wanted.keys() == COMPARED
