@@ -6,11 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
+from kvshare_store.errors import KVShareError
+from kvshare_store.namespace import Namespace
 from kvshare_store.observability.logs import (
     JsonLines,
     Seldom,
@@ -18,7 +22,10 @@ from kvshare_store.observability.logs import (
     log_process_as,
     with_fields,
 )
-from tests.support.daemons import Daemon
+from kvshare_store.tensors.layout import KVLayout
+from tests.support.daemons import ClientDriver, Daemon
+from tests.support.page import byte_tokenizer, tokens_of
+from tests.support.silence import MARKED, MARKER, check_silent
 
 
 @pytest.fixture
@@ -82,6 +89,42 @@ def test_a_daemon_logs_json(config: Callable[..., StoreConfig]) -> None:
         lines = [json.loads(line) for line in daemon.log().splitlines()]
     assert lines[0]["message"].startswith("serving ")
     assert {line["level"] for line in lines} == {"info"}
+
+
+def refused(client: Client, message: Any) -> bool:
+    try:
+        client.call(message)
+    except KVShareError:
+        return True
+    return False
+
+
+def test_a_daemon_logs_no_prompt(config: Callable[..., StoreConfig], tmp_path: Path) -> None:
+    """Neither where all is well, with `log_prompts`, nor where a save or a question fails."""
+    folder = byte_tokenizer(tmp_path / "tokenizer")
+    space = Namespace("model", KVLayout(2, 1, 4, "float32"), tokenizer=str(folder))
+    marked = tokens_of(space, MARKED)
+    with Daemon(config(log_format="json", log_prompts=True)) as daemon:
+        blocks = daemon.config.home_path / "blocks"
+        with Client(daemon.config.home_path) as client:
+            engine = ClientDriver(client, space)
+            node = engine.save(marked)
+            client.flush()
+            assert MARKER in client.call(protocol.ShowNode(node or ""))["text"]
+            assert client.call(protocol.Explain(text=MARKED))["explanation"]["by_kind"]["exact"]
+            for wrong in (
+                protocol.Explain(text=MARKED, namespace="ffff"),
+                protocol.Plan(space, MARKER.encode() + b"!"),
+            ):
+                assert refused(client, wrong)
+            blocks.rename(tmp_path / "away")
+            blocks.touch()
+            engine.save(marked[5:])
+            assert refused(client, protocol.Flush())
+        log = daemon.log()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert "1 prompts were not stored" in lines[-1]["message"]
+    check_silent(log, tokens_of(space, MARKER))
 
 
 def test_what_an_engine_says_of_a_request(
