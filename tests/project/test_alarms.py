@@ -56,6 +56,7 @@ FIRING = {
     "KVShareClientsCutOff": ("kvshare_cut_off_total", {}, "0x15 1x15"),
     "KVShareQualityUnknown": ("kvshare_quality_silent_classes", {}, "0x3 2x27"),
     "KVShareEnginesAlone": ("vllm:kvshare_requests_total", {"reason": "unavailable"}, "0+1x30"),
+    "KVShareLoadsFail": ("vllm:kvshare_requests_total", {"reason": "load_failed"}, "0+1x30"),
 }  # fmt: skip
 """A series under which each alarm fires after 20 minutes: name, labels, a value a minute."""
 SLOW = {f'kvshare_lookup_seconds_bucket{{instance="i",le="{le}"}}': f"0+{n}x30"
@@ -84,7 +85,8 @@ HEALTHY = {
     'kvshare_lookup_seconds_bucket{instance="i",le="+Inf"}': "0+100x30",
     'kvshare_quality_silent_classes{instance="i"}': "0x30",
     'vllm:kvshare_requests_total{instance="i",reason="unavailable"}': "4x30",
-    'vllm:kvshare_requests_total{instance="i",reason="no_donor"}': "0+5x30",
+    'vllm:kvshare_requests_total{instance="i",reason="load_failed"}': "0x15 1x15",
+    'vllm:kvshare_requests_total{instance="i",reason="no_donor"}': "0+50x30",
 }
 """Series under which no alarm fires: what went wrong is over, and the janitor comes round."""
 QUIET = {
@@ -106,7 +108,7 @@ def firing(rule: dict[str, Any]) -> dict[str, Any]:
         metric, labels, values = FIRING[name]
         named = ",".join(f'{key}="{value}"' for key, value in {"instance": "i", **labels}.items())
         series = {f"{metric}{{{named}}}": values}
-    if name == "KVShareEnginesAlone":  # a sum by instance
+    if name in ("KVShareEnginesAlone", "KVShareLoadsFail"):  # sums by instance
         labels = {}
     shown = {"instance": "i", **labels}
     summary = re.sub(
