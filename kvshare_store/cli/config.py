@@ -26,6 +26,8 @@ from kvshare_store.readable import printable, size
 
 Row = dict[str, Any]
 
+_LEGEND = "from: who has said so. here: what this command's own settings say, where that differs."
+
 
 def command(
     home: HomeOption = None,
@@ -39,8 +41,12 @@ def command(
     command would have used, where that differs. What is `per engine` an engine may have been
     given otherwise: its log says so when it starts.
     """
+    from kvshare_store.commit.tenants import TenantLimits  # noqa: PLC0415 - NumPy, not for --help
+
     settings = sourced(home, config, set_)
     theirs = _running(settings)
+    if theirs is None:
+        TenantLimits(settings.config)  # a daemon would read that file, and refuse to start
     rows = effective(settings, theirs)
     ignored = unknown_variables(os.environ)
     if json:
@@ -51,6 +57,8 @@ def command(
     served = "as its daemon runs" if theirs is not None else nobody
     out.print(f"{place(settings.config)}: {served}\n", soft_wrap=True)
     out.print(settings_table(rows))
+    if any("here" in row for row in rows):
+        out.print(_LEGEND, style="dim")
     for name in ignored:
         out.print(f"{name} in the environment is no setting and is ignored", style="yellow")
 
@@ -68,10 +76,11 @@ def _running(settings: Settings) -> Mapping[str, Any] | None:
 def effective(settings: Settings, theirs: Mapping[str, Any] | None) -> Sequence[Row]:
     """A row for each field: `value` and `source`, and `here` where a daemon has another value."""
     rows: list[Row] = []
+    same = "" if settings.config.connect else "home"  # one path may be written in two ways
     for name in FIELDS:
         here = _shown(getattr(settings.config, name))
         row: Row = {"name": name, "value": here, "source": settings.sources[name]}
-        if theirs is not None and name != "home" and name in theirs:
+        if theirs is not None and name != same and name in theirs:
             value = _shown(theirs[name])
             if value != here:
                 row = {"name": name, "value": value, "source": "daemon", "here": here}

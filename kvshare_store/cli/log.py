@@ -72,7 +72,8 @@ def command(
         print_json(found)
     elif not found:
         kind = "declined requests" if declined else "requests"
-        typer.echo(f"No {kind} of {place(chosen)} since its daemon started, or none runs.")
+        unserved = "" if chosen.connect else ", or none runs"
+        typer.echo(f"No {kind} of {place(chosen)} since its daemon started{unserved}.")
     else:
         out = console()
         out.print(requests_table(found, out.width))

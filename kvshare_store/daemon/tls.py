@@ -132,11 +132,20 @@ def client_context(config: StoreConfig) -> ssl.SSLContext:
     return _context(ssl.PROTOCOL_TLS_CLIENT, config, config.tls_server, "tls_server")
 
 
+def _check_there(field: str, path: str) -> None:
+    """`ConfigError` that names the file, which OpenSSL's own error does not."""
+    try:
+        Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{field} {path} cannot be used: {error.strerror}") from error
+
+
 def _context(purpose: int, config: StoreConfig, trusted: str, field: str) -> ssl.SSLContext:
     context = ssl.SSLContext(purpose)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     _check_private(Path(config.tls_key).expanduser())
+    _check_there("tls_cert", config.tls_cert)
     try:
         context.load_cert_chain(
             Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser(), _no_password

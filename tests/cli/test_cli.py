@@ -277,6 +277,11 @@ def test_version() -> None:
 # --- config and salt ------------------------------------------------------------------------------
 
 
+def test_config_reads_the_file_of_limits_that_a_daemon_would_read(home: Path) -> None:
+    wrong = run("config", "--home", home, "--set", "tenant_limits=/nowhere.yaml")
+    assert "tenant_limits" in one_line(wrong, 2)
+
+
 def test_config_says_where_each_value_came_from(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,11 @@ def test_commands_over_the_network(config: Callable[..., StoreConfig], tmp_path:
         address = f"tcp://127.0.0.1:{keys.port}"
         assert f"it listens on {address}, with keys" in daemon.log()
         assert asked("reader", "stats")[1].startswith(f"{address}: 1 nodes")
-        assert asked("reader", "config")[1].startswith(f"{address}: as its daemon runs")
+        shown = asked("reader", "config")[1]
+        assert shown.startswith(f"{address}: as its daemon runs")
+        rows = json.loads(asked("reader", "config", "--json")[1])["settings"]
+        assert {row["name"]: row["value"] for row in rows}["home"] == settings.home
+        assert "here: what this command's own settings say" in shown
         assert "needs the role admin" in one_line(asked("reader", "clear", "--yes"), 10)
         assert asked("admin", "clear", "--yes")[0] == 0
         assert asked("reader", "ls")[1] == f"No nodes in {address} yet.\n"

@@ -378,7 +378,7 @@ def test_keys_that_cannot_be_used(config: Config, keys: Keys, tmp_path: Path) ->
     for changes, message in (
         ({"tls_key": other.key}, "tls_cert and tls_key cannot be used"),
         ({"tls_cert": rubbish}, "tls_cert and tls_key cannot be used"),
-        ({"tls_cert": "/nowhere"}, "tls_cert and tls_key cannot be used"),
+        ({"tls_cert": "/nowhere"}, "tls_cert /nowhere cannot be used: No such file"),
         ({"tls_key": "/nowhere"}, "tls_key /nowhere cannot be read"),
         ({"tls_key": str(tmp_path / "open.key")}, "chmod 600"),
         ({"tls_clients": rubbish}, "tls_clients .* cannot be used"),
