@@ -11,7 +11,7 @@ import pytest
 
 from deploy import release
 from kvshare_store.observability.version import version
-from tests.support.environments import empty_environment, install, run
+from tests.support.environments import empty_environment, install, required, run
 from tests.support.protocol_recording import recorded
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,17 @@ with Store(StoreConfig(home="home", host_bytes=1 << 22)) as store:
 print("exact:", plan.exact, plan.declined)
 """
 
+_LOAD_ALL = """
+import pkgutil, sys
+from importlib import import_module
+import kvshare_store
+
+without = tuple(f"kvshare_store.{name}" for name in sys.argv[1:])
+for module in pkgutil.walk_packages(kvshare_store.__path__, "kvshare_store."):
+    if not module.name.startswith(without):
+        import_module(module.name)
+"""
+
 
 @pytest.fixture(scope="module")
 def files() -> list[str]:
@@ -55,13 +66,35 @@ def built(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {"sdist": sdist, "wheel": wheel}
 
 
+def installed(built: dict[str, Path], kind: str, folder: Path, *extras: str) -> Path:
+    """The Python of an environment with one of the files, and what its metadata asks for."""
+    to_build = ["setuptools"] if kind == "sdist" else []
+    python = empty_environment(folder, [*required(built["wheel"], *extras), *to_build])
+    install(python, built[kind])
+    return python
+
+
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_it_installs_and_works(kind: str, built: dict[str, Path], tmp_path: Path) -> None:
-    python = empty_environment(tmp_path / "env")
-    install(python, built[kind])
+    python = installed(built, kind, tmp_path / "env")
     now = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run(tmp_path, python.with_name("kvshare"), "--version") == f"kvshare {now}\n"
     assert run(tmp_path, python, "-c", _SAVE_AND_PLAN) == "exact: 599 \n"
+
+
+@pytest.mark.parametrize(
+    ("extras", "without"),
+    [
+        ((), ("http", "blocks.remotes", "observability.exposition", "testing")),
+        (("http", "s3", "redis", "encryption"), ("testing",)),
+    ],
+    ids=["no extra", "extras"],
+)
+def test_its_modules_need_nothing_that_it_does_not_ask_for(
+    extras: tuple[str, ...], without: tuple[str, ...], built: dict[str, Path], tmp_path: Path
+) -> None:
+    python = installed(built, "wheel", tmp_path / "env", *extras)
+    run(tmp_path, python, "-c", _LOAD_ALL, *without)
 
 
 def test_nothing_is_missing(built: dict[str, Path], files: list[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.environments import empty_environment, install, run
+from tests.support.environments import empty_environment, install, required, run
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = "65a2beed0c28691dee6ec11bd626d67b73666f70"
@@ -62,6 +62,6 @@ def built(name: str, folder: Path) -> Release:
     wheel_of = ("pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation")
     run(folder, sys.executable, "-m", *wheel_of, "--wheel-dir", folder, source)
     (wheel,) = folder.glob("*.whl")
-    python = empty_environment(folder / "environment")
+    python = empty_environment(folder / "environment", required(wheel))
     install(python, wheel)
     return Release(name[:12], python, files)
