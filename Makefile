@@ -13,7 +13,7 @@
 # make docs     the site of these documents, in site/ (the page of results is made anew from what was measured)
 # make schemas  the manifests and Compose files in deploy/ against the schemas of Kubernetes and Compose
 # make screenshots   the pictures of the page in these documents, anew: a real engine serves for ten minutes
-# make release  build wheel and source distribution from the commit, check them, say what to push
+# make release VERSION=x.y.z  build it from the commit, check it, commit its name, tag it, say what to push
 # make lint     style, types, and which package may import which
 # make clean    remove what the targets above made in this folder
 
@@ -130,7 +130,7 @@ screenshots: setup
 		tests/engine/test_page.py tests/engine/test_scores.py::test_the_page_shows_what_was_scored
 
 release: .venv/project.stamp
-	$(PY) deploy/release.py
+	$(PY) deploy/release.py "$(VERSION)"
 
 lint: setup packages
 	.venv/bin/ruff check .

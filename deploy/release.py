@@ -1,24 +1,28 @@
-"""Build what a release consists of, check it, tag it, say what to push. No network, no upload.
+"""Make a release: name it, build and check what it consists of, commit, tag, say what to push. No
+network, no upload.
 
-    make release
+    make release VERSION=1.2.3
 
 The source distribution is built from the files of the commit, the wheel from the source
-distribution: so what is tested and uploaded needs nothing that only this folder has. What the
-release says on the wire is recorded for the tests of the next one, which also build this one from
-its tag (`tests/daemon/test_release_before.py`).
+distribution: so what is tested and uploaded needs nothing that only this folder has. Nothing is
+changed before both are built and checked. Whatever ends it, the same command goes on.
+
+What the release says on the wire is recorded for the tests of the next one, which also build this
+one from its tag (`tests/daemon/test_release_before.py`).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
+import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -26,20 +30,32 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kvshare_store": "kvshare_store", "connectors": "kvshare_connectors"}
 """Folders whose every file is in the wheel, and what they are called there."""
 RECORDING = "tests/data/protocol_before.json"
+PLACES = {
+    "pyproject.toml": r'(?m)^(version = ")[^"]+',
+    "CHANGELOG.md": r"(?m)^(## )Unreleased$",
+    "deploy/kubernetes/kustomization.yaml": r"(newTag: )\S+",
+    "docs/deploying.md": r"(-t kvshare(?:-vllm)?:)\S+",
+}
+"""Where the version stands, behind what the first group matches."""
 _FIELDS = {"Name", "Version", "Summary", "Keywords", "Requires-Python", "License-Expression"}
 _FIELDS |= {"License-File", "Classifier", "Project-URL", "Description-Content-Type"}
 _FIELDS |= {"Provides-Extra", "Requires-Dist"}
 _BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 
-def build(files: Iterable[str], out: Path) -> tuple[Path, Path]:
-    """Build the source distribution of these files of the project, and its wheel, into `out`."""
+def build(
+    files: Iterable[str], out: Path, edited: Mapping[str, str] | None = None
+) -> tuple[Path, Path]:
+    """Build the source distribution of these files of the project, and its wheel, into `out`.
+    `edited`: what some of them shall say instead."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         for name in files:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+        for name, text in (edited or {}).items():
+            (source / name).write_text(text)
         _python("-c", _BUILD_SDIST, str(out), cwd=source)
         sdist = max(out.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
         wheel_of = ["pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -75,42 +91,96 @@ def committed() -> list[str]:
     return _git("ls-files").splitlines()
 
 
+def edits(version: str) -> dict[str, str]:
+    """Files that do not name this version yet, and what they say once they do."""
+    texts = {name: (ROOT / name).read_text() for name in PLACES}
+    named = {name: re.sub(PLACES[name], rf"\g<1>{version}", texts[name]) for name in PLACES}
+    return {name: text for name, text in named.items() if text != texts[name]}
+
+
 def obstacles(version: str) -> Iterator[str]:
     """Why this folder is not a release."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version):
+        yield f"`{version}` is no version: make release VERSION=1.2.3"
+        return
     if changed := _git("status", "--porcelain"):
         yield f"not committed:\n{changed}"
-    if not re.search(rf"^## {re.escape(version)}(?!\S)", (ROOT / "CHANGELOG.md").read_text(), re.M):
-        yield f"CHANGELOG.md has no heading `## {version}`"
-    if _git("tag", "--list", f"v{version}"):
-        yield f"the tag v{version} exists: change `version` in pyproject.toml"
+    changes = edits(version).get("CHANGELOG.md") or (ROOT / "CHANGELOG.md").read_text()
+    if len(re.findall(rf"(?m)^## {re.escape(version)}$", changes)) != 1:
+        yield f"CHANGELOG.md must have one heading, `## Unreleased` or `## {version}`"
+    if _tagged(version) and _since(version) - {RECORDING}:
+        yield f"the tag v{version} exists, and there are commits since"
 
 
-def make(version: str) -> None:
-    """Set the tag, and record the messages. The recording is for the commits that follow."""
-    _git("tag", "-a", f"v{version}", "-m", f"KVShare {version}")
-    _python("-m", "tests.support.protocol_recording", cwd=ROOT)
+def publish(version: str, edited: Mapping[str, str]) -> None:
+    """Commit the edits, set the tag, and record the messages for the commits that follow. What was
+    done before is not done again."""
+    for name, text in edited.items():
+        (ROOT / name).write_text(text)
+    _commit(f"Release {version}", edited)
+    if not _tagged(version):
+        _git("tag", "-a", f"v{version}", "-m", f"KVShare {version}")
+    _python("-m", "tests.support.protocol_recording", version, cwd=ROOT)
+    _commit(f"Messages of {version}, for the next release", [RECORDING])
 
 
-def main() -> int:
-    """Build, check, tag, record and print what is left to do; 1 if something is wrong."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    os.environ["SOURCE_DATE_EPOCH"] = _git("log", "-1", "--format=%ct").strip()
-    files, out = committed(), ROOT / "dist"
-    for old in out.glob("kvshare_store-*"):
-        old.unlink()
+def main(version: str) -> int:
+    """Make the release and print what is left to do; 1 if something is wrong."""
     wrong = list(obstacles(version))
     if not wrong:
-        sdist, wheel = build(files, out)
-        wrong = list(faults(sdist, wheel, files))
+        edited = edits(version)
+        _date(edited)
+        with tempfile.TemporaryDirectory() as folder:
+            built = build(committed(), Path(folder), edited)
+            wrong = list(faults(*built, committed()))
+            names = [] if wrong else _kept(built)
     if wrong:
         print("\n".join(["This is no release:", *wrong]), file=sys.stderr)
         return 1
-    make(version)
-    print(f"dist/{sdist.name}\ndist/{wheel.name}\ntag v{version}\n\nIf `make test` has passed:\n")
-    print(f"    git push origin v{version}")
-    print(f"    twine upload dist/{sdist.name} dist/{wheel.name}")
-    print(f"    git commit -m 'Messages of {version}, for the next release' {RECORDING}")
+    publish(version, edited)
+    print(f"Release {version}: {' '.join(names)}\n\nIf `make test` has passed:\n")
+    print(f"    git push origin HEAD v{version}\n    twine upload {' '.join(names)}")
     return 0
+
+
+def _date(edited: Mapping[str, str]) -> None:
+    """The time in all files of the release is that of its commit: they are the same bytes whenever
+    they are built."""
+    at = _git("log", "-1", "--format=%ct", "--", *PLACES).strip()
+    moment = str(int(time.time())) if edited else at
+    os.environ |= {"SOURCE_DATE_EPOCH": moment, "GIT_COMMITTER_DATE": f"{moment} +0000"}
+
+
+def _kept(built: Iterable[Path]) -> list[str]:
+    """Move the files to `dist`, in place of those of an older release; returns their names."""
+    out = ROOT / "dist"
+    out.mkdir(exist_ok=True)
+    for old in out.glob("kvshare_store-*"):
+        old.unlink()
+    return [str(Path(shutil.move(path, out)).relative_to(ROOT)) for path in built]
+
+
+def _tagged(version: str) -> bool:
+    return bool(_git("tag", "--list", f"v{version}"))
+
+
+def _since(version: str) -> set[str]:
+    """Files that differ from the tag's."""
+    return set(_git("diff", "--name-only", f"v{version}", "HEAD").splitlines())
+
+
+def _commit(message: str, names: Iterable[str]) -> None:
+    """Commit what has changed in these files. If that fails they are as before, so that the next
+    try begins where this one did."""
+    if not _git("status", "--porcelain", "--", *names):
+        return
+    try:
+        _git("commit", "-qm", message, "--", *names)
+    except subprocess.CalledProcessError:
+        _git("checkout", "-q", "HEAD", "--", *names)
+        raise SystemExit(
+            f"not committed, git says why: `{message}`. Mend it and try again"
+        ) from None
 
 
 def _git(*arguments: str) -> str:
@@ -127,4 +197,4 @@ def _python(*arguments: str, cwd: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2] or [""]))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from deploy import release
-from kvshare_store.observability.version import version
 from tests.support.environments import empty_environment, install, required, run
 from tests.support.protocol_recording import recorded
 
@@ -109,43 +110,117 @@ def test_what_is_missing_is_named(built: dict[str, Path], files: list[str]) -> N
     assert "kvshare_store/page/style.css" in named
 
 
-def test_what_is_no_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release, "ROOT", tmp_path)
-    git = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost")
-    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.0\n")
-    run(tmp_path, *git, "init", "-q")
-    assert [why.splitlines()[0] for why in release.obstacles("1.2.0")] == ["not committed:"]
-    run(tmp_path, *git, "add", ".")
-    run(tmp_path, *git, "commit", "-qm", "all")
-    assert list(release.obstacles("1.2.0")) == []
-    assert ["no heading" in why for why in release.obstacles("1.2")] == [True]
-    run(tmp_path, *git, "tag", "v1.2.0")
-    assert ["tag v1.2.0 exists" in why for why in release.obstacles("1.2.0")] == [True]
+# --- `make release` -------------------------------------------------------------------------------
+
+NEXT = "9.8.7"
 
 
-def test_a_release_is_tagged_and_what_it_says_is_recorded(
-    built: dict[str, Path], files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`make release` in a small copy of the project, with files that were built already."""
-    for name in files:
-        if name.startswith("tests/") and name.endswith((".py", release.RECORDING)):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {version()}\n")
-    recording = tmp_path / release.RECORDING
-    recording.write_text("{}")
+@pytest.fixture
+def clone(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project's files, committed, in a folder of their own."""
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", "t")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "t@localhost")
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    for git in (("init", "-q"), ("add", "."), ("commit", "-qm", "all")):
-        run(tmp_path, "git", *git)
-    monkeypatch.setattr(release, "ROOT", tmp_path)
-    monkeypatch.setattr(release, "build", lambda *_: (built["sdist"], built["wheel"]))
-    assert release.main() == 0
-    assert run(tmp_path, "git", "tag", "--points-at", "HEAD") == f"v{version()}\n"
-    assert run(tmp_path, "git", "status", "--porcelain") == f" M {release.RECORDING}\n"
-    assert json.loads(recording.read_text()) == recorded()
-    run(tmp_path, "git", "commit", "-qam", "recorded")
-    assert release.main() == 1, "the tag is there"
+    for variable in ("SOURCE_DATE_EPOCH", "GIT_COMMITTER_DATE"):
+        monkeypatch.setenv(variable, "1700000000 +0000")  # a release sets them
+    folder = tmp_path / "clone"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    git(folder, "init", "-q")
+    git(folder, "add", "--force", ".")
+    git(folder, "commit", "-qm", "all")
+    return folder
+
+
+@pytest.fixture
+def quick(clone: Path, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone whose releases consist of files that were built already."""
+
+    def build(names: list[str], out: Path, edited: object) -> list[Path]:
+        return [Path(shutil.copy(path, out)) for path in built.values()]
+
+    monkeypatch.setattr(release, "ROOT", clone)
+    monkeypatch.setattr(release, "build", build)
+    return clone
+
+
+def git(folder: Path, *command: str) -> str:
+    return run(folder, "git", *command)
+
+
+def state(folder: Path) -> str:
+    """What is committed, tagged and changed."""
+    return "".join(git(folder, *it) for it in (("show-ref",), ("status", "--porcelain")))
+
+
+def test_a_release_is_one_command(clone: Path) -> None:
+    with (clone / "CHANGELOG.md").open("a") as changes:
+        changes.write("- ## Unreleased is no heading here.\n")
+    git(clone, "commit", "-qam", "more")
+    said = run(clone, sys.executable, "deploy/release.py", NEXT)
+    names = [f"dist/kvshare_store-{NEXT}{end}" for end in (".tar.gz", "-py3-none-any.whl")]
+    assert f"git push origin HEAD v{NEXT}\n    twine upload {' '.join(names)}\n" in said
+    assert all((clone / name).is_file() for name in names)
+    assert git(clone, "status", "--porcelain") == ""
+    assert git(clone, "log", "-3", "--format=%s").splitlines() == [
+        f"Messages of {NEXT}, for the next release", f"Release {NEXT}", "more"
+    ]  # fmt: skip
+    assert git(clone, "tag", "--points-at", "HEAD~") == f"v{NEXT}\n"
+    changed = git(clone, "diff", "--name-only", "HEAD~2", "HEAD~").splitlines()
+    assert sorted(changed) == sorted(release.PLACES)
+    assert f"\n## {NEXT}\n" in (clone / "CHANGELOG.md").read_text()
+    assert json.loads((clone / release.RECORDING).read_text()) == recorded(NEXT)
+
+
+def test_a_release_that_was_made_is_only_built_again(quick: Path) -> None:
+    assert release.main(NEXT) == 0
+    made = state(quick)
+    assert release.main(NEXT) == 0
+    assert state(quick) == made
+    git(quick, "tag", "-d", f"v{NEXT}")  # as if it had ended before
+    git(quick, "reset", "-q", "--hard", "HEAD~")
+    assert release.main(NEXT) == 0
+    assert git(quick, "tag", "--points-at", "HEAD~") == f"v{NEXT}\n"
+
+
+def test_what_fails_changes_nothing(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (quick / "dist").mkdir()
+    (quick / "dist" / "kvshare_store-9.8.6.tar.gz").touch()
+    (quick / "kvshare_store" / "new.py").touch()
+    git(quick, "add", ".")
+    git(quick, "commit", "-qm", "a file that was not built")
+    before = state(quick)
+    assert release.main(NEXT) == 1
+    assert "lacks kvshare_store/new.py" in capsys.readouterr().err
+    monkeypatch.setattr(release, "faults", lambda *_: ())
+    hook = quick / ".git" / "hooks" / "pre-commit"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o700)
+    assert (quick / "dist" / "kvshare_store-9.8.6.tar.gz").exists()
+    with pytest.raises(SystemExit, match="not committed"):
+        release.main(NEXT)
+    assert state(quick) == before
+    hook.unlink()
+    assert release.main(NEXT) == 0
+
+
+def test_what_is_no_release_is_refused(quick: Path) -> None:
+    def why(version: str = NEXT) -> list[str]:
+        return [one.splitlines()[0] for one in release.obstacles(version)]
+
+    assert why() == []
+    assert ["is no version" in one for one in (*why(""), *why("1.2"))] == [True, True]
+    (quick / "new").touch()
+    assert why() == ["not committed:"]
+    assert release.main(NEXT) == 1
+    git(quick, "add", ".")
+    git(quick, "commit", "-qm", "new")
+    assert why() == []
+    git(quick, "tag", f"v{NEXT}", "HEAD~")
+    assert why() == [f"the tag v{NEXT} exists, and there are commits since"]
+    (quick / "CHANGELOG.md").write_text("# Changelog\n")
+    git(quick, "commit", "-qam", "no heading")
+    assert ["must have one heading" in one for one in why("9.8.8")] == [True]
