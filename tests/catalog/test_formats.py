@@ -174,7 +174,7 @@ def test_the_mark_of_a_home(home: Path, config: Callable[..., StoreConfig]) -> N
         (home / "format").write_text(mark)
         Store(config()).close()
         assert (home / "format").read_text() == mark
-    for mark in ("3", "21", "two"):
+    for mark in ("1", "3", "21", "two"):
         (home / "format").write_text(mark)
         with pytest.raises(HomeError, match="this release reads"):
             Store(config())

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tests.daemon.test_protocol import MESSAGES
 from tests.support import protocol_recording, releases, visitor
 from tests.support.daemons import START_S, Daemon
 from tests.support.environments import run
+from tests.support.needs import need
 from tests.support.peer import Peer
 from tests.support.releases import Release
 
@@ -112,14 +113,46 @@ def answered(peer: Peer, name: str) -> str:
     return reply.error
 
 
+# --- which release it is --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs git in a repository of its own, in which releases are looked for."""
+    monkeypatch.setattr(releases, "ROOT", tmp_path)
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost")
+    run(tmp_path, *git, "init", "-q")
+    return lambda *arguments: run(tmp_path, *git, *arguments)
+
+
+def test_the_release_before_is_the_last_that_this_commit_builds_on(
+    history: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert releases.before() is None, "neither a tag nor the commit that stands for one"
+    commit = ("commit", "-q", "--allow-empty", "-m")
+    history(*commit, "one")
+    monkeypatch.setattr(releases, "STAND_IN", history("rev-parse", "HEAD").strip())
+    assert releases.before() == releases.STAND_IN
+    for version in ("0.9.0", "0.10.0"):  # in this order, and not in that of the letters
+        history(*commit, version)
+        history("tag", "-a", f"v{version}", "-m", version)
+    assert releases.before() == "v0.9.0", "a release is not its own"
+    history("checkout", "-q", "-b", "other")
+    history(*commit, "of a branch that this commit has not")
+    history("tag", "v0.11.0")
+    history("checkout", "-q", "-")
+    history(*commit, "for the next one")
+    assert releases.before() == "v0.10.0"
+
+
 # --- its clients and its daemon ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Release:
     name = releases.before()
-    if name is None:
-        pytest.skip("no release and no older commit is here; its recorded messages were served")
+    need(name is not None, "the tag of a release, or the older commit that stands for it,")
+    assert name is not None
     return releases.built(name, tmp_path_factory.mktemp("before"))
 
 

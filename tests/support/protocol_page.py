@@ -50,7 +50,8 @@ fields have defaults under which old ones mean what they meant. Types, error kin
 never renamed or used again. `Namespace` and `KVLayout` are the exception: a field that a release
 does not know is an error there, because they decide who shares rows with whom.
 `tests/daemon/test_release_before.py` holds it: clients and daemons of the release before, built
-from its tag, work with those of this one.
+from its tag, work with those of this one. No release is made yet, so an older commit of the same
+protocol stands for it.
 """
 
 
