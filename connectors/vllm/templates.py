@@ -39,16 +39,22 @@ class Template(msgspec.Struct):
     messages: list[dict[str, Any]] | None = None
 
 
+class Kept(NamedTuple):
+    """A template that the pool has."""
+
+    node: str
+    """A prompt of the pool that begins with it, the shortest."""
+    tokens: int
+    stored: bool
+    """Computed and stored now; else it was there already."""
+
+
 class Published(NamedTuple):
     """What became of a file of templates."""
 
-    stored: int
-    """Computed and stored now."""
-    known: int
-    """Were in the pool already."""
+    templates: list[Kept]
+    """In the order of the file."""
     removed: int
-    tokens: int
-    """Of all templates."""
 
 
 def publish(
@@ -69,13 +75,14 @@ def publish(
     progress("starting an engine")
     with _engine(pool, settings, arguments) as llm, Filling(llm, pool) as engine:
         templates = [engine.tokens(number, line) for number, line in lines]
-        stored = 0
+        stored = []
         for at, tokens in enumerate(templates, 1):
             progress(f"template {at:,} of {len(templates):,}: {len(tokens):,} tokens")
-            stored += engine.store(tokens)
+            stored.append(engine.store(tokens))
         engine.check(templates)
         removed = engine.keep_only(templates) if replace else 0
-        return Published(stored, len(templates) - stored, removed, sum(map(len, templates)))
+        kept = zip(engine.named(templates), map(len, templates), stored, strict=True)
+        return Published([Kept(*each) for each in kept], removed)
 
 
 def _read(file: Path) -> list[tuple[int, Template]]:
@@ -102,6 +109,7 @@ def _engine(pool: str, settings: Mapping[str, str], arguments: Sequence[str]) ->
     """vLLM's `LLM` in this process, so that it can be asked what it has stored."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the result is on the other
     line = vllm_arguments(Request(dict(settings), list(arguments), pool=pool))[1:]
     try:
         from vllm import LLM, EngineArgs  # noqa: PLC0415 - takes seconds, and may not be there
@@ -172,6 +180,14 @@ class Filling:
     def holds(self, template: Tokens) -> bool:
         """Whether a prompt of the pool begins with the template."""
         return any(_begins(tokens, template) for tokens in self.nodes().values())
+
+    def named(self, templates: Sequence[Tokens]) -> list[str]:
+        """For each template the shortest prompt of the pool that begins with it."""
+        nodes = sorted(self.nodes().items(), key=lambda node: len(node[1]))
+        return [
+            next(name for name, tokens in nodes if _begins(tokens, template))
+            for template in templates
+        ]
 
     def store(self, template: Tokens) -> bool:
         """Compute a template and wait until it is stored, so that the next one can build on it.

@@ -7,14 +7,21 @@ import typer
 from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
+    JsonOption,
     YesOption,
     answering,
     configured,
     place,
+    print_json,
 )
 
 
-def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption = False) -> None:
+def command(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    yes: YesOption = False,
+    json: JsonOption = False,
+) -> None:
     """Forget every stored prompt and remove its rows."""
     from kvshare_store.daemon import protocol  # noqa: PLC0415 - seconds, not for --help
 
@@ -24,4 +31,7 @@ def command(home: HomeOption = None, config: ConfigOption = None, yes: YesOption
         if nodes and not yes:
             typer.confirm(f"Remove all {nodes:,} nodes of {place(chosen)}?", abort=True, err=True)
         removed = ask(protocol.Clear())
-    typer.echo(f"{removed:,} nodes removed.")
+    if json:
+        print_json({"removed": removed})
+    else:
+        typer.echo(f"{removed:,} nodes removed.")

@@ -92,6 +92,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+def print_json_line(value: Any) -> None:
+    """A JSON document on a line of its own, one of several."""
+    typer.echo(json.dumps(value))
+
+
 def plain_table(**look: Any) -> Table:
     """A table without a frame; `look`: what rich's `Table` takes."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **look)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, parse_settings
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    SetOption,
+    parse_settings,
+    print_json,
+)
 from kvshare_store.config import LONGEST_POOL
 from kvshare_store.errors import ConfigError
 
@@ -42,6 +50,7 @@ def command(
     home: HomeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Compute the templates of FILE and keep them in a pool that all tenants may build on.
 
@@ -51,20 +60,36 @@ def command(
     """
     if not pool.strip() or "," in pool or len(pool) > LONGEST_POOL:
         raise ConfigError(f"a pool's name has 1 to {LONGEST_POOL} characters, none of them a comma")
+    pool = pool.strip()
+    done = import_module(_FILLING).publish(
+        file,
+        pool,
+        _given(home, config, settings),
+        ["--model", model, *context.args],
+        replace=replace,
+        progress=lambda told: typer.echo(told, err=True),
+    )
+    if json:
+        templates = [template._asdict() for template in done.templates]
+        print_json({"pool": pool, "templates": templates, "removed": done.removed})
+    else:
+        typer.echo(_said(pool, done))
+
+
+def _given(home: str | None, config: Path | None, settings: Sequence[str] | None) -> dict[str, str]:
     given = parse_settings(settings or ())
     if home is not None:
         given["home"] = home
     if config is not None:
         given["config"] = str(config)
-    done = import_module(_FILLING).publish(
-        file,
-        pool.strip(),
-        given,
-        ["--model", model, *context.args],
-        replace=replace,
-        progress=lambda told: typer.echo(told, err=True),
-    )
-    typer.echo(
-        f"Pool {pool.strip()}: {done.stored:,} templates stored, {done.known:,} were there, "
-        f"{done.removed:,} removed; {done.tokens:,} tokens in all."
+    return given
+
+
+def _said(pool: str, done: Any) -> str:
+    """`done`: the connector's `Published`."""
+    stored = sum(template.stored for template in done.templates)
+    tokens = sum(template.tokens for template in done.templates)
+    return (
+        f"Pool {pool}: {stored:,} templates stored, {len(done.templates) - stored:,} were there, "
+        f"{done.removed:,} removed; {tokens:,} tokens in all."
     )

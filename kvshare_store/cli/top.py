@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from kvshare_store.cli.common import ConfigOption, HomeOption, configured, console, place
+from kvshare_store.cli.common import (
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    configured,
+    console,
+    place,
+    print_json_line,
+)
 from kvshare_store.cli.log import requests_table
 from kvshare_store.cli.stats import headline, tiers_table
 from kvshare_store.readable import milliseconds, share, size
 
+if TYPE_CHECKING:
+    from kvshare_store.cli.upkeep import Ask
+
 Counts = Mapping[str, Any]
+Look = tuple[Counts, dict[str, float]]
+"""Counters, and their rates since the look before."""
 
 _REUSED = ("tokens_reused_exact", "tokens_reused_continued", "tokens_reused_edited")
 _RATES = ("lookups", "misses", "tokens_requested", *_REUSED, "bytes_loaded", "bytes_stored")
@@ -37,40 +50,53 @@ def command(
     config: ConfigOption = None,
     interval: IntervalOption = 2.0,
     count: CountOption = 0,
+    json: JsonOption = False,
 ) -> None:
     """Watch lookups, reuse, tiers and the last requests until Ctrl-C.
 
-    Without a terminal it prints plain lines.
+    Without a terminal it prints plain lines; with --json each is an object.
     """
     from kvshare_store.daemon.client import Client  # noqa: PLC0415 - seconds, not for --help
     from kvshare_store.daemon.network import place_of  # noqa: PLC0415
-    from kvshare_store.daemon.protocol import ListRequests, Stats  # noqa: PLC0415
 
     chosen = configured(home, config)
     out = console()
     with Client(place_of(chosen)) as client:  # opening an idle home each time would only lock it
-        ask = client.call
-        before, at = ask(Stats()), time.monotonic()
-        with _screen(out) as live:
-            seen = 0
-            while not count or seen < count:
-                try:
-                    time.sleep(interval)
-                except KeyboardInterrupt:
-                    return
-                now, then = ask(Stats()), time.monotonic()
-                rates = per_second(before, now, then - at)
-                if out.is_terminal:
-                    last = ask(ListRequests(max(3, out.height - 16)))
-                    live.update(view(place(chosen), now, rates, last, out.width), refresh=True)
-                else:
-                    out.print(line(now, rates), soft_wrap=True)
-                before, at, seen = now, then, seen + 1
+        looks = _looks(client.call, interval, count)
+        if out.is_terminal and not json:
+            _watch(looks, client.call, place(chosen), out)
+            return
+        for now, rates in looks:
+            if json:
+                print_json_line({"time": time.time(), "per_second": rates, "stats": now})
+            else:
+                out.print(line(now, rates), soft_wrap=True)
 
 
-def _screen(out: Console) -> Live:
-    """A screen of its own on a terminal; where there is none it shows nothing."""
-    return Live(Text(), console=out, screen=out.is_terminal, auto_refresh=False, transient=True)
+def _looks(ask: Ask, interval: float, count: int) -> Iterator[Look]:
+    """Look at intervals, so often or until Ctrl-C."""
+    from kvshare_store.daemon.protocol import Stats  # noqa: PLC0415 - seconds, not for --help
+
+    before, at = ask(Stats()), time.monotonic()
+    seen = 0
+    while not count or seen < count:
+        try:
+            time.sleep(interval)
+        except KeyboardInterrupt:
+            return
+        now, then = ask(Stats()), time.monotonic()
+        yield now, per_second(before, now, then - at)
+        before, at, seen = now, then, seen + 1
+
+
+def _watch(looks: Iterable[Look], ask: Ask, home: str, out: Console) -> None:
+    """Show each look on a screen of its own."""
+    from kvshare_store.daemon.protocol import ListRequests  # noqa: PLC0415 - see `_looks`
+
+    with Live(Text(), console=out, screen=True, auto_refresh=False, transient=True) as live:
+        for now, rates in looks:
+            last = ask(ListRequests(max(3, out.height - 16)))
+            live.update(view(home, now, rates, last, out.width), refresh=True)
 
 
 def per_second(before: Counts, now: Counts, seconds: float) -> dict[str, float]:

@@ -393,6 +393,9 @@ def test_clear_without_asking(home: Path) -> None:
     with at_hand(home):
         fill(home)
         assert run("clear", "--yes", "--home", home) == (0, "2 nodes removed.\n", "")
+        fill(home)
+        code, out, _ = run("clear", "--yes", "--json", "--home", home)
+        assert (code, json.loads(out)) == (0, {"removed": 2})
 
 
 def test_a_spawned_daemon_has_the_settings_of_its_client(home: Path) -> None:

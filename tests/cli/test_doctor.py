@@ -174,6 +174,17 @@ def test_top_prints_a_line_each_time(home: Path) -> None:
     assert len(re.findall(r"^\d\d:\d\d:\d\d lookups 0\.0/s .* nodes 1 ", out, re.M)) == 2
 
 
+def test_top_prints_an_object_a_line_for_programs(home: Path) -> None:
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        ClientDriver(client, NAMESPACE).save(range(200))
+        code, out, err = run("top", "--json", "-i", "0.1", "-c", "2", "--home", home)
+    assert (code, err) == (0, "")
+    looks = [json.loads(line) for line in out.splitlines()]
+    assert [look["stats"]["nodes"] for look in looks] == [1, 1]
+    assert [look["per_second"]["lookups"] for look in looks] == [0.0, 0.0]
+    assert looks[0]["time"] < looks[1]["time"]
+
+
 def test_top_needs_a_daemon(home: Path) -> None:
     assert "no daemon serves" in one_line(run("top", "--home", home), 7)
 

@@ -35,11 +35,11 @@ class Pool(NamedTuple):
     template: list[int]
     longer: list[int]
 
-    def publish(self, *lines: dict[str, Any]) -> str:
-        """Run the command; returns what it has printed."""
+    def publish(self, *lines: dict[str, Any]) -> Any:
+        """Run the command; returns what it has printed, and nothing but that."""
         self.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         command = [
-            sys.executable, "-m", "kvshare_store.cli.main", "publish", str(self.file),
+            sys.executable, "-m", "kvshare_store.cli.main", "publish", str(self.file), "--json",
             "--pool", "house", "--model", str(short_model()), "--home", str(self.engine.home),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
             "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(64 << 20),
@@ -50,7 +50,7 @@ class Pool(NamedTuple):
         }  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+        return json.loads(done.stdout)
 
     def nodes(self, **wanted: str) -> list[dict[str, Any]]:
         """Summaries of the nodes whose fields are these."""
@@ -73,7 +73,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory, fresh: Fresh) -> Iterator[Poo
         {"tokens": made.longer},
         {"messages": [{"role": "system", "content": "You answer for a bike shop. " * 20}]},
     )
-    assert "Pool house: 3 templates stored, 0 were there, 0 removed" in said
+    assert (said["pool"], said["removed"]) == ("house", 0)
+    kept = {node["id"]: node["tokens"] for node in made.nodes(pool="house")}
+    assert [kept[one["node"]] for one in said["templates"]][:2] == [300, 400]
+    assert {one["node"]: one["tokens"] for one in said["templates"]} == kept
+    assert all(one["stored"] for one in said["templates"])
     yield made
     made.engine.check_idle()
 
@@ -179,7 +183,9 @@ def test_what_the_file_no_longer_has_is_replaced(
     assert [filling.store(template) for template in templates] == [False, False]
     assert filling.keep_only(templates) == 1
     assert sorted(node["tokens"] for node in pool.nodes(pool="house")) == [300, 400]
+    assert len(set(filling.named(templates))) == 2
     assert filling.keep_only(templates[1:]) == 1
+    assert filling.named(templates) == [node["id"] for node in pool.nodes(pool="house")] * 2
     assert [node["tokens"] for node in pool.nodes(pool="house")] == [400]
     assert pool.engine.ask([*pool.template, *fresh(40)], salt="kim").said["exact"] == 300
     with pytest.raises(StorageError, match="1 of 2 templates"):
