@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +31,9 @@ from kvshare_store.daemon.protocol import ListNodes
 from kvshare_store.namespace import Namespace
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver
+from tests.support.documents import DOCS, commands_of
 from tests.support.exposition import Exposed
+from tests.support.needs import need
 from tests.support.oracle import prompt
 from tests.support.waiting import eventually, until
 
@@ -123,6 +127,16 @@ def call(server: Server) -> Call:
     return post
 
 
+def shown(server: Server, page: str, text: str) -> dict[str, Any]:
+    """The answer to the `curl` of a page, about this text."""
+    (command,) = (it for it in commands_of(DOCS / page) if ":8000/v1/completions" in it)
+    words = shlex.split(command.replace(":8000", f":{server.port}"))
+    need(shutil.which(words[0]) is not None, words[0])
+    words[-1] = json.dumps(json.loads(words[-1]) | {"model": "demo", "prompt": text})
+    answer = subprocess.run(words, check=True, capture_output=True, timeout=60)
+    return dict(json.loads(answer.stdout))
+
+
 def chat(text: str, **body: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]} | body
 
@@ -203,21 +217,25 @@ def test_a_salt_is_a_wall(ask: Ask, home: Path) -> None:
     assert after["nodes"] == before["nodes"] + 1
 
 
-def test_answers_say_what_was_reused(call: Call, home: Path) -> None:
-    """Completions and chats. Streamed answers have no field for it, and work all the same."""
+def test_answers_say_what_was_reused(server: Server, call: Call, home: Path) -> None:
+    """Completions, as the documents ask for them, and chats. Streamed answers have no field for it,
+    and work all the same."""
     family = next(family for family in FAMILIES if family.name == "medical_report")
     text = family.donor  # nothing of it is stored
     before = stored(home, 2)["nodes"]
-    first = json.loads(call("completions", {"prompt": text}))
+    first = shown(server, "start.md", text)
     assert first["kv_transfer_params"]["kvshare.reused"] == 0
     stored(home, before + 1)
-    again = json.loads(call("completions", {"prompt": text, "cache_salt": None}))
+    again = shown(server, "vllm.md", text)
+    assert again["usage"]["completion_tokens"] <= 16
     said, usage = again["kv_transfer_params"], again["usage"]
     assert said["kvshare.policy"] == "balanced"
     parts = ("exact", "edited", "prefix_cached", "recomputed")
     assert sum(said[f"kvshare.{part}"] for part in parts) == usage["prompt_tokens"]
     wild = {"kvshare.policy": "wild"}
-    answer = json.loads(call("chat/completions", chat(text, kv_transfer_params=wild)))
+    answer = json.loads(
+        call("chat/completions", chat(text, kv_transfer_params=wild, cache_salt=None))
+    )
     said = answer["kv_transfer_params"]
     assert (said["kvshare.reason"], said["kvshare.asked"]) == ("unknown_policy", "wild")
     streamed = call("chat/completions", chat(text, stream=True))

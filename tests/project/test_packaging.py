@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy import release
+from deploy.requirements import requirements
 from tests.support.environments import empty_environment, install, required, run
 from tests.support.protocol_recording import recorded
 
@@ -81,6 +82,18 @@ def test_it_installs_and_works(kind: str, built: dict[str, Path], tmp_path: Path
     now = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run(tmp_path, python.with_name("kvshare"), "--version") == f"kvshare {now}\n"
     assert run(tmp_path, python, "-c", _SAVE_AND_PLAN) == "exact: 599 \n"
+
+
+def test_a_daemon_needs_only_what_its_recipe_installs(
+    built: dict[str, Path], tmp_path: Path
+) -> None:
+    """docs/deploying.md, for a host without engines: no torch."""
+    python = empty_environment(tmp_path / "env", requirements(["http"]))
+    install(python, built["wheel"])
+    assert run(tmp_path, python, "-c", _SAVE_AND_PLAN) == "exact: 599 \n"
+    run(tmp_path, python, "-c", "import kvshare_store.daemon.server, kvshare_store.http.serving")
+    said = run(tmp_path, python.with_name("kvshare"), "stats", "--home", "home")
+    assert "1 node" in said
 
 
 @pytest.mark.parametrize(

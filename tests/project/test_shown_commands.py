@@ -1,5 +1,6 @@
-"""Every command that the documents show in a block, or in the table of commands, is run as it
-stands there, on a throwaway home. What is not run stands in `ELSEWHERE`, with the reason."""
+"""Every command that the documents show in a block, in the table of commands or in that of everyday
+work is run as it stands there, on a throwaway home. What is not run stands in `ELSEWHERE`, with the
+reason."""
 
 from __future__ import annotations
 
@@ -16,11 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from kvshare_connectors.vllm import launch
 
+from benchmarks.peers.lmcache import lmcache_settings
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.client import Client
@@ -28,7 +32,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from tests.support.commands import run
 from tests.support.daemons import START_S, ClientDriver
-from tests.support.documents import DOCS, PAGES, quoted, tables_of
+from tests.support.documents import BEFORE, DOCS, PAGES, commands_of, quoted, tables_of
 from tests.support.needs import need
 from tests.support.oracle import prompt
 from tests.support.page import CHILD, TENANT, World, world
@@ -39,35 +43,22 @@ ELSEWHERE = {
     r"kvshare vllm serve": "starts an engine: tests/engine/test_server.py",
     r"kvshare publish": "starts an engine: tests/engine/test_publish.py",
     r"curl .*localhost:8000": "asks an engine: tests/engine/test_server.py",
-    r"(vllm|lmcache) ": "starts an engine or a server: tests/connectors/lmcache, tests/engine",
+    r"vllm ": "starts an engine: compared below with what tests start",
+    r"lmcache ": "starts a server: tests/connectors/lmcache/inside",
     r"make ": "makes an environment or measures for minutes",
-    r"(python -m )?pip install": "asks an index of packages; tests/project/test_packaging.py",
-    r"python -m benchmarks": "measures for minutes: tests/benchmarks",
-    r"python ": "needs a GPU: tests/gpu",
-    r"(useradd|cp|systemctl) ": "changes the machine; tests/project/test_deploy.py reads the unit",
-    r"(docker|kubectl) ": "needs a registry or a cluster; tests/project/test_deploy.py reads them",
+    r"(python -m )?pip install": "asks an index; test_packaging.py installs without one",
+    r"python3 -m venv": "writes to /opt; test_packaging.py makes one elsewhere",
+    r"python -m benchmarks": "measures for minutes; tests/benchmarks/test_main.py parses it",
+    r"python tests/gpu": "needs a GPU",
+    r"(useradd|cp|systemctl) ": "changes the machine; test_deploy.py reads the unit",
+    r"(docker|kubectl) ": "needs a registry or a cluster; test_deploy.py reads its files",
 }
 """Commands that are not run here, by how they begin, and why."""
-PROGRAMS = (
-    "kvshare", "openssl", "head", "curl", "vllm", "lmcache", "make", "python", "pip", "useradd",
-    "cp", "systemctl", "docker", "kubectl",
-)  # fmt: skip
-SHOWN = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)}) ")
-"""How a line begins that is a command."""
-
-
-def blocks(page: Path) -> Iterator[str]:
-    """Commands in the blocks of a page, each on one line."""
-    text = re.sub(r"[ ]*\\\n\s*", " ", page.read_text())
-    for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
-            if SHOWN.match(f"{line.strip()} "):
-                yield re.sub(r"\s+# .*", "", line.strip())
 
 
 def begins(command: str, start: str) -> bool:
     """`start`: of the command behind its variables."""
-    return re.match(rf"(\w+=\S+ )*({start})", f"{command} ") is not None
+    return re.match(rf"{BEFORE}({start})", f"{command} ") is not None
 
 
 def elsewhere(command: str) -> bool:
@@ -77,15 +68,47 @@ def elsewhere(command: str) -> bool:
 HERE = [
     pytest.param(page, id=page.stem)
     for page in PAGES
-    if not all(elsewhere(command) for command in blocks(page))
+    if not all(elsewhere(command) for command in commands_of(page))
 ]
 
 
 def test_what_is_not_run_is_shown() -> None:
-    shown = [command for page in PAGES for command in blocks(page)]
+    shown = [command for page in PAGES for command in commands_of(page)]
     assert len(shown) > 50
     assert [start for start in ELSEWHERE if not any(begins(it, start) for it in shown)] == []
     assert {page.id for page in HERE} >= {"start", "http", "pools", "security", "operating"}
+
+
+# --- engines: what is shown is what is started ---------------------------------------------------
+
+
+def shown(page: str, program: str) -> list[str]:
+    """The words of the one command of a page that begins like this."""
+    (command,) = (it for it in commands_of(DOCS / page) if it.startswith(program))
+    return shlex.split(command)
+
+
+def transfer(words: list[str]) -> dict[str, Any]:
+    """The last word: the connector and its settings."""
+    return dict(json.loads(words[-1]))
+
+
+def test_vllms_own_command_is_what_ours_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "is_cpu_build", lambda: True)
+    given = [word for word in shown("vllm.md", "kvshare vllm serve MODEL") if word[0] not in "[a"]
+    ours = launch.vllm_arguments(launch.split([*given[3:-1], "--kvshare.home", "DIR"]), environ={})
+    theirs = shown("vllm.md", "vllm serve")[1:]
+    assert theirs[:-1] == ours[:-1]
+    settings = transfer(theirs)["kv_connector_extra_config"]
+    assert settings.pop("kvshare.home") == "DIR"
+    settings["kvshare.home"] = str(Path("DIR").absolute())
+    assert {**transfer(theirs), "kv_connector_extra_config": settings} == transfer(ours)
+
+
+def test_vllm_with_lmcache_is_what_the_tests_start() -> None:
+    port = shown("lmcache.md", "lmcache server")[3]
+    tested = lmcache_settings(int(port))["kv_transfer_config"]
+    assert transfer(shown("lmcache.md", "vllm serve")) == tested
 
 
 # --- a shell ------------------------------------------------------------------------------------
@@ -227,7 +250,7 @@ def as_here(command: str, shell: Shell) -> str:
 def test_the_blocks_of_a_page_are_run(page: Path, filled: Shell) -> None:
     before: list[str] = []
     try:
-        for command in blocks(page):
+        for command in commands_of(page):
             if not elsewhere(command):
                 filled.run(as_here(command, filled), **prepared(command, before, filled))
                 before.append(command)
@@ -252,16 +275,35 @@ def prepared(command: str, before: list[str], shell: Shell) -> dict[str, str]:
     return {}
 
 
-# --- the table of commands ----------------------------------------------------------------------
+# --- tables of commands ----------------------------------------------------------------------
 
 LAST = "kvshare stop"
 BLOCKS = ("kvshare serve", "kvshare rekey")
 """Rows that blocks of pages run."""
 
 
+def commands_in(page: str, head: tuple[str, str], column: str) -> list[str]:
+    """Those that a column of a table shows, without those that blocks of pages run."""
+    (table,) = tables_of(DOCS / page, *head)
+    found = [it for row in table[1:] for it in quoted(row[head.index(column)])]
+    return [it for it in found if it.startswith("kvshare ") and not it.startswith(BLOCKS)]
+
+
+def test_everyday_work_is_run(filled: Shell) -> None:
+    """Nothing is removed and nothing stopped: the table of commands does that."""
+    commands = commands_in("operating.md", ("you want to", "do"), "do")
+    here = {
+        "kvshare purge --tenant SALT": f"kvshare purge --tenant {shlex.quote(TENANT)} --dry-run",
+        "kvshare pin NODE": f"kvshare pin {filled.world.parent}",
+    }
+    assert {LAST, *here} <= set(commands)
+    for command in commands:
+        if command != LAST and not elsewhere(command):
+            filled.run(as_here(here.get(command, command), filled))
+
+
 def test_the_table_of_commands_is_run(filled: Shell) -> None:
-    (table,) = tables_of(DOCS / "commands.md", "command", "what it does")
-    commands = [command for row in table[1:] for command in quoted(row[0])]
+    commands = commands_in("commands.md", ("command", "what it does"), "command")
     assert len(commands) > 25
     world, folder = filled.world, filled.folder
     (folder / "TRACE").write_text(json.dumps({"tokens": prompt(1, 1000)}) + "\n")
@@ -281,7 +323,7 @@ def test_the_table_of_commands_is_run(filled: Shell) -> None:
     assert here.keys() <= set(commands)
     key = {"KVSHARE_TENANT_KEY": f"file:{folder / 'new-key'}"}
     for command in sorted(commands, key=LAST.__eq__):
-        if not elsewhere(command) and not command.startswith(BLOCKS):
+        if not elsewhere(command):
             line = here.get(command, command).replace("NODE", world.parent)
             filled.run(line, **(key if command == "kvshare salt NAME" else {}))
     assert world.daemon.process is not None
