@@ -7,7 +7,8 @@ import runpy
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import typer.main
@@ -15,7 +16,9 @@ import typer.main
 from benchmarks.harness.dead_links import broken
 from kvshare_store.cli.main import app
 from kvshare_store.commit import home
-from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.config import FIELDS, StoreConfig, load_config
+from kvshare_store.config.settings import SIZES
+from kvshare_store.errors import ConfigError
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
@@ -42,14 +45,57 @@ def told(value: Any) -> str:
     return f"{value:g}"
 
 
-def test_every_setting_has_a_row_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+TRIED = {int: (-1, 0, 1, 2**20), float: (-1, 0, 0.25, 0.5, 0.75, 1, 2**20)}
+"""Numbers that tell the bounds of a setting apart."""
+
+
+def taken(name: str, value: float) -> bool:
+    """Whether a settings file may say so."""
+    try:
+        load_config({name: str(value)}, environ={})
+    except ConfigError:
+        return False
+    return True
+
+
+def numbers(name: str, kind: type) -> str:
+    """Which numbers a setting takes, as the table writes it."""
+    found = [value for value in TRIED[kind] if taken(name, value)]
+    if name in SIZES:
+        return "0, or from 1 MiB" if 0 in found else "from 1 MiB"
+    what = "whole number" if kind is int else "number"
+    if found[0] < 0:
+        return f"any {what}"
+    least = "above 0" if found[0] == 0.25 else f"from {found[0]:g}"
+    most = {2**20: "", 0.75: " to below 1"}.get(found[-1], f" to {found[-1]:g}")
+    return f"{what} {least}{most}"
+
+
+def values_of(name: str) -> str:
+    """What a setting may be, as the table writes it."""
+    hint = get_type_hints(StoreConfig)[name]
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else [hint]
+    found: list[str] = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            found += [f"`{one}`" for one in get_args(kind)]
+        elif kind in TRIED:
+            found.append(numbers(name, kind))
+        elif kind is not NoneType:
+            found.append({bool: "on, off", str: "text"}[kind])
+    return ", ".join(found)
+
+
+def test_every_setting_has_a_row_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     path = ROOT / "docs" / "configuration.md"
     rows = [row for table in tables_of(path, "field", "default") for row in table[1:]]
-    written = {name: default for cell, default, _ in rows for name in quoted(cell)}
+    written = {
+        name: (default, can_be) for cell, default, can_be, _ in rows for name in quoted(cell)
+    }
     assert len(written) == len(rows), "a row for each, once"
     defaults = StoreConfig()
-    assert written == {name: told(getattr(defaults, name)) for name in FIELDS}
+    assert written == {name: (told(getattr(defaults, name)), values_of(name)) for name in FIELDS}
 
 
 def test_the_policies_are_the_presets() -> None:
