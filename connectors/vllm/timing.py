@@ -66,12 +66,14 @@ class CudaStopwatch:
         return event
 
 
-def emit_span(carrier: dict[str, str], name: str, seconds: float, **attributes: Any) -> None:
+def emit_span(
+    carrier: dict[str, str], name: str, seconds: float, began: int | None = None, **attributes: Any
+) -> None:
     """See `tracing.emit`; that module needs OpenTelemetry, which is there where vLLM is told where
     to send traces."""
     from kvshare_connectors.vllm.tracing import emit  # noqa: PLC0415
 
-    emit(carrier, name, seconds, **attributes)
+    emit(carrier, name, seconds, began, **attributes)
 
 
 def stopwatch(device: torch.device) -> Stopwatch:

@@ -7,6 +7,7 @@ thread, after the token is out.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -79,13 +80,13 @@ class Worker:
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
         for spec in step.loads:
-            watch = stopwatch(self.cache.device)
+            began, watch = time.time_ns(), stopwatch(self.cache.device)
             try:
                 nbytes = self.load_one(spec)
             except Exception as error:  # noqa: BLE001 - the request is computed instead
                 self._load_failed(spec, contained(error))
                 continue
-            self.saver.tell(self._loaded(spec, nbytes, watch.stop()))
+            self.saver.tell(self._loaded(spec, nbytes, began, watch.stop()))
         if step.loads:
             self._watch = stopwatch(self.cache.device)
 
@@ -187,7 +188,7 @@ class Worker:
         return failed
 
     def _loaded(
-        self, spec: LoadSpec, nbytes: int, seconds: Seconds
+        self, spec: LoadSpec, nbytes: int, began: int, seconds: Seconds
     ) -> Callable[[], protocol.Request]:
         """The report on a load, made once the device has finished it."""
         reused = reused_of(spec.plan.spans)
@@ -196,7 +197,7 @@ class Worker:
             took = seconds()
             self._load_seconds.append(took)
             if spec.trace is not None:
-                emit_span(spec.trace, "load", took, bytes=nbytes)
+                emit_span(spec.trace, "load", took, began, bytes=nbytes)
             outcome = Outcome(
                 reused.exact,
                 reused.edited,

@@ -55,6 +55,8 @@ class Router:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks: dict[bytes, list[int]] = {}
+        self.ever: list[list[int]] = []
+        """Tokens of each block that was announced, whether it was taken back or not."""
         self.of_vllm: set[bytes] = set()
         """Blocks in vLLM's own prefix cache, each counted once."""
         self._engine = engine
@@ -71,6 +73,7 @@ class Router:
                 for at, digest in enumerate(event.block_hashes):
                     assert digest not in self.blocks, "announced once"
                     self.blocks[digest] = event.token_ids[at * BLOCK : (at + 1) * BLOCK]
+                    self.ever.append(self.blocks[digest])
             else:
                 assert isinstance(event, BlockRemoved)
                 for digest in event.block_hashes:
@@ -115,17 +118,22 @@ def test_exact_rows_are_announced_and_taken_back(
 
 
 def test_edited_and_continued_rows_never_are(engine: Engine, router: Router, fresh: Fresh) -> None:
-    prompt = fresh(LENGTH)
-    engine.store(prompt, max_tokens=1)
-    engine.forget()
-    follower = edited(prompt, 44)
+    """Behind each, an exact prompt is announced: by then what waits for that was announced too."""
+    exact: list[list[int]] = []
+
+    def announce() -> None:
+        exact.append(fresh(LENGTH))
+        engine.store(exact[-1], max_tokens=1)
+        router.until(lambda: blocks_of(exact[-1])[-1] in router.ever)
+        engine.forget()
+
+    announce()
+    follower = edited(exact[0], 44)
     assert engine.store(follower).said["edited"] > 0
-    engine.forget()
+    announce()
     assert engine.store([*follower, *NEW]).said["continued"] > 0
-    last = fresh(LENGTH)
-    engine.store(last, max_tokens=1)
-    router.until(lambda: bool(router.blocks))  # earlier blocks would be known, too
-    assert router.tokens == sorted(blocks_of(last))
+    announce()
+    assert sorted(router.ever) == sorted(block for prompt in exact for block in blocks_of(prompt))
 
 
 def test_a_tenants_blocks_have_its_salt(engine: Engine, router: Router, fresh: Fresh) -> None:
@@ -199,9 +207,14 @@ def test_a_request_is_part_of_its_clients_trace(
     computed = found["kvshare.partial_prefill"].attributes["kvshare.recomputed"]
     assert computed == answer.said["recomputed"]
     assert found["kvshare.load"].attributes["kvshare.bytes"] > 0
-    order = ("lookup", "plan", "partial_prefill")
+    order = ("lookup", "plan", "load")
     starts = [found[f"kvshare.{part}"].start for part in order]
     assert starts == sorted(starts)
+    first_token = found["kvshare.partial_prefill"].end
+    assert found["kvshare.plan"].end <= found["kvshare.load"].start
+    assert found["kvshare.load"].end <= first_token
+    assert found["kvshare.save"].attributes["kvshare.answer"], "the last of two"
+    assert first_token <= found["kvshare.save"].start
     assert all(span.start <= span.end for span in found.values())
     assert request.start <= starts[0]
     assert found["kvshare.partial_prefill"].end <= request.end
