@@ -1,4 +1,10 @@
-"""A model of vLLM's prefix cache: full blocks of 16 tokens, matched from the start of a prompt."""
+"""A model of vLLM's prefix cache: full blocks of 16 tokens, matched from the start of a prompt.
+
+One request after another. vLLM gives a request blocks for all of its tokens, and takes those that
+were used longest ago. When the request ends, its full blocks go to the end of the queue, the last
+one first. A last block that is not full cannot be found: it goes to the front, for whoever comes
+next (`BlockPool.free_blocks`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from kvshare_store.blocks.eviction import LRU
 from kvshare_store.plan import Reused
 from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.simulate.replay import Shelf
-from kvshare_store.simulate.traces import Request, chunks
+from kvshare_store.simulate.traces import chunks
 
 BLOCK_TOKENS = 16
 """vLLM's default."""
@@ -22,21 +28,22 @@ class PrefixCache:
         """`budget`: bytes of rows, of `row_bytes` each."""
         self._shelf = Shelf(LRU(), budget)
         self._row_bytes = row_bytes
+        self._unfinished = ""
+        """The last block of the last request, if it is not full."""
 
     def serve(self, prompt: Prompt) -> Reused:
         """Find and keep a prompt with its answer; returns what was found. The last token is always
         computed, because the first token of the answer comes from it."""
-        blocks = _full(chunks(prompt.computed, BLOCK_TOKENS, prompt.tenant))
+        blocks = chunks(prompt.computed, BLOCK_TOKENS, prompt.tenant)
         found, most = 0, max(0, len(prompt.tokens) - 1) // BLOCK_TOKENS
         while found < most and blocks[found].name in self._shelf:
             found += 1
+        self._shelf.remove(self._unfinished)
         for block in reversed(blocks):
             if block.name in self._shelf:
                 self._shelf.touch(block.name)
             else:
                 self._shelf.add(block.name, BLOCK_TOKENS * self._row_bytes, BLOCK_TOKENS)
+        full = len(prompt.computed) // BLOCK_TOKENS
+        self._unfinished = "".join(block.name for block in blocks[full:])
         return Reused(exact=BLOCK_TOKENS * found)
-
-
-def _full(blocks: Request) -> Request:
-    return blocks[:-1] if blocks and blocks[-1].tokens < BLOCK_TOKENS else blocks

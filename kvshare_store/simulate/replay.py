@@ -62,16 +62,20 @@ class Shelf:
         gone = []
         if self._used + nbytes > self._budget:
             for victim in self._policy.victims():
-                size = self._sizes.pop(victim)
-                self._policy.remove(victim)
-                self._used -= size
-                gone.append((victim, size))
+                gone.append((victim, self._sizes[victim]))
+                self.remove(victim)
                 if self._used + nbytes <= self._budget:
                     break
         self._policy.add(name, nbytes, cost)
         self._sizes[name] = nbytes
         self._used += nbytes
         return gone
+
+    def remove(self, name: str) -> None:
+        """Take a name out; one that is not here is ignored."""
+        if name in self._sizes:
+            self._policy.remove(name)
+            self._used -= self._sizes.pop(name)
 
 
 class Machine:

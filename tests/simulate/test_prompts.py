@@ -132,11 +132,22 @@ def test_answers_fill_blocks_too() -> None:
 
 def test_what_was_used_longest_ago_goes_first() -> None:
     cache = PrefixCache(ROW_BYTES, 16 * ROW_BYTES * 6)
-    first, second, third = text(0, 65), text(1, 17), text(2, 33)
+    first, second, third = text(0, 64), text(1, 16), text(2, 32)
     for each in (first, second, third):
         cache.serve(prompt(each))
-    assert cache.serve(prompt(first)).exact == 48, "its last block made room"
-    assert cache.serve(prompt(second)).exact == 0, "and then the next that was older"
+    assert cache.serve(prompt([*first, 1])).exact == 48, "its last block made room"
+    assert cache.serve(prompt([*second, 1])).exact == 0, "and then the next that was older"
+
+
+def test_a_block_that_is_not_full_takes_room_until_the_next_request() -> None:
+    cache = PrefixCache(ROW_BYTES, 16 * ROW_BYTES * 6)
+    first, second = text(0, 64), text(1, 40)
+    for each in (first, second):
+        cache.serve(prompt(each))
+    assert cache.serve(prompt([*first, 1])).exact == 48, "its last block made room for 8 tokens"
+    for each in (first, second[:32], [*first, 1]):
+        found = cache.serve(prompt(each)).exact
+    assert found == 64, "nothing had to go for 32"
 
 
 # --- KVShare ------------------------------------------------------------------------------------
