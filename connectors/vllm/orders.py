@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.plan import ReusePlan, Run, gaps
-from kvshare_store.save.staging import Reuse, contexts_of_rows
+from kvshare_store.save.staging import Reuse, contexts_of_rows, without_scrap
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.events import Announcer
@@ -108,6 +108,9 @@ class Orders:
             if self._announcer is not None and _exact(reuse) and len(reuse.donors) == 1:
                 self._announcer.found(state, state.kept.tokens, reuse.donors[0])
             return  # the very prompt is stored
+        if state.stored is not None:
+            reuse = without_scrap(reuse, [ref.rows for ref in state.stored.blocks])
+            fresh = gaps(state.own(reuse.spans), 0, state.length)
         blocks = output.kv_connector_block_state
         if blocks is not None:
             state.kept = _kept(reuse, state.length)

@@ -24,6 +24,9 @@ from kvshare_store.plan import (
 )
 from kvshare_store.tensors.layout import KVLayout
 
+_SCRAP = 0.25
+"""The share of a block that is copied rather than kept in it."""
+
 
 class Reuse(msgspec.Struct, frozen=True):
     """What a client has used of a plan, so that these rows need not be stored again."""
@@ -141,6 +144,19 @@ def without_unused_blocks(reuse: Reuse) -> Reuse:
     spans, used = of_used_blocks(reuse.spans)
     blocks = tuple(reuse.blocks[block] for block in used)
     return msgspec.structs.replace(reuse, spans=spans, blocks=blocks)
+
+
+def without_scrap(reuse: Reuse, rows: Sequence[int]) -> Reuse:
+    """The same without its last span, if all is exact and that takes at most a quarter of a block,
+    so that its rows are stored anew. For a few rows the prompt would keep a whole block, long after
+    the end of the prompt that the others are of is gone.
+
+    `rows`: of each of its blocks. Those without a span stay, so that numbers of blocks do.
+    """
+    last = reuse.spans[-1] if reuse.spans else None
+    if last is None or not last.exact or last.length > _SCRAP * rows[last.block]:
+        return reuse
+    return msgspec.structs.replace(reuse, spans=reuse.spans[:-1])
 
 
 def without_blocks(reuse: Reuse, names: Collection[str]) -> Reuse:

@@ -24,7 +24,14 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import Reused, reused_of
 from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import check_provenance
-from kvshare_store.save.staging import Reuse, Save, new_staged, reuse_of, without_unused_blocks
+from kvshare_store.save.staging import (
+    Reuse,
+    Save,
+    new_staged,
+    reuse_of,
+    without_scrap,
+    without_unused_blocks,
+)
 from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.tensors.layout import KVLayout
 
@@ -87,7 +94,8 @@ class PlannedReuse:
 
     def _keep(self, prompt: Prompt, namespace: Namespace, planned: Planned) -> None:
         # as if the client had used the whole plan
-        reuse = without_unused_blocks(reuse_of(planned.plan))
+        reuse = reuse_of(planned.plan)
+        reuse = without_unused_blocks(without_scrap(reuse, self._rows(planned)))
         save = self._save(prompt.computed, namespace, reuse, planned.donors)
         stored = stored_as(self._state.tree, save)
         if stored is not None:
@@ -96,6 +104,16 @@ class PlannedReuse:
         self._add(save)
         if save.reuse.generation and self._settle is not None and prompt.at is not None:
             self._unsettled.append((prompt.at + self._settle, id_of(save), save))
+
+    def _rows(self, planned: Planned) -> list[int]:
+        """How many rows each block of a plan has."""
+        nbytes = {
+            name: size
+            for donor in planned.donors
+            for name, size in zip(donor.blocks, donor.block_bytes, strict=True)
+        }
+        row_bytes = self._namespace.layout.row_bytes
+        return [nbytes[name] // row_bytes for name in planned.plan.block_names]
 
     def _save(
         self, tokens: Tokens, namespace: Namespace, reuse: Reuse, donors: Sequence[Node] = ()

@@ -212,6 +212,23 @@ def test_what_vllm_holds_already_is_stored_once(engine: Engine, donor: list[int]
     assert again.agrees(engine.ask(longer, policy="off", max_tokens=1))
 
 
+def test_few_rows_of_a_block_are_stored_anew(engine: Engine, fresh: Fresh) -> None:
+    """Else the prompt would keep the whole block for them."""
+    block = engine.planning.config.block_tokens
+    donor, row_bytes = fresh(4 * block), engine.worker.cache.layout.row_bytes
+    engine.store(donor)
+    for shared, rows in ((block // 8, 2 * block + block // 8), (block // 2, 2 * block)):
+        other = [*donor[: block + shared], *fresh(2 * block)]
+        engine.forget()
+        with engine.counted() as gained:
+            engine.store(other, policy="exact", max_tokens=1)
+        assert gained["tokens_reused_exact"] == block + shared
+        assert gained["bytes_stored"] == rows * row_bytes
+        engine.forget()
+        again = engine.ask(other, policy="exact", max_tokens=1)
+        assert again.agrees(engine.ask(other, policy="off", max_tokens=1))
+
+
 def test_a_request_that_waits_for_room_becomes_private_once(
     engine: Engine, donor: list[int], follower: list[int]
 ) -> None:

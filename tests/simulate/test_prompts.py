@@ -173,6 +173,21 @@ def test_answers_are_reused_in_the_next_turn() -> None:
     assert without.serve(prompt(turn)).exact == 200
 
 
+def test_no_block_is_kept_for_a_few_of_its_rows() -> None:
+    first = text(0, 256)
+
+    def left(shared: int) -> int:
+        """What is found of 192 tokens when there is room for them and for 256 others."""
+        ours = store("exact", budget=ROW_BYTES * 448)
+        second = [*first[:shared], *text(1, 192)][:192]
+        for each in (first, second, text(2, 256)):
+            ours.serve(prompt(each))
+        return ours.serve(prompt([*second, 1])).exact
+
+    assert left(64 + 16) == 192
+    assert left(64 + 48) == 176, "16 rows that nobody uses stay beside 48 that are shared"
+
+
 def test_prompts_too_short_to_store_are_not_stored() -> None:
     ours = store()
     ours.serve(prompt(text(0, 20), text(1, 100)))
