@@ -159,6 +159,7 @@ class Store:
         look: bool = False,
         pools: Sequence[str] = (),
         source: bytes = b"",
+        stores: bool = True,
     ) -> Future[ReusePlan]:
         """`plan` without waiting for a tier: the lookup itself runs in the caller's thread, and
         the future is done on return unless blocks must come from below shared memory.
@@ -168,10 +169,21 @@ class Store:
         `request`: the engine's name of the request, for the log. `far`: the rows go to another
         machine, so loading is weighed at the rate measured there. `look`: for a second look, which
         is neither counted as a request nor logged. `source`: who sends the request, hashed
-        (`namespace.Sources`); its own rows are preferred.
+        (`namespace.Sources`); its own rows are preferred. `stores`: the request will be stored too.
         """
-        asked = as_tokens(tokens), namespace, policy, owner, deadline_ms, request
-        return self.serving.plan_soon(*asked, far=far, look=look, pools=tuple(pools), source=source)
+        return self.serving.plan_soon(
+            as_tokens(tokens),
+            namespace,
+            policy,
+            owner,
+            deadline_ms,
+            request,
+            far=far,
+            look=look,
+            pools=tuple(pools),
+            source=source,
+            stores=stores,
+        )
 
     def explain(
         self,

@@ -126,6 +126,7 @@ class Handling:
             look=message.look,
             pools=message.pools,
             source=b"" if client.role == "reader" else message.source,  # nodes remember sources
+            stores=client.role != "reader",
         )
 
     def _plan_node(self, message: protocol.PlanNode, client: Connection) -> Any:

@@ -38,6 +38,20 @@ class Planned(NamedTuple):
     tier: str = "host"
     """The slowest tier that some of the blocks come from."""
 
+    def used(self, policy: ReusePolicy, *, answers: bool) -> list[Node]:
+        """Donors that count as used, where the request will be stored too. Where nothing may be
+        edited, one that the request parts from before its end does not: the request's own node
+        keeps the blocks of their beginning, and only who repeats the rest can use that. A prefix
+        cache orders its blocks so. With edits the rest may serve the next turn.
+
+        `answers`: a prompt that is known already has a node of its own once it is answered.
+        """
+        plan = self.plan
+        if policy.edited:
+            return list(self.donors)
+        most = plan.tokens if answers else plan.tokens - 1  # the last token is always computed
+        return [one for one in self.donors if plan.exact >= min(one.length - 1, most)]
+
     def declined(self, reason: str) -> Planned:
         """The same plan, declined for this reason; itself if that is empty."""
         return _declined(self.plan, reason) if reason else self

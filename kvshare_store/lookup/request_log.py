@@ -47,6 +47,8 @@ class Asked(NamedTuple):
     """Who sends it, hashed."""
     pools: tuple[str, ...] = ()
     """Whose rows it may use beside its namespace's."""
+    stores: bool = True
+    """Whoever asks will store it: no reader."""
     steering: Steering | None = None
     """What made the policy stricter than it would be without a bound."""
 

@@ -7,6 +7,7 @@ plan a miss. No caller waits for a tier: where blocks come from below, the I/O l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from time import perf_counter
@@ -93,6 +94,7 @@ class Serving:
         look: bool = False,
         source: bytes = b"",
         pools: tuple[str, ...] = (),
+        stores: bool = True,
     ) -> Future[ReusePlan]:
         """See `Store.plan_soon`."""
         chosen = stricter_policy(self._maker.policy, policy)
@@ -109,6 +111,7 @@ class Serving:
             look,
             source,
             pools,
+            stores,
         )
         self._outcomes.asked(lookup)
         answer: Future[ReusePlan] = Future()
@@ -267,9 +270,14 @@ class Serving:
             )
             opened = OpenPlan(lookup, plan, planned.tier, planned.donors, perf_counter())
             self._open.add(lease.id, opened)
-            for donor in planned.donors:
+            for donor in self._used(lookup, planned._replace(plan=plan)):
                 self._nodes.used(donor)
         return plan
+
+    def _used(self, lookup: Asked, planned: Planned) -> Sequence[Node]:
+        if not lookup.stores:
+            return planned.donors
+        return planned.used(lookup.policy, answers=self._config.store_answers)
 
 
 def _whole(bare: ReusePlan, node: Node) -> ReusePlan:

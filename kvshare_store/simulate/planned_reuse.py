@@ -72,7 +72,7 @@ class PlannedReuse:
         self._settle_until(prompt.at)
         namespace = self._namespace.for_tenant(prompt.tenant)
         planned = self._plan(prompt.tokens, namespace)
-        for donor in planned.donors:
+        for donor in planned.used(self._policy, answers=self._config.store_answers):
             self._state.tree.touch(donor.id)
         if len(prompt.tokens) >= self._config.min_prompt_tokens:
             self._keep(prompt, namespace, planned)

@@ -348,6 +348,23 @@ def test_time_to_live_counts_from_the_last_use(driver: Open) -> None:
     assert engine.store.collect().nodes == 1
 
 
+def test_who_shares_the_beginning_of_a_prompt_does_not_renew_it(driver: Open) -> None:
+    now = [0.0]
+    engine = driver(policy="exact")
+    engine.store.tree.clock = lambda: now[0]
+    node = saved(engine, prompt(1, 40))
+    now[0] = 9.0
+    other = [*prompt(1, 40)[:32], *prompt(2, 20)]
+    assert engine.serve(other).exact == 32
+    assert engine.store.tree.idle_for(node.id) == 9.0, "the other prompt's node has what was used"
+    engine.serve([*prompt(1, 40), *prompt(2, 20)])
+    assert engine.store.tree.idle_for(node.id) == 0.0
+    now[0] = 18.0
+    plan = engine.store.plan_soon(other, engine.namespace, stores=False).result()
+    assert engine.store.tree.idle_for(node.id) == 0.0, "a reader leaves no node"
+    engine.finish(plan)
+
+
 def test_age_survives_a_restart(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     node = saved(driver(), prompt(1, 40))
     engine = driver(ttl_seconds=1000.0)

@@ -173,6 +173,17 @@ def test_answers_are_reused_in_the_next_turn() -> None:
     assert without.serve(prompt(turn)).exact == 200
 
 
+def test_the_end_of_a_prompt_is_not_renewed_by_who_shares_its_beginning() -> None:
+    budget = ROW_BYTES * 704
+    ours, cache = store("exact", budget=budget), PrefixCache(ROW_BYTES, budget)
+    first, second = text(0, 320), text(1, 192)
+    for each in (first, second, [*first[:64], *text(2, 128)], text(3, 192)):
+        for arm in (ours, cache):
+            arm.serve(prompt(each))
+    for arm in (ours, cache):
+        assert arm.serve(prompt([*second, 1])).exact == 192, "the end of the first made room"
+
+
 def test_no_block_is_kept_for_a_few_of_its_rows() -> None:
     first = text(0, 256)
 
