@@ -25,6 +25,7 @@ from lmcache.v1.distributed.l2_adapters.config import L2AdaptersConfig
 from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig
 from lmcache.v1.distributed.storage_manager import StorageManager
 
+from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from tests.connectors.lmcache.inside.lmcache_engine import LENGTH
 from tests.connectors.lmcache.inside.lmcache_support import adapter, key, looked_up, spec, until
@@ -37,8 +38,12 @@ LAYOUT = MemoryLayoutDesc([torch.Size([2, 3, 64, 8])], [torch.bfloat16])
 
 
 @contextmanager
-def manager(home: Path) -> Iterator[StorageManager]:
-    """LMCache's server storage: L1 in memory, the adapter below it."""
+def manager(home: Path, capacity_bytes: int = 0) -> Iterator[StorageManager]:
+    """LMCache's server storage: L1 in memory, the adapter below it. With a capacity LMCache evicts
+    from the adapter what was used longest ago."""
+    below = PluginL2AdapterConfig.from_dict(spec(home, capacity_bytes=capacity_bytes))
+    if capacity_bytes:
+        below.eviction_config = EvictionConfig(eviction_policy="LRU")
     memory = L1MemoryManagerConfig(
         size_in_bytes=1 << 24, use_lazy=False, shm_name=f"kvshare-test-{uuid.uuid4().hex[:8]}"
     )
@@ -46,7 +51,7 @@ def manager(home: Path) -> Iterator[StorageManager]:
         StorageManagerConfig(
             l1_manager_config=L1ManagerConfig(memory_config=memory),
             eviction_config=EvictionConfig(eviction_policy="LRU"),
-            l2_adapter_config=L2AdaptersConfig([PluginL2AdapterConfig.from_dict(spec(home))]),
+            l2_adapter_config=L2AdaptersConfig([below]),
         )
     )
     try:
@@ -107,6 +112,40 @@ def test_managers_share_a_home_and_one_that_comes_later_reads_it(tmp_path: Path)
     with manager(tmp_path) as later:
         check_read(later, rows, missing=99)
     stop_daemon(tmp_path)
+
+
+def test_lmcache_evicts_over_its_capacity_what_was_used_longest_ago(tmp_path: Path) -> None:
+    nbytes = LAYOUT.shapes[0].numel() * 2
+    with manager(tmp_path, capacity_bytes=10 * nbytes) as opened:
+        written(opened, tmp_path, range(1, 8))
+        written(opened, tmp_path, range(8, 10))  # from 80 % on a fifth goes
+        with Client(tmp_path) as client:
+            until(lambda: client.call(protocol.Stats())["nodes"] < 9)
+        one = adapter(tmp_path)
+        found = looked_up(one, [key(number) for number in range(1, 10)])
+        one.close()
+        assert not all(found)
+        assert found[-2:] == [True, True], "those that came last"
+    stop_daemon(tmp_path)
+
+
+def test_a_damaged_block_is_a_miss_and_the_prefix_before_it_is_found(tmp_path: Path) -> None:
+    with manager(tmp_path) as first:
+        rows = written(first, tmp_path, range(1, 4))
+    stop_daemon(tmp_path)
+    damaged = holding(tmp_path, rows.pop(3))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with manager(tmp_path) as later:
+        check_read(later, rows, missing=3)
+    stop_daemon(tmp_path)
+
+
+def holding(home: Path, rows: torch.Tensor) -> Path:
+    """The file of the block that these rows lie in."""
+    data = rows.view(torch.uint8).numpy().tobytes()
+    files = [path for path in (home / "blocks").rglob("*") if path.is_file()]
+    (found,) = [path for path in files if data in path.read_bytes()]
+    return found
 
 
 def free_port() -> int:
