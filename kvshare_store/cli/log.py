@@ -116,6 +116,8 @@ def _columns(requests: Sequence[Request]) -> Columns:
     }
     for kind in ("exact", "continued", "edited"):
         columns[kind] = [Text(_some(request[kind])) for request in requests]
+    # never left out: without it the others do not add up to the tokens
+    columns["cached"] = [Text(_some(request["cached"])) for request in requests]
     columns["recomputed"] = [Text(f"{request['recomputed']:,}") for request in requests]
     for step in ("lookup", "load"):
         columns[step] = [Text(_time(request[step])) for request in requests]

@@ -50,7 +50,7 @@ class Handling:
                 message.request, message.seconds
             ),
             protocol.EngineCached: lambda message, _: self._store.outcomes.engine_cached(
-                message.tokens
+                message.tokens, message.request
             ),
             protocol.Settings: self._settings,
             protocol.Finish: lambda message, _: self._store.finish(message.lease, message.outcome),

@@ -97,6 +97,9 @@ class EngineCached(msgspec.Struct, frozen=True, tag="engine_cached"):
     """Tokens of a missed lookup that the engine's own prefix cache had. Reply: None."""
 
     tokens: Count
+    request: Label = ""
+    """The engine's name of the request, as in `Plan`: its entry in the log is corrected. An engine
+    of the release before does not say."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):

@@ -72,10 +72,11 @@ class Outcomes:
         if logged:
             self.log.declined(reason, tokens, request, namespace)
 
-    def engine_cached(self, tokens: int) -> None:
+    def engine_cached(self, tokens: int, request: str = "") -> None:
         """Correct a lookup that was counted as a miss: the engine's own prefix cache had `tokens`
-        of its tokens."""
+        of its tokens. `request`: its name, which the log has it under."""
         self._metrics.add_all({"tokens_engine_cached": tokens, "tokens_recomputed": -tokens})
+        self.log.engine_cached(request, tokens)
 
     # --- of plans --------------------------------------------------------------------------------
 

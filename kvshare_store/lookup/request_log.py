@@ -170,12 +170,28 @@ class RequestLog:
         """The engine has the first token of a request, so long after it took the plan. It may say
         so before the plan's end is reported, which goes another way."""
         with self._lock:
-            for at in range(len(self._entries) - 1, -1, -1):
-                if self._entries[at].request == request:
-                    entry = msgspec.structs.replace(self._entries[at], prefill=seconds)
-                    self._entries[at] = entry
-                    return
-            self._early[request] = seconds
+            at = self._place(request)
+            if at is None:
+                self._early[request] = seconds
+            else:
+                self._entries[at] = msgspec.structs.replace(self._entries[at], prefill=seconds)
+
+    def engine_cached(self, request: str, tokens: int) -> None:
+        """The engine's own prefix cache had `tokens` of a request that was logged as a miss: its
+        plan, if it had one, has not said so."""
+        with self._lock:
+            at = self._place(request) if request else None
+            if at is None or self._entries[at].outcome != "miss" or self._entries[at].cached:
+                return
+            left = max(0, self._entries[at].recomputed - tokens)
+            self._entries[at] = msgspec.structs.replace(
+                self._entries[at], cached=tokens, recomputed=left
+            )
+
+    def _place(self, request: str) -> int | None:
+        """Where the last entry of this name is."""
+        places = range(len(self._entries) - 1, -1, -1)
+        return next((at for at in places if self._entries[at].request == request), None)
 
     def _add(self, fields: dict[str, object]) -> None:
         blank = {"request": "", "namespace": "", "model": "", "tenant": "", "lora": "",

@@ -249,6 +249,16 @@ def test_the_log_of_a_daemon(served: Served) -> None:
     assert "miss" in out
 
 
+def test_the_columns_of_the_log_add_up_in_any_width(served: Served) -> None:
+    (found,) = as_json("log", "-n", "1", "--slow", "--home", served[0])
+    found |= {"exact": 0, "edited": 11, "continued": 0, "cached": 185, "recomputed": 4}
+    for width in (60, 200):
+        table = requests_table([found], width)
+        heads = [str(column.header) for column in table.columns]
+        assert "cached" in heads
+        assert next(iter(table.columns[heads.index("cached")].cells)).plain == "185"
+
+
 def test_a_logged_request_in_full(served: Served) -> None:
     out = ok("explain", "--request", "chat", "--home", served[0])
     assert "request chat-7" in out

@@ -239,6 +239,30 @@ def test_what_an_engine_declines_is_logged_and_counted_as_its_tenants(driver: Op
     assert engine.store.requests.last(10) == []
 
 
+def test_what_the_engines_cache_had_of_a_miss_corrects_its_entry(driver: Open) -> None:
+    engine = driver()
+    for name in ("chat-1", "chat-2"):
+        engine.store.plan_soon(prompt(), engine.namespace, request=name).result()
+    engine.store.outcomes.engine_cached(64, "chat-1")
+    engine.store.outcomes.engine_cached(32)  # an engine of the release before names no request
+    later, first = engine.store.requests.last(2)
+    assert (first.request, first.cached, first.recomputed) == ("chat-1", 64, len(prompt()) - 64)
+    assert (later.cached, later.recomputed) == (0, len(prompt()))
+    engine.store.outcomes.decline("late", 30)
+    engine.store.outcomes.engine_cached(64, "chat-1")
+    assert engine.store.requests.last(3)[2] == first, "it is told once"
+
+
+def test_what_the_engines_cache_had_of_a_hit_stays(driver: Open) -> None:
+    engine = driver()
+    engine.save(prompt())
+    plan = engine.store.plan_soon(prompt(), engine.namespace, request="chat-1").result()
+    engine.store.finish(plan, Outcome(exact=100, recomputed=len(prompt()) - 100))
+    engine.store.outcomes.engine_cached(64, "chat-1")
+    (entry,) = engine.store.requests.last(1)
+    assert (entry.exact, entry.cached) == (100, 0)
+
+
 def test_tokens_are_logged_only_where_that_is_set(driver: Open) -> None:
     engine = driver(log_prompts=True)
     engine.store.plan(prompt(), engine.namespace)

@@ -531,7 +531,7 @@ def test_what_vllms_own_cache_had_of_a_miss_is_told_once(
     assert link.told == declined
     for _ in range(2):
         planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
-    assert link.told == [*declined, protocol.EngineCached(64)]
+    assert link.told == [*declined, protocol.EngineCached(64, wanted.request_id)]
 
 
 def test_a_preempted_requests_generated_tokens_are_no_tokens_of_its_prompt(
@@ -542,7 +542,7 @@ def test_a_preempted_requests_generated_tokens_are_no_tokens_of_its_prompt(
     wanted = request(num_preemptions=1, num_output_tokens=40)
     assert planning.matched(wanted, LENGTH + 32) == (0, False)
     planning.allocated(wanted, None, 0)  # type: ignore[arg-type]
-    assert link.told == [protocol.EngineCached(LENGTH)]
+    assert link.told == [protocol.EngineCached(LENGTH, wanted.request_id)]
     answer = planning.finished(wanted)
     assert answer is not None
     assert (answer["kvshare.prefix_cached"], answer["kvshare.recomputed"]) == (LENGTH, 0)
