@@ -77,6 +77,26 @@ def steering_text(steering: Mapping[str, Any]) -> str:
     return text
 
 
+_NOW = {
+    "": "Now the same:",
+    "policy": "Now another plan, under another policy:",
+    "donors": "Now another plan, since the store holds other prompts:",
+    "plan": "Now another plan, since what the store holds or has measured has changed:",
+    "outcome": "The plan, whose rows were not used then:",
+}
+
+
+def then_text(request: Mapping[str, Any], differs: str) -> str:
+    """What a logged request was served, and how far that is the plan that follows."""
+    reused = request["exact"] + request["continued"] + request["edited"]
+    donors = ", ".join(map(short, request["donors"]))
+    from_store = f"{reused:,} tokens from {donors}" if reused else "nothing reused"
+    reason = f" ({one_line(request['reason'])})" if request["reason"] else ""
+    cached = f"{request['cached']:,} from the engine's prefix cache, " if request["cached"] else ""
+    left = f"{cached}{request['recomputed']:,} recomputed"
+    return f"Then: {from_store}{reason}, {left}. {_NOW[differs]}"
+
+
 def outcome_text(request: Mapping[str, Any]) -> str:
     """`edited`, or `miss: no_donor` with the reason; `exact (quality_bound)` where a bound made the
     policy stricter."""

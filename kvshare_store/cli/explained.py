@@ -22,6 +22,7 @@ from kvshare_store.readable import (
     shortened,
     source_text,
     steering_text,
+    then_text,
 )
 
 Found = Mapping[str, Any]
@@ -40,8 +41,8 @@ def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]
         if explained is None:
             yield no_tokens_text(request)
             return
-        yield "Planned again, with what the store holds now:\n"
-    yield from headline(explained)
+        yield then_text(request, found.get("differs", "")) + "\n"  # the release before has none
+    yield from headline(explained, again=request is not None)
     yield Text()
     yield fates_table(explained)
     if explained["candidates"]:
@@ -57,15 +58,16 @@ def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]
         yield spans_table(explained["parts"])
 
 
-def headline(explained: Found) -> Iterable[str]:
-    """What the plan is, and what it is expected to save."""
+def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
+    """What the plan is, and what it is expected to save. `again`: of a request that was served, so
+    what a bound says now is another thing than what it said then."""
     tenant = f", tenant {printable(explained['tenant'])}" if explained["tenant"] else ""
     yield (
         f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
         f"{printable(explained['model'])} (namespace {explained['namespace']}{tenant})"
     )
     if explained.get("steering"):
-        yield steering_text(explained["steering"])
+        yield ("now " if again else "") + steering_text(explained["steering"])
     if explained["declined"]:
         yield f"no plan: {explained['declined']}"
     else:

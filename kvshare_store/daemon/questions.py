@@ -17,6 +17,7 @@ from kvshare_store.daemon.describe import (
     summary,
     words_of,
 )
+from kvshare_store.daemon.planned_again import differs, under_its_bound
 from kvshare_store.daemon.scored import quality
 from kvshare_store.daemon.walking import branch, donor_parts
 from kvshare_store.errors import NamespaceError, NodeError, PlanError
@@ -82,11 +83,11 @@ def diff(store: Store, first: str, second: str) -> dict[str, Any]:
 
 
 def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
-    """Why a plan is so; for a logged request also how it ended, which is all if its tokens were
-    not kept."""
+    """Why a plan is so. For a logged request also how it ended, which is all if its tokens were not
+    kept; it is planned under the policy that it got, unless another is asked for."""
     logged = _logged(store, message.request) if message.request else None
     if logged is not None and not logged.prompt:
-        return {"request": _plain(store, logged), "explanation": None}
+        return {"request": _plain(store, logged), "explanation": None, "differs": ""}
     tokens, namespace, without = _prompt(store, message, logged)
     if len(tokens) > protocol.EXPLAINED_TOKENS:
         raise PlanError(
@@ -100,12 +101,14 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     found = store.explain(
         tokens,
         namespace,
-        policy=message.policy,
+        policy=message.policy if logged is None else message.policy or logged.policy,
         only=only.id if only is not None else "",
         without=without,
         pools=message.pools if logged is None else logged.pools,
         source=b"" if logged is None else logged.source,
     )
+    if logged is not None:
+        found = under_its_bound(logged, found)
     plain: dict[str, Any] = msgspec.to_builtins(found)
     plain["donor_parts"] = [] if only is None else donor_parts(store, only, plain["parts"])
     for part in plain["parts"]:
@@ -124,6 +127,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             "tenant": namespace.tenant,
             **plain,
         },
+        "differs": "" if logged is None else differs(logged, found),
     }
 
 

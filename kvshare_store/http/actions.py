@@ -117,6 +117,7 @@ async def _explain_page(
         spaces=await ask(protocol.Held("")),
         policies=policy_names(),
         logged=found and found["request"],
+        differs=found and found["differs"],
         explained=explained and clipped(explained, full=full),
         trouble=trouble,
         full=full,

@@ -12,6 +12,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from kvshare_store.daemon.evicting import Evicted as EvictedStruct
+from kvshare_store.daemon.planned_again import Differs
 from kvshare_store.daemon.scored import QualityReport
 from kvshare_store.lookup import explain, request_log, steering
 from kvshare_store.maintenance import purge
@@ -300,3 +301,6 @@ class Explanation(BaseModel):
 
     request: Logged | None
     explanation: Explained | None
+    differs: Differs = Field(
+        default="", description="What makes this plan another one than what the request was served."
+    )

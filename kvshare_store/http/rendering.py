@@ -34,6 +34,7 @@ from kvshare_store.readable import (
     size,
     source_text,
     steering_text,
+    then_text,
     verdict_lines,
 )
 
@@ -63,6 +64,7 @@ _environment.filters.update(
     percent=percent,
     verdict=verdict_lines,
     steering=steering_text,
+    then=then_text,
     outcome=outcome_text,
     no_tokens=no_tokens_text,
     rates=rates_text,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -19,6 +20,9 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan, Span
 from kvshare_store.readable import short
+
+if TYPE_CHECKING:
+    from kvshare_store.lookup.explain import Part
 
 _ENTRIES = 1000
 _EARLY = 256
@@ -115,7 +119,7 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
         return self.lookup + self.load
 
 
-_MOST_RUNS = 256
+MOST_RUNS = 256
 """Of one plan that are kept; a plan may have thousands."""
 
 
@@ -158,7 +162,7 @@ class RequestLog:
             cached=outcome.cached,
             generation=plan.generation,
             donors=plan.donors,
-            spans=runs_by_kind(plan.spans)[:_MOST_RUNS],
+            spans=runs_by_kind(plan.spans)[:MOST_RUNS],
             lookup=lookup,
             load=outcome.seconds,
             held=held,
@@ -265,13 +269,13 @@ def prompt_of(tokens: Tokens, logged: bool) -> bytes:
     return tokens.tobytes() if logged else b""
 
 
-def runs_by_kind(spans: tuple[Span, ...]) -> tuple[tuple[int, int, str], ...]:
-    """Spans of one kind that touch, as one run."""
+def runs_by_kind(spans: Sequence[Span | Part]) -> tuple[tuple[int, int, str], ...]:
+    """Spans of one kind that touch, as one run. Or parts of an explanation."""
     runs: list[tuple[int, int, str]] = []
     begin, stop, kind = 0, 0, ""
     for span in spans:
         if span.start != stop or span.kind != kind:
             runs.append((begin, stop, kind))
             begin, kind = span.start, span.kind
-        stop = span.start + span.length
+        stop = span.stop
     return (*runs[1:], (begin, stop, kind)) if spans else ()

@@ -276,7 +276,7 @@ def test_a_logged_request_is_planned_again(home: Path) -> None:
         found = as_json("explain", "--request", "1", "--home", home)
         assert found["request"]["reason"] == "empty_store"
         assert found["explanation"]["by_kind"]["edited"] == 116
-        assert "Planned again" in ok("explain", "--request", "1", "--home", home)
+        assert "Now another plan" in ok("explain", "--request", "1", "--home", home)
 
 
 def test_an_id_that_the_log_cut_names_its_request(home: Path) -> None:
@@ -309,6 +309,60 @@ def test_a_request_is_no_candidate_for_itself(home: Path) -> None:
         assert [one["node"] for one in found["candidates"]] == [first]
         assert found["by_kind"] == {"exact": 80, "edited": 116, "recomputed": 4}
         assert (found["divergence"]["node"], found["divergence"]["position"]) == (first, 80)
+
+
+def asked_again(home: Path, number: str, *more: str) -> tuple[str, str]:
+    """What differs from what a request was served, and the line that says so."""
+    arguments = ("explain", "--request", number, *more, "--home", home)
+    line = next(line for line in ok(*arguments).splitlines() if line.startswith("Then: "))
+    return as_json(*arguments)["differs"], line
+
+
+def test_a_plan_that_is_not_what_was_served_says_so_first(home: Path) -> None:
+    with serving(StoreConfig(home=str(home), log_prompts=True, **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        assert engine.plan(FIRST).declined == "empty_store"
+        first = engine.save(FIRST)
+        engine.serve(SECOND)
+        given_up = engine.plan(SECOND)
+        client.finish(given_up.lease, Outcome(failed="aborted", cached=64, recomputed=136))
+        then = f"Then: 196 tokens from {str(first)[:12]}, 4 recomputed. Now "
+        assert asked_again(home, "2") == ("", then + "the same:")
+        assert asked_again(home, "2", "--policy", "exact") == (
+            "policy", then + "another plan, under another policy:")  # fmt: skip
+        assert asked_again(home, "3") == ("outcome", (
+            "Then: nothing reused (aborted), 64 from the engine's prefix cache, 136 recomputed. "
+            "The plan, whose rows were not used then:"))  # fmt: skip
+        engine.save([*SECOND[:150], *range(40)])
+        others = "another plan, since the store holds other prompts:"
+        assert asked_again(home, "2") == ("donors", then + others)
+        engine.save([*FIRST, 5])
+        nothing = "Then: nothing reused (empty_store), 200 recomputed. Now "
+        assert asked_again(home, "1") == ("donors", nothing + others)
+
+
+def test_a_request_is_planned_again_under_the_policy_that_it_got(tmp_path: Path) -> None:
+    """Not under the one that its class has now."""
+    home = tmp_path / "home"
+    asked = {"home": str(home), "log_prompts": True, **SMALL}
+    with serving(StoreConfig(**asked)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        engine.save(FIRST)
+        ask = plan_request(np.asarray(SECOND, np.int32), SPACE, "faithful", "chat-1")
+        plan = msgspec.convert(client.receive(client.send(ask), 20.0), ReusePlan)
+        client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 200 - plan.reused))
+        found = as_json("explain", "--request", "chat-1", "--home", home)
+        assert (found["explanation"]["policy"], found["differs"]) == ("faithful", "")
+
+
+def test_what_a_bound_took_away_is_called_so_again(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    bound = StoreConfig(home=str(home), quality_bound=1e-9, log_prompts=True, **SMALL)
+    with serving(bound), Client(home) as client:
+        ClientDriver(client, SPACE).save(FIRST)
+        assert client.plan([7, 8, *FIRST[2:]], SPACE).declined == "quality_bound"
+        found = as_json("explain", "--request", "1", "--home", home)
+        assert (found["explanation"]["declined"], found["differs"]) == ("quality_bound", "")
 
 
 def test_a_repeated_prompt_shows_the_prompt_that_served_it(home: Path) -> None:
