@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -76,19 +76,22 @@ async def node(
     ask: Ask,
     request: Request,
     node: NodeId,
-    policy: PolicyName | None = None,
+    policy: Annotated[PolicyName | Literal[""] | None, Query()] = None,
     full: Full = False,
     after: After = "",
 ) -> Response:
-    """One prompt: beside its parent, above its children."""
+    """One prompt: beside its parent, above its children. `policy`: empty for what a request would
+    get now; without it the one that the prompt was served under."""
     found = await ask(protocol.ShowNode(node))
+    chosen = found["policy"] if policy is None else policy
     children = await ask(protocol.Branch(node=found["id"], after=after, limit=_PAGE))
     return rendered(
         request,
         "node.html",
         node=found,
         text=words(found["text"], full=full),
-        beside=await _beside(ask, found, policy, full=full),
+        beside=await _beside(ask, found, chosen or None, full=full),
+        chosen=chosen,
         children=children,
         after=after,
         full=full,

@@ -15,6 +15,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.quality import quality as judging
+from kvshare_store.quality.ladder import Terms
 from kvshare_store.quality.score import Score
 from tests.save.test_scores import WHOLE, answer, given
 from tests.save.test_scores import said as looked
@@ -306,6 +307,43 @@ def test_an_explanation_says_the_rung_and_whose_rows_are_taken(driver: Open) -> 
     assert "quality_bound" not in capped
     assert "unconfirmed (150 tokens)" in capped
     assert "only one other source has sent" in capped
+
+
+def test_a_prompt_is_shown_as_it_was_served_and_what_a_bound_says_now(driver: Open) -> None:
+    engine = driver(policy="aggressive")
+    donor = prompt(1, 300)
+    engine.serve_and_save(donor)
+    node = engine.serve_and_save([*donor[:100], *prompt(5, 3), *donor[103:]])
+    engine.store.quality.reload(Terms(0.02, 0.05))
+
+    def read(query: str = "") -> tuple[str, str]:
+        found = seen(engine.store, f"/nodes/{node}{query}")
+        chosen = re.search(r'<option value="(\w*)" selected>', found.text)
+        return lines(Page(found.text)), chosen[1] if chosen else ""
+
+    text, chosen = read()
+    assert "under policy aggressive, which it was served under" in text
+    assert re.search(r"another policy now: class \w+/\w+/replace is at exact under", text)
+    assert ("recomputed 4" in text, chosen) == (True, "aggressive")
+    now, chosen = read("?policy=")
+    assert "under policy exact (it was served under aggressive)" in now
+    assert ("recomputed 200" in now, chosen) == (True, "")
+
+
+def test_a_request_that_is_planned_otherwise_says_so_first(driver: Open) -> None:
+    """Here since its donor is gone."""
+    engine = driver(log_prompts=True)
+    first = engine.save(prompt(1, 300))
+    engine.serve(prompt(1, 300))
+    plan = "The plan Then: 299 tokens from "
+    assert f"{plan}{str(first)[:12]}, 1 recomputed. Now the same:" in lines(
+        Page(seen(engine.store, "/explain?request=1").text)
+    )
+    engine.store.clear()
+    engine.save(prompt(2, 300))
+    assert "Now another plan, since the store holds other prompts:" in lines(
+        Page(seen(engine.store, "/explain?request=1").text)
+    )
 
 
 def test_a_logged_request_says_the_bound_also_without_its_text(driver: Open) -> None:
