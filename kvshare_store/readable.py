@@ -13,6 +13,9 @@ _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Signs that make text read in another order than it is stored."""
 _BAR = 20
 _ID = 12
+ENOUGH = 30
+"""Scores, and controls, below which people are shown no rate: its standard error is 9 points there,
+and more below. The ladder needs no such number, it goes by limits."""
 
 KIND_COLOURS = {"exact": "green", "continued": "magenta", "edited": "cyan"}
 """Of the kinds of reuse, in a terminal."""
@@ -50,6 +53,11 @@ def share(part: int, whole: int) -> str:
     return "< 0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
 
 
+def many(count: int, word: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def percent(rate: float) -> str:
     """`12.5 %` of a share or of a difference of two."""
     return f"{100 * rate:.1f} %".replace("-0.0 ", "0.0 ").replace("-", "\N{MINUS SIGN}")
@@ -59,6 +67,20 @@ def limits(rate: Sequence[float]) -> str:
     """`1.0 % (0.2 to 3.0 %)` of a mean and its limits."""
     mean, low, high = map(percent, rate)
     return f"{mean} ({low.removesuffix(' %')} to {high})"
+
+
+def enough(scores: int, controls: int) -> bool:
+    """Whether a rate beyond the floor says something to people. Without any control it does: the
+    floor is 0 then."""
+    return scores >= ENOUGH and (not controls or controls >= ENOUGH)
+
+
+def too_few(scores: int, controls: int) -> str:
+    """`too few scores (3, 1 control)`; empty where there are enough."""
+    if enough(scores, controls):
+        return ""
+    beside = f", {many(controls, 'control')}" if controls else ""
+    return f"too few scores ({scores:,}{beside})"
 
 
 def bounds(start: int, stop: int | None) -> str:

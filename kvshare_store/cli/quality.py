@@ -21,7 +21,8 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.readable import bounds, limits, percent, printable, short
+from kvshare_store.errors import ConfigError
+from kvshare_store.readable import bounds, limits, many, percent, printable, short, too_few
 
 if TYPE_CHECKING:
     from kvshare_store.http.classes import Line
@@ -42,6 +43,11 @@ LimitOption = Annotated[
 ]
 
 
+_NUMBERS = 64
+"""Cells that the numbers of a line take where there is room."""
+_LABEL = 64
+"""Cells that what stands before them takes at most: more only for the name of a class, which is
+not cut."""
 PARTS = {"computed": "{} % recomputed", "distance": "{} tokens behind an edit"}
 """What the parts of a policy are called."""
 
@@ -65,6 +71,8 @@ def command(
     chosen = configured(home, config)
     with answering(chosen) as ask:
         found = ask(Quality(namespace, traffic, limit=limit))
+        if traffic and not found["classes"]:
+            raise ConfigError(_no_class(traffic, ask(Quality(namespace))))
     if json:
         print_json(found)
         return
@@ -72,7 +80,13 @@ def command(
     out.print(headline(place(chosen), found), soft_wrap=True)
     if found["classes"]:
         out.print()
-        out.print(classes_table(found, parts=parts))
+        out.print(classes_table(found, out.width, parts=parts))
+
+
+def _no_class(name: str, found: Found) -> str:
+    names = [printable(one["known"]["traffic"]) for one in found["classes"]]
+    more = f" and {found['total'] - len(names):,} more" if found["total"] > len(names) else ""
+    return f"no class is named {name!r}; there are: {', '.join(names) or 'none yet'}{more}"
 
 
 def headline(home: str, found: Found) -> str:
@@ -84,31 +98,37 @@ def headline(home: str, found: Found) -> str:
         if found["bound"]
         else "no bound (quality_bound), so scores are only reported"
     )
-    none = "" if found["total"] else "; engines with second_look score answers while they are idle"
+    scored = found.get("scored", found["total"])  # the release before lists no others
+    none = "" if scored else "; engines with second_look score answers while they are idle"
     return (
-        f"{home}: {bound}, policy {found['policy']}; classes with scored answers: "
-        f"{found['total']:,}{some}{none}"
+        f"{home}: {bound}, policy {found['policy']}; classes: {found['total']:,}{some}; with "
+        f"scored answers: {scored:,}{none}"
     )
 
 
-def classes_table(found: Found, *, parts: bool) -> Table:
-    """Two lines for each class, its name and which traffic that is, and one for each of its
-    policies; `parts`: and for each part of these."""
+def classes_table(found: Found, width: int, *, parts: bool) -> Table:
+    """Two lines for each class, its name and which traffic that is, one for each of its policies,
+    and one for the floor; `parts`: and for each part of the policies. In `width` cells."""
     from kvshare_store.http.classes import described, lines  # noqa: PLC0415 - numpy, not for --help
 
     table = plain_table(header_style="bold")
-    table.add_column("class, policy", overflow="fold")
+    names = [_name(one) for one in found["classes"]]
+    longest = max(len(word) for name in names for word in name.split())
+    cells = max(longest, min(width - _NUMBERS, _LABEL))
+    table.add_column("class, policy", overflow="fold", width=cells)
     for head in ("scored", "extra divergence", "mean regret"):
         table.add_column(head, justify="right", overflow="fold")
     now = time.time()
-    for one in found["classes"]:
-        table.add_row(_name(one), "", "", "")
+    for one, name in zip(found["classes"], names, strict=True):
+        table.add_row(name, "", "", "")
         words, node = described(one)
         table.add_row(f"  {printable(words)} {short(node)}".rstrip(), "", "", "", style="dim")
+        floor = one["known"]["floor"]
         for line in lines(one, found, now, small=True):
-            _add_policy(table, line)
+            _add_policy(table, line, floor["greedy"])
             for label, part in _parts(line.known) if parts and line.known else ():
-                table.add_row(f"    {label}", *_numbers(part))
+                table.add_row(f"    {label}", *_numbers(part, floor["greedy"]))
+        table.add_row(*_floor(floor), style="dim")
     table.caption, table.caption_justify = "kvshare show NODE shows a prompt", "left"
     return table
 
@@ -120,13 +140,22 @@ def _name(one: Found) -> str:
     return f"{printable(one['known']['traffic'])} of {short(space['digest'])}{tenant}{silent}"
 
 
-def _add_policy(table: Table, line: Line) -> None:
+def _floor(known: Found) -> tuple[str, str, str, str]:
+    """Controls of the namespace, which all of its classes are compared with."""
+    if not known["greedy"]:
+        return "  floor: no control yet, taken as 0", "-", "-", "-"
+    numbers = f"{known['greedy']:,}", limits(known["diverged"]), f"{known['regret'][0]:.4f}"
+    return f"  floor ({many(known['greedy'], 'control')}), diverged", *numbers
+
+
+def _add_policy(table: Table, line: Line, controls: int) -> None:
     standing = {"": "", "not known": "not known yet"}.get(
         line.standing, f"{line.standing} the bound"
     )
     notes = ", ".join(filter(None, (line.role, standing)))
     label = f"  {line.policy}" + (f" ({notes})" if notes else "")
-    table.add_row(label, *(_numbers(line.known) if line.known else ("-", "-", "-")))
+    scored, *others = _numbers(line.known, controls) if line.known else ("-", "-", "-")
+    table.add_row(label, line.progress or scored, *others)
 
 
 def _parts(known: Found) -> Iterator[tuple[str, Found]]:
@@ -136,8 +165,9 @@ def _parts(known: Found) -> Iterator[tuple[str, Found]]:
             yield words.format(bounds(part["start"], part["stop"])), part
 
 
-def _numbers(known: Found) -> tuple[str, str, str]:
+def _numbers(known: Found, controls: int) -> tuple[str, str, str]:
     """Those of greedy answers, or of sampled ones where there are no others."""
     if not known["greedy"]:
         return f"{known['sampled']:,} sampled", "-", f"{known['sampled_regret'][0]:.4f}"
-    return f"{known['greedy']:,}", limits(known["extra"]), f"{known['regret'][0]:.4f}"
+    extra = too_few(known["greedy"], controls) or limits(known["extra"])
+    return f"{known['greedy']:,}", extra, f"{known['regret'][0]:.4f}"

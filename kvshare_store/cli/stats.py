@@ -181,8 +181,9 @@ def quality_table(quality: Counts) -> Table:
     table.add_column("classes", justify="right")
     table.add_column("highest extra divergence", justify="right")
     for policy, count in quality["classes"].items():
-        known = quality["extra"].get(policy)
-        highest = f"{percent(known['lower'])} to {percent(known['upper'])}" if known else "-"
+        known = quality.get("shown", quality["extra"]).get(policy)  # the release before: all
+        few = "too few scores" if policy in quality["extra"] else "-"
+        highest = f"{percent(known['lower'])} to {percent(known['upper'])}" if known else few
         table.add_row(policy, f"{count:,}", highest)
     for name in ("doubted", "silent"):
         if quality.get(name):  # a daemon of the release before counts no doubt

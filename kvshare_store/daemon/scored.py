@@ -82,11 +82,13 @@ class QualityReport(msgspec.Struct, frozen=True):
     confidence: float
     classes: tuple[ListedClass, ...]
     total: int
-    """All classes that are meant."""
+    """All classes that are meant: under a bound also those without scores."""
     floors: tuple[Floor, ...]
     floors_total: int
     worst: tuple[WorstAnswer, ...]
     """The one with the highest regret first, greedy ones before others."""
+    scored: int = 0
+    """Classes of `total` with scored answers."""
 
 
 def quality(store: Store, message: protocol.Quality) -> QualityReport:
@@ -96,17 +98,18 @@ def quality(store: Store, message: protocol.Quality) -> QualityReport:
         digest = matching(store.nodes, digest)[0].digest
     wanted = Wanted(digest, message.traffic, message.start, message.limit, message.trends)
     floors = store.quality.floors(Wanted(digest, most=_FLOORS))
-    total, floors_total = store.quality.counts(wanted)
+    counts = store.quality.counts(wanted)
     config, examples = store.config, store.verdicts.examples()
     return QualityReport(
         config.policy,
         config.quality_bound,
         config.quality_confidence,
         tuple(_listed(store, one, examples) for one in store.quality.report(wanted)),
-        total,
+        counts.classes,
         tuple(Floor(_space(store, name), known) for name, known in floors),
-        floors_total,
+        counts.floors,
         _worst(store, store.verdicts.worst(_WORST, digest, message.traffic)),
+        counts.scored,
     )
 
 

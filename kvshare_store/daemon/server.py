@@ -38,6 +38,7 @@ from kvshare_store.errors import (
     ProtocolError,
     UnavailableError,
 )
+from kvshare_store.lookup.steering import bound_text
 from kvshare_store.observability.logs import Seldom, log_process_as
 from kvshare_store.store import Store
 
@@ -124,6 +125,8 @@ class Server:
     def serve(self) -> None:
         """Answer until a stop message, SIGTERM, SIGINT, or idleness; then close the store."""
         self._manager.ready(f"serving {self.config.home_path}")
+        if told := bound_text(self.config):
+            log.info("kvshare: %s", told)
         try:
             while not self._stopping:
                 if self._turn():

@@ -32,6 +32,8 @@ class Line(NamedTuple):
     """As `PolicyReport`; None: no answer was scored under it."""
     standing: str
     """Against the bound: `within`, `beyond`, or `not known`; empty without a bound."""
+    progress: str
+    """Of the policy that is tried: how many scores of about how many; may be empty."""
     band: Band | None
 
 
@@ -48,6 +50,7 @@ def lines(one: Found, answer: Found, now: float, *, small: bool) -> list[Line]:
             " ".join(_roles(one["known"], name, answer)),
             known.get(name),
             _standing(name, known.get(name), answer["bound"]),
+            _progress(one["known"], known.get(name)) if name == one["known"]["tried"] else "",
             band(known[name]["trend"], answer["bound"], now, *size) if name in known else None,
         )
         for name in sorted(names, key=policy_names().index)
@@ -85,6 +88,13 @@ def _standing(policy: str, known: Found | None, bound: float) -> str:
         return "not known"
     _, low, high = known["extra"]
     return "within" if high <= bound else "beyond" if low > bound else "not known"
+
+
+def _progress(of_class: Found, known: Found | None) -> str:
+    """Empty where some have diverged: then it takes more, and nobody knows how many."""
+    needed = of_class.get("needed", 0)  # a daemon of the release before does not say it
+    scored, diverged = (known["greedy"], known["diverged"][0]) if known else (0, 0.0)
+    return f"{scored:,} of about {needed:,}" if scored < needed and not diverged else ""
 
 
 def summed(scores: Found) -> dict[str, int]:

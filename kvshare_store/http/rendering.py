@@ -20,6 +20,7 @@ from kvshare_store.readable import (
     age,
     as_one_name,
     bounds,
+    many,
     milliseconds,
     no_tokens_text,
     one_line,
@@ -35,6 +36,7 @@ from kvshare_store.readable import (
     source_text,
     steering_text,
     then_text,
+    too_few,
     verdict_lines,
 )
 
@@ -72,13 +74,14 @@ _environment.filters.update(
     described=described,
     nats=lambda value: f"{value:.4f}",
     query=urlencode,
-    many=lambda number, word: f"{number:,} {word}{'' if number == 1 else 's'}",
+    many=many,
     kind=lambda name: _CACHED if name == "cached" else name,
     in_order=lambda counts: [(kind, counts.get(kind, 0)) for kind in KINDS],
     zip_same=lambda names: [(name, name) for name in names],
 )
 _environment.globals.update(
     bounds=bounds,
+    too_few=too_few,
     share=share,
     reasons=REASONS,
     whole=(WIDTH, HEIGHT),

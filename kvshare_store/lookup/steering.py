@@ -21,9 +21,10 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.keeping import NAME, File
-from kvshare_store.quality.ladder import Terms
+from kvshare_store.quality.ladder import Terms, scores_needed
 from kvshare_store.quality.quality import Quality
 from kvshare_store.quality.traffic import traffic_of
+from kvshare_store.readable import percent
 
 QUALITY_BOUND = "quality_bound"
 _OF_THE_POLICY = ("no_donor", "nothing_kept", "no_saving")
@@ -45,6 +46,18 @@ def open_quality(config: StoreConfig, metrics: Metrics, keys: Keyring | None) ->
 def terms_of(config: StoreConfig) -> Terms:
     """What the operator accepts."""
     return Terms(config.quality_bound, 1.0 - config.quality_confidence)
+
+
+def bound_text(config: StoreConfig) -> str:
+    """What a bound does to reuse at first, for the log; empty where nothing is steered."""
+    terms = terms_of(config)
+    if not terms.bound or len(ladder_of(config.policy)) < 2:
+        return ""
+    return (
+        f"quality_bound is {percent(terms.bound)}: every new class of traffic begins at exact. "
+        "Reuse of edited rows returns as answers are scored (second_look), class by class after "
+        f"about {scores_needed(terms):,} good scores: see kvshare quality"
+    )
 
 
 def ladder_of(policy: PolicyName) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvshare_store.quality.confidence import Floats, Numbers, limits
+from kvshare_store.quality.confidence import Floats, Numbers, limits, radius
 from kvshare_store.quality.evidence import Evidence, Learned
 
 EXACT = 0
@@ -115,6 +115,14 @@ def decide(learned: Learned, floor: Evidence, ladder: Sequence[str], terms: Term
         return Decision(rung, rung)
     spent = 0.0 if rung == EXACT else max(0.0, upper[rung])
     return Decision(rung, tried, (terms.bound - spent) / (upper[tried] - spent))
+
+
+def scores_needed(terms: Terms, epoch: int = 1) -> int:
+    """How many scores without a divergence show that a policy is within the bound; 0 without one.
+    Each divergence takes more."""
+    if not terms.bound:
+        return 0
+    return math.ceil(float(radius(0.0, terms.each(epoch))) / terms.bound)
 
 
 def doubted(evidence: Evidence, terms: Terms) -> bool:

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -25,12 +25,14 @@ from kvshare_store.quality.overview import Overview, overview
 from kvshare_store.quality.report import (
     ALL,
     ClassReport,
+    Counts,
     PolicyReport,
     Wanted,
     extra_rate,
     most_scored_first,
     report_class,
     report_floor,
+    scored,
 )
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic
@@ -219,7 +221,16 @@ class Quality:
     def _meant(self, wanted: Wanted) -> list[tuple[str, str, Known]]:
         with self._lock:
             classes = list(self._classes)
-        return wanted.meant(classes)
+        return wanted.meant([*classes, *self._unscored(classes)])
+
+    def _unscored(
+        self, classes: Sequence[tuple[str, str, Known]]
+    ) -> Iterator[tuple[str, str, Known]]:
+        """Classes that a bound steers already, and of which no answer was scored."""
+        known = {(namespace, traffic) for namespace, traffic, _ in classes}
+        for namespace, traffic in self.planned.classes() if self.steers else ():
+            if (namespace, traffic) not in known:
+                yield namespace, traffic, Known(Learned())
 
     def _report(self, namespace: str, traffic: str, known: Known, wanted: Wanted) -> ClassReport:
         with self._lock:
@@ -238,12 +249,16 @@ class Quality:
             shown = found[wanted.part]
             return [(name, report_floor(self._floors[name], self._terms)) for name in shown]
 
-    def counts(self, wanted: Wanted) -> tuple[int, int]:
-        """How many classes are meant, and how many namespaces with controls."""
+    def counts(self, wanted: Wanted) -> Counts:
+        """How many are meant."""
         with self._lock:
             spaces = list(self._floors)
-        controlled = sum(name.startswith(wanted.namespace) for name in spaces)
-        return len(self._meant(wanted)), controlled
+        meant = self._meant(wanted)
+        return Counts(
+            len(meant),
+            sum(scored(known.learned) > 0 for _, _, known in meant),
+            sum(name.startswith(wanted.namespace) for name in spaces),
+        )
 
     def knows(self, namespace: str) -> bool:
         """Whether any answer in the namespace of this digest was scored."""

@@ -11,7 +11,7 @@ from kvshare_store.config import policy_names
 from kvshare_store.quality.classes import Known
 from kvshare_store.quality.confidence import Interval, Tally, limits
 from kvshare_store.quality.evidence import MOST_NATS, Evidence, Learned, Scores
-from kvshare_store.quality.ladder import Terms, extra_of, seen
+from kvshare_store.quality.ladder import Terms, extra_of, scores_needed, seen
 from kvshare_store.quality.parts import COMPUTED, DISTANCE
 from kvshare_store.quality.trend import Moment
 
@@ -78,6 +78,8 @@ class ClassReport(msgspec.Struct, frozen=True):
     """From the strictest to the laxest."""
     floor: PolicyReport
     """Controls of the namespace."""
+    needed: int = 0
+    """About so many greedy scores under `tried`, and its requests get that; 0 without a bound."""
 
 
 class Wanted(NamedTuple):
@@ -108,13 +110,24 @@ class Wanted(NamedTuple):
 
 def most_scored_first(classes: list[tuple[str, str, Known]]) -> list[tuple[str, str, Known]]:
     """The order of a report."""
-    return sorted(classes, key=lambda one: (-_scored(one[2].learned), one[1]))
+    return sorted(classes, key=lambda one: (-scored(one[2].learned), one[1]))
 
 
 ALL = Wanted()
 
 
-def _scored(learned: Learned) -> int:
+class Counts(NamedTuple):
+    """Of a report."""
+
+    classes: int
+    scored: int
+    """Of these with scored answers."""
+    floors: int
+    """Namespaces with controls."""
+
+
+def scored(learned: Learned) -> int:
+    """How many answers of a class were scored."""
     policies = list(learned.policies.values())  # at once: nobody holds the lock
     return sum(one.diverged.count + one.sampled.count for one in policies)
 
@@ -139,6 +152,7 @@ def report_class(
         learned.scored,
         tuple(_of_policy(learned, name, floor, terms, trend(name)) for name in names),
         report_floor(floor, terms),
+        scores_needed(terms, learned.epoch),
     )
 
 

@@ -55,6 +55,11 @@ class PlannedTraffic:
         with self._lock:
             return self._donors.get((namespace, traffic), "")
 
+    def classes(self) -> list[tuple[str, str]]:
+        """Namespace and class of the last plans."""
+        with self._lock:
+            return list(self._donors)
+
     def forget(self, namespace: str) -> None:
         """A namespace was purged."""
         with self._lock:

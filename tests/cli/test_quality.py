@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from kvshare_store.cli.main import app
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.questions import answer
 from kvshare_store.http.classes import described
-from kvshare_store.quality.ladder import STALE
+from kvshare_store.quality.ladder import STALE, Terms
+from kvshare_store.quality.report import ALL
 from kvshare_store.quality.score import Score
 from kvshare_store.readable import bounds, limits, short
 from tests.cli.test_cli import STATS, rendered
+from tests.support.commands import one_line, run
 from tests.support.oracle import Driver, prompt
 from tests.support.page import EVIL
 
@@ -53,7 +56,7 @@ def engine(driver: Open) -> Driver:
 
 
 def rows(engine: Driver, *, parts: bool = False) -> list[str]:
-    shown = rendered(quality.classes_table(found(engine), parts=parts))
+    shown = rendered(quality.classes_table(found(engine), 140, parts=parts), width=140)
     return [" ".join(line.split()) for line in shown.splitlines()]
 
 
@@ -66,7 +69,7 @@ def test_each_class_says_its_policies_and_what_is_known(engine: Driver) -> None:
     assert table[3] == "text was replaced; no such prompt is known to be stored"
     assert table[4].startswith("faithful (rung, within the bound) 400 0.0 % (")
     assert table[5].startswith("balanced (tried by ")
-    assert table[5].endswith("not known yet) - - -")
+    assert table[5].endswith("not known yet) 0 of about 304 - -")
     (bad,) = [row for row in table if row.startswith("faithful (tried")]
     assert " 40 100.0 % (" in bad
     assert bad.endswith(" 1.5000")
@@ -117,22 +120,22 @@ def test_an_answer_of_the_release_before_has_no_parts(engine: Driver) -> None:
     older = found(engine)
     for policy in older["classes"][0]["known"]["policies"]:
         del policy["computed"], policy["distance"]
-    assert "computed" not in rendered(quality.classes_table(older, parts=True))
+    assert "computed" not in rendered(quality.classes_table(older, 120, parts=True))
 
 
 def test_names_of_others_cannot_steer_the_terminal(engine: Driver) -> None:
     teach(engine)
     one = found(engine)
     one["classes"][0]["space"]["tenant"] = "\x1b[31m" + EVIL
-    assert "\x1b" not in rendered(quality.classes_table(one, parts=False))
+    assert "\x1b" not in rendered(quality.classes_table(one, 120, parts=False))
 
 
 def test_the_headline_says_the_bound_or_that_there_is_none(engine: Driver) -> None:
     teach(engine, 5)
     teach(engine, 4, "insert")
     assert quality.headline("/h", found(engine, limit=1)) == (
-        "/h: bound 2.0 %, confidence 95.0 %, policy aggressive; classes with scored answers: 2, "
-        "these are 1 of them"
+        "/h: bound 2.0 %, confidence 95.0 %, policy aggressive; classes: 2, these are 1 of "
+        "them; with scored answers: 2"
     )
     assert "no bound (quality_bound)" in quality.headline("/h", found(engine) | {"bound": 0.0})
 
@@ -145,15 +148,94 @@ def test_the_command_reads_a_home_that_nobody_serves(engine: Driver) -> None:
     teach(engine)
     home = str(engine.store.config.home_path)
     engine.store.close()
-    for options in ([], ["--parts"], ["--json"], ["--json", "--class", "none"]):
+    for options in ([], ["--parts"], ["--json"]):
         ran = CliRunner().invoke(app, ["quality", "--home", home, *options])
         assert ran.exit_code == 0, ran.output
     assert json.loads(ran.output)["classes"] == []
 
 
+def test_a_class_that_is_not_there_is_wrong_usage(engine: Driver) -> None:
+    teach(engine)
+    home, name = str(engine.store.config.home_path), f"{engine.namespace.digest[:12]}/0a1b2c3d"
+    engine.store.close()
+    asked = ["quality", "--home", home, "--config", str(settings_of(engine)), "--class"]
+    line = one_line(run(*asked, "several"), 2)
+    assert line == f"kvshare: no class is named 'several'; there are: {name}/replace\n"
+    assert "replace of" in run(*asked, f"{name}/replace")[1]
+
+
+def settings_of(engine: Driver) -> Path:
+    """A settings file with the bound: a home read under other policies has learned nothing."""
+    file = engine.store.config.home_path.parent / "settings.yaml"
+    file.write_text("quality_bound: 0.02\npolicy: aggressive\n")
+    return file
+
+
+def test_a_class_without_scores_says_what_it_takes(engine: Driver) -> None:
+    donor = prompt(1, 300)
+    stored = engine.save(donor)
+    engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]])
+    table = rows(engine)
+    assert table[3] == f"text was replaced, in prompts like {short(stored)}"
+    assert table[4:6] == [
+        "exact (rung, within the bound) - - -",
+        "faithful (tried by 2.0 % of requests, not known yet) 0 of about 304 - -",
+    ]
+    assert quality.headline("/h", found(engine)).endswith(
+        "classes: 1; with scored answers: 0; engines with second_look score answers while they "
+        "are idle"
+    )
+    engine.store.quality.reload(Terms(0.0, 0.05))
+    assert not found(engine)["classes"], "without a bound nothing waits for scores"
+
+
+def test_a_rate_of_few_scores_or_controls_is_not_shown(engine: Driver) -> None:
+    def numbers() -> str:
+        (row,) = [row for row in rows(engine) if row.startswith("faithful")]
+        return row
+
+    teach(engine, 3)
+    control(engine)
+    assert "too few scores (3, 1 control)" in numbers()
+    teach(engine, 297)
+    assert "too few scores (300, 1 control)" in numbers()
+    said = STATS | {"quality": engine.store.stats()["quality"]}
+    assert re.search(r"faithful +\S+ +too few scores", rendered(*stats.tables(said)))
+    for _ in range(29):
+        control(engine)
+    assert " \N{MINUS SIGN}3.3 % (" in numbers()
+    assert any(row.startswith("floor (30 controls), diverged 30 3.3 % (") for row in rows(engine))
+    said = STATS | {"quality": engine.store.stats()["quality"]}
+    assert re.search(r"faithful +\S+ +0.0 % to ", rendered(*stats.tables(said)))
+
+
+def control(engine: Driver) -> None:
+    """The first one diverges."""
+    digest = engine.namespace.digest
+    first = not engine.store.quality.floors(ALL)
+    engine.store.quality.observe(
+        Score(
+            namespace=digest,
+            traffic="",
+            policy="exact",
+            regrets=(float(first),),
+            greedy=True,
+            control=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_name_of_a_class_stays_in_one_piece(engine: Driver, columns: int) -> None:
+    teach(engine)
+    shown = rendered(quality.classes_table(found(engine), columns, parts=True), width=columns)
+    assert "regret" in shown
+    assert f"{engine.namespace.digest[:12]}/0a1b2c3d/replace" in shown
+
+
 def test_statistics_say_the_bound_the_classes_and_the_doubt(engine: Driver) -> None:
     teach(engine)
-    teach(engine, 10, "insert", bad=True)
+    teach(engine, 40, "insert", bad=True)
     teach(engine, 400, "delete")
     digest = engine.namespace.digest
     for _ in range(STALE):

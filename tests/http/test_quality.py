@@ -100,6 +100,36 @@ def test_an_empty_store_has_nothing_to_say(engine: Driver) -> None:
     assert (found["policy"], found["bound"], found["confidence"]) == ("aggressive", 0.02, 0.95)
 
 
+def test_a_class_is_there_before_its_first_score(engine: Driver) -> None:
+    donor = prompt(1, 300)
+    engine.save(donor)
+    engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]])
+    said = lines(shown(engine))
+    assert "Classes of traffic1" in said
+    assert "of them with scores0" in said
+    assert "No edited answer was scored yet" in said
+    assert "exact rung" in said
+    assert re.search(r"faithful tried by 2.0 % of requests -? ?not known yet0 of about 304", said)
+    assert "band: its limits; dashes: the bound" in said
+    found = told(engine)
+    (one,) = found["classes"]
+    assert (found["total"], found["scored"], one["known"]["needed"]) == (1, 0, 304)
+    of = {"namespace": engine.namespace.digest, "traffic": one["known"]["traffic"]}
+    assert "No answer was scored under it yet: 0 of about 304." in lines(
+        shown(engine, "/quality/class", **of)
+    )
+
+
+def test_a_rate_of_few_scores_or_controls_is_not_shown(engine: Driver) -> None:
+    traffic = teach(engine, count=3)
+    teach(engine, count=1, bad=1, control=True)
+    for path in ("/quality", "/quality/class"):
+        of = {"namespace": engine.namespace.digest, "traffic": traffic}
+        said = lines(shown(engine, path, **(of if path.endswith("class") else {})))
+        assert "too few scores (3, 1 control)" in said
+        assert "\N{MINUS SIGN}100.0 %" not in said
+
+
 @pytest.mark.parametrize("policy", ["off", "exact"])
 def test_a_policy_without_edited_rows_has_nothing_to_say(driver: Open, policy: str) -> None:
     engine = driver(quality_bound=0.02, policy=policy)

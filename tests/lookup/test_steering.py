@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.config import policy_names
+from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.steering import reason_under_bound
@@ -20,6 +21,7 @@ from kvshare_store.nodes.node import node_id
 from kvshare_store.plan import ReusePlan
 from kvshare_store.quality.quality import Quality
 from tests.quality.streams import score
+from tests.support.daemons import serving
 from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
@@ -64,6 +66,21 @@ def engine(driver: Open) -> Driver:
     opened = driver(**BOUND)
     opened.save(DONOR)
     return opened
+
+
+def test_a_daemon_says_at_its_start_what_a_bound_does(
+    config: Callable[..., StoreConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    for settings, words in (
+        ({}, []),
+        (BOUND | {"policy": "exact"}, []),
+        (BOUND, ["quality_bound is 2.0 %", "begins at exact", "after about 304 good scores"]),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "kvshare"), serving(config(**settings)):
+            pass
+        assert ("quality_bound" in caplog.text) == bool(words)
+        assert all(word in caplog.text for word in words)
 
 
 def test_a_class_begins_at_exact_and_loosens_on_evidence(engine: Driver) -> None:

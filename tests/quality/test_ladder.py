@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from kvshare_store.quality.evidence import Evidence, Learned
-from kvshare_store.quality.ladder import EXACT, STALE, Decision, Terms, decide
+from kvshare_store.quality.ladder import EXACT, STALE, Decision, Terms, decide, scores_needed
 from tests.quality.streams import LADDER, Rates, quality, run, score
 
 TERMS = Terms(0.05, 0.05)
@@ -38,6 +38,16 @@ def test_each_share_is_within_the_bound_whatever_is_true_within_the_limits() -> 
         limits = [0.0, limit, 1.0]
         spent = (1 - made.share) * limits[made.rung] + made.share * limits[made.tried]
         assert spent == pytest.approx(TERMS.bound)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_so_many_good_scores_are_needed_as_is_said(epoch: int) -> None:
+    needed = scores_needed(TERMS, epoch)
+    for good, rung in ((needed - 1, EXACT), (needed, 1)):
+        known = learned(faithful=(good, 0))
+        known.epoch = epoch
+        assert decide(known, NOTHING, LADDER, TERMS).rung == rung
+    assert scores_needed(Terms(0.0, 0.05)) == 0
 
 
 def test_more_good_scores_never_make_it_stricter() -> None:

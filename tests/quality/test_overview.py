@@ -70,6 +70,7 @@ def test_the_limits_are_those_of_the_worst_class() -> None:
     judge.observe(score(traffic="new", greedy=False))
     unsure = judge.overview()
     assert unsure.extra["faithful"] == Limits(0, 1)
+    assert unsure.shown == sure.shown == sure.extra, "one score is too few to show a rate of"
     assert unsure.extra["balanced"] == sure.extra["balanced"]
     judge.reload(Terms(0.9, 0.05))
     assert judge.overview().classes["balanced"] == 1

@@ -92,8 +92,8 @@ def test_a_part_of_the_classes_is_reported() -> None:
     assert [one.traffic for one in first] == ["t9", "t8", "t7"], "the most scored ones first"
     assert [one.traffic for one in judge.report(Wanted("n", start=8, most=3))] == ["t1", "t0"]
     assert judge.report(Wanted("n", start=10)) == []
-    assert judge.counts(Wanted("n", most=3)) == (10, 0)
-    assert judge.counts(Wanted()) == (20, 0)
+    assert judge.counts(Wanted("n", most=3)) == (10, 10, 0)
+    assert judge.counts(Wanted()) == (20, 20, 0)
     (one,) = judge.report(Wanted("o", "t3"))
     assert (one.namespace, one.traffic) == ("other", "t3")
 
