@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from kvshare_store.cli.common import (
 )
 from kvshare_store.readable import (
     age,
+    many,
     printable,
     provenance,
     short,
@@ -37,6 +39,7 @@ Node = Mapping[str, Any]
 _KEPT_CHARS = 120
 _TEXT_CHARS = 400
 
+BlocksOption = Annotated[bool, typer.Option("--blocks", help="List its blocks too.")]
 TextOption = Annotated[bool, typer.Option("--text", help="Print the whole prompt and no more.")]
 
 
@@ -46,8 +49,9 @@ def command(
     config: ConfigOption = None,
     json: JsonOption = False,
     text: TextOption = False,
+    blocks: BlocksOption = False,
 ) -> None:
-    """Show one stored prompt: provenance, edits against its parent, blocks."""
+    """Show one stored prompt: provenance, edits against its parent, where its rows lie."""
     from kvshare_store.daemon.protocol import ShowNode  # noqa: PLC0415 - seconds, not for --help
 
     with answering(configured(home, config)) as ask:
@@ -59,12 +63,13 @@ def command(
     if text:
         typer.echo(printable(found["text"]) if out.is_terminal else found["text"])
         return
-    for part in parts(found, marked=out.color_system is None):
+    for part in parts(found, marked=out.color_system is None, blocks=blocks):
         out.print(part)
 
 
-def parts(node: Node, *, marked: bool = False) -> Iterable[RenderableType]:
-    """All about a node, from top to bottom. `marked`: signs replace colours."""
+def parts(node: Node, *, marked: bool = False, blocks: bool = False) -> Iterable[RenderableType]:
+    """All about a node, from top to bottom. `marked`: signs replace colours. `blocks`: a line for
+    each of them."""
     yield summary_table(node)
     if node["edits"]:
         yield Text(f"\nedits against {short(node['parent'])}", style="bold")
@@ -75,7 +80,7 @@ def parts(node: Node, *, marked: bool = False) -> Iterable[RenderableType]:
     yield Text("\npath from the root", style="bold")
     yield path_tree(node)
     yield Text()
-    yield blocks_table(node["blocks"])
+    yield blocks_table(node["blocks"]) if blocks else blocks_line(node["blocks"])
 
 
 def summary_table(node: Node) -> Table:
@@ -92,18 +97,24 @@ def summary_table(node: Node) -> Table:
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )
     if node["policy"]:
-        table.add_row("policy", f"{node['policy']}, the laxest that its rows were reused under")
+        table.add_row("served under", f"{node['policy']}, or stricter")
     for at, context in enumerate(node.get("contexts", ())):
-        line = f"from token {context['start']:,} on, behind edited rows up to {context['stop']:,}"
-        table.add_row("" if at else "contexts", line)
+        table.add_row("" if at else "approximate", _approximate(context))
     table.add_row("parent", _parent(node))
     if sources := node.get("sources"):
-        table.add_row("sent by", f"{sources} source{'' if sources == 1 else 's'}")
+        table.add_row("sent by", many(sources, "source"))
     pinned = ", pinned" if node.get("pinned") else ""
     table.add_row("stored", f"{age(node['created'])} ago{pinned}")
     for at, line in enumerate(verdict_lines(node.get("verdict"))):
         table.add_row("" if at else "second look", line)
     return table
+
+
+def _approximate(context: Mapping[str, Any]) -> str:
+    return (
+        f"from token {context['start']:,} on: computed behind rows that were edited, up to token "
+        f"{context['stop']:,}"
+    )
 
 
 def _rows_by_kind(node: Node) -> str:
@@ -173,7 +184,18 @@ def _cost(facts: Mapping[str, Any]) -> str:
 def _stored(facts: Mapping[str, Any]) -> str:
     """What the node stores itself."""
     marks = "".join(f", {mark}" for mark in ("merged", "pinned") if facts[mark])
-    return f"stores {facts['own_rows']:,} rows in {facts['own_blocks']:,} blocks{marks}"
+    return f"stores {many(facts['own_rows'], 'row')} in {many(facts['own_blocks'], 'block')}{marks}"
+
+
+def blocks_line(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How many blocks a node has, and where."""
+    tiers = Counter(block["tier"] for block in blocks)
+    where = ", ".join(f"{count:,} in {tier}" for tier, count in tiers.items())
+    shared = sum(block["users"] > 1 for block in blocks)
+    return (
+        f"{many(len(blocks), 'block')}: {where or 'none here'}; {shared:,} shared with other nodes "
+        "(--blocks lists them)"
+    )
 
 
 def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
@@ -182,7 +204,7 @@ def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("block", style="cyan", no_wrap=True)
     table.add_column("tier")
     table.add_column("rows of this node", justify="right")
-    table.add_column("shared by", justify="right")
+    table.add_column("shared with", justify="right")
     for block in blocks:
         table.add_row(
             short(block["name"]), block["tier"], str(block["rows"]), _users(block["users"])
@@ -191,4 +213,5 @@ def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _users(count: int) -> str:
-    return f"{count} nodes" if count > 1 else "nobody else"
+    """`count` includes the node itself."""
+    return many(count - 1, "other") if count > 1 else "no other"

@@ -393,7 +393,7 @@ STATS: dict[str, Any] = {
 def test_stats_are_readable() -> None:
     out = rendered(stats.headline("/h", STATS), *stats.tables(STATS))
     for words in (
-        "/h: 1,234 nodes, 99 blocks, 1 leases; 3.0 MiB loaded, 5.0 GiB stored, "
+        "/h: 1,234 nodes, 99 blocks, 1 lease; 3.0 MiB loaded, 5.0 GiB stored, "
         "3 answers of 1,200 tokens",
         "lookups: 8",
         "tokens requested: 10,000",
@@ -474,7 +474,7 @@ def test_a_list_says_that_a_parent_is_gone() -> None:
 REQUEST: dict[str, Any] = {
     "number": 1, "request": "chatcmpl-" + "a" * 41, "at": 0.0, "outcome": "edited", "reason": "",
     "tenant": "tenant-of-sales", "tokens": 12_345, "exact": 1_000, "continued": 200,
-    "edited": 10_000, "recomputed": 1_145, "lookup": 0.0123, "load": 0.1234,
+    "edited": 10_000, "recomputed": 1_145, "cached": 0, "lookup": 0.0123, "load": 0.1234,
 }  # fmt: skip
 SECOND_REQUEST: dict[str, Any] = {
     **REQUEST, "number": 2, "request": "chatcmpl-a" + "b" * 40, "outcome": "miss",
@@ -516,15 +516,27 @@ def test_a_node_shows_what_was_edited() -> None:
     assert "k" * 200 not in out
     assert "└── bbbbbbbbbbbb (this node)" in out
     assert "cccccccccccc" in out
-    assert "3 nodes" in out
-    assert "nobody else" in out
+    assert "2 blocks: " in out
+    assert "1 shared with other nodes (--blocks lists them)" in out
     assert "\x1b" not in out
+    out = rendered(*show.parts(NODE, marked=True, blocks=True))
+    assert "2 others" in out
+    assert "no other" in out
+    assert "--blocks" not in out
+
+
+def test_a_node_says_from_where_on_its_rows_are_approximate() -> None:
+    context = {"start": 23, "stop": 1774}
+    shown = rendered(show.summary_table(NODE | {"policy": "balanced", "contexts": [context]}))
+    assert "served under  balanced, or stricter" in shown
+    words = "from token 23 on: computed behind rows that were edited, up to token 1,774"
+    assert f"approximate   {words}" in shown
 
 
 def test_the_path_says_what_each_edit_cost_and_each_node_stores() -> None:
     shown = rendered(show.path_tree(NODE))
     assert "aaaaaaaaaaaa  2,048 tokens, stores 2,048 rows in 32 blocks" in shown
-    here = "bbbbbbbbbbbb (this node)  +7 -5 tokens, stores 40 rows in 1 blocks, pinned"
+    here = "bbbbbbbbbbbb (this node)  +7 -5 tokens, stores 40 rows in 1 block, pinned"
     assert here in shown
     assert "cccccccccccc" in shown
     assert "ago, pinned" in rendered(show.summary_table(NODE))
@@ -533,7 +545,7 @@ def test_the_path_says_what_each_edit_cost_and_each_node_stores() -> None:
 def test_what_was_collected_is_one_sentence() -> None:
     found = {"blocks": 3, "bytes": 2048, "nodes": 1, "versions": 9, "merged": 2}
     said = gc.sentence(found, dry_run=True)
-    assert said.startswith("Would collect 3 blocks (2.0 KiB), 1 nodes, 9 old versions")
+    assert said.startswith("Would collect 3 blocks (2.0 KiB), 1 node, 9 old versions")
     assert "merged 2 nodes" in gc.sentence(found, dry_run=False)
 
 

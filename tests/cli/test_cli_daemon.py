@@ -282,7 +282,7 @@ def test_ls_says_what_it_leaves_out(store: Stored) -> None:
 
 def test_show(store: Stored) -> None:
     home, parent, child = store
-    code, out, err = run("show", child[:8], "--home", home)
+    code, out, err = run("show", child[:8], "--blocks", "--home", home)
     assert (code, err) == (0, "")
     assert "edited, generation 1" in out
     assert "137, of which 67 exact from the start" in out
@@ -292,10 +292,10 @@ def test_show(store: Stored) -> None:
     assert f"└── {child[:12]} (this node)  +3 -6 tokens, stores 72 rows in 2 blocks\n" in out
     rows = [line.split() for line in out.splitlines()]
     assert [row[1:] for row in rows[-4:]] == [
-        ["host", "64", "2", "nodes"],
-        ["host", "1", "2", "nodes"],
-        ["host", "64", "nobody", "else"],
-        ["host", "8", "nobody", "else"],
+        ["host", "64", "1", "other"],
+        ["host", "1", "1", "other"],
+        ["host", "64", "no", "other"],
+        ["host", "8", "no", "other"],
     ]
 
 
@@ -348,7 +348,7 @@ def test_gc_and_check_open_a_home_that_nobody_serves(home: Path) -> None:
     code, out, _ = run("check", "--home", home)
     assert code == 0, "its nodes were dropped with it"
     assert f"corrupt {block.stem[:12]}" in out
-    assert "1 blocks of garbage: 1 problem\n" in out
+    assert "1 block of garbage: 1 problem\n" in out
     assert run("check", "--repair", "--home", home)[0] == 0
     assert not stray.exists()
     assert run("check", "--home", home)[1].endswith(" 0 blocks of garbage: no problems\n")
