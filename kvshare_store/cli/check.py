@@ -18,7 +18,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.progress import progress
-from kvshare_store.readable import printable, short, size
+from kvshare_store.readable import many, printable, short, size
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
@@ -100,8 +100,9 @@ def report(found: dict[str, Any]) -> None:
         out.print(text, style="yellow" if state else "red", soft_wrap=True)
     count = len(found["problems"])
     out.print(
-        f"{found['nodes']:,} nodes, {found['blocks']:,} blocks, {found['blocks_read']:,} of them "
-        f"read ({size(found['bytes_read'])}), {found['garbage']:,} blocks of garbage: "
+        f"{many(found['nodes'], 'node')}, {many(found['blocks'], 'block')}, "
+        f"{found['blocks_read']:,} of them read ({size(found['bytes_read'])}), "
+        f"{many(found['garbage'], 'block')} of garbage: "
         f"{count or 'no'} {'problem' if count == 1 else 'problems'}",
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ from kvshare_store.cli.common import (
     place,
     print_json,
 )
+from kvshare_store.readable import many
 
 
 def command(
@@ -29,9 +30,9 @@ def command(
     with answering(chosen) as ask:
         nodes = ask(protocol.Stats())["nodes"]
         if nodes and not yes:
-            typer.confirm(f"Remove all {nodes:,} nodes of {place(chosen)}?", abort=True, err=True)
+            typer.confirm(f"Remove all nodes of {place(chosen)} ({nodes:,})?", abort=True, err=True)
         removed = ask(protocol.Clear())
     if json:
         print_json({"removed": removed})
     else:
-        typer.echo(f"{removed:,} nodes removed.")
+        typer.echo(f"{many(removed, 'node')} removed.")

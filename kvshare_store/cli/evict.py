@@ -22,7 +22,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError, NodeError
-from kvshare_store.readable import short
+from kvshare_store.readable import many, short
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
@@ -117,5 +117,4 @@ def counted(found: dict[str, Any]) -> str:
     """The number of prompts and their bytes, in words."""
     pinned = len(found["pinned"])
     stay = f"; {pinned:,} pinned {'stays' if pinned == 1 else 'stay'}" if pinned else ""
-    count = len(found["nodes"])
-    return f"{count:,} node{'' if count == 1 else 's'} ({found['tokens']:,} tokens{stay})"
+    return f"{many(len(found['nodes']), 'node')} ({many(found['tokens'], 'token')}{stay})"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kvshare_store.observability.version import version
+from kvshare_store.readable import many
 
 OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
 
@@ -22,7 +23,7 @@ class Finding(NamedTuple):
 def health(stats: dict[str, Any]) -> Iterator[Finding]:
     """Of a daemon, by its statistics: whether all of its parts work, and whether rows were lost."""
     theirs, state = stats["version"], stats["health"]["state"]
-    found = f"process {stats['pid']}, version {theirs}, {state}, {stats['nodes']:,} nodes"
+    found = f"process {stats['pid']}, version {theirs}, {state}, {many(stats['nodes'], 'node')}"
     if theirs != version():
         yield Finding(WARNING, "daemon", found, f"restart it: this is {version()}")
     elif state in ("ok", "well"):

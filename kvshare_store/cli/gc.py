@@ -15,7 +15,7 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.readable import size
+from kvshare_store.readable import many, size
 
 
 def command(
@@ -42,7 +42,8 @@ def command(
 def sentence(found: dict[str, Any], *, dry_run: bool) -> str:
     """What was removed, or would be, in one line."""
     return (
-        f"{'Would collect' if dry_run else 'Collected'} {found['blocks']:,} blocks "
-        f"({size(found['bytes'])}), {found['nodes']:,} nodes, {found['versions']:,} old versions "
-        f"of the catalogue; {'would merge' if dry_run else 'merged'} {found['merged']:,} nodes."
+        f"{'Would collect' if dry_run else 'Collected'} {many(found['blocks'], 'block')} "
+        f"({size(found['bytes'])}), {many(found['nodes'], 'node')}, "
+        f"{many(found['versions'], 'old version')} of the catalogue; "
+        f"{'would merge' if dry_run else 'merged'} {many(found['merged'], 'node')}."
     )

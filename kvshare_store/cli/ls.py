@@ -21,7 +21,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, table_of
-from kvshare_store.readable import age, one_line, short
+from kvshare_store.readable import age, many, one_line, short
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")
@@ -64,7 +64,9 @@ def command(
         out = console()
         out.print(nodes_table(nodes, out.width))
         if total > len(nodes) and not pool and tenant is None:
-            out.print(f"{len(nodes):,} of {total:,} nodes; --limit {total} shows all", style="dim")
+            out.print(
+                f"{len(nodes):,} of {many(total, 'node')}; --limit {total} shows all", style="dim"
+            )
 
 
 def nodes_table(nodes: Sequence[dict[str, Any]], width: int) -> Table:

@@ -17,7 +17,7 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.readable import short, size
+from kvshare_store.readable import many, short, size
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]
 NodesArgument = Annotated[
@@ -53,7 +53,7 @@ def export(
         print_json(found)
     else:
         typer.echo(
-            f"{found['nodes']:,} nodes and {found['blocks']:,} blocks are in {file} "
+            f"{many(found['nodes'], 'node')} and {many(found['blocks'], 'block')} are in {file} "
             f"({size(found['nbytes'])})."
         )
         for node in found["skipped"]:
@@ -78,7 +78,7 @@ def import_(
     if json:
         print_json(found)
     else:
-        typer.echo(f"{len(found['nodes']):,} nodes are new, {found['known']:,} were here.")
+        typer.echo(f"{many(len(found['nodes']), 'new node')}, {found['known']:,} were here.")
         for node in found["skipped"]:
             typer.echo(f"{short(node)}: there was no room for its rows", err=True)
     return int(bool(found["skipped"]))

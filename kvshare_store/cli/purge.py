@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
-from kvshare_store.readable import one_line, short
+from kvshare_store.readable import many, one_line, short
 
 if TYPE_CHECKING:
     from kvshare_store.daemon.protocol import Purge
@@ -115,4 +115,7 @@ def counted(found: Sequence[dict[str, Any]]) -> str:
     models = ", ".join(sorted({one_line(one["model"]) for one in found}))
     nodes, blocks, unsure = (sum(one[w] for one in found) for w in ("nodes", "blocks", "unsure"))
     maybe = f" ({unsure:,} of them unsure)" if unsure else ""
-    return f"{nodes:,} nodes{maybe} and {blocks:,} blocks of {len(found):,} namespaces ({models})"
+    return (
+        f"{many(nodes, 'node')}{maybe} and {many(blocks, 'block')} of "
+        f"{many(len(found), 'namespace')} ({models})"
+    )

@@ -21,7 +21,7 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.readable import age, bar, milliseconds, percent, printable, share, size
+from kvshare_store.readable import age, bar, many, milliseconds, percent, printable, share, size
 
 Counts = Mapping[str, Any]
 
@@ -63,11 +63,11 @@ def serving(stats: Counts) -> str:
 def headline(home: str, stats: Counts) -> str:
     """One line about the contents."""
     return (
-        f"{home}: {stats['nodes']:,} nodes, {stats['blocks']:,} blocks, "
-        f"{stats['leases']:,} leases; "
+        f"{home}: {many(stats['nodes'], 'node')}, {many(stats['blocks'], 'block')}, "
+        f"{many(stats['leases'], 'lease')}; "
         f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored, "
-        f"{stats['answers_stored']:,} answers of {stats['tokens_answers_stored']:,} tokens"
-        + settled(stats)
+        f"{many(stats['answers_stored'], 'answer')} of "
+        f"{many(stats['tokens_answers_stored'], 'token')}" + settled(stats)
     )
 
 

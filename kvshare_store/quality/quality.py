@@ -37,6 +37,7 @@ from kvshare_store.quality.report import (
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic
 from kvshare_store.quality.trend import Moment, Trends
+from kvshare_store.readable import many
 
 log = logging.getLogger("kvshare")
 
@@ -315,9 +316,9 @@ class Quality:
         if kept.ladder != self._meaning:
             self._foreign = True
             log.warning(
-                "kvshare: %d namespaces have answers that were scored under another policy or "
-                "other settings of it; they do not count now, and the next score replaces them",
-                len(kept.classes),
+                "kvshare: answers of %s were scored under another policy or other settings of it; "
+                "they do not count now, and the next score replaces them",
+                many(len(kept.classes), "namespace"),
             )
             return
         self._floors.update(kept.floors)

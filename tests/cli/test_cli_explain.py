@@ -454,8 +454,8 @@ def test_what_a_purge_would_remove(home: Path) -> None:
     with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
         kept = ClientDriver(client, SPACE.for_tenant("alice")).save(FIRST)
         out = ok("purge", "--tenant", "alice", "--dry-run", "--home", home)
-        assert out.startswith("Would remove 1 nodes and ")
-        assert out.endswith(" blocks of 1 namespaces (org/model).\n")
+        assert out.startswith("Would remove 1 node and ")
+        assert out.endswith(" blocks of 1 namespace (org/model).\n")
         assert [node["id"] for node in client.call(ListNodes())] == [kept]
 
 
@@ -477,7 +477,7 @@ def test_a_pool_is_listed_explained_and_purged(home: Path) -> None:
     assert "no pool 'hoose'" in one_line(run(*asked, digest, "--pool", "hoose"), 1)
     assert "begin with" in one_line(run("purge", "--namespace", "ff", "--home", home), 5)
     assert "--pool" in one_line(run("purge", "--pool", "a", "--tenant", "b", "--home", home), 2)
-    assert ok("purge", "--pool", "house", "--yes", "--home", home).startswith("Removed 1 nodes")
+    assert ok("purge", "--pool", "house", "--yes", "--home", home).startswith("Removed 1 node and")
     assert [node["id"] for node in as_json("ls", "--home", home)] == [other]
     assert "pool" in one_line(run("purge", "--pool", "house", "--home", home), 5)
 
@@ -499,7 +499,7 @@ def test_a_purge_of_a_lineage(home: Path) -> None:
         assert (done["nodes"], done["ids"], done["unsure"]) == (2, [first, second], 0)
         assert [node["id"] for node in client.call(ListNodes())] == [other]
     out = ok("purge", other, "--lineage", "--yes", "--home", home)  # the daemon is gone
-    assert out.startswith("Removed 1 nodes and ")
+    assert out.startswith("Removed 1 node and ")
     assert "nodes begin with" in one_line(run("purge", other, "--lineage", "--home", home), 1)
 
 
@@ -546,7 +546,7 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
     assert as_json("export", "b.kv", "--tenant", "alice", "--home", there)["nodes"] == 1
     Store(StoreConfig(home=str(home), **SMALL)).close()
     assert as_json("import", "b.kv", "--home", home)["nodes"] == [ids[2]]
-    assert ok("import", "a.kv", "--home", home) == "2 nodes are new, 1 were here.\n"
+    assert ok("import", "a.kv", "--home", home) == "2 new nodes, 1 were here.\n"
     assert {node["id"] for node in as_json("ls", "--home", home)} == set(ids)
     (tmp_path / "a.kv").write_bytes((tmp_path / "a.kv").read_bytes()[:-1])
     assert "is cut off" in one_line(run("import", "a.kv", "--home", home), 1)

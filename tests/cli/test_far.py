@@ -37,7 +37,7 @@ def test_commands_over_the_network(config: Callable[..., StoreConfig], tmp_path:
         assert json.loads(asked("reader", "stats", "--json")[1])["nodes"] == 1
         address = f"tcp://127.0.0.1:{keys.port}"
         assert f"it listens on {address}, with keys" in daemon.log()
-        assert asked("reader", "stats")[1].startswith(f"{address}: 1 nodes")
+        assert asked("reader", "stats")[1].startswith(f"{address}: 1 node, ")
         shown = asked("reader", "config")[1]
         assert shown.startswith(f"{address}: as its daemon runs")
         rows = json.loads(asked("reader", "config", "--json")[1])["settings"]

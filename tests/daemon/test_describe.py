@@ -38,9 +38,9 @@ def test_what_a_prompt_continues_and_under_which_policy(
     said = [str(cell) for column in table.columns[1:] for cell in column.cells]
     lines = f"{after['exact_rows']} exact from the start, {after['continued_rows']} continued"
     assert any(lines in line for line in said)
-    assert any(line.startswith(f"{policy}, the laxest") for line in said)
-    behind = f"from token {context['start']} on, behind edited rows up to {context['stop']}"
-    assert behind in said
+    assert f"{policy}, or stricter" in said
+    behind = f"computed behind rows that were edited, up to token {context['stop']}"
+    assert f"from token {context['start']} on: {behind}" in said
 
 
 def test_rows_behind_another_edit_are_not_continued(driver: Callable[..., Driver]) -> None:
