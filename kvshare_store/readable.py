@@ -37,6 +37,40 @@ REASONS = {
 """Why tokens are computed again."""
 
 
+MISSES = {
+    "empty_store": "nothing is stored yet for this model and tenant",
+    "no_donor": "no stored prompt shares enough text",
+    "engine_prefix": "vLLM's own prefix cache already had all that the store could give",
+    "nothing_kept": "the policy recomputes all that could be shared",
+    "no_saving": "loading would take as long as computing",
+    "quality_bound": "under the bound its class gets a stricter policy, which leaves nothing",
+    "short_prompt": "shorter than min_prompt_tokens",
+    "not_resident": "the rows did not come from disk or a remote in time",
+    "deadline": "the rows did not come from disk or a remote in time",
+    "draining": "the daemon is ending",
+    "too_many_plans": "the tenant asks for more than plans_per_second",
+    "blocks_gone": "the rows left the store meanwhile",
+    "lossy": "a lossy codec has changed the rows",
+    "policy_off": "the request asked for no reuse",
+    "unknown_policy": "the request asked for a policy that does not exist",
+    "unknown_parameter": "the request asked for what does not exist",
+    "unavailable": "the daemon did not answer",
+    "preempted": "vLLM took the request's memory away and computed its prompt again",
+    "queued_too_long": "it waited for half the lease of its plan, which was asked for again",
+    "aborted": "it ended before its rows were loaded",
+    "lease_expired": "its lease ran out, or its engine died",
+}
+"""Why nothing of a prompt is reused: the reasons that users meet (docs/vllm.md), and the daemon's
+own. The others speak for themselves."""
+
+
+def miss_text(reason: str) -> str:
+    """What a reason means; empty where it speaks for itself."""
+    if reason.startswith("load_"):
+        return "the rows were lost while they were loaded: the answer says load_failed"
+    return MISSES.get(reason, "")
+
+
 def size(nbytes: int) -> str:
     """`1.5 MiB`."""
     if nbytes < 1024:
@@ -173,6 +207,11 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms"
 
 
+def took(seconds: float) -> str:
+    """As `milliseconds`, and a dash where nothing was done."""
+    return milliseconds(seconds) if seconds else "-"
+
+
 def short(name: str) -> str:
     """The beginning of an id or block name: enough to find it again."""
     return name[:_ID]
@@ -238,7 +277,7 @@ def verdict_lines(verdict: Verdict | None) -> Iterable[str]:
 def _floor(verdict: Verdict) -> str:
     if verdict["floor"] is None:
         return "floor not known yet"
-    return f"floor {verdict['floor']:.4f} ({verdict['floor_answers']:,} controls)"
+    return f"floor {verdict['floor']:.4f} ({many(verdict['floor_answers'], 'control')})"
 
 
 def _divergence(verdict: Verdict) -> str:

@@ -15,6 +15,7 @@ from kvshare_store.cli.log import request_lines
 from kvshare_store.readable import (
     KIND_COLOURS,
     REASONS,
+    miss_text,
     no_tokens_text,
     printable,
     share,
@@ -68,8 +69,8 @@ def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
     )
     if explained.get("steering"):
         yield ("now " if again else "") + steering_text(explained["steering"])
-    if explained["declined"]:
-        yield f"no plan: {explained['declined']}"
+    if declined := explained["declined"]:
+        yield ": ".join(filter(None, ("no plan", declined, miss_text(declined))))
     else:
         reused = explained["tokens"] - explained["by_kind"].get("recomputed", 0)
         made = explained["generation"]

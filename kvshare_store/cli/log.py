@@ -23,13 +23,14 @@ from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, u
 from kvshare_store.readable import (
     KIND_COLOURS,
     age,
-    milliseconds,
+    miss_text,
     one_line,
     outcome_text,
     printable,
     regret_cell,
     short,
     steering_text,
+    took,
     verdict_lines,
 )
 
@@ -120,7 +121,7 @@ def _columns(requests: Sequence[Request]) -> Columns:
     columns["cached"] = [Text(_some(request["cached"])) for request in requests]
     columns["recomputed"] = [Text(f"{request['recomputed']:,}") for request in requests]
     for step in ("lookup", "load"):
-        columns[step] = [Text(_time(request[step])) for request in requests]
+        columns[step] = [Text(took(request[step])) for request in requests]
     verdicts = [request.get("verdict") for request in requests]
     if any(verdicts):
         columns["regret"] = [Text(regret_cell(verdict)) for verdict in verdicts]
@@ -141,9 +142,11 @@ def request_lines(request: Request) -> Iterable[str]:
         f"{request['edited']:,} edited, {request['recomputed']:,} recomputed, "
         f"{request['cached']:,} from the engine's prefix cache"
     )
+    if meaning := miss_text(request["reason"]):
+        yield f"{request['reason']}: {meaning}"
     yield (
-        f"lookup {_time(request['lookup'])}, load {_time(request['load'])}, "
-        f"{_time(request['held'])} from question to end; {_time(request.get('prefill', 0.0))} from "
+        f"lookup {took(request['lookup'])}, load {took(request['load'])}, "
+        f"{took(request['held'])} from question to end; {took(request.get('prefill', 0.0))} from "
         f"plan to first token; the plan was expected to save {request['saving_ms']:,.1f} ms"
     )
     if request.get("steering"):  # a daemon of the release before does not say it
@@ -165,7 +168,3 @@ def _outcome(request: Request) -> Text:
 
 def _some(count: int) -> str:
     return f"{count:,}" if count else "-"
-
-
-def _time(seconds: float) -> str:
-    return milliseconds(seconds) if seconds else "-"

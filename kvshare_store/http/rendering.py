@@ -22,6 +22,7 @@ from kvshare_store.readable import (
     bounds,
     many,
     milliseconds,
+    miss_text,
     no_tokens_text,
     one_line,
     outcome_text,
@@ -37,6 +38,7 @@ from kvshare_store.readable import (
     steering_text,
     then_text,
     too_few,
+    took,
     verdict_lines,
 )
 
@@ -56,6 +58,7 @@ _environment.filters.update(
     size=size,
     age=age,
     ms=milliseconds,
+    took=took,
     short=short,
     provenance=provenance,
     shown=printable,
@@ -67,6 +70,7 @@ _environment.filters.update(
     verdict=verdict_lines,
     steering=steering_text,
     then=then_text,
+    miss=miss_text,
     outcome=outcome_text,
     no_tokens=no_tokens_text,
     rates=rates_text,

@@ -209,7 +209,29 @@ def test_the_overview_has_the_share_of_edited_prompts_that_are_settled(
     edited = [*first[:60], *prompt(2, 5), *first[65:]]
     engine.serve_and_save(first)
     assert "Edited prompts settled" not in Page(seen(engine.store).text).text
+    about = 'title="computed again in full, so exact"'
     for save, share in ((engine.serve_and_save, "0.0 %"), (engine.save, "100.0 %")):
         save(edited)
-        text = "".join(Page(seen(engine.store).text).text.splitlines())
+        sent = seen(engine.store).text
+        text = "".join(Page(sent).text.splitlines())
         assert f"Edited prompts settled{share}" in text
+        assert about in sent
+
+
+def test_what_was_not_looked_up_has_no_time(driver: Callable[..., Driver]) -> None:
+    """Nor does what was not loaded. What the reason means stands beside the request."""
+    engine = driver()
+    engine.store.outcomes.decline("load_timeout", 30)
+    assert "0.00 ms" not in Page(seen(engine.store, "/requests").text).text
+    text = Page(seen(engine.store, "/explain?request=1").text).text
+    assert "0.00 ms" not in text
+    assert "load_timeout: the rows were lost while they were loaded" in text
+
+
+def test_the_requests_say_what_the_engines_cache_had(driver: Callable[..., Driver]) -> None:
+    engine = driver()
+    asked = engine.store.plan_soon(prompt(1, 40), engine.namespace, request="chat-1")
+    assert asked.result().declined
+    engine.store.outcomes.engine_cached(32, "chat-1")
+    (row,) = re.findall(r"<tr><th scope=\"row\".*?</tr>", seen(engine.store, "/requests").text)
+    assert re.findall(r'class="number">(\d+)<', row) == ["40", "0", "0", "0", "32", "8"]
