@@ -187,9 +187,10 @@ class RequestLog:
             at = self._place(request) if request else None
             if at is None or self._entries[at].outcome != "miss" or self._entries[at].cached:
                 return
-            left = max(0, self._entries[at].recomputed - tokens)
+            whole = self._entries[at].recomputed
+            cached = min(tokens, whole)
             self._entries[at] = msgspec.structs.replace(
-                self._entries[at], cached=tokens, recomputed=left
+                self._entries[at], cached=cached, recomputed=whole - cached
             )
 
     def _place(self, request: str) -> int | None:
