@@ -207,7 +207,7 @@ def targets_of(found: dict[Key, Left]) -> list[tuple[str, str, bool]]:
         ("settled, at most 0.25", f"{ours.settled:.2f}", ours.settled <= 0.25),
         (
             "no policy leaves more than prefix caching, on any trace, with any memory",
-            f"at most {most:.2f} ({', '.join(worst)})",
+            f"at most {most:.4f} ({', '.join(worst)})",
             most <= 1.0,
         ),
     ]
