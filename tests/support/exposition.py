@@ -60,6 +60,7 @@ NOT_EXPOSED = {
     "daemon/seconds": "since the start, of which the moment is exposed",
     "seconds/*/p[59]*": "made of the last durations; Prometheus makes quantiles of the buckets",
     "tiers/*/kept_free": "a part of the budget that is set aside for the catalogue",
+    "quality/shown/*": "those of `quality/extra` that have enough scores for people to read",
     "scores/*": "the sums of `scores_by_edit`, which are exposed",
     "scores_by_edit/*/sampled/diverged": "another draw is no error: only greedy answers count",
 }
