@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from kvshare_connectors.vllm.types import BlockHasher
     from vllm.v1.outputs import ModelRunnerOutput
 
-_PAUSES_S = (0.2, 0.4, 0.8, 1.6)
+_PAUSES_S = (0.2, 0.1, 0.2, 0.4, 0.8, 1.6)
 """After the last request an engine asks after the first of these, then again after each."""
 _TICK_S = 0.005
 """The longest wait of a step: a request that arrives meanwhile waits for it."""
 _ANSWER_S = 5.0
-_STEP_S, _LEAST = 0.05, 32
-"""What a step of a look may take, since a request that arrives waits for it; but it has so many
-tokens, however slow the machine."""
+_STEP_S, _LEAST, _PART = 0.05, 32, 0.15
+"""What a step of a look may take, since a request that arrives waits for it: so many seconds, or
+this part of the time since the last request, since small steps compute half as fast as large ones.
+But it has so many tokens, however slow the machine."""
 _LAST = 1 << 30
 """vLLM preempts requests with the largest number first."""
 _NAMESPACES = 64
@@ -202,7 +203,8 @@ class Looks:
         """It is done, and had so many tokens of the look and none of anybody else."""
         if tokens >= _LEAST:  # of fewer the time says little
             seconds = max(1e-9, time.perf_counter() - self._began)
-            self.tokens = min(self._most, max(_LEAST, int(tokens * _STEP_S / seconds)))
+            may_take = max(_STEP_S, _PART * (time.monotonic() - self._quiet_from))
+            self.tokens = min(self._most, max(_LEAST, int(tokens * may_take / seconds)))
 
     def scored(self, tokens: int) -> Run | None:
         """The positions to compute once more beside the look's last ones, at most `tokens`: one

@@ -409,6 +409,7 @@ def test_on_a_slow_machine_a_step_has_fewer_tokens(
     """A request that arrives waits for a time and not for a number of tokens."""
     bench = idle(kvshare={"second_look_tokens": 48})
     monkeypatch.setattr(looks_module, "_STEP_S", 0.0)
+    monkeypatch.setattr(looks_module, "_PART", 0.0)
     give(bench, link, range(700, 800))
     assert [tokens for tokens in run_out(bench) if tokens] == [48, 32, 20]
     monkeypatch.setattr(looks_module, "_STEP_S", 60.0)
@@ -418,3 +419,16 @@ def test_on_a_slow_machine_a_step_has_fewer_tokens(
         give(bench, link, range(first, first + 100))
         assert [tokens for tokens in run_out(bench) if tokens] == expected
     assert ends(link) == ["computed"] * 3
+
+
+def test_the_longer_nobody_came_the_longer_a_step_may_take(
+    idle: Callable[..., Bench], link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = idle(kvshare={"second_look_tokens": 48})
+    monkeypatch.setattr(looks_module, "_STEP_S", 0.0)
+    for part, expected in ((0.0, [48, 32, 20]), (1e9, [32, 48, 20])):
+        monkeypatch.setattr(looks_module, "_PART", part)
+        bench.add()
+        bench.drain()
+        give(bench, link, range(700, 800) if part == 0.0 else range(900, 1000))
+        assert [tokens for tokens in run_out(bench) if tokens] == expected

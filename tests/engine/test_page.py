@@ -24,8 +24,8 @@ TENANT = "the bike shop"
 CATALOGUE = "".join(f"Bike {n} costs {n * 37} francs and weighs {n} kg. " for n in range(5, 15))
 EARLIER = f"You answer for a bike shop. Today: 3 May. {CATALOGUE}Do you sell bells?"
 LATER = EARLIER.replace("3 May", "4 June").replace("sell bells", "repair lamps")
-COLUMNS = ("request", "ago", "outcome", "tokens", "exact", "continued", "edited", "recomputed")
-KINDS = COLUMNS[-4:]
+KINDS = ("exact", "continued", "edited", "recomputed")
+COLUMNS = ("request", "ago", "outcome", "tokens", *KINDS[:3], "cached", KINDS[3])
 
 
 def texts(tab: Tab, selector: str) -> list[str]:
