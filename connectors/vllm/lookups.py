@@ -15,7 +15,7 @@ from kvshare_store.daemon.client import plan_request
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import LABEL_CHARS, Outcome
+from kvshare_store.plan import Outcome
 
 LOOK_AHEAD = 8
 """How many requests may hold a plan before vLLM admits them: a plan pins blocks in memory."""
@@ -147,7 +147,7 @@ class Lookups:
     def count_cached(self, state: RequestState) -> None:
         """Tell the daemon what vLLM's own cache had of a request that was counted as a miss."""
         if state.local and not state.cached_counted and not state.look:
-            self.link.tell(protocol.EngineCached(state.local, state.id[:LABEL_CHARS]))
+            self.link.tell(protocol.EngineCached(state.local, state.label))
             state.cached_counted = True
 
     def ended(self, state: RequestState) -> None:

@@ -33,7 +33,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.namespace import Namespace, Tenants
-from kvshare_store.plan import LABEL_CHARS, clip_spans, gaps
+from kvshare_store.plan import clip_spans, gaps
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.events import Announcer
@@ -141,7 +141,7 @@ class Planning:
         self._stop_waiting(state)
         self.orders.answer(state, block_ids)
         answer = answer_of(state)
-        self._look_at(state)
+        self._first_token(state)
         computed = request.num_output_tokens > 0 or request.num_computed_tokens >= state.length
         if not state.look:
             self.tally.ended(answer, computed=computed)
@@ -214,18 +214,18 @@ class Planning:
     def build_metadata(self, output: SchedulerOutput) -> KVShareMetadata:
         """What the worker must do in this step; `KVShareScheduler` adds to it afterwards."""
         for state in self.states.values():
-            self._look_at(state)
+            self._first_token(state)
         step = self.orders.build(output, self.states)
         step.model, step.wiped = self.namespace.model_digest, self.lookups.wiped
         return step
 
-    def _look_at(self, state: RequestState) -> None:
+    def _first_token(self, state: RequestState) -> None:
         """The first token says that the whole prompt is computed: report how long that took."""
         if not state.taken_at or not state.request.num_output_tokens:
             return
         took, state.taken_at = time.monotonic() - state.taken_at, 0.0
         if not state.look:
-            self.link.tell(protocol.Prefilled(state.id[:LABEL_CHARS], took))
+            self.link.tell(protocol.Prefilled(state.label, took))
         if state.trace is not None:
             left = sum(run.length for run in gaps(state.loaded, state.local, state.length))
             state.trace.part("partial_prefill", took, recomputed=left)
@@ -287,4 +287,4 @@ def _decline(state: RequestState) -> protocol.Decline:
     """What the daemon hears of a request that the engine declines itself."""
     known = state.proven and not state.namespace.too_long
     namespace = state.namespace if known else None
-    return protocol.Decline(state.declined, state.length, state.id[:LABEL_CHARS], namespace)
+    return protocol.Decline(state.declined, state.length, state.label, namespace)

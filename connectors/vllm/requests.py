@@ -11,7 +11,7 @@ from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.config import policy_names
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan, Run, Span, clip_spans
+from kvshare_store.plan import LABEL_CHARS, ReusePlan, Run, Span, clip_spans
 from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:
@@ -152,6 +152,11 @@ class RequestState:
     def id(self) -> str:
         """vLLM's request id."""
         return self.request.request_id
+
+    @property
+    def label(self) -> str:
+        """The id as messages have it."""
+        return self.id[:LABEL_CHARS]
 
     @property
     def length(self) -> int:
