@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {
     "kvshare": {
         "policy": "aggressive",
         "http": "127.0.0.1:0",
-        "source_key": "env:KVSHARE_TEST_SOURCES",
+        "source_key": "env:SOURCES_OF_TESTS",
     },
     "enable_prefix_caching": True,
     "disable_log_stats": False,
@@ -176,7 +176,7 @@ class Engine:
         close_kept_engine()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        os.environ["KVSHARE_TEST_SOURCES"] = "ab" * 32
+        os.environ["SOURCES_OF_TESTS"] = "ab" * 32
         # Threads that wait for each other are slow on a busy processor, and vLLM compiles an
         # operation of its sampler, which costs more here than it saves.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

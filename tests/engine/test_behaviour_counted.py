@@ -65,9 +65,9 @@ def workload(engine: Engine, fresh: Fresh) -> list[Answer]:
 def test_the_log_says_what_a_plan_took_to_the_first_token(engine: Engine, fresh: Fresh) -> None:
     engine.clear()
     began = time.monotonic()
-    workload(engine, fresh)
+    answers = workload(engine, fresh)
     took = time.monotonic() - began
-    logged = engine.client.call(protocol.ListRequests())
+    logged = engine.client.call(protocol.ListRequests(limit=len(answers)))
     assert [bool(one["prefill"]) for one in logged] == [one["outcome"] != "miss" for one in logged]
     assert 0 < sum(one["prefill"] for one in logged) < took
 

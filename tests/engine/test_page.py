@@ -3,6 +3,7 @@ tenant purged."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -38,8 +39,9 @@ def texts(tab: Tab, selector: str) -> list[str]:
 
 def legend(tab: Tab, section: str) -> dict[str, int]:
     """Tokens by kind in a section's legend."""
-    parts = [item.split() for item in texts(tab, f"[aria-labelledby={section}] .legend li")]
-    return {kind: int(count.replace(",", "")) for kind, count, *_ in parts}
+    items = texts(tab, f"[aria-labelledby={section}] .legend li")
+    found = [re.fullmatch(r"(.+?) ([\d,]+)\b.*", item, re.DOTALL) for item in items]
+    return {one[1]: int(one[2].replace(",", "")) for one in found if one}
 
 
 def test_a_hit_is_seen_explained_and_its_tenant_purged(
@@ -61,7 +63,7 @@ def test_a_hit_is_seen_explained_and_its_tenant_purged(
     assert {kind: int(row[kind]) for kind in KINDS} == kinds
 
     follow(tab, row["request"])
-    assert legend(tab, "logged") == kinds
+    assert kinds.items() <= legend(tab, "logged").items()
     assert answer.said["donor"][:12] in text(tab)
     follow(tab, answer.said["donor"][:12])
     assert "Do you sell bells?" in text(tab)
