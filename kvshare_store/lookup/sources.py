@@ -47,12 +47,17 @@ class Sources:
         none, of one that has sent its prompt alone."""
         if source and extends:
             return (source,)
-        key = prompt_key(namespace, tokens[:extends] if extends else tokens)
-        with self._nodes.lock:
-            asked = self._asked.get(key, ()) if self._asked else ()
+        asked = self._who_asked(namespace, tokens[:extends] if extends else tokens)
         if extends:
             return asked if len(asked) == 1 else ()
         return tuple(dict.fromkeys((source, *asked)))[:SOURCES] if source else asked
+
+    def _who_asked(self, namespace: str, tokens: Tokens) -> tuple[bytes, ...]:
+        if not self._asked:  # where nobody names a source, no prompt is hashed for it
+            return ()
+        key = prompt_key(namespace, tokens)
+        with self._nodes.lock:
+            return self._asked.get(key, ())
 
     def confirm(self, node: Node, sources: Collection[bytes]) -> None:
         """These sources have sent all tokens of the node. It remembers them, durably soon, unless

@@ -55,7 +55,7 @@ def overview(ladder: Sequence[str], terms: Terms, classes: Sequence[Seen]) -> Ov
         sum(one.silent for one in classes),
         _highest(lower, upper, known, ladder),
         sum(bool(one.doubted) for one in classes),
-        _highest(lower, upper, known & shown, ladder),
+        _highest(lower, upper, shown, ladder),
     )
 
 

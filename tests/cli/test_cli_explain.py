@@ -27,7 +27,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.commands import one_line, run
+from tests.support.commands import as_json, ok, one_line, run
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import Driver
 from tests.support.stores import SMALL
@@ -60,16 +60,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
 
 
 Served = tuple[Path, list[str]]
-
-
-def ok(*arguments: str | Path) -> str:
-    code, out, err = run(*arguments)
-    assert (code, err) == (0, "")
-    return out
-
-
-def as_json(*arguments: str | Path) -> Any:
-    return json.loads(ok(*arguments, "--json"))
 
 
 # --- explain --------------------------------------------------------------------------------------

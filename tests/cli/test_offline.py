@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,7 +10,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.commands import one_line, run
+from tests.support.commands import as_json, ok, one_line, run
 from tests.support.oracle import Driver
 from tests.support.stores import SMALL
 
@@ -20,16 +18,6 @@ pytestmark = pytest.mark.usefixtures("plain_environment")
 
 SPACE = Namespace("org/model", KVLayout(2, 1, 4, "float32"))
 FIRST = list(range(1000, 1200))
-
-
-def ok(*arguments: str | Path) -> str:
-    code, out, err = run(*arguments)
-    assert (code, err) == (0, "")
-    return out
-
-
-def as_json(*arguments: str | Path) -> Any:
-    return json.loads(ok(*arguments, "--json"))
 
 
 def test_a_command_without_the_remote_forgets_nothing(tmp_path: Path) -> None:

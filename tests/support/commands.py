@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -39,3 +41,15 @@ def one_line(result: Result, code: int) -> str:
     assert err.startswith("kvshare: ")
     assert err.count("\n") == 1
     return err
+
+
+def ok(*arguments: str | Path) -> str:
+    """Standard output of a command that succeeds and says nothing else."""
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def as_json(*arguments: str | Path) -> Any:
+    """The answer of a command with `--json`."""
+    return json.loads(ok(*arguments, "--json"))
