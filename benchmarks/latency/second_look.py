@@ -1,6 +1,7 @@
 """The second look: how soon an edited prompt is exact, and what it costs requests under load.
 
-Two engines with KVShare serve the same requests in turn, one of them with `second_look: idle`.
+Three engines with KVShare serve the same requests in turn, one of them with `second_look: idle`.
+The two without differ in nothing: how far they are apart is the noise floor.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from benchmarks.harness.engines import (
 )
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
+from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.latency.load import Traffic, summary, traffic
 from kvshare_store.cli.progress import track
 
 _ARMS = {
-    name: Arm(caching=True, kvshare=True, own={"second_look": name}) for name in ("off", "idle")
+    name: Arm(caching=True, kvshare=True, own={"second_look": mode})
+    for name, mode in (("off", "off"), ("off again", "off"), ("idle", "idle"))
 }
 _PROMPT = 2_000
 _ANSWER = 8
@@ -121,13 +124,13 @@ def _result(
         n={"edited prompts": len(settled), "requests per rate and arm": count},
         seed=options.seed,
         model=model_name(options),
-        noise_floor="none: each arm serves each rate once",
+        noise_floor=f"a second engine without second looks: {_floor(served)}",
         columns=["what", "second_look", "prefill s", "exact after s", "served/s", "p50 ms",
-                 "p99 ms"],
+                 "p99 ms", "each request, times off", "middle half"],
         rows=[
             ["idle", "idle", median(one.prefill_s for one in settled),
-             median(one.exact_s for one in settled), None, None, None],
-            *(_row(load, arm, served[load][arm]) for load in served for arm in _ARMS),
+             median(one.exact_s for one in settled), *[None] * 5],
+            *(_row(load, arm, served[load]) for load in served for arm in _ARMS),
         ],
         paper="not measured",
         notes=[
@@ -136,6 +139,8 @@ def _result(
             "rows are stored, 0.2 s of waiting for further requests included",
             "load is the share of what the engine without second looks serves when all requests "
             "are there at once; half of them have most tokens in common with a stored prompt",
+            "each request, times off: its time to first token beside that of the same request, "
+            "arrived at the same second, in the first engine without second looks; median",
             "engine and daemon share the machine's cores",
         ],
         targets=[
@@ -155,21 +160,38 @@ def _result(
 
 def targets(load: float, arms: dict[str, Replayed]) -> Iterator[tuple[str, str, bool]]:
     """Median, slowest of a hundred and rate beside those without second looks."""
-    (middle, _, slow), (plain, _, plain_slow) = (
-        summary(arms[arm].ttfts) for arm in ("idle", "off")
-    )
-    for name, cost in (("p50", middle / plain), ("p99", slow / plain_slow)):
+    middle, slow, rate = _costs(arms, "idle")
+    for name, cost in (("p50", middle), ("p99", slow)):
         yield f"{name} at load {load:.0%} / without second looks", f"{cost:.3f}", cost <= _COST
-    rate = _rate(arms["idle"]) / _rate(arms["off"])
     what = f"requests a second at load {load:.0%} / without second looks"
     yield what, f"{rate:.3f}", rate >= 2 - _COST
+
+
+def _floor(served: dict[float, dict[str, Replayed]]) -> str:
+    """How far the two engines without second looks are apart at each load."""
+    return "; ".join(
+        "load {:.0%}: p50 {:.3f}, p99 {:.3f}, served/s {:.3f}".format(
+            load, *_costs(arms, "off again")
+        )
+        for load, arms in served.items()
+    )
+
+
+def _costs(arms: dict[str, Replayed], arm: str) -> tuple[float, float, float]:
+    """p50, p99 and requests a second of this arm, times those of `off`."""
+    (middle, _, slow), (plain, _, plain_slow) = (summary(arms[name].ttfts) for name in (arm, "off"))
+    return middle / plain, slow / plain_slow, _rate(arms[arm]) / _rate(arms["off"])
 
 
 def _rate(replayed: Replayed) -> float:
     return len(replayed.ttfts) / replayed.seconds
 
 
-def _row(load: float, arm: str, replayed: Replayed) -> list[Cell]:
-    middle, _, slow = summary(replayed.ttfts)
-    rate = _rate(replayed)
-    return [f"load {load:.0%}", arm, None, None, rate, round(middle * 1e3), round(slow * 1e3)]
+def _row(load: float, arm: str, arms: dict[str, Replayed]) -> list[Cell]:
+    ttfts = arms[arm].ttfts
+    middle, _, slow = summary(ttfts)
+    pairs = [one / plain for one, plain in zip(ttfts, arms["off"].ttfts, strict=True)]
+    return [
+        f"load {load:.0%}", arm, None, None, _rate(arms[arm]), round(middle * 1e3),
+        round(slow * 1e3), *median_and_middle_half(pairs),
+    ]  # fmt: skip
