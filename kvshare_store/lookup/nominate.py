@@ -47,6 +47,13 @@ class Nominator:
         """Whether there is any node."""
         return self._index is not None and len(self._index) > 0
 
+    def preferred(self, nodes: Collection[Node]) -> list[Node]:
+        """The nodes in the order in which they are taken where they seem to have about as much: by
+        rank, then those of the fewest generations, so that more turns can build on what is made of
+        them."""
+        rank = self._rank
+        return sorted(nodes, key=lambda node: (rank(node) if rank else 0, node.generation))
+
     def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
         """Nodes that may share the longest prefix with `tokens`, the newest first: of exact rows,
         and for each of `policies` of rows that were made under it."""

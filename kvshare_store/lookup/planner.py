@@ -97,11 +97,12 @@ class Planner:
         if not nominator:
             return _declined(bare, "empty_store")
         cover = Cover(request)
-        search = self._search(cover, policy, self._config, self._places, self._effort())
+        effort = self._effort()
+        search = self._search(cover, nominator, policy, self._config, self._places, effort)
         allowed = as_strict(policy.name) if policy.edited else ()
         search.take_prefix(nominator.by_prefix(request, allowed))
         if policy.edited and cover.in_place < len(request) - 1:
-            search.edited(nominator)
+            search.edited()
         if not cover.covered:
             return _declined(bare, "no_donor")
         keep = kept_positions(

@@ -49,12 +49,14 @@ class Search:
     def __init__(
         self,
         cover: Cover,
+        nominator: Nominator,
         policy: ReusePolicy,
         config: StoreConfig,
         places: KnownPlaces,
         effort: Effort,
     ) -> None:
         self._cover = cover
+        self._nominator = nominator
         self._policy = policy
         self._config = config
         self._places = places
@@ -79,36 +81,40 @@ class Search:
             if common > max(exact, cover.in_place) and continues(self._policy, node):
                 cover.add_continued(node, common)
 
-    def edited(self, nominator: Nominator) -> None:
+    def edited(self) -> None:
         """Cover what does not stay in place.
 
-        A prompt that goes on from a stored one needs no candidates but for what is new. Most others
-        are served by the first few; the rest get a second look.
+        A prompt that goes on from a stored one needs no candidates but for what is new, unless that
+        one was edited and its rows would be moved once more. Most others are served by the first
+        few; the rest get a second look.
         """
         cover, count = self._cover, self._config.candidates
-        continued = self._usable(cover.donors)
+        in_place = cover.in_place >= _ENOUGH * len(cover.request)
+        continued = [one for one in self._usable(cover.donors) if in_place or not one.generation]
         served = self._take_donor(continued, _ENOUGH)
         if served:
             self._fill_gaps(continued)
         if not served or cover.gaps(self._shortest):
-            nodes = self._candidates(nominator, served)
+            nodes = self._candidates(served)
             self._cover_from(self._usable([*cover.donors, *nodes]), served)
             if cover.covered < _MOSTLY * len(cover.request):
                 seen = {node.id for node in (*nodes, *continued)}
-                more = nominator.by_words(cover.words, _WIDER * count)
-                more += nominator.by_text(nodes, count)
+                more = self._nominator.by_words(cover.words, _WIDER * count)
+                more += self._nominator.by_text(nodes, count)
                 self._cover_from(self._usable([node for node in more if node.id not in seen]))
         cover.add_what_waits()
 
-    def _candidates(self, nominator: Nominator, served: bool) -> list[Node]:
+    def _candidates(self, served: bool) -> list[Node]:
         """For long prompts those with the passages that nobody covers yet, where there are any; for
-        others by words. The words of a long prompt that is served do not tell what is new in it."""
-        cover, count = self._cover, self._config.candidates
-        if len(cover.request) >= LONG:
+        others by words. The words of a long prompt that is served do not tell what is new in it.
+        The turn before one that has just become long is known by its words alone."""
+        cover, nominator, count = self._cover, self._nominator, self._config.candidates
+        length, found = len(cover.request), list[Node]()
+        if length >= LONG:
             found = nominator.by_passages(cover.sought.inside(cover.gaps(GRAM), 1).hashes, count)
-            if found or served:
+            if served or (found and length >= 2 * LONG):
                 return found
-        return nominator.by_words(cover.words, count, _WIDER * count)
+        return found + nominator.by_words(cover.words, count, _WIDER * count)
 
     def _usable(self, nodes: list[Node]) -> list[Node]:
         """Nodes that have rows to build on, each once; none but donors where there are as many of
@@ -145,8 +151,9 @@ class Search:
         return True
 
     def _ranked(self, nodes: list[Node]) -> list[Node]:
-        """Nodes that share text with what is sought, that with most of it first. Looks no further
-        than to one that seems to have nearly all."""
+        """Nodes that share text with what is sought, that with most of it first, and of those that
+        seem to have about as much the preferred one. Looks no further than to exact rows of nearly
+        all."""
         length = len(self._cover.request)
         share = _ENOUGH if length >= LONG else _ENOUGH_OF_SHORT
         enough = share * (length - self._cover.sought.start)
@@ -155,9 +162,11 @@ class Search:
             tokens = self._guess(node)
             if tokens:
                 ranked.append(node)
-            if tokens >= enough:
+            if tokens >= enough and not node.generation:
                 break
-        return sorted(ranked, key=lambda node: -int(math.log(self._guesses[node.id], _BETTER)))
+        most_first = self._nominator.preferred(ranked)
+        most_first.sort(key=lambda node: -int(math.log(self._guesses[node.id], _BETTER)))
+        return most_first
 
     def _guess(self, node: Node) -> int:
         """How much the node seems to have; 0 if looking would be too much work."""

@@ -17,10 +17,12 @@ from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.index import NamespaceIndex
+from kvshare_store.nodes.index import LONG, NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan, Span
+from kvshare_store.simulate.planned_reuse import PlannedReuse
+from kvshare_store.simulate.prompts import Prompt
 
 LENGTHS = {3_000: 40, 50_000: 40, 100_000: 8}
 """How many histories of each length are stored."""
@@ -182,3 +184,32 @@ def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
     plan = shelf(length).plan(request)
     assert plan.reused >= len(request) - 100 - 50 - 12
     assert {plan.block_names[span.block][0] for span in plan.spans} == {"0", "5"}
+
+
+def test_the_turn_before_one_that_has_just_become_long_is_found() -> None:
+    """Beside prompts that are long already and have less of it."""
+    own = Shelf(3_000)
+    before = np.concatenate(history(90, LONG))[: LONG - 100]
+    own.add(before, "before")
+    own.add(np.concatenate((before[: 2 * SYSTEM], text(92, LONG))), "another")
+    request = np.concatenate((text(93, 5), before[5:], text(91, 200)))
+    plan = own.plan(request)
+    assert plan.donors[0] == "before"
+    assert plan.reused >= len(before) - 100
+
+
+def test_side_by_side_each_conversation_goes_on_from_its_own_turns() -> None:
+    """All begin with one system prompt, whose date is another in each request. If each went on from
+    what the others made of it, rows would be used up after so many requests as may build on one
+    another; they last for so many turns."""
+    arm = PlannedReuse(StoreConfig(home="none", min_saving_ms=-1e9), 4)
+    turns, side, new = 6, 3, 40
+    assert PRESETS["balanced"].max_generation in range(turns, turns * side)
+    for at in range(turns * side):
+        turn, speaker = divmod(at, side)
+        said = [text(100 + 10 * speaker + each, new) for each in range(turn + 1)]
+        system = text(1, 1_500)
+        system[20:25] = text(500 + at, 5)
+        prompt = np.concatenate((system, *said))
+        reused = arm.serve(Prompt(prompt, np.zeros(0, np.int32), float(at), "", ""))
+        assert len(prompt) - reused.tokens <= new + 100 or not at

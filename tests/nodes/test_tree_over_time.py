@@ -96,11 +96,12 @@ def edited(tokens: list[int], at: int) -> list[int]:
 
 
 def chain(engine: Driver, length: int) -> list[Node]:
-    """A prompt, and edits of it, each of the one before."""
+    """A prompt, and edits of it, each before those that the prompt before has: that one is the best
+    donor."""
     tokens, nodes = prompt(9, 64), []
     for at in range(length):
         nodes.append(saved(engine, tokens))
-        tokens = edited(tokens, 10 * at + 5)
+        tokens = edited(tokens, 45 - 10 * at)
     engine.store.flush()
     return nodes
 

@@ -409,11 +409,11 @@ def test_a_donor_that_was_merged_has_other_blocks(driver: Open) -> None:
     engine = driver(max_chain=1)
     engine.save(TOKENS)
     tokens = TOKENS
-    for token in (5, 6):
-        tokens = [*tokens[:20], token, *tokens[21:]]
+    for at in (30, 20):
+        tokens = [*tokens[:at], 5, *tokens[at + 1 :]]
         assert engine.serve_and_save(tokens)
     engine.store.flush()
-    last = [*tokens[:20], 7, *tokens[21:]]
+    last = [*tokens[:10], 7, *tokens[11:]]
     plan = engine.plan(last)
     assert engine.store.collect().merged == 1
     merged = engine.store.tree.get(plan.donors[0])
