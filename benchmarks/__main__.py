@@ -21,6 +21,7 @@ MEASUREMENTS: dict[str, str] = {
     "load": "latency.load",
     "answers": "latency.answers",
     "second-look": "latency.second_look",
+    "score-cost": "latency.score_cost",
     "settled-turns": "latency.settled_turns",
     "conversations": "peers.conversations",
     "unchanged": "latency.unchanged",
