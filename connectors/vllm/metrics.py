@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import prometheus_client
 from kvshare_connectors.vllm.settings import PREFIX
@@ -33,17 +34,38 @@ LOOKUP, LOAD = "vllm:kvshare_lookup_seconds", "vllm:kvshare_load_seconds"
 SCORED, SCORED_TOKENS = "vllm:kvshare_scored_answers", "vllm:kvshare_scored_tokens"
 REGRET, DIVERGED = "vllm:kvshare_regret_nats", "vllm:kvshare_diverged_answers"
 BOUND = "vllm:kvshare_quality_bound"
-HELP = {
-    TOKENS: "Tokens of prompts, by what became of them; with vLLM's own prefix hits all of them.",
-    REQUESTS: "Requests that have ended, by the least exact kind of reuse, and why without reuse.",
-    LOOKUP: "How long a request that could have started waited for its plan, in seconds.",
-    LOAD: "Loading the rows of a plan into the paged cache, on each worker, in seconds.",
-    SCORED: "Answers that this engine has scored in second looks, by how they were served.",
-    SCORED_TOKENS: "Their tokens that were scored.",
-    REGRET: "Sum of log p(best token) - log p(served token) over these tokens, in full compute.",
-    DIVERGED: "Greedy ones of these answers whose first tokens are not those of full compute.",
-    BOUND: "The daemon's `quality_bound` when this engine scored its last answer; 0: any.",
-}
+
+
+class Declared(NamedTuple):
+    """One metric. Of a counter the exported name ends in `_total`; the labels come behind vLLM's
+    own."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+_SCORE = ("policy", "chosen", "edit")
+DECLARED = (
+    Declared(TOKENS, "counter", "Tokens of prompts, by what became of them; with vLLM's own prefix "
+             "hits all of them.", ("kind",)),
+    Declared(REQUESTS, "counter", "Requests that have ended, by the least exact kind of reuse, and "
+             "why without reuse.", ("outcome", "reason")),
+    Declared(SCORED, "counter", "Answers that this engine has scored in second looks, by how they "
+             "were served.", _SCORE),
+    Declared(SCORED_TOKENS, "counter", "Their tokens that were scored.", _SCORE),
+    Declared(REGRET, "counter", "Sum of log p(best token) - log p(served token) over these tokens, "
+             "in full compute.", _SCORE),
+    Declared(DIVERGED, "counter", "Greedy ones of these answers whose first tokens are not those "
+             "of full compute.", ("policy", "edit")),
+    Declared(BOUND, "gauge", "The daemon's `quality_bound` when this engine scored its last "
+             "answer; 0: any."),
+    Declared(LOOKUP, "histogram", "How long a request that could have started waited for its plan, "
+             "in seconds."),
+    Declared(LOAD, "histogram", "Loading the rows of a plan into the paged cache, on each worker, "
+             "in seconds."),
+)  # fmt: skip
 SUMS = {"answers": SCORED, "tokens": SCORED_TOKENS, "regret": REGRET}
 """Of scores, each by policy, by how the tokens were chosen, and by kind of edit."""
 
@@ -189,18 +211,19 @@ class KVSharePromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        counter = metric_types[prometheus_client.Counter]
-        histogram = metric_types[prometheus_client.Histogram]
-        self.tokens = counter(TOKENS, HELP[TOKENS], [*labelnames, "kind"])
-        self.requests = counter(REQUESTS, HELP[REQUESTS], [*labelnames, "outcome", "reason"])
-        chosen = [*labelnames, "policy", "chosen", "edit"]
-        self.scores = {name: counter(at, HELP[at], chosen) for name, at in SUMS.items()}
-        self.diverged = counter(DIVERGED, HELP[DIVERGED], [*labelnames, "policy", "edit"])
-        gauge = metric_types[prometheus_client.Gauge]
-        self.bound = gauge(BOUND, HELP[BOUND], labelnames, multiprocess_mode="mostrecent")
-        seconds = {"labelnames": labelnames, "buckets": list(BUCKETS)}
-        self.lookups = histogram(LOOKUP, HELP[LOOKUP], **seconds)
-        self.loads = histogram(LOAD, HELP[LOAD], **seconds)
+        makes = {
+            "counter": metric_types[prometheus_client.Counter],
+            "gauge": partial(metric_types[prometheus_client.Gauge], multiprocess_mode="mostrecent"),
+            "histogram": partial(metric_types[prometheus_client.Histogram], buckets=list(BUCKETS)),
+        }
+        made = {
+            one.name: makes[one.kind](one.name, one.help, [*labelnames, *one.labels])
+            for one in DECLARED
+        }
+        self.tokens, self.requests = made[TOKENS], made[REQUESTS]
+        self.scores = {name: made[at] for name, at in SUMS.items()}
+        self.diverged, self.bound = made[DIVERGED], made[BOUND]
+        self.lookups, self.loads = made[LOOKUP], made[LOAD]
         for engine in per_engine_labelvalues:  # from the beginning, so that rates are right
             for kind in KINDS:
                 self._of(self.tokens, engine, kind)

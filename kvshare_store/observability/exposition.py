@@ -183,12 +183,11 @@ def _failing(stats: Stats) -> list[Sample]:
 
 _SPACE = ("namespace", "tenant", "model")
 
-FAMILIES: tuple[Family, ...] = (
+_REQUESTS = (
     Family("kvshare_build_info", "gauge", "Always 1; the labels say which release runs, with which "
            "policy", ("version", "policy"), lambda s: [((s["version"], s["policy"]), 1)]),
     Family("kvshare_start_time_seconds", "gauge", "When the store was opened, Unix seconds; "
            "counters start there", (), _one("since")),
-    # requests
     Family("kvshare_lookups_total", "counter", "Requests that asked for a plan, and those that the "
            "engine declined without asking", (), _one("lookups")),
     Family("kvshare_requests_total", "counter", "Requests that have ended, by the least exact kind "
@@ -211,7 +210,8 @@ FAMILIES: tuple[Family, ...] = (
            _one("seconds", "lookup")),
     Family("kvshare_load_seconds", "histogram", "Time to load the rows of a plan into the engine",
            (), _one("seconds", "load")),
-    # saves
+)  # fmt: skip
+_SAVES = (
     Family("kvshare_save_seconds", "histogram", "Time to copy and name the rows of a prompt", (),
            _one("seconds", "save")),
     Family("kvshare_stored_bytes_total", "counter", "Bytes of rows that were saved", (),
@@ -238,7 +238,8 @@ FAMILIES: tuple[Family, ...] = (
            "made while the machine is idle", (), _one("texts_waiting")),
     Family("kvshare_staged_saves", "gauge", "Saves that have begun and not ended", (),
            _one("staged")),
-    # known quality
+)  # fmt: skip
+_QUALITY = (
     Family("kvshare_scored_answers_total", "counter", "Answers that second looks have scored, by "
            "the policy that they were served under (`control`: in full), how their tokens were "
            "chosen (`greedy` or `sampled`), and the kind of edit of their class",
@@ -267,7 +268,8 @@ FAMILIES: tuple[Family, ...] = (
            ("policy", "limit"), _extra_rates),
     Family("kvshare_quality_tightened_total", "counter", "How often a score made a class stricter",
            (), _one("quality_tightened")),
-    # what is there
+)  # fmt: skip
+_THERE = (
     Family("kvshare_nodes", "gauge", "Prompts in the store", (), _one("nodes")),
     Family("kvshare_blocks", "gauge", "Blocks that they use", (), _one("blocks")),
     Family("kvshare_leases", "gauge", "Plans whose blocks are held in shared memory", (),
@@ -276,7 +278,8 @@ FAMILIES: tuple[Family, ...] = (
            _one("reserved")),
     Family("kvshare_catalog_bytes", "gauge", "Bytes of the catalogue on disk", (),
            _one("catalog_bytes")),
-    # tiers
+)  # fmt: skip
+_TIERS = (
     Family("kvshare_tier_bytes", "gauge", "Bytes that a tier holds", ("tier",), _tiers("bytes")),
     Family("kvshare_tier_budget_bytes", "gauge", "Bytes that it may hold; 0: the store sets no "
            "limit", ("tier",), _tiers("budget")),
@@ -299,7 +302,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvshare_tier_breaker_state", "gauge", "1 for the state of the breaker: `closed`, "
            "`open` (the tier is not asked) or `half-open` (one call tries)", ("tier", "state"),
            _breakers),
-    # health
+)  # fmt: skip
+_HEALTH = (
     Family("kvshare_healthy", "gauge", "0 while a part fails, else 1", (),
            lambda s: [((), float(s["health"]["state"] == "ok"))]),
     Family("kvshare_part_failing", "gauge", "1 if the last thing that a part did failed",
@@ -318,7 +322,8 @@ FAMILIES: tuple[Family, ...] = (
            "work; 0 while it waits for some", (), _one("queue", "seconds")),
     Family("kvshare_commit_refused_total", "counter", "Prompts that storage has refused", (),
            _one("queue", "refused")),
-    # the daemon
+)  # fmt: skip
+_DAEMON = (
     Family("kvshare_connections", "gauge", "Clients that are connected", (),
            _one("daemon", "connections")),
     Family("kvshare_requests_in_progress", "gauge", "Messages that are being answered", (),
@@ -329,7 +334,8 @@ FAMILIES: tuple[Family, ...] = (
            _one("daemon", "draining")),
     Family("kvshare_cut_off_total", "counter", "Clients that were cut off because they broke a "
            "limit", (), _one("daemon", "cut_off")),
-    # namespaces
+)  # fmt: skip
+_NAMESPACES = (
     Family("kvshare_namespace_requests_total", "counter", "As `kvshare_requests_total`, of one "
            "namespace", (*_SPACE, "outcome"),
            _spaces_by("requests", ("exact", "continued", "edited", "miss"))),
@@ -341,3 +347,15 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvshare_namespace_bytes", "gauge", "Bytes of rows of a namespace, before any codec",
            _SPACE, _spaces("bytes")),
 )  # fmt: skip
+GROUPS: dict[str, tuple[Family, ...]] = {
+    "requests": _REQUESTS,
+    "saves": _SAVES,
+    "known quality": _QUALITY,
+    "what is there": _THERE,
+    "tiers": _TIERS,
+    "health": _HEALTH,
+    "the daemon": _DAEMON,
+    "namespaces and tenants": _NAMESPACES,
+}
+"""As docs/metrics.md shows them."""
+FAMILIES = tuple(family for group in GROUPS.values() for family in group)

@@ -33,7 +33,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.daemon.test_exposition_quality import COMPARED
 from tests.support.daemons import ClientDriver, Daemon
-from tests.support.documents import ROOT, quoted, tables_of
+from tests.support.documents import ROOT
 from tests.support.exposition import Exposed, unread
 from tests.support.neighbours import until
 from tests.support.oracle import Driver, prompt
@@ -428,16 +428,6 @@ def test_names_of_tenants_cannot_break_the_format(config: Config, tenant_key: st
 
 
 # --- documents ----------------------------------------------------------------------------------
-
-
-def test_every_metric_is_documented() -> None:
-    tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
-    rows = [row for table in tables for row in table[1:] if "kvshare_" in row[0]]
-    ours = [row for row in rows if not row[0].startswith("`vllm:")]
-    written = [(quoted(row[0])[0], row[1], tuple(quoted(row[2])), row[3]) for row in ours]
-    assert written == [
-        (family.name, family.kind, family.labels, family.help) for family in FAMILIES
-    ]
 
 
 def test_every_name_in_a_query_exists() -> None:

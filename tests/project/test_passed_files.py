@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.documents import DOCS
-from tests.support.passed import passed, table
+from tests.support.made_parts import parts_in
+from tests.support.passed import NOTE, parts, passed
 
 
 def test_the_files_of_a_serve_and_a_save_are_listed(tmp_path: Path) -> None:
-    """`python -m tests.support.passed` prints the table anew."""
-    note = (DOCS / "design" / "architecture.md").read_text()
-    assert table(passed(tmp_path / "home")) in note
+    """`python -m tests.support.passed` makes the table anew."""
+    assert parts_in(NOTE) == parts(passed(tmp_path / "home"))

@@ -1,5 +1,5 @@
-"""Which files of the store a request passes: `python -m tests.support.passed` prints the table of
-docs/design/architecture.md.
+"""Which files of the store a request passes: the table of docs/design/architecture.md, made by
+`python -m tests.support.passed`.
 
 A daemon in this process and a client of it, as a worker has: one prompt is served from the host
 tier, another is saved, and every function that is called meanwhile is noted with its file. Left out
@@ -23,11 +23,14 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.editor import Editor
 from kvshare_store.plan import Outcome
 from tests.support.daemons import ClientDriver, serving
+from tests.support.documents import DOCS
+from tests.support.made_parts import Parts, remake, table
 from tests.support.neighbours import NAMESPACE
 from tests.support.oracle import prompt
 from tests.support.stores import SMALL
 from tests.support.waiting import until
 
+NOTE = DOCS / "design" / "architecture.md"
 PACKAGE = "kvshare_store/"
 LENGTH, WARM = 300, 3
 MOVES, ANSWERS = ("daemon/switchboard.py", "turn"), ("daemon/handling.py", "answer")
@@ -138,8 +141,8 @@ def passed(home: Path) -> dict[str, set[str]]:
     return dict(zip(STEPS, (of_serve, answered, durable), strict=True))
 
 
-def table(found: dict[str, set[str]]) -> str:
-    """Markdown: the files by folder; of the last step those that the one before does not pass."""
+def parts(found: dict[str, set[str]]) -> Parts:
+    """The files by folder; of the last step those that the one before does not pass."""
     serve, answered, durable = (found[step] for step in STEPS)
     more = durable - answered
     heads = [
@@ -148,11 +151,13 @@ def table(found: dict[str, set[str]]) -> str:
     ]  # fmt: skip
     folders = sorted({str(Path(name).parent) for name in serve | durable})
     rows = [
-        [f"`{folder}`", *(_names(folder, files) for files in (serve, answered, more))]
+        [
+            "top" if folder == "." else f"`{folder}`",
+            *(_names(folder, files) for files in (serve, answered, more)),
+        ]
         for folder in folders
     ]
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| `.` |", "| top |")
+    return {"files": table(heads, rows)}
 
 
 def _names(folder: str, files: set[str]) -> str:
@@ -162,4 +167,4 @@ def _names(folder: str, files: set[str]) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        print(table(passed(Path(place) / "home")))
+        remake(NOTE, parts(passed(Path(place) / "home")))

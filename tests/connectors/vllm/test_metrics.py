@@ -9,14 +9,21 @@ from typing import Any
 import msgspec
 import pytest
 from kvshare_connectors.vllm import KVShareConnector
-from kvshare_connectors.vllm.metrics import HELP, KVSharePromMetrics, KVShareStats, Tally, loads
+from kvshare_connectors.vllm.metrics import (
+    DECLARED,
+    KVSharePromMetrics,
+    KVShareStats,
+    Tally,
+    loads,
+)
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvshare_store.observability.exposition import FAMILIES
 from kvshare_store.save.second_looks import Look
 from tests.connectors.vllm.registered import registered
-from tests.support.documents import ROOT, quoted, tables_of
 from tests.support.exposition import Exposed
+from tests.support.made_parts import parts_in
+from tests.support.metrics_page import PAGE, parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -174,19 +181,13 @@ def test_an_engine_that_is_not_served_says_so() -> None:
     assert taken.data["requests"] == {"miss": {"mamba_or_hybrid": 1}}
 
 
-def test_every_metric_is_documented(metrics: KVSharePromMetrics) -> None:
-    tables = tables_of(ROOT / "docs" / "metrics.md", "metric", "kind")
-    rows = [row for table in tables for row in table[1:] if row[0].startswith("`vllm:")]
-    scores = (*metrics.scores.values(), metrics.diverged, metrics.bound)
-    made = (metrics.tokens, metrics.requests, *scores, metrics.lookups, metrics.loads)
-    exported = {
-        family.name + ("_total" if family.type == "counter" else ""): (
-            family.type,
-            tuple(metric._labelnames[2:]),
-            HELP[family.name],
-        )
-        for metric in made
-        for family in metric.collect()
-    }
-    written = {quoted(row[0])[0]: (row[1], tuple(quoted(row[2])), row[3]) for row in rows}
-    assert written == exported
+def test_the_page_is_what_the_code_says() -> None:
+    """`python -m tests.support.metrics_page` writes its tables anew."""
+    assert parts_in(PAGE) == parts()
+
+
+def test_what_is_declared_is_what_is_exported(
+    registry: CollectorRegistry, metrics: KVSharePromMetrics
+) -> None:
+    exported = {it.name: (it.type, it.documentation) for it in registry.collect()}
+    assert exported == {one.name: (one.kind, one.help) for one in DECLARED}
