@@ -22,6 +22,8 @@ from kvshare_store.readable import short
 _NAME = 256
 
 _HEX = r"^[0-9a-f]{1,64}$"
+_START = r"^[0-9a-f]{0,64}$"
+_DRY = "Only say what would be done."
 _POSITIVE = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -44,7 +46,7 @@ Ask = Annotated[Asking, Depends(asking)]
 NodeId = Annotated[str, Path(pattern=_HEX, description="Id of a node, or a unique beginning.")]
 Digest = Annotated[str, Path(pattern=_HEX, description="Digest, or a unique beginning of it.")]
 After = Annotated[str, Query(max_length=120, description="`next` of the answer before.")]
-Limit = Annotated[int, Query(ge=1, le=1000)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="How many, at most.")]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": models.Error, "description": "The request cannot be answered as it is."},
@@ -60,13 +62,15 @@ class _Body(BaseModel):
 class ExplainBody(_Body):
     """The prompt: exactly one of `text`, `tokens`, `node` and `request`."""
 
-    text: str = ""
-    tokens: list[_POSITIVE] = Field(default=[], max_length=protocol.EXPLAINED_TOKENS)
-    node: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
-    request: str = Field(default="", max_length=_NAME)
-    only: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$", description="The one candidate.")
-    namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
-    policy: PolicyName | None = None
+    text: str = Field(default="", description="With all markers of its chat template.")
+    tokens: list[_POSITIVE] = Field(
+        default=[], max_length=protocol.EXPLAINED_TOKENS, description="Token ids."
+    )
+    node: str = Field(default="", pattern=_START, description="A stored prompt.")
+    request: str = Field(default="", max_length=_NAME, description="A request of the log.")
+    only: str = Field(default="", pattern=_START, description="The one candidate.")
+    namespace: str = Field(default="", pattern=_START, description="Where it is looked for.")
+    policy: PolicyName | None = Field(default=None, description="Plan under this policy.")
 
     def message(self) -> protocol.Explain:
         """As the daemon is asked; `PlanError` unless it names one prompt."""
@@ -81,21 +85,27 @@ class ExplainBody(_Body):
 class PurgeBody(_Body):
     """What to purge: a namespace, all of a tenant, or a node with what was computed behind it."""
 
-    namespace: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
-    tenant: str | None = None
-    lineage: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$", description="A node.")
+    namespace: str = Field(default="", pattern=_START, description="All of a namespace.")
+    tenant: str | None = Field(default=None, description="All of a tenant.")
+    lineage: str = Field(default="", pattern=_START, description="A node with its lineage.")
     patience: float = Field(default=30.0, ge=0, le=600, description="Seconds to wait for leases.")
-    dry_run: bool = False
+    dry_run: bool = Field(default=False, description=_DRY)
 
 
 class EvictBody(_Body):
     """What to forget: the nodes for which all of it holds. Pinned ones stay."""
 
-    nodes: list[Annotated[str, Field(pattern=_HEX)]] = Field(default=[], max_length=1000)
-    tenant: str | None = None
-    older_than: float | None = Field(default=None, ge=0, le=1e12, description="Seconds.")
-    policy: PolicyName | None = None
-    dry_run: bool = False
+    nodes: list[Annotated[str, Field(pattern=_HEX)]] = Field(
+        default=[], max_length=1000, description="Only these."
+    )
+    tenant: str | None = Field(default=None, description="Only those of this tenant.")
+    older_than: float | None = Field(
+        default=None, ge=0, le=1e12, description="Only those stored more than so many seconds ago."
+    )
+    policy: PolicyName | None = Field(
+        default=None, description="Only those of which rows were reused under this policy."
+    )
+    dry_run: bool = Field(default=False, description=_DRY)
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -103,13 +113,13 @@ class EvictBody(_Body):
 
 @router.get("/stats", response_model=models.Stats)
 async def stats(ask: Ask) -> Any:
-    """Counters since the daemon started, tiers, times and health."""
+    """Counters since the daemon started, tiers, times and health, as `kvshare stats --json`."""
     return await ask(protocol.Stats())
 
 
 @router.get("/tenants", response_model=list[models.Tenant])
 async def tenants(ask: Ask) -> Any:
-    """Who has how much in the store, may have, and may ask for."""
+    """Tenants with their namespaces, prompts, bytes and limits; that with the most bytes first."""
     return await tenants_of(ask)
 
 
@@ -153,13 +163,14 @@ async def nodes(
     after: After = "",
     limit: Limit = 50,
 ) -> Any:
-    """Stored prompts of a namespace, the last stored first."""
+    """Stored prompts of a namespace where trees begin, the last stored first."""
     return await ask(protocol.Branch(namespace=digest, whole=whole, after=after, limit=limit))
 
 
 @router.get("/nodes/{node}", response_model=models.Node)
 async def node(ask: Ask, node: NodeId) -> Any:
-    """One stored prompt: text, edits against its parent, children, blocks."""
+    """One stored prompt: text, parent and path, edits against the parent, children, blocks, and
+    what a second look has said of its answer."""
     return await ask(protocol.ShowNode(node))
 
 
@@ -180,9 +191,10 @@ async def children(
 async def spans(
     ask: Ask,
     node: NodeId,
-    donor: Annotated[str, Query(pattern=_HEX, description="Another node than the parent.")]
-    | None = None,
-    policy: Annotated[PolicyName | None, Query()] = None,
+    donor: Annotated[
+        str | None, Query(pattern=_HEX, description="Another node than the parent.")
+    ] = None,
+    policy: Annotated[PolicyName | None, Query(description="Plan under this policy.")] = None,
 ) -> Any:
     """One stored prompt beside its parent: which tokens it can take from there, as which kind."""
     return await beside(ask, node, donor, policy)
@@ -213,15 +225,18 @@ async def requests(
 async def quality(
     ask: Ask,
     namespace: Annotated[
-        str, Query(pattern=r"^[0-9a-f]{0,64}$", description="Digest, or a unique beginning of it.")
+        str, Query(pattern=_START, description="Digest, or a unique beginning of it.")
     ] = "",
     traffic: Annotated[str, Query(max_length=LABEL_CHARS, description="Only this class.")] = "",
     trends: Annotated[bool, Query(description="With what was known in the last day.")] = False,
-    start: Annotated[int, Query(ge=0, le=2**31 - 1, description="Without the first ones.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    start: Annotated[
+        int, Query(ge=0, le=2**31 - 1, description="Without so many of the first.")
+    ] = 0,
+    limit: Annotated[int, Query(ge=1, le=200, description="How many, at most.")] = 50,
 ) -> Any:
-    """What scored answers say of each class of traffic. Rates and regrets are lists: mean, lower
-    and upper limit."""
+    """What scored answers say of each class of traffic, floors, and the worst answers. Rates and
+    regrets are lists: mean, lower and upper limit. `computed` and `distance` have the parts of a
+    policy, from `start` to below `stop`."""
     return await ask(protocol.Quality(namespace, traffic, trends, start, limit))
 
 
@@ -232,7 +247,9 @@ async def quality(
     dependencies=[Depends(own_form)],
 )
 async def explain(ask: Ask, body: ExplainBody) -> Any:
-    """Why a prompt is served as it is. Nothing is served or counted."""
+    """Why a prompt is served as it is: one of `text`, `tokens`, `node` and `request`. Nothing is
+    served or counted. Of a request `differs` says what makes it another plan than what was served:
+    `policy`, `donors`, `plan` or `outcome`."""
     return await ask(body.message())
 
 
@@ -253,7 +270,7 @@ async def unpin(ask: Ask, node: NodeId) -> Any:
 
 @router.post("/evict", response_model=models.Evicted, dependencies=[Depends(own_form)])
 async def evict(ask: Ask, body: EvictBody) -> Any:
-    """Forget stored prompts."""
+    """Forget the stored prompts for which all that is named holds; pinned ones stay."""
     chosen = protocol.Evict(
         tuple(body.nodes), body.tenant, body.older_than, body.policy or "", body.dry_run
     )
@@ -262,8 +279,8 @@ async def evict(ask: Ask, body: EvictBody) -> Any:
 
 @router.post("/purge", response_model=models.Purges, dependencies=[Depends(own_form)])
 async def purge(ask: Ask, body: PurgeBody) -> Any:
-    """Remove every byte of a namespace or of a tenant; `remaining` says what could not be. Or a
-    node with its lineage."""
+    """Remove every byte of a namespace, of a tenant, or of a node with its lineage; `remaining`
+    says what could not be removed."""
     if bool(body.namespace) + (body.tenant is not None) + bool(body.lineage) != 1:
         raise PlanError("name what to purge: namespace, tenant or lineage")
     chosen = protocol.Purge(body.namespace, body.tenant, body.patience, body.dry_run, body.lineage)

@@ -28,7 +28,8 @@ async def healthz() -> str:
 
 @router.get("/readyz", response_model=models.Ready, responses={503: {"model": models.Ready}})
 async def readyz(ask: Ask, response: Response) -> Any:
-    """Whether the daemon answers questions and plans; 503 if it does not, or is ending."""
+    """Whether the daemon answers, and `ok` or `degraded`; 503 if it does not answer, or is ending
+    (`draining`)."""
     try:
         said = await ask(protocol.Ready(), READY_S)
     except KVShareError:

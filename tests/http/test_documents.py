@@ -10,52 +10,31 @@ import zipfile
 from pathlib import Path
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.http.app import routes
-from kvshare_store.http.asking import Asking
-from kvshare_store.http.history import History
-from tests.support.page import Numb
+from tests.support.http_page import PAGE, described, parts
+from tests.support.made_parts import parts_in
 
 ROOT = Path(__file__).parents[2]
 HTTP = ROOT / "kvshare_store" / "http"
 
 
-def test_the_table_has_every_operation_with_its_fields() -> None:
-    document = routes(Asking(Numb(), History())).openapi()
-    page = (ROOT / "docs" / "http.md").read_text()
-    rows = re.findall(r"^\| `(GET|POST) (/\S+)` \| (.*) \|$", page, re.M)
-    operations = {
-        (method.upper(), path): found
-        for path, methods in document["paths"].items()
-        for method, found in methods.items()
-    }
-    assert {(method, path) for method, path, _ in rows} == set(operations)
-    assert len(rows) == len(operations)
-    for method, path, words in rows:
-        operation = operations[method, path]
-        known = {parameter["name"] for parameter in operation.get("parameters", [])}
-        if "requestBody" in operation:
-            schema = operation["requestBody"]["content"]["application/json"]["schema"]
-            body = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-            known |= set(body["properties"])
-        asked = {name for name in known if name not in ("node", "digest", "X-CSRF-Token",
-                                                        "x-csrf-token")}  # fmt: skip
-        missing = [name for name in asked if f"`{name}" not in words]
-        assert missing == [], (path, missing)
+def test_the_table_is_what_the_code_says() -> None:
+    """`python -m tests.support.http_page` writes it anew."""
+    assert parts_in(PAGE) == parts()
 
 
 def test_every_answer_has_a_type() -> None:
-    document = routes(Asking(Numb(), History())).openapi()
+    document = described()
     for path, methods in document["paths"].items():
         for found in methods.values():
             assert found["summary"], path
             assert found["description"], path
-            ((_, described),) = found["responses"]["200"]["content"].items()
-            schema = described["schema"]
+            ((_, content),) = found["responses"]["200"]["content"].items()
+            schema = content["schema"]
             assert schema.keys() & {"$ref", "items", "type"}, path
 
 
 def test_the_examples_name_settings_that_exist() -> None:
-    page = (ROOT / "docs" / "http.md").read_text()
+    page = PAGE.read_text()
     assert set(re.findall(r"--set (\w+)=", page)) <= set(StoreConfig.__struct_fields__)
     assert "KVSHARE_HTTP=" in page
 
