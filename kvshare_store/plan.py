@@ -171,7 +171,8 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a plan. Tokens, bytes, seconds; `failed` is a reason code or empty."""
+    """What became of a plan. Tokens, bytes, seconds; `failed` is a reason code, or empty: then a
+    plan of which no token was reused counts as `not_taken`."""
 
     exact: Count = 0
     edited: Count = 0

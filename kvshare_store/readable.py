@@ -58,6 +58,7 @@ MISSES = {
     "preempted": "vLLM took the request's memory away and computed its prompt again",
     "queued_too_long": "it waited for half the lease of its plan, which was asked for again",
     "aborted": "it ended before its rows were loaded",
+    "not_taken": "its plan ended without any of its rows having been loaded",
     "lease_expired": "its lease ran out, or its engine died",
 }
 """Why nothing of a prompt is reused: the reasons that users meet (docs/vllm.md), and the daemon's

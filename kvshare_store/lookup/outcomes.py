@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from time import perf_counter
 
+import msgspec
+
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import LeaseError, PlanError
@@ -95,6 +97,8 @@ class Outcomes:
             self._metrics.error(error.kind)
             self._missed(opened, "bad_outcome")
             raise
+        if not outcome.failed and not outcome.reused.tokens:
+            outcome = msgspec.structs.replace(outcome, failed="not_taken")
         if not opened.asked.look:
             self._count_end(opened, outcome)
         if outcome.failed:

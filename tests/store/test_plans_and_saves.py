@@ -553,6 +553,23 @@ def test_a_plan_that_failed_is_a_miss(driver: Open) -> None:
     identity(engine.store)
 
 
+def test_a_plan_of_which_nothing_was_used_is_a_miss(driver: Open) -> None:
+    """Whoever ends it names no reason, so the store does. No load was timed either."""
+    engine = driver()
+    engine.save(prompt(1, 40))
+    for cached in (0, 36):
+        unused = Outcome(recomputed=40 - cached, cached=cached)
+        engine.store.finish(engine.plan(prompt(1, 40)), unused)
+    stats = engine.store.stats()
+    assert (stats["hits_exact"], stats["misses"]) == (0, 2)
+    assert stats["declined"] == {"not_taken": 2}
+    assert (stats["tokens_recomputed"], stats["tokens_engine_cached"]) == (44, 36)
+    assert stats["seconds"]["load"]["buckets"][-1] == 0
+    logged = engine.store.requests.last(2)
+    assert [(entry.outcome, entry.reason) for entry in logged] == [("miss", "not_taken")] * 2
+    identity(engine.store)
+
+
 def test_every_requested_token_is_counted_once(driver: Open) -> None:
     """As reused, computed, or hit in the engine's own prefix cache, however the request ended."""
     engine = driver()
