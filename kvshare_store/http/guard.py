@@ -41,6 +41,8 @@ _SECURE = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+_HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::[0-9]{0,5})?")
+"""A name or an address, and perhaps a port. An address of IPv6 stands in brackets."""
 _FORM_S = 12 * 3600.0
 _DRAIN_S = 2.0
 """How long the rest of a body that is refused is read."""
@@ -115,11 +117,16 @@ class Guard:
 
     def _known(self, host: str) -> bool:
         """Whether this is no name that somebody else could have made point here."""
-        name = host.rpartition("]")[0].lstrip("[") or host.partition(":")[0]
+        parts = _HOST.fullmatch(host)
+        if parts is None:
+            return False
         try:
-            ipaddress.ip_address(name)
+            if parts["six"]:
+                ipaddress.IPv6Address(parts["six"])
+            elif parts["name"].lower() not in self._names:
+                ipaddress.IPv4Address(parts["name"])
         except ValueError:
-            return name.lower() in self._names
+            return False
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -12,12 +13,15 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
 
 from kvshare_store.cli import serve
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.http.address import Address, listening_socket, parse_address, token_of
-from kvshare_store.http.guard import BODY_BYTES, Forms, RefusedError
+from kvshare_store.http.guard import BODY_BYTES, Forms, Guard, RefusedError
 from kvshare_store.http.peers import user_of
 from tests.support.commands import one_line, run
 from tests.support.needs import need
@@ -197,7 +201,48 @@ def test_a_name_that_somebody_made_point_here_is_refused(page: World, host: str)
         assert "open it by its IP address" in answer.json()["message"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:99", "[::1]:99", "LOCALHOST"])
+@pytest.mark.parametrize(
+    "host",
+    ["[::1]evil.example", "[::1]:80.evil.example", "127.0.0.1]evil.example", "[127.0.0.1]",
+     "[evil.example]", "[[::1", "::1]", "[::1", "::1", "127.0.0.1:x", "localhost:80:80",
+     "me@127.0.0.1", "127.0.0.1/", "127.0.0", "2130706433"],
+)  # fmt: skip
+def test_what_is_no_host_is_refused(host: str) -> None:
+    assert status_of(host) == 421
+
+
+_PLAIN = set("0123456789abcdefABCDEF:.")
+"""What an address and a port are made of."""
+words = st.text(st.characters(max_codepoint=255), min_size=1).filter(lambda it: set(it) - _PLAIN)
+
+
+@given(host=st.sampled_from(["127.0.0.1", "localhost", "[::1]", "[::1]:80"]), word=words)
+def test_no_word_before_or_behind_a_host_is_let_in(host: str, word: str) -> None:
+    assert status_of(host + word) == status_of(word + host) == 421
+
+
+def status_of(host: str) -> int:
+    """What a request for this host is answered with, at the guard of an application that answers
+    everything."""
+    said: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "path": "/healthz", "headers": [(b"host", host.encode("latin-1"))]}
+    asyncio.run(Guard(app, "")(scope, receive, send))
+    return int(said[0]["status"])
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost:99", "localhost:", "[::1]:99", "[::1]", "LOCALHOST"]
+)
 def test_names_of_this_machine(page: World, host: str) -> None:
     assert page.ask("GET", "/healthz", headers={"host": host}).status_code == 200
 
