@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,7 +62,8 @@ def command(
 
     chosen = configured(home, config)
     out = console()
-    with Client(place_of(chosen)) as client:  # opening an idle home each time would only lock it
+    # opening an idle home each time would only lock it; Ctrl-C is how watching ends
+    with Client(place_of(chosen)) as client, contextlib.suppress(KeyboardInterrupt):
         looks = _looks(client.call, interval, count)
         if out.is_terminal and not json:
             _watch(looks, client.call, place(chosen), out)
@@ -74,16 +76,13 @@ def command(
 
 
 def _looks(ask: Ask, interval: float, count: int) -> Iterator[Look]:
-    """Look at intervals, so often or until Ctrl-C."""
+    """Look at intervals, so often or for ever."""
     from kvshare_store.daemon.protocol import Stats  # noqa: PLC0415 - seconds, not for --help
 
     before, at = ask(Stats()), time.monotonic()
     seen = 0
     while not count or seen < count:
-        try:
-            time.sleep(interval)
-        except KeyboardInterrupt:
-            return
+        time.sleep(interval)
         now, then = ask(Stats()), time.monotonic()
         yield now, per_second(before, now, then - at)
         before, at, seen = now, then, seen + 1

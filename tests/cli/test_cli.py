@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -259,6 +260,17 @@ def test_whoever_reads_no_further_is_no_error() -> None:
     with os.fdopen(writer, "wb") as pipe:
         found = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (found.returncode, found.stderr) == (1, b"")
+
+
+def test_ctrl_c_ends_a_command(tmp_path: Path) -> None:
+    """While it reads what somebody still writes."""
+    os.mkfifo(trace := tmp_path / "trace")
+    command = [sys.executable, "-m", "kvshare_store.cli.main", "simulate", trace]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes) as process, trace.open("w"):  # from here on it reads
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"")
 
 
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

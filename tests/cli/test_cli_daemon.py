@@ -362,6 +362,34 @@ def test_a_second_daemon_is_refused(store: Stored) -> None:
     assert "belongs to a running store; stop it, or choose another home" in err
 
 
+COMMAND = (sys.executable, "-m", "kvshare_store.cli.main")
+
+
+def test_ctrl_c_at_a_question_is_a_no(home: Path) -> None:
+    with at_hand(home):
+        fill(home)
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen([*COMMAND, "clear", "--home", home], **pipes) as process:
+            assert process.stderr is not None
+            assert b"(2)?" in b"".join(iter(lambda: process.stderr.read(1), b"["))
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert said.endswith(b"kvshare: stopped, nothing was changed\n")
+        assert "2 nodes" in run("stats", "--home", home)[1]
+
+
+def test_ctrl_c_is_how_watching_ends(home: Path) -> None:
+    with at_hand(home):
+        top = [*COMMAND, "top", "--home", home, "--json", "--interval", "0.1"]
+        with subprocess.Popen(top, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, b"")
+
+
 def test_clear_and_stop(home: Path) -> None:
     with serving(home) as process:
         fill(home)
