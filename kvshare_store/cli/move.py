@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def export(
     """
     from kvshare_store.daemon.protocol import Export  # noqa: PLC0415 - seconds, not for --help
 
-    if file.is_file() and not yes:  # nothing else is replaced
+    if os.path.isfile(file) and not yes:  # nothing else is replaced; others are refused below
         typer.confirm(f"Replace {file}?", abort=True, err=True)
     with answering(configured(home, config)) as ask:
         found = ask(Export(str(file.absolute()), tuple(nodes or ()), tenant, plain))

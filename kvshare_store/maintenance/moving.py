@@ -74,8 +74,8 @@ def export_nodes(
             "this store is encrypted and archives are not: pass --plain to write one all the same"
         )
     # not by the process id: in a container every daemon has the same one, and one that was killed
-    # would keep the next from writing
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    # would keep the next from writing; nor by the archive's name, which may be as long as names get
+    beside = path.with_name(f"kvshare-export-{secrets.token_hex(4)}.part")
     try:
         _refuse_others(path, repository.home)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

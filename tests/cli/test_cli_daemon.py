@@ -362,6 +362,18 @@ def test_a_second_daemon_is_refused(store: Stored) -> None:
     assert "belongs to a running store; stop it, or choose another home" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"), [("export", "cannot be written"), ("import", "cannot be read")]
+)
+def test_a_name_that_no_file_can_have_is_refused(
+    home: Path, tmp_path: Path, command: str, words: str
+) -> None:
+    long = tmp_path / ("a" * 256)
+    with at_hand(home):
+        _, _, said = run(command, long, "--home", home)
+    assert said == f"kvshare: archive {long} {words}: File name too long\n"
+
+
 COMMAND = (sys.executable, "-m", "kvshare_store.cli.main")
 
 

@@ -65,6 +65,10 @@ def exported(engine: Driver, path: Path, **how: Any) -> Any:
     return export_nodes(engine.store.repository, nodes, path, plain=how.get("plain", False))
 
 
+LONGEST = 255
+"""Bytes that the name of a file may have."""
+
+
 @pytest.fixture
 def archive(driver: Open, tmp_path: Path) -> Path:
     """An archive of three nodes."""
@@ -241,6 +245,24 @@ def test_an_encrypted_store_is_exported_only_when_that_is_said(
         exported(engine, tmp_path / "a.kv")
     assert not (tmp_path / "a.kv").exists()
     assert exported(engine, tmp_path / "a.kv", plain=True).nodes == 1
+
+
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_a_file_may_have_any_name_and_so_may_what_is_in_it(
+    driver: Open, other: Callable[..., Store], tmp_path: Path, letter: str
+) -> None:
+    size = len(letter.encode())
+    engine = driver()
+    named = msgspec.structs.replace(
+        engine.namespace, model=letter * (4096 // size), tenant=letter * (1024 // size)
+    )
+    assert not named.too_long
+    assert Driver(engine.store, named, engine.book).save(prompt())
+    path = tmp_path / (letter * (LONGEST // size))
+    assert exported(engine, path).nodes == 1
+    with other() as store:
+        assert len(import_nodes(store.repository, path).nodes) == 1
+        assert Driver(store, named, engine.book).serve(prompt()).exact == 99
 
 
 def test_a_file_that_cannot_be_written(driver: Open, tmp_path: Path) -> None:
