@@ -191,7 +191,8 @@ def visit_before(before: Release, home: Path, own: int, found: range) -> None:
 def test_clients_and_daemons_of_both_releases_serve_each_other(
     before: Release, tmp_path: Path
 ) -> None:
-    """Each reads, row by row, what the other has stored; so does each daemon on the same home."""
+    """Each reads, row by row, the prompts, edits and answers that the other has stored; each daemon
+    also from the disk, in the home that the other has left."""
     home, settings = tmp_path / "home", tmp_path / "settings.yaml"
     home.mkdir(mode=0o700)
     settings.write_text(

@@ -8,38 +8,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
+
+import numpy as np
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import ReusePlan
+from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.chaos.rows import DescribedRows
 from tests.support.daemons import ClientDriver
-from tests.support.oracle import prompt
+from tests.support.oracle import pick, prompt
 
-LENGTH = 320
+LENGTH, ANSWER = 320, 48
 SPACE = Namespace("model", KVLayout(2, 1, 16, "float32"), tenant="t")
 
 
 def visit(home: Path, own: int, found: Iterable[int] = ()) -> None:
-    """Read what others have stored, `found`, row by row; store a prompt, `own`, and an edit of it;
-    look at them as people do."""
+    """Read what others have stored, `found`, row by row; store a prompt, `own`, an edit of it, and
+    answers to both; look at them as people do."""
     with Client(home, timeout=60.0) as client:
         assert client.stats()["policy"] == "aggressive"
         engine = ClientDriver(client, SPACE, DescribedRows(SPACE))
         for number in found:
-            exact(engine.serve(prompt(number, LENGTH)))
-            exact(engine.serve(edited(number)))
+            whole(engine.serve(answered(prompt(number, LENGTH))), exact=True)
+            whole(engine.serve(answered(edited(number))), exact=False)
         assert engine.serve(prompt(own, LENGTH)).exact == 0
-        nodes = [engine.save(prompt(own, LENGTH))]
+        assert engine.save(prompt(own, LENGTH))
         plan = engine.serve(edited(own))
         assert plan.reused > LENGTH // 2, plan
-        nodes.append(engine.save(edited(own), plan))
+        assert engine.save(edited(own), plan)
         client.flush()
-        exact(engine.serve(prompt(own, LENGTH)))
-        look(client, [str(node) for node in nodes])
+        nodes = [answer(engine, prompt(own, LENGTH)), answer(engine, edited(own))]
+        client.flush()
+        whole(engine.serve(answered(prompt(own, LENGTH))), exact=True)
+        look(client, nodes)
 
 
 def edited(number: int) -> list[int]:
@@ -48,9 +54,31 @@ def edited(number: int) -> list[int]:
     return [*tokens[:100], *prompt(1000 + number, 8), *tokens[108:]]
 
 
-def exact(plan: ReusePlan) -> None:
-    """All of a prompt that is stored is served, whether with edited rows or not."""
+def answered(tokens: list[int]) -> list[int]:
+    """A prompt with its answer."""
+    return [*tokens, *prompt(sum(tokens), ANSWER)]
+
+
+def whole(plan: ReusePlan, *, exact: bool) -> None:
+    """All of a prompt that is stored is served, and as what it is."""
+    assert plan.reused == plan.tokens - 1, plan
+    assert (plan.exact == plan.reused) == (plan.generation == 0) == exact, plan
+
+
+def answer(engine: ClientDriver, tokens: list[int]) -> str:
+    """Store the answer to a prompt that is stored, on its rows as they are; the node's id."""
+    plan = engine.serve(tokens)
     assert plan.reused == LENGTH - 1, plan
+    reuse = Reuse(generation=plan.generation, policy=plan.policy, contexts=plan.contexts)
+    told = np.asarray(answered(tokens), np.int32).tobytes()
+    staged = engine.client.stage_bytes(told, SPACE, reuse, extends=LENGTH)
+    start = plan.contexts[0].start if plan.contexts else len(answered(tokens))
+    rows = engine.book.computed(answered(tokens), start, staged.id)
+    bounds = accumulate(staged.sizes, initial=LENGTH)
+    blocks = [pick(rows, range(*run)) for run in pairwise(bounds)]
+    node = engine.client.commit(staged, blocks)
+    assert node is not None
+    return node
 
 
 def look(client: Client, nodes: list[str]) -> None:
