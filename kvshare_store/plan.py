@@ -10,10 +10,12 @@ import blake3
 import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+LONGEST_S, LONGEST_PATIENCE_S = 1e9, 600.0
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=LONGEST_S)]
+Patience = Annotated[float, msgspec.Meta(ge=0.0, le=LONGEST_PATIENCE_S)]
 LABEL_CHARS = 128
 Label = Annotated[str, msgspec.Meta(max_length=LABEL_CHARS)]
-"""What clients report: checked when it is decoded, so that sums stay numbers and names short."""
+"""What clients say: checked when it is decoded, so that sums stay numbers and names short."""
 
 
 class Run(NamedTuple):

@@ -22,6 +22,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError, NodeError
+from kvshare_store.plan import LONGEST_S
 from kvshare_store.readable import many, short
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 _AGE = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_OLDEST_S = 1e9
-"""As in the message."""
 _AT_ONCE = 1000
 """Nodes in one message, which has room for a limited number of them."""
 
@@ -108,8 +107,8 @@ def parse_age(text: str) -> float:
     if match is None:
         raise ConfigError(f"--older-than {text}: write an age such as 90s, 10min, 6h or 7d")
     seconds = float(match[1]) * _SECONDS[match[2]]
-    if seconds > _OLDEST_S:
-        raise ConfigError(f"--older-than {text}: no prompt is older than {_OLDEST_S:.0f}s")
+    if seconds > LONGEST_S:
+        raise ConfigError(f"--older-than {text}: no prompt is older than {LONGEST_S:.0f}s")
     return seconds
 
 

@@ -20,6 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
+from kvshare_store.plan import LONGEST_PATIENCE_S
 from kvshare_store.readable import many, one_line, short
 
 if TYPE_CHECKING:
@@ -46,7 +47,13 @@ PoolOption = Annotated[
 ]
 WaitOption = Annotated[
     float,
-    typer.Option("--wait", min=0, max=600, metavar="SECONDS", help="For leases and saves to end."),
+    typer.Option(
+        "--wait",
+        min=0,
+        max=LONGEST_PATIENCE_S,
+        metavar="SECONDS",
+        help="For leases and saves to end.",
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ from kvshare_store.config import MOST_POOLS
 from kvshare_store.daemon.wire import MESSAGE_BYTES, MIB
 from kvshare_store.errors import KVShareError, ProtocolError
 from kvshare_store.namespace import Namespace, PoolName
-from kvshare_store.plan import Count, Label, Outcome, Seconds
+from kvshare_store.plan import Count, Label, Outcome, Patience, Seconds
 from kvshare_store.quality.score import Regrets
 from kvshare_store.save.second_looks import End
 from kvshare_store.save.staging import Reuse
@@ -26,7 +26,6 @@ Ids = Annotated[tuple[Label, ...], msgspec.Meta(max_length=1 << 14)]
 """Of nodes, or what they begin with; asked for under the store's lock."""
 Pools = Annotated[tuple[PoolName, ...], msgspec.Meta(max_length=MOST_POOLS)]
 Source = Annotated[bytes, msgspec.Meta(max_length=16)]
-Patience = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
 
 PIECE_BYTES = MIB // 2
 """Rows in one message, at most."""

@@ -16,7 +16,7 @@ from kvshare_store.errors import PlanError
 from kvshare_store.http import models
 from kvshare_store.http.asking import CHORE_S, Asking
 from kvshare_store.http.guard import Forms
-from kvshare_store.plan import LABEL_CHARS
+from kvshare_store.plan import LABEL_CHARS, LONGEST_PATIENCE_S, LONGEST_S
 from kvshare_store.readable import short
 
 _NAME = 256
@@ -88,7 +88,9 @@ class PurgeBody(_Body):
     namespace: str = Field(default="", pattern=_START, description="All of a namespace.")
     tenant: str | None = Field(default=None, description="All of a tenant.")
     lineage: str = Field(default="", pattern=_START, description="A node with its lineage.")
-    patience: float = Field(default=30.0, ge=0, le=600, description="Seconds to wait for leases.")
+    patience: float = Field(
+        default=30.0, ge=0, le=LONGEST_PATIENCE_S, description="Seconds to wait for leases."
+    )
     dry_run: bool = Field(default=False, description=_DRY)
 
 
@@ -100,7 +102,10 @@ class EvictBody(_Body):
     )
     tenant: str | None = Field(default=None, description="Only those of this tenant.")
     older_than: float | None = Field(
-        default=None, ge=0, le=1e12, description="Only those stored more than so many seconds ago."
+        default=None,
+        ge=0,
+        le=LONGEST_S,
+        description="Only those stored more than so many seconds ago.",
     )
     policy: PolicyName | None = Field(
         default=None, description="Only those of which rows were reused under this policy."

@@ -11,6 +11,7 @@ import pytest
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.protocol import Explain, ListRequests, ShowNode
 from kvshare_store.observability.exposition import CONTENT_TYPE, exposition
+from kvshare_store.plan import LONGEST_PATIENCE_S, LONGEST_S
 from tests.support.daemons import ClientDriver
 from tests.support.exposition import Exposed
 from tests.support.page import BEARING, CHILD, EVIL, PARENT, TENANT, World, owned_world
@@ -151,6 +152,18 @@ def test_bad_questions_are_told_why(page: World, path: str, status: int, kind: s
 
 def sent(owned: World, path: str, **body: Any) -> httpx.Response:
     return owned.ask("POST", path, json=body, headers=BEARING)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "most"),
+    [("/api/evict", "older_than", LONGEST_S), ("/api/purge", "patience", LONGEST_PATIENCE_S)],
+)
+def test_no_more_seconds_than_a_message_holds(
+    owned: World, path: str, field: str, most: float
+) -> None:
+    for seconds, status in ((most, 200), (1.01 * most, 422)):
+        body = {"tenant": TENANT, "dry_run": True, field: seconds}
+        assert sent(owned, path, **body).status_code == status
 
 
 def test_explain_by_text_and_by_tokens(owned: World) -> None:
