@@ -121,8 +121,8 @@ class Serving:
         lookup, planned, leasing = self._made(request, lookup, owner, deadline_ms)
         if not look:
             self._text.looked_up(namespace.digest, request, _served_badly(planned.plan))
-        if source and not namespace.pool:
-            self._sources.asked(namespace.digest, request, source)
+        if source:
+            self._sources.asked(namespace, request, source)
         return self._leasing(answer, lookup, planned, leasing)
 
     def _made(

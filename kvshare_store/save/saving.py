@@ -101,8 +101,7 @@ class Saving:
             raise
         if save is None:
             return Staged(known=True)
-        sender = b"" if namespace.pool else source
-        sources = self._sources.of(namespace.digest, tokens, extends, sender)
+        sources = self._sources.of(namespace, tokens, extends, source)
         return self._kept(
             msgspec.structs.replace(save, greedy=greedy, request=request, sources=sources)
         )

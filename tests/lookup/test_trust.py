@@ -113,10 +113,14 @@ def test_a_save_that_names_its_source_needs_no_memory_of_its_lookup(engine: Driv
 
 
 def test_a_template_of_a_pool_is_nobodys(engine: Driver) -> None:
+    """Whoever looks it up before, whoever saves it, and whoever looks it up then."""
     pool = engine.namespace.in_pool("templates")
-    staged = engine.store.stage(VICTIM, pool, source=ANN)
+    engine.store.plan(VICTIM, pool, source=ANN)
+    staged = engine.store.stage(VICTIM, pool, source=BOB)
     rows = bytes(len(VICTIM) * pool.layout.row_bytes)
     assert engine.store.commit(staged.id, Buffer(packed(rows, staged.sizes, pool.layout)))
+    engine.store.plan(VICTIM, pool, source=CAT)
+    engine.store.flush()
     assert [one.sources for one in engine.store.tree] == [()]
 
 
