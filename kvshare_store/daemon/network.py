@@ -98,18 +98,17 @@ class NetworkListener:
         """Where it listens, also if the system chose."""
         return int(self.socket.getsockname()[1])
 
-    def accept(self) -> TlsStream:
-        """The next connection; its handshake is made as it is used. `BlockingIOError` if nobody is
-        there."""
+    def accept(self) -> TlsStream | None:
+        """The next connection; its handshake is made as it is used. None if it has gone already.
+        `BlockingIOError` if nobody is there."""
         stream, _ = self.socket.accept()
         try:
             stream.setblocking(False)
             _patient(stream)
-            tls = self._context.wrap_socket(stream, server_side=True, do_handshake_on_connect=False)
-        except OSError:  # it has gone already
+        except OSError:  # whoever hangs up at once must close the door to nobody else
             stream.close()
-            raise
-        return TlsStream(tls, server=True)
+            return None
+        return TlsStream(stream, self._context, server=True)
 
     def role_of(self, stream: TlsStream) -> Role:
         """What a client that has shown its certificate may ask for; `DeniedError` if nothing."""
@@ -148,17 +147,13 @@ class Remote:
         stream = _prepared(family)
         try:
             _patient(stream)
-            tls = self._context.wrap_socket(
-                stream, do_handshake_on_connect=False, server_hostname=self.address.host
-            )
-        except OSError:
+            code = stream.connect_ex(where)
+            if code not in (0, errno.EINPROGRESS):
+                raise UnavailableError(f"{self.address} does not answer: {os.strerror(code)}")
+            return TlsStream(stream, self._context, host=self.address.host)
+        except BaseException:
             stream.close()
             raise
-        code = tls.connect_ex(where)  # `connect` forgets TLS where the connection is under way
-        if code not in (0, errno.EINPROGRESS):
-            tls.close()
-            raise UnavailableError(f"{self.address} does not answer: {os.strerror(code)}")
-        return TlsStream(tls)
 
     def __str__(self) -> str:
         return str(self.address)

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.connection import Budget, Connection, Limits
+from kvshare_store.daemon.tls import reason_of
 from kvshare_store.daemon.wire import Frame
 from kvshare_store.errors import KVShareError, OverloadError, ProtocolError
 from kvshare_store.observability.logs import Seldom
@@ -64,7 +65,8 @@ class Door(Protocol):
         """It is ready to be read from when somebody is there."""
 
     def accept(self) -> wire.Stream | None:
-        """The next client, or None if it is not let in. `BlockingIOError` if nobody is there."""
+        """The next client, or None if it is not let in or has gone. `BlockingIOError` if nobody is
+        there; another `OSError` where the system lets nobody in for now."""
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -147,7 +149,7 @@ class Switchboard:
         except (EOFError, OSError) as error:
             if isinstance(error, ssl.SSLError):
                 self.cut_off += 1
-                self._seldom.warn("tls", f"TLS with a client failed: {error.reason}")
+                self._seldom.warn("tls", f"TLS with a client failed: {reason_of(error)}")
             self._hang_up(connection)
             return
         try:

@@ -8,8 +8,6 @@ The role is the organizational unit (OU) of the certificate's subject, or what a
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import socket
 import ssl
 from pathlib import Path
@@ -23,53 +21,87 @@ from kvshare_store.errors import ConfigError, DeniedError
 _RECORD_BYTES = 1 << 14
 """Longest record of TLS."""
 _SENT_BYTES = 1 << 17
-"""One call sends no more. TLS wants a send that would wait to be repeated with the same bytes,
-which whoever moves frames does."""
+"""One call sends no more."""
 _READ_BYTES = 1 << 16
-"""Read by one call, at most."""
+"""Taken from the system by one call, at most."""
+_TALK_BYTES = 2 * _RECORD_BYTES
+"""Of TLS's own talk, after the handshake and in a row. Nobody has to say so much."""
 _UNREAD_RECORDS = 16
-_CONNECTING = (errno.ENOTCONN, errno.EINPROGRESS)
 
 
 class TlsStream:
     """A connection with TLS that never waits. It is used as a non-blocking socket is:
-    `BlockingIOError` where a call would wait, no bytes at the end of the stream."""
+    `BlockingIOError` where a call would wait, no bytes at the end of the stream.
 
-    def __init__(self, tls: ssl.SSLSocket, *, server: bool = False) -> None:
-        """`tls`: not blocking, its handshake still to be made. `server`: this is the side that says
-        why it hangs up."""
-        self._tls = tls
+    TLS gets only what one call has taken from the system. Left to read for itself, it would go on
+    as long as more of its own talk comes, such as new keys again and again, and keep the thread.
+    """
+
+    def __init__(
+        self,
+        stream: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        server: bool = False,
+        host: str = "",
+    ) -> None:
+        """`stream`: not blocking, and connected soon. `server`: this is the side that says why it
+        hangs up. `host`: else, whom the other side must prove to be."""
+        self._stream = stream
         self._server = server
+        self._come, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._come, self._going, server_side=server, server_hostname=host or None
+        )
         self._room = bytearray(_READ_BYTES + _RECORD_BYTES)
         self._shaken = False
-        self._failure = 0
+        self._talk = 0
+        """Bytes that have come since the last that were for us."""
+        self._unsent = memoryview(b"")
+        """What TLS has made, and the system has not taken yet."""
+        self._sending = 0
+        """Bytes of ours that are in it."""
         self.waits_to_read = False
         """Nothing can be sent before something is received."""
 
     def recv(self, nbytes: int) -> bytes:
         """As a socket's; also what TLS holds back, so up to a record more."""
-        nbytes = min(nbytes, _READ_BYTES)
+        data = self._stream.recv(min(nbytes, _READ_BYTES))
+        if not data:
+            return b""
+        self._come.write(data)
         self._shake()
-        room = memoryview(self._room)[: nbytes + _RECORD_BYTES]
-        at = 0
+        return self._opened(len(data))
+
+    def _opened(self, nbytes: int) -> bytes:
+        """What is for us in `nbytes` bytes that have come, and what they complete."""
+        room, at = memoryview(self._room), 0
         try:
-            while at < nbytes or self._tls.pending():
-                count = self._tls.recv_into(room[at:])
-                if not count:
-                    break
+            while count := self._tls.read(len(room) - at, room[at:]):
                 at += count
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+        except ssl.SSLWantReadError as error:
+            self._talk = 0 if at else self._talk + nbytes
+            if self._talk > _TALK_BYTES:
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "nothing but TLS's own talk") from error
             if not at:
                 raise BlockingIOError from error
         return bytes(room[:at])
 
     def send(self, data: memoryview) -> int:
-        """As a socket's."""
+        """As a socket's. After `BlockingIOError` it wants the same bytes again, which whoever moves
+        frames does: they are in a record already."""
         self._shake()
-        try:
-            return self._tls.send(data[:_SENT_BYTES])
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise BlockingIOError from error
+        while self._sending < len(data[:_SENT_BYTES]) and not self._unsent:
+            self._sending += self._tls.write(data[self._sending : _SENT_BYTES])
+        self._flush()
+        sent, self._sending = self._sending, 0
+        return sent
+
+    def _flush(self) -> None:
+        """Send what TLS has made; `BlockingIOError` while the system does not take all of it."""
+        while self._unsent or self._going.pending:
+            self._unsent = self._unsent or memoryview(self._going.read())
+            self._unsent = self._unsent[self._stream.send(self._unsent) :]
 
     def _shake(self) -> None:
         if self._shaken:
@@ -78,21 +110,16 @@ class TlsStream:
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError as error:
+            self._flush()
             self.waits_to_read = True
             raise BlockingIOError from error
-        except ssl.SSLWantWriteError as error:
-            raise BlockingIOError from error
-        except OSError as error:
-            if isinstance(error, ssl.SSLError) or error.errno not in _CONNECTING:
-                raise
-            # the system says once why nobody could be reached
-            self._failure = self._failure or self._tls.getsockopt(
-                socket.SOL_SOCKET, socket.SO_ERROR
-            )
-            if self._failure:
-                raise OSError(self._failure, os.strerror(self._failure)) from error
-            raise BlockingIOError from error
+        except ssl.SSLError:
+            with contextlib.suppress(OSError):  # the other side is told why
+                self._flush()
+            raise
         self._shaken = True
+        with contextlib.suppress(BlockingIOError):
+            self._flush()
 
     def certificate(self) -> dict[str, Any]:
         """What the other side has shown, verified; empty before the handshake is over."""
@@ -100,7 +127,7 @@ class TlsStream:
 
     def fileno(self) -> int:
         """For whoever waits for it."""
-        return self._tls.fileno()
+        return self._stream.fileno()
 
     def setblocking(self, wanted: bool) -> None:
         """It never blocks."""
@@ -112,11 +139,11 @@ class TlsStream:
         lets go: a forked child must not end the connection of its parent."""
         if self._server:
             with contextlib.suppress(OSError):
-                self._tls.shutdown(socket.SHUT_WR)
+                self._stream.shutdown(socket.SHUT_WR)
                 for _ in range(_UNREAD_RECORDS):  # what is unread would reset the connection
-                    if not socket.socket.recv(self._tls, _RECORD_BYTES):
+                    if not self._stream.recv(_RECORD_BYTES):
                         break
-        self._tls.close()
+        self._stream.close()
 
 
 def server_context(config: StoreConfig) -> ssl.SSLContext:
@@ -185,7 +212,7 @@ MUST_HOLD = (
 
 def reason_of(error: ssl.SSLError) -> str:
     """Why there is no TLS, as the library says it."""
-    why = getattr(error, "verify_message", "") or error.reason or error.strerror
+    why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or error.strerror
     return str(why).rstrip(".")
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.link import Link, open_link
-from kvshare_store.daemon.network import place_of
+from kvshare_store.daemon.network import NetworkListener, place_of
 from kvshare_store.daemon.roles import NEEDED, ROLES
 from kvshare_store.daemon.server import Server
 from kvshare_store.errors import (
@@ -45,6 +46,7 @@ from tests.support.certificates import Keys, Pair
 from tests.support.daemons import ClientDriver, serving
 from tests.support.fuzz import some_message
 from tests.support.oracle import prompt
+from tests.support.renewing import renewing
 from tests.support.waiting import eventually
 
 Config = Callable[..., StoreConfig]
@@ -320,6 +322,23 @@ def test_whoever_shows_no_key(config: Config, keys: Keys, how: str) -> None:
         assert eventually(lambda: not server.switchboard.connections, PATIENCE_S)
 
 
+def test_whoever_hangs_up_at_once_closes_the_door_to_nobody(config: Config, keys: Keys) -> None:
+    """One that has sent something and gone before it was accepted is no reason to accept nobody:
+    without a key it could keep everybody out, engines of this machine too."""
+    listener = NetworkListener(config(**keys.listening()))
+    try:
+        for sent in (b"", b"some bytes"):
+            stream = socket.create_connection(("127.0.0.1", listener.port), PATIENCE_S)
+            stream.sendall(sent)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            stream.close()  # which resets the connection
+            accepted = listener.accept()  # an error here would count as the system's
+            if accepted is not None:
+                accepted.close()
+    finally:
+        listener.close()
+
+
 def received(stream: socket.socket) -> bytes:
     said = b""
     try:
@@ -572,6 +591,18 @@ def test_rows_without_a_lease(connect: Callable[..., Client]) -> None:
     assert client.call(protocol.ReadRows(plan.lease, name, plan.blocks[0].nbytes + 5)) == b""
     engine.finish(plan)
     assert refusal(client, protocol.ReadRows(plan.lease, name)) is LeaseError
+
+
+def test_nobody_keeps_the_thread_with_talk_of_tls_alone(
+    connect: Callable[..., Client], server: Server, keys: Keys
+) -> None:
+    """Left to itself, OpenSSL takes in new keys as long as more of them come, and returns to nobody
+    meanwhile."""
+    with renewing(server.port, keys.clients.issue("node-1", "reader")) as flooding:
+        hello = protocol.encode(protocol.Hello())
+        assert flooding.write(wire.HEADER.pack(len(hello), bytes(8)) + hello)
+        assert not all(flooding.renew() for _ in range(50_000)), "it is cut off before long"
+        assert connect().stats()["daemon"]["cut_off"] == 1
 
 
 def test_messages_that_no_client_would_send(
