@@ -70,7 +70,7 @@ def import_(
 ) -> int:
     """Take in the prompts of an archive that `kvshare export` has written.
 
-    All of it is verified before anything is taken. The exit code is 1 if some had no room.
+    All of it is verified before anything is taken. The exit code is 1 if some were not taken.
     """
     from kvshare_store.daemon.protocol import Import  # noqa: PLC0415 - seconds, not for --help
 
@@ -82,4 +82,7 @@ def import_(
         typer.echo(f"{many(len(found['nodes']), 'new node')}, {found['known']:,} were here.")
         for node in found["skipped"]:
             typer.echo(f"{short(node)}: there was no room for its rows", err=True)
-    return int(bool(found["skipped"]))
+        if purged := found.get("purged"):  # a daemon of the release before does not say
+            what = "their tenant or namespace was purged meanwhile"
+            typer.echo(f"{many(len(purged), 'node')} not taken: {what}", err=True)
+    return int(bool(found["skipped"] or found.get("purged")))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
+from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import (
     ConfigError,
@@ -57,7 +59,9 @@ class Imported(msgspec.Struct, frozen=True):
     known: int
     """Nodes that the store had already."""
     skipped: tuple[str, ...]
-    """Nodes for which there was no room, or whose namespace is being purged."""
+    """Nodes for which there was no room."""
+    purged: tuple[str, ...] = ()
+    """Nodes whose namespace was purged meanwhile."""
 
 
 def export_nodes(
@@ -156,33 +160,53 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
 
 
 def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Imported:
-    added: list[str] = []
-    skipped: list[str] = []
-    known, refusals = 0, repository.queue.failures
-    for node in contents.nodes:
+    with _purges(repository.nodes) as purged:
+        added: list[Node] = []
+        skipped: list[Node] = []
+        known, refusals = 0, repository.queue.failures
+        for node in contents.nodes:
+            tree = repository.nodes.tree
+            exact_one = node_id(node.namespace, node.tokens, True)
+            if node.id in tree or exact_one in tree:
+                known += 1
+                continue
+            namespace = contents.namespaces[node.namespace]
+            if len(added) % _AT_ONCE == _AT_ONCE - 1:
+                repository.queue.flush(refusals)
+            here = _add(repository, node, namespace, partial(block_at, file, contents), purged)
+            (added if here else skipped).append(node)
+        repository.queue.flush(refusals)
         tree = repository.nodes.tree
-        exact_one = node_id(node.namespace, node.tokens, True)
-        if node.id in tree or exact_one in tree:
-            known += 1
-            continue
-        namespace = contents.namespaces[node.namespace]
-        if len(added) % _AT_ONCE == _AT_ONCE - 1:
-            repository.queue.flush(refusals)
-        if _add(repository, node, namespace, partial(block_at, file, contents)):
-            added.append(node.id)
-        else:
-            skipped.append(node.id)
-    repository.queue.flush(refusals)
-    tree = repository.nodes.tree
-    skipped += [each for each in added if each not in tree]  # others took their room
-    added = [each for each in added if each in tree]
-    return Imported(tuple(added), known, tuple(skipped))
+        skipped += [each for each in added if each.id not in tree]  # others took their room
+        return Imported(
+            tuple(each.id for each in added if each.id in tree),
+            known,
+            tuple(each.id for each in skipped if each.namespace not in purged),
+            tuple(each.id for each in skipped if each.namespace in purged),
+        )
+
+
+@contextmanager
+def _purges(nodes: NodeStore) -> Iterator[set[str]]:
+    """Namespaces that are being purged, or were while this lasts: nothing of them may come back."""
+    with nodes.lock:
+        purged = nodes.namespaces.watch()
+    try:
+        yield purged
+    finally:
+        with nodes.lock:
+            nodes.namespaces.unwatch(purged)
 
 
 def _add(
-    repository: Repository, node: Node, namespace: Namespace, block_of: Callable[[str], Block]
+    repository: Repository,
+    node: Node,
+    namespace: Namespace,
+    block_of: Callable[[str], Block],
+    purged: Collection[str],
 ) -> bool:
-    """Add a node, with those of its blocks that the store lacks; False if there is no room."""
+    """Add a node, with those of its blocks that the store lacks; False if there is no room, or its
+    namespace is one of the `purged`."""
     nodes, pool = repository.nodes, repository.blocks.pool
     filled: dict[str, tuple[int, Block]] = {}
     try:
@@ -194,7 +218,7 @@ def _add(
             pool.reserved(filled[name][0])[:] = block.data
         with nodes.lock:
             here = all(n in filled or repository.blocks.tier_of(n) for n in node.blocks)
-            if not here or namespace.digest in nodes.namespaces.closed:
+            if not here or namespace.digest in purged:
                 return False
             nodes.namespaces.register(namespace)
             for name, (offset, block) in filled.items():

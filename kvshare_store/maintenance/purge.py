@@ -99,7 +99,7 @@ class Purge:
         seconds, then remove everything. Nothing new is stored in the namespace meanwhile."""
         deadline = time.monotonic() + patience
         with self._nodes.lock:
-            self._nodes.namespaces.closed.add(self._digest)
+            self._nodes.namespaces.close(self._digest)
         try:
             remaining = self._wait(deadline)
             self._saving.looks.forget(self._digest)  # first: looks teach what is forgotten next

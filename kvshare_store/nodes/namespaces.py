@@ -16,6 +16,7 @@ class Namespaces:
         """Those that the catalogue knows."""
         self.closed: set[str] = set()
         """Those in which nothing new is stored, because they are being purged."""
+        self._watching: list[set[str]] = []
 
     def __iter__(self) -> Iterator[Namespace]:
         return iter(list(self._known.values()))
@@ -45,6 +46,22 @@ class Namespaces:
     def keep_recorded(self, digests: set[str]) -> None:
         """The catalogue has records of no others: the next save there writes a new one."""
         self._recorded &= digests
+
+    def close(self, digest: str) -> None:
+        """A purge begins."""
+        self.closed.add(digest)
+        for purged in self._watching:
+            purged.add(digest)
+
+    def watch(self) -> set[str]:
+        """Those that are being purged, and from now on each of which a purge begins: for whoever
+        has had rows of them since before. `unwatch` it."""
+        self._watching.append(set(self.closed))
+        return self._watching[-1]
+
+    def unwatch(self, purged: set[str]) -> None:
+        """Nobody looks at what `watch` has given any more."""
+        self._watching = [each for each in self._watching if each is not purged]
 
     def remove(self, digest: str) -> None:
         """Nothing of the namespace is left, and nobody knows what its digest stood for."""

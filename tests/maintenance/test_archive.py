@@ -25,10 +25,13 @@ from kvshare_store.errors import (
     ShortBlockError,
     StorageError,
 )
+from kvshare_store.maintenance import moving
+from kvshare_store.maintenance.archive import block_at
 from kvshare_store.maintenance.moving import export_nodes, import_nodes
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import encode_node
 from kvshare_store.store import Store
+from kvshare_store.tensors.frame import Block
 from tests.support.oracle import Driver
 from tests.support.stores import Open
 from tests.support.tiers import disk_level
@@ -170,6 +173,32 @@ def test_a_disk_that_refuses_is_an_error_and_one_that_is_full_is_none(
             import_nodes(store.repository, archive)
         assert not len(store.tree)
         assert not store.blocks.pool.filling()
+
+
+def test_nothing_of_a_tenant_comes_back_that_is_purged_meanwhile(
+    driver: Open, other: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = driver()
+    alice = Driver(engine.store, engine.namespace.for_tenant("alice"), engine.book)
+    ids = [alice.save(prompt(seed, 8)) for seed in range(4)]  # a block each
+    exported(engine, tmp_path / "a.kv")
+    read: list[str] = []
+
+    def purging(*which: Any) -> Block:
+        read.append(which[-1])
+        if len(read) == 3:
+            assert not store.purge(tenant="alice")[0].remaining
+        return block_at(*which)
+
+    with other() as store:
+        monkeypatch.setattr(moving, "block_at", purging)
+        found = import_nodes(store.repository, tmp_path / "a.kv")
+        assert (found.nodes, found.known, found.skipped) == ((), 0, ())
+        assert sorted(found.purged) == sorted(map(str, ids))
+        assert not len(store.tree)
+        assert not store.blocks.pool.filling()
+        again = import_nodes(store.repository, tmp_path / "a.kv")
+        assert sorted(again.nodes) == sorted(map(str, ids)), "it was asked for after the purge"
 
 
 # --- what is refused ------------------------------------------------------------------------------
