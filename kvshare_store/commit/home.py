@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,17 @@ from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit.tiers import check_levels, open_levels
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import BusyError, HomeError, KVShareError
+from kvshare_store.errors import BusyError, ConfigError, HomeError, KVShareError
 from kvshare_store.keys import Keyring, master_key
 from kvshare_store.observability.threads import Health
+
+log = logging.getLogger("kvshare")
 
 FORMAT = "2"
 """The format that a home is marked with. A later release that adds something and changes nothing
 that this one reads marks its homes `2.1`, `2.2` and so on."""
+ENCRYPTED = "encrypted"
+"""The file that marks a home whose store has a key. Before its first prompt nothing else tells."""
 _BEFORE_FORMAT = {"format.new", "lock", "daemon.log", "config.yaml", "kvshare.sock"}
 """Files that may be in a home before its first owner has marked it."""
 
@@ -58,6 +63,7 @@ class Home:
         arena: Arena | None = None
         try:
             check_format(home)
+            _check_mark(home, has_key=bool(config.encryption_key))
             keys = Keyring(master_key(config.encryption_key)) if config.encryption_key else None
             arena = Arena.create(config.host_bytes, huge=config.huge_pages == "auto")
             check_levels(config)
@@ -145,3 +151,24 @@ def _write_format(home: Path) -> None:
     files.write(unfinished, [FORMAT.encode()])
     files.rename(unfinished, str(home / "format"))
     files.sync_folder(str(home))
+
+
+def _check_mark(home: Path, *, has_key: bool) -> None:
+    """`ConfigError` where rows would be written in clear into a home that is marked."""
+    if (home / ENCRYPTED).exists() and not has_key:
+        raise ConfigError(
+            "this store was made with an encryption_key, and that cannot be changed: set it, or "
+            "choose another home"
+        )
+
+
+def mark_encrypted(home: Path) -> None:
+    """Mark a home whose store has been opened with its key. One that cannot be marked now, since
+    its disk is full, is marked at the next start."""
+    if (home / ENCRYPTED).exists():
+        return
+    try:
+        files.write(str(home / ENCRYPTED), [])
+        files.sync_folder(str(home))
+    except OSError as error:
+        log.warning("kvshare: the home was not marked as encrypted: %s", error.strerror)

@@ -11,7 +11,7 @@ from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.committer import Committer
 from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.durable import Durable
-from kvshare_store.commit.home import Home
+from kvshare_store.commit.home import Home, mark_encrypted
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
@@ -62,6 +62,8 @@ class Repository:
                     "in KVSHARE_REMOTE"
                 )
             self._recover(state, spare=visiting or lacking)
+            if self.encrypted and self.catalog is not None and not visiting:
+                mark_encrypted(self.home)
         except KVShareError as error:
             self.close()
             if isinstance(error, StorageError):

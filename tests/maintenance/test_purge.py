@@ -413,6 +413,32 @@ def test_the_wrong_key_and_no_key_are_refused(
         assert Driver(store, mine, two.mine.book).serve(PROMPTS[0]).exact > 0
 
 
+def test_nothing_is_written_in_clear_where_a_key_was_set_before_the_first_prompt(
+    config: Config, mine: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an import into a home that was started for it, from a shell without the key."""
+    monkeypatch.setenv("KVSHARE_TEST_KEY", os.urandom(32).hex())
+    with Store(config(encryption_key="env:KVSHARE_TEST_KEY")):
+        pass
+    for visiting in (True, False):
+        with pytest.raises(ConfigError, match="with an encryption_key"):
+            Store(config(), visiting=visiting)
+    with Store(config(encryption_key="env:KVSHARE_TEST_KEY")) as store:
+        assert Driver(store, mine).save(PROMPTS[0])
+
+
+def test_a_wrong_key_marks_nothing(
+    config: Config, mine: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSHARE_TEST_KEY", os.urandom(32).hex())
+    with Store(config()) as store:
+        assert Driver(store, mine).save(PROMPTS[0])
+    with pytest.raises(ConfigError, match="without an encryption_key"):
+        Store(config(encryption_key="env:KVSHARE_TEST_KEY"))
+    with Store(config()) as store:
+        assert len(store.tree) == 1
+
+
 @pytest.mark.parametrize("key", ["encrypted"], indirect=True)
 def test_damage_to_an_encrypted_block_is_a_miss(two: Two, home: Path, config: Config, key: str,
                                                 mine: Namespace) -> None:  # fmt: skip
