@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import msgspec
 
 from kvshare_store.bounded import pieces
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.catalog.ledger import Fact
+from kvshare_store.catalog.ledger import Fact, within
 from kvshare_store.commit.repository import Repository
 from kvshare_store.quality.quality import Quality
 from kvshare_store.save.saving import Saving
@@ -21,8 +20,9 @@ log = logging.getLogger("kvshare")
 BEGUN = "begun "
 """Precedes the id of a purge while the catalogue may still have rows of the namespace."""
 _CHUNK = 512
-_KEPT_S = 90 * 86_400.0
-"""How long purges are kept for machines that are switched off."""
+_KEPT = 8192
+"""Purges that are kept for machines that are switched off. So many and not for so long: whoever
+purged may have had a wrong clock, and so may whoever looks."""
 
 
 class OthersPurges:
@@ -133,13 +133,14 @@ class OthersPurges:
 
 
 def _purges(catalog: Catalog) -> dict[str, Fact]:
-    """The last purge of each namespace. Very old ones are dropped: a machine that was off for so
-    long has forgotten the nodes, and removes their blocks as garbage."""
-    facts = catalog.facts.facts("key LIKE 'purged/%'")
-    long_ago = time.time() - _KEPT_S
-    if any(fact.at < long_ago for fact in facts):
-        catalog.facts.remove(f"key LIKE 'purged/%' AND at < {long_ago}")
-    return {fact.key.rpartition("/")[2]: fact for fact in facts if fact.at >= long_ago}
+    """The last purge of each namespace. Of very many those that seem oldest are dropped: a machine
+    that was off all the time has forgotten the nodes, and removes their blocks as garbage."""
+    facts = sorted(catalog.facts.facts("key LIKE 'purged/%'"), key=lambda fact: fact.at)
+    dropped, kept = facts[:-_KEPT], facts[-_KEPT:]
+    for some in pieces(dropped, _CHUNK):
+        keys = within("key", [fact.key for fact in some])
+        catalog.facts.remove(f"{keys} AND at <= {dropped[-1].at!r}")  # not one made since
+    return {fact.key.rpartition("/")[2]: fact for fact in kept}
 
 
 def _absent(catalog: Catalog, here: Mapping[str, int]) -> dict[str, int]:

@@ -43,6 +43,9 @@ class SharedGarbage:
         self._garbage: dict[str, float] = {}
         """When each block was first seen to be garbage."""
         self._listed_again = 0.0
+        self._turn: Fact | None = None
+        self._turn_seen = 0.0
+        """When that turn, as it is written down, was first seen here."""
 
     def my_turn(self) -> bool:
         """Whether it is this machine's turn. If it does nothing, another takes over. A turn is
@@ -51,7 +54,11 @@ class SharedGarbage:
         turn = next(iter(facts.facts(f"key = '{_TURN}'")), None)
         if turn is None:
             return bool(facts.create([Fact(_TURN, now, self._machine)]))
-        mine, age = turn.by == self._machine, now - turn.at
+        mine, watched = turn.by == self._machine, self._condemned.clock()
+        if turn != self._turn:
+            self._turn, self._turn_seen = turn, watched
+        # a machine whose clock is ahead may write down a moment that is far away, and be gone
+        age = max(now - turn.at, watched - self._turn_seen)
         if age < self._turn_s / (2 if mine else 1):
             return mine
         same = f"key = '{_TURN}' AND by = '{turn.by}' AND at = {turn.at!r}"

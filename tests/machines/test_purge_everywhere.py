@@ -65,9 +65,11 @@ def test_copies_on_other_machines_are_wiped(machine: Machine) -> None:
     until(lambda: other.store.namespace(NAMESPACE.digest) is None)
 
 
+@pytest.mark.parametrize("years", [0, -50, 50])
 def test_a_machine_that_was_off_carries_it_out_when_it_starts(
-    machine: Machine, tmp_path: Path
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int
 ) -> None:
+    """Also where the clock of whoever purged was wrong by years."""
     one = machine("a")
     save(one, PROMPT)
     config = config_of(tmp_path, "b", gc_seconds=0.0)
@@ -78,6 +80,7 @@ def test_a_machine_that_was_off_carries_it_out_when_it_starts(
         until(lambda: len(disk.tier.names()) == 5)
     bad = config.home_path / "quarantine" / f"{'ab' * 32}.kvb"
     bad.write_bytes(b"rows that did not verify")
+    clock_of_purges(monkeypatch, ahead=years * 365 * 86_400.0)
     one.store.purge(NAMESPACE.digest)
     with Store(config):
         until(lambda: not bad.exists())
@@ -380,6 +383,15 @@ def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
     learn(other)
     assert own_blocks(other) == 0
     assert other.store.namespace(NAMESPACE.digest) is None
+
+
+def test_only_so_many_purges_are_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvshare_store.machines.others_purges._KEPT", 2)
+    one = machine("a")
+    catalog = one.store.repository.catalog
+    assert catalog is not None
+    catalog.facts.create([Fact(f"purged/{number:064x}", float(number)) for number in range(5)])
+    until(lambda: {fact.at for fact in catalog.facts.facts("key LIKE 'purged/%'")} == {3.0, 4.0})
 
 
 def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_path: Path) -> None:

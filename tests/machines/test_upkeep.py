@@ -439,6 +439,24 @@ def test_a_turn_is_renewed_only_when_it_is_half_over(machine: Machine) -> None:
     assert not mine.my_turn()
 
 
+def test_a_turn_ends_although_its_clock_was_years_ahead(machine: Machine) -> None:
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    catalog = one.store.repository.catalog
+    assert catalog is not None
+    mine, theirs = (engine.store.janitor.shared for engine in (one, other))
+    condemned = other.store.repository.condemned
+    assert mine is not None
+    assert theirs is not None
+    assert condemned is not None
+    assert mine.my_turn()
+    catalog.facts.change("key = 'janitor'", at=time.time() + 10 * 365 * 86_400)
+    assert not theirs.my_turn()
+    now = condemned.clock()
+    condemned.clock = lambda: now + 200.0
+    assert theirs.my_turn(), "nothing was heard of the other one for three passes"
+    assert not mine.my_turn()
+
+
 def test_commits_of_others_are_learned_without_reading_every_stamp(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
