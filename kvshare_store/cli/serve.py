@@ -16,7 +16,7 @@ import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, SetOption, configured
 from kvshare_store.cli.libraries import load_lancedb
-from kvshare_store.config import StoreConfig, names_file
+from kvshare_store.config import StoreConfig, named_file
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.observability.logs import log_process_as
 from kvshare_store.readable import size
@@ -76,12 +76,12 @@ def command(
         "tls_clients": tls_clients,
     }  # fmt: skip
     given = [f"{name}={value}" for name, value in network.items() if value is not None]
-    run(partial(configured, home, config, [*(set_ or ()), *given]), named=names_file(config))
+    run(partial(configured, home, config, [*(set_ or ()), *given]), file=named_file(config))
 
 
-def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
-    """Serve in this process, by the settings that `read` returns; log to standard error. `named`:
-    whether these come from a file, which can be read again."""
+def run(read: Callable[[], StoreConfig], *, file: str = "") -> None:
+    """Serve in this process, by the settings that `read` returns; log to standard error. `file`:
+    where these come from and can be read again, if a file was named."""
     config = read()
     entrance = page_entrance(config)
     os.umask(0o077)  # also for what LanceDB writes
@@ -98,7 +98,7 @@ def run(read: Callable[[], StoreConfig], *, named: bool) -> None:
 
         log_process_as(config.log_format)
         log.setLevel(logging.INFO)
-        daemon = server.Server(config, reread=read if named else None)
+        daemon = server.Server(config, reread=read if file else None, file=file)
         for number, act in zip(_SIGNALS, (daemon.drain, daemon.stop, daemon.reload), strict=True):
             signal.signal(number, act)
     finally:

@@ -8,7 +8,7 @@ from kvshare_store.config.reading import (
     Settings,
     load_config,
     load_settings,
-    names_file,
+    named_file,
     parse_size,
     unknown_variables,
 )
@@ -39,7 +39,7 @@ __all__ = [
     "json_lines",
     "load_config",
     "load_settings",
-    "names_file",
+    "named_file",
     "parse_size",
     "policy_names",
     "read_yaml",

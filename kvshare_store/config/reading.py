@@ -72,9 +72,10 @@ def load_config(
     return load_settings(explicit, file=file, environ=environ, defaults=defaults).config
 
 
-def names_file(file: str | os.PathLike[str] | None = None) -> bool:
-    """Whether a settings file is named: by an option (`file`) or by the environment."""
-    return bool(file or os.environ.get(f"{_ENVIRONMENT}CONFIG"))
+def named_file(file: str | os.PathLike[str] | None = None) -> str:
+    """The settings file that is named, by an option (`file`) or by the environment; empty if none
+    is."""
+    return os.fspath(file or os.environ.get(f"{_ENVIRONMENT}CONFIG", ""))
 
 
 def load_settings(

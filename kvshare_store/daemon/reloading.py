@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from kvshare_store.config import FIELDS, StoreConfig
+from kvshare_store.errors import ConfigError
 
 LIVE = (
     "min_saving_ms", "approximation_price", "unconfirmed_share", "candidates", "max_donors",
@@ -16,6 +20,47 @@ LIVE = (
     "quality_bound", "quality_confidence",
 )  # fmt: skip
 """Settings that count from the moment at which they are read again. All others need a restart."""
+
+
+_REST_S = 0.25
+"""A file that has not changed for so long is taken for complete."""
+_RESTS = 40
+
+
+def files_of(config: StoreConfig, file: str) -> list[str]:
+    """The files that are read again: that of the settings, and those that they name."""
+    named = (file, config.tls_cert, config.tls_key, config.tls_clients, config.tls_roles,
+             config.tenant_limits)  # fmt: skip
+    return [path for path in named if path]
+
+
+def wait_until_written(paths: Sequence[str]) -> None:
+    """Return once no file changes any more: somebody may be in the middle of writing one. Half of
+    it, or an empty one, may be sound, and would take limits away without a word. `ConfigError`
+    where that does not end."""
+    before = _looks(paths)
+    for _ in range(_RESTS if paths else 0):
+        time.sleep(_REST_S)
+        now = _looks(paths)
+        if now == before:
+            return
+        before = now
+    if paths:
+        raise ConfigError(
+            f"{' or '.join(paths)} changes all the time: send SIGHUP once it does not"
+        )
+
+
+def _looks(paths: Sequence[str]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for path in paths:
+        try:
+            status = Path(path).expanduser().stat()
+        except (OSError, RuntimeError):  # whoever reads it says what is wrong
+            found.append(())
+        else:
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 class Change(NamedTuple):

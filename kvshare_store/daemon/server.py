@@ -24,7 +24,7 @@ from kvshare_store.daemon.connection import Connection, Limits
 from kvshare_store.daemon.handling import Handling
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.daemon.network import NetworkListener
-from kvshare_store.daemon.reloading import changed, nothing_named
+from kvshare_store.daemon.reloading import changed, files_of, nothing_named, wait_until_written
 from kvshare_store.daemon.service_manager import ServiceManager
 from kvshare_store.daemon.switchboard import Door, Switchboard
 from kvshare_store.daemon.tls import TlsStream
@@ -66,11 +66,14 @@ class Server:
         config: StoreConfig,
         limits: Limits | None = None,
         reread: Callable[[], StoreConfig] | None = None,
+        file: str = "",
     ) -> None:
-        """`reread`: the settings as they are now, for `reload`; None: no file of them is named."""
+        """`reread`: the settings as they are now, for `reload`; None: no file of them is named.
+        `file`: that file."""
         self.config = config
         self._reread = reread
-        self._wants_reload = False
+        self._file = file
+        self._wants_reload = self._reload_waits = False
         self._drained_by = float("inf")
         """When a daemon that drains ends, whatever is held then."""
         self._manager = ServiceManager()
@@ -176,18 +179,23 @@ class Server:
         self.switchboard.wake()
 
     def _heed_signals(self) -> None:
-        if self._wants_reload:
-            self._wants_reload = False
-            self._lanes.run("reload", self.reload_now)
+        if self._wants_reload and not self._reload_waits:  # one that waits does for all
+            self._wants_reload, self._reload_waits = False, True
+            self._lanes.run("reload", self._reload)
         if self._drained_by != float("inf"):
             held, late = self.store.held, time.monotonic() >= self._drained_by
             if held and late:
                 log.warning("kvshare: ending although %d leases and saves have not", held)
             self._stopping |= late or not held
 
+    def _reload(self) -> None:
+        self._reload_waits = False
+        self.reload_now()
+
     def reload_now(self) -> None:
         """Read the settings again; what is wrong, or cannot change, changes nothing."""
         try:
+            wait_until_written(files_of(self.config, self._file))
             asked = None if self._reread is None else self._reread()
             if self._network is not None:  # certificates and roles may have changed
                 self._network.reload(self.config)

@@ -139,7 +139,7 @@ def test_collections_of_a_daemon_pass_over_what_it_started_with(tmp_path: Path) 
         "    print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)\n"
         "    daemon.close()\n"
         "Server.serve = serve\n"
-        f"run(lambda: StoreConfig(home={str(tmp_path)!r}, host_bytes=1 << 26), named=False)\n"
+        f"run(lambda: StoreConfig(home={str(tmp_path)!r}, host_bytes=1 << 26))\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=True)

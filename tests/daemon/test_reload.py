@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from kvshare_store.cli.common import configured
 from kvshare_store.config import StoreConfig
-from kvshare_store.daemon import protocol
+from kvshare_store.daemon import protocol, reloading
 from kvshare_store.daemon.client import Client
-from kvshare_store.daemon.reloading import LIVE, changed, nothing_named
+from kvshare_store.daemon.reloading import LIVE, changed, nothing_named, wait_until_written
+from kvshare_store.daemon.server import Server
 from kvshare_store.errors import ConfigError, LimitError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
@@ -82,6 +85,48 @@ def test_what_a_hang_up_changes(daemon: Reloaded) -> None:
         assert "max_nodes is 7 now" in json.loads(line)["message"]
         assert "log_format is text now" in daemon.reload("")
         assert engine.save(prompt(2, 40))
+
+
+def test_one_reload_waits_whatever_is_asked(daemon: Reloaded) -> None:
+    with Client(daemon.config.home_path, timeout=PATIENCE_S) as client:
+        for _ in range(20):
+            daemon.send(signal.SIGHUP)
+            assert client.stats()["daemon"]["waiting"]["reload"] <= 1
+    assert "plans_per_second is 7.0 now" in daemon.reload("plans_per_second: 7\n")
+
+
+def test_a_file_that_is_being_written_is_read_when_it_is_complete(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is sound: it would take every limit away."""
+    file, texts = tmp_path / "settings.yaml", ["plans_per_second: 5\n", "", "#"]
+    file.write_text(texts[0])
+
+    def read() -> StoreConfig:
+        return configured(str(config().home_path), file, ["semantic=never", "host_bytes=1MiB"])
+
+    def write(_: float) -> None:
+        if texts:
+            file.write_text(texts.pop())
+
+    server = Server(read(), reread=read, file=str(file))
+    try:
+        monkeypatch.setattr(reloading, "time", SimpleNamespace(sleep=write))
+        file.write_text("")
+        server.reload_now()
+        assert server.config.plans_per_second == 5
+    finally:
+        server.close()
+
+
+def test_a_file_that_changes_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.yaml"
+    numbers = itertools.count()
+    monkeypatch.setattr(
+        reloading, "time", SimpleNamespace(sleep=lambda _: file.write_text("#" * next(numbers)))
+    )
+    with pytest.raises(ConfigError, match=r"settings\.yaml changes all the time"):
+        wait_until_written([str(file)])
 
 
 def test_a_daemon_that_an_engine_started_has_no_file(config: Config, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _serve(
         # threads that LanceDB began before see the other folder still; a new program has none
         program = daemon_command(config)
         os.execve(program[0], program, daemon_environment(config))
-    serve.run(lambda: config, named=False)
+    serve.run(lambda: config)
 
 
 class RecordedDaemon:
