@@ -182,12 +182,20 @@ class Filling:
         return any(_begins(tokens, template) for tokens in self.nodes().values())
 
     def named(self, templates: Sequence[Tokens]) -> list[str]:
-        """For each template the shortest prompt of the pool that begins with it."""
+        """For each template the shortest prompt of the pool that begins with it; `StorageError`
+        unless there is one for each."""
         nodes = sorted(self.nodes().items(), key=lambda node: len(node[1]))
-        return [
-            next(name for name, tokens in nodes if _begins(tokens, template))
+        found = [
+            next((name for name, tokens in nodes if _begins(tokens, template)), "")
             for template in templates
         ]
+        if missing := found.count(""):
+            raise StorageError(
+                f"{missing:,} of {len(templates):,} templates are not in the pool: the log above "
+                f"and that of the daemon ({self._config.home_path / 'daemon.log'}) say why, or "
+                "somebody has purged the pool or published with --replace meanwhile"
+            )
+        return found
 
     def store(self, template: Tokens) -> bool:
         """Compute a template and wait until it is stored, so that the next one can build on it.
@@ -204,12 +212,7 @@ class Filling:
     def check(self, templates: Sequence[Tokens]) -> None:
         """`StorageError` unless all of the templates are here and durable."""
         self._client.flush(_FLUSH_S)
-        missing = sum(not self.holds(template) for template in templates)
-        if missing:
-            raise StorageError(
-                f"{missing:,} of {len(templates):,} templates were not stored: the log above and "
-                f"that of the daemon ({self._config.home_path / 'daemon.log'}) say why"
-            )
+        self.named(templates)
 
     def keep_only(self, templates: Sequence[Tokens]) -> int:
         """Remove what is none of the templates; returns how many.

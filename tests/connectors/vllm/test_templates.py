@@ -4,6 +4,7 @@ to fill a pool."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,17 @@ from typing import Any
 import pytest
 from kvshare_connectors.vllm import launch, settings
 from kvshare_connectors.vllm.requests import Wish, wish_of
+from kvshare_connectors.vllm.templates import Filling
 
 from kvshare_store.config import StoreConfig, load_config
-from kvshare_store.errors import ConfigError
+from kvshare_store.daemon import protocol
+from kvshare_store.daemon.client import Client
+from kvshare_store.errors import ConfigError, StorageError
+from kvshare_store.namespace import Namespace
+from kvshare_store.nodes.edits import as_tokens
 from tests.support.commands import one_line, run
+from tests.support.daemons import ClientDriver, serving
+from tests.support.oracle import prompt
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -48,6 +56,23 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", " ", "a,b", "x" * 65])
 def test_names_that_no_engine_could_read(tmp_path: Path, name: str) -> None:
     assert "pool" in one_line(run("publish", tmp_path, "--pool", name, "--model", "m"), 2)
+
+
+def test_what_somebody_has_removed_meanwhile_is_told(
+    config: Callable[..., StoreConfig], namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a purge of the pool does, or another `publish --replace`."""
+    planning = SimpleNamespace(config=config(), namespace=namespace)
+    monkeypatch.setattr("kvshare_connectors.vllm.templates._sides", lambda _: (planning, None))
+    with serving(config()), Client(config().home_path) as client:
+        pool = ClientDriver(client, namespace.in_pool("house"))
+        stored = [str(pool.save(prompt(seed, 40))) for seed in (1, 2)]
+        templates = [as_tokens(prompt(seed, 40)) for seed in (1, 2)]
+        with Filling(None, "house") as filling:
+            assert filling.named(templates) == stored
+            client.call(protocol.Forget((stored[1],)))
+            with pytest.raises(StorageError, match=r"1 of 2 templates .* purged the pool"):
+                filling.named(templates)
 
 
 def test_only_the_command_asks_for_an_engine_that_fills_a_pool() -> None:
