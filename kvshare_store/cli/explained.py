@@ -15,6 +15,7 @@ from kvshare_store.cli.log import request_lines
 from kvshare_store.readable import (
     KIND_COLOURS,
     REASONS,
+    as_one_name,
     miss_text,
     no_tokens_text,
     printable,
@@ -62,10 +63,10 @@ def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]
 def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
     """What the plan is, and what it is expected to save. `again`: of a request that was served, so
     what a bound says now is another thing than what it said then."""
-    tenant = f", tenant {printable(explained['tenant'])}" if explained["tenant"] else ""
+    tenant = f", tenant {as_one_name(explained['tenant'])}" if explained["tenant"] else ""
     yield (
         f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
-        f"{printable(explained['model'])} (namespace {explained['namespace']}{tenant})"
+        f"{as_one_name(explained['model'])} (namespace {explained['namespace']}{tenant})"
     )
     if explained.get("steering"):
         yield ("now " if again else "") + steering_text(explained["steering"])

@@ -23,10 +23,10 @@ from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, u
 from kvshare_store.readable import (
     KIND_COLOURS,
     age,
+    as_one_name,
     miss_text,
     one_line,
     outcome_text,
-    printable,
     regret_cell,
     short,
     steering_text,
@@ -132,10 +132,10 @@ def _columns(requests: Sequence[Request]) -> Columns:
 
 def request_lines(request: Request) -> Iterable[str]:
     """One request in full."""
-    whose = f", tenant {printable(request['tenant'])}" if request["tenant"] else ""
+    whose = f", tenant {as_one_name(request['tenant'])}" if request["tenant"] else ""
     yield (
         f"request {_name(request)}, {age(request['at'])} ago: {request['tokens']:,} tokens, policy "
-        f"{request['policy'] or 'none'}, {printable(request['model'] or 'no namespace')}{whose}"
+        f"{request['policy'] or 'none'}, {as_one_name(request['model'] or 'no namespace')}{whose}"
     )
     yield (
         f"{_outcome(request)}: {request['exact']:,} exact, {request['continued']:,} continued, "
@@ -159,7 +159,7 @@ def request_lines(request: Request) -> Iterable[str]:
 
 
 def _name(request: Request) -> str:
-    return printable(request["request"]) or str(request["number"])
+    return as_one_name(request["request"]) or str(request["number"])
 
 
 def _outcome(request: Request) -> Text:

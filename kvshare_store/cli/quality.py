@@ -22,7 +22,16 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
-from kvshare_store.readable import bounds, limits, many, percent, printable, short, too_few
+from kvshare_store.readable import (
+    as_one_name,
+    bounds,
+    limits,
+    many,
+    percent,
+    printable,
+    short,
+    too_few,
+)
 
 if TYPE_CHECKING:
     from kvshare_store.http.classes import Line
@@ -135,7 +144,7 @@ def classes_table(found: Found, width: int, *, parts: bool) -> Table:
 
 def _name(one: Found) -> str:
     space = one["space"]
-    tenant = f", tenant {printable(space['tenant'])}" if space["tenant"] else ""
+    tenant = f", tenant {as_one_name(space['tenant'])}" if space["tenant"] else ""
     silent = ", silent: what was learned counts no more" if one["silent"] else ""
     return f"{printable(one['known']['traffic'])} of {short(space['digest'])}{tenant}{silent}"
 

@@ -26,6 +26,7 @@ from kvshare_store.cli.common import (
 )
 from kvshare_store.readable import (
     age,
+    as_one_name,
     many,
     printable,
     provenance,
@@ -90,8 +91,8 @@ def summary_table(node: Node) -> Table:
     table.add_column(overflow="fold")
     edited = node["generation"] > 0
     table.add_row("node", Text(node["id"], style="cyan"))
-    pool = f", pool {printable(node['pool'])}" if node.get("pool") else ""
-    table.add_row("model", f"{printable(node['model'])} (namespace {node['namespace']}{pool})")
+    pool = f", pool {as_one_name(node['pool'])}" if node.get("pool") else ""
+    table.add_row("model", f"{as_one_name(node['model'])} (namespace {node['namespace']}{pool})")
     table.add_row("tokens", _rows_by_kind(node))
     table.add_row(
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")

@@ -30,7 +30,7 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.commands import as_json, ok, one_line, run
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import Driver
-from tests.support.stores import SMALL
+from tests.support.stores import SMALL, Open
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -575,6 +575,20 @@ def test_a_model_cannot_steer_the_terminal(served: Served) -> None:
     purged = {"nodes": 1, "blocks": 1, "unsure": 0, "model": "m\x1b[2J\u202e"}
     assert "\x1b" not in purge.counted([purged])
     assert "\u202e" not in purge.counted([purged])
+
+
+def test_a_name_cannot_add_lines(driver: Open, home: Path, namespace: Namespace) -> None:
+    """A tenant's name is what a client of the API has written."""
+    forged = "ann)\nstored      7 years ago"
+    for space in (namespace.for_tenant(forged), namespace.in_pool(forged)):
+        engine = driver()
+        node = Driver(engine.store, space, engine.book).save(FIRST)
+        engine.store.close()
+        assert "\nstored" not in ok("explain", "--node", str(node), "--home", home)
+        assert "7 years ago" not in {
+            line.removeprefix("stored").strip()
+            for line in ok("show", str(node), "--home", home).splitlines()
+        }
 
 
 @pytest.mark.parametrize(
