@@ -36,6 +36,7 @@ setup: .venv/project.stamp
 .venv/packages.stamp: requirements/lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "KVShare needs Python 3.11 or newer: make setup PYTHON=/path/to/python3"; exit 1; }
+	@test ! -L .venv || { echo ".venv is a link: what it leads to would be emptied. Remove it."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	@echo "Installing $$(grep -c == requirements/lock.txt) packages, a minute or two ..."
 	$(PIP) install --no-deps --no-compile -r requirements/lock.txt
@@ -55,6 +56,7 @@ docs-setup: .venv/project.stamp .venv-docs/packages.stamp
 .venv-bench/packages.stamp: requirements/bench.txt requirements/lmcache.txt
 
 .venv-%/packages.stamp: requirements/%.txt .venv/packages.stamp
+	@test ! -L .venv-$* || { echo ".venv-$* is a link: what it leads to would be emptied. Remove it."; exit 1; }
 	$(PY) -m venv --clear --without-pip .venv-$*
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
