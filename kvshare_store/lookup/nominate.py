@@ -47,12 +47,9 @@ class Nominator:
         """Whether there is any node."""
         return self._index is not None and len(self._index) > 0
 
-    def preferred(self, nodes: Collection[Node]) -> list[Node]:
-        """The nodes in the order in which they are taken where they seem to have about as much: by
-        rank, then those of the fewest generations, so that more turns can build on what is made of
-        them."""
-        rank = self._rank
-        return sorted(nodes, key=lambda node: (rank(node) if rank else 0, node.generation))
+    def rank(self, node: Node) -> int:
+        """The node's rank; 0 where all are alike."""
+        return 0 if self._rank is None else self._rank(node)
 
     def by_prefix(self, tokens: Tokens, policies: Collection[str] = ()) -> list[Node]:
         """Nodes that may share the longest prefix with `tokens`, the newest first: of exact rows,

@@ -114,6 +114,12 @@ def usable_length(policy: ReusePolicy, node: Node) -> int:
     return node.exact_rows if policy.max_generation else 0
 
 
+def usable_generation(policy: ReusePolicy, node: Node) -> int:
+    """The generation of the rows of `node` that may be reused behind other text: 0 if only exact
+    ones may."""
+    return node.generation if usable_length(policy, node) > node.exact_rows else 0
+
+
 def usable_tokens(policy: ReusePolicy, node: Node) -> Tokens:
     """The leading tokens of `node` whose rows may be reused behind other text."""
     return node.tokens[: usable_length(policy, node)]

@@ -16,6 +16,7 @@ from kvshare_store.lookup.policy import (
     LEAST_WINDOW,
     ReusePolicy,
     continues,
+    usable_generation,
     usable_length,
     usable_tokens,
 )
@@ -36,6 +37,9 @@ _WIDER = 4
 """So many times as many candidates are looked at by then."""
 _BETTER = 1.02
 """A guess is no surer than this: of nodes that seem to have as much the first is taken."""
+_LAST_MOVE = 0.16
+"""Rows that may be moved only once more count as so much less, as a share; with each move that they
+last longer as half of that. What is used up must be computed anew."""
 _PRIMARIES = 3
 """Candidates that are aligned before one becomes the first donor, where grams say too little: short
 prompts under a policy that keeps runs without a gram."""
@@ -84,13 +88,13 @@ class Search:
     def edited(self) -> None:
         """Cover what does not stay in place.
 
-        A prompt that goes on from a stored one needs no candidates but for what is new, unless that
-        one was edited and its rows would be moved once more. Most others are served by the first
-        few; the rest get a second look.
+        A prompt that goes on from a stored one needs no candidates but for what is new, unless rows
+        of that one would be moved where there may be better ones. Most others are served by the
+        first few; the rest get a second look.
         """
         cover, count = self._cover, self._config.candidates
         in_place = cover.in_place >= _ENOUGH * len(cover.request)
-        continued = [one for one in self._usable(cover.donors) if in_place or not one.generation]
+        continued = [one for one in self._usable(cover.donors) if in_place or self._best(one)]
         served = self._take_donor(continued, _ENOUGH)
         if served:
             self._fill_gaps(continued)
@@ -151,9 +155,9 @@ class Search:
         return True
 
     def _ranked(self, nodes: list[Node]) -> list[Node]:
-        """Nodes that share text with what is sought, that with most of it first, and of those that
-        seem to have about as much the preferred one. Looks no further than to exact rows of nearly
-        all."""
+        """Nodes that share text with what is sought, that with most of it first, where the rows of
+        many generations count as less. Nodes of a higher rank come first only with more of it.
+        Looks no further than to the best rows of nearly all."""
         length = len(self._cover.request)
         share = _ENOUGH if length >= LONG else _ENOUGH_OF_SHORT
         enough = share * (length - self._cover.sought.start)
@@ -162,11 +166,33 @@ class Search:
             tokens = self._guess(node)
             if tokens:
                 ranked.append(node)
-            if tokens >= enough and not node.generation:
+            if tokens >= enough and self._best(node):
                 break
-        most_first = self._nominator.preferred(ranked)
-        most_first.sort(key=lambda node: -int(math.log(self._guesses[node.id], _BETTER)))
-        return most_first
+        if not ranked:
+            return []
+        rank = self._nominator.rank
+        _, first = min((self._about(node), rank(node)) for node in ranked)
+
+        def order(node: Node) -> tuple[bool, int, int, int]:
+            generation = usable_generation(self._policy, node)
+            less = self._about(node, self._worn(generation))
+            return rank(node) > first, less, rank(node), generation
+
+        return sorted(ranked, key=order)
+
+    def _best(self, node: Node) -> bool:
+        """Whether no other rows of the same text would be better than these: they are exact, and
+        nobody is trusted more."""
+        return not usable_generation(self._policy, node) and not self._nominator.rank(node)
+
+    def _about(self, node: Node, less: float = 0.0) -> int:
+        """The lower, the more the node seems to have, of which this share does not count; equal for
+        nodes that seem to have about as much."""
+        return -int(math.log(max(1.0, (1 - less) * self._guesses[node.id]), _BETTER))
+
+    def _worn(self, generation: int) -> float:
+        """Share by which rows of this generation count as less."""
+        return _LAST_MOVE / 2 ** max(0, self._policy.max_generation - generation - 1)
 
     def _guess(self, node: Node) -> int:
         """How much the node seems to have; 0 if looking would be too much work."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
-from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.nominate import Nominator, Rank
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
 from kvshare_store.nodes.delta_tree import DeltaTree
@@ -87,10 +87,11 @@ class Shelf:
         policy: ReusePolicy = LAX,
         tier_of: Callable[[str], str | None] = lambda name: "host",
         delimiters: tuple[int, ...] = (),
+        rank: Rank | None = None,
     ) -> ReusePlan:
         plan = self.planner.plan(
             np.asarray(request, np.int32),
-            Nominator(self.tree, self.index),
+            Nominator(self.tree, self.index, rank=rank),
             policy,
             self.cost,
             tier_of=tier_of,
@@ -177,6 +178,31 @@ def test_exact_rows_are_preferred_to_edited_ones() -> None:
     assert (plan.exact, plan.continued, plan.generation) == (24, 39, 1)
     assert plan.contexts == contexts_of([edited], (), (), 24)
     assert [context.start for context in plan.contexts] == [24]
+
+
+@pytest.mark.parametrize(
+    ("most", "least", "rank", "taken"),
+    [
+        (7, 3, None, 3),
+        (3, 0, None, 3),
+        (7, 6, None, 6),
+        (7, 0, lambda node: 7 - node.generation, 7),
+    ],
+)
+def test_rows_that_are_nearly_used_up_count_as_less(
+    most: int, least: int, rank: Rank | None, taken: int
+) -> None:
+    """They may be moved eight times. The other prompt has 93 % of the text: that is more only than
+    rows of the last generations are, and never more than those of a better rank."""
+    shelf = Shelf()
+    body = text(1, 3_000)
+    for length, generation in ((3_000, most), (2_790, least)):
+        exact = 0 if generation else None
+        shelf.add(body[:length], generation=generation, exact_rows=exact, policy="balanced")
+    request = [*text(4, 5), *body[5:], *text(5, 5)]
+    donor = shelf.tree.get(shelf.plan(request, PRESETS["balanced"], rank=rank).donors[0])
+    assert donor is not None
+    assert donor.generation == taken
 
 
 # --- continued prompts --------------------------------------------------------------------------

@@ -160,6 +160,27 @@ def test_much_better_rows_of_others_come_before_own_ones(engine: Driver) -> None
     assert engine.serve(variant(33), source=ANN).donors[0] == other.id
 
 
+def changed(at: int) -> list[int]:
+    """A template of 400 tokens with one of them changed."""
+    tokens = prompt(35, 400)
+    return [*tokens[:at], 1, *tokens[at + 1 :]]
+
+
+@pytest.mark.parametrize("policy", ["exact", None])
+def test_own_rows_come_before_those_of_others_with_a_longer_prefix(
+    driver: Open, policy: str | None
+) -> None:
+    """Else who sends such a prompt puts rows in, or with a cap takes the request's own away."""
+    for share in (1.0, 0.0):
+        engine = open_(driver, share)
+        sent(engine, prompt(36, 40), ANN)
+        own = sent(engine, changed(250), ANN, policy)
+        sent(engine, changed(260), BOB, "exact")
+        plan = engine.serve(changed(270), source=ANN)
+        assert own.id in plan.donors
+        assert len(edited(plan)) > 100
+
+
 def test_without_a_source_and_a_cap_nothing_is_asked(
     engine: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
