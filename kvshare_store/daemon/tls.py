@@ -11,7 +11,7 @@ import contextlib
 import socket
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvshare_store.config import StoreConfig, read_yaml
 from kvshare_store.daemon.protocol import Role
@@ -77,7 +77,7 @@ class TlsStream:
         """What is for us in `nbytes` bytes that have come, and what they complete."""
         room, at = memoryview(self._room), 0
         try:
-            while count := self._tls.read(len(room) - at, room[at:]):
+            while count := cast("int", self._tls.read(len(room) - at, room[at:])):
                 at += count
         except ssl.SSLWantReadError as error:
             self._talk = 0 if at else self._talk + nbytes

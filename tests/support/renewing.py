@@ -42,7 +42,7 @@ class Renewing:
     def renew(self) -> bool:
         """Say that other keys count from now on; False once the connection is gone."""
         renewed = self._library.SSL_key_update(self._ssl, 0) == 1
-        return renewed and self._library.SSL_do_handshake(self._ssl) == 1
+        return bool(renewed and self._library.SSL_do_handshake(self._ssl) == 1)
 
 
 @contextmanager
