@@ -395,8 +395,8 @@ def test_only_so_many_purges_are_kept(machine: Machine, monkeypatch: pytest.Monk
 
 
 def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_path: Path) -> None:
-    """The release before told purges by their times. Old ones are forgotten, here and in the
-    catalogue."""
+    """The release before told purges by their times. They stay, however old they seem: whoever
+    wrote them down may have had a wrong clock."""
     one = machine("a", **ASKED_ONLY)
     save(one, PROMPT)
     catalog = one.store.repository.catalog
@@ -412,7 +412,7 @@ def test_purges_of_the_release_before_were_carried_out(machine: Machine, tmp_pat
     assert late.serve(PROMPT).exact == 39
     learn(late)
     assert own_blocks(late) == 5
-    assert [fact.at for fact in catalog.facts.facts("key LIKE 'purged/%'")] == [recent]
+    assert {fact.at for fact in catalog.facts.facts("key LIKE 'purged/%'")} == {5.0, recent}
     one.store.purge(NAMESPACE.digest)
     learn(late)
-    assert set(json.loads(told.read_text())) == {NAMESPACE.digest}
+    assert set(json.loads(told.read_text())) == {NAMESPACE.digest, other}
