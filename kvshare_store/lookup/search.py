@@ -192,7 +192,7 @@ class Search:
 
     def _worn(self, generation: int) -> float:
         """Share by which rows of this generation count as less."""
-        return _LAST_MOVE / 2.0 ** max(0, self._policy.max_generation - generation - 1)
+        return float(_LAST_MOVE * 0.5 ** max(0, self._policy.max_generation - generation - 1))
 
     def _guess(self, node: Node) -> int:
         """How much the node seems to have; 0 if looking would be too much work."""
