@@ -372,7 +372,7 @@ def test_donors_are_named_by_how_much_they_give() -> None:
 # --- generations --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cap", "generation"), [(0, None), (1, None), (2, 2), (3, 3), (4, 3)])
+@pytest.mark.parametrize(("cap", "generation"), [(0, None), (1, None), (2, 2), (3, 3), (9999, 3)])
 def test_generations_are_capped(cap: int, generation: int | None) -> None:
     shelf = Shelf()
     donor = text(1, 80)
