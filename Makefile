@@ -24,6 +24,9 @@ TEST_PROCESSES = 2
 PY = .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 
+# Before an environment is made anew, in the folder of the target.
+NO_LINK = test ! -L $(@D) || { echo "$(@D) is a link: what it leads to would be emptied. Remove it."; exit 1; }
+
 # Models and data are local files: no hub is asked, no usage is reported.
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -36,7 +39,7 @@ setup: .venv/project.stamp
 .venv/packages.stamp: requirements/lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "KVShare needs Python 3.11 or newer: make setup PYTHON=/path/to/python3"; exit 1; }
-	@test ! -L .venv || { echo ".venv is a link: what it leads to would be emptied. Remove it."; exit 1; }
+	@$(NO_LINK)
 	$(PYTHON) -m venv --clear .venv
 	@echo "Installing $$(grep -c == requirements/lock.txt) packages, a minute or two ..."
 	$(PIP) install --no-deps --no-compile -r requirements/lock.txt
@@ -56,7 +59,7 @@ docs-setup: .venv/project.stamp .venv-docs/packages.stamp
 .venv-bench/packages.stamp: requirements/bench.txt requirements/lmcache.txt
 
 .venv-%/packages.stamp: requirements/%.txt .venv/packages.stamp
-	@test ! -L .venv-$* || { echo ".venv-$* is a link: what it leads to would be emptied. Remove it."; exit 1; }
+	@$(NO_LINK)
 	$(PY) -m venv --clear --without-pip .venv-$*
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth

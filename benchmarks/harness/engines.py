@@ -64,6 +64,11 @@ class Replayed(msgspec.Struct):
     seconds: float
     """Seconds from the start to the end of the last request."""
 
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return len(self.ttfts) / self.seconds
+
 
 class Engine(EngineProcess):
     """One engine, as the benchmark sees it."""

@@ -77,7 +77,7 @@ class Phase(NamedTuple):
 
     def served(self, arm: str) -> float:
         """Requests a second from the first arrival to the last answer."""
-        return len(self.replayed[arm].ttfts) / self.replayed[arm].seconds
+        return self.replayed[arm].rate
 
 
 def traffic(texts: Texts, count: int, generator: Random) -> Traffic:

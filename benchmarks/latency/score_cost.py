@@ -7,26 +7,22 @@ looks differ in nothing: how far they are apart is the noise floor.
 
 from __future__ import annotations
 
-import uuid
+import math
 from random import Random
 from statistics import median
 from typing import NamedTuple
 
 from benchmarks.data.edited_prompts import long_texts
-from benchmarks.harness.engines import Arm, Engine, Home, in_turn, rest, running
+from benchmarks.harness.engines import Engine, Home, in_turn, running
 from benchmarks.harness.models import model_name
 from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.latency.load import Traffic, traffic
+from benchmarks.latency.second_look import ANSWER, ARMS, serve
 from kvshare_store.cli.progress import track
 
 TARGET = 0.99
-_ARMS = {
-    name: Arm(caching=True, kvshare=True, own={"second_look": mode})
-    for name, mode in (("off", "off"), ("off again", "off"), ("idle", "idle"))
-}
 _REQUESTS = 16
-_ANSWER = 8
 
 
 class _Turn(NamedTuple):
@@ -41,7 +37,7 @@ class _Turn(NamedTuple):
 def measure(options: Options) -> Result:
     """Serve the same requests with every engine, in turn."""
     texts, random = long_texts(options), Random(options.seed)
-    with running(options, _ARMS, semantic="never") as (engines, home):
+    with running(options, ARMS, semantic="never") as (engines, home):
         served = [
             _turn(engines, home, traffic(texts, _REQUESTS, random), turn)
             for turn in track(range(options.size(12, 3)), "Turns")
@@ -51,7 +47,9 @@ def measure(options: Options) -> Result:
 
 def _turn(engines: dict[str, Engine], home: Home, sent: Traffic, turn: int) -> _Turn:
     before = _looks(home)
-    rates = {arm: _serve(engines[arm], home, sent) for arm in in_turn(list(_ARMS), turn)}
+    rates = {
+        arm: serve(engines[arm], home, sent, math.inf).rate for arm in in_turn(list(ARMS), turn)
+    }
     return _Turn(rates, _looks(home) - before)
 
 
@@ -60,23 +58,10 @@ def _looks(home: Home) -> int:
     return int(counts["settled"] + counts["looks_control"])
 
 
-def _serve(engine: Engine, home: Home, sent: Traffic) -> float:
-    """Requests a second; half of them are edits of donors that are stored before."""
-    engine.forget()
-    salt = uuid.uuid4().hex
-    for donor in sent.donors:
-        engine.ask(donor, salt)
-    rest(engine, home)
-    at_once = [0.0] * len(sent.prompts)
-    replayed = engine.replay(at_once, sent.prompts, salt, _ANSWER)
-    rest(engine, home)  # what is still to be stored must not slow the next arm down
-    return len(sent.prompts) / replayed.seconds
-
-
 def _result(served: list[_Turn], options: Options) -> Result:
     ratios = {
         arm: [turn.rates[arm] / turn.rates["off"] for turn in served]
-        for arm in _ARMS
+        for arm in ARMS
         if arm != "off"
     }
     middle, half = median_and_middle_half(ratios["off again"])
@@ -89,11 +74,11 @@ def _result(served: list[_Turn], options: Options) -> Result:
         model=model_name(options),
         noise_floor=f"a second engine without second looks: {middle} times, middle half {half}",
         columns=["second_look", "requests/s", "middle half", "times off", "middle half of that"],
-        rows=[_row(arm, [turn.rates[arm] for turn in served], ratios.get(arm)) for arm in _ARMS],
+        rows=[_row(arm, [turn.rates[arm] for turn in served], ratios.get(arm)) for arm in ARMS],
         paper="not measured",
         notes=[
             f"{_REQUESTS} requests are there at once, half of them edits of stored prompts; "
-            f"{_ANSWER} tokens are generated for each",
+            f"{ANSWER} tokens are generated for each",
             f"second looks that ended meanwhile: {sum(turn.looks for turn in served)}. An engine "
             "that is never idle makes none, so this is what remembering its answers costs; the "
             "answers are scored once it is idle. Scores are at their default rate: every edited "

@@ -29,12 +29,12 @@ from benchmarks.harness.spread import median_and_middle_half
 from benchmarks.latency.load import Traffic, summary, traffic
 from kvshare_store.cli.progress import track
 
-_ARMS = {
+ARMS = {
     name: Arm(caching=True, kvshare=True, own={"second_look": mode})
     for name, mode in (("off", "off"), ("off again", "off"), ("idle", "idle"))
 }
 _PROMPT = 2_000
-_ANSWER = 8
+ANSWER = 8
 _LOADS = (0.5, 0.8, 1.1)
 _SLOWER, _EXTRA_S = 1.2, 1.0
 """An edited prompt is to be exact within so many times its prefill, plus so many seconds."""
@@ -52,10 +52,10 @@ class _Settled(NamedTuple):
 
 
 def measure(options: Options) -> Result:
-    """Edited prompts one by one, then the same traffic with both engines at several rates."""
+    """Edited prompts one by one, then the same traffic with all engines at several rates."""
     random = Random(options.seed)
     texts = Texts(_random_text(random))
-    with running(options, _ARMS, semantic="never", second_look_control=0.0) as (engines, home):
+    with running(options, ARMS, semantic="never", second_look_control=0.0) as (engines, home):
         trials = options.size(12, 4)
         settled = [_settle(engines["idle"], home, texts) for _ in track(range(trials), "Prompts")]
         loads = (0.8,) if options.short else _LOADS
@@ -73,11 +73,11 @@ def _settle(engine: Engine, home: Home, texts: Texts) -> _Settled:
     """A prompt with one edit near its beginning, whose donor was stored before."""
     salt, donor = uuid.uuid4().hex, texts.take(_PROMPT)
     engine.forget()
-    engine.ask(donor, salt, max_tokens=_ANSWER)
+    engine.ask(donor, salt, max_tokens=ANSWER)
     rest(engine, home)
     prefill_s = engine.ask(texts.take(_PROMPT), salt, policy="off").ttft_s
     edited = [*donor[:64], *texts.take(32), *donor[96:]]
-    answer = engine.ask(edited, salt, max_tokens=_ANSWER)
+    answer = engine.ask(edited, salt, max_tokens=ANSWER)
     before = home.stats()["settled"]
     exact_s = engine.look()
     if not answer.report.get("kvshare.edited") or home.stats()["settled"] == before:
@@ -89,25 +89,24 @@ def _under_load(
     engines: dict[str, Engine], home: Home, sent: Traffic, loads: tuple[float, ...]
 ) -> dict[float, dict[str, Replayed]]:
     """The traffic by load and arm. 1.0 is what the engine without second looks serves at once."""
-    at_once = _serve(engines["off"], home, sent, math.inf)
-    full = len(at_once.ttfts) / at_once.seconds
+    full = serve(engines["off"], home, sent, math.inf).rate
     found: dict[float, dict[str, Replayed]] = {}
     for turn, load in enumerate(track(loads, "Rates")):
         found[load] = {
-            arm: _serve(engines[arm], home, sent, load * full) for arm in in_turn(list(_ARMS), turn)
+            arm: serve(engines[arm], home, sent, load * full) for arm in in_turn(list(ARMS), turn)
         }
     return found
 
 
-def _serve(engine: Engine, home: Home, sent: Traffic, rate: float) -> Replayed:
-    """Donors first, then the traffic."""
+def serve(engine: Engine, home: Home, sent: Traffic, rate: float) -> Replayed:
+    """Donors first, then the traffic, so many requests a second."""
     engine.forget()
     salt = uuid.uuid4().hex
     for donor in sent.donors:
         engine.ask(donor, salt)
     rest(engine, home)
-    replayed = engine.replay([at / rate for at in sent.arrivals], sent.prompts, salt, _ANSWER)
-    rest(engine, home)
+    replayed = engine.replay([at / rate for at in sent.arrivals], sent.prompts, salt, ANSWER)
+    rest(engine, home)  # what is still to be stored must not slow the next arm down
     return replayed
 
 
@@ -130,12 +129,12 @@ def _result(
         rows=[
             ["idle", "idle", median(one.prefill_s for one in settled),
              median(one.exact_s for one in settled), *[None] * 5],
-            *(_row(load, arm, served[load]) for load in served for arm in _ARMS),
+            *(_row(load, arm, served[load]) for load in served for arm in ARMS),
         ],
         paper="not measured",
         notes=[
             f"edited prompts: {_PROMPT:,} random tokens, of which 32 near the beginning are new; "
-            f"{_ANSWER} are generated; time runs from the last token of the answer until the exact "
+            f"{ANSWER} are generated; time runs from the last token of the answer until the exact "
             "rows are stored, 0.2 s of waiting for further requests included",
             "load is the share of what the engine without second looks serves when all requests "
             "are there at once; half of them have most tokens in common with a stored prompt",
@@ -180,11 +179,7 @@ def _floor(served: dict[float, dict[str, Replayed]]) -> str:
 def _costs(arms: dict[str, Replayed], arm: str) -> tuple[float, float, float]:
     """p50, p99 and requests a second of this arm, times those of `off`."""
     (middle, _, slow), (plain, _, plain_slow) = (summary(arms[name].ttfts) for name in (arm, "off"))
-    return middle / plain, slow / plain_slow, _rate(arms[arm]) / _rate(arms["off"])
-
-
-def _rate(replayed: Replayed) -> float:
-    return len(replayed.ttfts) / replayed.seconds
+    return middle / plain, slow / plain_slow, arms[arm].rate / arms["off"].rate
 
 
 def _row(load: float, arm: str, arms: dict[str, Replayed]) -> list[Cell]:
@@ -192,6 +187,6 @@ def _row(load: float, arm: str, arms: dict[str, Replayed]) -> list[Cell]:
     middle, _, slow = summary(ttfts)
     pairs = [one / plain for one, plain in zip(ttfts, arms["off"].ttfts, strict=True)]
     return [
-        f"load {load:.0%}", arm, None, None, _rate(arms[arm]), round(middle * 1e3),
+        f"load {load:.0%}", arm, None, None, arms[arm].rate, round(middle * 1e3),
         round(slow * 1e3), *median_and_middle_half(pairs),
     ]  # fmt: skip

@@ -38,17 +38,16 @@ def wait_until_written(paths: Sequence[str]) -> None:
     """Return once no file changes any more: somebody may be in the middle of writing one. Half of
     it, or an empty one, may be sound, and would take limits away without a word. `ConfigError`
     where that does not end."""
+    if not paths:
+        return
     before = _looks(paths)
-    for _ in range(_RESTS if paths else 0):
+    for _ in range(_RESTS):
         time.sleep(_REST_S)
         now = _looks(paths)
         if now == before:
             return
         before = now
-    if paths:
-        raise ConfigError(
-            f"{' or '.join(paths)} changes all the time: send SIGHUP once it does not"
-        )
+    raise ConfigError(f"{' or '.join(paths)} changes all the time: send SIGHUP once it does not")
 
 
 def _looks(paths: Sequence[str]) -> list[tuple[int, ...]]:

@@ -174,9 +174,8 @@ class Search:
         _, first = min((self._about(node), rank(node)) for node in ranked)
 
         def order(node: Node) -> tuple[bool, int, int, int]:
-            generation = usable_generation(self._policy, node)
-            less = self._about(node, self._worn(generation))
-            return rank(node) > first, less, rank(node), generation
+            its, generation = rank(node), usable_generation(self._policy, node)
+            return its > first, self._about(node, self._worn(generation)), its, generation
 
         return sorted(ranked, key=order)
 
