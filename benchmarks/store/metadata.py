@@ -8,6 +8,7 @@ Whether their files are there is not asked: that is what `startup` measures.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -138,9 +139,11 @@ def opened(home: str) -> dict[str, float]:
 
 
 def _opened_apart(home: Path) -> dict[str, Any]:
-    """In a process of its own, so that memory is only this store's."""
+    """In a process of its own, so that memory is only this store's; numpy computes on one core, as
+    in a daemon."""
     script = [sys.executable, "-m", "benchmarks.store.metadata", str(home)]
-    done = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=alone)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -269,11 +269,12 @@ def _digest_of_vector(vector: np.ndarray | None) -> bytes:
 
 def _digest_of(row: Row, end: int) -> bytes:
     """Of a row with the bytes of the node up to `end`."""
-    hasher = blake3.blake3(f"kvshare row:{row.id}:{row.namespace}:".encode())
     known = _semantic_of(row.node, end) is not None
-    for vector in (row.lexical,) if known else (row.lexical, row.semantic):
-        hasher.update(b"-" if vector is None else _raw(vector))
-    return hasher.update(memoryview(row.node)[:end]).digest()
+    vectors = (row.lexical,) if known else (row.lexical, row.semantic)
+    parts = [b"-" if vector is None else _raw(vector) for vector in vectors]
+    head = f"kvshare row:{row.id}:{row.namespace}:".encode()
+    # in one piece, which is hashed much faster than each part by itself
+    return blake3.blake3(b"".join((head, *parts, memoryview(row.node)[:end]))).digest()
 
 
 def _namespace(digest: str, encoded: bytes) -> Namespace:

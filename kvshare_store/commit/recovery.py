@@ -7,7 +7,9 @@ import ctypes
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.catalog import Catalog
@@ -19,6 +21,9 @@ from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.observability.metrics import Metrics
 
 Row = tuple[Node, Vectors]
+
+_AT_ONCE = 1 << 13
+"""Rows indexed at a time. With fewer the two threads wait for each other more often."""
 
 
 def recover(
@@ -36,13 +41,15 @@ def recover(
         now = time.time()
         lost: list[Node] = []
         idle: dict[str, tuple[Node, float]] = {}
-        for batch in catalog.load_batches():
-            found = _complete(batch, blocks, idle.keys(), lost)
-            state.fill(found)
-            for node, _ in (row for rows in found.values() for row in rows):
-                last = max(node.created, used.get(node.id, 0.0))
-                idle[node.id] = node, max(0.0, now - last)
-        state.settle(idle.values())
+        with _beside() as do:
+            for batch in _larger(catalog.load_batches()):
+                found = _complete(batch, blocks, idle.keys(), lost)
+                do(partial(state.fill, found))
+                for node, _ in (row for rows in found.values() for row in rows):
+                    last = max(node.created, used.get(node.id, 0.0))
+                    idle[node.id] = node, max(0.0, now - last)
+            do(state.settle)
+            state.enter(idle.values())
     _give_memory_back()
     for _ in lost:
         metrics.error(MissingBlockError.kind)
@@ -62,6 +69,33 @@ def _complete(
         elif node.id not in known:
             found[node.namespace].setdefault(node.id, (node, vectors))
     return {namespace: list(rows.values()) for namespace, rows in found.items()}
+
+
+def _larger(batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """The same rows, `_AT_ONCE` and more at a time."""
+    rows: list[Row] = []
+    for batch in batches:
+        rows += batch
+        if len(rows) >= _AT_ONCE:
+            yield rows
+            rows = []
+    yield rows
+
+
+@contextlib.contextmanager
+def _beside() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A function that has work done in another thread, in order. It waits for the work before, so
+    that no more than one batch of rows waits."""
+    with ThreadPoolExecutor(1, "kvshare-recovery") as pool:
+        last: Future[None] = pool.submit(lambda: None)
+
+        def do(work: Callable[[], None]) -> None:
+            nonlocal last
+            last.result()
+            last = pool.submit(work)
+
+        yield do
+        last.result()
 
 
 @contextlib.contextmanager

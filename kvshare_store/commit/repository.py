@@ -17,7 +17,7 @@ from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
 from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import ConfigError, HomeError, KVShareError, StorageError
+from kvshare_store.errors import ConfigError, HomeError, StorageError
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.observability.metrics import Metrics
 
@@ -64,7 +64,7 @@ class Repository:
             self._recover(state, spare=visiting or lacking)
             if self.encrypted and self.catalog is not None and not visiting:
                 mark_encrypted(self.home)
-        except KVShareError as error:
+        except BaseException as error:  # whoever tries again must find the home unlocked
             self.close()
             if isinstance(error, StorageError):
                 raise HomeError(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.packed import Names
 from kvshare_store.nodes.postings import Keys, Postings
 
 Users = tuple[str, ...] | set[str]
 Counts = npt.NDArray[np.int64]
 
-_MASK = (1 << 64) - 1
+_FACTORS = np.frombuffer(secrets.token_bytes(32), np.uint64) | np.uint64(1)
 _FEW = 16
 """Up to so many users of a block are kept in a tuple. A set takes more memory, and is faster for
 many."""
@@ -66,7 +69,7 @@ class BlockUsers:
         """From now on the node uses its blocks."""
         alone: list[int] = []
         sizes = _sizes(node)
-        keys = list(map(_key, sizes))
+        keys = _keys(Names.of(sizes).raw).tolist()
         known = self._alone.known(keys)
         for (name, size), key, maybe in zip(sizes.items(), keys, known, strict=True):
             users = self.of(name) if maybe or name in self._shared else ()
@@ -118,8 +121,7 @@ class BlockUsers:
         checked one by one.
         """
         counts = np.fromiter((len(node.blocks) for node in nodes), np.int64, len(nodes))
-        names = chain.from_iterable(node.blocks for node in nodes)
-        keys = np.fromiter(map(hash, names), np.int64, counts.sum()).view(np.uint64)
+        keys = _keys(b"".join(cast(Names, node.blocks).raw for node in nodes))
         order = keys.argsort(kind="stable")
         once = _once(keys[order])
         whose = np.arange(len(nodes)).repeat(counts)
@@ -159,9 +161,14 @@ class BlockUsers:
 
 
 def _key(name: str) -> int:
-    """64-bit hashes. Other processes cannot choose names that collide, and nothing depends on it:
-    names are compared."""
-    return hash(name) & _MASK
+    return int(_keys(Names.of((name,)).raw)[0])
+
+
+def _keys(names: bytes) -> Keys:
+    """64-bit hashes of names, 32 bytes each: sums of products with numbers that each process draws.
+    Others cannot choose names that collide, and nothing depends on it: names are compared."""
+    keys: Keys = np.frombuffer(names, np.uint64).reshape(-1, len(_FACTORS)) @ _FACTORS
+    return keys
 
 
 def _once(keys: Keys) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.postings import Postings
 from kvshare_store.nodes.prefix_chain import CHAIN_RUN, PrefixChain
 from kvshare_store.nodes.vector_matrix import VectorMatrix
-from kvshare_store.nodes.vectors import Vectors
+from kvshare_store.nodes.vectors import Vectors, joined
 
 LONG = 1 << 11
 """Prompts of so many tokens and more are also known by their anchors."""
@@ -51,7 +51,7 @@ class NamespaceIndex:
             same = [n for n, _ in nodes if not n.exact and n.policy == policy]
             self._edited(policy).extend([(node.id, node.tokens) for node in same])
         self._extend_passages([node for node, _ in nodes if node.length >= LONG])
-        lexical = np.stack([vectors.lexical for _, vectors in nodes])
+        lexical = joined([vectors.lexical for _, vectors in nodes]).reshape(len(nodes), -1)
         self.lexical.extend([node.id for node, _ in nodes], lexical)
         text = {node.id: each.semantic for node, each in nodes if each.semantic is not None}
         if text:

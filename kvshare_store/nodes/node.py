@@ -200,16 +200,13 @@ def with_sources(node: Node, sources: Iterable[bytes]) -> Node:
 
 def node_id(namespace: str, tokens: Tokens, exact: bool) -> str:
     """The same prompt with the same provenance is the same node, whoever saves it."""
-    hasher = blake3.blake3(f"{namespace}:{int(exact)}:".encode())
-    hasher.update(tokens.tobytes())
+    hasher = blake3.blake3(f"{namespace}:{int(exact)}:".encode() + tokens.tobytes())
     return hasher.hexdigest(length=16)
 
 
 def prompt_key(namespace: str, tokens: Tokens) -> bytes:
     """16 bytes that name a prompt of a namespace, stored or not, whatever its provenance."""
-    hasher = blake3.blake3(namespace.encode())
-    hasher.update(tokens.tobytes())
-    return hasher.digest(length=16)
+    return blake3.blake3(namespace.encode() + tokens.tobytes()).digest(length=16)
 
 
 def check_node(node: Node, row_bytes: int) -> None:

@@ -42,7 +42,7 @@ class Postings:
         """Replaced as a whole, so that a concurrent `find` sees one state."""
         self._recent_count = 0
         self._batches: list[tuple[Keys, Numbers]] = []
-        """Entries from `extend`, until the next question."""
+        """Entries from `extend`, each batch sorted by key, until the next question."""
         self._number: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Postings:
     def extend(self, ids: Sequence[str], keys: Keys, whose: npt.NDArray[np.integer]) -> None:
         """Add many keys at once: `keys[i]` is one of `ids[whose[i]]`."""
         numbers = np.fromiter(map(self._number_of, ids), np.uint32, len(ids))
-        self._batches.append((keys, numbers[whose]))
+        self._batches.append(_sorted(keys, numbers[whose]))
 
     def remove(self, node_id: str) -> None:
         """Forget an id; unknown ones are ignored."""
@@ -129,16 +129,15 @@ class Postings:
             ids, parts = _without_gaps(ids, [(keys, numbers), *parts])
             keys, numbers = parts.pop(0)
             self._number = {str(node_id): at for at, node_id in enumerate(ids)}
-        new_keys, new_numbers = (np.concatenate(each) for each in zip(*parts, strict=True))
-        order = new_keys.argsort(kind="stable")
-        at = keys.searchsorted(new_keys[order], "right")
-        self._entries = _Entries(
-            np.insert(keys, at, new_keys[order]),
-            np.insert(numbers, at, new_numbers[order]),
-            {},
-            ids,
-        )
+        both = (np.concatenate(each) for each in zip((keys, numbers), *parts, strict=True))
+        self._entries = _Entries(*_sorted(*both), {}, ids)
         self._recent_count, self._batches = 0, []
+
+
+def _sorted(keys: Keys, numbers: Numbers) -> tuple[Keys, Numbers]:
+    """By key; equal keys stay in their order. Parts that are sorted already are only merged."""
+    order = keys.argsort(kind="stable")
+    return keys[order], numbers[order]
 
 
 def _numbers(entries: _Entries, key: int) -> Iterator[int]:

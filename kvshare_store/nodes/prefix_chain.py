@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.postings import Keys, Postings
-from kvshare_store.nodes.vectors import MIX
+from kvshare_store.nodes.vectors import MIX, joined
 
 Counts = npt.NDArray[np.int64]
 
@@ -43,15 +43,16 @@ class PrefixChain:
 
     def _run_hashes(self, whole: Tokens) -> Keys:
         """Of each of some whole runs."""
-        runs = whole.astype(np.uint64).reshape(-1, self._run)
-        return _mixed(runs @ _factors(self._run))
+        runs, factors = whole.reshape(-1, self._run), _factors(self._run)
+        # converts a piece at a time: many prompts as 64-bit numbers would be fresh memory each time
+        return _mixed(np.einsum("ij,j->i", runs, factors, dtype=np.uint64, casting="unsafe"))
 
     def _chains(self, prompts: Sequence[Tokens]) -> tuple[Keys, Counts]:
         """As `hashes`, of many prompts one behind the other, and how many each has."""
         counts = np.asarray([len(tokens) // self._run for tokens in prompts])
         starts = counts.cumsum() - counts
         whole = [tokens[: len(tokens) // self._run * self._run] for tokens in prompts]
-        hashes = self._run_hashes(np.concatenate(whole))
+        hashes = self._run_hashes(joined(whole))
         place = np.arange(len(hashes)) - starts.repeat(counts)
         sums = np.zeros(len(hashes) + 1, np.uint64)
         (hashes * _factors(int(counts.max(initial=0)))[place]).cumsum(out=sums[1:])

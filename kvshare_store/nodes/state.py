@@ -70,15 +70,19 @@ class NodeState:
         return node
 
     def fill(self, rows: Mapping[str, Sequence[tuple[Node, Vectors]]]) -> None:
-        """Rows by namespace, of the first nodes; `settle` follows."""
+        """Index rows by namespace, of the first nodes; `settle` and `enter` follow."""
         for namespace, some in rows.items():
             self._index_of(namespace).extend(some)
 
-    def settle(self, nodes: Iterable[tuple[Node, float]]) -> None:
-        """The nodes that `fill` brought the rows of, and the seconds since their last use."""
-        self.tree.fill(nodes)
+    def settle(self) -> None:
+        """Do now what the first question after `fill` would wait for."""
         for index in self._indexes.values():
             index.settle()
+
+    def enter(self, nodes: Iterable[tuple[Node, float]]) -> None:
+        """The nodes that `fill` brought the rows of, and the seconds since their last use. May run
+        beside `settle`."""
+        self.tree.fill(nodes)
 
     def _index_of(self, namespace: str) -> NamespaceIndex:
         index = self._indexes.get(namespace)

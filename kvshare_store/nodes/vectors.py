@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from kvshare_store.nodes.edits import Tokens
 
 Vector = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
+T = TypeVar("T", bound=np.generic)
 
 VECTOR_DIMENSIONS = 384
 MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -21,6 +23,12 @@ _AT_ONCE = 1 << 13
 """Tokens whose grams are hashed in one go: what is computed stays in the processor's cache."""
 _UNIT = 1e-3
 """How far the length of a vector may be from 1."""
+
+
+def joined(arrays: Sequence[npt.NDArray[T]]) -> npt.NDArray[T]:
+    """Arrays of one kind, one behind the other: at least one. numpy would let other threads have
+    the interpreter for each of them, and wait until it has it back."""
+    return np.frombuffer(b"".join([array.data for array in arrays]), arrays[0].dtype)
 
 
 class Vectors(NamedTuple):

@@ -20,6 +20,11 @@ from tests.support.oracle import row_keys, rows_for
 LAYOUT = KVLayout(2, 1, 4, "float32")
 
 
+def block(name: str) -> str:
+    """A block's name."""
+    return name.encode().hex().zfill(64)
+
+
 def node(
     name: str,
     segments: list[Span],
@@ -36,7 +41,7 @@ def node(
         token_bytes=np.arange(length, dtype=np.int32).tobytes(),
         parent=parent,
         segments=tuple(segments),
-        blocks=blocks,
+        blocks=tuple(map(block, blocks)),
         block_bytes=(100,) * len(blocks),
         exact_rows=0,
         generation=generation,
@@ -78,9 +83,10 @@ def test_what_was_one_run_is_one_segment() -> None:
 
 def test_rows_are_copied_as_they_are() -> None:
     first, second = rows_for(range(8), LAYOUT), rows_for(range(50, 58), LAYOUT)
-    blocks = {name: Block("n", LAYOUT, rows) for name, rows in (("a", first), ("b", second))}
-    for name in blocks:
-        blocks[name] = Block("n", LAYOUT, blocks[name].data.tobytes())
+    blocks = {
+        block(name): Block("n", LAYOUT, rows.tobytes())
+        for name, rows in (("a", first), ("b", second))
+    }
     old = node("x", [Span(0, 2, 1, 0, 1), Span(2, 3, 4, 1, 4), Span(5, 1, 0, 0, 0)], ("a", "b"))
     keys = [row_keys(first)[at] for at in (1, 2)] + row_keys(second)[4:7] + [row_keys(first)[0]]
     target = bytearray(4 * LAYOUT.row_bytes)
@@ -100,9 +106,10 @@ def test_a_merged_node_is_the_same_prompt_with_the_same_provenance() -> None:
     old = node(
         "x", [Span(0, 5, 3, 1, 0), Span(5, 5, 5, 0, 0)], ("a", "b"), parent="p", generation=2
     )
-    new = merged_node(old, ["c", "d"], [8, 2], 8)
+    blocks = [block("c"), block("d")]
+    new = merged_node(old, blocks, [8, 2], 8)
     assert new.merged
-    assert new.blocks == ("c", "d")
+    assert new.blocks == tuple(blocks)
     for field in ("id", "parent", "edits", "generation", "exact_rows", "created", "token_bytes"):
         assert getattr(new, field) == getattr(old, field)
 
@@ -188,7 +195,7 @@ def test_bytes_are_counted_once_a_block() -> None:
     assert tree.namespaces() == ["n"]
     _, unused = tree.remove("a") or (None, None)
     assert unused == []
-    assert tree.replace(node("b", [Span(0, 8, 0, 0, 0)], ("z",))) == ["x", "y"]
+    assert tree.replace(node("b", [Span(0, 8, 0, 0, 0)], ("z",))) == [block("x"), block("y")]
     assert tree.bytes_of("n") == 100
     tree.remove("b")
     assert tree.bytes_of("n") == 0

@@ -1,0 +1,52 @@
+"""What a start makes of the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvshare_store.commit import recovery
+from kvshare_store.nodes.state import NodeState
+from tests.support.oracle import Driver, prompt
+
+Open = Callable[..., Driver]
+PROMPTS = [prompt(seed, 40) for seed in range(5)]
+
+
+def test_rows_of_many_batches_are_all_found(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are indexed in another thread, some at a time, while the next are read."""
+    engine = driver()
+    saved = [str(engine.save(tokens)) for tokens in PROMPTS]
+    indexed: list[int] = []
+    fill = NodeState.fill
+    monkeypatch.setattr(recovery, "_AT_ONCE", 2)
+    monkeypatch.setattr("kvshare_store.catalog.table_reader.TableReader.read_rows", 1)
+
+    def counted(state: NodeState, rows: Any) -> None:
+        indexed.append(sum(map(len, rows.values())))
+        fill(state, rows)
+
+    monkeypatch.setattr(NodeState, "fill", counted)
+    engine = driver()
+    assert indexed == [2, 2, 1]
+    assert [node.id for node in engine.store.tree] == saved
+    for tokens in PROMPTS:
+        plan = engine.plan([*tokens, 1, 2, 3])
+        assert plan.reused == len(tokens)
+        engine.finish(plan)
+
+
+def test_a_start_that_cannot_index_fails(driver: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that lacks prompts without a word would compute them all again."""
+    driver().save(PROMPTS[0])
+
+    def no_memory(*_: Any) -> None:
+        raise MemoryError("as if")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NodeState, "fill", no_memory)
+        with pytest.raises(MemoryError, match="as if"):
+            driver()
+    assert len(driver().store.tree) == 1
