@@ -144,7 +144,7 @@ class MetadataStore:
             namespace="replay",
             token_bytes=tokens.tobytes(),
             segments=(Span(0, len(tokens), 0, 0, 0),),
-            blocks=(name,),
+            blocks=(2 * name,),  # as long as a name of a block
             exact_rows=len(tokens) if generation == 0 else edited_from,
             generation=generation,
         )

@@ -153,7 +153,7 @@ def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> ReusePlan:
             namespace="n",
             token_bytes=tokens.astype(np.int32).tobytes(),
             segments=tuple(Span(at, min(64, len(tokens) - at), at, at // 64, 0) for at in starts),
-            blocks=tuple(f"{number}/{at}" for at in starts),
+            blocks=tuple(f"{number:032x}{at:032x}" for at in starts),
             exact_rows=len(tokens),
         )
         tree.add(node)
@@ -178,9 +178,9 @@ def test_a_crafted_prompt_costs_bounded_work(work: Work, name: str, policy: str)
     assert work.calls <= CALLS
     assert work.cost <= CELLS
     for span in found.spans:  # what was found so far is right
-        number, block = found.block_names[span.block].split("/")
-        at = int(block) + span.row
-        there = donors[int(number)][at : at + span.length]
+        number, block = divmod(int(found.block_names[span.block], 16), 1 << 128)
+        at = block + span.row
+        there = donors[number][at : at + span.length]
         assert there.tolist() == request[span.start : span.stop].tolist()
 
 

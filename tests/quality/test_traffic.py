@@ -35,7 +35,7 @@ def make_node(tokens: list[int], parent: Node | None = None, namespace: str = "n
         parent=parent.id if parent else None,
         edits=script(tokens, parent.tokens.tolist()) if parent else (),
         segments=(Span(0, len(tokens), 0, 0, 0),),
-        blocks=("b",),
+        blocks=("ab" * 32,),
         exact_rows=0 if parent else len(tokens),
         generation=0 if parent is None else 1,
     )
