@@ -343,8 +343,9 @@ class Catalog:
         """Whether the store has ever been opened with a remote: then it has an id."""
         return bool(self.facts.facts("key = 'store'"))
 
-    def purge(self, namespace: str) -> None:
-        """Remove every row of a namespace, its record and its salt, from old versions too.
+    def purge(self, namespace: str) -> float:
+        """Remove every row of a namespace, its record and its salt, from old versions too. Returns
+        0, or for how many seconds old versions stay because another machine's clock is ahead.
 
         Commits wait meanwhile; lookups do not. It takes as long as writing the files again that
         hold rows of the namespace (docs/design/tree.md). Claims on blocks of a shared remote stay
@@ -352,11 +353,12 @@ class Catalog:
         """
         digest = hex_only(namespace)
         with self._lock:
-            self._nodes.erase(f"namespace = '{digest}'")
-            self._namespaces.erase(f"digest = '{digest}'")
+            ahead = self._nodes.erase(f"namespace = '{digest}'")
+            ahead = max(ahead, self._namespaces.erase(f"digest = '{digest}'"))
         self.facts.erase(f"key LIKE 'block/{digest}/%' AND state = '{MARKED}'")
         self.uses.erase(f"by = '{digest}'")
         self._rows.forget(namespace)
+        return ahead
 
     def drop_unreadable(self, namespace: str) -> None:
         """Remove rows of a namespace that cannot be decrypted with the key of its record. A machine

@@ -47,10 +47,16 @@ def newest_version(folder: Path) -> Path | None:
     if there is no such table."""
     if not folder.is_dir():
         return None
+    found = manifests(folder)
+    return found[-1] if found else folder
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The manifests of a table, the oldest version first."""
     versions = folder / "_versions"
     names = os.listdir(versions) if versions.is_dir() else []
     found = [match for name in names if (match := _MANIFEST.fullmatch(name))]
-    return versions / max(found, key=_number)[0] if found else folder
+    return [versions / match[0] for match in sorted(found, key=_number)]
 
 
 def _number(manifest: re.Match[str]) -> int:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvshare_store.blocks.tiers.disk import files
-from kvshare_store.catalog.lance import lance_errors
+from kvshare_store.catalog.lance import lance_errors, manifests
 from kvshare_store.catalog.place import Place
 from kvshare_store.catalog.sync import SyncedFolder
 from kvshare_store.catalog.table_reader import (
@@ -28,6 +28,8 @@ from kvshare_store.errors import StorageError
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
 _TRIES = 100
+_AHEAD_S = 0.01
+"""A version that is so far ahead of the clock is not waited for."""
 
 
 class Table(TableReader):
@@ -159,8 +161,8 @@ class Table(TableReader):
         self.sync()
         return int(done.num_deleted_rows)
 
-    def erase(self, where: str) -> None:
-        """Remove rows and every byte of them.
+    def erase(self, where: str) -> float:
+        """Remove rows and every byte of them; returns as `drop_versions` does.
 
         Deleting only marks rows, and LanceDB never rewrites a file with few marks. So the remaining
         rows of the affected files are written to new files, and the old files are deleted.
@@ -169,16 +171,16 @@ class Table(TableReader):
         self.delete(where)
         runs = np.split(held, np.flatnonzero(np.diff(held) > 1) + 1)
         ranges = [between(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
-        self.rewrite(" OR ".join(f"({at})" for at in ranges))
+        return self.rewrite(" OR ".join(f"({at})" for at in ranges))
 
-    def rewrite(self, where: str = "true") -> None:
+    def rewrite(self, where: str = "true") -> float:
         """Write the rows that `where` selects to new files, then delete the old files. With an
-        empty `where`, only delete files."""
+        empty `where`, only delete files. Returns as `drop_versions` does."""
         if where:
             key = self._fields.key
             with lance_errors():
                 self._handle.update(where=where, values_sql={key: key})
-        self.drop_versions()
+        return self.drop_versions()
 
     def old_versions(self) -> int:
         """How many versions `compact` would drop: all but the newest; of a shared table only those
@@ -203,24 +205,46 @@ class Table(TableReader):
         else:
             self.drop_versions()
 
-    def drop_versions(self) -> None:
+    def drop_versions(self) -> float:
         """Drop all versions but the newest, and files that belong to no version. In a shared table
-        those files may belong to a version that another machine is writing: they stay."""
+        those files may belong to a version that another machine is writing: they stay.
+
+        Returns 0, or for how many seconds old versions of a shared table stay: LanceDB keeps what
+        was made later than now, and whoever made it has a clock that is ahead.
+        """
         with lance_errors():
             self._handle.optimize(cleanup_older_than=_ALL_VERSIONS)
         self._fsync()  # or a power cut could find neither the new files nor the old ones
+        self._drop_ahead()
+        newest = self.version  # others may go on committing to a shared table
         # zero would warn of other readers, and those of a shared table ask again. A version
-        # is kept unless it was that old when this began, by a clock that can be set back.
+        # is kept unless it was that old when this began.
         for _ in range(_TRIES):
             time.sleep(0.002)
             with lance_errors():
                 self._handle.optimize(
                     cleanup_older_than=_NO_VERSION, delete_unverified=not self._place.shared
                 )
-            if not self.old_versions():
+            if not (ahead := self._ahead(newest)):
                 break
         self._remove_aside()
         self.sync()
+        return ahead
+
+    def _ahead(self, newest: int) -> float:
+        """Seconds until the clock is past all versions before this one; 0 if there are none."""
+        with lance_errors():
+            versions = self._handle.list_versions()
+        made = [at["timestamp"].timestamp() for at in versions if at["version"] < newest]
+        return max(_NO_VERSION.total_seconds(), *(at - time.time() for at in made)) if made else 0.0
+
+    def _drop_ahead(self) -> None:
+        """Where the clock was set back, drop the old versions without LanceDB, which would keep
+        them, and every row in them, until the clock is past them. The newest one stays."""
+        if self._place.shared or self._folder is None or self._ahead(self.version) <= _AHEAD_S:
+            return
+        for manifest in manifests(self._folder)[:-1]:
+            manifest.unlink()
 
     def _remove_aside(self) -> None:
         if self._folder is not None:

@@ -21,6 +21,7 @@ from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.machines.others_purges import BEGUN
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
+from kvshare_store.readable import age
 from kvshare_store.save.saving import Saving
 
 _POLL_S = 0.05
@@ -144,16 +145,18 @@ class Purge:
         remaining = [f"tier {tier}: {error}" for tier, error in refused.items()]
         if remaining and not self._repository.encrypted:
             return remaining  # the rows tell the next purge what is left
+        ahead = 0.0
         try:
             if catalog is not None:
                 event = uuid.uuid4().hex
                 self._write_down(catalog, BEGUN + event)
-                catalog.purge(digest)
+                ahead = catalog.purge(digest)
                 self._write_down(catalog, event)
         except KVShareError as error:
             return [*remaining, f"catalogue: {error}"]
         self._nodes.state.remove_namespace(digest)
-        return [f"{what} (unreadable: the key is destroyed)" for what in remaining]
+        unreadable = [f"{what} (unreadable: the key is destroyed)" for what in remaining]
+        return [*unreadable, *_old_versions(ahead)]
 
     def _write_down(self, catalog: Catalog, event: str) -> None:
         """Called before rows are removed, since a crash in between would leave other machines'
@@ -178,3 +181,13 @@ class Purge:
             self._outcomes.reap(set())
             time.sleep(_POLL_S)
         return []
+
+
+def _old_versions(ahead: float) -> list[str]:
+    """What is said of old versions that LanceDB keeps while clocks differ."""
+    if not ahead:
+        return []
+    return [
+        f"catalogue: its old versions stay for {age(0.0, ahead)} and an hour more, because the "
+        "clock of another machine is ahead of this one's"
+    ]

@@ -17,6 +17,7 @@ from kvshare_store.plan import Outcome
 from kvshare_store.quality.score import Score
 from kvshare_store.store import Store
 from tests.machines.test_upkeep import ASKED_ONLY, PROMPT
+from tests.support.clocks import date_ahead
 from tests.support.neighbours import (
     NAMESPACE,
     Machine,
@@ -84,6 +85,25 @@ def test_a_machine_that_was_off_carries_it_out_when_it_starts(
     one.store.purge(NAMESPACE.digest)
     with Store(config):
         until(lambda: not bad.exists())
+
+
+@pytest.mark.parametrize("ahead", [0, 300])
+def test_it_says_what_stays_while_another_clock_is_ahead(
+    machine: Machine, tmp_path: Path, ahead: int
+) -> None:
+    """LanceDB keeps versions, and all that is in them, until the clock of whoever purges is past
+    them; of a shared table nobody else may remove them."""
+    with Store(config_of(tmp_path, "b")) as store:
+        save(Driver(store, NAMESPACE), PROMPT)
+    date_ahead(tmp_path / "catalog", ahead)
+    one = machine("a")
+    until(lambda: knows(one, PROMPT))
+    (done,) = one.store.purge(NAMESPACE.digest)
+    assert len(done.remaining) == bool(ahead)
+    assert all("clock of another machine" in what for what in done.remaining)
+    assert one.store.namespace(NAMESPACE.digest) is None
+    versions = tmp_path / "catalog" / "namespaces.lance" / "_versions"
+    assert (len(list(versions.glob("*.manifest"))) > 1) == bool(ahead)
 
 
 def test_a_lineage_goes_on_every_machine(machine: Machine) -> None:

@@ -28,6 +28,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import decode_frame
 from kvshare_store.testing.tiers import damage_file
+from tests.support.clocks import date_ahead
 from tests.support.faulty import FaultyTier
 from tests.support.oracle import Driver, prompt
 from tests.support.tiers import disk_level
@@ -186,6 +187,21 @@ def test_no_old_version_stays(two: Two, home: Path, mine: Namespace) -> None:
         assert not list(folder.glob("_deletions/*")), "a deleted row would still be in its file"
     assert {namespace for _, namespace in catalog.ids()} == {two.kept.namespace.digest}
     assert [known.digest for known in catalog.records.read()] == [two.kept.namespace.digest]
+
+
+def test_no_byte_stays_after_the_clock_was_set_back(
+    two: Two, config: Config, home: Path, mine: Namespace, key: str
+) -> None:
+    """LanceDB keeps versions, and all that is in them, until the clock is past them."""
+    two.store.close()
+    date_ahead(home / "catalog", 86_400)
+    with Store(config(encryption_key=key)) as again:
+        assert [one.remaining for one in again.purge(mine.digest)] == [()]
+        assert found(home, mine) == {}
+        for table in ("nodes", "namespaces"):
+            versions = home / "catalog" / f"{table}.lance" / "_versions"
+            assert len(list(versions.glob("*.manifest"))) == 1
+        assert Driver(again, two.kept.namespace, two.kept.book).serve(THEIRS).exact == 39
 
 
 def test_other_namespaces_stay(two: Two, config: Config, mine: Namespace, key: str) -> None:
