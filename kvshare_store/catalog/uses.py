@@ -30,7 +30,7 @@ class Uses:
         self.clock = time.time
         """Seconds since 1970."""
         self._alone = threading.Lock()
-        self._written = self.clock()
+        self._written = tree.clock()  # the clock above may be set meanwhile
         self._learned = 0.0
 
     def recorded(self) -> dict[str, float]:
@@ -42,11 +42,12 @@ class Uses:
         with self._alone:
             now = self.clock()
             with self._lock:
-                used = self._tree.used_within(now - self._written)
+                written = self._tree.clock()
+                used = self._tree.used_within(written - self._written)
             facts = [Fact(node.id, now - idle, node.namespace) for node, idle in used]
             for some in pieces(facts, _CHUNK):
                 self._ledger.put(some)
-            self._written = now
+            self._written = written
             self._learn(now)
 
     def _learn(self, now: float) -> None:
@@ -55,12 +56,12 @@ class Uses:
         heard = self._ledger.facts(f"at > {since}")
         with self._lock:
             for fact in heard:
-                self._tree.used_before(fact.key, now - fact.at)
+                self._tree.used_before(fact.key, max(0.0, now - fact.at))
         self._learned = now
 
     def due(self) -> bool:
         """Whether it is time to write back again."""
-        return self.clock() - self._written >= self.period / 2
+        return self._tree.clock() - self._written >= self.period / 2
 
     def prune(self) -> None:
         """Forget uses of long ago."""

@@ -162,7 +162,8 @@ def _memory(config: StoreConfig, serving: bool) -> Iterator[Finding]:
         Arena.create(1 << 21).close()
         yield Finding(OK, "shared memory", "anonymous files can be made and sealed")
     except (KVShareError, OSError) as error:
-        yield Finding(WRONG, "shared memory", str(error), "Linux 5.1 or later is needed")
+        advice = "Linux 5.1 or later is needed, and limits above host_bytes (ulimit -f and -v)"
+        yield Finding(WRONG, "shared memory", str(error), advice)
 
 
 def _limits(config: StoreConfig) -> Iterator[Finding]:

@@ -138,7 +138,8 @@ class Quality:
             known.decisions.clear()
             known.controls = floor.diverged.count
         made = known.decisions.get(top)
-        if made == Decision() and self._clock() - known.learned.scored > _RETRY_S:
+        # also a clock that was set back must not put it off for longer
+        if made == Decision() and abs(self._clock() - known.learned.scored) > _RETRY_S:
             known.learned.forget()
             known.decisions.clear()
             made = None

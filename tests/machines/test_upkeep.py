@@ -183,6 +183,38 @@ def test_what_one_machine_uses_does_not_expire_on_another(machine: Machine) -> N
     assert not knows(one, prompt(2, 40))
 
 
+def test_a_use_counts_although_the_clock_was_set_back(machine: Machine) -> None:
+    first, one, other = (machine(name, ttl_seconds=3600.0, **ASKED_ONLY) for name in "abc")
+    one.book = first.book
+    save_long_ago(first, PROMPT)
+    for engine in (one, other):
+        learn(engine)
+    uses_are_written(one)
+    set_clock(one, -300.0)
+    one.serve(PROMPT)
+    uses_are_written(one)
+    assert other.store.collect().nodes == 0
+
+
+def test_nobody_believes_in_a_use_that_is_still_to_come(machine: Machine) -> None:
+    """A node that counts as used next year would not expire before."""
+    one, other = (machine(name, ttl_seconds=3600.0, **ASKED_ONLY) for name in "ab")
+    node = save(one, PROMPT)
+    assert node is not None
+    learn(other)
+    other.store.tree.clock = lambda: time.monotonic() + 60.0
+    set_clock(one, 365 * 86_400.0)
+    uses_are_written(one)
+    uses_are_written(other)
+    assert 0.0 <= other.store.tree.idle_for(node) < 60.0
+
+
+def set_clock(engine: Driver, seconds: float) -> None:
+    """This machine's clock is so much ahead from now on."""
+    assert engine.store.repository.uses is not None
+    engine.store.repository.uses.clock = lambda: time.time() + seconds
+
+
 def test_a_small_machine_forgets_for_itself_alone(machine: Machine) -> None:
     one, small = machine("a"), machine("b", max_nodes=2)
     small.book = one.book

@@ -3,6 +3,7 @@ readers."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -87,6 +88,23 @@ def test_what_the_owner_writes_its_readers_see(arena: Arena) -> None:
 def test_more_than_the_machine_has() -> None:
     with pytest.raises(HomeError, match="lower host_bytes, or raise the memory limit"):
         Arena.create(1 << 60)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.EFBIG, "limits"), (errno.ENOMEM, "limits"), (errno.EINVAL, "5.1")]
+)
+def test_what_the_system_refuses_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, code: int, advice: str
+) -> None:
+    """A limit of this process is no matter of the kernel's release."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(HomeError) as refused:
+        Arena.create(PAGE)
+    assert [word for word in ("limits", "5.1") if word in str(refused.value)] == [advice]
 
 
 def test_a_slot_outside_the_file_has_no_memory(arena: Arena) -> None:

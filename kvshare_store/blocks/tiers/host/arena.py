@@ -12,6 +12,7 @@ reader that finds the same label before and after copying has the very rows that
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import mmap
@@ -139,10 +140,7 @@ class Arena(ArenaView):
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         except (OSError, ValueError) as error:
             os.close(descriptor)
-            raise HomeError(
-                f"{nbytes:,} bytes of shared memory cannot be sealed (Linux 5.1 or later "
-                f"is needed): {error}"
-            ) from error
+            raise _refused(nbytes, error) from error
         return cls(descriptor, mapped, huge=huge and huge_pages.offered())
 
     def ensure(self, offset: int, nbytes: int) -> None:
@@ -243,3 +241,14 @@ class Arenas:
 
     def __contains__(self, arena_id: str) -> bool:
         return arena_id in self._mapped
+
+
+def _refused(nbytes: int, error: OSError | ValueError) -> HomeError:
+    """What to do about an arena that the system refuses. A kernel without the last seal says that
+    it is invalid."""
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return HomeError("shared memory cannot be sealed: Linux 5.1 or later is needed")
+    return HomeError(
+        f"{nbytes:,} bytes of shared memory cannot be had ({error}): raise this process's limits "
+        "(ulimit -f and -v, LimitFSIZE= and LimitAS=), or lower host_bytes"
+    )
