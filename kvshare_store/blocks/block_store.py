@@ -191,18 +191,18 @@ class BlockStore:
             if not self._lacks(name):
                 return
             try:
-                offset = self.pool.allocate(nbytes)
+                slot = self.pool.allocate(nbytes)
             except NoSpaceError as error:
                 self._metrics.error(error.kind)
                 return
-        self.host.arena.rows(offset, nbytes)[:] = block.data
+        self.pool.reserved(slot)[:] = block.data
         with self._lock:
             if self._lacks(name):
-                self.pool.place(offset, name, block)
+                self.pool.place(slot, name, block)
                 self.host.weigh(name, self._users_of(name))
                 self._metrics.moved(source, self.host.name, nbytes)
             else:
-                self.pool.cancel(offset)
+                self.pool.cancel(slot)
 
     def _lacks(self, name: str) -> bool:
         """Whether the block belongs into the host and is not there. Hold the lock."""

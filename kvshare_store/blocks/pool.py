@@ -28,6 +28,16 @@ _WRITING_BACK = 64
 """Most blocks that leave the host at the same time; beyond that they are dropped, not copied."""
 
 
+class Reserved:
+    """A slot that is being filled, until it is sealed or cancelled. From then on it names nothing,
+    although the same place may be another thread's slot."""
+
+    __slots__ = ("offset",)
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+
 class BufferPool:
     """Which blocks are in the host tier. Thread-safe under the lock of the store."""
 
@@ -40,8 +50,8 @@ class BufferPool:
         self._io = io
         self._lock = lock
         self._metrics = metrics
-        self._reserved: SlotSizes[int] = SlotSizes()
-        """Bytes of rows of each slot that is being filled, by its offset."""
+        self._reserved: SlotSizes[Reserved] = SlotSizes()
+        """Bytes of rows of each slot that is being filled."""
         self._dirty: SlotSizes[str] = SlotSizes()
         """Bytes of each block that no tier below the host holds yet."""
         self._persisting: frozenset[str] = frozenset()
@@ -58,8 +68,8 @@ class BufferPool:
 
     # --- slots --------------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int) -> int:
-        """Offset of an empty slot, after making room if needed; `NoSpaceError` if no block may
+    def reserve(self, nbytes: int) -> Reserved:
+        """An empty slot, after making room if needed; `NoSpaceError` if no block may
         leave. Without a tier below, blocks that leave are lost (`take_lost`).
 
         No other thread gets or moves the slot until it is sealed or cancelled, so it is filled
@@ -69,12 +79,12 @@ class BufferPool:
             self._check_dirty(nbytes)
             return self.allocate(nbytes)
 
-    def allocate(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int) -> Reserved:
         """As `reserve`, for a copy of a block that a tier below has, so it does not matter how many
         blocks wait to be written. Hold the lock."""
-        offset = self._allocate(nbytes)
-        self._reserved[offset] = nbytes
-        return offset
+        slot = Reserved(self._allocate(nbytes))
+        self._reserved[slot] = nbytes
+        return slot
 
     def check_fits(self, sizes: Iterable[int]) -> None:
         """`NoSpaceError` if blocks of so many bytes can never be in the host together, as those of
@@ -94,35 +104,35 @@ class BufferPool:
                 "raise host_bytes, or save more slowly"
             )
 
-    def reserved(self, offset: int) -> memoryview:
+    def reserved(self, slot: Reserved) -> memoryview:
         """The bytes of a reserved slot; `LeaseError` if it is no longer reserved."""
-        nbytes = self._reserved.get(offset)
+        nbytes = self._reserved.get(slot)
         if nbytes is None:
             raise LeaseError("the slot is no longer reserved; save again")
-        return self._host.arena.rows(offset, nbytes)
+        return self._host.arena.rows(slot.offset, nbytes)
 
-    def seal(self, offset: int, name: str, block: Block) -> None:
+    def seal(self, slot: Reserved, name: str, block: Block) -> None:
         """The slot holds `block` from now on. The caller has computed `name` from its bytes."""
         with self._lock:
-            self.place(offset, name, block)
+            self.place(slot, name, block)
             self._metrics.moved(NEW, self._host.name, len(block.data))
             if self._levels and self.holder(name) is None:
                 self._dirty[name] = len(block.data)
 
-    def place(self, offset: int, name: str, block: Block) -> None:
+    def place(self, slot: Reserved, name: str, block: Block) -> None:
         """As `seal`, for a copy of a block that a tier below has. Hold the lock."""
-        if self._reserved.pop(offset, None) is None:
+        if self._reserved.pop(slot, None) is None:
             raise LeaseError("the slot is no longer reserved; save again")
-        self._host.seal(offset, name, block, leased=not self._may_go(name))
+        self._host.seal(slot.offset, name, block, leased=not self._may_go(name))
 
-    def cancel(self, offset: int) -> None:
-        """Give a reserved slot back; one that is not reserved is ignored."""
+    def cancel(self, slot: Reserved) -> None:
+        """Give a reserved slot back; one that is not reserved any more is ignored."""
         with self._lock:
-            if self._reserved.pop(offset, None) is not None:
-                self._host.cancel(offset)
+            if self._reserved.pop(slot, None) is not None:
+                self._host.cancel(slot.offset)
 
-    def filling(self) -> set[int]:
-        """Offsets of the slots that are reserved."""
+    def filling(self) -> set[Reserved]:
+        """The slots that are reserved."""
         return set(self._reserved)
 
     @contextlib.contextmanager

@@ -27,9 +27,9 @@ from kvshare_store.errors import StorageError
 
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)
 _SHARED_VERSIONS = timedelta(hours=1)
-_TRIES = 100
-_AHEAD_S = 0.01
-"""A version that is so far ahead of the clock is not waited for."""
+_TRIES, _TRY_S = 100, 0.002
+_AHEAD_S = _TRIES * _TRY_S
+"""A version that is further ahead of the clock is not waited for."""
 
 
 class Table(TableReader):
@@ -220,12 +220,13 @@ class Table(TableReader):
         # zero would warn of other readers, and those of a shared table ask again. A version
         # is kept unless it was that old when this began.
         for _ in range(_TRIES):
-            time.sleep(0.002)
+            time.sleep(_TRY_S)
             with lance_errors():
                 self._handle.optimize(
                     cleanup_older_than=_NO_VERSION, delete_unverified=not self._place.shared
                 )
-            if not (ahead := self._ahead(newest)):
+            ahead = self._ahead(newest)
+            if not ahead or ahead > _AHEAD_S:
                 break
         self._remove_aside()
         self.sync()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
 
 from kvshare_store.blocks.block_store import BlockStore
+from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
 from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
@@ -138,7 +139,7 @@ class NodeStore:
         known = self.namespaces.get(node.namespace)
         return known is not None and bool(known.pool)
 
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int) -> Reserved:
         """See `BufferPool.reserve`. Where no tier is below, the nodes of blocks that had to go are
         removed."""
         with self.lock:

@@ -124,13 +124,13 @@ class Merger:
     def _copied(
         self, node: Node, start: int, stop: int, nbytes: int, read: Callable[[str], Block]
     ) -> str:
-        pool, offset = self._blocks.pool, self._nodes.reserve(nbytes)
+        pool, slot = self._blocks.pool, self._nodes.reserve(nbytes)
         try:
-            block = copy_rows(node, start, stop, read, pool.reserved(offset))
+            block = copy_rows(node, start, stop, read, pool.reserved(slot))
             name = block_name(block)
-            pool.seal(offset, name, block)
+            pool.seal(slot, name, block)
         finally:
-            pool.cancel(offset)  # nothing, once it is sealed
+            pool.cancel(slot)  # nothing, once it is sealed
         return name
 
     def _read(self, name: str) -> Block:

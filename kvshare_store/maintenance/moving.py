@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import (
@@ -208,7 +209,7 @@ def _add(
     """Add a node, with those of its blocks that the store lacks; False if there is no room, or its
     namespace is one of the `purged`."""
     nodes, pool = repository.nodes, repository.blocks.pool
-    filled: dict[str, tuple[int, Block]] = {}
+    filled: dict[str, tuple[Reserved, Block]] = {}
     try:
         for name in node.blocks:
             if name in filled or repository.blocks.tier_of(name) is not None:
@@ -221,14 +222,14 @@ def _add(
             if not here or namespace.digest in purged:
                 return False
             nodes.namespaces.register(namespace)
-            for name, (offset, block) in filled.items():
+            for name, (slot, block) in filled.items():
                 if repository.blocks.tier_of(name) is None:
-                    pool.seal(offset, name, block)
+                    pool.seal(slot, name, block)
             vectors = Vectors(lexical_vector(node.tokens), None)
             nodes.add(msgspec.structs.replace(node, stamp=new_stamp()), vectors)
             return node.id in nodes.tree
     except NoSpaceError:
         return False
     finally:
-        for offset, _ in filled.values():
-            pool.cancel(offset)  # those that were not sealed
+        for slot, _ in filled.values():
+            pool.cancel(slot)  # those that were not sealed

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
@@ -262,7 +263,7 @@ class Saving:
             finally:
                 with self._nodes.lock:
                     for filled in fresh:  # those that were not sealed
-                        self._pool.cancel(filled.offset)
+                        self._pool.cancel(filled.slot)
                     self.abandon(staged_id)
         return node.id
 
@@ -273,9 +274,9 @@ class Saving:
         layout, at = save.namespace.layout, 0
         for rows in save.staged.sizes:
             nbytes = rows * layout.row_bytes
-            offset = self._nodes.reserve(nbytes)
-            block = Block(save.namespace.digest, layout, self._pool.reserved(offset))
-            filled = _Filled(offset, "", block)
+            slot = self._nodes.reserve(nbytes)
+            block = Block(save.namespace.digest, layout, self._pool.reserved(slot))
+            filled = _Filled(slot, "", block)
             fresh.append(filled)
             source.read_into(at, block.data)
             filled.name = block_name(block)
@@ -297,10 +298,8 @@ class Saving:
                 raise MissingBlockError(f"block {short(name)} left the store before the commit")
         self._nodes.namespaces.register(save.namespace)
         nbytes = sum(len(filled.block.data) for filled in fresh)
-        fresh.reverse()  # `pop` takes from the end: from the front each would move all the others
-        while fresh:
-            filled = fresh.pop()
-            self._pool.seal(filled.offset, filled.name, filled.block)
+        for filled in fresh:
+            self._pool.seal(filled.slot, filled.name, filled.block)
         edited = self._edited_twin(node)
         if edited is not None:
             node = with_sources(node, edited.sources)
@@ -334,7 +333,7 @@ class Saving:
 class _Filled(msgspec.Struct):
     """A slot of the arena with a block that no node uses yet."""
 
-    offset: int
+    slot: Reserved
     name: str
     block: Block
 

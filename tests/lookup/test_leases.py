@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.leases import LeaseBook
+from kvshare_store.blocks.pool import Reserved
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.wrappers import WrapperTier
 from kvshare_store.errors import LeaseError, NoSpaceError, PlanError
@@ -239,11 +240,11 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
     engine.save(shared + prompt(2, 24))
     store.flush()
     first = engine.stage(shared + prompt(3, 8))  # its first two blocks are here already
-    seal, reserved = store.blocks.pool.seal, list[int]()
+    seal, reserved = store.blocks.pool.seal, list[Reserved]()
 
-    def seal_and_reserve(offset: int, name: str, block: Block) -> None:
-        seal(offset, name, block)
-        if store.blocks.host.ref(name).offset != offset:  # type: ignore[union-attr]
+    def seal_and_reserve(slot: Reserved, name: str, block: Block) -> None:
+        seal(slot, name, block)
+        if store.blocks.host.ref(name).offset != slot.offset:  # type: ignore[union-attr]
             reserved.append(store.blocks.pool.reserve(8 * ROW))
 
     with monkeypatch.context() as patch:
@@ -251,6 +252,25 @@ def test_a_slot_given_back_by_a_commit_is_not_taken_from_the_next(
         assert engine.commit(first)
     assert len(reserved) == 2
     assert set(reserved) <= store.blocks.pool.filling(), "they were taken away again"
+
+
+def test_whoever_has_sealed_a_slot_cannot_take_the_next_one_in_its_place(driver: Open) -> None:
+    """A merge, an import or a save lets go of its slots at its end, whatever became of them. Two
+    writers in one slot would put rows of one block under the name of another."""
+    engine = driver()
+    engine.save(prompt(1, 16))
+    pool, name = engine.store.blocks.pool, next(iter(engine.store.blocks.host.names()))
+    block = engine.store.blocks.read(name)
+    first = pool.reserve(len(block.data))
+    pool.seal(first, name, block)  # the block is here: its slot is free again
+    following = pool.reserve(len(block.data))
+    pool.reserved(following)[:] = block.data
+    pool.cancel(first)
+    assert pool.filling() == {following}
+    assert bytes(pool.reserved(following)) == bytes(block.data)
+    with pytest.raises(LeaseError):
+        pool.seal(first, name, block)
+    pool.cancel(following)
 
 
 def test_what_a_client_writes_late_changes_no_row(driver: Open) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvshare_store.blocks.pool import Reserved
 from kvshare_store.errors import NoSpaceError
 from kvshare_store.maintenance.check import check_tree
 from kvshare_store.namespace import Namespace
@@ -182,7 +183,7 @@ def test_leased_rows_stay_until_their_plan_has_ended(driver: Open, home: Path) -
     assert files(home) == set(here(engine, nodes[2]).blocks)
 
 
-def all_memory(engine: Driver) -> list[int]:
+def all_memory(engine: Driver) -> list[Reserved]:
     """Reserve what there is; the slots."""
     held = []
     for nbytes in (1 << 14, 1 << 10, 64):
@@ -198,8 +199,8 @@ def test_memory_full_of_rows_in_use_postpones_a_merge(driver: Open) -> None:
     held = all_memory(engine)
     assert engine.store.collect().merged == 0
     assert not here(engine, nodes[2]).merged
-    for offset in held:
-        engine.store.blocks.pool.cancel(offset)
+    for slot in held:
+        engine.store.blocks.pool.cancel(slot)
     assert engine.store.collect().merged == 1
 
 

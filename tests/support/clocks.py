@@ -12,7 +12,9 @@ _SECONDS = b"\x08"
 """In a manifest, precedes the seconds of its time, a varint."""
 
 
-def date_ahead(catalog: Path, seconds: int, tables: Iterable[str] = ("nodes", "namespaces")) -> None:
+def date_ahead(
+    catalog: Path, seconds: int, tables: Iterable[str] = ("nodes", "namespaces")
+) -> None:
     """Date every version of these tables so far ahead, as if the clock had been set back since, or
     as another machine writes them whose clock is ahead. No store may have them open."""
     for name in tables:
