@@ -64,7 +64,7 @@ class Spawned:
 
 def daemon_command(config: StoreConfig) -> list[str]:
     """The command; its arguments name the home for whoever lists the processes."""
-    module = ["-m", "kvshare_store.cli.main", "serve", "--home", str(config.home_path)]
+    module = ["-m", "kvshare_store.cli", "serve", "--home", str(config.home_path)]
     return [sys.executable, *module]
 
 

@@ -83,14 +83,13 @@ def export_nodes(
     beside = path.with_name(f"kvshare-export-{secrets.token_hex(4)}.part")
     try:
         _refuse_others(path, repository.home)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(beside, flags, 0o600)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with _new_file(beside) as file:
                 found = _export(repository, nodes, file)
                 file.flush()
                 os.fsync(file.fileno())
                 found = msgspec.structs.replace(found, nbytes=file.tell())
+                _give_name(file, beside)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -99,6 +98,25 @@ def export_nodes(
             raise
         raise StorageError(f"archive {path} cannot be written: {error.strerror}") from error
     return found
+
+
+def _new_file(beside: Path) -> BinaryIO:
+    """A file without a name, of which nothing is left when the process is killed. Where the file
+    system has none, it has its name from the start."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(beside.parent, flags | os.O_TMPFILE, 0o600)
+    except OSError:  # one that has another reason comes again
+        descriptor = os.open(beside, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    return os.fdopen(descriptor, "wb")
+
+
+def _give_name(file: BinaryIO, name: Path) -> None:
+    """Name a file that has no name yet. Python follows the link to it only where a folder's
+    descriptor is given too, which nobody looks at since the path is absolute."""
+    number = file.fileno()
+    if not os.fstat(number).st_nlink:
+        os.link(f"/proc/self/fd/{number}", name, src_dir_fd=number, follow_symlinks=True)
 
 
 def _refuse_others(path: Path, home: Path) -> None:

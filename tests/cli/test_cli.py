@@ -273,6 +273,40 @@ def test_ctrl_c_ends_a_command(tmp_path: Path) -> None:
     assert (process.returncode, said) == (130, b"")
 
 
+LOADING = """
+import builtins, os, sys
+from kvshare_store.cli import __main__
+
+load = builtins.__import__
+
+def load_and_interrupt(name, *args):
+    if name == "kvshare_store.cli.main":
+        os.kill(os.getpid(), int(sys.argv.pop()))
+    return load(name, *args)
+
+builtins.__import__ = load_and_interrupt
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "code"),
+    [
+        (signal.SIGINT, "ls", 130),
+        (signal.SIGINT, "serve", 130),
+        (signal.SIGHUP, "serve", 0),
+        (signal.SIGHUP, "ls", -signal.SIGHUP),
+    ],
+)
+def test_a_signal_while_the_commands_are_loaded(
+    number: signal.Signals, command: str, code: int
+) -> None:
+    """A daemon must not end because its settings are to be read again."""
+    words = [sys.executable, "-c", LOADING, command, "--help", str(int(number))]
+    ended = subprocess.run(words, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, b"")
+
+
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -26,7 +27,7 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.maintenance import moving
-from kvshare_store.maintenance.archive import block_at
+from kvshare_store.maintenance.archive import Writer, block_at, verified
 from kvshare_store.maintenance.moving import export_nodes, import_nodes
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import encode_node
@@ -123,6 +124,35 @@ def test_nodes_are_imported_as_they_were(
         mine = Driver(store, engine.namespace.for_tenant("alice"), engine.book)
         assert mine.serve(prompt(2)).exact == 99
         assert mine.serve(prompt()).exact == 0
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_a_kill_leaves_nothing_of_an_archive(
+    driver: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+) -> None:
+    """As long as it is written it has no name, where the file system can do that."""
+    engine = driver()
+    filled(engine)
+    seen, write, open_ = list[int](), Writer.put, os.open
+
+    def put(*args: Any) -> None:
+        seen.append(len(list(tmp_path.glob("*.part"))))
+        write(*args)
+
+    def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return open_(path, flags, *args, **options)
+
+    monkeypatch.setattr(Writer, "put", put)
+    if not unnamed:
+        monkeypatch.setattr(os, "open", refuse)
+    for _ in range(2):  # the second one takes the place of the first
+        assert exported(engine, tmp_path / "a.kv").nodes == 3
+    assert set(seen) == {0 if unnamed else 1}
+    assert list(tmp_path.glob("*.part")) == []
+    with (tmp_path / "a.kv").open("rb") as file:
+        assert len(verified(file, tmp_path / "a.kv").nodes) == 3
 
 
 def test_rows_that_others_share_are_not_copied_twice(
