@@ -60,7 +60,7 @@ def _node(number: int, donor: Donor) -> Node:
         namespace="benchmark",
         token_bytes=tokens.tobytes(),
         segments=(Span(0, len(tokens), 0, 0, 0),),
-        blocks=(str(number),),
+        blocks=(f"{number:064}",),
         exact_rows=len(tokens),
     )
 
