@@ -25,6 +25,7 @@ from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan, Run, Span
+from tests.support.block_names import block, text_of
 
 LONG = 131_072
 CELLS = 1 << 26
@@ -153,7 +154,7 @@ def plan(request: Tokens, donors: Sequence[Tokens], policy: str) -> ReusePlan:
             namespace="n",
             token_bytes=tokens.astype(np.int32).tobytes(),
             segments=tuple(Span(at, min(64, len(tokens) - at), at, at // 64, 0) for at in starts),
-            blocks=tuple(f"{number:032x}{at:032x}" for at in starts),
+            blocks=tuple(block(f"{number}/{at}") for at in starts),
             exact_rows=len(tokens),
         )
         tree.add(node)
@@ -178,9 +179,9 @@ def test_a_crafted_prompt_costs_bounded_work(work: Work, name: str, policy: str)
     assert work.calls <= CALLS
     assert work.cost <= CELLS
     for span in found.spans:  # what was found so far is right
-        number, block = divmod(int(found.block_names[span.block], 16), 1 << 128)
-        at = block + span.row
-        there = donors[number][at : at + span.length]
+        number, start = text_of(found.block_names[span.block]).split("/")
+        at = int(start) + span.row
+        there = donors[int(number)][at : at + span.length]
         assert there.tolist() == request[span.start : span.stop].tolist()
 
 

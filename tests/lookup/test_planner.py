@@ -24,6 +24,7 @@ from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 from kvshare_store.plan import Context, ReusePlan, Span, contexts_of
+from tests.support.block_names import block, text_of
 
 ROW_BYTES = 64
 LAX = ReusePolicy("aggressive", min_run=2, max_generation=4)
@@ -71,7 +72,7 @@ class Shelf:
             namespace="n",
             token_bytes=array.tobytes(),
             segments=tuple(segments),
-            blocks=tuple(f"{name}/{at}" for at in range(-(-len(tokens) // 8))),
+            blocks=tuple(block(f"{name}/{at}") for at in range(-(-len(tokens) // 8))),
             exact_rows=exact,
             generation=generation,
             policy=policy if generation else "",
@@ -108,11 +109,11 @@ class Shelf:
             assert span.start >= at
             assert span.length > 0
             at = span.stop
-            node, block = plan.block_names[span.block].split("/")
+            node, start = text_of(plan.block_names[span.block]).split("/")
             donor = self.tree.get(node)
             assert donor is not None
             assert node in plan.donors
-            first = 8 * int(block) + span.row
+            first = 8 * int(start) + span.row
             assert span.row + span.length <= 8
             there = donor.tokens[first : first + span.length].tolist()
             assert there == request[span.start : span.stop]

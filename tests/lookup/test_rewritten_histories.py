@@ -23,6 +23,7 @@ from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan, Span
 from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prompts import Prompt
+from tests.support.block_names import block, text_of
 
 LENGTHS = {3_000: 40, 50_000: 40, 100_000: 8}
 """How many histories of each length are stored."""
@@ -139,7 +140,7 @@ class Shelf:
             namespace="n",
             token_bytes=tokens.tobytes(),
             segments=(Span(0, len(tokens), 0, 0, 0),),
-            blocks=(name,),
+            blocks=(block(name),),
             exact_rows=len(tokens),
         )
         self.tree.add(node)
@@ -168,7 +169,7 @@ def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
     plan = shelf(length).plan(request)
     assert shelf(length).effort.left >= (1 - SPENT) * Effort().left
     for span in plan.spans:
-        node = shelf(length).tree.get(plan.block_names[span.block])
+        node = shelf(length).tree.get(text_of(plan.block_names[span.block]))
         assert node is not None
         there = node.tokens[span.row : span.row + span.length]
         assert there.tolist() == request[span.start : span.stop].tolist()
@@ -183,7 +184,7 @@ def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
     request = np.concatenate((*history(0, length), known, text(9, 100))).astype(np.int32)
     plan = shelf(length).plan(request)
     assert plan.reused >= len(request) - 100 - 50 - 12
-    assert {plan.block_names[span.block][0] for span in plan.spans} == {"0", "5"}
+    assert {text_of(plan.block_names[span.block])[0] for span in plan.spans} == {"0", "5"}
 
 
 def test_the_turn_before_one_that_has_just_become_long_is_found() -> None:

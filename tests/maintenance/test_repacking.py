@@ -15,14 +15,10 @@ from kvshare_store.nodes.node import Node, check_segments
 from kvshare_store.plan import Span
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
+from tests.support.block_names import block
 from tests.support.oracle import row_keys, rows_for
 
 LAYOUT = KVLayout(2, 1, 4, "float32")
-
-
-def block(name: str) -> str:
-    """A block's name."""
-    return name.encode().hex().zfill(64)
 
 
 def node(

@@ -26,6 +26,7 @@ from kvshare_store.save.staging import (
     fresh_segments,
     new_staged,
 )
+from tests.support.block_names import block
 
 
 @st.composite
@@ -167,7 +168,7 @@ def make_node(
         token_bytes=tokens.tobytes(),
         parent=parent,
         segments=segments or (Span(0, 6, 0, 0, 0),),
-        blocks=blocks,
+        blocks=tuple(map(block, blocks)),
         exact_rows=6,
     )
 
@@ -185,9 +186,7 @@ def test_node_ids_tell_namespace_tokens_and_provenance_apart() -> None:
 
 
 def test_a_node_survives_the_catalogue() -> None:
-    node = make_node(
-        "a", ("b0" * 32, "b1" * 32), "p", (Span(0, 4, 7, 0, 1), Span(4, 2, 4, 1, 0, True))
-    )
+    node = make_node("a", ("b0", "b1"), "p", (Span(0, 4, 7, 0, 1), Span(4, 2, 4, 1, 0, True)))
     back = decode_node(encode_node(node))
     assert msgspec.structs.asdict(back) == msgspec.structs.asdict(node)
     assert back.tokens.tolist() == [0, 1, 2, 3, 4, 5]
@@ -210,18 +209,18 @@ def test_the_tree_knows_who_uses_what() -> None:
     tree.add(make_node("grandchild", ("b2", "b2"), "child"))
     assert [node.id for node in tree.path("grandchild")] == ["root", "child", "grandchild"]
     assert tree.children("root") == ["child"]
-    assert tree.users("b1") == {"root", "child"}
-    assert tree.blocks() == {"b0", "b1", "b2"}
+    assert tree.users(block("b1")) == {"root", "child"}
+    assert tree.blocks() == set(map(block, ("b0", "b1", "b2")))
     gone = tree.remove("root")
     assert gone is not None
-    assert gone[1] == ["b0"]
+    assert gone[1] == [block("b0")]
     assert tree.children("root") == ["child"]
     assert [node.id for node in tree.path("grandchild")] == ["child", "grandchild"]
     assert tree.remove("root") is None
     tree.remove("child")
     last = tree.remove("grandchild")
     assert last is not None
-    assert last[1] == ["b2"]
+    assert last[1] == [block("b2")]
     assert (len(tree), tree.blocks(), tree.children("root")) == (0, set(), [])
 
 
