@@ -89,8 +89,10 @@ class Connection:
         """It is gone, and nothing that it had asked for is under way."""
         self.leaving = False
         """It is cut off once it has been told why."""
+        self.unheard = False
+        """It was told to ask later, and nothing is read from it for a while."""
         self.events = selectors.EVENT_READ
-        """What the loop waits for."""
+        """What the loop waits for; 0 if for nothing."""
         self._limits = limits
         self._budget = Budget(limits.requests, limits.request_bytes, above)
         self._frames = Frames(self._admit)

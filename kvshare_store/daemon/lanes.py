@@ -25,6 +25,8 @@ log = logging.getLogger("kvshare")
 Work = Callable[[], None]
 
 _STEP_S = 0.05
+_OTHERS_S = 1.0
+"""How long a client counts as asking after its last request."""
 
 
 class _Size(NamedTuple):
@@ -32,9 +34,13 @@ class _Size(NamedTuple):
 
     threads: int
     each: int
-    """Of these, for one client at a time: the others stay free for others."""
+    """Of these, for one client at a time: the others stay free for others. While others ask too,
+    each client has one."""
     queued: int = 1 << 30
     """Requests of one client that wait for a thread."""
+    rest_s: float = 0.0
+    """A thread rests after its work as long as that took, at most so long: clients that ask for one
+    thing after the other leave half of a core to others."""
 
 
 _SIZES = {
@@ -44,7 +50,7 @@ _SIZES = {
     "rows": _Size(2, 1, 64),
     "save": _Size(1, 1),
     "flush": _Size(1, 1),
-    "chore": _Size(1, 1),
+    "chore": _Size(1, 1, rest_s=0.1),
     "explain": _Size(1, 1, 8),
     "purge": _Size(1, 1, 8),
     "reload": _Size(1, 1),
@@ -159,6 +165,8 @@ class _Lane:
         """Of clients for whom something waits, whose turn is next first."""
         self._busy: Counter[str] = Counter()
         """Threads that work for each client."""
+        self._asker, self._others_until = "", 0.0
+        """Who asked last, and until when others count as asking too."""
         self._closed = False
 
     @property
@@ -181,6 +189,9 @@ class _Lane:
             if len(queue) >= self._size.queued:
                 raise OverloadError(f"{len(queue)} such requests wait already; ask again later")
             queue.append(work)
+            if client != self._asker:
+                self._others_until = time.monotonic() + _OTHERS_S if self._asker else 0.0
+                self._asker = client
             self._begin()
 
     def close(self) -> None:
@@ -192,7 +203,7 @@ class _Lane:
 
     def _begin(self) -> None:
         """Give free threads to the clients whose turn it is. Hold the lock."""
-        each = self._size.each
+        each = 1 if time.monotonic() < self._others_until else self._size.each
         while self._busy.total() < self._size.threads:
             client = next((one for one in self._queues if self._busy[one] < each), None)
             if client is None:
@@ -205,12 +216,15 @@ class _Lane:
             self._pool.submit(self._do, client, work)
 
     def _do(self, client: str, work: Work) -> None:
+        start = time.monotonic()
         try:
             work()
         except BaseException as error:  # a bug must not go unnoticed, nor a library's panic
             log.exception("kvshare: work in a lane failed")
             self._failed(error)
         finally:
+            if self._size.rest_s and not self._closed:
+                time.sleep(min(self._size.rest_s, time.monotonic() - start))
             with self._lock:
                 self._busy[client] -= 1
                 if not self._busy[client]:

@@ -30,6 +30,11 @@ Socket = socket.socket
 
 _REST_S = 0.5
 """How long no connection is accepted after the system has refused one."""
+_AT_ONCE, _PAUSE_S = 8, 0.004
+"""So many connections are accepted, then none for so long: two thousand a second, which leaves the
+processor to those who are connected."""
+_BUSY_S = 0.02
+"""How long a client that was told to ask later is not heard."""
 
 
 class Answer(NamedTuple):
@@ -87,6 +92,9 @@ class Switchboard:
         self._answers: deque[Answer] = deque()
         self._checked = self._closed_until = 0.0
         self._open = False
+        self._accepted = 0
+        self._unheard: deque[tuple[float, Connection]] = deque()
+        """Clients that were told to ask later, and when they are heard again."""
         self._seldom = Seldom(log)
         self.connections: set[Connection] = set()
         self.cut_off = 0
@@ -117,7 +125,7 @@ class Switchboard:
         """One turn: move what can be moved, waiting up to `seconds` for it. Returns whether any
         client was heard."""
         heard = False
-        for key, events in self._selector.select(seconds):
+        for key, events in self._selector.select(self._until_due(seconds)):
             if isinstance(key.data, Connection):
                 heard = True
                 self._serve(key.data, events)
@@ -163,7 +171,7 @@ class Switchboard:
     def _dispatch(self, connection: Connection, frame: Frame) -> None:
         if not frame.kept:
             error = OverloadError("too many requests are under way; ask again later")
-            self._put(connection, frame.id, protocol.encode_error(error))
+            self._turn_away(connection, frame.id, error)
             return
         try:
             if connection.greeted:
@@ -173,13 +181,21 @@ class Switchboard:
         except KVShareError as error:
             connection.done(frame.nbytes)
             if connection.greeted:
-                self._put(connection, frame.id, protocol.encode_error(error))
+                self._turn_away(connection, frame.id, error)
             else:
                 self._refuse(connection, frame.id, error)
             return
         connection.done(frame.nbytes)
         connection.greeted = True
         self._put(connection, frame.id, body, descriptor)
+
+    def _turn_away(self, connection: Connection, request_id: bytes, error: KVShareError) -> None:
+        """Answer with an error. Whoever asks too much is not heard for a while: to refuse one
+        request after the other would take the processor from everybody else."""
+        if isinstance(error, OverloadError) and not connection.unheard:
+            connection.unheard = True
+            self._unheard.append((time.monotonic() + _BUSY_S, connection))
+        self._put(connection, request_id, protocol.encode_error(error))
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -206,11 +222,21 @@ class Switchboard:
         if connection.leaving and not connection.unsent:
             self._hang_up(connection)
             return
-        read = 0 if connection.leaving else selectors.EVENT_READ
+        self._watch(connection)
+
+    def _watch(self, connection: Connection) -> None:
+        """Wait for what is wanted of a connection now."""
+        read = 0 if connection.leaving or connection.unheard else selectors.EVENT_READ
         events = read | (selectors.EVENT_WRITE if connection.unsent else 0)
-        if events != connection.events:
-            connection.events = events
+        if events == connection.events:
+            return
+        if not connection.events:
+            self._selector.register(connection.stream, events, connection)
+        elif not events:
+            self._selector.unregister(connection.stream)
+        else:
             self._selector.modify(connection.stream, events, connection)
+        connection.events = events
 
     # --- coming and going ------------------------------------------------------------------------
 
@@ -233,6 +259,10 @@ class Switchboard:
             self._closed_until = time.monotonic() + _REST_S
             self._let_in(False)
             return
+        self._accepted += 1
+        if self._accepted % _AT_ONCE == 0:
+            self._closed_until = time.monotonic() + _PAUSE_S
+            self._let_in(False)
         if stream is not None:
             self._welcome(Connection(stream, self._limits, self._budget, time.monotonic()))
 
@@ -268,7 +298,8 @@ class Switchboard:
     def _hang_up(self, connection: Connection) -> None:
         if connection.gone:
             return
-        self._selector.unregister(connection.stream)
+        if connection.events:
+            self._selector.unregister(connection.stream)
         self.connections.discard(connection)
         connection.hang_up()
         if not connection.under_way:
@@ -282,16 +313,29 @@ class Switchboard:
         if connection.greeted:
             self._owner.left(connection)
 
+    def _until_due(self, seconds: float) -> float:
+        """Seconds until somebody is heard or let in again, at most `seconds`."""
+        due = [self._unheard[0][0]] if self._unheard else []
+        if not self._open:
+            due.append(self._closed_until)
+        return max(0.0, min([seconds, *(at - time.monotonic() for at in due)]))
+
     def _look_after(self, now: float) -> None:
-        """Once a second: disconnect overdue clients, and accept connections again if possible."""
+        """Hear clients and accept connections again when it is time; once a second, disconnect
+        overdue clients."""
+        while self._unheard and self._unheard[0][0] <= now:
+            connection = self._unheard.popleft()[1]
+            connection.unheard = False
+            if not connection.gone:
+                self._watch(connection)
+        if not self._open and now >= self._closed_until:
+            self._let_in(True)
         if now - self._checked < 1.0:
             return
         self._checked = now
         for connection in list(self.connections):
             if reason := connection.overdue(now):
                 self._cut(connection, reason)
-        if not self._open and now > self._closed_until:
-            self._let_in(True)
 
     def stop_listening(self) -> None:
         """Accept no more connections; the socket is removed."""

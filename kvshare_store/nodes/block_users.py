@@ -161,7 +161,12 @@ class BlockUsers:
 
 
 def _key(name: str) -> int:
-    return int(_keys(Names.of((name,)).raw)[0])
+    """0 for what is no name of a block, which clients may ask for. Names are compared, so nobody
+    has it."""
+    try:
+        return int(_keys(Names.of((name,)).raw)[0])
+    except ValueError:
+        return 0
 
 
 def _keys(names: bytes) -> Keys:

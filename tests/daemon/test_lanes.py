@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.lanes import Lanes
 from kvshare_store.errors import OverloadError
+from tests.support import waiting
 
 PATIENCE_S = 60.0
+until = partial(waiting.until, seconds=PATIENCE_S)
 
 
 @pytest.fixture
@@ -46,3 +51,53 @@ def test_a_client_queues_few_explanations(busy: Lanes) -> None:
         busy.submit("one", protocol.Diff, lambda: None)
     busy.submit("two", protocol.Diff, lambda: None)
     assert {lane: count for lane, count in busy.waiting().items() if count} == {"explain": 9}
+
+
+# --- one client beside others ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def lanes() -> Iterator[Lanes]:
+    failures: list[BaseException] = []
+    running = Lanes(failures.append)
+    yield running
+    assert running.close(PATIENCE_S, lambda: None)
+    assert not failures
+
+
+@pytest.mark.parametrize(("others", "begun"), [(False, 2), (True, 1)])
+def test_a_client_has_two_threads_for_lookups_and_one_while_others_ask(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, others: bool, begun: int
+) -> None:
+    monkeypatch.setattr("kvshare_store.daemon.lanes._OTHERS_S", PATIENCE_S)
+    if others:
+        lanes.ask("two", protocol.Plan, lambda: None).result(PATIENCE_S)
+    at_once, over = threading.Semaphore(0), threading.Event()
+
+    def look_up() -> None:
+        at_once.release()
+        assert over.wait(PATIENCE_S)
+
+    for _ in range(3):
+        lanes.submit("one", protocol.Plan, look_up)
+    try:
+        for _ in range(begun):
+            assert at_once.acquire(timeout=PATIENCE_S)
+        assert lanes.waiting()["lookup"] == 3 - begun
+    finally:
+        over.set()
+    for _ in range(3 - begun):
+        assert at_once.acquire(timeout=PATIENCE_S), "all are answered some time"
+
+
+def test_chores_leave_time_to_others(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that asks for collections without end would else take a core."""
+    rests: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=rests.append)
+    monkeypatch.setattr("kvshare_store.daemon.lanes.time", clock)
+    lanes.submit("one", protocol.Collect, lambda: time.sleep(0.11))
+    until(lambda: rests == [0.1])
+    lanes.ask("one", protocol.Plan, lambda: None).result(PATIENCE_S)
+    lanes.submit("one", protocol.Collect, lambda: None)
+    until(lambda: len(rests) == 2)
+    assert 0.0 <= rests[1] < 0.1

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -23,11 +24,17 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.daemon import protocol, wire
+from kvshare_store.daemon import protocol, switchboard, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
-from kvshare_store.errors import HomeError, NodeError, OverloadError, ProtocolError
+from kvshare_store.errors import (
+    DeadlineError,
+    HomeError,
+    NodeError,
+    OverloadError,
+    ProtocolError,
+)
 from kvshare_store.lookup import serving
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -217,6 +224,45 @@ def test_more_requests_than_it_takes_are_refused_and_can_be_repeated(
         for accepted in requests[:4]:
             greedy.receive(accepted, PATIENCE_S)
         assert greedy.stats()["daemon"]["requests"] == 1
+
+
+def test_who_asks_too_much_is_not_heard_for_a_while(
+    server: Callable[[Limits], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To refuse one request after the other would take the processor from everybody else."""
+    monkeypatch.setattr(switchboard, "_BUSY_S", PATIENCE_S)
+    running = server(Limits(requests=1))
+    waiting = threading.Event()
+    running.store.plan_soon = lambda *_, **__: waiting.wait(PATIENCE_S)  # type: ignore[assignment,method-assign]
+    home, plan = running.config.home_path, protocol.Plan(SPACE, bytes(160))
+    with Client(home, timeout=PATIENCE_S) as greedy, Client(home, timeout=PATIENCE_S) as other:
+        accepted, refused = greedy.send(plan), greedy.send(plan)
+        with pytest.raises(OverloadError, match="ask again later"):
+            greedy.receive(refused, PATIENCE_S)
+        unheard = greedy.send(plan)
+        assert other.stats()["daemon"]["requests"] == 2
+        waiting.set()
+        greedy.receive(accepted, PATIENCE_S)
+        assert other.stats()["daemon"]["requests"] == 1
+        with pytest.raises(DeadlineError):
+            greedy.receive(unheard, 0.1)
+
+
+def test_connections_are_let_in_a_few_at_a_time(
+    server: Callable[[Limits], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens one after the other leaves the processor to those who are there."""
+    monkeypatch.setattr(switchboard, "_AT_ONCE", 2)
+    monkeypatch.setattr(switchboard, "_PAUSE_S", PATIENCE_S)
+    running = server(Limits())
+    with ExitStack() as opened:
+        home = running.config.home_path
+        clients = [opened.enter_context(Client(home, timeout=PATIENCE_S)) for _ in range(2)]
+        for client in clients:
+            client.greet()
+        opened.enter_context(Peer(home))
+        for client in clients:
+            assert client.stats()["daemon"]["connections"] == 2
 
 
 def test_bytes_under_way_are_counted_over_all_connections(

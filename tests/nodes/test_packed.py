@@ -211,3 +211,9 @@ def test_the_longest_unused_comes_first_whatever_the_order_of_the_rows() -> None
     tree.fill([*rows, (make_node(0, ["02" * 32]), 20.0)])
     assert [node.id for node in tree] == ["node 1", "node 0"]
     assert tree.blocks() == {"00" * 32, "01" * 32}, "of two rows of one node the first counts"
+
+
+@pytest.mark.parametrize("name", ["", "b", "AB" * 32, "ab" * 33, "ü" * 64])
+def test_what_is_no_name_of_a_block_has_no_users(name: str) -> None:
+    tree = DeltaTree()
+    assert tree.users(name) == set()
