@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_store.errors import ConfigError, CorruptBlockError, NamespaceError, UnsupportedError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 KEY_BYTES = 32
 SALT_BYTES = 32

@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvshare_store.errors.wording import short
+
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Signs that make text read in another order than it is stored."""
 _BAR = 20
-_ID = 12
 ENOUGH = 30
 """Scores, and controls, below which people are shown no rate: its standard error is 9 points there,
 and more below. The ladder needs no such number, it goes by limits."""
@@ -211,11 +212,6 @@ def milliseconds(seconds: float) -> str:
 def took(seconds: float) -> str:
     """As `milliseconds`, and a dash where nothing was done."""
     return milliseconds(seconds) if seconds else "-"
-
-
-def short(name: str) -> str:
-    """The beginning of an id or block name: enough to find it again."""
-    return name[:_ID]
 
 
 def provenance(generation: int) -> str:

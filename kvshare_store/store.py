@@ -14,6 +14,7 @@ from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.explaining import Explained
@@ -35,7 +36,6 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of

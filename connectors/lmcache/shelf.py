@@ -25,9 +25,9 @@ from kvshare_store.errors import (
     OverloadError,
     UnavailableError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.namespace import Tenants
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.readable import short
 from kvshare_store.save.staging import Reuse
 
 T = TypeVar("T")

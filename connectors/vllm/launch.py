@@ -20,7 +20,8 @@ import typer
 from kvshare_connectors.vllm.settings import FILLS, PREFIX
 
 from kvshare_store.config import FIELDS, FIELDS_HELP, load_config
-from kvshare_store.errors import ConfigError, UnsupportedError, unknown
+from kvshare_store.errors import ConfigError, UnsupportedError
+from kvshare_store.errors.wording import unknown
 
 CONNECTOR_MODULE = "kvshare_connectors.vllm"
 _OPTION = f"--{PREFIX}"

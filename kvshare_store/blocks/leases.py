@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvshare_store.errors import LeaseError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 
 class Lease(NamedTuple):

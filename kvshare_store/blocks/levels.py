@@ -15,8 +15,8 @@ from kvshare_store.errors import (
     NoSpaceError,
     StorageError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.observability.metrics import Metrics
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 
 HOST = "host"

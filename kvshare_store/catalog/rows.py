@@ -19,11 +19,11 @@ from kvshare_store.errors import (
     NewerRowError,
     PlanError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.keys import Keyring, is_salt, new_salt, seal, unseal
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import NODE_FORMAT, Node, check_node, decode_node, encode_node
 from kvshare_store.nodes.vectors import Vectors, is_vector
-from kvshare_store.readable import short
 
 _CHECK_BYTES = 32
 _CHECK_FIELD = b"\xa5check\xc4\x20"

@@ -18,7 +18,8 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.progress import progress
-from kvshare_store.readable import many, printable, short, size
+from kvshare_store.errors.wording import short
+from kvshare_store.readable import many, printable, size
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask

@@ -19,7 +19,8 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.show import edits_text
-from kvshare_store.readable import provenance, share, short
+from kvshare_store.errors.wording import short
+from kvshare_store.readable import provenance, share
 
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help=NODE_HELP)]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help=NODE_HELP)]

@@ -22,8 +22,9 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError, NodeError
+from kvshare_store.errors.wording import short
 from kvshare_store.plan import LONGEST_S
-from kvshare_store.readable import many, short
+from kvshare_store.readable import many
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kvshare_store.cli.common import plain_table
 from kvshare_store.cli.log import request_lines
+from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
     KIND_COLOURS,
     REASONS,
@@ -20,7 +21,6 @@ from kvshare_store.readable import (
     no_tokens_text,
     printable,
     share,
-    short,
     shortened,
     source_text,
     steering_text,

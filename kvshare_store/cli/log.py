@@ -20,6 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, unique_length
+from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
     KIND_COLOURS,
     age,
@@ -28,7 +29,6 @@ from kvshare_store.readable import (
     one_line,
     outcome_text,
     regret_cell,
-    short,
     steering_text,
     took,
     verdict_lines,

@@ -21,7 +21,8 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.cli.fitting import Columns, fitted, table_of
-from kvshare_store.readable import age, many, one_line, short
+from kvshare_store.errors.wording import short
+from kvshare_store.readable import age, many, one_line
 
 LimitOption = Annotated[
     int, typer.Option("--limit", "-n", min=1, metavar="N", help="Show at most so many nodes.")

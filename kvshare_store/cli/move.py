@@ -18,7 +18,8 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
-from kvshare_store.readable import many, short, size
+from kvshare_store.errors.wording import short
+from kvshare_store.readable import many, size
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")]
 NodesArgument = Annotated[

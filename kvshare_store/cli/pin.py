@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvshare_store.cli.common import ConfigOption, HomeOption, NodeArgument, answering, configured
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 
 def pin(node: NodeArgument, home: HomeOption = None, config: ConfigOption = None) -> None:

@@ -20,8 +20,9 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
+from kvshare_store.errors.wording import short
 from kvshare_store.plan import LONGEST_PATIENCE_S
-from kvshare_store.readable import many, one_line, short
+from kvshare_store.readable import many, one_line
 
 if TYPE_CHECKING:
     from kvshare_store.daemon.protocol import Purge

@@ -22,16 +22,8 @@ from kvshare_store.cli.common import (
     print_json,
 )
 from kvshare_store.errors import ConfigError
-from kvshare_store.readable import (
-    as_one_name,
-    bounds,
-    limits,
-    many,
-    percent,
-    printable,
-    short,
-    too_few,
-)
+from kvshare_store.errors.wording import short
+from kvshare_store.readable import as_one_name, bounds, limits, many, percent, printable, too_few
 
 if TYPE_CHECKING:
     from kvshare_store.http.classes import Line

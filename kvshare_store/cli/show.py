@@ -24,13 +24,13 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
     age,
     as_one_name,
     many,
     printable,
     provenance,
-    short,
     shortened,
     verdict_lines,
 )

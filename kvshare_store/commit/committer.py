@@ -21,10 +21,10 @@ from kvshare_store.errors import (
     MissError,
     NoSpaceError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.nodes.node import Node
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.observability.threads import STORING, Supervised, be_nice
-from kvshare_store.readable import short
 
 log = logging.getLogger("kvshare")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.ledger import MARKED, Fact, Ledger, within
 from kvshare_store.errors import ClaimedBlockError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 _PATIENCE_S = 5.0
 """How long a save waits for the removal of one of its blocks."""

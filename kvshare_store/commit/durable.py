@@ -17,11 +17,11 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import Addition, Removal
 from kvshare_store.commit.room import Room
 from kvshare_store.errors import FullDiskError, KVShareError, MissingBlockError, StorageError
+from kvshare_store.errors.wording import short
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.observability.logs import Seldom
 from kvshare_store.observability.metrics import Metrics
-from kvshare_store.readable import short
 
 log = logging.getLogger("kvshare")
 

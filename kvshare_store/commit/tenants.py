@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvshare_store.config import StoreConfig, load_config, read_yaml
-from kvshare_store.errors import ConfigError, unknown
+from kvshare_store.errors import ConfigError
+from kvshare_store.errors.wording import unknown
 from kvshare_store.namespace import Namespace
 
 

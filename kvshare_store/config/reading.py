@@ -16,7 +16,8 @@ import msgspec
 
 from kvshare_store.config.files import read_yaml
 from kvshare_store.config.settings import FIELDS, LARGEST, SIZES, StoreConfig
-from kvshare_store.errors import ConfigError, either, nearest, unknown
+from kvshare_store.errors import ConfigError
+from kvshare_store.errors.wording import either, nearest, unknown
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

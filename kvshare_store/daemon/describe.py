@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.errors import NodeError
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.equal_runs import common_prefix
 from kvshare_store.lookup.text import decode
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import Context, cut_contexts
-from kvshare_store.readable import short
 from kvshare_store.store import Store
 
 _PREVIEW_TOKENS = 24

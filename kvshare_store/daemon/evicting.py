@@ -9,7 +9,8 @@ import msgspec
 from kvshare_store.config import policy_names
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import found_node
-from kvshare_store.errors import ConfigError, unknown
+from kvshare_store.errors import ConfigError
+from kvshare_store.errors.wording import unknown
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store

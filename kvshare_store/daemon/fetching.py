@@ -14,8 +14,8 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.protocol import PIECE_BYTES
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, LeaseError
+from kvshare_store.errors.wording import short
 from kvshare_store.plan import BlockRef
-from kvshare_store.readable import short
 
 _UNDER_WAY = 6
 """Pieces. Together they are less than what a daemon keeps for a client that does not read."""

@@ -21,13 +21,13 @@ from kvshare_store.daemon.planned_again import differs, under_its_bound
 from kvshare_store.daemon.scored import quality
 from kvshare_store.daemon.walking import branch, donor_parts
 from kvshare_store.errors import NamespaceError, NodeError, PlanError
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.align import align
 from kvshare_store.lookup.request_log import Logged
 from kvshare_store.lookup.text import encode
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
-from kvshare_store.readable import short
 from kvshare_store.store import Store
 
 Question = (

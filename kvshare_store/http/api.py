@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvshare_store.config import PolicyName
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import PlanError
+from kvshare_store.errors.wording import short
 from kvshare_store.http import models
 from kvshare_store.http.asking import CHORE_S, Asking
 from kvshare_store.http.guard import Forms
 from kvshare_store.plan import LABEL_CHARS, LONGEST_PATIENCE_S, LONGEST_S
-from kvshare_store.readable import short
 
 _NAME = 256
 

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kvshare_store.errors.wording import short
 from kvshare_store.http.chart import HEIGHT, WIDTH
 from kvshare_store.http.classes import SPARK_HEIGHT, SPARK_WIDTH, described
 from kvshare_store.http.guard import Forms
@@ -31,7 +32,6 @@ from kvshare_store.readable import (
     provenance,
     rates_text,
     share,
-    short,
     shortened,
     size,
     source_text,

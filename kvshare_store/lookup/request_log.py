@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from kvshare_store.bounded import Latest
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.lookup.steering import Steering
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan, Span
-from kvshare_store.readable import short
 
 if TYPE_CHECKING:
     from kvshare_store.lookup.explain import Part

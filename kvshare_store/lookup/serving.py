@@ -19,6 +19,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.fair_lock import FairLock
 from kvshare_store.lookup.open_plans import OpenPlan, OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes
@@ -33,7 +34,6 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan import BlockRef, ReusePlan
 from kvshare_store.quality.quality import Quality
-from kvshare_store.readable import short
 
 Leased = tuple[Lease, dict[str, BlockRef]]
 

@@ -15,7 +15,7 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.errors import StorageError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 _CHUNK = 512
 _REMOVED_AT_ONCE = 1024

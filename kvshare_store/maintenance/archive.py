@@ -25,9 +25,9 @@ from kvshare_store.errors import (
     PlanError,
     ShortBlockError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import MOST_GENERATIONS, NODE_FORMAT, Node, check_node, decode_node
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, decode_frame, split_frame
 
 MAGIC = b"KVSHARE ARCHIVE 1\n"

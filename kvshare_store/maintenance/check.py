@@ -16,8 +16,8 @@ from kvshare_store.blocks.levels import Level
 from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, PlanError
+from kvshare_store.errors.wording import short
 from kvshare_store.nodes.node import Node, check_segments
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, block_name
 
 

@@ -14,9 +14,9 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, MissError, MissingBlockError
+from kvshare_store.errors.wording import short
 from kvshare_store.maintenance.repacking import copy_rows, merged_node, wants_merge
 from kvshare_store.nodes.node import Node
-from kvshare_store.readable import short
 from kvshare_store.save.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 

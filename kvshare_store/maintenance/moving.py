@@ -24,6 +24,7 @@ from kvshare_store.errors import (
     NoSpaceError,
     StorageError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.maintenance.archive import (
     BLOCK,
     NAMESPACE,
@@ -36,7 +37,6 @@ from kvshare_store.maintenance.archive import (
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, encode_node, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32

@@ -9,10 +9,10 @@ from __future__ import annotations
 from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import NodeError
+from kvshare_store.errors.wording import short
 from kvshare_store.maintenance.purge import Purged
 from kvshare_store.nodes.lineage import Lineage, lineage_of
 from kvshare_store.nodes.node import Node
-from kvshare_store.readable import short
 from kvshare_store.save.saving import Saving
 
 _NAMED = 1000

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from kvshare_store.errors import NamespaceError
+from kvshare_store.errors.wording import short
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, new_stamp
 from kvshare_store.plan import Span
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 
 

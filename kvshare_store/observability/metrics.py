@@ -11,8 +11,8 @@ from itertools import accumulate
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from kvshare_store.errors.wording import short
 from kvshare_store.observability.threads import Health
-from kvshare_store.readable import short
 
 _WINDOW = 4096
 _LABELS = 200

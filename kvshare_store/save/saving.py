@@ -17,6 +17,7 @@ from kvshare_store.errors import (
     MissingBlockError,
     PlanError,
 )
+from kvshare_store.errors.wording import short
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.namespace import Namespace
@@ -25,7 +26,6 @@ from kvshare_store.nodes.node import Node, node_id, with_sources
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.observability.metrics import Metrics
 from kvshare_store.quality.quality import Quality
-from kvshare_store.readable import short
 from kvshare_store.save.answers import Answers, rows_of
 from kvshare_store.save.new_node import id_of, new_node
 from kvshare_store.save.provenance import Verified, check_provenance, pools_of

@@ -11,8 +11,8 @@ import blake3
 import msgspec
 
 from kvshare_store.errors import CorruptBlockError, NamespaceError, ShortBlockError
+from kvshare_store.errors.wording import short
 from kvshare_store.keys import SEAL_BYTES, seal, unseal
-from kvshare_store.readable import short
 from kvshare_store.tensors.codecs import LOSSY, Codec, decode, encode
 from kvshare_store.tensors.layout import KVLayout
 

@@ -16,11 +16,12 @@ from kvshare_store.cli import quality, stats
 from kvshare_store.cli.main import app
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.questions import answer
+from kvshare_store.errors.wording import short
 from kvshare_store.http.classes import described
 from kvshare_store.quality.ladder import STALE, Terms
 from kvshare_store.quality.report import ALL
 from kvshare_store.quality.score import Score
-from kvshare_store.readable import bounds, limits, short
+from kvshare_store.readable import bounds, limits
 from tests.cli.test_cli import STATS, rendered
 from tests.support.commands import one_line, run
 from tests.support.oracle import Driver, prompt

@@ -10,7 +10,7 @@ import msgspec
 
 from kvshare_store.blocks.remotes.base import Remote
 from kvshare_store.errors import ForeignError, MissingBlockError, UnsupportedError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 
 MARK = "kvshare-store.json"
 _BLOCK = re.compile(r"^blocks/([0-9a-f]{64})/[0-9a-f]{64}$")

@@ -14,7 +14,7 @@ from kvshare_store.blocks.eviction import LRU
 from kvshare_store.blocks.tiers.allocator import Allocator
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.errors import MissingBlockError, NoSpaceError
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 from kvshare_store.tensors.dtypes import DTYPES
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout

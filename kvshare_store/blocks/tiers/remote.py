@@ -22,7 +22,7 @@ from kvshare_store.errors import (
     PlanError,
     StorageError,
 )
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 from kvshare_store.tensors.frame import (
     Block,
     Codec,

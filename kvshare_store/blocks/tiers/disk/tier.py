@@ -27,7 +27,7 @@ from kvshare_store.errors import (
     MissingBlockError,
     StorageError,
 )
-from kvshare_store.readable import short
+from kvshare_store.errors.wording import short
 from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame
 
 T = TypeVar("T")

@@ -25,8 +25,8 @@ from typing import NamedTuple
 from kvshare_store.blocks.tiers.host import huge_pages
 from kvshare_store.blocks.tiers.host.memory import available_bytes
 from kvshare_store.errors import HomeError, LeaseError, NoSpaceError, StorageError
+from kvshare_store.errors.wording import short
 from kvshare_store.plan import BlockRef
-from kvshare_store.readable import short
 
 ALIGN = 64
 LABEL_BYTES = 64

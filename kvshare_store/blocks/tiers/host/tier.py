@@ -10,8 +10,8 @@ from kvshare_store.blocks.tiers.allocator import Allocator
 from kvshare_store.blocks.tiers.base import Tier, TierProperties, TierUse
 from kvshare_store.blocks.tiers.host.arena import Arena, slot_bytes
 from kvshare_store.errors import MissingBlockError, NoSpaceError
+from kvshare_store.errors.wording import short
 from kvshare_store.plan import BlockRef
-from kvshare_store.readable import short
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 

@@ -2,12 +2,11 @@
 
 `kind` is stable and append-only: the same string is the wire code, the metric label and the log
 key. At the edge to the engine a handler catches `KVShareError` and answers with a miss.
+`wording` has what messages are made of.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import ClassVar
 
@@ -251,27 +250,3 @@ def error_for(kind: str, message: str) -> KVShareError:
         if cls.kind == kind:
             return cls(message)
     return ProtocolError(f"unknown error kind {kind!r}: {message}")
-
-
-# --- for whoever mistyped something: the nearest name instead of all of them ------------------
-
-_NEAR = 0.8
-"""Likeness from which one name is taken for another; `polici` and `policy` have 0.83."""
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that was probably meant; None if none is near."""
-    found = difflib.get_close_matches(name, known, 1, _NEAR)
-    return found[0] if found else None
-
-
-def unknown(what: str, name: object, known: Sequence[str]) -> str:
-    """That there is no such name, and which one was probably meant."""
-    meant = nearest(str(name), known)
-    hint = f"did you mean {meant}?" if meant else "`kvshare config` lists all"
-    return f"unknown {what} {name!r}; {hint}"
-
-
-def either(words: Iterable[str]) -> str:
-    """`a`, `a or b`."""
-    return " or ".join(words)
