@@ -26,11 +26,11 @@ from kvshare_store.lookup.serving import Serving
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.steering import open_quality, terms_of
 from kvshare_store.lookup.text_vectors import TextVectors, wanted
-from kvshare_store.machines.others_purges import OthersPurges
-from kvshare_store.machines.sharing import Sharing
 from kvshare_store.maintenance.janitor import Collected, Janitor
+from kvshare_store.maintenance.others_purges import OthersPurges
 from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.maintenance.purge_lineage import LineagePurge
+from kvshare_store.maintenance.sharing import Sharing
 from kvshare_store.maintenance.stats import stats_of
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens

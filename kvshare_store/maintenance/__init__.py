@@ -1,1 +1,2 @@
-"""Background work and maintenance commands: garbage, checks, purges, archives."""
+"""Background work and commands of maintenance: garbage, checks, purges, archives, and what other
+machines with the same catalogue have stored and removed."""

@@ -19,9 +19,9 @@ from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, StorageError
-from kvshare_store.machines.shared_garbage import SharedGarbage
 from kvshare_store.maintenance.empty_namespaces import EmptyNamespaces
 from kvshare_store.maintenance.merging import Merger
+from kvshare_store.maintenance.shared_garbage import SharedGarbage
 from kvshare_store.observability.threads import Supervised, be_nice
 
 log = logging.getLogger("kvshare")

@@ -18,7 +18,7 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, NamespaceError
 from kvshare_store.lookup.outcomes import Outcomes
-from kvshare_store.machines.others_purges import BEGUN
+from kvshare_store.maintenance.others_purges import BEGUN
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 from kvshare_store.readable import age

@@ -16,7 +16,7 @@ from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.uses import Uses
 from kvshare_store.commit.condemned import Condemned
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.machines.shared_garbage import SharedGarbage
+from kvshare_store.maintenance.shared_garbage import SharedGarbage
 from tests.support.chaos.machines import run
 
 pytestmark = pytest.mark.fault

@@ -18,7 +18,7 @@ from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.faults import report
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError
-from kvshare_store.machines.others_purges import OthersPurges
+from kvshare_store.maintenance.others_purges import OthersPurges
 from kvshare_store.observability.threads import Supervised
 
 log = logging.getLogger("kvshare")

@@ -16,7 +16,7 @@ from kvshare_store.errors import StorageError
 from kvshare_store.plan import Outcome
 from kvshare_store.quality.score import Score
 from kvshare_store.store import Store
-from tests.machines.test_upkeep import ASKED_ONLY, PROMPT
+from tests.maintenance.test_upkeep import ASKED_ONLY, PROMPT
 from tests.support.clocks import date_ahead
 from tests.support.neighbours import (
     NAMESPACE,
@@ -406,7 +406,7 @@ def test_a_purge_that_stopped_before_its_rows_were_removed_waits(
 
 
 def test_only_so_many_purges_are_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvshare_store.machines.others_purges._KEPT", 2)
+    monkeypatch.setattr("kvshare_store.maintenance.others_purges._KEPT", 2)
     one = machine("a")
     catalog = one.store.repository.catalog
     assert catalog is not None

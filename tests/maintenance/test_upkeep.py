@@ -502,7 +502,7 @@ def test_commits_of_others_are_learned_without_reading_every_stamp(
         asked.append(since)
         return stamps(since, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 3600.0)
+    monkeypatch.setattr("kvshare_store.maintenance.sharing._EXPLAINED_S", 3600.0)
     save(one, prompt(0, 40))
     learn(other)
     monkeypatch.setattr(catalog, "stamps", counted)
@@ -566,7 +566,7 @@ def test_an_old_stamp_is_learned_beside_a_new_one(
 ) -> None:
     """One row was removed, one with an old stamp and one with a new stamp were added. The number of
     rows does not show it, and something new was found."""
-    monkeypatch.setattr("kvshare_store.machines.sharing._EXPLAINED_S", 0.2)
+    monkeypatch.setattr("kvshare_store.maintenance.sharing._EXPLAINED_S", 0.2)
     one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
     node_id = save(one, PROMPT)
     assert node_id is not None

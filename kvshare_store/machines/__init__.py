@@ -1,1 +1,0 @@
-"""Several machines, one catalogue and one remote."""
