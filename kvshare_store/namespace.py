@@ -11,9 +11,8 @@ from typing import Annotated
 import blake3
 import msgspec
 
-from kvshare_store.config import LONGEST_POOL, StoreConfig
+from kvshare_store.config import LONGEST_POOL, StoreConfig, master_key
 from kvshare_store.errors import ConfigError
-from kvshare_store.keys import master_key
 from kvshare_store.tensors.layout import KVLayout
 
 PoolName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_POOL)]

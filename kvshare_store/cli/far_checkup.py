@@ -16,6 +16,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import Address, Remote
 from kvshare_store.daemon.tls import MUST_HOLD, client_context, reason_of
 from kvshare_store.errors import ConfigError, KVShareError
+from kvshare_store.errors.wording import os_reason
 
 _PATIENCE_S = 5.0
 _DAY_S = 86_400.0
@@ -40,7 +41,7 @@ def findings(config: StoreConfig) -> Iterator[Finding]:
         stream = _connected(far.address)
     except (KVShareError, OSError) as error:
         advice = "is the daemon up, is its `listen` that address, is there a firewall between?"
-        why = f"{far.address} cannot be reached: {getattr(error, 'strerror', None) or error}"
+        why = f"{far.address} cannot be reached: {os_reason(error)}"
         yield Finding(WRONG, "address", why, advice)
         return
     yield Finding(OK, "address", f"{far.address} can be reached")

@@ -18,9 +18,9 @@ from kvshare_store.blocks.tiers.host.arena import Arena
 from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit.tiers import check_levels, open_levels
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, master_key
 from kvshare_store.errors import BusyError, ConfigError, HomeError, KVShareError
-from kvshare_store.keys import Keyring, master_key
+from kvshare_store.keys import Keyring
 from kvshare_store.observability.threads import Health
 
 log = logging.getLogger("kvshare")

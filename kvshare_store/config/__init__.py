@@ -1,5 +1,5 @@
 """Settings: `settings` has every one of them, `reading` where its value comes from; `files` reads
-what people name."""
+what people name, `secrets` the keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvshare_store.config.reading import (
     parse_size,
     unknown_variables,
 )
+from kvshare_store.config.secrets import master_key, private_file
 from kvshare_store.config.settings import (
     FIELDS,
     FIELDS_HELP,
@@ -39,9 +40,11 @@ __all__ = [
     "json_lines",
     "load_config",
     "load_settings",
+    "master_key",
     "named_file",
     "parse_size",
     "policy_names",
+    "private_file",
     "read_yaml",
     "unknown_variables",
 ]

@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from kvshare_store.errors import ConfigError
+from kvshare_store.errors.wording import os_reason
 
 Line = TypeVar("Line")
 
@@ -26,8 +27,7 @@ def read_yaml(
     try:
         text = path.expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as error:  # nobody's home folder; a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name} {path} cannot be read: {reason}") from error
+        raise ConfigError(f"{name} {path} cannot be read: {os_reason(error)}") from error
     try:
         return msgspec.yaml.decode(text, type=kind)
     except Exception as error:  # PyYAML raises whatever fails while it makes a value

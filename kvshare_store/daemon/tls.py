@@ -17,6 +17,7 @@ from kvshare_store.config import StoreConfig, read_yaml
 from kvshare_store.daemon.protocol import Role
 from kvshare_store.daemon.roles import ROLES
 from kvshare_store.errors import ConfigError, DeniedError
+from kvshare_store.errors.wording import os_reason
 
 _RECORD_BYTES = 1 << 14
 """Longest record of TLS."""
@@ -200,7 +201,7 @@ def _check_private(key: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+    return str(getattr(error, "reason", None) or os_reason(error))
 
 
 MUST_HOLD = (

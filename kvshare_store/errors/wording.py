@@ -32,3 +32,8 @@ def either(words: Iterable[str]) -> str:
 def short(name: str) -> str:
     """The beginning of an id or block name: enough to find it again."""
     return name[:_ID]
+
+
+def os_reason(error: BaseException) -> str:
+    """Why a call of the system failed, without the number and the path that Python adds."""
+    return str(getattr(error, "strerror", None) or error)

@@ -8,9 +8,8 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, private_file
 from kvshare_store.errors import ConfigError
-from kvshare_store.keys import private_file
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[^\[\]:]+)):(?P<port>\d{1,5})")
 _SHORTEST_TOKEN = 16

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit.home import check_format, take_lock
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, master_key
 from kvshare_store.errors import ConfigError, StorageError
-from kvshare_store.keys import Keyring, master_key
+from kvshare_store.errors.wording import os_reason
+from kvshare_store.keys import Keyring
 from kvshare_store.quality import keeping
 
 
@@ -63,5 +64,5 @@ def _reseal(learned: keeping.File, key: bytes) -> None:
     except OSError as error:
         raise StorageError(
             "all namespaces have the new key, but what was learned of quality was not written: "
-            f"{error.strerror or error}; run the same command again, or go on without it"
+            f"{os_reason(error)}; run the same command again, or go on without it"
         ) from error

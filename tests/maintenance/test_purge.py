@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, master_key
 from kvshare_store.errors import (
     ConfigError,
     CorruptBlockError,
@@ -23,7 +23,7 @@ from kvshare_store.errors import (
     PlanError,
     StorageError,
 )
-from kvshare_store.keys import Keyring, master_key
+from kvshare_store.keys import Keyring
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import decode_frame

@@ -13,9 +13,9 @@ import pytest
 
 from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.catalog.table import Table
-from kvshare_store.config import StoreConfig
+from kvshare_store.config import StoreConfig, master_key
 from kvshare_store.errors import BusyError, ConfigError, CorruptBlockError, StorageError
-from kvshare_store.keys import SALT_BYTES, Keyring, master_key, unseal
+from kvshare_store.keys import SALT_BYTES, Keyring, unseal
 from kvshare_store.maintenance.check import check_blocks, check_tree
 from kvshare_store.maintenance.rekey import Rekeyed, rekey
 from kvshare_store.namespace import Namespace

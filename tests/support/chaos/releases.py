@@ -10,8 +10,8 @@ import msgspec
 import pyarrow as pa
 
 from kvshare_store.catalog.catalog import Catalog
-from kvshare_store.config import StoreConfig
-from kvshare_store.keys import Keyring, master_key, seal
+from kvshare_store.config import StoreConfig, master_key
+from kvshare_store.keys import Keyring, seal
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
 
