@@ -42,7 +42,7 @@ from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed,
 from kvshare_store.save.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from kvshare_store.editor import EditedRows
+    from kvshare_store.plan.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
 
 
@@ -248,7 +248,7 @@ class Store:
         (`UnsupportedError`). `LeaseError` if the lease ran out before the rows were copied. After
         an error the plan has ended as well, as a miss.
         """
-        from kvshare_store.editor import Editor  # noqa: PLC0415 - the daemon never loads torch
+        from kvshare_store.plan.editor import Editor  # noqa: PLC0415 - the daemon never loads torch
 
         start = perf_counter()
         namespace = self.nodes.namespaces.get(plan.namespace)

@@ -75,7 +75,7 @@ def time_engine(timers: Timers, *, kvshare: bool) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from kvshare_store.daemon.link import Link
-    from kvshare_store.editor import Editor
+    from kvshare_store.plan.editor import Editor
     from kvshare_store.tensors.rope import Rope
 
     timers.wrap(Link, "ask", "lookup")

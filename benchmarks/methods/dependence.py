@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.methods.base import Donor, Prefilled
 from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, place, plan
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 _NAME = "kvshare_attended"
 _SUFFIX = 16

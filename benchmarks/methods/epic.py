@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.methods.base import Donor, Prefilled, full_compute
 from benchmarks.methods.reuse import PLACEHOLDERS_ONLY, Placed, place, plan, positions_where
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from kvshare_store.nodes.edits import as_tokens
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import ReusePlan, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span
 
 PLACEHOLDERS_ONLY = PRESETS["aggressive"]
 """The paper as written: what the other selection rules start from."""

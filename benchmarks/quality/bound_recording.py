@@ -26,7 +26,7 @@ from kvshare_store.lookup.align import align
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import as_tokens, edit_script
 from kvshare_store.nodes.grams import GRAM
-from kvshare_store.plan import reused_of
+from kvshare_store.plan.spans import reused_of
 from kvshare_store.quality.score import SCORED_TOKENS
 from kvshare_store.quality.traffic import kind_of
 

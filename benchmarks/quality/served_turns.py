@@ -20,7 +20,7 @@ from benchmarks.methods.base import full_compute, generate, in_two_chunks
 from benchmarks.quality.agreement_scores import CONTINUATION, Score, forced, score
 from examples.prompts.histories import REWRITES, Message, requests
 from kvshare_store.config import StoreConfig
-from kvshare_store.plan import reused_of
+from kvshare_store.plan.spans import reused_of
 from kvshare_store.store import Store
 
 SIDE_BY_SIDE = 2

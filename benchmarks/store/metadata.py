@@ -31,7 +31,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match, edit_script
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
-from kvshare_store.plan import Span, clip_spans
+from kvshare_store.plan.spans import Span, clip_spans
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 

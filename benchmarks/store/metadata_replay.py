@@ -28,7 +28,8 @@ from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
-from kvshare_store.plan import ReusePlan, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span
 
 MEASURED_TOKENS = 64
 """Shorter prompts are stored (from `min_prompt_tokens` on) but not counted."""

@@ -22,8 +22,9 @@ from benchmarks.harness.result import Cell, Options, Result
 from benchmarks.harness.spread import low_to_high, median_and_range
 from kvshare_store.cli.progress import progress
 from kvshare_store.config import StoreConfig
-from kvshare_store.editor import Editor
-from kvshare_store.plan import Outcome, ReusePlan, gaps
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import gaps
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 

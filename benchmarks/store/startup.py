@@ -20,7 +20,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block, block_name, encode_frame
 from kvshare_store.tensors.layout import KVLayout

@@ -20,7 +20,8 @@ from torch import Tensor
 from kvshare_store.config import load_config
 from kvshare_store.errors import KVShareError, UnsupportedError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan, gaps
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import gaps
 from kvshare_store.store import Store
 
 log = logging.getLogger("kvshare")

@@ -9,7 +9,7 @@ from kvshare_connectors.vllm.requests import RequestState
 from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.observability.logs import with_fields
-from kvshare_store.plan import reused_of
+from kvshare_store.plan.spans import reused_of
 
 log = logging.getLogger("kvshare")
 

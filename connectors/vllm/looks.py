@@ -19,7 +19,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.errors import DeadlineError
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 from kvshare_store.save.second_looks import End, Look
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan, Run
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Run
 from kvshare_store.save.staging import Reuse
 
 

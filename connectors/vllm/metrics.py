@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvshare_store.observability.metrics import BUCKETS
-from kvshare_store.plan import Reused
+from kvshare_store.plan.spans import Reused
 from kvshare_store.quality.score import diverged_at
 
 if TYPE_CHECKING:

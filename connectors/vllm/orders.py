@@ -15,7 +15,8 @@ from vllm.v1.request import RequestStatus
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.nodes.edits import as_tokens
-from kvshare_store.plan import ReusePlan, Run, gaps
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Run, gaps
 from kvshare_store.save.staging import Reuse, contexts_of_rows, without_scrap
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
 from kvshare_store.errors import InternalError
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 
 _SAMPLES_NOTHING = SamplingParams(temperature=0, max_tokens=1)
 _SCORES = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)

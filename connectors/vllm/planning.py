@@ -33,7 +33,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.link import Link
 from kvshare_store.namespace import Namespace, Tenants
-from kvshare_store.plan import clip_spans, gaps
+from kvshare_store.plan.spans import clip_spans, gaps
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.events import Announcer

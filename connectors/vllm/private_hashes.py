@@ -15,7 +15,7 @@ import blake3
 import msgspec
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from kvshare_store.plan import Context
+from kvshare_store.plan.contexts import Context
 
 if TYPE_CHECKING:
     from kvshare_connectors.vllm.types import BlockHasher

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from kvshare_connectors.vllm.requests import Promise, RequestState
 
-from kvshare_store.plan import ReusePlan, Span, clip_spans, gaps
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span, clip_spans, gaps
 
 
 def promise_of(

@@ -11,7 +11,8 @@ from kvshare_connectors.vllm.settings import PREFIX
 
 from kvshare_store.config import policy_names
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import LABEL_CHARS, ReusePlan, Run, Span, clip_spans
+from kvshare_store.plan import LABEL_CHARS, ReusePlan
+from kvshare_store.plan.spans import Run, Span, clip_spans
 from kvshare_store.save.staging import Reuse, reuse_of
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.protocol import Role
-from kvshare_store.editor import Editor
 from kvshare_store.errors import (
     DeadlineError,
     InternalError,
@@ -30,6 +29,7 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.observability.threads import Health, Supervised
+from kvshare_store.plan.editor import Editor
 from kvshare_store.save.staging import Staged
 from kvshare_store.tensors.layout import KVLayout
 

@@ -27,9 +27,10 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.protocol import Role
-from kvshare_store.editor import Editor
 from kvshare_store.errors import KVShareError, LeaseError
-from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, reused_of
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
 _FETCH_S = 5.0

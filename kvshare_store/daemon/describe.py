@@ -15,7 +15,7 @@ from kvshare_store.lookup.text import decode
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, cut_contexts
+from kvshare_store.plan.contexts import Context, cut_contexts
 from kvshare_store.store import Store
 
 _PREVIEW_TOKENS = 24

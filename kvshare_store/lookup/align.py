@@ -19,7 +19,7 @@ from kvshare_store.lookup.places import Places, Positions, Sought
 from kvshare_store.lookup.policy import edges_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import GRAM
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 
 _MAX_CELLS = 1 << 24
 """Above this many pairs of tokens (2 MiB of bits each way, 3 to 7 ms) prompts are cut at equal runs

@@ -16,7 +16,8 @@ from kvshare_store.lookup.policy import Mask, runs_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vector, lexical_vector
-from kvshare_store.plan import Context, Run, Span, contexts_of, cut_contexts
+from kvshare_store.plan.contexts import Context, contexts_of, cut_contexts
+from kvshare_store.plan.spans import Run, Span
 
 
 class Cover:

@@ -14,7 +14,7 @@ from kvshare_store.lookup.places import Places, Positions, Sought
 from kvshare_store.lookup.policy import Mask
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.grams import GRAM
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 
 _PER_SEED = 16
 """A passage has a seed for so many of its tokens, or more, if one of each gram is looked at."""

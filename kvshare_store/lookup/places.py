@@ -16,7 +16,7 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.grams import GRAM, Hashes, gram_hashes
 from kvshare_store.nodes.index import LONG
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 
 Positions = npt.NDArray[np.int64]
 

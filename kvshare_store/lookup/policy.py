@@ -17,7 +17,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.lookup.places import Positions
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 
 Mask = npt.NDArray[np.bool_]
 LEAST_WINDOW = 8

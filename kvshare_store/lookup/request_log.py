@@ -19,7 +19,8 @@ from kvshare_store.lookup.policy import ReusePolicy
 from kvshare_store.lookup.steering import Steering
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.plan import Outcome, ReusePlan, Span
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan.spans import Span
 
 if TYPE_CHECKING:
     from kvshare_store.lookup.explain import Part

@@ -20,7 +20,7 @@ from kvshare_store.lookup.policy import Mask
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, segments_between
 from kvshare_store.nodes.state import NodeState
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 OWN, CONFIRMED, OTHER = range(3)
 WORDS = ("own", "confirmed", "unconfirmed")

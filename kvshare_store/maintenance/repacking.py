@@ -15,7 +15,7 @@ from kvshare_store.errors import NamespaceError
 from kvshare_store.errors.wording import short
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, new_stamp
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.frame import Block
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvshare_store.nodes.node import Node, new_stamp, node_id
-from kvshare_store.plan import Span, of_used_blocks
+from kvshare_store.plan.spans import Span, of_used_blocks
 
 
 def beginning(node: Node, nbytes: int, users: Callable[[str], int]) -> Node | None:

@@ -19,7 +19,8 @@ import numpy as np
 from kvshare_store.errors import PlanError
 from kvshare_store.nodes.edits import Edit, Tokens
 from kvshare_store.nodes.packed import Edits, Names, Sizes, Spans
-from kvshare_store.plan import Context, Span, gaps
+from kvshare_store.plan.contexts import Context
+from kvshare_store.plan.spans import Span, gaps
 
 NODE_FORMAT = 1
 """A release that changes what the fields mean counts on; one that only adds fields does not."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar, overload
 import msgspec
 
 from kvshare_store.nodes.edits import Edit
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.quality.traffic import changes
 
 

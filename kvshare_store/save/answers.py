@@ -15,7 +15,8 @@ from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id, segments_between
-from kvshare_store.plan import Span, clip_spans, cut_contexts
+from kvshare_store.plan.contexts import cut_contexts
+from kvshare_store.plan.spans import Span, clip_spans
 from kvshare_store.save.staging import Reuse, Save, without_unused_blocks
 
 _REMEMBERED = 4096

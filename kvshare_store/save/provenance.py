@@ -22,7 +22,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.namespaces import Namespaces
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse
 
 

@@ -12,16 +12,9 @@ from kvshare_store.errors import NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import MOST_GENERATIONS, Node
-from kvshare_store.plan import (
-    Context,
-    ReusePlan,
-    Run,
-    Span,
-    contexts_of,
-    cut_contexts,
-    gaps,
-    of_used_blocks,
-)
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.contexts import Context, contexts_of, cut_contexts
+from kvshare_store.plan.spans import Run, Span, gaps, of_used_blocks
 from kvshare_store.tensors.layout import KVLayout
 
 _SCRAP = 0.25

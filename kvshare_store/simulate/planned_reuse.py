@@ -21,7 +21,7 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Reused, reused_of
+from kvshare_store.plan.spans import Reused, reused_of
 from kvshare_store.save.new_node import id_of, new_node, stored_as
 from kvshare_store.save.provenance import check_provenance
 from kvshare_store.save.staging import (

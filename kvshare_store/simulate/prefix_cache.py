@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from kvshare_store.blocks.eviction import LRU
-from kvshare_store.plan import Reused
+from kvshare_store.plan.spans import Reused
 from kvshare_store.simulate.prompts import Prompt
 from kvshare_store.simulate.replay import Shelf
 from kvshare_store.simulate.traces import chunks

@@ -13,7 +13,7 @@ import numpy as np
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.lookup.policy import PRESETS
-from kvshare_store.plan import Reused
+from kvshare_store.plan.spans import Reused
 from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prefix_cache import PrefixCache
 from kvshare_store.simulate.prompts import Prompt

@@ -31,7 +31,7 @@ from kvshare_store.maintenance.check import TreeReport, check_tree
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, encode_node, node_id
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.oracle import Driver, prompt

@@ -26,7 +26,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Edit
 from kvshare_store.nodes.node import NODE_FORMAT, Node, encode_node, node_id
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.oracle import Driver, prompt

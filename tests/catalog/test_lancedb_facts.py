@@ -20,7 +20,7 @@ from kvshare_store.errors import StorageError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.waiting import until
 

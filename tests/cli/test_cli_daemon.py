@@ -29,7 +29,8 @@ from kvshare_store.daemon.server import Server
 from kvshare_store.daemon.spawn import Spawned, spawn_daemon
 from kvshare_store.namespace import Namespace
 from kvshare_store.observability.version import version
-from kvshare_store.plan import Outcome, Span
+from kvshare_store.plan import Outcome
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from tests.support import daemons

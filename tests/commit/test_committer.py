@@ -24,7 +24,7 @@ from kvshare_store.errors import (
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors
 from kvshare_store.observability.metrics import Metrics
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 PATIENCE_S = 60.0
 

@@ -32,7 +32,8 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, Span
+from kvshare_store.plan import Outcome
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse, Staged, packed
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout

@@ -10,7 +10,7 @@ import pytest
 from kvshare_store.cli import show
 from kvshare_store.daemon import describe
 from kvshare_store.daemon.describe import show_node
-from kvshare_store.plan import Context, cut_contexts
+from kvshare_store.plan.contexts import Context, cut_contexts
 from tests.support.oracle import Driver, prompt
 
 FIRST = prompt(1, 200)

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from kvshare_store.daemon import protocol
-from kvshare_store.plan import ReusePlan, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors import frame
 from kvshare_store.tensors.layout import KVLayout
 from tests.daemon.test_protocol import MESSAGES, NAMESPACE

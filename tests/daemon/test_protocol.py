@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ProtocolError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, Outcome, ReusePlan, Run, Span
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.plan.spans import Run, Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.made_parts import parts_in

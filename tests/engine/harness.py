@@ -26,7 +26,8 @@ from kvshare_connectors.vllm.worker import Worker
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.plan import ReusePlan, Span, clip_spans
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span, clip_spans
 from tests.support.short_model import short_model
 
 BLOCK = 32

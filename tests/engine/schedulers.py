@@ -21,7 +21,8 @@ from kvshare_connectors.vllm.requests import granted
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import DeadlineError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.second_looks import Look
 from kvshare_store.tensors.layout import KVLayout
 from tests.engine.harness import BLOCK, scheduling_ahead

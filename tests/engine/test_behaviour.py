@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvshare_store.plan import reused_of
+from kvshare_store.plan.spans import reused_of
 from tests.engine.harness import BLOCK, SHARED, TOLERANCE, Engine, Fresh
 from tests.engine.soak import Traffic, related_prompts
 from tests.support.paged import rows_at

@@ -14,7 +14,8 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.outputs import LogprobsTensors
 
 from kvshare_store.daemon import protocol
-from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.second_looks import Look
 from tests.engine.schedulers import NAMESPACE, Bench, FakeLink, runs_of
 from tests.engine.test_looking import CHUNK, check_gone, idle, run_out, short_pauses

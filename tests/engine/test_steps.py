@@ -22,7 +22,8 @@ from vllm.v1.request import RequestStatus
 import kvshare_store.daemon.link as link_module
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, DeadlineError
-from kvshare_store.plan import BlockRef, Run, Span
+from kvshare_store.plan import BlockRef
+from kvshare_store.plan.spans import Run, Span
 from kvshare_store.save.staging import Reuse, contexts_of_rows
 from tests.engine.schedulers import (
     BLOCK,

@@ -26,7 +26,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import KVShareError, LeaseError, StorageError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan, Run, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Run, Span
 from kvshare_store.save.staging import Staged
 from tests.support.paged import rows_at
 

@@ -24,9 +24,10 @@ from kvshare_store.blocks.tiers.disk.inventory import Inventory
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
-from kvshare_store.editor import Editor
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import Span
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare_store.editor import Editor
-from kvshare_store.plan import Span
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
 from tests.gpu.model import DEVICE, HEAD_DIM, HEADS, LAYERS, ORDERS, paged_cache

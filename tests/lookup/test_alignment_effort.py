@@ -24,7 +24,8 @@ from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import ReusePlan, Run, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Run, Span
 from tests.support.block_names import block, text_of
 
 LONG = 131_072

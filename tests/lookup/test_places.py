@@ -13,7 +13,7 @@ from kvshare_store.lookup.places import KnownPlaces, Places, Sought, guess
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.grams import GRAM, gram_hashes
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Run, Span
+from kvshare_store.plan.spans import Run, Span
 
 
 def noise(seed: int, length: int) -> Tokens:

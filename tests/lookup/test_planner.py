@@ -23,7 +23,9 @@ from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
-from kvshare_store.plan import Context, ReusePlan, Span, contexts_of
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.contexts import Context, contexts_of
+from kvshare_store.plan.spans import Span
 from tests.support.block_names import block, text_of
 
 ROW_BYTES = 64

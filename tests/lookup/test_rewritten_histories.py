@@ -20,7 +20,8 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.index import LONG, NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import ReusePlan, Span
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Span
 from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prompts import Prompt
 from tests.support.block_names import block, text_of

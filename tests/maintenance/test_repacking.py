@@ -12,7 +12,7 @@ from kvshare_store.errors import NamespaceError
 from kvshare_store.maintenance.repacking import copy_rows, merged_node, repacked, wants_merge
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, check_segments
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.frame import Block
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.block_names import block

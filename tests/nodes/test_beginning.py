@@ -9,7 +9,7 @@ from kvshare_store.nodes.node import Node, check_node, node_id
 from kvshare_store.nodes.packed import Names
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 _ROWS = 8
 """Of a block."""

@@ -14,7 +14,7 @@ from kvshare_store.nodes.postings import Postings
 from kvshare_store.nodes.prefix_chain import PrefixChain
 from kvshare_store.nodes.vector_matrix import VectorMatrix
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 RUN = 3
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # many shared beginnings

@@ -15,7 +15,7 @@ from kvshare_store.nodes.edits import Edit
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.packed import Edits, Names, Packed, Sizes, Spans
 from kvshare_store.nodes.postings import Postings
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 
 numbers = st.integers(0, 2**40)
 names = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -6,7 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.plan import BlockRef, ReusePlan, Span
+from kvshare_store.plan import BlockRef, ReusePlan
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.oracle import (
     RowBook,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, Span
+from kvshare_store.plan.contexts import Context
+from kvshare_store.plan.spans import Span
 from kvshare_store.quality.confidence import Tally
 from kvshare_store.quality.evidence import Evidence, Learned
 from kvshare_store.quality.keeping import File

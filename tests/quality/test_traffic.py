@@ -12,7 +12,7 @@ from kvshare_store.lookup.align import align
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Edit, edit_script
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from kvshare_store.quality.score import Score
 from kvshare_store.quality.traffic import PlannedTraffic, kind_of, traffic_of
 

@@ -10,7 +10,8 @@ import pytest
 
 from kvshare_store.errors import PlanError
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Context, Span, clip_spans, contexts_of
+from kvshare_store.plan.contexts import Context, contexts_of
+from kvshare_store.plan.spans import Span, clip_spans
 from kvshare_store.save.staging import Buffer, Reuse, Staged, packed
 from tests.support.oracle import Driver, RowBook, pick, positions_of, prompt
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from kvshare_connectors.vllm.resident import Resident
 
-from kvshare_store.editor import Editor
 from kvshare_store.errors import LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
-from kvshare_store.plan import Context, Outcome, ReusePlan, Span
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan.contexts import Context
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from tests.support.oracle import Driver, prompt

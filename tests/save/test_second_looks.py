@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvshare_store.nodes.node import Node, node_id
-from kvshare_store.plan import Context, Outcome, ReusePlan
+from kvshare_store.plan import Outcome, ReusePlan
+from kvshare_store.plan.contexts import Context
 from kvshare_store.save import second_looks
 from kvshare_store.save.second_looks import LOOK_SECONDS, Look, SecondLooks
 from kvshare_store.save.staging import Reuse

@@ -18,7 +18,8 @@ from kvshare_store.nodes.node import (
     node_id,
     segments_between,
 )
-from kvshare_store.plan import ReusePlan, Run, Span, clip_spans, gaps
+from kvshare_store.plan import ReusePlan
+from kvshare_store.plan.spans import Run, Span, clip_spans, gaps
 from kvshare_store.save.staging import (
     Reuse,
     check_reuse,

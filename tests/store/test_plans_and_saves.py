@@ -18,7 +18,8 @@ import pytest
 from kvshare_store.errors import ConfigError, LeaseError, NamespaceError, PlanError
 from kvshare_store.namespace import Namespace
 from kvshare_store.observability.version import version
-from kvshare_store.plan import Outcome, Span
+from kvshare_store.plan import Outcome
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Buffer, Reuse, Staged, reuse_of
 from kvshare_store.store import Store
 from tests.support.edits import apply_edits

@@ -26,7 +26,8 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import Outcome, Span
+from kvshare_store.plan import Outcome
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.daemons import ClientDriver, Daemon

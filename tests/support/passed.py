@@ -20,8 +20,8 @@ from typing import Any
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
-from kvshare_store.editor import Editor
 from kvshare_store.plan import Outcome
+from kvshare_store.plan.editor import Editor
 from tests.support.daemons import ClientDriver, serving
 from tests.support.documents import DOCS
 from tests.support.made_parts import Parts, remake, table

@@ -13,7 +13,9 @@ from kvshare_store.daemon.lanes import lane_of
 from kvshare_store.daemon.roles import NEEDED
 from kvshare_store.errors import ErrorKind, error_for
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import BlockRef, Context, Outcome, ReusePlan, Span
+from kvshare_store.plan import BlockRef, Outcome, ReusePlan
+from kvshare_store.plan.contexts import Context
+from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.documents import DOCS

@@ -24,7 +24,7 @@ from benchmarks.methods.kvshare import kvshare, prefix
 from benchmarks.methods.narrowing import Narrowing, Seen
 from benchmarks.methods.reuse import place, plan
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy
-from kvshare_store.plan import Span
+from kvshare_store.plan.spans import Span
 from tests.transformers.tiny import prompt_of
 
 DONOR = prompt_of(64)

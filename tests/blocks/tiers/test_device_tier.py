@@ -11,9 +11,10 @@ from kvshare_connectors.vllm.resident import Resident
 from kvshare_store.blocks.tiers.base import Tier
 from kvshare_store.blocks.tiers.device import DeviceTier
 from kvshare_store.blocks.tiers.host.arena import Arena
-from kvshare_store.editor import Editor
 from kvshare_store.errors import NoSpaceError, PlanError
-from kvshare_store.plan import BlockRef, Span
+from kvshare_store.plan import BlockRef
+from kvshare_store.plan.editor import Editor
+from kvshare_store.plan.spans import Span
 from kvshare_store.testing.tiers import LAYOUT, TierTests, make_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

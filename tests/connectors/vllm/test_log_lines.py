@@ -15,7 +15,7 @@ from kvshare_connectors.vllm.saver import Saver, Snapshot
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.observability.logs import JsonLines
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 from kvshare_store.save.staging import Reuse
 from tests.connectors.vllm.test_planning import planned, policy, request
 from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink

@@ -24,7 +24,7 @@ from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace, Tenants
-from kvshare_store.plan import Run
+from kvshare_store.plan.spans import Run
 from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
 
 pytestmark = pytest.mark.filterwarnings("ignore")

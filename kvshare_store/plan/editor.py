@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kvshare_store.errors import PlanError, UnsupportedError
-from kvshare_store.plan import BlockRef, Span
+from kvshare_store.plan import BlockRef
+from kvshare_store.plan.spans import Span
 from kvshare_store.tensors.dtypes import DTYPES
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
