@@ -34,7 +34,6 @@ from kvshare_store.maintenance.sharing import Sharing
 from kvshare_store.maintenance.stats import stats_of
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, as_tokens
-from kvshare_store.observability.metrics import Metrics
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import Look
@@ -59,13 +58,13 @@ class Store:
         """`visiting`: see `Repository`."""
         self.config = config
         self._since = time.time()
-        self.metrics = Metrics()
         wanted(config)
         self.costs = Costs()
         self.far_costs = Costs(far=True)
         """Of engines on other machines."""
         costs = {False: self.costs, True: self.far_costs}
-        self.repository = repository = Repository(config, self.metrics, visiting=visiting)
+        self.repository = repository = Repository(config, visiting=visiting)
+        self.metrics = repository.metrics
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
         self.blocks = repository.blocks

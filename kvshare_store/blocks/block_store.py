@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -116,9 +116,16 @@ class BlockStore:
                 return msgspec.structs.replace(block, data=copied)
         return self._io.run(self.levels.get(name))[0]
 
-    def read_from(self, level: Level, name: str) -> Block:
-        """A verified block from exactly this tier, or the tier's error. Do not hold the lock."""
-        return self._io.run(level.tier.get(name))
+    def copies_below(self, name: str) -> Iterator[tuple[str, Block | KVShareError]]:
+        """Each tier below host that has the block and is this machine's own, with the verified
+        block, or with the tier's error. Do not hold the lock."""
+        for level in self.levels:
+            if level.shared or not level.has(name):
+                continue
+            try:
+                yield level.tier.name, self._io.run(level.tier.get(name))
+            except KVShareError as error:
+                yield level.tier.name, error
 
     def lease_soon(
         self,

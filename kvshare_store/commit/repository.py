@@ -27,12 +27,12 @@ log = logging.getLogger("kvshare")
 class Repository:
     """What a home holds, and the thread that makes it durable."""
 
-    def __init__(self, config: StoreConfig, metrics: Metrics, *, visiting: bool = False) -> None:
+    def __init__(self, config: StoreConfig, *, visiting: bool = False) -> None:
         """`visiting`: for one command, whose settings may not be those that the home is used with,
         so it removes nothing by itself. `ConfigError` if they lack the remote that the home has
         used."""
         self._config = config
-        self.metrics = metrics
+        self.metrics = metrics = Metrics()
         self.machine = uuid.uuid4().hex
         """Identifies this process among those that share a catalogue."""
         self.encrypted = bool(config.encryption_key)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from kvshare_store.blocks.levels import Level
 from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, PlanError
@@ -174,14 +173,11 @@ def _copies(repository: Repository, name: str) -> tuple[list[Block], list[Proble
         good.append(host)
     elif host is not None:
         bad.append(Problem("corrupt", name, "its bytes in shared memory are others"))
-    for level in repository.blocks.levels:
-        if level.shared or not level.has(name):
-            continue
-        try:
-            good.append(repository.blocks.read_from(level, name))
-        except KVShareError as error:
-            if repository.nodes.tree.uses(name):  # one that nobody uses any more may be gone by now
-                bad.append(Problem(str(error.kind), name, f"{level.tier.name}: {error}"))
+    for tier, found in repository.blocks.copies_below(name):
+        if not isinstance(found, KVShareError):
+            good.append(found)
+        elif repository.nodes.tree.uses(name):  # one that nobody uses any more may be gone by now
+            bad.append(Problem(str(found.kind), name, f"{tier}: {found}"))
     return good, bad
 
 
@@ -210,18 +206,10 @@ def _mended(repository: Repository, name: str, repair: bool, good: bool) -> bool
         return False
     try:
         repository.queue.run(lambda: repository.blocks.persist([name]))
-        return all(not _fails(repository, level, name) for level in repository.blocks.levels)
     except KVShareError:
         return False
-
-
-def _fails(repository: Repository, level: Level, name: str) -> bool:
-    try:
-        if not level.shared and level.has(name):
-            repository.blocks.read_from(level, name)
-    except KVShareError:
-        return True
-    return False
+    copies = repository.blocks.copies_below(name)
+    return not any(isinstance(found, KVShareError) for _, found in copies)
 
 
 def _namespace_problems(

@@ -7,16 +7,16 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvshare_store.bounded import pieces
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import KVShareError, MissError, MissingBlockError
+from kvshare_store.errors import KVShareError, MissError, MissingBlockError, NamespaceError
 from kvshare_store.errors.wording import short
-from kvshare_store.maintenance.repacking import copy_rows, merged_node, wants_merge
 from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.repacking import merged_node, wants_merge
 from kvshare_store.save.staging import block_sizes
 from kvshare_store.tensors.frame import Block, block_name
 
@@ -144,3 +144,30 @@ class Merger:
         if block.lossy:  # under a new name nobody could tell that the rows were changed
             raise MissingBlockError(f"of block {short(name)} there are only lossy rows")
         return block
+
+
+def copy_rows(
+    node: Node, start: int, stop: int, read: Callable[[str], Block], target: Any
+) -> Block:
+    """Copy the rows of positions `start … stop-1`, as they are, into `target`, a buffer of their
+    size.
+
+    Returns them as a block. `NamespaceError` if a block is not of the node's namespace; what `read`
+    raises passes.
+    """
+    block: Block | None = None
+    for segment in node.segments:
+        part = segment.clip(start, stop)
+        if part is None:
+            continue
+        block = read(node.blocks[part.block])
+        if block.namespace != node.namespace:
+            raise NamespaceError(f"a block of node {short(node.id)} belongs to another namespace")
+        rows = block.layout.words(block.data, block.rows)
+        out = block.layout.words(target, stop - start)
+        out[:, :, part.start - start : part.stop - start] = rows[
+            :, :, part.row : part.row + part.length
+        ]
+    if block is None:
+        raise NamespaceError(f"node {short(node.id)} has no rows at {start}")
+    return Block(node.namespace, block.layout, target)

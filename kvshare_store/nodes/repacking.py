@@ -1,22 +1,18 @@
-"""Merging: the rows of one node, scattered over others' blocks, gathered into blocks of its own.
+"""Repacking: the form of a node whose rows, scattered over others' blocks, lie in its own blocks.
 
-Rows are copied as they are. K stays rotated for the position it was computed at, which the new
-segments say; rotating it again would rotate from a copy that is not the root.
+K stays rotated for the position it was computed at, which the new segments say; rotating it again
+would rotate from a copy that is not the root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 
-from kvshare_store.errors import NamespaceError
-from kvshare_store.errors.wording import short
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, new_stamp
 from kvshare_store.plan.spans import Span
-from kvshare_store.tensors.frame import Block
 
 
 def wants_merge(
@@ -65,29 +61,3 @@ def merged_node(
         merged=True,
         stamp=new_stamp(),
     )
-
-
-def copy_rows(
-    node: Node, start: int, stop: int, read: Callable[[str], Block], target: Any
-) -> Block:
-    """Copy the rows of positions `start … stop-1` into `target`, a buffer of their size.
-
-    Returns them as a block. `NamespaceError` if a block is not of the node's namespace; what `read`
-    raises passes.
-    """
-    block: Block | None = None
-    for segment in node.segments:
-        part = segment.clip(start, stop)
-        if part is None:
-            continue
-        block = read(node.blocks[part.block])
-        if block.namespace != node.namespace:
-            raise NamespaceError(f"a block of node {short(node.id)} belongs to another namespace")
-        rows = block.layout.words(block.data, block.rows)
-        out = block.layout.words(target, stop - start)
-        out[:, :, part.start - start : part.stop - start] = rows[
-            :, :, part.row : part.row + part.length
-        ]
-    if block is None:
-        raise NamespaceError(f"node {short(node.id)} has no rows at {start}")
-    return Block(node.namespace, block.layout, target)

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_store.errors import NamespaceError
-from kvshare_store.maintenance.repacking import copy_rows, merged_node, repacked, wants_merge
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.node import Node, check_segments
+from kvshare_store.nodes.repacking import merged_node, repacked, wants_merge
 from kvshare_store.plan.spans import Span
-from kvshare_store.tensors.frame import Block
-from kvshare_store.tensors.layout import KVLayout
 from tests.support.block_names import block
-from tests.support.oracle import row_keys, rows_for
-
-LAYOUT = KVLayout(2, 1, 4, "float32")
 
 
 def node(
@@ -75,27 +68,6 @@ def test_each_row_keeps_its_source_and_blocks_are_full(segments: list[Span], siz
 def test_what_was_one_run_is_one_segment() -> None:
     halves = [Span(0, 3, 7, 0, 2), Span(3, 5, 10, 1, 0), Span(8, 2, 0, 1, 6)]
     assert repacked(halves, 16) == (Span(0, 8, 7, 0, 0), Span(8, 2, 0, 0, 8))
-
-
-def test_rows_are_copied_as_they_are() -> None:
-    first, second = rows_for(range(8), LAYOUT), rows_for(range(50, 58), LAYOUT)
-    blocks = {
-        block(name): Block("n", LAYOUT, rows.tobytes())
-        for name, rows in (("a", first), ("b", second))
-    }
-    old = node("x", [Span(0, 2, 1, 0, 1), Span(2, 3, 4, 1, 4), Span(5, 1, 0, 0, 0)], ("a", "b"))
-    keys = [row_keys(first)[at] for at in (1, 2)] + row_keys(second)[4:7] + [row_keys(first)[0]]
-    target = bytearray(4 * LAYOUT.row_bytes)
-    copied = copy_rows(old, 1, 5, blocks.__getitem__, target)
-    assert copied.namespace == "n"
-    assert row_keys(LAYOUT.words(target, 4)) == keys[1:5]
-
-
-def test_rows_of_another_namespace_are_refused() -> None:
-    stranger = Block("other", LAYOUT, rows_for(range(4), LAYOUT).tobytes())
-    mine = node("x", [Span(0, 4, 0, 0, 0)], ("a",))
-    with pytest.raises(NamespaceError):
-        copy_rows(mine, 0, 4, lambda name: stranger, bytearray(4 * LAYOUT.row_bytes))
 
 
 def test_a_merged_node_is_the_same_prompt_with_the_same_provenance() -> None:
