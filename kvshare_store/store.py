@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
-from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
 from kvshare_store.errors.wording import short
@@ -33,6 +32,7 @@ from kvshare_store.maintenance.purge_lineage import LineagePurge
 from kvshare_store.maintenance.sharing import Sharing
 from kvshare_store.maintenance.stats import stats_of
 from kvshare_store.namespace import Namespace
+from kvshare_store.namespace.limits import TenantLimits
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.saving import Saving

@@ -41,7 +41,7 @@ def command(
     command would have used, where that differs. What is `per engine` an engine may have been
     given otherwise: its log says so when it starts.
     """
-    from kvshare_store.commit.tenants import TenantLimits  # noqa: PLC0415 - NumPy, not for --help
+    from kvshare_store.namespace.limits import TenantLimits  # noqa: PLC0415 - NumPy, not for --help
 
     settings = sourced(home, config, set_)
     theirs = _running(settings)

@@ -14,10 +14,10 @@ from itertools import count, islice
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.queue import Addition, CommitQueue, Removal
-from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, NoSpaceError
 from kvshare_store.namespace import Namespace
+from kvshare_store.namespace.limits import TenantLimits
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.state import Change, NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector

@@ -15,9 +15,9 @@ from kvshare_store.commit.home import Home, mark_encrypted
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.queue import CommitQueue
 from kvshare_store.commit.recovery import recover
-from kvshare_store.commit.tenants import TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, HomeError, StorageError
+from kvshare_store.namespace.limits import TenantLimits
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.observability.metrics import Metrics
 

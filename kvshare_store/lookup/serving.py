@@ -16,7 +16,6 @@ import msgspec
 
 from kvshare_store.blocks.leases import Lease
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import LeaseError
 from kvshare_store.errors.wording import short
@@ -26,6 +25,7 @@ from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.lookup.plan_maker import PlanMaker
 from kvshare_store.lookup.planner import Planned, slowest_of
 from kvshare_store.lookup.policy import stricter_policy
+from kvshare_store.lookup.rates import Rates
 from kvshare_store.lookup.request_log import Asked, prompt_of
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.lookup.text_vectors import TextVectors

@@ -8,7 +8,6 @@ import msgspec
 
 from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.node_store import NodeStore
-from kvshare_store.commit.rates import Rates
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import (
     KVShareError,
@@ -19,6 +18,7 @@ from kvshare_store.errors import (
 )
 from kvshare_store.errors.wording import short
 from kvshare_store.lookup.open_plans import OpenPlans
+from kvshare_store.lookup.rates import Rates
 from kvshare_store.lookup.sources import Sources
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens

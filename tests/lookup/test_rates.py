@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvshare_store.commit.rates import _KEPT, Rates
 from kvshare_store.errors import LimitError
+from kvshare_store.lookup.rates import _KEPT, Rates
 from kvshare_store.namespace import Namespace
 from tests.support.oracle import Driver, prompt
 

@@ -9,6 +9,7 @@ import grimp
 PACKAGE = "kvshare_store"
 MOST_MODULES = 8
 """In the package itself."""
+MOST_ROOMS, MOST_ARROWS = 32, 166
 
 
 def rooms() -> dict[str, set[str]]:
@@ -29,10 +30,14 @@ def rooms() -> dict[str, set[str]]:
 
 
 def test_no_room_leads_back_to_itself() -> None:
+    TopologicalSorter(rooms()).prepare()  # CycleError names the rooms
+
+
+def test_few_rooms_with_few_arrows() -> None:
+    """Where this fails, look for a name that lies far from those who use it, and move it there."""
     imports = rooms()
-    arrows = sum(map(len, imports.values()))
-    print(f"{len(imports)} rooms, {arrows} arrows")
-    TopologicalSorter(imports).prepare()  # CycleError names the rooms
+    assert len(imports) <= MOST_ROOMS
+    assert sum(map(len, imports.values())) <= MOST_ARROWS
 
 
 def test_few_modules_lie_in_no_folder() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_store.commit.tenants import Limits, TenantLimits
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError, LimitError
 from kvshare_store.namespace import Namespace
+from kvshare_store.namespace.limits import Limits, TenantLimits
 from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
