@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from kvshare_store.daemon import protocol
-from kvshare_store.daemon.protocol import PIECE_BYTES
+from kvshare_store.daemon.engine_messages import PIECE_BYTES
 from kvshare_store.daemon.session import Session
 from kvshare_store.errors import DeadlineError, LeaseError
 from kvshare_store.errors.wording import short

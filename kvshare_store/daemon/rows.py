@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.connection import Connection
+from kvshare_store.daemon.engine_messages import PIECE_BYTES
 from kvshare_store.errors import LeaseError, OverloadError, ProtocolError
 from kvshare_store.store import Store
 
@@ -23,7 +24,7 @@ def read_rows(store: Store, message: protocol.ReadRows) -> bytes:
     ref = store.serving.leased_block(message.lease, message.block)
     arena = store.blocks.host.arena
     arena.check(ref)
-    stop = min(message.start + protocol.PIECE_BYTES, ref.nbytes)
+    stop = min(message.start + PIECE_BYTES, ref.nbytes)
     piece = bytes(arena.rows(ref.offset, ref.nbytes)[message.start : stop])
     arena.check(ref)  # the same label: these are the rows that were planned
     return piece

@@ -24,6 +24,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol, wire
 from kvshare_store.daemon.client import Client, plan_request
 from kvshare_store.daemon.connection import Limits
+from kvshare_store.daemon.engine_messages import PIECE_BYTES
 from kvshare_store.daemon.link import Link, open_link
 from kvshare_store.daemon.network import NetworkListener, place_of
 from kvshare_store.daemon.roles import NEEDED, ROLES
@@ -538,7 +539,7 @@ def test_rows_that_were_not_asked_for(
         "not its own"
     )
     too_long = {"type": "write_rows", "staged": "s", "start": 0,
-                "rows": bytes(protocol.PIECE_BYTES + 1)}  # fmt: skip
+                "rows": bytes(PIECE_BYTES + 1)}  # fmt: skip
     with pytest.raises(ProtocolError):
         protocol.decode_request(msgspec.msgpack.encode(too_long))
     with Client(home, timeout=PATIENCE_S) as near:
