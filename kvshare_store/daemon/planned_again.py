@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.request_log import MOST_RUNS, Logged, runs_by_kind
 from kvshare_store.lookup.steering import reason_under_bound
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from kvshare_store.daemon.evicting import Evicted as EvictedStruct
 from kvshare_store.daemon.planned_again import Differs
 from kvshare_store.daemon.scored import QualityReport
-from kvshare_store.lookup import explain, request_log, steering
+from kvshare_store.lookup import explanation, request_log, steering
 from kvshare_store.maintenance import purge
 from kvshare_store.save import verdicts
 
@@ -52,9 +52,9 @@ def _converted(kind: Any) -> Any:
 Verdict = model_of(verdicts.Verdict)
 Purged = model_of(purge.Purged)
 Evicted = model_of(EvictedStruct)
-Candidate = model_of(explain.Candidate)
+Candidate = model_of(explanation.Candidate)
 Steering = model_of(steering.Steering)
-Expected = model_of(explain.Expected)
+Expected = model_of(explanation.Expected)
 Quality = model_of(QualityReport)
 Purges: Any = list[Purged]  # type: ignore[valid-type]
 

@@ -10,13 +10,15 @@ import msgspec
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import Costs
-from kvshare_store.lookup.explain import Explainer, Explanation, Named, Watched
+from kvshare_store.lookup.explain import Explainer
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS, ReusePolicy, stricter_policy
 from kvshare_store.lookup.steering import reason_under_bound, steering_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.trust import Trust, trust_of
+from kvshare_store.lookup.watched import Named, Watched
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import Node

@@ -11,8 +11,8 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explain import Explanation
 from kvshare_store.lookup.explaining import Explained, Explaining
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.nominate import Nominator, together
 from kvshare_store.lookup.planner import Planned, Planner
 from kvshare_store.lookup.policy import Mask, configured_policy

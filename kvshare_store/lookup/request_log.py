@@ -23,7 +23,7 @@ from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.plan.spans import Span
 
 if TYPE_CHECKING:
-    from kvshare_store.lookup.explain import Part
+    from kvshare_store.lookup.explanation import Part
 
 _ENTRIES = 1000
 _EARLY = 256

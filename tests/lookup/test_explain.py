@@ -11,7 +11,7 @@ import pytest
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.questions import answer
 from kvshare_store.errors import ConfigError, NodeError, PlanError
-from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan

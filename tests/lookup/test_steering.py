@@ -13,7 +13,7 @@ import pytest
 
 from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.steering import reason_under_bound
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match

@@ -12,7 +12,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.questions import answer
 from kvshare_store.lookup import trust
-from kvshare_store.lookup.explain import Explanation
+from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.namespace import Namespace, Sources
 from kvshare_store.nodes.node import SOURCES, Node, node_id
 from kvshare_store.plan import ReusePlan
