@@ -20,6 +20,7 @@ from kvshare_store.errors import (
     NoSpaceError,
 )
 from kvshare_store.tensors.frame import Block
+from kvshare_store.testing.scenario import scenario
 from kvshare_store.testing.tier_contract import (
     ABSENT,
     LAYOUT,
@@ -52,165 +53,143 @@ class TierTests(AtOnceTests, DamageTests):
     # --- put and get --------------------------------------------------------------------------
 
     @pytest.mark.parametrize("rows", [1, 7, 64])
-    def test_what_was_put_is_got(self, tmp_path: Path, rows: int) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1, rows)
-            await tier.put(name, block)
-            assert same(await tier.get(name), block)
+    @scenario()
+    async def test_what_was_put_is_got(self, tier: Tier, rows: int) -> None:
+        name, block = make_block(1, rows)
+        await tier.put(name, block)
+        assert same(await tier.get(name), block)
 
-        self.run(tmp_path, scenario)
+    @scenario()
+    async def test_put_is_idempotent(self, tier: Tier) -> None:
+        name, block = make_block(1)
+        await tier.put(name, block)
+        before = tier.use()
+        await tier.put(name, block)
+        assert tier.use() == before
+        assert tier.names() == [name]
+        assert same(await tier.get(name), block)
 
-    def test_put_is_idempotent(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            await tier.put(name, block)
-            before = tier.use()
-            await tier.put(name, block)
-            assert tier.use() == before
-            assert tier.names() == [name]
-            assert same(await tier.get(name), block)
+    @scenario()
+    async def test_an_absent_block_is_missing(self, tier: Tier) -> None:
+        with pytest.raises(MissingBlockError):
+            await tier.get(ABSENT)
+        name, block = make_block(1)
+        await tier.put(name, block)
+        await tier.delete(name)
+        with pytest.raises(MissingBlockError):
+            await tier.get(name)
 
-        self.run(tmp_path, scenario)
+    @scenario()
+    async def test_put_does_not_keep_the_callers_buffer(self, tier: Tier) -> None:
+        name, block = make_block(1)
+        buffer = bytearray(block.data)
+        await tier.put(name, Block(block.namespace, block.layout, memoryview(buffer)))
+        buffer[:] = bytes(len(buffer))
+        assert same(await tier.get(name), block)
 
-    def test_an_absent_block_is_missing(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            with pytest.raises(MissingBlockError):
-                await tier.get(ABSENT)
-            name, block = make_block(1)
-            await tier.put(name, block)
-            await tier.delete(name)
-            with pytest.raises(MissingBlockError):
-                await tier.get(name)
-
-        self.run(tmp_path, scenario)
-
-    def test_put_does_not_keep_the_callers_buffer(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            buffer = bytearray(block.data)
-            await tier.put(name, Block(block.namespace, block.layout, memoryview(buffer)))
-            buffer[:] = bytes(len(buffer))
-            assert same(await tier.get(name), block)
-
-        self.run(tmp_path, scenario)
-
-    def test_what_was_got_belongs_to_the_caller(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            await tier.put(name, block)
-            got = await tier.get(name)
-            await tier.delete(name)
-            for seed in range(2, 6):  # whatever room it had is used for something else
-                await tier.put(*make_block(seed))
-            assert same(got, block)
-
-        self.run(tmp_path, scenario)
+    @scenario()
+    async def test_what_was_got_belongs_to_the_caller(self, tier: Tier) -> None:
+        name, block = make_block(1)
+        await tier.put(name, block)
+        got = await tier.get(name)
+        await tier.delete(name)
+        for seed in range(2, 6):  # whatever room it had is used for something else
+            await tier.put(*make_block(seed))
+        assert same(got, block)
 
     # --- delete ---------------------------------------------------------------------------------
 
-    def test_delete_says_whether_it_was_there(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            name, block = make_block(1)
-            other, other_block = make_block(2)
-            assert await tier.delete(name) is False
-            await tier.put(name, block)
-            await tier.put(other, other_block)
-            assert await tier.delete(name) is True
-            assert await tier.delete(name) is False
-            assert same(await tier.get(other), other_block)
-            await tier.put(name, block)
-            assert same(await tier.get(name), block)
-
-        self.run(tmp_path, scenario)
+    @scenario()
+    async def test_delete_says_whether_it_was_there(self, tier: Tier) -> None:
+        name, block = make_block(1)
+        other, other_block = make_block(2)
+        assert await tier.delete(name) is False
+        await tier.put(name, block)
+        await tier.put(other, other_block)
+        assert await tier.delete(name) is True
+        assert await tier.delete(name) is False
+        assert same(await tier.get(other), other_block)
+        await tier.put(name, block)
+        assert same(await tier.get(name), block)
 
     # --- what is there --------------------------------------------------------------------------
 
-    def test_size_names_and_use_agree(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            assert (tier.use().bytes, tier.use().blocks, tier.names()) == (0, 0, [])
-            assert tier.size(ABSENT) is None
-            blocks = [make_block(seed, rows) for seed, rows in ((1, 1), (2, 8), (3, 64), (4, 7))]
-            for name, block in blocks:
-                await tier.put(name, block)
-                check_use(tier)
-            assert sorted(tier.names()) == sorted(name for name, _ in blocks)
-            for name, _ in blocks:
-                assert (tier.size(name) or 0) > 0
-            for name, _ in blocks:
-                await tier.delete(name)
-                assert tier.size(name) is None
-                check_use(tier)
-            assert tier.use().bytes == 0
+    @scenario()
+    async def test_size_names_and_use_agree(self, tier: Tier) -> None:
+        assert (tier.use().bytes, tier.use().blocks, tier.names()) == (0, 0, [])
+        assert tier.size(ABSENT) is None
+        blocks = [make_block(seed, rows) for seed, rows in ((1, 1), (2, 8), (3, 64), (4, 7))]
+        for name, block in blocks:
+            await tier.put(name, block)
+            check_use(tier)
+        assert sorted(tier.names()) == sorted(name for name, _ in blocks)
+        for name, _ in blocks:
+            assert (tier.size(name) or 0) > 0
+        for name, _ in blocks:
+            await tier.delete(name)
+            assert tier.size(name) is None
+            check_use(tier)
+        assert tier.use().bytes == 0
 
-        self.run(tmp_path, scenario)
-
-    def test_touch_puts_a_block_last(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            names = []
-            for seed in range(4):
-                name, block = make_block(seed)
-                names.append(name)
-                await tier.put(name, block)
-            assert tier.names() == names
-            tier.touch(names[0])
-            await tier.get(names[1])
-            tier.touch(ABSENT)
-            assert tier.names() == [names[2], names[3], names[0], names[1]]
-
-        self.run(tmp_path, scenario)
+    @scenario()
+    async def test_touch_puts_a_block_last(self, tier: Tier) -> None:
+        names = []
+        for seed in range(4):
+            name, block = make_block(seed)
+            names.append(name)
+            await tier.put(name, block)
+        assert tier.names() == names
+        tier.touch(names[0])
+        await tier.get(names[1])
+        tier.touch(ABSENT)
+        assert tier.names() == [names[2], names[3], names[0], names[1]]
 
     # --- the budget -----------------------------------------------------------------------------
 
-    def test_a_full_tier_refuses_and_loses_nothing(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            stored: list[tuple[str, Block]] = []
-            refused = False
-            while not refused:
-                name, block = make_block(len(stored))
-                try:
-                    await tier.put(name, block)
-                    stored.append((name, block))
-                except NoSpaceError:
-                    refused = True
-                check_use(tier)
-                assert len(stored) < 1000
-            assert stored, "the budget should hold a few blocks"
+    @scenario(budget=8192)
+    async def test_a_full_tier_refuses_and_loses_nothing(self, tier: Tier) -> None:
+        stored: list[tuple[str, Block]] = []
+        refused = False
+        while not refused:
+            name, block = make_block(len(stored))
+            try:
+                await tier.put(name, block)
+                stored.append((name, block))
+            except NoSpaceError:
+                refused = True
             check_use(tier)
-            assert sorted(tier.names()) == sorted(name for name, _ in stored)
-            for name, block in stored:
-                assert same(await tier.get(name), block)
-            await tier.delete(stored[0][0])
-            name, block = make_block(5000)
-            await tier.put(name, block)
+            assert len(stored) < 1000
+        assert stored, "the budget should hold a few blocks"
+        check_use(tier)
+        assert sorted(tier.names()) == sorted(name for name, _ in stored)
+        for name, block in stored:
             assert same(await tier.get(name), block)
+        await tier.delete(stored[0][0])
+        name, block = make_block(5000)
+        await tier.put(name, block)
+        assert same(await tier.get(name), block)
 
-        self.run(tmp_path, scenario, budget=8192)
+    @scenario(budget=8192)
+    async def test_a_block_larger_than_the_budget_is_refused(self, tier: Tier) -> None:
+        with pytest.raises(NoSpaceError):
+            await tier.put(*make_block(1, rows=512))
+        assert (tier.use().bytes, tier.names()) == (0, [])
 
-    def test_a_block_larger_than_the_budget_is_refused(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            with pytest.raises(NoSpaceError):
-                await tier.put(*make_block(1, rows=512))
-            assert (tier.use().bytes, tier.names()) == (0, [])
-
-        self.run(tmp_path, scenario, budget=8192)
-
-    def test_concurrent_puts_share_one_budget(self, tmp_path: Path) -> None:
-        async def scenario(tier: Tier) -> None:
-            blocks = [make_block(seed) for seed in range(40)]
-            ended = await asyncio.gather(
-                *(tier.put(name, block) for name, block in blocks), return_exceptions=True
-            )
-            refused = [end for end in ended if end is not None]
-            assert 0 < len(refused) < len(ended)
-            assert all(isinstance(end, NoSpaceError) for end in refused)
-            check_use(tier)
-            for (name, block), end in zip(blocks, ended, strict=True):
-                if end is None:
-                    assert same(await tier.get(name), block)
-                else:
-                    assert tier.size(name) is None
-
-        self.run(tmp_path, scenario, budget=8192)
+    @scenario(budget=8192)
+    async def test_concurrent_puts_share_one_budget(self, tier: Tier) -> None:
+        blocks = [make_block(seed) for seed in range(40)]
+        ended = await asyncio.gather(
+            *(tier.put(name, block) for name, block in blocks), return_exceptions=True
+        )
+        refused = [end for end in ended if end is not None]
+        assert 0 < len(refused) < len(ended)
+        assert all(isinstance(end, NoSpaceError) for end in refused)
+        check_use(tier)
+        for (name, block), end in zip(blocks, ended, strict=True):
+            if end is None:
+                assert same(await tier.get(name), block)
+            else:
+                assert tier.size(name) is None
 
 
 class PersistentTierTests(TierTests):

@@ -19,6 +19,7 @@ from kvshare_store.errors import (
     UnavailableError,
 )
 from kvshare_store.tensors.frame import Block
+from kvshare_store.testing.scenario import scenario
 from kvshare_store.testing.tier_contract import TierContract, check_use, make_block, same
 
 Damage = Literal["absent", "short", "corrupt", "slow", "refused"]
@@ -47,28 +48,27 @@ class DamageTests(TierContract):
         """End what `damage` did to the whole medium."""
 
     @pytest.mark.parametrize("how", list(_ENDS))
-    def test_what_is_wrong_is_told_apart(self, tmp_path: Path, how: Damage) -> None:
+    @scenario()
+    async def test_what_is_wrong_is_told_apart(
+        self, tier: Tier, tmp_path: Path, how: Damage
+    ) -> None:
         if how not in self.damages:
             pytest.skip(f"nothing past this tier can make a block {how}")
         (name, block), (other, other_block) = make_block(1), make_block(2)
-
-        async def scenario(tier: Tier) -> None:
-            await tier.put(name, block)
-            await tier.put(other, other_block)
-            await self.damage(tmp_path, name, how)
-            (end,) = await asyncio.gather(tier.get(name), return_exceptions=True)
-            await self.heal(tmp_path)
-            if how == "slow" and isinstance(end, Block):
-                assert same(end, block)
-            else:
-                assert type(end) in _ENDS[how], repr(end)
-            assert same(await tier.get(other), other_block)
-            if how in ("slow", "refused"):
-                assert same(await tier.get(name), block), "nothing happened to the block"
-            else:
-                await self._is_gone_and_comes_back(tier, name, block)
-
-        self.run(tmp_path, scenario)
+        await tier.put(name, block)
+        await tier.put(other, other_block)
+        await self.damage(tmp_path, name, how)
+        (end,) = await asyncio.gather(tier.get(name), return_exceptions=True)
+        await self.heal(tmp_path)
+        if how == "slow" and isinstance(end, Block):
+            assert same(end, block)
+        else:
+            assert type(end) in _ENDS[how], repr(end)
+        assert same(await tier.get(other), other_block)
+        if how in ("slow", "refused"):
+            assert same(await tier.get(name), block), "nothing happened to the block"
+        else:
+            await self._is_gone_and_comes_back(tier, name, block)
 
     async def _is_gone_and_comes_back(self, tier: Tier, name: str, block: Block) -> None:
         assert tier.size(name) is None
