@@ -15,7 +15,7 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
 from kvshare_store.errors.wording import short
 from kvshare_store.lookup.cost import Costs
-from kvshare_store.lookup.explaining import Explained
+from kvshare_store.lookup.explain import Explained
 from kvshare_store.lookup.explanation import Explanation
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.outcomes import Outcomes

@@ -27,6 +27,39 @@ _OWNERS = ("remote", "catalog", "encryption_key", "tenant_key", "source_key", "h
 """Settings in which addresses with passwords, or commands, may stand."""
 _WRITING = (protocol.Commit, protocol.Clear, *CHORES)
 
+_OF_THE_STORE: dict[type, Callable[[Store, Any, Any], Any]] = {
+    protocol.Decline: lambda store, it, _: store.outcomes.decline(
+        it.reason, it.tokens, it.request, it.namespace
+    ),
+    protocol.Prefilled: lambda store, it, _: store.requests.prefilled(it.request, it.seconds),
+    protocol.EngineCached: lambda store, it, _: store.outcomes.engine_cached(it.tokens, it.request),
+    protocol.Finish: lambda store, it, _: store.finish(it.lease, it.outcome),
+    protocol.Working: lambda store, it, client: store.text.working(client.owner, it.busy),
+    protocol.NextLook: lambda store, it, client: store.next_look(
+        client.owner, it.namespaces, scores=it.scores
+    ),
+    protocol.Looked: lambda store, it, client: store.saving.looks.ended(
+        client.owner, it.node, it.stamp, it.end, it.regrets
+    ),
+    protocol.ReadRows: lambda store, it, _: read_rows(store, it),
+    protocol.Failed: lambda store, it, _: store.metrics.error(it.kind),
+    protocol.Ready: lambda store, *_: {
+        "state": store.metrics.health.report()["state"],
+        "draining": store.draining,
+    },
+    protocol.Flush: lambda store, _, client: store.flush(owner=client.owner),
+    **dict.fromkeys(QUESTIONS, lambda store, it, _: answer(store, it)),
+    protocol.HasNodes: lambda store, it, _: by_id.has_nodes(store, it.nodes, use=it.use),
+    protocol.Forget: lambda store, it, client: by_id.forget(
+        store, it.nodes, pools=client.role == "admin"
+    ),
+    protocol.Held: lambda store, it, _: by_id.held(store, it.model),
+    protocol.NodesOf: lambda store, it, _: by_id.nodes_of(store, it.namespace, it.after, it.limit),
+    protocol.Clear: lambda store, *_: store.clear(),
+}
+"""What is done for messages that the store answers alone: called with it, the message and the
+client."""
+
 
 class Handling:
     """Answers for one store. Thread-safe."""
@@ -43,54 +76,14 @@ class Handling:
         self._check_home = check_home
         self.inboxes = Inboxes(store.config.host_bytes // _INBOX_SHARE)
         self._handlers: dict[type, Callable[[Any, Any], Any]] = {
-            protocol.Decline: lambda message, _: self._store.outcomes.decline(
-                message.reason, message.tokens, message.request, message.namespace
-            ),
-            protocol.Prefilled: lambda message, _: self._store.outcomes.log.prefilled(
-                message.request, message.seconds
-            ),
-            protocol.EngineCached: lambda message, _: self._store.outcomes.engine_cached(
-                message.tokens, message.request
-            ),
             protocol.Settings: self._settings,
-            protocol.Finish: lambda message, _: self._store.finish(message.lease, message.outcome),
             protocol.Observe: self._observe,
-            protocol.Working: lambda message, client: self._store.text.working(
-                client.owner, message.busy
-            ),
-            protocol.NextLook: lambda message, client: self._store.next_look(
-                client.owner, message.namespaces, scores=message.scores
-            ),
-            protocol.Looked: lambda message, client: self._store.saving.looks.ended(
-                client.owner, message.node, message.stamp, message.end, message.regrets
-            ),
             protocol.Stage: self._stage,
-            protocol.ReadRows: lambda message, _: read_rows(self._store, message),
-            protocol.WriteRows: lambda message, client: self.inboxes.write(
-                self._store, client, message
-            ),
+            protocol.WriteRows: lambda it, client: self.inboxes.write(self._store, client, it),
             protocol.Commit: self._commit,
             protocol.Abandon: self._abandon,
-            protocol.Failed: lambda message, _: self._store.metrics.error(message.kind),
             protocol.Stats: lambda *_: self._stats(),
-            protocol.Ready: lambda *_: {
-                "state": self._store.metrics.health.report()["state"],
-                "draining": self._store.draining,
-            },
-            protocol.Flush: lambda _, client: self._store.flush(owner=client.owner),
-            **dict.fromkeys(QUESTIONS, lambda message, _: answer(self._store, message)),
-            protocol.HasNodes: lambda message, _: by_id.has_nodes(
-                self._store, message.nodes, use=message.use
-            ),
             protocol.PlanNode: self._plan_node,
-            protocol.Forget: lambda message, client: by_id.forget(
-                self._store, message.nodes, pools=client.role == "admin"
-            ),
-            protocol.Held: lambda message, _: by_id.held(self._store, message.model),
-            protocol.NodesOf: lambda message, _: by_id.nodes_of(
-                self._store, message.namespace, message.after, message.limit
-            ),
-            protocol.Clear: lambda *_: self._store.clear(),
         }
 
     def answer(
@@ -105,7 +98,10 @@ class Handling:
             return do_chore(self._store, message, given_up)
         if isinstance(message, protocol.Plan) and client is not None:
             return self._plan(message, client, came)
-        return self._handlers[type(message)](message, client)
+        own = self._handlers.get(type(message))
+        if own is not None:
+            return own(message, client)
+        return _OF_THE_STORE[type(message)](self._store, message, client)
 
     def _plan(self, message: protocol.Plan, client: Connection, came: float) -> Any:
         """`came`: when the request arrived (monotonic seconds)."""

@@ -7,6 +7,7 @@ to know, such as what a candidate that it passed over would have given, is found
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import Mask, ReusePolicy, continues, usable_length
 from kvshare_store.lookup.trust import WORDS, Trust
 from kvshare_store.lookup.watched import Named
+from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import lexical_vector
@@ -29,6 +31,22 @@ from kvshare_store.plan import ReusePlan
 
 _SHOWN = 16
 """Tokens on both sides of the first difference."""
+
+
+class Explained(NamedTuple):
+    """What shall be explained."""
+
+    request: Tokens
+    namespace: Namespace
+    policy: str | None
+    """What it would do, laxer than the configured one or not; None: what a request gets."""
+    only: Node | None = None
+    """The one candidate."""
+    without: Collection[str] = ()
+    """Nodes that are no candidates."""
+    pools: Collection[str] = ()
+    source: bytes = b""
+    """Who sends the request, hashed."""
 
 
 class Explainer:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 
+from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.delta_tree import DeltaTree
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.grams import Hashes, anchors
@@ -112,11 +113,6 @@ def _ranked(nodes: list[Node], rank: Rank | None) -> list[Node]:
     return nodes if rank is None else sorted(nodes, key=rank)
 
 
-def together(own: Nominator, pools: Sequence[Nominator], rank: Rank | None) -> Nominator:
-    """The donors of a namespace and of its pools, if it has any; `rank`: that of each."""
-    return WithPools(own, pools, rank) if pools else own
-
-
 class WithPools(Nominator):
     """The donors of a namespace, and behind them those of pools, `count` of each: of two that are
     as good the planner takes the first."""
@@ -147,3 +143,12 @@ class WithPools(Nominator):
 
     def _all(self, found: Iterable[list[Node]]) -> list[Node]:
         return _ranked(list(chain.from_iterable(found)), self._rank)
+
+
+def with_pools(
+    namespace: Namespace, pools: Iterable[str], make: Callable[[str], Nominator], rank: Rank | None
+) -> Nominator:
+    """The donors of a namespace and of those of its pools that are named. `make`: the donors of the
+    namespace with this digest; `rank`: that of each."""
+    own, *others = (make(space.digest) for space in (namespace, *map(namespace.in_pool, pools)))
+    return WithPools(own, others, rank) if others else own

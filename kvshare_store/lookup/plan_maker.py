@@ -1,5 +1,5 @@
-"""The plan for a lookup: whose nodes may be donors, and by which policy. Nothing is leased, counted
-or logged here."""
+"""The plan for a lookup: whose nodes may be donors, and by which policy; and why a plan is what it
+is. Nothing is leased, counted or logged here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
 from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.explaining import Explained, Explaining
+from kvshare_store.lookup.explain import Explained, Explainer
 from kvshare_store.lookup.explanation import Explanation
-from kvshare_store.lookup.nominate import Nominator, together
+from kvshare_store.lookup.nominate import Nominator, Rank, with_pools
 from kvshare_store.lookup.planner import Planned, Planner
-from kvshare_store.lookup.policy import Mask, configured_policy
+from kvshare_store.lookup.policy import (
+    PRESETS,
+    Mask,
+    ReusePolicy,
+    configured_policy,
+    stricter_policy,
+)
 from kvshare_store.lookup.request_log import Asked
-from kvshare_store.lookup.steering import reason_under_bound, rung_of
+from kvshare_store.lookup.steering import reason_under_bound, rung_of, steering_of
 from kvshare_store.lookup.text import delimiter_ids
 from kvshare_store.lookup.trust import Trust, trust_of
+from kvshare_store.lookup.watched import Watched
+from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.node import Node
 from kvshare_store.quality.quality import Quality
 
 
@@ -69,11 +78,11 @@ class PlanMaker:
         self, request: Tokens, lookup: Asked, watch: Callable[[Cover, Mask], None] | None = None
     ) -> Planned:
         namespace, policy = lookup.namespace, lookup.policy
-        trust = self._trust(request, lookup)
+        trust = self._trust(request, namespace, lookup.source)
         costs = self._costs[lookup.far].of(namespace.model_digest)
         planned = self._planner.plan(
             request,
-            self._nominator(lookup, trust),
+            self._nominator(lookup, _rank(trust)),
             policy,
             costs,
             tier_of=self._tier_of,
@@ -89,30 +98,64 @@ class PlanMaker:
 
     # --- donors ----------------------------------------------------------------------------------
 
-    def _trust(self, request: Tokens, lookup: Asked) -> Trust | None:
-        share, digest = self._config.unconfirmed_share, lookup.namespace.digest
-        return trust_of(self._nodes.state, share, request, lookup.source, digest)
+    def _trust(self, request: Tokens, namespace: Namespace, source: bytes) -> Trust | None:
+        share = self._config.unconfirmed_share
+        return trust_of(self._nodes.state, share, request, source, namespace.digest)
 
-    def _nominator(self, lookup: Asked, trust: Trust | None) -> Nominator:
-        state, rank = self._nodes.state, None if trust is None else trust.of
-        spaces = lookup.namespace, *map(lookup.namespace.in_pool, lookup.pools)
-        own, *pools = (
-            Nominator(state.tree, state.index(space.digest), state.lock, rank) for space in spaces
+    def _nominator(self, lookup: Asked, rank: Rank | None) -> Nominator:
+        state = self._nodes.state
+        return with_pools(
+            lookup.namespace,
+            lookup.pools,
+            lambda digest: Nominator(state.tree, state.index(digest), state.lock, rank),
+            rank,
         )
-        return together(own, pools, rank)
 
     # --- why -------------------------------------------------------------------------------------
 
     def explain(self, asked: Explained) -> Explanation:
-        """See `Store.explain`."""
-        return Explaining(
-            self._config,
-            self.policy,
-            self._nodes,
+        """The plan under the policy that is asked for; else, where there is a bound, under that of
+        the class of the request."""
+        allowed = stricter_policy(self.policy, asked.policy)
+        laxer = asked.policy is not None and allowed.name != asked.policy
+        chosen = PRESETS[str(asked.policy)] if laxer else allowed
+        found, explainer = self._explained(asked, chosen)
+        if explainer.cover is None or not explainer.donors or not found.generation:
+            return found
+        state, donor, space = self._nodes.state, explainer.donors[0], asked.namespace.digest
+        steering = steering_of(self._quality, state, explainer.cover, donor, allowed.name, space)
+        if steering is None:
+            return found
+        if asked.policy is None and steering.rung != chosen.name:
+            found, _ = self._explained(asked, stricter_policy(chosen, steering.rung))
+            declined = reason_under_bound(found.declined)
+            found = msgspec.structs.replace(found, declined=declined)
+        return msgspec.structs.replace(found, steering=steering)
+
+    def _explained(self, asked: Explained, policy: ReusePolicy) -> tuple[Explanation, Explainer]:
+        namespace, named = asked.namespace, dict[str, tuple[Node, list[str]]]()
+        trust, state = self._trust(asked.request, namespace, asked.source), self._nodes.state
+        rank, costs = _rank(trust), self._costs[False].of(namespace.model_digest)
+        explainer = Explainer(self._config, asked.request, policy, costs, trust)
+        nominator = with_pools(
+            namespace,
+            asked.pools,
+            lambda digest: Watched(state, digest, named, asked.only, asked.without, rank),
+            rank,
+        )
+        found = explainer.explain(
             self._planner,
-            self._costs[False],
-            self._quality,
-        ).explain(asked)
+            nominator,
+            named,
+            self._tier_of,
+            namespace.layout.row_bytes,
+            delimiter_ids(namespace.tokenizer) if policy.delimiters else (),
+        )
+        return found, explainer
+
+
+def _rank(trust: Trust | None) -> Rank | None:
+    return None if trust is None else trust.of
 
 
 def _with_pools(planned: Planned) -> Planned:

@@ -14,7 +14,7 @@ from kvshare_store.daemon import protocol
 from kvshare_store.daemon.client import Client
 from kvshare_store.errors import DeniedError, ProtocolError
 from kvshare_store.namespace import Namespace
-from kvshare_store.plan import ReusePlan
+from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import RowBook, prompt
@@ -53,7 +53,7 @@ def sides(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator[
 def planned(client: Client, namespace: Namespace, **options: tuple[str, ...]) -> ReusePlan:
     plan = client.plan([*TEMPLATE, *prompt(2, 16)], namespace, **options)
     if plan.lease:
-        client.call(protocol.Finish(plan.lease, protocol.Outcome(recomputed=plan.tokens)))
+        client.call(protocol.Finish(plan.lease, Outcome(recomputed=plan.tokens)))
     return plan
 
 

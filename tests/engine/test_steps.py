@@ -22,7 +22,7 @@ from vllm.v1.request import RequestStatus
 import kvshare_store.daemon.link as link_module
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, DeadlineError
-from kvshare_store.plan import BlockRef
+from kvshare_store.plan import BlockRef, Outcome
 from kvshare_store.plan.spans import Run, Span
 from kvshare_store.save.staging import Reuse, contexts_of_rows
 from tests.engine.schedulers import (
@@ -368,7 +368,7 @@ def test_a_reset_changes_the_namespace_for_good(make: Make, link: FakeLink) -> N
     waiting = bench.add(max_tokens=1)
     digest = link.asked[0][0]
     assert bench.scheduler.reset_prefix_cache(False, True)
-    dropped = protocol.Finish("lease", protocol.Outcome(failed="reset", recomputed=LENGTH))
+    dropped = protocol.Finish("lease", Outcome(failed="reset", recomputed=LENGTH))
     assert dropped in link.told
     output = bench.step()
     (save,) = output.kv_connector_metadata.saves
@@ -474,7 +474,7 @@ def test_a_request_that_queued_past_the_deadline_of_its_early_lookup_asks_again(
     link.late = 1
     bench.step()
     assert len(link.asked) == 2
-    unused = protocol.Outcome(failed="aborted", recomputed=LENGTH)
+    unused = Outcome(failed="aborted", recomputed=LENGTH)
     assert protocol.Finish("lease", unused) in link.told
     bench.drain()
     assert said(bench, request)["reused"] == 70

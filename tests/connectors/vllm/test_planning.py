@@ -24,6 +24,7 @@ from kvshare_store.config import StoreConfig, policy_names
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace, Tenants
+from kvshare_store.plan import Outcome
 from kvshare_store.plan.spans import Run
 from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
 
@@ -95,7 +96,7 @@ def declined_as(reason: str, request: Any, namespace: Namespace = NAMESPACE) -> 
 
 
 def finish(lease: str, reason: str, recomputed: int, cached: int = 0) -> protocol.Finish:
-    outcome = protocol.Outcome(failed=reason, recomputed=recomputed, cached=cached)
+    outcome = Outcome(failed=reason, recomputed=recomputed, cached=cached)
     return protocol.Finish(lease, outcome)
 
 
