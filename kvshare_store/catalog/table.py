@@ -16,13 +16,7 @@ from kvshare_store.blocks.tiers.disk import files
 from kvshare_store.catalog.lance import lance_errors, manifests
 from kvshare_store.catalog.place import Place
 from kvshare_store.catalog.sync import SyncedFolder
-from kvshare_store.catalog.table_reader import (
-    ASIDE,
-    FRAGMENT,
-    Fields,
-    TableReader,
-    between,
-)
+from kvshare_store.catalog.table_reader import ASIDE, FRAGMENT, Fields, TableReader, between
 from kvshare_store.errors import StorageError
 
 _ALL_VERSIONS, _NO_VERSION = timedelta(days=36_500), timedelta(milliseconds=1)

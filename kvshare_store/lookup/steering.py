@@ -9,12 +9,7 @@ import msgspec
 from kvshare_store.config import PolicyName, StoreConfig
 from kvshare_store.keys import Keyring
 from kvshare_store.lookup.cover import Cover
-from kvshare_store.lookup.policy import (
-    ReusePolicy,
-    as_strict,
-    configured_policy,
-    stricter_policy,
-)
+from kvshare_store.lookup.policy import ReusePolicy, as_strict, configured_policy, stricter_policy
 from kvshare_store.nodes.edits import edit_script
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.node import Node

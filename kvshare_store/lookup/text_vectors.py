@@ -17,12 +17,7 @@ from kvshare_store.bounded import Latest
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import (
-    InternalError,
-    KVShareError,
-    UnavailableError,
-    UnsupportedError,
-)
+from kvshare_store.errors import InternalError, KVShareError, UnavailableError, UnsupportedError
 from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker, embedding_command

@@ -9,13 +9,7 @@ import msgspec
 from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.config import StoreConfig
-from kvshare_store.errors import (
-    KVShareError,
-    LeaseError,
-    LimitError,
-    MissingBlockError,
-    PlanError,
-)
+from kvshare_store.errors import KVShareError, LeaseError, LimitError, MissingBlockError, PlanError
 from kvshare_store.errors.wording import short
 from kvshare_store.lookup.open_plans import OpenPlans
 from kvshare_store.lookup.rates import Rates

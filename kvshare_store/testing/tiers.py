@@ -15,10 +15,7 @@ from typing import Any
 import pytest
 
 from kvshare_store.blocks.tiers.base import Tier
-from kvshare_store.errors import (
-    MissingBlockError,
-    NoSpaceError,
-)
+from kvshare_store.errors import MissingBlockError, NoSpaceError
 from kvshare_store.tensors.frame import Block
 from kvshare_store.testing.scenario import scenario
 from kvshare_store.testing.tier_contract import (

@@ -23,14 +23,7 @@ from kvshare_store.errors import (
     StorageError,
 )
 from kvshare_store.errors.wording import short
-from kvshare_store.tensors.frame import (
-    Block,
-    Codec,
-    Key,
-    decode_frame,
-    encode_frame,
-    read_header,
-)
+from kvshare_store.tensors.frame import Block, Codec, Key, decode_frame, encode_frame, read_header
 
 _BLOCKS = "blocks/"
 _QUARANTINE = "quarantine/"
