@@ -102,6 +102,12 @@ def plain_table(**look: Any) -> Table:
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **look)
 
 
+def add_numbers(table: Table, *heads: str) -> None:
+    """Add columns whose cells stand at their right."""
+    for head in heads:
+        table.add_column(head, justify="right")
+
+
 def console() -> Console:
     """The console for standard output."""
     return Console(highlight=False, markup=False, emoji=False)

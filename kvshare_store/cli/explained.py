@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvshare_store.cli.common import plain_table
+from kvshare_store.cli.common import add_numbers, plain_table
 from kvshare_store.cli.log import request_lines
 from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
@@ -91,8 +91,7 @@ def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
 def fates_table(explained: Found) -> Table:
     """Tokens by kind of reuse, and by the rule that recomputes them."""
     table = _table("tokens")
-    table.add_column(justify="right")
-    table.add_column(justify="right")
+    add_numbers(table, "", "")
     table.add_column(overflow="fold", style="dim")
     whole = explained["tokens"]
     for kind, style in COLOURS.items():

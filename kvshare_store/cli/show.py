@@ -18,6 +18,7 @@ from kvshare_store.cli.common import (
     HomeOption,
     JsonOption,
     NodeArgument,
+    add_numbers,
     answering,
     configured,
     console,
@@ -204,8 +205,7 @@ def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
     table = plain_table()
     table.add_column("block", style="cyan", no_wrap=True)
     table.add_column("tier")
-    table.add_column("rows of this node", justify="right")
-    table.add_column("shared with", justify="right")
+    add_numbers(table, "rows of this node", "shared with")
     for block in blocks:
         table.add_row(
             short(block["name"]), block["tier"], str(block["rows"]), _users(block["users"])

@@ -14,6 +14,7 @@ from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
+    add_numbers,
     answering,
     configured,
     console,
@@ -129,10 +130,7 @@ def tokens_table(stats: Counts) -> Table:
 def tiers_table(tiers: Mapping[str, Mapping[str, int]]) -> Table:
     """Bytes of each tier beside its budget."""
     table = _table("tiers", 8)
-    table.add_column("blocks", justify="right")
-    table.add_column("used", justify="right")
-    table.add_column("budget", justify="right")
-    table.add_column("share", justify="right")
+    add_numbers(table, "blocks", "used", "budget", "share")
     table.add_column("")
     for name, use in tiers.items():
         used, budget = use["bytes"], use["budget"]
@@ -144,8 +142,7 @@ def tiers_table(tiers: Mapping[str, Mapping[str, int]]) -> Table:
 def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     """Median and 99th percentile of the times of the daemon's work."""
     table = _table("times")
-    table.add_column("p50", justify="right")
-    table.add_column("p99", justify="right")
+    add_numbers(table, "p50", "p99")
     for name, values in seconds.items():
         table.add_row(name, milliseconds(values["p50"]), milliseconds(values["p99"]))
     return table
@@ -154,8 +151,7 @@ def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
 def scores_table(scores: Mapping[str, Mapping[str, Counts]]) -> Table:
     """What second looks have said of answers, by policy; `control`: of those served in full."""
     table = _table("answers scored, by policy")
-    for head in ("answers", "regret/token", "diverged"):
-        table.add_column(head, justify="right")
+    add_numbers(table, "answers", "regret/token", "diverged")
     for policy, sums in sorted(scores.items()):
         for chosen, one in sorted(sums.items()):
             diverged = share(one["diverged"], one["answers"]) if chosen == "greedy" else "-"
@@ -178,8 +174,7 @@ def quality_table(quality: Counts) -> Table:
         else "no bound"
     )
     table = _table(f"quality: {bound}")
-    table.add_column("classes", justify="right")
-    table.add_column("highest extra divergence", justify="right")
+    add_numbers(table, "classes", "highest extra divergence")
     for policy, count in quality["classes"].items():
         known = quality.get("shown", quality["extra"]).get(policy)  # the release before: all
         few = "too few scores" if policy in quality["extra"] else "-"
@@ -221,8 +216,7 @@ def _shares_table(
     title: str, whole: int, stats: Counts, rows: Mapping[str, tuple[str, str]]
 ) -> Table:
     table = _table(f"{title}: {whole:,}")
-    table.add_column(justify="right")
-    table.add_column(justify="right")
+    add_numbers(table, "", "")
     table.add_column()
     for label, (name, style) in rows.items():
         count = stats.get(name, 0)  # an older daemon does not count all

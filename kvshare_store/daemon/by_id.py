@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from heapq import nsmallest
 
 from kvshare_store.daemon.protocol import Holding
-from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 
 
@@ -36,24 +35,16 @@ def held(store: Store, model: str) -> list[Holding]:
     with store.nodes.lock:
         known = [(digest, store.namespace(digest)) for digest in sorted(store.tree.namespaces())]
         return [
-            _holding(store, digest, namespace)
+            Holding(
+                digest,
+                namespace,
+                store.tree.bytes_of(digest),
+                store.tree.count_of(digest),
+                *store.nodes.limits.of(namespace),  # in the order in which it has them
+            )
             for digest, namespace in known
             if namespace is not None and namespace.model.startswith(model)
         ]
-
-
-def _holding(store: Store, digest: str, namespace: Namespace) -> Holding:
-    limits = store.nodes.limits.of(namespace)
-    return Holding(
-        digest,
-        namespace,
-        store.tree.bytes_of(digest),
-        store.tree.count_of(digest),
-        limits.namespace_bytes,
-        limits.namespace_nodes,
-        limits.plans_per_second,
-        limits.saves_per_second,
-    )
 
 
 def nodes_of(store: Store, namespace: str, after: str, limit: int) -> list[tuple[str, bytes]]:
