@@ -1,119 +1,39 @@
-"""Store: plan, load, save, commit, evict. The facade; everything below is reached through it."""
+"""Store: plan, load, save, commit, evict. The facade; everything below is reached through it, and
+`parts` puts it together."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from kvshare_store.commit.repository import Repository
-from kvshare_store.commit.rewrite import Rewriter
-from kvshare_store.config import StoreConfig
 from kvshare_store.errors import KVShareError, NodeError, PlanError, UnavailableError
 from kvshare_store.errors.wording import short
-from kvshare_store.lookup.cost import Costs
 from kvshare_store.lookup.explain import Explained
 from kvshare_store.lookup.explanation import Explanation
-from kvshare_store.lookup.open_plans import OpenPlans
-from kvshare_store.lookup.outcomes import Outcomes
-from kvshare_store.lookup.plan_maker import PlanMaker
 from kvshare_store.lookup.request_log import RequestLog
-from kvshare_store.lookup.serving import Serving
-from kvshare_store.lookup.sources import Sources
-from kvshare_store.lookup.steering import open_quality, terms_of
-from kvshare_store.lookup.text_vectors import TextVectors, wanted
-from kvshare_store.maintenance.janitor import Collected, Janitor
-from kvshare_store.maintenance.others_purges import OthersPurges
+from kvshare_store.maintenance.janitor import Collected
 from kvshare_store.maintenance.purge import Purge, Purged, matching
 from kvshare_store.maintenance.purge_lineage import LineagePurge
-from kvshare_store.maintenance.sharing import Sharing
-from kvshare_store.maintenance.stats import stats_of
 from kvshare_store.namespace import Namespace
-from kvshare_store.namespace.limits import TenantLimits
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.plan import Outcome, ReusePlan
-from kvshare_store.save.saving import Saving
 from kvshare_store.save.second_looks import Look
 from kvshare_store.save.staging import Buffer, Reuse, RowSource, Staged, packed, reuse_of
 from kvshare_store.save.verdicts import Verdicts
+from kvshare_store.store.parts import Parts
 
 if TYPE_CHECKING:
     from kvshare_store.plan.editor import EditedRows
     from kvshare_store.tensors.rope import Rope
 
 
-log = logging.getLogger("kvshare")
-
-
-class Store:
+class Store(Parts):
     """One store of KV rows. Thread-safe. Use as a context manager, or call `close`.
 
     `HomeError` or `BusyError` when the home cannot be used or belongs to another process.
     """
-
-    def __init__(self, config: StoreConfig, *, visiting: bool = False) -> None:
-        """`visiting`: see `Repository`."""
-        self.config = config
-        self._since = time.time()
-        wanted(config)
-        self.costs = Costs()
-        self.far_costs = Costs(far=True)
-        """Of engines on other machines."""
-        costs = {False: self.costs, True: self.far_costs}
-        self.repository = repository = Repository(config, visiting=visiting)
-        self.metrics = repository.metrics
-        self.nodes = nodes = repository.nodes
-        self.tree = nodes.tree
-        self.blocks = repository.blocks
-        self._queue = repository.queue
-        self._rewriter = Rewriter(repository)
-        plans = OpenPlans()
-        self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
-        self.quality = open_quality(config, self.metrics, repository.keys)
-        sources = Sources(nodes, self._rewriter)
-        self.outcomes = Outcomes(
-            nodes, plans, costs, self.metrics, self.quality, log_prompts=config.log_prompts
-        )
-        self._maker = PlanMaker(config, nodes, costs, self.quality)
-        self.serving = Serving(
-            config, nodes, plans, self._maker, self.outcomes, self.text, sources, self.quality
-        )
-        self.saving = Saving(config, nodes, plans, sources, self.metrics, self.quality)
-        self.janitor = Janitor(config, repository, self._rewriter)
-        self._failures: dict[str, int] = {}
-        """Failures of the committer so far, when each owner first saved since its last `flush`."""
-        self.sharing: Sharing | None = None
-        if config.catalog and repository.catalog is not None:
-            purges = OthersPurges(repository, self.saving, self.quality, config.home_path)
-            self.sharing = Sharing(repository.catalog, repository, config.sync_seconds, purges)
-
-    def reload(self, config: StoreConfig) -> None:
-        """Go on by the settings of `config` that may change while a store is open: its limits, the
-        deadlines and budgets of plans, and how many nodes are kept. `ConfigError`, and nothing has
-        changed, if the limits of single tenants cannot be read."""
-        limits = TenantLimits(config)
-        self.config = config
-        self.nodes.reload(config, limits)
-        for part in (self.serving, self.saving, self.janitor):
-            part.reload(config)
-        self.quality.reload(terms_of(config))
-
-    def drain(self) -> None:
-        """Make no more plans and stage no more saves; those that are under way go on."""
-        self.serving.ending = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether no more plans are made."""
-        return self.serving.ending
-
-    @property
-    def held(self) -> int:
-        """Leases and staged saves that have not ended."""
-        return len(self.blocks.leases) + len(self.saving)
 
     # --- serve -------------------------------------------------------------------------------
 
@@ -416,18 +336,6 @@ class Store:
         purge = LineagePurge(self.repository, self.saving, node_id)
         return purge.preview() if dry_run else purge.run()
 
-    def reap(self, dead_owners: set[str] | None = None) -> None:
-        """End expired leases, and release what clients hold that are gone."""
-        dead = dead_owners or set()
-        with self.nodes.lock:
-            self.outcomes.reap(dead)
-            self.saving.reap(dead)
-            self.saving.looks.reap(dead)
-        self.text.gone(dead)
-        self.quality.keep()
-        for owner in dead:
-            self._failures.pop(owner, None)
-
     def flush(self, *, owner: str = "") -> None:
         """Wait until everything committed so far is durable; later commits are not waited for.
 
@@ -439,41 +347,3 @@ class Store:
     def namespace(self, digest: str) -> Namespace | None:
         """The record behind a digest."""
         return self.nodes.namespaces.get(digest)
-
-    def stats(self) -> dict[str, Any]:
-        """Counters since `since` (Unix seconds), budgets and times, in plain types.
-
-        Never waits: neither for the lock nor for a first look at the disk.
-        """
-        staged, looks = len(self.saving), len(self.saving.looks)
-        return stats_of(
-            self.config,
-            self.repository,
-            since=self._since,
-            staged=staged,
-            looks=looks,
-            texts=len(self.text.jobs),
-            scores=self.verdicts.report(),
-            scores_by_edit=self.verdicts.by_edit(),
-            quality=self.quality.overview(),
-        )
-
-    def close(self) -> None:
-        """Finish what is queued and release the home. Everything committed stays."""
-        self.text.close()
-        self.janitor.close()
-        if self.sharing is not None:
-            self.sharing.close()
-        try:
-            if self.repository.uses is not None:
-                self.repository.uses.exchange()
-        except KVShareError as error:
-            log.warning("kvshare: last uses could not be written down: %s", error)
-        self.quality.close()
-        self.repository.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
