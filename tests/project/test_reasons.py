@@ -10,7 +10,7 @@ import pytest
 from tests.support.documents import DOCS, ROOT, quoted, tables_of
 
 WHERE = (
-    "kvshare_store/lookup", "kvshare_store/daemon/handling.py", "kvshare_store/namespace.py",
+    "kvshare_store/lookup", "kvshare_store/daemon/handling.py", "kvshare_store/namespace",
     "connectors/vllm",
 )  # fmt: skip
 CALLS = {
