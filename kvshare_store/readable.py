@@ -7,10 +7,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvshare_store.errors.wording import short
+from kvshare_store.errors.wording import duration, short
 
 _SIZES = ("KiB", "MiB", "GiB", "TiB")
-_AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Signs that make text read in another order than it is stored."""
 _BAR = 20
@@ -197,11 +196,7 @@ def bar(part: int, whole: int) -> str:
 
 def age(created: float, now: float | None = None) -> str:
     """`5 min`: how long ago that was."""
-    seconds = max(0.0, (time.time() if now is None else now) - created)
-    for length, unit in _AGES:
-        if seconds >= length:
-            return f"{int(seconds // length)} {unit}"
-    return "0 s"
+    return duration((time.time() if now is None else now) - created)
 
 
 def milliseconds(seconds: float) -> str:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _ID = 12
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 _NEAR = 0.8
 """Likeness from which one name is taken for another; `polici` and `policy` have 0.83."""
 
@@ -32,6 +33,14 @@ def either(words: Iterable[str]) -> str:
 def short(name: str) -> str:
     """The beginning of an id or block name: enough to find it again."""
     return name[:_ID]
+
+
+def duration(seconds: float) -> str:
+    """`5 min`: whole units of the largest kind that fits."""
+    for length, unit in _UNITS:
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return "0 s"
 
 
 def os_reason(error: BaseException) -> str:

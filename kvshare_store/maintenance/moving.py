@@ -13,7 +13,6 @@ from typing import BinaryIO
 
 import msgspec
 
-from kvshare_store.blocks.pool import Reserved
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import (
@@ -37,6 +36,7 @@ from kvshare_store.maintenance.archive import (
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node, encode_node, new_stamp, node_id
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
+from kvshare_store.save.saving import Filled
 from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32
@@ -227,27 +227,27 @@ def _add(
     """Add a node, with those of its blocks that the store lacks; False if there is no room, or its
     namespace is one of the `purged`."""
     nodes, pool = repository.nodes, repository.blocks.pool
-    filled: dict[str, tuple[Reserved, Block]] = {}
+    filled: dict[str, Filled] = {}
     try:
         for name in node.blocks:
             if name in filled or repository.blocks.tier_of(name) is not None:
                 continue
             block = block_of(name)
-            filled[name] = nodes.reserve(len(block.data)), block
-            pool.reserved(filled[name][0])[:] = block.data
+            filled[name] = Filled(nodes.reserve(len(block.data)), name, block)
+            pool.reserved(filled[name].slot)[:] = block.data
         with nodes.lock:
             here = all(n in filled or repository.blocks.tier_of(n) for n in node.blocks)
             if not here or namespace.digest in purged:
                 return False
             nodes.namespaces.register(namespace)
-            for name, (slot, block) in filled.items():
-                if repository.blocks.tier_of(name) is None:
-                    pool.seal(slot, name, block)
+            for one in filled.values():
+                if repository.blocks.tier_of(one.name) is None:
+                    pool.seal(one.slot, one.name, one.block)
             vectors = Vectors(lexical_vector(node.tokens), None)
             nodes.add(msgspec.structs.replace(node, stamp=new_stamp()), vectors)
             return node.id in nodes.tree
     except NoSpaceError:
         return False
     finally:
-        for slot, _ in filled.values():
-            pool.cancel(slot)  # those that were not sealed
+        for one in filled.values():
+            pool.cancel(one.slot)  # those that were not sealed

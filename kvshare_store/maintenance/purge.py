@@ -17,11 +17,11 @@ from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import KVShareError, NamespaceError
+from kvshare_store.errors.wording import duration
 from kvshare_store.lookup.outcomes import Outcomes
 from kvshare_store.maintenance.others_purges import BEGUN
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.node import Node
-from kvshare_store.readable import age
 from kvshare_store.save.saving import Saving
 
 _POLL_S = 0.05
@@ -188,6 +188,6 @@ def _old_versions(ahead: float) -> list[str]:
     if not ahead:
         return []
     return [
-        f"catalogue: its old versions stay for {age(0.0, ahead)} and an hour more, because the "
+        f"catalogue: its old versions stay for {duration(ahead)} and an hour more, because the "
         "clock of another machine is ahead of this one's"
     ]

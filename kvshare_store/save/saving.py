@@ -238,7 +238,7 @@ class Saving:
         save = self._saves.get(staged_id)
         if save is None:
             raise LeaseError("the staged save is unknown or has ended; save again")
-        fresh: list[_Filled] = []
+        fresh: list[Filled] = []
         with self._metrics.timed("save"):
             try:
                 self.copy(save, source, fresh)
@@ -261,7 +261,7 @@ class Saving:
                     self.abandon(staged_id)
         return node.id
 
-    def copy(self, save: Save, source: RowSource, fresh: list[_Filled]) -> None:
+    def copy(self, save: Save, source: RowSource, fresh: list[Filled]) -> None:
         """Copy fresh rows, block by block and without the lock, into slots that only the store can
         write to. Whatever the client writes afterwards has no effect, and a name is computed from
         the very bytes that were copied."""
@@ -270,7 +270,7 @@ class Saving:
             nbytes = rows * layout.row_bytes
             slot = self._nodes.reserve(nbytes)
             block = Block(save.namespace.digest, layout, self._pool.reserved(slot))
-            filled = _Filled(slot, "", block)
+            filled = Filled(slot, "", block)
             fresh.append(filled)
             source.read_into(at, block.data)
             filled.name = block_name(block)
@@ -284,7 +284,7 @@ class Saving:
                 return node
         return None
 
-    def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[_Filled]) -> None:
+    def _add(self, save: Save, node: Node, vectors: Vectors, fresh: list[Filled]) -> None:
         """Make the node visible. Runs under the lock: this is the last moment at which a shared
         block could be missing."""
         for name in save.kept.blocks:
@@ -324,7 +324,7 @@ class Saving:
             self._nodes.remove([edited.id], instead=node.id)
 
 
-class _Filled(msgspec.Struct):
+class Filled(msgspec.Struct):
     """A slot of the arena with a block that no node uses yet."""
 
     slot: Reserved
