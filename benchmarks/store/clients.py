@@ -27,7 +27,7 @@ from kvshare_store.errors import KVShareError
 from kvshare_store.nodes.edits import Tokens
 from kvshare_store.plan import Outcome, ReusePlan
 from tests.support.browser import browser, chromium
-from tests.support.daemons import Daemon
+from tests.support.daemons import DaemonProgram
 from tests.support.page import page_url
 from tests.support.prometheus import missing, prometheus
 
@@ -121,7 +121,7 @@ class Watched(NamedTuple):
     """Cores that the daemon used, on average."""
 
 
-def watch(daemon: Daemon, seconds: float, what: str) -> Watched:
+def watch(daemon: DaemonProgram, seconds: float, what: str) -> Watched:
     """Let all clients ask for so long, and look at the daemon meanwhile."""
     assert daemon.process is not None
     spawn = multiprocessing.get_context("spawn")
@@ -165,7 +165,9 @@ def measure(options: Options) -> Result:
     with tempfile.TemporaryDirectory(prefix="kvshare-clients-") as name, ExitStack() as stack:
         folder = Path(name)
         settings = {"host_bytes": 2 << 30, "disk": False, "http": "127.0.0.1:0"}
-        daemon = stack.enter_context(Daemon(StoreConfig(home=str(folder / "home"), **settings)))
+        daemon = stack.enter_context(
+            DaemonProgram(StoreConfig(home=str(folder / "home"), **settings))
+        )
         with Client(daemon.config.home_path) as client:
             save_families(client, NAMESPACE, FAMILIES)
         alone = watch(daemon, seconds, "Clients alone")

@@ -21,7 +21,7 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.errors import DeadlineError, OverloadError
 from kvshare_store.plan import Outcome
 from tests.support.attacks import ATTACKS, computing
-from tests.support.daemons import Daemon
+from tests.support.daemons import DaemonProgram
 
 PROMPTS, SECONDS, SHORT_SECONDS = 40, 10.0, 1.0
 SETTLED_S, PAUSE_S = 1.0, 0.002
@@ -86,7 +86,7 @@ def measure(options: Options) -> Result:
     seconds = SHORT_SECONDS if options.short else SECONDS
     with (
         tempfile.TemporaryDirectory(prefix="kvshare-hostile-") as folder,
-        Daemon(configured(f"{folder}/home")) as daemon,
+        DaemonProgram(configured(f"{folder}/home")) as daemon,
         Client(daemon.config.home_path, timeout=_PATIENCE_S) as client,
     ):
         save_families(client, NAMESPACE, PROMPTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -274,7 +273,8 @@ def test_several_late_plans_in_a_row_are_a_hung_daemon(daemon: Daemon, spawned: 
     link.pause = PATIENCE_S  # however slow this machine is
     daemon.send(signal.SIGSTOP)
     assert daemon.process is not None
-    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
+    stopped = psutil.Process(daemon.process.pid)
+    until(lambda: stopped.status() == psutil.STATUS_STOPPED, what="it works on")
     asked = 0
     while (request := link.ask(plan_request(TOKENS, NAMESPACE, None))) is not None:
         link.give_up(request)

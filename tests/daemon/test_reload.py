@@ -23,7 +23,7 @@ from kvshare_store.errors import ConfigError, LimitError
 from kvshare_store.namespace import Namespace
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, DaemonProgram
 from tests.support.oracle import Driver, prompt
 
 Config = Callable[..., StoreConfig]
@@ -31,7 +31,7 @@ NAMESPACE = Namespace("model", KVLayout(2, 1, 4, "float32"))
 PATIENCE_S = 60.0
 
 
-class Reloaded(Daemon):
+class Reloaded(DaemonProgram):
     """A daemon with a settings file."""
 
     def __init__(self, config: StoreConfig, file: Path) -> None:

@@ -33,13 +33,13 @@ from kvshare_store.tensors.layout import DTypeName, KVLayout
 from kvshare_store.tensors.rope import Rope
 from tests.support.chaos.audit import Auditor
 from tests.support.chaos.namespaces import possible
-from tests.support.chaos.processes import IMPORTED_ONCE
 from tests.support.chaos.report import Report
 from tests.support.chaos.rows import DescribedRows, WrongRowError, moved, quarter_turns
 from tests.support.chaos.run import run
 from tests.support.chaos.variants import variant
 from tests.support.chaos.worker import Engine, Orders, guarded
 from tests.support.daemons import Daemon
+from tests.support.forking import IMPORTED_ONCE
 from tests.support.needs import need
 from tests.support.oracle import Driver, Rows, prompt
 from tests.support.servers import RedisServer
@@ -53,10 +53,10 @@ HOME_2 = Path(__file__).parent.parent / "data" / "home-2"
 """A home that the release before has written."""
 
 
-def test_processes_are_forked_before_lancedb_is_imported() -> None:
-    """Its threads do not survive a fork, and a lock that one of them held stays locked."""
+def test_processes_are_forked_where_no_thread_runs() -> None:
+    """Threads do not survive a fork, and a lock that one of them held stays locked."""
     modules = ["tests.support.chaos.__main__", *IMPORTED_ONCE]
-    script = f"import sys, {', '.join(modules)}; sys.exit('lancedb' in sys.modules)"
+    script = f"import sys, threading, {', '.join(modules)}; sys.exit(threading.active_count() - 1)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -43,7 +43,7 @@ from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
 from tests.support import waiting
 from tests.support.attacks import ATTACKS, RUBBISH, Attack, attacking, hoarded
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, Daemon, DaemonProgram
 from tests.support.fuzz import MIB, fuzz, left_over, requests, small
 from tests.support.needs import need
 from tests.support.oracle import Driver, RowBook, prompt
@@ -59,7 +59,7 @@ tenants = itertools.count()
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon for all tests: nothing that was done to it before may matter."""
-    with Daemon(small(str(tmp_path_factory.mktemp("hostile")))) as running:
+    with DaemonProgram(small(str(tmp_path_factory.mktemp("hostile")))) as running:
         yield running
 
 

@@ -1,4 +1,5 @@
-"""A real daemon in a process of its own that can be killed, and a client that checks its rows."""
+"""Daemons in this process or in one of their own, which can be killed, and a client that checks its
+rows."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from kvshare_store.errors import KVShareError, LeaseError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.save.staging import Reuse, Staged, reuse_of
+from tests.support.forking import ForkedDaemon
 from tests.support.network import Host
 from tests.support.oracle import (
     RowBook,
@@ -53,7 +55,7 @@ def child_daemon(config: StoreConfig) -> subprocess.Popen[bytes]:
 @contextmanager
 def serving(config: StoreConfig, limits: Limits | None = None) -> Iterator[Server]:
     """A daemon in this process."""
-    # processes that the kill test forks inherit this module, and must not inherit LanceDB
+    # whoever only asks daemons loads no LanceDB
     from kvshare_store.daemon.server import Server
 
     running = Server(config, limits)
@@ -74,14 +76,15 @@ class Daemon:
     def __init__(self, config: StoreConfig, host: Host | None = None) -> None:
         self.config = config
         self._host = host
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedDaemon | subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> ForkedDaemon | subprocess.Popen[bytes]:
+        """Its process. A forked one has its libraries from the start."""
+        return ForkedDaemon(self.config, self._host)
 
     def start(self) -> None:
         """Start it and wait until it accepts connections."""
-        if self._host is None:
-            self.process = child_daemon(self.config)
-        else:  # a child ends with the thread that started it
-            self.process = self._host.here(lambda: child_daemon(self.config))
+        self.process = self.begin()
         deadline = time.monotonic() + START_S
         while not answers(self.config.home_path):
             assert self.process.poll() is None, self.log()
@@ -124,6 +127,14 @@ class Daemon:
         traceback: TracebackType | None,
     ) -> None:
         self.kill()
+
+
+class DaemonProgram(Daemon):
+    """A daemon that is a program of its own from the start: for what is measured, and for what
+    begins with the program."""
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        return child_daemon(self.config)
 
 
 class ClientDriver:

@@ -30,7 +30,7 @@ from kvshare_store.plan import Outcome
 from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse
 from kvshare_store.tensors.layout import KVLayout
-from tests.support.daemons import ClientDriver, Daemon
+from tests.support.daemons import ClientDriver, Daemon, DaemonProgram
 from tests.support.oracle import prompt
 from tests.support.peer import Peer
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1_000_000, help="messages")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Daemon(small(folder)) as daemon:
+    with tempfile.TemporaryDirectory() as folder, DaemonProgram(small(folder)) as daemon:
         report = fuzz(daemon, asked.n, asked.seed, print)
         assert daemon.end() == 0, daemon.log()
     print(report)

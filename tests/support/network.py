@@ -53,7 +53,7 @@ class Host(NamedTuple):
         result: list[T] = []
 
         def call() -> None:
-            _enter(self.namespace)
+            enter(self.namespace)
             result.append(function())
 
         thread = threading.Thread(target=call)
@@ -116,7 +116,8 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def _enter(namespace: str) -> None:
+def enter(namespace: str) -> None:
+    """From now on this thread, and those that it begins, are on that host."""
     descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):

@@ -1,9 +1,4 @@
-"""Daemons and clients that are to be killed, forked from a server process that has done the slow
-imports.
-
-A fresh daemon spends two seconds on imports, a forked one a fraction of that. LanceDB itself is
-imported in the child: it starts threads, and threads do not survive a fork.
-"""
+"""Daemons and clients that are to be killed. They are forked: see `tests.support.forking`."""
 
 from __future__ import annotations
 
@@ -11,10 +6,9 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +18,10 @@ from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.address import answers
 from kvshare_store.daemon.spawn import daemon_command, daemon_environment, open_log
 from tests.support.chaos.namespaces import see_instead
+from tests.support.forking import context, log_at_home, serve_here
 from tests.support.power_cut import command
 
 START_S = 60.0
-IMPORTED_ONCE = [
-    "__main__",
-    "lance_namespace",
-    "numpy",
-    "psutil",
-    "pyarrow",
-    "typer",
-    "tests.support.chaos.worker",
-]
-
-
-def context() -> ForkServerContext:
-    """The server process from which all processes of the kill test are forked."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(IMPORTED_ONCE)
-    return found
 
 
 class ChaosError(Exception):
@@ -121,22 +100,15 @@ def _serve(
     """`kvshare serve`, run in a forked child."""
     if other is not None:
         see_instead(config.home_path, other)
-    os.environ.update(environment)
-    from kvshare_store.cli import serve
-    from kvshare_store.daemon import server  # noqa: F401 - the same
-
-    config.home_path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = os.open(config.home_path / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(log, stream.fileno())
-    os.close(log)
+    log_at_home(config)
     opening.send(None)
     opening.close()
+    whole = daemon_environment(config) | environment
     if other is not None:
-        # threads that LanceDB began before see the other folder still; a new program has none
+        # threads that libraries began before see the other folder still; a new program has none
         program = daemon_command(config)
-        os.execve(program[0], program, daemon_environment(config))
-    serve.run(lambda: config)
+        os.execve(program[0], program, whole)
+    serve_here(config, whole)
 
 
 class RecordedDaemon:
