@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_store.config import StoreConfig
 from kvshare_store.lookup import embedders
-from kvshare_store.lookup.embedders import packaged_model, windows
+from kvshare_store.lookup.embedders import TextEmbedder, packaged_model, windows
+from kvshare_store.lookup.text import decode
+from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.vectors import lexical_vector, unit
+from kvshare_store.store import Store
+from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.testing.embedders import EmbedderTests
+from tests.support import waiting
+from tests.support.oracle import Driver
+
+Require = Callable[[bool, str], None]
+KEPT = 1e-4
+"""By how much a number in an index, which has 16 bits, may differ from what was embedded."""
 
 
 class TestWordEmbedder(EmbedderTests):
     factory = "kvshare_store.testing.embedders:WordEmbedder"
     tolerance = 0.0
+
+
+REPORT = (
+    "The patient was admitted on Tuesday with chest pain that had started in the night. His blood "
+    "pressure was 140 over 90; the electrocardiogram showed no acute changes. He was given aspirin."
+)
+PARAPHRASE = (
+    "On Tuesday a man came to hospital because of pain in the chest since the night before. Blood "
+    "pressure measured 150 over 95, no acute changes in the ECG. Aspirin was administered."
+)
+CONTRACT = (
+    "The supplier shall deliver the goods within thirty days of the order. Late deliveries entitle "
+    "the buyer to a reduction of the price, unless the delay is due to force majeure."
+)
 
 
 @pytest.mark.slow
@@ -28,6 +54,40 @@ class TestSentenceEmbedder(EmbedderTests):
     @pytest.fixture(autouse=True)
     def _installed(self, require: Callable[[bool, str], None]) -> None:
         require(embedders.text_embeddings_installed(), "sentence-transformers")
+
+    def test_another_process_agrees(
+        self, embedder: TextEmbedder, config: Callable[..., StoreConfig], require: Require
+    ) -> None:
+        """The one in which a store embeds, and by whose vectors it finds a paraphrase."""
+        model = str(demo_model(require))
+        tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(f"{model}/tokenizer.json")
+        tokens = [tokenizer.encode(text).ids for text in (REPORT, CONTRACT, PARAPHRASE)]
+        space = Namespace("m", KVLayout(2, 1, 4, "float32"), tokenizer=model)
+        with Store(config(semantic="always")) as store:
+            ids = [Driver(store, space).save(each) for each in tokens]
+            semantic = store.nodes.state.index(space.digest).semantic
+            waiting.until(lambda: len(semantic) == 3, 120.0, str(store.stats()["errors"]))
+            vectors = [semantic.get(each) for each in ids]
+            nearest = semantic.nearest(vectors[2], 3)
+        for each, vector in zip(tokens, vectors, strict=True):
+            text = decode(model, np.asarray(each, np.int32))
+            np.testing.assert_allclose(embedder.embed(text), vector, atol=KEPT)
+        assert [name for name, _ in nearest] == [ids[2], ids[0], ids[1]]
+        assert nearest[1][1] > 0.6 > nearest[2][1]
+
+
+def demo_model(require: Require) -> Path:
+    """The folder of the example's model."""
+    try:
+        from examples.engines.small_model import SmallModelError, prepare_model
+    except ImportError:
+        require(False, "the example")
+        raise
+    try:
+        return prepare_model()
+    except SmallModelError as error:
+        require(False, str(error))
+        raise
 
 
 def test_lexical_vectors_know_order_and_overlap() -> None:

@@ -21,7 +21,6 @@ from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import UnsupportedError
 from kvshare_store.lookup import text_vectors
-from kvshare_store.lookup.embedders import text_embeddings_installed
 from kvshare_store.lookup.embedding_process import Wanted
 from kvshare_store.lookup.embedding_worker import EmbeddingWorker
 from kvshare_store.lookup.text import decode
@@ -394,55 +393,6 @@ def test_without_a_tokenizer_there_is_no_text(
 @pytest.mark.parametrize("folder", ["", "no\0path", "\ud800", "x" * 5000])
 def test_a_folder_that_cannot_be_looked_at_has_no_tokenizer(folder: str) -> None:
     assert decode(folder, np.arange(3, dtype=np.int32)) is None
-
-
-REPORT = (
-    "The patient was admitted on Tuesday with chest pain that had started in the night. His blood "
-    "pressure was 140 over 90; the electrocardiogram showed no acute changes. He was given aspirin."
-)
-PARAPHRASE = (
-    "On Tuesday a man came to hospital because of pain in the chest since the night before. Blood "
-    "pressure measured 150 over 95, no acute changes in the ECG. Aspirin was administered."
-)
-CONTRACT = (
-    "The supplier shall deliver the goods within thirty days of the order. Late deliveries entitle "
-    "the buyer to a reduction of the price, unless the delay is due to force majeure."
-)
-
-
-@pytest.mark.slow
-def test_the_real_model_finds_a_paraphrase(config: Config, require: Require) -> None:
-    require(text_embeddings_installed(), "sentence-transformers")
-    model = demo_model(require)
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
-    space = Namespace("m", KVLayout(2, 1, 4, "float32"), tokenizer=str(model))
-    with Store(config(semantic="always")) as store:
-        engine = Driver(store, space)
-        texts = (REPORT, CONTRACT, PARAPHRASE)
-        ids = [engine.save(tokenizer.encode(text).ids) for text in texts]
-        deadline = time.monotonic() + 120.0
-        while vectors_of(engine) < 3:
-            assert time.monotonic() < deadline, store.stats()["errors"]
-            time.sleep(0.1)
-        semantic = store.nodes.state.index(space.digest).semantic
-        nearest = semantic.nearest(semantic.get(ids[2]), 3)
-        assert [name for name, _ in nearest] == [ids[2], ids[0], ids[1]]
-        assert nearest[1][1] > 0.6 > nearest[2][1]
-
-
-def demo_model(require: Require) -> Path:
-    """The folder of the example's model."""
-    try:
-        from examples.engines.small_model import SmallModelError, prepare_model
-    except ImportError:
-        require(False, "the example")
-        raise
-    try:
-        return prepare_model()
-    except SmallModelError as error:
-        require(False, str(error))
-        raise
 
 
 @pytest.mark.parametrize("how", ["nan", "long"])
