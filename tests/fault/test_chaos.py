@@ -64,9 +64,9 @@ def test_processes_are_forked_where_no_thread_runs() -> None:
 @pytest.mark.parametrize(
     ("remote", "kills", "uncommon"),
     [
-        ("none", 30, {"daemon before the next release", "client with foreign pid",
+        ("none", 20, {"daemon before the next release", "client with foreign pid",
                       "daemon at the same path", "power"}),
-        ("redis", 14, {"remote"}),
+        ("redis", 12, {"remote"}),
     ],
     ids=["none", "redis"],
 )  # fmt: skip

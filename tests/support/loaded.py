@@ -6,6 +6,8 @@ and `begin_lance` begins it in a process that needs it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvshare_store.cli.libraries import load_lancedb
 
 load_lancedb()
@@ -16,7 +18,7 @@ from kvshare_store.cli import main, serve  # noqa: E402, F401 - for the daemons
 from kvshare_store.daemon import server  # noqa: E402, F401 - the same
 
 _LOOP = background_loop.LOOP
-_BEGIN = _LOOP._start
+_BEGIN: Callable[[], None] = _LOOP._start
 
 
 def _end_lance() -> None:
@@ -24,7 +26,7 @@ def _end_lance() -> None:
     _LOOP.thread.join()
     _LOOP.loop.close()
     # LanceDB begins its thread in every child and warns of what held a lock: nothing here does
-    _LOOP._start = lambda: None
+    _LOOP._start = lambda: None  # type: ignore[method-assign]
     background_loop._FORK_WARNED = True
 
 

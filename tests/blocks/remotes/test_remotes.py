@@ -183,6 +183,13 @@ class TierOnEngine(PersistentTierTests):
         {"absent", "short", "corrupt", "slow", "refused"}
     )
 
+    @pytest.fixture(autouse=True)
+    def _impatient(
+        self, _engine: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if "slow" in request.node.name:  # it waits until its patience ends
+            monkeypatch.setattr(self.engine, "timeout_s", TIMEOUT_S / 4)
+
     async def make_tier(self, folder: Path, budget: int) -> Tier:
         tier = RemoteTier(self.engine.remote(folder), budget=budget)
         await tier.discover()
