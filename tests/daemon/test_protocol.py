@@ -18,7 +18,6 @@ from kvshare_store.plan.spans import Run, Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.made_parts import parts_in
-from tests.support.protocol_page import PAGE, fields_of, parts
 
 NAMESPACE = Namespace("m", KVLayout(2, 1, 4, "float32"), tenant="t")
 REUSE = Reuse((Span(0, 4, 0, 0, 0, True),), ("ab" * 32,), ("node",), 1)
@@ -151,6 +150,9 @@ def test_a_field_of_a_newer_release_is_ignored(message: protocol.Request) -> Non
 
 def test_the_page_is_what_the_code_says() -> None:
     """`python -m tests.support.protocol_page` writes it anew."""
+    # the recording of a release takes the messages from here, and needs no daemon
+    from tests.support.protocol_page import PAGE, fields_of, parts
+
     assert parts_in(PAGE) == parts()
     for kind in typing.get_args(protocol.Request):
         names = [field.name for field in fields_of(kind)]

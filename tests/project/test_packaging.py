@@ -76,9 +76,17 @@ def installed(built: dict[str, Path], kind: str, folder: Path, *extras: str) -> 
     return python
 
 
+@pytest.fixture(scope="module")
+def plain(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel and no extra."""
+    return installed(built, "wheel", tmp_path_factory.mktemp("plain") / "env")
+
+
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_it_installs_and_works(kind: str, built: dict[str, Path], tmp_path: Path) -> None:
-    python = installed(built, kind, tmp_path / "env")
+def test_it_installs_and_works(
+    kind: str, built: dict[str, Path], plain: Path, tmp_path: Path
+) -> None:
+    python = plain if kind == "wheel" else installed(built, kind, tmp_path / "env")
     now = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run(tmp_path, python.with_name("kvshare"), "--version") == f"kvshare {now}\n"
     assert run(tmp_path, python, "-c", _SAVE_AND_PLAN) == "exact: 599 \n"
@@ -105,9 +113,13 @@ def test_a_daemon_needs_only_what_its_recipe_installs(
     ids=["no extra", "extras"],
 )
 def test_its_modules_need_nothing_that_it_does_not_ask_for(
-    extras: tuple[str, ...], without: tuple[str, ...], built: dict[str, Path], tmp_path: Path
+    extras: tuple[str, ...],
+    without: tuple[str, ...],
+    built: dict[str, Path],
+    plain: Path,
+    tmp_path: Path,
 ) -> None:
-    python = installed(built, "wheel", tmp_path / "env", *extras)
+    python = installed(built, "wheel", tmp_path / "env", *extras) if extras else plain
     run(tmp_path, python, "-c", _LOAD_ALL, *without)
 
 

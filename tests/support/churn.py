@@ -43,8 +43,9 @@ _NOVEL_TOKENS = 216
 _HOST_BYTES = 2 << 20
 _DISK_BYTES = 6_000_000
 """Budgets with room for 75 and for 200 prompts."""
-_EARLY, _LATE = range(50, 150), range(1000, 1100)
-"""Numbers of one-time prompts so far, between which reuse is compared."""
+_EARLY, _LATE = 50, 1000
+"""Numbers of one-time prompts so far, after which reuse is compared: over `_LONG` more of them."""
+_LONG = 100
 _GC_REQUESTS = 40
 
 
@@ -75,7 +76,7 @@ class Figures(msgspec.Struct, frozen=True):
     early: float
     """Share of the templates' tokens that was reused after 50 one-time prompts."""
     late: float
-    """The same after 1,000 one-time prompts."""
+    """The same after 1,000 one-time prompts, or as many as were asked for."""
     last: float
     """The same in the last tenth of the day."""
     refused: int
@@ -176,12 +177,13 @@ class Clock:
 class Day:
     """One store and one day of requests to it."""
 
-    def __init__(self, store: Store, seed: int, requests: int, pause: float) -> None:
+    def __init__(self, store: Store, seed: int, requests: int, late: int, pause: float) -> None:
         self._store = store
         self._rows = TokenRows()
         self._driver = Driver(store, _SPACE, self._rows)
         self._traffic = Traffic(seed)
         self._requests = requests
+        self._late = late
         self._pause = pause
         self._clock = Clock()
         self._over: list[str] = []
@@ -210,7 +212,7 @@ class Day:
             self._requests,
             self._novel,
             self._reuse(_EARLY),
-            self._reuse(_LATE),
+            self._reuse(self._late),
             float(np.mean([share for _, share in tenth])),
             self._refused,
             tuple(hours),
@@ -234,7 +236,8 @@ class Day:
             if use["bytes"] > use["budget"]:
                 self._over.append(f"{tier} holds {use['bytes']:,} of {use['budget']:,}")
 
-    def _reuse(self, novel: range) -> float:
+    def _reuse(self, after: int) -> float:
+        novel = range(after, after + _LONG)
         return float(np.mean([share for before, share in self._reused if before in novel]))
 
     def _hour(self, first: int, refused: int) -> Hour:
@@ -269,8 +272,11 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def churn(requests: int, *, seed: int = 1, pause: float = 0.0, **settings: Any) -> Figures:
-    """A day of `requests` requests, `pause` seconds apart, on a new store."""
+def churn(
+    requests: int, *, seed: int = 1, late: int = _LATE, pause: float = 0.0, **settings: Any
+) -> Figures:
+    """A day of `requests` requests, `pause` seconds apart, on a new store. `late`: after how many
+    one-time prompts reuse is compared with the early one."""
     with tempfile.TemporaryDirectory(prefix="kvshare-churn-") as folder:
         fields: dict[str, Any] = {
             "home": folder,
@@ -285,7 +291,7 @@ def churn(requests: int, *, seed: int = 1, pause: float = 0.0, **settings: Any) 
             "gc_seconds": 0.0,
         }
         with Store(StoreConfig(**fields | settings)) as store:
-            return Day(store, seed, requests, pause).run()
+            return Day(store, seed, requests, late, pause).run()
 
 
 def main(
