@@ -188,7 +188,7 @@ class TierOnEngine(PersistentTierTests):
         self, _engine: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if "slow" in request.node.name:  # it waits until its patience ends
-            monkeypatch.setattr(self.engine, "timeout_s", TIMEOUT_S / 4)
+            monkeypatch.setattr(self.engine, "timeout_s", self.engine.timeout_s / 2)
 
     async def make_tier(self, folder: Path, budget: int) -> Tier:
         tier = RemoteTier(self.engine.remote(folder), budget=budget)
