@@ -6,6 +6,7 @@ thread, after the token is out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -27,14 +28,14 @@ from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.fetching import LeasedRows
 from kvshare_store.daemon.network import place_of
 from kvshare_store.daemon.protocol import Role
-from kvshare_store.errors import KVShareError, LeaseError
+from kvshare_store.errors import DeadlineError, KVShareError, LeaseError, UnavailableError
 from kvshare_store.plan import BlockRef, Outcome, ReusePlan
 from kvshare_store.plan.editor import Editor
 from kvshare_store.plan.spans import Run, reused_of
 from kvshare_store.tensors.rope import Rope
 
 _FETCH_S = 5.0
-"""Rows of a daemon on another machine that take longer are not waited for: they are computed."""
+"""A step waits no longer for rows of a daemon on another machine: they are computed."""
 _TIMED = 4096
 """Durations kept until vLLM asks for them, which it does each step."""
 
@@ -55,6 +56,8 @@ class Worker:
         self.arenas = Arenas()
         self.fetching: Client | None = None
         """Where rows come from that are on another machine."""
+        self._fetch_until = 0.0
+        """How long this step waits for them (monotonic seconds)."""
         self.resident = Resident(config.device_bytes, cache.device, cache.layout)
         self.saver = Saver(config, cache.layout, role)
         self._failed_blocks: set[int] = set()
@@ -62,6 +65,8 @@ class Worker:
         self._wrong_blocks: set[int] = set()
         """Blocks whose load failed, until the scheduler has heard of it."""
         self._watch = stopwatch(cache.device)
+        self._warm = False
+        """Whether it has prefilled before. The first one pays for what is made once."""
         self._load_seconds: deque[float] = deque(maxlen=_TIMED)
         """Written by the saver's thread, which waits for the device."""
 
@@ -80,6 +85,7 @@ class Worker:
 
     def load(self, step: KVShareMetadata) -> None:
         """Write every load of this step into the paged cache."""
+        self._fetch_until = time.monotonic() + _FETCH_S
         for spec in step.loads:
             began, watch = time.time_ns(), stopwatch(self.cache.device)
             try:
@@ -117,7 +123,14 @@ class Worker:
             return self._arena(plan.arena)
         if self.fetching is None:
             self.fetching = Client(place_of(self._config), role="engine")
-        return self.fetching.leased_rows(plan.lease, plan.arena, refs, _FETCH_S)
+        with contextlib.suppress(UnavailableError):
+            self.fetching.look()  # a daemon that was restarted has closed this connection
+        try:
+            left = max(0.0, self._fetch_until - time.monotonic())
+            return self.fetching.leased_rows(plan.lease, plan.arena, refs, left)
+        except DeadlineError:
+            self.fetching.reconnect()  # rows that still come would delay those of the next step
+            raise
 
     def _arena(self, arena_id: str) -> ArenaView:
         """The daemon's shared memory, fetched with the first plan that names it.
@@ -132,22 +145,22 @@ class Worker:
         return self.arenas.at(arena_id)
 
     def _load_failed(self, spec: LoadSpec, error: KVShareError) -> None:
-        """Report the request's own blocks as invalid: the engine computes them."""
+        """Report the request's own blocks as invalid: the engine computes them. What its own cache
+        has of the prompt it says when it begins again."""
         log_once(error)
         own = spec.own_blocks(self.cache.block_size)
         self._failed_blocks.update(own)
         self._wrong_blocks.update(own)
-        recomputed = spec.plan.tokens - spec.start
-        failed = f"load_{error.kind}"
-        outcome = Outcome(failed=failed, recomputed=recomputed, cached=spec.start)
+        outcome = Outcome(failed=f"load_{error.kind}", recomputed=spec.plan.tokens)
         self.saver.tell(protocol.Finish(spec.plan.lease, outcome))
         self.saver.tell(protocol.Failed(str(error.kind)))
 
     def after_forward(self, step: KVShareMetadata) -> None:
         """Copy the fresh rows of prompts that this step completed; the saver does the rest."""
-        if step.prefilled:
+        if step.prefilled and self._warm:
             seconds, tokens, model = self._watch.stop(), step.prefilled, step.model
             self.saver.tell(lambda: protocol.Observe(tokens, seconds(), model))
+        self._warm |= step.prefilled > 0
         for spec in step.saves:
             self._save(spec)
         self._fill_resident()
@@ -217,8 +230,10 @@ class Worker:
         return [self._load_seconds.popleft() for _ in range(len(self._load_seconds))]
 
     def close(self) -> None:
-        """Finish what is being saved."""
+        """Finish what is being saved, and let go of the connections."""
         self.saver.close()
+        if self.fetching is not None:
+            self.fetching.close()
 
 
 def _positions(runs: list[Run]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,9 +152,10 @@ class Client(Session):
         """
         if not self.remote:
             return self.mapped(arena)
+        deadline = time.monotonic() + seconds
         if not self.connected:
             self.greet(seconds)
-        return fetch(self, lease, refs, seconds)
+        return fetch(self, lease, refs, deadline - time.monotonic())
 
     def rows_of(self, arena: str, ref: BlockRef) -> memoryview:
         """The bytes of a leased block, in place. Check again with `check` after copying."""

@@ -46,7 +46,9 @@ class Fetched:
         return self._rows.setdefault(ref.offset, (ref, bytearray(ref.nbytes)))[1]
 
     def rows(self, offset: int, nbytes: int) -> memoryview:
-        """As `LeasedRows`."""
+        """As `LeasedRows`; `LeaseError` for a block that was not fetched."""
+        if offset not in self._rows:
+            raise LeaseError(f"the block at {offset:,} was not fetched")
         return memoryview(self._rows[offset][1])[:nbytes]
 
     def check(self, ref: BlockRef) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,14 +102,15 @@ class NetworkListener:
     def accept(self) -> TlsStream | None:
         """The next connection; its handshake is made as it is used. None if it has gone already.
         `BlockingIOError` if nobody is there."""
-        stream, _ = self.socket.accept()
+        stream, (host, port, *_) = self.socket.accept()
         try:
             stream.setblocking(False)
             _patient(stream)
         except OSError:  # whoever hangs up at once must close the door to nobody else
             stream.close()
             return None
-        return TlsStream(stream, self._context, server=True)
+        peer = str(Address(host, port)).removeprefix("tcp://")
+        return TlsStream(stream, self._context, server=True, peer=peer)
 
     def role_of(self, stream: TlsStream) -> Role:
         """What a client that has shown its certificate may ask for; `DeniedError` if nothing."""
@@ -119,6 +121,24 @@ class NetworkListener:
         self.socket.close()
 
 
+class _Resolving(threading.Thread):
+    """Asks where a host is. Nobody can interrupt a resolver, so whoever waits for it can leave."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(name="kvshare-resolve", daemon=True)
+        self._address = address
+        self.found: tuple[socket.AddressFamily, tuple[object, ...]] | None = None
+        self.error: UnavailableError | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Ask."""
+        try:
+            self.found = self._address.resolved()
+        except UnavailableError as error:
+            self.error = error
+
+
 class Remote:
     """A daemon of another machine, as its clients see it."""
 
@@ -127,12 +147,21 @@ class Remote:
         _need_keys(config, "connect", ("tls_cert", "tls_key", "tls_server"))
         self._context = client_context(config)
         self._resolved: tuple[socket.AddressFamily, tuple[object, ...]] | None = None
+        self._resolving: _Resolving | None = None
 
-    def resolve(self) -> None:
-        """Ask where the host is, unless that is known; takes its time. `UnavailableError` if nobody
-        knows."""
-        if self._resolved is None:
-            self._resolved = self.address.resolved()
+    def resolve(self, seconds: float | None = None) -> None:
+        """Ask where the host is, unless that is known, and wait at most so long (None: as long as
+        it takes). `UnavailableError` if nobody knows, or if nobody has said it by then."""
+        if self._resolved is not None:
+            return
+        asked = self._resolving = self._resolving or _Resolving(self.address)
+        asked.join(seconds)
+        if asked.is_alive():
+            raise UnavailableError(f"where {self.address.host} is was not said in {seconds:.1f} s")
+        self._resolving = None
+        if asked.error is not None:
+            raise asked.error
+        self._resolved = asked.found
 
     def doubt(self) -> None:
         """The daemon does not answer: it may be elsewhere by now."""

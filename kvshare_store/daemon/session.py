@@ -109,7 +109,7 @@ class Session:
         """As `open`; while too many connect at once, try again."""
         deadline = time.monotonic() + seconds
         if isinstance(self.home, Remote):
-            self.home.resolve()
+            self.home.resolve(seconds)
         while True:
             try:
                 self.open()
@@ -211,11 +211,10 @@ class Session:
         while request_id not in self._answers:
             if request_id not in self._waiting:
                 raise UnavailableError("the answer was lost when the daemon went away")
-            left = max(0.0, deadline - time.monotonic())
             try:
-                self._take(left)
+                self._take(_left(deadline))
             except DeadlineError as error:
-                message = f"the daemon of {self.home} did not answer in {timeout:.2f} s"
+                message = f"the daemon of {self.home} did not answer in {timeout:.1f} s"
                 raise DeadlineError(message) from error
         reply = self._answers.pop(request_id)
         if reply.error:
@@ -291,10 +290,10 @@ class Session:
 
         `UnavailableError` if there is no daemon, `ProtocolError` if it speaks another version.
         """
-        timeout = self._timeout if timeout is None else timeout
-        self._open_within(timeout)
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        self._open_within(_left(deadline))
         if self.welcome is None:
-            self.receive(self._hello, timeout)
+            self.receive(self._hello, _left(deadline))
         if self.welcome is None:
             raise ProtocolError("the daemon has sent no welcome")
         return self.welcome
@@ -303,13 +302,18 @@ class Session:
         """Send and wait. A connection that was lost before is opened anew."""
         with contextlib.suppress(UnavailableError):
             self.look()
-        timeout = self._timeout if timeout is None else timeout
-        self._open_within(timeout)
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        self._open_within(_left(deadline))
         request_id = self.send(message)
         try:
-            return self.receive(request_id, timeout)
+            return self.receive(request_id, _left(deadline))
         finally:
             self.forget(request_id)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then."""
+    return max(0.0, deadline - time.monotonic())
 
 
 def _encoded(message: protocol.Request) -> bytes:

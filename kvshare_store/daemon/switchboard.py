@@ -157,7 +157,8 @@ class Switchboard:
         except (EOFError, OSError) as error:
             if isinstance(error, ssl.SSLError):
                 self.cut_off += 1
-                self._seldom.warn("tls", f"TLS with a client failed: {reason_of(error)}")
+                peer = getattr(connection.stream, "peer", "a client")
+                self._seldom.warn("tls", f"TLS with {peer} failed: {reason_of(error)}")
             self._hang_up(connection)
             return
         try:

@@ -45,10 +45,13 @@ class TlsStream:
         *,
         server: bool = False,
         host: str = "",
+        peer: str = "",
     ) -> None:
         """`stream`: not blocking, and connected soon. `server`: this is the side that says why it
-        hangs up. `host`: else, whom the other side must prove to be."""
+        hangs up. `host`: else, whom the other side must prove to be. `peer`: address of the other
+        side, for the log."""
         self._stream = stream
+        self.peer = peer
         self._server = server
         self._come, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(

@@ -13,7 +13,7 @@ import torch
 
 from kvshare_store.errors import PlanError, UnsupportedError
 from kvshare_store.plan import BlockRef
-from kvshare_store.plan.spans import Span
+from kvshare_store.plan.spans import Span, of_used_blocks
 from kvshare_store.tensors.dtypes import DTYPES
 from kvshare_store.tensors.layout import KVLayout
 from kvshare_store.tensors.rope import Rope
@@ -51,10 +51,12 @@ class Editor:
         """Rows of all `spans`, side by side in ascending order.
 
         `rows_of` gives a block's bytes in canonical order; `on_device` its rows, where they are on
-        the editor's device already. `PlanError` if a span reaches beyond its block or says that
-        lossy rows are exact; `UnsupportedError` if one moved and the model's rotary table is not
-        known.
+        the editor's device already. Neither is asked for a block that no span uses: its rows need
+        not be there. `PlanError` if a span reaches beyond its block or says that lossy rows are
+        exact; `UnsupportedError` if one moved and the model's rotary table is not known.
         """
+        spans, used = of_used_blocks(spans)
+        blocks = [blocks[index] for index in used]
         for span in spans:
             if span.row + span.length > blocks[span.block].rows:
                 raise PlanError(f"span {span} reaches beyond its block")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -223,7 +224,7 @@ def test_nobody_waits_for_a_resolver(keys: Keys, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     assert link.ask(plan_request(np.asarray(prompt(1, 40), np.int32), NAMESPACE, None)) is None
     link.close()
-    assert asked == ["kvshare-revive"]
+    assert asked == ["kvshare-resolve"]
     with (
         Client(place_of(link.config), timeout=1.0) as client,
         pytest.raises(UnavailableError, match=r"host store\.invalid is not known"),
@@ -255,12 +256,16 @@ def refused(client: Client) -> str:
 
 
 def test_strangers_are_not_let_in(
-    connect: Callable[..., Client], server: Server, keys: Keys
+    connect: Callable[..., Client],
+    server: Server,
+    keys: Keys,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stranger = keys.strangers.issue("our engine", "engine")
     expired = keys.clients.issue("our engine", "engine", expired=True)
     for pair in (stranger, expired):
         assert "certificate" in refused(connect(pair=pair))
+    assert re.search(r"TLS with 127\.0\.0\.1:\d+ failed", caplog.text), "an operator looks for it"
     no_role = keys.clients.issue("our engine", "boss")
     with pytest.raises(DeniedError, match="reader, engine and admin are roles"):
         connect(pair=no_role).stats()

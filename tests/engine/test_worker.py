@@ -122,7 +122,7 @@ def test_a_load_that_raises_anything_is_a_miss_of_its_request_alone(
     one.load(KVShareMetadata(loads=[bad, good]))
     assert one.take_failed_blocks() == {2, 3}  # block 1 is shared, and correct
     failed, loaded = (message.outcome for message in told(one).of(protocol.Finish))
-    assert (failed.failed, failed.recomputed) == (f"load_{kind}", 25)
+    assert (failed.failed, failed.recomputed) == (f"load_{kind}", bad.plan.tokens)
     assert (loaded.failed, loaded.nbytes) == ("", 7)
     assert [message.kind for message in told(one).of(protocol.Failed)] == [kind]
 
@@ -187,13 +187,14 @@ def far_behind(monkeypatch: pytest.MonkeyPatch) -> type[FarBehind]:
 def test_the_prefill_rate_is_of_the_work_not_of_its_launch(
     one: worker.Worker, far_behind: type[FarBehind]
 ) -> None:
-    step = KVShareMetadata(prefilled=512)
-    one.step_begins(step)
-    one.load(step)
-    one.after_forward(step)
+    for tokens in (256, 512):
+        step = KVShareMetadata(prefilled=tokens)
+        one.step_begins(step)
+        one.load(step)
+        one.after_forward(step)
     assert not far_behind.readers  # the engine's thread did not wait for the device
     (observed,) = told(one).of(protocol.Observe)
-    assert (observed.tokens, observed.seconds) == (512, 1000.0)
+    assert (observed.tokens, observed.seconds) == (512, 1000.0), "the first one is no measure"
 
 
 def test_the_time_of_a_load_is_of_the_work_not_of_its_launch(
