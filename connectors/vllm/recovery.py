@@ -134,8 +134,21 @@ class Recovery(Scheduler):
             state = planning.find(request)
             if state is not None:
                 state.restarted()
-        parked = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
-        return parked | {request.request_id for request in held}
+        others = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        self._begin_parked_again(planning)
+        return others | {request.request_id for request in held}
+
+    def _begin_parked_again(self, planning: Planning) -> None:
+        """Let parked requests whose load failed give their blocks back and ask again, as vLLM does
+        where it hears of no blocks (`_handle_failed_recving`).
+
+        Else it would go on behind what its own cache has of the plan. That may be edited rows, and
+        nobody would know any more what the rows behind them were computed from.
+        """
+        for name in self.failed_recving_kv_req_ids:
+            state = planning.states.get(name)
+            if state is not None and state.loaded:
+                state.request.num_computed_tokens = 0
 
     def _unpublish(self, request: Request, invalid: set[int]) -> bool:
         """Remove the request's first invalid block and all after it from the prefix cache.

@@ -26,7 +26,7 @@ ANSWERED = frozenset(
     PREFIX + name
     for name in (
         "asked", "continued", "donor", "edited", "exact", "generation", "policy", "prefix_cached",
-        "reason", "recomputed", "reused", "unknown",
+        "quality_bound", "reason", "recomputed", "reused", "unknown",
     )
 )  # fmt: skip
 """Fields of an answer. Proxies may send them back with a request: only the policy is read, and
@@ -184,6 +184,7 @@ class RequestState:
     def restarted(self) -> None:
         """Its load failed while it was running: it starts over and is computed in full."""
         self.start_over("load_failed")
+        self.cached_counted = False  # nobody knows yet what vLLM's own cache still has of it
         self.restarts += 1
 
     def preempted(self) -> None:
@@ -197,7 +198,8 @@ class RequestState:
         """Forget the plan and what was loaded: the engine computes the whole prompt."""
         self.plan, self.stored, self.saved, self.kept = None, None, False, None
         self.loaded, self.runs, self.in_engine = [], [], 0
-        self.promise = Promise(0, [])
+        # vLLM's own schedulers ask no more: they go on behind what their cache had
+        self.promise = Promise(self.local, [])
         self.reason = reason
         self.show_hashes()
 

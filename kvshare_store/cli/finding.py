@@ -9,6 +9,16 @@ from kvshare_store.observability.version import version
 from kvshare_store.readable import many
 
 OK, NOTE, WARNING, WRONG = "ok", "note", "warning", "wrong"
+_DAMAGED = "`kvshare check` says what is damaged; see daemon.log"
+_LOOK_AT = {
+    "corrupt": _DAMAGED,
+    "storage": _DAMAGED,
+    "row": _DAMAGED,
+    "torn": _DAMAGED,
+    "no_space": "too little memory or disk: the engine's log, or daemon.log, says which",
+    "internal": "a bug, no damage: the engine's log, or daemon.log, has its traceback",
+}
+"""What to do about errors of each kind that is not expected. Engines report theirs, too."""
 
 
 class Finding(NamedTuple):
@@ -32,6 +42,5 @@ def health(stats: dict[str, Any]) -> Iterator[Finding]:
         failed = ", ".join(stats["health"]["failures"])
         yield Finding(WRONG, "daemon", found, f"parts have failed ({failed}): see daemon.log")
     for kind, count in stats["errors"].items():
-        if kind in ("corrupt", "storage", "no_space", "internal", "row", "torn"):
-            advice = "`kvshare check` says what is damaged; see daemon.log"
-            yield Finding(WARNING, "errors", f"{kind}: {count:,}", advice)
+        if kind in _LOOK_AT:
+            yield Finding(WARNING, "errors", f"{kind}: {count:,}", _LOOK_AT[kind])

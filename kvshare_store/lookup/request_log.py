@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ENTRIES = 1000
 _EARLY = 256
-"""Times of requests whose plans have not ended for the log yet."""
+"""Requests that engines have said something of, and whose plans have not ended for the log yet."""
 _PROMPT_BYTES = 64 << 20
 """Tokens of all logged prompts together."""
 
@@ -124,6 +124,14 @@ MOST_RUNS = 256
 """Of one plan that are kept; a plan may have thousands."""
 
 
+class _Early(NamedTuple):
+    """What an engine says of a request before the end of its plan, which is reported another
+    way."""
+
+    prefill: float = 0.0
+    cached: int = 0
+
+
 class RequestLog:
     """A ring of the last requests. Thread-safe."""
 
@@ -132,7 +140,7 @@ class RequestLog:
         self.prompts = prompts
         self._lock = threading.Lock()
         self._entries: deque[Logged] = deque(maxlen=_ENTRIES)
-        self._early: Latest[str, float] = Latest(_EARLY)
+        self._early: Latest[str, _Early] = Latest(_EARLY)
         self._count = 0
 
     def missed(self, asked: Asked, reason: str, lookup: float) -> None:
@@ -172,27 +180,28 @@ class RequestLog:
         self._add(entry)
 
     def prefilled(self, request: str, seconds: float) -> None:
-        """The engine has the first token of a request, so long after it took the plan. It may say
-        so before the plan's end is reported, which goes another way."""
+        """The engine has the first token of a request, so long after it took the plan."""
         with self._lock:
             at = self._place(request)
             if at is None:
-                self._early[request] = seconds
+                self._early[request] = self._said(request)._replace(prefill=seconds)
             else:
                 self._entries[at] = msgspec.structs.replace(self._entries[at], prefill=seconds)
 
     def engine_cached(self, request: str, tokens: int) -> None:
-        """The engine's own prefix cache had `tokens` of a request that was logged as a miss: its
-        plan, if it had one, has not said so."""
+        """The engine's own prefix cache had `tokens` of a request that is logged as a miss: its
+        plan, if it had one, does not say so."""
+        if not request:
+            return
         with self._lock:
-            at = self._place(request) if request else None
-            if at is None or self._entries[at].outcome != "miss" or self._entries[at].cached:
-                return
-            whole = self._entries[at].recomputed
-            cached = min(tokens, whole)
-            self._entries[at] = msgspec.structs.replace(
-                self._entries[at], cached=cached, recomputed=whole - cached
-            )
+            at = self._place(request)
+            if at is None:
+                self._early[request] = self._said(request)._replace(cached=tokens)
+            else:
+                self._entries[at] = _cached(self._entries[at], tokens)
+
+    def _said(self, request: str) -> _Early:
+        return self._early.get(request) or _Early()
 
     def _place(self, request: str) -> int | None:
         """Where the last entry of this name is."""
@@ -204,8 +213,9 @@ class RequestLog:
                  "policy": "", "at": time.time()}  # fmt: skip
         with self._lock:
             self._count += 1
-            fields["prefill"] = self._early.pop(str(fields.get("request")), 0.0)
-            entry = Logged(**(blank | fields | {"number": self._count}))  # type: ignore[arg-type]
+            early = self._early.pop(str(fields.get("request")), _Early())
+            fields |= {"prefill": early.prefill, "number": self._count}
+            entry = _cached(Logged(**(blank | fields)), early.cached)  # type: ignore[arg-type]
             self._entries.append(entry)
             if entry.prompt:
                 self._forget_prompts()
@@ -240,6 +250,15 @@ class RequestLog:
         if slow:
             found.sort(key=lambda entry: -entry.seconds)
         return found[:limit]
+
+
+def _cached(entry: Logged, tokens: int) -> Logged:
+    """A miss of which the engine's own prefix cache had so many tokens, unless its plan has said
+    what that had."""
+    if entry.outcome != "miss" or entry.cached:
+        return entry
+    cached = min(tokens, entry.recomputed)
+    return msgspec.structs.replace(entry, cached=cached, recomputed=entry.recomputed - cached)
 
 
 def _entry(asked: Asked, outcome: str, **fields: object) -> dict[str, object]:

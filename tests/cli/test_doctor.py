@@ -17,6 +17,7 @@ from kvshare_store.blocks.tiers.host import arena
 from kvshare_store.cli import checkup, top
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client
+from kvshare_store.daemon.protocol import Failed
 from kvshare_store.observability.version import version
 from tests.support.commands import one_line, run
 from tests.support.daemons import ClientDriver, Daemon, serving
@@ -67,6 +68,20 @@ def test_a_running_daemon_is_well(home: Path) -> None:
         assert "disk_bytes 16.0 MiB" in found["disk"][0]["found"], "as the daemon runs"
         out = run("doctor", "--home", home, columns="200")[1]
         assert "kvshare.sock is 0600" in out
+
+
+def test_what_engines_could_not_load_is_no_damage(home: Path) -> None:
+    with serving(StoreConfig(home=str(home), **SMALL)):
+        with Client(home) as client:
+            for kind in ("internal", "corrupt", "timeout"):
+                client.call(Failed(kind))
+        code, found = diagnosed(home)
+    advice = {error["found"]: error["advice"] for error in found["errors"]}
+    assert list(advice) == ["internal: 1", "corrupt: 1"]
+    assert "the engine's log, or daemon.log" in advice["internal: 1"]
+    assert "kvshare check" in advice["corrupt: 1"]
+    assert "check" not in advice["internal: 1"]
+    assert code == 0
 
 
 def test_a_home_that_others_can_read(home: Path) -> None:
@@ -186,7 +201,8 @@ def test_top_prints_an_object_a_line_for_programs(home: Path) -> None:
 
 
 def test_top_needs_a_daemon(home: Path) -> None:
-    assert "no daemon serves" in one_line(run("top", "--home", home), 7)
+    said = one_line(run("top", "--home", home), 7)
+    assert f"no daemon serves {home}; start one: kvshare serve --home {home}" in said
 
 
 def test_rates_begin_anew_with_a_daemon() -> None:

@@ -611,6 +611,48 @@ def test_a_failed_load_of_kvshares_own_begins_again_once(make: Make, link: FakeL
     assert (answer["kvshare.reused"], answer["kvshare.reason"]) == (0, "load_failed")
 
 
+@pytest.mark.parametrize("edited", [False, True], ids=["exact", "edited"])
+@pytest.mark.parametrize("budget", [512, 4], ids=["same step", "parked"])
+def test_a_request_whose_load_failed_begins_again_with_exact_rows(
+    make: Make, link: FakeLink, edited: bool, budget: int
+) -> None:
+    """Two of its blocks are in vLLM's own cache. If the second has edited rows it is not used: its
+    prompt is saved as one that was computed in full. The answer says what was used."""
+    begin = [Span(0, 40, 0, 0, 0, True), Span(50, 14, 52, 0, 52)]
+    if not edited:
+        begin = [Span(0, 65, 0, 0, 0, True)]
+    link.plan = msgspec.structs.replace(PLAN, spans=(*begin, Span(70, 20, 72, 0, 72)))
+    bench = make()
+    first = bench.add()
+    bench.step()
+    manager = bench.scheduler.kv_cache_manager
+    (blocks,) = manager.get_block_ids(first.request_id)
+    bench.drain()
+    manager.block_pool.evict_blocks(set(blocks[2:]))
+    bench.scheduler.max_num_scheduled_tokens = budget
+    request = bench.add()
+    output = bench.schedule()
+    assert bool(bench.planning.runs.parked) == (budget == 4)
+    state = bench.planning.find(request)
+    assert state is not None
+    assert state.local == 2 * BLOCK
+    (blocks,) = manager.get_block_ids(request.request_id)
+    bench.finish(output, set(blocks[2:]))
+    bench.scheduler.max_num_scheduled_tokens = 512
+    link.told.clear()
+    steps = [bench.step() for _ in range(5)]
+    assert request.is_finished()
+    (save,) = [spec for step in steps for spec in step.kv_connector_metadata.saves]
+    assert save.reuse.generation == 0
+    cached = BLOCK if edited else 2 * BLOCK
+    scheduled = [step.num_scheduled_tokens.get(request.request_id, 0) for step in steps]
+    assert sum(scheduled) == LENGTH - cached + 1, "and one of the answer"
+    assert protocol.EngineCached(cached, request.request_id) in link.told
+    said = bench.answers[request.request_id].kv_transfer_params
+    assert (said["kvshare.prefix_cached"], said["kvshare.recomputed"]) == (cached, LENGTH - cached)
+    assert (said["kvshare.reason"], said["kvshare.generation"]) == ("load_failed", 0)
+
+
 def twice(tmp_path: Path) -> dict[str, Any]:
     return beside(tmp_path, kvshare_alone(tmp_path / "first"))
 
