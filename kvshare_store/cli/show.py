@@ -65,6 +65,8 @@ def command(
     if text:
         typer.echo(printable(found["text"]) if out.is_terminal else found["text"])
         return
+    if not found["id"].startswith(node):
+        out.print(f"{short(node)} was replaced by this node", style="dim")
     for part in parts(found, marked=out.color_system is None, blocks=blocks):
         out.print(part)
 

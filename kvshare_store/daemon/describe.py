@@ -102,12 +102,14 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
 
 
 def found_node(store: Store, beginning: str) -> Node:
-    """The one node whose id begins so; `NodeError` if there is none, or are several."""
+    """The one node whose id begins so, or that replaced the one whose id began so; `NodeError` if
+    there is none, or are several."""
     whole = store.tree.get(beginning)  # all ids have one length
     if whole is not None:
         return whole
     with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
+    found = found or store.saving.answers.successors(beginning)
     if len(found) != 1:
         raise NodeError(
             f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"

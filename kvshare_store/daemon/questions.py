@@ -54,7 +54,15 @@ def answer(store: Store, message: Question) -> Any:
     found = store.requests.last(
         message.limit, declined=message.declined, slow=message.slow, request=message.request
     )
-    return [_plain(store, entry) for entry in found]
+    return [_plain(store, _with_donors_now(store, entry)) for entry in found]
+
+
+def _with_donors_now(store: Store, entry: Logged) -> Logged:
+    """The entry with its donors under the ids that they have now: the answer to a donor may have
+    made its node a longer one since."""
+    now = [(donor, store.saving.answers.now(donor)) for donor in entry.donors]
+    donors = tuple(donor if node is None else node.id for donor, node in now)
+    return msgspec.structs.replace(entry, donors=donors)
 
 
 def _plain(store: Store, entry: Logged) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _logged(store: Store, request: str) -> Logged:
     names = {entry.request for entry in found}
     if len(names) > 1:
         raise NodeError(f"{len(names)} logged requests begin with {beginning!r}; name more of it")
-    return found[0]
+    return _with_donors_now(store, found[0])
 
 
 def _own(store: Store, logged: Logged, tokens: Tokens, namespace: Namespace) -> list[str]:

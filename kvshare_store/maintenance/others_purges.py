@@ -110,7 +110,7 @@ class OthersPurges:
                 catalog.records.forget_key(digest)
             keep = {name for node in kept for name in node.blocks}
             dropped = self._blocks.pool.drop_copies(digest, keep)
-        self._saving.looks.forget(digest)  # first: looks teach what is forgotten next
+        self._saving.forget(digest)  # first: looks teach what is forgotten next
         self._quality.forget(digest)
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
         self._blocks.doubt_shared(None)

@@ -103,7 +103,7 @@ class Purge:
             self._nodes.namespaces.close(self._digest)
         try:
             remaining = self._wait(deadline)
-            self._saving.looks.forget(self._digest)  # first: looks teach what is forgotten next
+            self._saving.forget(self._digest)  # first: looks teach what is forgotten next
             self._outcomes.forget(self._digest)  # also those of requests that ended during the wait
             return self._result(remaining or [*self._remove(), *self._wipe(deadline)])
         finally:

@@ -55,6 +55,7 @@ class LineagePurge:
             self._remove(lineage.nodes)
             # what one of them was to replace comes back if that one could not be stored
             self._repository.queue.settle()
+        self._saving.answers.forget_gone()
         result = self._result(lineage)
         self._repository.queue.flush(removed=True)
         return result

@@ -20,7 +20,8 @@ from kvshare_store.plan.spans import Span, clip_spans
 from kvshare_store.save.staging import Reuse, Save, without_unused_blocks
 
 _REMEMBERED = 4096
-"""Replaced nodes that are remembered: a client that was planned one saves within seconds."""
+"""Replaced nodes that are remembered: a client that was planned one saves within seconds, and
+people ask for the donor that an answer named."""
 
 
 class Answers:
@@ -37,6 +38,19 @@ class Answers:
             while node not in self._nodes.tree and node in self._longer:
                 node = self._longer[node]
             return self._nodes.tree.get(node)
+
+    def successors(self, beginning: str) -> list[Node]:
+        """The nodes that replaced those whose ids begin so."""
+        with self._nodes.lock:
+            found = [self.now(old) for old in self._longer if old.startswith(beginning)]
+        return list({node.id: node for node in found if node is not None}.values())
+
+    def forget_gone(self) -> None:
+        """Forget the replaced nodes whose successors have left as well: an id is made of the
+        prompt's tokens, and a purge leaves nothing of them."""
+        with self._nodes.lock:
+            for old in [old for old in self._longer if self.now(old) is None]:
+                del self._longer[old]
 
     def base(self, namespace: str, prompt: Tokens, reuse: Reuse) -> Node | None:
         """A node that begins with the rows of a prompt, computed with `reuse`. The generation and

@@ -57,9 +57,9 @@ class Saving:
         self._plans = plans
         self._sources = sources
         self._metrics = metrics
-        self._answers = Answers(nodes)
+        self.answers = Answers(nodes)
         self._rates = Rates()
-        self.looks = SecondLooks(config, nodes, self._answers, metrics, quality)
+        self.looks = SecondLooks(config, nodes, self.answers, metrics, quality)
         self._saves: dict[str, Save] = {}
         self._saving: set[str] = set()
         """Ids of the nodes that the staged saves will become."""
@@ -125,7 +125,7 @@ class Saving:
             verified = self._verified(reuse, request, namespace)
         elif not self._fits_quota(len(request), namespace):
             return None  # storing the prompt without its answer is better than storing neither
-        elif base := self._answers.base(namespace.digest, request[:extends], reuse):
+        elif base := self.answers.base(namespace.digest, request[:extends], reuse):
             reuse = rows_of(base, extends)
             verified = check_provenance(reuse, request, [base], namespace)
         if verified is None:
@@ -162,15 +162,15 @@ class Saving:
     def _donors(self, node_id: str) -> list[Node]:
         """All forms of a node that a client may have been planned: those of open plans, and the
         present node or the one that replaced it."""
-        here = self._answers.now(node_id)
+        here = self.answers.now(node_id)
         found = [node for node in self._plans.donors(node_id) if node is not here]
         return [*found, here] if here is not None else found
 
     def _kept(self, save: Save) -> Staged:
         name = id_of(save)
-        exact = self._answers.base(save.namespace.digest, save.tokens, Reuse())
+        exact = self.answers.base(save.namespace.digest, save.tokens, Reuse())
         with self._nodes.lock:
-            here = exact or self._answers.now(name)
+            here = exact or self.answers.now(name)
             known = here is not None or name in self._saving
             closed = save.namespace.digest in self._nodes.namespaces.closed
             if known or closed or len(save.tokens) < self._config.min_prompt_tokens:
@@ -218,6 +218,11 @@ class Saving:
             base = (save.base.id,) if save.base is not None else ()
             if save.namespace.digest in namespaces and any(map(ends, (*save.reuse.donors, *base))):
                 self.abandon(staged_id)
+
+    def forget(self, digest: str) -> None:
+        """Drop what is remembered of the prompts of a namespace, which have left the tree."""
+        self.looks.forget(digest)
+        self.answers.forget_gone()
 
     def in_progress(self, namespace: str) -> int:
         """How many staged saves of a namespace have not ended."""
@@ -278,8 +283,8 @@ class Saving:
 
     def _parent(self, save: Save) -> Node | None:
         if save.base is not None:
-            return self._answers.parent(save)
-        for node in map(self._answers.now, save.reuse.donors):
+            return self.answers.parent(save)
+        for node in map(self.answers.now, save.reuse.donors):
             if node is None or node.namespace == save.namespace.digest:  # of no pool
                 return node
         return None
@@ -302,7 +307,7 @@ class Saving:
             self._sources.confirm(here, node.sources)
         if edited is not None:
             self._settle(node, edited)
-        self._answers.stored(save, node.id)
+        self.answers.stored(save, node.id)
         if node.id in self._nodes.tree:
             self.looks.stored(node, save)
         if save.extends:
@@ -320,7 +325,7 @@ class Saving:
         """An exact node takes the place of the edited one of the same tokens. Hold the lock."""
         self.looks.settled(edited, node)
         if not edited.pinned:
-            self._answers.replaced(edited.id, node.id)
+            self.answers.replaced(edited.id, node.id)
             self._nodes.remove([edited.id], instead=node.id)
 
 

@@ -8,7 +8,9 @@ from typing import cast
 import numpy as np
 import pytest
 
-from kvshare_store.errors import PlanError
+from kvshare_store.daemon import protocol, questions
+from kvshare_store.daemon.describe import show_node
+from kvshare_store.errors import NodeError, PlanError
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.plan.contexts import Context, contexts_of
 from kvshare_store.plan.spans import Span, clip_spans
@@ -303,3 +305,40 @@ def test_an_answer_that_is_too_much_for_the_quota_does_not_take_its_prompt_along
     engine.save(PROMPT)
     assert save(engine, PROMPT, ANSWER) is None
     assert node(engine, PROMPT) is not None
+
+
+# --- by its id ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_found_by_the_id_that_it_had_before_its_answer(driver: Open) -> None:
+    """That is the donor which the answer to a request names, sent right after the first one."""
+    engine = driver(log_prompts=True)
+    store = engine.store
+    before = engine.save(PROMPT)
+    assert before is not None
+    assert engine.serve(PROMPT).donors == (before,)
+    after = save(engine, PROMPT, ANSWER)
+    for asked in (before, before[:8]):
+        assert show_node(store, asked)["id"] == after
+        assert questions.diff(store, asked, asked)["first"]["id"] == after
+    (logged,) = questions.answer(store, protocol.ListRequests())
+    assert logged["donors"] == (after,)
+    again = questions.answer(store, protocol.Explain(request="1"))
+    assert again["differs"] == ""
+    assert {part["donor"] for part in again["explanation"]["parts"]} == {after, ""}
+
+
+@pytest.mark.parametrize("lineage", [False, True])
+def test_a_purge_leaves_nothing_of_an_id_that_was_replaced(engine: Driver, lineage: bool) -> None:
+    store = engine.store
+    before = engine.save(PROMPT)
+    after = save(engine, PROMPT, ANSWER)
+    assert before is not None
+    assert after is not None
+    if lineage:
+        store.purge_lineage(after)
+    else:
+        store.purge(engine.namespace.digest)
+    assert engine.save([*PROMPT, *ANSWER]) == after
+    with pytest.raises(NodeError, match="0 nodes begin with"):
+        show_node(store, before)
