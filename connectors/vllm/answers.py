@@ -25,8 +25,8 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     `prefix_cached` + `exact` + `continued` + `edited` + `recomputed` is the length of the prompt;
     `reused` is `exact` + `continued` + `edited`. `generation` is 0 where all of these rows are
     exact, else how many edits stand between them and full compute. `reason` says why nothing was
-    reused, `asked` what the client wanted and did not get, `unknown` which of its parameters mean
-    nothing.
+    reused, `asked` what the client wanted and did not get, `quality_bound` that the operator's
+    bound gave it a stricter policy, `unknown` which of its parameters mean nothing.
     """
     reused = reused_of(state.loaded)
     donors = state.stored.donors if state.stored is not None and state.loaded else ()
@@ -44,6 +44,8 @@ def answer_of(state: RequestState) -> dict[str, Any]:
     }
     if state.wish.policy not in (None, policy):
         said["asked"] = str(state.wish.policy)[:_LONGEST]
+    if state.stored is not None and state.stored.quality_bound:
+        said["quality_bound"] = state.stored.quality_bound
     if state.wish.unknown:
         said["unknown"] = [name[:_LONGEST] for name in state.wish.unknown[:_MOST]]
     return {PREFIX + name: value for name, value in said.items()}

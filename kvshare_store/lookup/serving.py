@@ -234,6 +234,8 @@ class Serving:
 
     def _answer(self, answer: Future[ReusePlan], lookup: Asked, plan: ReusePlan) -> None:
         self._outcomes.answered(lookup, plan.declined)
+        if lookup.steering is not None:
+            plan = msgspec.structs.replace(plan, quality_bound=lookup.steering.bound)
         answer.set_result(plan)
 
     def _declined(self, lookup: Asked, reason: str) -> ReusePlan:

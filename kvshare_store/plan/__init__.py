@@ -58,6 +58,8 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the shared memory that `BlockRef.offset` points into."""
     saving_ms: float = 0.0
     policy: str = ""
+    quality_bound: float = 0.0
+    """The operator's bound, where it made the policy stricter than it would have been."""
     declined: str = ""
     pooled: tuple[int, ...] = ()
     """Blocks (indexes) of pools. A tenant's prompt never points there: whoever saves on top of this

@@ -270,7 +270,8 @@ class Quality:
     def overview(self) -> Overview:
         """All classes together. No request waits for all of it."""
         with self._lock:
-            known, terms = list(self._classes), self._terms
+            classes, terms = list(self._classes), self._terms
+        known = [*classes, *self._unscored(classes)]
         return overview(self._ladder, terms, [self._seen(at, one, terms) for at, _, one in known])
 
     def _seen(self, namespace: str, known: Known, terms: Terms) -> Seen:

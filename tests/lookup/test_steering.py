@@ -86,6 +86,8 @@ def test_a_daemon_says_at_its_start_what_a_bound_does(
 def test_a_class_begins_at_exact_and_loosens_on_evidence(engine: Driver) -> None:
     plan = served(engine, edited())
     assert (plan.policy, plan.generation, plan.exact) == ("exact", 0, 100)
+    classes = engine.store.stats()["quality"]["classes"]
+    assert {policy for policy, count in classes.items() if count} == {"exact"}, "not scored yet"
     teach(engine, edited(), "faithful")
     plan = served(engine, edited(6))
     assert (plan.policy, plan.generation) == ("faithful", 1)
@@ -102,6 +104,7 @@ def test_a_plan_that_the_bound_leaves_nothing_of_is_declined_for_that(engine: Dr
     tokens = [*prompt(5, 3), *DONOR[3:]]
     plan = served(engine, tokens)
     assert (plan.policy, plan.declined) == ("exact", "quality_bound")
+    assert plan.quality_bound == BOUND["quality_bound"], "what an answer says of it"
     assert engine.store.metrics.declined["quality_bound"] >= 5
     assert "no_donor" not in engine.store.metrics.declined
     found = explained(engine, tokens)

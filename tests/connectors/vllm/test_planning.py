@@ -12,6 +12,7 @@ from typing import Any
 
 import kvshare_connectors.vllm.adapters as adapters_module
 import kvshare_connectors.vllm.identity as identity_module
+import msgspec
 import pytest
 import torch
 from huggingface_hub import constants
@@ -26,7 +27,7 @@ from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace, Tenants
 from kvshare_store.plan import Outcome
 from kvshare_store.plan.spans import Run
-from tests.engine.schedulers import LENGTH, NAMESPACE, FakeLink
+from tests.engine.schedulers import LENGTH, NAMESPACE, PLAN, FakeLink
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -547,6 +548,18 @@ def test_a_preempted_requests_generated_tokens_are_no_tokens_of_its_prompt(
     answer = planning.finished(wanted)
     assert answer is not None
     assert (answer["kvshare.prefix_cached"], answer["kvshare.recomputed"]) == (LENGTH, 0)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.02])
+def test_an_answer_says_that_a_bound_gave_it_a_stricter_policy(
+    planning: Planning, link: FakeLink, bound: float
+) -> None:
+    link.plan = msgspec.structs.replace(PLAN, spans=PLAN.spans[:1], quality_bound=bound)
+    wanted = request()
+    planning.matched(wanted, 0)
+    answer = planning.finished(wanted)
+    assert answer is not None
+    assert answer.get("kvshare.quality_bound", 0.0) == bound
 
 
 def test_a_salt_must_prove_its_tenant_where_there_is_a_key(
