@@ -38,4 +38,4 @@ def log_once(error: KVShareError) -> None:
     """Log each kind of failure once per process; the daemon counts them all."""
     _logged[error.kind] += 1
     if _logged[error.kind] == 1:
-        log.warning("kvshare: %s (counted from now on, not logged)", error)
+        log.warning("kvshare: %s (more such errors are counted, not logged)", error)

@@ -66,6 +66,8 @@ DECLARED = (
     Declared(LOAD, "histogram", "Loading the rows of a plan into the paged cache, on each worker, "
              "in seconds."),
 )  # fmt: skip
+_CALLED = {"lookups": "waits for plans", "loads": "loads"}
+"""In vLLM's log. How long the daemon itself takes for a lookup, `kvshare log` says."""
 SUMS = {"answers": SCORED, "tokens": SCORED_TOKENS, "regret": REGRET}
 """Of scores, each by policy, by how the tokens were chosen, and by kind of edit."""
 
@@ -112,10 +114,10 @@ class KVShareStats(KVConnectorStats):
         }
         requests = (sum(reasons.values()) for reasons in self.data["requests"].values())
         said["KVShare requests"] = sum(requests)
-        for name in ("lookups", "loads"):
+        for name, called in _CALLED.items():
             seconds = self.data[name]
             mean = sum(seconds) / len(seconds) if seconds else 0.0
-            said[f"KVShare {name} mean (ms)"] = round(1e3 * mean, 3)
+            said[f"KVShare {called} mean (ms)"] = round(1e3 * mean, 3)
         return said
 
     # --- counting ----------------------------------------------------------------------------

@@ -23,10 +23,12 @@ from kvshare_store.cli.common import (
 )
 from kvshare_store.cli.log import requests_table
 from kvshare_store.cli.stats import headline, tiers_table
+from kvshare_store.errors import UnavailableError
 from kvshare_store.readable import milliseconds, share, size
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
+    from kvshare_store.daemon.client import Client
 
 Counts = Mapping[str, Any]
 Look = tuple[Counts, dict[str, float]]
@@ -64,6 +66,7 @@ def command(
     out = console()
     # opening an idle home each time would only lock it; Ctrl-C is how watching ends
     with Client(place_of(chosen)) as client, contextlib.suppress(KeyboardInterrupt):
+        _need_daemon(client)
         looks = _looks(client.call, interval, count)
         if out.is_terminal and not json:
             _watch(looks, client.call, place(chosen), out)
@@ -73,6 +76,16 @@ def command(
                 print_json_line({"time": time.time(), "per_second": rates, "stats": now})
             else:
                 out.print(line(now, rates), soft_wrap=True)
+
+
+def _need_daemon(client: Client) -> None:
+    """`UnavailableError` that says how to start one here, if none runs."""
+    try:
+        client.greet()
+    except UnavailableError as error:
+        if client.remote:
+            raise
+        raise UnavailableError(f"{error}; start one: kvshare serve --home {client.home}") from error
 
 
 def _looks(ask: Ask, interval: float, count: int) -> Iterator[Look]:

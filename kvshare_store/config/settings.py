@@ -23,8 +23,8 @@ LogFormat = Literal["text", "json"]
 SIZES = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
 """Settings that may be written with a unit."""
 PER_ENGINE = (
-    "device_bytes", "plan_deadline_ms", "pools", "second_look", "second_look_tokens", "source_key",
-    "start_daemon", "store_answers", "tenant_key",
+    "device_bytes", "log_requests", "plan_deadline_ms", "pools", "second_look",
+    "second_look_tokens", "source_key", "start_daemon", "store_answers", "tenant_key",
 )  # fmt: skip
 """Settings that are each engine's own, not its daemon's."""
 _POSITIVE = frozenset(

@@ -39,9 +39,7 @@ def connect(home: Path) -> socket.socket:
         with _folder(home) as folder:
             return _checked(_connected(f"/proc/self/fd/{folder}/{SOCKET}"), home)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
-        raise UnavailableError(
-            f"no daemon serves {home}; start one: kvshare serve --home {home}"
-        ) from error
+        raise UnavailableError(f"no daemon serves {home}") from error
     except BlockingIOError as error:
         raise OverloadError(
             f"the daemon of {home} accepts no connections: it hangs, or too many come at once; "

@@ -90,6 +90,7 @@ def test_scheduler_and_workers_are_added_up_on_their_way() -> None:
     }
     said = stats.reduce()
     assert (said["KVShare requests"], said["KVShare loads mean (ms)"]) == (2, 500.0)
+    assert said["KVShare waits for plans mean (ms)"] == 250.0
     stats.reset()
     assert stats.is_empty()
 
