@@ -81,10 +81,11 @@ def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
         )
     expected = explained["expected"]
     if expected is not None:
+        speeds = " now, by the speeds measured since" if again else ""
         yield (
-            f"expected: {expected['without']:,.1f} ms without; compute {expected['compute']:,.1f} "
-            f"+ load {expected['load']:,.1f} + seams {expected['seams']:,.1f} ms with it: saves "
-            f"{expected['saving']:,.1f} ms"
+            f"expected{speeds}: {expected['without']:,.1f} ms without; compute "
+            f"{expected['compute']:,.1f} + load {expected['load']:,.1f} + seams "
+            f"{expected['seams']:,.1f} ms with it: saves {expected['saving']:,.1f} ms"
         )
 
 

@@ -17,19 +17,33 @@ _HOST_BYTES = 256 * 2**20
 _NEVER = 2**62
 
 
-def answered(store: Store, message: Any) -> Any:
-    """What a daemon would answer, in plain types."""
-    return msgspec.to_builtins(_answer(store, message))
+def answered(store: Store, message: Any, config: StoreConfig) -> Any:
+    """What a daemon with these settings would answer, in plain types."""
+    return msgspec.to_builtins(_answer(store, message, config))
 
 
-def _answer(store: Store, message: Any) -> Any:
+def _answer(store: Store, message: Any, config: StoreConfig) -> Any:
     if isinstance(message, protocol.Stats):
-        return store.stats()
+        return _as_configured(store.stats(), config)
     if isinstance(message, QUESTIONS):
         return answer(store, message)
     if isinstance(message, protocol.Clear):
         return store.clear()
     return do_chore(store, message)
+
+
+def _as_configured(stats: dict[str, Any], config: StoreConfig) -> dict[str, Any]:
+    """The budgets that a daemon would have, in place of those of `alone`; and no daemon."""
+    budgets = {
+        "host": config.host_bytes,
+        "disk": config.disk_bytes,
+        "remote": config.remote_bytes,
+    }
+    tiers = {
+        name: use | {"budget": budgets.get(name) or use["budget"]}
+        for name, use in stats["tiers"].items()
+    }
+    return stats | {"pid": None, "since": None, "tiers": tiers}
 
 
 def alone(config: StoreConfig) -> Store:

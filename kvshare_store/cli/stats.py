@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
@@ -40,7 +39,7 @@ def command(home: HomeOption = None, config: ConfigOption = None, json: JsonOpti
     if json:
         print_json(stats)
         return
-    served = stats["pid"] != os.getpid()
+    served = stats["pid"] is not None
     out = console()
     out.print(headline(place(chosen), stats), soft_wrap=True)
     out.print(serving(stats) if served else NOBODY, soft_wrap=True)

@@ -33,7 +33,7 @@ def chores(config: StoreConfig) -> Iterator[Ask]:
     from kvshare_store.cli.offline import alone, answered  # noqa: PLC0415 - seconds, not with a daemon
 
     with alone(config) as store:
-        yield lambda message: answered(store, message)
+        yield lambda message: answered(store, message, config)
 
 
 def refuse_without_store(config: StoreConfig) -> None:

@@ -95,6 +95,7 @@ def main() -> None:
     model, parent = sys.argv[1:]
     end_with(int(parent))
     run_when_idle()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would fill the daemon's log
     requests, answers = private_streams()
     serve(SentenceEmbedder(model), requests, answers)
 

@@ -1,4 +1,5 @@
-"""Lines of the log as JSON (`log_format: json`): one line an event, whatever the event is."""
+"""Lines of the log, for people or as JSON (`log_format: json`): one line an event, whatever the
+event is."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any
 LOGGER = "kvshare"
 _PREFIX = f"{LOGGER}: "
 _SELDOM_S = 60.0
+_PLAIN = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S%z")
 
 
 class Seldom:
@@ -66,7 +68,7 @@ def log_process_as(form: str) -> None:
     """From now on all lines of this process go to standard error in this form (`log_format`), also
     those of libraries. For a process that is KVShare's own."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(message)s"))
+    handler.setFormatter(JsonLines() if form == "json" else _PLAIN)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 

@@ -255,6 +255,9 @@ def test_every_command_reads_a_home_that_nobody_serves(home: Path) -> None:
     assert "no daemon runs: nothing is counted" in out
     assert "lookups" not in out
     now = json.loads(run("stats", "--json", "--home", home)[1])
+    assert (now["pid"], now["since"]) == (None, None)
+    budgets = {name: tier["budget"] for name, tier in now["tiers"].items()}
+    assert budgets == {"host": 4 << 30, "disk": 32 << 30}, "as a daemon would have them"
     assert now["tiers"]["disk"]["blocks"] == json.loads(served["stats"])["tiers"]["disk"]["blocks"]
     assert run("clear", "--yes", "--home", home) == (0, "2 nodes removed.\n", "")
     assert run("ls", "--home", home)[1] == f"No nodes in {home} yet.\n"
@@ -422,7 +425,9 @@ def test_clear_and_stop(home: Path) -> None:
         assert out == f"The daemon of {home} (process {process.pid}) has stopped.\n"
         assert process.wait(timeout=60) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == (
+        *_, level, said = process.stderr.read().split(" ", 3)
+        assert level == "INFO"
+        assert said == (
             f"kvshare: serving {home} on {home}/kvshare.sock, host 64.0 MiB, disk 128.0 MiB, "
             "policy faithful\n"
         )

