@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvshare_store.config import StoreConfig
-from tests.engine.harness import Engine
+from tests.engine.harness import BLOCK, Engine
 from tests.support.certificates import Keys
 from tests.support.daemons import Daemon
 
@@ -36,7 +36,8 @@ def engine(daemon: tuple[Daemon, Keys]) -> Iterator[Engine]:
     shown = keys.client(keys.clients.issue("node-1", "engine"), keys.port)
     names = ("connect", "tls_cert", "tls_key", "tls_server")
     kvshare = {"policy": "aggressive"} | {name: getattr(shown, name) for name in names}
-    engine = Engine(far.config.home_path, kvshare=kvshare)  # the home is for counting only
+    home = far.config.home_path  # for counting only
+    engine = Engine(home, kvshare=kvshare, enable_prefix_caching=True)
     yield engine
     engine.close()
 
@@ -49,6 +50,7 @@ def test_rows_are_saved_and_loaded_over_the_network(engine: Engine) -> None:
     prompt = fresh(1)
     assert engine.planning.link.client.remote
     computed = engine.store(prompt)
+    engine.forget()
     again = engine.ask(prompt)
     assert (again.said["exact"], again.said["recomputed"]) == (LENGTH - 1, 1)
     assert again.agrees(computed)
@@ -56,10 +58,27 @@ def test_rows_are_saved_and_loaded_over_the_network(engine: Engine) -> None:
     assert fetching is not None
     assert fetching.greet().role == "engine"
     assert engine.stats()["bytes_loaded"] > 0
+    engine.forget()
     edited = [*prompt[:60], *fresh(2)[:3], *prompt[63:]]
     said = engine.ask(edited).said
     assert said["edited"] > 0
     assert said["exact"] == 60
+
+
+@pytest.mark.parametrize("edit", [0, 3], ids=["the same", "edited"])
+def test_what_the_engine_itself_still_has_is_not_fetched(engine: Engine, edit: int) -> None:
+    """Whole blocks of its own prefix cache go before rows of the store."""
+    prompt = fresh(4 + edit)
+    computed = engine.store(prompt)
+    asked = [*prompt[:100], *fresh(9)[:edit], *prompt[100 + edit :]]
+    with engine.counted() as gained:
+        again = engine.ask(asked)
+    whole = (100 if edit else LENGTH - 1) // BLOCK * BLOCK
+    assert (again.said["prefix_cached"], again.said["reason"]) == (whole, "")
+    assert again.said["edited" if edit else "exact"] > 0
+    assert gained["misses"] == 0
+    if not edit:
+        assert again.agrees(computed)
 
 
 def test_a_daemon_that_went_away_costs_reuse_and_nothing_else(
@@ -67,6 +86,7 @@ def test_a_daemon_that_went_away_costs_reuse_and_nothing_else(
 ) -> None:
     prompt = fresh(3)
     computed = engine.store(prompt)
+    engine.forget()
     daemon[0].kill()
     missed = engine.ask(prompt)
     assert missed.said["recomputed"] == LENGTH
