@@ -101,7 +101,7 @@ def in_vain(settings: Settings, theirs: Mapping[str, Any]) -> list[str]:
 def _counts(name: str, value: Any, theirs: Any) -> bool:
     """Whether a setting that the engine was given holds for its requests."""
     if name == "policy":  # a stricter one holds
-        return granted(theirs, value) == value
+        return bool(granted(theirs, value) == value)
     return bool(value == theirs or (name in _LARGER and value > theirs))
 
 
