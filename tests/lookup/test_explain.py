@@ -226,6 +226,25 @@ def test_what_the_first_token_took_is_logged_whatever_is_reported_first(driver: 
     assert engine.store.requests.last(1)[0].prefill == 0.0, "each time is of one request"
 
 
+def test_what_an_engine_still_had_of_a_failed_load_is_logged_whatever_is_reported_first(
+    driver: Open,
+) -> None:
+    """The load's end and what the engine says when it begins again go two ways."""
+    engine = driver()
+    engine.save(prompt())
+    for name, early in (("chat-1", False), ("chat-2", True)):
+        plan = engine.store.plan_soon(prompt(), engine.namespace, request=name).result()
+        failed = Outcome(failed="load_lease", recomputed=plan.tokens)
+        reports = [
+            partial(engine.store.finish, plan, failed),
+            partial(engine.store.outcomes.engine_cached, 64, name),
+        ]
+        for report in reversed(reports) if early else reports:
+            report()
+        (entry,) = engine.store.requests.last(1)
+        assert (entry.cached, entry.recomputed) == (64, plan.tokens - 64)
+
+
 def test_what_an_engine_declines_is_logged_and_counted_as_its_tenants(driver: Open) -> None:
     engine = driver()
     engine.save(prompt())
