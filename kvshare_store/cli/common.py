@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from kvshare_store.config import Settings, StoreConfig, load_settings
 from kvshare_store.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvshare_store.cli.upkeep import Ask
+
+_PIPE = 10_000
+"""Cells of a line that no terminal shows: nothing is cut or broken."""
 
 HomeOption = Annotated[
     str | None,
@@ -109,5 +114,21 @@ def add_numbers(table: Table, *heads: str) -> None:
 
 
 def console() -> Console:
-    """The console for standard output."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """The console for standard output. Into a pipe lines are as long as what they say, unless
+    `COLUMNS` wants them shorter."""
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not (made.is_terminal or os.environ.get("COLUMNS")):
+        made.width = _PIPE
+    return made
+
+
+class Indented:
+    """Text some cells from the left, broken at blanks. (Rich's `Padding` fills each line up with
+    blanks, to the end of the longest one or of the terminal.)"""
+
+    def __init__(self, text: Text, cells: int = 2) -> None:
+        self._text, self._indent = text, " " * cells
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._text.wrap(console, options.max_width - len(self._indent)):
+            yield Text(self._indent).append_text(line)

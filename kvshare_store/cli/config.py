@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from rich.table import Table
+from rich.text import Text
 
 from kvshare_store.cli.common import (
     ConfigOption,
@@ -16,15 +17,19 @@ from kvshare_store.cli.common import (
     SetOption,
     console,
     place,
-    plain_table,
     print_json,
     sourced,
 )
+from kvshare_store.cli.fitting import fitted, longest_word, table_of
 from kvshare_store.config import FIELDS, PER_ENGINE, Settings, unknown_variables
 from kvshare_store.errors import UnavailableError
 from kvshare_store.readable import printable, size
 
 Row = dict[str, Any]
+
+_LEAST = {"value": 20, "here": 16}
+"""Columns that are broken in a narrow terminal, and the cells that they have at least: an address
+with its port stays whole."""
 
 _LEGEND = "from: who has said so. here: what this command's own settings say, where that differs."
 
@@ -56,7 +61,7 @@ def command(
     nobody = "no daemon answers" if settings.config.connect else "no daemon runs"
     served = "as its daemon runs" if theirs is not None else nobody
     out.print(f"{place(settings.config)}: {served}\n", soft_wrap=True)
-    out.print(settings_table(rows))
+    out.print(settings_table(rows, out.width))
     if any("here" in row for row in rows):
         out.print(_LEGEND, style="dim")
     for name in ignored:
@@ -99,20 +104,31 @@ def _shown(value: Any) -> Any:
     return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))
 
 
-def settings_table(rows: Sequence[Row]) -> Table:
-    """A line for each setting."""
-    table = plain_table()
-    table.add_column("setting", style="cyan", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("from", overflow="fold")
-    table.add_column("here", overflow="fold", style="yellow")
-    for row in rows:
-        name = row["name"]
-        here = _words(name, row["here"]) if "here" in row else ""
-        style = "dim" if row["source"] == "default" else ""
-        source = row["source"] + ("; per engine" if name in PER_ENGINE else "")
-        table.add_row(name, _words(name, row["value"]), source, here, style=style)
-    return table
+def settings_table(rows: Sequence[Row], width: int) -> Table:
+    """A line for each setting, in `width` cells."""
+    columns = {
+        "setting": [Text(row["name"]) for row in rows],
+        "value": [Text(_words(row["name"], row["value"])) for row in rows],
+        "from": [Text(_source(row)) for row in rows],
+    }
+    if any("here" in row for row in rows):
+        here = (_words(row["name"], row["here"]) if "here" in row else "" for row in rows)
+        columns["here"] = [Text(words, "yellow") for words in here]
+    for row, value, source in zip(rows, columns["value"], columns["from"], strict=True):
+        if row["source"] == "default":
+            value.style = source.style = "dim"
+    least = _LEAST | {"from": longest_word(columns["from"])}
+    return table_of(columns, fitted(columns, width, least, ()), _look)
+
+
+def _look(name: str) -> dict[str, Any]:
+    first = name == "setting"
+    return {"style": "cyan" if first else "", "no_wrap": first, "overflow": "fold"}
+
+
+def _source(row: Row) -> str:
+    mark = "; per engine" if row["name"] in PER_ENGINE else ""
+    return f"{row['source']}{mark}"
 
 
 def _words(name: str, value: Any) -> str:
@@ -120,4 +136,8 @@ def _words(name: str, value: Any) -> str:
         return "the policy's own"
     if value == "":
         return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:.15g}"
     return size(value) if value and name.endswith("_bytes") else printable(str(value))

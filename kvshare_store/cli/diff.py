@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.padding import Padding
 from rich.text import Text
 
 from kvshare_store.cli.common import (
     NODE_HELP,
     ConfigOption,
     HomeOption,
+    Indented,
     JsonOption,
     answering,
     configured,
@@ -59,5 +59,5 @@ def command(
     text = Text("no edits", "dim")
     if changed:
         text = edits_text(found["edits"], marked=out.color_system is None)
-    out.print(Padding(text, (0, 0, 0, 2)))
+    out.print(Indented(text))
     return int(changed > 0)

@@ -94,7 +94,8 @@ def command(
         print_json(found)
         return
     out = console()
-    for part in parts(found, marked=out.color_system is None, limit=0 if full else _PART_CHARS):
+    marked, limit = out.color_system is None, 0 if full else _PART_CHARS
+    for part in parts(found, out.width, marked=marked, limit=limit):
         out.print(part, soft_wrap=isinstance(part, str))
 
 

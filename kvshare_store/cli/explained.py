@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvshare_store.cli.common import add_numbers, plain_table
+from kvshare_store.cli.common import Indented, add_numbers, plain_table
+from kvshare_store.cli.fitting import Columns, fitted, longest_word, no_room_for, table_of
 from kvshare_store.cli.log import request_lines
 from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
@@ -30,13 +30,17 @@ from kvshare_store.readable import (
 Found = Mapping[str, Any]
 
 COLOURS = {**KIND_COLOURS, "recomputed": "yellow"}
-_REASON_CHARS = 16
+_REASON_CHARS = 22
 """Width of a column of reasons, at least: longer ones take several lines."""
+_WORDS = ("why", "source", "found by")
+"""Columns of candidates that are broken at blanks where they are narrow."""
+_DROPPED = ("found by", "score", "prefix")
+"""Columns of candidates that a narrow terminal does without, the first one first."""
 
 
-def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]:
-    """From top to bottom. `marked`: words stand in for colours; `limit`: characters of a part that
-    are shown, 0: all."""
+def parts(found: Found, width: int, *, marked: bool, limit: int) -> Iterable[RenderableType]:
+    """From top to bottom, in `width` cells. `marked`: words stand in for colours; `limit`:
+    characters of a part that are shown, 0: all."""
     request, explained = found["request"], found["explanation"]
     if request is not None:
         yield from request_lines(request)
@@ -49,12 +53,12 @@ def parts(found: Found, *, marked: bool, limit: int) -> Iterable[RenderableType]
     yield fates_table(explained)
     if explained["candidates"]:
         yield Text()
-        yield candidates_table(explained["candidates"])
+        yield candidates_table(explained["candidates"], width)
     if explained["divergence"] is not None:
         yield Text("\nfirst difference", style="bold")
-        yield Padding(divergence_text(explained["divergence"], explained["tokens"]), (0, 0, 0, 2))
+        yield Indented(divergence_text(explained["divergence"], explained["tokens"]))
     yield Text("\nprompt", style="bold").append_text(legend(marked))
-    yield Padding(prompt_text(explained["parts"], marked=marked, limit=limit), (0, 0, 0, 2))
+    yield Indented(prompt_text(explained["parts"], marked=marked, limit=limit))
     if any(part["donor"] for part in explained["parts"]):
         yield Text()
         yield spans_table(explained["parts"])
@@ -106,28 +110,36 @@ def fates_table(explained: Found) -> Table:
     return table
 
 
-def candidates_table(candidates: Sequence[Found]) -> Table:
-    """A line for each stored prompt that was nominated."""
-    sources = any(source_text(one) for one in candidates)
-    table = _table("candidate")
-    for column in ("score", "prefix", "shared", "kept"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("found by", overflow="fold")
-    if sources:
-        table.add_column("source", overflow="fold")
-    table.add_column("why", overflow="fold", min_width=_REASON_CHARS)
-    for one in candidates:
-        table.add_row(
-            Text(short(one["node"]), "cyan"),
-            f"{one['score']:.3f}",
-            f"{one['prefix']:,}",
-            f"{one['shared']:,}",
-            f"{one['kept']:,}",
-            ", ".join(one["found_by"]),
-            *([source_text(one)] if sources else []),
-            Text(one["why"], "green" if one["taken"] else ""),
-        )
-    return table
+def candidates_table(candidates: Sequence[Found], width: int) -> Table:
+    """A line for each stored prompt that was nominated, in `width` cells."""
+    columns = _candidates(candidates)
+    least = {name: longest_word(columns[name]) for name in _WORDS if name in columns}
+    widths = fitted(columns, width, least | {"why": _REASON_CHARS}, _DROPPED)
+    missing = no_room_for(columns, widths)
+    return table_of(columns, widths, _look, caption=missing, caption_justify="left")
+
+
+def _candidates(candidates: Sequence[Found]) -> Columns:
+    columns = {
+        "candidate": [Text(short(one["node"])) for one in candidates],
+        "score": [Text(f"{one['score']:.3f}") for one in candidates],
+    }
+    for name in ("prefix", "shared", "kept"):
+        columns[name] = [Text(f"{one[name]:,}") for one in candidates]
+    columns["found by"] = [Text(", ".join(one["found_by"])) for one in candidates]
+    if any(map(source_text, candidates)):
+        columns["source"] = [Text(source_text(one)) for one in candidates]
+    columns["why"] = [Text(one["why"], "green" if one["taken"] else "") for one in candidates]
+    return columns
+
+
+def _look(name: str) -> dict[str, Any]:
+    return {
+        "style": "cyan" if name == "candidate" else "",
+        "justify": "left" if name in ("candidate", *_WORDS) else "right",
+        "overflow": "fold",
+        "no_wrap": name not in _WORDS,
+    }
 
 
 def divergence_text(divergence: Found, length: int) -> Text:

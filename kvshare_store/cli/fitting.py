@@ -40,15 +40,25 @@ def fitted(
 
 
 def table_of(
-    columns: Columns, widths: Mapping[str, int], look: Callable[[str], Mapping[str, Any]]
+    columns: Columns,
+    widths: Mapping[str, int],
+    look: Callable[[str], Mapping[str, Any]],
+    **more: Any,
 ) -> Table:
-    """The columns that have a width, a line for each row; `look`: how a column is shown."""
-    table = plain_table(padding=(0, 1, 0, 0))
+    """The columns that have a width, a line for each row; `look`: how a column is shown, `more`:
+    what else rich's `Table` takes."""
+    table = plain_table(padding=(0, 1, 0, 0), **more)
     for name, wide in widths.items():
         table.add_column(name, width=wide, **look(name))
     for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*row)
     return table
+
+
+def no_room_for(columns: Columns, widths: Mapping[str, int]) -> str | None:
+    """Names what is left out, for the line below a table; None if nothing is."""
+    missing = ", ".join(name for name in columns if name not in widths)
+    return f"no room for: {missing}" if missing else None
 
 
 def unique_length(names: Collection[str]) -> int:

@@ -19,7 +19,14 @@ from kvshare_store.cli.common import (
     place,
     print_json,
 )
-from kvshare_store.cli.fitting import Columns, fitted, longest_word, table_of, unique_length
+from kvshare_store.cli.fitting import (
+    Columns,
+    fitted,
+    longest_word,
+    no_room_for,
+    table_of,
+    unique_length,
+)
 from kvshare_store.errors.wording import short
 from kvshare_store.readable import (
     KIND_COLOURS,
@@ -87,15 +94,21 @@ def requests_table(requests: Sequence[Request], width: int) -> Table:
     least = {
         "outcome": max(len("outcome"), longest_word(columns["outcome"])),
         "tenant": _TENANT,
-        "id": unique_length(names) + _MORE,
+        "id": max(unique_length(names), 1 + max(map(_kind_ends, names))) + _MORE,
     }
     widths = fitted(columns, width, least, _DROPPED)
-    table = table_of(columns, widths, lambda name: _look(name, words=name in least))
-    missing = [name for name in columns if name not in widths]
-    if missing:
-        table.caption_justify = "left"
-        table.caption = f"no room for: {', '.join(missing)}"
-    return table
+    return table_of(
+        columns,
+        widths,
+        lambda name: _look(name, words=name in least),
+        caption=no_room_for(columns, widths),
+        caption_justify="left",
+    )
+
+
+def _kind_ends(name: str) -> int:
+    """Ids begin with `cmpl-` or `chatcmpl-`, which says nothing."""
+    return name.find("-") + 1
 
 
 def _look(name: str, *, words: bool) -> dict[str, Any]:

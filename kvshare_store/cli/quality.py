@@ -7,20 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
+    Indented,
     JsonOption,
     NamespaceOption,
     answering,
     configured,
     console,
     place,
-    plain_table,
     print_json,
 )
+from kvshare_store.cli.fitting import Columns, fitted, table_of
 from kvshare_store.errors import ConfigError
 from kvshare_store.errors.wording import short
 from kvshare_store.readable import as_one_name, bounds, limits, many, percent, printable, too_few
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from kvshare_store.http.classes import Line
 
 Found = Mapping[str, Any]
+Row = tuple[str, str, str, str]
+
+_HEADS = ("policy", "scored", "extra divergence", "mean regret")
+_NONE = ("-", "-", "-")
+"""Of a policy without scores."""
 
 TrafficOption = Annotated[str, typer.Option("--class", metavar="NAME", help="Only this class.")]
 PartsOption = Annotated[
@@ -44,11 +51,9 @@ LimitOption = Annotated[
 ]
 
 
-_NUMBERS = 64
-"""Cells that the numbers of a line take where there is room."""
-_LABEL = 64
-"""Cells that what stands before them takes at most: more only for the name of a class, which is
-not cut."""
+_LEAST = {"policy": 20, "extra divergence": 12}
+"""Columns that are broken at blanks in a narrow terminal, and the cells that they have at least;
+what room is left goes to them in this order."""
 PARTS = {"computed": "{} % recomputed", "distance": "{} tokens behind an edit"}
 """What the parts of a policy are called."""
 
@@ -107,31 +112,45 @@ def headline(home: str, found: Found) -> str:
     )
 
 
-def classes_table(found: Found, width: int, *, parts: bool) -> Table:
-    """Two lines for each class, its name and which traffic that is, one for each of its policies,
-    and one for the floor; `parts`: and for each part of the policies. In `width` cells."""
+def classes_table(found: Found, width: int, *, parts: bool) -> RenderableType:
+    """For each class its name, which traffic that is, its policies with what they are to it, and
+    its floor; `parts`: and the parts of the policies. In `width` cells."""
+    now = time.time()
+    said = [line for one in found["classes"] for line in _lines(one, found, now, parts=parts)]
+    rows = [line for line in said if isinstance(line, tuple)]
+    widths = fitted(_columns(rows), width, _LEAST, ())
+    shown: list[RenderableType] = [table_of(_columns([]), widths, _look)]
+    for line in said:
+        if isinstance(line, tuple):
+            line = table_of(_columns([line]), widths, _look, show_header=False)
+        shown.append(line)
+    return Group(*shown, Text("kvshare show NODE shows a prompt", "dim"))
+
+
+def _lines(one: Found, answer: Found, now: float, *, parts: bool) -> Iterator[Row | RenderableType]:
+    """A class: rows of the table, and text that goes over all of its columns."""
     from kvshare_store.http.classes import described, lines  # noqa: PLC0415 - numpy, not for --help
 
-    table = plain_table(header_style="bold")
-    names = [_name(one) for one in found["classes"]]
-    longest = max(len(word) for name in names for word in name.split())
-    cells = max(longest, min(width - _NUMBERS, _LABEL))
-    table.add_column("class, policy", overflow="fold", width=cells)
-    for head in ("scored", "extra divergence", "mean regret"):
-        table.add_column(head, justify="right", overflow="fold")
-    now = time.time()
-    for one, name in zip(found["classes"], names, strict=True):
-        table.add_row(name, "", "", "")
-        words, node = described(one)
-        table.add_row(f"  {printable(words)} {short(node)}".rstrip(), "", "", "", style="dim")
-        floor = one["known"]["floor"]
-        for line in lines(one, found, now, small=True):
-            _add_policy(table, line, floor["greedy"])
-            for label, part in _parts(line.known) if parts and line.known else ():
-                table.add_row(f"    {label}", *_numbers(part, floor["greedy"]))
-        table.add_row(*_floor(floor), style="dim")
-    table.caption, table.caption_justify = "kvshare show NODE shows a prompt", "left"
-    return table
+    yield Text(_name(one))
+    words, node = described(one)
+    yield Text(f"  {printable(words)} {short(node)}".rstrip(), "dim")
+    floor = one["known"]["floor"]
+    for line in lines(one, answer, now, small=True):
+        numbers = _numbers(line.known, floor["greedy"]) if line.known else _NONE
+        yield (f"  {line.policy}", *numbers)
+        if notes := _notes(line):
+            yield Indented(Text(notes, "dim"), 4)
+        for label, part in _parts(line.known) if parts and line.known else ():
+            yield (f"    {label}", *_numbers(part, floor["greedy"]))
+    yield _floor(floor)
+
+
+def _columns(rows: Sequence[Row]) -> Columns:
+    return {name: [Text(row[at]) for row in rows] for at, name in enumerate(_HEADS)}
+
+
+def _look(name: str) -> dict[str, Any]:
+    return {"justify": "left" if name == _HEADS[0] else "right", "overflow": "fold"}
 
 
 def _name(one: Found) -> str:
@@ -141,22 +160,21 @@ def _name(one: Found) -> str:
     return f"{printable(one['known']['traffic'])} of {short(space['digest'])}{tenant}{silent}"
 
 
-def _floor(known: Found) -> tuple[str, str, str, str]:
+def _floor(known: Found) -> Row:
     """Controls of the namespace, which all of its classes are compared with."""
     if not known["greedy"]:
-        return "  floor: no control yet, taken as 0", "-", "-", "-"
+        return "  floor: no control yet, taken as 0", *_NONE
     numbers = f"{known['greedy']:,}", limits(known["diverged"]), f"{known['regret'][0]:.4f}"
     return f"  floor ({many(known['greedy'], 'control')}), diverged", *numbers
 
 
-def _add_policy(table: Table, line: Line, controls: int) -> None:
+def _notes(line: Line) -> str:
+    """What a policy is to its class, and what is still to come."""
     standing = {"": "", "not known": "not known yet"}.get(
         line.standing, f"{line.standing} the bound"
     )
     notes = ", ".join(filter(None, (line.role, standing)))
-    label = f"  {line.policy}" + (f" ({notes})" if notes else "")
-    scored, *others = _numbers(line.known, controls) if line.known else ("-", "-", "-")
-    table.add_row(label, line.progress or scored, *others)
+    return f"{notes}: scored {line.progress}" if line.progress else notes
 
 
 def _parts(known: Found) -> Iterator[tuple[str, Found]]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -16,6 +15,7 @@ from rich.tree import Tree
 from kvshare_store.cli.common import (
     ConfigOption,
     HomeOption,
+    Indented,
     JsonOption,
     NodeArgument,
     add_numbers,
@@ -77,10 +77,10 @@ def parts(node: Node, *, marked: bool = False, blocks: bool = False) -> Iterable
     yield summary_table(node)
     if node["edits"]:
         yield Text(f"\nedits against {short(node['parent'])}", style="bold")
-        yield Padding(edits_text(node["edits"], marked=marked), (0, 0, 0, 2))
+        yield Indented(edits_text(node["edits"], marked=marked))
     else:
         yield Text("\ntext", style="bold")
-        yield Padding(Text(shortened(printable(node["text"]), _TEXT_CHARS)), (0, 0, 0, 2))
+        yield Indented(Text(shortened(printable(node["text"]), _TEXT_CHARS)))
     yield Text("\npath from the root", style="bold")
     yield path_tree(node)
     yield Text()

@@ -33,7 +33,8 @@ class Line(NamedTuple):
     standing: str
     """Against the bound: `within`, `beyond`, or `not known`; empty without a bound."""
     progress: str
-    """Of the policy that is tried: how many scores of about how many; may be empty."""
+    """Of the policy that is tried: how many scores of about how many, and how many requests that
+    takes; may be empty."""
     band: Band | None
 
 
@@ -94,7 +95,11 @@ def _progress(of_class: Found, known: Found | None) -> str:
     """Empty where some have diverged: then it takes more, and nobody knows how many."""
     needed = of_class.get("needed", 0)  # a daemon of the release before does not say it
     scored, diverged = (known["greedy"], known["diverged"][0]) if known else (0, 0.0)
-    return f"{scored:,} of about {needed:,}" if scored < needed and not diverged else ""
+    if scored >= needed or diverged:
+        return ""
+    requests = of_class.get("requests", 0)  # nor does it say this
+    takes = f", in {requests:,} requests or more" if requests else ""
+    return f"{scored:,} of about {needed:,}{takes}"
 
 
 def summed(scores: Found) -> dict[str, int]:

@@ -125,6 +125,14 @@ def scores_needed(terms: Terms, epoch: int = 1) -> int:
     return math.ceil(float(radius(0.0, terms.each(epoch))) / terms.bound)
 
 
+def requests_needed(terms: Terms, scores: int, epoch: int = 1) -> int:
+    """How many more requests of a class at `exact` that takes after so many good scores, if each
+    request that is tried is scored: few are tried at first. 0 if there are enough."""
+    counts = np.arange(scores, scores_needed(terms, epoch))
+    upper = np.minimum(1.0, radius(0.0, terms.each(epoch)) / np.maximum(counts, 1))
+    return math.ceil(upper.sum() / terms.bound) if len(counts) else 0
+
+
 def doubted(evidence: Evidence, terms: Terms) -> bool:
     """Whether the last scores look as if the rate had risen above the bound. While it is at the
     bound this happens once in so many scores as `1 / (error * bound)`, or less often."""

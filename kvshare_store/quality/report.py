@@ -11,7 +11,7 @@ from kvshare_store.config import policy_names
 from kvshare_store.quality.classes import Known
 from kvshare_store.quality.confidence import Interval, Tally, limits
 from kvshare_store.quality.evidence import MOST_NATS, Evidence, Learned, Scores
-from kvshare_store.quality.ladder import Terms, extra_of, scores_needed, seen
+from kvshare_store.quality.ladder import Terms, extra_of, requests_needed, scores_needed, seen
 from kvshare_store.quality.parts import COMPUTED, DISTANCE
 from kvshare_store.quality.trend import Moment
 
@@ -80,6 +80,8 @@ class ClassReport(msgspec.Struct, frozen=True):
     """Controls of the namespace."""
     needed: int = 0
     """About so many greedy scores under `tried`, and its requests get that; 0 without a bound."""
+    requests: int = 0
+    """So many more requests that takes, or more; 0 where the rung is not `exact`."""
 
 
 class Wanted(NamedTuple):
@@ -153,7 +155,16 @@ def report_class(
         tuple(_of_policy(learned, name, floor, terms, trend(name)) for name in names),
         report_floor(floor, terms),
         scores_needed(terms, learned.epoch),
+        _requests(learned, decision, terms),
     )
+
+
+def _requests(learned: Learned, decision: tuple[str, str, float], terms: Terms) -> int:
+    rung, tried, _ = decision
+    if rung != "exact" or not tried:
+        return 0
+    scored = learned.policies.get(tried)
+    return requests_needed(terms, scored.diverged.count if scored else 0, learned.epoch)
 
 
 def _of_policy(

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from kvshare_store import readable
-from kvshare_store.cli import common, gc, log, ls, main, serve, show, stats
+from kvshare_store.cli import common, config, gc, log, ls, main, serve, show, stats
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.observability.version import version
@@ -78,9 +78,9 @@ def test_set_wins_over_environment_over_file(
     file.write_text("policy: exact\ntail: 1\nmin_run: 2\nhome: /from/file\n")
     monkeypatch.setenv("KVSHARE_POLICY", "faithful")
     monkeypatch.setenv("KVSHARE_TAIL", "3")
-    config = common.configured(None, file, ["policy=aggressive"])
-    assert (config.policy, config.tail, config.min_run) == ("aggressive", 3, 2)
-    assert config.home == "/from/file"
+    found = common.configured(None, file, ["policy=aggressive"])
+    assert (found.policy, found.tail, found.min_run) == ("aggressive", 3, 2)
+    assert found.home == "/from/file"
     assert common.configured("/here", file, ["home=/there"]).home == "/here"
 
 
@@ -105,8 +105,8 @@ def test_the_last_setting_of_a_field_wins() -> None:
 
 
 def test_the_start_line_says_where_and_how_much() -> None:
-    config = StoreConfig(home="/h", host_bytes=64 * 2**20, disk=False, policy="exact")
-    line = serve.start_line(config, "/h/kvshare.sock")
+    chosen = StoreConfig(home="/h", host_bytes=64 * 2**20, disk=False, policy="exact")
+    line = serve.start_line(chosen, "/h/kvshare.sock")
     assert line == "serving /h on /h/kvshare.sock, host 64.0 MiB, disk off, policy exact"
 
 
@@ -351,8 +351,22 @@ def test_config_says_where_each_value_came_from(
     assert "no daemon runs" in out
     assert "hunter2" not in out
     assert re.search(r"^host_bytes +1\.0 GiB +given *$", out, re.MULTILINE)
+    for told in (r"disk +on", r"log_prompts +off", r"remote_timeout_ms +200", r"min_saving_ms +2"):
+        assert re.search(rf"^{told} +default", out, re.MULTILINE), told
     assert "KVSHARE_SERVICE_PORT in the environment is no setting" in out
     assert not home.exists()
+
+
+def test_an_address_is_not_broken_in_a_narrow_terminal(home: Path) -> None:
+    address = "tcp://0.0.0.0:7411"
+    rows = [{"name": "home", "value": str(home), "source": "environment"},
+            {"name": "listen", "value": address, "source": "daemon", "here": ""},
+            {"name": "pools", "value": "house", "source": "default"}]  # fmt: skip
+    out = rendered(config.settings_table(rows, 80), width=80)
+    assert address in out
+    assert re.search(r"default; +\n +per engine", out), "broken at blanks only"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "here" not in rendered(config.settings_table(rows[:1], 80), width=80)
 
 
 def test_salt(tmp_path: Path) -> None:
@@ -545,6 +559,26 @@ def test_requests_fit_the_terminal(width: int) -> None:
     table, missing, _ = out.partition("no room for: ")
     assert max(map(len, table.splitlines())) <= width
     assert bool(missing) == ("continued" not in table)
+
+
+def test_an_only_id_shows_more_than_its_kind() -> None:
+    """The log has others, which `kvshare explain --request` must tell from it."""
+    request = {**REQUEST, "request": f"cmpl-{'96c8d7' * 6}"}
+    out = rendered(log.requests_table([request], 60), width=60)
+    assert "cmpl-96c8…" in out
+    assert "no room for: " in out
+
+
+def test_into_a_pipe_nothing_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    home = tmp_path / ("long" * 60)
+    code = "import sys\nfrom kvshare_store.cli.main import main\nmain(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "config", "--home", str(home)]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^home +{home}  ", piped, re.MULTILINE)
+    monkeypatch.setenv("COLUMNS", "80")
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {len(line) for line in piped.splitlines()[3:5]} <= set(range(81))
 
 
 def test_ids_are_whole_where_there_is_room() -> None:

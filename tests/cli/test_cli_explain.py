@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvshare_store.cli import evict, purge, upkeep
+from kvshare_store.cli import evict, explained, purge, upkeep
 from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
@@ -27,6 +27,7 @@ from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
 from kvshare_store.store import Store
 from kvshare_store.tensors.layout import KVLayout
+from tests.cli.test_cli import rendered
 from tests.support.commands import as_json, ok, one_line, run
 from tests.support.daemons import ClientDriver, serving
 from tests.support.oracle import Driver
@@ -84,6 +85,24 @@ def test_a_stored_prompt_against_another(served: Served) -> None:
         "80…82",
     ):
         assert words in out
+
+
+CANDIDATE: dict[str, Any] = {
+    "node": "a" * 32, "found_by": ["prefix", "passages", "words"], "score": 0.998, "prefix": 1_234,
+    "shared": 2_345, "kept": 0, "taken": False, "source": "unconfirmed", "unconfirmed": 1_234,
+    "why": "its passages are too short to be worth reusing",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_candidates_fit_the_terminal(width: int) -> None:
+    for candidate in (CANDIDATE, CANDIDATE | {"source": "", "unconfirmed": 0}):
+        out = rendered(explained.candidates_table([candidate], width), width=width)
+        table, missing, _ = out.partition("no room for: ")
+        assert max(map(len, table.splitlines())) <= width
+        assert bool(missing) == ("found by" not in table and "words" not in table)
+        words = " ".join(line[table.splitlines()[0].index("why") :] for line in table.splitlines())
+        assert CANDIDATE["why"] in " ".join(words.split()), "in one piece, however many lines"
 
 
 def test_a_prompt_of_token_ids(served: Served, tmp_path: Path) -> None:

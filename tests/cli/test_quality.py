@@ -68,12 +68,12 @@ def test_each_class_says_its_policies_and_what_is_known(engine: Driver) -> None:
     digest = engine.namespace.digest
     assert table[2] == f"{digest[:12]}/0a1b2c3d/replace of {digest[:12]}"
     assert table[3] == "text was replaced; no such prompt is known to be stored"
-    assert table[4].startswith("faithful (rung, within the bound) 400 0.0 % (")
-    assert table[5].startswith("balanced (tried by ")
-    assert table[5].endswith("not known yet) 0 of about 304 - -")
-    (bad,) = [row for row in table if row.startswith("faithful (tried")]
-    assert " 40 100.0 % (" in bad
+    assert table[4].startswith("faithful 400 0.0 % (")
+    assert table[5:7] == ["rung, within the bound", "balanced - - -"]
+    assert re.fullmatch(r"tried by .* not known yet: scored 0 of about 304", table[7])
+    (bad,) = [row for row in table if row.startswith("faithful 40 100.0 % (")]
     assert bad.endswith(" 1.5000")
+    assert table[table.index(bad) + 1].startswith("tried by 2.0 % of requests, ")
     assert not any("computed" in row for row in table)
 
 
@@ -109,7 +109,7 @@ def test_parts_follow_their_policy(engine: Driver) -> None:
     teach(engine)
     table = rows(engine, parts=True)
     at = next(at for at, row in enumerate(table) if row.startswith("faithful"))
-    assert [row.split(" 0.0 % (")[0] for row in table[at + 1 : at + 8]] == [
+    assert [row.split(" 0.0 % (")[0] for row in table[at + 2 : at + 9]] == [
         "0 to 9 % recomputed 40", "10 to 24 % recomputed 60", "25 to 49 % recomputed 100",
         "50 or more % recomputed 200", "0 to 63 tokens behind an edit 64",
         "64 to 255 tokens behind an edit 192", "256 to 1,023 tokens behind an edit 144",
@@ -178,9 +178,12 @@ def test_a_class_without_scores_says_what_it_takes(engine: Driver) -> None:
     engine.serve([*donor[:100], *prompt(5, 3), *donor[103:]])
     table = rows(engine)
     assert table[3] == f"text was replaced, in prompts like {short(stored)}"
-    assert table[4:6] == [
-        "exact (rung, within the bound) - - -",
-        "faithful (tried by 2.0 % of requests, not known yet) 0 of about 304 - -",
+    assert table[4:8] == [
+        "exact - - -",
+        "rung, within the bound",
+        "faithful - - -",
+        "tried by 2.0 % of requests, not known yet: scored 0 of about 304, in 1,517 requests or "
+        "more",
     ]
     assert quality.headline("/h", found(engine)).endswith(
         "classes: 1; with scored answers: 0; engines with second_look score answers while they "
@@ -227,11 +230,25 @@ def control(engine: Driver) -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80])
-def test_the_name_of_a_class_stays_in_one_piece(engine: Driver, columns: int) -> None:
+def test_the_name_of_a_class_stays_in_one_line(engine: Driver, columns: int) -> None:
     teach(engine)
     shown = rendered(quality.classes_table(found(engine), columns, parts=True), width=columns)
+    digest = engine.namespace.digest[:12]
+    for line in (
+        f"{digest}/0a1b2c3d/replace of {digest}",
+        "  text was replaced; no such prompt is known to be stored",
+    ):
+        assert line in map(str.rstrip, shown.splitlines())
     assert "regret" in shown
-    assert f"{engine.namespace.digest[:12]}/0a1b2c3d/replace" in shown
+    assert max(map(len, shown.splitlines())) <= columns
+
+
+def test_in_eighty_columns_a_policy_stays_in_one_line(engine: Driver) -> None:
+    teach(engine, 40)
+    shown = rendered(quality.classes_table(found(engine), 80, parts=True), width=80)
+    assert re.search(r"^  faithful +40  ", shown, re.MULTILINE)
+    assert re.search(r"^    0 to 63 tokens behind an edit +40  ", shown, re.MULTILINE)
+    assert "    tried by 13.2 % of requests, not known yet: scored 40 of about 304, in 620" in shown
 
 
 def test_statistics_say_the_bound_the_classes_and_the_doubt(engine: Driver) -> None:

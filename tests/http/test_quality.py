@@ -109,13 +109,16 @@ def test_a_class_is_there_before_its_first_score(engine: Driver) -> None:
     assert "of them with scores0" in said
     assert "No edited answer was scored yet" in said
     assert "exact rung" in said
-    assert re.search(r"faithful tried by 2.0 % of requests -? ?not known yet0 of about 304", said)
+    tried = (
+        r"faithful tried by 2.0 % of requests -? ?not known yet0 of about 304, in 1,517 requests"
+    )
+    assert re.search(tried, said)
     assert "band: its limits; dashes: the bound" in said
     found = told(engine)
     (one,) = found["classes"]
     assert (found["total"], found["scored"], one["known"]["needed"]) == (1, 0, 304)
     of = {"namespace": engine.namespace.digest, "traffic": one["known"]["traffic"]}
-    assert "No answer was scored under it yet: 0 of about 304." in lines(
+    assert "No answer was scored under it yet: 0 of about 304, in 1,517 requests or more." in lines(
         shown(engine, "/quality/class", **of)
     )
 

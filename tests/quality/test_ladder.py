@@ -8,7 +8,15 @@ from statistics import mean
 import pytest
 
 from kvshare_store.quality.evidence import Evidence, Learned
-from kvshare_store.quality.ladder import EXACT, STALE, Decision, Terms, decide, scores_needed
+from kvshare_store.quality.ladder import (
+    EXACT,
+    STALE,
+    Decision,
+    Terms,
+    decide,
+    requests_needed,
+    scores_needed,
+)
 from tests.quality.streams import LADDER, Rates, quality, run, score
 
 TERMS = Terms(0.05, 0.05)
@@ -48,6 +56,19 @@ def test_so_many_good_scores_are_needed_as_is_said(epoch: int) -> None:
         known.epoch = epoch
         assert decide(known, NOTHING, LADDER, TERMS).rung == rung
     assert scores_needed(Terms(0.0, 0.05)) == 0
+
+
+@pytest.mark.parametrize("scores", [0, 40])
+def test_so_many_requests_are_needed_as_is_said(scores: int) -> None:
+    """One by one: the share of the requests that are tried grows with each good score."""
+    shares = [
+        decide(learned(faithful=(good, 0)), NOTHING, LADDER, TERMS).share
+        for good in range(scores, scores_needed(TERMS))
+    ]
+    taken = sum(1 / share for share in shares)
+    assert requests_needed(TERMS, scores) == pytest.approx(taken, abs=1)
+    assert requests_needed(TERMS, scores_needed(TERMS)) == 0
+    assert requests_needed(Terms(0.0, 0.05), 0) == 0
 
 
 def test_more_good_scores_never_make_it_stricter() -> None:
