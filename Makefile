@@ -1,7 +1,7 @@
 # make setup    the virtual environment .venv, the project in it, and a small model
 # make test     every test
 # make test-upstream   vLLM's own scheduler tests with our schedulers (ARMS="schedulers beside": more)
-# make demo     the example, four minutes on two cores (FULL=1: everything it can measure)
+# make demo     the example, two to four minutes on two cores (FULL=1: everything it can measure)
 # make chat     conversations with rewritten histories, about eight minutes (DATA=PATH: recorded ones)
 # make lmcache-setup   LMCache, for the tests of the adapter below it, in .venv-lmcache
 # make bench-setup   what the benchmarks compare with, in .venv-bench

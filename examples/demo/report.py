@@ -91,7 +91,7 @@ def build_report(engine: str, model: str, results: Results) -> dict[str, Any]:
 
 def follower_row(follower: FollowerResult) -> dict[str, Any]:
     """One follower as it stands in the report."""
-    full, ours = follower.answers["full"], follower.answers["kvshare"]
+    full, prefix, ours = (follower.answers[arm] for arm in ("full", "prefix", "kvshare"))
     return {
         "family": follower.family,
         "tokens": full.tokens,
@@ -103,6 +103,7 @@ def follower_row(follower: FollowerResult) -> dict[str, Any]:
         "ttft_kvshare_s": round(follower.ttft("kvshare"), 5),
         "first_token_same": full.token_ids[:1] == ours.token_ids[:1],
         "rougeL_vs_full": round(rouge_l(full.text, ours.text), 4),
+        "rougeL_prefix_vs_full": round(rouge_l(full.text, prefix.text), 4),
     }
 
 

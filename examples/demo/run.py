@@ -2,7 +2,7 @@
 
     python -m examples.demo.run [--model PATH] [--out demo-report.json] [--home DIR] [--full]
 
-As it stands it takes up to four minutes on two cores: two followers of five families, each once.
+As it stands it takes two to four minutes on two cores: two followers of five families, each once.
 `--full` serves every follower three times and measures misses and identical prompts as well.
 
 Every follower of `families.py` is served by three engines with the same settings:

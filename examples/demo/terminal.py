@@ -12,10 +12,16 @@ from rich.text import Text
 
 from examples.demo.report import LIGHT, LONG, POLICY, FollowerResult, Results
 
-FOOTNOTE = (
-    "reuse, recomputed: tokens. ROUGE-L compares answers: two computations of one prompt differ in "
-    "bf16, so prefix caching is below 1 too. Few requests miss here, so their cost is mostly noise."
+FOOTNOTES = (
+    "Reuse and recomputed are tokens, together those of the prompt. Shown are the prompts that "
+    "resemble an earlier one; the others that were served are those, and a few that resemble none.",
+    "ROUGE-L compares an answer with that of full prefill, prefix L that of prefix caching: two "
+    "computations of one prompt differ in bf16, so both may be far below 1.",
+    "Times are noisy on a busy machine: prefix caching computes no more than full prefill, so "
+    "where it takes longer, something else ran.",
 )
+ENOUGH_MISSES = 8
+"""Prompts that resemble none, from which on their cost is more than noise."""
 NEXT = "Next: docs/start.md, With your vLLM 0.32. The commands are in .venv/bin."
 
 
@@ -24,7 +30,8 @@ def show(report: dict[str, Any], results: Results, console: Console) -> None:
     console.rule(f"Time to first token, KVShare under policy {POLICY}")
     console.print(follower_table(report["followers"]))
     console.print(summary_panel(report["summary"]))
-    console.print(FOOTNOTE, style="dim")
+    for note in FOOTNOTES:
+        console.print(note, style="dim")
     if results.followers:
         console.print(side_by_side(pick_example(results.followers)))
     console.print(NEXT, highlight=False)
@@ -34,12 +41,13 @@ def follower_table(rows: Iterable[dict[str, Any]]) -> Table:
     """One row for each follower."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
     table.add_column("\nfamily", no_wrap=True)
-    for name in ("\ntokens", "exact\nreuse", "edited\nreuse", "recom-\nputed"):
+    for name in ("exact\nreuse", "edited\nreuse", "recom-\nputed"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("full\nms", "prefix\nms", "KVShare\nms", "\nfaster"):
+    for name in ("full\nms", "prefix\nms", "KVShare\nms", "speed\nup"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("first\ntoken", no_wrap=True)
-    table.add_column("ROUGE\nL", justify="right", no_wrap=True)
+    for name in ("ROUGE\nL", "prefix\nL"):
+        table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
         if previous not in (None, row["family"]):
@@ -51,14 +59,14 @@ def follower_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A table row without its first cell."""
-    counts = [row[name] for name in ("tokens", "reused_exact", "reused_edited", "recomputed")]
+    counts = [row[name] for name in ("reused_exact", "reused_edited", "recomputed")]
     times = [row[f"ttft_{arm}_s"] for arm in ("full", "prefix", "kvshare")]
     return [
         *(f"{count:,}" for count in counts),
         *(f"{seconds * 1e3:,.0f}" for seconds in times),
         f"[bold]{times[0] / times[2]:.1f}×[/]",  # noqa: RUF001
         "[green]same[/]" if row["first_token_same"] else "[yellow]other[/]",
-        f"{row['rougeL_vs_full']:.2f}",
+        *(f"{row[name]:.2f}" for name in ("rougeL_vs_full", "rougeL_prefix_vs_full")),
     ]
 
 
@@ -78,13 +86,13 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     full, prefix = summary["median_speedup_vs_full"], summary["median_speedup_vs_prefix"]
     again = summary["identical_again_speedup"]
     return [
-        ("First token sooner than full prefill's", times_text(full)),
-        ("First token sooner than prefix caching's", times_text(prefix)),
-        (f"  than full, {LONG:,} tokens and more", n_text(long)),
-        (f"  the same, at most {LIGHT:.0%} recomputed", n_text(light)),
-        *([("Identical prompt again", times_text(again))] if again is not None else []),
+        ("Speedup over full prefill", times_text(full)),
+        (f"  of prompts of {LONG:,} tokens and more", n_text(long)),
+        (f"  of those, at most {LIGHT:.0%} recomputed", n_text(light)),
+        ("Speedup over prefix caching", times_text(prefix)),
+        *([("Speedup of an identical prompt", times_text(again))] if again is not None else []),
         ("Tokens reused", percent(summary["share_reused"])),
-        ("Cost of a miss", f"{percent(summary['miss_overhead'])} (n={summary['misses']})"),
+        *([("Cost of a miss", miss_text(summary))] if summary["misses"] >= ENOUGH_MISSES else []),
         (
             "First token same as full prefill's",
             f"{percent(summary['first_token_agreement'])} "
@@ -101,6 +109,11 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def n_text(part: dict[str, Any]) -> str:
     """A speedup and of how many followers it is the median."""
     return f"{times_text(part['median'])} (n={part['n']})"
+
+
+def miss_text(summary: dict[str, Any]) -> str:
+    """What a miss costs, and of how many that is the median."""
+    return f"{percent(summary['miss_overhead'])} (n={summary['misses']})"
 
 
 def times_text(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_the_report_has_the_promised_shape() -> None:
     assert list(made["followers"][0]) == [
         "family", "tokens", "reused_exact", "reused_edited", "recomputed",
         "ttft_full_s", "ttft_prefix_s", "ttft_kvshare_s", "first_token_same", "rougeL_vs_full",
+        "rougeL_prefix_vs_full",
     ]  # fmt: skip
     assert {
         "median_speedup_vs_full", "median_speedup_vs_prefix", "share_reused",
@@ -103,7 +105,14 @@ def test_nothing_measured_is_null_and_not_zero() -> None:
     assert summary["share_reused"] is None
     lines = dict(terminal.summary_lines(summary))
     assert lines["Tokens reused"] == "–"  # noqa: RUF001
-    assert "Identical prompt again" not in lines, "the short demo does not send any"
+    assert "Speedup of an identical prompt" not in lines, "the short demo does not send any"
+
+
+def test_the_cost_of_a_few_misses_is_not_shown() -> None:
+    measured = results(follower())
+    assert "Cost of a miss" not in dict(terminal.summary_lines(summary_of(measured)))
+    measured.misses *= 11
+    assert dict(terminal.summary_lines(summary_of(measured)))["Cost of a miss"] == "2.0% (n=11)"
 
 
 def test_texts_without_words_can_be_compared() -> None:
@@ -135,11 +144,14 @@ def test_an_empty_run_is_a_problem() -> None:
 
 def test_the_terminal_shows_everything_in_eighty_columns() -> None:
     measured = results(follower("medical_report", tokens=1999), follower("book_character"))
+    measured.followers[0].answers["prefix"] = answer(0.6, text=f"{'other ' * 60}mat")
     console = Console(width=80, record=True, file=io.StringIO())
     terminal.show(report.build_report("vllm 1", "m", measured), measured, console)
     shown = console.export_text()
     assert "…" not in shown.replace(TEXT, "")
-    assert "medical_report  1,999" in shown
+    assert re.search(r"^medical_report +100 +1,799 +100 .* 8\.0× same +1\.00 +0\.03$", shown, re.M)  # noqa: RUF001
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "something else ran." in shown.replace("\n", " ")
     assert "Time to first token, KVShare under policy balanced" in shown
     assert "book_character, with KVShare" in shown
 
