@@ -51,7 +51,7 @@ class Workload:
 
     @classmethod
     def short(cls) -> Self:
-        """A workload of two to four minutes: two followers of five families and two misses, once."""
+        """Two to four minutes: two followers of five families and two misses, once."""
         families = [Family(f.name, f.donor, f.followers[:2]) for f in FAMILIES[:5]]
         return cls(families, misses()[:2], 1, repeats=False)
 

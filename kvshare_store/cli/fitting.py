@@ -75,7 +75,8 @@ def longest_word(cells: Sequence[Text]) -> int:
 
 
 def _width(name: str, cells: Sequence[Text]) -> int:
-    return max(Text(name).cell_len, *(cell.cell_len for cell in cells))
+    head = (Text(line).cell_len for line in name.splitlines())
+    return max(*head, *(cell.cell_len for cell in cells), 0)
 
 
 def _total(widths: Mapping[str, int]) -> int:

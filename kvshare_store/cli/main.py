@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KVShareError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        _fail(f"{error.format_message()} (see {_help_of(given)})", 2)
+        _fail(f"{_said(error, given)} (see {_help_of(given)})", 2)
     except typer.Abort:
         _fail("stopped, nothing was changed", 1)
     except OSError:  # those of the store are `KVShareError`s
@@ -141,6 +141,14 @@ def _fail(message: str, code: int) -> NoReturn:
     # it may name what strangers wrote: a field of an archive, a path
     typer.echo(f"kvshare: {one_line(message)}", err=True)
     sys.exit(code)
+
+
+def _said(error: typer.TyperException, given: Sequence[str]) -> str:
+    """The message, and of an option without its value what that may be."""
+    message, option = error.format_message(), getattr(error, "option_name", None)
+    command = typer.main.get_command(app).commands.get(given[0]) if given else None  # type: ignore[attr-defined]
+    wanted = [one.metavar for one in getattr(command, "params", ()) if option in one.opts]
+    return f"{message.removesuffix('.')}: {wanted[0]}" if wanted and wanted[0] else message
 
 
 def _help_of(given: Sequence[str]) -> str:

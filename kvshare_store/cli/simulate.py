@@ -7,21 +7,25 @@ reused, by reuse policy, beside the engine's own prefix cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import msgspec
 import typer
+from rich.table import Table
 
 from kvshare_store.cli.common import ConfigOption, SetOption, configured, console
 from kvshare_store.cli.simulated import STDOUT, draw, figure_class, write_json
 from kvshare_store.config import EvictionName, StoreConfig, parse_size
 from kvshare_store.errors import ConfigError
+from kvshare_store.readable import size
 
 _HOST_BYTES = "4GiB"
 _EVICTION = ",".join(get_args(EvictionName))
 _REUSE = "exact,faithful,balanced,aggressive"
+_ROW_BYTES = 57344
+"""Of Qwen2.5-7B."""
 
 
 class _Options(msgspec.Struct, frozen=True):
@@ -29,7 +33,7 @@ class _Options(msgspec.Struct, frozen=True):
 
     policies: list[str]
     host_bytes: str | None
-    row_bytes: int
+    row_bytes: int | None
     tokenizer: Path | None
     plot: Path | None
     json: Path | None
@@ -48,8 +52,8 @@ PromptsOption = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="Instead of TRACE: JSONL with `prompt` or `tokens`, and `answer` or "
-        "`answer_tokens`, `at`, `tenant`, `session`.",
+        help="Instead of TRACE: JSONL with `messages` (and `tools`), `prompt` or `tokens`, and "
+        "`answer` or `answer_tokens`, `at`, `tenant`, `session`.",
         show_default=False,
     ),
 ]
@@ -75,11 +79,13 @@ DiskBytesOption = Annotated[
     str, typer.Option("--disk-bytes", metavar="SIZE", help="TRACE: of the disk tier; 0: no disk.")
 ]
 RowBytesOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--row-bytes",
         metavar="BYTES|DIR",
-        help="What K and V of a token take, or a model's folder that says it. Default: Qwen2.5-7B.",
+        help="What K and V of a token take, or a model's folder that says it. Default: "
+        f"{_ROW_BYTES}, as for Qwen2.5-7B.",
+        show_default=False,
     ),
 ]
 BlockTokensOption = Annotated[
@@ -90,7 +96,8 @@ TokenizerOption = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="PATH",
-        help="tokenizer.json, or its folder, for text. TRACE: else four bytes are a token.",
+        help="tokenizer.json, or its folder, for text; for messages the model's folder. TRACE: "
+        "else four bytes are a token.",
     ),
 ]
 AnswersOption = Annotated[
@@ -115,7 +122,8 @@ SettleOption = Annotated[
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Write a plot.")]
 JsonFileOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; `-`: print it.")
+    Path | None,
+    typer.Option("--json", metavar="FILE|-", help="Write JSON into a file; `-`: print it."),
 ]
 
 
@@ -125,7 +133,7 @@ def command(
     policy: PolicyOption = None,
     host_bytes: HostBytesOption = None,
     disk_bytes: DiskBytesOption = "0",
-    row_bytes: RowBytesOption = "57344",
+    row_bytes: RowBytesOption = None,
     block_tokens: BlockTokensOption = 64,
     tokenizer: TokenizerOption = None,
     answers: AnswersOption = True,
@@ -158,11 +166,11 @@ def _of_trace(trace: Path, options: _Options, disk_bytes: str, block_tokens: int
 
     host_bytes = options.host_bytes or _HOST_BYTES
     budgets = _size(host_bytes, "--host-bytes"), _size(disk_bytes, "--disk-bytes")
-    machines = replay.machines(options.policies, *budgets, options.row_bytes)
+    machines = replay.machines(options.policies, *budgets, options.row_bytes or _ROW_BYTES)
     tokenize = traces.tokenizer(options.tokenizer) if options.tokenizer is not None else None
     points = simulated.run(trace, machines, block_tokens, tokenize)
     result = simulated.report(machines)
-    _show(options, result, simulated.table)
+    _show(options, result, simulated.table(result), [_room(options, budgets[0])])
     if options.plot is not None:
         draw(points, f"{trace.name}, host {host_bytes}, disk {disk_bytes}", options.plot)
 
@@ -179,33 +187,50 @@ def _of_prompts(
     from kvshare_store.simulate import prompt_replay, prompts, traces  # noqa: PLC0415 - NumPy
 
     budget = math.inf if options.host_bytes is None else _size(options.host_bytes, "--host-bytes")
-    room = prompt_replay.Room(options.row_bytes, budget, settle)
+    room = prompt_replay.Room(options.row_bytes or _ROW_BYTES, budget, settle)
     folder = str(options.tokenizer or "")
     arms = prompt_replay.arms_of(store, options.policies, room, folder)
-    tokenize = traces.tokenizer(options.tokenizer) if options.tokenizer is not None else None
-    reader = prompts.Reader(tokenize, answers, settle is not None)
+    reader = prompts.Reader(answers=answers, timed=settle is not None)
+    if options.tokenizer is not None:
+        tokenize = traces.tokenizer(options.tokenizer)
+        reader = reader._replace(tokenize=tokenize, render=simulated.renderer(options.tokenizer))
     counted = simulated.run(path, reader, arms, least)
     result = prompt_replay.report(counted)
-    _show(options, result, simulated.table)
+    known = simulated.measured(store, options.policies)
+    room = [] if math.isinf(budget) else [_room(options, budget)]
+    table = simulated.table(result, console().width, known)
+    _show(options, result, table, [*simulated.NOTES, *room])
     if options.plot is not None:
         draw(simulated.points(counted), path.name, options.plot)
 
 
-def _show(options: _Options, result: Any, table: Callable[[Any], Any]) -> None:
+def _room(options: _Options, budget: float) -> str:
+    """What `--row-bytes` assumed, where a budget makes that count."""
+    row_bytes = options.row_bytes or _ROW_BYTES
+    assumed = ", as of Qwen2.5-7B; --row-bytes DIR: of your model" if not options.row_bytes else ""
+    return f"Host tier: {size(int(budget))}; a token: {row_bytes:,} bytes{assumed}"
+
+
+def _show(options: _Options, result: Any, table: Table, notes: Sequence[str]) -> None:
     if options.json is not None:
         write_json(options.json, result)
     if options.json != STDOUT:
-        console().print(table(result))
+        out = console()
+        out.print(table)
+        for note in notes:
+            out.print(note, style="dim")
 
 
 def _size(text: str, name: str) -> int:
-    size = parse_size(text, name)
-    if size < 0:
+    budget = parse_size(text, name)
+    if budget < 0:
         raise ConfigError(f"{name}: a budget is negative")
-    return size
+    return budget
 
 
-def _row_bytes(text: str) -> int:
+def _row_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
     from kvshare_store.simulate.model_rows import row_bytes_of  # noqa: PLC0415 - NumPy
 
     if Path(text).is_dir():

@@ -108,7 +108,7 @@ def _arms(counted: Counted) -> Iterator[tuple[str, dict[str, Any]]]:
                 "reused": sum(by_kind.values()),
                 "to_compute": sum(left),
                 "by_kind": by_kind,
-                "median_to_compute": float(np.median(left)),
-                "p90_to_compute": float(np.quantile(left, 0.9)),
+                "median_to_compute": round(float(np.median(left)), 1),
+                "p90_to_compute": round(float(np.quantile(left, 0.9)), 1),
             },
         )

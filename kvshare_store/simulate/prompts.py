@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, NamedTuple
 
 import msgspec
 
@@ -12,6 +12,10 @@ from kvshare_store.config import json_lines
 from kvshare_store.errors import ConfigError, PlanError
 from kvshare_store.nodes.edits import Tokens, as_tokens
 from kvshare_store.simulate.traces import Tokenize
+
+Object = dict[str, Any]
+Render = Callable[[list[Object], list[Object] | None], str]
+"""Messages, and the tools that they may call, as text, by the model's chat template."""
 
 
 class Prompt(NamedTuple):
@@ -37,6 +41,8 @@ class Prompt(NamedTuple):
 class _Line(msgspec.Struct):
     """What a line may hold; other fields are ignored."""
 
+    messages: list[Object] | None = None
+    tools: list[Object] | None = None
     prompt: str | None = None
     tokens: list[int] | None = None
     answer: str | None = None
@@ -50,6 +56,7 @@ class Reader(NamedTuple):
     """How lines become prompts."""
 
     tokenize: Tokenize | None = None
+    render: Render | None = None
     answers: bool = True
     """False: answers are ignored."""
     timed: bool = False
@@ -57,18 +64,23 @@ class Reader(NamedTuple):
 
     def prompt(self, line: _Line) -> Prompt:
         """The prompt of a line; `ConfigError` or `PlanError` if it has none."""
-        if line.tokens is None and line.prompt is None:
-            raise ConfigError(
-                "it has neither `prompt` nor `tokens`; put messages through the model's chat "
-                "template first, as the engine does"
-            )
+        if line.tokens is None and line.prompt is None and line.messages is None:
+            raise ConfigError("it has no `messages`, `prompt` or `tokens`")
         if line.at is None and self.timed:
             raise ConfigError("it has no `at`, which --settle needs")
         if line.at is not None and not math.isfinite(line.at):
             raise ConfigError("`at` is not a number of seconds")
+        tokens = self._tokens(line.tokens, self._text(line))
         answer = self._tokens(line.answer_tokens, line.answer) if self.answers else _NONE
-        tokens = self._tokens(line.tokens, line.prompt)
         return Prompt(tokens, answer, line.at, line.tenant, line.session)
+
+    def _text(self, line: _Line) -> str | None:
+        """Read only where there are no tokens."""
+        if line.tokens is not None or line.prompt is not None or line.messages is None:
+            return line.prompt
+        if self.render is None:
+            raise ConfigError("it has messages: name their model's folder with --tokenizer DIR")
+        return self.render(line.messages, line.tools)
 
     def _tokens(self, ids: list[int] | None, text: str | None) -> Tokens:
         if ids is None and text:
@@ -81,9 +93,9 @@ class Reader(NamedTuple):
 def read_prompts(file: IO[bytes], reader: Reader) -> Iterator[Prompt]:
     """The prompts of a JSONL file (gzip or not), in its order.
 
-    A line has `tokens`, or `prompt` as text; it may have `answer_tokens`, or `answer` as text, `at`
-    in seconds, `tenant` and `session`. Where it has both, tokens count. `ConfigError` names the
-    line that is wrong.
+    A line has `tokens`, or `prompt` as text, or `messages` (and `tools`); it may have
+    `answer_tokens`, or `answer` as text, `at` in seconds, `tenant` and `session`. Where it has
+    several, tokens count, then text. `ConfigError` names the line that is wrong.
     """
     for number, line in json_lines(file, _Line, "the prompts"):
         try:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvshare_store.cli.simulated_prompts import FIRST_TOKENS, NOTES
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
 from kvshare_store.nodes.edits import as_tokens
@@ -20,7 +21,9 @@ from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prefix_cache import PrefixCache
 from kvshare_store.simulate.prompt_replay import Room, arms_of, replay, report
 from kvshare_store.simulate.prompts import Prompt, Reader, in_order, read_prompts
+from tests.support.chat_model import chat_model
 from tests.support.commands import run
+from tests.support.documents import DOCS
 
 ROW_BYTES = 64
 
@@ -81,7 +84,9 @@ def test_a_line_has_tokens_or_text() -> None:
         (b'{"tokens": "x"}\n', "line 3: .*tokens"),
         (b'{"tokens": [1, -2]}\n', "line 3: token ids"),
         (b'{"tokens": [1, 4294967296]}\n', "line 3: token ids"),
-        (b'{"answer": "x"}\n', "line 3: .*neither `prompt` nor `tokens`"),
+        (b'{"answer": "x"}\n', "line 3: it has no `messages`, `prompt` or `tokens`"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 3: .*messages.*--tokenizer"),
+        (b'{"messages": "x"}\n', "line 3: .*messages"),
         (b'{"prompt": "x"}\n', "line 3: .*--tokenizer"),
         (b'{"tokens": [1], "answer": "x"}\n', "line 3: .*--tokenizer"),
         (b'{"tokens": [1], "at": "noon"}\n', "line 3: .*at"),
@@ -90,6 +95,27 @@ def test_a_line_has_tokens_or_text() -> None:
 def test_a_bad_line_is_named(line: bytes, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         read(lines({"tokens": [1]}, {"tokens": [2]}) + line)
+
+
+def test_a_line_has_messages() -> None:
+    """Tokens go before text, and text before messages."""
+    said = [{"role": "user", "content": "x"}]
+    tools = [{"type": "function"}]
+    rows = lines(
+        {"messages": said, "tools": tools, "answer": "y"},
+        {"messages": said, "prompt": "ab"},
+        {"messages": said, "tokens": [1]},
+    )
+    asked: list[Any] = []
+
+    def render(messages: list[Any], tools: list[Any] | None) -> str:
+        asked.append((messages, tools))
+        return "rendered"
+
+    found = read(rows, tokenize=letters, render=render)
+    assert [one.tokens.tolist() for one in found] == [letters("rendered"), letters("ab"), [1]]
+    assert found[0].answer.tolist() == letters("y")
+    assert asked == [(said, tools)]
 
 
 def test_a_time_is_asked_for_where_it_counts() -> None:
@@ -313,6 +339,51 @@ def test_the_command_writes_json_and_a_plot(file: Path, tmp_path: Path) -> None:
     assert json.loads(printed) == result
 
 
+@pytest.mark.parametrize("columns", ["70", "80", "200"])
+def test_the_table_fits_and_says_how_often_the_first_token_stays(file: Path, columns: str) -> None:
+    code, out, _ = run("simulate", "--prompts", str(file), columns=columns)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= int(columns)
+    rates = {line[:14].strip(): line.rstrip()[-5:].strip() for line in out.splitlines() if " % " in
+             line}  # fmt: skip
+    assert rates | {"prefix caching": "100 %", "balanced": "95 %", "aggressive": "76 %"} == rates
+    assert ("no room for: 90 %" in out) == (columns == "70")
+    assert "docs/choosing.md" in " ".join(out.split())
+    assert "a token: " not in out, "without a budget it does not count"
+
+
+def test_a_policy_that_a_setting_changes_was_not_measured(file: Path) -> None:
+    _, out, _ = run("simulate", "--prompts", str(file), "--set", "edit_window=8")
+    (balanced,) = (line for line in out.splitlines() if line.startswith("balanced"))
+    assert balanced.rstrip().endswith(" -")
+
+
+def test_the_first_tokens_are_those_that_were_measured() -> None:
+    found = json.loads((DOCS / "benchmarks" / "agreement.json").read_text())
+    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+    same = {row["method"].removeprefix("kvshare "): row["first token same"] for row in rows}
+    measured = {"prefix_caching": same["prefix"], "exact": same["prefix"]} | {
+        name: round(same[name], 2) for name in ("faithful", "balanced", "aggressive")
+    }
+    assert measured == FIRST_TOKENS
+    assert f"of {found['n']['pairs']} recorded pairs" in " ".join(NOTES)
+
+
+def test_what_a_token_takes_is_said_where_a_budget_makes_it_count(file: Path) -> None:
+    options = ("simulate", "--prompts", str(file), "--policy", "exact", "--host-bytes", "8MiB")
+    assert "Host tier: 8.0 MiB; a token: 57,344 bytes, as of Qwen2.5-7B" in run(*options)[1]
+    given = run(*options, "--row-bytes", "1KiB")[1]
+    assert "a token: 1,024 bytes\n" in given
+
+
+def test_numbers_for_programs_are_round(file: Path) -> None:
+    options = ["--prompts", str(file), "--policy", "faithful", "--min-tokens", "0"]
+    _, printed, _ = run("simulate", *options, "--json", "-")
+    found = json.loads(printed)["faithful"]
+    assert all(one == round(one, 1) for one in found.values() if isinstance(one, float))
+    assert "argument: FILE|- (see" in run("simulate", "--prompts", str(file), "--json")[2]
+
+
 def test_settings_count(file: Path) -> None:
     options = ["--prompts", str(file), "--policy", "exact", "--json", "-"]
     _, printed, _ = run("simulate", *options, "--set", "min_prompt_tokens=450")
@@ -370,6 +441,20 @@ def test_text_is_split_by_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert json.loads(printed)["exact"]["reused"] == 199
     _, printed, _ = run("simulate", *options, "--no-answers", "--json", "-")
     assert json.loads(printed)["exact"]["reused"] == 100
+
+
+def test_messages_go_through_the_template_of_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    chat_model(tmp_path)
+    said = "x" * 100
+    first = [{"role": "user", "content": said}]
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(lines({"messages": first, "answer": "no"}, {"prompt": f"<user>{said}<bot>no"}))
+    options = ["--prompts", str(path), "--tokenizer", str(tmp_path), "--policy", "exact"]
+    code, printed, err = run("simulate", *options, "--json", "-")
+    assert code == 0, err
+    found = json.loads(printed)
+    assert (found["tokens"], found["exact"]["reused"]) == (111 + 113, 112)
 
 
 def test_unlimited_is_infinite() -> None:

@@ -189,6 +189,7 @@ def test_the_command_prints_a_line_for_each_policy(trace: Path) -> None:
     code, out, _ = run("simulate", str(trace), "--row-bytes", "1", "--host-bytes", "128")
     assert code == 0
     assert "40 requests, 2,560 tokens" in out
+    assert "Host tier: 128 B; a token: 1 bytes\n" in out
     found = {line.split()[0]: line.split()[1] for line in out.splitlines() if "%" in line}
     assert list(found) == [*POLICIES, UNLIMITED]
     assert found["lru"] == "0.0", "four prompts in turns do not fit where two do"
