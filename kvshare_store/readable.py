@@ -188,10 +188,10 @@ def source_text(candidate: Mapping[str, Any]) -> str:
 
 
 def bar(part: int, whole: int) -> str:
-    """A bar of fixed width; anything at all shows at least one cell."""
+    """A bar of fixed width; anything at all shows at least a thin line."""
     cells = round(_BAR * min(part, whole) / whole) if whole else 0
-    filled = max(cells, 1) if part else 0
-    return "█" * filled + "░" * (_BAR - filled)
+    filled = "█" * cells or ("▏" if part else "")
+    return filled + "░" * (_BAR - len(filled))
 
 
 def age(created: float, now: float | None = None) -> str:

@@ -85,11 +85,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
-def answering(config: StoreConfig) -> AbstractContextManager[Ask]:
+def answering(config: StoreConfig, *, new: bool = False) -> AbstractContextManager[Ask]:
     """What answers messages for a home; see `upkeep.chores`."""
     from kvshare_store.cli import upkeep  # noqa: PLC0415 - seconds, not for --help
 
-    return upkeep.chores(config)
+    return upkeep.chores(config, new=new)
 
 
 def print_json(value: Any) -> None:

@@ -18,6 +18,7 @@ from kvshare_store.cli.common import (
     configured,
     print_json,
 )
+from kvshare_store.config import StoreConfig
 from kvshare_store.errors.wording import short
 from kvshare_store.readable import many, size
 
@@ -49,18 +50,25 @@ def export(
 
     if os.path.isfile(file) and not yes:  # nothing else is replaced; others are refused below
         typer.confirm(f"Replace {file}?", abort=True, err=True)
-    with answering(configured(home, config)) as ask:
+    chosen = configured(home, config)
+    with answering(chosen) as ask:
         found = ask(Export(str(file.absolute()), tuple(nodes or ()), tenant, plain))
     if json:
         print_json(found)
     else:
         typer.echo(
-            f"{many(found['nodes'], 'node')} and {many(found['blocks'], 'block')} are in {file} "
-            f"({size(found['nbytes'])})."
+            f"{many(found['nodes'], 'node')} and {many(found['blocks'], 'block')} are in "
+            f"{_there(file, chosen)} ({size(found['nbytes'])})."
         )
         for node in found["skipped"]:
             typer.echo(f"{short(node)}: its rows could not be read", err=True)
     return int(bool(found["skipped"]))
+
+
+def _there(file: Path, config: StoreConfig) -> str:
+    """The path of an archive, which the daemon writes, and whose it is if that is elsewhere."""
+    path = file.absolute()
+    return f"{path} on the machine of {config.connect}" if config.connect else str(path)
 
 
 def import_(
@@ -71,15 +79,24 @@ def import_(
 ) -> int:
     """Take in the prompts of an archive that `kvshare export` has written.
 
-    All of it is verified before anything is taken. The exit code is 1 if some were not taken.
+    All of it is verified before anything is taken. A home without a store gets one. The exit code
+    is 1 if some were not taken.
     """
-    from kvshare_store.daemon.protocol import Import  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.cli.upkeep import has_store  # noqa: PLC0415 - seconds, not for --help
+    from kvshare_store.daemon.protocol import Import  # noqa: PLC0415
+    from kvshare_store.maintenance.moving import check_archive  # noqa: PLC0415
 
-    with answering(configured(home, config)) as ask:
+    chosen = configured(home, config)
+    new = not has_store(chosen)
+    if new:
+        check_archive(file)  # one that is damaged leaves no store behind
+    with answering(chosen, new=new) as ask:
         found = ask(Import(str(file.absolute())))
     if json:
         print_json(found)
     else:
+        if new:
+            typer.echo(f"{chosen.home_path} had no store: one was made.", err=True)
         typer.echo(f"{many(len(found['nodes']), 'new node')}, {found['known']:,} were here.")
         for node in found["skipped"]:
             typer.echo(f"{short(node)}: there was no room for its rows", err=True)

@@ -46,16 +46,18 @@ def _as_configured(stats: dict[str, Any], config: StoreConfig) -> dict[str, Any]
     return stats | {"pid": None, "since": None, "tiers": tiers}
 
 
-def alone(config: StoreConfig) -> Store:
+def alone(config: StoreConfig, *, new: bool = False) -> Store:
     """The home opened for one message. Nothing is merged, and nothing goes for a budget or for a
     tier that is not there: the home may be used with other settings than those of this process.
+    `new`: there is no store yet, so these settings are its first ones.
 
     `ConfigError` if the store has used a remote and the settings name none.
     """
+    room = 0 if new else shutil.disk_usage(config.home_path).total
     chosen = msgspec.structs.replace(
         config,
         host_bytes=min(config.host_bytes, _HOST_BYTES),
-        disk_bytes=max(config.disk_bytes, shutil.disk_usage(config.home_path).total),
+        disk_bytes=max(config.disk_bytes, room),
         remote_bytes=0,
         max_nodes=_NEVER,
         namespace_bytes=0,
@@ -66,4 +68,4 @@ def alone(config: StoreConfig) -> Store:
         max_chain=_NEVER,
         max_scatter=float(_NEVER),
     )
-    return Store(chosen, visiting=True)
+    return Store(chosen, visiting=not new)

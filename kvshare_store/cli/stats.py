@@ -21,7 +21,7 @@ from kvshare_store.cli.common import (
     plain_table,
     print_json,
 )
-from kvshare_store.readable import age, bar, many, milliseconds, percent, printable, share, size
+from kvshare_store.readable import age, bar, many, percent, printable, share, size, took
 
 Counts = Mapping[str, Any]
 
@@ -60,11 +60,18 @@ def serving(stats: Counts) -> str:
     )
 
 
+def holding(home: str, stats: Counts) -> str:
+    """What is there now."""
+    return (
+        f"{home}: {many(stats['nodes'], 'node')}, {many(stats['blocks'], 'block')}, "
+        f"{many(stats['leases'], 'lease')}"
+    )
+
+
 def headline(home: str, stats: Counts) -> str:
     """One line about the contents."""
     return (
-        f"{home}: {many(stats['nodes'], 'node')}, {many(stats['blocks'], 'block')}, "
-        f"{many(stats['leases'], 'lease')}; "
+        f"{holding(home, stats)}; "
         f"{size(stats['bytes_loaded'])} loaded, {size(stats['bytes_stored'])} stored, "
         f"{many(stats['answers_stored'], 'answer')} of "
         f"{many(stats['tokens_answers_stored'], 'token')}" + settled(stats)
@@ -143,7 +150,7 @@ def times_table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     table = _table("times")
     add_numbers(table, "p50", "p99")
     for name, values in seconds.items():
-        table.add_row(name, milliseconds(values["p50"]), milliseconds(values["p99"]))
+        table.add_row(name, took(values["p50"]), took(values["p99"]))
     return table
 
 

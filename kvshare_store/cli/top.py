@@ -22,7 +22,7 @@ from kvshare_store.cli.common import (
     print_json_line,
 )
 from kvshare_store.cli.log import requests_table
-from kvshare_store.cli.stats import headline, tiers_table
+from kvshare_store.cli.stats import holding, tiers_table
 from kvshare_store.errors import UnavailableError
 from kvshare_store.readable import milliseconds, share, size
 
@@ -144,7 +144,7 @@ def view(
     """One look for a terminal of `width` cells."""
     seconds = now["seconds"]
     parts: list[RenderableType] = [
-        Text(headline(home, now), "bold"),
+        Text(holding(home, now), "bold"),
         Text(
             f"{rates['lookups']:.1f} lookups/s, {rates['misses']:.1f} misses/s, "
             f"{rates['tokens_requested']:,.0f} tokens/s of which {_reused(rates)} reused; "
@@ -155,6 +155,7 @@ def view(
             ", ".join(
                 f"{name} p50 {milliseconds(times['p50'])} p99 {milliseconds(times['p99'])}"
                 for name, times in seconds.items()
+                if times["p99"]
             )
         ),
         Text(),

@@ -164,14 +164,25 @@ def import_nodes(repository: Repository, path: Path) -> Imported:
     cut off, `CorruptBlockError` for one that is damaged; then nothing has changed. `StorageError`
     if storage refuses nodes; those that it took before stay. What was taken is durable.
     """
+    with _opened(path) as (file, contents):
+        return _import(repository, file, contents)
+
+
+def check_archive(path: Path) -> None:
+    """Read and verify a whole archive; errors as of `import_nodes`."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Contents]]:
     try:
         if path.is_dir():
             raise ConfigError(f"{path} is a folder: name an archive in it")
         if path.exists() and not path.is_file():  # a pipe would block
             raise ConfigError(f"archive {path} is no ordinary file")
         with path.open("rb") as file:
-            contents = verified(file, path)
-            return _import(repository, file, contents)
+            yield file, verified(file, path)
     except KVShareError:
         raise
     except OSError as error:

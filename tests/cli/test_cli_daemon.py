@@ -223,7 +223,7 @@ def test_only_a_home_that_nobody_serves_takes_the_time_to_load_lancedb(home: Pat
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_no_bar_is_cut(store: Stored, columns: str) -> None:
     out = run("stats", "--home", store[0], columns=columns)[1]
-    bars = re.findall("[█░]+", out)
+    bars = re.findall("[█▏░]+", out)
     assert {len(bar) for bar in bars} == {20}
     assert max(map(len, out.splitlines()[3:])) <= int(columns)
 
@@ -259,6 +259,9 @@ def test_every_command_reads_a_home_that_nobody_serves(home: Path) -> None:
     budgets = {name: tier["budget"] for name, tier in now["tiers"].items()}
     assert budgets == {"host": 4 << 30, "disk": 32 << 30}, "as a daemon would have them"
     assert now["tiers"]["disk"]["blocks"] == json.loads(served["stats"])["tiers"]["disk"]["blocks"]
+    assert (now["pid"], now["since"]) == (None, None), "nobody has counted"
+    budgets = {name: use["budget"] for name, use in now["tiers"].items()}
+    assert budgets == {"host": 4 * 2**30, "disk": 32 * 2**30}, "those of a daemon"
     assert run("clear", "--yes", "--home", home) == (0, "2 nodes removed.\n", "")
     assert run("ls", "--home", home)[1] == f"No nodes in {home} yet.\n"
 

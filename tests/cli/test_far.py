@@ -44,6 +44,9 @@ def test_commands_over_the_network(config: Callable[..., StoreConfig], tmp_path:
         assert {row["name"]: row["value"] for row in rows}["home"] == settings.home
         assert "here: what this command's own settings say" in shown
         assert "needs the role admin" in one_line(asked("reader", "clear", "--yes"), 10)
+        archive = tmp_path / "a.kv"
+        said = asked("admin", "export", str(archive))[1]
+        assert f"blocks are in {archive} on the machine of {address} (" in said
         assert asked("admin", "clear", "--yes")[0] == 0
         assert asked("reader", "ls")[1] == f"No nodes in {address} yet.\n"
         assert "has stopped" in asked("admin", "stop")[1]
