@@ -56,6 +56,10 @@ PoolsOption = Annotated[
     list[str] | None,
     typer.Option("--pool", metavar="NAME", help="A pool that it may use; may be repeated."),
 ]
+TenantOption = Annotated[
+    str | None,
+    typer.Option("--tenant", metavar="NAME", help="Of PROMPT_FILE: whose prompt it is."),
+]
 FullOption = Annotated[bool, typer.Option("--full", help="Shorten no text.")]
 
 
@@ -66,6 +70,7 @@ def command(
     tokens: TokensOption = False,
     tokenizer: TokenizerOption = None,
     namespace: NamespaceOption = "",
+    tenant: TenantOption = None,
     policy: PolicyOption = None,
     pool: PoolsOption = None,
     home: HomeOption = None,
@@ -87,7 +92,8 @@ def command(
     ids, text = (b"", "") if prompt is None else _prompt(prompt, tokens, tokenizer)
     with answering(configured(home, config)) as ask:
         pools = tuple(pool or ())
-        found = ask(Explain(ids, text, first, request, only, namespace, policy, pools))
+        asked = Explain(ids, text, first, request, only, namespace, policy, pools, tenant)
+        found = ask(asked)
     if tokenizer is not None and found["explanation"] is not None:
         _decode(found["explanation"], tokenizer)
     if json:

@@ -46,6 +46,7 @@ def parts(found: Found, width: int, *, marked: bool, limit: int) -> Iterable[Ren
         yield from request_lines(request)
         if explained is None:
             yield no_tokens_text(request)
+            yield "A stored prompt can be planned all the same: kvshare explain --node NODE"
             return
         yield then_text(request, found.get("differs", "")) + "\n"  # the release before has none
     yield from headline(explained, again=request is not None)
@@ -56,7 +57,7 @@ def parts(found: Found, width: int, *, marked: bool, limit: int) -> Iterable[Ren
         yield candidates_table(explained["candidates"], width)
     if explained["divergence"] is not None:
         yield Text("\nfirst difference", style="bold")
-        yield Indented(divergence_text(explained["divergence"], explained["tokens"]))
+        yield Indented(divergence_text(explained))
     yield Text("\nprompt", style="bold").append_text(legend(marked))
     yield Indented(prompt_text(explained["parts"], marked=marked, limit=limit))
     if any(part["donor"] for part in explained["parts"]):
@@ -142,12 +143,18 @@ def _look(name: str) -> dict[str, Any]:
     }
 
 
-def divergence_text(divergence: Found, length: int) -> Text:
+def divergence_text(explained: Found) -> Text:
     """Where the prompt leaves the stored one with the longest common beginning."""
+    divergence = explained["divergence"]
     at, name = divergence["position"], short(divergence["node"])
-    if at == length:
-        return Text(f"none: {name} begins with the whole prompt")
-    text = Text(f"at token {at:,}, from {name}\n")
+    if at == explained["tokens"]:
+        return Text(
+            f"none: {name} begins with the whole prompt (`kvshare explain --node {name}` plans it "
+            "without itself)"
+        )
+    donors = [one["node"] for one in explained["candidates"] if one["taken"]]
+    longest = "" if divergence["node"] in donors else " (not taken; its beginning fits best)"
+    text = Text(f"at token {at:,}, from {name}{longest}\n")
     for label, side in (("prompt", "request"), ("stored", "donor")):
         words = printable(divergence[f"{side}_text"]).replace("\n", "↵")
         text.append(f"{label}  ", style="dim").append(f"{words or '(its end)'}\n")

@@ -157,11 +157,8 @@ def request_lines(request: Request) -> Iterable[str]:
     )
     if meaning := miss_text(request["reason"]):
         yield f"{request['reason']}: {meaning}"
-    yield (
-        f"lookup {took(request['lookup'])}, load {took(request['load'])}, "
-        f"{took(request['held'])} from question to end; {took(request.get('prefill', 0.0))} from "
-        f"plan to first token; the plan was expected to save {request['saving_ms']:,.1f} ms"
-    )
+    if times := ", ".join(_times(request)):
+        yield times
     if request.get("steering"):  # a daemon of the release before does not say it
         yield steering_text(request["steering"])
     if request["donors"]:
@@ -169,6 +166,19 @@ def request_lines(request: Request) -> Iterable[str]:
     if request["spans"]:
         yield "planned: " + ", ".join(f"{a}…{b - 1} {kind}" for a, b, kind in request["spans"])
     yield from verdict_lines(request.get("verdict"))
+
+
+def _times(request: Request) -> Iterable[str]:
+    """What took time, and what the plan was expected to save; nothing of what there was not."""
+    for step in ("lookup", "load"):
+        if request[step]:
+            yield f"{step} {took(request[step])}"
+    if request["held"]:
+        yield f"{took(request['held'])} from question to end"
+    if prefill := request.get("prefill"):
+        yield f"{took(prefill)} from plan to first token"
+    if request["saving_ms"]:
+        yield f"the plan was expected to save {request['saving_ms']:,.1f} ms"
 
 
 def _name(request: Request) -> str:

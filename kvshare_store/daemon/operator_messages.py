@@ -80,6 +80,8 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
     policy: str | None = None
     pools: Pools = ()
     """As those of a plan; a logged request says its own."""
+    tenant: str | None = None
+    """Of this tenant, in place of `namespace`. Releases before ignore it."""
 
 
 class ListRequests(msgspec.Struct, frozen=True, tag="list_requests"):

@@ -180,7 +180,7 @@ def _prompt(
         if found is None:
             raise NodeError(f"node {short(node.id)} has just left the store")
         return node.tokens, found, [node.id]
-    namespace = _namespace(store, message.namespace)
+    namespace = _namespace(store, message.namespace, message.tenant)
     if message.text:
         ids = encode(namespace.tokenizer, message.text)
         if ids is None:
@@ -194,11 +194,14 @@ def _prompt(
     return np.frombuffer(message.tokens, np.int32), namespace, ()
 
 
-def _namespace(store: Store, beginning: str) -> Namespace:
+def _namespace(store: Store, beginning: str, tenant: str | None) -> Namespace:
     if beginning:
         return matching(store.nodes, beginning, None)[0]
-    with store.nodes.lock:
-        known = list(store.nodes.namespaces)
+    if tenant is not None:
+        known = matching(store.nodes, "", tenant)
+    else:
+        with store.nodes.lock:
+            known = list(store.nodes.namespaces)
     if len(known) == 1:
         return known[0]
     if not known:
@@ -207,4 +210,6 @@ def _namespace(store: Store, beginning: str) -> Namespace:
         f"{short(one.digest)} ({one.model}{f', {one.owner}' if one.owner else ''})"
         for one in known[:8]
     )
-    raise NamespaceError(f"{len(known)} namespaces are here, name one with --namespace: {names}")
+    raise NamespaceError(
+        f"{len(known)} namespaces are here, name one with --namespace or --tenant: {names}"
+    )

@@ -189,7 +189,7 @@ class Explainer:
             )
         cover = self.cover
         if cover is None:
-            return "its passages are too short to be worth a seam"
+            return "its passages are too short to be worth loading"
         free = cover.donor_of < 0
         new = sum(
             int(np.count_nonzero(free[start : start + min(count, max(0, usable - source))]))
@@ -199,7 +199,7 @@ class Explainer:
             return "has nothing that the donors taken lack"
         if len(cover.donors) >= self._config.max_donors:
             return f"{self._config.max_donors} donors were taken already (max_donors)"
-        return f"what it could add ({new:,} tokens) lies in runs too short to be worth a seam"
+        return f"what it could add ({new:,} tokens) lies in runs too short to be worth loading"
 
     # --- the rest ----------------------------------------------------------------------------
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -105,15 +108,31 @@ def test_candidates_fit_the_terminal(width: int) -> None:
         assert CANDIDATE["why"] in " ".join(words.split()), "in one piece, however many lines"
 
 
+def test_the_first_difference_may_be_from_who_was_not_taken(served: Served) -> None:
+    home, (first, second, _) = served
+    found = as_json("explain", "--node", second, "--node", first, "--home", home)["explanation"]
+    assert "not taken" not in explained.divergence_text(found).plain
+    passed = found | {"candidates": [found["candidates"][0] | {"taken": False}]}
+    said = explained.divergence_text(passed).plain.splitlines()[0]
+    assert said == f"at token 80, from {first[:12]} (not taken; its beginning fits best)"
+
+
 def test_a_prompt_of_token_ids(served: Served, tmp_path: Path) -> None:
     file = tmp_path / "prompt.json"
     file.write_text(json.dumps([*FIRST, 1, 2, 3]))
     arguments = ("explain", file, "--tokens", "--home", served[0])
     line = one_line(run(*arguments), 5)
-    assert "2 namespaces are here, name one with --namespace" in line
+    assert "2 namespaces are here, name one with --namespace or --tenant" in line
     found = as_json(*arguments, "--namespace", SPACE.digest[:8])["explanation"]
     assert found["by_kind"] == {"exact": 200, "recomputed": 3}
+    of_alice = as_json(*arguments, "--tenant", "alice")["explanation"]
+    assert (of_alice["tenant"], of_alice["candidates"][0]["node"]) == ("alice", served[1][2])
+    assert "no namespace is of that tenant" in one_line(run(*arguments, "--tenant", "bob"), 5)
     assert found["parts"][-1]["tokens"] == [3]
+    file.write_text(json.dumps(FIRST))
+    whole = ok(*arguments, "--namespace", SPACE.digest[:8])
+    first = served[1][0][:12]
+    assert f"{first} begins with the whole prompt (`kvshare explain --node {first}`" in whole
     strict = as_json(*arguments, "--namespace", SPACE.digest[:8], "--policy", "off")
     assert strict["explanation"]["declined"] == "policy_off"
 
@@ -275,6 +294,15 @@ def test_a_logged_request_in_full(served: Served) -> None:
     assert "load 2.00 ms" in out
     assert "30.50 ms from plan to first token" in out
     assert "log_prompts" in out
+    assert "kvshare explain --node NODE" in out
+
+
+def test_a_miss_says_nothing_of_what_was_not(served: Served) -> None:
+    (missed,) = as_json("log", "--declined", "--home", served[0])
+    said = "\n".join(request_lines(missed))
+    assert "lookup " in said
+    assert not re.search("load|first token|save|-,", said)
+    assert list(request_lines(missed | {"lookup": 0.0, "held": 0.0}))[-1].startswith("empty_store")
 
 
 def test_a_logged_request_is_planned_again(home: Path) -> None:
@@ -548,13 +576,19 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
     there, ids = served
     out = ok("export", "a.kv", "--home", there)
     assert out.startswith("3 nodes and ")
+    assert f"are in {tmp_path / 'a.kv'} (" in out
     assert run("export", "a.kv", "--home", there)[0] == 1  # no outcome is reported
     typo = run("export", "c.kv", "--tenant", "allice", "--home", there)
     assert "no namespace is of that tenant" in one_line(typo, 5)
     assert not (tmp_path / "c.kv").exists(), "a backup of nothing looks like one"
     assert as_json("export", "b.kv", "--tenant", "alice", "--home", there)["nodes"] == 1
-    Store(StoreConfig(home=str(home), **SMALL)).close()
-    assert as_json("import", "b.kv", "--home", home)["nodes"] == [ids[2]]
+    shutil.copy(tmp_path / "b.kv", tmp_path / "cut.kv")
+    os.truncate(tmp_path / "cut.kv", 900)
+    assert "is cut off" in one_line(run("import", "cut.kv", "--home", home), 1)
+    assert not home.exists(), "a damaged archive leaves no store"
+    made = run("import", "b.kv", "--home", home)
+    assert made == (0, "1 new node, 0 were here.\n", f"{home} had no store: one was made.\n")
+    assert [node["id"] for node in as_json("ls", "--home", home)] == [ids[2]]
     assert ok("import", "a.kv", "--home", home) == "2 new nodes, 1 were here.\n"
     assert {node["id"] for node in as_json("ls", "--home", home)} == set(ids)
     (tmp_path / "a.kv").write_bytes((tmp_path / "a.kv").read_bytes()[:-1])
@@ -562,6 +596,19 @@ def test_prompts_move_from_a_daemon_to_an_offline_home(
 
 
 # --- what is asked and what is printed ------------------------------------------------------------
+
+
+def test_a_new_store_is_encrypted_where_a_key_is_given(
+    served: Served, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    ok("export", tmp_path / "a.kv", "--home", served[0])
+    monkeypatch.setenv("KEY", "ab" * 32)
+    monkeypatch.setenv("KVSHARE_ENCRYPTION_KEY", "env:KEY")
+    assert run("import", tmp_path / "a.kv", "--home", home)[0] == 0
+    assert len(as_json("ls", "--home", home)) == 3
+    monkeypatch.delenv("KVSHARE_ENCRYPTION_KEY")
+    assert "encryption_key" in one_line(run("ls", "--home", home), 2)
 
 
 def test_what_went_meanwhile_keeps_nothing_else_from_being_evicted(tmp_path: Path) -> None:

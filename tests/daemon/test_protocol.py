@@ -45,7 +45,7 @@ MESSAGES = [
     protocol.ListNodes(3),
     protocol.Branch("ab", after="1.5-cd", limit=3),
     protocol.ShowNode("ab"),
-    protocol.Explain(b"1234", node="ab", only="cd"),
+    protocol.Explain(b"1234", node="ab", only="cd", tenant="t"),
     protocol.ListRequests(3, True, True),
     protocol.Quality("ab", "ab/cd/append", True, 50, 3),
     protocol.Diff("ab", "cd"),
