@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -67,34 +68,42 @@ def group(
         raise typer.Exit
 
 
-app.command("serve", epilog=FIELDS_HELP)(serve.command)
+def register(name: str, command: Callable[..., Any], **more: Any) -> None:
+    """Add a command. Its help is its docstring, of which a paragraph is broken where the terminal
+    ends, not where the source does."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(each.split()) for each in paragraphs)
+    app.command(name, help=text, **more)(command)
+
+
+register("serve", serve.command, epilog=FIELDS_HELP)
 for engine, module in _ENGINES.items():
     app.add_typer(import_module(module).app, name=engine)
-app.command("stats")(stats.command)
-app.command("ls")(ls.command)
-app.command("show")(show.command)
-app.command("diff")(diff.command)
-app.command("explain")(explain.command)
-app.command("log")(log.command)
-app.command("quality")(quality.command)
-app.command("pin")(pin.pin)
-app.command("unpin")(pin.unpin)
-app.command("publish", context_settings=publish.VLLM_ARGUMENTS)(publish.command)
-app.command("evict")(evict.command)
-app.command("gc")(gc.command)
-app.command("check")(check.command)
-app.command("purge")(purge.command)
-app.command("rekey")(rekey.command)
-app.command("clear")(clear.command)
-app.command("config", epilog=FIELDS_HELP)(config.command)
-app.command("doctor", epilog=FIELDS_HELP)(doctor.command)
-app.command("export")(move.export)
-app.command("import")(move.import_)
-app.command("salt")(salt.command)
-app.command("simulate")(simulate.command)
-app.command("stop")(stop.command)
-app.command("top")(top.command)
-app.command("completion")(completion.command)
+register("stats", stats.command)
+register("ls", ls.command)
+register("show", show.command)
+register("diff", diff.command)
+register("explain", explain.command)
+register("log", log.command)
+register("quality", quality.command)
+register("pin", pin.pin)
+register("unpin", pin.unpin)
+register("publish", publish.command, context_settings=publish.VLLM_ARGUMENTS)
+register("evict", evict.command)
+register("gc", gc.command)
+register("check", check.command)
+register("purge", purge.command)
+register("rekey", rekey.command)
+register("clear", clear.command)
+register("config", config.command, epilog=FIELDS_HELP)
+register("doctor", doctor.command, epilog=FIELDS_HELP)
+register("export", move.export)
+register("import", move.import_)
+register("salt", salt.command)
+register("simulate", simulate.command)
+register("stop", stop.command)
+register("top", top.command)
+register("completion", completion.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -27,6 +27,10 @@ from kvshare_store.readable import many, one_line
 if TYPE_CHECKING:
     from kvshare_store.daemon.protocol import Purge
 
+_ENGINES = (
+    "vLLM's own prefix cache, in the memory of engines, keeps its blocks until it needs their room "
+    "or is reset."
+)
 NodeArgument = Annotated[
     str, typer.Argument(metavar="[NODE]", help="With --lineage: id, or a unique beginning of it.")
 ]
@@ -71,9 +75,11 @@ def command(
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> int:
-    """Remove every byte of a namespace: rows, tokens, vectors, old versions, and its key.
+    """Remove every byte of a tenant, a pool or a namespace, or of a prompt and what was built on
+    it.
 
-    Waits for leases to end. If something remains after that, it is listed and the exit code is 1.
+    With its rows go tokens, vectors, old versions, and the key. Waits for leases to end. If
+    something remains after that, it is listed and the exit code is 1.
 
     NODE --lineage removes a prompt that should not have been there: it, the prompts that go on from
     it, and those with rows that were computed behind its rows. Pinned ones go too.
@@ -116,6 +122,8 @@ def _say(found: Sequence[dict[str, Any]], *, dry_run: bool) -> None:
         typer.echo("Not all could be removed; purge again.", err=True)
     else:
         typer.echo(f"{'Would remove' if dry_run else 'Removed'} {counted(found)}.")
+        if not dry_run:
+            typer.echo(_ENGINES)
 
 
 def counted(found: Sequence[dict[str, Any]]) -> str:

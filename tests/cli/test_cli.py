@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from kvshare_store import readable
-from kvshare_store.cli import common, config, gc, log, ls, main, serve, show, stats
+from kvshare_store.cli import common, config, gc, log, ls, main, serve, show, stats, top
 from kvshare_store.config import FIELDS, StoreConfig
 from kvshare_store.namespace import Tenants
 from kvshare_store.observability.version import version
@@ -410,13 +411,14 @@ def test_ages(seconds: float, shown: str) -> None:
     [
         (0, 0, 0, "-"),
         (0, 9, 0, "0.0 %"),
-        (1, 10_000, 1, "< 0.1 %"),
+        (1, 10_000, 0, "< 0.1 %"),
         (1, 2, 10, "50.0 %"),
         (3, 2, 20, "150.0 %"),
     ],
 )
 def test_bars(part: int, whole: int, filled: int, percent: str) -> None:
-    assert readable.bar(part, whole) == "█" * filled + "░" * (20 - filled)
+    shown = "█" * filled or ("▏" if part else "")
+    assert readable.bar(part, whole) == shown + "░" * (20 - len(shown))
     assert readable.share(part, whole) == percent
 
 
@@ -579,6 +581,19 @@ def test_into_a_pipe_nothing_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("COLUMNS", "80")
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert {len(line) for line in piped.splitlines()[3:5]} <= set(range(81))
+
+
+def test_a_look_at_a_store_leaves_room_for_its_requests() -> None:
+    rates: dict[str, float] = defaultdict(float)
+    shown = rendered(top.view("/home", STATS, rates, [REQUEST], 80), width=80).splitlines()
+    assert shown[0].rstrip() == "/home: 1,234 nodes, 99 blocks, 1 lease"
+    assert "chatcmpl-" in shown[-2]
+
+
+def test_help_is_broken_where_the_terminal_ends() -> None:
+    """Not where the source is."""
+    shown = [line.strip() for line in run("purge", "--help", columns="80")[1].splitlines()]
+    assert "prompts that go on from it, and those with rows that were computed behind its" in shown
 
 
 def test_ids_are_whole_where_there_is_room() -> None:
