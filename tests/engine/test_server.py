@@ -226,7 +226,7 @@ def test_answers_say_what_was_reused(server: Server, call: Call, home: Path) -> 
     first = shown(server, "start.md", text)
     assert first["kv_transfer_params"]["kvshare.reused"] == 0
     stored(home, before + 1)
-    again = shown(server, "vllm.md", text)
+    again = shown(server, "start.md", text)
     assert again["usage"]["completion_tokens"] <= 16
     said, usage = again["kv_transfer_params"], again["usage"]
     assert said["kvshare.policy"] == "balanced"

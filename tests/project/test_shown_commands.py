@@ -239,6 +239,7 @@ def as_here(command: str, shell: Shell) -> str:
         "http://HOST:": "http://127.0.0.1:",
         "--tokenizer DIR": f"--tokenizer {shell.world.space.tokenizer}",
         "--request ID": "--request chat-",
+        "--node NODE": f"--node {shell.world.child}",
         "file:/etc/kvshare/new-key": f"file:{shell.folder / 'new-key'}",
     }
     for shown, here in names.items():
