@@ -23,7 +23,7 @@ from tests.support.needs import need
 
 FOLDER = os.environ.get("PAGE_PICTURES", "")
 """Where the pictures go; empty: nobody wants them."""
-SCREEN = {"width": 1000, "height": 640}
+SCREEN = {"width": 1000, "height": 620}
 MOST_BYTES = 100_000
 _PAUSE_S, _SWING_S = 0.5, 12.0
 
