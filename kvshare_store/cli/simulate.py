@@ -197,9 +197,9 @@ def _of_prompts(
     counted = simulated.run(path, reader, arms, least)
     result = prompt_replay.report(counted)
     known = simulated.measured(store, options.policies)
-    room = [] if math.isinf(budget) else [_room(options, budget)]
+    assumed = [] if math.isinf(budget) else [_room(options, budget)]
     table = simulated.table(result, console().width, known)
-    _show(options, result, table, [*simulated.NOTES, *room])
+    _show(options, result, table, [*simulated.NOTES, *assumed])
     if options.plot is not None:
         draw(simulated.points(counted), path.name, options.plot)
 
