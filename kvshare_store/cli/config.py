@@ -20,7 +20,7 @@ from kvshare_store.cli.common import (
     print_json,
     sourced,
 )
-from kvshare_store.cli.fitting import fitted, longest_word, table_of
+from kvshare_store.cli.fitting import GAP, fitted, longest_word, table_of
 from kvshare_store.config import FIELDS, PER_ENGINE, Settings, unknown_variables
 from kvshare_store.errors import UnavailableError
 from kvshare_store.readable import printable, size
@@ -117,7 +117,9 @@ def settings_table(rows: Sequence[Row], width: int) -> Table:
     for row, value, source in zip(rows, columns["value"], columns["from"], strict=True):
         if row["source"] == "default":
             value.style = source.style = "dim"
-    least = _LEAST | {"from": longest_word(columns["from"])}
+    others = max(map(len, FIELDS)) + sum(_LEAST[name] + GAP for name in columns if name in _LEAST)
+    # names of settings stay whole, however long the path of a file is
+    least = _LEAST | {"from": min(longest_word(columns["from"]), width - others - GAP)}
     return table_of(columns, fitted(columns, width, least, ()), _look)
 
 

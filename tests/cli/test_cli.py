@@ -368,6 +368,8 @@ def test_an_address_is_not_broken_in_a_narrow_terminal(home: Path) -> None:
     assert re.search(r"default; +\n +per engine", out), "broken at blanks only"
     assert max(map(len, out.splitlines())) <= 80
     assert "here" not in rendered(config.settings_table(rows[:1], 80), width=80)
+    rows[2]["source"] = f"config file /{'a' * 100}"
+    assert re.search(r"^pools +house", rendered(config.settings_table(rows, 80), width=80), re.M)
 
 
 def test_salt(tmp_path: Path) -> None:
