@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from typing import Any, Self
 
 from kvshare_store.commit.repository import Repository
@@ -39,8 +40,14 @@ class Parts:
         self.costs = Costs()
         self.far_costs = Costs(far=True)
         """Of engines on other machines."""
-        costs = {False: self.costs, True: self.far_costs}
-        self.repository = repository = Repository(config, visiting=visiting)
+        with ExitStack() as opened:  # whoever tries again must find the home unlocked
+            self._put_together(config, Repository(config, visiting=visiting), opened)
+            opened.pop_all()
+
+    def _put_together(self, config: StoreConfig, repository: Repository, opened: ExitStack) -> None:
+        """Make all parts. `opened` closes those that have threads."""
+        opened.callback(repository.close)
+        self.repository = repository
         self.metrics = repository.metrics
         self.nodes = nodes = repository.nodes
         self.tree = nodes.tree
@@ -49,7 +56,9 @@ class Parts:
         self._rewriter = Rewriter(repository)
         plans = OpenPlans()
         self.text = TextVectors(config, nodes, self._rewriter, self.metrics)
+        opened.callback(self.text.close)
         self.quality = open_quality(config, self.metrics, repository.keys)
+        costs = {False: self.costs, True: self.far_costs}
         sources = Sources(nodes, self._rewriter)
         self.outcomes = Outcomes(
             nodes, plans, costs, self.metrics, self.quality, log_prompts=config.log_prompts
@@ -60,6 +69,7 @@ class Parts:
         )
         self.saving = Saving(config, nodes, plans, sources, self.metrics, self.quality)
         self.janitor = Janitor(config, repository, self._rewriter)
+        opened.callback(self.janitor.close)
         self._failures: dict[str, int] = {}
         """Failures of the committer so far, when each owner first saved since its last `flush`."""
         self.sharing: Sharing | None = None

@@ -50,3 +50,17 @@ def test_a_start_that_cannot_index_fails(driver: Open, monkeypatch: pytest.Monke
         with pytest.raises(MemoryError, match="as if"):
             driver()
     assert len(driver().store.tree) == 1
+
+
+@pytest.mark.parametrize("part", ["TextVectors", "open_quality", "Janitor"])
+def test_a_store_that_lacks_a_part_leaves_its_home_unlocked(
+    driver: Open, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise MemoryError("as if")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"kvshare_store.store.parts.{part}", no_memory)
+        with pytest.raises(MemoryError, match="as if"):
+            driver()
+    assert driver().save(PROMPTS[0])
