@@ -15,7 +15,9 @@ from kvshare_store.daemon.wire import MIB, Frame, Frames, Outgoing, Stream
 from kvshare_store.errors import ProtocolError
 
 _READ_BYTES = 1 << 18
-"""Read from one connection before the next one has its turn."""
+"""Read from one connection at a time."""
+_AT_ONCE = 64
+"""So many messages of one connection are taken before the next one has its turn."""
 _numbers = itertools.count(1)
 
 
@@ -90,27 +92,39 @@ class Connection:
         self.leaving = False
         """It is cut off once it has been told why."""
         self.unheard = False
-        """It was told to ask later, and nothing is read from it for a while."""
+        """It was told to ask later, and nothing is taken from it for a while."""
+        self.behind = False
+        """There may be messages that have been read and not taken."""
         self.events = selectors.EVENT_READ
         """What the loop waits for; 0 if for nothing."""
         self._limits = limits
         self._budget = Budget(limits.requests, limits.request_bytes, above)
         self._frames = Frames(self._admit)
+        self._come: Iterator[Frame] = iter(())
         self._outgoing = Outgoing()
         self.began = self._moved = now
 
     # --- in ----------------------------------------------------------------------------------
 
-    def read(self, now: float) -> Iterator[Frame]:
-        """The messages that are complete now. `EOFError` or `OSError` if the client is gone.
-
-        The iterator raises `ProtocolError` where the client sends what it may not.
-        """
+    def read(self, now: float) -> None:
+        """Read what `take` returns, once all that was read before is taken. `EOFError` or `OSError`
+        if the client is gone."""
         data = self._receive()
         if not data:
             raise EOFError
         self._moved = now
-        return self._frames.feed(data)
+        self._come = self._frames.feed(data)
+
+    def take(self) -> Iterator[Frame]:
+        """The next messages that have come, as many as others may wait for. `ProtocolError` where
+        the client sends what it may not."""
+        self.behind = False
+        for _ in range(_AT_ONCE):
+            frame = next(self._come, None)
+            if frame is None:
+                return
+            yield frame
+        self.behind = True
 
     def _receive(self) -> bytes:
         if self.greeted or not isinstance(self.stream, socket.socket):
@@ -180,6 +194,7 @@ class Connection:
         self.gone = True
         self.stream.close()
         self._outgoing.clear()
+        self._come = iter(())
         frame = self._frames.frame
         if frame is not None and frame.kept:
             self.done(frame.nbytes)

@@ -95,6 +95,8 @@ class Switchboard:
         self._accepted = 0
         self._unheard: deque[tuple[float, Connection]] = deque()
         """Clients that were told to ask later, and when they are heard again."""
+        self._behind: deque[Connection] = deque()
+        """Clients that have sent more than was taken in one turn."""
         self._seldom = Seldom(log)
         self.connections: set[Connection] = set()
         self.cut_off = 0
@@ -139,19 +141,22 @@ class Switchboard:
         return heard
 
     def _serve(self, connection: Connection, events: int) -> None:
-        """An error on one connection ends that connection and nothing else."""
+        """An error on one connection ends that connection and nothing else. No events: go on with
+        what it has sent."""
         try:
             if events & selectors.EVENT_WRITE:
                 self._flush(connection)
             if events & selectors.EVENT_READ and not connection.gone:
                 self._read(connection)
+            if not events and not connection.gone:
+                self._hear(connection)
         except Exception:  # a bug costs only the client that met it
             log.exception("kvshare: a connection failed")
             self._cut(connection, "the daemon failed on what it sent")
 
     def _read(self, connection: Connection) -> None:
         try:
-            frames = connection.read(time.monotonic())
+            connection.read(time.monotonic())
         except BlockingIOError:
             return
         except (EOFError, OSError) as error:
@@ -161,13 +166,21 @@ class Switchboard:
                 self._seldom.warn("tls", f"TLS with {peer} failed: {reason_of(error)}")
             self._hang_up(connection)
             return
+        self._hear(connection)
+
+    def _hear(self, connection: Connection) -> None:
+        """Some of what it has sent: everybody else is heard before more of it."""
         try:
-            for frame in frames:
+            for frame in connection.take():
                 self._dispatch(connection, frame)
                 if connection.leaving or connection.gone:
                     return
         except ProtocolError as error:
             self._refuse(connection, wire.NO_REQUEST, error)
+            return
+        if connection.behind and not connection.unheard:
+            self._behind.append(connection)
+        self._watch(connection)
 
     def _dispatch(self, connection: Connection, frame: Frame) -> None:
         if not frame.kept:
@@ -227,7 +240,8 @@ class Switchboard:
 
     def _watch(self, connection: Connection) -> None:
         """Wait for what is wanted of a connection now."""
-        read = 0 if connection.leaving or connection.unheard else selectors.EVENT_READ
+        waits = connection.leaving or connection.unheard or connection.behind
+        read = 0 if waits else selectors.EVENT_READ
         events = read | (selectors.EVENT_WRITE if connection.unsent else 0)
         if events == connection.events:
             return
@@ -316,6 +330,8 @@ class Switchboard:
 
     def _until_due(self, seconds: float) -> float:
         """Seconds until somebody is heard or let in again, at most `seconds`."""
+        if self._behind:
+            return 0.0
         due = [self._unheard[0][0]] if self._unheard else []
         if not self._open:
             due.append(self._closed_until)
@@ -324,11 +340,13 @@ class Switchboard:
     def _look_after(self, now: float) -> None:
         """Hear clients and accept connections again when it is time; once a second, disconnect
         overdue clients."""
+        heard, self._behind = self._behind, deque()
         while self._unheard and self._unheard[0][0] <= now:
             connection = self._unheard.popleft()[1]
             connection.unheard = False
-            if not connection.gone:
-                self._watch(connection)
+            heard.append(connection)
+        for connection in heard:
+            self._serve(connection, 0)
         if not self._open and now >= self._closed_until:
             self._let_in(True)
         if now - self._checked < 1.0:

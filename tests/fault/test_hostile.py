@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
-from kvshare_store.daemon import protocol, switchboard, wire
+from kvshare_store.daemon import connection, protocol, switchboard, wire
 from kvshare_store.daemon.client import Client
 from kvshare_store.daemon.connection import Limits
 from kvshare_store.daemon.server import Server
@@ -246,6 +246,74 @@ def test_who_asks_too_much_is_not_heard_for_a_while(
         assert other.stats()["daemon"]["requests"] == 1
         with pytest.raises(DeadlineError):
             greedy.receive(unheard, 0.1)
+
+
+def many(body: bytes, count: int) -> bytes:
+    """The same message again and again, to be sent in one piece."""
+    return count * (wire.HEADER.pack(len(body), b"request1") + body)
+
+
+def test_who_sends_much_at_once_is_refused_some_of_it_at_a_time(
+    server: Callable[[Limits], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switchboard, "_BUSY_S", PATIENCE_S)
+    monkeypatch.setattr(connection, "_AT_ONCE", 4)
+    running = server(Limits(requests=1))
+    waiting = threading.Event()
+    running.store.plan_soon = lambda *_, **__: waiting.wait(PATIENCE_S)  # type: ignore[assignment,method-assign]
+    with Peer(running.config.home_path) as greedy:
+        greedy.hello()
+        greedy.socket.sendall(many(protocol.encode(protocol.Plan(SPACE, bytes(160))), 20))
+        for _ in range(3):
+            reply = greedy.receive()
+            assert reply is not None
+            assert reply.error == "overload"
+        greedy.socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            greedy.receive()
+        waiting.set()
+
+
+def test_who_sends_much_at_once_keeps_nobody_waiting(
+    server: Callable[[Limits], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read brings ten thousand small messages, which are a tenth of a second of work."""
+    monkeypatch.setattr(connection, "_AT_ONCE", 2)
+    running = server(Limits())
+    request, heard = running.request, list[str]()
+    begun, asked = threading.Event(), threading.Event()
+
+    def noted(one: connection.Connection, frame: wire.Frame) -> None:
+        if not heard:
+            begun.set()
+            assert asked.wait(PATIENCE_S)
+        heard.append(one.owner)
+        request(one, frame)
+
+    with Peer(running.config.home_path) as greedy, Peer(running.config.home_path) as other:
+        greedy.hello()
+        other.hello()
+        running.request = noted  # type: ignore[method-assign]
+        stats = protocol.encode(protocol.Stats())
+        greedy.socket.sendall(many(stats, 20))
+        assert begun.wait(PATIENCE_S)
+        other.send(stats)
+        asked.set()
+        assert other.receive() is not None
+        assert all(greedy.receive() is not None for _ in range(20)), "all are answered some time"
+    assert [one != heard[0] for one in heard].index(True) < 10
+
+
+def test_all_that_was_sent_counts_when_its_client_has_gone(
+    server: Callable[[Limits], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_AT_ONCE", 2)
+    running = server(Limits())
+    with Peer(running.config.home_path) as peer:
+        peer.hello()
+        peer.socket.sendall(many(protocol.encode(protocol.Decline("policy_off", 1)), 21))
+    until(lambda: running.store.metrics.declined == {"policy_off": 21})
+    until(lambda: not running.switchboard.connections)
 
 
 def test_connections_are_let_in_a_few_at_a_time(
