@@ -34,8 +34,8 @@ def recover(
     metrics: Metrics,
 ) -> list[Node]:
     """Load every node whose blocks are there. It counts as last used at `used` (Unix seconds, by
-    id), or when it was made. Returns the other nodes; blocks that no node uses are left to the
-    janitor."""
+    id), or when it was made. Returns the other nodes, which are not there in another row either;
+    blocks that no node uses are left to the janitor."""
     with _no_collections():
         state.namespaces.recorded(catalog.records.read())
         now = time.time()
@@ -51,6 +51,7 @@ def recover(
             do(state.settle)
             state.enter(idle.values())
     _give_memory_back()
+    lost = [node for node in lost if node.id not in idle]
     for _ in lost:
         metrics.error(MissingBlockError.kind)
     report(catalog.take_faults(), metrics)

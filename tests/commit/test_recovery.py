@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit import recovery
 from kvshare_store.nodes.state import NodeState
 from tests.support.oracle import Driver, prompt
@@ -50,6 +52,27 @@ def test_a_start_that_cannot_index_fails(driver: Open, monkeypatch: pytest.Monke
         with pytest.raises(MemoryError, match="as if"):
             driver()
     assert len(driver().store.tree) == 1
+
+
+def test_a_node_with_a_second_row_whose_blocks_are_gone_keeps_its_row(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are removed by their node's id: the row that serves it would go too."""
+    saved = str(driver().save(PROMPTS[0]))
+    load = Catalog.load_batches
+
+    def repeated(catalog: Catalog) -> Iterator[list[recovery.Row]]:
+        for batch in load(catalog):
+            gone = [(replace(node, blocks=["ab" * 32]), vectors) for node, vectors in batch]
+            yield [*gone, *batch]
+            yield gone
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "load_batches", repeated)
+        assert [node.id for node in driver().store.tree] == [saved]
+    engine = driver()
+    assert [node.id for node in engine.store.tree] == [saved]
+    assert engine.plan(PROMPTS[0]).reused
 
 
 @pytest.mark.parametrize("part", ["TextVectors", "open_quality", "Janitor"])
