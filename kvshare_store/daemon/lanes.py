@@ -50,7 +50,7 @@ _SIZES = {
     "rows": _Size(2, 1, 64),
     "save": _Size(1, 1),
     "flush": _Size(1, 1),
-    "chore": _Size(1, 1, rest_s=0.1),
+    "chore": _Size(1, 1, 64, rest_s=0.1),
     "explain": _Size(1, 1, 8),
     "purge": _Size(1, 1, 8),
     "reload": _Size(1, 1),

@@ -90,6 +90,26 @@ def test_a_client_has_two_threads_for_lookups_and_one_while_others_ask(
         assert at_once.acquire(timeout=PATIENCE_S), "all are answered some time"
 
 
+def test_a_client_queues_few_chores(lanes: Lanes) -> None:
+    """They take long, and what a client holds ends after all that it has asked for."""
+    begun, over = threading.Event(), threading.Event()
+
+    def last() -> None:
+        begun.set()
+        assert over.wait(PATIENCE_S)
+
+    lanes.submit("one", protocol.Collect, last)
+    try:
+        assert begun.wait(PATIENCE_S)
+        for _ in range(64):
+            lanes.submit("one", protocol.Collect, lambda: None)
+        with pytest.raises(OverloadError, match="64 such requests wait already"):
+            lanes.submit("one", protocol.Pin, lambda: None)
+        lanes.submit("two", protocol.Collect, lambda: None)
+    finally:
+        over.set()
+
+
 def test_chores_leave_time_to_others(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that asks for collections without end would else take a core."""
     rests: list[float] = []
