@@ -214,7 +214,7 @@ class Session:
             try:
                 self._take(_left(deadline))
             except DeadlineError as error:
-                message = f"the daemon of {self.home} did not answer in {timeout:.1f} s"
+                message = f"the daemon of {self.home} did not answer in {timeout:.2f} s"
                 raise DeadlineError(message) from error
         reply = self._answers.pop(request_id)
         if reply.error:

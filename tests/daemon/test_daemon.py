@@ -289,7 +289,7 @@ def test_the_socket_of_a_deep_home_is_in_it(config: Config, tmp_path: Path) -> N
 
 
 def test_no_daemon(home: Path) -> None:
-    with Client(home) as client, pytest.raises(UnavailableError, match="kvshare serve"):
+    with Client(home) as client, pytest.raises(UnavailableError, match="no daemon serves"):
         client.stats()
 
 
