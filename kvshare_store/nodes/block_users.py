@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
@@ -13,12 +12,13 @@ import numpy.typing as npt
 
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.packed import Names
-from kvshare_store.nodes.postings import Keys, Postings
+from kvshare_store.nodes.postings import Keys, Postings, factors
 
 Users = tuple[str, ...] | set[str]
 Counts = npt.NDArray[np.int64]
 
-_FACTORS = np.frombuffer(secrets.token_bytes(32), np.uint64) | np.uint64(1)
+_WORDS = 4
+"""Of 64 bits, in a name."""
 _FEW = 16
 """Up to so many users of a block are kept in a tuple. A set takes more memory, and is faster for
 many."""
@@ -172,7 +172,7 @@ def _key(name: str) -> int:
 def _keys(names: bytes) -> Keys:
     """64-bit hashes of names, 32 bytes each: sums of products with numbers that each process draws.
     Others cannot choose names that collide, and nothing depends on it: names are compared."""
-    keys: Keys = np.frombuffer(names, np.uint64).reshape(-1, len(_FACTORS)) @ _FACTORS
+    keys: Keys = np.frombuffer(names, np.uint64).reshape(-1, _WORDS) @ factors(_WORDS)
     return keys
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import blake3
 import numpy as np
 import numpy.typing as npt
 
@@ -133,6 +136,21 @@ class Postings:
         both = (np.concatenate(each) for each in zip((keys, numbers), *parts, strict=True))
         self._entries = _Entries(*_sorted(*both), {}, ids)
         self._recent_count, self._batches = 0, []
+
+
+def factors(count: int) -> Keys:
+    """Odd numbers that this process has drawn; the first of more are the same. Keys that are sums
+    of products with them collide by chance only: nobody else knows them."""
+    return _drawn(count.bit_length())[:count]
+
+
+@functools.cache
+def _drawn(bits: int) -> Keys:
+    drawn = blake3.blake3(_SECRET).digest(length=8 << bits)
+    return np.frombuffer(drawn, np.uint64) | np.uint64(1)
+
+
+_SECRET = secrets.token_bytes(32)
 
 
 def _sorted(keys: Keys, numbers: Numbers) -> tuple[Keys, Numbers]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import secrets
 from collections.abc import Sequence
 from itertools import islice
 
-import blake3
 import numpy as np
 import numpy.typing as npt
 
 from kvshare_store.nodes.edits import Tokens
-from kvshare_store.nodes.postings import Keys, Postings
+from kvshare_store.nodes.postings import Keys, Postings, factors
 from kvshare_store.nodes.vectors import MIX, joined
 
 Counts = npt.NDArray[np.int64]
@@ -39,13 +36,15 @@ class PrefixChain:
     def hashes(self, tokens: Tokens) -> Keys:
         """The chain of a prompt: one hash for each whole run."""
         hashes = self._run_hashes(tokens[: len(tokens) // self._run * self._run])
-        return _mixed((hashes * _factors(len(hashes))).cumsum(dtype=np.uint64))
+        return _mixed((hashes * factors(len(hashes))).cumsum(dtype=np.uint64))
 
     def _run_hashes(self, whole: Tokens) -> Keys:
         """Of each of some whole runs."""
-        runs, factors = whole.reshape(-1, self._run), _factors(self._run)
+        runs = whole.reshape(-1, self._run)
         # converts a piece at a time: many prompts as 64-bit numbers would be fresh memory each time
-        return _mixed(np.einsum("ij,j->i", runs, factors, dtype=np.uint64, casting="unsafe"))
+        return _mixed(
+            np.einsum("ij,j->i", runs, factors(self._run), dtype=np.uint64, casting="unsafe")
+        )
 
     def _chains(self, prompts: Sequence[Tokens]) -> tuple[Keys, Counts]:
         """As `hashes`, of many prompts one behind the other, and how many each has."""
@@ -55,7 +54,7 @@ class PrefixChain:
         hashes = self._run_hashes(joined(whole))
         place = np.arange(len(hashes)) - starts.repeat(counts)
         sums = np.zeros(len(hashes) + 1, np.uint64)
-        (hashes * _factors(int(counts.max(initial=0)))[place]).cumsum(out=sums[1:])
+        (hashes * factors(int(counts.max(initial=0)))[place]).cumsum(out=sums[1:])
         return _mixed(sums[1:] - sums[starts].repeat(counts)), counts
 
     def add(self, node_id: str, tokens: Tokens) -> None:
@@ -94,20 +93,6 @@ class PrefixChain:
 
     def _any(self, entry: np.uint64) -> bool:
         return next(self._nodes.find(int(entry)), None) is not None
-
-
-def _factors(count: int) -> Keys:
-    """Odd numbers that this process has drawn; the first of more are the same."""
-    return _drawn(count.bit_length())[:count]
-
-
-@functools.cache
-def _drawn(bits: int) -> Keys:
-    drawn = blake3.blake3(_SECRET).digest(length=8 << bits)
-    return np.frombuffer(drawn, np.uint64) | np.uint64(1)
-
-
-_SECRET = secrets.token_bytes(32)
 
 
 def _mixed(words: Keys) -> Keys:

@@ -58,11 +58,6 @@ def test_commands_over_the_network(config: Callable[..., StoreConfig], tmp_path:
 # --- doctor ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 @pytest.fixture
 def server(config: Callable[..., StoreConfig], keys: Keys) -> Iterator[Server]:
     with serving(config(**keys.listening(), disk=False)) as running:

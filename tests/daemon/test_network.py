@@ -58,11 +58,6 @@ WIDE = Namespace("wide", KVLayout(8, 8, 64, "float32"))
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 @pytest.fixture
 def server(config: Config, keys: Keys) -> Iterator[Server]:
     with serving(config(**keys.listening(), host_bytes=64 << 20, disk=False)) as running:

@@ -10,15 +10,12 @@ from kvshare_store.nodes.packed import Names
 from kvshare_store.nodes.state import NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan.spans import Span
+from tests.support.block_names import block
 
 _ROWS = 8
 """Of a block."""
 _BYTES = 10
 """Of a row."""
-
-
-def name(letter: str) -> str:
-    return f"{ord(letter):02x}" * 32
 
 
 def node(blocks: str, start: int = 0, *, exact: bool = True) -> Node:
@@ -30,7 +27,7 @@ def node(blocks: str, start: int = 0, *, exact: bool = True) -> Node:
         namespace="n",
         token_bytes=tokens.tobytes(),
         segments=[Span(_ROWS * at, _ROWS, _ROWS * at, at, 0) for at in range(len(blocks))],
-        blocks=tuple(map(name, blocks)),
+        blocks=tuple(map(block, blocks)),
         block_bytes=(_ROWS * _BYTES,) * len(blocks),
         exact_rows=length if exact else 0,
         generation=int(not exact),
@@ -49,7 +46,7 @@ def test_as_much_goes_as_must_and_from_the_end() -> None:
     state = state_of(whole)
     change, shorter = state.shorten(whole, _ROWS * _BYTES + 1, least=1)
     assert change.nodes == (whole,)
-    assert sorted(change.unused) == [name("c"), name("d")]
+    assert sorted(change.unused) == [block("c"), block("d")]
     assert shorter is not None
     check_node(shorter, _BYTES)
     assert shorter.tokens.tolist() == whole.tokens[:16].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +18,9 @@ from kvshare_store.tensors.layout import KVLayout
 from tests.support.crashes import Crashes
 from tests.support.neighbours import NAMESPACE, Machine, config_of
 from tests.support.oracle import Driver, RowBook
+
+if TYPE_CHECKING:
+    from tests.support.certificates import Keys
 
 SMALL: dict[str, Any] = {
     "block_tokens": 8,
@@ -61,6 +64,14 @@ def driver(config: Callable[..., StoreConfig], namespace: Namespace) -> Iterator
     yield open_
     for store in opened:
         store.close()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Those of a daemon that listens, and of its clients."""
+    from tests.support.certificates import Keys
+
+    return Keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture

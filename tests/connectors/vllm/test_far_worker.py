@@ -44,11 +44,6 @@ ANGLES = torch.arange(2 * LENGTH)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
 Config = Callable[..., StoreConfig]
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 @pytest.fixture
 def server(config: Config, keys: Keys) -> Iterator[Server]:
     with serving(config(**keys.listening(), host_bytes=64 << 20, disk=False)) as running:
