@@ -60,6 +60,8 @@ class NodeStore:
         self._numbers = count(1)
         self._waiting: set[int] = set()
         """Numbers of the removals that these are from."""
+        self._uncommitted: set[str] = set()
+        """Nodes whose rows are not in the catalogue yet."""
 
     def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
         """Go on by other settings; nodes that are too many now go with the next saves."""
@@ -89,10 +91,21 @@ class NodeStore:
                 self.remove_unused(node.blocks)
                 return here
             node = self._insert(node, vectors)
-            self.queue.put(Addition(node, vectors))
+            self._commit(node, vectors)
             self._hold_count()
             self.hold_quota(node.namespace, newest=node.id)
             return node
+
+    def _commit(self, node: Node, vectors: Vectors) -> None:
+        self._uncommitted.add(node.id)
+        self.queue.put(Addition(node, vectors))
+
+    def committed(self, ids: Iterable[str]) -> None:
+        """The additions of these nodes are done, or have failed: they count for `max_nodes`."""
+        with self.lock:
+            self._uncommitted.difference_update(ids)
+            if self._shared:
+                self.drop_excess()
 
     def _hold_count(self) -> None:
         if self._shared:
@@ -116,7 +129,7 @@ class NodeStore:
         with self.lock:
             for node in nodes:
                 if node.id in self.tree:
-                    self.queue.put(Addition(node, Vectors(lexical_vector(node.tokens), None)))
+                    self._commit(node, Vectors(lexical_vector(node.tokens), None))
 
     def replace(self, node: Node, changed: Node) -> list[str] | None:
         """Replace a node by another form of it whose row is committed. Returns the blocks that no
@@ -167,7 +180,7 @@ class NodeStore:
             self._weigh([node])
             vectors = None if shorter is None else self.state.vectors(shorter)
             if shorter is not None and vectors is not None:
-                self.queue.put(Addition(shorter, vectors))
+                self._commit(shorter, vectors)
             return change
 
     def remove(self, ids: Iterable[str], *, whatever: bool = False, instead: str = "") -> int:
@@ -248,11 +261,13 @@ class NodeStore:
 
     def drop_excess(self) -> None:
         """Keep `max_nodes` with a shared catalogue, where it only bounds this machine's memory: the
-        rows stay for the other machines."""
+        rows stay for the other machines. A node without a row would be lost: it stays until it has
+        one."""
         with self.lock:
             excess = max(0, len(self.tree) - self._config.max_nodes)
-            change = self.drop([node.id for node in islice(self.tree.victims(), excess)])
-            self.remove_unused(change.unused)
+            if excess:
+                known = (n.id for n in self.tree.victims() if n.id not in self._uncommitted)
+                self.remove_unused(self.drop(list(islice(known, excess))).unused)
 
     def hold_quota(self, namespace: str, newest: str = "") -> int:
         """Shorten or remove nodes of a namespace until it is within its quota, some of them in one

@@ -76,6 +76,9 @@ class Nodes:
     def removed(self, removals: Iterable[Removal]) -> None:
         pass
 
+    def committed(self, ids: Iterable[str]) -> None:
+        pass
+
 
 class Deletions(Room):
     """Records which blocks are deleted."""

@@ -230,6 +230,21 @@ def test_a_small_machine_forgets_for_itself_alone(machine: Machine) -> None:
     assert [late.serve(prompt(seed, 40)).exact for seed in (0, 1, 2, 3, 9)] == [39] * 5
 
 
+def test_a_small_machine_forgets_nothing_that_has_no_row_yet(machine: Machine) -> None:
+    one, small = machine("a", **ASKED_ONLY), machine("b", max_nodes=1, **ASKED_ONLY)
+    small.book = one.book
+    slow = threading.Event()
+    busy = small.store.nodes.queue.call(lambda: slow.wait(PATIENCE_S))
+    for seed in range(3):
+        small.save(prompt(seed, 40))
+    slow.set()
+    assert busy.result(PATIENCE_S)
+    small.store.flush()
+    learn(one)
+    assert [knows(one, prompt(seed, 40)) for seed in range(3)] == [True] * 3
+    assert len(small.store.tree) == 1
+
+
 def test_a_quota_spares_what_another_machine_may_be_using(machine: Machine) -> None:
     quota = 2 * 40 * NAMESPACE.layout.row_bytes
     first, one = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
