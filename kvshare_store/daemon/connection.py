@@ -97,6 +97,10 @@ class Connection:
         """There may be messages that have been read and not taken."""
         self.events = selectors.EVENT_READ
         """What the loop waits for; 0 if for nothing."""
+        self._answered = 0
+        """Requests that were answered."""
+        self._malformed = False
+        """One of them was malformed."""
         self._limits = limits
         self._budget = Budget(limits.requests, limits.request_bytes, above)
         self._frames = Frames(self._admit)
@@ -119,7 +123,7 @@ class Connection:
         """The next messages that have come, as many as others may wait for. `ProtocolError` where
         the client sends what it may not."""
         self.behind = False
-        for _ in range(_AT_ONCE):
+        for _ in range(max(1, self.room)):
             frame = next(self._come, None)
             if frame is None:
                 return
@@ -147,9 +151,24 @@ class Connection:
         """Requests that have begun to come and are not answered."""
         return self._budget.taken
 
-    def done(self, nbytes: int) -> None:
-        """A request of `nbytes` bytes is answered."""
+    @property
+    def room(self) -> int:
+        """How many of its requests may begin now.
+
+        A new client may have one under way, and one more for each that was answered. A client that
+        has sent a malformed one may have one for good: were many of those answered at once, in all
+        lanes, lookups of other clients would take ten times as long.
+        """
+        if self._answered >= _AT_ONCE and not self._malformed:
+            return _AT_ONCE
+        most = 1 if self._malformed else 1 + self._answered
+        return most - self.under_way + self._frames.midway
+
+    def done(self, nbytes: int, *, malformed: bool = False) -> None:
+        """A request of `nbytes` bytes is answered; `malformed`: by a `ProtocolError`."""
         self._budget.give(nbytes)
+        self._malformed = self._malformed or malformed
+        self._answered += 1
 
     # --- out ---------------------------------------------------------------------------------
 

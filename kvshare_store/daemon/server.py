@@ -325,6 +325,7 @@ class Server:
 
     def _settle(self, connection: Connection, frame: Frame, result: Callable[[], Any]) -> None:
         """Answer with a result, or with the error that comes instead; a future later."""
+        malformed = False
         try:
             found = result()
             if isinstance(found, Future):
@@ -332,14 +333,14 @@ class Server:
                 return
             body = _encoded(found)
         except KVShareError as error:
-            body = protocol.encode_error(error)
+            body, malformed = protocol.encode_error(error), isinstance(error, ProtocolError)
         except BaseException as error:  # a bug is logged and answered, or the client would wait
             log.exception("kvshare: a request failed")
             self._failed(error)
             body = protocol.encode_error(
                 InternalError("the daemon failed on this request; see its log")
             )
-        self.switchboard.answer(connection, frame.id, body, frame.nbytes)
+        self.switchboard.answer(connection, frame.id, body, frame.nbytes, malformed=malformed)
 
     def _failed(self, _: BaseException) -> None:
         self.store.metrics.error(InternalError.kind)

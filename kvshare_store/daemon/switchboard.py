@@ -35,15 +35,19 @@ _AT_ONCE, _PAUSE_S = 8, 0.004
 processor to those who are connected."""
 _BUSY_S = 0.02
 """How long a client that was told to ask later is not heard."""
+_STUCK_S = 0.004
+"""After so long one more request is taken of a client that has as many under way as it may have:
+they may wait for a medium, and what it asks now may not."""
 
 
 class Answer(NamedTuple):
-    """An answer to a request of `nbytes` bytes."""
+    """An answer to a request of `nbytes` bytes. `malformed`: it was no valid message."""
 
     connection: Connection
     request_id: bytes
     body: bytes
     nbytes: int
+    malformed: bool
 
 
 class Owner(Protocol):
@@ -96,7 +100,8 @@ class Switchboard:
         self._unheard: deque[tuple[float, Connection]] = deque()
         """Clients that were told to ask later, and when they are heard again."""
         self._behind: deque[Connection] = deque()
-        """Clients that have sent more than was taken in one turn."""
+        """Clients that may have sent more than was taken in one turn."""
+        self._stuck_until = 0.0
         self._seldom = Seldom(log)
         self.connections: set[Connection] = set()
         self.cut_off = 0
@@ -110,9 +115,17 @@ class Switchboard:
 
     # --- from other threads ----------------------------------------------------------------------
 
-    def answer(self, connection: Connection, request_id: bytes, body: bytes, nbytes: int) -> None:
-        """Answer a request of `nbytes` bytes."""
-        self._answers.append(Answer(connection, request_id, body, nbytes))
+    def answer(
+        self,
+        connection: Connection,
+        request_id: bytes,
+        body: bytes,
+        nbytes: int,
+        *,
+        malformed: bool = False,
+    ) -> None:
+        """Answer a request of `nbytes` bytes. `malformed`: it was no valid message."""
+        self._answers.append(Answer(connection, request_id, body, nbytes, malformed))
         self.wake()
 
     def wake(self) -> None:
@@ -193,7 +206,7 @@ class Switchboard:
                 return
             body, descriptor = self._owner.hello(connection, bytes(frame.body))
         except KVShareError as error:
-            connection.done(frame.nbytes)
+            connection.done(frame.nbytes, malformed=isinstance(error, ProtocolError))
             if connection.greeted:
                 self._turn_away(connection, frame.id, error)
             else:
@@ -215,7 +228,7 @@ class Switchboard:
 
     def _deliver(self, answer: Answer) -> None:
         connection = answer.connection
-        connection.done(answer.nbytes)
+        connection.done(answer.nbytes, malformed=answer.malformed)
         if not connection.gone:
             self._put(connection, answer.request_id, answer.body)
         elif not connection.under_way:
@@ -330,9 +343,11 @@ class Switchboard:
 
     def _until_due(self, seconds: float) -> float:
         """Seconds until somebody is heard or let in again, at most `seconds`."""
-        if self._behind:
+        if any(connection.room > 0 for connection in self._behind):
             return 0.0
         due = [self._unheard[0][0]] if self._unheard else []
+        if self._behind:
+            due.append(self._stuck_until)
         if not self._open:
             due.append(self._closed_until)
         return max(0.0, min([seconds, *(at - time.monotonic() for at in due)]))
@@ -340,7 +355,7 @@ class Switchboard:
     def _look_after(self, now: float) -> None:
         """Hear clients and accept connections again when it is time; once a second, disconnect
         overdue clients."""
-        heard, self._behind = self._behind, deque()
+        heard = self._on_turn(now)
         while self._unheard and self._unheard[0][0] <= now:
             connection = self._unheard.popleft()[1]
             connection.unheard = False
@@ -355,6 +370,18 @@ class Switchboard:
         for connection in list(self.connections):
             if reason := connection.overdue(now):
                 self._cut(connection, reason)
+
+    def _on_turn(self, now: float) -> list[Connection]:
+        """Of the clients that are behind, those of whom more may be taken now."""
+        all_of_them = now >= self._stuck_until
+        if all_of_them:
+            self._stuck_until = now + _STUCK_S
+        behind, self._behind = self._behind, deque()
+        heard: list[Connection] = []
+        for connection in behind:
+            on_turn = all_of_them or connection.room > 0
+            (heard if on_turn else self._behind).append(connection)
+        return heard
 
     def stop_listening(self) -> None:
         """Accept no more connections; the socket is removed."""
