@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+_PAUSE_S = 1e-4
 
 
 class Latest(OrderedDict[K, V]):
@@ -29,3 +32,11 @@ def pieces(items: Sequence[V], most: int) -> Iterator[Sequence[V]]:
     """The items in order, at most so many at a time."""
     for start in range(0, len(items), most):
         yield items[start : start + most]
+
+
+def pieces_with_pauses(items: Sequence[V], most: int) -> Iterator[Sequence[V]]:
+    """As `pieces`, with a pause after each in which other threads run: one that waits for a thread
+    that merely computes waits 5 ms each time, Python's switch interval."""
+    for piece in pieces(items, most):
+        yield piece
+        time.sleep(_PAUSE_S)

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 import msgspec
 
-from kvshare_store.bounded import pieces
+from kvshare_store.bounded import pieces_with_pauses
 from kvshare_store.commit.queue import Removal
 from kvshare_store.commit.repository import Repository
 from kvshare_store.commit.rewrite import Rewriter
@@ -205,7 +205,7 @@ class Janitor:
         self._queue.run(lambda: None)
 
     def _chunks(self, items: Sequence[str]) -> Iterator[Sequence[str]]:
-        return takewhile(lambda _: not self._stop.is_set(), pieces(items, _CHUNK))
+        return takewhile(lambda _: not self._stop.is_set(), pieces_with_pauses(items, _CHUNK))
 
     # --- the catalogue -----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from kvshare_store.bounded import pieces
+from kvshare_store.bounded import pieces_with_pauses
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.rewrite import Rewriter
 from kvshare_store.config import StoreConfig
@@ -60,7 +60,7 @@ class Merger:
         with self._nodes.lock:
             nodes = list(tree)[::-1]
         found: list[Node] = []
-        for some in pieces(nodes, _AT_ONCE):
+        for some in pieces_with_pauses(nodes, _AT_ONCE):
             with self._nodes.lock:
                 found += [n for n in some if n.id in tree and wants_merge(n, tree, *limits)]
         return found

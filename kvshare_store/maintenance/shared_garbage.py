@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from kvshare_store.bounded import pieces
+from kvshare_store.bounded import pieces, pieces_with_pauses
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.catalog.ledger import Fact
 from kvshare_store.commit.condemned import Condemned
@@ -115,7 +115,7 @@ class SharedGarbage:
         stamps = self._catalog.stamps()
         named: set[str] = set()
         elsewhere: list[str] = []
-        for chunk in pieces(list(stamps), _CHUNK):
+        for chunk in pieces_with_pauses(list(stamps), _CHUNK):
             with self._nodes.lock:
                 for node_id in chunk:
                     node = self._nodes.tree.get(node_id)

@@ -79,6 +79,10 @@ class _Ranked(EvictionPolicy):
             offered.add(last.name)
             yield last.name
 
+    def __iter__(self) -> Iterator[str]:
+        self._settle()
+        return iter([place.name for place in self._order])
+
     def remove(self, name: str) -> None:
         self._settle()
         self._drop(name)
@@ -167,12 +171,9 @@ class CostAware(_Ranked):
         self._place(name, rank, turn)
 
     def victims(self) -> Iterator[str]:
-        for name in self:
+        for name in super().victims():
             self._offered = name
             yield name
-
-    def __iter__(self) -> Iterator[str]:
-        return super().victims()
 
     def remove(self, name: str) -> None:
         self._settle()
