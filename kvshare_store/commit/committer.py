@@ -77,7 +77,7 @@ class Committer:
             return
         try:
             self._fail(work.node, error)
-            self._nodes.committed([work.node.id])
+            self._nodes.committed([work.node])
         except BaseException:  # the rest of the batch must not suffer
             log.exception("kvshare: node %s could not be given up", short(work.node.id))
 
@@ -125,7 +125,7 @@ class Committer:
                 self._fail(addition.node, error)
             else:
                 self._failed.pop(addition.node.id, None)
-        self._nodes.committed(addition.node.id for addition in additions)
+        self._nodes.committed(addition.node for addition in additions)
         refusal = next((error for error in ended if error and _is_refusal(error)), None)
         if None in ended:
             self._health.well(STORING)

@@ -60,8 +60,8 @@ class NodeStore:
         self._numbers = count(1)
         self._waiting: set[int] = set()
         """Numbers of the removals that these are from."""
-        self._uncommitted: set[str] = set()
-        """Nodes whose rows are not in the catalogue yet."""
+        self._uncommitted: dict[str, int] = {}
+        """Stamps by id of the nodes whose rows are not in the catalogue yet."""
 
     def reload(self, config: StoreConfig, limits: TenantLimits) -> None:
         """Go on by other settings; nodes that are too many now go with the next saves."""
@@ -97,13 +97,16 @@ class NodeStore:
             return node
 
     def _commit(self, node: Node, vectors: Vectors) -> None:
-        self._uncommitted.add(node.id)
+        self._uncommitted[node.id] = node.stamp
         self.queue.put(Addition(node, vectors))
 
-    def committed(self, ids: Iterable[str]) -> None:
-        """The additions of these nodes are done, or have failed: they count for `max_nodes`."""
+    def committed(self, nodes: Iterable[Node]) -> None:
+        """The additions of these nodes are done, or have failed: they count for `max_nodes`. One
+        that was removed and saved again meanwhile waits for its second addition."""
         with self.lock:
-            self._uncommitted.difference_update(ids)
+            for node in nodes:
+                if self._uncommitted.get(node.id) == node.stamp:
+                    del self._uncommitted[node.id]
             if self._shared:
                 self.drop_excess()
 

@@ -76,7 +76,7 @@ class Nodes:
     def removed(self, removals: Iterable[Removal]) -> None:
         pass
 
-    def committed(self, ids: Iterable[str]) -> None:
+    def committed(self, nodes: Iterable[Node]) -> None:
         pass
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from kvshare_store.catalog.ledger import Fact
+from kvshare_store.commit.durable import Ended
+from kvshare_store.commit.queue import Addition
 from kvshare_store.errors import StorageError
 from kvshare_store.nodes.node import encode_node, new_stamp
 from kvshare_store.store import Store
@@ -242,6 +244,35 @@ def test_a_small_machine_forgets_nothing_that_has_no_row_yet(machine: Machine) -
     small.store.flush()
     learn(one)
     assert [knows(one, prompt(seed, 40)) for seed in range(3)] == [True] * 3
+    assert len(small.store.tree) == 1
+
+
+def test_a_small_machine_keeps_what_was_saved_again_while_its_first_row_was_committed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row is about to be removed, and the second one waits."""
+    one, small = machine("a", **ASKED_ONLY), machine("b", max_nodes=1, **ASKED_ONLY)
+    small.book = one.book
+    durable = small.store.repository.durable
+    stored, go_on = threading.Event(), threading.Event()
+    store = durable.store
+
+    def store_slowly(additions: Sequence[Addition]) -> Ended:
+        ended = store(additions)
+        stored.set()
+        assert go_on.wait(PATIENCE_S)
+        return ended
+
+    monkeypatch.setattr(durable, "store", store_slowly)
+    node = str(small.save(PROMPT))
+    assert stored.wait(PATIENCE_S)
+    small.store.nodes.remove([node])
+    for tokens in (PROMPT, prompt(2, 40)):
+        small.save(tokens)
+    go_on.set()
+    small.store.flush()
+    learn(one)
+    assert [knows(one, tokens) for tokens in (PROMPT, prompt(2, 40))] == [True, True]
     assert len(small.store.tree) == 1
 
 
