@@ -19,7 +19,7 @@ from kvshare_store.blocks.tiers.host.tier import HostTier
 from kvshare_store.catalog.catalog import Catalog
 from kvshare_store.commit.tiers import check_levels, open_levels
 from kvshare_store.config import StoreConfig, master_key
-from kvshare_store.errors import BusyError, ConfigError, HomeError, KVShareError
+from kvshare_store.errors import BusyError, ConfigError, HomeError
 from kvshare_store.keys import Keyring
 from kvshare_store.observability.threads import Health
 
@@ -73,14 +73,15 @@ class Home:
             owner = None
             if config.remote and catalog is not None:
                 owner = Owner(catalog.store_id(), catalog.records.digests())
+            host = HostTier(arena, make_policy(config.eviction))
             below = open_levels(config, io, keys, beside(catalog), owner)
-        except (KVShareError, OSError):
+        except BaseException:  # whoever tries again must find the home unlocked
             if arena is not None:
                 arena.close()
             io.close()
             os.close(lock)
             raise
-        return cls(lock, io, HostTier(arena, make_policy(config.eviction)), below, catalog, keys)
+        return cls(lock, io, host, below, catalog, keys)
 
     def close(self) -> None:
         """Let go of the home."""

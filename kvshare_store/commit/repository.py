@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from contextlib import ExitStack
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.catalog.uses import Uses
@@ -38,12 +39,27 @@ class Repository:
         self.encrypted = bool(config.encryption_key)
         self.home = config.home_path
         limits = TenantLimits(config)
-        self._home = home = Home.open(config, metrics.health)
+        with ExitStack() as opened:  # whoever tries again must find the home unlocked
+            self._put_together(limits, Home.open(config, metrics.health), opened)
+            try:
+                self._read(visiting=visiting)
+            except StorageError as error:
+                raise HomeError(
+                    f"home {config.home_path} cannot be read: {error}. See to its disk and the "
+                    "rights of its folders, or choose another home"
+                ) from error
+            self._opened = opened.pop_all()
+
+    def _put_together(self, limits: TenantLimits, home: Home, opened: ExitStack) -> None:
+        """Make all parts. `opened` closes them, the last one first."""
+        opened.callback(home.close)
+        config, metrics = self._config, self.metrics
         self.catalog = home.catalog
         self.keys = home.keys
         self.shared = self.catalog is not None and self.catalog.place.shared
         state = NodeState(config.block_tokens, quotas=limits.quotas)
         self.blocks = BlockStore(home.host, home.below, home.io, state.lock, metrics)
+        opened.callback(self.blocks.close)
         self.condemned = self._open_condemned()
         self.uses = self._open_uses(state)
         self.queue = CommitQueue(metrics.health)
@@ -52,26 +68,20 @@ class Repository:
         self.nodes = NodeStore(*parts, shared=self.shared, late_s=late_s)
         self.durable = Durable(self.nodes, self.catalog, self.condemned, metrics)
         self.committer = Committer(self.queue, self.nodes, self.durable, metrics)
-        self._closed = False
-        try:
-            lacking = self._lacks_remote()
-            if lacking and visiting:
-                raise ConfigError(
-                    "this store has used a remote, and these settings name none: what the remote "
-                    "has would be left out. Pass the daemon's settings with --config, or name it "
-                    "in KVSHARE_REMOTE"
-                )
-            self._recover(state, spare=visiting or lacking)
-            if self.encrypted and self.catalog is not None and not visiting:
-                mark_encrypted(self.home)
-        except BaseException as error:  # whoever tries again must find the home unlocked
-            self.close()
-            if isinstance(error, StorageError):
-                raise HomeError(
-                    f"home {config.home_path} cannot be read: {error}. See to its disk and the "
-                    "rights of its folders, or choose another home"
-                ) from error
-            raise
+        opened.callback(self.committer.close)
+
+    def _read(self, *, visiting: bool) -> None:
+        """Load what is stored, and mark the home of a store that has a key."""
+        lacking = self._lacks_remote()
+        if lacking and visiting:
+            raise ConfigError(
+                "this store has used a remote, and these settings name none: what the remote "
+                "has would be left out. Pass the daemon's settings with --config, or name it "
+                "in KVSHARE_REMOTE"
+            )
+        self._recover(self.nodes.state, spare=visiting or lacking)
+        if self.encrypted and self.catalog is not None and not visiting:
+            mark_encrypted(self.home)
 
     def _open_condemned(self) -> Condemned | None:
         if self.catalog is None or not self.shared:
@@ -110,8 +120,4 @@ class Repository:
 
     def close(self) -> None:
         """Finish what is queued and let go of the home. Everything committed stays."""
-        if not self._closed:
-            self._closed = True
-            self.committer.close()
-            self.blocks.close()
-            self._home.close()
+        self._opened.close()

@@ -75,15 +75,23 @@ def test_a_node_with_a_second_row_whose_blocks_are_gone_keeps_its_row(
     assert engine.plan(PROMPTS[0]).reused
 
 
-@pytest.mark.parametrize("part", ["TextVectors", "open_quality", "Janitor"])
+PARTS = [
+    *(f"store.parts.{part}" for part in ("TextVectors", "open_quality", "Janitor")),
+    *(f"commit.repository.{part}" for part in ("NodeState", "BlockStore", "CommitQueue")),
+    *(f"commit.repository.{part}" for part in ("NodeStore", "Durable", "Committer")),
+    *(f"commit.home.{part}" for part in ("Catalog", "open_levels", "make_policy")),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_store_that_lacks_a_part_leaves_its_home_unlocked(
     driver: Open, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    def no_memory(*_: Any) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
         raise MemoryError("as if")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"kvshare_store.store.parts.{part}", no_memory)
+        patch.setattr(f"kvshare_store.{part}", no_memory)
         with pytest.raises(MemoryError, match="as if"):
             driver()
     assert driver().save(PROMPTS[0])
