@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 
 from kvshare_store.bounded import pieces
-from kvshare_store.catalog.ledger import Fact, Ledger
+from kvshare_store.catalog.ledger import Fact, Ledger, within
 from kvshare_store.nodes.delta_tree import DeltaTree
 
 _LONGEST_S = 600.0
@@ -33,9 +34,11 @@ class Uses:
         self._written = tree.clock()  # the clock above may be set meanwhile
         self._learned = 0.0
 
-    def recorded(self) -> dict[str, float]:
-        """When each node was last used (seconds since 1970), as far as it was written down."""
-        return {fact.key: fact.at for fact in self._ledger.facts()}
+    def recorded(self, ids: Collection[str] | None = None) -> dict[str, float]:
+        """When each node, or each of `ids`, was last used (seconds since 1970), as far as it was
+        written down."""
+        parts = [""] if ids is None else [within("key", some) for some in pieces(list(ids), _CHUNK)]
+        return {fact.key: fact.at for part in parts for fact in self._ledger.facts(part)}
 
     def exchange(self) -> None:
         """Write down what was used here since the last time, and learn what others wrote."""
@@ -47,6 +50,8 @@ class Uses:
             facts = [Fact(node.id, now - idle, node.namespace) for node, idle in used]
             for some in pieces(facts, _CHUNK):
                 self._ledger.put(some)
+            with self._lock:
+                self._tree.written_down(fact.key for fact in facts)
             self._written = written
             self._learn(now)
 

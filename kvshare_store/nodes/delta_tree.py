@@ -35,6 +35,9 @@ class DeltaTree:
         """The same order within each namespace."""
         if quotas:
             self._used_in = defaultdict(LastUses)
+        self._inherited: set[str] = set()
+        """Beginnings that have the last use of the node whose place they took, until it is written
+        down under their own ids."""
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -109,6 +112,7 @@ class DeltaTree:
         node = self._nodes.pop(node_id, None)
         if node is None:
             return None
+        self._inherited.discard(node_id)
         self._used.remove(node_id)
         if self._used_in is not None:
             self._used_in[node.namespace].remove(node_id)
@@ -139,6 +143,7 @@ class DeltaTree:
         self._used.swap(node_id, beginning.id)
         if self._used_in is not None:
             self._used_in[beginning.namespace].swap(node_id, beginning.id)
+        self._inherited.add(beginning.id)
         removed = self.remove(node_id)
         return removed[1] if removed is not None else []
 
@@ -182,10 +187,16 @@ class DeltaTree:
         return -1.0 if node is None or node.pinned else self.clock() - self._used.of(node_id)
 
     def used_within(self, seconds: float) -> list[tuple[Node, float]]:
-        """Nodes that were used in the last `seconds`, and how long ago."""
+        """Nodes that were used in the last `seconds`, and how long ago; and beginnings that took
+        the place of another node, until that is `written_down`."""
         now = self.clock()
-        since = now - seconds
-        return [(self._nodes[i], now - at) for i, at in self._used.items() if at > since]
+        since, new = now - seconds, self._inherited
+        found = [(i, at) for i, at in self._used.items() if at > since or i in new]
+        return [(self._nodes[i], now - at) for i, at in found]
+
+    def written_down(self, ids: Iterable[str]) -> None:
+        """The last uses of these nodes are known to whoever starts next."""
+        self._inherited.difference_update(ids)
 
     def used_before(self, node_id: str, idle: float) -> None:
         """Another machine used the node `idle` seconds ago."""

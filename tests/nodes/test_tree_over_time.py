@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,28 @@ def test_age_survives_a_restart(driver: Open, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("kvshare_store.commit.recovery.time.time", lambda: node.created + 2000)
     engine = driver(ttl_seconds=1000.0)
     assert engine.store.collect().nodes == 1
+
+
+def test_the_beginning_of_a_prompt_keeps_its_age_over_a_restart(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota has cut the prompt off after its last use, which was written down for all of it."""
+    settings = {"ttl_seconds": 1000.0, "namespace_bytes": 80 * 64}
+    engine = driver(**settings)
+    node, begun, passed = saved(engine, prompt(1, 40)), time.time(), 0.0
+    engine.store.tree.clock = lambda: time.monotonic() + passed
+    assert engine.store.repository.uses is not None
+    engine.store.repository.uses.clock = lambda: begun + passed
+    passed = 900.0
+    engine.serve(prompt(1, 40))
+    engine.store.repository.uses.exchange()
+    passed = 990.0
+    engine.save(prompt(2, 60))
+    assert node.id not in engine.store.tree
+    monkeypatch.setattr("kvshare_store.commit.recovery.time.time", lambda: begun + 1100)
+    engine = driver(**settings)
+    assert engine.store.collect().nodes == 0
+    assert sorted(node.length for node in engine.store.tree) == [16, 60]
 
 
 # --- who is forgotten first ---------------------------------------------------------------------
