@@ -83,14 +83,21 @@ class Durable:
             self._record_namespaces(nodes)
         except KVShareError as error:
             return [error] * len(nodes)
-        return list(map(self._still_here, nodes, _each(self.write, nodes)))
+        ended = zip(nodes, _each(self.write, nodes), strict=True)
+        return [error or self._refused_row(node) for node, error in ended]
 
-    def _still_here(self, node: Node, error: KVShareError | None) -> KVShareError | None:
-        """Where nodes are written one by one, room for one may be made by removing another, which
-        may have been saved again since, with other blocks."""
-        if error is None and not self._nodes.has(node):
+    def _refused_row(self, node: Node) -> KVShareError | None:
+        """Why the row of a node whose blocks are durable is not committed.
+
+        Where nodes are written one by one, room for one may be made by removing another, which may
+        have been saved again since, with other blocks. And in a shared catalogue the first row of a
+        node stays: where that is still to be removed, the node would go with it.
+        """
+        if not self._nodes.has(node):
             return MissingBlockError(f"node {short(node.id)} left before its row was committed")
-        return error
+        if self._condemned is not None and any(node.id in each.nodes for each in self._refused):
+            return StorageError(f"the old row of node {short(node.id)} could not be removed")
+        return None
 
     def _record_namespaces(self, nodes: Sequence[Node]) -> None:
         known = self._nodes.namespaces
@@ -203,20 +210,19 @@ class Durable:
             log.warning("kvshare: removal left garbage behind: %s", error)
 
     def _replaced(self, ids: Collection[str]) -> None:
-        """New rows of these nodes are committed. In a shared catalogue the first row of a node
-        stays, so there the removal of it still counts."""
-        if self._condemned is None:
-            self._refused = [
-                each._replace(nodes=tuple(i for i in each.nodes if i not in ids))
-                for each in self._refused
-            ]
+        """New rows of these nodes are committed, in place of those that were to be removed. In a
+        shared catalogue there are none of these (`_refused_row`)."""
+        self._refused = [
+            each._replace(nodes=tuple(i for i in each.nodes if i not in ids))
+            for each in self._refused
+        ]
 
     def take_back(self, ids: Collection[str]) -> bool:
         """Nodes whose rows are still there are in memory again; False if there is no such row."""
         if self._catalog is None:
             return False
         rows = list(self._catalog.load(ids=ids))
-        self._nodes.learn((), rows, {})
+        self._nodes.take_back(rows)
         report(self._catalog.take_faults(), self._metrics)
         return bool(rows)
 

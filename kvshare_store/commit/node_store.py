@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, islice
+from itertools import count, islice, repeat
+from typing import TypeVar
 
 from kvshare_store.blocks.block_store import BlockStore
 from kvshare_store.blocks.pool import Reserved
@@ -23,6 +24,11 @@ from kvshare_store.nodes.state import Change, NodeState
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.observability.metrics import Metrics
 
+T = TypeVar("T")
+
+_NOTHING: Mapping[str, float] = {}
+_ANY = -1
+"""In place of a stamp: whatever stamp the row has."""
 _STEPS = 256
 """Nodes that go for a quota while the lock is held: a quota may be lowered for thousands."""
 
@@ -60,6 +66,9 @@ class NodeStore:
         self._numbers = count(1)
         self._waiting: set[int] = set()
         """Numbers of the removals that these are from."""
+        self._leaving: Counter[tuple[str, int]] = Counter()
+        """How many of these removals are of a row, by its id and stamp; `_ANY` for all forms of it.
+        Only where others write rows too."""
         self._uncommitted: dict[str, int] = {}
         """Stamps by id of the nodes whose rows are not in the catalogue yet."""
 
@@ -196,8 +205,7 @@ class NodeStore:
         with self.lock:
             gone = self.drop(ids).nodes
             if gone:
-                removal = self.removal(gone)._replace(instead=instead)
-                self.queue.put(removal._replace(stamps=()) if whatever else removal)
+                self.queue.put(self.removal(gone, whatever=whatever)._replace(instead=instead))
             return len(gone)
 
     def forget(self, node: Node) -> bool:
@@ -205,16 +213,19 @@ class NodeStore:
         with self.lock:
             return self.has(node) and bool(self.remove([node.id]))
 
-    def removal(self, nodes: Sequence[Node]) -> Removal:
-        """The removal of rows in the form that this machine knows, and then of the blocks that no
-        node uses by then. It must be queued. Until `removed` these blocks are `named`. Hold the
-        lock."""
-        stamps = tuple(node.stamp for node in nodes) if self._shared else ()
+    def removal(self, nodes: Sequence[Node], *, whatever: bool = False) -> Removal:
+        """The removal of rows in the form that this machine knows, or of `whatever` form, and then
+        of the blocks that no node uses by then. It must be queued. Until `removed` these blocks are
+        `named`, and nobody learns these rows. Hold the lock."""
+        stamps = tuple(node.stamp for node in nodes) if self._shared and not whatever else ()
         blocks = tuple(name for node in nodes for name in node.blocks)
-        number = next(self._numbers)
+        ids = tuple(node.id for node in nodes)
+        removal = Removal(ids, blocks, stamps, number=next(self._numbers))
         self._named.update(blocks)
-        self._waiting.add(number)
-        return Removal(tuple(node.id for node in nodes), blocks, stamps, number=number)
+        self._waiting.add(removal.number)
+        if self._shared:
+            self._leaving.update(_rows_of(removal))
+        return removal
 
     def named(self, block: str) -> bool:
         """Whether a row names the block whose node has left memory and whose removal is queued."""
@@ -227,9 +238,9 @@ class NodeStore:
             for removal in removals:
                 if removal.number in self._waiting:
                     self._waiting.remove(removal.number)
-                    self._named.subtract(removal.blocks)
-                    for name in {name for name in removal.blocks if self._named[name] <= 0}:
-                        del self._named[name]
+                    _take_off(self._named, removal.blocks)
+                    if self._shared:
+                        _take_off(self._leaving, _rows_of(removal))
 
     def remove_unused(self, names: Iterable[str]) -> None:
         """Remove those of the blocks that no node uses."""
@@ -322,25 +333,43 @@ class NodeStore:
         namespaces: Iterable[Namespace],
         rows: Iterable[tuple[Node, Vectors]],
         known: Mapping[str, int],
+        used: Mapping[str, float] = _NOTHING,
     ) -> None:
         """Rows that others have committed to a shared catalogue: from now on they can be donors.
 
         A node that is here takes the form of its row if it has the stamp that the row had before
-        (`known`). Otherwise a change of this machine is on its way to the catalogue.
+        (`known`). Otherwise a change of this machine is on its way to the catalogue, and so is the
+        removal of a row that this machine gave up. The others were last `used` at these moments
+        (seconds since 1970), or when they were made.
         """
         with self.lock:
             self.namespaces.recorded(namespaces)
             for node, vectors in rows:
                 here = self.tree.get(node.id)
                 ours = here is not None and here.stamp != known.get(node.id)
-                if not ours and node.namespace not in self.namespaces.closed:
-                    self._adopt(node, vectors)
+                if not ours and not self._is_leaving(node) and self._open(node):
+                    last = max(node.created, used.get(node.id, 0.0))
+                    idle = time.time() - last if here is None else self.tree.idle_for(node.id)
+                    self._adopt(node, vectors, max(0.0, idle))
             self._hold_count()
 
-    def _adopt(self, node: Node, vectors: Vectors) -> None:
+    def _is_leaving(self, node: Node) -> bool:
+        """Whether the row of a node, in this form, is about to be removed."""
+        return (node.id, node.stamp) in self._leaving or (node.id, _ANY) in self._leaving
+
+    def _open(self, node: Node) -> bool:
+        return node.namespace not in self.namespaces.closed
+
+    def take_back(self, rows: Iterable[tuple[Node, Vectors]]) -> None:
+        """Nodes whose place another one took, and could not keep, are here again."""
+        with self.lock:
+            for node, vectors in rows:
+                if node.id not in self.tree and self._open(node):
+                    self._adopt(node, vectors, 0.0)
+            self._hold_count()
+
+    def _adopt(self, node: Node, vectors: Vectors, idle: float) -> None:
         """The row counts: what this machine had of the node is dropped."""
-        known = node.id in self.tree
-        idle = max(0.0, self.tree.idle_for(node.id) if known else time.time() - node.created)
         unused = self.drop([node.id]).unused
         self.blocks.expect(node.blocks, node.namespace)
         self._insert(node, vectors, idle)
@@ -354,3 +383,16 @@ class NodeStore:
             unused = self.drop(here).unused
             self.blocks.doubt_shared(unused)
             self.remove_unused(unused)
+
+
+def _rows_of(removal: Removal) -> Iterable[tuple[str, int]]:
+    """Ids and stamps of the rows that go."""
+    return zip(removal.nodes, removal.stamps or repeat(_ANY), strict=False)
+
+
+def _take_off(counts: Counter[T], items: Iterable[T]) -> None:
+    """Count each of the items once less, and forget those of which none is left."""
+    items = list(items)
+    counts.subtract(items)
+    for item in {item for item in items if counts[item] <= 0}:
+        del counts[item]

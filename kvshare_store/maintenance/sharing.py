@@ -176,8 +176,11 @@ class Sharing:
         changed = [i for i, stamp in stamps.items() if self._seen.get(i) != stamp]
         unknown = [i for i in changed if not self._has(i, stamps[i])]
         if unknown:
+            self._catalog.refresh()  # a commit of ours may have brought rows of new namespaces
             namespaces = self._catalog.records.read()
-            self._nodes.learn(namespaces, list(self._catalog.load(ids=unknown)), self._seen)
+            used = self._uses.recorded(unknown) if self._uses is not None else {}
+            rows = list(self._catalog.load(ids=unknown))
+            self._nodes.learn(namespaces, rows, self._seen, used)
             report(self._catalog.take_faults(), self._metrics)
         self._seen |= stamps
         self._newest = max(self._newest, *stamps.values(), 0)

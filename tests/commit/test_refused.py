@@ -15,6 +15,7 @@ from kvshare_store.errors import FullDiskError, KVShareError, StorageError
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.store import Store
 from tests.support.meanwhile import reopened
+from tests.support.neighbours import Machine
 from tests.support.oracle import Driver, prompt
 
 Open = Callable[..., Driver]
@@ -104,6 +105,29 @@ def test_a_prompt_that_is_saved_again_outlives_its_refused_removal(
     refusing.times = 0
     again = reopened(engine, driver)
     assert again.serve(TOKENS).exact > 0
+
+
+def test_a_prompt_is_not_saved_again_behind_the_refused_removal_of_a_shared_row(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row of a node stays. The new one would be taken for stored, and go with it."""
+    engine = machine("a", sync_seconds=3600.0, gc_seconds=0.0)
+    node = str(engine.save(TOKENS))
+    engine.store.flush()
+    refusing = Refusing(engine.store, "delete", monkeypatch)
+    refusing.times = 3
+    engine.store.nodes.remove([node])
+    engine.store.repository.queue.settle()
+    assert engine.save(TOKENS) == node
+    with pytest.raises(StorageError, match="the old row of node"):
+        engine.store.flush()
+    refusing.times = 0
+    assert engine.save(TOKENS) == node
+    engine.store.flush()
+    engine.store.repository.queue.check_removed()
+    catalog = engine.store.repository.catalog
+    assert catalog is not None
+    assert len(list(catalog.load())) == 1
 
 
 def test_on_a_full_disk_blocks_go_before_rows(

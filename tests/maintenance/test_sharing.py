@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvshare_store.errors import ConfigError
-from tests.support.neighbours import Machine, collect_all, knows, remote_blocks, save, until
-from tests.support.oracle import prompt
+from kvshare_store.namespace import Namespace
+from tests.support.meanwhile import hold
+from tests.support.neighbours import (
+    NAMESPACE,
+    Machine,
+    collect_all,
+    knows,
+    learn,
+    remote_blocks,
+    save,
+    until,
+)
+from tests.support.oracle import Driver, prompt
+
+ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
+"""A machine that reads the catalogue only when the test says so."""
 
 
 def test_what_one_machine_computed_another_reuses(machine: Machine) -> None:
@@ -85,6 +101,57 @@ def test_what_one_machine_removes_is_gone_everywhere(machine: Machine) -> None:
     assert other.plan(prompt(1, 40)).declined == "empty_store"
     other.store.collect()  # a copy may have been on its way to the disk
     assert other.store.blocks.names() == set()
+
+
+def after(
+    patch: pytest.MonkeyPatch, engine: Driver, call: str, happens: Callable[[], object]
+) -> None:
+    """Something happens once a call of the catalogue is through, the first time that it is made."""
+    catalog = engine.store.repository.catalog
+    real = getattr(catalog, call)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        patch.setattr(catalog, call, real)
+        answer = real(*arguments, **options)
+        happens()
+        return answer
+
+    patch.setattr(catalog, call, called)
+
+
+def test_what_is_being_removed_is_not_learned(machine: Machine) -> None:
+    """A machine that has just started reads every row, also one that it is about to remove."""
+    node = save(machine("a", **ASKED_ONLY), prompt(1, 40))
+    other, go_on = machine("b", **ASKED_ONLY), threading.Event()
+    hold(other.store.nodes.queue, go_on)
+    other.store.nodes.remove([str(node)])
+    learn(other)
+    gone = not knows(other, prompt(1, 40))
+    go_on.set()
+    other.store.flush()
+    learn(other)
+    assert gone
+    assert not knows(other, prompt(1, 40))
+
+
+def test_a_row_of_a_new_namespace_is_learned_although_its_record_came_later(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit of this machine, while it learns, shows it the row and not the record."""
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    save(other, prompt(2, 40))
+    learn(other)
+    guest = Driver(one.store, Namespace("another model", NAMESPACE.layout))
+    save(one, prompt(3, 40))
+
+    def meanwhile() -> None:
+        save(guest, prompt(1, 40))
+        save(other, prompt(4, 40))
+
+    after(monkeypatch, other, "refresh", meanwhile)
+    learn(other)
+    assert [knows(other, prompt(seed, 40)) for seed in (1, 3)] == [True, True]
+    assert other.store.stats()["errors"] == {}
 
 
 def test_what_no_machine_uses_leaves_the_remote_tier(machine: Machine, tmp_path: Path) -> None:

@@ -185,6 +185,22 @@ def test_what_one_machine_uses_does_not_expire_on_another(machine: Machine) -> N
     assert not knows(one, prompt(2, 40))
 
 
+def test_a_machine_that_was_away_learns_uses_along_with_rows(machine: Machine) -> None:
+    """It had heard of the use when it did not know the prompt yet."""
+    first, one, away = (machine(name, ttl_seconds=3600.0, **ASKED_ONLY) for name in "abc")
+    one.book = first.book
+    save_long_ago(first, PROMPT, prompt(2, 40))
+    learn(one)
+    set_clock(one, -3000.0)
+    one.serve(PROMPT)
+    for engine in (one, away):
+        uses_are_written(engine)
+    learn(away)
+    assert away.store.collect().nodes == 1
+    learn(one)
+    assert [knows(one, PROMPT), knows(one, prompt(2, 40))] == [True, False]
+
+
 def test_a_use_counts_although_the_clock_was_set_back(machine: Machine) -> None:
     first, one, other = (machine(name, ttl_seconds=3600.0, **ASKED_ONLY) for name in "abc")
     one.book = first.book
