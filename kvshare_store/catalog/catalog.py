@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kvshare_store.bounded import pieces
 from kvshare_store.catalog.batches import namespace_rows, node_rows, numbers, texts
 from kvshare_store.catalog.faults import Fault, Faults
 from kvshare_store.catalog.lance import hex_only, lance_errors, quoted
-from kvshare_store.catalog.ledger import MARKED, Fact, Ledger
+from kvshare_store.catalog.ledger import MARKED, Fact, Ledger, within
 from kvshare_store.catalog.place import Place
 from kvshare_store.catalog.records import NAMESPACES, NamespaceRecords
 from kvshare_store.catalog.rows import Rows
@@ -44,6 +45,8 @@ from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS, Vectors
 T = TypeVar("T")
 
 _ATTEMPTS = 4
+_IDS = 512
+"""Most ids that one condition names."""
 _VECTOR = pa.list_(pa.float32(), VECTOR_DIMENSIONS)
 _NODES = Fields(
     pa.schema(
@@ -359,6 +362,13 @@ class Catalog:
         self.uses.erase(f"by = '{digest}'")
         self._rows.forget(namespace)
         return ahead
+
+    def forget_uses(self, namespace: str, keep: Collection[str]) -> None:
+        """Remove what was written down of uses of a namespace's nodes, but for those to `keep`, from
+        old versions too. A machine may have written it before it had heard of the purge."""
+        facts = self.uses.facts(f"by = '{hex_only(namespace)}'")
+        for some in pieces([fact.key for fact in facts if fact.key not in keep], _IDS):
+            self.uses.erase(within("key", some))
 
     def drop_unreadable(self, namespace: str) -> None:
         """Remove rows of a namespace that cannot be decrypted with the key of its record. A machine

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from kvshare_store.bounded import pieces
 from kvshare_store.commit.node_store import NodeStore
 from kvshare_store.commit.repository import Repository
 from kvshare_store.errors import (
@@ -41,6 +42,8 @@ from kvshare_store.tensors.frame import Block, encode_frame
 
 _AT_ONCE = 32
 """Nodes that are made durable in one go."""
+_ASKED = 512
+"""Nodes that the catalogue is asked for in one go."""
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -206,14 +209,24 @@ def _import(repository: Repository, file: BinaryIO, contents: Contents) -> Impor
             here = _add(repository, node, namespace, partial(block_at, file, contents), purged)
             (added if here else skipped).append(node)
         repository.queue.flush(refusals)
-        tree = repository.nodes.tree
-        skipped += [each for each in added if each.id not in tree]  # others took their room
+        stored = _stored(repository, [each.id for each in added])
+        skipped += [each for each in added if each.id not in stored]  # others took their room
         return Imported(
-            tuple(each.id for each in added if each.id in tree),
+            tuple(each.id for each in added if each.id in stored),
             known,
             tuple(each.id for each in skipped if each.namespace not in purged),
             tuple(each.id for each in skipped if each.namespace in purged),
         )
+
+
+def _stored(repository: Repository, ids: Sequence[str]) -> set[str]:
+    """Those of the nodes that are stored: where a catalogue is shared, also those that this machine
+    has no room for in its memory."""
+    found = {node_id for node_id in ids if node_id in repository.nodes.tree}
+    if repository.shared and repository.catalog is not None:
+        for some in pieces(ids, _ASKED):
+            found |= repository.catalog.stamps(ids=some).keys()
+    return found
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class OthersPurges:
             dropped = self._blocks.pool.drop_copies(digest, keep)
         self._saving.forget(digest)  # first: looks teach what is forgotten next
         self._quality.forget(digest)
+        if not begun:
+            catalog.forget_uses(digest, {node.id for node in kept})
         done = dropped is not None and not self._blocks.purge_copies(digest, dropped, keep)
         self._blocks.doubt_shared(None)
         self._blocks.pool.wipe()

@@ -33,6 +33,7 @@ from kvshare_store.nodes.edits import Tokens
 from kvshare_store.nodes.node import encode_node
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block
+from tests.support.neighbours import Machine
 from tests.support.oracle import Driver
 from tests.support.stores import Open
 from tests.support.tiers import disk_level
@@ -186,6 +187,16 @@ def test_where_there_is_no_room(archive: Path, other: Callable[..., Store]) -> N
         assert result.skipped
         assert {node.id for node in store.tree} <= set(result.nodes)
         assert not store.blocks.pool.filling()
+
+
+def test_a_small_machine_stores_more_than_it_has_in_memory(
+    archive: Path, machine: Machine
+) -> None:
+    """With a shared catalogue the rows stay for the others."""
+    small = machine("small", max_nodes=1, sync_seconds=3600.0, gc_seconds=0.0)
+    imported = import_nodes(small.store.repository, archive)
+    assert (len(imported.nodes), imported.skipped) == (3, ())
+    assert len(small.store.tree) == 1
 
 
 def test_a_disk_that_refuses_is_an_error_and_one_that_is_full_is_none(

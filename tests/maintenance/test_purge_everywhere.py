@@ -106,6 +106,24 @@ def test_it_says_what_stays_while_another_clock_is_ahead(
     assert (len(list(versions.glob("*.manifest"))) > 1) == bool(ahead)
 
 
+def test_uses_that_were_written_down_after_a_purge_are_removed(machine: Machine) -> None:
+    """By a machine that had not heard of it. They name prompts by their hashes."""
+    one, other = machine("a", **ASKED_ONLY), machine("b", **ASKED_ONLY)
+    other.book = one.book
+    save(one, PROMPT)
+    learn(other)
+    other.serve(PROMPT)
+    one.store.purge(NAMESPACE.digest)
+    save(one, LATER)
+    for engine in (one, other):
+        assert engine.store.repository.uses is not None
+        engine.store.repository.uses.exchange()
+    learn(other)
+    catalog = other.store.repository.catalog
+    assert catalog is not None
+    assert [fact.key for fact in catalog.uses.facts()] == [node.id for node in one.store.tree]
+
+
 def test_a_lineage_goes_on_every_machine(machine: Machine) -> None:
     """Also nodes that the purging machine does not have in memory."""
     one, other = machine("a"), machine("b", max_nodes=1)

@@ -11,6 +11,7 @@ import pytest
 
 from kvshare_store.errors import ConfigError
 from kvshare_store.namespace import Namespace
+from tests.maintenance.test_upkeep import ASKED_ONLY
 from tests.support.meanwhile import hold
 from tests.support.neighbours import (
     NAMESPACE,
@@ -23,9 +24,6 @@ from tests.support.neighbours import (
     until,
 )
 from tests.support.oracle import Driver, prompt
-
-ASKED_ONLY = {"sync_seconds": 3600.0, "gc_seconds": 0.0}
-"""A machine that reads the catalogue only when the test says so."""
 
 
 def test_what_one_machine_computed_another_reuses(machine: Machine) -> None:
