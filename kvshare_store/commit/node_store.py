@@ -250,10 +250,11 @@ class NodeStore:
                 self.queue.put(Removal((), unused))
 
     def remove_lost(self, names: Sequence[str] = ()) -> None:
-        """Blocks are missing or damaged: `names`, and those that the tiers have lost. The nodes
-        that use them are removed in the same moment."""
+        """Blocks are missing or damaged: `names`, and those that the tiers have lost and that were
+        not saved again since. The nodes that use them are removed in the same moment."""
         with self.lock:
-            lost = [*names, *self.blocks.pool.take_lost()]
+            gone = [n for n in self.blocks.pool.take_lost() if self.blocks.tier_of(n) is None]
+            lost = [*names, *gone]
             if lost:
                 self.remove([user for name in lost for user in self.tree.users(name)])
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from kvshare_store.commit.rewrite import Rewriter
+from kvshare_store.errors import MissingBlockError
 from kvshare_store.nodes.vectors import VECTOR_DIMENSIONS
 from kvshare_store.save.staging import Buffer
 from kvshare_store.store import Store
 from kvshare_store.tensors.frame import Block
 from tests.support.meanwhile import PATIENCE_S, hold, reopened
 from tests.support.oracle import Driver, prompt
-from tests.support.tiers import disk_level
+from tests.support.tiers import disk_level, drop_from_host
 from tests.support.waiting import until
 
 Open = Callable[..., Driver]
@@ -81,6 +82,37 @@ def test_rows_that_come_back_while_they_are_deleted_stay(
             assert engine.serve(other).exact == 39
     again = reopened(engine, driver)
     assert again.serve(tokens).exact == 39
+
+
+def test_rows_that_were_lost_and_are_saved_again_stay(driver: Open) -> None:
+    """They are found in no tier just before a prompt with the very same rows is there."""
+    engine = driver()
+    tokens, longer = prompt(1, 40), prompt(1, 40) + prompt(2, 20)
+    engine.save(tokens)
+    engine.store.flush()
+    drop_from_host(engine.store)
+    blocks = engine.store.blocks
+    lost = blocks.names()
+    for name in lost:
+        engine.store.repository.home.joinpath(f"blocks/{name[:2]}/{name}.kvb").unlink()
+    staged = engine.stage(longer)
+    rows, end = engine._computed[staged.id], staged.rows * engine.namespace.layout.row_bytes
+
+    class Meanwhile(Buffer):
+        def read_into(self, offset: int, target: memoryview) -> None:
+            rows.read_into(offset, target)
+            while lost and offset + len(target) == end:
+                with pytest.raises(MissingBlockError):
+                    blocks.read(name := lost.pop())
+                with engine.store.nodes.lock:
+                    blocks.pool.lose(name)
+
+    saved = str(engine.store.commit(staged.id, Meanwhile(b"")))
+    engine.store.nodes.remove_lost()
+    engine.store.flush()
+    assert saved in engine.store.tree
+    again = reopened(engine, driver)
+    assert again.serve(longer).exact == 59
 
 
 def test_a_prompt_that_becomes_another_ones_beginning_is_stored_once(driver: Open) -> None:

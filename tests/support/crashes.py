@@ -97,5 +97,5 @@ def opened(copy: Copy, config: Config, original: Driver, **changes: Any) -> Iter
 
 
 def remote_of(home: Path) -> dict[str, Any]:
-    """Settings of a remote that lies in the home and is copied with it."""
-    return {"remote": f"file://{home / 'remote'}", "remote_timeout_ms": 5_000.0}
+    """Settings of a remote that lies in the home and is copied with it, while calls of it wait."""
+    return {"remote": f"file://{home / 'remote'}", "remote_timeout_ms": 60_000.0}
