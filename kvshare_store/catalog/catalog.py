@@ -364,8 +364,8 @@ class Catalog:
         return ahead
 
     def forget_uses(self, namespace: str, keep: Collection[str]) -> None:
-        """Remove what was written down of uses of a namespace's nodes, but for those to `keep`, from
-        old versions too. A machine may have written it before it had heard of the purge."""
+        """Remove what was written down of uses of a namespace's nodes, except those to `keep`, from
+        old versions too. A machine may have written it before it had heard of a purge."""
         facts = self.uses.facts(f"by = '{hex_only(namespace)}'")
         for some in pieces([fact.key for fact in facts if fact.key not in keep], _IDS):
             self.uses.erase(within("key", some))

@@ -189,9 +189,7 @@ def test_where_there_is_no_room(archive: Path, other: Callable[..., Store]) -> N
         assert not store.blocks.pool.filling()
 
 
-def test_a_small_machine_stores_more_than_it_has_in_memory(
-    archive: Path, machine: Machine
-) -> None:
+def test_a_small_machine_stores_more_than_it_has_in_memory(archive: Path, machine: Machine) -> None:
     """With a shared catalogue the rows stay for the others."""
     small = machine("small", max_nodes=1, sync_seconds=3600.0, gc_seconds=0.0)
     imported = import_nodes(small.store.repository, archive)
