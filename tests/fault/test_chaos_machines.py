@@ -31,8 +31,10 @@ def rows_told_by_id_alone(patch: Patch) -> None:
     def delete_any(self: Catalog, ids: Iterable[str], stamps: Any = ()) -> None:
         delete(self, ids)
 
-    def learn_new(self: NodeStore, spaces: Any, rows: Any, known: Mapping[str, int]) -> None:
-        learn(self, spaces, [row for row in rows if row[0].id not in self.tree], known)
+    def learn_new(
+        self: NodeStore, spaces: Any, rows: Any, known: Mapping[str, int], *used: Any
+    ) -> None:
+        learn(self, spaces, [row for row in rows if row[0].id not in self.tree], known, *used)
 
     patch.setattr(Catalog, "delete", delete_any)
     patch.setattr(NodeStore, "learn", learn_new)
