@@ -4,11 +4,16 @@ A worker loads an adapter when its id (`lora_int_id`) is first used, keeps it wh
 and may read the files again later. While the files are unchanged since the id was first seen, they
 are the weights in use. Once they differ, the worker may use either version: requests are declined
 until the adapter is loaded under another id, in place, or by another engine.
+
+vLLM's own prefix cache knows an adapter by name and path only, and keeps its blocks when it is
+unloaded. So requests of changed files are kept apart there (`Adapter.apart`): else they would be
+computed behind rows of the old version, and stored as rows of the new one.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +21,7 @@ from kvshare_connectors.vllm.identity import WEIGHTS, fingerprint, local_folder,
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
 
 _CONFIGURATION = "adapter_config.json"
 
@@ -28,6 +34,8 @@ class Adapter(NamedTuple):
 
     identity: str
     declined: str = ""
+    apart: str = ""
+    """Requests share blocks in vLLM's own prefix cache only with those that have the same here."""
 
 
 NO_ADAPTER = Adapter("")
@@ -39,6 +47,9 @@ class Adapters:
     def __init__(self) -> None:
         self._loaded: dict[int, str] = {}
         """By id: fingerprint of the files when it was first seen, or last loaded in place."""
+        self._first: dict[tuple[str, str], str] = {}
+        """By name and path: fingerprint of the files when these were first seen."""
+        self._secret = secrets.token_hex(16)
         self._read: dict[Path, tuple[Files, str]] = {}
         """By folder: its files when they were last read, and their fingerprint."""
 
@@ -56,9 +67,21 @@ class Adapters:
         identity = f"{label}#{contents}"
         if lora.load_inplace:
             self._loaded[lora.lora_int_id] = contents
+        first = self._first.setdefault((lora.lora_name, lora.lora_path), contents)
         if self._loaded.setdefault(lora.lora_int_id, contents) != contents:
-            return Adapter(identity, "adapter_changed")
-        return Adapter(identity)
+            return Adapter(identity, "adapter_changed", f"{contents} or others")
+        return Adapter(identity, apart="" if contents == first else contents)
+
+    def keep_apart(self, request: Request, adapter: Adapter) -> None:
+        """Give the request's blocks hashes of their own in vLLM's prefix cache, if need be.
+
+        vLLM makes hashes of the salt, too. The tenant must have been read from it before.
+        """
+        if adapter.apart:
+            # a secret, so that no client can send the same salt
+            request.cache_salt = f"{request.cache_salt or ''}#{self._secret}#{adapter.apart}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
     def _contents(self, path: str) -> str:
         """Fingerprint of the adapter's files; empty if there are none."""

@@ -57,6 +57,7 @@ class Arrivals:
             pools=pools, source=source, looked_up=looked_up,
         )  # fmt: skip
         self._warnings.consider(state)
+        self._adapters.keep_apart(request, adapter)
         return state
 
 

@@ -264,6 +264,37 @@ def test_virtual_rows_count_against_the_adapters_of_a_step(
     assert all(request.is_finished() for request in requests)
 
 
+@pytest.mark.parametrize("again", ["in place", "under another id", "not at all"])
+def test_blocks_of_an_adapters_old_files_are_not_found_for_its_new_ones(
+    make: Make, link: FakeLink, adapters: list[Any], again: str
+) -> None:
+    """vLLM knows an adapter by name and path: it would compute requests of the new files behind
+    rows of the old ones, and these would be stored under the name of the new ones."""
+    link.plan = None
+    bench = make(lora=2)
+    old = adapters[0]
+    bench.add(lora=old)
+    bench.drain()
+    weights = Path(old.lora_path) / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    weights.write_bytes(b"trained further")
+    new = {
+        "in place": msgspec.structs.replace(old, load_inplace=True),
+        "under another id": msgspec.structs.replace(old, lora_int_id=7),
+        "not at all": old,
+    }[again]
+    found = []
+    for lora in (new, new):
+        request = bench.add(lora=lora)
+        bench.drain()
+        found.append(said(bench, request)["prefix_cached"])
+    assert found == [0, 96]
+    weights.write_bytes(trained)
+    request = bench.add(lora=msgspec.structs.replace(old, load_inplace=True))
+    bench.drain()
+    assert said(bench, request)["prefix_cached"] == 96
+
+
 # --- pause and reset ------------------------------------------------------------------------------
 
 

@@ -60,6 +60,8 @@ def request(**fields: Any) -> Any:
         "lora_request": None,
         "kv_transfer_params": None,
         "_block_hasher": None,
+        "block_hashes": [],
+        "update_block_hashes": lambda: None,
     }
     return SimpleNamespace(**(defaults | fields))
 
