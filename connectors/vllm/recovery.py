@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvshare_connectors.vllm.beside import ours
+from kvshare_connectors.vllm.beside import all_of, ours
 from kvshare_connectors.vllm.orders import from_first
 from kvshare_connectors.vllm.planning import Planning
 from kvshare_connectors.vllm.requests import RequestState
@@ -63,10 +65,30 @@ class Recovery(Scheduler):
         planning = self._planning()
         if planning is not None and reset_running_requests:
             self._release_waiting(planning)
-        done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        with self._freeing_at_once():
+            done = super().reset_prefix_cache(reset_running_requests, reset_connector)
         if done and planning is not None and planning.announcer is not None:
             planning.announcer.forget()  # vLLM tells routers to forget every block of this engine
         return done
+
+    @contextmanager
+    def _freeing_at_once(self) -> Iterator[None]:
+        """Blocks that steps in flight still write are free at once, as in an engine without a
+        connector: else no reset would succeed while a step is in flight.
+
+        vLLM defers that for connectors that load while steps run. KVShare loads at the beginning of
+        a step, so whoever gets these blocks next is written behind the steps in flight.
+        """
+        deferring = self.defer_block_free
+        if ours(self.connector) is not None and len(all_of(self.connector)) == 1:
+            self.defer_block_free = False
+            while self.deferred_frees:
+                _, blocks = self.deferred_frees.popleft()
+                self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+        try:
+            yield
+        finally:
+            self.defer_block_free = deferring
 
     def reset_connector_cache(self) -> bool:
         planning = self._planning()

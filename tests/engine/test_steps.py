@@ -368,9 +368,6 @@ def test_a_reset_releases_requests_that_wait_with_rows(
     bench = make(ahead=ahead)
     free = bench.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     request, in_flight = at(bench, moment)
-    if in_flight is not None and ahead:
-        bench.finish(in_flight)  # a pause waits for it
-        in_flight = None
     asked = len(link.asked)
     assert bench.scheduler.reset_prefix_cache(True, connector_too)
     assert request.status == RequestStatus.WAITING
@@ -382,6 +379,23 @@ def test_a_reset_releases_requests_that_wait_with_rows(
     assert len(link.asked) == asked + 1
     assert link.asked[-1][0] == link.asked[0][0] or connector_too
     assert bench.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_reset_succeeds_while_a_step_is_in_flight(make: Make, ended: bool) -> None:
+    """As in an engine without a connector."""
+    bench = make(ahead=True)
+    request = bench.add(max_tokens=30)
+    bench.step()
+    in_flight = bench.schedule()
+    if ended:
+        bench.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    assert bench.scheduler.reset_prefix_cache(not ended)
+    bench.finish(in_flight)
+    bench.drain()
+    assert request.is_finished()
+    pool = bench.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
 def test_the_release_of_an_aborted_requests_report_is_harmless(make: Make) -> None:
