@@ -100,7 +100,7 @@ class Cover:
         if not self.continued or self.continues is None:
             return ()
         inherited = cut_contexts(self.continues.contexts, self.in_place)
-        return contexts_of(inherited, (), (), self.exact)
+        return contexts_of(inherited, (), (), self.exact, self.in_place)
 
     def matches(self, donor: Node, shortest: int) -> list[Match]:
         """Runs of at least `shortest` that the donor covers, ascending on both sides: one that

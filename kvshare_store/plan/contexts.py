@@ -21,23 +21,29 @@ class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     digest: bytes
     """Of the edited spans, 16 bytes."""
     stop: int = 0
-    """Where the last of them ends."""
+    """Where the last of them ends, or of the continued rows that stand behind others here."""
 
 
 def contexts_of(
-    inherited: Iterable[Context], spans: Iterable[Span], names: Sequence[str], exact: int = 0
+    inherited: Iterable[Context],
+    spans: Iterable[Span],
+    names: Sequence[str],
+    exact: int = 0,
+    continued: int = 0,
 ) -> tuple[Context, ...]:
     """The contexts of a prompt's rows: those of the prompt that it continues, and one for the
     edited spans behind that.
 
-    `names`: of the blocks that the spans index. `exact`: length of the prompt's exact prefix. Where
-    that is longer than the continued prompt's, its rows stand before those of an inherited context,
-    which makes it another one.
+    `names`: of the blocks that the spans index. `exact`: length of the prompt's exact prefix, and
+    `continued`: where the rows end that continue another prompt. Where its exact prefix is longer
+    than that prompt's, its rows stand before those of an inherited context. That makes it another
+    one, which depends on how many rows are continued: they were computed behind other rows than
+    these, and what follows them is computed behind these.
     """
     contexts = list(inherited)
     before = [context for context in contexts if context.start < exact]
     if before:
-        stop = max(context.stop for context in before)
+        stop = max(continued, *(context.stop for context in before))
         contexts = [Context(exact, _digest(before), stop), *contexts[len(before) :]]
     edited = list(_joined(span for span in spans if span.edited))
     if edited:

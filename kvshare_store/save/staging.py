@@ -225,7 +225,8 @@ def exact_rows(spans: Sequence[Span], length: int) -> int:
 def contexts_of_rows(reuse: Reuse, length: int) -> tuple[Context, ...]:
     """The contexts that the rows of a prompt of `length` tokens are computed in."""
     exact = exact_rows(reuse.spans, length)
-    return contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact)
+    continued = max((span.stop for span in reuse.spans if span.continued), default=0)
+    return contexts_of(reuse.contexts, reuse.spans, reuse.blocks, exact, continued)
 
 
 def reuse_of(plan: ReusePlan, spans: Sequence[Span] | None = None) -> Reuse:

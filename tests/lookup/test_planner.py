@@ -26,6 +26,7 @@ from kvshare_store.nodes.vectors import Vector, Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan
 from kvshare_store.plan.contexts import Context, contexts_of
 from kvshare_store.plan.spans import Span
+from kvshare_store.save.staging import contexts_of_rows, reuse_of
 from tests.support.block_names import block, text_of
 
 ROW_BYTES = 64
@@ -179,8 +180,22 @@ def test_exact_rows_are_preferred_to_edited_ones() -> None:
     shelf.add(request, generation=1, exact_rows=0, contexts=(edited,))
     plan = shelf.plan(request)
     assert (plan.exact, plan.continued, plan.generation) == (24, 39, 1)
-    assert plan.contexts == contexts_of([edited], (), (), 24)
+    assert plan.contexts == contexts_of([edited], (), (), 24, 39)
     assert [context.start for context in plan.contexts] == [24]
+
+
+def test_rows_behind_fewer_continued_ones_are_in_another_context() -> None:
+    """Behind an exact prefix that the continued prompt lacks, row 35 is not the same if it was
+    continued as if it was computed."""
+    shelf = Shelf()
+    request = text(1, 40)
+    shelf.add(request[:24] + text(2, 16))
+    shelf.add(request, generation=1, exact_rows=0, contexts=(Context(3, b"some edited rows", 10),))
+    longer, shorter = shelf.plan(request), shelf.plan(request[:36])
+    assert (longer.continued, shorter.continued) == (39, 35)
+    made = [contexts_of_rows(reuse_of(plan), plan.tokens) for plan in (longer, shorter)]
+    assert [context.start for contexts in made for context in contexts] == [24, 24]
+    assert made[0] != made[1]
 
 
 @pytest.mark.parametrize(
