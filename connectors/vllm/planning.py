@@ -186,7 +186,7 @@ class Planning:
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """vLLM has allocated the request's blocks and taken `external` tokens of the promise."""
         state = self.state_of(request)
-        if state.loaded:
+        if state.loaded or state.resumed:
             return
         state.local = state.promise.local
         if state.plan is None:

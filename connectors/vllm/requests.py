@@ -142,6 +142,9 @@ class RequestState:
     """Its prompt is stored, or must not be stored."""
     kept: Kept | None = None
     """The stored prefix that its answer extends; None while the answer must not be stored."""
+    resumed: bool = False
+    """It was preempted, and had reused nothing: what vLLM's own cache has of it now it has computed
+    itself."""
     restarts: int = 0
     """How often it was preempted because a load of its rows failed."""
     trace: Trace | None = None
@@ -185,6 +188,7 @@ class RequestState:
         """Its load failed while it was running: it starts over and is computed in full."""
         self.start_over("load_failed")
         self.cached_counted = False  # nobody knows yet what vLLM's own cache still has of it
+        self.resumed = False
         self.restarts += 1
 
     def preempted(self) -> None:
@@ -193,6 +197,8 @@ class RequestState:
         if self.loaded or self.in_engine:
             self.start_over("preempted")
             self.cached_counted = True  # as reused, when its rows were loaded
+        elif self.reason != "preempted":
+            self.resumed = True
 
     def start_over(self, reason: str = "") -> None:
         """Forget the plan and what was loaded: the engine computes the whole prompt."""

@@ -808,6 +808,23 @@ def test_what_vllms_cache_kept_of_a_preempted_request_is_no_reuse(
     assert counted(link) == told
 
 
+def test_what_a_preempted_request_has_computed_itself_is_no_prefix_hit(
+    make: Make, link: FakeLink
+) -> None:
+    link.plan = None
+    bench = make()
+    request = bench.add(max_tokens=30)
+    bench.step()
+    for _ in range(2):
+        bench.scheduler.running.remove(request)
+        bench.scheduler._preempt_request(request, 0.0)
+        bench.step()
+    bench.drain()
+    found = said(bench, request)
+    assert (found["prefix_cached"], found["recomputed"]) == (0, LENGTH)
+    assert not any(isinstance(message, protocol.EngineCached) for message in link.told)
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
