@@ -72,6 +72,11 @@ def miss_text(reason: str) -> str:
     return MISSES.get(reason, "")
 
 
+def assumed_text(speed: float) -> str:
+    """What an expected saving rests on before any prefill was measured; empty for a speed of 0."""
+    return f"assumed {speed:,.0f} tokens/s: nothing measured yet" if speed else ""
+
+
 def size(nbytes: int) -> str:
     """`1.5 MiB`."""
     if nbytes < 1024:

@@ -203,8 +203,9 @@ class Planning:
         state.count_reuse()
         state.taken_at = time.monotonic()
         if state.trace is not None:
-            saving_ms = state.plan.saving_ms
-            state.trace.part("plan", state.taken_at - state.planned_at, saving_ms=saving_ms)
+            plan, waited = state.plan, state.taken_at - state.planned_at
+            said = {"saving_ms": plan.saving_ms, "assumed_speed": plan.assumed_speed}
+            state.trace.part("plan", waited, **said)
         self.orders.load(state, state.plan)
         if self.places_runs:
             self.runs.add(state)

@@ -17,6 +17,7 @@ from kvshare_store.readable import (
     KIND_COLOURS,
     REASONS,
     as_one_name,
+    assumed_text,
     miss_text,
     no_tokens_text,
     printable,
@@ -86,11 +87,14 @@ def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
         )
     expected = explained["expected"]
     if expected is not None:
-        speeds = " now, by the speeds measured since" if again else ""
+        assumed = assumed_text(expected.get("assumed_speed", 0))  # the release before does not say
+        now = " now" if again else ""
+        speeds = f"{now}, by the speeds measured since" if again and not assumed else now
         yield (
             f"expected{speeds}: {expected['without']:,.1f} ms without; compute "
             f"{expected['compute']:,.1f} + load {expected['load']:,.1f} + seams "
             f"{expected['seams']:,.1f} ms with it: saves {expected['saving']:,.1f} ms"
+            + (f" ({assumed})" if assumed else "")
         )
 
 

@@ -32,6 +32,7 @@ from kvshare_store.readable import (
     KIND_COLOURS,
     age,
     as_one_name,
+    assumed_text,
     miss_text,
     one_line,
     outcome_text,
@@ -178,7 +179,9 @@ def _times(request: Request) -> Iterable[str]:
     if prefill := request.get("prefill"):
         yield f"{took(prefill)} from plan to first token"
     if request["saving_ms"]:
-        yield f"the plan was expected to save {request['saving_ms']:,.1f} ms"
+        assumed = assumed_text(request.get("assumed_speed", 0))  # the release before does not say
+        rests = f" ({assumed})" if assumed else ""
+        yield f"the plan was expected to save {request['saving_ms']:,.1f} ms{rests}"
 
 
 def _name(request: Request) -> str:

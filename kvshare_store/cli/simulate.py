@@ -19,7 +19,7 @@ from kvshare_store.cli.common import ConfigOption, SetOption, configured, consol
 from kvshare_store.cli.simulated import STDOUT, draw, figure_class, write_json
 from kvshare_store.config import EvictionName, StoreConfig, parse_size
 from kvshare_store.errors import ConfigError
-from kvshare_store.readable import size
+from kvshare_store.readable import assumed_text, size
 
 _HOST_BYTES = "4GiB"
 _EVICTION = ",".join(get_args(EvictionName))
@@ -197,7 +197,8 @@ def _of_prompts(
     counted = simulated.run(path, reader, arms, least)
     result = prompt_replay.report(counted)
     known = simulated.measured(store, options.policies)
-    assumed = [] if math.isinf(budget) else [_room(options, budget)]
+    speed = f"Savings rest on a speed of prefill ({assumed_text(result['assumed_speed'])})."
+    assumed = [speed] if math.isinf(budget) else [speed, _room(options, budget)]
     table = simulated.table(result, console().width, known)
     _show(options, result, table, [*simulated.NOTES, *assumed])
     if options.plot is not None:

@@ -11,6 +11,8 @@ from kvshare_store.bounded import Latest
 _WINDOW = 15
 _MODELS = 64
 """Models whose rates are kept."""
+_ASSUMED_PREFILL = 5_000.0
+"""Tokens per second of a prefill, before any was measured."""
 
 
 class Rate:
@@ -37,6 +39,11 @@ class Rate:
             self._seen.popleft()
         self.value = median(self._seen) if self._seen else self._default
 
+    @property
+    def assumed(self) -> float:
+        """The rate where it is an assumption; 0 where it was measured."""
+        return 0.0 if self._seen else self._default
+
     def seconds(self, amount: float) -> float:
         """How long `amount` takes at this rate."""
         return amount / self.value
@@ -47,7 +54,7 @@ class CostModel:
 
     def __init__(self, load: dict[str, Rate] | None = None) -> None:
         """`load`: rates that models share."""
-        self.prefill = Rate(5_000.0, smallest=128)
+        self.prefill = Rate(_ASSUMED_PREFILL, smallest=128)
         """Tokens per second of the engine's prefill."""
         self.load = loading_rates() if load is None else load
         self.run_seconds = 5e-5

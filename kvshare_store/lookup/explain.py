@@ -230,4 +230,5 @@ class Explainer:
         left = cost.prefill.seconds(len(self._request) - reused)
         seams = runs * cost.run_seconds
         values = (whole, left, load, seams, whole - left - load - seams)
-        return Expected(*(round(seconds * 1e3, 3) for seconds in values))
+        told = (round(seconds * 1e3, 3) for seconds in values)
+        return Expected(*told, cost.prefill.assumed)

@@ -69,6 +69,8 @@ class Expected(msgspec.Struct, frozen=True):
     seams: float
     """What placeholder runs cost beside their tokens."""
     saving: float
+    assumed_speed: float = 0.0
+    """Tokens per second of prefill that these rest on, where none was measured; 0 where one was."""
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -169,6 +169,7 @@ class Planner:
             stamps=tuple(donor.stamp for donor in donors),
             generation=generation,
             saving_ms=saving,
+            assumed_speed=cost.prefill.assumed,
         )
         return Planned(plan, donors, slowest_of(tier_bytes))
 

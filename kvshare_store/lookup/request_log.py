@@ -106,6 +106,8 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True):
     others took. 0: the engine did not say."""
     saving_ms: float = 0.0
     """What the plan was expected to save."""
+    assumed_speed: float = 0.0
+    """Tokens per second of prefill that this rests on, where none was measured; 0 where one was."""
     prompt: bytes = b""
     pools: tuple[str, ...] = ()
     """Whose rows it could use beside its namespace's."""
@@ -176,6 +178,7 @@ class RequestLog:
             load=outcome.seconds,
             held=held,
             saving_ms=plan.saving_ms,
+            assumed_speed=plan.assumed_speed,
         )
         self._add(entry)
 

@@ -57,6 +57,9 @@ class ReusePlan(msgspec.Struct, frozen=True, kw_only=True):
     arena: str = ""
     """Id of the shared memory that `BlockRef.offset` points into."""
     saving_ms: float = 0.0
+    assumed_speed: float = 0.0
+    """Tokens per second of prefill that `saving_ms` rests on, where none was measured yet; 0 where
+    one was. A daemon of the release before does not say."""
     policy: str = ""
     quality_bound: float = 0.0
     """The operator's bound, where it made the policy stricter than it would have been."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvshare_store.config import StoreConfig
 from kvshare_store.errors import ConfigError
+from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.plan.spans import Reused
 from kvshare_store.simulate.planned_reuse import PlannedReuse
@@ -87,10 +88,12 @@ def replay(
 
 
 def report(counted: Counted) -> dict[str, Any]:
-    """`requests`, `tokens`, and what each arm reused and computed, in tokens, as plain types."""
+    """`requests`, `tokens`, and what each arm reused and computed, in tokens, as plain types.
+    `assumed_speed`: tokens per second of prefill by which plans were weighed; none is measured."""
     return {
         "requests": len(counted.lengths),
         "tokens": sum(counted.lengths),
+        "assumed_speed": CostModel().prefill.assumed,
         **dict(_arms(counted)),
     }
 

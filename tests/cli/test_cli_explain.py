@@ -24,7 +24,7 @@ from kvshare_store.cli.log import request_lines, requests_table
 from kvshare_store.cli.main import main
 from kvshare_store.config import StoreConfig
 from kvshare_store.daemon.client import Client, plan_request
-from kvshare_store.daemon.protocol import Decline, ListNodes, Prefilled
+from kvshare_store.daemon.protocol import Decline, ListNodes, Observe, Prefilled
 from kvshare_store.errors import ConfigError, NodeError
 from kvshare_store.namespace import Namespace
 from kvshare_store.plan import Outcome, ReusePlan
@@ -295,6 +295,26 @@ def test_a_logged_request_in_full(served: Served) -> None:
     assert "30.50 ms from plan to first token" in out
     assert "log_prompts" in out
     assert "kvshare explain --node NODE" in out
+
+
+def test_what_is_expected_says_what_it_rests_on(home: Path) -> None:
+    assumed = "(assumed 5,000 tokens/s: nothing measured yet)"
+    with serving(StoreConfig(home=str(home), **SMALL)), Client(home) as client:
+        engine = ClientDriver(client, SPACE)
+        first = engine.save(FIRST)
+        asked = ("explain", "--node", engine.save(SECOND), "--node", first, "--home", home)
+        for speed in (5_000.0, 0.0):
+            plan = engine.plan(SECOND)
+            client.finish(plan.lease, Outcome(plan.exact, plan.reused - plan.exact, 1))
+            entry = as_json("log", "--home", home)[0]
+            expected = as_json(*asked)["explanation"]["expected"]
+            assert entry["assumed_speed"] == expected["assumed_speed"] == speed
+            for shown in (ok(*asked), "\n".join(request_lines(entry))):
+                assert "save" in shown
+                assert (assumed in " ".join(shown.split())) == bool(speed)
+            client.call(Observe(1_000, 1.0))
+    without = {name: entry[name] for name in entry.keys() - {"assumed_speed"}}
+    assert list(request_lines(without)) == list(request_lines(entry)), "of the release before"
 
 
 def test_a_miss_says_nothing_of_what_was_not(served: Served) -> None:

@@ -112,6 +112,7 @@ def test_explain_a_pasted_prompt(page: World) -> None:
     assert f"{len(prompt.encode())} tokens" in read.text
     assert "recomputed" in read.text
     assert page.parent[:12] in read.text
+    assert "(assumed 5,000 tokens/s: nothing measured yet)" in read.text
     for wrong, why in (
         ({"text": ""}, "name one prompt"),
         ({"tokens": "[1]"}, "name one prompt"),

@@ -33,6 +33,17 @@ def test_measurements_that_say_nothing_are_ignored(amount: float, seconds: float
     assert rate.value == 1000.0
 
 
+def test_a_rate_is_assumed_until_it_is_measured() -> None:
+    rate = Rate(1000.0, smallest=10)
+    assert rate.assumed == 1000.0
+    rate.observe(1, 1.0)
+    assert rate.assumed == 1000.0, "too little to count"
+    rate.observe(100, 1.0)
+    assert (rate.value, rate.assumed) == (100.0, 0.0)
+    rate.doubt()
+    assert rate.assumed == 1000.0
+
+
 def test_doubt_forgets_what_is_never_measured_again() -> None:
     rate = Rate(1000.0, smallest=1)
     rate.doubt()

@@ -319,6 +319,7 @@ def test_the_command_prints_a_line_for_each_arm(file: Path) -> None:
     code, out, _ = run("simulate", "--prompts", str(file))
     assert code == 0
     assert "5 requests, 1,500 tokens" in out
+    assert "assumed 5,000 tokens/s: nothing measured yet" in " ".join(out.split())
     for name in ("prefix caching", "exact", "faithful", "balanced", "aggressive"):
         assert sum(line.startswith(name) for line in out.splitlines()) == 1
     assert " 524 " in out, "96 + 192 + 288 + 400 of 1,500 tokens are in full blocks"
@@ -330,7 +331,8 @@ def test_the_command_writes_json_and_a_plot(file: Path, tmp_path: Path) -> None:
     code, _, _ = run("simulate", *options, "--json", str(out), "--plot", str(picture))
     assert code == 0
     result = json.loads(out.read_bytes())
-    assert list(result) == ["requests", "tokens", "prefix_caching", "exact"]
+    assert list(result) == ["requests", "tokens", "assumed_speed", "prefix_caching", "exact"]
+    assert result["assumed_speed"] == 5_000.0
     assert (result["requests"], result["tokens"]) == (4, 1_400)
     assert result["exact"]["to_compute"] == 400
     assert result["prefix_caching"]["to_compute"] == 424
