@@ -70,8 +70,10 @@ def headline(explained: Found, *, again: bool = False) -> Iterable[str]:
     """What the plan is, and what it is expected to save. `again`: of a request that was served, so
     what a bound says now is another thing than what it said then."""
     tenant = f", tenant {as_one_name(explained['tenant'])}" if explained["tenant"] else ""
+    answer = explained.get("answer_tokens", 0)  # a daemon of the release before does not say
+    ending = f" ({answer:,} of them, at the end, are its answer)" if answer else ""
     yield (
-        f"{explained['tokens']:,} tokens, policy {explained['policy']}, "
+        f"{explained['tokens']:,} tokens{ending}, policy {explained['policy']}, "
         f"{as_one_name(explained['model'])} (namespace {explained['namespace']}{tenant})"
     )
     if explained.get("steering"):

@@ -97,6 +97,8 @@ def summary_table(node: Node) -> Table:
     pool = f", pool {as_one_name(node['pool'])}" if node.get("pool") else ""
     table.add_row("model", f"{as_one_name(node['model'])} (namespace {node['namespace']}{pool})")
     table.add_row("tokens", _rows_by_kind(node))
+    if answer := node.get("answer_tokens", 0):  # a daemon of the release before does not say
+        table.add_row("answer", f"the last {answer:,} tokens; those before are the prompt")
     table.add_row(
         "provenance", Text(provenance(node["generation"]), style="yellow" if edited else "green")
     )

@@ -150,6 +150,7 @@ def summary(store: Store, node: Node) -> dict[str, Any]:
         "tenant": namespace.tenant if namespace else "",
         "pool": (namespace.pool or "") if namespace else "",
         "tokens": node.length,
+        "answer_tokens": node.answer_tokens,
         "exact_rows": node.exact_rows,
         "generation": node.generation,
         "policy": node.policy,

@@ -133,6 +133,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             "namespace": short(namespace.digest),
             "model": namespace.model,
             "tenant": namespace.tenant,
+            "answer_tokens": found_node(store, message.node).answer_tokens if message.node else 0,
             **plain,
         },
         "differs": "" if logged is None else differs(logged, found),

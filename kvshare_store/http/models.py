@@ -188,6 +188,8 @@ class NodeSummary(BaseModel):
     tenant: str
     pool: str
     tokens: int
+    answer_tokens: int = 0
+    """So many of them, at the end, are its answer."""
     exact_rows: int
     generation: int
     policy: str
@@ -284,6 +286,8 @@ class Explained(BaseModel):
     tenant: str
     policy: str
     tokens: int
+    answer_tokens: int = 0
+    """Of a stored prompt: so many of them, at the end, are its answer."""
     declined: str
     generation: int
     by_kind: dict[str, int]

@@ -229,6 +229,16 @@ class Explainer:
         whole = cost.prefill.seconds(len(self._request))
         left = cost.prefill.seconds(len(self._request) - reused)
         seams = runs * cost.run_seconds
-        values = (whole, left, load, seams, whole - left - load - seams)
-        told = (round(seconds * 1e3, 3) for seconds in values)
-        return Expected(*told, cost.prefill.assumed)
+        saved = whole - left - load - seams
+        return Expected(
+            without=_ms(whole),
+            compute=_ms(left),
+            load=_ms(load),
+            seams=_ms(seams),
+            saving=_ms(saved),
+            assumed_speed=cost.prefill.assumed,
+        )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

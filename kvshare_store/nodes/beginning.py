@@ -45,5 +45,6 @@ def _node_of(node: Node, segments: Sequence[Span]) -> Node:
         blocks=tuple(node.blocks[block] for block in used),
         block_bytes=tuple(node.block_bytes[block] for block in used) if node.block_bytes else (),
         exact_rows=length,
+        prompt_tokens=node.prompt_tokens if node.prompt_tokens < length else 0,
         stamp=new_stamp(),
     )

@@ -70,6 +70,9 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     sources: tuple[bytes, ...] = ()
     """Hashes of sources that have sent all of its tokens, `SOURCES` at most. Releases before lose
     them when they write the row again; the node is then nobody's."""
+    prompt_tokens: int = 0
+    """Leading tokens that are the prompt; the others are its answer. 0: all of them, or a release
+    that did not say has written the row."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.edits, Edits):
@@ -91,6 +94,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     def length(self) -> int:
         """How many tokens, and so rows."""
         return len(self.token_bytes) // 4
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens at its end that are the answer, as far as is known."""
+        return self.length - self.prompt_tokens if self.prompt_tokens else 0
 
     @property
     def exact(self) -> bool:
@@ -119,6 +127,7 @@ class _Fields(msgspec.Struct, kw_only=True, gc=False):
     stamp: int = 0
     format: int = NODE_FORMAT
     sources: tuple[bytes, ...] = ()
+    prompt_tokens: int = 0
 
 
 def _as_they_were(packed: Any) -> Any:
@@ -158,6 +167,7 @@ def decode_node(encoded: bytes) -> Node:
         stamp=read.stamp,
         format=read.format,
         sources=_interned(read.sources),
+        prompt_tokens=read.prompt_tokens,
     )
 
 
@@ -219,6 +229,8 @@ def check_node(node: Node, row_bytes: int) -> None:
         raise PlanError(f"{node.exact_rows} exact rows of {node.length}")
     if node.exact and node.exact_rows != node.length:
         raise PlanError("it is exact, but not all of its rows are")
+    if not 0 <= node.prompt_tokens <= node.length:
+        raise PlanError(f"{node.prompt_tokens} tokens of a prompt, of {node.length}")
     starts = [context.start for context in node.contexts]
     if starts != sorted(starts) or any(start < node.exact_rows for start in starts):
         raise PlanError("its contexts are not in order")

@@ -54,4 +54,5 @@ def new_node(save: Save, fresh: Sequence[str], parent: Node | None) -> Node:
         stamp=new_stamp(),
         pinned=bool(save.namespace.pool),
         sources=save.sources[:SOURCES],
+        prompt_tokens=save.extends,
     )

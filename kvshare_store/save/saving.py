@@ -302,6 +302,8 @@ class Saving:
         edited = self._edited_twin(node)
         if edited is not None:
             node = with_sources(node, edited.sources)
+            told = node.prompt_tokens or edited.prompt_tokens  # a second look does not say
+            node = msgspec.structs.replace(node, prompt_tokens=told)
         here = self._nodes.add(node, vectors)
         if here.stamp != node.stamp:  # it was there already
             self._sources.confirm(here, node.sources)

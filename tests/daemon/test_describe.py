@@ -8,10 +8,13 @@ import msgspec
 import pytest
 
 from kvshare_store.cli import show
-from kvshare_store.daemon import describe
+from kvshare_store.cli.explained import headline
+from kvshare_store.daemon import describe, protocol, questions
 from kvshare_store.daemon.describe import show_node
 from kvshare_store.plan.contexts import Context, cut_contexts
-from tests.support.oracle import Driver, prompt
+from kvshare_store.save.staging import Buffer, packed
+from tests.support.oracle import Driver, pick, positions_of, prompt
+from tests.support.page import Page, seen
 
 FIRST = prompt(1, 200)
 EDITED = [*FIRST[:60], *prompt(2, 5), *FIRST[66:]]
@@ -41,6 +44,32 @@ def test_what_a_prompt_continues_and_under_which_policy(
     assert f"{policy}, or stricter" in said
     behind = f"computed behind rows that were edited, up to token {context['stop']}"
     assert f"from token {context['start']} on: {behind}" in said
+
+
+def test_an_answer_is_said_apart_from_its_prompt(driver: Callable[..., Driver]) -> None:
+    engine = driver()
+    told, answer = FIRST, prompt(4, 9)
+    engine.save(told)
+    staged = engine.store.stage([*told, *answer], engine.namespace, extends=len(told))
+    rows = engine.book.computed([*told, *answer], len(told) + len(answer), "")
+    fresh = packed(pick(rows, positions_of(staged.fresh)), staged.sizes, engine.namespace.layout)
+    grown = engine.store.commit(staged.id, Buffer(fresh))
+    other = engine.save(EDITED)
+    assert grown
+    assert other
+    for node, said in ((grown, True), (other, False)):
+        found = show_node(engine.store, node)
+        assert found["answer_tokens"] == (len(answer) if said else 0)
+        table = show.summary_table(found)
+        cells = [str(cell) for column in table.columns for cell in column.cells]
+        assert ("the last 9 tokens; those before are the prompt" in cells) is said
+        page = Page(seen(engine.store, f"/nodes/{node}").text).text
+        assert ("200 + 9" in page) is said
+        asked = protocol.Explain(node=node)
+        head = next(iter(headline(questions.explain(engine.store, asked)["explanation"])))
+        assert ("(9 of them, at the end, are its answer)" in str(head)) is said
+    old = {name: value for name, value in found.items() if name != "answer_tokens"}
+    assert show.summary_table(old).row_count == table.row_count, "of the release before"
 
 
 def test_rows_behind_another_edit_are_not_continued(driver: Callable[..., Driver]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
+from kvshare_store.errors import PlanError
 from kvshare_store.nodes.node import Node, check_node, node_id
 from kvshare_store.nodes.packed import Names
 from kvshare_store.nodes.state import NodeState
@@ -54,6 +56,20 @@ def test_as_much_goes_as_must_and_from_the_end() -> None:
     index = state.index("n")
     assert index is not None
     assert len(index) == 1
+
+
+@pytest.mark.parametrize(("answer_from", "known"), [(10, 10), (16, 0), (20, 0)])
+def test_what_is_left_of_an_answer_is_one(answer_from: int, known: int) -> None:
+    whole = msgspec.structs.replace(node("abcd"), prompt_tokens=answer_from)
+    _, shorter = state_of(whole).shorten(whole, _ROWS * _BYTES + 1, least=1)
+    assert shorter is not None
+    assert (shorter.length, shorter.prompt_tokens) == (16, known)
+
+
+def test_an_answer_ends_with_its_node() -> None:
+    for wrong in (-1, 33):
+        with pytest.raises(PlanError, match="tokens of a prompt"):
+            check_node(msgspec.structs.replace(node("abcd"), prompt_tokens=wrong), _BYTES)
 
 
 def test_it_stays_the_next_to_go() -> None:

@@ -92,6 +92,35 @@ def test_an_answer_grows_the_node_of_its_prompt(engine: Driver) -> None:
     assert (before["answers_stored"], before["tokens_answers_stored"]) == (0, 0)
 
 
+def test_a_node_says_where_its_answer_begins(driver: Open) -> None:
+    engine = driver()
+    engine.save(PROMPT)
+    save(engine, PROMPT, ANSWER)
+    (grown,) = engine.store.tree
+    assert (grown.prompt_tokens, grown.answer_tokens) == (len(PROMPT), len(ANSWER))
+    assert show_node(engine.store, grown.id)["answer_tokens"] == len(ANSWER)
+    asked = protocol.Explain(node=grown.id)
+    assert questions.explain(engine.store, asked)["explanation"]["answer_tokens"] == len(ANSWER)
+    engine.save(OTHER * 4)
+    engine.store.close()
+    again = driver()
+    assert sorted(node.prompt_tokens for node in again.store.tree) == [0, len(PROMPT)]
+    assert sorted(node.answer_tokens for node in again.store.tree) == [0, len(ANSWER)]
+
+
+def test_a_settled_answer_is_still_one(engine: Driver) -> None:
+    engine.save(PROMPT)
+    told = changed(PROMPT)
+    engine.save(told, engine.serve(told))
+    edited = node(engine, told, exact=False)
+    assert edited is not None
+    assert save(engine, told, ANSWER, Reuse(generation=1, contexts=edited.contexts))
+    engine.save([*told, *ANSWER])
+    settled = node(engine, [*told, *ANSWER])
+    assert settled is not None
+    assert settled.prompt_tokens == len(told)
+
+
 def test_the_next_turn_builds_on_it_and_grows_in_its_turn(engine: Driver) -> None:
     engine.save(PROMPT)
     save(engine, PROMPT, ANSWER)
