@@ -39,8 +39,9 @@ def list_nodes(
 
 def show_node(store: Store, beginning: str) -> dict[str, Any]:
     """A node in full: summary, text of every edit, blocks with the tier they are in, path."""
+    whole = shown_node(store, beginning).id
     with store.nodes.lock:
-        node = found_node(store, beginning)
+        node = found_node(store, whole)
         parent = store.tree.get(node.parent) if node.parent else None
         family = {
             "path": [ancestor.id for ancestor in store.tree.path(node.id)],
@@ -104,12 +105,27 @@ def pin_node(store: Store, beginning: str, pinned: bool) -> str:
 def found_node(store: Store, beginning: str) -> Node:
     """The one node whose id begins so, or that replaced the one whose id began so; `NodeError` if
     there is none, or are several."""
+    return _only(_beginning(store, beginning), beginning)
+
+
+def shown_node(store: Store, beginning: str) -> Node:
+    """As `found_node`, and also for a node that was replaced before a restart. Only for those who
+    ask: whoever removes or pins nodes means those that are there."""
+    found = _beginning(store, beginning) or store.saving.answers.replaced_before(beginning)
+    return _only(found, beginning)
+
+
+def _beginning(store: Store, beginning: str) -> list[Node]:
+    """The nodes whose ids begin so, or that replaced those whose ids began so."""
     whole = store.tree.get(beginning)  # all ids have one length
     if whole is not None:
-        return whole
+        return [whole]
     with store.nodes.lock:
         found = [node for node in store.tree if node.id.startswith(beginning)]
-    found = found or store.saving.answers.successors(beginning)
+    return found or store.saving.answers.successors(beginning)
+
+
+def _only(found: list[Node], beginning: str) -> Node:
     if len(found) != 1:
         raise NodeError(
             f"{len(found)} nodes begin with {beginning!r}; `kvshare ls` shows their ids"

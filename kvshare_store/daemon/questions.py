@@ -11,9 +11,9 @@ import numpy as np
 from kvshare_store.daemon import protocol
 from kvshare_store.daemon.describe import (
     edit_text,
-    found_node,
     list_nodes,
     show_node,
+    shown_node,
     summary,
     words_of,
 )
@@ -76,7 +76,7 @@ def _plain(store: Store, entry: Logged) -> dict[str, Any]:
 
 def diff(store: Store, first: str, second: str) -> dict[str, Any]:
     """The edits that turn the first prompt into the second."""
-    one, other = found_node(store, first), found_node(store, second)
+    one, other = shown_node(store, first), shown_node(store, second)
     matches = align(other.tokens, one.tokens)
     edits = edit_script(matches, one.length, other.tokens)
     kept = sum(match.length for match in matches)
@@ -105,7 +105,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     for pool in message.pools:
         if store.nodes.namespaces.get(namespace.in_pool(pool).digest) is None:
             raise NodeError(f"no pool {pool!r} has prompts of this model: see kvshare ls --pool")
-    only = found_node(store, message.only) if message.only else None
+    only = shown_node(store, message.only) if message.only else None
     found = store.explain(
         tokens,
         namespace,
@@ -133,7 +133,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             "namespace": short(namespace.digest),
             "model": namespace.model,
             "tenant": namespace.tenant,
-            "answer_tokens": found_node(store, message.node).answer_tokens if message.node else 0,
+            "answer_tokens": shown_node(store, message.node).answer_tokens if message.node else 0,
             **plain,
         },
         "differs": "" if logged is None else differs(logged, found),
@@ -176,7 +176,7 @@ def _prompt(
         tokens = np.frombuffer(logged.prompt, np.int32)
         return tokens, namespace, _own(store, logged, tokens, namespace)
     if message.node:
-        node = found_node(store, message.node)
+        node = shown_node(store, message.node)
         found = store.namespace(node.namespace)
         if found is None:
             raise NodeError(f"node {short(node.id)} has just left the store")

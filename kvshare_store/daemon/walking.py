@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_store.daemon import protocol
-from kvshare_store.daemon.describe import found_node, place_of, summary, words_of
+from kvshare_store.daemon.describe import place_of, shown_node, summary, words_of
 from kvshare_store.errors import NodeError
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.nodes.node import Node
@@ -32,7 +32,7 @@ def branch(store: Store, message: protocol.Branch) -> dict[str, Any]:
 
 
 def _children(store: Store, beginning: str) -> list[Node]:
-    node = found_node(store, beginning)
+    node = shown_node(store, beginning)
     with store.nodes.lock:
         children = (store.tree.get(child) for child in store.tree.children(node.id))
         return [child for child in children if child is not None]

@@ -45,6 +45,19 @@ class Answers:
             found = [self.now(old) for old in self._longer if old.startswith(beginning)]
         return list({node.id: node for node in found if node is not None}.values())
 
+    def replaced_before(self, beginning: str) -> list[Node]:
+        """The same, from what nodes are: after a restart nobody remembers which were replaced. Of
+        several answers to one prompt the first had its place. Looks at the nodes that were used
+        last, as many as are remembered else: whoever asks for the status waits meanwhile."""
+        with self._nodes.lock:
+            nodes = self._nodes.tree.newest(_REMEMBERED)
+        found: dict[str, Node] = {}
+        for node in sorted(nodes, key=lambda node: node.created):
+            for old in _replaced_ids(node):
+                if old.startswith(beginning):
+                    found.setdefault(old, node)
+        return list({node.id: node for node in found.values()}.values())
+
     def forget_gone(self) -> None:
         """Forget the replaced nodes whose successors have left as well: an id is made of the
         prompt's tokens, and a purge leaves nothing of them."""
@@ -111,6 +124,15 @@ class Answers:
         same = base.generation == save.reuse.generation and base.contexts == save.reuse.contexts
         longer = base.length < len(save.tokens) and _is_prefix(base.tokens, save.tokens)
         return same and longer and not wanted
+
+
+def _replaced_ids(node: Node) -> Iterator[str]:
+    """Ids of the nodes whose place this one may have: its edited form, its prompt alone."""
+    if node.exact:
+        yield node_id(node.namespace, node.tokens, False)
+    if node.prompt_tokens:
+        told = node.tokens[: node.prompt_tokens]
+        yield from (node_id(node.namespace, told, exact) for exact in (True, False))
 
 
 def rows_of(base: Node, length: int) -> Reuse:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvshare_store.daemon import protocol, questions
-from kvshare_store.daemon.describe import show_node
+from kvshare_store.daemon.describe import found_node, show_node
 from kvshare_store.errors import NodeError, PlanError
 from kvshare_store.nodes.node import Node, node_id
 from kvshare_store.plan.contexts import Context, contexts_of
@@ -355,6 +355,37 @@ def test_a_prompt_is_found_by_the_id_that_it_had_before_its_answer(driver: Open)
     again = questions.answer(store, protocol.Explain(request="1"))
     assert again["differs"] == ""
     assert {part["donor"] for part in again["explanation"]["parts"]} == {after, ""}
+
+
+def test_after_a_restart_an_id_that_was_replaced_is_still_shown(driver: Open) -> None:
+    """What removes or pins nodes takes the ids of those that are there."""
+    engine, told = driver(), changed(PROMPT)
+    other = engine.save(OTHER * 4)
+    replaced = [engine.save(PROMPT)]
+    replaced.append(engine.save(told, engine.serve(told)))
+    edited = node(engine, told, exact=False)
+    assert edited is not None
+    reuse = Reuse(generation=1, contexts=edited.contexts)
+    replaced.append(save(engine, told, ANSWER, reuse))
+    engine.save([*told, *ANSWER])  # settled
+    settled = node(engine, [*told, *ANSWER])
+    first = save(engine, PROMPT, ANSWER)
+    assert settled
+    assert save(engine, PROMPT, OTHER)
+    assert [name for name in replaced if name in engine.store.tree] == []
+    engine.store.close()
+    store = driver().store
+    for name, by in zip(replaced, (first, settled.id, settled.id), strict=True):
+        assert name
+        assert show_node(store, name[:12])["id"] == by, "of two answers the first"
+        asked = questions.explain(store, protocol.Explain(node=str(other), only=name))
+        assert asked["explanation"]["candidates"][0]["node"] == by
+        with pytest.raises(NodeError, match="0 nodes begin with"):
+            found_node(store, name)
+    with pytest.raises(NodeError, match="0 nodes begin with"):
+        show_node(store, "f" * 32)
+    with pytest.raises(NodeError, match="nodes begin with ''"):
+        show_node(store, "")
 
 
 @pytest.mark.parametrize("lineage", [False, True])
