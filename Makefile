@@ -31,6 +31,9 @@ NO_LINK = test ! -L $(@D) || { echo "$(@D) is a link: what it leads to would be 
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
+# A module is compiled once, not by each process anew. Images of containers often switch that off.
+export PYTHONDONTWRITEBYTECODE =
+
 setup: .venv/project.stamp
 	@$(PY) -m examples.engines.small_model
 	@echo "The commands are in .venv/bin: .venv/bin/kvshare --help"
