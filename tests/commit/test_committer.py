@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -109,7 +110,7 @@ class Steps(Durable):
         self._make_durable = make_durable
 
     def _make(self, nodes: Sequence[Node]) -> list[KVShareError | None]:
-        assert self._start.wait(30)
+        assert self._start.wait(PATIENCE_S)
         return [self._one_durable(node) for node in nodes]
 
     def _one_durable(self, node: Node) -> KVShareError | None:
@@ -293,17 +294,18 @@ def test_a_prompt_whose_blocks_vanish_is_not_called_durable() -> None:
 
 def test_flush_does_not_wait_for_what_is_ordered_later() -> None:
     """The queue never becomes empty, since each piece of work orders the next one."""
-    desk = Desk(lambda node: desk.queue.put(addition(f"{node.id}+")) if go.is_set() else None)
+    names = map(str, itertools.count())
+    desk = Desk(lambda _: desk.queue.put(addition(next(names))) if go.is_set() else None)
     go = threading.Event()
     go.set()
     desk.start.set()
-    desk.queue.put(addition("a"))
+    desk.queue.put(addition(next(names)))
     flushing = threading.Thread(target=desk.queue.flush)
     flushing.start()
-    flushing.join(30)
+    flushing.join(PATIENCE_S)
     hangs = flushing.is_alive()
     go.clear()
-    flushing.join(30)
+    flushing.join(PATIENCE_S)
     desk.committer.close()
     assert not hangs
 
