@@ -27,7 +27,7 @@ from kvshare_store.nodes.node import Node
 
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
-_ENOUGH_OF_SHORT = 0.8
+_ENOUGH_OF_SHORT = 0.9
 """The same for the guess about a short prompt, which counts eight tokens too few at each edit."""
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
