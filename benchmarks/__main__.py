@@ -50,6 +50,7 @@ MEASUREMENTS: dict[str, str] = {
     "table1-presets": "paper.table1_presets",
     "probes": "quality.probes",
     "injected": "quality.injected",
+    "injected-served": "quality.injected_served",
     "bound": "quality.bound",
     "rag": "quality.rag",
     "agreement": "quality.agreement",

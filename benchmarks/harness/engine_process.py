@@ -31,7 +31,7 @@ class Commands(engine.Commands):
         self._timers = timers
 
     def ask(  # type: ignore[override]
-        self, tokens: list[int], salt: str, max_tokens: int, policy: str | None
+        self, tokens: list[int], salt: str, max_tokens: int, policy: str | None, source: str
     ) -> dict[str, Any]:
         """Serve one prompt alone: an `Answer`, and the seconds of each part before the token."""
         self._served += 1
@@ -44,6 +44,7 @@ class Commands(engine.Commands):
             salt,
             max_tokens,
             policy=policy,
+            source=source,
             on_first=lambda: parts.update(self._timers.take()),
         )
         named = {part: parts.get(part, 0.0) for part in PARTS if part != "rest"}

@@ -81,12 +81,17 @@ class Engine(EngineProcess):
         )
 
     def ask(
-        self, tokens: Sequence[int], salt: str, *, max_tokens: int = 1, policy: str | None = None
+        self,
+        tokens: Sequence[int],
+        salt: str,
+        *,
+        max_tokens: int = 1,
+        policy: str | None = None,
+        source: str = "",
     ) -> Timed:
         """Have one prompt answered, alone on the machine."""
-        result = self._do(
-            "ask", tokens=list(tokens), salt=salt, max_tokens=max_tokens, policy=policy
-        )
+        asked = {"max_tokens": max_tokens, "policy": policy, "source": source}
+        result = self._do("ask", tokens=list(tokens), salt=salt, **asked)
         return msgspec.convert(result, Timed)
 
     def replay(

@@ -115,11 +115,13 @@ def serve(
     max_tokens: int,
     *,
     policy: str | None = None,
+    source: str = "",
     on_first: Callable[[], None] = lambda: None,
 ) -> Answer:
     """Serve these tokens greedily; the clock runs from handing them over to the first token.
 
-    `policy` is what the request asks of KVShare; `on_first` is called when the clock has stopped.
+    `policy` is what the request asks of KVShare, `source` who sends it; `on_first` is called when
+    the clock has stopped.
     """
     from vllm import SamplingParams, TokensPrompt
 
@@ -127,7 +129,9 @@ def serve(
     prompt = TokensPrompt(prompt_token_ids=list(tokens))
     if salt:
         prompt["cache_salt"] = salt
-    extra = {"kv_transfer_params": {"kvshare.policy": policy}} if policy else None
+    said = {"kvshare.policy": policy, "kvshare.source": source}
+    asked = {name: value for name, value in said.items() if value}
+    extra = {"kv_transfer_params": asked} if asked else None
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
     first: float | None = None
     output: Any = None
