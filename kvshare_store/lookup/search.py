@@ -20,6 +20,7 @@ from kvshare_store.lookup.policy import (
     usable_length,
     usable_tokens,
 )
+from kvshare_store.lookup.trust import OTHER
 from kvshare_store.nodes.edits import Match
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.index import LONG
@@ -148,7 +149,7 @@ class Search:
         few = len(cover.request) < LONG and self._policy.min_run < GRAM
         found = [(self._aligned(node), node) for node in ranked[: _PRIMARIES if few else 1]]
         if found:
-            matches, donor = max(found, key=lambda each: self._useful(each[0]))
+            matches, donor = max(found, key=lambda each: self._useful(*each))
             sure, doubtful = self._sorted_out(matches)
             cover.add(donor, sure)
             cover.add_later(donor, doubtful)
@@ -187,7 +188,14 @@ class Search:
     def _about(self, node: Node, less: float = 0.0) -> int:
         """The lower, the more the node seems to have, of which this share does not count; equal for
         nodes that seem to have about as much."""
-        return -int(math.log(max(1.0, (1 - less) * self._guesses[node.id]), _BETTER))
+        tokens = min((1 - less) * self._guesses[node.id], self._trusted(node))
+        return -int(math.log(max(1.0, tokens), _BETTER))
+
+    def _trusted(self, node: Node) -> float:
+        """How many of the node's rows count: what is cut off in the end must not keep out a donor
+        that has less."""
+        doubtful = self._nominator.rank(node) >= OTHER
+        return len(self._cover.request) * (self._config.unconfirmed_share if doubtful else 1.0)
 
     def _worn(self, generation: int) -> float:
         """Share by which rows of this generation count as less."""
@@ -212,11 +220,11 @@ class Search:
             theirs=partial(self._places.of, donor),
         )
 
-    def _useful(self, matches: list[Match]) -> int:
+    def _useful(self, matches: list[Match], donor: Node) -> float:
         """Positions behind what stays in place that runs cover which are long enough."""
         start, least = self._cover.in_place, self._policy.min_run
         runs = ((max(at, start), at + length) for at, _, length in matches if length >= least)
-        return sum(max(0, stop - first) for first, stop in runs)
+        return min(sum(max(0, stop - first) for first, stop in runs), self._trusted(donor))
 
     def _sorted_out(self, found: list[Match]) -> tuple[list[Match], list[Match]]:
         """Matches that other donors cannot better, and short ones that are all there is in a

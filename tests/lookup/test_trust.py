@@ -131,6 +131,16 @@ def test_a_settled_node_keeps_its_sources(engine: Driver) -> None:
     assert (node(engine, VICTIM).generation, node(engine, VICTIM).sources) == (0, (BOB,))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_rows_that_are_cut_off_keep_out_no_donor_of_ones_own(driver: Open, share: float) -> None:
+    """A stranger who guesses the whole prompt has more of it than one's own prompt of yesterday."""
+    engine = open_(driver, share)
+    sent(engine, [*HEAD, *BODY[:90]], ANN)
+    sent(engine, [*prompt(3, 12), *VICTIM], BOB)
+    plan = engine.serve([*prompt(8, 3), *VICTIM], source=ANN)
+    assert plan.reused >= 90
+
+
 # --- whose rows come first ------------------------------------------------------------------------
 
 
