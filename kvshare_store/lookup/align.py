@@ -8,7 +8,8 @@ from __future__ import annotations
 import codecs
 import sys
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -40,59 +41,104 @@ def common_suffix(a: Tokens, b: Tokens) -> int:
     return common_prefix(a[::-1], b[::-1])
 
 
+class Outline(NamedTuple):
+    """Equal runs of a request and a donor, where wide pieces between them are not aligned yet."""
+
+    matches: list[Match]
+    """In ascending order on both sides."""
+    moved: Sequence[Match] = ()
+    """Runs that would not be in order, ascending in the request."""
+    pieces: Sequence[tuple[Run, Run]] = ()
+    """Of both, between matches: they may have more in common."""
+
+
 def align(
-    request: Tokens,
-    donor: Tokens,
-    effort: Effort | None = None,
-    *,
-    least: int = 1,
-    ours: Sought | None = None,
-    theirs: Callable[[], Places] | None = None,
+    request: Tokens, donor: Tokens, effort: Effort | None = None, *, least: int = 1
 ) -> list[Match]:
     """Equal runs in ascending order on both sides, of a script with the fewest edits.
 
     Exact up to `_MAX_CELLS`, or less where runs of fewer than `least` tokens are of no use. Longer
     middles are cut at their longest equal runs, and what lies between these is aligned in turn
-    where it can hold such a run. What `effort` does not allow stays unmatched. `ours`, `theirs`:
-    the grams of both, where the caller has them.
+    where it can hold such a run. What `effort` does not allow stays unmatched.
     """
-    effort = effort or Effort()
+    return outline(request, donor, effort or Effort(), least=least).matches
+
+
+def outline(
+    request: Tokens,
+    donor: Tokens,
+    effort: Effort,
+    *,
+    least: int = 1,
+    wide: int = sys.maxsize,
+    ours: Sought | None = None,
+    theirs: Callable[[], Places] | None = None,
+) -> Outline:
+    """As `align`, but of what lies between equal runs, pieces of `wide` tokens of the request and
+    more are left for later. `ours`, `theirs`: the grams of both, where the caller has them."""
     head = common_prefix(request, donor)
     tail = common_suffix(request[head:], donor[head:])
     middle, across = Run(head, len(request) - tail), Run(head, len(donor) - tail)
-    pieces = request[head : middle.stop], donor[head : across.stop]
-    cells, found = middle.length * across.length, list[Match]()
+    cells, found = middle.length * across.length, Outline([])
     if cells > (_MAX_CELLS if least < GRAM else _MAX_CELLS_FOR_GRAMS):
         if effort.spend(HASHED * (middle.length + across.length)):
             places = theirs() if theirs else Places(donor)
             seeds = seeds_of(ours or Sought(request), places, [middle], across)
-            found = _cut(*pieces, seeds - head, effort, least)
+            found = _cut(request, donor, middle, across, seeds, effort, least, wide)
     elif cells and effort.spend(cells + CALL):
-        found = _levenshtein(*pieces)
-        effort.count(MATCH * len(found))
-    found = [Match(head + start, head + source, length) for start, source, length in found]
-    return _join([Match(0, 0, head), *found, Match(middle.stop, across.stop, tail)])
+        matches = _levenshtein(request[slice(*middle)], donor[slice(*across)])
+        effort.count(MATCH * len(matches))
+        found = Outline(_shifted(matches, head, head))
+    ends = Match(0, 0, head), Match(middle.stop, across.stop, tail)
+    return found._replace(matches=_join([ends[0], *found.matches, ends[1]]))
+
+
+def between(
+    request: Tokens, donor: Tokens, ours: Run, theirs: Run, effort: Effort, least: int
+) -> list[Match]:
+    """What `align` finds in a piece of each."""
+    if not effort.spend(CALL):
+        return []
+    matches = align(request[slice(*ours)], donor[slice(*theirs)], effort, least=least)
+    return _shifted(matches, ours.start, theirs.start)
 
 
 def _cut(
-    request: Tokens, donor: Tokens, seeds: Positions, effort: Effort, least: int
-) -> list[Match]:
+    request: Tokens,
+    donor: Tokens,
+    middle: Run,
+    across: Run,
+    seeds: Positions,
+    effort: Effort,
+    least: int,
+    wide: int,
+) -> Outline:
     """The heaviest chain of equal runs, and what aligning the pieces between them finds."""
-    runs = runs_around(request, donor, seeds, [Run(0, len(request))], 2 * GRAM, effort)
+    start, source = middle.start, across.start
+    ours, theirs, whole = request[slice(*middle)], donor[slice(*across)], [Run(0, middle.length)]
+    inside = runs_around(ours, theirs, seeds - start, whole, 2 * GRAM, effort)
+    runs = _shifted(inside, start, source)
     if not runs:
-        return []
+        return Outline([])
+    chain = _heaviest_chain(runs)
     found: list[Match] = []
-    at = source = 0
-    for run in (*_heaviest_chain(runs), Match(len(request), len(donor), 0)):
-        ours, theirs = request[at : run.start], donor[source : run.source]
-        piece = Run(at, run.start), Run(source, run.source)
-        wanted = min(len(ours), len(theirs)) >= max(1, least)
-        if wanted and (least < GRAM or _promising(*piece, seeds)) and effort.spend(CALL):
-            inside = align(ours, theirs, effort, least=least)
-            found += [Match(at + m.start, source + m.source, m.length) for m in inside]
+    later: list[tuple[Run, Run]] = []
+    for run in (*chain, Match(middle.stop, across.stop, 0)):
+        piece = Run(start, run.start), Run(source, run.source)
+        wanted = min(each.length for each in piece) >= max(1, least)
+        if wanted and (least < GRAM or _promising(*piece, seeds)):
+            if piece[0].length >= wide:
+                later.append(piece)
+            else:
+                found += between(request, donor, *piece, effort, least)
         found.append(run)
-        at, source = run.start + run.length, run.source + run.length
-    return found
+        start, source = run.start + run.length, run.source + run.length
+    in_order = {run.start for run in chain}
+    return Outline(found, [run for run in runs if run.start not in in_order], later)
+
+
+def _shifted(matches: Sequence[Match], start: int, source: int) -> list[Match]:
+    return [Match(start + at, source + there, length) for at, there, length in matches]
 
 
 def _promising(ours: Run, theirs: Run, seeds: Positions) -> bool:

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from kvshare_store.config import StoreConfig
-from kvshare_store.lookup.align import align
+from kvshare_store.lookup.align import Outline, between, outline
 from kvshare_store.lookup.cover import Cover
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.equal_runs import common_prefix, passages
@@ -16,6 +16,7 @@ from kvshare_store.lookup.policy import (
     LEAST_WINDOW,
     ReusePolicy,
     continues,
+    runs_of,
     usable_generation,
     usable_length,
     usable_tokens,
@@ -25,6 +26,7 @@ from kvshare_store.nodes.edits import Match
 from kvshare_store.nodes.grams import GRAM
 from kvshare_store.nodes.index import LONG
 from kvshare_store.nodes.node import Node
+from kvshare_store.plan.spans import Run
 
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
@@ -67,8 +69,12 @@ class Search:
         self._places = places
         self._effort = effort
         self._guesses: dict[str, int] = {}
+        self._later: list[tuple[Node, Run, Run]] = []
+        """Pieces of the request and of a first donor that are not aligned yet."""
         # text from elsewhere is worth its seam only in runs that outlast the window after it
         self._shortest = max(2 * GRAM, 2 * policy.edit_window, policy.min_run)
+        window = LEAST_WINDOW if policy.edit_growth else policy.edit_window
+        self._lasting = policy.min_run + window
 
     def take_prefix(self, nodes: list[Node]) -> None:
         """The longest exact prefix, and how much further an edited prompt goes on with the same
@@ -108,6 +114,7 @@ class Search:
                 more += self._nominator.by_text(nodes, count)
                 self._cover_from(self._usable([node for node in more if node.id not in seen]))
         cover.add_what_waits()
+        self._align_the_rest()
 
     def _candidates(self, served: bool) -> list[Node]:
         """For long prompts those with the passages that nobody covers yet, where there are any; for
@@ -147,12 +154,14 @@ class Search:
         if cover.sought.start + tokens < share * len(cover.request):
             return False
         few = len(cover.request) < LONG and self._policy.min_run < GRAM
-        found = [(self._aligned(node), node) for node in ranked[: _PRIMARIES if few else 1]]
+        found = [(self._outline(node), node) for node in ranked[: _PRIMARIES if few else 1]]
         if found:
-            matches, donor = max(found, key=lambda each: self._useful(*each))
-            sure, doubtful = self._sorted_out(matches)
+            best, donor = max(found, key=lambda each: self._useful(each[0].matches, each[1]))
+            sure, doubtful = self._sorted_out(best.matches)
             cover.add(donor, sure)
+            cover.add(donor, best.moved, self._shortest)
             cover.add_later(donor, doubtful)
+            self._later += [(donor, *piece) for piece in best.pieces]
         return True
 
     def _ranked(self, nodes: list[Node]) -> list[Node]:
@@ -210,12 +219,13 @@ class Search:
             self._guesses[node.id] = guess(self._cover.sought, self._places.of(node), usable)
         return self._guesses[node.id]
 
-    def _aligned(self, donor: Node) -> list[Match]:
-        return align(
+    def _outline(self, donor: Node) -> Outline:
+        return outline(
             self._cover.request,
             usable_tokens(self._policy, donor),
             self._effort,
             least=self._policy.min_run,
+            wide=self._shortest,
             ours=self._cover.sought,
             theirs=partial(self._places.of, donor),
         )
@@ -229,8 +239,7 @@ class Search:
     def _sorted_out(self, found: list[Match]) -> tuple[list[Match], list[Match]]:
         """Matches that other donors cannot better, and short ones that are all there is in a
         stretch of the request where a passage from elsewhere might be."""
-        policy, length = self._policy, len(self._cover.request)
-        lasting = policy.min_run + (LEAST_WINDOW if policy.edit_growth else policy.edit_window)
+        lasting, length = self._lasting, len(self._cover.request)
         sure: list[Match] = []
         doubtful: list[Match] = []
         few: list[Match] = []
@@ -270,3 +279,14 @@ class Search:
             if found:
                 cover.add(node, found, shortest)
                 gaps = cover.gaps(shortest)
+
+    def _align_the_rest(self) -> None:
+        """What passages leave of the pieces that were not aligned with their donors yet, where it
+        may hold a run that outlasts the window before it."""
+        cover, policy = self._cover, self._policy
+        for donor, ours, theirs in self._later:
+            tokens = usable_tokens(policy, donor)
+            for start, stop in runs_of(cover.donor_of[slice(*ours)] < 0, self._lasting):
+                gap = Run(ours.start + start, ours.start + stop)
+                given = cover.request, tokens, gap, theirs, self._effort, policy.min_run
+                cover.add(donor, between(*given))

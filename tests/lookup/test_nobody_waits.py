@@ -112,15 +112,15 @@ def test_input_that_makes_no_sense_raises_at_once(driver: Open) -> None:
 def held_alignment(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, ...]]:
     """The first alignment says that it has begun and waits until it may go on."""
     begun, go_on = threading.Event(), threading.Event()
-    align = search.align
+    outline = search.outline
 
     def wait(*given, **named):  # type: ignore[no-untyped-def]
         if not begun.is_set():
             begun.set()
             assert go_on.wait(PATIENCE), "nobody let the alignment go on"
-        return align(*given, **named)
+        return outline(*given, **named)
 
-    monkeypatch.setattr(search, "align", wait)
+    monkeypatch.setattr(search, "outline", wait)
     try:
         yield begun, go_on
     finally:

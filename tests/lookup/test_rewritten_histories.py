@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvshare_store.config import StoreConfig
+from kvshare_store.lookup import align, search
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.delta_tree import DeltaTree
-from kvshare_store.nodes.edits import Tokens
+from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.index import LONG, NamespaceIndex
 from kvshare_store.nodes.node import Node
 from kvshare_store.nodes.vectors import Vectors, lexical_vector
 from kvshare_store.plan import ReusePlan
-from kvshare_store.plan.spans import Span
+from kvshare_store.plan.spans import Run, Span
 from kvshare_store.simulate.planned_reuse import PlannedReuse
 from kvshare_store.simulate.prompts import Prompt
 from tests.support.block_names import block, text_of
@@ -176,6 +178,44 @@ def test_a_rewritten_history_is_found(kind: str, length: int) -> None:
         assert there.tolist() == request[span.start : span.stop].tolist()
     reused = sum(max(0, span.stop - max(span.start, SYSTEM)) for span in plan.spans)
     assert reused >= share * (len(request) - SYSTEM - NEW - 100)
+
+
+def test_what_is_in_another_order_is_not_aligned_with_what_stood_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Passages cover it."""
+    between, lengths = align.between, list[int]()
+
+    def noted(request: Tokens, donor: Tokens, ours: Run, *others: Any) -> list[Match]:
+        lengths.append(ours.length)
+        return between(request, donor, ours, *others)
+
+    for module in (align, search):
+        monkeypatch.setattr(module, "between", noted)
+    request = np.concatenate((*reordered(MIDDLE), text(9, 100)))
+    assert shelf(MIDDLE).plan(request).reused >= 0.85 * len(request)
+    assert max(lengths, default=0) < MESSAGE
+
+
+def test_words_that_are_said_again_are_found_between_changed_text() -> None:
+    """A table knows their first place alone, and they are too short for a passage. A phrase says
+    that the changed text is worth a look."""
+    again, phrase = text(80, 80), text(81, 10)
+    said, changed = (
+        [
+            np.concatenate((again, text(seed + at, 70), phrase, text(seed + at + 50, 70)))
+            for at in range(4)
+        ]
+        for seed in (200, 300)
+    )
+    own = Shelf(3_000)
+    own.add(np.concatenate((history(70, LONG)[1], *history(71, LONG), *said)), "before")
+    request = np.concatenate((text(82, 5), *history(71, LONG), *changed, text(83, 100)))
+    plan = own.plan(request)
+    copies = range(len(request) - 100 - sum(map(len, changed)), len(request) - 100, len(changed[0]))
+    for start in copies:
+        whole = (span for span in plan.spans if span.stop == start + len(again))
+        assert any(span.length >= len(again) - 48 for span in whole)
 
 
 def test_what_is_new_in_a_long_history_is_looked_for_elsewhere() -> None:
