@@ -134,7 +134,26 @@ class Search:
         if len(self._cover.donors) >= self._config.max_donors:
             nodes = self._cover.donors
         distinct = {node.id: node for node in nodes}.values()
-        return [node for node in distinct if usable_length(self._policy, node)]
+        usable = [node for node in distinct if usable_length(self._policy, node)]
+        return self._longest(usable) if len(self._cover.request) >= LONG else usable
+
+    def _longest(self, nodes: list[Node]) -> list[Node]:
+        """Those of the nodes that no other one goes on from: a conversation is stored at each of
+        its turns, and the last one has all that the others have."""
+        longest: list[Node] = []
+        for node in sorted(nodes, key=lambda node: -usable_length(self._policy, node)):
+            if not any(self._goes_on(other, node) for other in longest):
+                longest.append(node)
+        return [node for node in nodes if node in longest]
+
+    def _goes_on(self, node: Node, before: Node) -> bool:
+        """Whether the node has all that may be used of the one before, in rows that are as good."""
+        policy, rank = self._policy, self._nominator.rank
+        return (
+            usable_generation(policy, node) <= usable_generation(policy, before)
+            and rank(node) <= rank(before)
+            and node.token_bytes.startswith(before.token_bytes[: 4 * usable_length(policy, before)])
+        )
 
     def _cover_from(self, nodes: list[Node], served: bool = False) -> None:
         if not served:

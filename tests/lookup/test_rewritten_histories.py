@@ -15,6 +15,7 @@ from kvshare_store.lookup import align, search
 from kvshare_store.lookup.cost import CostModel
 from kvshare_store.lookup.effort import Effort
 from kvshare_store.lookup.nominate import Nominator
+from kvshare_store.lookup.places import KnownPlaces
 from kvshare_store.lookup.planner import Planner
 from kvshare_store.lookup.policy import PRESETS
 from kvshare_store.nodes.delta_tree import DeltaTree
@@ -238,6 +239,23 @@ def test_the_turn_before_one_that_has_just_become_long_is_found() -> None:
     plan = own.plan(request)
     assert plan.donors[0] == "before"
     assert plan.reused >= len(before) - 100
+
+
+def test_of_the_turns_of_a_conversation_the_longest_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has all that the others have."""
+    own, looked_at = Shelf(3_000), list[str]()
+    for turns in range(3, 8):
+        own.add(np.concatenate(history(70, 3_000, turns)), f"turn {turns}")
+    places = KnownPlaces.of
+    monkeypatch.setattr(
+        KnownPlaces, "of", lambda self, node: looked_at.append(node.id) or places(self, node)
+    )
+    said = (said for _, said in messages(70, 3_000)[:7])
+    plan = own.plan(np.concatenate((text(1, SYSTEM), *said, text(9, 100))))
+    assert plan.donors[0] == "turn 7"
+    assert not {f"turn {turns}" for turns in range(3, 7)} & {*looked_at}
 
 
 def test_side_by_side_each_conversation_goes_on_from_its_own_turns() -> None:
