@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.ma  # else `np.unique` imports it with the first prompt: 50 ms and more
@@ -15,6 +15,7 @@ from kvshare_store.lookup.places import Positions, Sought
 from kvshare_store.lookup.policy import Mask, runs_of
 from kvshare_store.nodes.edits import Match, Tokens
 from kvshare_store.nodes.node import Node
+from kvshare_store.nodes.packed import NAME, Names
 from kvshare_store.nodes.vectors import Vector, lexical_vector
 from kvshare_store.plan.contexts import Context, contexts_of, cut_contexts
 from kvshare_store.plan.spans import Run, Span
@@ -155,7 +156,8 @@ class Cover:
                 skip = source - first if first < source else 0
                 if first + length > end:
                     length = end - first
-                block = blocks.setdefault(names[part.block], len(blocks))
+                name = names[NAME * part.block : NAME * (part.block + 1)]
+                block = blocks.setdefault(name, len(blocks))
                 at, origin, row = first + skip + shift, part.source + skip, part.row + skip
                 spans.append(Span(at, length - skip, origin, block, row, exact, continued))
         return spans, list(blocks)
@@ -180,10 +182,11 @@ def placeholder_runs(pieces: Sequence[Piece]) -> int:
     return runs
 
 
-def _unpacked(node: Node) -> tuple[Sequence[str], Sequence[Span], list[int]]:
-    """Its blocks and segments, and where these start: looked at many times."""
+def _unpacked(node: Node) -> tuple[str, Sequence[Span], list[int]]:
+    """The text of the names of its blocks, of which few may be used; its segments, and where these
+    start: looked at many times."""
     segments = tuple(node.segments)
-    return tuple(node.blocks), segments, [segment.start for segment in segments]
+    return cast(Names, node.blocks).text, segments, [segment.start for segment in segments]
 
 
 def _long_runs(free: Mask, cuts: Positions, shortest: int) -> Mask:

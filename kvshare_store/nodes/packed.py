@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _REMEMBERED = 4096
 _NAME_BYTES = 32
+NAME = 2 * _NAME_BYTES
+"""Characters of a name of a block."""
 _ENCODE = msgspec.msgpack.Encoder().encode
 
 
@@ -101,14 +103,19 @@ class Names(Packed[str]):
         names = tuple(values)
         joined = "".join(names)
         raw = bytes.fromhex(joined)  # which skips spaces and takes capitals
-        if raw.hex() != joined or not {*map(len, names)} <= {2 * _NAME_BYTES}:
+        if raw.hex() != joined or not {*map(len, names)} <= {NAME}:
             raise ValueError("names of blocks have 64 lower hex digits")
         return cls(raw)
 
+    @property
+    def text(self) -> str:
+        """The names one behind the other, `NAME` characters each."""
+        return self.raw.hex()
+
     def unpacked(self) -> tuple[str, ...]:
         """What it holds."""
-        text = self.raw.hex()
-        return tuple([text[at : at + 64] for at in range(0, len(text), 2 * _NAME_BYTES)])
+        text = self.text
+        return tuple([text[at : at + NAME] for at in range(0, len(text), NAME)])
 
     def __contains__(self, name: object) -> bool:
         return self._find(name) >= 0
