@@ -20,6 +20,8 @@ _PER_SEED = 16
 """A passage has a seed for so many of its tokens, or more, if one of each gram is looked at."""
 _AHEAD = (16, 64)
 """Tokens by which many runs are made longer at once, first and then."""
+_FEW_RUNS = 4
+"""So few are made longer one by one, which takes fewer steps than all at once."""
 _FEW_SEEDS = 4
 _CLOSE = 128
 """Seeds that are no further apart may belong to one run."""
@@ -215,7 +217,7 @@ def _extents(
     most as many as there is room, or as the effort allows to look at."""
     counts = np.zeros_like(starts)
     going_on = np.arange(len(starts))
-    for ahead in _AHEAD:
+    for ahead in _AHEAD if len(starts) > _FEW_RUNS else ():
         done, left = counts[going_on], room[going_on]
         along = step * (done[:, None] + np.arange(ahead))  # what is clipped has no room
         ours = request.take(starts[going_on, None] + along, mode="clip")
