@@ -159,10 +159,9 @@ def _equal(
 ) -> tuple[Positions, Positions, Positions]:
     """The maximal parts of some stretches in which the tokens are equal: those of at least
     `shortest` tokens, and those at an end of their stretch, which may go on."""
-    where = list(zip(starts.tolist(), sources.tolist(), lengths.tolist(), strict=True))
-    ours = np.concatenate([request[at : at + length] for at, _, length in where])
-    equal = ours == np.concatenate([donor[at : at + length] for _, at, length in where])
     ends = lengths.cumsum()
+    at = np.arange(ends[-1]) + (starts - ends + lengths).repeat(lengths)
+    equal = request[at] == donor[at + (sources - starts).repeat(lengths)]
     cut = np.ones(len(equal) + 1, np.bool_)  # between two tokens, and at both ends
     cut[1:-1] = equal[1:] != equal[:-1]
     cut[ends] = True

@@ -65,8 +65,8 @@ class Nominator:
             return self._nodes(dict.fromkeys(node_id for ids in found for node_id in ids))
 
     def by_passages(self, hashes: Hashes, count: int) -> list[Node]:
-        """Long prompts with the same passages, that with most of them first. `hashes`: of all grams
-        of what is sought."""
+        """Long prompts with the same passages, that with most of them first. `hashes`: of the grams
+        of what is sought, of which only anchors count."""
         if self._index is None or not len(self._index.passages):
             return []
         keys = anchors(hashes)

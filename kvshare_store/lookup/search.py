@@ -23,7 +23,7 @@ from kvshare_store.lookup.policy import (
 )
 from kvshare_store.lookup.trust import OTHER
 from kvshare_store.nodes.edits import Match
-from kvshare_store.nodes.grams import GRAM
+from kvshare_store.nodes.grams import ANCHORED, GRAM
 from kvshare_store.nodes.index import LONG
 from kvshare_store.nodes.node import Node
 from kvshare_store.plan.spans import Run
@@ -123,7 +123,8 @@ class Search:
         cover, nominator, count = self._cover, self._nominator, self._config.candidates
         length, found = len(cover.request), list[Node]()
         if length >= LONG:
-            found = nominator.by_passages(cover.sought.inside(cover.gaps(GRAM), 1).hashes, count)
+            anchors = cover.sought.inside(cover.gaps(GRAM), ANCHORED).hashes
+            found = nominator.by_passages(anchors, count)
             if served or (found and length >= 2 * LONG):
                 return found
         return found + nominator.by_words(cover.words, count, _WIDER * count)
