@@ -57,6 +57,12 @@ class PlanMaker:
         self._config = config
         self._planner.reload(config)
 
+    def saved(self, name: str) -> None:
+        """A prompt became a node. The next turn of its conversation will look for its text."""
+        node = self._nodes.state.tree.get(name)
+        if node is not None and self.policy.edited:
+            self._planner.know(node)
+
     def made(self, request: Tokens, lookup: Asked) -> tuple[Asked, Planned]:
         """The plan, and the lookup with the policy that it was made under: where the operator has
         set a bound, that is the one which is known to be good enough for requests of this kind."""

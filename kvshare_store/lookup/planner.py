@@ -72,6 +72,10 @@ class Planner:
         """Make the next plans by other settings."""
         self._config = config
 
+    def know(self, node: Node) -> None:
+        """Make now what the first plan that looks at the node would wait for."""
+        self._places.of(node)
+
     def plan(
         self,
         request: Tokens,

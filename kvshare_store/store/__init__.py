@@ -255,6 +255,7 @@ class Store(Parts):
         node = self.saving.commit(staged_id, rows)
         if node is not None:
             self.text.saved(node)
+            self._maker.saved(node)
         return node
 
     def save(

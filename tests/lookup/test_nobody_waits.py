@@ -14,7 +14,7 @@ import pytest
 from kvshare_store.blocks import io_loop
 from kvshare_store.daemon import protocol
 from kvshare_store.errors import ConfigError, PlanError
-from kvshare_store.lookup import search
+from kvshare_store.lookup import places, search
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.index import NamespaceIndex
 from kvshare_store.nodes.vector_matrix import VectorMatrix
@@ -128,6 +128,17 @@ def held_alignment(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.
 
 
 EDITED = [*prompt(1, 24), 7, *prompt(1, 48)[25:]]
+
+
+def test_no_lookup_waits_for_the_table_of_a_prompt_that_was_just_saved(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, saved = driver(), prompt(1, 2_100)
+    engine.save(saved)
+    monkeypatch.setattr(places, "Places", lambda *_: pytest.fail("a lookup makes it"))
+    plan = engine.plan([*saved[:1_000], 7, *saved[1_001:]])
+    assert plan.reused > 1_500
+    engine.finish(plan)
 
 
 def test_an_alignment_delays_no_other_lookup_and_no_save(
