@@ -387,8 +387,8 @@ def without_stamp(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_check_over_both_vectors_still_holds(semantic: Any) -> None:
     """Rows without a hash of their text vector have one checksum over both vectors."""
     encoded = encode_node(node_of(np.arange(20, dtype=np.int32)))
-    assert encoded[:3] == b"\xde\x00\x12", "a map of 18 fields"
-    body = b"\xde\x00\x13" + encoded[3:] + b"\xa5check\xc4\x20"
+    assert encoded[:3] == b"\xde\x00\x13", "a map of 19 fields"
+    body = b"\xde\x00\x14" + encoded[3:] + b"\xa5check\xc4\x20"
     node = msgspec.msgpack.decode(encoded)
     text = b"-" if semantic is None else semantic.tobytes()
     whole = f"kvshare row:{node['id']}:{node['namespace']}:".encode() + UNIT.tobytes() + text + body

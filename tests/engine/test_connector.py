@@ -247,10 +247,10 @@ def test_what_is_set_in_vain_is_said(
     connect(home, policy="aggressive", host_bytes="1GiB", device_bytes="64MiB", min_run=3)
     assert [line.partition(";")[0] for line in said("kvshare")] == [
         "kvshare: KVSHARE_SERVICE_PORT in the environment is no setting and is ignored",
-        f"kvshare: host_bytes=1073741824 does not count here: the daemon of {home} runs with "
-        "4194304",
         f"kvshare: policy=aggressive does not count here: the daemon of {home} runs with balanced",
         f"kvshare: min_run=3 does not count here: the daemon of {home} runs with None",
+        f"kvshare: host_bytes=1073741824 does not count here: the daemon of {home} runs with "
+        "4194304",
     ]
 
 
