@@ -30,8 +30,9 @@ from kvshare_store.plan.spans import Run
 
 _ENOUGH = 0.95
 """A first donor that covers this much needs no further candidates."""
-_ENOUGH_OF_SHORT = 0.9
-"""The same for the guess about a short prompt, which counts eight tokens too few at each edit."""
+_ENOUGH_OF_SHORT, _OF_SHORT = 0.8, 3
+"""The same for the guess about a short prompt, which counts eight tokens too few at each edit. So
+many candidates are looked at first: one that has nearly all may stand behind one in pieces."""
 _FOR_GAPS = 0.3
 """Share of the effort that is kept for filling the gaps of the first donor."""
 _MOSTLY = 0.5
@@ -189,14 +190,16 @@ class Search:
         many generations count as less. Nodes of a higher rank come first only with more of it.
         Looks no further than to the best rows of nearly all."""
         length = len(self._cover.request)
-        share = _ENOUGH if length >= LONG else _ENOUGH_OF_SHORT
-        enough = share * (length - self._cover.sought.start)
+        share, least = (_ENOUGH, 1) if length >= LONG else (_ENOUGH_OF_SHORT, _OF_SHORT)
+        enough, most = share * (length - self._cover.sought.start), 0
         ranked: list[Node] = []
         for node in nodes:
             tokens = self._guess(node)
             if tokens:
                 ranked.append(node)
-            if tokens >= enough and self._best(node):
+            if self._best(node):
+                most = max(most, tokens)
+            if most >= enough and len(ranked) >= least:
                 break
         if not ranked:
             return []
