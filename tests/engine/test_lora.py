@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.engine.harness import Engine, Fresh, half
@@ -118,3 +121,24 @@ def test_exact_rows_of_an_adapter_are_its_own(
     assert own.agrees(full[first])
     assert other.agrees(full[second])
     assert own.difference(other) > 0.01
+
+
+def test_an_adapter_that_was_replaced_has_none_of_the_old_ones_rows(
+    engine: Engine, fresh: Fresh, adapters: list[Any], tmp_path: Path
+) -> None:
+    """vLLM's own prefix cache knows both by the same name and path."""
+    prompt, path = fresh(LENGTH), tmp_path / "adapter"
+    old, new = adapters
+    full = engine.ask(prompt, policy="off", lora=new)
+    shutil.copytree(old.lora_path, path)
+    loaded = msgspec.structs.replace(old, lora_name="both", lora_int_id=11, lora_path=str(path))
+    engine.store(prompt, lora=loaded)
+    engine.core.remove_lora(11)
+    shutil.rmtree(path)
+    shutil.copytree(new.lora_path, path)
+    again = msgspec.structs.replace(loaded, lora_int_id=12)
+    assert engine.store(prompt, lora=again).agrees(full)
+    engine.forget()
+    stored = engine.ask(prompt, lora=again)
+    assert stored.said["exact"] == LENGTH - 1
+    assert stored.agrees(full)
