@@ -8,7 +8,7 @@ were computed behind it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -198,18 +198,21 @@ class _World:
         return model.prefill(request, policy=policy, tenant=arm.name, source=source)
 
 
+def reused_and_changed(seen: Sequence[tuple[float, bool]]) -> list[Cell]:
+    """The share of tokens reused, how many answers were changed, and the 95 % interval of that."""
+    changed, n = sum(one for _, one in seen), len(seen)
+    low, high = wilson(changed / n, n)
+    return [sum(one for one, _ in seen) / n, f"{changed} of {n}", f"{low:.2f} to {high:.2f}"]
+
+
 def _result(
     options: Options, model: str, found: dict[tuple[str, str], list[Seen]], pulls: list[float]
 ) -> Result:
     rows: list[list[Cell]] = []
     for (policy, arm), seen in found.items():
-        changed, n = sum(one.changed for one in seen), len(seen)
-        low, high = wilson(changed / n, n)
         pull = sum(one.pull for one in seen)
-        rows.append([
-            policy, arm, sum(one.reused for one in seen) / n, f"{changed} of {n}",
-            f"{low:.2f} to {high:.2f}", pull / n, pull / sum(pulls),
-        ])  # fmt: skip
+        shares = reused_and_changed([(one.reused, one.changed) for one in seen])
+        rows.append([policy, arm, *shares, pull / len(seen), pull / sum(pulls)])
     return Result(
         name="injected",
         title="An instruction in somebody else's copy of the prompt",

@@ -24,9 +24,8 @@ from benchmarks.harness.engines import (
 )
 from benchmarks.harness.models import model_folder, model_name
 from benchmarks.harness.result import Cell, Options, Result
-from benchmarks.quality.injected import ANSWER, ARMS, Case, cases
+from benchmarks.quality.injected import ANSWER, ARMS, Case, cases, reused_and_changed
 from benchmarks.quality.injected import Arm as Attack
-from benchmarks.quality.probe_table import wilson
 from kvshare_store.cli.progress import track
 
 POLICIES = ("balanced", "aggressive")
@@ -111,10 +110,8 @@ def _seen(served: Timed, truth: Timed) -> Seen:
 def _result(options: Options, found: dict[tuple[str, str], list[Seen]], victims: int) -> Result:
     rows: list[list[Cell]] = []
     for (policy, arm), seen in found.items():
-        changed, n = sum(one.changed for one in seen), len(seen)
-        low, high = wilson(changed / n, n)
-        reused = sum(one.reused for one in seen) / n
-        rows.append([policy, arm, reused, f"{changed} of {n}", f"{low:.2f} to {high:.2f}"])
+        shares = reused_and_changed([(one.reused, one.changed) for one in seen])
+        rows.append([policy, arm, *shares])
     floor = found["full compute", "again"]
     return Result(
         name="injected-served",

@@ -28,6 +28,7 @@ from kvshare_store.lookup.text import encode
 from kvshare_store.maintenance.purge import matching
 from kvshare_store.namespace import Namespace
 from kvshare_store.nodes.edits import Tokens, edit_script
+from kvshare_store.nodes.node import Node
 from kvshare_store.store import Store
 
 Question = (
@@ -96,7 +97,8 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
     logged = _logged(store, message.request) if message.request else None
     if logged is not None and not logged.prompt:
         return {"request": _plain(store, logged), "explanation": None, "differs": ""}
-    tokens, namespace, without = _prompt(store, message, logged)
+    asked = shown_node(store, message.node) if message.node else None
+    tokens, namespace, without = _prompt(store, message, logged, asked)
     if len(tokens) > protocol.EXPLAINED_TOKENS:
         raise PlanError(
             f"a prompt of {len(tokens):,} tokens is too long to be explained: "
@@ -133,7 +135,7 @@ def explain(store: Store, message: protocol.Explain) -> dict[str, Any]:
             "namespace": short(namespace.digest),
             "model": namespace.model,
             "tenant": namespace.tenant,
-            "answer_tokens": shown_node(store, message.node).answer_tokens if message.node else 0,
+            "answer_tokens": 0 if asked is None else asked.answer_tokens,
             **plain,
         },
         "differs": "" if logged is None else differs(logged, found),
@@ -168,19 +170,19 @@ def _own(store: Store, logged: Logged, tokens: Tokens, namespace: Namespace) -> 
 
 
 def _prompt(
-    store: Store, message: protocol.Explain, logged: Logged | None
+    store: Store, message: protocol.Explain, logged: Logged | None, asked: Node | None
 ) -> tuple[Tokens, Namespace, Sequence[str]]:
-    """The tokens to plan, their namespace, and the nodes that are no candidates."""
+    """The tokens to plan, their namespace, and the nodes that are no candidates. `asked`: the node
+    that the message names."""
     if logged is not None:
         (namespace,) = matching(store.nodes, logged.namespace, None)
         tokens = np.frombuffer(logged.prompt, np.int32)
         return tokens, namespace, _own(store, logged, tokens, namespace)
-    if message.node:
-        node = shown_node(store, message.node)
-        found = store.namespace(node.namespace)
+    if asked is not None:
+        found = store.namespace(asked.namespace)
         if found is None:
-            raise NodeError(f"node {short(node.id)} has just left the store")
-        return node.tokens, found, [node.id]
+            raise NodeError(f"node {short(asked.id)} has just left the store")
+        return asked.tokens, found, [asked.id]
     namespace = _namespace(store, message.namespace, message.tenant)
     if message.text:
         ids = encode(namespace.tokenizer, message.text)

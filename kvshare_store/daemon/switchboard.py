@@ -376,9 +376,9 @@ class Switchboard:
         all_of_them = now >= self._stuck_until
         if all_of_them:
             self._stuck_until = now + _STUCK_S
-        behind, self._behind = self._behind, deque()
         heard: list[Connection] = []
-        for connection in behind:
+        for _ in range(len(self._behind)):
+            connection = self._behind.popleft()
             on_turn = all_of_them or connection.room > 0
             (heard if on_turn else self._behind).append(connection)
         return heard
